@@ -1,0 +1,1 @@
+"""What every consumer shares, whatever its transport."""

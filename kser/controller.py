@@ -1,0 +1,250 @@
+"""Raw bytes -> entrypoint -> result. Behaviour page, section 4."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser import signals, status
+from kser.entry import Entrypoint, merge
+from kser.lockfiles import running_file
+from kser.schemas import Message, dump_result
+
+logger = logging.getLogger(__name__)
+
+
+class BaseController:
+    """Hooks around messages, shared by controllers and producers. They are classmethods: override them as such."""
+
+    @classmethod
+    def _onmessage(cls, kmsg: Message) -> Any:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                f"{cls.__name__}.ReceivedMessage {kmsg.entrypoint}[{kmsg.uuid}]",
+                extra={"kmsg": kmsg.dump()},
+            )
+        return cls.onmessage(kmsg)
+
+    @classmethod
+    def onmessage(cls, kmsg: Message) -> Any:
+        """Called with each message before it is handled; returns the message to handle in its place."""
+        return kmsg
+
+    @classmethod
+    def _onsuccess(cls, kmsg: Message, result: Any) -> Any:
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(_line(cls, "Success", kmsg, result), extra=_extra(kmsg, result))
+        return cls.onsuccess(kmsg, result)
+
+    @classmethod
+    def onsuccess(cls, kmsg: Message, result: Any) -> Any:
+        """Called with the message and its successful result; what it returns is the result."""
+        return result
+
+    @classmethod
+    def _onerror(cls, kmsg: Message, result: Any) -> Any:
+        if logger.isEnabledFor(logging.ERROR):
+            logger.error(_line(cls, "Failed", kmsg, result), extra=_extra(kmsg, result))
+        return cls.onerror(kmsg, result)
+
+    @classmethod
+    def onerror(cls, kmsg: Message, result: Any) -> Any:
+        """Called with the message and its failed result; what it returns is the result."""
+        return result
+
+    @classmethod
+    def _finish(cls, kmsg: Message, result: Any) -> Any:
+        """Log and call the hook for what came of a message; no exception of a hook gets out (decision C13).
+
+        What is falsy and no Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
+        """
+        try:
+            if result and status.outcome(result) == status.SUCCESS:
+                return cls._onsuccess(kmsg=kmsg, result=result)
+            return cls._onerror(kmsg=kmsg, result=result)
+        except Exception as exc:
+            return cls._hook_failed(kmsg, result, exc)
+
+    @classmethod
+    def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
+        logger.exception(f"{cls.__name__}.Failed: {kmsg.entrypoint}[{kmsg.uuid}]: a hook raised: {exc}")
+        failure = _failure(exc, kmsg.uuid)
+        return merge(result, failure) if isinstance(result, Result) else failure
+
+
+class BaseProducer(BaseController):
+    """What every producer offers."""
+
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+        """Send one message; transports (and third parties around them) implement it."""
+
+    def send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+        """Send one message and wait until it is delivered.
+
+        :param topic: where to.
+        :param kmsg: the message.
+        :param timeout: seconds for everything together.
+        :return: a Result, failed when delivery was not confirmed; the message may then still arrive.
+        """
+        return self._send(topic, kmsg, timeout)
+
+    def close(self) -> None:
+        """Let go of the connection; what is still on its way is given a moment."""
+
+    def _sent(self, topic: str, kmsg: Message, result: Result) -> Any:
+        """Finish a message: log, hook and signal. What the hook returns is the result."""
+        answer = self._finish(kmsg, result)
+        if status.outcome(result) == status.SUCCESS:
+            signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+        return answer
+
+
+class Controller(BaseController):
+    """Looks the entrypoint of each message up by its name and executes it.
+
+    Everything is a classmethod, usable through an instance as well.
+    """
+
+    #: Classes by path. Shared by all controllers, unless a subclass defines its own.
+    ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
+    #: What reads a message: any class that has ``loads``.
+    TRANSPORT: ClassVar[Any] = Message
+
+    _reported_unknown: ClassVar[set[str]] = set()
+
+    @classmethod
+    def register(cls, name: Any, entrypoint: type[Entrypoint]) -> None:
+        """Make ``entrypoint`` answer to ``name``, in place of whatever did before.
+
+        :raises cdumay_error.types.ValidationError: it is no subclass of Entrypoint.
+        """
+        if not (isinstance(entrypoint, type) and issubclass(entrypoint, Entrypoint)):
+            raise ValidationError(
+                f"Invalid type for entry '{name}', MUST implement kser.entry.Entrypoint", extra={"entrypoint": name}
+            )
+        cls.ENTRYPOINTS[name] = entrypoint
+        logger.debug(f"{cls.__name__}.Registered: {name}")
+
+    @classmethod
+    def run(cls, raw_data: Any) -> Any:
+        """Handle one message, from its raw form to its result.
+
+        Nothing but KeyboardInterrupt (and what is no ``Exception`` otherwise) is raised: SystemExit in a task is a
+        failure of that task (decision C8).
+
+        :param raw_data: what :attr:`TRANSPORT` reads: JSON, as text or bytes.
+        :return: what the hook returned: the Result, unless hooks were overridden.
+        """
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(f"{cls.__name__}.ReceivedFromKafka: {raw_data}")
+        try:
+            received = cls.TRANSPORT.loads(raw_data)
+        except Exception as exc:
+            return cls._refuse(raw_data, exc)
+        try:
+            kmsg = cls._onmessage(received)
+        except Exception as exc:
+            return cls._finish(received, _failure(ValidationError(f"onmessage failed: {exc}"), received.uuid))
+        if kmsg is None:
+            return cls._finish(received, _failure(ValidationError("onmessage returned None"), received.uuid))
+        return cls._finish(kmsg, cls._process(kmsg))
+
+    @classmethod
+    def start_processing(cls, kmsg: Message) -> None:
+        """Show the message in the running file."""
+        running_file.show(f"{kmsg.entrypoint}[{kmsg.uuid}]")
+
+    @classmethod
+    def stop_processing(cls) -> None:
+        """Empty the running file."""
+        running_file.clear()
+
+    @classmethod
+    def _process(cls, kmsg: Message) -> Any:
+        try:
+            try:
+                cls.start_processing(kmsg)
+                result = cls._execute(kmsg)
+            finally:
+                cls.stop_processing()
+            if result:
+                # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
+                status.outcome(result)
+        except Exception as exc:
+            return _failure(exc, kmsg.uuid)
+        except SystemExit as exc:
+            return _failure(RuntimeError(f"SystemExit: the task called sys.exit({exc.code!r})"), kmsg.uuid)
+        return result
+
+    @classmethod
+    def _execute(cls, kmsg: Message) -> Any:
+        entrypoint = cls.ENTRYPOINTS.get(kmsg.entrypoint)
+        if entrypoint is None:
+            cls._report_unknown(kmsg.entrypoint)
+            raise ValidationError(
+                f"Entrypoint '{kmsg.entrypoint}' not registred",
+                extra={"uuid": kmsg.uuid, "entrypoint": kmsg.entrypoint, "allowed": list(cls.ENTRYPOINTS)},
+            )
+        return entrypoint.from_Message(kmsg).execute()
+
+    @classmethod
+    def _report_unknown(cls, name: str) -> None:
+        if name not in cls._reported_unknown:
+            cls._reported_unknown.add(name)
+            logger.warning(
+                f"messages ask for {name!r}, which this process does not know: import the module that defines the class"
+                " and decorate it with @oregistry.subscribe"
+                " (a class in the script that was started is called '__main__.ClassName')"
+            )
+
+    @classmethod
+    def _refuse(cls, raw_data: Any, exc: Exception) -> Any:
+        """Answer input that is no message. To be called while ``exc`` is being handled."""
+        reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
+        error = ValidationError("Failed to load message", extra=reasons)
+        kmsg = _best_guess(raw_data)
+        result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
+        logger.error(
+            f"{cls.__name__}.ImportError: Failed to load data from kafka: {exc}",
+            extra={"kafka_raw_data": raw_data, "error": error.to_dict()},
+        )
+        signals.emit(signals.message_refused, cls, raw_data=raw_data, error=exc, result=result)
+        try:
+            return cls.onerror(kmsg, result)
+        except Exception as hook_exc:
+            return cls._hook_failed(kmsg, result, hook_exc)
+
+
+def _line(owner: type, tag: str, kmsg: Message, result: Any) -> str:
+    return f"{owner.__name__}.{tag}: {kmsg.entrypoint}[{kmsg.uuid}]: {result}"
+
+
+def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
+    return {"kmsg": kmsg.dump(), "kresult": dump_result(result)}
+
+
+def _failure(exc: BaseException, uuid: str) -> Result:
+    """A failed Result that keeps the uuid of its message, whatever the exception carries."""
+    result = Result.from_exception(exc, uuid=uuid)
+    result.uuid = uuid
+    return result
+
+
+def _best_guess(raw_data: Any) -> Message:
+    """A message for hooks to look at, with as much identity as the refused input has."""
+    try:
+        data = json.loads(raw_data)
+    except Exception:
+        data = None
+    if not isinstance(data, dict):
+        data = {}
+    uuid, entrypoint = data.get("uuid"), data.get("entrypoint")
+    return Message(
+        uuid=uuid if uuid and isinstance(uuid, str) else str(uuid4()),
+        entrypoint=entrypoint if isinstance(entrypoint, str) else "",
+    )

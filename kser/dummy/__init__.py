@@ -1,0 +1,1 @@
+"""An in-memory transport for users' own tests: real encoding and decoding, no broker."""

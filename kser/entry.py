@@ -1,0 +1,276 @@
+"""Entrypoint: one unit of work and its life cycle. Behaviour page, section 3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol, Self
+from uuid import uuid4
+
+from cdumay_error.types import NotImplemented as NotImplementedYet
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser import signals, status
+from kser.schemas import Message, dump_result
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = object()
+
+
+class Surroundings(Protocol):
+    """What an entrypoint runs in: the registry that its class is subscribed to."""
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What to enter around a whole execution."""
+        ...
+
+
+class EntrypointMeta(type):
+    """Gives each class its ``path``."""
+
+    @property
+    def path(cls) -> str:
+        """The name under which messages ask for the class: ``module.ClassName``."""
+        return f"{cls.__module__}.{cls.__name__}"
+
+
+class _InstancePath:
+    """``path`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+
+    def __get__(self, instance: Any, owner: EntrypointMeta) -> str:
+        return owner.path
+
+
+def merge(result: Result, other: Result | None) -> Result:
+    """Merge ``other``, if there is one, into ``result`` as cdumay does (``result`` is changed), and return it."""
+    return result + other if other else result
+
+
+def copy_result(result: Result, uuid: str | None = None) -> Result:
+    """A Result that can be merged into without touching ``result``; values inside ``retval`` are shared.
+
+    :param uuid: identity of the copy, ``result``'s by default.
+    """
+    return Result(
+        uuid=uuid or result.uuid,
+        retcode=result.retcode,
+        stdout=result.stdout,
+        stderr=result.stderr,
+        retval=dict(result.retval),
+    )
+
+
+class Entrypoint(metaclass=EntrypointMeta):
+    """One unit of work: subclass it and implement :meth:`run`.
+
+    Every step of the life cycle has a hook without underscore, to override freely, and a trigger with one, which logs
+    and calls the hook.
+
+    :param uuid: identifier, a new one by default.
+    :param params: parameters of the work.
+    :param result: the forwarded result of what ran before.
+    :param metadata: context that is carried through.
+    """
+
+    #: Names of the parameters that must be present.
+    REQUIRED_FIELDS: ClassVar[Any] = []
+
+    path: ClassVar[Any] = _InstancePath()
+
+    _kser_registry: ClassVar[Surroundings | None] = None
+    _refusal: Any = _NOTHING
+
+    def __init__(
+        self,
+        uuid: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        result: Result | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.uuid: str = uuid or str(uuid4())
+        self.params: Any = params or {}
+        self.metadata: Any = metadata or {}
+        self.result: Result = result or Result(uuid=self.uuid)
+        self._post_init()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def postinit(self) -> None:
+        """Called at the end of construction; an object for which it raises is not run, and fails with that error."""
+
+    def prerun(self) -> None:
+        """Called before :meth:`run`, when the required parameters are there."""
+
+    def run(self) -> Result | None:
+        """The work. To implement.
+
+        :return: a Result, merged into :attr:`result`; None stands for a blank one.
+        :raises cdumay_error.types.NotImplemented: it was not overridden.
+        """
+        raise NotImplementedYet(f"Task '{type(self).path}' not implemented")
+
+    def postrun(self, result: Any) -> Any:
+        """Called with what :meth:`run` returned, not at all when it raised; returns what goes on in its place."""
+        return result
+
+    def onsuccess(self, result: Result) -> Any:
+        """Called with the final result when its return code is 0; what it returns, :meth:`execute` returns."""
+        return result
+
+    def onerror(self, result: Result) -> Any:
+        """Called with the final result of a failure; what it returns, :meth:`execute` returns.
+
+        When it raises, its error is logged and merged into the result, and no hook is called again.
+        """
+        return result
+
+    # -- triggers ------------------------------------------------------------------------------------------------------
+
+    def _post_init(self) -> None:
+        try:
+            self.postinit()
+        except Exception as exc:
+            self._refusal = self._onerror(Result.from_exception(exc, uuid=self.uuid))
+
+    def _prerun(self) -> None:
+        self._trace("PreRun")
+        self.check_required_params()
+        self.prerun()
+
+    def _run(self) -> Any:
+        self._trace("Run")
+        return self.run()
+
+    def _postrun(self, result: Any) -> Any:
+        self._trace("PostRun")
+        return self.postrun(result)
+
+    def _onsuccess(self, result: Any) -> Any:
+        self.result = merge(self.result, result)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(self._outcome_line("Success", self.result), extra=self._outcome_extra(self.result))
+        signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
+        return self.onsuccess(self.result)
+
+    def _onerror(self, result: Any) -> Any:
+        self.result = merge(self.result, result)
+        self._log_failure(logger)
+        return self._call_onerror()
+
+    # -- execution -----------------------------------------------------------------------------------------------------
+
+    def unsafe_execute(self, result: Result | None = None) -> Any:
+        """Execute; what a hook or :meth:`run` raises is raised.
+
+        :param result: merged into :attr:`result` before anything else.
+        :return: what :meth:`onsuccess` or, for a returned failure, :meth:`onerror` returned.
+        """
+        if self._is_refused():
+            return self._refusal
+        self.result = merge(self.result, result)
+        signals.emit(signals.entry_started, type(self), entry=self)
+        self._prerun()
+        value = self._postrun(self._run())
+        if status.outcome(self.result, value) == status.SUCCESS:
+            return self._onsuccess(value)
+        return self._onerror(value)
+
+    def execute(self, result: Result | None = None) -> Any:
+        """Execute; what is raised becomes a failed result. SystemExit and KeyboardInterrupt pass.
+
+        :param result: merged into :attr:`result` before anything else.
+        :return: what :meth:`onsuccess` or :meth:`onerror` returned: the result, unless they were overridden.
+        """
+        registry = self._kser_registry
+        with nullcontext() if registry is None else registry.context():
+            try:
+                return self.unsafe_execute(result=result)
+            except Exception as exc:
+                return self._onerror(Result.from_exception(exc, uuid=self.uuid))
+
+    def _is_refused(self) -> bool:
+        """Whether :meth:`postinit` raised."""
+        return self._refusal is not _NOTHING
+
+    def check_required_params(self) -> None:
+        """Check that every parameter of :attr:`REQUIRED_FIELDS` is present.
+
+        :raises cdumay_error.types.ValidationError: naming the first one that is missing.
+        """
+        for key in self.REQUIRED_FIELDS:
+            if key not in self.params:
+                raise ValidationError(f"Missing parameter: {key}")
+
+    # -- messages and logs ---------------------------------------------------------------------------------------------
+
+    def to_Message(self, result: Result | None = None) -> Message:
+        """The message that asks for this work; it shares this object's params, result and metadata.
+
+        :param result: forwarded in place of :attr:`result`.
+        """
+        return Message(
+            uuid=self.uuid,
+            entrypoint=type(self).path,
+            params=self.params,
+            result=result or self.result,
+            metadata=self.metadata,
+        )
+
+    @classmethod
+    def from_Message(cls, kmsg: Message) -> Self:
+        """An object from a message, sharing its params, result and metadata."""
+        return cls(uuid=kmsg.uuid, params=kmsg.params, result=kmsg.result, metadata=kmsg.metadata)
+
+    def label(self, action: str | None = None) -> str:
+        """``Name[uuid]``, followed by ``- action`` if there is one."""
+        label = f"{type(self).__name__}[{self.uuid}]"
+        return f"{label} - {action}" if action else label
+
+    def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
+        """Log ``message``, formatted with ``args``, behind this object's name, path and uuid.
+
+        :param level: level of the record.
+        :param kwargs: what :meth:`logging.Logger.log` takes: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
+        """
+        self._log_as("MESSAGE", logger, message, level, *args, **kwargs)
+
+    def _log_as(self, tag: str, log: logging.Logger, message: str, level: int, *args: Any, **kwargs: Any) -> None:
+        prefix = f"{self._line(tag)}: "
+        # Only with arguments does logging look for % in the text.
+        log.log(level, f"{prefix.replace('%', '%%') if args else prefix}{message}", *args, **kwargs)
+
+    def _line(self, tag: str) -> str:
+        return f"{type(self).__name__}.{tag}: {type(self).path}[{self.uuid}]"
+
+    def _outcome_line(self, tag: str, result: Any) -> str:
+        return f"{self._line(tag)}: {result}"
+
+    def _trace(self, tag: str) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(self._line(tag), extra={"kmsg": self._dump()})
+
+    def _dump(self) -> dict[str, Any]:
+        """What log records show of this object: its message with a blank result."""
+        return Message(uuid=self.uuid, entrypoint=type(self).path, params=self.params, metadata=self.metadata).dump()
+
+    def _outcome_extra(self, result: Result | None) -> dict[str, Any]:
+        return {"kmsg": self._dump(), "kresult": dump_result(result)}
+
+    def _log_failure(self, log: logging.Logger) -> None:
+        if log.isEnabledFor(logging.ERROR):
+            extra = self._outcome_extra(self.result)
+            error = self.result.search_value("error")
+            if error:
+                extra["error"] = error
+            log.error(self._outcome_line("Failed", self.result), extra=extra)
+
+    def _call_onerror(self) -> Any:
+        signals.emit(signals.entry_failed, type(self), entry=self, result=self.result)
+        try:
+            return self.onerror(self.result)
+        except Exception as exc:
+            logger.exception(f"{self._line('Failed')}: onerror raised: {exc}")
+            return merge(self.result, Result.from_exception(exc, uuid=self.uuid))

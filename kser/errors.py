@@ -1,0 +1,98 @@
+"""Every error that kser raises on its own account, in one flat file.
+
+::
+
+    KserError (cdumay_error.Error)
+    ├── SettingError (also cdumay_error.types.ConfigurationError)   a setting is missing or wrong
+    │   ├── ProducerMissing      nothing to send with
+    │   ├── TopicMissing         nowhere to send to
+    │   └── StoreMissing         no shared database for what needs one
+    ├── UsageError (also TypeError)                                 a call that cannot be meant
+    ├── MissingDependency        an optional part is not installed
+    ├── BrokerUnavailable        no broker answers
+    ├── ClientTrouble            the Kafka client cannot do something now; it is tried again
+    └── SendError                a message was not delivered
+
+Messages that cannot be read and parameters that are missing are ``cdumay_error.types.ValidationError``, as in 0.8.
+
+All are cdumay errors, so ``Result.from_exception`` keeps their ``code``, ``msgid``, ``message`` and ``extra``.
+"""
+
+from __future__ import annotations
+
+from cdumay_error import Error
+from cdumay_error.types import ConfigurationError
+from cdumay_result import Result
+
+
+class KserError(Error):
+    """Root of the errors of kser"""
+
+    MSGID = "ERR-50300"
+    CODE = 500
+
+
+class SettingError(KserError, ConfigurationError):
+    """A setting is missing or wrong"""
+
+    MSGID = "ERR-50301"
+    CODE = 400
+
+
+class ProducerMissing(SettingError):
+    """There is no producer to send with"""
+
+    MSGID = "ERR-50302"
+
+
+class TopicMissing(SettingError):
+    """There is no topic to send to"""
+
+    MSGID = "ERR-50303"
+
+
+class StoreMissing(SettingError):
+    """There is no shared database"""
+
+    MSGID = "ERR-50304"
+
+
+class UsageError(KserError, TypeError):
+    """The call cannot be meant as it was written"""
+
+    MSGID = "ERR-50305"
+    CODE = 400
+
+
+class MissingDependency(KserError):
+    """An optional part is not installed"""
+
+    MSGID = "ERR-50306"
+    CODE = 501
+
+
+class BrokerUnavailable(KserError):
+    """No broker answers"""
+
+    MSGID = "ERR-50307"
+    CODE = 503
+
+
+class ClientTrouble(KserError):
+    """The Kafka client cannot do something now"""
+
+    MSGID = "ERR-50309"
+    CODE = 503
+
+
+class SendError(KserError):
+    """A message was not delivered
+
+    :param result: what the producer answered: its ``stderr`` says why.
+    """
+
+    MSGID = "ERR-50308"
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message, extra={"uuid": result.uuid})
+        self.result = result

@@ -1,0 +1,1 @@
+"""Tasks, operations and the registry that routes messages to them."""

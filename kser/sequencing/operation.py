@@ -1,0 +1,296 @@
+"""Operation: a task that is a list of tasks, executed one after the other. Behaviour page, section 6."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser import status as states
+from kser.entry import copy_result, merge
+from kser.errors import SendError, StoreMissing
+from kser.schemas import dump_result
+from kser.sequencing.runner import InProcessRunner, Runner
+from kser.sequencing.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+class Operation(Task):
+    """A :class:`Task` that has other tasks as children, and runs them one after the other.
+
+    :param uuid: identifier, a new one by default.
+    :param params: parameters of the operation.
+    :param status: its state.
+    :param result: the forwarded result of a previous task; the first task gets it.
+    :param metadata: context that is carried through.
+    :param tasks: its tasks; :meth:`build` adds what :meth:`build_tasks` returns.
+    :raises kser.errors.UsageError: a positional call in the order of kser 0.8 (decision B2).
+    """
+
+    #: Classes whose required parameters the operation must have too.
+    TASKS: ClassVar[Any] = ()
+
+    _default_runner: ClassVar[Runner] = InProcessRunner()
+
+    def __init__(
+        self,
+        uuid: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        status: str = states.PENDING,
+        result: Result | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        tasks: Iterable[Task] | None = None,
+    ) -> None:
+        self.tasks: list[Task] = list(tasks or ())
+        self._built: list[Task] | None = None
+        self._incoming: Result | None = None
+        super().__init__(uuid=uuid, params=params, status=status, result=result, metadata=metadata)
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def new(cls, **kwargs: Any) -> Self:
+        """Make an operation from the arguments of its constructor.
+
+        .. deprecated:: 0.8
+           Call the class.
+        """
+        warnings.warn("Operation.new is deprecated: call the class", DeprecationWarning, stacklevel=2)
+        # The one below would warn again, of a call that the user did not write.
+        own = cls.parse_inputs.__func__ is Operation.parse_inputs.__func__  # type: ignore[attr-defined]
+        return cls(**(kwargs if own else cls.parse_inputs(**kwargs)))
+
+    @classmethod
+    def parse_inputs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Used by :meth:`new` to check its arguments; returns them.
+
+        .. deprecated:: 0.8
+           Use :meth:`prebuild`.
+        """
+        warnings.warn("Operation.parse_inputs is deprecated: use prebuild", DeprecationWarning, stacklevel=2)
+        return kwargs
+
+    def prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
+        """To implement: checks before the tasks are built.
+
+        :return: what :meth:`build_tasks` gets in place of ``kwargs``; something falsy keeps them.
+        """
+        return kwargs
+
+    def build_tasks(self, **kwargs: Any) -> list[Task]:
+        """To implement: make the tasks.
+
+        :param kwargs: the operation's params, or what :meth:`build` was called with.
+        """
+        return []
+
+    def finalize(self) -> Any:
+        """To implement: what is to be done once the tasks are built. What it returns, :meth:`build` returns."""
+        return self
+
+    def build(self, **kwargs: Any) -> Any:
+        """Make the tasks and add them; built again, they take the place of those built before.
+
+        :param kwargs: passed on to :meth:`prebuild` and :meth:`build_tasks`; the operation's params by default.
+        :return: what :meth:`finalize` returns: this operation.
+        :raises cdumay_error.types.ValidationError: a required parameter is missing.
+        """
+        built = self.compute_tasks(**(kwargs or self.params))
+        replaced = {id(task) for task in self._built or ()}
+        self.tasks = [*(task for task in self.tasks if id(task) not in replaced), *built]
+        self._built = built
+        return self.finalize()
+
+    @property
+    def _is_built(self) -> bool:
+        """Whether :meth:`build` was called."""
+        return self._built is not None
+
+    def compute_tasks(self, **kwargs: Any) -> list[Task]:
+        """Check, then make the tasks, without adding them.
+
+        :raises cdumay_error.types.ValidationError: a required parameter is missing.
+        """
+        return self._build_tasks(**(self._prebuild(**kwargs) or kwargs))
+
+    def _prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
+        accepted = _accepted(self.prebuild, kwargs)
+        self._trace_operation("PreBuild", f": {accepted}")
+        self.check_required_params()
+        return self.prebuild(**accepted)
+
+    def _build_tasks(self, **kwargs: Any) -> list[Task]:
+        tasks = self.build_tasks(**_accepted(self.build_tasks, kwargs))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found", extra={"kmsg": self._dump()})
+        return tasks
+
+    def add_task(self, task: Task) -> None:
+        """Add a task behind those that there are."""
+        self.tasks.append(task)
+
+    def check_required_params(self) -> None:
+        """Check this operation's params for what it and each class of :attr:`TASKS` requires (not what theirs require).
+
+        :raises cdumay_error.types.ValidationError: naming the first one that is missing and the class that wants it.
+        """
+        for owner in (type(self), *self.TASKS):
+            for key in owner.REQUIRED_FIELDS:
+                if key not in self.params:
+                    raise ValidationError(f"Missing parameter: {key} for {owner.path}")
+
+    def display(self) -> None:
+        """Print the operation and its tasks."""
+        print("\n  - ".join(map(str, (self, *self.tasks))))  # noqa: T201  what the method is for
+
+    # -- status --------------------------------------------------------------------------------------------------------
+
+    def set_status(self, status: str, result: Result | None = None) -> Any:
+        """Set the status; override it to record the status elsewhere.
+
+        :param status: the new one; nothing is refused.
+        :param result: the result so far, if any.
+        """
+        self.status = status
+
+    def _set_status(self, status: str, result: Result | None = None) -> Any:
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(
+                f"{self._line('SetStatus')} status update '{self.status}' -> '{status}'", extra={"kmsg": self._dump()}
+            )
+        return self.set_status(status, result)
+
+    # -- execution -----------------------------------------------------------------------------------------------------
+
+    def unsafe_execute(self, result: Result | None = None) -> Any:
+        """Run the tasks that are not SUCCESS yet, in order, until one fails.
+
+        A failing task, also one that raises, makes the operation FAILED; only what the operation's own steps raise
+        is raised.
+
+        :param result: merged into :attr:`result` before anything else; the first task gets it.
+        :return: :attr:`result`, unless ``onsuccess`` or ``onerror`` were overridden.
+        """
+        if self._is_refused():
+            return self._refusal
+        registry = self._kser_registry
+        return (self._default_runner if registry is None else registry.runner).run(self, result)
+
+    def _restart(self, result: Result | None = None) -> None:
+        """Set :attr:`result` back to what the operation came with, for a runner that is about to run it.
+
+        :param result: merged into it.
+        """
+        if self._incoming is None:
+            self._incoming = copy_result(self.result, uuid=self.uuid)
+            # The message shares this object: its log records show how it ends.
+            self.result.uuid = self.uuid
+        else:
+            self.result = copy_result(self._incoming)
+        self.result = merge(self.result, result)
+
+    def _prerun(self) -> None:
+        self.check_required_params()
+        self._set_status(states.RUNNING)
+        self._trace_operation("PreRun", ": running...")
+        self.prerun()
+
+    def _onsuccess(self, result: Any) -> Any:
+        if result is not self.result:
+            self.result = merge(self.result, result)
+        self._set_status(states.SUCCESS, self.result)
+        if logger.isEnabledFor(logging.INFO):
+            extra = {"kmsg": self._dump(), "kresult": dump_result(result)}
+            logger.info(self._outcome_line("Success", result), extra=extra)
+        return self.onsuccess(self.result)
+
+    def _onerror(self, result: Any) -> Any:
+        if result is not self.result:
+            self.result = merge(self.result, result)
+        self._set_status(states.FAILED, self.result)
+        self._log_failure(logger)
+        return self._call_onerror()
+
+    def _trace_operation(self, tag: str, text: str) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(f"{self._line(tag)}{text}", extra={"kmsg": self._dump()})
+
+    # -- over Kafka ----------------------------------------------------------------------------------------------------
+
+    def send(self, result: Result | None = None, topic: str | None = None) -> Any:
+        """Send this operation to Kafka as one message; the consumer that gets it builds and runs it.
+
+        :param result: forwarded to the operation.
+        :param topic: where to: this argument, else ``TOPIC``, else the first of ``KSER_TOPICS``.
+        :return: this operation.
+        :raises kser.errors.SendError: delivery was not confirmed; its ``result`` says why.
+        :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
+        :raises kser.errors.TopicMissing: none of the three names a topic.
+        """
+        answer = super().send(result=result, topic=topic)
+        if states.outcome(answer) != states.SUCCESS:
+            raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
+        return self
+
+    def next(self, task: Task) -> Task | None:
+        """The first task behind ``task`` (found by its uuid) that is not SUCCESS; None when there is none."""
+        uuids = [str(known.uuid) for known in self.tasks]
+        try:
+            position = uuids.index(str(task.uuid))
+        except ValueError:
+            return None
+        return self._first_unfinished(position + 1)
+
+    def launch(self) -> Result:
+        """Send the first task that is not SUCCESS; each finished one is to call :meth:`launch_next`.
+
+        :return: what came of sending; return code 1 when there is no task at all.
+        :raises kser.errors.StoreMissing: the tasks do not send themselves; see :meth:`launch_next`.
+        """
+        return self.launch_next()
+
+    def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
+        """Send the task that follows ``task``, or end the operation when there is none or when ``task`` failed.
+
+        Tasks whose class overrides ``send`` are sent with it, as in kser 0.8.
+
+        :param task: the task that ended; without one the first that is not SUCCESS is sent.
+        :param result: its result, forwarded to the next one.
+        :return: what ``send`` returned (of an operation as a Result), or the result that the operation ended with.
+        :raises kser.errors.StoreMissing: sending over the consumers needs a shared database, unless ``send`` is
+            overridden on the tasks (decision B22).
+        """
+        if not self.tasks and task is None:
+            return Result(retcode=1, stderr="Nothing to do, empty operation !")
+        failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)
+        following = self._first_unfinished(0) if task is None else self.next(task)
+        if failed or following is None:
+            self._set_status(states.FAILED if failed else states.SUCCESS, result)
+            return result or self.result
+        if getattr(type(following), "send", None) in (Task.send, Operation.send) and "send" not in vars(following):
+            raise StoreMissing(
+                f"{following!r} cannot be sent by {type(self).path}: running an operation over the consumers needs a"
+                " shared database (KSER_DATABASE_URI), which this version does not have yet; send the whole operation"
+                " with send(), or override send(result=None) on the tasks and call launch_next() from them"
+            )
+        answer = following.send(result=result)
+        return answer if isinstance(answer, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
+
+    def _first_unfinished(self, position: int) -> Task | None:
+        return next((task for task in self.tasks[position:] if task.status != states.SUCCESS), None)
+
+    def __repr__(self) -> str:
+        return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"
+
+    __str__ = __repr__
+
+
+def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``kwargs``, or nothing for a hook that takes nothing (decision B21b)."""
+    return kwargs if inspect.signature(hook).parameters else {}

@@ -1,0 +1,60 @@
+"""Running an operation in the process that has it: its tasks in order, each with the result of those before it.
+
+The registry holds the runner, so that another one can take the place of this one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cdumay_result import Result
+
+from kser import status
+from kser.entry import copy_result
+
+if TYPE_CHECKING:
+    from kser.sequencing.operation import Operation
+    from kser.sequencing.task import Task
+
+
+class Runner(Protocol):
+    """What executes operations."""
+
+    def run(self, operation: Operation, result: Result | None) -> Any:
+        """Execute ``operation`` to its end.
+
+        :param result: merged into the operation's own before anything else.
+        :return: what the operation's ``onsuccess`` or ``onerror`` returned.
+        """
+        ...
+
+
+class InProcessRunner:
+    """Keeps everything in memory. Run again, an operation goes on at its first task that is not SUCCESS.
+
+    The operation's result starts from what it came with, and the results of its tasks are added in order; each task
+    gets a copy of what there is so far (decisions B8 to B11).
+    """
+
+    def run(self, operation: Operation, result: Result | None) -> Any:
+        operation._restart(result)
+        operation._prerun()
+        if not operation.tasks and not operation._is_built:
+            operation.build(**operation.params)
+        for task in operation.tasks:
+            outcome = task.result if task.status == status.SUCCESS else self._run_task(task, operation.result)
+            # A task whose onsuccess returned nothing fails here, with the error that 0.8 gives.
+            operation.result = operation.result + outcome
+            if status.outcome(outcome) != status.SUCCESS:
+                return operation._onerror(operation.result)
+        # 0.8 says `None` where no task ran and nothing was forwarded.
+        return operation._onsuccess(operation.result if operation.tasks or result else None)
+
+    @staticmethod
+    def _run_task(task: Task, so_far: Result) -> Any:
+        if task.status != status.PENDING:
+            task.result = Result(uuid=task.uuid)
+        try:
+            return task.unsafe_execute(result=copy_result(so_far))
+        except Exception as exc:
+            return task._onerror(Result.from_exception(exc, uuid=task.uuid))

@@ -1,0 +1,115 @@
+"""Task: an entrypoint that knows its status. Behaviour page, section 5."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from cdumay_result import Result
+
+from kser import status as states
+from kser.entry import Entrypoint
+from kser.errors import ProducerMissing, UsageError
+
+if TYPE_CHECKING:
+    from kser.sequencing.registry import OperationRegistry
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Entrypoint):
+    """An entrypoint with a status: PENDING, RUNNING, then SUCCESS or FAILED.
+
+    :param uuid: identifier, a new one by default.
+    :param params: parameters of the task.
+    :param status: its state, stored as it is.
+    :param result: the forwarded result of a previous task.
+    :param metadata: context that is carried through.
+    :raises kser.errors.UsageError: a positional call in the order of Operation in kser 0.8 (decision B2).
+    """
+
+    #: Where :meth:`send` sends to; the first of ``KSER_TOPICS`` when None.
+    TOPIC: ClassVar[str | None] = None
+
+    _kser_registry: ClassVar[OperationRegistry | None] = None
+
+    def __init__(
+        self,
+        uuid: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        status: str = states.PENDING,
+        result: Result | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        given: Any = params
+        if isinstance(given, str) and given:
+            raise UsageError(
+                f"{type(self).__name__}: params is the text {params!r} where a mapping must be; the order is"
+                " (uuid, params, status, result, metadata), so pass them by keyword:"
+                f" {type(self).__name__}(uuid=..., params=..., status=...)"
+            )
+        self.status = status
+        super().__init__(uuid=uuid, params=params, result=result, metadata=metadata)
+
+    @classmethod
+    def init_by_id(cls, _id: Any) -> Self | None:
+        """To implement: load a task from your own database. Returns None here."""
+        return None
+
+    def get_attr(self, item: str) -> tuple[str, Any]:
+        """The pair ``("<item>Id", value)``, for mapping to a database.
+
+        The value is the attribute ``<item>Id`` of ``self.<item>`` when there is such an attribute, of this object
+        otherwise; None when neither has it.
+        """
+        name = f"{item}Id"
+        return name, getattr(getattr(self, item, self), name, None)
+
+    def send(self, result: Result | None = None, topic: str | None = None) -> Any:
+        """Send this task to Kafka with the producer of its registry, and wait until it is delivered.
+
+        :param result: forwarded to the task.
+        :param topic: where to: this argument, else :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
+        :return: the producer's Result, failed when delivery was not confirmed.
+        :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
+        :raises kser.errors.TopicMissing: none of the three names a topic.
+        """
+        registry = self._registry()
+        return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result))
+
+    def unsafe_execute(self, result: Result | None = None) -> Any:
+        if not self._is_refused():
+            self.status = states.RUNNING
+        return super().unsafe_execute(result=result)
+
+    def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
+        """Log ``message``, formatted with ``args``, as ``Name.STATUS: path[uuid]: message``.
+
+        :param level: level of the record.
+        :param kwargs: what :meth:`logging.Logger.log` takes; ``extra`` gets ``kmsg``, the dumped task, added.
+        """
+        if logger.isEnabledFor(level):
+            kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": self._dump()}
+            self._log_as(self.status, logger, message, level, *args, **kwargs)
+
+    def _registry(self) -> OperationRegistry:
+        if self._kser_registry is None:
+            raise ProducerMissing(
+                f"{type(self).path} has no registry to send with: decorate the class with @oregistry.subscribe, and"
+                " give that registry a producer: OperationRegistry(producer=Producer())"
+            )
+        return self._kser_registry
+
+    def _onsuccess(self, result: Any) -> Any:
+        self.status = states.SUCCESS
+        return super()._onsuccess(result)
+
+    def _onerror(self, result: Any) -> Any:
+        self.status = states.FAILED
+        return super()._onerror(result)
+
+    def __repr__(self) -> str:
+        return f"Task [{type(self).path}](uuid={self.uuid},status={self.status}, params={self.params})"
+
+    __str__ = __repr__

@@ -1,0 +1,42 @@
+"""The one place where listeners hook in.
+
+=====================  =====================  =========================================================
+signal                 sender                 keywords
+=====================  =====================  =========================================================
+``entry_started``      the Entrypoint class   ``entry``
+``entry_succeeded``    the Entrypoint class   ``entry``, ``result``
+``entry_failed``       the Entrypoint class   ``entry``, ``result``
+``message_refused``    the Controller class   ``raw_data``, ``error`` (the exception), ``result``
+``message_sent``       the Producer class     ``topic``, ``kmsg``, ``result``
+=====================  =====================  =========================================================
+
+A listener is connected with ``entry_failed.connect(function)``; it is called as ``function(sender, **keywords)``, in
+the thread that does the work and before that work goes on. What it raises is logged and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from blinker import NamedSignal, Namespace
+
+logger = logging.getLogger(__name__)
+
+_signals = Namespace()
+entry_started = _signals.signal("entry-started")
+entry_succeeded = _signals.signal("entry-succeeded")
+entry_failed = _signals.signal("entry-failed")
+message_refused = _signals.signal("message-refused")
+message_sent = _signals.signal("message-sent")
+
+
+def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:
+    """Call every listener of ``signal``; a raising one is logged and the others are called all the same."""
+    if not signal.receivers:
+        return
+    for receiver in signal.receivers_for(sender):
+        try:
+            receiver(sender, **keywords)
+        except Exception:
+            logger.exception("a listener of %r raised and was ignored: %r", signal.name, receiver)
