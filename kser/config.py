@@ -52,6 +52,16 @@ class Settings:
             raise SettingError(f"{CONFIG} must be a JSON object with options of the Kafka client; it is {value!r}")
         return None if value is None else {key: _python_value(key, option) for key, option in value.items()}
 
+    def consumed_topics(self, topics: Any = None) -> Any:
+        """What to consume: ``topics`` as they are, else ``KSER_TOPICS``.
+
+        :raises SettingError: there is none.
+        """
+        found = self.topics if topics is None else topics
+        if not found:
+            raise SettingError(f"there is no topic to consume: pass topics, or set {TOPICS} (names with commas)")
+        return found
+
     @property
     def topics(self) -> list[str]:
         """``KSER_TOPICS``, empty when it is not set.

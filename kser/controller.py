@@ -98,8 +98,10 @@ class BaseProducer(BaseController):
 
     def _sent(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Finish a message: log, hook and signal. What the hook returns is the result."""
+        # A raising hook makes the result a failure, but the message is on its way all the same.
+        delivered = status.outcome(result) == status.SUCCESS
         answer = self._finish(kmsg, result)
-        if status.outcome(result) == status.SUCCESS:
+        if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
         return answer
 

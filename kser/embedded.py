@@ -3,7 +3,8 @@
 In a program or a test::
 
     with EmbeddedBroker("dice") as broker:
-        producer = Producer(broker.config)
+        producer = Producer(broker.producer_config)
+        consumer = Consumer({**broker.config, "group_id": "players"}, ["dice"])
 
 In a shell::
 
@@ -48,24 +49,35 @@ class EmbeddedBroker:
         self._client: Any = _mock_cluster()
         #: Address of the broker, ``127.0.0.1:port``.
         self.bootstrap_servers = self._start()
+        #: The topics that were created, in that order.
+        self.topics: list[str] = []
         for name in topics:
             self.create_topic(name)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Options of the Kafka client for consumers and producers; each client takes those that it knows.
-
-        A new dict at each access: add to it what you like.
-        """
+        """Options of kafka-python for a consumer; add what you like, it is a new dict each time."""
         return {
-            "bootstrap_servers": self.bootstrap_servers,
-            # The newest protocol that the mock cluster and kafka-python both speak without misunderstanding.
-            "api_version": (2, 0),
-            # The mock cluster lets a changed group wait for members that are gone until their session ends, and tells
-            # the others only with a heartbeat: with the clients' own 45 s and 3 s a restarted consumer would wait long.
+            **self.producer_config,
+            # A changed group waits for members that are gone until their session ends, and the others hear of the
+            # change with their next heartbeat: with the client's own 45 s and 3 s, a restart would take that long.
             "session_timeout_ms": 6000,
             "heartbeat_interval_ms": 500,
         }
+
+    @property
+    def producer_config(self) -> dict[str, Any]:
+        """Options of kafka-python for a producer, a new dict each time."""
+        # Without a version, kafka-python 3 asks for it in a newer form than the mock cluster answers, for ever.
+        return {"bootstrap_servers": self.bootstrap_servers, "api_version": (2, 0)}
+
+    def environment(self, group_id: str = "kser") -> dict[str, str]:
+        """``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
+
+        :param group_id: the group of the consumers; it starts with the earliest message.
+        """
+        config = {**self.config, "api_version": "2.0", "group_id": group_id, "auto_offset_reset": "earliest"}
+        return {"KSER_CONFIG": json.dumps(config), "KSER_TOPICS": ",".join(self.topics)}
 
     def create_topic(self, name: str) -> None:
         """Create a topic; one that exists stays as it is.
@@ -83,6 +95,8 @@ class EmbeddedBroker:
         problem = self._metadata(name).topics[name].error
         if problem is not None:
             raise BrokerUnavailable(f"the development broker did not create topic {name!r}: {problem}")
+        if name not in self.topics:
+            self.topics.append(name)
 
     def close(self) -> None:
         """End the broker and forget its messages; closing twice is harmless."""
@@ -144,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"kser: development broker on {broker.bootstrap_servers}: it keeps 5 MB a partition and forgets"
                 " everything at exit; stop it with Ctrl-C\n"
             )
-            sys.stdout.write("".join(f"export {line}\n" for line in _environment(broker, options.topic)))
+            for name, value in broker.environment().items():
+                # Neither these options nor names of topics have a quote in them.
+                sys.stdout.write(f"export {name}='{value}'\n")
             sys.stdout.flush()
             signal.sigwait(ends)
     except KserError as error:
@@ -167,23 +183,6 @@ def _parser() -> argparse.ArgumentParser:
         help="create this topic (again for more); the first is where tasks are sent",
     )
     return parser
-
-
-def _environment(broker: EmbeddedBroker, topics: Sequence[str]) -> list[str]:
-    """``NAME=value`` for consumers and producers that are started elsewhere, quoted for a shell."""
-    config = {
-        **broker.config,
-        "api_version": "2.0",
-        "group_id": "kser",
-        "auto_offset_reset": "earliest",
-    }
-    settings = {"KSER_CONFIG": json.dumps(config), "KSER_TOPICS": ",".join(topics)}
-    return [f"{name}={_quoted(value)}" for name, value in settings.items()]
-
-
-def _quoted(value: str) -> str:
-    """``value`` in single quotes for a shell, also where a shell would not need them: both lines look alike."""
-    return "'" + value.replace("'", "'\\''") + "'"
 
 
 if __name__ == "__main__":

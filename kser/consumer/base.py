@@ -12,13 +12,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.config import TOPICS, Settings
 from kser.consumer.client import ConsumerClient, Partition, Record
 from kser.consumer.offsets import OffsetTracker
 from kser.controller import BaseProducer, Controller
@@ -32,8 +31,8 @@ TICK = 1.0
 PAUSE_REMINDER = 30.0
 #: Seconds before something that the client could not do is tried again.
 BACKOFF = 0.2
-#: Seconds that a commit, and that closing the client, may take: together less than five.
-CLIENT_TIMEOUT = 2.0
+#: Seconds that a commit, and that closing the client, may take: a broker that is gone must not hold the end up.
+CLIENT_TIMEOUT = 1.2
 
 COMMIT_MODES = ("after", "before")
 
@@ -42,12 +41,10 @@ class BaseConsumer:
     """Takes messages from topics and has :attr:`REGISTRY` handle them, one after the other.
 
     :param client: the transport.
-    :param topics: what to consume; ``KSER_TOPICS`` when None.
+    :param topics: what to consume.
     :param commit: ``"after"``: an offset is committed once its message is done, so a message is handled at least once.
         ``"before"``: in the order of kser 0.8, before its message is handled, so a crash loses it.
     :param commit_interval: seconds between commits; 0 commits at every message.
-    :param settings: where ``KSER_TOPICS`` comes from.
-    :raises kser.errors.SettingError: there is no topic to consume.
     """
 
     #: What handles messages: a controller class or an instance of one. May be set on the instance.
@@ -56,9 +53,7 @@ class BaseConsumer:
     #: The logger of the transport's module.
     LOGGER: ClassVar[logging.Logger] = logging.getLogger(__name__)
 
-    def __init__(
-        self, client: ConsumerClient, topics: Any, *, commit: str, commit_interval: float, settings: Settings
-    ) -> None:
+    def __init__(self, client: ConsumerClient, topics: Iterable[str], *, commit: str, commit_interval: float) -> None:
         self._client = client
         self._commit_before = commit == "before"
         self._commit_interval = commit_interval
@@ -73,11 +68,11 @@ class BaseConsumer:
         self._producer: BaseProducer | None = None
         self._last_poll = self._last_commit = self._clock()
         self._last_reminder = self._last_poll - PAUSE_REMINDER
-        if topics is None:
-            topics = settings.topics
-            if not topics:
-                raise SettingError(f"there is no topic to consume: pass topics, or set {TOPICS} (names with commas)")
-        client.subscribe(topics, self._on_revoke)
+        try:
+            client.subscribe(topics, self._on_revoke)
+        except BaseException:
+            client.close(0)
+            raise
         if not client.can_commit:
             self.LOGGER.warning(
                 f"{type(self).__name__}: without group_id no offset can be committed: messages are handled, and what"
@@ -210,6 +205,7 @@ class BaseConsumer:
             self._commit()
 
     def _commit(self) -> None:
+        self._drop_revoked()
         offsets = self._offsets.committable() if self._client.can_commit else {}
         self._last_commit = self._clock()
         if not offsets:

@@ -41,10 +41,9 @@ class Consumer(BaseConsumer):
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(
             DummyClient(self.client, self.config.get("group_id", "dummy")),
-            topics,
+            Settings().consumed_topics(topics),
             commit=commit,
             commit_interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
-            settings=Settings(),
         )
 
     def run_until_idle(self) -> int:

@@ -54,6 +54,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_commit_mode(commit)
         settings = Settings(getattr(app, "config", None))
+        topics = settings.consumed_topics(topics)
         self._options = options_for(KafkaConsumer, config, settings)
         options = dict(self._options)
         at_once = not options.get("enable_auto_commit", True)
@@ -67,7 +68,6 @@ class Consumer(BaseConsumer):
             topics,
             commit=commit,
             commit_interval=0 if at_once else interval,
-            settings=settings,
         )
 
     @staticmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cdumay_result import Result
 from kafka import KafkaProducer
-from kafka.errors import KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from kser import signals
 from kser.config import CONFIG, Settings
@@ -18,12 +19,15 @@ from kser.controller import BaseProducer
 from kser.python_kafka.options import connect, options_for, servers
 from kser.schemas import Message
 
+logger = logging.getLogger(__name__)
+
 #: Milliseconds that the client may wait for the metadata of a topic, unless it is configured.
 MAX_BLOCK_MS = 5000
 #: Seconds that closing waits for messages that are still on their way.
-CLOSE_TIMEOUT = 2.0
-#: Messages of a bulk whose delivery is not looked at yet.
-MAX_UNCHECKED = 10_000
+CLOSE_TIMEOUT = 0.5
+#: Messages of a bulk that are encoded before they are handed to the client together, and seconds that this may take.
+CHUNK = 500
+CHUNK_SECONDS = 0.05
 
 
 class Producer(BaseProducer):
@@ -39,13 +43,13 @@ class Producer(BaseProducer):
         options = options_for(KafkaProducer, config, Settings(getattr(app, "config", None)))
         self._max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
         self._servers = servers(options)
-        self._waiting_for_metadata = threading.Lock()
+        self._hurrying = threading.Lock()
         self.client = connect(KafkaProducer, options)
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
         deadline = time.monotonic() + timeout
         try:
-            self._enqueue(topic, self._onmessage(kmsg), deadline).get(timeout=_remaining(deadline))
+            self._enqueue(topic, self._encode(kmsg), deadline).get(timeout=_remaining(deadline))
             result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
         except Exception as exc:
             result = Result.from_exception(exc, uuid=kmsg.uuid)
@@ -60,64 +64,126 @@ class Producer(BaseProducer):
         :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
             reason by uuid; those whose time ran out may still arrive.
         """
-        deadline = time.monotonic() + timeout
-        unchecked: deque[tuple[Message, Any]] = deque()
-        failed: dict[str, str] = {}
-        count = 0
+        bulk = _Bulk(self, topic, time.monotonic() + timeout)
         try:
             for kmsg in kmsgs:
-                count += 1
-                try:
-                    unchecked.append((kmsg, self._enqueue(topic, self._onmessage(kmsg), deadline)))
-                except Exception as exc:
-                    failed[kmsg.uuid] = str(exc)
-                while len(unchecked) > MAX_UNCHECKED:
-                    self._check(topic, *unchecked.popleft(), deadline, failed)
-            while unchecked:
-                self._check(topic, *unchecked.popleft(), deadline, failed)
+                bulk.add(kmsg)
         except Exception as exc:
+            bulk.finish()
             return Result.from_exception(exc)
-        if not failed:
-            return Result(stdout=f"{count} message(s) sent")
-        reason = next(iter(failed.values()))
-        return Result(
-            retcode=500,
-            stdout=f"{count - len(failed)} message(s) sent",
-            stderr=f"{len(failed)} of {count} message(s) not sent; the first one: {reason}",
-            retval={"failed": failed},
-        )
+        return bulk.finish()
 
     def close(self) -> None:
-        self.client.close(timeout=CLOSE_TIMEOUT)
-
-    def _enqueue(self, topic: str, kmsg: Message, deadline: float) -> Any:
-        """Hand a message to the client, which may have to wait for metadata first; returns the future of its delivery.
-
-        The client has one setting for how long it waits, which has to fit each call's own deadline.
-        """
-        data = kmsg.dumps().encode("utf-8")
-        if not self._waiting_for_metadata.acquire(timeout=_remaining(deadline)):
-            raise KafkaTimeoutError(f"another thread still waits for metadata from {self._servers}")
         try:
-            self.client.config["max_block_ms"] = min(self._max_block_ms, _remaining(deadline) * 1000)
-            return self.client.send(topic, data)
+            self.client.close(timeout=CLOSE_TIMEOUT)
+        except KafkaError as error:
+            logger.warning(
+                f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {error}"
+            )
+
+    def _announce(self, topic: str, kmsg: Message) -> None:
+        if signals.message_sent.receivers:
+            result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
+            signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+
+    def _encode(self, kmsg: Message) -> bytes:
+        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
+
+    def _enqueue(self, topic: str, data: bytes, deadline: float) -> Any:
+        """Hand a message to the client, which may wait for metadata first; returns the future of its delivery."""
+        try:
+            if _remaining(deadline) * 1000 >= self._max_block_ms:
+                return self.client.send(topic, data)
+            return self._send_in_time(topic, data, deadline)
         except KafkaTimeoutError as error:
             raise KafkaTimeoutError(f"{error.args[0] if error.args else error} {self._explain(topic)}") from error
+
+    def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:
+        """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.
+
+        Another thread that has more time may meanwhile wait too short, and is then told so by its result.
+        """
+        if not self._hurrying.acquire(timeout=_remaining(deadline)):
+            raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._servers}.")
+        try:
+            self.client.config["max_block_ms"] = _remaining(deadline) * 1000
+            return self.client.send(topic, data)
         finally:
-            self._waiting_for_metadata.release()
+            self.client.config["max_block_ms"] = self._max_block_ms
+            self._hurrying.release()
 
     def _explain(self, topic: str) -> str:
         if self.client.bootstrap_connected():
             return f"The brokers at {self._servers} answer, but know no topic {topic!r}: create it, or correct its name"
         return f"No broker answers at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
 
-    def _check(self, topic: str, kmsg: Message, delivery: Any, deadline: float, failed: dict[str, str]) -> None:
+
+class _Bulk:
+    """Messages on their way together.
+
+    They are encoded, handed to the client and looked at in chunks: handed over one by one, each of them would find the
+    client's own thread awake, and most of them would travel alone.
+    """
+
+    def __init__(self, producer: Producer, topic: str, deadline: float) -> None:
+        self._producer = producer
+        self._topic = topic
+        self._deadline = deadline
+        self._count = 0
+        self._failed: dict[str, str] = {}
+        self._chunk: list[tuple[Message, bytes]] = []
+        self._chunk_began = 0.0
+        self._unchecked: list[tuple[Message, Any]] = []
+
+    def add(self, kmsg: Message) -> None:
+        """Take one message; it is sent with the next ones, but not held back for long."""
+        self._count += 1
+        if not self._chunk:
+            self._chunk_began = time.monotonic()
         try:
-            delivery.get(timeout=_remaining(deadline))
+            self._chunk.append((kmsg, self._producer._encode(kmsg)))
         except Exception as exc:
-            failed[kmsg.uuid] = str(exc)
-        else:
-            signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=None)
+            self._failed[kmsg.uuid] = str(exc)
+        if len(self._chunk) >= CHUNK or time.monotonic() - self._chunk_began > CHUNK_SECONDS:
+            self._send()
+
+    def finish(self) -> Result:
+        """Wait until all are delivered, and say what came of them."""
+        self._send()
+        # What does not make it in time is found when each delivery is looked at.
+        with suppress(KafkaTimeoutError):
+            self._producer.client.flush(timeout=_remaining(self._deadline))
+        self._check(self._unchecked)
+        sent = f"{self._count - len(self._failed)} message(s) sent"
+        if not self._failed:
+            return Result(stdout=sent)
+        reason = next(iter(self._failed.values()))
+        return Result(
+            retcode=500,
+            stdout=sent,
+            stderr=f"{len(self._failed)} of {self._count} message(s) not sent; the first one: {reason}",
+            retval={"failed": self._failed},
+        )
+
+    def _send(self) -> None:
+        # The chunks before this one are through by now, or nearly so: their futures need not be kept.
+        checkable, self._unchecked = self._unchecked, []
+        for kmsg, data in self._chunk:
+            try:
+                self._unchecked.append((kmsg, self._producer._enqueue(self._topic, data, self._deadline)))
+            except Exception as exc:
+                self._failed[kmsg.uuid] = str(exc)
+        self._chunk = []
+        self._check(checkable)
+
+    def _check(self, deliveries: Iterable[tuple[Message, Any]]) -> None:
+        for kmsg, delivery in deliveries:
+            try:
+                delivery.get(timeout=_remaining(self._deadline))
+            except Exception as exc:
+                self._failed[kmsg.uuid] = str(exc)
+            else:
+                self._producer._announce(self._topic, kmsg)
 
 
 def _remaining(deadline: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
+from kser import signals
 from kser import status as states
 from kser.entry import copy_result, merge
 from kser.errors import SendError, StoreMissing
@@ -179,6 +180,7 @@ class Operation(Task):
         """
         if self._is_refused():
             return self._refusal
+        signals.emit(signals.entry_started, type(self), entry=self)
         registry = self._kser_registry
         return (self._default_runner if registry is None else registry.runner).run(self, result)
 
@@ -208,6 +210,7 @@ class Operation(Task):
         if logger.isEnabledFor(logging.INFO):
             extra = {"kmsg": self._dump(), "kresult": dump_result(result)}
             logger.info(self._outcome_line("Success", result), extra=extra)
+        signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
     def _onerror(self, result: Any) -> Any:
