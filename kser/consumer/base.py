@@ -60,7 +60,7 @@ class BaseConsumer:
         self._clock = time.monotonic
         self._offsets = OffsetTracker()
         self._buffer: deque[Record] = deque()
-        self._revoked: list[Partition] = []
+        self._revoked: deque[Partition] = deque()
         self._stopping = False
         self._paused = False
         self._trouble: dict[str, str] = {}
@@ -229,7 +229,8 @@ class BaseConsumer:
     def _drop_revoked(self) -> None:
         """Forget records that somebody else will get."""
         if self._revoked:
-            revoked, self._revoked = set(self._revoked), []
+            # One by one, because the client's thread may add to them meanwhile.
+            revoked = {self._revoked.popleft() for _ in range(len(self._revoked))}
             self._offsets.forget(revoked)
             kept = (record for record in self._buffer if Partition(record.topic, record.partition) not in revoked)
             self._buffer = deque(kept)

@@ -59,7 +59,8 @@ class Consumer(BaseConsumer):
         options = dict(self._options)
         at_once = not options.get("enable_auto_commit", True)
         options["enable_auto_commit"] = False
-        if commit == "after":
+        # Without a group nothing is remembered, and every start would handle the whole topic again.
+        if commit == "after" and options.get("group_id") is not None:
             options.setdefault("auto_offset_reset", "earliest")
         self.client = connect(KafkaConsumer, options)
         interval = self.client.config["auto_commit_interval_ms"] / 1000
