@@ -14,9 +14,9 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
-from kser.errors import SettingError
+from kser.errors import SettingError, UsageError
 
 CONFIG = "KSER_CONFIG"
 TOPICS = "KSER_TOPICS"
@@ -31,10 +31,18 @@ class Settings:
     def __init__(self, app_config: Mapping[str, Any] | None = None) -> None:
         self._app_config = app_config or {}
 
+    @classmethod
+    def of(cls, app: Any) -> Self:
+        """The settings of a Flask application, or without one."""
+        return cls(getattr(app, "config", None))
+
     def get(self, name: str) -> Any:
-        """The value of a setting, or None: as it was given in the app's config, a str from the environment."""
+        """The value of a setting, or None: as it was given in the app's config, a str from the environment.
+
+        An empty variable is none: containers set such ones where nothing is meant.
+        """
         value = self._app_config.get(name)
-        return os.environ.get(name) if value is None else value
+        return (os.environ.get(name) or None) if value is None else value
 
     @property
     def client(self) -> dict[str, Any] | None:
@@ -56,8 +64,11 @@ class Settings:
         """What to consume: ``topics`` as they are, else ``KSER_TOPICS``.
 
         :raises SettingError: there is none.
+        :raises UsageError: it is one text, which would be taken letter by letter.
         """
         found = self.topics if topics is None else topics
+        if isinstance(found, str):
+            raise UsageError(f"topics must be a list of names, not one text: [{found!r}]")
         if not found:
             raise SettingError(f"there is no topic to consume: pass topics, or set {TOPICS} (names with commas)")
         return found
@@ -69,8 +80,8 @@ class Settings:
         :raises SettingError: it holds something that is no name.
         """
         value = self.get(TOPICS) or []
-        names = value.split(",") if isinstance(value, str) else list(value)
-        if not all(isinstance(name, str) for name in names):
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
             raise SettingError(f"{TOPICS} must hold names of topics; it is {value!r}")
         return [name.strip() for name in names if name.strip()]
 
@@ -80,7 +91,7 @@ def _python_value(key: str, value: Any) -> Any:
     if key == "api_version" and isinstance(value, str | list):
         try:
             return tuple(int(part) for part in (value.split(".") if isinstance(value, str) else value))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise SettingError(f"{CONFIG}: api_version must look like '2.0' or [2, 0]; it is {value!r}") from error
     return value
 

@@ -1,4 +1,4 @@
-"""Raw bytes -> entrypoint -> result. Behaviour page, section 4."""
+"""Raw bytes -> entrypoint -> result. Drop-in for ``kser.controller`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
-from kser.entry import Entrypoint, merge
+from kser.entry import Entrypoint, check_entrypoint
 from kser.lockfiles import running_file
+from kser.results import failure, merge
 from kser.schemas import Message, dump_result
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class BaseController:
     @classmethod
     def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
         logger.exception(f"{cls.__name__}.Failed: {kmsg.entrypoint}[{kmsg.uuid}]: a hook raised: {exc}")
-        failure = _failure(exc, kmsg.uuid)
-        return merge(result, failure) if isinstance(result, Result) else failure
+        failed = failure(exc, kmsg.uuid)
+        return merge(result, failed) if isinstance(result, Result) else failed
 
 
 class BaseProducer(BaseController):
@@ -125,10 +126,7 @@ class Controller(BaseController):
 
         :raises cdumay_error.types.ValidationError: it is no subclass of Entrypoint.
         """
-        if not (isinstance(entrypoint, type) and issubclass(entrypoint, Entrypoint)):
-            raise ValidationError(
-                f"Invalid type for entry '{name}', MUST implement kser.entry.Entrypoint", extra={"entrypoint": name}
-            )
+        check_entrypoint(name, entrypoint)
         cls.ENTRYPOINTS[name] = entrypoint
         logger.debug(f"{cls.__name__}.Registered: {name}")
 
@@ -146,14 +144,16 @@ class Controller(BaseController):
             logger.debug(f"{cls.__name__}.ReceivedFromKafka: {raw_data}")
         try:
             received = cls.TRANSPORT.loads(raw_data)
+            if not _is_message(received):
+                raise TypeError(f"{cls.TRANSPORT!r} read {received!r}, which is no message")
         except Exception as exc:
             return cls._refuse(raw_data, exc)
         try:
             kmsg = cls._onmessage(received)
         except Exception as exc:
-            return cls._finish(received, _failure(ValidationError(f"onmessage failed: {exc}"), received.uuid))
-        if kmsg is None:
-            return cls._finish(received, _failure(ValidationError("onmessage returned None"), received.uuid))
+            return cls._finish(received, failure(ValidationError(f"onmessage failed: {exc}"), received.uuid))
+        if not _is_message(kmsg):
+            return cls._finish(received, failure(ValidationError(f"onmessage returned {kmsg!r}"), received.uuid))
         return cls._finish(kmsg, cls._process(kmsg))
 
     @classmethod
@@ -178,9 +178,9 @@ class Controller(BaseController):
                 # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
                 status.outcome(result)
         except Exception as exc:
-            return _failure(exc, kmsg.uuid)
+            return failure(exc, kmsg.uuid)
         except SystemExit as exc:
-            return _failure(RuntimeError(f"SystemExit: the task called sys.exit({exc.code!r})"), kmsg.uuid)
+            return failure(RuntimeError(f"SystemExit: the task called sys.exit({exc.code!r})"), kmsg.uuid)
         return result
 
     @classmethod
@@ -230,11 +230,9 @@ def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
     return {"kmsg": kmsg.dump(), "kresult": dump_result(result)}
 
 
-def _failure(exc: BaseException, uuid: str) -> Result:
-    """A failed Result that keeps the uuid of its message, whatever the exception carries."""
-    result = Result.from_exception(exc, uuid=uuid)
-    result.uuid = uuid
-    return result
+def _is_message(value: Any) -> bool:
+    """Whether hooks and transports gave something that can be handled: third parties have classes of their own."""
+    return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
 def _best_guess(raw_data: Any) -> Message:

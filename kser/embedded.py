@@ -138,8 +138,14 @@ def _mock_cluster() -> Any:
         raise MissingDependency(
             f'the development broker needs confluent-kafka ({error}); install it with: pip install "kser[embedded]"'
         ) from error
-    # The mock cluster replaces bootstrap.servers, which must be there all the same.
-    return Producer({"bootstrap.servers": "127.0.0.1", "test.mock.num.brokers": 1, "log_level": _SYSLOG_WARNING})
+    # The mock cluster's thread ends when a signal interrupts it: the broker would answer no more, and closing it could
+    # take for ever. A thread inherits what is blocked where it is started.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        # The mock cluster replaces bootstrap.servers, which must be there all the same.
+        return Producer({"bootstrap.servers": "127.0.0.1", "test.mock.num.brokers": 1, "log_level": _SYSLOG_WARNING})
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Entrypoint: one unit of work and its life cycle. Behaviour page, section 3."""
+"""Entrypoint: one unit of work and its life cycle. Drop-in for ``kser.entry`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
+from kser.results import failure, merge
 from kser.schemas import Message, dump_result
 
 logger = logging.getLogger(__name__)
@@ -44,25 +45,6 @@ class _InstancePath:
         return owner.path
 
 
-def merge(result: Result, other: Result | None) -> Result:
-    """Merge ``other``, if there is one, into ``result`` as cdumay does (``result`` is changed), and return it."""
-    return result + other if other else result
-
-
-def copy_result(result: Result, uuid: str | None = None) -> Result:
-    """A Result that can be merged into without touching ``result``; values inside ``retval`` are shared.
-
-    :param uuid: identity of the copy, ``result``'s by default.
-    """
-    return Result(
-        uuid=uuid or result.uuid,
-        retcode=result.retcode,
-        stdout=result.stdout,
-        stderr=result.stderr,
-        retval=dict(result.retval),
-    )
-
-
 class Entrypoint(metaclass=EntrypointMeta):
     """One unit of work: subclass it and implement :meth:`run`.
 
@@ -90,9 +72,13 @@ class Entrypoint(metaclass=EntrypointMeta):
         result: Result | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        #: Identifier; the same in the message, the logs and the result.
         self.uuid: str = uuid or str(uuid4())
+        #: Parameters of the work.
         self.params: Any = params or {}
+        #: Context that is carried through.
         self.metadata: Any = metadata or {}
+        #: What came in, with what the work gave merged into it.
         self.result: Result = result or Result(uuid=self.uuid)
         self._post_init()
 
@@ -133,7 +119,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         try:
             self.postinit()
         except Exception as exc:
-            self._refusal = self._onerror(Result.from_exception(exc, uuid=self.uuid))
+            self._refusal = self._onerror(failure(exc, self.uuid))
 
     def _prerun(self) -> None:
         self._trace("PreRun")
@@ -189,7 +175,7 @@ class Entrypoint(metaclass=EntrypointMeta):
             try:
                 return self.unsafe_execute(result=result)
             except Exception as exc:
-                return self._onerror(Result.from_exception(exc, uuid=self.uuid))
+                return self._onerror(failure(exc, self.uuid))
 
     def _is_refused(self) -> bool:
         """Whether :meth:`postinit` raised."""
@@ -273,4 +259,16 @@ class Entrypoint(metaclass=EntrypointMeta):
             return self.onerror(self.result)
         except Exception as exc:
             logger.exception(f"{self._line('Failed')}: onerror raised: {exc}")
-            return merge(self.result, Result.from_exception(exc, uuid=self.uuid))
+            return merge(self.result, failure(exc, self.uuid))
+
+
+def check_entrypoint(name: Any, candidate: Any) -> None:
+    """Check that ``candidate`` is a class of entrypoints.
+
+    :param name: what it was to be registered under.
+    :raises cdumay_error.types.ValidationError: it is not.
+    """
+    if not (isinstance(candidate, type) and issubclass(candidate, Entrypoint)):
+        raise ValidationError(
+            f"Invalid type for entry '{name}', MUST implement kser.entry.Entrypoint", extra={"entrypoint": name}
+        )

@@ -99,11 +99,14 @@ def is_paused() -> bool:
 
 
 def remove_pause_file() -> str | None:
-    """Remove the pause file; returns its path when there was one."""
+    """Remove the pause file; returns its path when there was one and it could be removed."""
     path = os.environ["LOCK_FILE"]
+    if not is_paused():
+        return None
     try:
         os.remove(path)
-    except FileNotFoundError:
+    except OSError as error:
+        logger.warning("the pause file %r cannot be removed (%s): the consumer is paused until it is gone", path, error)
         return None
     return path
 

@@ -2,7 +2,7 @@
 
 :data:`MESSAGE` and :data:`RESULT` are the declaration. The marshmallow schemas are made from it, and so are the direct
 reader and writer, which handle what is already of the declared types; everything else is for the schemas to accept,
-convert or refuse. Behaviour page, section 2.
+convert or refuse. Drop-in for ``kser.schemas`` of 0.8.27.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -43,7 +43,7 @@ class BaseConsumer:
     :param client: the transport.
     :param topics: what to consume.
     :param commit: ``"after"``: an offset is committed once its message is done, so a message is handled at least once.
-        ``"before"``: in the order of kser 0.8, before its message is handled, so a crash loses it.
+        ``"before"``: in the order of kser 0.8, before its message is handled, so a crash may lose it.
     :param commit_interval: seconds between commits; 0 commits at every message.
     """
 
@@ -64,7 +64,7 @@ class BaseConsumer:
         self._stopping = False
         self._paused = False
         self._trouble: dict[str, str] = {}
-        self._lent_to: Any = None
+        self._lent_to = (0, 0)
         self._producer: BaseProducer | None = None
         self._last_poll = self._last_commit = self._clock()
         self._last_reminder = self._last_poll - PAUSE_REMINDER
@@ -144,11 +144,12 @@ class BaseConsumer:
 
     def close(self) -> None:
         """Commit what is done, leave the group and let go of the client."""
-        self._commit()
-        self._client.close(CLIENT_TIMEOUT)
-        if self._producer is not None:
-            self._producer.close()
-        lockfiles.running_file.clear_own()
+        with ExitStack() as last_to_first:
+            last_to_first.callback(lockfiles.running_file.clear_own)
+            if self._producer is not None:
+                last_to_first.callback(self._producer.close)
+            last_to_first.callback(self._client.close, CLIENT_TIMEOUT)
+            self._commit()
 
     def _look_at_pause(self) -> None:
         self._paused = not self.is_active()
@@ -160,7 +161,7 @@ class BaseConsumer:
         """Ask for records when there are none; otherwise only keep our place in the group."""
         hold = self._paused or bool(self._buffer)
         try:
-            records = self._client.poll(0 if self._buffer else timeout, hold)
+            records = self._client.poll(0 if self._buffer and not self._paused else timeout, hold)
         except ClientTrouble as trouble:
             self._report("poll", trouble)
             time.sleep(min(BACKOFF, timeout))
@@ -248,11 +249,12 @@ class BaseConsumer:
                 self.LOGGER.info(f"{type(self).__name__}: the Kafka client can {activity} again")
 
     def _lend_producer(self) -> None:
-        """Let the classes that this consumer runs send with its own connection; again when REGISTRY was replaced."""
-        if self._lent_to is self.REGISTRY:
+        """Let the classes that this consumer runs send with its own connection, also those that are added later."""
+        entrypoints = getattr(self.REGISTRY, "ENTRYPOINTS", {})
+        if self._lent_to == (id(entrypoints), len(entrypoints)):
             return
-        self._lent_to = self.REGISTRY
-        for entrypoint in getattr(self.REGISTRY, "ENTRYPOINTS", {}).values():
+        self._lent_to = id(entrypoints), len(entrypoints)
+        for entrypoint in entrypoints.values():
             registry = getattr(entrypoint, "_kser_registry", None)
             if registry is not None:
                 registry.borrow_producer(self._own_producer)

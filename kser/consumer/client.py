@@ -52,9 +52,8 @@ class ConsumerClient(ABC):
     def poll(self, timeout: float, hold: bool) -> Sequence[Record]:
         """Take part in the group, and hand out records that were not handed out yet, in order within a partition.
 
-        :param timeout: seconds to wait for records when there are none.
-        :param hold: hand out none, and wait no longer than the group's business takes. Records of partitions that
-            are assigned in this very call may come all the same.
+        :param timeout: seconds to wait when there are no records to hand out.
+        :param hold: hand out none. Records of partitions that are assigned in this very call may come all the same.
         """
 
     @abstractmethod

@@ -36,8 +36,10 @@ class Bus:
 
     @classmethod
     def reset(cls) -> None:
-        """Forget all buses, between two tests."""
-        cls._all.clear()
+        """Empty all buses, between two tests."""
+        for bus in cls._all.values():
+            bus.topics.clear()
+            bus.committed.clear()
 
     def send(self, topic: str, value: bytes) -> None:
         """Put a record behind the others of its topic."""
@@ -60,10 +62,8 @@ class DummyClient(ConsumerClient):
 
     def poll(self, timeout: float, hold: bool) -> Sequence[Record]:
         with self._bus.arrived:
-            if not hold:
-                self._bus.arrived.wait_for(self._is_behind, timeout)
-                return [record for topic in self._positions for record in self._take(topic)]
-        return ()
+            self._bus.arrived.wait_for(lambda: not hold and self._is_behind(), timeout)
+            return [] if hold else [record for topic in self._positions for record in self._take(topic)]
 
     def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None:
         self._bus.committed.update({(self._group, key.topic): offset for key, offset in offsets.items()})

@@ -1,4 +1,4 @@
-"""Consumer of the in-memory transport. Behaviour page, section 10."""
+"""Consumer of the in-memory transport. In place of ``kser.dummy`` of 0.8.27, which neither sent nor received."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Consumer(BaseConsumer):
     """Takes messages from the bus that ``config["bootstrap_servers"]`` names; tests drive it step by step.
 
     :param config: ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``enable_auto_commit`` and
-        ``auto_commit_interval_ms`` are looked at, the rest is not.
+        ``auto_commit_interval_ms`` are looked at, the rest is not; ``KSER_CONFIG`` when None.
     :param topics: what to consume; ``KSER_TOPICS`` when None.
     :param commit: ``"after"`` a message is done, or ``"before"`` it is handled.
+    :param app: a Flask application whose ``config`` is looked at before the environment.
     :raises kser.errors.SettingError: there is no topic to consume.
     """
 
@@ -34,14 +35,16 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         commit: str = "after",
+        app: Any = None,
     ) -> None:
         check_commit_mode(commit)
-        self.config = dict(config or {})
+        settings = Settings.of(app)
+        self.config = dict(config or settings.client or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(
             DummyClient(self.client, self.config.get("group_id", "dummy")),
-            Settings().consumed_topics(topics),
+            settings.consumed_topics(topics),
             commit=commit,
             commit_interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
         )

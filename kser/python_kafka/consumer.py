@@ -1,4 +1,4 @@
-"""Consumer on kafka-python. Behaviour page, section 8."""
+"""Consumer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Consumer(BaseConsumer):
         app: Any = None,
     ) -> None:
         check_commit_mode(commit)
-        settings = Settings(getattr(app, "config", None))
+        settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         self._options = options_for(KafkaConsumer, config, settings)
         options = dict(self._options)

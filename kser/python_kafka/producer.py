@@ -1,4 +1,4 @@
-"""Producer on kafka-python. Behaviour page, section 8."""
+"""Producer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kser import signals
 from kser.config import CONFIG, Settings
 from kser.controller import BaseProducer
 from kser.python_kafka.options import connect, options_for, servers
+from kser.results import failure
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
-        options = options_for(KafkaProducer, config, Settings(getattr(app, "config", None)))
+        options = options_for(KafkaProducer, config, Settings.of(app))
         self._max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
         self._servers = servers(options)
         self._hurrying = threading.Lock()
@@ -52,7 +53,7 @@ class Producer(BaseProducer):
             self._enqueue(topic, self._encode(kmsg), deadline).get(timeout=_remaining(deadline))
             result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
         except Exception as exc:
-            result = Result.from_exception(exc, uuid=kmsg.uuid)
+            result = failure(exc, kmsg.uuid)
         return self._sent(topic, kmsg, result)
 
     def bulk_send(self, topic: str, kmsgs: Iterable[Message], timeout: float = 60) -> Result:

@@ -1,4 +1,7 @@
-"""Operation: a task that is a list of tasks, executed one after the other. Behaviour page, section 6."""
+"""Operation: a task that is a list of tasks, executed one after the other.
+
+Drop-in for ``kser.sequencing.operation`` of 0.8.27.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from cdumay_result import Result
 
 from kser import signals
 from kser import status as states
-from kser.entry import copy_result, merge
 from kser.errors import SendError, StoreMissing
+from kser.results import copy_result, merge
 from kser.schemas import dump_result
 from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task
@@ -23,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Operation(Task):
-    """A :class:`Task` that has other tasks as children, and runs them one after the other.
+    """A :class:`~kser.sequencing.task.Task` that has other tasks as children, and runs them one after the other.
 
     :param uuid: identifier, a new one by default.
     :param params: parameters of the operation.
@@ -48,6 +51,7 @@ class Operation(Task):
         metadata: Mapping[str, Any] | None = None,
         tasks: Iterable[Task] | None = None,
     ) -> None:
+        #: The tasks, in the order in which they run.
         self.tasks: list[Task] = list(tasks or ())
         self._built: list[Task] | None = None
         self._incoming: Result | None = None
@@ -275,7 +279,7 @@ class Operation(Task):
         following = self._first_unfinished(0) if task is None else self.next(task)
         if failed or following is None:
             self._set_status(states.FAILED if failed else states.SUCCESS, result)
-            return result or self.result
+            return result or (task.result if failed and task is not None else self.result)
         if getattr(type(following), "send", None) in (Task.send, Operation.send) and "send" not in vars(following):
             raise StoreMissing(
                 f"{following!r} cannot be sent by {type(self).path}: running an operation over the consumers needs a"

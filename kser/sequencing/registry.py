@@ -1,4 +1,7 @@
-"""OperationRegistry: routes messages to the classes that are subscribed to it. Behaviour page, section 7."""
+"""OperationRegistry: routes messages to the classes that are subscribed to it.
+
+Drop-in for ``kser.sequencing.registry`` of 0.8.27.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from cdumay_error.types import ValidationError
-
 from kser.config import TOPICS, Settings
 from kser.controller import BaseProducer, Controller
-from kser.entry import Entrypoint
+from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, TopicMissing
 from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task
@@ -61,12 +62,8 @@ class OperationRegistry:
         :return: the class.
         :raises cdumay_error.types.ValidationError: it is no Entrypoint class.
         """
-        path = getattr(callback, "path", None)
-        if path is None:
-            raise ValidationError(
-                f"Invalid type for entry '{callback!r}', MUST implement kser.entry.Entrypoint",
-                extra={"entrypoint": repr(callback)},
-            )
+        check_entrypoint(getattr(callback, "path", repr(callback)), callback)
+        path = callback.path
         known = self.controller.ENTRYPOINTS.get(path)
         if known is None:
             self.controller.register(path, callback)
@@ -86,17 +83,17 @@ class OperationRegistry:
 
         :raises kser.errors.ProducerMissing: nobody gave one.
         """
-        if self._producer is None and self._lend is not None:
-            self._producer = self._lend()
-        if self._producer is None:
+        if self._producer is not None:
+            return self._producer
+        if self._lend is None:
             raise ProducerMissing(
                 "the registry has no producer to send with: give it one, OperationRegistry(producer=Producer()), or"
                 " send from a task that a consumer runs (Producer() reads KSER_CONFIG)"
             )
-        return self._producer
+        return self._lend()
 
     def borrow_producer(self, lend: Callable[[], BaseProducer]) -> None:
-        """Send with what ``lend`` returns, as long as nobody gave a producer; it is called when first needed."""
+        """Send with what ``lend`` returns, as long as nobody gave a producer; it is called each time."""
         self._lend = lend
 
     def topic_for(self, task: Task, topic: str | None = None) -> str:
@@ -115,7 +112,7 @@ class OperationRegistry:
     @property
     def settings(self) -> Settings:
         """The settings, as the app and the environment have them now."""
-        return Settings(getattr(self.app, "config", None))
+        return Settings.of(self.app)
 
     def context(self) -> AbstractContextManager[Any]:
         """The app's context, to run something in; nothing without an app."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cdumay_result import Result
 
 from kser import status
-from kser.entry import copy_result
+from kser.results import copy_result, failure
 
 if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
@@ -47,6 +47,9 @@ class InProcessRunner:
             operation.result = operation.result + outcome
             if status.outcome(outcome) != status.SUCCESS:
                 return operation._onerror(operation.result)
+        if status.outcome(operation.result) != status.SUCCESS:
+            # No task had to run, and what came in was a failure.
+            return operation._onerror(operation.result)
         # 0.8 says `None` where no task ran and nothing was forwarded.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
@@ -57,4 +60,4 @@ class InProcessRunner:
         try:
             return task.unsafe_execute(result=copy_result(so_far))
         except Exception as exc:
-            return task._onerror(Result.from_exception(exc, uuid=task.uuid))
+            return task._onerror(failure(exc, task.uuid))

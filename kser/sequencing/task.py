@@ -1,4 +1,4 @@
-"""Task: an entrypoint that knows its status. Behaviour page, section 5."""
+"""Task: an entrypoint that knows its status. Drop-in for ``kser.sequencing.task`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Task(Entrypoint):
                 " (uuid, params, status, result, metadata), so pass them by keyword:"
                 f" {type(self).__name__}(uuid=..., params=..., status=...)"
             )
+        #: ``PENDING``, ``RUNNING``, ``SUCCESS``, ``FAILED``, ``CANCELLED``, or a word of your own.
         self.status = status
         super().__init__(uuid=uuid, params=params, result=result, metadata=metadata)
 

@@ -1,0 +1,1 @@
+python -m kser.embedded --topic orders

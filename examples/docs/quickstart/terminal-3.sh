@@ -1,0 +1,1 @@
+python order.py

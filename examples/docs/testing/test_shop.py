@@ -1,0 +1,68 @@
+"""Tests of the shop: they need neither a broker nor threads nor waiting."""
+
+import pytest
+from cdumay_result import Result
+
+from kser import Message, Operation, OperationRegistry, Task
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer
+from kser.dummy.producer import Producer
+
+oregistry = OperationRegistry()
+
+
+@oregistry.subscribe
+class Charge(Task):
+    TOPIC = "orders"
+
+    def run(self):
+        return Result(stdout="charged", retval={"receipt": "R-17"})
+
+
+@oregistry.subscribe
+class PlaceOrder(Operation):
+    def build_tasks(self, **params):
+        return [Charge(params=params)]
+
+    def onsuccess(self, result):
+        Charge(uuid="tip").send()  # with the producer that the consumer lends
+        return result
+
+
+@pytest.fixture(autouse=True)
+def lock_files(tmp_path, monkeypatch):
+    for name in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+@pytest.fixture
+def consumer():
+    Bus.reset()  # no message of another test
+    consumer = Consumer(topics=["orders"])
+    consumer.REGISTRY = oregistry.controller
+    yield consumer
+    consumer.close()
+
+
+def test_a_task_returns_a_receipt():
+    assert Charge().execute().retval == {"receipt": "R-17"}
+
+
+def test_one_step_handles_what_has_been_sent(consumer):
+    Producer().send("orders", Message("order-1", Charge.path))
+    assert consumer.step(timeout=0) == 1
+    assert consumer.step(timeout=0) == 0
+
+
+def test_an_order_is_charged_and_tipped(consumer, caplog):
+    caplog.set_level("INFO")
+    Producer().send("orders", Message("order-1", PlaceOrder.path))
+    assert consumer.run_until_idle() == 2  # the order, and the task that it sent
+    assert f"PlaceOrder.Success: {PlaceOrder.path}[order-1]: charged" in caplog.messages
+    assert f"Charge.Success: {Charge.path}[tip]: charged" in caplog.messages
+
+
+def test_what_was_sent_can_be_read_back():
+    elsewhere = {"bootstrap_servers": "elsewhere"}  # a bus of its own
+    Producer(elsewhere).send("orders", Message("order-2", Charge.path))
+    assert [Message.loads(value).uuid for value in Bus.at("elsewhere").topics["orders"]] == ["order-2"]
