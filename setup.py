@@ -31,7 +31,7 @@ setup(
         "cdumay-result>=0.1.12",
         "marshmallow>=3.18,<4",
         "kafka-python>=2.3,<4",
-        "blinker>=1.6",
+        "blinker>=1.6.2",
     ],
     extras_require={
         "flask": FLASK,

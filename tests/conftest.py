@@ -1,0 +1,127 @@
+"""Every test runs apart from the machine and from the others, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import blinker
+import pytest
+
+import kser.signals
+from kser.controller import Controller
+
+#: How long what a test has ended may take to be gone.
+GRACE_SECONDS = 3
+
+FILES = {"RUNNING_FILE": "run", "LOCK_FILE": "pause", "TERMINATE_FILE": "terminate"}
+
+
+def needs(service: str, problem: object = None) -> NoReturn:
+    """End a test that needs a service that is not there: skipped at home, failed where everything has to run."""
+    text = f"needs {service}, which is not there: {problem}" if problem else f"needs {service}, which is not there"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{text}; with CI=true nothing is skipped", pytrace=False)
+    pytest.skip(text)
+
+
+@pytest.fixture(autouse=True)
+def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of this test's own for kser's lock files; none of the caller's settings reach the test."""
+    for name in [name for name in os.environ if name.startswith("KSER_") and not name.startswith("KSER_TEST_")]:
+        monkeypatch.delenv(name)
+    folder = tmp_path_factory.mktemp("locks")
+    monkeypatch.setenv("LOCK_PATH", str(folder))
+    for variable, suffix in FILES.items():
+        monkeypatch.setenv(variable, str(folder / f"kser-test-{suffix}.lock"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def leak_detector(lock_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that leaves something behind; what it registers is forgotten after it."""
+    registry = Controller.ENTRYPOINTS
+    before = {name: look() for name, look in TRACES.items()}
+    registered = dict(registry)
+    monkeypatch.setattr(Controller, "ENTRYPOINTS", dict(registry))
+    yield
+    leaks = [leak for name, look in TRACES.items() if (leak := _left_behind(name, look, before[name]))]
+    if registry != registered:
+        leaks.append(f"entries in the shared registry: {sorted(registry.keys() - registered.keys())}")
+        registry.clear()
+        registry.update(registered)
+    leaks += _left_in(lock_path)
+    if leaks:
+        pytest.fail("the test left behind " + "; ".join(leaks), pytrace=False)
+
+
+def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:
+    """What is there now and was not before, once it had time to go."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while left := {key: text for key, text in look().items() if before.get(key) != text}:
+        if time.monotonic() > deadline:
+            return f"{name}: {sorted(left.values())}"
+        # An object that waits for the collector holds its thread or its child.
+        gc.collect()
+        time.sleep(0.02)
+    return ""
+
+
+def _left_in(folder: Path) -> list[str]:
+    """What is wrong with the lock files.
+
+    The running file stays, emptied, as it always did; the two others are made by operators alone, so by the test.
+    """
+    texts = []
+    for path in folder.iterdir():
+        if path.name not in {f"kser-test-{suffix}.lock" for suffix in FILES.values()}:
+            texts.append(f"a file in LOCK_PATH: {path.name}")
+        elif path.name == "kser-test-run.lock" and path.read_bytes():
+            texts.append(f"a running file that still says {path.read_text(errors='replace')!r}")
+    return texts
+
+
+def _threads() -> dict[Any, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate()}
+
+
+def _children() -> dict[Any, str]:
+    if hasattr(os, "waitid"):
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return {}
+    with subprocess.Popen(
+        ["ps", "-A", "-o", "ppid=", "-o", "pid=", "-o", "command="], stdout=subprocess.PIPE, text=True
+    ) as ps:
+        assert ps.stdout is not None
+        rows = [line.split(None, 2) for line in ps.stdout]
+    return {row[1]: " ".join(row[2:]) for row in rows if row[0] == str(os.getpid()) and row[1] != str(ps.pid)}
+
+
+def _subscriptions() -> dict[Any, str]:
+    signals = {name: value for name, value in vars(kser.signals).items() if isinstance(value, blinker.Signal)}
+    return {
+        (name, identity): f"{name} -> {receiver!r}"
+        for name, value in signals.items()
+        for identity, receiver in value.receivers.items()
+    }
+
+
+def _signal_handlers() -> dict[Any, str]:
+    return {number: f"{number.name} -> {signal.getsignal(number)!r}" for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+TRACES: dict[str, Callable[[], dict[Any, str]]] = {
+    "threads": _threads,
+    "child processes": _children,
+    "subscriptions to signals": _subscriptions,
+    "handlers of signals": _signal_handlers,
+}

@@ -1,0 +1,97 @@
+"""Section 8: which offsets a consumer commits, and when."""
+
+import threading
+import time
+
+from kafka import TopicPartition
+from looping import Registry, patch_long_sleeps, run, terminate
+from recorder import case, emit, main
+from wire import CLIENT, committed, feed, group
+
+from kser.python_kafka.consumer import Consumer
+
+TOPICS = ("manual", "zero", "auto", "groupless", "poison", "first")
+
+patch_long_sleeps()
+
+
+def consumer(topic: str, special=None, **options) -> Consumer:
+    """A consumer in the group that is named as its topic."""
+    target = Consumer(group(topic, **options), [topic])
+    target.REGISTRY = Registry(special)
+    return target
+
+
+@case("8.commit.manual", "8.log.manual-commit")
+def commits_when_auto_commit_is_false() -> None:
+    feed("manual", b"first", b"end")
+    target = consumer("manual", enable_auto_commit=False)
+    place = TopicPartition("manual", 0)
+    for data in ("first", "end"):
+        target.REGISTRY.special[data] = lambda: emit(f"committed meanwhile {target.client.committed(place)}")
+    run(target)
+    emit(f"committed {committed('manual', 'manual')}")
+
+
+@case("8.commit.zero")
+def commits_when_auto_commit_is_zero() -> None:
+    feed("zero", b"first", b"end")
+    run(consumer("zero", enable_auto_commit=0))
+    emit(f"committed {committed('zero', 'zero')}")
+
+
+@case("8.commit.auto")
+def commits_of_a_graceful_end() -> None:
+    feed("auto", b"first", b"end")
+    run(consumer("auto"))
+    emit(f"committed {committed('auto', 'auto')}")
+
+
+@case("8.commit.without-group")
+def manual_commits_without_a_group() -> None:
+    feed("groupless", b"first", b"end")
+    options = {**CLIENT, "auto_offset_reset": "earliest", "enable_auto_commit": False}
+    target = Consumer(options, ["groupless"])
+    target.REGISTRY = Registry()
+    run(target)
+
+
+@case("8.commit.poison")
+def what_is_committed_after_a_value_that_is_not_utf_8() -> None:
+    feed("poison", b"\xff", b"end")
+    run(consumer("poison", enable_auto_commit=False))
+    emit(f"committed {committed('poison', 'poison')}")
+
+
+@case("8.commit.first-start")
+def where_a_new_group_begins() -> None:
+    feed("first", b"before the first start")
+    options = group("first")
+    del options["auto_offset_reset"]
+    target = Consumer(options, ["first"])
+    seen: list = []
+
+    class First:
+        """Notes the first message and ends."""
+
+        def run(self, data):
+            if not seen:
+                emit(f"registry.run {data}")
+            seen.append(data)
+            terminate()
+
+    def keep_sending() -> None:
+        while not seen:
+            if target.client.assignment():
+                feed("first", b"after the start")
+            time.sleep(0.3)
+
+    target.REGISTRY = First()
+    sender = threading.Thread(target=keep_sending)
+    sender.start()
+    run(target)
+    sender.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The Apache Kafka that the tests start for themselves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer
+
+from tests.kafka.broker import Kafka, KafkaBroker, answers, free_ports
+
+
+def read_one(bootstrap_servers: str, topic: str) -> bytes:
+    consumer = KafkaConsumer(
+        topic, bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest", consumer_timeout_ms=20000
+    )
+    try:
+        return next(consumer).value
+    finally:
+        consumer.close()
+
+
+def send_one(bootstrap_servers: str, topic: str, value: bytes) -> None:
+    producer = KafkaProducer(bootstrap_servers=bootstrap_servers)
+    try:
+        producer.send(topic, value).get(20)
+    finally:
+        producer.close()
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_what_is_sent_to_a_topic_can_be_read(kafka: Kafka, topic: Callable[..., str]) -> None:
+    name = topic(partitions=3)
+    send_one(kafka.bootstrap_servers, name, b"hello")
+    assert read_one(kafka.bootstrap_servers, name) == b"hello"
+
+
+def test_a_topic_that_nobody_created_is_missing(own_kafka: KafkaBroker) -> None:
+    producer = KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers, max_block_ms=1000)
+    try:
+        with pytest.raises(Exception, match=r"(?i)metadata|topic"):
+            producer.send("missing", b"").get(5)
+    finally:
+        producer.close()
+
+
+def test_a_killed_broker_comes_back_at_its_address_with_its_messages(own_kafka: KafkaBroker) -> None:
+    own_kafka.create_topic("kept")
+    send_one(own_kafka.bootstrap_servers, "kept", b"still here")
+    own_kafka.kill()
+    assert not answers(own_kafka.port)
+    own_kafka.start()
+    assert read_one(own_kafka.bootstrap_servers, "kept") == b"still here"
+    own_kafka.stop()
+    own_kafka.start()
+    assert read_one(own_kafka.bootstrap_servers, "kept") == b"still here"
+
+
+def test_a_broker_leaves_no_process_and_no_folder(own_kafka: KafkaBroker) -> None:
+    pid, folder, port = own_kafka.pid, own_kafka.folder, own_kafka.port
+    assert pid is not None and runs(pid) and folder.is_dir() and answers(port)
+    own_kafka.close()
+    assert not runs(pid)
+    assert not folder.exists()
+    assert not answers(port)
+
+
+def test_a_broker_that_cannot_start_says_what_it_wrote_and_leaves_nothing(
+    own_kafka: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_kafka.stop()
+    (own_kafka.folder / "server.properties").write_text("process.roles=nonsense\n")
+    with pytest.raises(RuntimeError, match=r"ended with status 1 while it started(?s:.*)nonsense"):
+        own_kafka.start()
+    assert own_kafka.pid is None
+
+
+def test_a_broker_listens_on_127_0_0_1_alone(own_kafka: KafkaBroker) -> None:
+    with socket.create_connection(("127.0.0.1", own_kafka.port), timeout=1):
+        pass
+    # Another address of the same machine: whoever listens on all of them would take this call too.
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.2", own_kafka.port), timeout=1):
+        pass
+
+
+def test_free_ports_are_different_and_outside_those_of_outgoing_connections() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(20000 <= port < 32000 for port in ports)

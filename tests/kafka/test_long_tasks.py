@@ -1,0 +1,133 @@
+"""What takes longer than ``max_poll_interval_ms`` as a whole does not cost the consumer its partition."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.broker import Kafka
+from tests.kafka.helpers import Worker, committed, config, message, put, repeated, uuids, wait_until
+
+INTERVAL = 3.0
+
+
+@pytest.fixture
+def start(kafka: Kafka, topic: Callable[..., str], tmp_path: Path) -> Callable[[], Worker]:
+    """Starts a worker that may be away from its client for 3 s."""
+    name = topic()
+
+    def starter() -> Worker:
+        worker = Worker(config(kafka, name, max_poll_interval_ms=int(INTERVAL * 1000)), name, tmp_path / "ledger")
+        worker.wait_for_partitions(1)
+        return worker
+
+    starter.topic = name  # type: ignore[attr-defined]
+    return starter
+
+
+@pytest.fixture
+def pause_file() -> Iterator[Path]:
+    path = Path(os.environ["LOCK_FILE"])
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_many_short_tasks_that_together_take_longer_than_max_poll_interval_keep_the_partition(
+    kafka: Kafka, start: Callable[[], Worker]
+) -> None:
+    name: str = start.topic  # type: ignore[attr-defined]
+    messages = [message(seconds=0.2) for _ in range(30)]
+    with start() as worker:
+        put(kafka, name, messages)
+        worker.wait_for("end", len(messages))
+        assert worker.noted("end") == uuids(messages), "not once and in order"
+        assert worker.noted("assigned") == ["1"], "the partition was lost on the way"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert committed(kafka, name, name) == len(messages)
+
+
+@pytest.mark.xfail(reason="the thread that polls runs the tasks, and what it did without the partition is forgotten")
+def test_a_task_that_takes_longer_than_max_poll_interval_does_not_run_for_ever(
+    kafka: Kafka, start: Callable[[], Worker]
+) -> None:
+    name: str = start.topic  # type: ignore[attr-defined]
+    long, after = message(seconds=INTERVAL + 0.5), message()
+    with start() as worker:
+        put(kafka, name, [long, after])
+        worker.wait_for("end", 1)
+        try:
+            wait_until(lambda: after.uuid in worker.noted("end"), "the message after it is handled", 8)
+        finally:
+            print(f"the long one was started {worker.noted('start').count(long.uuid)} times")
+            worker.send_signal(signal.SIGTERM)
+            worker.wait()
+
+
+def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_cpu(
+    kafka: Kafka, start: Callable[[], Worker], pause_file: Path
+) -> None:
+    name: str = start.topic  # type: ignore[attr-defined]
+    before = [message(seconds=0.1) for _ in range(40)]
+    with start() as worker:
+        put(kafka, name, before)
+        # It has more messages in hand when it is paused.
+        worker.wait_for("end", 5)
+        pause_file.touch()
+        worker.wait_for_text("Consumer is paused")
+        done = len(worker.noted("end"))
+        assert done < len(before), "nothing was left: the test shows nothing"
+        cpu = _cpu_seconds(worker.pid)
+        time.sleep(INTERVAL + 1.5)
+        cpu = _cpu_seconds(worker.pid) - cpu
+        print(f"paused with messages in hand: {cpu:.2f} s of CPU in {INTERVAL + 1.5} s")
+        assert len(worker.noted("end")) == done, "it went on while paused"
+        during = [message() for _ in range(5)]
+        put(kafka, name, during)
+        pause_file.unlink()
+        at = time.monotonic()
+        worker.wait_for("end", done + 1)
+        print(f"went on {time.monotonic() - at:.2f} s after the file was gone")
+        assert time.monotonic() - at < 2
+        worker.wait_for("end", len(before + during))
+        assert worker.noted("end") == uuids(before + during), "not once and in order"
+        assert worker.noted("assigned") == ["1"], "the partition was lost on the way"
+        assert worker.text.count("Consumer is paused") == 1
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert committed(kafka, name, name) == len(before + during)
+        assert cpu < 1, "it does not rest while it is paused"
+
+
+def test_a_paused_consumer_that_has_nothing_in_hand_takes_nothing_and_can_be_ended(
+    kafka: Kafka, start: Callable[[], Worker], pause_file: Path
+) -> None:
+    name: str = start.topic  # type: ignore[attr-defined]
+    with start() as worker:
+        pause_file.touch()
+        worker.wait_for_text("Consumer is paused")
+        put(kafka, name, [message() for _ in range(10)])
+        time.sleep(1.5)
+        assert not worker.noted("start")
+        at = worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert time.monotonic() - at < 1.5
+        assert committed(kafka, name, name) is None
+    # A consumer that starts is not paused.
+    with start() as worker:
+        assert not pause_file.exists()
+        worker.wait_for("end", 10)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert not repeated(worker.noted("end"))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,216 @@
+"""However a consumer ends: the offsets of what is done are in Kafka, nothing else is, and it does not take long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.broker import Kafka
+from tests.kafka.helpers import JOB, Worker, committed, config, entries, message, put, repeated, uuids, wait_until
+
+ORDERLY = (signal.SIGTERM, signal.SIGINT)
+
+# What "within a second" means on a machine that does other things too; the program's own end is part of it.
+QUICKLY = 1.5
+
+
+@pytest.fixture
+def start(kafka: Kafka, topic: Callable[..., str], tmp_path: Path) -> Callable[..., Worker]:
+    """``start()`` starts a worker; they share group, topic and ledger."""
+    settings, name = config(kafka), topic()
+
+    def starter(**environment: str) -> Worker:
+        worker = Worker(settings, name, tmp_path / "ledger", **environment)
+        worker.topic, worker.group = name, settings["group_id"]  # type: ignore[attr-defined]
+        return worker
+
+    return starter
+
+
+def offset(kafka: Kafka, worker: Worker) -> int | None:
+    return committed(kafka, worker.group, worker.topic)  # type: ignore[attr-defined]
+
+
+def send(kafka: Kafka, worker: Worker, *messages: object) -> None:
+    put(kafka, worker.topic, messages)  # type: ignore[attr-defined, arg-type]
+
+
+def running_file() -> str:
+    return Path(os.environ["RUNNING_FILE"]).read_text()
+
+
+@pytest.mark.parametrize("number", ORDERLY)
+def test_a_signal_ends_an_idle_consumer_within_a_second_with_its_offsets_committed(
+    kafka: Kafka, start: Callable[..., Worker], number: signal.Signals
+) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        send(kafka, worker, message(), message())
+        worker.wait_for("end", 2)
+        at = worker.send_signal(number)
+        assert worker.wait() == 0
+        took = time.monotonic() - at
+        assert took < QUICKLY, took
+        print(f"{number.name} while idle: ended after {took:.2f} s")
+        assert offset(kafka, worker) == 2
+        assert "Closing consumer and exiting" in worker.text
+        assert "Traceback" not in worker.text
+        assert running_file() == ""
+
+
+@pytest.mark.parametrize("number", ORDERLY)
+def test_a_signal_lets_the_running_task_end_commits_it_and_takes_no_other(
+    kafka: Kafka, start: Callable[..., Worker], number: signal.Signals
+) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        first, second, third = message(), message(seconds=1.5), message()
+        send(kafka, worker, first, second, third)
+        worker.wait_for("start", 2)
+        worker.send_signal(number)
+        assert worker.wait() == 0
+        assert worker.noted("end") == uuids([first, second])
+        took = time.monotonic() - entries(worker.ledger)[-1].at
+        assert took < QUICKLY, took
+        print(f"{number.name} in a task: ended {took:.2f} s after the task")
+        assert offset(kafka, worker) == 2
+        assert running_file() == ""
+
+
+def test_a_second_sigint_interrupts_the_running_task_which_is_not_committed(
+    kafka: Kafka, start: Callable[..., Worker]
+) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        send(kafka, worker, message(), message(seconds=30))
+        worker.wait_for("start", 2)
+        worker.send_signal(signal.SIGINT)
+        with pytest.raises(AssertionError, match="still runs"):
+            worker.wait(0.5)
+        at = worker.send_signal(signal.SIGINT)
+        # What Python makes of a KeyboardInterrupt that nobody catches.
+        assert worker.wait() == -signal.SIGINT
+        took = time.monotonic() - at
+        assert took < QUICKLY, took
+        print(f"second SIGINT: ended after {took:.2f} s")
+        assert "KeyboardInterrupt" in worker.text
+        assert len(worker.noted("end")) == 1
+        assert offset(kafka, worker) == 1
+        assert running_file() == ""
+
+
+def test_a_sigterm_after_a_sigint_changes_nothing(kafka: Kafka, start: Callable[..., Worker]) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        send(kafka, worker, message(seconds=1))
+        worker.wait_for("start")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            worker.send_signal(number)
+        assert worker.wait() == 0
+        assert len(worker.noted("end")) == 1
+        assert offset(kafka, worker) == 1
+
+
+def test_the_terminate_file_ends_a_consumer_within_a_second_of_its_task_and_stays(
+    kafka: Kafka, start: Callable[..., Worker]
+) -> None:
+    terminate = Path(os.environ["TERMINATE_FILE"])
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        # 30 tasks are waiting: it is looked at between them too, though not at each.
+        send(kafka, worker, *[message(seconds=0.2) for _ in range(30)])
+        worker.wait_for("start")
+        terminate.touch()
+        at = time.monotonic()
+        assert worker.wait() == 0
+        took = time.monotonic() - at
+        assert took < QUICKLY + 1, took
+        print(f"terminate file: ended after {took:.2f} s")
+        done = len(worker.noted("end"))
+        assert 0 < done < 30
+        assert offset(kafka, worker) == done
+        assert "Closing consumer and exiting" in worker.text
+    assert terminate.exists()
+
+
+def test_the_terminate_file_ends_an_idle_consumer(kafka: Kafka, start: Callable[..., Worker]) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        Path(os.environ["TERMINATE_FILE"]).touch()
+        at = time.monotonic()
+        assert worker.wait() == 0
+        took = time.monotonic() - at
+        assert took < QUICKLY + 0.5, took
+        print(f"terminate file while idle: ended after {took:.2f} s")
+        assert offset(kafka, worker) is None
+
+
+def test_a_keyboard_interrupt_in_a_task_ends_the_consumer_without_committing_that_task(
+    kafka: Kafka, start: Callable[..., Worker]
+) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        send(kafka, worker, message(), message(then="interrupt"), message())
+        worker.wait_for("start", 2)
+        assert worker.wait() == -signal.SIGINT
+        assert len(worker.noted("start")) == 2
+        assert offset(kafka, worker) == 1
+        assert running_file() == ""
+
+
+def test_sys_exit_in_a_task_fails_that_task_alone(kafka: Kafka, start: Callable[..., Worker]) -> None:
+    with start() as worker:
+        worker.wait_for_partitions(1)
+        last = message()
+        send(kafka, worker, message(then="exit"), last)
+        worker.wait_for("end")
+        assert worker.noted("end") == [last.uuid]
+        assert "sys.exit(7)" in worker.text
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert offset(kafka, worker) == 2
+
+
+def test_what_a_killed_consumer_had_not_done_is_handed_to_the_next_one(
+    kafka: Kafka, start: Callable[..., Worker]
+) -> None:
+    with start() as killed:
+        killed.wait_for_partitions(1)
+        done, unfinished, waiting = message(), message(seconds=3), message()
+        send(kafka, killed, done)
+        killed.wait_for("end")
+        send(kafka, killed, unfinished, waiting)
+        killed.wait_for("start", 2)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+        assert killed.noted("end") == [done.uuid]
+    before = offset(kafka, killed) or 0
+    assert before <= 1, "what was not done is committed"
+    with start() as successor:
+        successor.wait_for_partitions(1)
+        wait_until(lambda: waiting.uuid in successor.mine("end"), "the rest is done")
+        assert set(successor.mine("end")) >= {unfinished.uuid, waiting.uuid}
+        print(f"committed before the kill: {before} of 1; done twice: {len(repeated(successor.noted('end')))}")
+        successor.send_signal(signal.SIGTERM)
+        assert successor.wait() == 0
+        assert offset(kafka, successor) == 3
+
+
+def test_an_operation_that_was_killed_starts_again(kafka: Kafka, start: Callable[..., Worker]) -> None:
+    with start() as killed:
+        killed.wait_for_partitions(1)
+        send(kafka, killed, message(JOB, seconds=1))
+        killed.wait_for("start", 2)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    assert not offset(kafka, killed)
+    with start() as successor:
+        successor.wait_for("end", 2)
+        successor.send_signal(signal.SIGTERM)
+        assert successor.wait() == 0
+        assert offset(kafka, successor) == 1

@@ -1,0 +1,290 @@
+"""Raw bytes to entrypoint to result. Behaviour page, section 4; bad input has a module of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser.controller import BaseController, BaseProducer, Controller
+from kser.entry import Entrypoint
+from kser.schemas import Message
+from tests.support import UUID, lines, message, record_of, records, said
+
+PATH = "tests.test_controller.Greet"
+LABEL = f"{PATH}[{UUID}]"
+
+
+class Greet(Entrypoint):
+    def run(self) -> Any:
+        return self.params.get("returns") or said("hello")
+
+
+class Code(Entrypoint):
+    def run(self) -> Result:
+        return Result(retcode=self.params["code"], stderr="code")
+
+
+class Show(Entrypoint):
+    def run(self) -> Result:
+        return said(Path(os.environ["RUNNING_FILE"]).read_text())
+
+
+class End(Entrypoint):
+    def run(self) -> Result:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def registered(caplog: pytest.LogCaptureFixture) -> None:
+    for cls in (Greet, Code, Show, End):
+        Controller.register(cls.path, cls)
+    caplog.set_level(logging.DEBUG, "kser")
+    caplog.clear()
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_is_registered_under_any_name(caplog: pytest.LogCaptureFixture) -> None:
+    assert Controller.register(("a", 1), Greet) is None  # type: ignore[func-returns-value]
+    assert Controller.ENTRYPOINTS["a", 1] is Greet
+    assert lines(caplog) == ["Controller.Registered: ('a', 1)"]
+
+
+def test_registering_again_replaces() -> None:
+    Controller.register("name", Greet)
+    Controller.register("name", Code)
+    assert Controller.ENTRYPOINTS["name"] is Code
+
+
+@pytest.mark.parametrize("what", [int, "Greet", None, Greet(), lambda: None])
+def test_only_entrypoint_classes_are_registered(what: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """C17"""
+    with pytest.raises(ValidationError) as caught:
+        Controller.register("name", what)
+    assert caught.value.message == "Invalid type for entry 'name', MUST implement kser.entry.Entrypoint"
+    assert caught.value.extra == {"entrypoint": "name"}
+    assert lines(caplog) == []
+
+
+def test_entrypoints_are_shared_unless_a_subclass_has_its_own() -> None:
+    """B19"""
+
+    class Sharing(Controller):
+        pass
+
+    class Apart(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
+
+    Sharing.register("shared", Greet)
+    Apart.register("apart", Greet)
+    assert Controller.ENTRYPOINTS["shared"] is Greet
+    assert "apart" not in Controller.ENTRYPOINTS
+
+
+# -- a message that succeeds -------------------------------------------------------------------------------------------
+
+
+def test_a_task_by_message_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+    raw = message(Greet).dumps()
+    Controller.run(raw)
+    assert [(record.name, record.levelname, record.getMessage()) for record in records(caplog)] == [
+        ("kser.controller", "DEBUG", f"Controller.ReceivedFromKafka: {raw}"),
+        ("kser.controller", "DEBUG", f"Controller.ReceivedMessage {LABEL}"),
+        ("kser.entry", "DEBUG", f"Greet.PreRun: {LABEL}"),
+        ("kser.entry", "DEBUG", f"Greet.Run: {LABEL}"),
+        ("kser.entry", "DEBUG", f"Greet.PostRun: {LABEL}"),
+        ("kser.entry", "INFO", f"Greet.Success: {LABEL}: hello"),
+        ("kser.controller", "INFO", f"Controller.Success: {LABEL}: hello"),
+    ]
+
+
+def test_records_show_the_final_result(caplog: pytest.LogCaptureFixture) -> None:
+    """C19"""
+    Controller.run(message(Greet, metadata={"m": 1}).dumps())
+    record = record_of(caplog, "Controller.Success")
+    assert record.kmsg["result"]["stdout"] == "hello"  # type: ignore[attr-defined]
+    assert record.kmsg["metadata"] == {"m": 1}  # type: ignore[attr-defined]
+    assert record.kresult["stdout"] == "hello"  # type: ignore[attr-defined]
+
+
+def test_bytes_are_shown_as_bytes(caplog: pytest.LogCaptureFixture) -> None:
+    raw = message(Greet).dumps().encode()
+    assert Controller.run(raw).stdout == "hello"
+    assert lines(caplog)[0] == f"Controller.ReceivedFromKafka: {raw!r}"
+
+
+def test_it_works_through_an_instance_and_a_subclass(caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(Controller):
+        pass
+
+    assert Mine().run(message(Greet).dumps()).stdout == "hello"
+    assert lines(caplog)[-1] == f"Mine.Success: {LABEL}: hello"
+
+
+def test_the_running_file_shows_the_message_and_is_then_empty() -> None:
+    assert Controller.run(message(Show).dumps()).stdout == f"{Show.path}[{UUID}]"
+    assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
+
+
+def test_hooks_are_called_with_keywords_and_their_values_returned() -> None:
+    class Hooked(Controller):
+        @classmethod
+        def _onsuccess(cls, kmsg: Any, result: Any) -> Any:
+            return "trigger", super()._onsuccess(kmsg=kmsg, result=result)
+
+        @classmethod
+        def onsuccess(cls, kmsg: Any, result: Any) -> Any:
+            return result.stdout
+
+    assert Hooked.run(message(Greet).dumps()) == ("trigger", "hello")
+
+
+def test_onmessage_may_replace_the_message() -> None:
+    class Redirect(Controller):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            return message(Code, uuid="other", params={"code": 7})
+
+    result = Redirect.run(message(Greet).dumps())
+    assert (result.uuid, result.retcode) == ("other", 7)
+
+
+def test_every_delivery_starts_from_a_fresh_object() -> None:
+    """C7"""
+    raw = message(Code, params={"code": 1}).dumps()
+    first, second = Controller.run(raw), Controller.run(raw)
+    assert first is not second
+    assert Controller.run(message(Greet).dumps()).retcode == 0
+
+
+# -- a message that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [1, 299, 300, 500])
+def test_entry_and_controller_judge_alike(code: int, caplog: pytest.LogCaptureFixture) -> None:
+    """C3"""
+    assert Controller.run(message(Code, params={"code": code}).dumps()).retcode == code
+    assert lines(caplog, logging.INFO) == [
+        f"Code.Failed: {Code.path}[{UUID}]: code",
+        f"Controller.Failed: {Code.path}[{UUID}]: code",
+    ]
+    assert not hasattr(record_of(caplog, "Controller.Failed"), "error")
+
+
+def test_a_negative_code_is_a_success() -> None:
+    """C3"""
+    assert Controller.run(message(Code, params={"code": -1}).dumps()).retcode == 0
+
+
+def test_a_failed_incoming_result_fails_the_message_after_it_ran(caplog: pytest.LogCaptureFixture) -> None:
+    """C3"""
+    result = Controller.run(message(Greet, result=Result(retcode=500, stderr="old")).dumps())
+    assert (result.stdout, result.retcode) == ("hello", 500)
+    assert [line.split(":")[0] for line in lines(caplog, logging.INFO)] == ["Greet.Failed", "Controller.Failed"]
+
+
+def test_an_unreadable_object_fails_its_message() -> None:
+    class Unmade(Greet):
+        @classmethod
+        def from_Message(cls, kmsg: Message) -> Any:
+            raise LookupError("not found")
+
+    Controller.register(Unmade.path, Unmade)
+    result = Controller.run(message(Unmade).dumps())
+    assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "not found")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), (0, "0"), ("", "")])
+def test_a_false_answer_is_a_failure_and_is_returned(value: Any, shown: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Nothing(Greet):
+        def onsuccess(self, result: Result) -> Any:
+            return value
+
+    Controller.register(Nothing.path, Nothing)
+    assert Controller.run(message(Nothing).dumps()) == value
+    record = record_of(caplog, "Controller.Failed")
+    assert record.getMessage() == f"Controller.Failed: {Nothing.path}[{UUID}]: {shown}"
+    assert record.kresult == {}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", ["text", 5, {"a": 1}])
+def test_a_true_answer_that_is_no_result_is_a_failed_result(value: Any) -> None:
+    """C16"""
+
+    class Odd(Greet):
+        def onsuccess(self, result: Result) -> Any:
+            return value
+
+    Controller.register(Odd.path, Odd)
+    result = Controller.run(message(Odd).dumps())
+    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert type(value).__name__ in result.stderr
+
+
+@pytest.mark.parametrize("hook", ["onsuccess", "onerror"])
+def test_a_raising_hook_is_merged_and_no_hook_called_again(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    """C13, C16"""
+    calls: list[str] = []
+
+    def raising(cls: Any, kmsg: Any, result: Any) -> Any:
+        calls.append(hook)
+        raise RuntimeError("hook")
+
+    cls = type("Hooked", (Controller,), {hook: classmethod(raising)})
+    kmsg = message(Code, params={"code": 0 if hook == "onsuccess" else 3}, result=Result(uuid="r", retval={"kept": 1}))
+    result = cls.run(kmsg.dumps())  # type: ignore[attr-defined]
+    assert (result.uuid, result.retcode, result.stderr) == ("r", 500, "hook")
+    assert result.retval["kept"] == 1
+    assert calls == [hook]
+    last = records(caplog)[-1]
+    assert (last.levelname, bool(last.exc_info)) == ("ERROR", True)
+    assert last.getMessage() == f"Hooked.Failed: {Code.path}[{UUID}]: a hook raised: hook"
+
+
+def test_a_hook_that_raises_for_no_result_at_all_makes_one() -> None:
+    class Nothing(Greet):
+        def onsuccess(self, result: Result) -> Any:
+            return None
+
+    class Hooked(Controller):
+        @classmethod
+        def onerror(cls, kmsg: Any, result: Any) -> Any:
+            raise RuntimeError(f"hook got {result}")
+
+    Hooked.register(Nothing.path, Nothing)
+    result = Hooked.run(message(Nothing).dumps())
+    assert (result.uuid, result.stderr) == (UUID, "hook got None")
+
+
+def test_an_interrupt_passes_with_the_running_file_emptied(caplog: pytest.LogCaptureFixture) -> None:
+    """C8"""
+    with pytest.raises(KeyboardInterrupt):
+        Controller.run(message(End).dumps())
+    assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
+    assert not any("Controller.Failed" in line or "Controller.Success" in line for line in lines(caplog))
+
+
+# -- producers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_producer_sends_with_its_underscored_method() -> None:
+    class Mine(BaseProducer):
+        def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+            return topic, kmsg, timeout
+
+    kmsg = message("x")
+    assert Mine().send("dice", kmsg) == ("dice", kmsg, 60)
+    assert Mine().send("dice", kmsg, 5) == ("dice", kmsg, 5)
+
+
+def test_a_base_producer_does_nothing() -> None:
+    assert BaseProducer().send("dice", message("x")) is None
+    assert BaseProducer().close() is None  # type: ignore[func-returns-value]
+    assert issubclass(BaseProducer, BaseController)

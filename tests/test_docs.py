@@ -1,0 +1,465 @@
+"""The documentation is true: what it shows is run, and its tables are compared with the code.
+
+``python -m tests.test_docs`` writes the outputs that it shows again.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import inspect
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from cdumay_result import Result
+
+import kser
+from kser import Controller, Message, Operation, OperationRegistry, Task, errors, schemas
+from kser.dummy.consumer import Consumer
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
+QUICKSTART = EXAMPLES / "docs" / "quickstart"
+TESTING = EXAMPLES / "docs" / "testing"
+DEMO = EXAMPLES / "docs" / "demo.txt"
+DIFFERENTIAL = ROOT / "tests" / "differential" / "differences.py"
+
+SCRIPTS = [EXAMPLES / "readme.py", *sorted((EXAMPLES / "docs").glob("*.py"))]
+PAGES = sorted(DOCS.glob("*.rst"))
+
+#: Of a program that should have ended long before.
+TIMEOUT_SECONDS = 60
+
+CHANGING = (
+    (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<uuid>"),
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"), "<time>"),
+    (re.compile(r"You made a [1-6]"), "You made a <number>"),
+)
+
+IDENTIFIER = re.compile(r"[A-DS]\d{1,2}[a-z]?")
+
+
+def lasting(text: str) -> str:
+    """``text`` without what is another at each run."""
+    for pattern, name in CHANGING:
+        text = pattern.sub(name, text)
+    return text
+
+
+# -- what programs print ---
+
+
+def surroundings(locks: Path) -> dict[str, str]:
+    """The environment of a program of the documentation: this kser, and lock files of its own."""
+    left_out = ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KSER_") and name not in left_out}
+    package = str(Path(kser.__file__).parent.parent)
+    return {**kept, "LOCK_PATH": str(locks), "PYTHONPATH": package, "PYTHONUNBUFFERED": "1"}
+
+
+def output_of(*arguments: str | Path, locks: Path, errors_too: bool = True, **options: Any) -> str:
+    """What a Python program prints; it has to end well."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors_too else subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+        **{"env": surroundings(locks), **options},
+    )
+    assert done.returncode == 0, done.stdout + (done.stderr or "")
+    return done.stdout
+
+
+def play_quickstart(locks: Path) -> dict[Path, str]:
+    """The three terminals of the quickstart, and what two of them show."""
+    broker = subprocess.Popen(**_terminal(1, surroundings(locks)), stderr=subprocess.DEVNULL)
+    consumer = None
+    watchdog = threading.Timer(TIMEOUT_SECONDS, broker.kill)
+    watchdog.start()
+    try:
+        exports = [shlex.split(broker.stdout.readline()) for _ in range(2)]
+        pasted = dict(words[1].split("=", 1) for words in exports if words)
+        env = {**surroundings(locks), **pasted}
+        consumer = subprocess.Popen(**_terminal(2, env), stderr=subprocess.STDOUT)
+        order = output_of(*_words(3)[1:], locks=locks, env=env, cwd=QUICKSTART)
+        shop = []
+        for line in consumer.stdout:
+            shop.append(line)
+            if line.startswith("Controller."):
+                consumer.send_signal(signal.SIGINT)
+        assert consumer.wait() == 0, shop
+        return {QUICKSTART / "order.txt": order, QUICKSTART / "shop.txt": "".join(shop)}
+    finally:
+        watchdog.cancel()
+        watchdog.join()
+        for process in filter(None, (consumer, broker)):
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+
+
+def _words(number: int) -> list[str]:
+    words = shlex.split((QUICKSTART / f"terminal-{number}.sh").read_text())
+    assert words[0] == "python"
+    return words
+
+
+def _terminal(number: int, env: dict[str, str]) -> dict[str, Any]:
+    arguments = [sys.executable, *_words(number)[1:]]
+    return {"args": arguments, "env": env, "cwd": QUICKSTART, "stdout": subprocess.PIPE, "text": True}
+
+
+def play_dice(locks: Path) -> str:
+    """What ``scripts/demo`` shows."""
+    return output_of(ROOT / "scripts" / "_demo.py", locks=locks, errors_too=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_program_prints_what_the_documentation_shows(script: Path, tmp_path: Path) -> None:
+    assert lasting(output_of(script, locks=tmp_path)) == lasting(script.with_suffix(".txt").read_text())
+
+
+def test_the_quickstart_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+    for path, text in play_quickstart(tmp_path).items():
+        assert lasting(text) == lasting(path.read_text()), path.name
+
+
+def test_the_dice_game_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+    # The two messages may be in different partitions, so either may come first.
+    assert sorted(lasting(play_dice(tmp_path)).splitlines()) == sorted(lasting(DEMO.read_text()).splitlines())
+
+
+def test_the_tests_of_the_documentation_pass(tmp_path: Path) -> None:
+    options = ("-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", TESTING)
+    assert " passed" in output_of("-m", "pytest", *options, TESTING, locks=tmp_path)
+
+
+def test_the_installation_of_the_quickstart_names_extras_that_exist() -> None:
+    extras = re.search(r"\[(.+)\]", (QUICKSTART / "install.sh").read_text())[1].split(",")
+    declared = (ROOT / "setup.py").read_text()
+    assert all(f'"{extra}": ' in declared for extra in extras)
+
+
+# -- the pages ---
+
+
+def included(page: Path) -> Iterator[Path]:
+    for name in re.findall(r"^ *\.\. literalinclude:: (.+)$", page.read_text(), re.MULTILINE):
+        yield (page.parent / name).resolve()
+
+
+def test_every_program_is_shown_with_its_output() -> None:
+    shown = {path for page in PAGES for path in included(page)}
+    files = {path for path in EXAMPLES.rglob("*.*") if path.suffix in (".py", ".sh", ".txt") and path.is_file()}
+    assert files - shown == set()
+
+
+def test_pages_hold_no_code_of_their_own() -> None:
+    languages = {
+        (page.name, language)
+        for page in [*PAGES, ROOT / "CONTRIBUTING.rst"]
+        for language in re.findall(r"^ *\.\. code-block:: *(\S*)$", page.read_text(), re.MULTILINE)
+    }
+    assert {pair for pair in languages if pair[1] != "text"} == {("CONTRIBUTING.rst", "sh")}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of reStructuredText, without their indentation."""
+    found = re.findall(rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n") + "\n" for block in found]
+
+
+def test_the_readme_shows_the_example_and_real_outputs() -> None:
+    readme = (ROOT / "README.rst").read_text()
+    assert blocks(readme, "python") == [(EXAMPLES / "readme.py").read_text()]
+    assert blocks(readme, "text") == [(EXAMPLES / "readme.txt").read_text(), DEMO.read_text().strip("\n") + "\n"]
+
+
+def test_every_module_is_in_the_reference() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "kser").rglob("*.py")}
+    own_words = {"kser.python_kafka.options", *(name for name in modules if name.endswith("__init__"))}
+    text = "\n".join(page.read_text() for page in PAGES)
+    directives = re.findall(r"^ *\.\. (?:automodule|autoclass|py:module):: (\S+)$", text, re.MULTILINE)
+    assert modules - own_words - {".".join(name.split(".")[:depth]) for name in directives for depth in (2, 3)} == set()
+
+
+@pytest.mark.parametrize("owner", [Task, Operation, OperationRegistry])
+def test_every_member_is_on_the_sequencing_page(owner: type) -> None:
+    text = (DOCS / "sequencing.rst").read_text()
+    documented = set(
+        re.findall(rf"^ *\.\. auto(?:method|attribute|property):: (?:{owner.__name__}\.)?(\w+)", text, re.M)
+    )
+    members = {name for name in vars(owner) if not name.startswith("_")}
+    assert members - documented == set()
+
+
+def test_the_errors_page_has_every_error() -> None:
+    text = (DOCS / "errors.rst").read_text()
+    classes = [
+        value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.KserError)
+    ]
+    for error in classes:
+        assert re.search(rf"── {error.__name__} +{error.MSGID}  {error.CODE} ", text), error
+        assert f".. autoexception:: {error.__name__}\n" in text, error
+    assert len(re.findall("── .* ERR-503", text)) == len(classes)
+
+
+def test_every_variable_is_on_the_configuration_page() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "kser").rglob("*.py"))
+    variables = {*re.findall(r'"(KSER_[A-Z]+(?:_[A-Z]+)*)"', sources), *re.findall(r'environ\["([A-Z_]+)"\]', sources)}
+    page = (DOCS / "configuration.rst").read_text()
+    internal = {"KSER_TASK_COUNT", "KSER_TASKS_STATUS"}
+    assert {name for name in variables - internal if f"``{name}``" not in page} == set()
+
+
+def rows(page: str) -> list[str]:
+    return re.findall(rf"^   \* - ({IDENTIFIER.pattern})$", page, re.MULTILINE)
+
+
+def test_every_decision_has_one_row_and_a_line_in_the_changelog() -> None:
+    page, kept = (DOCS / "differences.rst").read_text().split("Kept on purpose")
+    identifiers = rows(page) + rows(kept)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(IDENTIFIER.findall((ROOT / "CHANGELOG.rst").read_text())) == set(rows(page))
+
+
+def test_every_difference_that_is_tolerated_is_documented() -> None:
+    source = DIFFERENTIAL.read_text() if DIFFERENTIAL.exists() else ""
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    used = {value for value in constants if isinstance(value, str) and IDENTIFIER.fullmatch(value)}
+    assert used - set(rows((DOCS / "differences.rst").read_text())) == set()
+
+
+# -- the wire format ---
+
+SCHEMA = json.loads((DOCS / "message.schema.json").read_text())
+JSON_TYPES = {"string": str, "integer": int, "object": dict, "null": type(None)}
+KEYWORDS = {"$schema", "title", "description", "type", "required", "properties"}
+
+
+def accepts(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a JSON schema that has no other keywords than ours accepts ``value``."""
+    assert set(schema) <= KEYWORDS
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if isinstance(value, bool) or not isinstance(value, tuple(JSON_TYPES[name] for name in types)):
+        return False
+    if not isinstance(value, dict):
+        return True
+    known = schema.get("properties", {})
+    return set(schema.get("required", ())) <= set(value) and all(
+        accepts(known[key], value[key]) for key in known if key in value
+    )
+
+
+@pytest.mark.parametrize(
+    ("schema", "declaration"), [(SCHEMA, schemas.MESSAGE), (SCHEMA["properties"]["result"], schemas.RESULT)]
+)
+def test_the_schema_declares_what_the_code_declares(schema: dict[str, Any], declaration: Any) -> None:
+    kinds = {str: "string", int: "integer", dict: "object", Result: "object"}
+    expected = {
+        field.name: [kinds[field.kind], "null"] if field.nullable else kinds[field.kind] for field in declaration
+    }
+    assert {name: part["type"] for name, part in schema["properties"].items()} == expected
+    assert list(schema["properties"]) == [field.name for field in declaration]
+    assert schema.get("required", []) == [field.name for field in declaration if field.required]
+
+
+BASE = {"uuid": "1", "entrypoint": "e"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        BASE,
+        {**BASE, "unknown": 1},
+        {**BASE, "params": {"a": [1]}, "metadata": {}, "result": None},
+        {**BASE, "result": {"uuid": None, "retcode": None, "stdout": None, "stderr": None, "retval": None}},
+        {**BASE, "result": {"retcode": 500, "stderr": "x", "retval": {"error": {}}, "unknown": 1}},
+        {"uuid": "1"},
+        {"entrypoint": "e"},
+        {**BASE, "uuid": None},
+        {**BASE, "uuid": 1},
+        {**BASE, "params": None},
+        {**BASE, "params": []},
+        {**BASE, "metadata": None},
+        {**BASE, "result": []},
+        {**BASE, "result": {"retcode": True}},
+        {**BASE, "result": {"retcode": "x"}},
+        {**BASE, "result": {"stdout": 1}},
+        {**BASE, "result": {"retval": []}},
+        [],
+    ],
+)
+def test_schema_and_code_accept_the_same(data: Any) -> None:
+    try:
+        written = json.loads(Message.loads(json.dumps(data)).dumps())
+    except Exception:
+        assert not accepts(SCHEMA, data)
+    else:
+        assert accepts(SCHEMA, data)
+        assert accepts(SCHEMA, written)
+
+
+# -- log lines ---
+
+
+class LogRow(NamedTuple):
+    """A row of the table of log lines."""
+
+    logger: str
+    level: str
+    text: str
+    extra: frozenset[str]
+
+    def is_of(self, logger: str, level: str) -> bool:
+        pattern = re.escape(self.logger).replace("<transport>", r"kser\.(python_kafka|dummy)")
+        return self.level in (level, "any") and re.fullmatch(pattern, logger) is not None
+
+    def matches(self, record: logging.LogRecord) -> bool:
+        pattern = re.sub(r"<[^<>]+>", ".*", re.escape(self.text))
+        keys = {key for key in ("kmsg", "kresult", "error", "kafka_raw_data") if hasattr(record, key)}
+        always = {key for key in self.extra if not key.startswith("[")}
+        return (
+            self.is_of(record.name, record.levelname)
+            and re.fullmatch(pattern, record.getMessage(), re.DOTALL) is not None
+            and always <= keys <= {key.strip("[]") for key in self.extra}
+        )
+
+
+with (DOCS / "logs.csv").open(newline="") as _table:
+    LOG_ROWS = [
+        LogRow(
+            row["Logger"].strip("`"),
+            row["Level"],
+            row["Text"].strip("`"),
+            frozenset(row["Extra"].replace("`", "").split()),
+        )
+        for row in csv.DictReader(_table)
+    ]
+
+
+def logging_calls() -> Iterator[tuple[str, str, list[str]]]:
+    """Module, level and the fixed parts of the text, for each call of a logger in kser."""
+    for path in sorted((ROOT / "kser").rglob("*.py")):
+        module = ".".join(part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__")
+        # The loop logs in the name of the transport.
+        module = "kser.dummy.consumer" if module == "kser.consumer.base" else module
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            level = {"exception": "ERROR"}.get(node.func.attr, node.func.attr.upper())
+            if level not in ("DEBUG", "INFO", "WARNING", "ERROR") or not node.args:
+                continue
+            constants = (part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant))
+            pieces = (piece for text in constants if isinstance(text, str) for piece in re.split("%[rs]", text))
+            # The table may shorten the end of a piece.
+            yield module, level, [piece[:20] for piece in pieces if len(piece) > 3]
+
+
+def test_every_logging_call_has_a_row_in_the_table() -> None:
+    calls = [call for call in logging_calls() if call[2]]
+    assert len(calls) > 20
+    for module, level, pieces in calls:
+        texts = [row.text for row in LOG_ROWS if row.is_of(module, level)]
+        assert any(all(piece in text for piece in pieces) for text in texts), (module, level, pieces)
+
+
+def test_log_lines_are_as_in_the_table(caplog: pytest.LogCaptureFixture, lock_path: Path) -> None:
+    caplog.set_level(logging.DEBUG, "kser")
+    talk()
+    seen = [record for record in caplog.records if record.name.startswith("kser")]
+    unknown = [
+        (record.name, record.levelname, record.getMessage())
+        for record in seen
+        if not any(row.matches(record) for row in LOG_ROWS)
+    ]
+    assert unknown == []
+    written = [(module, level, pieces) for module, level, pieces in logging_calls() if pieces]
+    never = [
+        row
+        for row in LOG_ROWS
+        if not any(row.matches(record) for record in seen)
+        and not any(
+            row.is_of(module, level) and all(piece in row.text for piece in pieces) for module, level, pieces in written
+        )
+    ]
+    assert never == []
+
+
+def talk() -> None:
+    """Have kser log much of what it can."""
+    oregistry = OperationRegistry()
+
+    class Fine(Task):
+        def run(self) -> None:
+            self.log("text %d", logging.INFO, 1, extra={"kmsg": {}})
+
+    class Broken(Task):
+        def run(self) -> None:
+            raise ValueError("broken")
+
+        def onerror(self, result: Result) -> Any:
+            raise ValueError("broken again")
+
+    class Both(Operation):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [Fine(), Broken()]
+
+    class OneGood(Operation):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [Fine()]
+
+    class Loud(Controller):
+        @classmethod
+        def onsuccess(cls, kmsg: Message, result: Any) -> Any:
+            raise ValueError("hook")
+
+    for owner in (Fine, Broken, Both, OneGood):
+        oregistry.subscribe(owner)
+        Controller.run(Message("1", owner.path).dumps())
+    oregistry.subscribe(type("Fine", (Task,), {}))
+    Loud.run(Message("1", Fine.path).dumps())
+    kser.Entrypoint().log("text")
+    Controller.run("no message")
+    Controller.run(Message("1", "unknown").dumps())
+    consumer = Consumer(topics=["t"])
+    consumer.stop()
+    with pytest.raises(SystemExit):
+        consumer.run()
+
+
+def write_outputs() -> None:
+    """Write what the documentation shows again."""
+    runs: list[Callable[[Path], dict[Path, str]]] = [
+        *(
+            lambda locks, script=script: {script.with_suffix(".txt"): output_of(script, locks=locks)}
+            for script in SCRIPTS
+        ),
+        play_quickstart,
+        lambda locks: {DEMO: play_dice(locks)},
+    ]
+    for run in runs:
+        with tempfile.TemporaryDirectory() as locks:
+            for path, text in run(Path(locks)).items():
+                # Only what has changed, so that a new uuid is no difference.
+                if not path.exists() or lasting(path.read_text()) != lasting(text):
+                    path.write_text(text)
+
+
+if __name__ == "__main__":
+    write_outputs()

@@ -1,0 +1,196 @@
+"""The in-memory transport: what users test with. Behaviour page, section 10; the loop is tested with it elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+from flask import Flask
+
+from kser import signals
+from kser.controller import BaseProducer, Controller
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer
+from kser.dummy.producer import Producer
+from kser.entry import Entrypoint
+from kser.errors import SettingError
+from kser.python_kafka.consumer import Consumer as KafkaConsumer
+from kser.python_kafka.producer import Producer as KafkaProducer
+from kser.schemas import Message
+from tests.support import UUID, lines, message
+
+TEXT = f"Message shop.Pay[{UUID}] sent in shop (timeout: 60)"
+
+
+@pytest.fixture(autouse=True)
+def reset() -> Iterator[None]:
+    yield
+    Bus.reset()
+
+
+def test_sending_puts_the_published_text_on_the_bus(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kser")
+    kmsg = message("shop.Pay", params={"a": 1})
+    result = Producer({}).send("shop", kmsg)
+    assert (result.uuid, result.retcode, result.stdout) == (UUID, 0, TEXT)
+    assert Bus.at("").topics["shop"] == [kmsg.dumps().encode()]
+    assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {TEXT}"]
+
+
+def test_what_has_no_json_form_is_a_failed_result_and_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """D13"""
+    result = Producer({}).send("shop", message("shop.Pay", params={"when": object()}))
+    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert result.stderr == "Object of type object is not JSON serializable"
+    assert Bus.at("").topics["shop"] == []
+    assert lines(caplog) == [f"Producer.Failed: shop.Pay[{UUID}]: {result.stderr}"]
+
+
+def test_hooks_of_producers_are_called() -> None:
+    class Hooked(Producer):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            return Message(kmsg.uuid, "other")
+
+        @classmethod
+        def onsuccess(cls, kmsg: Message, result: Result) -> Any:
+            return "hook", kmsg.entrypoint
+
+        @classmethod
+        def onerror(cls, kmsg: Message, result: Result) -> Any:
+            return "error hook", result.retcode
+
+    producer = Hooked()
+    assert producer.send("shop", message("shop.Pay")) == ("hook", "shop.Pay")
+    assert Message.loads(Bus.at("").topics["shop"][0]).entrypoint == "other"
+    assert Producer().send("shop", message("shop.Pay", params={"a": object()})).retcode == 500
+
+
+def test_a_refusing_hook_fails_the_message_under_its_own_uuid() -> None:
+    """C12: the uuid of a message is the uuid of its result."""
+
+    class Refusing(Producer):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            raise ValidationError("refused")
+
+    result = Refusing().send("shop", message("shop.Pay"))
+    assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
+
+
+def test_many_messages_are_sent_from_any_iterable() -> None:
+    """D14"""
+    result = Producer().bulk_send("shop", (message("shop.Pay", uuid=str(number)) for number in range(3)), timeout=5)
+    assert (result.retcode, result.stdout) == (0, "3 message(s) sent to shop (timeout: 5)")
+    assert len(Bus.at("").topics["shop"]) == 3
+
+
+def test_a_bulk_with_a_message_that_has_no_json_form_is_a_failed_result() -> None:
+    """D13"""
+    result = Producer().bulk_send("shop", [message("x"), message("x", params={"a": object()}), message("x")])
+    assert result.retcode == 500
+    assert "not JSON serializable" in result.stderr
+
+
+def test_each_message_of_a_bulk_is_told_as_it_is_with_kafka() -> None:
+    heard: list[str] = []
+
+    def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
+        heard.append(f"{kmsg.uuid} {result.uuid}")
+
+    with signals.message_sent.connected_to(listen):
+        Producer().bulk_send("shop", [message("x", uuid="1"), message("x", uuid="2")])
+    assert heard == ["1 1", "2 2"]
+
+
+def test_closing_a_producer_is_harmless() -> None:
+    Producer().close()
+
+
+# -- buses -------------------------------------------------------------------------------------------------------------
+
+
+def test_producers_and_consumers_meet_by_their_address() -> None:
+    assert Producer({"bootstrap_servers": "a"}).client is Bus.at("a")
+    assert Consumer({"bootstrap_servers": ["a", "b"]}, ["x"]).client is Bus.at("['a', 'b']")
+    assert Bus.at("a") is not Bus.at("b")
+
+
+def test_resetting_forgets_everything() -> None:
+    Bus.at("a").send("x", b"1")
+    Bus.at("a").committed["group", "x"] = 1
+    Bus.reset()
+    assert (Bus.at("a").topics, Bus.at("a").committed) == ({}, {})
+
+
+def test_groups_do_not_take_from_each_other() -> None:
+    class Note(Entrypoint):
+        def run(self) -> None:
+            return None
+
+    Controller.register(Note.path, Note)
+    Producer().send("shop", message(Note))
+    for group in ("one", "two"):
+        consumer = Consumer({"group_id": group}, ["shop", "empty"])
+        assert consumer.run_until_idle() == 1
+        consumer.close()
+    assert Bus.at("").committed == {("one", "shop"): 1, ("two", "shop"): 1}
+
+
+def test_a_closed_consumer_takes_nothing() -> None:
+    consumer = Consumer({}, ["shop"])
+    consumer.close()
+    Producer().send("shop", message("shop.Pay"))
+    assert consumer.step(timeout=0) == 0
+
+
+def test_its_own_producer_sends_to_the_same_place() -> None:
+    consumer = Consumer({"bootstrap_servers": "a"}, ["shop"])
+    producer = consumer.make_producer()
+    assert isinstance(producer, Producer)
+    assert producer.client is Bus.at("a")
+
+
+# -- like the real ones ------------------------------------------------------------------------------------------------
+
+
+def test_without_topics_the_setting_is_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match="set KSER_TOPICS"):
+        Consumer({})
+    monkeypatch.setenv("KSER_TOPICS", "shop,dice")
+    Producer().send("dice", message("x"))
+    assert Consumer().run_until_idle() == 1
+
+
+def test_topics_that_are_one_text_are_refused_as_kafka_refuses_them() -> None:
+    """Taken letter by letter, a consumer would wait for ever on topics that nobody meant."""
+    with pytest.raises(TypeError, match="must be a list"):
+        Consumer({}, "shop")
+
+
+@pytest.mark.parametrize(("mine", "real"), [(Consumer, KafkaConsumer), (Producer, KafkaProducer)])
+def test_constructors_take_what_those_of_kafka_take(mine: Any, real: Any) -> None:
+    """D12: one API over all transports."""
+    assert list(inspect.signature(mine).parameters) == list(inspect.signature(real).parameters)
+
+
+def test_settings_of_an_app_are_read() -> None:
+    """D12"""
+    app = Flask("shop")
+    app.config.update(KSER_TOPICS="shop", KSER_CONFIG={"bootstrap_servers": "a"})
+    Producer(app=app).send("shop", message("x"))  # type: ignore[call-arg]
+    assert len(Bus.at("a").topics["shop"]) == 1
+    assert Consumer(app=app).run_until_idle() == 1  # type: ignore[call-arg]
+
+
+def test_the_producers_have_the_same_methods() -> None:
+    """D12"""
+    for name in ("send", "bulk_send", "close", "_send"):
+        mine, real = getattr(Producer, name), getattr(KafkaProducer, name)
+        assert list(inspect.signature(mine).parameters) == list(inspect.signature(real).parameters)
+    assert issubclass(Producer, BaseProducer)

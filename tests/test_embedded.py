@@ -1,0 +1,229 @@
+"""The development broker, in this process and as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from cdumay_result import Result
+
+from kser import embedded
+from kser.controller import Controller
+from kser.embedded import EmbeddedBroker
+from kser.entry import Entrypoint
+from kser.errors import BrokerUnavailable, MissingDependency, UsageError
+from kser.python_kafka.consumer import Consumer
+from kser.python_kafka.producer import Producer
+from kser.schemas import Message
+
+
+@pytest.fixture
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker("dice") as running:
+        yield running
+
+
+def listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def port_of(broker: EmbeddedBroker) -> int:
+    return int(broker.bootstrap_servers.rpartition(":")[2])
+
+
+def consume_one(consumer: Consumer) -> None:
+    for _ in range(30):
+        if consumer.step():
+            return
+    raise AssertionError("no message arrived in 15 s")
+
+
+def test_a_message_goes_from_a_producer_through_the_broker_to_a_consumer(broker: EmbeddedBroker) -> None:
+    class Hello(Entrypoint):
+        def run(self) -> Result:
+            seen.append(self.uuid)
+            return Result(uuid=self.uuid)
+
+    seen: list[str] = []
+    Controller.register(Hello.path, Hello)
+    message = Message(uuid=str(uuid.uuid4()), entrypoint=Hello.path)
+    producer = Producer(broker.producer_config)
+    try:
+        assert producer.send("dice", message).retcode == 0
+    finally:
+        producer.close()
+    consumer = Consumer({**broker.config, "group_id": "players"}, ["dice"])
+    try:
+        consume_one(consumer)
+    finally:
+        consumer.close()
+    assert seen == [message.uuid]
+
+
+def test_consumers_and_producers_take_its_settings_from_the_environment(
+    broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in broker.environment(group_id="players").items():
+        monkeypatch.setenv(name, value)
+    producer = Producer()
+    try:
+        assert producer.send("dice", Message(uuid="1", entrypoint="nobody.Knows")).retcode == 0
+    finally:
+        producer.close()
+    consumer = Consumer()
+    try:
+        consume_one(consumer)
+    finally:
+        consumer.close()
+
+
+def test_it_listens_on_127_0_0_1_alone(broker: EmbeddedBroker) -> None:
+    assert broker.bootstrap_servers.startswith("127.0.0.1:")
+    assert listens("127.0.0.1", port_of(broker))
+    # Another address of the same machine: whoever listens on all of them would take this call too.
+    assert not listens("127.0.0.2", port_of(broker))
+
+
+def test_a_signal_to_the_process_does_not_end_the_broker(broker: EmbeddedBroker) -> None:
+    # The system hands a signal that the main thread blocks to some other thread, if there is one that takes it.
+    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)
+        broker.create_topic("still-there")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, previous)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_a_closed_broker_is_gone_and_closing_twice_is_harmless(broker: EmbeddedBroker) -> None:
+    broker.close()
+    assert not listens("127.0.0.1", port_of(broker))
+    broker.close()
+
+
+def test_a_closed_broker_creates_no_topic_and_says_why(broker: EmbeddedBroker) -> None:
+    broker.close()
+    with pytest.raises(UsageError, match="'late' cannot be created: this development broker is closed; start another"):
+        broker.create_topic("late")
+
+
+def test_topics_are_created_once_and_remembered_in_order(broker: EmbeddedBroker) -> None:
+    for name in ("second", "dice", "third.of_them-all"):
+        broker.create_topic(name)
+    assert broker.topics == ["dice", "second", "third.of_them-all"]
+    assert broker.environment()["KSER_TOPICS"] == "dice,second,third.of_them-all"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "caf\u00e9", ".", "..", "a,b", "x" * 250])
+def test_a_name_that_apache_kafka_refuses_is_refused(broker: EmbeddedBroker, name: str) -> None:
+    with pytest.raises(UsageError, match="is no name for a topic: Apache Kafka takes"):
+        broker.create_topic(name)
+
+
+def test_each_access_to_its_options_gives_a_dict_of_its_own(broker: EmbeddedBroker) -> None:
+    broker.config["group_id"] = "changed"
+    assert "group_id" not in broker.config
+
+
+def test_without_confluent_kafka_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    with pytest.raises(MissingDependency, match=r'pip install "kser\[embedded\]"'):
+        EmbeddedBroker()
+
+
+def test_a_broker_that_does_not_answer_is_reported(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    from confluent_kafka import KafkaException
+
+    class Silent:
+        def list_topics(self, *_topic: str, timeout: float) -> None:
+            raise KafkaException("timed out")
+
+    monkeypatch.setattr(embedded, "_mock_cluster", Silent)
+    with pytest.raises(BrokerUnavailable, match="does not answer on the loopback interface"):
+        EmbeddedBroker()
+
+
+class Running:
+    """``python -m kser.embedded`` in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kser.embedded", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def lines(self) -> list[str]:
+        assert self.process.stdout is not None
+        return [self.process.stdout.readline() for _ in range(2)]
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_the_program_prints_lines_that_a_shell_understands() -> None:
+    with Running("--topic", "dice", "--topic", "cards") as running:
+        lines = running.lines()
+        answer = subprocess.run(
+            ["sh", "-c", "".join(lines) + 'printf "%s\\n%s\\n" "$KSER_CONFIG" "$KSER_TOPICS"'],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        assert all(line.startswith("export ") for line in lines)
+        config = json.loads(answer[0])
+        host, _, port = config.pop("bootstrap_servers").partition(":")
+        assert listens(host, int(port))
+    assert host == "127.0.0.1"
+    assert config == {
+        "api_version": "2.0",
+        "session_timeout_ms": 6000,
+        "heartbeat_interval_ms": 500,
+        "group_id": "kser",
+        "auto_offset_reset": "earliest",
+    }
+    assert answer[1] == "dice,cards"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_program_ends_at_a_signal_with_status_0_and_no_word_but_its_greeting(number: signal.Signals) -> None:
+    with Running("--topic", "dice") as running:
+        running.lines()
+        running.process.send_signal(number)
+        # The impatient press Ctrl-C twice.
+        running.process.send_signal(signal.SIGINT)
+        rest, talk = running.process.communicate(timeout=10)
+        assert running.process.returncode == 0
+    assert rest == ""
+    assert len(talk.splitlines()) == 1
+    assert "keeps 5 MB a partition and forgets everything at exit" in talk
+
+
+def test_the_program_refuses_a_topic_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kser.embedded", "--topic", "a b"], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("kser: 'a b' is no name for a topic")
+    assert len(done.stderr.splitlines()) == 1

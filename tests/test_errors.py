@@ -1,0 +1,58 @@
+"""Errors share one root, and keep what they say when they become results."""
+
+from __future__ import annotations
+
+import pytest
+from cdumay_error import Error
+from cdumay_error.types import ConfigurationError
+from cdumay_result import Result
+
+from kser import errors
+
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.KserError)]
+
+
+def _make(cls: type[errors.KserError]) -> errors.KserError:
+    return cls("what, why and what to do", Result()) if cls is errors.SendError else cls("what, why and what to do")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_error_is_a_cdumay_error_with_one_root(cls: type[errors.KserError]) -> None:
+    error = _make(cls)
+    assert isinstance(error, Error)
+    assert error.message == "what, why and what to do"
+    assert str(error) == f"{cls.MSGID}: what, why and what to do"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_result_keeps_code_and_text_of_an_error(cls: type[errors.KserError]) -> None:
+    result = Result.from_exception(_make(cls))
+    assert (result.retcode, result.stderr) == (cls.CODE, "what, why and what to do")
+    assert result.retval["error"]["msgid"] == cls.MSGID
+    assert result.retval["error"]["name"] == cls.__name__
+
+
+def test_no_two_errors_share_a_message_id() -> None:
+    assert len({cls.MSGID for cls in CLASSES}) == len(CLASSES)
+
+
+@pytest.mark.parametrize("cls", [errors.ProducerMissing, errors.TopicMissing, errors.StoreMissing])
+def test_a_missing_setting_is_a_configuration_error_of_cdumay(cls: type[errors.KserError]) -> None:
+    assert issubclass(cls, errors.SettingError)
+    assert issubclass(cls, ConfigurationError)
+
+
+def test_a_wrong_call_is_a_type_error() -> None:
+    assert issubclass(errors.UsageError, TypeError)
+
+
+def test_a_send_error_carries_what_the_producer_answered() -> None:
+    answer = Result(retcode=500, stderr="no broker")
+    error = errors.SendError("not delivered", answer)
+    assert error.result is answer
+    assert Result.from_exception(error).uuid == answer.uuid
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    assert errors.__doc__
+    assert all(cls.__name__ in errors.__doc__ for cls in CLASSES)

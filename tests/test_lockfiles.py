@@ -1,0 +1,183 @@
+"""The three files that operators look at and touch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kser import lockfiles
+from kser.lockfiles import RunningFile, TerminateFile
+from tests.support import lines
+
+
+@pytest.fixture
+def running() -> Iterator[RunningFile]:
+    running = RunningFile()
+    yield running
+    running.clear_own()
+
+
+@pytest.fixture
+def path() -> Path:
+    return Path(os.environ["RUNNING_FILE"])
+
+
+def test_a_text_is_shown_without_a_newline_and_then_cleared(running: RunningFile, path: Path) -> None:
+    running.show("shop.Pay[1]")
+    assert path.read_bytes() == b"shop.Pay[1]"
+    running.clear()
+    assert path.read_bytes() == b""
+
+
+def test_a_shorter_text_replaces_a_longer_one(running: RunningFile, path: Path) -> None:
+    running.show("a long text")
+    running.show("short")
+    assert path.read_bytes() == b"short"
+
+
+def test_what_another_process_left_is_replaced(running: RunningFile, path: Path) -> None:
+    path.write_text("left by somebody whose text was longer")
+    running.show("mine")
+    assert path.read_bytes() == b"mine"
+
+
+def test_names_are_written_as_utf_8(running: RunningFile, path: Path) -> None:
+    """C11"""
+    running.show("café.Tâche[1]")
+    assert path.read_bytes() == "café.Tâche[1]".encode()
+
+
+def test_a_lone_surrogate_is_written_escaped(running: RunningFile, path: Path) -> None:
+    """C14"""
+    running.show("\udc80[1]")
+    assert path.read_bytes() == rb"\udc80[1]"
+
+
+def test_a_deleted_file_is_made_again(running: RunningFile, path: Path) -> None:
+    running.show("one")
+    path.unlink()
+    running.show("two")
+    assert path.read_bytes() == b"two"
+
+
+def test_a_changed_variable_is_followed(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.show("one")
+    other = path.with_name("kser-test-pause.lock")
+    monkeypatch.setenv("RUNNING_FILE", str(other))
+    running.show("two")
+    assert (path.read_bytes(), other.read_bytes()) == (b"one", b"two")
+    path.write_bytes(b"")
+
+
+def test_clearing_makes_the_file(running: RunningFile, path: Path) -> None:
+    running.clear()
+    assert path.read_bytes() == b""
+
+
+def test_a_file_that_somebody_else_wrote_is_not_cleared_at_the_end(path: Path) -> None:
+    """D9: a clean exit clears only what this process wrote."""
+    path.write_text("theirs")
+    RunningFile().clear_own()
+    assert path.read_text() == "theirs"
+    path.write_bytes(b"")
+
+
+def test_our_own_file_is_cleared_at_the_end_and_may_be_written_again(running: RunningFile, path: Path) -> None:
+    running.show("ours")
+    running.clear_own()
+    assert path.read_bytes() == b""
+    running.show("again")
+    assert path.read_bytes() == b"again"
+
+
+def test_a_file_that_cannot_be_written_is_reported_once(
+    running: RunningFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """C10"""
+    missing = str(tmp_path / "missing" / "run.lock")
+    monkeypatch.setenv("RUNNING_FILE", missing)
+    for _ in range(3):
+        running.show("text")
+        running.clear()
+    (line,) = lines(caplog)
+    assert missing in line
+    assert "LOCK_PATH" in line
+    assert "RUNNING_FILE" in line
+
+
+def test_it_is_reported_again_after_it_could_be_written(
+    running: RunningFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    monkeypatch.setenv("RUNNING_FILE", str(folder / "run.lock"))
+    running.show("text")
+    folder.mkdir()
+    running.show("text")
+    (folder / "run.lock").unlink()
+    folder.rmdir()
+    running.show("text")
+    assert len(lines(caplog)) == 2
+
+
+def test_a_missing_variable_is_reported(
+    running: RunningFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RUNNING_FILE")
+    running.show("text")
+    assert len(lines(caplog)) == 1
+
+
+def test_the_pause_file_is_looked_at_each_time() -> None:
+    assert not lockfiles.is_paused()
+    Path(os.environ["LOCK_FILE"]).touch()
+    assert lockfiles.is_paused()
+
+
+def test_the_pause_file_is_removed() -> None:
+    pause = Path(os.environ["LOCK_FILE"])
+    assert lockfiles.remove_pause_file() is None
+    pause.touch()
+    assert lockfiles.remove_pause_file() == str(pause)
+    assert not pause.exists()
+
+
+@pytest.mark.parametrize("variable", ["LOCK_FILE", "TERMINATE_FILE"])
+def test_a_removed_variable_is_a_key_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variable)
+    with pytest.raises(KeyError, match=variable):
+        lockfiles.is_paused() if variable == "LOCK_FILE" else TerminateFile().is_present()
+
+
+def test_a_new_terminate_file_is_present_and_stays() -> None:
+    """D6: none is ever deleted."""
+    path = Path(os.environ["TERMINATE_FILE"])
+    terminate = TerminateFile()
+    assert not terminate.is_present()
+    path.touch()
+    assert terminate.is_present()
+    assert path.exists()
+
+
+def test_a_stale_terminate_file_is_reported_once_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    """D6"""
+    path = Path(os.environ["TERMINATE_FILE"])
+    path.touch()
+    os.utime(path, (lockfiles.PROCESS_START - 60,) * 2)
+    terminate = TerminateFile()
+    assert [terminate.is_present() for _ in range(3)] == [False] * 3
+    (line,) = lines(caplog)
+    assert str(path) in line
+    assert path.exists()
+
+
+def test_a_stale_terminate_file_counts_once_it_is_touched(caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(os.environ["TERMINATE_FILE"])
+    path.touch()
+    os.utime(path, (lockfiles.PROCESS_START - 60,) * 2)
+    terminate = TerminateFile()
+    assert not terminate.is_present()
+    os.utime(path, (lockfiles.PROCESS_START + 60,) * 2)
+    assert terminate.is_present()

@@ -1,0 +1,465 @@
+"""The default transport, against the embedded broker: kafka-python speaks to it through real sockets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+from flask import Flask
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from kser import signals
+from kser.consumer.client import Partition
+from kser.controller import Controller
+from kser.embedded import EmbeddedBroker
+from kser.entry import Entrypoint
+from kser.errors import BrokerUnavailable, ClientTrouble, SettingError
+from kser.python_kafka.consumer import Consumer, KafkaPythonClient
+from kser.python_kafka.producer import CHUNK, Producer
+from kser.schemas import Message
+from tests.support import UUID, Clock, lines, message, record_of
+
+PATIENCE = 30
+
+#: The mock cluster makes topics of four partitions.
+PARTITIONS = 4
+
+
+class Note(Entrypoint):
+    seen: list[str] = []  # noqa: RUF012  emptied after each test
+
+    def run(self) -> None:
+        self.seen.append(self.uuid)
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker("dice") as broker:
+        yield broker
+
+
+@pytest.fixture
+def producer(broker: EmbeddedBroker) -> Iterator[Producer]:
+    producer = Producer(broker.producer_config)
+    yield producer
+    producer.close()
+
+
+@pytest.fixture(autouse=True)
+def registered(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    Controller.register(Note.path, Note)
+    caplog.set_level(logging.INFO, "kser")
+    yield
+    Note.seen.clear()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address of this machine where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def hasty(address: str) -> dict[str, Any]:
+    """Options with which a client gives up soon."""
+    return {"bootstrap_servers": address, "api_version": (2, 0), "delivery_timeout_ms": 600, "request_timeout_ms": 500}
+
+
+def values_of(broker: EmbeddedBroker, topic: str, count: int) -> list[bytes]:
+    """The first ``count`` records of a topic, as bytes."""
+    reader = KafkaConsumer(**broker.producer_config, auto_offset_reset="earliest")
+    reader.assign([TopicPartition(topic, number) for number in range(PARTITIONS)])
+    found: list[bytes] = []
+    deadline = time.monotonic() + PATIENCE
+    while len(found) < count and time.monotonic() < deadline:
+        found += [record.value for records in reader.poll(100).values() for record in records]
+    reader.close()
+    return found
+
+
+def until(done: Callable[[], Any], *consumers: Consumer) -> None:
+    """Let consumers take turns until there is what is waited for."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        for consumer in consumers:
+            consumer.step(timeout=0.05)
+
+
+# -- sending -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_delivered_as_published(
+    broker: EmbeddedBroker, producer: Producer, caplog: pytest.LogCaptureFixture
+) -> None:
+    kmsg = message("shop.Pay", params={"café": 1})
+    text = f"Message shop.Pay[{UUID}] sent in one"
+    result = producer.send("one", kmsg)
+    assert (result.uuid, result.retcode, result.stdout) == (UUID, 0, text)
+    assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {text}"]
+    assert record_of(caplog, "Producer.Success").name == "kser.controller"
+    assert values_of(broker, "one", 1) == [kmsg.dumps().encode()]
+
+
+def test_hooks_are_called_around_sending(broker: EmbeddedBroker) -> None:
+    class Hooked(Producer):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            return Message(kmsg.uuid, "replaced")
+
+        @classmethod
+        def onsuccess(cls, kmsg: Message, result: Result) -> Any:
+            return "hook", kmsg.entrypoint
+
+    producer = Hooked(broker.producer_config)
+    assert producer.send("hooked", message("original")) == ("hook", "original")
+    producer.close()
+    assert json.loads(values_of(broker, "hooked", 1)[0])["entrypoint"] == "replaced"
+
+
+def test_a_refusing_hook_fails_the_message_under_its_own_uuid(broker: EmbeddedBroker) -> None:
+    """C12"""
+
+    class Refusing(Producer):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            raise ValidationError("refused")
+
+    producer = Refusing(broker.producer_config)
+    result = producer.send("dice", message("x"))
+    producer.close()
+    assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
+
+
+def test_an_interrupt_is_not_swallowed(broker: EmbeddedBroker) -> None:
+    """C9"""
+
+    class Interrupted(Producer):
+        @classmethod
+        def onmessage(cls, kmsg: Message) -> Message:
+            raise KeyboardInterrupt
+
+    producer = Interrupted(broker.producer_config)
+    with pytest.raises(KeyboardInterrupt):
+        producer.send("dice", message("x"))
+    with pytest.raises(KeyboardInterrupt):
+        producer.bulk_send("dice", [message("x")])
+    producer.close()
+
+
+UNSENDABLE = {
+    "no JSON form": ("dice", {"when": object()}, "Object of type object is not JSON serializable"),
+    "above the size limit": ("dice", {"text": "x" * 1_100_000}, "larger than the maximum request size"),
+    "an illegal topic": ("no topic!", {}, "is illegal"),
+}
+
+
+@pytest.mark.parametrize(("topic", "params", "reason"), UNSENDABLE.values(), ids=UNSENDABLE)
+def test_what_cannot_be_sent_is_a_failed_result_with_the_reason(
+    producer: Producer, topic: str, params: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D2, D13"""
+    result = producer.send(topic, message("x", params=params))
+    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert reason in result.stderr
+    assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
+
+
+def test_a_topic_that_the_brokers_do_not_know_is_named(producer: Producer) -> None:
+    """D2: no time at all stands in for a topic that does not exist, because the mock cluster makes every one."""
+    result = producer.send("unknown", message("x"), timeout=0)
+    assert result.retcode == 500
+    assert "know no topic 'unknown'" in result.stderr
+
+
+def test_messages_are_told_once_they_are_delivered(producer: Producer) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
+        heard.append((kmsg.uuid, result.uuid))
+
+    with signals.message_sent.connected_to(listen):
+        producer.send("dice", message("x", uuid="1"))
+        producer.send("dice", message("x", uuid="2", params={"when": object()}))
+        producer.bulk_send("dice", [message("x", uuid="3"), message("x", uuid="4", params={"when": object()})])
+    assert heard == [("1", "1"), ("3", "3")]
+
+
+# -- sending many ------------------------------------------------------------------------------------------------------
+
+
+def test_many_messages_come_from_any_iterable(broker: EmbeddedBroker, producer: Producer) -> None:
+    """D14"""
+    count = CHUNK + 10
+    result = producer.bulk_send("many", (message("x", uuid=str(number)) for number in range(count)))
+    assert (result.retcode, result.stdout) == (0, f"{count} message(s) sent")
+    uuids = {json.loads(value)["uuid"] for value in values_of(broker, "many", count)}
+    assert uuids == {str(number) for number in range(count)}
+
+
+def test_no_messages_are_sent_at_once(producer: Producer) -> None:
+    assert producer.bulk_send("dice", []).stdout == "0 message(s) sent"
+
+
+def test_failures_among_many_are_named(broker: EmbeddedBroker, producer: Producer) -> None:
+    """D14: nothing is reported as sent that was not."""
+    bad = {"1": {"when": object()}, "2": {"text": "x" * 1_100_000}}
+    result = producer.bulk_send("some", [message("x", uuid=str(n), params=bad.get(str(n))) for n in range(4)])
+    assert (result.retcode, result.stdout) == (500, "2 message(s) sent")
+    assert result.stderr.startswith("2 of 4 message(s) not sent; the first one: ")
+    assert set(result.retval["failed"]) == {"1", "2"}
+    assert "not JSON serializable" in result.retval["failed"]["1"]
+    assert "maximum request size" in result.retval["failed"]["2"]
+    assert len(values_of(broker, "some", 2)) == 2
+
+
+def test_an_iterable_that_raises_is_a_failed_result(broker: EmbeddedBroker, producer: Producer) -> None:
+    def messages() -> Iterator[Message]:
+        yield message("x")
+        raise ValueError("no more")
+
+    result = producer.bulk_send("cut", messages())
+    assert (result.retcode, result.stderr) == (500, "no more")
+    assert len(values_of(broker, "cut", 1)) == 1
+
+
+# -- brokers that do not answer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["send", "bulk_send"])
+def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, call: str) -> None:
+    """D2"""
+    producer = Producer(hasty(nobody))
+    begin = time.monotonic()
+    argument: Any = message("x") if call == "send" else [message("x"), message("x", uuid="2")]
+    result = getattr(producer, call)("dice", argument, timeout=0.3)
+    assert time.monotonic() - begin < 1.5
+    producer.close()
+    assert result.retcode == 500
+    assert f"No broker answers at {nobody}" in result.stderr
+
+
+def test_a_broker_that_is_gone_is_named_within_the_timeout() -> None:
+    """D2: the topic is known already, so the message waits for its delivery."""
+    broker = EmbeddedBroker("dice")
+    producer = Producer(hasty(broker.bootstrap_servers))
+    assert producer.send("dice", message("x")).retcode == 0
+    broker.close()
+    begin = time.monotonic()
+    result = producer.send("dice", message("x"), timeout=0.3)
+    assert time.monotonic() - begin < 1.5
+    producer.close()
+    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert broker.bootstrap_servers in result.stderr
+
+
+def test_a_producer_that_is_closed_with_messages_on_their_way_leaves_no_thread(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The detector of leaks looks for it when the test has ended."""
+    broker = EmbeddedBroker("dice")
+    producer = Producer(broker.producer_config)
+    producer.send("dice", message("x"))
+    broker.close()
+    producer.send("dice", message("x"), timeout=0)
+    begin = time.monotonic()
+    producer.close()
+    assert time.monotonic() - begin < 2
+    (line,) = lines(caplog, logging.WARNING)[-1:]
+    assert line.startswith("Producer: closed with messages still on their way to ")
+
+
+@pytest.mark.parametrize("make", [Producer, lambda config: Consumer(config, ["dice"])], ids=["producer", "consumer"])
+def test_without_a_broker_and_a_version_construction_says_so(make: Any, nobody: str) -> None:
+    with pytest.raises(BrokerUnavailable, match=f"no Kafka broker answers at {nobody}") as caught:
+        make({"bootstrap_servers": [nobody], "bootstrap_timeout_ms": 300})
+    assert "'bootstrap_servers' in KSER_CONFIG" in caught.value.message
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_both_clients_read_the_environment(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in broker.environment("players").items():
+        monkeypatch.setenv(name, value)
+    producer, consumer = Producer(), Consumer()
+    assert producer.client.config["bootstrap_servers"] == broker.bootstrap_servers
+    assert consumer.client.config["group_id"] == "players"
+    assert producer.client.config["api_version"] == consumer.client.config["api_version"] == (2, 0)
+    assert consumer.client.subscription() == set(broker.topics)
+    assert producer.send(broker.topics[0], message("x")).retcode == 0
+    consumer.close()
+    producer.close()
+
+
+def test_both_clients_read_an_apps_config(broker: EmbeddedBroker) -> None:
+    app = Flask("shop")
+    app.config.update(KSER_CONFIG={**broker.config, "group_id": "app"}, KSER_TOPICS=["dice"])
+    producer, consumer = Producer(app=app), Consumer(app=app)
+    assert (consumer.client.config["group_id"], consumer.client.subscription()) == ("app", {"dice"})
+    consumer.close()
+    producer.close()
+
+
+@pytest.mark.parametrize("make", [Producer, lambda: Consumer(None, ["dice"])], ids=["producer", "consumer"])
+def test_an_unknown_option_of_the_environment_names_the_nearest(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSER_CONFIG", '{"bootstrap_server": "localhost"}')
+    with pytest.raises(SettingError, match="no option 'bootstrap_server'; the nearest is 'bootstrap_servers'"):
+        make()
+
+
+def test_a_dict_that_is_passed_is_taken_as_it_is_and_not_changed(broker: EmbeddedBroker) -> None:
+    given = {**broker.config, "group_id": "given"}
+    before = dict(given)
+    Consumer(given, ["dice"]).close()
+    assert given == before
+    mine = broker.producer_config
+    Producer(mine).close()
+    assert mine == broker.producer_config
+    with pytest.raises(Exception, match="group_id"):
+        Producer({**mine, "group_id": "players"})
+
+
+@pytest.mark.parametrize(
+    ("options", "commit", "reset", "interval"),
+    [
+        ({}, "after", "earliest", 5),
+        ({}, "before", "latest", 5),
+        ({"auto_offset_reset": "latest"}, "after", "latest", 5),
+        ({"enable_auto_commit": False}, "after", "earliest", 0),
+        ({"auto_commit_interval_ms": 100}, "after", "earliest", 0.1),
+    ],
+)
+def test_when_offsets_are_committed_and_where_a_new_group_starts(
+    broker: EmbeddedBroker, options: dict[str, Any], commit: str, reset: str, interval: float
+) -> None:
+    """D5, D7, D17"""
+    consumer = Consumer({**broker.config, "group_id": "g", **options}, ["dice"], commit=commit)
+    config = consumer.client.config
+    consumer.close()
+    assert (config["auto_offset_reset"], config["enable_auto_commit"]) == (reset, False)
+    assert consumer._commit_interval == interval
+
+
+def test_what_cannot_be_consumed_is_refused_without_leaving_a_client_open(broker: EmbeddedBroker) -> None:
+    with pytest.raises(SettingError, match="commit must be one of"):
+        Consumer(broker.config, ["dice"], commit="never")
+    with pytest.raises(SettingError, match="set KSER_TOPICS"):
+        Consumer(broker.config)
+    with pytest.raises(TypeError, match="list"):
+        Consumer(broker.config, "dice")
+
+
+def test_its_own_producer_takes_what_it_knows_of_the_consumers_options(broker: EmbeddedBroker) -> None:
+    consumer = Consumer({**broker.config, "group_id": "g", "client_id": "me"}, ["dice"])
+    producer = consumer.make_producer()
+    assert isinstance(producer, Producer)
+    assert producer.client.config["client_id"] == "me"
+    assert producer.send("dice", message("x")).retcode == 0
+    producer.close()
+    consumer.close()
+
+
+# -- consuming ---------------------------------------------------------------------------------------------------------
+
+
+def offsets(client: KafkaConsumer, topic: str) -> int:
+    """How many records of a topic the client's group has behind it."""
+    return sum(client.committed(TopicPartition(topic, number)) or 0 for number in range(PARTITIONS))
+
+
+def test_bad_and_good_records_are_handled_and_committed(
+    broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D3, D17: what was sent before the group began is handled, a null value too."""
+    broker.create_topic("mixed")
+    raw = KafkaProducer(**broker.producer_config)
+    for value in (None, b"\xff", b"text", message(Note).dumps().encode()):
+        raw.send("mixed", value, key=b"key", partition=0)
+    raw.close()
+    config = {**broker.config, "group_id": "mixed", "enable_auto_commit": False}
+    consumer = Consumer(config, ["mixed"])
+    until(lambda: Note.seen, consumer)
+    assert offsets(consumer.client, "mixed") == 4
+    consumer.close()
+    assert len([line for line in lines(caplog) if ".ImportError: " in line]) == 3
+
+
+def test_partitions_that_go_are_committed_and_nothing_runs_twice(broker: EmbeddedBroker) -> None:
+    """Two consumers, of which the second joins while the first has records that it did not come to yet."""
+    broker.create_topic("shared")
+    raw = KafkaProducer(**broker.producer_config)
+    for number in range(40):
+        raw.send("shared", message(Note, uuid=str(number)).dumps().encode(), partition=number % PARTITIONS)
+    raw.close()
+
+    class Paused(Consumer):
+        limit = 5
+
+        @classmethod
+        def is_active(cls) -> bool:  # type: ignore[override]
+            return len(Note.seen) < cls.limit
+
+    config = {**broker.config, "group_id": "shared", "auto_commit_interval_ms": 600_000}
+    first = Paused(config, ["shared"])
+    clock = Clock(first)
+    first.REGISTRY = type("Slow", (Controller,), {"onsuccess": classmethod(lambda cls, kmsg, result: clock.pass_by(2))})
+    until(lambda: len(Note.seen) == 5, first)
+    assert offsets(first.client, "shared") == 0
+
+    second = Paused(config, ["shared"])
+    until(lambda: second.client.assignment(), first, second)
+    assert offsets(second.client, "shared") == 5
+    Paused.limit = 1000
+    until(lambda: len(Note.seen) >= 40 and len(first.client.assignment()) == 2, first, second)
+    first.close()
+    second.step(timeout=0)
+    assert sorted(Note.seen, key=int) == [str(number) for number in range(40)]
+    second.close()
+    reader = KafkaConsumer(**broker.producer_config, group_id="shared")
+    assert offsets(reader, "shared") == 40
+    reader.close()
+
+
+def test_trouble_of_the_client_is_said_with_its_address(
+    broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**broker.config, "group_id": "nowhere", "auto_offset_reset": "none"}
+    consumer = Consumer(config, ["dice"])
+    until(lambda: lines(caplog, logging.ERROR), consumer)
+    (line,) = lines(caplog, logging.ERROR)
+    assert line.startswith(f"Consumer: cannot take messages at {broker.bootstrap_servers} (bootstrap_servers): ")
+    consumer.close()
+
+
+def test_a_commit_without_a_broker_is_trouble_within_its_time() -> None:
+    broker = EmbeddedBroker("dice")
+    client = KafkaPythonClient(KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False))
+    client.subscribe(["dice"], lambda partitions: {})
+    broker.close()
+    begin = time.monotonic()
+    with pytest.raises(ClientTrouble, match=f"cannot commit offsets at {broker.bootstrap_servers}"):
+        client.commit({Partition("dice", 0): 1}, 0.3)
+    client.close(0.3)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_consumer_ends_in_time_though_its_broker_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    with EmbeddedBroker("dice") as broker:
+        producer = Producer(broker.producer_config)
+        producer.send("dice", message(Note))
+        producer.close()
+        consumer = Consumer({**broker.config, "group_id": "gone", "auto_commit_interval_ms": 600_000}, ["dice"])
+        until(lambda: Note.seen, consumer)
+    begin = time.monotonic()
+    consumer.close()
+    assert time.monotonic() - begin < 5
+    assert "cannot commit offsets" in lines(caplog, logging.ERROR)[0]

@@ -1,0 +1,58 @@
+"""States and their transitions."""
+
+from __future__ import annotations
+
+import pytest
+from cdumay_result import Result
+
+from kser import status
+
+STATES = ("PENDING", "RUNNING", "SUCCESS", "FAILED", "CANCELLED")
+
+ALLOWED = {
+    ("PENDING", "RUNNING"),
+    ("PENDING", "CANCELLED"),
+    ("RUNNING", "SUCCESS"),
+    ("RUNNING", "FAILED"),
+    ("RUNNING", "CANCELLED"),
+    ("FAILED", "RUNNING"),
+    ("CANCELLED", "RUNNING"),
+}
+
+
+def test_states_are_the_strings_of_the_wire() -> None:
+    assert set(status.TRANSITIONS) == set(STATES)
+    assert (status.PENDING, status.RUNNING, status.SUCCESS, status.FAILED, status.CANCELLED) == STATES
+
+
+@pytest.mark.parametrize("old", STATES)
+@pytest.mark.parametrize("new", STATES)
+def test_which_state_may_follow_which(old: str, new: str) -> None:
+    assert status.may_follow(old, new) is ((old, new) in ALLOWED)
+
+
+def test_a_users_own_state_leads_nowhere() -> None:
+    assert not status.may_follow("HALTED", "RUNNING")
+    assert not status.may_follow("RUNNING", "HALTED")
+
+
+@pytest.mark.parametrize("retcode", [1, 299, 300, 500, 0.5])
+def test_every_return_code_above_zero_is_a_failure(retcode: float) -> None:
+    """C3"""
+    assert status.outcome(Result(retcode=retcode)) == "FAILED"
+    assert status.outcome(Result(), Result(retcode=retcode)) == "FAILED"
+    assert status.outcome(Result(retcode=retcode), Result()) == "FAILED"
+
+
+@pytest.mark.parametrize("results", [(), (None,), (Result(),), (None, Result()), (Result(retcode=-1),)])
+def test_what_is_no_failure_is_a_success(results: tuple[Result | None, ...]) -> None:
+    """C3: merged into a blank result, a negative return code gives zero."""
+    assert status.outcome(*results) == "SUCCESS"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("text", AttributeError), (5, AttributeError), (Result(retcode="1"), TypeError)]
+)
+def test_what_is_no_result_is_refused(value: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        status.outcome(value)  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""Arrows between modules point one way, and nothing grows too long."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGE = ROOT / "kser"
+
+#: A module may import from those in lines above its own, and from no other. What shares a line knows nothing of the rest of it.
+ORDER = (
+    {"kser"},
+    {"kser.errors"},
+    {"kser.config"},
+    {"kser.signals"},
+    {"kser.status"},
+    {"kser.results"},
+    {"kser.results"},
+    {"kser.schemas"},
+    {"kser.lockfiles"},
+    {"kser.entry"},
+    {"kser.controller"},
+    {"kser.consumer", "kser.consumer.client"},
+    {"kser.consumer.offsets"},
+    {"kser.consumer.base"},
+    {"kser.sequencing", "kser.sequencing.task"},
+    {"kser.sequencing.runner"},
+    {"kser.sequencing.operation"},
+    {"kser.sequencing.registry"},
+    {"kser.python_kafka", "kser.python_kafka.options", "kser.dummy", "kser.dummy.bus"},
+    {"kser.python_kafka.producer", "kser.dummy.producer"},
+    {"kser.python_kafka.consumer", "kser.dummy.consumer"},
+    {"kser.embedded"},
+)
+RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
+
+#: Transports that know nothing of each other, and consumers that know nothing of sequencing.
+APART = (
+    ("kser.dummy", "kser.python_kafka"),
+    ("kser.python_kafka", "kser.dummy"),
+    ("kser.consumer", "kser.sequencing"),
+    ("kser.python_kafka", "kser.sequencing"),
+    ("kser.dummy", "kser.sequencing"),
+    ("kser.sequencing", "kser.consumer"),
+)
+
+#: What may be imported inside a function, because it may not be installed.
+OPTIONAL = {"kser.embedded": {"confluent_kafka"}}
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {_name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports below ``node`` that are executed: those for annotations alone are not."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield from _imports(child)
+
+
+def _targets(statement: ast.Import | ast.ImportFrom) -> set[str]:
+    if isinstance(statement, ast.Import):
+        return {alias.name for alias in statement.names}
+    assert statement.level == 0, f"line {statement.lineno}: a relative import"
+    full = {f"{statement.module}.{alias.name}" for alias in statement.names}
+    return {name if name in MODULES else str(statement.module) for name in full}
+
+
+def _imported(module: str) -> set[str]:
+    return {name for statement in _imports(_tree(module)) for name in _targets(statement)}
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_up_the_list(module: str) -> None:
+    ours = {name for name in _imported(module) if name.split(".")[0] == "kser"}
+    assert {name for name in ours if RANK[name] >= RANK[module]} == set()
+
+
+@pytest.mark.parametrize(("one", "other"), APART)
+def test_parts_that_know_nothing_of_each_other(one: str, other: str) -> None:
+    members = [module for module in MODULES if module == one or module.startswith(f"{one}.")]
+    known = {name for module in members for name in _imported(module)}
+    assert {name for name in known if name == other or name.startswith(f"{other}.")} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_import_nothing_but_optional_dependencies(module: str) -> None:
+    functions = [node for node in ast.walk(_tree(module)) if isinstance(node, FUNCTION)]
+    found = {name for function in functions for statement in _imports(function) for name in _targets(statement)}
+    assert found <= OPTIONAL.get(module, set())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_and_functions_are_short(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < 400
+    long = [
+        node.name
+        for node in ast.walk(_tree(module))
+        if isinstance(node, FUNCTION) and (node.end_lineno or 0) - node.lineno + 1 >= 50
+    ]
+    assert long == []

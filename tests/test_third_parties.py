@@ -1,0 +1,204 @@
+"""Packages that were written for kser 0.8 go on to work: shaped like kser-crypto and like flask-kser."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cdumay_result import Result
+from flask import Flask
+from marshmallow import fields, post_dump, pre_load
+
+from kser.controller import Controller
+from kser.dummy import consumer as dummy_consumer
+from kser.dummy import producer as dummy_producer
+from kser.dummy.bus import Bus
+from kser.entry import Entrypoint
+from kser.python_kafka.consumer import Consumer as KafkaConsumer
+from kser.python_kafka.producer import Producer as KafkaProducer
+from kser.schemas import BaseSchema, Message
+from kser.sequencing.operation import Operation
+from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.task import Task
+from tests.support import UUID, message, said
+
+
+class Greet(Entrypoint):
+    def run(self) -> Result:
+        return said(f"hello {self.params['name']}, {self.metadata.get('from')}, {self.result.stdout}")
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    Controller.register(Greet.path, Greet)
+    yield
+    Bus.reset()
+
+
+# -- shaped like kser-crypto -------------------------------------------------------------------------------------------
+
+
+class SecretSchema(BaseSchema):
+    """Wraps a whole message into one unreadable field."""
+
+    result = fields.Dict()
+    metadata = fields.Dict()
+
+    @post_dump
+    def hide(self, data: dict[str, Any], **_: Any) -> dict[str, str]:
+        data["result"] = {"stdout": data["result"]["stdout"]} if isinstance(data.get("result"), dict) else {}
+        return {"secret": base64.b64encode(json.dumps(data).encode()).decode()}
+
+    @pre_load
+    def reveal(self, data: dict[str, str], **_: Any) -> Any:
+        return json.loads(base64.b64decode(data["secret"]))
+
+
+class SecretMessage(Message):
+    MARSHMALLOW_SCHEMA = SecretSchema()
+
+    def __init__(
+        self, uuid: str, entrypoint: str, params: Any = None, result: Any = None, metadata: Any = None
+    ) -> None:
+        super().__init__(uuid, entrypoint, params, result, metadata)
+
+    @classmethod
+    def of(cls, kmsg: Message) -> SecretMessage:
+        values = vars(kmsg)
+        result = values["result"]
+        secret = cls(**values)
+        secret.result = {"stdout": result.stdout}  # type: ignore[assignment]  # what its schema knows to dump
+        return secret
+
+
+class SecretController(Controller):
+    TRANSPORT = SecretMessage
+
+
+class SecretProducer(dummy_producer.Producer):
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+        secret = SecretMessage.of(kmsg)
+        self.client.send(topic, secret.MARSHMALLOW_SCHEMA.dumps(secret).encode())
+        result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
+        return self._onsuccess(kmsg=kmsg, result=result)
+
+
+class SecretConsumer(dummy_consumer.Consumer):
+    REGISTRY = SecretController
+
+
+def test_an_overridden_transport_and_producer_understand_each_other() -> None:
+    kmsg = message(Greet, params={"name": "world"}, result=said("before"), metadata={"from": "me"})
+    assert SecretProducer({}).send("dice", kmsg).retcode == 0
+    (raw,) = Bus.at("").topics["dice"]
+    assert list(json.loads(raw)) == ["secret"]
+    assert SecretController.run(raw).stdout == "hello world, me, before"
+    assert SecretConsumer({}, ["dice"]).run_until_idle() == 1
+
+
+def test_a_plain_controller_refuses_what_it_cannot_read() -> None:
+    SecretProducer({}).send("dice", message(Greet, params={"name": "world"}))
+    assert Controller.run(Bus.at("").topics["dice"][0]).stderr == "Failed to load message"
+
+
+def test_an_overridden_schema_decides_alone() -> None:
+    """The direct way of reading and writing stands in for the package's own schema only."""
+    plain = Message(UUID, Greet.path).dumps()
+    assert SecretController.run(plain).retcode == 400
+    assert list(json.loads(SecretMessage.of(message(Greet)).dumps())) == ["secret"]
+
+
+def test_messages_are_rebuilt_from_what_they_are_made_of() -> None:
+    kmsg = message(Greet, params={"name": "world"}, result=Result(uuid="r", retval={"a": 1}), metadata={"m": 1})
+    rebuilt = SecretMessage(**vars(kmsg))
+    assert vars(rebuilt) == vars(kmsg)
+    assert Message.MARSHMALLOW_SCHEMA.dumps(rebuilt) == kmsg.dumps()
+
+
+def test_a_task_that_is_sent_from_a_secret_controller_gets_a_secret_producer() -> None:
+    """`_send` is found however a message is sent: by an operation as well."""
+    registry = OperationRegistry(controller_class=SecretController, producer=SecretProducer({}))
+
+    @registry.subscribe
+    class Sent(Task):
+        TOPIC = "dice"
+
+    @registry.subscribe
+    class Order(Operation):
+        TOPIC = "dice"
+
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [Greeting(params={"name": "x"})]
+
+    class Greeting(Task):
+        def run(self) -> Result:
+            return said("ran")
+
+    Sent().send()
+    Order().send()
+    assert [list(json.loads(raw)) for raw in Bus.at("").topics["dice"]] == [["secret"], ["secret"]]
+    assert SecretController.run(Bus.at("").topics["dice"][1]).stdout == "ran"
+
+
+def test_triggers_of_a_controller_are_called_by_keyword() -> None:
+    class Picky(Controller):
+        @classmethod
+        def _onsuccess(cls, *, kmsg: Message, result: Result) -> Any:  # type: ignore[override]
+            return "success"
+
+        @classmethod
+        def _onerror(cls, *, kmsg: Message, result: Result) -> Any:  # type: ignore[override]
+            return "error"
+
+    assert Picky.run(message(Greet, params={"name": "x"}).dumps()) == "success"
+    assert Picky.run(message(Greet).dumps()) == "error"
+
+
+def test_a_controller_may_show_what_it_does_elsewhere() -> None:
+    shown: list[str] = []
+
+    class Shown(Controller):
+        @classmethod
+        def start_processing(cls, kmsg: Message) -> None:
+            shown.append(kmsg.uuid)
+
+        @classmethod
+        def stop_processing(cls) -> None:
+            shown.append("stopped")
+
+    Shown.run(message(Greet, params={"name": "x"}).dumps())
+    assert shown == [UUID, "stopped"]
+
+
+# -- shaped like flask-kser --------------------------------------------------------------------------------------------
+
+
+class FlaskKser:
+    """Makes producer and consumer from an app's config, with positional arguments."""
+
+    def __init__(self, app: Flask, producer: Any, consumer: Any) -> None:
+        config = app.config["KAFKA"]
+        self.producer = producer(config)
+        self.consumer = consumer(config, app.config["TOPICS"])
+
+
+def test_producers_and_consumers_are_made_positionally() -> None:
+    app = Flask("shop")
+    app.config.update(KAFKA={"bootstrap_servers": "here"}, TOPICS=("dice",))
+    extension = FlaskKser(app, dummy_producer.Producer, dummy_consumer.Consumer)
+    registry = OperationRegistry(app)
+    extension.consumer.REGISTRY = registry.controller
+    extension.producer.send("dice", message(Greet, params={"name": "x"}))
+    assert extension.consumer.run_until_idle() == 1
+    assert app.config["KAFKA"] == {"bootstrap_servers": "here"}
+
+
+def test_the_default_transport_takes_the_same_arguments() -> None:
+    producer, consumer = inspect.signature(KafkaProducer).parameters, inspect.signature(KafkaConsumer).parameters
+    assert (next(iter(producer)), list(consumer)[:2]) == ("config", ["config", "topics"])
+    kinds = {producer["config"].kind, consumer["config"].kind, consumer["topics"].kind}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}

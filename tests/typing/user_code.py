@@ -1,0 +1,101 @@
+"""User code that mypy checks and nobody runs: what a user writes is typed, and what is wrong is found.
+
+Each ``type: ignore`` is an error that mypy must find: one that it did not find would be reported as unused.
+"""
+
+from typing import Any, assert_type
+
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
+from kser.embedded import EmbeddedBroker
+from kser.errors import KserError, SendError
+
+oregistry = OperationRegistry()
+
+
+@oregistry.subscribe
+class Charge(Task):
+    REQUIRED_FIELDS = ["amount"]  # noqa: RUF012  (as users write it)
+    TOPIC = "payments"
+
+    def run(self) -> Result:
+        self.log("charging", extra={"amount": self.params["amount"]})
+        return Result(uuid=self.uuid, stdout="charged", retval={"paid": True})
+
+    def charged(self) -> int:
+        return int(self.params["amount"])
+
+
+@oregistry.subscribe
+class PlaceOrder(Operation):
+    TASKS = (Charge,)
+
+    def build_tasks(self, **kwargs: Any) -> list[Task]:
+        return [Charge(params=kwargs), Charge(params={"amount": 1}, metadata={"trace": "x"})]
+
+    def onsuccess(self, result: Result) -> Result:
+        return result
+
+
+@oregistry.subscribe
+class Plain(Entrypoint):
+    def run(self) -> None:
+        raise ValidationError("not today", extra={"field": "day"})
+
+
+class Strict(Controller):
+    @classmethod
+    def onmessage(cls, kmsg: Message) -> Message:
+        return kmsg
+
+
+# The decorator gives back the class itself, not some class.
+assert_type(oregistry.subscribe(Charge), type[Charge])
+assert_type(Charge(), Charge)
+assert_type(Charge().charged(), int)
+assert_type(PlaceOrder().tasks, list[Task])
+
+charge = Charge(uuid="1", params={"amount": 12}, status="PENDING", result=Result(), metadata={})
+assert_type(charge.uuid, str)
+assert_type(charge.status, str)
+assert_type(charge.result, Result)
+assert_type(charge.to_Message(), Message)
+assert_type(Charge.from_Message(charge.to_Message()), Charge)
+assert_type(Message.loads(b"{}"), Message)
+
+operation = PlaceOrder()
+assert_type(operation.launch(), Result)
+assert_type(operation.launch_next(task=charge, result=charge.result), Result)
+assert_type(operation.next(charge), Task | None)
+assert_type(operation.compute_tasks(amount=3), list[Task])
+
+result = Result(retcode=1, stderr="no")
+assert_type(result + Result(), Result)
+assert_type(result.retval, dict[str, Any])
+assert_type(Result.from_exception(ValueError("no"), uuid="1"), Result)
+
+try:
+    operation.send()
+except SendError as error:
+    assert_type(error.result, Result)
+    assert_type(error.code, int)
+except KserError as error:
+    assert_type(error.message, str)
+    assert_type(error.to_dict(), dict[str, Any])
+
+with EmbeddedBroker("payments") as broker:
+    assert_type(broker, EmbeddedBroker)
+    assert_type(broker.bootstrap_servers, str)
+    assert_type(broker.config, dict[str, Any])
+
+# What mypy must refuse.
+oregistry.subscribe(int)  # type: ignore[type-var]
+oregistry.subscribe(Charge())  # type: ignore[type-var]
+Charge(params=["amount"])  # type: ignore[arg-type]
+Charge(statut="PENDING")  # type: ignore[call-arg]
+Message(entrypoint="shop.Charge")  # type: ignore[call-arg]
+Result(retcode="1")  # type: ignore[arg-type]
+charge.charged("all of it")  # type: ignore[call-arg]
+EmbeddedBroker(topics=["payments"])  # type: ignore[call-arg]
