@@ -185,7 +185,7 @@ ACCEPTED = {
     "double keys": b'{"uuid": "y", "uuid": "x", "entrypoint": "%s"}',
     "a lone surrogate": b'{"uuid": "x", "entrypoint": "%s", "params": {"s": "\\ud800"}}',
     "unknown keys": b'{"uuid": "x", "entrypoint": "%s", "new": {}, "result": {"new": 1}}',
-    "nulls in the result": b'{"uuid": "x", "entrypoint": "%s", "result": {"uuid": null, "stdout": null, "retcode": null}}',
+    "nulls in the result": b'{"uuid": "x", "entrypoint": "%s", "result": {"uuid": null, "retcode": null}}',
     "no result": b'{"uuid": "x", "entrypoint": "%s", "result": null}',
 }
 

@@ -101,7 +101,7 @@ def test_the_version_of_the_broker_has_the_clients_type(version: Any) -> None:
 
 @pytest.mark.parametrize("version", ["auto", "2.x", ["two"], [None]])
 def test_a_version_that_is_none_is_refused(version: Any) -> None:
-    with pytest.raises(SettingError, match="api_version must look like '2.0'"):
+    with pytest.raises(SettingError, match=r"api_version must look like '2\.0'"):
         _ = Settings({"KSER_CONFIG": {"api_version": version}}).client
 
 

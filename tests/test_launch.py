@@ -75,7 +75,7 @@ def test_what_is_missing_to_send_is_named(registry: OperationRegistry) -> None:
     class Lost(Operation):
         pass
 
-    with pytest.raises(ProducerMissing, match="@oregistry.subscribe"):
+    with pytest.raises(ProducerMissing, match=r"@oregistry\.subscribe"):
         Lost().send()
     registry.subscribe(Lost)
     with pytest.raises(TopicMissing, match="KSER_TOPICS"):

@@ -210,7 +210,7 @@ def test_required_parameters_are_those_of_the_operation_and_its_classes() -> Non
     with pytest.raises(ValidationError) as caught:
         Outer(params={"outer": 1}).check_required_params()
     assert caught.value.message == "Missing parameter: inner for tests.test_operation.Inner"
-    with pytest.raises(ValidationError, match="Missing parameter: outer for tests.test_operation.Outer"):
+    with pytest.raises(ValidationError, match=r"Missing parameter: outer for tests\.test_operation\.Outer"):
         Outer().build()
 
 

@@ -327,7 +327,7 @@ def test_a_wrong_setting_in_the_app_is_named(app: Flask) -> None:
 @pytest.mark.parametrize("what", [int, "Pay", None, lambda: None, Task()])
 def test_what_is_no_entrypoint_class_cannot_be_subscribed(what: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C17"""
-    with pytest.raises(ValidationError, match="Invalid type for entry .*, MUST implement kser.entry.Entrypoint"):
+    with pytest.raises(ValidationError, match=r"Invalid type for entry .*, MUST implement kser\.entry\.Entrypoint"):
         OperationRegistry().subscribe(what)
     assert lines(caplog) == []
 
@@ -336,7 +336,7 @@ def test_an_object_of_a_subscribed_class_cannot_be_subscribed() -> None:
     """C17"""
     registry = OperationRegistry()
     cls = registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))
-    with pytest.raises(ValidationError, match="MUST implement kser.entry.Entrypoint"):
+    with pytest.raises(ValidationError, match=r"MUST implement kser\.entry\.Entrypoint"):
         registry.subscribe(cls())  # type: ignore[type-var]
 
 
@@ -344,5 +344,5 @@ def test_a_stranger_under_a_known_path_cannot_be_subscribed() -> None:
     """C17"""
     registry = OperationRegistry()
     registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))
-    with pytest.raises(ValidationError, match="MUST implement kser.entry.Entrypoint"):
+    with pytest.raises(ValidationError, match=r"MUST implement kser\.entry\.Entrypoint"):
         registry.subscribe(type("Stranger", (), {"path": f"{MODULE}.Known"}))  # type: ignore[type-var]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import uuid
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
-from uuid import UUID as UUIDType
 
 import pytest
 from cdumay_error.types import ValidationError
@@ -61,7 +61,7 @@ def test_nan_surrogates_and_keys_that_are_no_text_are_written_as_json_does(cls: 
 
 
 @BOTH
-@pytest.mark.parametrize("value", [datetime(2020, 1, 1), UUIDType(int=1), Decimal(1), {1}, b"x", object()])
+@pytest.mark.parametrize("value", [datetime(2020, 1, 1), uuid.UUID(int=1), Decimal(1), {1}, b"x", object()])
 def test_what_has_no_json_form_is_a_type_error(cls: type[Message], value: Any) -> None:
     kmsg = cls("1", "x", {"value": value})
     assert kmsg.dump()["params"]["value"] is value

@@ -12,7 +12,7 @@ from tests.support import ROOT
 
 PACKAGE = ROOT / "kser"
 
-#: A module may import from those in lines above its own, and from no other. What shares a line knows nothing of the rest of it.
+#: A module may import from those in lines above its own, and from no other.
 ORDER = (
     {"kser"},
     {"kser.errors"},

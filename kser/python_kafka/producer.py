@@ -17,7 +17,7 @@ from kser import signals
 from kser.config import CONFIG, Settings
 from kser.controller import BaseProducer
 from kser.python_kafka.options import connect, options_for, servers
-from kser.results import failure
+from kser.results import failure, merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,9 @@ class Producer(BaseProducer):
         """
         bulk = _Bulk(self, topic, time.monotonic() + timeout)
         try:
-            for kmsg in kmsgs:
-                bulk.add(kmsg)
+            bulk.send(kmsgs)
         except Exception as exc:
-            bulk.finish()
-            return Result.from_exception(exc)
+            return merge(bulk.finish(), Result.from_exception(exc))
         return bulk.finish()
 
     def close(self) -> None:
@@ -83,9 +81,8 @@ class Producer(BaseProducer):
             )
 
     def _announce(self, topic: str, kmsg: Message) -> None:
-        if signals.message_sent.receivers:
-            result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
-            signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+        result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
+        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
 
     def _encode(self, kmsg: Message) -> bytes:
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
@@ -131,60 +128,67 @@ class _Bulk:
         self._topic = topic
         self._deadline = deadline
         self._count = 0
-        self._failed: dict[str, str] = {}
+        self._failed = 0
+        self._reasons: dict[str, str] = {}
         self._chunk: list[tuple[Message, bytes]] = []
-        self._chunk_began = 0.0
         self._unchecked: list[tuple[Message, Any]] = []
 
-    def add(self, kmsg: Message) -> None:
-        """Take one message; it is sent with the next ones, but not held back for long."""
-        self._count += 1
-        if not self._chunk:
-            self._chunk_began = time.monotonic()
-        try:
-            self._chunk.append((kmsg, self._producer._encode(kmsg)))
-        except Exception as exc:
-            self._failed[kmsg.uuid] = str(exc)
-        if len(self._chunk) >= CHUNK or time.monotonic() - self._chunk_began > CHUNK_SECONDS:
-            self._send()
+    def send(self, kmsgs: Iterable[Message]) -> None:
+        """Take messages; each is sent with the next ones, but not held back for long."""
+        began = time.monotonic()
+        for kmsg in kmsgs:
+            self._count += 1
+            try:
+                self._chunk.append((kmsg, self._producer._encode(kmsg)))
+            except Exception as exc:
+                self._fail(kmsg, exc)
+            if len(self._chunk) >= CHUNK or time.monotonic() - began > CHUNK_SECONDS:
+                self._send_chunk()
+                began = time.monotonic()
 
     def finish(self) -> Result:
         """Wait until all are delivered, and say what came of them."""
-        self._send()
+        self._send_chunk()
         # What does not make it in time is found when each delivery is looked at.
         with suppress(KafkaTimeoutError):
             self._producer.client.flush(timeout=_remaining(self._deadline))
         self._check(self._unchecked)
-        sent = f"{self._count - len(self._failed)} message(s) sent"
+        sent = f"{self._count - self._failed} message(s) sent"
         if not self._failed:
             return Result(stdout=sent)
-        reason = next(iter(self._failed.values()))
+        reason = next(iter(self._reasons.values()))
         return Result(
             retcode=500,
             stdout=sent,
-            stderr=f"{len(self._failed)} of {self._count} message(s) not sent; the first one: {reason}",
-            retval={"failed": self._failed},
+            stderr=f"{self._failed} of {self._count} message(s) not sent; the first one: {reason}",
+            retval={"failed": self._reasons},
         )
 
-    def _send(self) -> None:
+    def _fail(self, kmsg: Message, exc: Exception) -> None:
+        self._reasons[kmsg.uuid] = str(exc)
+        self._failed += 1
+
+    def _send_chunk(self) -> None:
         # The chunks before this one are through by now, or nearly so: their futures need not be kept.
         checkable, self._unchecked = self._unchecked, []
         for kmsg, data in self._chunk:
             try:
                 self._unchecked.append((kmsg, self._producer._enqueue(self._topic, data, self._deadline)))
             except Exception as exc:
-                self._failed[kmsg.uuid] = str(exc)
+                self._fail(kmsg, exc)
         self._chunk = []
         self._check(checkable)
 
     def _check(self, deliveries: Iterable[tuple[Message, Any]]) -> None:
+        announced = bool(signals.message_sent.receivers)
         for kmsg, delivery in deliveries:
             try:
                 delivery.get(timeout=_remaining(self._deadline))
             except Exception as exc:
-                self._failed[kmsg.uuid] = str(exc)
+                self._fail(kmsg, exc)
             else:
-                self._producer._announce(self._topic, kmsg)
+                if announced:
+                    self._producer._announce(self._topic, kmsg)
 
 
 def _remaining(deadline: float) -> float:

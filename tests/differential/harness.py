@@ -77,17 +77,21 @@ def traces(scenario: str, oracle: Path, folder: Path) -> tuple[list[str], list[s
     :param oracle: the interpreter of the published package.
     :param folder: where each of the two gets a folder of its own.
     """
-    package = Path(kser.__file__).parents[1]
-    ours = {
-        "PYTHONPATH": os.pathsep.join((str(HERE), str(package))),
-        "DIFFERENTIAL_SETUP": str(ROOT / "setup.py"),
-        # What the scenarios cover counts.
-        **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
-    }
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(trace, scenario, oracle, folder / "theirs", {"PYTHONPATH": str(HERE)})
-        second = pool.submit(trace, scenario, Path(sys.executable), folder / "ours", ours)
+        second = pool.submit(trace, scenario, Path(sys.executable), folder / "ours", environment_of_ours())
         return first.result(), second.result()
+
+
+def environment_of_ours() -> dict[str, str]:
+    """The variables that make an interpreter find our package."""
+    package = Path(kser.__file__).parents[1]
+    return {
+        "PYTHONPATH": os.pathsep.join((str(HERE), str(package))),
+        "DIFFERENTIAL_SETUP": str(ROOT / "setup.py"),
+        # What is covered there counts.
+        **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
+    }
 
 
 def trace(scenario: str, python: Path, folder: Path, variables: dict[str, str]) -> list[str]:

@@ -31,7 +31,7 @@ from tests.kafka.helpers import (
 )
 
 # kafka-python leaves the sockets of connections that were refused to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 TOPIC = "work"
 GROUP = "g"

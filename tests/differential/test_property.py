@@ -1,0 +1,166 @@
+"""Both packages take the same inputs, refuse the same ones alike, and write what they take in the same bytes.
+
+Hypothesis makes a few values and one place to damage; each of its examples becomes a batch of inputs, so that the
+many thousand cases of a run cost a few hundred examples. ``KSER_TEST_PROPERTY_CASES`` says how many cases there are to
+be, ``KSER_TEST_PROPERTY_SEED`` repeats a run.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from .harness import HERE, environment_of_ours
+
+CASES = int(os.environ.get("KSER_TEST_PROPERTY_CASES") or (20_000 if os.environ.get("CI") == "true" else 2_000))
+SEED = int(os.environ.get("KSER_TEST_PROPERTY_SEED") or random.randrange(2**32))
+
+FIELDS = ("uuid", "entrypoint", "params", "result", "metadata")
+RESULT_FIELDS = ("uuid", "retcode", "stdout", "stderr", "retval")
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-32-be", "latin-1")
+
+NEW_UUID = "99999999-9999-4999-8999-999999999999"
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["", "12", "{}", "\ud800"])
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+
+Case = tuple[str, bytes]
+
+
+def inputs(value: Any, other: Any, place: int, junk: bytes) -> Iterator[Case]:
+    """A batch of inputs around two JSON values: in every field, on their own, damaged, in odd encodings."""
+    plain = {"uuid": "u", "entrypoint": "e", "params": {"k": other}, "result": {"uuid": "r", "retval": {"k": value}}}
+    variants: list[Any] = [value, [value], plain]
+    variants += [{**plain, name: value} for name in (*FIELDS, "unknown")]
+    variants += [{**plain, "result": {"uuid": "r", name: value}} for name in (*RESULT_FIELDS, "unknown")]
+    variants += [{k: v for k, v in plain.items() if k != name} for name in FIELDS]
+    variants += [{**plain, "metadata": value, "params": other, "result": {"retcode": value, "stdout": other}}]
+    for variant in variants:
+        text = json.dumps(variant)
+        yield "load_bytes", text.encode()
+        yield "load_text", text.encode()
+    for arguments in (
+        ["u", "e", value],
+        ["u", "e", None, {"retval": value}, other],
+        [value, other],
+        ["u", "e", {}, value],
+    ):
+        yield "build", json.dumps(arguments).encode()
+    raw = json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    place %= len(raw)
+    for damaged in (raw[:place], raw[:place] + junk + raw[place:], raw[:place] + junk + raw[place + len(junk) :], junk):
+        yield "load_bytes", damaged
+        yield "load_text", damaged
+    for encoding in ENCODINGS:
+        yield "load_bytes", json.dumps(plain, ensure_ascii=False).encode(encoding, "replace")
+
+
+class Judge:
+    """A process that answers with the verdicts of one of the two packages."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, cases: list[Case]) -> None:
+        """Begin with these inputs."""
+        assert self._process.stdin is not None
+        question = [(kind, base64.b64encode(raw).decode()) for kind, raw in cases]
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> list[dict[str, Any]]:
+        """The verdicts on them."""
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
+
+
+@contextmanager
+def judge(python: Path, variables: dict[str, str]) -> Iterator[Judge]:
+    """A judge for the duration of a block."""
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    with subprocess.Popen(
+        [str(python), str(HERE / "verdicts.py")],
+        env=environment | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        yield Judge(process)
+
+
+def expected(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Whether our verdict is what the published one and the decisions lead to."""
+    if theirs == ours:
+        return True
+    if theirs.get("refused") == "ValidationError" and "accepted" in ours:
+        # C14: null in the fields of the result is accepted.
+        errors = theirs["extra"].get("result", {})
+        return set(theirs["extra"]) == {"result"} and all(v == ["Field may not be null."] for v in errors.values())
+    if theirs.get("refused") == ours.get("refused") == "ValidationError":
+        # C14 again, beside other errors.
+        return without_null_errors(theirs["extra"]) == ours["extra"]
+    if "accepted" in theirs and "accepted" in ours:
+        # C15: a result without a uuid of its own gets the message's, not a random one. C14: what we write, we read.
+        return same_but_for_the_uuid(theirs["accepted"], ours["accepted"]) and ours["again"] in (True, theirs["again"])
+    return False
+
+
+def without_null_errors(extra: dict[str, Any]) -> dict[str, Any]:
+    """The errors of a refusal, but for those about null in the result."""
+    result = {k: v for k, v in extra.get("result", {}).items() if v != ["Field may not be null."]}
+    return {k: v for k, v in {**extra, "result": result}.items() if v or k != "result"}
+
+
+def same_but_for_the_uuid(theirs: str, ours: str) -> bool:
+    """Whether two dumped messages are equal, but for a new uuid of the result that is the message's in ours."""
+    first, second = json.loads(theirs), json.loads(ours)
+    if first["result"]["uuid"] != NEW_UUID or second["result"]["uuid"] != second["uuid"]:
+        return False
+    first["result"]["uuid"] = second["uuid"]
+    return json.dumps(first) == ours
+
+
+def test_both_packages_take_the_same_inputs_to_the_same_bytes(oracle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = 0
+    per_example = len(list(inputs(None, None, 0, b"")))
+
+    with judge(oracle, {}) as published, judge(Path(sys.executable), environment_of_ours()) as own:
+
+        @seed(SEED)
+        @settings(
+            max_examples=-(-CASES // per_example),
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(values, values, st.integers(0, 10_000), st.binary(max_size=4))
+        def check(value: Any, other: Any, place: int, junk: bytes) -> None:
+            nonlocal count
+            cases = list(inputs(value, other, place, junk))
+            count += len(cases)
+            published.ask(cases)
+            own.ask(cases)
+            for (kind, raw), theirs, ours in zip(cases, published.answer(), own.answer(), strict=True):
+                assert expected(theirs, ours), f"{kind} {raw!r}\ntheirs {theirs}\nours   {ours}"
+
+        check()
+
+    with capsys.disabled():
+        print(f"\n{count} cases, KSER_TEST_PROPERTY_SEED={SEED}")
+    assert count >= CASES

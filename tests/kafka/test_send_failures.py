@@ -1,0 +1,209 @@
+"""What cannot be sent is answered within the timeout, by a failed Result that names the reason."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+from cdumay_result import Result
+
+from kser.errors import BrokerUnavailable
+from kser.python_kafka.consumer import Consumer
+from kser.python_kafka.producer import Producer
+from tests.kafka.broker import Kafka, KafkaBroker, free_ports
+from tests.kafka.helpers import message, stored, stored_uuids, uuids
+
+# kafka-python leaves the sockets of connections that were refused to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+#: What an answer may take beyond its timeout.
+SLACK = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def producer(kafka: Kafka) -> Iterator[Producer]:
+    with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers})) as made:
+        yield made
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    at = time.monotonic()
+    yield
+    took = time.monotonic() - at
+    print(f"took {took:.2f} s")
+    assert took < seconds + SLACK, took
+
+
+def check_failed(result: Result, sent: Any) -> None:
+    assert result.retcode == 500
+    assert result.uuid == sent.uuid
+    assert result.retval["error"]["message"] == result.stderr
+
+
+def test_a_missing_topic_is_named_within_the_timeout(producer: Producer) -> None:
+    sent = message()
+    with within(1):
+        result = producer.send("nobody-made-it", sent, timeout=1)
+    print(result.stderr)
+    check_failed(result, sent)
+    assert "know no topic 'nobody-made-it'" in result.stderr
+
+
+def test_a_missing_topic_is_named_within_max_block_ms(producer: Producer) -> None:
+    sent = message()
+    with within(5):
+        result = producer.send("nobody-made-it", sent)
+    check_failed(result, sent)
+    assert "know no topic 'nobody-made-it'" in result.stderr
+
+
+def test_many_messages_to_a_missing_topic_fail_within_the_timeout_each_with_its_reason(producer: Producer) -> None:
+    messages = [message() for _ in range(200)]
+    with within(2):
+        result = producer.bulk_send("nobody-made-it", messages, timeout=2)
+    assert result.retcode == 500
+    assert result.stdout == "0 message(s) sent"
+    assert sorted(result.retval["failed"]) == sorted(uuids(messages))
+    assert all("know no topic 'nobody-made-it'" in reason for reason in result.retval["failed"].values())
+
+
+def test_many_messages_to_a_missing_topic_do_not_wait_for_it_one_after_the_other(producer: Producer) -> None:
+    with within(5):
+        result = producer.bulk_send("nobody-made-it", [message() for _ in range(4)], timeout=18)
+    assert len(result.retval["failed"]) == 4
+
+
+def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Producer, topic: Callable[..., str]) -> None:
+    name = topic()
+    kafka.delete_topic(name)
+    assert producer.send(name, message(), timeout=1).retcode == 500
+    kafka.create_topic(name)
+    sent = message()
+    assert producer.send(name, sent, timeout=5).retcode == 0
+    assert stored_uuids(kafka, name) == [sent.uuid]
+
+
+def test_an_oversized_message_is_refused_at_once_and_the_others_are_sent(
+    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+) -> None:
+    name = topic()
+    small, large = message(), message(text="x" * 2_000_000)
+    with within(0.5):
+        result = producer.send(name, large, timeout=10)
+    print(result.stderr)
+    check_failed(result, large)
+    assert "larger than the maximum" in result.stderr or "max_request_size" in result.stderr
+
+    others = [message() for _ in range(10)]
+    with within(2):
+        result = producer.bulk_send(name, [small, large, *others], timeout=10)
+    assert list(result.retval["failed"]) == [large.uuid]
+    assert result.stdout == "11 message(s) sent"
+    assert stored_uuids(kafka, name) == uuids([small, *others])
+
+
+def test_a_message_that_only_the_broker_finds_too_large_is_refused(kafka: Kafka, topic: Callable[..., str]) -> None:
+    name = topic()
+    small, large = message(), message(text="x" * 1_500_000)
+    with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers, "max_request_size": 3_000_000})) as producer:
+        with within(3):
+            result = producer.send(name, large, timeout=3)
+        print(result.stderr)
+        check_failed(result, large)
+        assert "large" in result.stderr.lower()
+        with within(3):
+            result = producer.bulk_send(name, [small, large], timeout=3)
+        assert large.uuid in result.retval["failed"]
+        found = stored_uuids(kafka, name)
+        assert set(uuids([small, large])) - result.retval["failed"].keys() <= set(found)
+        assert large.uuid not in found
+
+
+def test_a_message_that_has_no_json_is_refused_and_the_others_are_sent(
+    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+) -> None:
+    name = topic()
+    wrong = message(what=object())
+    result = producer.send(name, wrong)
+    check_failed(result, wrong)
+    assert "not JSON serializable" in result.stderr
+    sent = message()
+    result = producer.bulk_send(name, [wrong, sent])
+    assert list(result.retval["failed"]) == [wrong.uuid]
+    assert stored_uuids(kafka, name) == [sent.uuid]
+
+
+def test_bulk_send_takes_any_iterable_and_says_how_many_were_sent(
+    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+) -> None:
+    name = topic()
+    messages = [message(number=number) for number in range(1500)]
+    result = producer.bulk_send(name, (each for each in messages))
+    assert (result.retcode, result.stdout) == (0, "1500 message(s) sent")
+    assert stored(kafka, name) == [each.dumps().encode() for each in messages]
+    assert producer.bulk_send(name, []).stdout == "0 message(s) sent"
+
+
+def test_an_iterable_that_raises_fails_the_bulk_and_what_it_gave_before_is_sent(
+    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+) -> None:
+    name = topic()
+    first = message()
+
+    def broken() -> Iterator[Any]:
+        yield first
+        raise ValueError("no more")
+
+    result = producer.bulk_send(name, broken())
+    assert result.retcode == 500 and "no more" in result.stderr
+    assert stored_uuids(kafka, name) == [first.uuid]
+
+
+@pytest.mark.parametrize("client", [Producer, Consumer])
+def test_an_address_where_nobody_answers_is_named_at_construction(client: type[Any]) -> None:
+    (port,) = free_ports(1)
+    options = {"bootstrap_servers": f"127.0.0.1:{port}", "bootstrap_timeout_ms": 1000}
+    if "bootstrap_timeout_ms" not in _options():
+        options = {"bootstrap_servers": f"127.0.0.1:{port}", "api_version_auto_timeout_ms": 1000}
+    arguments = (["work"],) if client is Consumer else ()
+    with within(2), pytest.raises(BrokerUnavailable, match=f"no Kafka broker answers at 127.0.0.1:{port}"):
+        client(options, *arguments)
+
+
+def test_a_broker_that_died_is_named_within_the_timeout_by_send_and_bulk_send(own_kafka: KafkaBroker) -> None:
+    own_kafka.create_topic("work")
+    with closing(Producer({"bootstrap_servers": own_kafka.bootstrap_servers})) as producer:
+        assert producer.send("work", message()).retcode == 0
+        own_kafka.kill()
+        known, unknown = message(), message()
+        # The client knows where the first topic is, so this one waits for its delivery, that one for metadata.
+        for name, sent in (("work", known), ("other", unknown)):
+            with within(1):
+                result = producer.send(name, sent, timeout=1)
+            print(name, result.stderr)
+            check_failed(result, sent)
+            assert own_kafka.bootstrap_servers in result.stderr, result.stderr
+        with within(1):
+            result = producer.bulk_send("work", [message() for _ in range(50)], timeout=1)
+        print(result.stderr)
+        assert len(result.retval["failed"]) == 50
+        assert own_kafka.bootstrap_servers in result.stderr, result.stderr
+        at = time.monotonic()
+    print(f"closed in {time.monotonic() - at:.2f} s")
+
+
+def _options() -> dict[str, Any]:
+    from kafka import KafkaProducer
+
+    return KafkaProducer.DEFAULT_CONFIG

@@ -1,0 +1,135 @@
+"""The default transport when its broker is not there, or is there no longer."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer
+
+from kser.consumer.client import Partition
+from kser.controller import Controller
+from kser.embedded import EmbeddedBroker
+from kser.entry import Entrypoint
+from kser.errors import BrokerUnavailable, ClientTrouble
+from kser.python_kafka.consumer import Consumer, KafkaPythonClient
+from kser.python_kafka.producer import Producer
+from tests.support import UUID, lines, message
+
+# kafka-python drops sockets that could not connect without closing them.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+PATIENCE = 30
+
+
+class Note(Entrypoint):
+    seen: list[str] = []  # noqa: RUF012  emptied after each test
+
+    def run(self) -> None:
+        self.seen.append(self.uuid)
+
+
+@pytest.fixture(autouse=True)
+def registered(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    Controller.register(Note.path, Note)
+    caplog.set_level(logging.INFO, "kser")
+    yield
+    Note.seen.clear()
+    # While their warnings are still ignored.
+    gc.collect()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address of this machine where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def hasty(address: str) -> dict[str, Any]:
+    """Options with which a client gives up soon."""
+    return {"bootstrap_servers": address, "api_version": (2, 0), "delivery_timeout_ms": 600, "request_timeout_ms": 500}
+
+
+@pytest.mark.parametrize("call", ["send", "bulk_send"])
+def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, call: str) -> None:
+    """D2"""
+    producer = Producer(hasty(nobody))
+    begin = time.monotonic()
+    argument: Any = message("x") if call == "send" else [message("x"), message("x", uuid="2")]
+    result = getattr(producer, call)("dice", argument, timeout=0.3)
+    assert time.monotonic() - begin < 1.5
+    producer.close()
+    assert result.retcode == 500
+    assert f"No broker answers at {nobody}" in result.stderr
+
+
+def test_a_broker_that_is_gone_is_named_within_the_timeout() -> None:
+    """D2: the topic is known already, so the message waits for its delivery."""
+    broker = EmbeddedBroker("dice")
+    producer = Producer(hasty(broker.bootstrap_servers))
+    assert producer.send("dice", message("x")).retcode == 0
+    broker.close()
+    begin = time.monotonic()
+    result = producer.send("dice", message("x"), timeout=0.3)
+    assert time.monotonic() - begin < 1.5
+    producer.close()
+    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert broker.bootstrap_servers in result.stderr
+
+
+def test_a_producer_that_is_closed_with_messages_on_their_way_leaves_no_thread(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The detector of leaks looks for it when the test has ended."""
+    broker = EmbeddedBroker("dice")
+    producer = Producer(broker.producer_config)
+    producer.send("dice", message("x"))
+    broker.close()
+    producer.send("dice", message("x"), timeout=0)
+    begin = time.monotonic()
+    producer.close()
+    assert time.monotonic() - begin < 2
+    (line,) = lines(caplog, logging.WARNING)[-1:]
+    assert line.startswith("Producer: closed with messages still on their way to ")
+
+
+@pytest.mark.parametrize("make", [Producer, lambda config: Consumer(config, ["dice"])], ids=["producer", "consumer"])
+def test_without_a_broker_and_a_version_construction_says_so(make: Any, nobody: str) -> None:
+    with pytest.raises(BrokerUnavailable, match=f"no Kafka broker answers at {nobody}") as caught:
+        make({"bootstrap_servers": [nobody], "bootstrap_timeout_ms": 300})
+    assert "'bootstrap_servers' in KSER_CONFIG" in caught.value.message
+
+
+def test_a_commit_without_a_broker_is_trouble_within_its_time() -> None:
+    broker = EmbeddedBroker("dice")
+    client = KafkaPythonClient(KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False))
+    client.subscribe(["dice"], lambda partitions: {})
+    broker.close()
+    begin = time.monotonic()
+    with pytest.raises(ClientTrouble, match=f"cannot commit offsets at {broker.bootstrap_servers}"):
+        client.commit({Partition("dice", 0): 1}, 0.3)
+    client.close(0.3)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_consumer_ends_in_time_though_its_broker_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    with EmbeddedBroker("dice") as broker:
+        producer = Producer(broker.producer_config)
+        producer.send("dice", message(Note))
+        producer.close()
+        consumer = Consumer({**broker.config, "group_id": "gone", "auto_commit_interval_ms": 600_000}, ["dice"])
+        deadline = time.monotonic() + PATIENCE
+        while not Note.seen:
+            assert time.monotonic() < deadline
+            consumer.step(timeout=0.05)
+    begin = time.monotonic()
+    consumer.close()
+    assert time.monotonic() - begin < 5
+    assert "cannot commit offsets" in lines(caplog, logging.ERROR)[0]
