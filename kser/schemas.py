@@ -169,8 +169,9 @@ class Message(Base):
         if not result:
             result = Result(uuid=uuid)
         elif not isinstance(result, Result):
+            arguments, result = result, Result(**result)
             # A result that says nothing of its identity is the message's own.
-            result = Result(**{"uuid": uuid, **result})
+            result.uuid = arguments.get("uuid") or uuid
         self.result = result
         self.metadata = metadata or {}
 

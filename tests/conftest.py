@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import blinker
@@ -18,6 +19,8 @@ import pytest
 import kser.signals
 from kser.controller import Controller
 
+#: No test may take longer, whatever hangs.
+LIMIT_SECONDS = 300
 #: How long what a test has ended may take to be gone.
 GRACE_SECONDS = 3
 
@@ -33,6 +36,20 @@ def needs(service: str, problem: object = None) -> NoReturn:
 
 
 @pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Fail a test that hangs, where it hangs, and go on with the next one."""
+
+    def too_long(_number: int, _frame: FrameType | None) -> NoReturn:
+        pytest.fail(f"the test takes more than {LIMIT_SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(autouse=True)
 def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of this test's own for kser's lock files; none of the caller's settings reach the test."""
     for name in [name for name in os.environ if name.startswith("KSER_") and not name.startswith("KSER_TEST_")]:
@@ -45,7 +62,7 @@ def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
-def leak_detector(lock_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves something behind; what it registers is forgotten after it."""
     registry = Controller.ENTRYPOINTS
     before = {name: look() for name, look in TRACES.items()}

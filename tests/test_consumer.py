@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cdumay_result import Result
 
 from kser import lockfiles
 from kser.consumer.base import BaseConsumer, check_commit_mode
@@ -20,23 +19,25 @@ from kser.controller import Controller
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
-from kser.errors import ClientTrouble, ProducerMissing, SettingError
-from kser.sequencing.registry import OperationRegistry
-from kser.sequencing.task import Task
+from kser.errors import ClientTrouble, SettingError
 from tests.support import Clock, lines, message, record_of, records
 
 AT_ONCE = {"enable_auto_commit": False}
 
 
 class Act(Entrypoint):
-    """Does what the test put into ``acts`` under its uuid."""
+    """Does, or raises, what the test put into ``acts`` under its uuid."""
 
     acts: dict[str, Any] = {}  # noqa: RUF012  emptied after each test
     seen: list[str] = []  # noqa: RUF012
 
     def run(self) -> None:
         self.seen.append(self.uuid)
-        self.acts.get(self.uuid, lambda: None)()
+        act = self.acts.get(self.uuid)
+        if isinstance(act, BaseException):
+            raise act
+        if act:
+            act()
 
 
 @pytest.fixture(autouse=True)
@@ -186,16 +187,9 @@ def test_without_a_group_nothing_is_committed_and_that_is_said(caplog: pytest.Lo
 # -- what tasks do to the loop -----------------------------------------------------------------------------------------
 
 
-def exit_with(error: BaseException) -> Any:
-    def act() -> None:
-        raise error
-
-    return act
-
-
 def test_an_interrupt_ends_it_with_its_message_uncommitted() -> None:
     """C8"""
-    Act.acts["2"] = exit_with(KeyboardInterrupt())
+    Act.acts["2"] = KeyboardInterrupt()
     put("1", "2", "3")
     with pytest.raises(KeyboardInterrupt):
         consumer_of().run()
@@ -206,7 +200,7 @@ def test_an_interrupt_ends_it_with_its_message_uncommitted() -> None:
 @pytest.mark.parametrize("error", [SystemExit(1), SystemExit(), ValueError("x")])
 def test_a_task_that_wants_out_fails_alone(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     """C8"""
-    Act.acts["1"] = exit_with(error)
+    Act.acts["1"] = error
     put("1", "2")
     assert consumer_of(**AT_ONCE).step(timeout=0) == 2
     assert (Act.seen, committed()) == (["1", "2"], 2)
@@ -497,87 +491,14 @@ def test_an_unforeseen_error_of_the_last_commit_does_not_keep_the_client_open() 
     assert client.closed == 1
 
 
-# -- lending a producer ------------------------------------------------------------------------------------------------
-
-
-def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
-    """A class that sends a message of :class:`Act` each time it runs."""
-
-    def run(self: Task) -> Result:
-        registry.producer.send("dice", message(Act, uuid=f"from {self.uuid}"))
-        return Result()
-
-    return registry.subscribe(type(name, (Task,), {"run": run, "__module__": __name__}))
-
-
-def test_tasks_send_with_the_producer_of_the_consumer_that_runs_them() -> None:
-    cls = sending(OperationRegistry())
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
-    consumer = consumer_of()
-    assert consumer.run_until_idle() == 2
-    consumer.close()
-    assert Act.seen == ["from 1"]
-
-
-def test_a_registry_that_is_put_in_place_later_is_lent_one_too() -> None:
-    class Apart(Controller):
-        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
-
-    registry = OperationRegistry(controller_class=Apart)
-    cls = sending(registry)
-    consumer = consumer_of()
-    consumer.step(timeout=0)
-    with pytest.raises(ProducerMissing):
-        _ = registry.producer
-    consumer.REGISTRY = registry.controller
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
-    assert consumer.run_until_idle() == 2
-
-
-def test_classes_that_are_subscribed_later_can_send_too() -> None:
-    """A module with tasks may be imported when the consumer runs already."""
-    consumer = consumer_of()
-    consumer.step(timeout=0)
-    cls = sending(OperationRegistry(), "Late")
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
-    assert consumer.run_until_idle() == 2
-
-
-def test_the_next_consumer_of_a_process_lends_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """Tests of users make one consumer after the other, on a bus that is new each time."""
-    cls = sending(OperationRegistry())
-    for number in ("1", "2"):
-        Bus.reset()
-        Bus.at("").send("dice", message(cls, uuid=number).dumps().encode())
-        consumer = consumer_of()
-        consumer.run_until_idle()
-        consumer.close()
-    assert Act.seen == ["from 1", "from 2"]
-
-
-def test_a_transport_without_a_producer_says_so() -> None:
-    with pytest.raises(NotImplementedError):
-        base_consumer(Client(Bus.at(""))).make_producer()
-
-
-def test_a_registry_that_is_no_controller_is_lent_nothing() -> None:
-    class Anything:
-        seen: list[Any] = []  # noqa: RUF012
-
-        @classmethod
-        def run(cls, data: Any) -> None:
-            cls.seen.append(data)
-
-    consumer = consumer_of()
-    consumer.REGISTRY = Anything
-    Bus.at("").send("dice", b"text")
-    assert consumer.step(timeout=0) == 1
-    assert Anything.seen == ["text"]
-
-
 def test_waiting_for_messages_ends_when_one_arrives() -> None:
     consumer = consumer_of()
     sender = threading.Timer(0.05, put, ["1"])
     sender.start()
     assert consumer.step(timeout=30) == 1
     sender.join()
+
+
+def test_a_transport_without_a_producer_says_so() -> None:
+    with pytest.raises(NotImplementedError):
+        base_consumer(Client(Bus.at(""))).make_producer()

@@ -183,9 +183,17 @@ def test_settings_of_an_app_are_read() -> None:
     """D12"""
     app = Flask("shop")
     app.config.update(KSER_TOPICS="shop", KSER_CONFIG={"bootstrap_servers": "a"})
-    Producer(app=app).send("shop", message("x"))  # type: ignore[call-arg]
+    Producer(app=app).send("shop", message("x"))
     assert len(Bus.at("a").topics["shop"]) == 1
-    assert Consumer(app=app).run_until_idle() == 1  # type: ignore[call-arg]
+    assert Consumer(app=app).run_until_idle() == 1
+
+
+def test_an_empty_dict_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D12: arguments win over the environment, with this transport as with the real one."""
+    monkeypatch.setenv("KSER_CONFIG", '{"bootstrap_servers": "environment"}')
+    assert Producer({}).client is Bus.at("")
+    assert Consumer({}, ["shop"]).client is Bus.at("")
+    assert Producer().client is Bus.at("environment")
 
 
 def test_the_producers_have_the_same_methods() -> None:

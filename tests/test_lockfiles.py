@@ -144,6 +144,16 @@ def test_the_pause_file_is_removed() -> None:
     assert not pause.exists()
 
 
+def test_a_pause_file_that_cannot_be_removed_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """C10: a folder of that name stands in for what permissions forbid."""
+    pause = Path(os.environ["LOCK_FILE"])
+    pause.mkdir()
+    assert lockfiles.remove_pause_file() is None
+    assert lockfiles.is_paused()
+    (line,) = lines(caplog)
+    assert str(pause) in line
+
+
 @pytest.mark.parametrize("variable", ["LOCK_FILE", "TERMINATE_FILE"])
 def test_a_removed_variable_is_a_key_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,24 @@ def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, cal
     producer.close()
     assert result.retcode == 500
     assert f"No broker answers at {nobody}" in result.stderr
+
+
+def test_threads_that_share_a_producer_wait_no_longer_than_they_said(nobody: str) -> None:
+    producer = Producer(hasty(nobody))
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(producer.send("dice", message("x"), timeout=0.3)))
+        for _ in range(3)
+    ]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begin < 1.5
+    producer.close()
+    assert [result.retcode for result in results] == [500] * 3
+    assert all(nobody in result.stderr for result in results)
 
 
 def test_a_broker_that_is_gone_is_named_within_the_timeout() -> None:

@@ -17,7 +17,7 @@ from tests.conftest import GRACE_SECONDS, needs
 from tests.test_install import index_answers
 
 ROOT = Path(__file__).parent.parent
-SETUP_SECONDS = 300
+SETUP_SECONDS = 240
 DEMO_SECONDS = 30
 
 #: What the scripts may leave in a checkout; git ignores it.

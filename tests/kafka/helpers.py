@@ -1,4 +1,4 @@
-"""What the tests in this folder share: programs in processes of their own, ledgers, and a look at Kafka from outside."""
+"""What the tests in this folder share: programs in processes of their own, ledgers, a look at Kafka from outside."""
 
 from __future__ import annotations
 
@@ -69,11 +69,14 @@ def put(kafka: Kafka, topic: str, values: Iterable[bytes | Message], partitions:
     """Send with a client that kser does not use, to the partitions in turn; all have arrived when it returns."""
     producer = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap_servers})
     problems: list[Any] = []
+
+    def delivered(error: Any, _: Any) -> None:
+        if error:
+            problems.append(error)
+
     for number, value in enumerate(values):
         data = value.dumps().encode() if isinstance(value, Message) else value
-        producer.produce(
-            topic, data, partition=number % partitions, on_delivery=lambda error, _: error and problems.append(error)
-        )
+        producer.produce(topic, data, partition=number % partitions, on_delivery=delivered)
     left = producer.flush(15)
     assert not left and not problems, f"{left} not delivered, {problems}"
 
@@ -189,14 +192,18 @@ class Program:
     def _has_ended(self) -> bool:
         return self.process.poll() is not None
 
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        self.process.kill()
+        self.process.wait()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.end()
         if kind is not None:
             # pytest shows it with the failure.
             print(f"--- {self.output.name}:\n{self.text}")
@@ -210,6 +217,8 @@ class Worker(Program):
     def __init__(self, config: Mapping[str, Any], topic: str, ledger: Path, **environment: str) -> None:
         Worker.started += 1
         self.ledger = ledger
+        self.topic = topic
+        self.group: str = config["group_id"]
         super().__init__(
             [sys.executable, WORKER],
             {

@@ -1,4 +1,4 @@
-"""The broker goes away and comes back in the middle of everything: nothing is lost, and nobody claims what is not so."""
+"""The broker goes away and comes back in the middle of everything: nothing is lost, and answers are honest."""
 
 from __future__ import annotations
 
@@ -149,16 +149,13 @@ def test_nothing_is_lost_when_the_broker_restarts_while_messages_are_sent_and_co
         assert committed(broker, GROUP, TOPIC) == len(found)
 
 
-@END_IT
-def test_bulk_send_names_what_was_not_sent_when_the_broker_stays_away(
-    broker: KafkaBroker, producer: Producer, end: End
-) -> None:
+def test_bulk_send_names_what_was_not_sent_when_the_broker_stays_away(broker: KafkaBroker, producer: Producer) -> None:
     first, second = ([message(text="x" * 200) for _ in range(500)] for _ in range(2))
 
     def with_an_end_between() -> Iterator[Message]:
         yield from first
         time.sleep(0.2)
-        end(broker)
+        broker.kill()
         yield from second
 
     at = time.monotonic()
@@ -172,18 +169,16 @@ def test_bulk_send_names_what_was_not_sent_when_the_broker_stays_away(
     _check_answer(broker, first + second, result)
 
 
-@pytest.mark.parametrize("away", [0.0, 7.0], ids=["lately", "for longer than a session"])
-def test_sigterm_ends_a_consumer_with_offsets_to_commit_within_5_s_while_the_broker_is_away(
-    broker: KafkaBroker, tmp_path: Path, away: float
+def test_sigterm_ends_a_consumer_with_offsets_to_commit_within_5_s_when_the_broker_is_away_for_long(
+    broker: KafkaBroker, tmp_path: Path
 ) -> None:
     with start_worker(broker, tmp_path) as worker:
         put(broker, TOPIC, [message(seconds=0.5), message(seconds=0.5), message()])
         worker.wait_for("start")
         broker.kill()
-        worker.wait_for("start", 2)
-        if away:
-            worker.wait_for("end", 3)
-            time.sleep(away)
+        worker.wait_for("end", 3)
+        # Longer than a session.
+        time.sleep(6.5)
         at = worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
         took = time.monotonic() - at
@@ -215,9 +210,8 @@ def _check_answer(broker: KafkaBroker, messages: list[Message], result: Result) 
     assert not repeated(found), "sent twice"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_consumer_with_offsets_to_commit_within_5_s_while_the_broker_hangs(
-    broker: KafkaBroker, tmp_path: Path, number: signal.Signals
+def test_sigterm_ends_a_consumer_with_offsets_to_commit_within_5_s_while_the_broker_hangs(
+    broker: KafkaBroker, tmp_path: Path
 ) -> None:
     with start_worker(broker, tmp_path) as worker:
         put(broker, TOPIC, [message(seconds=0.5), message(seconds=0.5), message()])
@@ -227,10 +221,10 @@ def test_a_signal_ends_a_consumer_with_offsets_to_commit_within_5_s_while_the_br
         os.kill(pid, signal.SIGSTOP)
         try:
             worker.wait_for("start", 2)
-            at = worker.send_signal(number)
-            assert worker.wait(12) == 0
+            at = worker.send_signal(signal.SIGTERM)
+            assert worker.wait(10) == 0
             took = time.monotonic() - at
             print(f"ended {took:.2f} s after the signal")
-            assert took < 5.5
+            assert took < 5
         finally:
             os.kill(pid, signal.SIGCONT)

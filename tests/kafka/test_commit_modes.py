@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,46 +16,44 @@ from tests.kafka.broker import Kafka
 from tests.kafka.helpers import committed, config, consuming, message, put, step_until
 
 #: Longer than any test: nothing is committed because of the time.
-NEVER = {"auto_commit_interval_ms": 3_600_000}
-AT_ONCE = {"enable_auto_commit": False}
+NEVER: dict[str, Any] = {"auto_commit_interval_ms": 3_600_000}
+AT_ONCE: dict[str, Any] = {"enable_auto_commit": False}
 
 
 class Look(Entrypoint):
     """Looks, while it runs, at what is committed."""
 
+    topic: str
     look: Callable[[], int | None]
     seen: list[int | None]
 
     def run(self) -> Result:
-        if self.params.get("looks", True):
-            type(self).seen.append(type(self).look())
-        else:
-            type(self).seen.append(None)
+        type(self).seen.append(type(self).look() if self.params.get("looks", True) else None)
         if self.params.get("then") == "interrupt":
             raise KeyboardInterrupt
         return Result(uuid=self.uuid)
 
 
 @pytest.fixture
-def look(kafka: Kafka, topic: Callable[..., str]) -> Iterator[type[Look]]:
+def look(kafka: Kafka, topic: Callable[..., str]) -> type[Look]:
     """The task and, as ``topic``, where its messages go; the topic's name is that of the group, too."""
     name = topic()
 
     class Looking(Look):
         topic = name
-        seen: list[int | None] = []  # noqa: RUF012
+        seen = []  # noqa: RUF012
         look = staticmethod(lambda: committed(kafka, name, name))
 
     Controller.register("look", Looking)
-    yield Looking
+    return Looking
 
 
-def consumer_of(kafka: Kafka, task: Any, commit: str = "after", **options: Any) -> Consumer:
+def consumer_of(kafka: Kafka, task: type[Look], commit: str = "after", **options: Any) -> Consumer:
     return Consumer(config(kafka, task.topic, **options), [task.topic], commit=commit)
 
 
 def test_after_at_once_a_message_is_committed_when_it_is_done_and_not_before(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(4)])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look") for _ in range(4)])
     with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
         assert look.seen == [None, 1, 2, 3]
@@ -63,7 +61,7 @@ def test_after_at_once_a_message_is_committed_when_it_is_done_and_not_before(kaf
 
 
 def test_before_at_once_a_message_is_committed_when_it_is_taken(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(4)])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look") for _ in range(4)])
     with consuming(consumer_of(kafka, look, "before", auto_offset_reset="earliest", **AT_ONCE)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
         assert look.seen == [1, 2, 3, 4]
@@ -73,7 +71,7 @@ def test_before_at_once_a_message_is_committed_when_it_is_taken(kafka: Kafka, lo
 def test_an_interrupted_message_is_committed_only_in_the_published_order(
     kafka: Kafka, look: type[Look], commit: str, expected: int
 ) -> None:
-    put(kafka, look.topic, [message("look"), message("look", then="interrupt")])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look"), message("look", then="interrupt")])
     consumer = consumer_of(kafka, look, commit, auto_offset_reset="earliest")
     with pytest.raises(KeyboardInterrupt), consuming(consumer):
         step_until(consumer, lambda: False, "an interrupt")
@@ -84,7 +82,7 @@ def test_an_interrupted_message_is_committed_only_in_the_published_order(
 def test_in_intervals_nothing_is_committed_until_one_is_over_or_the_consumer_is_closed(
     kafka: Kafka, look: type[Look], commit: str
 ) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(3)])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look") for _ in range(3)])
     with consuming(consumer_of(kafka, look, commit, auto_offset_reset="earliest", **NEVER)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 3, "all are handled")
         assert look.seen == [None, None, None]
@@ -94,13 +92,13 @@ def test_in_intervals_nothing_is_committed_until_one_is_over_or_the_consumer_is_
 
 def test_the_interval_is_that_of_the_client(kafka: Kafka, look: type[Look]) -> None:
     with consuming(consumer_of(kafka, look, auto_commit_interval_ms=100)) as consumer:
-        put(kafka, look.topic, [message("look", looks=False)])  # type: ignore[attr-defined]
+        put(kafka, look.topic, [message("look", looks=False)])
         step_until(consumer, lambda: look.look() == 1, "it is committed while the consumer goes on", 5)
 
 
 def test_a_pill_is_committed_like_any_other_message(kafka: Kafka, look: type[Look]) -> None:
     pills = [b"", b"\xff\xfe\xfd", b"{", b"[]", b'{"uuid": 1}', message("unknown.Entrypoint").dumps().encode()]
-    put(kafka, look.topic, [*pills, message("look")])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [*pills, message("look")])
     with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
         step_until(consumer, lambda: look.seen, "the message after them is handled")
         assert look.seen == [len(pills)]
@@ -110,11 +108,16 @@ def test_a_pill_is_committed_like_any_other_message(kafka: Kafka, look: type[Loo
 def test_an_offset_that_changed_nothing_is_not_committed_again(
     kafka: Kafka, look: type[Look], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(kafka, look.topic, [message("look", looks=False)])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look", looks=False)])
     with consuming(consumer_of(kafka, look, auto_commit_interval_ms=50)) as consumer:
         commits: list[Any] = []
         commit = consumer.client.commit
-        monkeypatch.setattr(consumer.client, "commit", lambda *a, **k: (commits.append(a), commit(*a, **k))[1])
+
+        def counting(offsets: Any, **options: Any) -> None:
+            commits.append(offsets)
+            commit(offsets, **options)
+
+        monkeypatch.setattr(consumer.client, "commit", counting)
         step_until(consumer, lambda: look.look() == 1, "it is committed")
         for _ in range(3):
             consumer.step(0.1)
@@ -125,7 +128,7 @@ def test_an_offset_that_changed_nothing_is_not_committed_again(
 def test_a_new_group_starts_at_the_earliest_message_only_in_the_safe_mode(
     kafka: Kafka, look: type[Look], commit: str, expected: int
 ) -> None:
-    put(kafka, look.topic, [message("look", looks=False)] * 2)  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look", looks=False)] * 2)
     with consuming(consumer_of(kafka, look, commit)) as consumer:
         step_until(consumer, consumer.client.assignment, "the partition is assigned")
         for _ in range(3):
@@ -137,14 +140,14 @@ def test_without_a_group_messages_are_handled_and_nothing_is_committed(
     kafka: Kafka, look: type[Look], caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"bootstrap_servers": kafka.bootstrap_servers, "auto_offset_reset": "earliest"}
-    put(kafka, look.topic, [message("look", looks=False)] * 3)  # type: ignore[attr-defined]
-    with consuming(Consumer(options, [look.topic])) as consumer:  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look", looks=False)] * 3)
+    with consuming(Consumer(options, [look.topic])) as consumer:
         step_until(consumer, lambda: len(look.seen) == 3, "all are handled")
     assert "without group_id no offset can be committed" in caplog.text
 
 
 def test_a_consumer_that_runs_in_another_thread_is_stopped_by_stop(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look", looks=False)])  # type: ignore[attr-defined]
+    put(kafka, look.topic, [message("look", looks=False)])
     consumer = consumer_of(kafka, look)
     ends: list[Any] = []
 

@@ -26,7 +26,6 @@ def start(kafka: Kafka, topic: Callable[..., str], tmp_path: Path) -> Callable[[
         worker.wait_for_partitions(1)
         return worker
 
-    starter.topic = name  # type: ignore[attr-defined]
     return starter
 
 
@@ -40,26 +39,24 @@ def pause_file() -> Iterator[Path]:
 def test_many_short_tasks_that_together_take_longer_than_max_poll_interval_keep_the_partition(
     kafka: Kafka, start: Callable[[], Worker]
 ) -> None:
-    name: str = start.topic  # type: ignore[attr-defined]
     messages = [message(seconds=0.2) for _ in range(30)]
     with start() as worker:
-        put(kafka, name, messages)
+        put(kafka, worker.topic, messages)
         worker.wait_for("end", len(messages))
         assert worker.noted("end") == uuids(messages), "not once and in order"
         assert worker.noted("assigned") == ["1"], "the partition was lost on the way"
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
-        assert committed(kafka, name, name) == len(messages)
+        assert committed(kafka, worker.group, worker.topic) == len(messages)
 
 
 @pytest.mark.xfail(reason="the thread that polls runs the tasks, and what it did without the partition is forgotten")
 def test_a_task_that_takes_longer_than_max_poll_interval_does_not_run_for_ever(
     kafka: Kafka, start: Callable[[], Worker]
 ) -> None:
-    name: str = start.topic  # type: ignore[attr-defined]
     long, after = message(seconds=INTERVAL + 0.5), message()
     with start() as worker:
-        put(kafka, name, [long, after])
+        put(kafka, worker.topic, [long, after])
         worker.wait_for("end", 1)
         try:
             wait_until(lambda: after.uuid in worker.noted("end"), "the message after it is handled", 8)
@@ -72,10 +69,9 @@ def test_a_task_that_takes_longer_than_max_poll_interval_does_not_run_for_ever(
 def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_cpu(
     kafka: Kafka, start: Callable[[], Worker], pause_file: Path
 ) -> None:
-    name: str = start.topic  # type: ignore[attr-defined]
     before = [message(seconds=0.1) for _ in range(40)]
     with start() as worker:
-        put(kafka, name, before)
+        put(kafka, worker.topic, before)
         # It has more messages in hand when it is paused.
         worker.wait_for("end", 5)
         pause_file.touch()
@@ -88,7 +84,7 @@ def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_
         print(f"paused with messages in hand: {cpu:.2f} s of CPU in {INTERVAL + 1.5} s")
         assert len(worker.noted("end")) == done, "it went on while paused"
         during = [message() for _ in range(5)]
-        put(kafka, name, during)
+        put(kafka, worker.topic, during)
         pause_file.unlink()
         at = time.monotonic()
         worker.wait_for("end", done + 1)
@@ -100,24 +96,23 @@ def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_
         assert worker.text.count("Consumer is paused") == 1
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
-        assert committed(kafka, name, name) == len(before + during)
+        assert committed(kafka, worker.group, worker.topic) == len(before + during)
         assert cpu < 1, "it does not rest while it is paused"
 
 
 def test_a_paused_consumer_that_has_nothing_in_hand_takes_nothing_and_can_be_ended(
     kafka: Kafka, start: Callable[[], Worker], pause_file: Path
 ) -> None:
-    name: str = start.topic  # type: ignore[attr-defined]
     with start() as worker:
         pause_file.touch()
         worker.wait_for_text("Consumer is paused")
-        put(kafka, name, [message() for _ in range(10)])
+        put(kafka, worker.topic, [message() for _ in range(10)])
         time.sleep(1.5)
         assert not worker.noted("start")
         at = worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
         assert time.monotonic() - at < 1.5
-        assert committed(kafka, name, name) is None
+        assert committed(kafka, worker.group, worker.topic) is None
     # A consumer that starts is not paused.
     with start() as worker:
         assert not pause_file.exists()

@@ -63,9 +63,12 @@ def test_a_redelivered_message_runs_on_a_fresh_object_as_it_was_sent(
 ) -> None:
     name = topic()
     results: list[Any] = []
-    monkeypatch.setattr(
-        Controller, "onsuccess", classmethod(lambda cls, kmsg, result: results.append(result.retval) or result)
-    )
+
+    def remember(cls: Any, kmsg: Any, result: Any) -> Any:
+        results.append(result.retval)
+        return result
+
+    monkeypatch.setattr(Controller, "onsuccess", classmethod(remember))
     sent = message("count")
     # The same bytes twice, as after a crash between the end of the task and the commit.
     put(kafka, name, [sent, sent])
@@ -89,15 +92,16 @@ def test_what_was_taken_but_not_begun_when_a_consumer_closed_is_not_lost(
     put(kafka, name, messages)
     while len(count.runs) < len(messages):
         consumer = Consumer(config(kafka, name), [name])
-        before = len(count.runs)
-
-        def stop_early(*_: Any, stop: Callable[[], None] = consumer.stop) -> Any:
-            if len(count.runs) + 1 in {before + 20, len(messages)}:
-                stop()
-            return Controller.run(*_)
 
         class Stopping(Controller):
-            run = staticmethod(stop_early)
+            last = {len(count.runs) + 20, len(messages)}  # noqa: RUF012
+            stop = staticmethod(consumer.stop)
+
+            @classmethod
+            def run(cls, raw_data: Any) -> Any:
+                if len(count.runs) + 1 in cls.last:
+                    cls.stop()
+                return super().run(raw_data)
 
         consumer.REGISTRY = Stopping
         with pytest.raises(SystemExit) as end:

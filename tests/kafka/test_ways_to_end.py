@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kser.schemas import Message
 from tests.kafka.broker import Kafka
 from tests.kafka.helpers import JOB, Worker, committed, config, entries, message, put, repeated, uuids, wait_until
 
@@ -25,19 +26,17 @@ def start(kafka: Kafka, topic: Callable[..., str], tmp_path: Path) -> Callable[.
     settings, name = config(kafka), topic()
 
     def starter(**environment: str) -> Worker:
-        worker = Worker(settings, name, tmp_path / "ledger", **environment)
-        worker.topic, worker.group = name, settings["group_id"]  # type: ignore[attr-defined]
-        return worker
+        return Worker(settings, name, tmp_path / "ledger", **environment)
 
     return starter
 
 
 def offset(kafka: Kafka, worker: Worker) -> int | None:
-    return committed(kafka, worker.group, worker.topic)  # type: ignore[attr-defined]
+    return committed(kafka, worker.group, worker.topic)
 
 
-def send(kafka: Kafka, worker: Worker, *messages: object) -> None:
-    put(kafka, worker.topic, messages)  # type: ignore[attr-defined, arg-type]
+def send(kafka: Kafka, worker: Worker, *messages: Message) -> None:
+    put(kafka, worker.topic, messages)
 
 
 def running_file() -> str:

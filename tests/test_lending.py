@@ -1,0 +1,112 @@
+"""A consumer lends its connection to the tasks that it runs, so that they can send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cdumay_result import Result
+
+from kser.controller import Controller
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer
+from kser.entry import Entrypoint
+from kser.errors import ProducerMissing
+from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.task import Task
+from tests.support import message
+
+
+class Act(Entrypoint):
+    seen: list[str] = []  # noqa: RUF012  emptied after each test
+
+    def run(self) -> None:
+        self.seen.append(self.uuid)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    Controller.register(Act.path, Act)
+    yield
+    Bus.reset()
+    Act.seen.clear()
+
+
+def consumer_of() -> Consumer:
+    return Consumer({}, ["dice"])
+
+
+def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
+    """A class that sends a message of :class:`Act` each time it runs."""
+
+    def run(self: Task) -> Result:
+        registry.producer.send("dice", message(Act, uuid=f"from {self.uuid}"))
+        return Result()
+
+    return registry.subscribe(type(name, (Task,), {"run": run, "__module__": __name__}))
+
+
+def test_tasks_send_with_the_producer_of_the_consumer_that_runs_them() -> None:
+    cls = sending(OperationRegistry())
+    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    consumer = consumer_of()
+    assert consumer.run_until_idle() == 2
+    consumer.close()
+    assert Act.seen == ["from 1"]
+
+
+def test_a_registry_that_is_put_in_place_later_is_lent_one_too() -> None:
+    class Apart(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
+
+    registry = OperationRegistry(controller_class=Apart)
+    cls = sending(registry)
+    consumer = consumer_of()
+    consumer.step(timeout=0)
+    with pytest.raises(ProducerMissing):
+        _ = registry.producer
+    consumer.REGISTRY = registry.controller
+    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    assert consumer.run_until_idle() == 2
+
+
+def test_classes_that_are_subscribed_later_can_send_too() -> None:
+    """A module with tasks may be imported when the consumer runs already."""
+    consumer = consumer_of()
+    consumer.step(timeout=0)
+    cls = sending(OperationRegistry(), "Late")
+    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    assert consumer.run_until_idle() == 2
+
+
+def test_the_next_consumer_of_a_process_lends_its_own() -> None:
+    """Tests of users make one consumer after the other, on a bus that is new each time."""
+    cls = sending(OperationRegistry())
+    for number in ("1", "2"):
+        Bus.reset()
+        Bus.at("").send("dice", message(cls, uuid=number).dumps().encode())
+        consumer = consumer_of()
+        consumer.run_until_idle()
+        consumer.close()
+    assert Act.seen == ["from 1", "from 2"]
+
+
+def test_an_entrypoint_without_a_registry_is_lent_nothing() -> None:
+    Bus.at("").send("dice", message(Act, uuid="1").dumps().encode())
+    assert consumer_of().run_until_idle() == 1
+
+
+def test_a_registry_that_is_no_controller_is_lent_nothing() -> None:
+    class Anything:
+        seen: list[Any] = []  # noqa: RUF012
+
+        @classmethod
+        def run(cls, data: Any) -> None:
+            cls.seen.append(data)
+
+    consumer = consumer_of()
+    consumer.REGISTRY = Anything
+    Bus.at("").send("dice", b"text")
+    assert consumer.step(timeout=0) == 1
+    assert Anything.seen == ["text"]
