@@ -24,6 +24,8 @@ LIMIT_SECONDS = 300
 #: How long what a test has ended may take to be gone.
 GRACE_SECONDS = 3
 
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
+
 FILES = {"RUNNING_FILE": "run", "LOCK_FILE": "pause", "TERMINATE_FILE": "terminate"}
 
 
@@ -66,10 +68,13 @@ def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyP
     """Fail a test that leaves something behind; what it registers is forgotten after it."""
     registry = Controller.ENTRYPOINTS
     before = {name: look() for name, look in TRACES.items()}
+    handlers = {number: signal.getsignal(number) for number in ENDINGS}
     registered = dict(registry)
     monkeypatch.setattr(Controller, "ENTRYPOINTS", dict(registry))
     yield
     leaks = [leak for name, look in TRACES.items() if (leak := _left_behind(name, look, before[name]))]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if registry != registered:
         leaks.append(f"entries in the shared registry: {sorted(registry.keys() - registered.keys())}")
         registry.clear()
@@ -133,7 +138,7 @@ def _subscriptions() -> dict[Any, str]:
 
 
 def _signal_handlers() -> dict[Any, str]:
-    return {number: f"{number.name} -> {signal.getsignal(number)!r}" for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: f"{number.name} -> {signal.getsignal(number)!r}" for number in ENDINGS}
 
 
 TRACES: dict[str, Callable[[], dict[Any, str]]] = {

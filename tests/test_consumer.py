@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -489,14 +488,6 @@ def test_an_unforeseen_error_of_the_last_commit_does_not_keep_the_client_open() 
     with pytest.raises(RuntimeError, match="surprise"):
         consumer.close()
     assert client.closed == 1
-
-
-def test_waiting_for_messages_ends_when_one_arrives() -> None:
-    consumer = consumer_of()
-    sender = threading.Timer(0.05, put, ["1"])
-    sender.start()
-    assert consumer.step(timeout=30) == 1
-    sender.join()
 
 
 def test_a_transport_without_a_producer_says_so() -> None:

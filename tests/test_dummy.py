@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,14 @@ def test_its_own_producer_sends_to_the_same_place() -> None:
     producer = consumer.make_producer()
     assert isinstance(producer, Producer)
     assert producer.client is Bus.at("a")
+
+
+def test_waiting_for_messages_ends_when_one_arrives() -> None:
+    consumer = Consumer({}, ["shop"])
+    sender = threading.Timer(0.05, Producer({}).send, ["shop", message("shop.Pay")])
+    sender.start()
+    assert consumer.step(timeout=30) == 1
+    sender.join()
 
 
 # -- like the real ones ------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class BaseConsumer:
         self._clock = time.monotonic
         self._offsets = OffsetTracker()
         self._buffer: deque[Record] = deque()
-        self._revoked: deque[Partition] = deque()
+        self._revoked: deque[tuple[Partition, bool]] = deque()
         self._stopping = False
         self._paused = False
         self._trouble: dict[str, str] = {}
@@ -169,10 +169,11 @@ class BaseConsumer:
         else:
             self._report("poll", None)
         self._last_poll = self._clock()
-        self._drop_revoked()
+        rewound = self._drop_revoked()
         for record in records:
-            self._offsets.received(record)
-        self._buffer.extend(records)
+            if Partition(record.topic, record.partition) not in rewound:
+                self._offsets.received(record)
+                self._buffer.append(record)
         self._lend_producer()
 
     def _handle(self, record: Record) -> None:
@@ -222,19 +223,22 @@ class BaseConsumer:
         if not self._commit_interval:
             self.LOGGER.debug(f"{type(self).__name__}: Manual commit done.")
 
-    def _on_revoke(self, partitions: Collection[Partition]) -> Mapping[Partition, int]:
+    def _on_revoke(self, partitions: Collection[Partition], *, lost: bool) -> Mapping[Partition, int]:
         """May run in the client's thread: the rest waits in ``_revoked`` for the loop's own."""
-        self._revoked.extend(partitions)
-        return self._offsets.committable(among=partitions) if self._client.can_commit else {}
+        self._revoked.extend((partition, lost) for partition in partitions)
+        return self._offsets.committable(among=partitions) if self._client.can_commit and not lost else {}
 
-    def _drop_revoked(self) -> None:
-        """Forget records that somebody else will get."""
-        if self._revoked:
-            # One by one, because the client's thread may add to them meanwhile.
-            revoked = {self._revoked.popleft() for _ in range(len(self._revoked))}
-            self._offsets.forget(revoked)
-            kept = (record for record in self._buffer if Partition(record.topic, record.partition) not in revoked)
-            self._buffer = deque(kept)
+    def _drop_revoked(self) -> Collection[Partition]:
+        """Forget records that somebody else will get, or that we shall get again; returns the partitions rewound."""
+        if not self._revoked:
+            return ()
+        # One by one, because the client's thread may add to them meanwhile.
+        revoked = dict(self._revoked.popleft() for _ in range(len(self._revoked)))
+        resume_at = self._offsets.resume_at([partition for partition, lost in revoked.items() if not lost])
+        self._offsets.forget(revoked)
+        kept = (record for record in self._buffer if Partition(record.topic, record.partition) not in revoked)
+        self._buffer = deque(kept)
+        return self._client.rewind(resume_at)
 
     # -- surroundings --------------------------------------------------------------------------------------------------
 

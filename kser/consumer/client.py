@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -27,8 +27,15 @@ class Record(Protocol):
     def value(self) -> bytes | None: ...
 
 
-#: Called while partitions are taken away, maybe in a thread of the client; returns the offsets to commit before.
-OnRevoke = Callable[[Collection[Partition]], Mapping[Partition, int]]
+class OnRevoke(Protocol):
+    """Called while partitions are taken away, maybe in a thread of the client."""
+
+    def __call__(self, partitions: Collection[Partition], *, lost: bool) -> Mapping[Partition, int]:
+        """Take note, and return the offsets to commit before.
+
+        :param lost: they are somebody else's already, so nothing can be committed.
+        """
+        ...
 
 
 class ConsumerClient(ABC):
@@ -59,6 +66,14 @@ class ConsumerClient(ABC):
     @abstractmethod
     def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None:
         """Record where each partition is to be resumed; returns when the group knows it, within ``timeout`` seconds."""
+
+    @abstractmethod
+    def rewind(self, offsets: Mapping[Partition, int]) -> Collection[Partition]:
+        """Hand out again what was handed out from these offsets on: a rebalance came before it was handled.
+
+        :return: the partitions that are rewound: those that are still ours, and which the client does not itself bring
+            back to where the group is. Records of them that :meth:`poll` has just handed out will come again.
+        """
 
     @abstractmethod
     def close(self, timeout: float) -> None:

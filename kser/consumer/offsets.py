@@ -61,6 +61,10 @@ class OffsetTracker:
             if progress.resume_at != progress.committed and (among is None or key in among)
         }
 
+    def resume_at(self, among: Collection[Partition]) -> dict[Partition, int]:
+        """Where these partitions are to be resumed, for those of which records were handed out."""
+        return {key: self._partitions[key].resume_at for key in among if key in self._partitions}
+
     def committed(self, offsets: Mapping[Partition, int]) -> None:
         """These offsets were committed."""
         for key, offset in offsets.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kser.consumer.client import ConsumerClient, OnRevoke, Partition, Record
@@ -67,6 +67,10 @@ class DummyClient(ConsumerClient):
 
     def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None:
         self._bus.committed.update({(self._group, key.topic): offset for key, offset in offsets.items()})
+
+    def rewind(self, offsets: Mapping[Partition, int]) -> Collection[Partition]:
+        self._positions.update({key.topic: offset for key, offset in offsets.items()})
+        return offsets.keys()
 
     def close(self, timeout: float) -> None:
         self._positions = {}

@@ -39,7 +39,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_commit_mode(commit)
         settings = Settings.of(app)
-        self.config = dict(config or settings.client or {})
+        self.config = dict((settings.client if config is None else config) or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(

@@ -23,7 +23,7 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
-        self.config = dict(config or Settings.of(app).client or {})
+        self.config = dict((Settings.of(app).client if config is None else config) or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:

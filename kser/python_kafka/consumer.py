@@ -111,6 +111,15 @@ class KafkaPythonClient(ConsumerClient):
         except KafkaError as error:
             raise self._trouble("commit offsets", error) from error
 
+    def rewind(self, offsets: Mapping[Partition, int]) -> Collection[Partition]:
+        if not _KEEPS_POSITIONS:
+            return ()
+        ours = {Partition(*key) for key in self._client.assignment()}
+        rewound = {key: offset for key, offset in offsets.items() if key in ours}
+        for key, offset in rewound.items():
+            self._client.seek(TopicPartition(*key), offset)
+        return rewound.keys()
+
     def close(self, timeout: float) -> None:
         try:
             self._client.close(autocommit=False, timeout_ms=int(timeout * 1000))
@@ -125,7 +134,11 @@ def _client_offsets(offsets: Mapping[Partition, int]) -> dict[TopicPartition, Of
     return {TopicPartition(*key): OffsetAndMetadata(offset, "", -1) for key, offset in offsets.items()}
 
 
-if hasattr(kafka, "AsyncConsumerRebalanceListener"):
+#: kafka-python 3 fetches on from where it was in a partition that a rebalance gives back to us; kafka-python 2 asks the
+#: group where to begin.
+_KEEPS_POSITIONS = hasattr(kafka, "AsyncConsumerRebalanceListener")
+
+if _KEEPS_POSITIONS:
 
     class _Listener(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc]
         """kafka-python 3 calls listeners in its own thread, where nothing may block."""
@@ -135,7 +148,7 @@ if hasattr(kafka, "AsyncConsumerRebalanceListener"):
             self._on_revoke = on_revoke
 
         async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-            offsets = self._on_revoke({Partition(*key) for key in revoked})
+            offsets = self._on_revoke({Partition(*key) for key in revoked}, lost=False)
             if offsets:
                 try:
                     await self._client.commit_async(_client_offsets(offsets))
@@ -143,7 +156,7 @@ if hasattr(kafka, "AsyncConsumerRebalanceListener"):
                     _report_uncommitted(offsets, error)
 
         async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
-            self._on_revoke({Partition(*key) for key in lost})
+            self._on_revoke({Partition(*key) for key in lost}, lost=True)
 
         async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
             """Nothing to do: partitions begin where the group says."""
@@ -158,7 +171,7 @@ else:
             self._on_revoke = on_revoke
 
         def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-            offsets = self._on_revoke({Partition(*key) for key in revoked})
+            offsets = self._on_revoke({Partition(*key) for key in revoked}, lost=False)
             if offsets:
                 try:
                     self._client.commit(_client_offsets(offsets), timeout_ms=REVOKE_TIMEOUT_MS)

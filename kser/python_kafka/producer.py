@@ -50,7 +50,7 @@ class Producer(BaseProducer):
     def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
         deadline = time.monotonic() + timeout
         try:
-            self._enqueue(topic, self._encode(kmsg), deadline).get(timeout=_remaining(deadline))
+            self._confirm(self._enqueue(topic, self._encode(kmsg), deadline), deadline)
             result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
         except Exception as exc:
             result = failure(exc, kmsg.uuid)
@@ -79,6 +79,10 @@ class Producer(BaseProducer):
             logger.warning(
                 f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {error}"
             )
+            # The client has given up before it ended its thread, which would live and try for ever.
+            self.client._sender.force_close()
+            with suppress(KafkaError):
+                self.client.close(timeout=CLOSE_TIMEOUT)
 
     def _announce(self, topic: str, kmsg: Message) -> None:
         result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
@@ -89,12 +93,21 @@ class Producer(BaseProducer):
 
     def _enqueue(self, topic: str, data: bytes, deadline: float) -> Any:
         """Hand a message to the client, which may wait for metadata first; returns the future of its delivery."""
+        asked = time.time()
         try:
             if _remaining(deadline) * 1000 >= self._max_block_ms:
                 return self.client.send(topic, data)
             return self._send_in_time(topic, data, deadline)
         except KafkaTimeoutError as error:
-            raise KafkaTimeoutError(f"{error.args[0] if error.args else error} {self._explain(topic)}") from error
+            raise KafkaTimeoutError(f"{_text(error)} {self._explain(topic, asked)}") from error
+
+    def _confirm(self, delivery: Any, deadline: float) -> None:
+        """Wait until a message is delivered."""
+        try:
+            delivery.get(timeout=_remaining(deadline))
+        except KafkaTimeoutError as error:
+            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive."
+            raise KafkaTimeoutError(f"{_text(error)} {unconfirmed}") from error
 
     def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:
         """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.
@@ -110,8 +123,10 @@ class Producer(BaseProducer):
             self.client.config["max_block_ms"] = self._max_block_ms
             self._hurrying.release()
 
-    def _explain(self, topic: str) -> str:
-        if self.client.bootstrap_connected():
+    def _explain(self, topic: str, asked: float) -> str:
+        # The one thing that tells a broker that does not answer from one that does not know the topic.
+        answered: float = self.client._metadata._last_successful_refresh_ms / 1000
+        if answered >= asked:
             return f"The brokers at {self._servers} answer, but know no topic {topic!r}: create it, or correct its name"
         return f"No broker answers at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
 
@@ -183,12 +198,17 @@ class _Bulk:
         announced = bool(signals.message_sent.receivers)
         for kmsg, delivery in deliveries:
             try:
-                delivery.get(timeout=_remaining(self._deadline))
+                self._producer._confirm(delivery, self._deadline)
             except Exception as exc:
                 self._fail(kmsg, exc)
             else:
                 if announced:
                     self._producer._announce(self._topic, kmsg)
+
+
+def _text(error: KafkaTimeoutError) -> str:
+    """What the client says, without the name that the error to be raised says again."""
+    return str(error.args[0] if error.args else error)
 
 
 def _remaining(deadline: float) -> float:

@@ -30,9 +30,9 @@ def patch_long_sleeps() -> None:
 
 
 def pause() -> None:
-    """What an operator does to pause the consumer, for a second."""
+    """What an operator does to pause the consumer, for two seconds."""
     Path(os.environ["LOCK_FILE"]).write_text("")
-    threading.Timer(1, end_pause).start()
+    threading.Timer(2, end_pause).start()
 
 
 def end_pause() -> None:

@@ -131,7 +131,7 @@ def the_registry_exits() -> None:
 @case("8.run.consumer-timeout")
 def an_idle_consumer_with_a_timeout() -> None:
     target = consumer("idle", consumer_timeout_ms=500)
-    timer = threading.Timer(1.5, terminate)
+    timer = threading.Timer(2.5, terminate)
     timer.start()
     run(target)
     timer.cancel()
