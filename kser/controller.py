@@ -19,6 +19,10 @@ from kser.schemas import Message, dump_result
 logger = logging.getLogger(__name__)
 
 
+#: Unknown names that are reported: whoever sends random ones must not fill the memory.
+MAX_REPORTED = 1000
+
+
 class BaseController:
     """Hooks around messages, shared by controllers and producers. They are classmethods: override them as such."""
 
@@ -134,8 +138,7 @@ class Controller(BaseController):
     def run(cls, raw_data: Any) -> Any:
         """Handle one message, from its raw form to its result.
 
-        Nothing but KeyboardInterrupt (and what is no ``Exception`` otherwise) is raised: SystemExit in a task is a
-        failure of that task (decision C8).
+        Nothing but KeyboardInterrupt is raised: SystemExit in a task is a failure of that task (decision C8).
 
         :param raw_data: what :attr:`TRANSPORT` reads: JSON, as text or bytes.
         :return: what the hook returned: the Result, unless hooks were overridden.
@@ -177,10 +180,13 @@ class Controller(BaseController):
             if result:
                 # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
                 status.outcome(result)
+        except KeyboardInterrupt:
+            raise
         except Exception as exc:
             return failure(exc, kmsg.uuid)
-        except SystemExit as exc:
-            return failure(RuntimeError(f"SystemExit: the task called sys.exit({exc.code!r})"), kmsg.uuid)
+        except BaseException as exc:
+            # SystemExit, asyncio's CancelledError: one message must not end the consumer, and again at each restart.
+            return failure(RuntimeError(f"{exc!r} ended the task"), kmsg.uuid)
         return result
 
     @classmethod
@@ -196,7 +202,7 @@ class Controller(BaseController):
 
     @classmethod
     def _report_unknown(cls, name: str) -> None:
-        if name not in cls._reported_unknown:
+        if name not in cls._reported_unknown and len(cls._reported_unknown) < MAX_REPORTED:
             cls._reported_unknown.add(name)
             logger.warning(
                 f"messages ask for {name!r}, which this process does not know: import the module that defines the class"
@@ -208,7 +214,8 @@ class Controller(BaseController):
     def _refuse(cls, raw_data: Any, exc: Exception) -> Any:
         """Answer input that is no message. To be called while ``exc`` is being handled."""
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        error = ValidationError("Failed to load message", extra=reasons)
+        # Where it was found wanting, if the transport said so; else where it was read.
+        error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _best_guess(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
         logger.error(

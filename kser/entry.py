@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Final, Protocol, Self
 from uuid import uuid4
 
 from cdumay_error.types import NotImplemented as NotImplementedYet
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
-from kser import signals, status
+from kser import records, signals, status
 from kser.results import failure, merge
-from kser.schemas import Message, dump_result
+from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-_NOTHING = object()
+#: What stands in an object whose ``postinit`` did not raise, in place of what its ``onerror`` returned.
+NOT_REFUSED: Final = object()
 
 
 class Surroundings(Protocol):
@@ -63,7 +64,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[Surroundings | None] = None
-    _refusal: Any = _NOTHING
+    _kser_refusal: Any = NOT_REFUSED
 
     def __init__(
         self,
@@ -119,32 +120,31 @@ class Entrypoint(metaclass=EntrypointMeta):
         try:
             self.postinit()
         except Exception as exc:
-            self._refusal = self._onerror(failure(exc, self.uuid))
+            self._kser_refusal = self._onerror(failure(exc, self.uuid))
 
     def _prerun(self) -> None:
-        self._trace("PreRun")
+        records.step(logger, self, records.line(self, "PreRun"))
         self.check_required_params()
         self.prerun()
 
     def _run(self) -> Any:
-        self._trace("Run")
+        records.step(logger, self, records.line(self, "Run"))
         return self.run()
 
     def _postrun(self, result: Any) -> Any:
-        self._trace("PostRun")
+        records.step(logger, self, records.line(self, "PostRun"))
         return self.postrun(result)
 
     def _onsuccess(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        if logger.isEnabledFor(logging.INFO):
-            logger.info(self._outcome_line("Success", self.result), extra=self._outcome_extra(self.result))
+        records.success(logger, self, self.result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
     def _onerror(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        self._log_failure(logger)
-        return self._call_onerror()
+        records.failure(logger, self)
+        return call_onerror(self)
 
     # -- execution -----------------------------------------------------------------------------------------------------
 
@@ -154,8 +154,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param result: merged into :attr:`result` before anything else.
         :return: what :meth:`onsuccess` or, for a returned failure, :meth:`onerror` returned.
         """
-        if self._is_refused():
-            return self._refusal
+        if self._kser_refusal is not NOT_REFUSED:
+            return self._kser_refusal
         self.result = merge(self.result, result)
         signals.emit(signals.entry_started, type(self), entry=self)
         self._prerun()
@@ -176,10 +176,6 @@ class Entrypoint(metaclass=EntrypointMeta):
                 return self.unsafe_execute(result=result)
             except Exception as exc:
                 return self._onerror(failure(exc, self.uuid))
-
-    def _is_refused(self) -> bool:
-        """Whether :meth:`postinit` raised."""
-        return self._refusal is not _NOTHING
 
     def check_required_params(self) -> None:
         """Check that every parameter of :attr:`REQUIRED_FIELDS` is present.
@@ -221,45 +217,17 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param level: level of the record.
         :param kwargs: what :meth:`logging.Logger.log` takes: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
-        self._log_as("MESSAGE", logger, message, level, *args, **kwargs)
+        records.message(logger, self, "MESSAGE", message, level, *args, **kwargs)
 
-    def _log_as(self, tag: str, log: logging.Logger, message: str, level: int, *args: Any, **kwargs: Any) -> None:
-        prefix = f"{self._line(tag)}: "
-        # Only with arguments does logging look for % in the text.
-        log.log(level, f"{prefix.replace('%', '%%') if args else prefix}{message}", *args, **kwargs)
 
-    def _line(self, tag: str) -> str:
-        return f"{type(self).__name__}.{tag}: {type(self).path}[{self.uuid}]"
-
-    def _outcome_line(self, tag: str, result: Any) -> str:
-        return f"{self._line(tag)}: {result}"
-
-    def _trace(self, tag: str) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(self._line(tag), extra={"kmsg": self._dump()})
-
-    def _dump(self) -> dict[str, Any]:
-        """What log records show of this object: its message with a blank result."""
-        return Message(uuid=self.uuid, entrypoint=type(self).path, params=self.params, metadata=self.metadata).dump()
-
-    def _outcome_extra(self, result: Result | None) -> dict[str, Any]:
-        return {"kmsg": self._dump(), "kresult": dump_result(result)}
-
-    def _log_failure(self, log: logging.Logger) -> None:
-        if log.isEnabledFor(logging.ERROR):
-            extra = self._outcome_extra(self.result)
-            error = self.result.search_value("error")
-            if error:
-                extra["error"] = error
-            log.error(self._outcome_line("Failed", self.result), extra=extra)
-
-    def _call_onerror(self) -> Any:
-        signals.emit(signals.entry_failed, type(self), entry=self, result=self.result)
-        try:
-            return self.onerror(self.result)
-        except Exception as exc:
-            logger.exception(f"{self._line('Failed')}: onerror raised: {exc}")
-            return merge(self.result, failure(exc, self.uuid))
+def call_onerror(entry: Entrypoint) -> Any:
+    """Tell listeners and the hook of an object that it failed; a raising hook adds its own error (decision C6)."""
+    signals.emit(signals.entry_failed, type(entry), entry=entry, result=entry.result)
+    try:
+        return entry.onerror(entry.result)
+    except Exception as exc:
+        logger.exception(f"{records.line(entry, 'Failed')}: onerror raised: {exc}")
+        return merge(entry.result, failure(exc, entry.uuid))
 
 
 def check_entrypoint(name: Any, candidate: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class RunningFile:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._path: str | None = None
         self._descriptor: int | None = None
         self._reported: str | None = None
@@ -40,12 +42,13 @@ class RunningFile:
         # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
         data = text.encode("utf-8", "backslashreplace")
         try:
-            descriptor, size = self._open()
-            if data:
-                os.pwrite(descriptor, data, 0)
-            # Another consumer of this host may have left a longer text.
-            if size > len(data):
-                os.ftruncate(descriptor, len(data))
+            with self._lock:
+                descriptor, size = self._open()
+                if data:
+                    os.pwrite(descriptor, data, 0)
+                # Another consumer of this host may have left a longer text.
+                if size > len(data):
+                    os.ftruncate(descriptor, len(data))
         except (OSError, KeyError) as error:
             self._report(error)
 
@@ -57,7 +60,8 @@ class RunningFile:
         """Empty the file if this process wrote it, and let go of it."""
         if self._descriptor is not None:
             self.clear()
-        self._close()
+        with self._lock:
+            self._close()
 
     def _open(self) -> tuple[int, int]:
         """The descriptor and the size of the file in place now."""

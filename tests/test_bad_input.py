@@ -237,7 +237,7 @@ MISBEHAVIOUR = {
     "returns text": ({"what": "text"}, 500, "'str' object has no attribute 'retcode'"),
     "returns a dict": ({"what": {"a": 1}}, 500, "'dict' object has no attribute 'retcode'"),
     "raises": ({"what": "raise"}, 500, "raised"),
-    "exits": ({"what": "exit"}, 500, "SystemExit: the task called sys.exit(1)"),
+    "exits": ({"what": "exit"}, 500, "SystemExit(1) ended the task"),
     "raises, and so does its hook": ({"what": "raise", "onerror": True}, 500, "onerror raised"),
 }
 

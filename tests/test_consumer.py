@@ -406,9 +406,36 @@ def test_what_is_done_is_committed_when_partitions_go_and_the_rest_is_dropped() 
     consumer = base_consumer(client, interval=60)
     put_in_the_way(consumer)
     consumer.step(timeout=0)
-    assert client.on_revoke([Partition("other", 0)]) == {}
-    assert client.on_revoke([Partition("dice", 0)]) == {Partition("dice", 0): 1}
+    assert client.on_revoke([Partition("other", 0)], lost=False) == {}
+    assert client.on_revoke([Partition("dice", 0)], lost=False) == {Partition("dice", 0): 1}
     assert consumer.step(timeout=0) == 0
+    consumer.close()
+    assert (Act.seen, committed()) == (["1"], None)
+
+
+def test_what_was_taken_before_a_rebalance_and_not_handled_comes_again_after_it() -> None:
+    """A client may keep its place in a partition that it keeps: then nobody would ever handle these."""
+    put("1", "2", "3")
+    client = Client(Bus.at(""))
+    consumer = base_consumer(client, interval=60)
+    put_in_the_way(consumer)
+    consumer.step(timeout=0)
+    client.on_revoke([Partition("dice", 0)], lost=False)
+    while consumer.step(timeout=0) or len(Act.seen) < 3:
+        pass
+    consumer.close()
+    assert (Act.seen, committed()) == (["1", "2", "3"], 3)
+
+
+def test_a_partition_that_was_lost_is_neither_committed_nor_rewound() -> None:
+    """Somebody else may be far ahead in it by now."""
+    put("1", "2", "3")
+    client = Client(Bus.at(""))
+    consumer = base_consumer(client, interval=60)
+    put_in_the_way(consumer)
+    consumer.step(timeout=0)
+    assert client.on_revoke([Partition("dice", 0)], lost=True) == {}
+    assert [consumer.step(timeout=0) for _ in range(3)] == [0, 0, 0]
     consumer.close()
     assert (Act.seen, committed()) == (["1"], None)
 
@@ -419,7 +446,7 @@ def test_without_a_group_there_is_nothing_to_commit_when_partitions_go() -> None
     client.can_commit = False
     consumer = base_consumer(client)
     consumer.step(timeout=0)
-    assert client.on_revoke([Partition("dice", 0)]) == {}
+    assert client.on_revoke([Partition("dice", 0)], lost=False) == {}
 
 
 # -- trouble -----------------------------------------------------------------------------------------------------------

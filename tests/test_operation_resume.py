@@ -196,7 +196,7 @@ def test_an_interrupted_operation_goes_on_at_the_interrupted_task() -> None:
     operation = Operation(UUID, tasks=[a, b])
     with pytest.raises(KeyboardInterrupt):
         operation.execute()
-    assert (operation.status, b.status) == ("RUNNING", "RUNNING")
+    assert (operation.status, b.status) == ("RUNNING", "FAILED")
     assert operation.execute().retcode == 0
     assert (a.runs, b.result.stdout) == (1, "b")
 

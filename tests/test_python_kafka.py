@@ -168,14 +168,6 @@ def test_what_cannot_be_sent_is_a_failed_result_with_the_reason(
     assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
 
 
-def test_a_topic_that_the_brokers_do_not_know_is_named(producer: Producer) -> None:
-    """D2: no time at all stands in for a topic that does not exist, because the mock cluster makes every one."""
-    assert producer.send("dice", message("x")).retcode == 0
-    result = producer.send("unknown", message("x"), timeout=0)
-    assert result.retcode == 500
-    assert "know no topic 'unknown'" in result.stderr
-
-
 def test_messages_are_told_once_they_are_delivered(producer: Producer) -> None:
     heard: list[tuple[str, str]] = []
 

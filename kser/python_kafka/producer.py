@@ -106,8 +106,8 @@ class Producer(BaseProducer):
         try:
             delivery.get(timeout=_remaining(deadline))
         except KafkaTimeoutError as error:
-            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive."
-            raise KafkaTimeoutError(f"{_text(error)} {unconfirmed}") from error
+            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
+            raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
     def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:
         """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.

@@ -14,15 +14,18 @@ from typing import Any, ClassVar, Self
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
-from kser import signals
+from kser import records, signals
 from kser import status as states
+from kser.entry import NOT_REFUSED, call_onerror
 from kser.errors import SendError, StoreMissing
-from kser.results import copy_result, merge
-from kser.schemas import dump_result
+from kser.results import merge
 from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task
 
 logger = logging.getLogger(__name__)
+
+#: What runs operations whose class has no registry.
+DEFAULT_RUNNER: Runner = InProcessRunner()
 
 
 class Operation(Task):
@@ -40,8 +43,6 @@ class Operation(Task):
     #: Classes whose required parameters the operation must have too.
     TASKS: ClassVar[Any] = ()
 
-    _default_runner: ClassVar[Runner] = InProcessRunner()
-
     def __init__(
         self,
         uuid: str | None = None,
@@ -53,8 +54,8 @@ class Operation(Task):
     ) -> None:
         #: The tasks, in the order in which they run.
         self.tasks: list[Task] = list(tasks or ())
-        self._built: list[Task] | None = None
-        self._incoming: Result | None = None
+        self._kser_built: list[Task] | None = None
+        self._kser_incoming: Result | None = None
         super().__init__(uuid=uuid, params=params, status=status, result=result, metadata=metadata)
 
     # -- building ------------------------------------------------------------------------------------------------------
@@ -107,15 +108,10 @@ class Operation(Task):
         :raises cdumay_error.types.ValidationError: a required parameter is missing.
         """
         built = self.compute_tasks(**(kwargs or self.params))
-        replaced = {id(task) for task in self._built or ()}
+        replaced = {id(task) for task in self._kser_built or ()}
         self.tasks = [*(task for task in self.tasks if id(task) not in replaced), *built]
-        self._built = built
+        self._kser_built = built
         return self.finalize()
-
-    @property
-    def _is_built(self) -> bool:
-        """Whether :meth:`build` was called."""
-        return self._built is not None
 
     def compute_tasks(self, **kwargs: Any) -> list[Task]:
         """Check, then make the tasks, without adding them.
@@ -126,14 +122,13 @@ class Operation(Task):
 
     def _prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
         accepted = _accepted(self.prebuild, kwargs)
-        self._trace_operation("PreBuild", f": {accepted}")
+        records.step(logger, self, f"{records.line(self, 'PreBuild')}: {accepted}")
         self.check_required_params()
         return self.prebuild(**accepted)
 
     def _build_tasks(self, **kwargs: Any) -> list[Task]:
         tasks = self.build_tasks(**_accepted(self.build_tasks, kwargs))
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found", extra={"kmsg": self._dump()})
+        records.step(logger, self, f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found")
         return tasks
 
     def add_task(self, task: Task) -> None:
@@ -165,10 +160,8 @@ class Operation(Task):
         self.status = status
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
-        if logger.isEnabledFor(logging.INFO):
-            logger.info(
-                f"{self._line('SetStatus')} status update '{self.status}' -> '{status}'", extra={"kmsg": self._dump()}
-            )
+        text = f"{records.line(self, 'SetStatus')} status update '{self.status}' -> '{status}'"
+        records.step(logger, self, text, logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -182,38 +175,23 @@ class Operation(Task):
         :param result: merged into :attr:`result` before anything else; the first task gets it.
         :return: :attr:`result`, unless ``onsuccess`` or ``onerror`` were overridden.
         """
-        if self._is_refused():
-            return self._refusal
+        if self._kser_refusal is not NOT_REFUSED:
+            return self._kser_refusal
         signals.emit(signals.entry_started, type(self), entry=self)
         registry = self._kser_registry
-        return (self._default_runner if registry is None else registry.runner).run(self, result)
-
-    def _restart(self, result: Result | None = None) -> None:
-        """Set :attr:`result` back to what the operation came with, for a runner that is about to run it.
-
-        :param result: merged into it.
-        """
-        if self._incoming is None:
-            self._incoming = copy_result(self.result, uuid=self.uuid)
-            # The message shares this object: its log records show how it ends.
-            self.result.uuid = self.uuid
-        else:
-            self.result = copy_result(self._incoming)
-        self.result = merge(self.result, result)
+        return (DEFAULT_RUNNER if registry is None else registry.runner).run(self, result)
 
     def _prerun(self) -> None:
         self.check_required_params()
         self._set_status(states.RUNNING)
-        self._trace_operation("PreRun", ": running...")
+        records.step(logger, self, f"{records.line(self, 'PreRun')}: running...")
         self.prerun()
 
     def _onsuccess(self, result: Any) -> Any:
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.SUCCESS, self.result)
-        if logger.isEnabledFor(logging.INFO):
-            extra = {"kmsg": self._dump(), "kresult": dump_result(result)}
-            logger.info(self._outcome_line("Success", result), extra=extra)
+        records.success(logger, self, result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
@@ -221,12 +199,8 @@ class Operation(Task):
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.FAILED, self.result)
-        self._log_failure(logger)
-        return self._call_onerror()
-
-    def _trace_operation(self, tag: str, text: str) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(f"{self._line(tag)}{text}", extra={"kmsg": self._dump()})
+        records.failure(logger, self)
+        return call_onerror(self)
 
     # -- over Kafka ----------------------------------------------------------------------------------------------------
 
@@ -252,7 +226,7 @@ class Operation(Task):
             position = uuids.index(str(task.uuid))
         except ValueError:
             return None
-        return self._first_unfinished(position + 1)
+        return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
         """Send the first task that is not SUCCESS; each finished one is to call :meth:`launch_next`.
@@ -276,7 +250,7 @@ class Operation(Task):
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
         failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)
-        following = self._first_unfinished(0) if task is None else self.next(task)
+        following = _first_unfinished(self.tasks) if task is None else self.next(task)
         if failed or following is None:
             self._set_status(states.FAILED if failed else states.SUCCESS, result)
             return result or (task.result if failed and task is not None else self.result)
@@ -289,13 +263,14 @@ class Operation(Task):
         answer = following.send(result=result)
         return answer if isinstance(answer, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
 
-    def _first_unfinished(self, position: int) -> Task | None:
-        return next((task for task in self.tasks[position:] if task.status != states.SUCCESS), None)
-
     def __repr__(self) -> str:
         return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"
 
     __str__ = __repr__
+
+
+def _first_unfinished(tasks: Iterable[Task]) -> Task | None:
+    return next((task for task in tasks if task.status != states.SUCCESS), None)
 
 
 def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ class OperationRegistry:
         producer: BaseProducer | None = None,
     ) -> None:
         self.controller = controller_class()
-        self.app = app
+        self.app: Any = None
         #: What executes operations.
         self.runner: Runner = InProcessRunner()
         self._producer = producer

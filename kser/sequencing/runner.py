@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cdumay_result import Result
 
 from kser import status
-from kser.results import copy_result, failure
+from kser.results import copy_result, failure, merge
 
 if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
@@ -37,9 +37,9 @@ class InProcessRunner:
     """
 
     def run(self, operation: Operation, result: Result | None) -> Any:
-        operation._restart(result)
+        _restart(operation, result)
         operation._prerun()
-        if not operation.tasks and not operation._is_built:
+        if not operation.tasks and operation._kser_built is None:
             operation.build(**operation.params)
         for task in operation.tasks:
             outcome = task.result if task.status == status.SUCCESS else self._run_task(task, operation.result)
@@ -61,3 +61,14 @@ class InProcessRunner:
             return task.unsafe_execute(result=copy_result(so_far))
         except Exception as exc:
             return task._onerror(failure(exc, task.uuid))
+
+
+def _restart(operation: Operation, result: Result | None) -> None:
+    """Set an operation's result back to what it came with, and merge ``result`` into that."""
+    if operation._kser_incoming is None:
+        operation._kser_incoming = copy_result(operation.result, uuid=operation.uuid)
+        # The message shares this object: its log records show how it ends.
+        operation.result.uuid = operation.uuid
+    else:
+        operation.result = copy_result(operation._kser_incoming)
+    operation.result = merge(operation.result, result)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cdumay_result import Result
 
+from kser import records
 from kser import status as states
-from kser.entry import Entrypoint
+from kser.entry import NOT_REFUSED, Entrypoint
 from kser.errors import ProducerMissing, UsageError
 
 if TYPE_CHECKING:
@@ -76,13 +77,19 @@ class Task(Entrypoint):
         :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        registry = self._registry()
+        registry = registry_of(self)
         return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result))
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        if not self._is_refused():
-            self.status = states.RUNNING
-        return super().unsafe_execute(result=result)
+        if self._kser_refusal is not NOT_REFUSED:
+            return self._kser_refusal
+        self.status = states.RUNNING
+        try:
+            return super().unsafe_execute(result=result)
+        except BaseException:
+            # Whoever calls this gets the exception; the status must not say that it still runs.
+            self.status = states.FAILED
+            raise
 
     def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
         """Log ``message``, formatted with ``args``, as ``Name.STATUS: path[uuid]: message``.
@@ -91,16 +98,8 @@ class Task(Entrypoint):
         :param kwargs: what :meth:`logging.Logger.log` takes; ``extra`` gets ``kmsg``, the dumped task, added.
         """
         if logger.isEnabledFor(level):
-            kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": self._dump()}
-            self._log_as(self.status, logger, message, level, *args, **kwargs)
-
-    def _registry(self) -> OperationRegistry:
-        if self._kser_registry is None:
-            raise ProducerMissing(
-                f"{type(self).path} has no registry to send with: decorate the class with @oregistry.subscribe, and"
-                " give that registry a producer: OperationRegistry(producer=Producer())"
-            )
-        return self._kser_registry
+            kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": records.dump_entry(self)}
+            records.message(logger, self, self.status, message, level, *args, **kwargs)
 
     def _onsuccess(self, result: Any) -> Any:
         self.status = states.SUCCESS
@@ -114,3 +113,16 @@ class Task(Entrypoint):
         return f"Task [{type(self).path}](uuid={self.uuid},status={self.status}, params={self.params})"
 
     __str__ = __repr__
+
+
+def registry_of(task: Task) -> OperationRegistry:
+    """The registry that a task's class is subscribed to.
+
+    :raises kser.errors.ProducerMissing: there is none.
+    """
+    if task._kser_registry is None:
+        raise ProducerMissing(
+            f"{type(task).path} has no registry to send with: decorate the class with @oregistry.subscribe, and give"
+            " that registry a producer: OperationRegistry(producer=Producer())"
+        )
+    return task._kser_registry

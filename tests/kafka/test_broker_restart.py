@@ -36,6 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
 TOPIC = "work"
 GROUP = "g"
 
+#: kafka-python looks for a broker that is away ever more rarely, by default up to every 30 s.
+SOON_BACK = {"reconnect_backoff_max_ms": 500}
+
 #: Seconds that the broker is away.
 AWAY = 1.5
 
@@ -97,12 +100,12 @@ def broker(own_kafka: KafkaBroker) -> Iterator[KafkaBroker]:
 
 @pytest.fixture
 def producer(broker: KafkaBroker) -> Iterator[Producer]:
-    with closing(Producer({"bootstrap_servers": broker.bootstrap_servers})) as made:
+    with closing(Producer({"bootstrap_servers": broker.bootstrap_servers, **SOON_BACK})) as made:
         yield made
 
 
 def start_worker(broker: KafkaBroker, folder: Path, **options: Any) -> Worker:
-    worker = Worker(config(broker, GROUP, **options), TOPIC, folder / "ledger")
+    worker = Worker(config(broker, GROUP, **SOON_BACK, **options), TOPIC, folder / "ledger")
     worker.wait_for_partitions(1)
     return worker
 

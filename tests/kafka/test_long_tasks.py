@@ -59,7 +59,7 @@ def test_a_task_that_takes_longer_than_max_poll_interval_does_not_run_for_ever(
         put(kafka, worker.topic, [long, after])
         worker.wait_for("end", 1)
         try:
-            wait_until(lambda: after.uuid in worker.noted("end"), "the message after it is handled", 8)
+            wait_until(lambda: after.uuid in worker.noted("end"), "the message after it is handled", 5)
         finally:
             print(f"the long one was started {worker.noted('start').count(long.uuid)} times")
             worker.send_signal(signal.SIGTERM)

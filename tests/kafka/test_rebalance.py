@@ -101,9 +101,9 @@ def test_a_rebalance_during_a_task_lets_it_end_and_only_that_one_may_come_again(
     settings = config(kafka, name)
     ledger = tmp_path / "ledger"
     messages = [message(seconds=0.6) for _ in range(12)]
+    # Both partitions' messages are in hand when the first one has to share.
+    put(kafka, name, messages, 2)
     with Worker(settings, name, ledger) as first:
-        first.wait_for_partitions(2)
-        put(kafka, name, messages, 2)
         first.wait_for("start", 1)
         with Worker(settings, name, ledger) as second:
             second.wait_for_partitions(1)
