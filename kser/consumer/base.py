@@ -62,6 +62,7 @@ class BaseConsumer:
         self._buffer: deque[Record] = deque()
         self._revoked: deque[tuple[Partition, bool]] = deque()
         self._stopping = False
+        self._closing = False
         self._paused = False
         self._trouble: dict[str, str] = {}
         self._lent_to = (0, 0)
@@ -150,6 +151,8 @@ class BaseConsumer:
                 last_to_first.callback(self._producer.close)
             last_to_first.callback(self._client.close, CLIENT_TIMEOUT)
             self._commit()
+            # Leaving the group gives partitions up once more: nothing is left to commit, or nobody to take it.
+            self._closing = True
 
     def _look_at_pause(self) -> None:
         self._paused = not self.is_active()
@@ -226,7 +229,9 @@ class BaseConsumer:
     def _on_revoke(self, partitions: Collection[Partition], *, lost: bool) -> Mapping[Partition, int]:
         """May run in the client's thread: the rest waits in ``_revoked`` for the loop's own."""
         self._revoked.extend((partition, lost) for partition in partitions)
-        return self._offsets.committable(among=partitions) if self._client.can_commit and not lost else {}
+        if lost or self._closing or not self._client.can_commit:
+            return {}
+        return self._offsets.committable(among=partitions)
 
     def _drop_revoked(self) -> Collection[Partition]:
         """Forget records that somebody else will get, or that we shall get again; returns the partitions rewound."""

@@ -150,8 +150,9 @@ if _KEEPS_POSITIONS:
         async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
             offsets = self._on_revoke({Partition(*key) for key in revoked}, lost=False)
             if offsets:
+                commit = self._client.commit_async(_client_offsets(offsets))
                 try:
-                    await self._client.commit_async(_client_offsets(offsets))
+                    await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
                 except KafkaError as error:
                     _report_uncommitted(offsets, error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from kafka import KafkaConsumer, KafkaProducer, errors
@@ -28,14 +28,24 @@ def options_for(client: type[Client], config: Mapping[str, Any] | None, settings
     )
 
 
-def connect(client: Callable[..., Client], options: Mapping[str, Any]) -> Client:
+def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
     """Make a client.
 
     :raises kser.errors.BrokerUnavailable: no broker answers at the address.
     """
+    networks: list[Any] = []
+    make_network = options.get("kafka_client", client.DEFAULT_CONFIG["kafka_client"])
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        networks.append(make_network(*arguments, **keywords))
+        return networks[-1]
+
     try:
-        return client(**options)
+        return client(**{**options, "kafka_client": noted})
     except _UNREACHABLE as error:
+        # The client that could not be made has left its network thread running.
+        for network in networks:
+            network.close()
         raise BrokerUnavailable(
             f"no Kafka broker answers at {servers(options)} ({error}): start one there, or correct 'bootstrap_servers'"
             f" in {CONFIG} or in the dict that is passed"

@@ -93,13 +93,13 @@ class Producer(BaseProducer):
 
     def _enqueue(self, topic: str, data: bytes, deadline: float) -> Any:
         """Hand a message to the client, which may wait for metadata first; returns the future of its delivery."""
-        asked = time.time()
+        last_answer = self._last_answer()
         try:
             if _remaining(deadline) * 1000 >= self._max_block_ms:
                 return self.client.send(topic, data)
             return self._send_in_time(topic, data, deadline)
         except KafkaTimeoutError as error:
-            raise KafkaTimeoutError(f"{_text(error)} {self._explain(topic, asked)}") from error
+            raise KafkaTimeoutError(f"{_text(error)} {self._explain(topic, last_answer)}") from error
 
     def _confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until a message is delivered."""
@@ -123,10 +123,13 @@ class Producer(BaseProducer):
             self.client.config["max_block_ms"] = self._max_block_ms
             self._hurrying.release()
 
-    def _explain(self, topic: str, asked: float) -> str:
+    def _last_answer(self) -> float:
+        """When a broker last told what topics there are, by the client's own clock."""
+        return float(self.client._metadata._last_successful_refresh_ms)
+
+    def _explain(self, topic: str, last_answer: float) -> str:
         # The one thing that tells a broker that does not answer from one that does not know the topic.
-        answered: float = self.client._metadata._last_successful_refresh_ms / 1000
-        if answered >= asked:
+        if self._last_answer() != last_answer:
             return f"The brokers at {self._servers} answer, but know no topic {topic!r}: create it, or correct its name"
         return f"No broker answers at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
 
@@ -142,6 +145,9 @@ class _Bulk:
         self._producer = producer
         self._topic = topic
         self._deadline = deadline
+        #: Until when to wait for metadata and for room in the client's buffer.
+        self._patience = deadline
+        self._in_vain: KafkaTimeoutError | None = None
         self._count = 0
         self._failed = 0
         self._reasons: dict[str, str] = {}
@@ -188,7 +194,12 @@ class _Bulk:
         checkable, self._unchecked = self._unchecked, []
         for kmsg, data in self._chunk:
             try:
-                self._unchecked.append((kmsg, self._producer._enqueue(self._topic, data, self._deadline)))
+                self._unchecked.append((kmsg, self._producer._enqueue(self._topic, data, self._patience)))
+            except KafkaTimeoutError as exc:
+                # What one waited for in vain, the others need not wait for again; and it alone knows the reason.
+                self._patience = time.monotonic()
+                self._in_vain = self._in_vain or exc
+                self._fail(kmsg, self._in_vain)
             except Exception as exc:
                 self._fail(kmsg, exc)
         self._chunk = []

@@ -176,7 +176,7 @@ class KafkaBroker(Kafka):
         done = subprocess.run(
             self._java(
                 "kafka.tools.StorageTool",
-                *("format", "--cluster-id", cluster, "--standalone", "--config", str(self._properties)),
+                *("format", f"--cluster-id={cluster}", "--standalone", "--config", str(self._properties)),
             ),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kafka.broker import Kafka
-from tests.kafka.helpers import Worker, committed, config, message, put, repeated, uuids, wait_until
+from tests.kafka.helpers import Worker, committed, config, message, put, repeated, uuids
 
 INTERVAL = 3.0
 
@@ -48,22 +48,6 @@ def test_many_short_tasks_that_together_take_longer_than_max_poll_interval_keep_
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
         assert committed(kafka, worker.group, worker.topic) == len(messages)
-
-
-@pytest.mark.xfail(reason="the thread that polls runs the tasks, and what it did without the partition is forgotten")
-def test_a_task_that_takes_longer_than_max_poll_interval_does_not_run_for_ever(
-    kafka: Kafka, start: Callable[[], Worker]
-) -> None:
-    long, after = message(seconds=INTERVAL + 0.5), message()
-    with start() as worker:
-        put(kafka, worker.topic, [long, after])
-        worker.wait_for("end", 1)
-        try:
-            wait_until(lambda: after.uuid in worker.noted("end"), "the message after it is handled", 5)
-        finally:
-            print(f"the long one was started {worker.noted('start').count(long.uuid)} times")
-            worker.send_signal(signal.SIGTERM)
-            worker.wait()
 
 
 def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_cpu(
