@@ -123,16 +123,16 @@ class Entrypoint(metaclass=EntrypointMeta):
             self._kser_refusal = self._onerror(failure(exc, self.uuid))
 
     def _prerun(self) -> None:
-        records.step(logger, self, records.line(self, "PreRun"))
+        records.step(logger, self, "PreRun")
         self.check_required_params()
         self.prerun()
 
     def _run(self) -> Any:
-        records.step(logger, self, records.line(self, "Run"))
+        records.step(logger, self, "Run")
         return self.run()
 
     def _postrun(self, result: Any) -> Any:
-        records.step(logger, self, records.line(self, "PostRun"))
+        records.step(logger, self, "PostRun")
         return self.postrun(result)
 
     def _onsuccess(self, result: Any) -> Any:

@@ -23,10 +23,15 @@ def dump_entry(entry: Any) -> dict[str, Any]:
     return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
 
 
-def step(logger: logging.Logger, entry: Any, text: str, level: int = logging.DEBUG) -> None:
-    """Log that an object has come to a step of its life cycle."""
+def step(
+    logger: logging.Logger, entry: Any, tag: str, text: str = "", *values: Any, level: int = logging.DEBUG
+) -> None:
+    """Log that an object has come to a step of its life cycle.
+
+    :param text: what follows the beginning of the line; ``values`` are put into it, and only when somebody looks.
+    """
     if logger.isEnabledFor(level):
-        logger.log(level, text, extra={"kmsg": dump_entry(entry)})
+        logger.log(level, f"{line(entry, tag)}{text % values}", extra={"kmsg": dump_entry(entry)})
 
 
 def success(logger: logging.Logger, entry: Any, result: Result | None) -> None:

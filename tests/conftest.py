@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -24,6 +25,9 @@ from kser.controller import Controller
 LIMIT_SECONDS = 300
 #: How long what a test has ended may take to be gone.
 GRACE_SECONDS = 3
+
+# Found now: tests change the PATH.
+PS = shutil.which("ps") or "ps"
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)
 

@@ -122,13 +122,15 @@ class Operation(Task):
 
     def _prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
         accepted = _accepted(self.prebuild, kwargs)
-        records.step(logger, self, f"{records.line(self, 'PreBuild')}: {accepted}")
+        records.step(logger, self, "PreBuild", ": %s", accepted)
         self.check_required_params()
         return self.prebuild(**accepted)
 
     def _build_tasks(self, **kwargs: Any) -> list[Task]:
         tasks = self.build_tasks(**_accepted(self.build_tasks, kwargs))
-        records.step(logger, self, f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found")
+        found = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(found, extra={"kmsg": records.dump_entry(self)})
         return tasks
 
     def add_task(self, task: Task) -> None:
@@ -160,8 +162,8 @@ class Operation(Task):
         self.status = status
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
-        text = f"{records.line(self, 'SetStatus')} status update '{self.status}' -> '{status}'"
-        records.step(logger, self, text, logging.INFO)
+        moves = self.status, status
+        records.step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class Operation(Task):
     def _prerun(self) -> None:
         self.check_required_params()
         self._set_status(states.RUNNING)
-        records.step(logger, self, f"{records.line(self, 'PreRun')}: running...")
+        records.step(logger, self, "PreRun", ": running...")
         self.prerun()
 
     def _onsuccess(self, result: Any) -> Any:
