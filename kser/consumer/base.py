@@ -173,10 +173,11 @@ class BaseConsumer:
             self._report("poll", None)
         self._last_poll = self._clock()
         rewound = self._drop_revoked()
+        if rewound:
+            records = [record for record in records if Partition(record.topic, record.partition) not in rewound]
         for record in records:
-            if Partition(record.topic, record.partition) not in rewound:
-                self._offsets.received(record)
-                self._buffer.append(record)
+            self._offsets.received(record)
+        self._buffer.extend(records)
         self._lend_producer()
 
     def _handle(self, record: Record) -> None:
