@@ -25,7 +25,7 @@ from kser.errors import SettingError
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import CHUNK, Producer
 from kser.schemas import Message
-from tests.support import UUID, Clock, lines, message, record_of
+from tests.support import UUID, lines, message, record_of
 
 PATIENCE = 20
 
@@ -336,48 +336,6 @@ def test_bad_and_good_records_are_handled_and_committed(
     assert offsets(consumer.client, "mixed") == 4
     consumer.close()
     assert len([line for line in lines(caplog) if ".ImportError: " in line]) == 3
-
-
-def test_a_rebalance_commits_what_is_done_and_nothing_is_lost_or_runs_twice(
-    broker: EmbeddedBroker, opened: Callable[[Consumer], Consumer]
-) -> None:
-    """The consumer has records that it did not come to yet, which it gets again: kafka-python 3 goes on behind them.
-
-    It is the only member, with a new subscription: with two, the mock cluster takes no commit once the other one asked
-    to join, and refuses to synchronise a member that is slower than the leader (see tests/kafka for two).
-    """
-    for topic in ("old", "new"):
-        broker.create_topic(topic)
-    raw = KafkaProducer(**broker.producer_config)
-    for number in range(40):
-        raw.send("old", message(Note, uuid=str(number)).dumps().encode(), partition=number % PARTITIONS)
-    raw.close()
-
-    class Paused(Consumer):
-        limit = 5
-
-        @classmethod
-        def is_active(cls) -> bool:  # type: ignore[override]
-            return len(Note.seen) < cls.limit
-
-    consumer = opened(Paused({**broker.config, "group_id": "moved", "auto_commit_interval_ms": 600_000_000}, ["old"]))
-    clock = Clock(consumer)
-
-    class Slow(Controller):
-        @classmethod
-        def onsuccess(cls, kmsg: Message, result: Result) -> Result:
-            clock.pass_by(2)
-            return result
-
-    consumer.REGISTRY = Slow
-    until(lambda: len(Note.seen) == 5, consumer)
-    assert (offsets(consumer.client, "old"), len(consumer._buffer) > 0) == (0, True)
-    consumer._client.subscribe(["old", "new"], consumer._on_revoke)
-    until(lambda: len(consumer.client.assignment()) == 2 * PARTITIONS, consumer)
-    assert offsets(consumer.client, "old") == 5
-    Paused.limit = 1000
-    until(lambda: len(Note.seen) >= 40, consumer)
-    assert sorted(Note.seen, key=int) == [str(number) for number in range(40)]
 
 
 def test_what_is_done_is_committed_when_partitions_go(broker: EmbeddedBroker) -> None:
