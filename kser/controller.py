@@ -23,6 +23,23 @@ logger = logging.getLogger(__name__)
 MAX_REPORTED = 1000
 
 
+class _Contained:
+    """Around code of users: SystemExit, asyncio's CancelledError and their like come out as an Exception.
+
+    One message must not end the consumer, and then again at each restart. KeyboardInterrupt is not the code's doing.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        if exc is not None and not isinstance(exc, Exception | KeyboardInterrupt):
+            raise RuntimeError(f"{exc!r} ended the task") from exc
+
+
+CONTAINED = _Contained()
+
+
 class BaseController:
     """Hooks around messages, shared by controllers and producers. They are classmethods: override them as such."""
 
@@ -69,9 +86,10 @@ class BaseController:
         What is falsy and no Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
         """
         try:
-            if result and status.outcome(result) == status.SUCCESS:
-                return cls._onsuccess(kmsg=kmsg, result=result)
-            return cls._onerror(kmsg=kmsg, result=result)
+            with CONTAINED:
+                if result and status.outcome(result) == status.SUCCESS:
+                    return cls._onsuccess(kmsg=kmsg, result=result)
+                return cls._onerror(kmsg=kmsg, result=result)
         except Exception as exc:
             return cls._hook_failed(kmsg, result, exc)
 
@@ -79,7 +97,11 @@ class BaseController:
     def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
         logger.exception(f"{cls.__name__}.Failed: {kmsg.entrypoint}[{kmsg.uuid}]: a hook raised: {exc}")
         failed = failure(exc, kmsg.uuid)
-        return merge(result, failed) if isinstance(result, Result) else failed
+        try:
+            return merge(result, failed)
+        except Exception:
+            # What cannot be merged is no Result, or one that holds what it must not.
+            return failed
 
 
 class BaseProducer(BaseController):
@@ -152,7 +174,8 @@ class Controller(BaseController):
         except Exception as exc:
             return cls._refuse(raw_data, exc)
         try:
-            kmsg = cls._onmessage(received)
+            with CONTAINED:
+                kmsg = cls._onmessage(received)
         except Exception as exc:
             return cls._finish(received, failure(ValidationError(f"onmessage failed: {exc}"), received.uuid))
         if not _is_message(kmsg):
@@ -172,21 +195,17 @@ class Controller(BaseController):
     @classmethod
     def _process(cls, kmsg: Message) -> Any:
         try:
-            try:
-                cls.start_processing(kmsg)
-                result = cls._execute(kmsg)
-            finally:
-                cls.stop_processing()
+            with CONTAINED:
+                try:
+                    cls.start_processing(kmsg)
+                    result = cls._execute(kmsg)
+                finally:
+                    cls.stop_processing()
             if result:
                 # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
                 status.outcome(result)
-        except KeyboardInterrupt:
-            raise
         except Exception as exc:
             return failure(exc, kmsg.uuid)
-        except BaseException as exc:
-            # SystemExit, asyncio's CancelledError: one message must not end the consumer, and again at each restart.
-            return failure(RuntimeError(f"{exc!r} ended the task"), kmsg.uuid)
         return result
 
     @classmethod
@@ -224,7 +243,8 @@ class Controller(BaseController):
         )
         signals.emit(signals.message_refused, cls, raw_data=raw_data, error=exc, result=result)
         try:
-            return cls.onerror(kmsg, result)
+            with CONTAINED:
+                return cls.onerror(kmsg, result)
         except Exception as hook_exc:
             return cls._hook_failed(kmsg, result, hook_exc)
 

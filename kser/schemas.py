@@ -15,6 +15,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 from marshmallow import EXCLUDE, Schema, fields
 from marshmallow import ValidationError as MarshmallowError
+from marshmallow.orderedset import OrderedSet
 
 
 class WireField(NamedTuple):
@@ -47,6 +48,9 @@ _MISSING = object()
 
 
 class _WireSchema(Schema):
+    # The order of the wire; marshmallow before 3.20 or so has none by itself.
+    set_class = OrderedSet
+
     class Meta:
         unknown = EXCLUDE
 

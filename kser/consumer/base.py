@@ -65,7 +65,6 @@ class BaseConsumer:
         self._closing = False
         self._paused = False
         self._trouble: dict[str, str] = {}
-        self._lent_to = (0, 0)
         self._producer: BaseProducer | None = None
         self._last_poll = self._last_commit = self._clock()
         self._last_reminder = self._last_poll - PAUSE_REMINDER
@@ -147,6 +146,8 @@ class BaseConsumer:
         """Commit what is done, leave the group and let go of the client."""
         with ExitStack() as last_to_first:
             last_to_first.callback(lockfiles.running_file.clear_own)
+            for registry in self._registries():
+                registry.return_producer(self._own_producer)
             if self._producer is not None:
                 last_to_first.callback(self._producer.close)
             last_to_first.callback(self._client.close, CLIENT_TIMEOUT)
@@ -258,16 +259,20 @@ class BaseConsumer:
             else:
                 self.LOGGER.info(f"{type(self).__name__}: the Kafka client can {activity} again")
 
-    def _lend_producer(self) -> None:
-        """Let the classes that this consumer runs send with its own connection, also those that are added later."""
-        entrypoints = getattr(self.REGISTRY, "ENTRYPOINTS", {})
-        if self._lent_to == (id(entrypoints), len(entrypoints)):
-            return
-        self._lent_to = id(entrypoints), len(entrypoints)
-        for entrypoint in entrypoints.values():
+    def _registries(self) -> Iterator[Any]:
+        """The registries of the classes that this consumer runs now."""
+        for entrypoint in list(getattr(self.REGISTRY, "ENTRYPOINTS", {}).values()):
             registry = getattr(entrypoint, "_kser_registry", None)
             if registry is not None:
-                registry.borrow_producer(self._own_producer)
+                yield registry
+
+    def _lend_producer(self) -> None:
+        """Let the classes that this consumer runs send with its own connection.
+
+        At each poll: classes are added, and other consumers of this process lend theirs and take them back.
+        """
+        for registry in self._registries():
+            registry.borrow_producer(self._own_producer)
 
     def _own_producer(self) -> BaseProducer:
         if self._producer is None:

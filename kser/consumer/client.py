@@ -59,6 +59,8 @@ class ConsumerClient(ABC):
     def poll(self, timeout: float, hold: bool) -> Sequence[Record]:
         """Take part in the group, and hand out records that were not handed out yet, in order within a partition.
 
+        They are of partitions that are ours when it returns.
+
         :param timeout: seconds to wait when there are no records to hand out.
         :param hold: hand out none. Records of partitions that are assigned in this very call may come all the same.
         """

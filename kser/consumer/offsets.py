@@ -13,11 +13,10 @@ class _Progress:
 
     __slots__ = ("committed", "done", "following", "open")
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
         self.open: deque[int] = deque()
         self.done: set[int] = set()
-        self.following = 0
-        self.committed: int | None = None
+        self.following = self.committed = first
 
     @property
     def resume_at(self) -> int:
@@ -36,8 +35,9 @@ class OffsetTracker:
         key = Partition(record.topic, record.partition)
         progress = self._partitions.get(key)
         if progress is None:
-            progress = self._partitions[key] = _Progress()
-            progress.committed = record.offset
+            # Looked at by the client's thread as soon as it is in its place.
+            progress = _Progress(record.offset)
+            self._partitions[key] = progress
         progress.open.append(record.offset)
         progress.following = record.offset + 1
 

@@ -54,9 +54,10 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_commit_mode(commit)
         settings = Settings.of(app)
+        self._producer_options: Mapping[str, Any] | None = config
+        self._app = app
         topics = settings.consumed_topics(topics)
-        self._options = options_for(KafkaConsumer, config, settings)
-        options = dict(self._options)
+        options = options_for(KafkaConsumer, config, settings)
         at_once = not options.get("enable_auto_commit", True)
         options["enable_auto_commit"] = False
         # Without a group nothing is remembered, and every start would handle the whole topic again.
@@ -79,7 +80,10 @@ class Consumer(BaseConsumer):
             logger.debug(f"Cleaning existing pause file: {path}")
 
     def make_producer(self) -> BaseProducer:
-        return Producer({key: value for key, value in self._options.items() if key in KafkaProducer.DEFAULT_CONFIG})
+        if self._producer_options is None:
+            return Producer(app=self._app)
+        options = self._producer_options.items()
+        return Producer({key: value for key, value in options if key in KafkaProducer.DEFAULT_CONFIG})
 
 
 class KafkaPythonClient(ConsumerClient):

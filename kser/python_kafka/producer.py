@@ -34,6 +34,9 @@ CHUNK_SECONDS = 0.05
 class Producer(BaseProducer):
     """Sends messages with ``kafka.KafkaProducer``, and checks that each one was delivered. Safe to share by threads.
 
+    The client has one setting for how long it waits for metadata: while one thread sends with less time than that,
+    another one may wait too short for a topic that is new to the client. Its result then says so.
+
     :param config: options of KafkaProducer; what it knows of ``KSER_CONFIG`` when None.
     :param app: a Flask application whose ``config`` is looked at before the environment.
     :raises kser.errors.BrokerUnavailable: no broker answers.
@@ -103,10 +106,10 @@ class Producer(BaseProducer):
 
     def _confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until a message is delivered."""
+        unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
         try:
             delivery.get(timeout=_remaining(deadline))
         except KafkaTimeoutError as error:
-            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
     def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:

@@ -17,7 +17,7 @@ from cdumay_result import Result
 from kser import records, signals
 from kser import status as states
 from kser.entry import NOT_REFUSED, call_onerror
-from kser.errors import SendError, StoreMissing
+from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
 from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task
@@ -217,7 +217,10 @@ class Operation(Task):
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
         answer = super().send(result=result, topic=topic)
-        if states.outcome(answer) != states.SUCCESS:
+        if not answer:
+            # Nobody can tell from a hook that returns nothing whether the message was delivered.
+            answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")
+        if isinstance(answer, Result) and states.outcome(answer) != states.SUCCESS:
             raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
         return self
 
@@ -246,9 +249,14 @@ class Operation(Task):
         :param task: the task that ended; without one the first that is not SUCCESS is sent.
         :param result: its result, forwarded to the next one.
         :return: what ``send`` returned (of an operation as a Result), or the result that the operation ended with.
+        :raises kser.errors.UsageError: ``task`` is none of this operation's.
         :raises kser.errors.StoreMissing: sending over the consumers needs a shared database, unless ``send`` is
             overridden on the tasks (decision B22).
         """
+        if task is not None and str(task.uuid) not in {str(known.uuid) for known in self.tasks}:
+            raise UsageError(
+                f"{task!r} is no task of {self!r}: what follows it cannot be told, nor whether it was the last"
+            )
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
         failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)

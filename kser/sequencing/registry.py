@@ -96,6 +96,11 @@ class OperationRegistry:
         """Send with what ``lend`` returns, as long as nobody gave a producer; it is called each time."""
         self._lend = lend
 
+    def return_producer(self, lend: Callable[[], BaseProducer]) -> None:
+        """Send with what ``lend`` returns no longer: whoever lent it closes it."""
+        if self._lend == lend:
+            self._lend = None
+
     def topic_for(self, task: Task, topic: str | None = None) -> str:
         """Where to send ``task``: ``topic``, else its class's ``TOPIC``, else the first of ``KSER_TOPICS``.
 

@@ -55,7 +55,8 @@ class InProcessRunner:
 
     @staticmethod
     def _run_task(task: Task, so_far: Result) -> Any:
-        if task.status != status.PENDING:
+        # Whoever wants all of it again sets the tasks back to PENDING.
+        if task.status != status.PENDING or task._kser_executed:
             task.result = Result(uuid=task.uuid)
         try:
             return task.unsafe_execute(result=copy_result(so_far))

@@ -34,6 +34,7 @@ class Task(Entrypoint):
     TOPIC: ClassVar[str | None] = None
 
     _kser_registry: ClassVar[OperationRegistry | None] = None
+    _kser_executed = False
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class Task(Entrypoint):
         if self._kser_refusal is not NOT_REFUSED:
             return self._kser_refusal
         self.status = states.RUNNING
+        self._kser_executed = True
         try:
             return super().unsafe_execute(result=result)
         except BaseException:
