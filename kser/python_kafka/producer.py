@@ -122,6 +122,11 @@ class Producer(BaseProducer):
         try:
             self.client.config["max_block_ms"] = _remaining(deadline) * 1000
             return self.client.send(topic, data)
+        except TypeError as error:
+            if _remaining(deadline):
+                raise
+            # kafka-python 2.3 stumbles over the text of its own timeout.
+            raise KafkaTimeoutError("No time was left to wait for metadata.") from error
         finally:
             self.client.config["max_block_ms"] = self._max_block_ms
             self._hurrying.release()
