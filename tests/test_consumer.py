@@ -328,6 +328,19 @@ def test_pausing_holds_what_was_taken_already() -> None:
     assert consumer.step(timeout=0) == 1
 
 
+def test_a_stop_that_comes_while_the_terminate_file_is_looked_at_is_not_lost() -> None:
+    """A signal handler runs between any two steps of the interpreter."""
+
+    class Signalled(Consumer):
+        def should_stop(self) -> bool:  # type: ignore[override]
+            self.stop()
+            return False
+
+    put("1")
+    assert Signalled({}, ["dice"]).step(timeout=0) == 0
+    assert Act.seen == []
+
+
 def test_a_new_terminate_file_ends_it_and_stays(caplog: pytest.LogCaptureFixture) -> None:
     """D6"""
     put("1")

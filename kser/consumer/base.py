@@ -124,7 +124,9 @@ class BaseConsumer:
         :param timeout: seconds to wait for messages when there are none.
         :return: how many messages were handled.
         """
-        self._stopping = self._stopping or self.should_stop()
+        # Only ever set: a signal may arrive while the file is looked at.
+        if self.should_stop():
+            self._stopping = True
         if self._stopping:
             return 0
         self._look_at_pause()
