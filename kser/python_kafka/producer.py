@@ -54,7 +54,7 @@ class Producer(BaseProducer):
         deadline = time.monotonic() + timeout
         try:
             self._confirm(self._enqueue(topic, self._encode(kmsg), deadline), deadline)
-            result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
+            result = _delivered(topic, kmsg)
         except Exception as exc:
             result = failure(exc, kmsg.uuid)
         return self._sent(topic, kmsg, result)
@@ -88,8 +88,7 @@ class Producer(BaseProducer):
                 self.client.close(timeout=CLOSE_TIMEOUT)
 
     def _announce(self, topic: str, kmsg: Message) -> None:
-        result = Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
-        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=_delivered(topic, kmsg))
 
     def _encode(self, kmsg: Message) -> bytes:
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
@@ -106,10 +105,10 @@ class Producer(BaseProducer):
 
     def _confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until a message is delivered."""
-        unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
         try:
             delivery.get(timeout=_remaining(deadline))
         except KafkaTimeoutError as error:
+            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
     def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:
@@ -223,6 +222,10 @@ class _Bulk:
             else:
                 if announced:
                     self._producer._announce(self._topic, kmsg)
+
+
+def _delivered(topic: str, kmsg: Message) -> Result:
+    return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
 
 def _text(error: KafkaTimeoutError) -> str:
