@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -11,29 +12,36 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
-from kser.entry import Entrypoint, check_entrypoint
+from kser.delivery import CURRENT, FAILED, UNDECODABLE, UNKNOWN, Abandoned, Failure, error_name
+from kser.entry import Entrypoint, check_entrypoint, postpone
 from kser.lockfiles import running_file
 from kser.results import failure, merge
 from kser.schemas import Message, dump_result
 
 logger = logging.getLogger(__name__)
 
+#: What travels beside a message: names and bytes.
+Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
 #: Unknown names that are reported: whoever sends random ones must not fill the memory.
 MAX_REPORTED = 1000
 
 
+_NOT_CONTAINED = (Exception, KeyboardInterrupt, Abandoned)
+
+
 class _Contained:
     """Around code of users: SystemExit, asyncio's CancelledError and their like come out as an Exception.
 
-    One message must not end the consumer, and then again at each restart. KeyboardInterrupt is not the code's doing.
+    One message must not end the consumer, and then again at each restart. KeyboardInterrupt and what the consumer
+    raises itself are not the code's doing.
     """
 
     def __enter__(self) -> None:
         """Nothing to do."""
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        if exc is not None and not isinstance(exc, Exception | KeyboardInterrupt):
+        if exc is not None and not isinstance(exc, _NOT_CONTAINED):
             raise RuntimeError(f"{exc!r} ended the task") from exc
 
 
@@ -88,6 +96,9 @@ class BaseController:
         try:
             with CONTAINED:
                 if result and status.outcome(result) == status.SUCCESS:
+                    if (delivery := CURRENT.get()) is not None:
+                        # A hook of the entrypoint may have made a success of it.
+                        delivery.failure = None
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
         except Exception as exc:
@@ -107,18 +118,49 @@ class BaseController:
 class BaseProducer(BaseController):
     """What every producer offers."""
 
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
         """Send one message; transports (and third parties around them) implement it."""
 
-    def send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+    def send(
+        self,
+        topic: str,
+        kmsg: Message,
+        timeout: float = 60,
+        *,
+        key: str | bytes | None = None,
+        headers: Headers | None = None,
+    ) -> Any:
         """Send one message and wait until it is delivered.
 
         :param topic: where to.
         :param kmsg: the message.
         :param timeout: seconds for everything together.
+        :param key: messages with the same key go to the same partition, and are handled one after the other; without
+            one they are spread.
+        :param headers: pairs of a name and bytes, carried beside the message; a mapping will do.
         :return: a Result, failed when delivery was not confirmed; the message may then still arrive.
         """
-        return self._send(topic, kmsg, timeout)
+        # Third parties implement `_send` as 0.8 called it.
+        given = {"key": key, "headers": headers}
+        return self._send(topic, kmsg, timeout, **{name: value for name, value in given.items() if value is not None})
+
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        timeout: float = 60,
+    ) -> None:
+        """Write a record as it is, without hooks and log lines, and wait until it is delivered.
+
+        :param value: its bytes.
+        :param timeout: seconds for everything together.
+        :raises kser.errors.MessageTooLarge: it exceeds what the client may send.
+        :raises kser.errors.NotDelivered: delivery was not confirmed; the record may still arrive.
+        """
+        raise NotImplementedError(f"{type(self).__name__} writes no bare records")
 
     def close(self) -> None:
         """Let go of the connection; what is still on its way is given a moment."""
@@ -177,10 +219,16 @@ class Controller(BaseController):
             with CONTAINED:
                 kmsg = cls._onmessage(received)
         except Exception as exc:
-            return cls._finish(received, failure(ValidationError(f"onmessage failed: {exc}"), received.uuid))
+            return cls._reject(received, ValidationError(f"onmessage failed: {exc}"))
         if not _is_message(kmsg):
-            return cls._finish(received, failure(ValidationError(f"onmessage returned {kmsg!r}"), received.uuid))
-        return cls._finish(kmsg, cls._process(kmsg))
+            return cls._reject(received, ValidationError(f"onmessage returned {kmsg!r}"))
+        result = cls._process(kmsg)
+        delivery = CURRENT.get()
+        if delivery is None:
+            return cls._finish(kmsg, result)
+        delivery.settle(delivery.entry)
+        # What came of the message is only known after its last attempt.
+        return result if delivery.retry_in is not None else cls._finish(kmsg, result)
 
     @classmethod
     def start_processing(cls, kmsg: Message) -> None:
@@ -193,6 +241,11 @@ class Controller(BaseController):
         running_file.clear()
 
     @classmethod
+    def _reject(cls, kmsg: Message, exc: ValidationError) -> Any:
+        _note_refusal(FAILED, exc)
+        return cls._finish(kmsg, failure(exc, kmsg.uuid))
+
+    @classmethod
     def _process(cls, kmsg: Message) -> Any:
         try:
             with CONTAINED:
@@ -201,11 +254,23 @@ class Controller(BaseController):
                     result = cls._execute(kmsg)
                 finally:
                     cls.stop_processing()
-            if result:
-                # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
-                status.outcome(result)
+            # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
+            if not result or status.outcome(result) == status.SUCCESS:
+                return result
         except Exception as exc:
-            return failure(exc, kmsg.uuid)
+            return cls._judge(kmsg, failure(exc, kmsg.uuid), exc)
+        return cls._judge(kmsg, result)
+
+    @classmethod
+    def _judge(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
+        """Tell the consumer, if one runs this, of a failure that the entrypoint itself did not tell it of."""
+        delivery = CURRENT.get()
+        if delivery is None or delivery.failure is not None or delivery.retry_in is not None:
+            return result
+        if delivery.entry is not None:
+            postpone(delivery.entry, result, exc)
+        elif delivery.postpones(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
+            logger.warning(_line(cls, "Retry", kmsg, result), extra=_extra(kmsg, result))
         return result
 
     @classmethod
@@ -213,10 +278,14 @@ class Controller(BaseController):
         entrypoint = cls.ENTRYPOINTS.get(kmsg.entrypoint)
         if entrypoint is None:
             cls._report_unknown(kmsg.entrypoint)
-            raise ValidationError(
+            unknown = ValidationError(
                 f"Entrypoint '{kmsg.entrypoint}' not registred",
                 extra={"uuid": kmsg.uuid, "entrypoint": kmsg.entrypoint, "allowed": list(cls.ENTRYPOINTS)},
             )
+            _note_refusal(UNKNOWN, unknown)
+            raise unknown
+        if (delivery := CURRENT.get()) is not None:
+            delivery.expected = entrypoint
         return entrypoint.from_Message(kmsg).execute()
 
     @classmethod
@@ -241,12 +310,19 @@ class Controller(BaseController):
             f"{cls.__name__}.ImportError: Failed to load data from kafka: {exc}",
             extra={"kafka_raw_data": raw_data, "error": error.to_dict()},
         )
+        _note_refusal(UNDECODABLE, exc)
         signals.emit(signals.message_refused, cls, raw_data=raw_data, error=exc, result=result)
         try:
             with CONTAINED:
                 return cls.onerror(kmsg, result)
         except Exception as hook_exc:
             return cls._hook_failed(kmsg, result, hook_exc)
+
+
+def _note_refusal(reason: str, exc: Exception) -> None:
+    """Tell the consumer, if one runs this, that no other attempt will do better."""
+    if (delivery := CURRENT.get()) is not None:
+        delivery.refuse(reason, exc)
 
 
 def _line(owner: type, tag: str, kmsg: Message, result: Any) -> str:

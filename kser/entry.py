@@ -13,6 +13,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import records, signals, status
+from kser.delivery import CURRENT, FAILED, Failure, error_name, settle
 from kser.results import failure, merge
 from kser.schemas import Message
 
@@ -117,10 +118,14 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- triggers ------------------------------------------------------------------------------------------------------
 
     def _post_init(self) -> None:
+        if (delivery := CURRENT.get()) is not None:
+            delivery.construct(self)
         try:
             self.postinit()
         except Exception as exc:
-            self._kser_refusal = self._onerror(failure(exc, self.uuid))
+            failed = failure(exc, self.uuid)
+            answer = postpone(self, failed, exc)
+            self._kser_refusal = self._onerror(failed) if answer is None else answer
 
     def _prerun(self) -> None:
         records.step(logger, self, "PreRun")
@@ -159,9 +164,13 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.result = merge(self.result, result)
         signals.emit(signals.entry_started, type(self), entry=self)
         self._prerun()
-        value = self._postrun(self._run())
+        value = self._run()
+        settle(self)
+        value = self._postrun(value)
         if status.outcome(self.result, value) == status.SUCCESS:
             return self._onsuccess(value)
+        if (answer := postpone(self, value)) is not None:
+            return answer
         return self._onerror(value)
 
     def execute(self, result: Result | None = None) -> Any:
@@ -173,9 +182,14 @@ class Entrypoint(metaclass=EntrypointMeta):
         registry = self._kser_registry
         with nullcontext() if registry is None else registry.context():
             try:
+                if (delivery := CURRENT.get()) is not None:
+                    delivery.start(self)
                 return self.unsafe_execute(result=result)
             except Exception as exc:
-                return self._onerror(failure(exc, self.uuid))
+                failed = failure(exc, self.uuid)
+                if (answer := postpone(self, failed, exc)) is not None:
+                    return answer
+                return self._onerror(failed)
 
     def check_required_params(self) -> None:
         """Check that every parameter of :attr:`REQUIRED_FIELDS` is present.
@@ -218,6 +232,30 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param kwargs: what :meth:`logging.Logger.log` takes: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
         records.message(logger, self, "MESSAGE", message, level, *args, **kwargs)
+
+
+def postpone(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
+    """Leave a failure to the next attempt, if the consumer that runs ``entry`` makes one: no hook is called.
+
+    :param result: what it failed with.
+    :param exc: the exception that it failed with, if one did.
+    :return: the result of this attempt; None when the failure is final.
+    :raises kser.delivery.Abandoned: nobody waits for the result any more.
+    """
+    delivery = CURRENT.get()
+    if delivery is None:
+        return None
+    delivery.settle(entry)
+    if entry is not delivery.entry:
+        return None
+    text = (result if result and result.stderr else entry.result).stderr
+    name = error_name(exc) if exc is not None else str((result or entry.result).search_value("error.name", ""))
+    if not delivery.postpones(exc, Failure(FAILED, name, text)):
+        return None
+    answer = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
+    records.retry(logger, entry, delivery.attempt, delivery.retry_in or 0)
+    signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.attempt)
+    return answer
 
 
 def call_onerror(entry: Entrypoint) -> Any:

@@ -11,7 +11,11 @@
     ├── MissingDependency        an optional part is not installed
     ├── BrokerUnavailable        no broker answers
     ├── ClientTrouble            the Kafka client cannot do something now; it is tried again
-    └── SendError                a message was not delivered
+    ├── NotDelivered             delivery was not confirmed
+    │   └── MessageTooLarge      it exceeds what may be sent
+    ├── SendError                an operation was not delivered
+    ├── RetryLater               a task wants to be tried again
+    └── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIMEOUT
 
 Messages that cannot be read and parameters that are missing are ``cdumay_error.types.ValidationError``, as in 0.8.
 
@@ -79,10 +83,57 @@ class BrokerUnavailable(KserError):
 
 
 class ClientTrouble(KserError):
-    """The Kafka client cannot do something now"""
+    """The Kafka client cannot do something now
+
+    :param fatal: this client will never do it: another one is to take its place.
+    :param passing: it is normal for a while, as during a rebalance.
+    """
 
     MSGID = "ERR-50309"
     CODE = 503
+
+    def __init__(self, message: str, *, fatal: bool = False, passing: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
+        self.passing = passing
+
+
+class NotDelivered(KserError):
+    """Delivery of a record was not confirmed"""
+
+    MSGID = "ERR-50310"
+    CODE = 503
+
+
+class MessageTooLarge(NotDelivered):
+    """A record exceeds what may be sent"""
+
+    MSGID = "ERR-50311"
+    CODE = 413
+
+
+class RetryLater(KserError):
+    """A task wants to be tried again
+
+    :param seconds: how long to wait before.
+    :raises SettingError: they are no number of seconds.
+    """
+
+    MSGID = "ERR-50312"
+    CODE = 503
+
+    def __init__(self, seconds: float) -> None:
+        if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+            raise SettingError(f"Retry.later takes a number of seconds, 0 or more; it is {seconds!r}")
+        super().__init__(f"the task asked to be tried again in {seconds:g} s")
+        self.seconds = seconds
+
+
+class TaskTimeout(KserError, TimeoutError):
+    """An attempt took longer than its class allows"""
+
+    MSGID = "ERR-50313"
+    CODE = 504
 
 
 class SendError(KserError):

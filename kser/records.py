@@ -51,6 +51,14 @@ def failure(logger: logging.Logger, entry: Any) -> None:
         logger.error(f"{line(entry, 'Failed')}: {entry.result}", extra=extra)
 
 
+def retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> None:
+    """Log at WARNING that another attempt follows the one that failed."""
+    if logger.isEnabledFor(logging.WARNING):
+        extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
+        text = f"{line(entry, 'Retry')}: attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
+        logger.warning(text, extra=extra)
+
+
 def message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
     """Log a text of the user's own behind the object's name."""
     prefix = f"{line(entry, tag)}: "

@@ -6,8 +6,10 @@ signal                 sender                 keywords
 ``entry_started``      the Entrypoint class   ``entry``
 ``entry_succeeded``    the Entrypoint class   ``entry``, ``result``
 ``entry_failed``       the Entrypoint class   ``entry``, ``result``
+``entry_retried``      the Entrypoint class   ``entry``, ``result``, ``attempt`` (the one that failed, from 1)
 ``message_refused``    the Controller class   ``raw_data``, ``error`` (the exception), ``result``
 ``message_sent``       the Producer class     ``topic``, ``kmsg``, ``result``
+``dead_lettered``      the Consumer class     ``topic``, ``record``, ``failure`` (reason, error_class, message)
 =====================  =====================  =========================================================
 
 A listener is connected with ``entry_failed.connect(function)``; it is called as ``function(sender, **keywords)``, in
@@ -27,8 +29,10 @@ _signals = Namespace()
 entry_started = _signals.signal("entry-started")
 entry_succeeded = _signals.signal("entry-succeeded")
 entry_failed = _signals.signal("entry-failed")
+entry_retried = _signals.signal("entry-retried")
 message_refused = _signals.signal("message-refused")
 message_sent = _signals.signal("message-sent")
+dead_lettered = _signals.signal("dead-lettered")
 
 
 def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:

@@ -206,17 +206,18 @@ class Operation(Task):
 
     # -- over Kafka ----------------------------------------------------------------------------------------------------
 
-    def send(self, result: Result | None = None, topic: str | None = None) -> Any:
+    def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
         """Send this operation to Kafka as one message; the consumer that gets it builds and runs it.
 
         :param result: forwarded to the operation.
         :param topic: where to: this argument, else ``TOPIC``, else the first of ``KSER_TOPICS``.
+        :param key: what has the same key is handled one after the other.
         :return: this operation.
         :raises kser.errors.SendError: delivery was not confirmed; its ``result`` says why.
         :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        answer = super().send(result=result, topic=topic)
+        answer = super().send(result=result, topic=topic, key=key)
         if not answer:
             # Nobody can tell from a hook that returns nothing whether the message was delivered.
             answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cdumay_result import Result
 
 from kser import status
+from kser.delivery import settle
+from kser.entry import postpone
 from kser.results import copy_result, failure, merge
 
 if TYPE_CHECKING:
@@ -46,10 +48,11 @@ class InProcessRunner:
             # A task whose onsuccess returned nothing fails here, with the error that 0.8 gives.
             operation.result = operation.result + outcome
             if status.outcome(outcome) != status.SUCCESS:
-                return operation._onerror(operation.result)
+                return _fail(operation)
         if status.outcome(operation.result) != status.SUCCESS:
             # No task had to run, and what came in was a failure.
-            return operation._onerror(operation.result)
+            return _fail(operation)
+        settle(operation)
         # 0.8 says `None` where no task ran and nothing was forwarded.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
@@ -61,7 +64,13 @@ class InProcessRunner:
         try:
             return task.unsafe_execute(result=copy_result(so_far))
         except Exception as exc:
+            settle(task)
             return task._onerror(failure(exc, task.uuid))
+
+
+def _fail(operation: Operation) -> Any:
+    answer = postpone(operation, operation.result)
+    return operation._onerror(operation.result) if answer is None else answer
 
 
 def _restart(operation: Operation, result: Result | None) -> None:

@@ -10,13 +10,23 @@ from cdumay_result import Result
 
 from kser import records
 from kser import status as states
+from kser.delivery import CURRENT
 from kser.entry import NOT_REFUSED, Entrypoint
 from kser.errors import ProducerMissing, UsageError
+from kser.retry import Retry
 
 if TYPE_CHECKING:
     from kser.sequencing.registry import OperationRegistry
 
 logger = logging.getLogger(__name__)
+
+
+class _Attempt:
+    """``attempt`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+
+    def __get__(self, instance: Any, owner: type) -> int:
+        delivery = CURRENT.get()
+        return 1 if delivery is None else delivery.attempt
 
 
 class Task(Entrypoint):
@@ -32,6 +42,13 @@ class Task(Entrypoint):
 
     #: Where :meth:`send` sends to; the first of ``KSER_TOPICS`` when None.
     TOPIC: ClassVar[str | None] = None
+    #: When a message for this class that fails is tried again; the consumer's policy when None.
+    RETRY: ClassVar[Retry | None] = None
+    #: Seconds that an attempt may take in a consumer; no limit when None.
+    TIMEOUT: ClassVar[float | None] = None
+
+    #: The number of the attempt at the message that is being handled, from 1.
+    attempt: ClassVar[Any] = _Attempt()
 
     _kser_registry: ClassVar[OperationRegistry | None] = None
     _kser_executed = False
@@ -69,17 +86,20 @@ class Task(Entrypoint):
         name = f"{item}Id"
         return name, getattr(getattr(self, item, self), name, None)
 
-    def send(self, result: Result | None = None, topic: str | None = None) -> Any:
+    def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
         """Send this task to Kafka with the producer of its registry, and wait until it is delivered.
 
         :param result: forwarded to the task.
         :param topic: where to: this argument, else :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
+        :param key: what has the same key is handled one after the other.
         :return: the producer's Result, failed when delivery was not confirmed.
         :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
         registry = registry_of(self)
-        return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result))
+        # Third parties' producers may know no key.
+        options: dict[str, Any] = {} if key is None else {"key": key}
+        return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result), **options)
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
         if self._kser_refusal is not NOT_REFUSED:

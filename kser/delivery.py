@@ -1,0 +1,129 @@
+"""Delivery: one attempt at a message, as the consumer that makes it and the entrypoint that runs see it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, Final, NamedTuple
+
+from kser.errors import RetryLater
+from kser.retry import DEFAULT, Retry
+
+#: Why a message failed for good.
+UNDECODABLE: Final = "undecodable"
+UNKNOWN: Final = "unknown-entrypoint"
+FAILED: Final = "failed"
+
+
+class Abandoned(BaseException):
+    """The consumer has given up the attempt that runs in this thread: nobody waits for its result any more."""
+
+
+class Failure(NamedTuple):
+    """Why a message failed for good: ``undecodable``, ``unknown-entrypoint`` or ``failed``, and with what."""
+
+    reason: str
+    error_class: str
+    message: str
+
+
+class Delivery:
+    """One attempt at a message.
+
+    :param retry: the policy of the consumer, for classes that declare none.
+    """
+
+    #: The number of the attempt, from 1.
+    attempt = 1
+    #: Seconds until the next attempt, when it has ended and another is to follow.
+    retry_in: float | None = None
+    #: What the message failed with for good.
+    failure: Failure | None = None
+    #: What it fails with in place of running: it stands for an attempt that was given up.
+    verdict: Exception | None = None
+    #: Whether it was given up.
+    abandoned = False
+    #: Seconds that the attempt may take.
+    timeout: float | None = None
+
+    #: What the message asked for; entrypoints that run inside it are none of the delivery's business.
+    entry: Any = None
+    #: The class of it, once that is known.
+    expected: type | None = None
+
+    def __init__(self, retry: Retry | None = None) -> None:
+        self._retry = retry
+        self._decision = Lock()
+
+    def construct(self, entry: Any) -> None:
+        """An entrypoint is being constructed; the first one of the class that the message asked for is its own."""
+        if self.entry is None and type(entry) is self.expected:
+            self.entry = entry
+
+    def start(self, entry: Any) -> None:
+        """An entrypoint begins to execute; the first one is the message's own, unless that is known already.
+
+        :raises Exception: the verdict, when there is one.
+        """
+        if self.entry is None:
+            self.entry = entry
+        if self.entry is not entry:
+            return
+        if self.verdict is not None:
+            raise self.verdict
+        timeout = getattr(type(entry), "TIMEOUT", None)
+        # Like RETRY, an attribute that means something else is the user's own (decision C18).
+        if isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool):
+            self.timeout = timeout
+
+    def postpones(self, exc: BaseException | None, error: Failure) -> bool:
+        """Whether the failure of the message is to be followed by another attempt; if not, it is noted as final.
+
+        :param exc: what it failed with, None for a failed result.
+        :param error: what is noted.
+        """
+        declared = getattr(type(self.entry), "RETRY", None)
+        policy = declared if isinstance(declared, Retry) else self._retry
+        if policy is None and isinstance(exc, RetryLater):
+            policy = DEFAULT
+        self.retry_in = policy.wait_after(self.attempt, exc) if policy else None
+        if self.retry_in is None:
+            self.failure = error
+        return self.retry_in is not None
+
+    def refuse(self, reason: str, exc: BaseException) -> None:
+        """The message cannot be handled, now or later."""
+        self.failure = Failure(reason, error_name(exc), str(exc))
+
+    def decide(self) -> bool:
+        """Whether the caller is the first, who decides what becomes of the attempt: its end, or who gives it up."""
+        return self._decision.acquire(blocking=False)
+
+    def settle(self, entry: Any) -> None:
+        """The work of an entrypoint has ended. If it was the message's own, it cannot take too long any more.
+
+        :raises Abandoned: the attempt was given up before.
+        """
+        if entry is self.entry:
+            self.decide()
+        if self.abandoned:
+            raise Abandoned
+
+
+#: The delivery that is handled in this context; None outside of a consumer.
+CURRENT: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)
+
+
+def settle(entry: Any) -> None:
+    """The work of an entrypoint has ended.
+
+    :raises Abandoned: nobody waits for its result any more.
+    """
+    if (delivery := CURRENT.get()) is not None:
+        delivery.settle(entry)
+
+
+def error_name(exc: BaseException) -> str:
+    """The full name of an exception's class."""
+    cls = type(exc)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"

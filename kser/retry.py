@@ -1,0 +1,119 @@
+"""Retry: how often, when and after which failures a message is tried again."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, Self
+
+from cdumay_error.types import NotImplemented as NotImplementedYet
+from cdumay_error.types import ValidationError
+
+from kser.errors import RetryLater, SettingError
+
+Exceptions = tuple[type[BaseException], ...]
+
+#: What another attempt cannot mend: the message or the class is wrong.
+HOPELESS: Final[Exceptions] = (ValidationError, NotImplementedYet)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A retry policy.
+
+    The wait after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A message that is
+    itself wrong (``ValidationError``: a parameter is missing) is only tried again when ``on`` names that error.
+
+    :param max_attempts: how often a message is tried in all, the first time included.
+    :param delay: seconds to wait after the first attempt.
+    :param backoff: what the wait is multiplied by from one attempt to the next.
+    :param max_delay: the longest wait, in seconds.
+    :param jitter: take a random time between half the wait and the whole, so that what failed together does not come
+        back together.
+    :param on: exceptions to try again after, and nothing else; None tries again after each exception and after a
+        failed result that no exception caused.
+    :param give_up_on: exceptions not to try again after, also if ``on`` admits them.
+    :raises kser.errors.SettingError: the values make no sense.
+    """
+
+    max_attempts: int = 3
+    delay: float = 1
+    backoff: float = 2
+    max_delay: float = 60
+    jitter: bool = True
+    on: Exceptions | type[BaseException] | None = None
+    give_up_on: Exceptions | type[BaseException] = ()
+
+    #: ``raise Retry.later(seconds)`` in a task asks for another attempt then. It counts as an attempt.
+    later: ClassVar[type[RetryLater]] = RetryLater
+
+    def __post_init__(self) -> None:
+        _check_number("max_attempts", self.max_attempts, 1, whole=True)
+        _check_number("delay", self.delay, 0)
+        _check_number("backoff", self.backoff, 1)
+        _check_number("max_delay", self.max_delay, self.delay)
+        if not isinstance(self.jitter, bool):
+            raise SettingError(f"Retry: jitter must be True or False; it is {self.jitter!r}")
+        for name in ("on", "give_up_on"):
+            object.__setattr__(self, name, _exceptions(name, getattr(self, name)))
+
+    @classmethod
+    def from_setting(cls, name: str, value: Any) -> Self:
+        """A policy from a setting: one already, or a mapping of what the constructor takes, without exceptions.
+
+        :raises kser.errors.SettingError: it is neither.
+        """
+        if isinstance(value, cls):
+            return value
+        known = [field.name for field in fields(cls) if field.name not in ("on", "give_up_on")]
+        if not isinstance(value, Mapping) or not set(value) <= set(known):
+            raise SettingError(f"{name} must be a Retry, or an object with some of {', '.join(known)}; it is {value!r}")
+        return cls(**value)
+
+    def admits(self, exc: BaseException | None) -> bool:
+        """Whether this failure is one to try again after; None stands for a failed result without exception."""
+        if exc is None:
+            return self.on is None
+        if isinstance(exc, RetryLater):
+            return True
+        if isinstance(exc, self.give_up_on):
+            return False
+        return not isinstance(exc, HOPELESS) if self.on is None else isinstance(exc, self.on)
+
+    def wait_after(self, attempt: int, exc: BaseException | None = None) -> float | None:
+        """Seconds to wait before the next attempt; None when there is to be none.
+
+        :param attempt: the number of the attempt that failed, from 1.
+        :param exc: what it failed with.
+        """
+        if attempt >= self.max_attempts or not self.admits(exc):
+            return None
+        if isinstance(exc, RetryLater):
+            return exc.seconds
+        try:
+            wait = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
+        except OverflowError:
+            wait = self.max_delay
+        return wait * random.uniform(0.5, 1) if self.jitter else wait
+
+
+def _check_number(name: str, value: Any, lowest: float, whole: bool = False) -> None:
+    kind = "a whole number" if whole else "a number"
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not fits or not lowest <= value < math.inf:
+        raise SettingError(f"Retry: {name} must be {kind}, {lowest:g} or more; it is {value!r}")
+
+
+def _exceptions(name: str, value: Any) -> Exceptions | None:
+    if value is None and name == "on":
+        return None
+    found = value if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(each, type) and issubclass(each, BaseException) for each in found):
+        raise SettingError(f"Retry: {name} must be exception classes; it is {value!r}")
+    return tuple(found)
+
+
+#: For ``Retry.later`` in a class that declares no policy, under a consumer that has none.
+DEFAULT: Final = Retry()
