@@ -1,22 +1,24 @@
 """The legacy control plane: three files that operators look at and touch.
 
-========== ===================== ==========================================================================
+========== ===================== ======================================================================================
 file       variable              meaning
-========== ===================== ==========================================================================
-running    ``RUNNING_FILE``      holds the message that is being handled, empty when there is none
+========== ===================== ======================================================================================
+running    ``RUNNING_FILE``      holds the messages that are being handled, a line each, empty when there is none
 pause      ``LOCK_FILE``         while it exists, consumers take no messages
 terminate  ``TERMINATE_FILE``    when it appears, consumers end
-========== ===================== ==========================================================================
+========== ===================== ======================================================================================
 
 The variables are read at each use. Paths are per host, so other processes may share the files.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import threading
 import time
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +35,23 @@ class RunningFile:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._lines: dict[int, str] = {}
+        self._consumers = 0
         self._path: str | None = None
         self._descriptor: int | None = None
         self._reported: str | None = None
 
     def show(self, text: str) -> None:
-        """Replace the content by ``text``."""
-        # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
-        data = text.encode("utf-8", "backslashreplace")
+        """Make ``text`` this thread's line of the content; the line goes when it is empty."""
+        thread = threading.get_ident()
         try:
             with self._lock:
+                if text:
+                    self._lines[thread] = text
+                else:
+                    self._lines.pop(thread, None)
+                # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
+                data = "\n".join(self._lines.values()).encode("utf-8", "backslashreplace")
                 descriptor, size = self._open()
                 if data:
                     os.pwrite(descriptor, data, 0)
@@ -53,15 +62,44 @@ class RunningFile:
             self._report(error)
 
     def clear(self) -> None:
-        """Empty the file; it is made when missing and never deleted."""
+        """Take this thread's line away; the file is made when missing and never deleted."""
         self.show("")
+
+    def open(self) -> None:
+        """A consumer of this process starts."""
+        self.clear_stale()
+        with self._lock:
+            self._consumers += 1
+
+    def close(self) -> None:
+        """A consumer of this process has ended; the last one lets go of the file."""
+        with self._lock:
+            self._consumers -= 1
+        if self._consumers <= 0:
+            self.clear_own()
 
     def clear_own(self) -> None:
         """Empty the file if this process wrote it, and let go of it."""
         if self._descriptor is not None:
+            self._lines.clear()
             self.clear()
         with self._lock:
             self._close()
+
+    def clear_stale(self) -> None:
+        """Empty a file that a process left behind which is dead: each one that is alive holds a lock on it."""
+        try:
+            descriptor = os.open(os.environ["RUNNING_FILE"], os.O_WRONLY)
+        except (OSError, KeyError):
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+        except OSError:
+            # Somebody is alive, or the file system knows no locks: then it is cleared by whoever writes next.
+            return
+        finally:
+            os.close(descriptor)
 
     def _open(self) -> tuple[int, int]:
         """The descriptor and the size of the file in place now."""
@@ -72,6 +110,8 @@ class RunningFile:
                 return self._descriptor, status.st_size
             self._close()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self._path = path
         self._reported = None
         return self._descriptor, os.fstat(self._descriptor).st_size
