@@ -1,84 +1,144 @@
-"""The consumer loop: poll, dispatch, commit. Every transport's consumer is one of these around its client.
+"""The consumer: what users make and run. Every transport's consumer is one of these around its client.
 
-In this version the thread that polls also runs the tasks, one at a time. Between two tasks it still polls at least once
-a second, so only a single task that takes longer than ``max_poll_interval_ms`` costs the consumer its partitions.
+============== ===================================================================================================
+thread         what it does
+============== ===================================================================================================
+main           runs tasks when there is one worker; otherwise waits. Gets the signals, which only set a flag
+kser-client    owns the Kafka client (:mod:`kser.consumer.poller`)
+kser-worker    run tasks, when there are several workers (:mod:`kser.consumer.workers`)
+kser-watch     looks at the control files, at the time that attempts take, and after the end
+============== ===================================================================================================
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.consumer.client import ConsumerClient, Partition, Record
-from kser.consumer.offsets import OffsetTracker
+from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.deadletter import DeadLetters
+from kser.consumer.dispatch import Dispatch
+from kser.consumer.interrupts import Interrupts
+from kser.consumer.job import Job
+from kser.consumer.lending import Lending
+from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
+from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
+from kser.consumer.workers import Workers
 from kser.controller import BaseProducer, Controller
-from kser.errors import ClientTrouble, SettingError
+from kser.errors import SettingError
 
-#: Seconds that a poll waits for records: how long a signal or a terminate file may go unnoticed while idle.
-POLL_TIMEOUT = 0.5
-#: Seconds between two polls, and between two looks at the control files, while there is work.
+#: Seconds between two looks at the control files, and that a step may take.
 TICK = 1.0
+#: Seconds between two looks at attempts that run, and at whether to end.
+WATCH = 0.1
 #: Seconds between two warnings that the consumer is paused.
 PAUSE_REMINDER = 30.0
-#: Seconds before something that the client could not do is tried again.
-BACKOFF = 0.2
-#: Seconds that a commit, and that closing the client, may take: a broker that is gone must not hold the end up.
-CLIENT_TIMEOUT = 1.2
-
-COMMIT_MODES = ("after", "before")
+#: Seconds that the thread which owns the client is given to end, beyond what a rebalance may hold it up.
+JOIN_TIMEOUT = 5.0
 
 
 class BaseConsumer:
-    """Takes messages from topics and has :attr:`REGISTRY` handle them, one after the other.
+    """Takes messages from topics and has :attr:`REGISTRY` handle them.
 
-    :param client: the transport.
     :param topics: what to consume.
-    :param commit: ``"after"``: an offset is committed once its message is done, so a message is handled at least once.
-        ``"before"``: in the order of kser 0.8, before its message is handled, so a crash may lose it.
-    :param commit_interval: seconds between commits; 0 commits at every message.
+    :param options: how to work.
+    :param group: the consumer group, for the log.
+    :param interval: seconds between commits; 0 commits at once.
+    :param poll_limit: seconds that the client may go without a poll.
+    :param session: seconds after which the group gives up a member that it does not hear of.
+    :raises kser.errors.SettingError: the topic of dead letters is consumed.
     """
 
     #: What handles messages: a controller class or an instance of one. May be set on the instance.
     REGISTRY: Any = Controller
 
+    #: The client's option that names the consumer group.
+    GROUP_OPTION: ClassVar[str] = "group_id"
+    #: The client's option that says where a group begins that has committed nothing.
+    RESET_OPTION: ClassVar[str] = "auto_offset_reset"
+
     #: The logger of the transport's module.
     LOGGER: ClassVar[logging.Logger] = logging.getLogger(__name__)
 
-    def __init__(self, client: ConsumerClient, topics: Iterable[str], *, commit: str, commit_interval: float) -> None:
-        self._client = client
-        self._commit_before = commit == "before"
-        self._commit_interval = commit_interval
-        self._clock = time.monotonic
-        self._offsets = OffsetTracker()
-        self._buffer: deque[Record] = deque()
-        self._revoked: deque[tuple[Partition, bool]] = deque()
-        self._stopping = False
-        self._closing = False
-        self._paused = False
-        self._trouble: dict[str, str] = {}
-        self._producer: BaseProducer | None = None
-        self._last_poll = self._last_commit = self._clock()
-        self._last_reminder = self._last_poll - PAUSE_REMINDER
+    def __init__(
+        self,
+        topics: Iterable[str],
+        options: ConsumerOptions,
+        *,
+        group: str | None,
+        interval: float,
+        poll_limit: float,
+        session: float,
+    ) -> None:
+        #: How it works.
+        self.options = options
+        self._topics = list(topics)
+        self._group = group
+        self._commits_at_once = not interval
+        self._check_dead_letters()
+        self._dispatch = Dispatch(
+            ordering=options.ordering,
+            # In that mode a crash loses what is here: no more than what can run.
+            max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
+            max_bytes=options.max_buffered_bytes,
+            revoke_timeout=min(options.revoke_timeout, poll_limit / 3),
+            retry=options.retry,
+            commit_before=options.commit == BEFORE,
+            fence=session / 2,
+        )
+        self._clock = self._dispatch.clock
+        self._interrupts = Interrupts(self.stop)
+        self._stopping = self._working = self._closed = False
+        #: When to be done, once the consumer ends.
+        self._end_by = 0.0
+        self._crash: Exception | None = None
+        self._client_thread: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
+        self._main: threading.Thread | None = None
+        self._lending = Lending(self.make_producer)
+        self._last_look = self._last_reminder = self._clock() - PAUSE_REMINDER
+        self._make_parts(interval)
         try:
-            client.subscribe(topics, self._on_revoke)
+            lockfiles.running_file.open()
+            self.clean_lock()
         except BaseException:
-            client.close(0)
+            self.close()
             raise
-        if not client.can_commit:
+
+    def _make_parts(self, interval: float) -> None:
+        options = self.options
+        say = self.LOGGER, type(self).__name__
+        self._letters = DeadLetters(options.dead_letter_topic, self._lending.producer, type(self), self.LOGGER)
+        begin = self._commit_first if options.commit == BEFORE and self._commits_at_once else None
+        self._workers = Workers(self._dispatch, begin, self._handle, self._letters, options.workers, say)
+        self._poller = Poller(
+            self._connect,
+            self._topics,
+            self._dispatch,
+            commit=options.commit,
+            interval=interval,
+            stall_timeout=options.stall_timeout,
+            say=say,
+        )
+        if self._poller.mode == NEVER and options.commit != NEVER:
             self.LOGGER.warning(
                 f"{type(self).__name__}: without group_id no offset can be committed: messages are handled, and what"
                 " was handled before a restart is not remembered; set group_id"
             )
-        self.clean_lock()
+
+    def _check_dead_letters(self) -> None:
+        if self.options.dead_letter in self._topics:
+            raise SettingError(
+                f"dead_letter is {self.options.dead_letter!r}, a topic that is consumed here: what fails would come"
+                " back for ever; name another one"
+            )
 
     # -- override points -----------------------------------------------------------------------------------------------
 
@@ -92,223 +152,227 @@ class BaseConsumer:
         """Whether to end: the terminate file was written since this process started. Looked at every second."""
         return lockfiles.terminate_file.is_present()
 
-    @staticmethod
-    def clean_lock() -> None:
-        """Called once when the consumer is made."""
+    @classmethod
+    def clean_lock(cls) -> None:
+        """Remove the pause file: a consumer that starts is not paused."""
+        if path := lockfiles.remove_pause_file():
+            cls.LOGGER.debug(f"Cleaning existing pause file: {path}")
 
     def make_producer(self) -> BaseProducer:
-        """A producer to the same place, for tasks that send; made when the first one does."""
+        """A producer to the same place, for dead letters and for tasks that send; made when it is first needed."""
         raise NotImplementedError
+
+    def _connect(self) -> ConsumerClient:
+        """A client; called again when one has come to its end."""
+        raise NotImplementedError
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def assignment(self) -> frozenset[Partition]:
+        """The partitions that this consumer has now."""
+        return self._dispatch.assignment
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many messages are ``done``, and how often one ``failed``, was ``retried`` or ``dead_lettered``."""
+        return {"done": self._dispatch.settled, **self._workers.counts, "dead_lettered": self._letters.written}
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Consume until SIGTERM, SIGINT or the terminate file; then commit, close the client and exit.
 
-        :raises SystemExit: always, with status 0, when it ends as it should.
+        What runs then is given ``shutdown_timeout`` seconds; the rest is handed back. A second signal ends at once.
+
+        :raises SystemExit: always, with status 0, when it ends as it should; 143 after a second SIGTERM.
         :raises KeyboardInterrupt: at a second SIGINT, or one that a task raised; its message is not committed.
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
-        with self._signals():
-            try:
-                while not self._stopping:
-                    self.step()
-                self.LOGGER.info("Closing consumer and exiting")
-            finally:
-                self.close()
+        self.LOGGER.info(
+            f"{type(self).__name__}: {self.options.describe(self._poller.mode, self._group, self._topics)}"
+        )
+        try:
+            with self._interrupts.handled():
+                try:
+                    self._start()
+                    self._work()
+                    self.LOGGER.info("Closing consumer and exiting")
+                    self._drain()
+                    if self._crash is not None:
+                        raise self._crash
+                finally:
+                    self.close()
+                    if self._watcher is not None:
+                        self._watcher.join(JOIN_TIMEOUT)
+        except KeyboardInterrupt:
+            if self._interrupts.is_terminated:
+                sys.exit(128 + signal.SIGTERM)
+            raise
+        finally:
+            self._interrupts.close()
         sys.exit(0)
 
     def step(self, timeout: float = POLL_TIMEOUT) -> int:
-        """One turn: look at the control files, poll, handle what there is for up to a second, commit.
+        """One turn in this thread, for tests: look at the control files, poll, handle what there is, commit.
 
         :param timeout: seconds to wait for messages when there are none.
-        :return: how many messages were handled.
+        :return: how many messages were handled, within about a second.
         """
-        # Only ever set: a signal may arrive while the file is looked at.
-        if self.should_stop():
-            self._stopping = True
+        self._look()
         if self._stopping:
             return 0
-        self._look_at_pause()
-        self._poll(timeout)
+        self._lending.lend(self.REGISTRY)
+        self._poller.turn(timeout)
         handled = 0
-        while self._buffer and not self._paused and not self._stopping:
-            self._handle(self._buffer.popleft())
+        began = self._clock()
+        while not self._stopping and self._workers.step():
             handled += 1
-            if self._clock() - self._last_poll >= TICK:
+            if self._commits_at_once:
+                self._poller.commit()
+            if self._clock() - began >= TICK:
                 break
-        self._commit_when_due()
+        self._poller.commit_when_due()
         return handled
 
     def stop(self) -> None:
-        """End after the message that is being handled. May be called from any thread or signal handler."""
+        """End after what is being handled. May be called from any thread or signal handler."""
+        self._workers.stopping = True
         self._stopping = True
 
     def close(self) -> None:
         """Commit what is done, leave the group and let go of the client."""
         with ExitStack() as last_to_first:
-            last_to_first.callback(lockfiles.running_file.clear_own)
-            for registry in self._registries():
-                registry.return_producer(self._own_producer)
-            if self._producer is not None:
-                last_to_first.callback(self._producer.close)
-            last_to_first.callback(self._client.close, CLIENT_TIMEOUT)
-            self._commit()
-            # Leaving the group gives partitions up once more: nothing is left to commit, or nobody to take it.
-            self._closing = True
+            last_to_first.callback(self._let_go)
+            self._stopping = True
+            self._lending.take_back(self.REGISTRY)
+            last_to_first.callback(self._lending.close)
+            self._workers.end()
+            if self._client_thread is None:
+                self._poller.close()
+            else:
+                if self._interrupts.status is not None or not self._end_by:
+                    self._end_by = self._clock()
+                self._poller.stop(self._end_by)
+                self._join_client()
 
-    def _look_at_pause(self) -> None:
-        self._paused = not self.is_active()
-        if self._paused and self._clock() - self._last_reminder >= PAUSE_REMINDER:
-            self._last_reminder = self._clock()
-            self.LOGGER.warning("Consumer is paused")
+    def _let_go(self) -> None:
+        if not self._closed:
+            self._closed = True
+            lockfiles.running_file.close()
 
-    def _poll(self, timeout: float) -> None:
-        """Ask for records when there are none; otherwise only keep our place in the group."""
-        hold = self._paused or bool(self._buffer)
+    def _join_client(self) -> None:
+        assert self._client_thread is not None
+        patience = max(self._end_by - self._clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
+        self._client_thread.join(patience)
+        if self._client_thread.is_alive():
+            self.LOGGER.warning(f"{type(self).__name__}: the Kafka client does not end; ending without it")
+
+    def _start(self) -> None:
+        self._main = threading.current_thread()
+        # Before anything is begun: it may be paused, or to end, from the start.
+        self._look()
+        self._lending.lend(self.REGISTRY)
+        self._client_thread = threading.Thread(target=self._poller.run, name="kser-client", daemon=True)
+        self._client_thread.start()
+        self._workers.start()
+        self._watcher = threading.Thread(target=self._watch, name="kser-watch", daemon=True)
+        self._watcher.start()
+
+    def _work(self) -> None:
+        self._working = True
         try:
-            records = self._client.poll(0 if self._buffer and not self._paused else timeout, hold)
-        except ClientTrouble as trouble:
-            self._report("poll", trouble)
-            time.sleep(min(BACKOFF, timeout))
-            records = ()
-        else:
-            self._report("poll", None)
-        self._last_poll = self._clock()
-        rewound = self._drop_revoked()
-        if rewound:
-            records = [record for record in records if Partition(record.topic, record.partition) not in rewound]
-        for record in records:
-            self._offsets.received(record)
-        self._buffer.extend(records)
-        self._lend_producer()
+            self._workers.work()
+        finally:
+            self._working = False
 
-    def _handle(self, record: Record) -> None:
-        if self._commit_before:
-            self._done(record)
-        value = record.value
+    def _commit_first(self, job: Job) -> None:
+        """Have a record committed before it is handled; when that takes too long, it is handled all the same."""
+        if self._client_thread is None:
+            self._poller.commit()
+        else:
+            self._dispatch.wait_for_commit(job, CLIENT_TIMEOUT)
+
+    def _handle(self, value: Any) -> None:
         try:
             data: Any = value.decode("utf-8") if isinstance(value, bytes) else value
         except UnicodeDecodeError:
             # The registry refuses it, and tells its hooks.
             data = value
+        registry = self.REGISTRY
+        self._lending.lend_to_new(registry)
+        registry.run(data)
+
+    # -- the thread that watches ---------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
         try:
-            self.REGISTRY.run(data)
-        except Exception:
-            self.LOGGER.exception(
-                f"{type(self).__name__}: the registry raised at offset {record.offset} of {record.topic}"
-                f"[{record.partition}]; the message counts as handled"
-            )
-        if not self._commit_before:
-            self._done(record)
-
-    def _done(self, record: Record) -> None:
-        self._offsets.done(record)
-        if not self._commit_interval:
-            self._commit()
-
-    # -- commits -------------------------------------------------------------------------------------------------------
-
-    def _commit_when_due(self) -> None:
-        if self._clock() - self._last_commit >= self._commit_interval:
-            self._commit()
-
-    def _commit(self) -> None:
-        self._drop_revoked()
-        offsets = self._offsets.committable() if self._client.can_commit else {}
-        self._last_commit = self._clock()
-        if not offsets:
-            return
-        try:
-            self._client.commit(offsets, CLIENT_TIMEOUT)
-        except ClientTrouble as trouble:
-            # Not done with: they stay committable, and what is never committed is handed out again.
-            self._report("commit", trouble)
-            return
-        self._report("commit", None)
-        self._offsets.committed(offsets)
-        if not self._commit_interval:
-            self.LOGGER.debug(f"{type(self).__name__}: Manual commit done.")
-
-    def _on_revoke(self, partitions: Collection[Partition], *, lost: bool) -> Mapping[Partition, int]:
-        """May run in the client's thread: the rest waits in ``_revoked`` for the loop's own."""
-        self._revoked.extend((partition, lost) for partition in partitions)
-        if lost or self._closing or not self._client.can_commit:
-            return {}
-        return self._offsets.committable(among=partitions)
-
-    def _drop_revoked(self) -> Collection[Partition]:
-        """Forget records that somebody else will get, or that we shall get again; returns the partitions rewound."""
-        if not self._revoked:
-            return ()
-        # One by one, because the client's thread may add to them meanwhile.
-        revoked = dict(self._revoked.popleft() for _ in range(len(self._revoked)))
-        resume_at = self._offsets.resume_at([partition for partition, lost in revoked.items() if not lost])
-        self._offsets.forget(revoked)
-        kept = (record for record in self._buffer if Partition(record.topic, record.partition) not in revoked)
-        self._buffer = deque(kept)
-        return self._client.rewind(resume_at)
-
-    # -- surroundings --------------------------------------------------------------------------------------------------
-
-    def _report(self, activity: str, trouble: ClientTrouble | None) -> None:
-        """Log once when the client gets into trouble, when that changes, and when it is out of it."""
-        text = trouble.message if trouble else ""
-        if text != self._trouble.get(activity, ""):
-            self._trouble[activity] = text
-            if text:
-                self.LOGGER.error(f"{type(self).__name__}: {text}; trying again")
-            else:
-                self.LOGGER.info(f"{type(self).__name__}: the Kafka client can {activity} again")
-
-    def _registries(self) -> Iterator[Any]:
-        """The registries of the classes that this consumer runs now."""
-        for entrypoint in list(getattr(self.REGISTRY, "ENTRYPOINTS", {}).values()):
-            registry = getattr(entrypoint, "_kser_registry", None)
-            if registry is not None:
-                yield registry
-
-    def _lend_producer(self) -> None:
-        """Let the classes that this consumer runs send with its own connection.
-
-        At each poll: classes are added, and other consumers of this process lend theirs and take them back.
-        """
-        for registry in self._registries():
-            registry.borrow_producer(self._own_producer)
-
-    def _own_producer(self) -> BaseProducer:
-        if self._producer is None:
-            self._producer = self.make_producer()
-        return self._producer
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the loop while inside, a second SIGINT interrupts; only in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        interrupted = False
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            nonlocal interrupted
-            if number == signal.SIGINT and interrupted:
-                raise KeyboardInterrupt
-            interrupted = number == signal.SIGINT or interrupted
+            self._watch_until_stopped()
+        except Exception as exc:
+            # What looks at the control files may be the user's own; nobody would see the end coming without it.
+            self._crash = exc
             self.stop()
+        self._poller.ending = True
+        self._end_by = self._clock() + self.options.shutdown_timeout
+        self._workers.end()
+        self._wait_for_running()
+        for job in self._dispatch.running():
+            if self._dispatch.abandon(job):
+                limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
+                when = limit if self._interrupts.status is None else "at the second signal"
+                self.LOGGER.warning(
+                    f"{type(self).__name__}: offset {job.record.offset} of {job.place} still runs {when}: it is handed"
+                    " back, and will be run again"
+                )
+        self._poller.stop(self._end_by)
+        self._see_main_out()
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _wait_for_running(self) -> None:
+        while self._dispatch.running() and self._clock() < self._end_by:
+            if self._interrupts.status is not None:
+                self._end_by = self._clock()
+            self._workers.expire()
+            self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())
 
+    def _see_main_out(self) -> None:
+        """End the process when the main thread does not come out of a message: all the rest is in order by then."""
+        if self._main is not threading.main_thread() or self._interrupts.get_out(lambda: self._working):
+            return
+        self._join_client()
+        self._let_go()
+        self.LOGGER.warning(
+            f"{type(self).__name__}: the main thread does not come out of its message: ending without it"
+        )
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self._interrupts.status or 0)
 
-def check_commit_mode(commit: str) -> None:
-    """Refuse what is no commit mode.
+    def _watch_until_stopped(self) -> None:
+        while not self._stopping:
+            self._look()
+            self._workers.expire()
+            if not self._stopping and not self._client_thread.is_alive():  # type: ignore[union-attr]
+                raise RuntimeError("the thread that owns the Kafka client has ended; the log says why")
+            self._interrupts.wait(WATCH)
 
-    :raises kser.errors.SettingError: it is none.
-    """
-    if commit not in COMMIT_MODES:
-        raise SettingError(f"commit must be one of {', '.join(map(repr, COMMIT_MODES))}; it is {commit!r}")
+    def _look(self) -> None:
+        """Look at the control files, when it is time."""
+        if self._clock() - self._last_look < TICK:
+            return
+        self._last_look = self._clock()
+        # Only ever set: a signal may arrive while the file is looked at.
+        if self.should_stop():
+            self.stop()
+        paused = not self.is_active()
+        self._poller.paused = paused
+        self._dispatch.pause(paused)
+        if paused and self._clock() - self._last_reminder >= PAUSE_REMINDER:
+            self._last_reminder = self._clock()
+            self.LOGGER.warning("Consumer is paused")
+        self._lending.lend(self.REGISTRY)
+
+    def _drain(self) -> None:
+        """Wait for what runs; the thread that watches gives up what takes too long."""
+        while self._dispatch.running():
+            self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())
