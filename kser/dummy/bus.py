@@ -1,22 +1,31 @@
-"""The broker of the in-memory transport: topics as lists, and where each group is in them."""
+"""The broker of the in-memory transport: topics with partitions, groups with members, and what groups have committed.
+
+Everything happens when somebody calls: a member that does not poll holds a rebalance up, as in Kafka, until it is
+expelled. So tests take each step themselves.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
-from kser.consumer.client import ConsumerClient, OnRevoke, Partition, Record
+from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record, nowhere_to_begin
+from kser.consumer.offsets import Sizes
+from kser.errors import ClientTrouble
 
 
 class DummyRecord(NamedTuple):
-    """One record of a topic; topics have one partition."""
+    """One record of a topic."""
 
     topic: str
     partition: int
     offset: int
-    value: bytes
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+    timestamp: int = 0
 
 
 class Bus:
@@ -25,9 +34,13 @@ class Bus:
     _all: dict[str, Bus] = {}  # noqa: RUF012  the buses of this process
 
     def __init__(self) -> None:
-        self.topics: dict[str, list[bytes]] = defaultdict(list)
-        self.committed: dict[tuple[str | None, str], int] = {}
-        self.arrived = threading.Condition()
+        #: The partitions of each topic, each a list of records.
+        self.topics: dict[str, list[list[DummyRecord]]] = {}
+        #: Where each group is.
+        self.committed: dict[tuple[str, Partition], Commit] = {}
+        self.groups: dict[str, Group] = {}
+        self.arrived = threading.Condition(threading.RLock())
+        self._turn = 0
 
     @classmethod
     def at(cls, address: str) -> Bus:
@@ -39,45 +52,216 @@ class Bus:
         """Forget all buses, between two tests."""
         cls._all.clear()
 
-    def send(self, topic: str, value: bytes) -> None:
-        """Put a record behind the others of its topic."""
+    def create_topic(self, topic: str, partitions: int = 1) -> None:
+        """Give a topic that many partitions, also one that exists; one that nobody creates has one."""
         with self.arrived:
-            self.topics[topic].append(value)
+            logs = self.topics.setdefault(topic, [])
+            logs += [[] for _ in range(partitions - len(logs))]
+            for group in self.groups.values():
+                group.rebalance()
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Iterable[tuple[str, bytes | None]] = (),
+        partition: int | None = None,
+    ) -> None:
+        """Put a record behind the others of its partition: the one of its key, or the next one."""
+        with self.arrived:
+            logs = self.topics.setdefault(topic, [[]])
+            if partition is None:
+                self._turn += key is None
+                partition = (self._turn if key is None else crc32(key)) % len(logs)
+            log = logs[partition]
+            log.append(DummyRecord(topic, partition, len(log), key, value, tuple(headers)))
             self.arrived.notify_all()
+
+    def values(self, topic: str) -> list[bytes | None]:
+        """The values of a topic, partition by partition."""
+        return [record.value for log in self.topics.get(topic, []) for record in log]
+
+    def partitions_of(self, topics: Iterable[str]) -> list[Partition]:
+        """All partitions of these topics."""
+        return [Partition(topic, n) for topic in topics for n in range(len(self.topics.setdefault(topic, [[]])))]
+
+
+class Group:
+    """The members of a group. A rebalance takes everything from everybody first, as Kafka's default assignors do."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.members: list[DummyClient] = []
+        self._rejoined: set[DummyClient] = set()
+        self.in_rebalance = False
+
+    def rebalance(self) -> None:
+        """Begin a rebalance: it is over when each member has polled."""
+        self.in_rebalance = bool(self.members)
+        self._rejoined = set()
+        with self._bus.arrived:
+            self._bus.arrived.notify_all()
+
+    def join(self, member: DummyClient) -> bool:
+        """A member has given everything up and asks for its share; returns whether the shares are known."""
+        self._rejoined.add(member)
+        if self._rejoined >= set(self.members):
+            self._share_out()
+        return not self.in_rebalance
+
+    def leave(self, member: DummyClient) -> None:
+        """A member goes, or is expelled because it was not heard of."""
+        if member in self.members:
+            self.members.remove(member)
+            self.rebalance()
+
+    def _share_out(self) -> None:
+        self.in_rebalance = False
+        for member in self.members:
+            member.share = []
+        topics = sorted(frozenset().union(*(member.topics for member in self.members)))
+        for number, partition in enumerate(self._bus.partitions_of(topics)):
+            takers = [member for member in self.members if partition.topic in member.topics]
+            takers[number % len(takers)].share.append(partition)
 
 
 class DummyClient(ConsumerClient):
-    """The one member of its group: it gets all partitions, from the first record that the group has not committed."""
+    """A member of a group of the bus.
 
-    def __init__(self, bus: Bus, group: str | None) -> None:
+    :param group: its group; None for a reader on its own, who gets everything and commits nothing.
+    :param reset: where a partition begins of which the group has committed nothing: ``"earliest"``, ``"latest"`` or
+        ``"none"``.
+    :param commits: whether anything is to be committed.
+    """
+
+    def __init__(self, bus: Bus, group: str | None, reset: str = "earliest", *, commits: bool = True) -> None:
         self._bus = bus
-        self._group = group
-        self._positions: dict[str, int] = {}
-        self.can_commit = group is not None
+        self.can_commit = commits and group is not None
+        self._name = group or ""
+        self._group = bus.groups.setdefault(group, Group(bus)) if group is not None else Group(bus)
+        self._reset = reset
+        self._sizes = Sizes()
+        self._listener: Listener | None = None
+        self.topics: frozenset[str] = frozenset()
+        self.share: list[Partition] = []
+        self._positions: dict[Partition, int] = {}
+        #: What polls and commits are to fail with, in turn.
+        self.troubles: list[ClientTrouble] = []
 
-    def subscribe(self, topics: Iterable[str], on_revoke: OnRevoke) -> None:
-        self._positions = {topic: self._bus.committed.get((self._group, topic), 0) for topic in topics}
+    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+        self.topics = frozenset(topics)
+        self._listener = listener
+        self._bus.partitions_of(self.topics)
+        self._group.members.append(self)
+        self._group.rebalance()
 
-    def poll(self, timeout: float, hold: bool) -> Sequence[Record]:
+    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        self._fail_if_told()
         with self._bus.arrived:
-            self._bus.arrived.wait_for(lambda: not hold and self._is_behind(), timeout)
-            return [] if hold else [record for topic in self._positions for record in self._take(topic)]
+            if not self._take_part():
+                return {}
+            self._bus.arrived.wait_for(lambda: self._group.in_rebalance or self._has_any(limit, held), timeout)
+            found: dict[Partition, Sequence[Record]] = {}
+            for key, position in self._positions.items():
+                log = self._log(key)
+                if limit > 0 and key not in held and position < len(log):
+                    found[key] = log[position : position + limit]
+                    self._positions[key] += len(found[key])
+                    limit -= len(found[key])
+            return found
 
-    def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None:
-        self._bus.committed.update({(self._group, key.topic): offset for key, offset in offsets.items()})
+    def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
+        self._fail_if_told()
+        with self._bus.arrived:
+            if self not in self._group.members or not commits.keys() <= self._positions.keys():
+                raise ClientTrouble(f"the group {self._name!r} has given these partitions to another member")
+            self._note(commits)
 
-    def rewind(self, offsets: Mapping[Partition, int]) -> Collection[Partition]:
-        self._positions.update({key.topic: offset for key, offset in offsets.items()})
-        return offsets.keys()
+    def lag(self) -> Mapping[Partition, int]:
+        return {key: len(self._log(key)) - position for key, position in self._positions.items()}
 
     def close(self, timeout: float) -> None:
+        with self._bus.arrived:
+            self._revoke()
+            self._group.leave(self)
+
+    def expel(self) -> None:
+        """What Kafka does to a member that it has not heard of for too long."""
+        with self._bus.arrived:
+            self._group.leave(self)
+
+    def _take_part(self) -> bool:
+        """Do what the group wants of this member; returns whether it may have records."""
+        assert self._listener is not None
+        if self not in self._group.members:
+            lost, self._positions = list(self._positions), {}
+            self._listener.on_lost(lost)
+            self._group.members.append(self)
+            self._group.rebalance()
+        if self._group.in_rebalance:
+            self._revoke()
+            self._group.join(self)
+        if not self._group.in_rebalance and self.share:
+            self._begin(self.share)
+            self.share = []
+        return not self._group.in_rebalance
+
+    def _begin(self, share: list[Partition]) -> None:
+        assert self._listener is not None
+        known = {key: commit for key in share if (commit := self._bus.committed.get((self._name, key))) is not None}
+        for key, commit in known.items():
+            self._sizes.see(key.topic, len(self._bus.topics[key.topic]))
+            self._sizes.learn(key, commit)
+        new = {key: self._first_position(key) for key in share if key not in known}
+        if new and self._reset == "none":
+            raise nowhere_to_begin(new)
+        if self.can_commit:
+            self._note(new)
+        self._positions = {key: commit.offset for key, commit in (known | new).items()}
+        self._listener.on_assign(known)
+        # Where nothing is committed, nothing else knows what was finished of them.
+        self._listener.on_reset(new) if self.can_commit else self._listener.on_assign(new)
+
+    def _first_position(self, key: Partition) -> Commit:
+        if self._reset != "latest":
+            return Commit(0)
+        self._sizes.see(key.topic, len(self._bus.topics[key.topic]))
+        for (group, place), commit in self._bus.committed.items():
+            if (group, place.topic) == (self._name, key.topic):
+                self._sizes.learn(place, commit)
+        return self._noted(key, Commit(0 if self._sizes.was_added(key) else len(self._log(key))))
+
+    def _noted(self, key: Partition, commit: Commit) -> Commit:
+        return self._sizes.note(key, commit) if self._reset == "latest" else commit
+
+    def _note(self, commits: Mapping[Partition, Commit]) -> None:
+        self._bus.committed.update({(self._name, key): self._noted(key, commit) for key, commit in commits.items()})
+
+    def _revoke(self) -> None:
+        assert self._listener is not None
+        if not self._positions:
+            return
+        draining = self._listener.on_revoke(list(self._positions))
+        # What runs may want the bus to end.
+        self._bus.arrived.release()
+        try:
+            draining.wait()
+        finally:
+            self._bus.arrived.acquire()
+        if self.can_commit and self in self._group.members:
+            self._note(draining.commits())
         self._positions = {}
 
-    def _is_behind(self) -> bool:
-        return any(len(self._bus.topics[topic]) > position for topic, position in self._positions.items())
+    def _has_any(self, limit: int, held: Collection[Partition]) -> bool:
+        return limit > 0 and any(
+            position < len(self._log(key)) for key, position in self._positions.items() if key not in held
+        )
 
-    def _take(self, topic: str) -> list[DummyRecord]:
-        position = self._positions[topic]
-        values = self._bus.topics[topic][position:]
-        self._positions[topic] = position + len(values)
-        return [DummyRecord(topic, 0, offset, value) for offset, value in enumerate(values, start=position)]
+    def _log(self, key: Partition) -> list[DummyRecord]:
+        return self._bus.topics[key.topic][key.partition]
+
+    def _fail_if_told(self) -> None:
+        if self.troubles:
+            raise self.troubles.pop(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from kser import lockfiles
 from kser.config import Settings
-from kser.consumer.base import BaseConsumer, check_commit_mode
+from kser.consumer.base import BaseConsumer
+from kser.consumer.client import ConsumerClient
+from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
 from kser.controller import BaseProducer
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.producer import Producer
@@ -19,12 +21,13 @@ logger = logging.getLogger(__name__)
 class Consumer(BaseConsumer):
     """Takes messages from the bus that ``config["bootstrap_servers"]`` names; tests drive it step by step.
 
-    :param config: ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``enable_auto_commit`` and
-        ``auto_commit_interval_ms`` are looked at, the rest is not; ``KSER_CONFIG`` when None.
+    :param config: ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``auto_offset_reset``,
+        ``enable_auto_commit``, ``auto_commit_interval_ms`` and ``max_poll_interval_ms`` are looked at, the rest is not;
+        ``KSER_CONFIG`` when None.
     :param topics: what to consume; ``KSER_TOPICS`` when None.
-    :param commit: ``"after"`` a message is done, or ``"before"`` it is handled.
     :param app: a Flask application whose ``config`` is looked at before the environment.
-    :raises kser.errors.SettingError: there is no topic to consume.
+    :param options: see :class:`kser.consumer.options.ConsumerOptions`.
+    :raises kser.errors.SettingError: a setting is missing or cannot be used.
     """
 
     LOGGER: ClassVar[logging.Logger] = logger
@@ -34,19 +37,20 @@ class Consumer(BaseConsumer):
         config: Mapping[str, Any] | None = None,
         topics: Iterable[str] | None = None,
         *,
-        commit: str = "after",
         app: Any = None,
+        **options: Unpack[Given],
     ) -> None:
-        check_commit_mode(commit)
         settings = Settings.of(app)
         self.config = dict((settings.client if config is None else config) or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(
-            DummyClient(self.client, self.config.get("group_id", "dummy")),
             settings.consumed_topics(topics),
-            commit=commit,
-            commit_interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
+            ConsumerOptions.of(settings, options),
+            group=self.config.get("group_id", "dummy"),
+            interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
+            poll_limit=self.config.get("max_poll_interval_ms", 300_000) / 1000,
+            session=self.config.get("session_timeout_ms", 45_000) / 1000,
         )
 
     def run_until_idle(self) -> int:
@@ -57,15 +61,19 @@ class Consumer(BaseConsumer):
         handled = 0
         while count := self.step(timeout=0):
             handled += count
-        self._commit()
+        self._poller.commit()
         return handled
 
-    @staticmethod
-    def clean_lock() -> None:
+    @classmethod
+    def clean_lock(cls) -> None:
         """Remove the pause file: a consumer that starts is not paused."""
-        path = lockfiles.remove_pause_file()
-        if path:
+        if path := lockfiles.remove_pause_file():
             logger.debug(f"Cleaning existing pause file {path}")
 
     def make_producer(self) -> BaseProducer:
         return Producer(self.config)
+
+    def _connect(self) -> ConsumerClient:
+        default = "latest" if self.options.commit == BEFORE else "earliest"
+        reset = reset_policy(self.RESET_OPTION, self.config.get(self.RESET_OPTION), default)
+        return DummyClient(self.client, self._group, reset, commits=self.options.commit != NEVER)

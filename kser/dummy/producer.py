@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cdumay_result import Result
@@ -11,14 +11,20 @@ from kser import signals
 from kser.config import Settings
 from kser.controller import BaseProducer
 from kser.dummy.bus import Bus
-from kser.results import failure
+from kser.errors import MessageTooLarge, NotDelivered
+from kser.outgoing import HeaderList, KeyOf, Tally, beside, key_bytes, reason_of, size_of, too_large
+from kser.results import failure, merge
 from kser.schemas import Message
+
+#: Bytes that a record may have, unless it is configured: as much as with kafka-python.
+MAX_REQUEST_SIZE = 1_048_576
 
 
 class Producer(BaseProducer):
     """Puts messages on the bus that ``config["bootstrap_servers"]`` names.
 
-    :param config: ``bootstrap_servers`` is looked at, the rest is not; ``KSER_CONFIG`` when None.
+    :param config: ``bootstrap_servers`` and ``max_request_size`` (bytes of a record) are looked at, the rest is not;
+        ``KSER_CONFIG`` when None.
     :param app: a Flask application whose ``config`` is looked at before the environment.
     """
 
@@ -26,31 +32,69 @@ class Producer(BaseProducer):
         self.config = dict((Settings.of(app).client if config is None else config) or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
 
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
         try:
-            result = self._put(topic, kmsg, timeout)
+            self._put(topic, self._encode(kmsg), *beside(**options))
+            result = _delivered(topic, kmsg, timeout)
         except Exception as exc:
             result = failure(exc, kmsg.uuid)
         return self._sent(topic, kmsg, result)
 
-    def bulk_send(self, topic: str, kmsgs: Iterable[Message], timeout: float = 60) -> Result:
-        """Send many messages; all or, when one has no JSON form, those before it.
+    def bulk_send(
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
+    ) -> Result:
+        """Send many messages.
 
         :param topic: where to.
-        :param kmsgs: the messages; any iterable.
+        :param kmsgs: the messages; any iterable, consumed once.
         :param timeout: not needed here; shown in the result.
+        :param key: called with each message for its key; without, no message has one.
+        :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
+            reason by uuid.
         """
-        count = 0
+        tally = Tally()
+        ending = f" to {topic} (timeout: {timeout})"
         try:
             for kmsg in kmsgs:
-                result = self._put(topic, kmsg, timeout)
-                signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
-                count += 1
+                tally.take()
+                try:
+                    self._put(topic, self._encode(kmsg), key_bytes(key(kmsg)) if key else None, [])
+                except Exception as exc:
+                    tally.fail(kmsg, exc)
+                else:
+                    delivered = _delivered(topic, kmsg, timeout)
+                    signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=delivered)
         except Exception as exc:
-            return Result.from_exception(exc)
-        return Result(stdout=f"{count} message(s) sent to {topic} (timeout: {timeout})")
+            return merge(tally.result(ending), Result.from_exception(exc))
+        return tally.result(ending)
 
-    def _put(self, topic: str, kmsg: Message, timeout: float) -> Result:
-        self.client.send(topic, self._onmessage(kmsg).dumps().encode("utf-8"))
-        text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"
-        return Result(uuid=kmsg.uuid, stdout=text)
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        timeout: float = 60,
+    ) -> None:
+        try:
+            self._put(topic, value, *beside(key, headers))
+        except MessageTooLarge:
+            raise
+        except Exception as exc:
+            raise NotDelivered(f"the record was not put into topic {topic!r}: {reason_of(exc)}") from exc
+
+    def _encode(self, kmsg: Message) -> bytes:
+        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
+
+    def _put(self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList) -> None:
+        limit = int(self.config.get("max_request_size", MAX_REQUEST_SIZE))
+        size = size_of(value, key, headers)
+        if size > limit:
+            raise too_large(size, limit, "max_request_size")
+        self.client.send(topic, value, key=key, headers=headers)
+
+
+def _delivered(topic: str, kmsg: Message, timeout: float) -> Result:
+    text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"
+    return Result(uuid=kmsg.uuid, stdout=text)
