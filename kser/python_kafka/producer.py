@@ -5,17 +5,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from cdumay_result import Result
 from kafka import KafkaProducer
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from kser import signals
 from kser.config import CONFIG, Settings
 from kser.controller import BaseProducer
+from kser.errors import MessageTooLarge, NotDelivered, UsageError
+from kser.outgoing import (
+    HeaderList,
+    KeyOf,
+    Tally,
+    beside,
+    key_bytes,
+    reason_of,
+    refused_as_too_large,
+    remaining,
+    size_of,
+    too_large,
+)
 from kser.python_kafka.options import connect, options_for, servers
 from kser.results import failure, merge
 from kser.schemas import Message
@@ -34,6 +47,10 @@ CHUNK_SECONDS = 0.05
 class Producer(BaseProducer):
     """Sends messages with ``kafka.KafkaProducer``, and checks that each one was delivered. Safe to share by threads.
 
+    Unless it is configured, ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it;
+    kafka-python 2 is when ``enable_idempotence`` says so (it then cannot end its thread while no broker answers, which
+    is why it is not the default there).
+
     The client has one setting for how long it waits for metadata: while one thread sends with less time than that,
     another one may wait too short for a topic that is new to the client. Its result then says so.
 
@@ -45,35 +62,59 @@ class Producer(BaseProducer):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = options_for(KafkaProducer, config, Settings.of(app))
+        options.setdefault("acks", "all")
         self._max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
         self._servers = servers(options)
         self._hurrying = threading.Lock()
+        self._limit = options.get("max_request_size", KafkaProducer.DEFAULT_CONFIG["max_request_size"])
         self.client = connect(KafkaProducer, options)
 
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
         deadline = time.monotonic() + timeout
         try:
-            self._confirm(self._enqueue(topic, self._encode(kmsg), deadline), deadline)
+            self._deliver(topic, self._encode(kmsg), *beside(**options), deadline)
             result = _delivered(topic, kmsg)
         except Exception as exc:
             result = failure(exc, kmsg.uuid)
         return self._sent(topic, kmsg, result)
 
-    def bulk_send(self, topic: str, kmsgs: Iterable[Message], timeout: float = 60) -> Result:
+    def bulk_send(
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
+    ) -> Result:
         """Send many messages, then wait until all are delivered.
 
         :param topic: where to.
         :param kmsgs: the messages; any iterable, consumed once.
         :param timeout: seconds for everything together.
+        :param key: called with each message for its key; without, no message has one.
         :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
             reason by uuid; those whose time ran out may still arrive.
         """
-        bulk = _Bulk(self, topic, time.monotonic() + timeout)
+        bulk = _Bulk(self, topic, time.monotonic() + timeout, key)
         try:
             bulk.send(kmsgs)
         except Exception as exc:
             return merge(bulk.finish(), Result.from_exception(exc))
         return bulk.finish()
+
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        timeout: float = 60,
+    ) -> None:
+        if value is None and key is None:
+            # The client cannot write a record that has neither.
+            value = b""
+        try:
+            self._deliver(topic, value, *beside(key, headers), time.monotonic() + timeout)
+        except MessageTooLarge:
+            raise
+        except Exception as exc:
+            raise NotDelivered(f"the record for topic {topic!r} was not delivered: {reason_of(exc)}") from exc
 
     def close(self) -> None:
         try:
@@ -93,36 +134,58 @@ class Producer(BaseProducer):
     def _encode(self, kmsg: Message) -> bytes:
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
-    def _enqueue(self, topic: str, data: bytes, deadline: float) -> Any:
-        """Hand a message to the client, which may wait for metadata first; returns the future of its delivery."""
+    def _deliver(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
+    ) -> None:
+        """Hand a record to the client, and wait until it is delivered."""
+        if value is None and key is None:
+            raise UsageError("kafka-python writes no record that has neither a value nor a key: give it a key")
+        delivery = self._enqueue(topic, value, _options(key, headers), deadline)
+        try:
+            self._confirm(delivery, deadline)
+        except MessageSizeTooLargeError as error:
+            raise refused_as_too_large(size_of(value, key, headers), topic, self._servers) from error
+
+    def _enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
+        """Hand a record to the client, which may wait for metadata first; returns the future of its delivery."""
+        size = size_of(value, options.get("key"), options.get("headers", []))
+        if size > self._limit:
+            raise too_large(size, self._limit, "max_request_size")
         last_answer = self._last_answer()
         try:
-            if _remaining(deadline) * 1000 >= self._max_block_ms:
-                return self.client.send(topic, data)
-            return self._send_in_time(topic, data, deadline)
+            if remaining(deadline) * 1000 >= self._max_block_ms:
+                delivery = self.client.send(topic, value, **options)
+            else:
+                delivery = self._send_in_time(topic, value, options, deadline)
+            # The client knows what the protocol adds. Version 3 raises this, version 2 has it in what it returns.
+            if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
+                raise delivery.exception
+        except MessageSizeTooLargeError as error:
+            raise too_large(size, self._limit, "max_request_size") from error
         except KafkaTimeoutError as error:
             raise KafkaTimeoutError(f"{_text(error)} {self._explain(topic, last_answer)}") from error
+        return delivery
 
     def _confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until a message is delivered."""
         try:
-            delivery.get(timeout=_remaining(deadline))
+            delivery.get(timeout=remaining(deadline))
         except KafkaTimeoutError as error:
             unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
-    def _send_in_time(self, topic: str, data: bytes, deadline: float) -> Any:
+    def _send_in_time(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.
 
         Another thread that has more time may meanwhile wait too short, and is then told so by its result.
         """
-        if not self._hurrying.acquire(timeout=_remaining(deadline)):
+        if not self._hurrying.acquire(timeout=remaining(deadline)):
             raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._servers}.")
         try:
-            self.client.config["max_block_ms"] = _remaining(deadline) * 1000
-            return self.client.send(topic, data)
+            self.client.config["max_block_ms"] = remaining(deadline) * 1000
+            return self.client.send(topic, value, **options)
         except TypeError as error:
-            if _remaining(deadline):
+            if remaining(deadline):
                 raise
             # kafka-python 2.3 stumbles over the text of its own timeout.
             raise KafkaTimeoutError("No time was left to wait for metadata.") from error
@@ -148,28 +211,28 @@ class _Bulk:
     client's own thread awake, and most of them would travel alone.
     """
 
-    def __init__(self, producer: Producer, topic: str, deadline: float) -> None:
+    def __init__(self, producer: Producer, topic: str, deadline: float, key: KeyOf | None) -> None:
         self._producer = producer
         self._topic = topic
         self._deadline = deadline
+        self._key = key
+        self._tally = Tally()
         #: Until when to wait for metadata and for room in the client's buffer.
         self._patience = deadline
         self._in_vain: KafkaTimeoutError | None = None
-        self._count = 0
-        self._failed = 0
-        self._reasons: dict[str, str] = {}
-        self._chunk: list[tuple[Message, bytes]] = []
-        self._unchecked: list[tuple[Message, Any]] = []
+        self._chunk: list[tuple[Message, bytes, dict[str, Any]]] = []
+        self._unchecked: list[tuple[Message, int, Any]] = []
 
     def send(self, kmsgs: Iterable[Message]) -> None:
         """Take messages; each is sent with the next ones, but not held back for long."""
         began = time.monotonic()
         for kmsg in kmsgs:
-            self._count += 1
+            self._tally.take()
             try:
-                self._chunk.append((kmsg, self._producer._encode(kmsg)))
+                options = {} if self._key is None else _options(key_bytes(self._key(kmsg)), [])
+                self._chunk.append((kmsg, self._producer._encode(kmsg), options))
             except Exception as exc:
-                self._fail(kmsg, exc)
+                self._tally.fail(kmsg, exc)
             if len(self._chunk) >= CHUNK or time.monotonic() - began > CHUNK_SECONDS:
                 self._send_chunk()
                 began = time.monotonic()
@@ -179,49 +242,50 @@ class _Bulk:
         self._send_chunk()
         # What does not make it in time is found when each delivery is looked at.
         with suppress(KafkaTimeoutError):
-            self._producer.client.flush(timeout=_remaining(self._deadline))
+            self._producer.client.flush(timeout=remaining(self._deadline))
         self._check(self._unchecked)
-        sent = f"{self._count - self._failed} message(s) sent"
-        if not self._failed:
-            return Result(stdout=sent)
-        reason = next(iter(self._reasons.values()))
-        return Result(
-            retcode=500,
-            stdout=sent,
-            stderr=f"{self._failed} of {self._count} message(s) not sent; the first one: {reason}",
-            retval={"failed": self._reasons},
-        )
-
-    def _fail(self, kmsg: Message, exc: Exception) -> None:
-        self._reasons[kmsg.uuid] = str(exc)
-        self._failed += 1
+        return self._tally.result()
 
     def _send_chunk(self) -> None:
         # The chunks before this one are through by now, or nearly so: their futures need not be kept.
         checkable, self._unchecked = self._unchecked, []
-        for kmsg, data in self._chunk:
+        for kmsg, data, options in self._chunk:
             try:
-                self._unchecked.append((kmsg, self._producer._enqueue(self._topic, data, self._patience)))
+                delivery = self._producer._enqueue(self._topic, data, options, self._patience)
+                self._unchecked.append((kmsg, len(data), delivery))
             except KafkaTimeoutError as exc:
                 # What one waited for in vain, the others need not wait for again; and it alone knows the reason.
                 self._patience = time.monotonic()
                 self._in_vain = self._in_vain or exc
-                self._fail(kmsg, self._in_vain)
+                self._tally.fail(kmsg, self._in_vain)
             except Exception as exc:
-                self._fail(kmsg, exc)
+                self._tally.fail(kmsg, exc)
         self._chunk = []
         self._check(checkable)
 
-    def _check(self, deliveries: Iterable[tuple[Message, Any]]) -> None:
+    def _check(self, deliveries: Iterable[tuple[Message, int, Any]]) -> None:
         announced = bool(signals.message_sent.receivers)
-        for kmsg, delivery in deliveries:
+        for kmsg, size, delivery in deliveries:
             try:
                 self._producer._confirm(delivery, self._deadline)
+            except MessageSizeTooLargeError:
+                self._tally.fail(kmsg, refused_as_too_large(size, self._topic, self._producer._servers))
             except Exception as exc:
-                self._fail(kmsg, exc)
+                self._tally.fail(kmsg, exc)
             else:
                 if announced:
                     self._producer._announce(self._topic, kmsg)
+
+
+def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
+    """What the client is given beside the value: only what there is."""
+    options: dict[str, Any] = {}
+    if key is not None:
+        options["key"] = key
+    if headers:
+        # The client refuses headers without a value.
+        options["headers"] = [(name, value or b"") for name, value in headers]
+    return options
 
 
 def _delivered(topic: str, kmsg: Message) -> Result:
@@ -231,7 +295,3 @@ def _delivered(topic: str, kmsg: Message) -> Result:
 def _text(error: KafkaTimeoutError) -> str:
     """What the client says, without the name that the error to be raised says again."""
     return str(error.args[0] if error.args else error)
-
-
-def _remaining(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 0.0)

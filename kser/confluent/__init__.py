@@ -1,0 +1,10 @@
+"""The transport on confluent-kafka (librdkafka), which the extra ``confluent`` installs."""
+
+from kser.errors import MissingDependency
+
+try:
+    import confluent_kafka  # noqa: F401
+except ImportError as error:
+    raise MissingDependency(
+        f"kser.confluent needs confluent-kafka ({error}); install it with: pip install 'kser[confluent]'"
+    ) from error

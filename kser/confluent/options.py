@@ -1,0 +1,147 @@
+"""Options of librdkafka: which client knows which, and what becomes of one that neither knows."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from confluent_kafka import KafkaException
+
+from kser.config import CONFIG, Settings
+from kser.errors import SettingError
+
+Client = TypeVar("Client")
+Kind = Literal["consumer", "producer"]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+#: What a producer warns about and ignores.
+CONSUMER_ONLY = _names(
+    """
+    auto.commit.enable auto.commit.interval.ms auto.offset.reset check.crcs consume.callback.max.messages
+    coordinator.query.interval.ms enable.auto.commit enable.auto.offset.store enable.partition.eof
+    fetch.error.backoff.ms fetch.max.bytes fetch.message.max.bytes fetch.min.bytes fetch.queue.backoff.ms
+    fetch.wait.max.ms group.id group.instance.id group.protocol group.protocol.type group.remote.assignor
+    heartbeat.interval.ms isolation.level max.partition.fetch.bytes max.poll.interval.ms offset.store.method
+    offset.store.path offset.store.sync.interval.ms on_commit partition.assignment.strategy
+    queued.max.messages.kbytes queued.min.messages session.timeout.ms
+    """
+)
+
+#: What a consumer warns about and ignores.
+PRODUCER_ONLY = _names(
+    """
+    acks batch.num.messages batch.size compression.codec compression.level compression.type
+    delivery.report.only.error delivery.timeout.ms enable.gapless.guarantee enable.idempotence linger.ms
+    message.send.max.retries message.timeout.ms on_delivery partitioner produce.offset.report
+    queue.buffering.backpressure.threshold queue.buffering.max.kbytes queue.buffering.max.messages
+    queue.buffering.max.ms queuing.strategy request.required.acks request.timeout.ms retries
+    sticky.partitioning.linger.ms transaction.timeout.ms transactional.id
+    """
+)
+
+#: What both know and a name may have been meant for; librdkafka itself decides which names there are.
+_COMMON = _names(
+    """
+    allow.auto.create.topics api.version.request bootstrap.servers broker.address.family broker.address.ttl
+    client.dns.lookup client.id client.rack connections.max.idle.ms debug default.topic.config
+    enable.ssl.certificate.verification error_cb log.connection.close log_level logger max.in.flight
+    max.in.flight.requests.per.connection message.copy.max.bytes message.max.bytes metadata.broker.list
+    metadata.max.age.ms oauth_cb plugin.library.paths receive.message.max.bytes reconnect.backoff.max.ms
+    reconnect.backoff.ms retry.backoff.max.ms retry.backoff.ms sasl.kerberos.keytab sasl.kerberos.principal
+    sasl.kerberos.service.name sasl.mechanism sasl.mechanisms sasl.oauthbearer.client.id
+    sasl.oauthbearer.client.secret sasl.oauthbearer.config sasl.oauthbearer.method
+    sasl.oauthbearer.token.endpoint.url sasl.password sasl.username security.protocol
+    socket.connection.setup.timeout.ms socket.keepalive.enable socket.nagle.disable socket.receive.buffer.bytes
+    socket.send.buffer.bytes socket.timeout.ms ssl.ca.location ssl.ca.pem ssl.certificate.location
+    ssl.certificate.pem ssl.cipher.suites ssl.crl.location ssl.endpoint.identification.algorithm ssl.key.location
+    ssl.key.password ssl.key.pem ssl.keystore.location ssl.keystore.password statistics.interval.ms stats_cb
+    throttle_cb topic.metadata.propagation.max.ms topic.metadata.refresh.interval.ms
+    """
+)
+
+_UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
+
+
+def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
+    """The options to make a client with: ``config`` as it is, or what ``KSER_CONFIG`` has for that kind of client.
+
+    :param kind: ``"consumer"`` or ``"producer"``.
+    :raises kser.errors.SettingError: ``KSER_CONFIG`` cannot be used.
+    """
+    return dict(config) if config is not None else own_options(kind, settings.client or {})
+
+
+def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that do not mean the other kind of client alone, which would warn about them."""
+    foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
+    return {key: value for key, value in options.items() if key not in foreign}
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a producer, and what is safe and quick where they do not say otherwise."""
+    options = dict(options)
+    given = {**(options.get("default.topic.config") or {}), **options}
+
+    def said(*names: str) -> Any:
+        return next((given[name] for name in names if name in given), None)
+
+    acks = said("acks", "request.required.acks")
+    if acks is None:
+        options["acks"] = "all"
+    retries = said("retries", "message.send.max.retries")
+    in_flight = said("max.in.flight", "max.in.flight.requests.per.connection")
+    # librdkafka refuses idempotence together with these.
+    opposed = (
+        str(acks or "all") not in ("all", "-1")
+        or (retries is not None and int(retries) < 1)
+        or (in_flight is not None and int(in_flight) > 5)
+        or said("queuing.strategy") == "lifo"
+    )
+    if not opposed:
+        options.setdefault("enable.idempotence", True)
+    if said("linger.ms", "queue.buffering.max.ms") is None:
+        options["linger.ms"] = 0
+    if said("partitioner") is None:
+        options["partitioner"] = "murmur2_random"
+    # Each message is reported: without, none would be known to have arrived.
+    options.pop("delivery.report.only.error", None)
+    return options
+
+
+def connect(client: Callable[..., Client], options: Mapping[str, Any], **keywords: Any) -> Client:
+    """Make a client.
+
+    :param keywords: what it takes beside the options.
+    :raises kser.errors.SettingError: librdkafka does not know an option, or does not take its value.
+    """
+    try:
+        return client(dict(options), **keywords)
+    except KafkaException as error:
+        reason = str(error.args[0].str() if hasattr(error.args[0], "str") else error).rstrip()
+        unknown = _UNKNOWN.search(reason)
+        if unknown is None:
+            raise SettingError(
+                f"the Kafka client cannot be made: {reason}; correct {CONFIG} or the dict that is passed"
+            ) from error
+        key = unknown[1]
+        raise SettingError(
+            f"librdkafka knows no option {key!r}, which {CONFIG} or the dict that is passed has: did you mean"
+            f" {_nearest(key)!r}?"
+        ) from error
+
+
+def _nearest(key: str) -> str:
+    # kafka-python writes the same names with underscores.
+    known = sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON)
+    return difflib.get_close_matches(key.replace("_", "."), known, n=1, cutoff=0)[0]
+
+
+def servers(options: Mapping[str, Any]) -> str:
+    """Where the client looks for brokers, for error texts."""
+    return str(options.get("bootstrap.servers") or options.get("metadata.broker.list") or "no 'bootstrap.servers'")
