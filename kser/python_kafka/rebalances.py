@@ -1,0 +1,107 @@
+"""Telling of partitions that come and go, in the ways of kafka-python 2 and 3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+import kafka
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata
+
+from kser.consumer.client import Commit, Listener, Partition
+from kser.consumer.offsets import seal
+
+logger = logging.getLogger(__name__)
+
+#: Milliseconds that the commit before a rebalance may take: the whole group waits for it.
+REVOKE_TIMEOUT_MS = 2000
+#: Seconds between two looks at whether what runs has ended, where nothing may block.
+DRAIN_TICK = 0.01
+#: kafka-python 3 does its work in a thread of its own.
+ASYNC = hasattr(kafka, "AsyncConsumerRebalanceListener")
+
+#: Adds to a commit what is to be known of its topic.
+Noted = Callable[[Partition, Commit], Commit]
+
+
+def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
+    """Commits as the client takes them."""
+    # librdkafka's client for Python reads texts up to a NUL.
+    return {
+        TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{seal(commit.metadata)}\0", -1)
+        for key, commit in commits.items()
+    }
+
+
+def _partitions(given: Collection[TopicPartition]) -> set[Partition]:
+    return {Partition(*tp) for tp in given}
+
+
+if ASYNC:
+
+    class Rebalances(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc]
+        """kafka-python 3 calls listeners in its own thread, where nothing may block."""
+
+        def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
+            self._client = client
+            self._listener = listener
+            self._new = new
+            self._noted = noted
+            self.active = True
+
+        async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+            if not self.active:
+                return
+            self._new.difference_update(revoked)
+            draining = self._listener.on_revoke(_partitions(revoked))
+            while not draining.drained:
+                await self._client._coordinator._net.sleep(DRAIN_TICK)
+            if commits := {key: self._noted(key, commit) for key, commit in draining.commits().items()}:
+                commit = self._client.commit_async(client_offsets(commits))
+                try:
+                    await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
+                except KafkaError as error:
+                    _report_uncommitted(commits, error)
+
+        async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
+            self._new.difference_update(lost)
+            if self.active:
+                self._listener.on_lost(_partitions(lost))
+
+        async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+            # Where they begin has to be asked for, which is not possible here.
+            self._new.update(assigned)
+
+else:
+
+    class Rebalances(kafka.ConsumerRebalanceListener):  # type: ignore[misc,no-redef]
+        """kafka-python 2 calls listeners in the thread that polls."""
+
+        def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
+            self._client = client
+            self._listener = listener
+            self._new = new
+            self._noted = noted
+            self.active = True
+
+        def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+            if not self.active:
+                return
+            self._new.difference_update(revoked)
+            draining = self._listener.on_revoke(_partitions(revoked))
+            draining.wait()
+            if commits := {key: self._noted(key, commit) for key, commit in draining.commits().items()}:
+                try:
+                    self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
+                except KafkaError as error:
+                    _report_uncommitted(commits, error)
+
+        def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+            self._new.update(assigned)
+
+
+def _report_uncommitted(commits: Mapping[Partition, Commit], error: KafkaError) -> None:
+    places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
+    logger.warning(f"partitions were given up before {places} could be committed ({error}): messages come again")
