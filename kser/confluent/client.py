@@ -1,0 +1,399 @@
+"""``confluent_kafka.Consumer`` (librdkafka) behind the contract of all transports."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import confluent_kafka
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from kser.confluent.committer import Committer
+from kser.confluent.logs import CLIENT_LOGGER
+from kser.confluent.options import connect, servers
+from kser.confluent.records import ConfluentRecord
+from kser.consumer.client import (
+    Commit,
+    ConsumerClient,
+    Listener,
+    Partition,
+    Record,
+    nowhere_to_begin,
+    out_of_range,
+    trouble,
+)
+from kser.consumer.offsets import Sizes, seal, unseal
+from kser.errors import ClientTrouble
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that asking where the group is, and where a log begins, may take.
+QUERY_TIMEOUT = 5.0
+#: Seconds that a broker which was away is given to answer.
+PROBE_TIMEOUT = 0.5
+#: Seconds between two such questions.
+PROBE_TICK = 2.0
+#: Seconds between two attempts to begin partitions.
+BEGIN_TICK = 1.0
+
+#: Why a commit fails while a rebalance runs.
+_PASSING = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
+
+
+class ConfluentClient(ConsumerClient):
+    """A member of a group.
+
+    :param options: of librdkafka, as the user gave them.
+    :param reset: where a partition begins of which the group has committed nothing: ``"earliest"``, ``"latest"`` or
+        ``"none"``.
+    :param max_bytes: what librdkafka may fetch ahead, unless the options say so.
+    :param commits: whether anything is to be committed.
+    """
+
+    def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
+        self._reset = reset
+        self._servers = servers(options)
+        self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
+        self.can_commit = commits
+        self._listener: Listener | None = None
+        self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
+        #: Assigned, and not begun: the group could not be asked where it is.
+        self._new: set[Partition] = set()
+        self._keys: dict[tuple[str, int], Partition] = {}
+        self._positions: dict[Partition, int] = {}
+        self._sizes = Sizes()
+        self._paused: set[Partition] = set()
+        self._out_of_range: set[Partition] = set()
+        self._missing: set[str | None] = set()
+        self._problem: ClientTrouble | None = None
+        self._begin_at = 0.0
+        #: Counts what is given up.
+        self._share = 0
+        self._trouble: KafkaError | None = None
+        self._down = False
+        self._probe_at = 0.0
+        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        own = {
+            "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
+            **options,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
+            # Where to begin is decided here.
+            "auto.offset.reset": "error",
+            "error_cb": self._on_error,
+        }
+        #: The client of librdkafka.
+        self.client = connect(confluent_kafka.Consumer, own, **keywords)
+        self._committer = Committer(self.client)
+
+    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+        self._listener = listener
+        self.client.subscribe(list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        try:
+            problem = self._begin_pending()
+            self._pause(limit, held)
+            found = self._sort(self._consume(timeout, limit))
+        except KafkaException as error:
+            raise self._as_trouble("take messages", error.args[0]) from error
+        # What is wrong can wait while there is something to do.
+        if not found and (problem := problem or self._current_trouble()):
+            raise problem
+        return found
+
+    def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
+        try:
+            self._committer.commit(self._offsets(commits), timeout)
+        except KafkaException as error:
+            raise self._as_trouble("commit offsets", error.args[0]) from error
+        except TimeoutError as error:
+            raise trouble("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
+
+    def lag(self) -> Mapping[Partition, int]:
+        found: dict[Partition, int] = {}
+        for key, position in self._positions.items():
+            with suppress(KafkaException):
+                _, end = self.client.get_watermark_offsets(TopicPartition(*key), cached=True)
+                if end >= 0:
+                    found[key] = end - position
+        return found
+
+    def close(self, timeout: float) -> None:
+        # Its partitions may be another client's by the time that it gives them up.
+        self._listener = None
+        # librdkafka closes without a limit of time; nobody uses the client any more.
+        self._committer.close()
+        closing = threading.Thread(target=self.client.close, name="kser-close", daemon=True)
+        closing.start()
+        closing.join(timeout)
+        if timeout and closing.is_alive():
+            logger.warning(f"the group at {self._servers} was not left in order within {timeout:g} s")
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _consume(self, timeout: float, limit: int) -> list[Any]:
+        # `consume` waits until it has all that it may bring: so wait for one, and take what is there.
+        first = self.client.poll(timeout)
+        if first is None:
+            return []
+        share = self._share
+        try:
+            more = self.client.consume(limit - 1, 0) if limit > 1 else []
+        except KafkaException as error:
+            # The first one must not be lost with it.
+            self._trouble = error.args[0]
+            more = []
+        # A rebalance that was served meanwhile has made the first one void.
+        return [first, *more] if share == self._share else more
+
+    def _sort(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
+        batches: dict[tuple[str, int], list[Record]] = {}
+        self._out_of_range.clear()
+        for message in messages:
+            topic, partition = message.topic(), message.partition()
+            if message.error() is not None:
+                self._note_error(message)
+                continue
+            record = ConfluentRecord(message, topic, partition)
+            batch = batches.get((topic, partition))
+            if batch is None:
+                batches[topic, partition] = [record]
+            else:
+                batch.append(record)
+        found: dict[Partition, Sequence[Record]] = {}
+        for place, records in batches.items():
+            key = self._keys.get(place)
+            # The first of them may be of a partition that is gone since.
+            if key is not None:
+                self._positions[key] = records[-1].offset + 1
+                found[key] = records
+        for key in self._out_of_range & self._positions.keys():
+            self._recover(key)
+        return found
+
+    def _note_error(self, message: Any) -> None:
+        error = message.error()
+        key = self._keys.get((message.topic(), message.partition()))
+        if error.code() == KafkaError._PARTITION_EOF:
+            if key is not None:
+                # Also behind marks of transactions, which are no records.
+                self._positions[key] = max(message.offset(), self._positions.get(key, 0))
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
+            self._out_of_range.add(key)
+        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            # Others may be there, and are consumed.
+            self._miss(message.topic(), error)
+        else:
+            # Said at the next poll: what came with it is handed out first.
+            self._trouble = error
+
+    def _miss(self, topic: str | None, error: KafkaError) -> None:
+        if topic not in self._missing:
+            self._missing.add(topic)
+            logger.error(f"{error.str()} at {self._servers}: create it, or correct its name; it is waited for")
+
+    def _pause(self, limit: int, held: Collection[Partition]) -> None:
+        wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
+        if wanted == self._paused:
+            return
+        if more := wanted - self._paused:
+            self.client.pause([TopicPartition(*key) for key in more])
+        if less := (self._paused - wanted) & self._positions.keys():
+            self.client.resume([TopicPartition(*key) for key in less])
+        self._paused = wanted
+
+    # -- partitions come and go ----------------------------------------------------------------------------------------
+
+    def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
+        self._new |= {Partition(tp.topic, tp.partition) for tp in partitions}
+        self._problem = self._begin()
+
+    def _begin_pending(self) -> ClientTrouble | None:
+        """Begin what could not be begun yet, when it is time; returns what is wrong."""
+        if self._new and time.monotonic() >= self._begin_at:
+            self._problem = self._begin()
+        return self._problem if self._new else None
+
+    def _begin(self) -> ClientTrouble | None:
+        """Begin the new partitions where the group is, or, if it is nowhere, where it is to start.
+
+        :return: what is wrong when that is not possible for some: the others go on meanwhile.
+        """
+        self._begin_at = time.monotonic() + BEGIN_TICK
+        problem: ClientTrouble | None = None
+        new = [TopicPartition(*key) for key in self._new]
+        try:
+            found = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
+        except KafkaException as error:
+            # Without this call librdkafka would assign them by itself.
+            self._assign({})
+            return self._as_trouble("ask where the group is", error.args[0])
+        known: dict[Partition, Commit] = {}
+        fresh: dict[Partition, Commit] = {}
+        for tp in found:
+            try:
+                self._find_start(tp, known, fresh)
+            except KafkaException as error:
+                problem = self._as_trouble(f"begin {tp.topic}[{tp.partition}]", error.args[0])
+            except ClientTrouble as error:
+                problem = error
+        self._take_up(known, fresh)
+        return problem
+
+    def _find_start(self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]) -> None:
+        if tp.error is not None:
+            raise KafkaException(tp.error)
+        key = Partition(tp.topic, tp.partition)
+        if tp.offset >= 0:
+            known[key] = Commit(tp.offset, _metadata(tp))
+            if self._reset == "latest":
+                self._see(key.topic)
+                self._sizes.learn(key, known[key])
+        elif self._reset == "none":
+            raise nowhere_to_begin([key])
+        else:
+            start = self._first_position(key)
+            if self.can_commit:
+                self.client.commit(offsets=self._offsets({key: start}), asynchronous=False)
+            fresh[key] = start
+
+    def _take_up(self, known: Mapping[Partition, Commit], fresh: Mapping[Partition, Commit]) -> None:
+        assert self._listener is not None
+        starts = {**known, **fresh}
+        self._new -= starts.keys()
+        self._missing -= {key.topic for key in starts}
+        self._keys.update({(key.topic, key.partition): key for key in starts})
+        self._positions.update({key: start.offset for key, start in starts.items()})
+        self._listener.on_assign(known)
+        # Where nothing is committed, nothing else knows what was finished of them.
+        self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
+        self._assign({key: start.offset for key, start in starts.items()})
+
+    def _assign(self, starts: Mapping[Partition, int]) -> None:
+        """Have librdkafka fetch these too. It remembers what was paused when it was ours before."""
+        if not self._cooperative:
+            starts = self._positions
+        partitions = [TopicPartition(*key, offset) for key, offset in starts.items()]
+        (self.client.incremental_assign if self._cooperative else self.client.assign)(partitions)
+        self.client.resume(partitions)
+        self._paused -= starts.keys()
+
+    def _first_position(self, key: Partition) -> Commit:
+        """Where a partition begins of which the group has committed nothing."""
+        low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
+        if self._reset == "earliest":
+            return Commit(low)
+        partitions = self._see(key.topic)
+        for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
+            if found.offset >= 0:
+                self._sizes.learn(key, Commit(found.offset, _metadata(found)))
+        return self._noted(key, Commit(low if self._sizes.was_added(key) else high))
+
+    def _see(self, topic: str) -> list[int]:
+        """The partitions of a topic."""
+        partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
+        self._sizes.see(topic, len(partitions))
+        return partitions
+
+    def _noted(self, key: Partition, commit: Commit) -> Commit:
+        return self._sizes.note(key, commit) if self._reset == "latest" else commit
+
+    def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
+        noted = [(key, self._noted(key, commit)) for key, commit in commits.items()]
+        return [TopicPartition(key.topic, key.partition, c.offset, metadata=seal(c.metadata)) for key, c in noted]
+
+    def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
+        keys = self._forget(partitions)
+        if self._listener is None:
+            return
+        draining = self._listener.on_revoke(keys)
+        draining.wait()
+        if commits := draining.commits():
+            try:
+                self.client.commit(offsets=self._offsets(commits), asynchronous=False)
+            except KafkaException as error:
+                places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
+                logger.warning(
+                    f"partitions were given up before {places} could be committed ({error}): messages come again"
+                )
+
+    def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
+        keys = self._forget(partitions)
+        if self._listener is not None:
+            self._listener.on_lost(keys)
+
+    def _forget(self, partitions: list[TopicPartition]) -> list[Partition]:
+        keys = [Partition(tp.topic, tp.partition) for tp in partitions]
+        self._share += 1
+        for key in keys:
+            self._keys.pop((key.topic, key.partition), None)
+            self._positions.pop(key, None)
+            self._paused.discard(key)
+            self._new.discard(key)
+        return keys
+
+    def _recover(self, key: Partition) -> None:
+        """A position is not in the log: say what is lost, and begin anew where ``auto_offset_reset`` says."""
+        assert self._listener is not None
+        low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
+        start = high if self._reset == "latest" else low
+        logger.error(out_of_range(key, self._positions.get(key), low, high, start))
+        self._positions[key] = start
+        self._listener.on_reset({key: Commit(start)})
+        # A partition that is not fetched cannot be sought in, but it can be assigned anew.
+        if self._cooperative:
+            self.client.incremental_unassign([TopicPartition(*key)])
+        self._assign({key: start})
+        if self.can_commit:
+            self.commit({key: Commit(start)}, QUERY_TIMEOUT)
+
+    # -- trouble -------------------------------------------------------------------------------------------------------
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal() or error.code() in (KafkaError._AUTHENTICATION, KafkaError._ALL_BROKERS_DOWN):
+            self._trouble = error
+            self._down = True
+        if self._user_error_cb is not None:
+            self._user_error_cb(error)
+
+    def _current_trouble(self) -> ClientTrouble | None:
+        """What is wrong now; a broker that was away has to answer before all is well."""
+        error = self._trouble
+        if error is None:
+            return None
+        if not self._down or error.fatal():
+            self._trouble = None
+        elif self._answers():
+            self._trouble = None
+            self._down = False
+            return None
+        return self._as_trouble("take messages", error)
+
+    def _answers(self) -> bool:
+        """Whether a broker answers; asked now and then."""
+        if time.monotonic() < self._probe_at:
+            return False
+        try:
+            self.client.list_topics(timeout=PROBE_TIMEOUT)
+        except KafkaException:
+            self._probe_at = time.monotonic() + PROBE_TICK
+            return False
+        return True
+
+    def _as_trouble(self, what: str, error: KafkaError) -> ClientTrouble:
+        passing = error.code() in _PASSING
+        return trouble(what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), passing=passing)
+
+
+def _metadata(tp: TopicPartition) -> str:
+    try:
+        return unseal(tp.metadata or "")
+    except UnicodeDecodeError:
+        # Another client wrote it without the NUL up to which this one reads.
+        return ""

@@ -1,0 +1,85 @@
+"""Consumer on confluent-kafka. Drop-in for ``kser.confluent`` of 0.8.27."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Unpack
+
+from kser.config import Settings
+from kser.confluent.client import ConfluentClient
+from kser.confluent.options import options_for, own_options
+from kser.confluent.producer import Producer
+from kser.consumer.base import BaseConsumer
+from kser.consumer.client import ConsumerClient
+from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
+from kser.controller import BaseProducer
+from kser.errors import SettingError
+
+logger = logging.getLogger(__name__)
+
+
+class Consumer(BaseConsumer):
+    """Takes messages from Kafka with ``confluent_kafka.Consumer`` and has :attr:`REGISTRY` handle them.
+
+    The client never commits by itself: ``enable.auto.commit`` (default True) chooses whether offsets are committed
+    every ``auto.commit.interval.ms`` or, when False, at once. With ``commit="after"`` a group that has committed
+    nothing starts at the earliest record, unless ``auto.offset.reset`` says otherwise (decision D17).
+
+    :param config: options of librdkafka; what a consumer knows of ``KSER_CONFIG`` when None. ``group.id`` is needed.
+    :param topics: what to consume; ``KSER_TOPICS`` when None.
+    :param app: a Flask application whose ``config`` is looked at before the environment.
+    :param options: see :class:`kser.consumer.options.ConsumerOptions`.
+    :raises kser.errors.SettingError: a setting is missing or cannot be used.
+    """
+
+    GROUP_OPTION: ClassVar[str] = "group.id"
+    RESET_OPTION: ClassVar[str] = "auto.offset.reset"
+    LOGGER: ClassVar[logging.Logger] = logger
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None = None,
+        topics: Iterable[str] | None = None,
+        *,
+        app: Any = None,
+        **options: Unpack[Given],
+    ) -> None:
+        settings = Settings.of(app)
+        topics = settings.consumed_topics(topics)
+        how = ConsumerOptions.of(settings, options)
+        self._producer_options: Mapping[str, Any] | None = config
+        self._app = app
+        self._client_options = options_for("consumer", config, settings)
+        group = self._client_options.get("group.id")
+        if not group:
+            raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka joins no group without one")
+        super().__init__(
+            topics,
+            how,
+            group=group,
+            interval=self._interval(),
+            poll_limit=float(self._client_options.get("max.poll.interval.ms", 300_000)) / 1000,
+            session=float(self._client_options.get("session.timeout.ms", 45_000)) / 1000,
+        )
+
+    def make_producer(self) -> BaseProducer:
+        if self._producer_options is None:
+            return Producer(app=self._app)
+        return Producer(own_options("producer", self._producer_options))
+
+    def _connect(self) -> ConsumerClient:
+        default = "latest" if self.options.commit == BEFORE else "earliest"
+        reset = reset_policy(self.RESET_OPTION, self._client_options.get(self.RESET_OPTION), default)
+        client = ConfluentClient(
+            self._client_options, reset, self.options.max_buffered_bytes, commits=self.options.commit != NEVER
+        )
+        #: The client that is used now.
+        self.client = client.client
+        return client
+
+    def _interval(self) -> float:
+        """Seconds between commits; 0 when they are made at once."""
+        if str(self._client_options.get("enable.auto.commit", True)).lower() in ("false", "0"):
+            return 0
+        return float(self._client_options.get("auto.commit.interval.ms", 5000)) / 1000

@@ -1,0 +1,30 @@
+"""Messages of librdkafka as records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class ConfluentRecord:
+    """A message of librdkafka as a record."""
+
+    __slots__ = ("key", "message", "offset", "partition", "topic", "value")
+
+    def __init__(self, message: Any, topic: str, partition: int) -> None:
+        self.message = message
+        self.topic = topic
+        self.partition = partition
+        self.offset: int = message.offset()
+        self.key: bytes | None = message.key()
+        self.value: bytes | None = message.value()
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds since 1970."""
+        return int(self.message.timestamp()[1])
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]:
+        """Names and values."""
+        return self.message.headers() or ()
