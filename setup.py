@@ -32,6 +32,9 @@ setup(
         "marshmallow>=3.18,<4",
         "kafka-python>=2.3,<4",
         "blinker>=1.6.2",
+        "tenacity>=8.2",
+        # kafka-python checks each record with it where it finds it; without, that takes most of its time.
+        "crc32c>=2.4",
     ],
     extras_require={
         "flask": FLASK,
@@ -43,6 +46,7 @@ setup(
             "hypothesis>=6.100",
             "coverage[toml]>=7.10",
             "build>=1.2",
+            "pyyaml>=6",
             "tox>=4.15",
         ],
         "docs": ["sphinx>=7.3", "furo>=2024.5.6"],
