@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ import pytest
 
 import kser.signals
 from kser.controller import Controller
+from kser.dummy.bus import Bus
+from tests.engine import Act
 
 #: No test may take longer, whatever hangs.
 LIMIT_SECONDS = 300
@@ -89,6 +92,17 @@ def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyP
     leaks += _left_in(lock_path)
     if leaks:
         pytest.fail("the test left behind " + "; ".join(leaks), pytrace=False)
+
+
+@pytest.fixture
+def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[Bus]:
+    """A bus of this test's own, and on it a task that does what the test says. Everything is logged."""
+    Controller.register(Act.path, Act)
+    caplog.set_level(logging.DEBUG, "kser")
+    yield Bus.at("")
+    Bus.reset()
+    Act.acts.clear()
+    Act.seen.clear()
 
 
 def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:

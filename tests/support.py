@@ -47,11 +47,17 @@ def said(text: str) -> Result:
 
 
 class Clock:
-    """Stands in for ``BaseConsumer._clock``: time passes when a test says so."""
+    """Time that passes when a test says so.
 
-    def __init__(self, consumer: Any) -> None:
-        self.now = consumer._clock()
-        consumer._clock = self
+    :param consumer: one that is to go by it from now on.
+    """
+
+    def __init__(self, consumer: Any = None) -> None:
+        self.now = 1000.0
+        if consumer is not None:
+            self.now = consumer._clock()
+            consumer._clock = consumer._poller._clock = consumer._dispatch.clock = self
+            consumer._dispatch.pulse._clock = self
 
     def __call__(self) -> float:
         return self.now

@@ -21,6 +21,7 @@ from kser.dummy.bus import Bus
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
+from tests.engine import committed
 from tests.support import UUID, lines, message, records, run_python, said
 
 
@@ -80,7 +81,7 @@ def consume(*values: Any, registry: Any = Hooked) -> int | None:
     consumer.REGISTRY = registry
     consumer.run_until_idle()
     consumer.close()
-    return bus.committed.get(("dummy", "dice"))
+    return committed()
 
 
 def wire(**changes: Any) -> bytes:

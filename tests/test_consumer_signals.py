@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a consumer in order; only a second SIGINT interrupts it (D8)."""
+"""SIGTERM and SIGINT end a consumer in order; a second one of them ends it at once (D8)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from kser.consumer.interrupts import SAME_SIGNAL
 from kser.controller import Controller
 from kser.dummy.bus import Bus
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
+from tests.engine import committed
 from tests.support import ROOT, message
 
 PROGRAM = """
-import sys, threading
+import os, sys, threading
 from kser.controller import Controller
 from kser.dummy.bus import Bus
 from kser.dummy.consumer import Consumer
@@ -27,12 +30,16 @@ from kser.schemas import Message
 
 never = threading.Event()
 
+def say(*words):
+    # In one piece: two threads speak.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 class Busy(Entrypoint):
     def run(self):
-        print("busy", flush=True)
+        say("busy")
         while not consumer._stopping:
             never.wait(0.01)
-        print("stopping", flush=True)
+        say("stopping")
         if self.uuid == "endless":
             never.wait(30)
 
@@ -43,7 +50,7 @@ class Told(Consumer):
     def is_active(cls):
         if not cls.told:
             cls.told = True
-            print("ready", flush=True)
+            say("ready")
         return True
 
 Controller.register(Busy.path, Busy)
@@ -53,7 +60,8 @@ consumer = Told({}, ["dice"])
 try:
     consumer.run()
 finally:
-    print("committed", Bus.at("").committed.get(("dummy", "dice")), flush=True)
+    commit = Bus.at("").committed.get(("dummy", ("dice", 0)))
+    say("committed", commit.offset if commit else 0)
 """
 
 
@@ -80,6 +88,8 @@ class Program:
         assert self._process.stdout
         while (line := self._process.stdout.readline().strip()) != after:
             assert line, f"it ended without saying {after!r}"
+        # Sooner it would be the last one once more.
+        time.sleep(PAUSE)
         self._process.send_signal(number)
 
     def end(self) -> tuple[int, list[str], str]:
@@ -92,7 +102,7 @@ def test_an_idle_process_exits_with_0(number: int) -> None:
     with Program() as program:
         program.hears(number, after="ready")
         code, out, err = program.end()
-    assert (code, out[-2:], err) == (0, ["committed", "None"], "")
+    assert (code, out[-2:], err) == (0, ["committed", "0"], "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -108,8 +118,22 @@ def test_a_second_sigint_interrupts_and_leaves_the_message_uncommitted() -> None
         program.hears(signal.SIGINT, after="busy")
         program.hears(signal.SIGINT, after="stopping")
         code, out, err = program.end()
-    assert (code, out) == (-signal.SIGINT, ["committed", "None"])
+    assert (code, out) == (-signal.SIGINT, ["committed", "0"])
     assert err.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigterm_ends_at_once_with_the_status_of_one(first: int) -> None:
+    """128 + 15: what a shell says of a process that SIGTERM ended; nothing more is written."""
+    with Program("endless") as program:
+        program.hears(first, after="busy")
+        program.hears(signal.SIGTERM, after="stopping")
+        code, out, err = program.end()
+    assert (code, out, err) == (143, ["committed", "0"], "")
+
+
+#: Seconds after which a signal is another one.
+PAUSE = SAME_SIGNAL + 0.05
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
@@ -124,6 +148,7 @@ class Raise(Entrypoint):
         self.handlers.append(signal.getsignal(signal.SIGTERM))
         for number in self.params["signals"]:
             signal.raise_signal(number)
+            time.sleep(self.params.get("pause", PAUSE))
 
 
 @pytest.fixture(autouse=True)
@@ -134,28 +159,38 @@ def registered() -> Iterator[None]:
     Raise.handlers.clear()
 
 
-def consumer_with(*numbers: int) -> Consumer:
-    Bus.at("").send("dice", message(Raise, params={"signals": list(numbers)}).dumps().encode())
+def consumer_with(*numbers: int, pause: float = PAUSE) -> Consumer:
+    Bus.at("").send("dice", message(Raise, params={"signals": list(numbers), "pause": pause}).dumps().encode())
     return Consumer({}, ["dice"])
 
 
-def committed() -> int | None:
-    return Bus.at("").committed.get(("dummy", "dice"))
-
-
-@pytest.mark.parametrize(
-    "numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM, signal.SIGINT], [signal.SIGINT]]
-)
-def test_until_a_second_sigint_everything_ends_in_order(numbers: list[int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_until_a_second_signal_everything_ends_in_order(number: int) -> None:
     with pytest.raises(SystemExit) as caught:
-        consumer_with(*numbers).run()
+        consumer_with(number).run()
     assert (caught.value.code, committed()) == (0, 1)
 
 
-def test_two_sigints_interrupt() -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigint_interrupts(first: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        consumer_with(signal.SIGINT, signal.SIGINT).run()
-    assert committed() is None
+        consumer_with(first, signal.SIGINT).run()
+    assert committed() == 0
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigterm_exits_with_its_status(first: int) -> None:
+    with pytest.raises(SystemExit) as caught:
+        consumer_with(first, signal.SIGTERM).run()
+    assert (caught.value.code, committed()) == (143, 0)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM] * 3, [signal.SIGINT, signal.SIGTERM]])
+def test_a_signal_that_is_passed_on_twice_is_one(numbers: list[int]) -> None:
+    """By a terminal to all of a group, and by a wrapper that is in it."""
+    with pytest.raises(SystemExit) as caught:
+        consumer_with(*numbers, pause=0).run()
+    assert (caught.value.code, committed()) == (0, 1)
 
 
 def test_handlers_are_put_back() -> None:
@@ -178,7 +213,7 @@ def test_handlers_are_left_alone_outside_the_main_thread() -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    while committed() is None and thread.is_alive() and not Raise.handlers:
+    while not committed() and thread.is_alive() and not Raise.handlers:
         thread.join(0.01)
     consumer.stop()
     thread.join(10)

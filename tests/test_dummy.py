@@ -14,6 +14,7 @@ from cdumay_result import Result
 from flask import Flask
 
 from kser import signals
+from kser.consumer.client import Partition
 from kser.controller import BaseProducer, Controller
 from kser.dummy.bus import Bus
 from kser.dummy.consumer import Consumer
@@ -39,7 +40,7 @@ def test_sending_puts_the_published_text_on_the_bus(caplog: pytest.LogCaptureFix
     kmsg = message("shop.Pay", params={"a": 1})
     result = Producer({}).send("shop", kmsg)
     assert (result.uuid, result.retcode, result.stdout) == (UUID, 0, TEXT)
-    assert Bus.at("").topics["shop"] == [kmsg.dumps().encode()]
+    assert Bus.at("").values("shop") == [kmsg.dumps().encode()]
     assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {TEXT}"]
 
 
@@ -48,7 +49,7 @@ def test_what_has_no_json_form_is_a_failed_result_and_is_not_sent(caplog: pytest
     result = Producer({}).send("shop", message("shop.Pay", params={"when": object()}))
     assert (result.uuid, result.retcode) == (UUID, 500)
     assert result.stderr == "Object of type object is not JSON serializable"
-    assert Bus.at("").topics["shop"] == []
+    assert Bus.at("").values("shop") == []
     assert lines(caplog) == [f"Producer.Failed: shop.Pay[{UUID}]: {result.stderr}"]
 
 
@@ -68,7 +69,7 @@ def test_hooks_of_producers_are_called() -> None:
 
     producer = Hooked()
     assert producer.send("shop", message("shop.Pay")) == ("hook", "shop.Pay")
-    assert Message.loads(Bus.at("").topics["shop"][0]).entrypoint == "other"
+    assert Message.loads(Bus.at("").values("shop")[0]).entrypoint == "other"
     assert Producer().send("shop", message("shop.Pay", params={"a": object()})).retcode == 500
 
 
@@ -88,7 +89,7 @@ def test_many_messages_are_sent_from_any_iterable() -> None:
     """D14"""
     result = Producer().bulk_send("shop", (message("shop.Pay", uuid=str(number)) for number in range(3)), timeout=5)
     assert (result.retcode, result.stdout) == (0, "3 message(s) sent to shop (timeout: 5)")
-    assert len(Bus.at("").topics["shop"]) == 3
+    assert len(Bus.at("").values("shop")) == 3
 
 
 def test_a_bulk_with_a_message_that_has_no_json_form_is_a_failed_result() -> None:
@@ -139,7 +140,35 @@ def test_groups_do_not_take_from_each_other() -> None:
         consumer = Consumer({"group_id": group}, ["shop", "empty"])
         assert consumer.run_until_idle() == 1
         consumer.close()
-    assert Bus.at("").committed == {("one", "shop"): 1, ("two", "shop"): 1}
+    place = Partition("shop", 0)
+    assert [Bus.at("").committed[group, place].offset for group in ("one", "two")] == [1, 1]
+
+
+def test_records_of_a_key_are_in_one_partition_and_others_are_spread() -> None:
+    bus = Bus.at("a")
+    bus.create_topic("shop", 3)
+    for number in range(6):
+        bus.send("shop", b"%d" % number, key=b"key")
+        bus.send("shop", b"-")
+    assert [sum(record.key is None for record in log) for log in bus.topics["shop"]] == [2, 2, 2]
+    (keyed,) = [values for log in bus.topics["shop"] if (values := [r.value for r in log if r.key])]
+    assert keyed == [b"0", b"1", b"2", b"3", b"4", b"5"]
+
+
+def test_a_record_may_be_put_where_a_test_wants_it() -> None:
+    bus = Bus.at("a")
+    bus.create_topic("shop", 2)
+    bus.send("shop", b"text", headers=[("trace", b"1")], partition=1)
+    (record,) = bus.topics["shop"][1]
+    assert (record.partition, record.offset, record.value, record.headers) == (1, 0, b"text", (("trace", b"1"),))
+    assert bus.values("shop") == [b"text"]
+    assert bus.values("nothing") == []
+
+
+def test_keys_and_headers_travel_with_a_message() -> None:
+    Producer({}).send("shop", message("shop.Pay"), key="customer", headers={"trace": b"1"})
+    ((record,),) = Bus.at("").topics["shop"]
+    assert (record.key, record.headers) == (b"customer", (("trace", b"1"),))
 
 
 def test_a_closed_consumer_takes_nothing() -> None:
@@ -192,7 +221,7 @@ def test_settings_of_an_app_are_read() -> None:
     app = Flask("shop")
     app.config.update(KSER_TOPICS="shop", KSER_CONFIG={"bootstrap_servers": "a"})
     Producer(app=app).send("shop", message("x"))
-    assert len(Bus.at("a").topics["shop"]) == 1
+    assert len(Bus.at("a").values("shop")) == 1
     assert Consumer(app=app).run_until_idle() == 1
 
 

@@ -10,13 +10,15 @@ from cdumay_result import Result
 from kser import errors
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.KserError)]
+#: Those that are given a text.
+WITH_TEXT = [cls for cls in CLASSES if cls is not errors.RetryLater]
 
 
 def _make(cls: type[errors.KserError]) -> errors.KserError:
     return cls("what, why and what to do", Result()) if cls is errors.SendError else cls("what, why and what to do")
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", WITH_TEXT)
 def test_every_error_is_a_cdumay_error_with_one_root(cls: type[errors.KserError]) -> None:
     error = _make(cls)
     assert isinstance(error, Error)
@@ -24,7 +26,7 @@ def test_every_error_is_a_cdumay_error_with_one_root(cls: type[errors.KserError]
     assert str(error) == f"{cls.MSGID}: what, why and what to do"
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", WITH_TEXT)
 def test_a_result_keeps_code_and_text_of_an_error(cls: type[errors.KserError]) -> None:
     result = Result.from_exception(_make(cls))
     assert (result.retcode, result.stderr) == (cls.CODE, "what, why and what to do")
@@ -51,6 +53,24 @@ def test_a_send_error_carries_what_the_producer_answered() -> None:
     error = errors.SendError("not delivered", answer)
     assert error.result is answer
     assert Result.from_exception(error).uuid == answer.uuid
+
+
+def test_asking_for_a_retry_says_when() -> None:
+    error = errors.RetryLater(2.5)
+    assert isinstance(error, Error)
+    assert (error.seconds, error.message) == (2.5, "the task asked to be tried again in 2.5 s")
+    assert str(error) == f"{errors.RetryLater.MSGID}: {error.message}"
+    result = Result.from_exception(error)
+    assert (result.retcode, result.stderr) == (errors.RetryLater.CODE, error.message)
+
+
+def test_a_trouble_of_the_client_may_be_its_end() -> None:
+    assert not errors.ClientTrouble("no").fatal
+    assert errors.ClientTrouble("no", fatal=True).fatal
+
+
+def test_an_attempt_that_took_too_long_is_a_timeout_of_python() -> None:
+    assert issubclass(errors.TaskTimeout, TimeoutError)
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:

@@ -52,7 +52,7 @@ def test_an_operation_is_sent_as_one_message_and_returned(registry: OperationReg
 
     game = Game(UUID, {"a": 1})
     assert game.send(result=said("before")) is game
-    (raw,) = Bus.at("launch").topics["games"]
+    (raw,) = Bus.at("launch").values("games")
     kmsg = Message.loads(raw)
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Game.path, {"a": 1}, "before")
 

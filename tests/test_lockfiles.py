@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +93,70 @@ def test_our_own_file_is_cleared_at_the_end_and_may_be_written_again(running: Ru
     assert path.read_bytes() == b""
     running.show("again")
     assert path.read_bytes() == b"again"
+
+
+def test_each_thread_has_a_line_of_its_own(running: RunningFile, path: Path) -> None:
+    turns = threading.Barrier(2, timeout=10)
+
+    def other() -> None:
+        running.show("shop.Ship[2]")
+        turns.wait()
+        turns.wait()
+        running.clear()
+
+    thread = threading.Thread(target=other)
+    running.show("shop.Pay[1]")
+    thread.start()
+    turns.wait()
+    assert path.read_bytes() == b"shop.Pay[1]\nshop.Ship[2]"
+    running.show("shop.Pay[3]")
+    assert path.read_bytes() == b"shop.Pay[3]\nshop.Ship[2]"
+    turns.wait()
+    thread.join()
+    assert path.read_bytes() == b"shop.Pay[3]"
+    running.clear()
+    assert path.read_bytes() == b""
+
+
+def test_what_threads_that_are_gone_left_is_cleared_at_the_end(running: RunningFile, path: Path) -> None:
+    thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
+    thread.start()
+    thread.join()
+    running.clear_own()
+    assert path.read_bytes() == b""
+    running.show("new")
+    assert path.read_bytes() == b"new"
+
+
+def test_what_a_dead_process_left_is_cleared(running: RunningFile, path: Path) -> None:
+    """D9"""
+    path.write_text("left by a dead process")
+    running.clear_stale()
+    assert path.read_bytes() == b""
+
+
+def test_what_a_process_shows_that_is_alive_is_not_cleared(running: RunningFile, path: Path) -> None:
+    """D9: siblings on this host share the file."""
+    running.show("alive")
+    RunningFile().clear_stale()
+    assert path.read_bytes() == b"alive"
+    running.clear_own()
+    path.write_text("left")
+    with path.open() as sibling:
+        fcntl.flock(sibling, fcntl.LOCK_SH)
+        RunningFile().clear_stale()
+        assert path.read_bytes() == b"left"
+    RunningFile().clear_stale()
+    assert path.read_bytes() == b""
+
+
+def test_a_file_that_is_not_there_need_not_be_cleared(
+    running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.clear_stale()
+    assert not path.exists()
+    monkeypatch.delenv("RUNNING_FILE")
+    running.clear_stale()
 
 
 def test_a_file_that_cannot_be_written_is_reported_once(

@@ -1,118 +1,296 @@
-"""Only what is below the lowest unfinished record may be committed."""
+"""Only what is below the lowest unfinished record is committed, and the metadata says what is finished above it."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kser.consumer.client import Partition
-from kser.consumer.offsets import OffsetTracker
-from kser.dummy.bus import DummyRecord
+from kser.consumer.client import Commit
+from kser.consumer.offsets import METADATA_LIMIT, PREFIX, Progress, Ranges, decode
 
-ONE, TWO = Partition("dice", 0), Partition("dice", 1)
+#: Brokers refuse a commit with more, unless they are told otherwise.
+BROKER_LIMIT = 4096
 
-
-def record(offset: int, partition: Partition = ONE) -> DummyRecord:
-    return DummyRecord(*partition, offset, b"")
-
-
-def tracking(*offsets: int, partition: Partition = ONE) -> OffsetTracker:
-    tracker = OffsetTracker()
-    for offset in offsets:
-        tracker.received(record(offset, partition))
-    return tracker
+cases = settings(database=None, deadline=None, max_examples=300, print_blob=True)
+edges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple)
+offsets = st.sets(st.integers(0, 80))
 
 
-def test_what_was_handed_out_is_not_committable() -> None:
-    assert tracking(5, 6).committable() == {}
+def given_out(*found: int, start: Commit | None = None, **more: Any) -> Progress:
+    """A partition of which these records were handed out; what stands for each is its offset as a text."""
+    progress = Progress(start or Commit(found[0]), **more)
+    for offset in found:
+        progress.received(offset, str(offset))
+    return progress
 
 
-def test_the_offset_behind_what_is_done_is_committable() -> None:
-    tracker = tracking(5, 6, 7)
-    tracker.done(record(5))
-    assert tracker.committable() == {ONE: 6}
-    tracker.done(record(6))
-    tracker.done(record(7))
-    assert tracker.committable() == {ONE: 8}
+def finish(progress: Progress, *found: int) -> Progress:
+    for offset in found:
+        assert progress.finished(offset)
+    return progress
 
 
-def test_a_gap_holds_everything_behind_it_back() -> None:
-    tracker = tracking(5, 6, 7)
-    tracker.done(record(7))
-    tracker.done(record(6))
-    assert tracker.committable() == {}
-    tracker.done(record(5))
-    assert tracker.committable() == {ONE: 8}
+def begun(progress: Progress, found: Iterable[int]) -> list[int]:
+    """Hand these records out; returns those that are to be begun."""
+    return [offset for offset in found if progress.received(offset, offset) == offset]
+
+
+def runs_again(commit: Commit, end: int) -> list[int]:
+    """Which offsets the next owner begins."""
+    return begun(Progress(commit), range(commit.offset, end))
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_that_touch_or_overlap_become_one_and_empty_ones_vanish() -> None:
+    assert list(Ranges([(7, 9), (1, 3), (3, 4), (2, 3), (5, 5)])) == [(1, 4), (7, 9)]
+
+
+def test_ranges_end_behind_their_last_offset() -> None:
+    assert Ranges([(1, 4), (7, 9)]).end == 9
+    assert Ranges().end == 0
+
+
+@cases
+@given(st.lists(edges))
+def test_ranges_hold_what_they_were_made_of_and_nothing_else(pairs: list[tuple[int, int]]) -> None:
+    ranges = Ranges(pairs)
+    expected = {offset for start, end in pairs for offset in range(start, end)}
+    assert {offset for offset in range(-1, 62) if offset in ranges} == expected
+    found = list(ranges)
+    assert all(start < end for start, end in found)
+    assert all(one[1] < other[0] for one, other in pairwise(found)), "they are apart"
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_example_is_read_as_it_is_explained() -> None:
+    assert list(decode(Commit(100, "kser:1,14,2,3"))) == [(101, 121), (123, 126)]
+
+
+@pytest.mark.parametrize("metadata", ["", "somebody else's", "kser", "kser:", "kser:1,x", "kser:1,,2", "kser:1;2"])
+def test_metadata_of_another_format_says_nothing(metadata: str) -> None:
+    assert list(decode(Commit(5, metadata))) == []
+
+
+def test_metadata_that_ends_with_what_is_unfinished_is_read_up_to_there() -> None:
+    assert list(decode(Commit(5, "kser:1,2,3"))) == [(6, 8)]
+
+
+def test_without_gaps_there_is_no_metadata() -> None:
+    assert given_out(5, 6, 7).commit() == Commit(5)
+    assert finish(given_out(5, 6, 7), 5).commit() == Commit(6)
+    assert finish(given_out(5, 6, 7), 5, 6, 7).commit() == Commit(8)
+
+
+@cases
+@given(seen=offsets, finished=offsets, start=st.integers(0, 20))
+def test_the_next_owner_begins_exactly_what_is_not_finished(seen: set[int], finished: set[int], start: int) -> None:
+    records = sorted(offset for offset in seen if offset >= start)
+    progress = Progress(Commit(start))
+    assert begun(progress, records) == records
+    for offset in finished & set(records):
+        assert progress.finished(offset)
+    unfinished = sorted(set(records) - finished)
+    following = max(records, default=start - 1) + 1
+    commit = progress.commit()
+    assert commit.offset == (unfinished[0] if unfinished else following)
+    above = {offset for pair in decode(commit) for offset in range(*pair)}
+    assert above == set(range(commit.offset, following)) - set(unfinished)
+    assert runs_again(commit, following) == unfinished
+
+
+@cases
+@given(rounds=st.lists(st.tuples(st.integers(0, 12), st.randoms(use_true_random=False)), max_size=6))
+def test_what_is_finished_stays_so_from_owner_to_owner(rounds: list[tuple[int, Any]]) -> None:
+    commit, finished, end = Commit(0), set[int](), 0
+    for more, chance in rounds:
+        progress, end = Progress(commit), end + more
+        given = begun(progress, range(commit.offset, end))
+        assert given == [offset for offset in range(end) if offset not in finished]
+        for offset in given:
+            if chance.random() < 0.5:
+                finished.add(offset)
+                progress.finished(offset)
+        commit = progress.commit()
+        assert commit.offset == min(set(range(end)) - finished, default=end)
+
+
+@cases
+@given(finished=offsets, seen=st.integers(0, 80))
+def test_an_owner_that_has_not_seen_all_again_passes_on_what_it_was_told(finished: set[int], seen: int) -> None:
+    first = given_out(*range(81))
+    for offset in finished:
+        first.finished(offset)
+    commit = first.commit()
+    second = Progress(commit)
+    begun(second, range(commit.offset, seen))
+    assert runs_again(second.commit(), 81) == sorted(set(range(81)) - finished)
 
 
 def test_offsets_that_kafka_left_out_are_passed_over() -> None:
     """Compacted topics and transactions leave holes."""
-    tracker = tracking(5, 9, 20)
-    tracker.done(record(5))
-    assert tracker.committable() == {ONE: 9}
-    tracker.done(record(9))
-    tracker.done(record(20))
-    assert tracker.committable() == {ONE: 21}
+    progress = finish(given_out(5, 9, 20), 5)
+    assert progress.commit().offset == 9
+    finish(progress, 9)
+    assert progress.commit().offset == 20
+    finish(progress, 20)
+    assert progress.commit() == Commit(21)
 
 
-def test_what_was_committed_is_not_committable_again() -> None:
-    tracker = tracking(5, 6)
-    tracker.done(record(5))
-    tracker.committed({ONE: 6})
-    assert tracker.committable() == {}
-    tracker.done(record(6))
-    assert tracker.committable() == {ONE: 7}
+# -- the limit ---------------------------------------------------------------------------------------------------------
 
 
-def test_partitions_go_their_own_way() -> None:
-    tracker = tracking(5)
-    tracker.received(record(1, TWO))
-    tracker.done(record(1, TWO))
-    assert tracker.committable() == {TWO: 2}
-    tracker.done(record(5))
-    assert tracker.committable(among=[ONE]) == {ONE: 6}
+def every_other(count: int) -> Progress:
+    """So many gaps that they do not fit."""
+    progress = given_out(*range(2 * count))
+    return finish(progress, *range(1, 2 * count, 2))
 
 
-def test_a_forgotten_partition_is_not_committable_and_its_late_records_are_passed_over() -> None:
-    tracker = tracking(5, 6)
-    tracker.done(record(5))
-    tracker.forget([ONE, TWO])
-    tracker.done(record(6))
-    tracker.committed({ONE: 7})
-    assert tracker.committable() == {}
+def test_what_does_not_fit_is_cut_off_between_two_runs() -> None:
+    progress = every_other(3000)
+    commit = progress.commit()
+    assert METADATA_LIMIT - 50 < len(commit.metadata) <= METADATA_LIMIT < BROKER_LIMIT
+    assert set(commit.metadata.removeprefix(PREFIX)) == {"1", ","}
+    told = list(decode(commit))
+    assert told == [(offset, offset + 1) for offset in range(1, 2 * len(told), 2)], "only what is finished is said"
+    progress.committed = commit
+    assert progress.is_full
 
 
-def test_a_partition_that_comes_back_starts_anew() -> None:
-    tracker = tracking(5, 6)
-    tracker.done(record(6))
-    tracker.forget([ONE])
-    tracker.received(record(5))
-    tracker.received(record(6))
-    tracker.done(record(5))
-    assert tracker.committable() == {ONE: 6}
+def test_what_just_fits_is_not_cut_off() -> None:
+    count = (METADATA_LIMIT - len(PREFIX) + 1) // 4
+    commit = every_other(count).commit()
+    assert METADATA_LIMIT - 4 < len(commit.metadata) <= METADATA_LIMIT
+    assert len(list(decode(commit))) == count
 
 
-@settings(database=None, deadline=None, max_examples=300, print_blob=True)
-@given(
-    gaps=st.lists(st.integers(1, 3), min_size=1, max_size=30),
-    order=st.randoms(use_true_random=False),
-    batches=st.integers(1, 5),
-)
-def test_in_any_order_nothing_unfinished_is_committable(gaps: list[int], order: object, batches: int) -> None:
-    offsets = [sum(gaps[: index + 1]) for index in range(len(gaps))]
-    waiting, unfinished = list(offsets), set(offsets)
-    tracker, handed_out, commits = OffsetTracker(), [], [offsets[0]]
-    while unfinished:
-        if waiting and (not handed_out or order.random() < 1 / batches):  # type: ignore[attr-defined]
-            tracker.received(record(waiting[0]))
-            handed_out.append(waiting.pop(0))
-            continue
-        offset = handed_out.pop(order.randrange(len(handed_out)))  # type: ignore[attr-defined]
-        tracker.done(record(offset))
-        unfinished.discard(offset)
-        committable = tracker.committable()
-        tracker.committed(committable)
-        commits += committable.values()
-        assert commits[-1] <= min(unfinished, default=offsets[-1] + 1)
-    assert commits == sorted(set(commits))
-    assert commits[-1] == offsets[-1] + 1
+def test_a_partition_with_few_gaps_is_not_full() -> None:
+    progress = every_other(10)
+    assert not progress.is_full
+    progress.committed = progress.commit()
+    assert not progress.is_full
+
+
+@pytest.mark.parametrize("stride", [2, 3, 17, 40])
+def test_a_partition_is_full_before_anything_would_be_cut_off(stride: int) -> None:
+    """Records are taken in as long as it is not full, also between two commits; every so many stays unfinished."""
+    progress, end = Progress(Commit(0)), 0
+    while not progress.is_full and end < 100_000:
+        # What is on its way may be taken in all the same.
+        begun(progress, range(end, end + 10))
+        for offset in range(end, end + 10):
+            if offset % stride:
+                progress.finished(offset)
+        end += 10
+    unfinished = list(range(0, end, stride))
+    assert end < 100_000, "it is never full"
+    assert runs_again(progress.commit(), end) == unfinished
+
+
+@settings(cases, max_examples=30)
+@given(share=st.floats(0.02, 0.98), late=st.floats(0, 1), number=st.integers(0, 2**32))
+def test_nothing_is_cut_off_in_whatever_order_the_open_records_are_finished(
+    share: float, late: float, number: int
+) -> None:
+    progress, end, chance = Progress(Commit(0)), 0, random.Random(number)
+    while not progress.is_full and end < 5_000:
+        for offset in begun(progress, range(end, end + 10)):
+            if chance.random() < share:
+                progress.finished(offset)
+        end += 10
+    for offset in list(progress.open):
+        if chance.random() < late:
+            progress.finished(offset)
+    assert runs_again(progress.commit(), end) == list(progress.open)
+
+
+# -- a partition that comes and goes -----------------------------------------------------------------------------------
+
+
+def test_a_record_that_was_handed_out_is_not_open_anew_when_it_is_handed_out_again() -> None:
+    progress = given_out(5, 6)
+    assert progress.received(5, "again") is None
+    assert progress.open == {5: "5", 6: "6"}
+    finish(progress, 5)
+    assert progress.received(5, "again") is None
+    assert progress.commit() == Commit(6)
+
+
+def test_an_offset_that_is_not_open_is_not_finished() -> None:
+    progress = given_out(5)
+    assert not progress.finished(6)
+    finish(progress, 5)
+    assert not progress.finished(5)
+    assert progress.commit() == Commit(6)
+
+
+def test_what_is_known_to_be_finished_is_not_begun_whether_committed_or_not() -> None:
+    progress = Progress(Commit(5, "kser:1,1"), known=[(8, 9)])
+    assert begun(progress, range(5, 10)) == [5, 7, 9]
+    finish(progress, 5)
+    assert progress.commit() == Commit(7, "kser:1,1")
+
+
+def test_what_is_kept_is_not_begun_again_and_is_finished_by_its_old_item() -> None:
+    progress = given_out(5, kept={6: "begun"})
+    assert progress.received(6, "6") == "begun"
+    assert progress.received(7, "7") == "7"
+    assert progress.open == {5: "5", 6: "begun", 7: "7"}
+    finish(progress, 5)
+    assert progress.commit() == Commit(6)
+    finish(progress, 6)
+    assert progress.commit() == Commit(7)
+
+
+def test_what_is_kept_and_finished_before_it_is_handed_out_again_is_known() -> None:
+    progress = Progress(Commit(5), kept={6: "begun"})
+    assert not progress.finished(6)
+    assert runs_again(progress.commit(), 8) == [5, 7]
+    assert begun(progress, range(5, 8)) == [5, 7]
+    finish(progress, 5)
+    assert progress.commit() == Commit(7)
+
+
+def test_another_item_may_stand_for_an_open_or_kept_record_and_for_no_other() -> None:
+    progress = Progress(Commit(5), kept={6: "begun"})
+    progress.received(5, "first")
+    assert progress.replace(5, "second") and progress.replace(6, "retry")
+    assert not progress.replace(7, "none")
+    progress.received(6, "fresh")
+    assert progress.open == {5: "second", 6: "retry"}
+
+
+def test_what_was_begun_outlives_the_revoke_and_what_was_not_is_forgotten() -> None:
+    progress = finish(given_out(5, 6, 7, kept={7: "kept", 9: "not seen again"}), 5)
+    progress.revoke(lambda item: item != "6")
+    assert progress.revoked
+    assert progress.begun() == {7: "kept", 9: "not seen again"}
+    assert list(progress.open) == [6, 7], "both are unfinished all the same"
+    assert progress.commit().offset == 6
+
+
+def test_what_ends_after_the_revoke_is_finished_for_the_one_who_adopts_it() -> None:
+    away = finish(given_out(5, 6, 7, 8), 6)
+    away.revoke(lambda item: item in ("5", "7"))
+    finish(away, 7)
+    back = Progress(Commit(5), known=away.finished_ranges(), kept=away.begun())
+    assert begun(back, range(5, 10)) == [8, 9]
+    assert back.open == {5: "5", 8: 8, 9: 9}
+
+
+def test_a_dead_letter_that_could_not_be_written_is_remembered_until_it_is_finished() -> None:
+    progress = given_out(5, 6)
+    progress.unburied.add(5)
+    finish(progress, 6)
+    assert progress.unburied == {5}
+    finish(progress, 5)
+    assert progress.unburied == set()

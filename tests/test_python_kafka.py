@@ -30,6 +30,9 @@ from tests.support import UUID, lines, message, record_of
 
 PATIENCE = 20
 
+#: kafka-python 3 is; kafka-python 2 cannot end its thread then while no broker answers.
+IDEMPOTENT_BY_ITSELF = KafkaProducer.DEFAULT_CONFIG["enable_idempotence"]
+
 #: The mock cluster makes topics of four partitions.
 PARTITIONS = 4
 
@@ -152,19 +155,19 @@ def test_an_interrupt_is_not_swallowed(broker: EmbeddedBroker) -> None:
 
 
 UNSENDABLE = {
-    "no JSON form": ("dice", {"when": object()}, "Object of type object is not JSON serializable"),
-    "above the size limit": ("dice", {"text": "x" * 1_100_000}, "larger than the maximum request size"),
-    "an illegal topic": ("no topic!", {}, "is illegal"),
+    "no JSON form": ("dice", {"when": object()}, 500, "Object of type object is not JSON serializable"),
+    "above the size limit": ("dice", {"text": "x" * 1_100_000}, 413, "'max_request_size' allows 1,048,576"),
+    "an illegal topic": ("no topic!", {}, 500, "is illegal"),
 }
 
 
-@pytest.mark.parametrize(("topic", "params", "reason"), UNSENDABLE.values(), ids=UNSENDABLE)
+@pytest.mark.parametrize(("topic", "params", "retcode", "reason"), UNSENDABLE.values(), ids=UNSENDABLE)
 def test_what_cannot_be_sent_is_a_failed_result_with_the_reason(
-    producer: Producer, topic: str, params: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+    producer: Producer, topic: str, params: dict[str, Any], retcode: int, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """D2, D13"""
     result = producer.send(topic, message("x", params=params))
-    assert (result.uuid, result.retcode) == (UUID, 500)
+    assert (result.uuid, result.retcode) == (UUID, retcode)
     assert reason in result.stderr
     assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
 
@@ -206,7 +209,7 @@ def test_failures_among_many_are_named(broker: EmbeddedBroker, producer: Produce
     assert result.stderr.startswith("2 of 4 message(s) not sent; the first one: ")
     assert set(result.retval["failed"]) == {"1", "2"}
     assert "not JSON serializable" in result.retval["failed"]["1"]
-    assert "maximum request size" in result.retval["failed"]["2"]
+    assert "'max_request_size' allows 1,048,576" in result.retval["failed"]["2"]
     assert len(values_of(broker, "some", 2)) == 2
 
 
@@ -281,17 +284,52 @@ def test_when_offsets_are_committed_and_where_a_new_group_starts(
     consumer = Consumer({**broker.config, "group_id": "g", **options}, ["dice"], commit=commit)
     config = consumer.client.config
     consumer.close()
-    assert (config["auto_offset_reset"], config["enable_auto_commit"]) == (reset, False)
-    assert consumer._commit_interval == interval
+    # The client neither commits nor chooses where to begin: both are decided here.
+    assert (config["auto_offset_reset"], config["enable_auto_commit"]) == ("none", False)
+    assert (consumer._reset, consumer._poller._interval) == (reset, interval)
+
+
+def test_without_a_group_the_client_begins_where_it_always_did(broker: EmbeddedBroker) -> None:
+    consumer = Consumer(broker.config, ["dice"])
+    config = consumer.client.config
+    consumer.close()
+    assert (config["auto_offset_reset"], config["enable_auto_commit"]) == ("latest", False)
 
 
 def test_what_cannot_be_consumed_is_refused_without_leaving_a_client_open(broker: EmbeddedBroker) -> None:
     with pytest.raises(SettingError, match="commit must be one of"):
-        Consumer(broker.config, ["dice"], commit="never")
+        Consumer(broker.config, ["dice"], commit="sometimes")
+    with pytest.raises(SettingError, match="auto_offset_reset"):
+        Consumer({**broker.config, "group_id": "g", "auto_offset_reset": "earlist"}, ["dice"])
     with pytest.raises(SettingError, match="set KSER_TOPICS"):
         Consumer(broker.config)
     with pytest.raises(TypeError, match="list"):
         Consumer(broker.config, "dice")
+
+
+@pytest.mark.parametrize(
+    ("options", "acks", "idempotent"),
+    [
+        ({}, -1, IDEMPOTENT_BY_ITSELF),
+        ({"acks": 1, "enable_idempotence": False}, 1, False),
+        ({"enable_idempotence": True}, -1, True),
+        ({"enable_idempotence": False}, -1, False),
+    ],
+)
+def test_all_replicas_confirm_unless_the_user_says_otherwise(
+    broker: EmbeddedBroker, options: dict[str, Any], acks: int, idempotent: bool
+) -> None:
+    producer = Producer({**broker.producer_config, **options})
+    config = producer.client.config
+    sent = producer.send("dice", message("x"))
+    producer.close()
+    assert (config["acks"], config["enable_idempotence"], sent.retcode) == (acks, idempotent, 0)
+
+
+def test_a_record_without_key_and_value_is_written_as_an_empty_one(broker: EmbeddedBroker, producer: Producer) -> None:
+    """The client writes none that has neither."""
+    producer.produce("neither", None)
+    assert values_of(broker, "neither", 1) == [b""]
 
 
 def test_construction_removes_the_pause_file(broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture) -> None:
@@ -359,12 +397,13 @@ def test_what_is_done_is_committed_when_partitions_go(broker: EmbeddedBroker) ->
     reader.close()
 
 
-def test_trouble_of_the_client_is_said_with_its_address(
+def test_a_group_that_is_not_to_begin_by_itself_says_so(
     broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = {**broker.config, "group_id": "nowhere", "auto_offset_reset": "none"}
     consumer = Consumer(config, ["dice"])
     until(lambda: lines(caplog, logging.ERROR), consumer)
     (line,) = lines(caplog, logging.ERROR)
-    assert line.startswith(f"Consumer: cannot take messages at {broker.bootstrap_servers} (bootstrap_servers): ")
+    assert line.startswith("Consumer: the group has committed nothing in dice[")
+    assert line.endswith("or let it begin with 'earliest' or 'latest'; trying again")
     consumer.close()

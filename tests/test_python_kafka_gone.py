@@ -14,12 +14,14 @@ import kafka
 import pytest
 from kafka import KafkaConsumer
 
-from kser.consumer.client import Partition
+from kser.consumer.client import Commit, Partition
+from kser.consumer.dispatch import Dispatch
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
 from kser.entry import Entrypoint
 from kser.errors import ClientTrouble
-from kser.python_kafka.consumer import Consumer, KafkaPythonClient
+from kser.python_kafka.client import KafkaPythonClient
+from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from tests.support import UUID, lines, message, run_python
 
@@ -152,12 +154,14 @@ def test_without_a_broker_and_a_version_construction_says_so(what: str, nobody: 
 
 def test_a_commit_without_a_broker_is_trouble_within_its_time() -> None:
     broker = EmbeddedBroker("dice")
-    client = KafkaPythonClient(KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False))
-    client.subscribe(["dice"], lambda partitions: {})
+    client = KafkaPythonClient(
+        KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False, auto_offset_reset="none"), "earliest"
+    )
+    client.subscribe(["dice"], Dispatch())
     broker.close()
     begin = time.monotonic()
     with pytest.raises(ClientTrouble, match=f"cannot commit offsets at {broker.bootstrap_servers}"):
-        client.commit({Partition("dice", 0): 1}, 0.3)
+        client.commit({Partition("dice", 0): Commit(1)}, 0.3)
     client.close(0.3)
     assert time.monotonic() - begin < 3
 

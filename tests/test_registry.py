@@ -114,7 +114,7 @@ def test_the_first_registry_of_a_class_is_the_one_it_sends_with() -> None:
         TOPIC = "t"
 
     Sent().send()
-    assert (len(Bus.at("first").topics["t"]), len(Bus.at("second").topics["t"])) == (1, 0)
+    assert (len(Bus.at("first").values("t")), len(Bus.at("second").values("t"))) == (1, 0)
 
 
 def test_a_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> None:
@@ -131,7 +131,7 @@ def test_a_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> 
     Child().send()
     own.subscribe(Child)
     Child().send()
-    assert (len(Bus.at("parent").topics["t"]), len(Bus.at("own").topics["t"])) == (1, 1)
+    assert (len(Bus.at("parent").values("t")), len(Bus.at("own").values("t"))) == (1, 1)
 
 
 # -- controllers -------------------------------------------------------------------------------------------------------

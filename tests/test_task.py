@@ -171,7 +171,7 @@ def test_a_task_sends_itself_with_its_registrys_producer(registry: OperationRegi
 
     result = Sent(UUID, {"a": 1}).send(result=Result(stdout="before"))
     assert (result.uuid, result.retcode) == (UUID, 0)
-    kmsg = Message.loads(Bus.at("tasks").topics["dice"][0])
+    kmsg = Message.loads(Bus.at("tasks").values("dice")[0])
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Sent.path, {"a": 1}, "before")
 
 

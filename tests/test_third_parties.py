@@ -94,7 +94,7 @@ class SecretConsumer(dummy_consumer.Consumer):
 def test_an_overridden_transport_and_producer_understand_each_other() -> None:
     kmsg = message(Greet, params={"name": "world"}, result=said("before"), metadata={"from": "me"})
     assert SecretProducer({}).send("dice", kmsg).retcode == 0
-    (raw,) = Bus.at("").topics["dice"]
+    (raw,) = Bus.at("").values("dice")
     assert list(json.loads(raw)) == ["secret"]
     assert SecretController.run(raw).stdout == "hello world, me, before"
     assert SecretConsumer({}, ["dice"]).run_until_idle() == 1
@@ -102,7 +102,7 @@ def test_an_overridden_transport_and_producer_understand_each_other() -> None:
 
 def test_a_plain_controller_refuses_what_it_cannot_read() -> None:
     SecretProducer({}).send("dice", message(Greet, params={"name": "world"}))
-    assert Controller.run(Bus.at("").topics["dice"][0]).stderr == "Failed to load message"
+    assert Controller.run(Bus.at("").values("dice")[0]).stderr == "Failed to load message"
 
 
 def test_an_overridden_schema_decides_alone() -> None:
@@ -140,8 +140,8 @@ def test_a_task_that_is_sent_from_a_secret_controller_gets_a_secret_producer() -
 
     Sent().send()
     Order().send()
-    assert [list(json.loads(raw)) for raw in Bus.at("").topics["dice"]] == [["secret"], ["secret"]]
-    assert SecretController.run(Bus.at("").topics["dice"][1]).stdout == "ran"
+    assert [list(json.loads(raw)) for raw in Bus.at("").values("dice")] == [["secret"], ["secret"]]
+    assert SecretController.run(Bus.at("").values("dice")[1]).stdout == "ran"
 
 
 def test_triggers_of_a_controller_are_called_by_keyword() -> None:

@@ -9,8 +9,14 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
+from kser.consumer.deadletter import DeadLetter, iter_dead_letters, replay
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer as InMemoryConsumer
 from kser.embedded import EmbeddedBroker
 from kser.errors import KserError, SendError
+from kser.python_kafka.consumer import Consumer
+from kser.python_kafka.producer import Producer
+from kser.retry import Retry
 
 oregistry = OperationRegistry()
 
@@ -19,8 +25,12 @@ oregistry = OperationRegistry()
 class Charge(Task):
     REQUIRED_FIELDS = ["amount"]  # noqa: RUF012  (as users write it)
     TOPIC = "payments"
+    RETRY = Retry(max_attempts=5, delay=1, backoff=2, max_delay=60, jitter=True, on=(ConnectionError, TimeoutError))
+    TIMEOUT = 30
 
     def run(self) -> Result:
+        if self.attempt > 3:
+            raise Retry.later(seconds=600)
         self.log("charging", extra={"amount": self.params["amount"]})
         return Result(uuid=self.uuid, stdout="charged", retval={"paid": True})
 
@@ -90,6 +100,38 @@ with EmbeddedBroker("payments") as broker:
     assert_type(broker.bootstrap_servers, str)
     assert_type(broker.config, dict[str, Any])
 
+policy = Retry(on=ConnectionError, give_up_on=(ValueError, KeyError))
+assert_type(policy.max_attempts, int)
+assert_type(policy.wait_after(1), float | None)
+
+consumer = Consumer(
+    {"bootstrap_servers": "localhost"},
+    ["payments"],
+    workers=8,
+    ordering="partition",
+    commit="after",
+    retry=policy,
+    dead_letter=True,
+    shutdown_timeout=30,
+    revoke_timeout=2.5,
+    max_in_flight=500,
+    max_buffered_bytes=1 << 20,
+    stall_timeout=60,
+)
+assert_type(consumer.counts, dict[str, int])
+assert_type(consumer.step(timeout=0.1), int)
+assert_type(InMemoryConsumer({}, ["payments"], dead_letter="broken").run_until_idle(), int)
+assert_type(Bus.at("").values("payments"), list[bytes | None])
+Bus.at("").send("payments", b"{}", key=b"customer", headers=[("trace", b"1"), ("empty", None)])
+Producer().send("payments", charge.to_Message(), key="customer", headers={"trace": b"1"})
+Producer().bulk_send("payments", [charge.to_Message()], key=lambda kmsg: kmsg.uuid)
+
+for letter in iter_dead_letters(Consumer, {}, "payments.dlq"):
+    assert_type(letter, DeadLetter)
+    assert_type(letter.attempts, int)
+    assert_type(letter.message, Message | None)
+assert_type(replay(Consumer, {}, "payments.dlq", where=lambda letter: letter.reason == "failed", limit=5), int)
+
 # What mypy must refuse.
 oregistry.subscribe(int)  # type: ignore[type-var]
 oregistry.subscribe(Charge())  # type: ignore[type-var]
@@ -99,3 +141,15 @@ Message(entrypoint="shop.Charge")  # type: ignore[call-arg]
 Result(retcode="1")  # type: ignore[arg-type]
 charge.charged("all of it")  # type: ignore[call-arg]
 EmbeddedBroker(topics=["payments"])  # type: ignore[call-arg]
+Retry(max_attempts="5")  # type: ignore[arg-type]
+Retry(on=(5,))  # type: ignore[arg-type]
+Retry(attempts=5)  # type: ignore[call-arg]
+Consumer({}, ["payments"], worker=8)  # type: ignore[call-arg]
+Consumer({}, ["payments"], workers="8")  # type: ignore[arg-type]
+Consumer({}, ["payments"], retry=5)  # type: ignore[arg-type]
+Bus.at("").send("payments", "text")  # type: ignore[arg-type]
+
+
+class Wrong(Task):
+    RETRY = 5  # type: ignore[assignment]
+    TIMEOUT = "30 s"  # type: ignore[assignment]

@@ -22,13 +22,26 @@ def consumer(topic: str, special=None, **options) -> Consumer:
     return target
 
 
+def wait_for_commit(target: Consumer, topic: str) -> None:
+    """Wait until the first message is committed, if it ever is: a commit at once may still take a moment."""
+    deadline = time.monotonic() + 2
+    while not target.client.committed(TopicPartition(topic, 0)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 @case("8.commit.manual", "8.log.manual-commit")
 def commits_when_auto_commit_is_false() -> None:
     feed("manual", b"first", b"end")
     target = consumer("manual", enable_auto_commit=False)
-    place = TopicPartition("manual", 0)
-    for data in ("first", "end"):
-        target.REGISTRY.special[data] = lambda: emit(f"committed meanwhile {target.client.committed(place)}")
+
+    def note() -> None:
+        emit(f"committed meanwhile {target.client.committed(TopicPartition('manual', 0))}")
+
+    def note_later() -> None:
+        wait_for_commit(target, "manual")
+        note()
+
+    target.REGISTRY.special.update(first=note, end=note_later)
     run(target)
     emit(f"committed {committed('manual', 'manual')}")
 
@@ -36,7 +49,9 @@ def commits_when_auto_commit_is_false() -> None:
 @case("8.commit.zero")
 def commits_when_auto_commit_is_zero() -> None:
     feed("zero", b"first", b"end")
-    run(consumer("zero", enable_auto_commit=0))
+    target = consumer("zero", enable_auto_commit=0)
+    target.REGISTRY.special["end"] = lambda: wait_for_commit(target, "zero")
+    run(target)
     emit(f"committed {committed('zero', 'zero')}")
 
 
@@ -59,7 +74,9 @@ def manual_commits_without_a_group() -> None:
 @case("8.commit.poison")
 def what_is_committed_after_a_value_that_is_not_utf_8() -> None:
     feed("poison", b"\xff", b"end")
-    run(consumer("poison", enable_auto_commit=False))
+    target = consumer("poison", enable_auto_commit=False)
+    target.REGISTRY.special["end"] = lambda: wait_for_commit(target, "poison")
+    run(target)
     emit(f"committed {committed('poison', 'poison')}")
 
 

@@ -1,0 +1,321 @@
+"""What every transport does for a consumer: the tests, to be run against each of them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from threading import Event
+from typing import Any, ClassVar
+
+import pytest
+
+from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record
+from kser.consumer.offsets import METADATA_LIMIT, PREFIX
+from kser.errors import ClientTrouble
+
+PATIENCE = 30
+
+
+class World(ABC):
+    """A broker, and clients of one kind for it."""
+
+    #: Whether a client without a group can be had.
+    groupless: ClassVar[bool] = True
+
+    @abstractmethod
+    def new_topic(self, partitions: int = 1) -> str:
+        """A topic that nobody has sent to, with at least so many partitions."""
+
+    @abstractmethod
+    def send(self, topic: str, *values: str, partition: int = 0) -> None:
+        """Send records; they have arrived when it returns."""
+
+    @abstractmethod
+    def client(self, group: str | None, reset: str = "earliest", *, commits: bool = True, **options: Any) -> Any:
+        """A client, to be closed."""
+
+    @abstractmethod
+    def committed(self, group: str, key: Partition) -> Commit | None:
+        """Where a group is, asked from outside."""
+
+
+def plain(commit: Commit) -> Commit:
+    """A commit without what clients note for themselves, and without its seal."""
+    words = commit.metadata.partition(";")[0].split()
+    return Commit(commit.offset, " ".join(word for word in words if word.startswith(PREFIX)))
+
+
+class Drain:
+    """Partitions on their way out, until an event says that they are drained."""
+
+    def __init__(self, member: Member, keys: Collection[Partition]) -> None:
+        self._member = member
+        self._keys = keys
+
+    @property
+    def drained(self) -> bool:
+        return self._member.drained.is_set()
+
+    def wait(self) -> None:
+        self._member.drained.wait(PATIENCE)
+
+    def commits(self) -> Mapping[Partition, Commit]:
+        assert self.drained, "what runs was not waited for"
+        return {key: commit for key, commit in self._member.finished.items() if key in self._keys}
+
+
+class Member(Listener):
+    """A client, and what it has said and handed out."""
+
+    def __init__(self, client: ConsumerClient, topic: str) -> None:
+        self.client = client
+        #: The partitions that it has, and where they began.
+        self.starts: dict[Partition, Commit] = {}
+        self.said: list[tuple[str, dict[Partition, Any]]] = []
+        self.records: list[Record] = []
+        #: What to commit when partitions are given up, once they are drained.
+        self.finished: dict[Partition, Commit] = {}
+        self.drained = Event()
+        self.drained.set()
+        self.closed = False
+        #: Whether trouble is no surprise.
+        self.patient = False
+        client.subscribe([topic], self)
+
+    def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
+        self._hear("assign", starts)
+
+    def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
+        self._hear("reset", starts)
+
+    def on_revoke(self, partitions: Collection[Partition]) -> Drain:
+        keys = set(partitions)
+        self._forget("revoke", keys)
+        return Drain(self, keys)
+
+    def on_lost(self, partitions: Collection[Partition]) -> None:
+        self._forget("lost", set(partitions))
+
+    def _hear(self, what: str, starts: Mapping[Partition, Commit]) -> None:
+        if starts:
+            told = {key: plain(start) for key, start in starts.items()}
+            self.starts.update(told)
+            self.said.append((what, told))
+
+    def _forget(self, what: str, keys: set[Partition]) -> None:
+        if keys:
+            self.said.append((what, dict.fromkeys(keys)))
+        for key in keys:
+            self.starts.pop(key, None)
+
+    def poll(self, timeout: float = 0.05, limit: int = 100, held: Collection[Partition] = ()) -> list[Record]:
+        """Poll once; returns what came."""
+        try:
+            batches = self.client.poll(timeout, limit, held)
+        except ClientTrouble as trouble:
+            if trouble.fatal or not self.patient:
+                raise
+            return []
+        came: list[Record] = []
+        for key, records in batches.items():
+            # A plain tuple will do: so kafka-python names partitions.
+            assert records and all((record.topic, record.partition) == tuple(key) for record in records)
+            assert Partition(*key) in self.starts, "a record of a partition that it was not told of"
+            came += records
+        self.records += came
+        return came
+
+    def values(self, partition: int | None = None) -> list[str]:
+        """The values that came, of one partition or of all."""
+        wanted = [record for record in self.records if partition in (None, record.partition)]
+        return [(record.value or b"").decode() for record in wanted]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.client.close(5)
+
+
+def until(condition: Callable[[], Any], what: str, *members: Member, seconds: float = PATIENCE, **how: Any) -> float:
+    """Let the members poll in turn until the condition holds; returns how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds, f"{what}: not within {seconds} s; {[m.said for m in members]}"
+        for member in members:
+            member.poll(**how)
+    return time.monotonic() - began
+
+
+Join = Callable[..., Member]
+
+
+class ShortContract:
+    """The most important of what one member does; a subclass in a test module has a fixture ``world``."""
+
+    @pytest.fixture
+    def group(self) -> str:
+        return f"group-{uuid.uuid4()}"
+
+    @pytest.fixture
+    def topic(self, world: World) -> str:
+        return world.new_topic()
+
+    @pytest.fixture
+    def join(self, world: World, group: str) -> Iterator[Join]:
+        """``join(topic)`` makes a member that has subscribed; how, is said to the world."""
+        members: list[Member] = []
+
+        def make(topic: str, *, to: str | None = group, **how: Any) -> Member:
+            members.append(Member(world.client(to, **how), topic))
+            return members[-1]
+
+        yield make
+        for member in members:
+            member.drained.set()
+            with suppress(ClientTrouble):
+                member.close()
+
+    @pytest.fixture
+    def key(self, topic: str) -> Partition:
+        return Partition(topic, 0)
+
+    def test_records_come_once_and_in_order_as_they_were_sent(self, world: World, join: Join, key: Partition) -> None:
+        before = int(time.time() * 1000) - 1000
+        values = [f"value {number}" for number in range(250)]
+        world.send(key.topic, *values)
+        member = join(key.topic)
+        until(lambda: len(member.records) >= 250, "all come", member)
+        for _ in range(3):
+            assert member.poll() == []
+        assert member.values() == values
+        assert [record.offset for record in member.records] == list(range(250))
+        record = member.records[7]
+        assert (record.topic, record.partition, record.key, record.value) == (key.topic, 0, None, b"value 7")
+        assert list(record.headers) == []
+        assert record.timestamp == 0 or before <= record.timestamp <= before + 60_000
+
+    def test_no_more_come_than_are_asked_for(self, world: World, join: Join, key: Partition) -> None:
+        world.send(key.topic, *map(str, range(20)))
+        member = join(key.topic)
+        until(lambda: key in member.starts, "it has its partition", member, limit=3)
+        while len(member.records) < 20:
+            assert len(member.poll(limit=3)) <= 3
+        assert member.values() == list(map(str, range(20)))
+
+    def test_a_partition_that_is_held_back_waits_and_the_others_go_on(self, world: World, join: Join) -> None:
+        topic = world.new_topic(2)
+        member = join(topic)
+        until(lambda: len(member.starts) >= 2, "it has its partitions", member)
+        held = {Partition(topic, 0)}
+        for round_ in range(3):
+            for partition in range(2):
+                world.send(topic, f"{round_}", partition=partition)
+            until(lambda: len(member.values(1)) > round_, "the other goes on", member, held=held)  # noqa: B023
+        assert member.values(0) == []
+        until(lambda: len(member.values(0)) == 3, "it goes on", member)
+        assert member.values(0) == member.values(1) == ["0", "1", "2"]
+
+    def test_with_no_room_nothing_comes_and_then_it_goes_on_where_it_was(
+        self, world: World, join: Join, key: Partition
+    ) -> None:
+        world.send(key.topic, *map(str, range(10)))
+        member = join(key.topic)
+        until(lambda: member.records, "the first come", member, limit=2)
+        for _ in range(3):
+            for _ in range(5):
+                assert member.poll(limit=0) == []
+            member.poll(limit=2)
+        until(lambda: len(member.records) >= 10, "all come", member)
+        assert member.values() == list(map(str, range(10)))
+
+    @pytest.mark.parametrize(("reset", "expected"), [("earliest", 0), ("latest", 3)])
+    def test_a_new_group_begins_where_it_is_told_to_which_is_committed_first(
+        self, world: World, join: Join, group: str, key: Partition, reset: str, expected: int
+    ) -> None:
+        world.send(key.topic, "0", "1", "2")
+        member = join(key.topic, reset=reset)
+        until(lambda: key in member.starts, "it has its partition", member, limit=0)
+        assert member.said[0][0] == "reset"
+        assert member.starts[key] == Commit(expected) == world.committed(group, key)
+        world.send(key.topic, "3")
+        until(lambda: "3" in member.values(), "the last one comes", member)
+        assert member.values() == ["0", "1", "2", "3"][expected:]
+
+    @pytest.mark.parametrize("reset", ["earliest", "latest"])
+    def test_a_group_goes_on_where_it_is_with_what_it_noted(
+        self, world: World, join: Join, group: str, key: Partition, reset: str
+    ) -> None:
+        world.send(key.topic, *map(str, range(5)))
+        first = join(key.topic)
+        until(lambda: len(first.records) == 5, "all come", first)
+        first.client.commit({key: Commit(2, "kser:1,1")}, 5)
+        first.close()
+        assert world.committed(group, key) == Commit(2, "kser:1,1"), "closing commits nothing"
+        second = join(key.topic, reset=reset)
+        until(lambda: second.records, "they come", second)
+        assert second.said[0] == ("assign", {**second.said[0][1], key: Commit(2, "kser:1,1")})
+        assert second.values() == ["2", "3", "4"]
+
+
+class ClientContract(ShortContract):
+    """What one member of a group does."""
+
+    def test_records_that_arrive_later_come_later(self, world: World, join: Join, key: Partition) -> None:
+        member = join(key.topic)
+        until(lambda: key in member.starts, "it has its partition", member)
+        for number in range(3):
+            world.send(key.topic, str(number))
+            until(lambda: len(member.records) > number, "it comes", member)  # noqa: B023
+        assert member.values() == ["0", "1", "2"]
+
+    def test_a_poll_waits_no_longer_than_it_is_told_to(self, join: Join, key: Partition) -> None:
+        member = join(key.topic)
+        until(lambda: key in member.starts, "it has its partition", member)
+        member.poll()
+        for limit in (0, 10):
+            began = time.monotonic()
+            member.poll(timeout=0.3, limit=limit)
+            assert 0.2 < time.monotonic() - began < 1
+
+    def test_metadata_may_be_as_long_as_it_ever_gets(
+        self, world: World, join: Join, group: str, key: Partition
+    ) -> None:
+        member = join(key.topic)
+        until(lambda: key in member.starts, "it has its partition", member)
+        commit = Commit(0, "kser:" + "1," * ((METADATA_LIMIT - 5) // 2))
+        member.client.commit({key: commit}, 5)
+        assert world.committed(group, key) == commit
+
+    def test_a_client_that_is_to_commit_nothing_notes_no_beginning(
+        self, world: World, join: Join, group: str, key: Partition
+    ) -> None:
+        world.send(key.topic, "0")
+        member = join(key.topic, commits=False)
+        assert not member.client.can_commit
+        until(lambda: member.records, "it comes", member)
+        assert world.committed(group, key) is None
+
+    def test_without_a_group_everything_comes_and_nothing_can_be_committed(
+        self, world: World, join: Join, key: Partition
+    ) -> None:
+        if not world.groupless:
+            return
+        world.send(key.topic, "0", "1")
+        member = join(key.topic, to=None)
+        assert not member.client.can_commit
+        batches: dict[Any, Any] = {}
+        deadline = time.monotonic() + PATIENCE
+        while not batches and time.monotonic() < deadline:
+            batches = dict(member.client.poll(0.05, 10, ()))
+        assert [[record.value for record in records] for records in batches.values()] == [[b"0", b"1"]]
+
+    def test_lag_is_how_much_was_not_handed_out(self, world: World, join: Join, key: Partition) -> None:
+        world.send(key.topic, *map(str, range(10)))
+        member = join(key.topic)
+        until(lambda: len(member.records) >= 4, "some come", member, limit=1)
+        until(lambda: member.client.lag()[key] == 6, "the rest is ahead", member, limit=0)
+        until(lambda: len(member.records) == 10, "all come", member)
+        until(lambda: member.client.lag()[key] == 0, "none is ahead", member)

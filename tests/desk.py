@@ -1,0 +1,56 @@
+"""What the tests of the dispatch share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kser.consumer.client import Commit, Partition
+from kser.consumer.dispatch import Dispatch
+from kser.consumer.job import Job
+from kser.dummy.bus import DummyRecord
+from tests.engine import DICE
+from tests.support import Clock
+
+OTHER = Partition("dice", 1)
+
+
+def record(offset: int, key: bytes | None = None, value: bytes = b"", partition: int = 0) -> DummyRecord:
+    return DummyRecord("dice", partition, offset, key, value)
+
+
+class Desk(Dispatch):
+    """A dispatch that has the partition dice[0], whose time passes when a test says so."""
+
+    def __init__(self, **options: Any) -> None:
+        self.time = Clock()
+        super().__init__(**options, clock=self.time)
+        self.on_assign({DICE: Commit(0)})
+
+    def enter(self, *records: DummyRecord) -> None:
+        for each in records:
+            self.offer({Partition(each.topic, each.partition): [each]})
+
+    def enter_keys(self, keys: str) -> None:
+        """A record for each letter; those of ``-`` have no key."""
+        self.offer({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
+
+    def next(self) -> Job:
+        job = self.take(0)
+        assert job is not None, "there is nothing to take"
+        return job
+
+    def all(self) -> list[Job]:
+        """What may run now at the same time."""
+        jobs = []
+        while (job := self.take(0)) is not None:
+            jobs.append(job)
+        return jobs
+
+    def come_back(self, commit: Commit | None = None) -> None:
+        """The partition is given up, with everything committed that may be, and assigned again."""
+        commits = self.on_revoke([DICE]).commits()
+        self.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
+
+
+def offsets(jobs: list[Job]) -> list[int]:
+    return [job.record.offset for job in jobs]

@@ -1,0 +1,206 @@
+"""Consumers of a group come and go, on the in-memory transport: what was done is done, and once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer
+from kser.retry import Retry
+from tests.engine import AT_ONCE, PATIENCE, Act, InThread, Troubled, committed, consumer_of, put, until
+from tests.support import Clock, lines
+
+pytestmark = pytest.mark.usefixtures("bus")
+
+#: What is finished is not committed by itself.
+LATER = {"auto_commit_interval_ms": 600_000}
+
+
+def settle(*consumers: Consumer) -> None:
+    """Let them poll until each knows its share."""
+    for _ in range(2 * len(consumers)):
+        for consumer in consumers:
+            consumer._poller.turn(0)
+
+
+def test_what_is_done_is_committed_when_partitions_go() -> None:
+    put("1", "2", "3")
+    first = consumer_of(LATER)
+    first._poller.turn(0)
+    first._workers.step()
+    assert committed() == 0
+    second = consumer_of(LATER)
+    settle(first, second)
+    assert committed() == 1
+    second.close()
+    first.run_until_idle()
+    assert Act.seen == ["1", "2", "3"]
+
+
+def test_what_goes_elsewhere_goes_on_behind_what_is_done(bus: Bus) -> None:
+    bus.create_topic("dice", 2)
+    for number in range(10):
+        put(f"0/{number}", partition=0)
+        put(f"1/{number}", partition=1)
+    first = consumer_of(LATER)
+    first._poller.turn(0)
+    for _ in range(7):
+        first._workers.step()
+    second = consumer_of(LATER)
+    settle(first, second)
+    assert len(first.assignment) == len(second.assignment) == 1
+    while first.step(timeout=0) + second.step(timeout=0):
+        """Until there is nothing more."""
+    first.close()
+    second.close()
+    assert sorted(Act.seen) == sorted(f"{partition}/{number}" for partition in (0, 1) for number in range(10))
+    assert (committed(0), committed(1)) == (10, 10)
+
+
+def test_a_new_member_waits_for_what_runs_and_does_not_do_it_again() -> None:
+    gate = threading.Event()
+    Act.acts["1"] = lambda: gate.wait(PATIENCE)
+    put("1")
+    first = consumer_of(LATER)
+    with InThread(first) as thread:
+        until(lambda: Act.seen)
+        second = consumer_of(LATER)
+        threading.Timer(0.1, gate.set).start()
+        first.stop()
+        while thread._thread.is_alive():
+            second.step(timeout=0.01)
+        second.run_until_idle()
+        second.close()
+    assert (Act.seen, committed()) == (["1"], 1)
+
+
+def test_what_outlives_the_wait_is_adopted_when_its_partition_returns(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Event()
+    Act.acts["1"] = lambda: gate.wait(PATIENCE)
+    put("1", "2")
+    first = Troubled(LATER, revoke_timeout=0.05, workers=2)
+    with InThread(first):
+        until(lambda: len(Act.seen) == 2)
+        Bus.at("").create_topic("dice", 2)
+        until(lambda: len(first.assignment) == 2)
+        assert committed() == 0
+        gate.set()
+        until(lambda: first.counts["done"] == 2)
+    assert (sorted(Act.seen), committed()) == (["1", "2"], 2)
+    assert not [line for line in lines(caplog) if "taken away" in line]
+
+
+def test_what_is_finished_after_its_partition_went_elsewhere_is_said_and_not_committed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put("1")
+    first = Troubled(AT_ONCE, revoke_timeout=0)
+    first._poller.turn(0)
+    job = first._dispatch.take(0)
+    assert job is not None
+    first.used.expel()
+    second = consumer_of(AT_ONCE)
+    assert second.step(timeout=0) == 1
+    assert committed() == 1
+    first._poller.turn(0)
+    first._workers._attempt(job)
+    first._poller.commit()
+    assert (Act.seen, committed(), first.used.commits) == (["1", "1"], 1, [])
+    (line,) = [line for line in lines(caplog, logging.INFO) if "taken away" in line]
+    assert line == (
+        "Troubled: offset 0 of dice[0] was finished after the partition was taken away: it is not committed, and is run"
+        " again if the partition went to another consumer"
+    )
+
+
+def test_what_was_lost_is_not_committed() -> None:
+    """Somebody else may be far ahead in it by now."""
+    put("1", "2", "3")
+    first = Troubled(LATER)
+    first._poller.turn(0)
+    first._workers.step()
+    first.used.expel()
+    second = consumer_of(AT_ONCE)
+    assert second.step(timeout=0) == 3
+    first._poller.turn(0)
+    first.close()
+    assert (first.used.commits, committed()) == ([], 3)
+    assert Act.seen == ["1", "1", "2", "3"]
+
+
+def test_a_message_that_waits_keeps_its_attempt_over_a_rebalance() -> None:
+    attempts: list[int] = []
+
+    def attempt() -> None:
+        raise ConnectionError("no")
+
+    Act.acts["1"] = attempt
+    put("1")
+    consumer = consumer_of(LATER, retry=Retry(max_attempts=3, delay=10, backoff=1, jitter=False))
+    clock = Clock(consumer)
+    for _ in range(3):
+        attempts.append(consumer.step(timeout=0))
+        Bus.at("").create_topic("dice", len(Bus.at("").topics["dice"]) + 1)
+        consumer.step(timeout=0)
+        clock.pass_by(10)
+    assert (attempts, len(Act.seen)) == ([1, 1, 1], 3)
+    assert (consumer.counts["retried"], consumer.counts["failed"]) == (2, 1)
+
+
+def test_partitions_that_are_added_begin_at_their_beginning() -> None:
+    consumer = consumer_of(AT_ONCE)
+    consumer.step(timeout=0)
+    Bus.at("").create_topic("dice", 2)
+    put("1", partition=1)
+    consumer.run_until_idle()
+    assert (Act.seen, committed(1)) == (["1"], 1)
+
+
+def test_the_group_does_not_forget_what_was_finished_above_what_it_has_committed() -> None:
+    """Also not when the one who did it died: the commit carries it."""
+    put(*"123456")
+    first = Troubled(AT_ONCE, ordering="none")
+    first._poller.turn(0)
+    stuck = first._dispatch.take(0)
+    for _ in range(3):
+        first._workers.step()
+    first._poller.commit()
+    first.used.expel()
+    assert stuck is not None
+    consumer_of(AT_ONCE).run_until_idle()
+    assert Act.seen == ["2", "3", "4", "1", "5", "6"]
+    assert committed() == 6
+
+
+def test_commits_that_come_too_late_are_trouble_and_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    put("1")
+    consumer = Troubled(AT_ONCE)
+    consumer._poller.turn(0)
+    consumer.used.expel()
+    consumer._workers.step()
+    consumer._poller.commit()
+    (line,) = lines(caplog, logging.ERROR)
+    assert line == "Troubled: the group 'dummy' has given these partitions to another member; trying again"
+    consumer.run_until_idle()
+    assert committed() == 1
+
+
+def held(consumer: Any) -> int:
+    return consumer._dispatch.in_flight
+
+
+def test_what_was_taken_in_and_not_begun_is_taken_in_once_more() -> None:
+    put(*"12345")
+    consumer = consumer_of(LATER)
+    consumer._poller.turn(0)
+    consumer._workers.step()
+    assert held(consumer) == 4
+    Bus.at("").create_topic("dice", 2)
+    consumer._poller.turn(0)
+    assert held(consumer) == 4
+    consumer.run_until_idle()
+    assert Act.seen == list("12345")

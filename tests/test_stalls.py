@@ -1,0 +1,75 @@
+"""A consumer that lags behind and does nothing says so."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from kser.dummy.consumer import Consumer
+from tests.engine import Troubled, put
+from tests.support import Clock, lines
+
+pytestmark = pytest.mark.usefixtures("bus")
+
+
+def stalled(consumer: Consumer, clock: Clock, caplog: pytest.LogCaptureFixture, *seconds: float) -> list[str]:
+    """What is said of it in so many turns."""
+    for wait in seconds:
+        clock.pass_by(wait)
+        consumer._poller.turn(0)
+    return lines(caplog, logging.ERROR)
+
+
+def test_a_consumer_that_lags_and_does_nothing_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    put(*"123")
+    consumer = Troubled(max_in_flight=1, stall_timeout=60)
+    clock = Clock(consumer)
+    consumer._poller.turn(0)
+    consumer._dispatch.take(0)
+    assert stalled(consumer, clock, caplog, 30, 29.9) == []
+    (line,) = stalled(consumer, clock, caplog, 0.2, 60, 60)
+    assert line == (
+        "Troubled: nothing was finished for 60 s, and messages wait: dice[0] by 3; 1 message(s) are being handled, the"
+        " longest for 60 s: offset 0 of dice[0]; set TIMEOUT on its class, or more workers"
+    )
+
+
+def test_after_some_progress_a_stall_is_said_anew(caplog: pytest.LogCaptureFixture) -> None:
+    put(*"123")
+    consumer = Troubled(max_in_flight=1, stall_timeout=60)
+    clock = Clock(consumer)
+    consumer._poller.turn(0)
+    assert len(stalled(consumer, clock, caplog, 61)) == 1
+    consumer._workers.step()
+    assert len(stalled(consumer, clock, caplog, 1, 59)) == 1
+    assert len(stalled(consumer, clock, caplog, 2)) == 2
+    assert "no message is being handled" in lines(caplog, logging.ERROR)[-1]
+
+
+def test_who_has_nothing_to_do_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
+    put("1")
+    consumer = Troubled(stall_timeout=60)
+    clock = Clock(consumer)
+    consumer.step(timeout=0)
+    assert stalled(consumer, clock, caplog, 1000, 1000) == []
+
+
+@pytest.mark.parametrize("state", ["paused", "ending"])
+def test_who_is_not_to_do_anything_does_not_stall(state: str, caplog: pytest.LogCaptureFixture) -> None:
+    put(*"123")
+    consumer = Troubled(max_in_flight=1, stall_timeout=60)
+    clock = Clock(consumer)
+    consumer._poller.turn(0)
+    setattr(consumer._poller, state, True)
+    assert stalled(consumer, clock, caplog, 1000, 1000) == []
+
+
+def test_of_a_client_that_cannot_tell_its_lag_what_is_here_counts(caplog: pytest.LogCaptureFixture) -> None:
+    put(*"123")
+    consumer = Troubled(max_in_flight=1, stall_timeout=60)
+    clock = Clock(consumer)
+    consumer._poller.turn(0)
+    consumer.used.trouble = {"lag": "no broker"}
+    (line,) = stalled(consumer, clock, caplog, 61)
+    assert "messages wait: dice[0] by 1;" in line
