@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from confluent_kafka.admin import AdminClient, NewPartitions
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
@@ -54,6 +55,8 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
+# What takes longer than a session, or than a poll may take, should not take long.
+group.min.session.timeout.ms=1000
 # Tests have no group whose members all arrive at once.
 group.initial.rebalance.delay.ms=0
 # A topic that nobody created is missing, as it is where topics are managed.
@@ -72,13 +75,23 @@ class ServiceMissing(Exception):
 class Kafka:
     """A running Apache Kafka, whoever started it."""
 
+    #: How many copies of a topic there are.
+    copies = 1
+
     def __init__(self, bootstrap_servers: str) -> None:
         self.bootstrap_servers = bootstrap_servers
 
     def create_topic(self, name: str, partitions: int = 1) -> None:
-        """Create a topic that has no copies."""
+        """Create a topic."""
         with self._admin() as admin:
-            admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=1)])
+            admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=self.copies)])
+
+    def grow_topic(self, name: str, partitions: int) -> None:
+        """Add partitions to a topic, so that it has so many."""
+        # kafka-python 2 and 3 want to be asked in different ways.
+        client = AdminClient({"bootstrap.servers": self.bootstrap_servers})
+        (grown,) = client.create_partitions([NewPartitions(name, partitions)]).values()
+        grown.result(START_SECONDS)
 
     def delete_topic(self, name: str) -> None:
         """Delete a topic with its messages."""
@@ -96,21 +109,24 @@ class KafkaBroker(Kafka):
     """
 
     def __init__(self) -> None:
-        self._jars = jars()
-        self._process: subprocess.Popen[bytes] | None = None
-        self.port, controller_port = free_ports(2)
-        super().__init__(f"127.0.0.1:{self.port}")
-        self.folder = Path(tempfile.mkdtemp(prefix="kser-kafka-"))
+        port, controller_port = free_ports(2)
+        self._prepare(port, PROPERTIES.format(port=port, controller_port=controller_port, folder="{folder}"))
         try:
-            self._properties = self.folder / "server.properties"
-            self._properties.write_text(
-                PROPERTIES.format(port=self.port, controller_port=controller_port, folder=self.folder)
-            )
-            self._format()
+            self._format(new_cluster(), "--standalone")
             self.start()
         except BaseException:
             self.close()
             raise
+
+    def _prepare(self, port: int, properties: str) -> None:
+        """Make a folder for it, and its settings."""
+        self._jars = jars()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = port
+        Kafka.__init__(self, f"127.0.0.1:{port}")
+        self.folder = Path(tempfile.mkdtemp(prefix="kser-kafka-"))
+        self._properties = self.folder / "server.properties"
+        self._properties.write_text(properties.format(folder=self.folder))
 
     @property
     def pid(self) -> int | None:
@@ -119,11 +135,20 @@ class KafkaBroker(Kafka):
 
     def start(self) -> None:
         """Start it and wait until it answers."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start it."""
         assert self._process is None, "it runs already"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._properties)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        assert self._process is not None, "it was not launched"
         deadline = time.monotonic() + START_SECONDS
         while not answers(self.port):
             status = self._process.poll()
@@ -171,12 +196,11 @@ class KafkaBroker(Kafka):
             process.kill()
             process.wait()
 
-    def _format(self) -> None:
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    def _format(self, cluster: str, *options: str) -> None:
         done = subprocess.run(
             self._java(
                 "kafka.tools.StorageTool",
-                *("format", f"--cluster-id={cluster}", "--standalone", "--config", str(self._properties)),
+                *("format", f"--cluster-id={cluster}", *options, "--config", str(self._properties)),
             ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -223,6 +247,11 @@ def jars() -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def new_cluster() -> str:
+    """An identifier for a cluster."""
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -28,6 +29,9 @@ WORKER = HERE / "worker.py"
 
 WORK = "__main__.Work"
 JOB = "__main__.Job"
+
+#: Packages of kser whose consumers the same tests are run against.
+TRANSPORTS = ["python_kafka", "confluent"]
 
 #: The shortest session that Kafka allows, so that a killed member is soon given up; heartbeats notice others at once.
 QUICK_GROUP = {"session_timeout_ms": 6000, "heartbeat_interval_ms": 200}
@@ -62,11 +66,22 @@ def config(kafka: Kafka, group: str | None = None, **options: Any) -> dict[str, 
     }
 
 
+def named_for(transport: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the names that librdkafka has for them, where it is the transport."""
+    return {key.replace("_", ".") if transport == "confluent" else key: value for key, value in options.items()}
+
+
 # -- Kafka, seen by another client -------------------------------------------------------------------------------------
 
 
-def put(kafka: Kafka, topic: str, values: Iterable[bytes | Message], partitions: int = 1) -> None:
-    """Send with a client that kser does not use, to the partitions in turn; all have arrived when it returns."""
+def put(
+    kafka: Kafka, topic: str, values: Iterable[bytes | Message], partitions: int = 1, *, keys: Iterable[str] = ()
+) -> None:
+    """Send with a client that kser does not use, to the partitions in turn; all have arrived when it returns.
+
+    :param keys: what the records have for keys, in turn; they choose no partition.
+    """
+    in_turn = itertools.cycle(keys or [None])
     producer = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap_servers})
     problems: list[Any] = []
 
@@ -76,7 +91,7 @@ def put(kafka: Kafka, topic: str, values: Iterable[bytes | Message], partitions:
 
     for number, value in enumerate(values):
         data = value.dumps().encode() if isinstance(value, Message) else value
-        producer.produce(topic, data, partition=number % partitions, on_delivery=delivered)
+        producer.produce(topic, data, next(in_turn), partition=number % partitions, on_delivery=delivered)
     left = producer.flush(15)
     assert not left and not problems, f"{left} not delivered, {problems}"
 
@@ -214,7 +229,15 @@ class Worker(Program):
 
     started = 0
 
-    def __init__(self, config: Mapping[str, Any], topic: str, ledger: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        topic: str,
+        ledger: Path,
+        *,
+        transport: str = "python_kafka",
+        **environment: str,
+    ) -> None:
         Worker.started += 1
         self.ledger = ledger
         self.topic = topic
@@ -223,8 +246,9 @@ class Worker(Program):
             [sys.executable, WORKER],
             {
                 "PYTHONPATH": str(REPOSITORY),
-                "KSER_CONFIG": json.dumps(config),
+                "KSER_CONFIG": json.dumps(named_for(transport, config)),
                 "KSER_TOPICS": topic,
+                "TRANSPORT": transport,
                 "LEDGER": str(ledger),
                 **environment,
             },

@@ -60,7 +60,8 @@ def test_nothing_is_lost_or_doubled_when_a_second_consumer_joins_and_leaves(
         finally:
             flow.stop()
         wait_until(lambda: set(first.noted("end")) >= set(uuids(flow.sent)), "all are handled")
-        assert first.mine("assigned") == ["4", "2", "4", "2", "4"], "no rebalance: nothing was tested"
+        had = [count for count in first.mine("assigned") if count != "0"]
+        assert had == ["4", "2", "4", "2", "4"], "no rebalance: nothing was tested"
         first.send_signal(signal.SIGTERM)
         assert first.wait() == 0
         doubled = repeated(first.noted("end"))

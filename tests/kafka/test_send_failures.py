@@ -12,7 +12,8 @@ import pytest
 from cdumay_result import Result
 from kafka import KafkaProducer
 
-from kser.errors import BrokerUnavailable
+from kser.confluent.producer import Producer as ConfluentProducer
+from kser.errors import BrokerUnavailable, MessageTooLarge, NotDelivered
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from tests.kafka.broker import Kafka, KafkaBroker, free_ports
@@ -36,9 +37,22 @@ def _collected() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture
-def producer(kafka: Kafka) -> Iterator[Producer]:
-    with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers})) as made:
+#: How each producer names its broker, and the size that it may send.
+SERVERS = {Producer: "bootstrap_servers", ConfluentProducer: "bootstrap.servers"}
+LIMIT = {Producer: "max_request_size", ConfluentProducer: "message.max.bytes"}
+
+#: An arrangement for both that are there.
+both = pytest.mark.parametrize("kind", SERVERS, ids=["python_kafka", "confluent"])
+
+
+def connected(kind: type[Any], kafka: Kafka, **options: Any) -> Any:
+    """A producer, to be closed."""
+    return closing(kind({SERVERS[kind]: kafka.bootstrap_servers, **options}))
+
+
+@pytest.fixture(params=SERVERS, ids=["python_kafka", "confluent"])
+def producer(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with connected(request.param, kafka) as made:
         yield made
 
 
@@ -51,13 +65,13 @@ def within(seconds: float) -> Iterator[None]:
     assert took < seconds + SLACK, took
 
 
-def check_failed(result: Result, sent: Any) -> None:
-    assert result.retcode == 500
+def check_failed(result: Result, sent: Any, retcode: int = 500) -> None:
+    assert result.retcode == retcode
     assert result.uuid == sent.uuid
     assert result.retval["error"]["message"] == result.stderr
 
 
-def test_a_missing_topic_is_named_within_the_timeout(producer: Producer) -> None:
+def test_a_missing_topic_is_named_within_the_timeout(producer: Any) -> None:
     sent = message()
     with within(1):
         result = producer.send("nobody-made-it", sent, timeout=1)
@@ -66,7 +80,12 @@ def test_a_missing_topic_is_named_within_the_timeout(producer: Producer) -> None
     assert "know no topic 'nobody-made-it'" in result.stderr
 
 
-def test_a_missing_topic_is_named_within_max_block_ms(producer: Producer) -> None:
+def test_a_bare_record_for_a_missing_topic_is_not_delivered(producer: Any) -> None:
+    with within(1), pytest.raises(NotDelivered, match="know no topic 'nobody-made-it'"):
+        producer.produce("nobody-made-it", b"x", timeout=1)
+
+
+def test_a_missing_topic_is_named_within_five_seconds(producer: Any) -> None:
     sent = message()
     with within(5):
         result = producer.send("nobody-made-it", sent)
@@ -74,7 +93,7 @@ def test_a_missing_topic_is_named_within_max_block_ms(producer: Producer) -> Non
     assert "know no topic 'nobody-made-it'" in result.stderr
 
 
-def test_many_messages_to_a_missing_topic_fail_within_the_timeout_each_with_its_reason(producer: Producer) -> None:
+def test_many_messages_to_a_missing_topic_fail_within_the_timeout_each_with_its_reason(producer: Any) -> None:
     messages = [message() for _ in range(200)]
     with within(2):
         result = producer.bulk_send("nobody-made-it", messages, timeout=2)
@@ -91,7 +110,7 @@ def test_many_messages_to_a_missing_topic_do_not_wait_for_it_one_after_the_other
         assert len(result.retval["failed"]) == 6
 
 
-def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Producer, topic: Callable[..., str]) -> None:
+def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Any, topic: Callable[..., str]) -> None:
     name = topic()
     kafka.delete_topic(name)
     assert producer.send(name, message(), timeout=1).retcode == 500
@@ -102,15 +121,15 @@ def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Produ
 
 
 def test_an_oversized_message_is_refused_at_once_and_the_others_are_sent(
-    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+    kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
     small, large = message(), message(text="x" * 2_000_000)
     with within(0.5):
         result = producer.send(name, large, timeout=10)
     print(result.stderr)
-    check_failed(result, large)
-    assert "larger than the maximum" in result.stderr or "max_request_size" in result.stderr
+    check_failed(result, large, 413)
+    assert LIMIT[type(producer)] in result.stderr
 
     others = [message() for _ in range(10)]
     with within(2):
@@ -120,15 +139,20 @@ def test_an_oversized_message_is_refused_at_once_and_the_others_are_sent(
     assert stored_uuids(kafka, name) == uuids([small, *others])
 
 
-def test_a_message_that_only_the_broker_finds_too_large_is_refused(kafka: Kafka, topic: Callable[..., str]) -> None:
+@both
+def test_a_message_that_only_the_broker_finds_too_large_is_refused(
+    kind: type[Any], kafka: Kafka, topic: Callable[..., str]
+) -> None:
     name = topic()
     small, large = message(), message(text="x" * 1_500_000)
-    with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers, "max_request_size": 3_000_000})) as producer:
+    with connected(kind, kafka, **{LIMIT[kind]: 3_000_000}) as producer:
         with within(3):
             result = producer.send(name, large, timeout=3)
         print(result.stderr)
-        check_failed(result, large)
-        assert "large" in result.stderr.lower()
+        check_failed(result, large, 413)
+        assert f"more than topic {name!r} at {kafka.bootstrap_servers} takes ('max.message.bytes'" in result.stderr
+        with pytest.raises(MessageTooLarge, match=r"'max\.message\.bytes' of the topic"):
+            producer.produce(name, b"x" * 1_500_000, timeout=3)
         with within(3):
             result = producer.bulk_send(name, [small, large], timeout=3)
         assert large.uuid in result.retval["failed"]
@@ -138,7 +162,7 @@ def test_a_message_that_only_the_broker_finds_too_large_is_refused(kafka: Kafka,
 
 
 def test_a_message_that_has_no_json_is_refused_and_the_others_are_sent(
-    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+    kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
     wrong = message(what=object())
@@ -152,7 +176,7 @@ def test_a_message_that_has_no_json_is_refused_and_the_others_are_sent(
 
 
 def test_bulk_send_takes_any_iterable_and_says_how_many_were_sent(
-    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+    kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
     messages = [message(number=number) for number in range(1500)]
@@ -162,8 +186,23 @@ def test_bulk_send_takes_any_iterable_and_says_how_many_were_sent(
     assert producer.bulk_send(name, []).stdout == "0 message(s) sent"
 
 
+@both
+def test_a_topic_that_was_deleted_is_named_and_found_again_when_it_is_back(
+    kind: type[Any], kafka: Kafka, topic: Callable[..., str]
+) -> None:
+    name = topic()
+    with connected(kind, kafka) as producer:
+        assert producer.send(name, message()).retcode == 0
+        kafka.delete_topic(name)
+        result = producer.send(name, message(), timeout=2)
+        print(result.stderr)
+        assert result.retcode == 500 and kafka.bootstrap_servers in result.stderr
+        kafka.create_topic(name)
+        assert producer.send(name, message(), timeout=15).retcode == 0
+
+
 def test_an_iterable_that_raises_fails_the_bulk_and_what_it_gave_before_is_sent(
-    kafka: Kafka, producer: Producer, topic: Callable[..., str]
+    kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
     first = message()
@@ -186,9 +225,12 @@ def test_an_address_where_nobody_answers_is_named_at_construction(client: type[A
         client(options, *arguments)
 
 
-def test_a_broker_that_died_is_named_within_the_timeout_by_send_and_bulk_send(own_kafka: KafkaBroker) -> None:
+@both
+def test_a_broker_that_died_is_named_within_the_timeout_by_send_and_bulk_send(
+    kind: type[Any], own_kafka: KafkaBroker
+) -> None:
     own_kafka.create_topic("work")
-    with closing(Producer({"bootstrap_servers": own_kafka.bootstrap_servers})) as producer:
+    with connected(kind, own_kafka) as producer:
         assert producer.send("work", message()).retcode == 0
         own_kafka.kill()
         known, unknown = message(), message()

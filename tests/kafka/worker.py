@@ -1,22 +1,27 @@
 """A consumer whose tasks write into a ledger what they do; tests start it as a program of its own.
 
-``LEDGER`` is the file, ``COMMIT`` the commit mode; the rest comes from ``KSER_CONFIG`` and ``KSER_TOPICS``.
+``LEDGER`` is the file, ``TRANSPORT`` the package of the consumer, ``COMMIT`` the commit mode; the rest comes from
+``KSER_CONFIG``, ``KSER_TOPICS`` and other settings. With ``COOPERATIVE``, kafka-python gives up only what has to go.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import threading
 import time
+from importlib import import_module
 from typing import Any
 
 from cdumay_result import Result
 
-from kser.python_kafka.consumer import Consumer
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
+
+Consumer: Any = import_module(f"kser.{os.environ.get('TRANSPORT', 'python_kafka')}.consumer").Consumer
 
 oregistry = OperationRegistry()
 
@@ -32,10 +37,11 @@ def note(event: str, subject: Any = "") -> None:
 
 @oregistry.subscribe
 class Work(Task):
-    """Takes ``seconds``, then does what ``then`` says."""
+    """Takes ``seconds``, then does what ``then`` says; fails so many ``times`` first."""
 
     def run(self) -> Result:
         note("start", self.uuid)
+        note("attempt", f"{self.uuid}/{self.attempt}")
         deadline = time.monotonic() + self.params.get("seconds", 0)
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(left)
@@ -44,7 +50,7 @@ class Work(Task):
             raise KeyboardInterrupt
         if then == "exit":
             sys.exit(7)
-        if then == "fail":
+        if then == "fail" or self.attempt <= self.params.get("times", 0):
             raise ValueError("as it was told")
         note("end", self.uuid)
         return Result(uuid=self.uuid, stdout="worked")
@@ -58,21 +64,35 @@ class Job(Operation):
         return [Work(params=kwargs), Work(params=kwargs)]
 
 
-class Worker(Consumer):
+class Worker(Consumer):  # type: ignore[misc]
     """Notes when it has got its partitions, each time they change."""
 
     REGISTRY = oregistry.controller
-    had: frozenset[Any] = frozenset()
 
-    def step(self, *arguments: Any) -> int:
-        handled = super().step(*arguments)
-        has = frozenset(self.client.assignment())
-        if has != self.had:
-            self.had = has
-            note("assigned", len(has))
-        return handled
+    def run(self) -> None:
+        threading.Thread(target=self._note_assignments, daemon=True).start()
+        super().run()
+
+    def _note_assignments(self) -> None:
+        had: frozenset[Any] = frozenset()
+        while True:
+            has = self.assignment
+            if has != had:
+                had = has
+                note("assigned", len(has))
+            time.sleep(0.01)
+
+
+def _config() -> dict[str, Any] | None:
+    """None for what the environment says: assignors of kafka-python are classes, which it cannot name."""
+    if "COOPERATIVE" not in os.environ:
+        return None
+    from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+
+    options: dict[str, Any] = json.loads(os.environ["KSER_CONFIG"])
+    return options | {"partition_assignment_strategy": [CooperativeStickyAssignor]}
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    Worker(commit=os.environ.get("COMMIT", "after")).run()
+    Worker(_config(), commit=os.environ.get("COMMIT", "after")).run()

@@ -1,0 +1,213 @@
+"""What every client of Kafka does, on Apache Kafka: the contract, and what only a real broker can do to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import confluent_kafka
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from kser.consumer.client import Commit, Partition
+from kser.errors import ClientTrouble
+from tests.client_contract import Join, Member, World, until
+from tests.client_worlds import ConfluentWorld, KafkaWorld, PythonKafkaWorld, new_name
+from tests.group_contract import GroupContract
+from tests.kafka.broker import Kafka, KafkaBroker
+from tests.kafka.helpers import wait_until
+from tests.support import lines
+
+# kafka-python leaves the sockets of connections that were refused to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
+class OnKafka(KafkaWorld):
+    def __init__(self, kafka: Kafka) -> None:
+        super().__init__(kafka.bootstrap_servers)
+        self.kafka = kafka
+        self.topics: list[str] = []
+
+    def new_topic(self, partitions: int = 1) -> str:
+        return self.make_topic(new_name(), partitions)
+
+    def make_topic(self, name: str, partitions: int = 1) -> str:
+        self.kafka.create_topic(name, partitions)
+        self.topics.append(name)
+        return name
+
+    def grow(self, topic: str, partitions: int) -> None:
+        self.kafka.grow_topic(topic, partitions)
+
+    def delete_before(self, key: Partition, offset: int) -> None:
+        """Delete the oldest records, as the broker does when they are too old."""
+        admin = AdminClient({"bootstrap.servers": self.servers})
+        (done,) = admin.delete_records([confluent_kafka.TopicPartition(*key, offset)]).values()
+        done.result(15)
+
+    def send_in_transactions(self, key: Partition, *batches: list[str], keep: bool = True) -> None:
+        options = {"bootstrap.servers": self.servers, "transactional.id": new_name()}
+        producer = confluent_kafka.Producer(options)
+        producer.init_transactions(15)
+        for values in batches:
+            producer.begin_transaction()
+            for value in values:
+                producer.produce(key.topic, value, partition=key.partition)
+            producer.commit_transaction(15) if keep else producer.abort_transaction(15)
+
+
+class PythonKafka(OnKafka, PythonKafkaWorld):
+    pass
+
+
+class Confluent(OnKafka, ConfluentWorld):
+    pass
+
+
+both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
+
+
+@both
+class TestOnKafka(GroupContract):
+    @pytest.fixture
+    def world(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[World]:
+        made = kind(kafka)
+        yield made
+        for topic in made.topics:
+            kafka.delete_topic(topic)
+
+    # -- positions that are out of range -------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(("reset", "start"), [("earliest", 5), ("latest", 8)])
+    def test_records_that_were_deleted_are_named_and_the_rest_is_handed_out(
+        self, world: OnKafka, join: Join, key: Partition, reset: str, start: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        world.send(key.topic, *map(str, range(8)))
+        before = join(key.topic)
+        until(lambda: key in before.starts, "it has its partition", before)
+        before.client.commit({key: Commit(2, "kser:1,1")}, 5)
+        before.close()
+        world.delete_before(key, 5)
+        member = join(key.topic, reset=reset)
+        until(lambda: member.starts.get(key) == Commit(start), "it begins anew", member)
+        assert [what for what, _ in member.said] == ["assign", "reset"]
+        text = f"{key}: the position 2 is out of range (5 to 8): offsets 2 to 4 were deleted before they were handled"
+        assert [line for line in lines(caplog) if line.startswith(text)]
+        assert [record.levelname for record in caplog.records if record.getMessage().startswith(text)] == ["ERROR"]
+        world.send(key.topic, "8")
+        until(lambda: "8" in member.values(), "the last one comes", member)
+        assert member.values() == [str(number) for number in range(start, 9)]
+
+    def test_a_log_that_was_cut_off_is_named_and_handed_out_from_its_beginning(
+        self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        world.send(key.topic, "0", "1", "2")
+        before = join(key.topic)
+        until(lambda: key in before.starts, "it has its partition", before)
+        before.client.commit({key: Commit(50)}, 5)
+        before.close()
+        member = join(key.topic)
+        until(lambda: len(member.records) == 3, "all come", member)
+        assert member.starts == {key: Commit(0)}
+        assert f"{key}: the position 50 is out of range (0 to 3): offsets 3 to 49 are gone from the log" in caplog.text
+
+    def test_records_that_are_deleted_under_way_are_named_too(
+        self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        member = join(key.topic)
+        until(lambda: key in member.starts, "it has its partition", member)
+        world.send(key.topic, "0")
+        until(lambda: member.records, "the first comes", member)
+        for _ in range(3):
+            member.poll(limit=0)
+        world.send(key.topic, *map(str, range(1, 9)))
+        world.delete_before(key, 6)
+        world.send(key.topic, "9")
+        until(lambda: "9" in member.values(), "the last one comes", member)
+        values = [int(value) for value in member.values()]
+        assert values == sorted(values) and {0, 6, 7, 8, 9} <= set(values)
+        if len(values) < 10:
+            assert "out of range" in caplog.text, "nothing is left out without a word"
+
+    # -- gaps ----------------------------------------------------------------------------------------------------------
+
+    def test_marks_of_transactions_are_no_lag(self, world: OnKafka, join: Join, key: Partition) -> None:
+        world.send_in_transactions(key, ["0", "1"], ["2"])
+        member = join(key.topic)
+        until(lambda: len(member.records) == 3, "all come", member)
+        assert [record.offset for record in member.records] == [0, 1, 3]
+        until(lambda: member.client.lag()[key] == 0, "none is ahead", member)
+
+    # -- trouble -------------------------------------------------------------------------------------------------------
+
+    def test_a_topic_that_nobody_made_is_waited_for(self, world: OnKafka, join: Join) -> None:
+        name = new_name()
+        member = join(name)
+        member.patient = True
+        for _ in range(10):
+            assert member.poll() == []
+        world.make_topic(name)
+        world.send(name, "0")
+        until(lambda: member.values() == ["0"], "it comes", member)
+
+
+@both
+class TestTrouble:
+    """With a broker of one's own."""
+
+    @pytest.fixture
+    def member(self, kind: type[OnKafka], own_kafka: KafkaBroker) -> Iterator[Member]:
+        own_kafka.create_topic("work")
+        self.world = kind(own_kafka)
+        self.world.send("work", "0")
+        member = Member(self.world.client("group"), "work")
+        with closing(member):
+            until(lambda: member.records, "the first comes", member)
+            member.patient = True
+            yield member
+
+    def test_a_broker_that_comes_back_is_found(self, own_kafka: KafkaBroker, member: Member) -> None:
+        own_kafka.kill()
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            member.poll()
+        with pytest.raises(ClientTrouble):
+            member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
+        own_kafka.start()
+        self.world.send("work", "1")
+        until(lambda: "1" in member.values(), "it comes", member)
+        until(lambda: commits(member, Commit(1, "kser:0,1")), "it commits", member)
+        assert self.world.committed("group", Partition("work", 0)) == Commit(1, "kser:0,1")
+        assert member.values() in (["0", "1"], ["0", "0", "1"])
+
+    def test_a_broker_that_hangs_holds_no_commit_and_no_close_up(self, own_kafka: KafkaBroker, member: Member) -> None:
+        os.kill(own_kafka.pid or 0, signal.SIGSTOP)
+        try:
+            wait_until(lambda: state_of(own_kafka.pid) == "T", "it is stopped")
+            began = time.monotonic()
+            with pytest.raises(ClientTrouble):
+                member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
+            assert time.monotonic() - began < 1
+            began = time.monotonic()
+            member.client.close(1)
+            member.closed = True
+            assert time.monotonic() - began < 2.5
+        finally:
+            os.kill(own_kafka.pid or 0, signal.SIGCONT)
+
+
+def state_of(pid: int | None) -> str:
+    """A letter of the system's for what a process does: T when it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def commits(member: Member, commit: Commit) -> bool:
+    try:
+        member.client.commit({Partition("work", 0): commit}, 1)
+    except ClientTrouble:
+        return False
+    return True
