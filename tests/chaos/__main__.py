@@ -1,0 +1,40 @@
+"""The long run: consumers come and go, and the broker goes away about once a minute, for as long as is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.chaos import report, scenarios
+from tests.kafka.broker import KafkaBroker
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=float(os.environ.get("KSER_TEST_CHAOS_SECONDS") or 1800))
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("KSER_TEST_CHAOS_SEED") or 0))
+    parser.add_argument("--transport", choices=scenarios.TRANSPORTS, default=scenarios.TRANSPORTS[0])
+    parser.add_argument("--keep", type=Path, help="a folder for ledgers and logs; thrown away otherwise")
+    given = parser.parse_args()
+    seed = given.seed or random.randrange(1, 1_000_000)
+    print(f"seed {seed}, {given.seconds:g} s, {given.transport}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="kser-chaos-") as folder, KafkaBroker() as kafka:
+        if given.keep is not None:
+            given.keep.mkdir(parents=True, exist_ok=True)
+        outcomes = scenarios.churn(
+            kafka, given.keep or Path(folder), seed, given.seconds, given.transport, outages=True
+        )
+    report.add_to_table(outcomes)
+    for outcome in outcomes:
+        print(report.text(outcome))
+        for text in outcome.broken:
+            print(text)
+    return 1 if any(outcome.broken for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

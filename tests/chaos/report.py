@@ -1,0 +1,89 @@
+"""The figures of runs, as a row of a table each; the documentation shows the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.chaos import ledger, promises
+from tests.chaos.run import Outcome
+
+#: Where runs add their rows to, when it is set.
+TABLE = "KSER_TEST_CHAOS_TABLE"
+
+HEADER = (
+    "Run",
+    "Client",
+    "Seed",
+    "Seconds",
+    "Processes",
+    "Messages",
+    "Done",
+    "Dead-lettered",
+    "Missing",
+    "Faults that hit",
+    "Doubled, allowed",
+    "Doubled, not allowed",
+    "Out of order",
+    "Offsets sampled",
+    "Committed too far",
+    "Longest pause, s",
+)
+
+
+def row(outcome: Outcome) -> dict[str, str]:
+    """The figures of one group in one run."""
+    history = outcome.history
+    done = {entry.subject for entry in history.entries if entry.event == ledger.END}
+    dead = {letter.subject for letter in history.dead}
+    doubles = promises.doubles(history)
+    values = (
+        outcome.name,
+        outcome.transport.replace("python_kafka", "kafka-python"),
+        outcome.seed,
+        f"{outcome.seconds:.0f}",
+        outcome.processes,
+        len(history.log),
+        len(done),
+        len(dead),
+        sum(record.subject not in history.finished for record in history.log),
+        _counted(outcome.hits),
+        _counted(promises.caused(history)),
+        len({double.subject for double in doubles if double.cause is None}),
+        len(promises.overtaken(history)) + len(promises.overlapping(history)),
+        sum(sample.committed is not None for sample in history.samples),
+        len(promises.covered_unfinished(history)),
+        f"{promises.longest_pause(history):.1f}",
+    )
+    return dict(zip(HEADER, map(str, values), strict=True))
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "none"
+
+
+def text(outcome: Outcome) -> str:
+    """The figures for people."""
+    return "\n".join(f"{name + ':':<22} {value}" for name, value in row(outcome).items())
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """The figures as CSV, as ``csv-table`` of reStructuredText reads them."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row(outcome) for outcome in outcomes)
+    return file.getvalue()
+
+
+def add_to_table(outcomes: Iterable[Outcome]) -> None:
+    """Add the figures to the file that ``KSER_TEST_CHAOS_TABLE`` names, which begins with the header."""
+    if name := os.environ.get(TABLE):
+        path = Path(name)
+        header, _, rows = table(outcomes).partition("\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(rows if path.stat().st_size else f"{header}\n{rows}")

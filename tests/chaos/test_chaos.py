@@ -1,0 +1,76 @@
+"""The short run: every kind of trouble once, with the promises checked from the ledger and from Kafka.
+
+``KSER_TEST_CHAOS_SEED`` replays a run; ``KSER_TEST_CHAOS_SECONDS`` says how long each churn takes; figures are added to
+the file that ``KSER_TEST_CHAOS_TABLE`` names. ``python -m tests.chaos`` is the long run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import hits, report, scenarios
+from tests.chaos.cluster import Cluster
+from tests.chaos.conftest import SEED
+from tests.chaos.history import BROKER_KILL, BROKER_STOP, JOIN, KILL, LEADER_KILL, MORE_PARTITIONS, STOP, TERM
+from tests.chaos.run import Outcome
+from tests.kafka.broker import KafkaBroker
+
+# kafka-python leaves the sockets of connections that were refused to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+SECONDS = float(os.environ.get("KSER_TEST_CHAOS_SECONDS") or 24)
+
+
+def check(outcomes: Sequence[Outcome], *faults: str) -> None:
+    """Everything that was promised holds, although each of these faults hit."""
+    for outcome in outcomes:
+        print(report.text(outcome), end="\n\n")
+    report.add_to_table(outcomes)
+    broken = [f"{outcome.transport}: {text}" for outcome in outcomes for text in outcome.broken]
+    replay = f"{SEED}={outcomes[0].seed} does the same again"
+    assert not broken, "\n".join((replay, *broken))
+    for outcome in outcomes:
+        missed = [fault for fault in faults if not outcome.hits[fault]]
+        assert not missed, f"{outcome.transport}: no {', '.join(missed)} hit, so nothing was shown; {replay}"
+
+
+@pytest.mark.parametrize("transport", scenarios.TRANSPORTS)
+def test_a_group_keeps_its_promises_while_its_consumers_come_and_go(
+    kafka: KafkaBroker, tmp_path: Path, seed: int, transport: str
+) -> None:
+    outcomes = scenarios.churn(kafka, tmp_path, seed, SECONDS, transport)
+    check(outcomes, KILL, TERM, STOP, JOIN, hits.EXIT)
+
+
+def test_nothing_is_doubled_when_the_broker_is_stopped_or_killed(
+    own_kafka: KafkaBroker, tmp_path: Path, seed: int
+) -> None:
+    check(scenarios.broker_away(own_kafka, tmp_path, seed), BROKER_STOP, BROKER_KILL)
+
+
+def test_nothing_is_lost_when_the_first_consumer_of_a_group_is_killed_before_it_commits(
+    kafka: KafkaBroker, tmp_path: Path, seed: int
+) -> None:
+    check(scenarios.first_start_killed(kafka, tmp_path, seed), hits.FIRST)
+
+
+def test_messages_in_partitions_that_are_added_are_found(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+    check(scenarios.partitions_added(kafka, tmp_path, seed), MORE_PARTITIONS)
+
+
+def test_a_task_may_take_ten_times_as_long_as_polls_may_be_apart(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+    check(scenarios.long_task(kafka, tmp_path, seed), hits.LONG, JOIN)
+
+
+def test_random_payloads_are_dead_lettered_and_keep_nothing_up(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+    outcomes = scenarios.rubbish(kafka, tmp_path, seed)
+    check(outcomes, hits.RUBBISH, KILL)
+    assert all(outcome.hits[hits.RUBBISH] == scenarios.PAYLOADS for outcome in outcomes)
+
+
+def test_nothing_is_doubled_when_a_leader_is_lost(cluster: Cluster, tmp_path: Path, seed: int) -> None:
+    check(scenarios.leader_lost(cluster, tmp_path, seed), LEADER_KILL)
