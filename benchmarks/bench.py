@@ -14,12 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import confluent_kafka  # noqa: E402
 from kafka.admin import KafkaAdminClient, NewTopic  # noqa: E402
 
 from kser.schemas import Message  # noqa: E402
 from tests.kafka.broker import KafkaBroker  # noqa: E402
 
-ROUNDS = 5
+ROUNDS = int(os.environ.get("ROUNDS", 5))
 PARTITIONS = 4
 
 
@@ -49,6 +50,18 @@ def message() -> Message:
     kmsg.params["customer"] = "x" * (300 - len(kmsg.dumps()))
     assert len(json.dumps(kmsg.dump())) == 300
     return kmsg
+
+
+def fill(address: str, topic: str, count: int) -> None:
+    """Put that many messages on a topic."""
+    producer = confluent_kafka.Producer({"bootstrap.servers": address, "linger.ms": 20})
+    for number in range(count):
+        producer.produce(topic, message().dumps().encode(), partition=number % PARTITIONS)
+        if number % 10_000 == 0:
+            producer.poll(0)
+            producer.flush()
+    if producer.flush(60):
+        raise SystemExit(f"the topic could not be filled at {address}")
 
 
 def compare(what: str, ours: Callable[[], float], bare: Callable[[], float]) -> None:

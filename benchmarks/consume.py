@@ -1,84 +1,74 @@
-"""Messages a second: kser's consumer in its safe mode against a bare kafka-python ``poll`` loop, on Apache Kafka.
+"""Messages a second through a consumer, on Apache Kafka: kser in its safe mode, and others beside it in one run.
 
-No-op tasks, 300-byte messages, logs at WARNING. Both read the same topic from its beginning, in turn.
+No-op tasks, 300-byte messages, 4 partitions, logs at WARNING. Each reads the same topic from its beginning, in turn, in
+a process of its own. kafka-python is measured as it installs, without crc32c, and with it, as kser installs it.
 
-Usage: ``python benchmarks/consume.py [COUNT]`` (100,000 messages by default).
+Usage: ``python benchmarks/consume.py [COUNT [ORACLE_PYTHON [FASTSTREAM_PYTHON]]]`` (100,000 messages by default).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
-import time
-import uuid
+from pathlib import Path
 
-from bench import compare, kafka, message, new_topic
-from kafka import KafkaConsumer
+from bench import ROUNDS, fill, kafka, new_topic
 
-from kser.controller import Controller
-from kser.entry import Entrypoint
-from kser.python_kafka.consumer import Consumer
-from kser.python_kafka.producer import Producer
+CHILDREN = Path(__file__).parent / "consumers"
+#: Messages that FastStream and 0.8.27 get: they are slow, and their rate does not depend on it.
+FEWER = 20_000
 
 
-class Noop(Entrypoint):
-    """Does nothing."""
-
-    def run(self) -> None:
-        return None
-
-
-def options(address: str) -> dict:
-    """The options of both."""
-    return {"bootstrap_servers": address, "group_id": str(uuid.uuid4()), "auto_offset_reset": "earliest"}
-
-
-def kser_rate(address: str, topic: str, count: int) -> float:
-    """From the first message to the last one's commit."""
-    consumer = Consumer(options(address), [topic])
-    handled = 0
-    while not handled:
-        handled = consumer.step()
-    start, counted = time.perf_counter(), handled
-    while handled < count:
-        handled += consumer.step()
-    consumer.close()
-    return (count - counted) / (time.perf_counter() - start)
-
-
-def bare_rate(address: str, topic: str, count: int) -> float:
-    """From the first batch to the last one; nothing is done with the messages."""
-    client = KafkaConsumer(topic, **options(address))
-    handled = 0
-    while not handled:
-        handled = sum(map(len, client.poll(timeout_ms=500).values()))
-    start, counted = time.perf_counter(), handled
-    while handled < count:
-        handled += sum(map(len, client.poll(timeout_ms=500).values()))
-    rate = (count - counted) / (time.perf_counter() - start)
-    client.close()
-    return rate
+def rate(python: str, script: str, *arguments: object) -> float:
+    """What one process prints."""
+    command = [python, str(CHILDREN / script), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600)
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    arguments = sys.argv[1:]
+    count = int(arguments[0]) if arguments else 100_000
     logging.basicConfig(level=logging.WARNING)
-    Controller.register("bench.Noop", Noop)
-    with tempfile.TemporaryDirectory() as folder, kafka() as address:
-        os.environ["RUNNING_FILE"] = os.path.join(folder, "run.lock")
+    subjects = {
+        "kafka-python, poll and json.loads": (sys.executable, "bare_kafka.py", "plain"),
+        "kafka-python with crc32c": (sys.executable, "bare_kafka.py", "crc32c"),
+        "kser, kafka-python": (sys.executable, "kser_consumer.py", "python_kafka"),
+        "confluent-kafka, consume and json.loads": (sys.executable, "bare_confluent.py"),
+        "kser, confluent": (sys.executable, "kser_consumer.py", "confluent"),
+    }
+    for python, name, script in zip(
+        arguments[1:],
+        ("kser 0.8.27, unsafe", "FastStream, NACK_ON_ERROR"),
+        ("published.py", "faststream_nack.py"),
+        strict=False,
+    ):
+        subjects[name] = (python, script)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, kafka() as address:
+        os.environ["LOCK_PATH"] = folder
         topic = new_topic(address)
-        producer = Producer({"bootstrap_servers": address, "linger_ms": 5})
-        outcome = producer.bulk_send(topic, (message() for _ in range(count)), timeout=600)
-        producer.close()
-        if outcome.retcode:
-            sys.exit(outcome.stderr)
-        compare(
-            f"consume {count:,} messages",
-            lambda: kser_rate(address, topic, count),
-            lambda: bare_rate(address, topic, count),
-        )
+        fill(address, topic, count)
+        rates: dict[str, list[float]] = {name: [] for name in subjects}
+        for _ in range(ROUNDS):
+            for name, (python, script, *transport) in subjects.items():
+                number = count if python == sys.executable else min(count, FEWER)
+                rates[name].append(rate(python, script, *transport, address, topic, number))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, median in medians.items():
+        print(f"{name}: {median:,.0f}/s")
+    for ours, other in (
+        ("kser, kafka-python", "kafka-python, poll and json.loads"),
+        ("kser, kafka-python", "kafka-python with crc32c"),
+        ("kser, kafka-python", "kser 0.8.27, unsafe"),
+        ("kser, confluent", "confluent-kafka, consume and json.loads"),
+        ("kser, confluent", "FastStream, NACK_ON_ERROR"),
+    ):
+        if other in medians:
+            print(f"{ours} / {other}: {medians[ours] / medians[other]:.2f}")
 
 
 if __name__ == "__main__":
