@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +30,13 @@ nitpick_ignore = [
     # In docstrings, which do not see what their module imports; and how autodoc shows a default that is a class.
     ("py:class", "Task"),
     ("py:class", "Result"),
+    ("py:class", "ContextVar"),
+    ("py:attr", "REGISTRY"),
+    ("py:class", "kser.consumer.options.Given"),
+    # What is internal, and named in a signature.
+    ("py:exc", "Abandoned"),
+    ("py:exc", "kser.delivery.Abandoned"),
+    ("py:class", "kser.confluent.reports.Waiting"),
 ]
 
 autodoc_member_order = "bysource"
@@ -36,3 +45,16 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"kser {version}"
+
+
+def _leave_out_missing_tables(app: Any, page: str, source: list[str]) -> None:
+    """A table of figures is shown once there are figures."""
+
+    def shown(match: re.Match[str]) -> str:
+        return match[0] if (Path(app.srcdir) / match[1]).exists() else ""
+
+    source[0] = re.sub(r"^\.\. csv-table::.*\n   :file: (\S+)\n(?:   .*\n)*", shown, source[0], flags=re.MULTILINE)
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", _leave_out_missing_tables)

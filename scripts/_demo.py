@@ -33,7 +33,9 @@ RESULTS = tuple(f"Controller.Success: __main__.{name}[" for name in ("DiceRoll",
 # cut, everything else is shown as it was written: also its warnings, and tracebacks, which have no level.
 # Of these, one is cut too: a consumer that joins before it has the topic's metadata asks again, and has it then.
 INFO_LINE = re.compile(r"\S+ \S+ (INFO|WARNING(?= +No partition metadata for topic)) +(?P<message>.*)")
-KSER_MESSAGE = re.compile(r"\w+\.\w+(\.\.\.|:| )|Operation registry: |Consumer is paused|Closing consumer and exiting")
+KSER_MESSAGE = re.compile(
+    r"\w+\.\w+(\.\.\.|:| )|\w+: commit=|Operation registry: |Consumer is paused|Closing consumer and exiting"
+)
 
 
 class DemoError(Exception):

@@ -1,7 +1,8 @@
-"""The pause file and the terminate file, seen from the consumer."""
+"""The pause file and the terminate file, seen from the consumer, which looks at them every second."""
 
 import logging
 import os
+import time
 from pathlib import Path
 
 from kser import Message, OperationRegistry, Task
@@ -26,9 +27,9 @@ pause = Path(os.environ["LOCK_FILE"])
 pause.touch()
 print("handled while the pause file exists:", consumer.step(timeout=0))
 pause.unlink()
+time.sleep(1)
 print("handled when it is gone:", consumer.step(timeout=0))
 
-Producer().send("work", Message("2", Work.path))
 Path(os.environ["TERMINATE_FILE"]).touch()
 try:
     consumer.run()

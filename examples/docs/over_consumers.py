@@ -63,7 +63,7 @@ class PlaceOrder(Operation):
 
 consumers = []
 for topic in ("money", "parcels"):
-    consumer = Consumer(topics=[topic])
+    consumer = Consumer({"group_id": topic}, [topic])
     consumer.REGISTRY = oregistry.controller
     consumers.append(consumer)
 

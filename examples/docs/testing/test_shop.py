@@ -65,4 +65,15 @@ def test_an_order_is_charged_and_tipped(consumer, caplog):
 def test_what_was_sent_can_be_read_back():
     elsewhere = {"bootstrap_servers": "elsewhere"}  # a bus of its own
     Producer(elsewhere).send("orders", Message("order-2", Charge.path))
-    assert [Message.loads(value).uuid for value in Bus.at("elsewhere").topics["orders"]] == ["order-2"]
+    assert [Message.loads(value).uuid for value in Bus.at("elsewhere").values("orders")] == ["order-2"]
+
+
+def test_a_message_that_fails_becomes_a_dead_letter():
+    Bus.reset()
+    consumer = Consumer(topics=["orders"], dead_letter=True)
+    consumer.REGISTRY = oregistry.controller
+    Producer().send("orders", Message("order-3", "shop.Nothing"))
+    consumer.run_until_idle()
+    (letter,) = Bus.at("").topics["orders.dlq"][0]
+    assert dict(letter.headers)["kser-dlq-reason"] == b"unknown-entrypoint"
+    assert Message.loads(letter.value).uuid == "order-3"

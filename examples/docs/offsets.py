@@ -1,0 +1,43 @@
+"""What a group remembers while messages finish out of order, and what the next consumer does with it."""
+
+from kser import Message, OperationRegistry, Task
+from kser.dummy.bus import Bus
+from kser.dummy.consumer import Consumer
+from kser.dummy.producer import Producer
+from kser.retry import Retry
+
+oregistry = OperationRegistry()
+
+
+@oregistry.subscribe
+class Charge(Task):
+    RETRY = Retry(max_attempts=2, delay=600, max_delay=600, jitter=False)
+
+    def run(self):
+        print(f"{consumer_name} runs {self.uuid}")
+        if consumer_name == "A" and self.uuid == "order-1":
+            raise ConnectionError("the bank does not answer")  # tried again in 10 minutes
+
+
+def new_consumer():
+    consumer = Consumer({"group_id": "shop"}, ["orders"])
+    consumer.REGISTRY = oregistry.controller
+    return consumer
+
+
+for number in range(4):
+    Producer().send("orders", Message(f"order-{number}", Charge.path))
+
+consumer_name = "A"
+consumer = new_consumer()
+consumer.run_until_idle()
+for commit in Bus.at("").committed.values():
+    print(f"committed: offset {commit.offset}, metadata {commit.metadata!r}")
+consumer.close()  # order-1 waits for its next attempt: it is handed back
+
+consumer_name = "B"
+consumer = new_consumer()
+consumer.run_until_idle()
+for commit in Bus.at("").committed.values():
+    print(f"committed: offset {commit.offset}, metadata {commit.metadata!r}")
+consumer.close()

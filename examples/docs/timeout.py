@@ -1,0 +1,46 @@
+"""An attempt that takes too long fails; its thread goes on, and what it gives is dropped."""
+
+import logging
+import threading
+
+from kser import Message, OperationRegistry, Task
+from kser.dummy.consumer import Consumer
+from kser.dummy.producer import Producer
+
+logging.basicConfig(level=logging.WARNING, format="%(levelname)-7s %(message)s")
+oregistry = OperationRegistry()
+bank = threading.Event()
+
+
+@oregistry.subscribe
+class Charge(Task):
+    TIMEOUT = 0.2
+
+    def run(self):
+        bank.wait()  # without a timeout of its own
+        print("the bank has answered, too late")
+        consumer.stop()
+
+    def onsuccess(self, result):
+        print("never called")
+        return result
+
+    def onerror(self, result):
+        Producer().send("orders", Message("order-2", Ship.path))
+        return result
+
+
+@oregistry.subscribe
+class Ship(Task):
+    def run(self):
+        print("another worker goes on")
+        bank.set()
+
+
+consumer = Consumer(topics=["orders"])
+consumer.REGISTRY = oregistry.controller
+Producer().send("orders", Message("order-1", Charge.path))
+try:
+    consumer.run()
+except SystemExit:
+    print(consumer.counts)
