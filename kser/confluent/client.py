@@ -65,7 +65,7 @@ class ConfluentClient(ConsumerClient):
         self._new: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
         self._positions: dict[Partition, int] = {}
-        self._sizes = Sizes()
+        self._sizes = Sizes(reset)
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._missing: set[str | None] = set()
@@ -293,7 +293,7 @@ class ConfluentClient(ConsumerClient):
         for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
             if found.offset >= 0:
                 self._sizes.learn(key, Commit(found.offset, _metadata(found)))
-        return self._noted(key, Commit(low if self._sizes.was_added(key) else high))
+        return self._sizes.note(key, Commit(low if self._sizes.was_added(key) else high))
 
     def _see(self, topic: str) -> list[int]:
         """The partitions of a topic."""
@@ -301,11 +301,8 @@ class ConfluentClient(ConsumerClient):
         self._sizes.see(topic, len(partitions))
         return partitions
 
-    def _noted(self, key: Partition, commit: Commit) -> Commit:
-        return self._sizes.note(key, commit) if self._reset == "latest" else commit
-
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        noted = [(key, self._noted(key, commit)) for key, commit in commits.items()]
+        noted = [(key, self._sizes.note(key, commit)) for key, commit in commits.items()]
         return [TopicPartition(key.topic, key.partition, c.offset, metadata=seal(c.metadata)) for key, c in noted]
 
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:

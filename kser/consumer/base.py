@@ -206,8 +206,8 @@ class BaseConsumer:
                     if self._watcher is not None:
                         self._watcher.join(JOIN_TIMEOUT)
         except KeyboardInterrupt:
-            if self._interrupts.is_terminated:
-                sys.exit(128 + signal.SIGTERM)
+            if self._interrupts.status == 128 + signal.SIGTERM:
+                sys.exit(self._interrupts.status)
             raise
         finally:
             self._interrupts.close()

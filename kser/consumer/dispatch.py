@@ -17,7 +17,7 @@ from kser.consumer.client import Commit, Listener, Partition, Record
 from kser.consumer.draining import Draining
 from kser.consumer.job import Job
 from kser.consumer.lanes import Lanes
-from kser.consumer.offsets import Progress, decode
+from kser.consumer.offsets import Progress, decode, uncommitted
 from kser.consumer.pulse import Pulse
 from kser.retry import Retry
 
@@ -153,8 +153,7 @@ class Dispatch(Listener):
     def commits(self) -> dict[Partition, Commit]:
         """What may be committed and is not."""
         with self._lock:
-            found = ((key, progress, progress.commit(self.is_begun)) for key, progress in self._partitions.items())
-            return {key: commit for key, progress, commit in found if commit != progress.committed}
+            return uncommitted(self._partitions, self.is_begun)
 
     def known(self) -> dict[Partition, Commit]:
         """What the group knows of our partitions."""
@@ -253,21 +252,21 @@ class Dispatch(Listener):
         lanes = self._lanes
         with self._lock:
             while True:
-                if (due := lanes.next_due) is not None:
-                    lanes.release(self.clock())
                 now = self.clock()
+                if (due := lanes.next_due) is not None:
+                    lanes.release(now)
                 if lanes.ready and not self._paused and now < self.pulse.until:
                     return self._begin(lanes.ready.popleft(), now)
                 if deadline is None:
-                    deadline = self.clock() + timeout
-                left = deadline - self.clock()
+                    deadline = now + timeout
+                left = deadline - now
                 if left <= 0 or self._closed:
                     return None
                 if lanes.ready:
                     # Fenced, which nobody tells about.
                     left = min(left, FENCE_TICK)
                 if due is not None and not self._paused:
-                    left = min(left, due - self.clock())
+                    left = min(left, due - now)
                 self._idle_workers += 1
                 try:
                     self._work.wait(left)

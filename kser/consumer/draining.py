@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.offsets import Progress
+from kser.consumer.offsets import Progress, uncommitted
 
 if TYPE_CHECKING:
     from kser.consumer.dispatch import Dispatch
@@ -33,5 +33,4 @@ class Draining:
         self._dispatch.wait_for_change(max(self._deadline - self._dispatch.clock(), 0), lambda: self.drained)
 
     def _finished(self) -> Mapping[Partition, Commit]:
-        found = ((key, progress, progress.commit(self._dispatch.is_begun)) for key, progress in self._leaving.items())
-        return {key: commit for key, progress, commit in found if commit != progress.committed}
+        return uncommitted(self._leaving, self._dispatch.is_begun)

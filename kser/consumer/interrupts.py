@@ -52,11 +52,6 @@ class Interrupts:
         """The exit status when a second signal came: 128 and its number."""
         return 128 + self._seen[1] if len(self._seen) > 1 else None
 
-    @property
-    def is_terminated(self) -> bool:
-        """Whether the second signal was a SIGTERM."""
-        return self._seen[1:2] == [signal.SIGTERM]
-
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handle signals while inside. Elsewhere than in the main thread they are left alone."""

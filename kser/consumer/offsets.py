@@ -10,7 +10,7 @@ checksum: what cannot be read as it was written must not be taken for finished.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -79,9 +79,12 @@ class Sizes:
     """How many partitions topics have, to tell those that were added since a group began.
 
     They were empty when it did: so their beginning is where it would have begun.
+
+    :param reset: where the group begins; only ``"latest"`` makes a difference, so only then commits say so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reset: str) -> None:
+        self._in_commits = reset == "latest"
         self._sizes: dict[str, int] = {}
 
     def see(self, topic: str, size: int) -> None:
@@ -90,7 +93,7 @@ class Sizes:
 
     def note(self, key: Partition, commit: Commit) -> Commit:
         """The commit with the size that the topic had."""
-        size = self._sizes.get(key.topic)
+        size = self._sizes.get(key.topic) if self._in_commits else None
         return commit if size is None else Commit(commit.offset, f"{SIZE_PREFIX}{size} {commit.metadata}".rstrip())
 
     def learn(self, key: Partition, commit: Commit) -> None:
@@ -226,6 +229,17 @@ class Progress:
         # For each gap: its length, that of what is finished behind it, and two commas.
         above = sum(1 for _, end in self._finished if end > self.following) if self.following < self._new_from else 0
         return gaps * (4 + len(f"{span // gaps:x}")) + above * 10 > METADATA_LIMIT
+
+
+def uncommitted(
+    partitions: Mapping[Partition, Progress], is_begun: Callable[[Any], bool] | None
+) -> dict[Partition, Commit]:
+    """What may be committed of these partitions and is not.
+
+    :param is_begun: see :meth:`Progress.commit`.
+    """
+    found = ((key, progress, progress.commit(is_begun)) for key, progress in partitions.items())
+    return {key: commit for key, progress, commit in found if commit != progress.committed}
 
 
 def _encode(offset: int, finished: Ranges) -> str:

@@ -142,7 +142,7 @@ class DummyClient(ConsumerClient):
         self._name = group or ""
         self._group = bus.groups.setdefault(group, Group(bus)) if group is not None else Group(bus)
         self._reset = reset
-        self._sizes = Sizes()
+        self._sizes = Sizes(reset)
         self._listener: Listener | None = None
         self.topics: frozenset[str] = frozenset()
         self.share: list[Partition] = []
@@ -231,13 +231,12 @@ class DummyClient(ConsumerClient):
         for (group, place), commit in self._bus.committed.items():
             if (group, place.topic) == (self._name, key.topic):
                 self._sizes.learn(place, commit)
-        return self._noted(key, Commit(0 if self._sizes.was_added(key) else len(self._log(key))))
-
-    def _noted(self, key: Partition, commit: Commit) -> Commit:
-        return self._sizes.note(key, commit) if self._reset == "latest" else commit
+        return self._sizes.note(key, Commit(0 if self._sizes.was_added(key) else len(self._log(key))))
 
     def _note(self, commits: Mapping[Partition, Commit]) -> None:
-        self._bus.committed.update({(self._name, key): self._noted(key, commit) for key, commit in commits.items()})
+        self._bus.committed.update(
+            {(self._name, key): self._sizes.note(key, commit) for key, commit in commits.items()}
+        )
 
     def _revoke(self) -> None:
         assert self._listener is not None

@@ -80,13 +80,13 @@ class KafkaPythonClient(ConsumerClient):
         self._missed: ClientTrouble | None = None
         #: Assigned, and not begun yet. Added to by the client's thread.
         self._new: set[TopicPartition] = set()
-        self._sizes = Sizes()
+        self._sizes = Sizes(reset)
 
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
         self._listener = listener
         self._topics = sorted(topics)
         self._look_at = time.monotonic() + LOOK_TICK
-        self._rebalances = Rebalances(self._client, listener, self._new, self._noted)
+        self._rebalances = Rebalances(self._client, listener, self._new, self._sizes.note)
         self._client.subscribe(self._topics, listener=self._rebalances)
 
     def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
@@ -183,7 +183,7 @@ class KafkaPythonClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            noted = {key: self._noted(key, commit) for key, commit in commits.items()}
+            noted = {key: self._sizes.note(key, commit) for key, commit in commits.items()}
             self._client.commit(client_offsets(noted), timeout_ms=int(timeout * 1000))
         except KafkaError as error:
             raise self._trouble("commit offsets", error) from error
@@ -269,7 +269,7 @@ class KafkaPythonClient(ConsumerClient):
         """Where a partition begins of which the group has committed nothing."""
         at_end = self._reset == "latest" and not self._was_added(tp)
         offset = (self._ends if at_end else self._begins)([tp])[tp]
-        return self._noted(Partition(*tp), Commit(offset))
+        return self._sizes.note(Partition(*tp), Commit(offset))
 
     def _was_added(self, tp: TopicPartition) -> bool:
         others = self._client.partitions_for_topic(tp.topic) or {tp.partition}
@@ -289,9 +289,6 @@ class KafkaPythonClient(ConsumerClient):
 
     def _ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
-
-    def _noted(self, key: Partition, commit: Commit) -> Commit:
-        return self._sizes.note(key, commit) if self._reset == "latest" else commit
 
     def _recover_from(self, error: KafkaError) -> None:
         """A position is not in the log: say what is lost, and begin anew where ``auto_offset_reset`` says."""

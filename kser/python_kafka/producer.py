@@ -16,7 +16,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from kser import signals
 from kser.config import CONFIG, Settings
 from kser.controller import BaseProducer
-from kser.errors import MessageTooLarge, NotDelivered, UsageError
+from kser.errors import MessageTooLarge, NotDelivered
 from kser.outgoing import (
     HeaderList,
     KeyOf,
@@ -138,8 +138,6 @@ class Producer(BaseProducer):
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         """Hand a record to the client, and wait until it is delivered."""
-        if value is None and key is None:
-            raise UsageError("kafka-python writes no record that has neither a value nor a key: give it a key")
         delivery = self._enqueue(topic, value, _options(key, headers), deadline)
         try:
             self._confirm(delivery, deadline)
