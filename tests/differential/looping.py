@@ -50,9 +50,13 @@ class Registry:
 
     def __init__(self, special: dict[Any, Callable[[], Any]] | None = None) -> None:
         self.special = special or {}
+        #: What to do before a value is shown.
+        self.before: dict[Any, Callable[[], Any]] = {}
 
     def run(self, data: Any) -> str:
         """Handle a message as a controller would."""
+        if data in self.before:
+            self.before[data]()
         emit(f"registry.run {describe(data)}")
         if data == "end":
             terminate()

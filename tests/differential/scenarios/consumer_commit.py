@@ -1,5 +1,6 @@
 """Section 8: which offsets a consumer commits, and when."""
 
+import logging
 import threading
 import time
 
@@ -22,11 +23,22 @@ def consumer(topic: str, special=None, **options) -> Consumer:
     return target
 
 
-def wait_for_commit(target: Consumer, topic: str) -> None:
-    """Wait until the first message is committed, if it ever is: a commit at once may still take a moment."""
-    deadline = time.monotonic() + 2
-    while not target.client.committed(TopicPartition(topic, 0)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+class Commits(logging.Handler):
+    """Holds the last message back until the commit of the one before it is logged, if it ever is.
+
+    A commit at once may take a moment, in another thread.
+    """
+
+    def __init__(self, target: Consumer) -> None:
+        super().__init__()
+        self.logged = threading.Event()
+        # Behind the one that shows the line.
+        logging.getLogger("kser").addHandler(self)
+        target.REGISTRY.before["end"] = lambda: self.logged.wait(2)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Manual commit done" in record.getMessage():
+            self.logged.set()
 
 
 @case("8.commit.manual", "8.log.manual-commit")
@@ -37,11 +49,8 @@ def commits_when_auto_commit_is_false() -> None:
     def note() -> None:
         emit(f"committed meanwhile {target.client.committed(TopicPartition('manual', 0))}")
 
-    def note_later() -> None:
-        wait_for_commit(target, "manual")
-        note()
-
-    target.REGISTRY.special.update(first=note, end=note_later)
+    target.REGISTRY.special.update(first=note, end=note)
+    Commits(target)
     run(target)
     emit(f"committed {committed('manual', 'manual')}")
 
@@ -50,7 +59,7 @@ def commits_when_auto_commit_is_false() -> None:
 def commits_when_auto_commit_is_zero() -> None:
     feed("zero", b"first", b"end")
     target = consumer("zero", enable_auto_commit=0)
-    target.REGISTRY.special["end"] = lambda: wait_for_commit(target, "zero")
+    Commits(target)
     run(target)
     emit(f"committed {committed('zero', 'zero')}")
 
@@ -75,7 +84,7 @@ def manual_commits_without_a_group() -> None:
 def what_is_committed_after_a_value_that_is_not_utf_8() -> None:
     feed("poison", b"\xff", b"end")
     target = consumer("poison", enable_auto_commit=False)
-    target.REGISTRY.special["end"] = lambda: wait_for_commit(target, "poison")
+    Commits(target)
     run(target)
     emit(f"committed {committed('poison', 'poison')}")
 
