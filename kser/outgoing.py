@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cdumay_error import Error
 from cdumay_result import Result
 
+from kser import signals
 from kser.config import CONFIG
-from kser.controller import Headers
-from kser.errors import MessageTooLarge, UsageError
+from kser.controller import BaseProducer, Headers
+from kser.errors import MessageTooLarge, NotDelivered, UsageError
+from kser.results import failure
 from kser.schemas import Message
 
 Key = str | bytes | None
@@ -93,6 +95,58 @@ def reason_of(error: BaseException) -> str:
 def remaining(deadline: float) -> float:
     """Seconds until then, by the monotonic clock."""
     return max(deadline - time.monotonic(), 0.0)
+
+
+class OutgoingProducer(BaseProducer):
+    """What the producers of all transports do alike, around what each does with a record."""
+
+    def _deliver(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
+    ) -> None:
+        """Hand a record to the transport, and wait until it is delivered.
+
+        :param deadline: until when, by the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+        """What is said of a message that was delivered."""
+        raise NotImplementedError
+
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
+        deadline = time.monotonic() + timeout
+        try:
+            self._deliver(topic, self._encode(kmsg), *beside(**options), deadline)
+            result = self._delivered(topic, kmsg, timeout)
+        except Exception as exc:
+            result = failure(exc, kmsg.uuid)
+        return self._sent(topic, kmsg, result)
+
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        timeout: float = 60,
+    ) -> None:
+        try:
+            self._deliver(topic, value, *beside(key, headers), time.monotonic() + timeout)
+        except MessageTooLarge:
+            raise
+        except Exception as exc:
+            raise NotDelivered(self._undelivered_text(topic, reason_of(exc))) from exc
+
+    def _undelivered_text(self, topic: str, reason: str) -> str:
+        return f"the record for topic {topic!r} was not delivered: {reason}"
+
+    def _announce(self, topic: str, kmsg: Message, timeout: float) -> None:
+        result = self._delivered(topic, kmsg, timeout)
+        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+
+    def _encode(self, kmsg: Message) -> bytes:
+        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
 class Tally:

@@ -6,7 +6,7 @@ import collections
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import confluent_kafka
@@ -18,21 +18,18 @@ from kser.config import CONFIG, Settings
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
 from kser.confluent.reports import SLICE, Delivery, Reports, Trouble, Waiting
-from kser.controller import BaseProducer
-from kser.errors import MessageTooLarge, NotDelivered
 from kser.outgoing import (
     HeaderList,
     KeyOf,
+    OutgoingProducer,
     Tally,
-    beside,
     key_bytes,
-    reason_of,
     refused_as_too_large,
     remaining,
     size_of,
     too_large,
 )
-from kser.results import failure, merge
+from kser.results import merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -54,7 +51,7 @@ _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
 _NOT_YET = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
 
 
-class Producer(BaseProducer):
+class Producer(OutgoingProducer):
     """Sends messages with ``confluent_kafka.Producer``, and checks that each one was delivered.
 
     Threads may share it, and should: it is one connection to each broker. Unless they are configured, ``acks`` is
@@ -77,15 +74,6 @@ class Producer(BaseProducer):
         self._limit = int(options.get("message.max.bytes", MESSAGE_MAX_BYTES))
         self._reports = Reports(self.client.poll)
 
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        deadline = time.monotonic() + timeout
-        try:
-            self._deliver(topic, self._encode(kmsg), *beside(**options), deadline)
-            result = _delivered(kmsg)
-        except Exception as exc:
-            result = failure(exc, kmsg.uuid)
-        return self._sent(topic, kmsg, result)
-
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
     ) -> Result:
@@ -98,29 +86,13 @@ class Producer(BaseProducer):
         :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
             reason by uuid; those whose time ran out may still arrive.
         """
-        bulk = _Bulk(self, topic, time.monotonic() + timeout, key)
+        bulk = _Bulk(self, topic, timeout, key)
         with self._reports:
             try:
                 bulk.send(kmsgs)
             except Exception as exc:
                 return merge(bulk.finish(), Result.from_exception(exc))
             return bulk.finish()
-
-    def produce(
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes | None]] = (),
-        timeout: float = 60,
-    ) -> None:
-        try:
-            self._deliver(topic, value, *beside(key, headers), time.monotonic() + timeout)
-        except MessageTooLarge:
-            raise
-        except Exception as exc:
-            raise NotDelivered(f"the record for topic {topic!r} was not delivered: {reason_of(exc)}") from exc
 
     def close(self) -> None:
         if self._closed:
@@ -140,16 +112,9 @@ class Producer(BaseProducer):
         if hasattr(self.client, "close"):
             self.client.close()
 
-    def _announce(self, topic: str, kmsg: Message) -> None:
-        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=_delivered(kmsg))
-
-    def _encode(self, kmsg: Message) -> bytes:
-        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
-
     def _deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        """Hand a record to the client, and wait until it is delivered."""
         delivery = Delivery()
         began = time.monotonic()
         with self._reports:
@@ -159,6 +124,9 @@ class Producer(BaseProducer):
             raise self._unconfirmed(began)
         if delivery.error is not None:
             raise self._undelivered(delivery.error, topic, size_of(value, key, headers), began)
+
+    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+        return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")
 
     def _enqueue(
         self,
@@ -254,10 +222,11 @@ class Producer(BaseProducer):
 class _Bulk(Waiting):
     """Messages on their way together. Reports come in whatever thread polls, and are looked at in that of the bulk."""
 
-    def __init__(self, producer: Producer, topic: str, deadline: float, key: KeyOf | None) -> None:
+    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
         self._producer = producer
         self._topic = topic
-        self._deadline = deadline
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._key = key
         self._began = time.monotonic()
         self._tally = Tally()
@@ -332,7 +301,7 @@ class _Bulk(Waiting):
         while self._arrived:
             kmsg, size, error = self._arrived.popleft()
             if error is None:
-                self._producer._announce(self._topic, kmsg)
+                self._producer._announce(self._topic, kmsg, self._timeout)
             else:
                 self._tally.fail(kmsg, self._producer._undelivered(error, self._topic, size, self._began))
 
@@ -345,7 +314,3 @@ def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
     if headers:
         options["headers"] = headers
     return options
-
-
-def _delivered(kmsg: Message) -> Result:
-    return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cdumay_result import Result
 
-from kser import signals
 from kser.config import Settings
-from kser.controller import BaseProducer
 from kser.dummy.bus import Bus
-from kser.errors import MessageTooLarge, NotDelivered
-from kser.outgoing import HeaderList, KeyOf, Tally, beside, key_bytes, reason_of, size_of, too_large
-from kser.results import failure, merge
+from kser.outgoing import HeaderList, KeyOf, OutgoingProducer, Tally, key_bytes, size_of, too_large
+from kser.results import merge
 from kser.schemas import Message
 
 #: Bytes that a record may have, unless it is configured: as much as with kafka-python.
 MAX_REQUEST_SIZE = 1_048_576
 
 
-class Producer(BaseProducer):
+class Producer(OutgoingProducer):
     """Puts messages on the bus that ``config["bootstrap_servers"]`` names.
 
     :param config: ``bootstrap_servers`` and ``max_request_size`` (bytes of a record) are looked at, the rest is not;
@@ -31,14 +28,6 @@ class Producer(BaseProducer):
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         self.config = dict((Settings.of(app).client if config is None else config) or {})
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
-
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        try:
-            self._put(topic, self._encode(kmsg), *beside(**options))
-            result = _delivered(topic, kmsg, timeout)
-        except Exception as exc:
-            result = failure(exc, kmsg.uuid)
-        return self._sent(topic, kmsg, result)
 
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
@@ -58,43 +47,27 @@ class Producer(BaseProducer):
             for kmsg in kmsgs:
                 tally.take()
                 try:
-                    self._put(topic, self._encode(kmsg), key_bytes(key(kmsg)) if key else None, [])
+                    self._deliver(topic, self._encode(kmsg), key_bytes(key(kmsg)) if key else None, [], 0)
                 except Exception as exc:
                     tally.fail(kmsg, exc)
                 else:
-                    delivered = _delivered(topic, kmsg, timeout)
-                    signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=delivered)
+                    self._announce(topic, kmsg, timeout)
         except Exception as exc:
             return merge(tally.result(ending), Result.from_exception(exc))
         return tally.result(ending)
 
-    def produce(
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes | None]] = (),
-        timeout: float = 60,
+    def _deliver(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        try:
-            self._put(topic, value, *beside(key, headers))
-        except MessageTooLarge:
-            raise
-        except Exception as exc:
-            raise NotDelivered(f"the record was not put into topic {topic!r}: {reason_of(exc)}") from exc
-
-    def _encode(self, kmsg: Message) -> bytes:
-        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
-
-    def _put(self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList) -> None:
         limit = int(self.config.get("max_request_size", MAX_REQUEST_SIZE))
         size = size_of(value, key, headers)
         if size > limit:
             raise too_large(size, limit, "max_request_size")
         self.client.send(topic, value, key=key, headers=headers)
 
+    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+        text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"
+        return Result(uuid=kmsg.uuid, stdout=text)
 
-def _delivered(topic: str, kmsg: Message, timeout: float) -> Result:
-    text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"
-    return Result(uuid=kmsg.uuid, stdout=text)
+    def _undelivered_text(self, topic: str, reason: str) -> str:
+        return f"the record was not put into topic {topic!r}: {reason}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,22 +15,19 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from kser import signals
 from kser.config import CONFIG, Settings
-from kser.controller import BaseProducer
-from kser.errors import MessageTooLarge, NotDelivered
 from kser.outgoing import (
     HeaderList,
     KeyOf,
+    OutgoingProducer,
     Tally,
-    beside,
     key_bytes,
-    reason_of,
     refused_as_too_large,
     remaining,
     size_of,
     too_large,
 )
 from kser.python_kafka.options import connect, options_for, servers
-from kser.results import failure, merge
+from kser.results import merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -44,7 +41,7 @@ CHUNK = 500
 CHUNK_SECONDS = 0.05
 
 
-class Producer(BaseProducer):
+class Producer(OutgoingProducer):
     """Sends messages with ``kafka.KafkaProducer``, and checks that each one was delivered. Safe to share by threads.
 
     Unless it is configured, ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it;
@@ -69,15 +66,6 @@ class Producer(BaseProducer):
         self._limit = options.get("max_request_size", KafkaProducer.DEFAULT_CONFIG["max_request_size"])
         self.client = connect(KafkaProducer, options)
 
-    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        deadline = time.monotonic() + timeout
-        try:
-            self._deliver(topic, self._encode(kmsg), *beside(**options), deadline)
-            result = _delivered(topic, kmsg)
-        except Exception as exc:
-            result = failure(exc, kmsg.uuid)
-        return self._sent(topic, kmsg, result)
-
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
     ) -> Result:
@@ -90,31 +78,12 @@ class Producer(BaseProducer):
         :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
             reason by uuid; those whose time ran out may still arrive.
         """
-        bulk = _Bulk(self, topic, time.monotonic() + timeout, key)
+        bulk = _Bulk(self, topic, timeout, key)
         try:
             bulk.send(kmsgs)
         except Exception as exc:
             return merge(bulk.finish(), Result.from_exception(exc))
         return bulk.finish()
-
-    def produce(
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes | None]] = (),
-        timeout: float = 60,
-    ) -> None:
-        if value is None and key is None:
-            # The client cannot write a record that has neither.
-            value = b""
-        try:
-            self._deliver(topic, value, *beside(key, headers), time.monotonic() + timeout)
-        except MessageTooLarge:
-            raise
-        except Exception as exc:
-            raise NotDelivered(f"the record for topic {topic!r} was not delivered: {reason_of(exc)}") from exc
 
     def close(self) -> None:
         try:
@@ -128,21 +97,20 @@ class Producer(BaseProducer):
             with suppress(KafkaError):
                 self.client.close(timeout=CLOSE_TIMEOUT)
 
-    def _announce(self, topic: str, kmsg: Message) -> None:
-        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=_delivered(topic, kmsg))
-
-    def _encode(self, kmsg: Message) -> bytes:
-        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
-
     def _deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        """Hand a record to the client, and wait until it is delivered."""
+        if value is None and key is None:
+            # The client cannot write a record that has neither.
+            value = b""
         delivery = self._enqueue(topic, value, _options(key, headers), deadline)
         try:
             self._confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
             raise refused_as_too_large(size_of(value, key, headers), topic, self._servers) from error
+
+    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+        return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
     def _enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Hand a record to the client, which may wait for metadata first; returns the future of its delivery."""
@@ -209,14 +177,15 @@ class _Bulk:
     client's own thread awake, and most of them would travel alone.
     """
 
-    def __init__(self, producer: Producer, topic: str, deadline: float, key: KeyOf | None) -> None:
+    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
         self._producer = producer
         self._topic = topic
-        self._deadline = deadline
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._key = key
         self._tally = Tally()
         #: Until when to wait for metadata and for room in the client's buffer.
-        self._patience = deadline
+        self._patience = self._deadline
         self._in_vain: KafkaTimeoutError | None = None
         self._chunk: list[tuple[Message, bytes, dict[str, Any]]] = []
         self._unchecked: list[tuple[Message, int, Any]] = []
@@ -272,7 +241,7 @@ class _Bulk:
                 self._tally.fail(kmsg, exc)
             else:
                 if announced:
-                    self._producer._announce(self._topic, kmsg)
+                    self._producer._announce(self._topic, kmsg, self._timeout)
 
 
 def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
@@ -284,10 +253,6 @@ def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
         # The client refuses headers without a value.
         options["headers"] = [(name, value or b"") for name, value in headers]
     return options
-
-
-def _delivered(topic: str, kmsg: Message) -> Result:
-    return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
 
 def _text(error: KafkaTimeoutError) -> str:
