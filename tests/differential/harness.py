@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def rows_of(scenario: str) -> dict[str, list[str]]:
     }
 
 
+@functools.cache
 def topics_of(scenario: str) -> tuple[str, ...]:
     """The topics that a scenario declares; one that declares any gets a broker."""
     tree = ast.parse((SCENARIOS / f"{scenario}.py").read_text(encoding="utf-8"))
@@ -77,6 +79,8 @@ def traces(scenario: str, oracle: Path, folder: Path) -> tuple[list[str], list[s
     :param oracle: the interpreter of the published package.
     :param folder: where each of the two gets a folder of its own.
     """
+    # Python 3.11 may fail to parse in two threads at once ("AST constructor recursion depth mismatch").
+    topics_of(scenario)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(trace, scenario, oracle, folder / "theirs", {"PYTHONPATH": str(HERE)})
         second = pool.submit(trace, scenario, Path(sys.executable), folder / "ours", environment_of_ours())
