@@ -1,0 +1,7 @@
+"""The store in SQLite or PostgreSQL, with SQLAlchemy Core."""
+
+from __future__ import annotations
+
+from kser.store.sql.store import SQLStore
+
+__all__ = ["SQLStore"]

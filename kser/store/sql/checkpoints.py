@@ -1,0 +1,335 @@
+"""Recording what came of steps, for many at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, case, func, or_
+
+from kser import status as states
+from kser.errors import Fenced
+from kser.store.base import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.rows import OPERATION_COLUMNS, Ids, NewRows, count_in, operation_row
+from kser.store.sql.saving import Adding, event_row, storable
+from kser.store.sql.statements import types_of
+from kser.store.sql.tables import attempt, operation, task
+
+#: What a root's move changes.
+_MOVE: Final = ("id", "step", "phase", "so_far", "result", "target_uuid", "target_entrypoint", "target_topic")
+#: What ends a claim with it.
+_RELEASE: Final = {"ended": Integer(), "wait": Double(), "delay": Double()}
+
+
+class Place(NamedTuple):
+    """Where an operation is."""
+
+    id: int
+    step: int
+    phase: str
+    size: int | None
+
+
+class Uneven(Exception):
+    """Not everything of a transaction found what it was to change."""
+
+
+class Rows:
+    """The rows of checkpoints, by what is done with them."""
+
+    def __init__(self) -> None:
+        self.going: list[dict[str, Any]] = []
+        self.released: list[dict[str, Any]] = []
+        self.inner: list[dict[str, Any]] = []
+        self.ends: list[dict[str, Any]] = []
+        self.attempts: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.sizes: list[dict[str, Any]] = []
+        self.new = NewRows()
+
+    def add_root(self, checkpoint: Checkpoint, cancelled: bool) -> None:
+        """Add where a root is from now on."""
+        target = checkpoint.target
+        move = checkpoint.moves[-1]
+        if cancelled:
+            move = move._replace(status=states.CANCELLED, result=move.so_far)
+        row = {
+            "id": move.operation_id,
+            "epoch": checkpoint.epoch,
+            "old_step": move.old_step,
+            "cancelled": cancelled,
+            "step": move.step,
+            "phase": move.phase,
+            "so_far": move.so_far,
+            "result": move.result,
+            "target_uuid": target and target.uuid,
+            "target_entrypoint": target and target.entrypoint,
+            "target_topic": target and target.topic,
+        }
+        final = states.is_final(move.status)
+        if checkpoint.keep and not final:
+            self.going.append(row)
+            return
+        row |= {
+            "status": move.status,
+            "ended": int(final),
+            "wait": None if final else checkpoint.delay or UNSENT_AFTER,
+            "delay": None if final else checkpoint.delay,
+        }
+        self.released.append(row)
+
+    def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[Note]) -> None:
+        """Add everything but the root.
+
+        :param first_id: from there on there are numbers for operations in tasks that were built.
+        """
+        self.inner += (_inner_row(move) for move in checkpoint.moves[:-1])
+        for end in checkpoint.ends:
+            self.ends.append(_end_row(end))
+            if end.number:
+                self.attempts.append(_attempt_row(end, checkpoint))
+        for note in notes:
+            about = (checkpoint.root_id, note.kind, checkpoint.epoch, checkpoint.consumer)
+            self.events.append(event_row(*about, uuid=note.uuid, text=note.text))
+        built = checkpoint.built
+        if built is not None:
+            self.sizes.append({"id": built.operation_id, "size": len(built.tasks)})
+            self.new.add_tasks(built.tasks, built.operation_id, checkpoint.root_id, itertools.count(first_id))
+
+
+class Recording:
+    """Records checkpoints.
+
+    :param database: where.
+    :param adding: its statements that add rows.
+    :param ids: for operations in tasks that were built.
+    """
+
+    def __init__(self, database: Database, adding: Adding, ids: Ids) -> None:
+        self._adding = adding
+        self._ids = ids
+        self._make_moves(database)
+        self._make_ends(database)
+        self._make_looks(database)
+
+    def _make_moves(self, database: Database) -> None:
+        now = database.now
+        types = types_of(operation, *_MOVE)
+        own = operation.c
+        fence = {"epoch": BigInteger(), "old_step": Integer(), "cancelled": Boolean()}
+
+        def move(more: Mapping[str, Any], values: Any) -> Any:
+            row = database.source({**types, **fence, **more})
+            targets = {name: func.coalesce(row[name], own[name]) for name in _MOVE if name.startswith("target_")}
+            changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "so_far", "result")}
+            changed |= {"claims": 0, "sends": 0, "sent_at": None, **targets, **values(row)}
+            found = row.update(
+                operation,
+                changed,
+                own.id == row["id"],
+                own.epoch == row["epoch"],
+                own.status == states.RUNNING,
+                own.step == row["old_step"],
+                own.cancel_requested == row["cancelled"],
+            )
+            return database.statement(found.returning(own.id))
+
+        def release(row: Any) -> dict[str, Any]:
+            return {
+                "status": row["status"],
+                "epoch": own.epoch + 1,
+                "owner": None,
+                "wake_at": now + row["wait"],
+                "due_at": func.coalesce(now + row["delay"], own.due_at),
+                "ended_at": case((row["ended"] == 1, now), else_=None),
+            }
+
+        # Two statements, because SQLite writes the entries of all indexes with a column that a statement names.
+        self._go_on = move({}, lambda row: {})
+        self._release = move({**_RELEASE, "status": Text()}, release)
+
+    def _make_ends(self, database: Database) -> None:
+        now = database.now
+        own = operation.c
+        types = types_of(operation, "id", "step", "phase", "status", "so_far", "result")
+        row = database.source({**types, "old_step": Integer(), "ended": Integer()})
+        values = {name: row[name] for name in types if name != "id"}
+        values["started_at"] = func.coalesce(own.started_at, now)
+        values["ended_at"] = case((row["ended"] == 1, now), else_=None)
+        self._inner = database.statement(
+            row.update(operation, values, own.id == row["id"], own.step == row["old_step"])
+        )
+        row = database.source(types_of(operation, "id", "size"))
+        self._size = database.statement(row.update(operation, {"size": row["size"]}, own.id == row["id"]))
+        row = database.source({**types_of(task, "operation_id", "position", "status", "result"), "number": Integer()})
+        values = {
+            "status": row["status"],
+            "result": case((row["status"] == states.PENDING, task.c.result), else_=row["result"]),
+            "attempts": case((task.c.attempts > row["number"], task.c.attempts), else_=row["number"]),
+        }
+        place = (task.c.operation_id == row["operation_id"], task.c.position == row["position"])
+        self._end = database.statement(row.update(task, values, *place))
+        types = types_of(attempt, "operation_id", "position", "number", "epoch", "status", "consumer", "error")
+        row = database.source({**types, "duration": Double()})
+        values = {name: row[name] for name in types} | {"started_at": now - row["duration"], "ended_at": now}
+        self._attempt = database.statement(row.insert(attempt, values))
+
+    def _make_looks(self, database: Database) -> None:
+        row = database.source(types_of(operation, "id"))
+        this = operation.c.id == row["id"]
+        self._lock = database.statement(row.select(OPERATION_COLUMNS, operation, this).with_for_update(of=operation))
+        self._place = database.statement(row.select([operation.c[name] for name in Place._fields], operation, this))
+        row = database.source(types_of(attempt, "operation_id", "position", "number"))
+        key = [attempt.c[name] == row[name] for name in ("operation_id", "position", "number")]
+        self._attempts = database.statement(row.select([attempt.c.number], attempt, *key))
+        cancelled = {"status": states.CANCELLED, "ended_at": database.now, "result": operation.c.so_far}
+        row = database.source(types_of(operation, "root_id"))
+        open_ones = (
+            operation.c.root_id == row["root_id"],
+            operation.c.parent_id.is_not(None),
+            or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
+        )
+        self._cancel_inner = database.statement(row.update(operation, cancelled, *open_ones))
+
+    # -- many ----------------------------------------------------------------------------------------------------------
+
+    def record(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str | None]:
+        """Record checkpoints of different roots; returns the root's status for each, or None where the root does not
+        fit, or is to be cancelled.
+
+        :raises Uneven: something that belongs to a root does not fit to it.
+        """
+        rows = Rows()
+        # Always in one order: else two transactions could wait for each other.
+        for checkpoint in sorted(checkpoints, key=_root_of):
+            rows.add_root(checkpoint, cancelled=False)
+        moved = self._move_roots(transaction, rows)
+        for checkpoint in checkpoints:
+            if checkpoint.root_id in moved:
+                self._add_rest(transaction, rows, checkpoint, checkpoint.notes)
+        self._write_rest(transaction, rows)
+        return [each.moves[-1].status if each.root_id in moved else None for each in checkpoints]
+
+    def _move_roots(self, transaction: Transaction, rows: Rows) -> set[int]:
+        moved = {found[0] for found in transaction.fetch(self._go_on, rows.going)}
+        moved.update(found[0] for found in transaction.fetch(self._release, rows.released))
+        return moved
+
+    def _add_rest(self, transaction: Transaction, rows: Rows, checkpoint: Checkpoint, notes: Sequence[Note]) -> None:
+        built = checkpoint.built
+        count = 0 if built is None else count_in(built.tasks)
+        rows.add_rest(checkpoint, self._ids.take(transaction.time, count) if count else 0, notes)
+
+    def _write_rest(self, transaction: Transaction, rows: Rows) -> None:
+        if transaction.change(self._inner, rows.inner) != len(rows.inner):
+            raise Uneven
+        if transaction.change(self._end, rows.ends) != len(rows.ends):
+            raise Uneven
+        transaction.change(self._attempt, rows.attempts)
+        transaction.change(self._size, rows.sizes)
+        self._adding.add(transaction, rows.new)
+        transaction.change(self._adding.events, rows.events)
+
+    # -- one -----------------------------------------------------------------------------------------------------------
+
+    def settle(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
+        """Record a checkpoint that did not fit, if it was recorded before or its root is to be cancelled.
+
+        :return: the root's status.
+        :raises kser.errors.Fenced: neither is the case.
+        """
+        found = transaction.fetch(self._lock, [{"id": checkpoint.root_id}])
+        root = operation_row(found[0]) if found else None
+        if root is None:
+            raise Fenced(f"there is no operation {checkpoint.root_id}: it was deleted")
+        rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.moves])
+        places = {row[0]: Place(*row) for row in rows}
+        if self._is_recorded(transaction, checkpoint, root, places):
+            return root.status
+        if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
+            raise Fenced(f"somebody else has claimed operation {root.uuid}, or it has ended: it is {root.status}")
+        if any(places[move.operation_id].step != move.old_step for move in checkpoint.moves):
+            raise Fenced(f"operation {root.uuid} is at another step")
+        return self._record_one(transaction, checkpoint, root)
+
+    def _is_recorded(
+        self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, places: Mapping[int, Place]
+    ) -> bool:
+        """Whether this very checkpoint was recorded: nobody knew after its COMMIT."""
+        kept = checkpoint.keep and not states.is_final(root.status)
+        if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
+            return False
+        if any(places[move.operation_id][1:3] != (move.step, move.phase) for move in checkpoint.moves):
+            return False
+        keys = [
+            {"operation_id": end.operation_id, "position": end.position, "number": end.number}
+            for end in checkpoint.ends
+            if end.number
+        ]
+        if len(transaction.fetch(self._attempts, keys)) < len(keys):
+            return False
+        # One that leaves no trace is recorded again, which is the same.
+        built = checkpoint.built is not None and places[checkpoint.built.operation_id].size is not None
+        return bool(not kept or keys or built or any(move.old_step != move.step for move in checkpoint.moves))
+
+    def _record_one(self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow) -> str:
+        cancelled = root.cancel_requested
+        rows = Rows()
+        rows.add_root(checkpoint, cancelled)
+        notes = checkpoint.notes
+        if cancelled:
+            ended = [note for note in notes if note.kind == "ended" and note.uuid in (None, root.uuid)]
+            notes = [*(note for note in notes if note not in ended), Note("ended", text=states.CANCELLED)]
+        if not self._move_roots(transaction, rows):
+            raise Fenced(f"operation {root.uuid} does not fit")
+        self._add_rest(transaction, rows, checkpoint, notes)
+        try:
+            self._write_rest(transaction, rows)
+        except Uneven:
+            raise Fenced(f"a part of operation {root.uuid} is at another step") from None
+        if not cancelled:
+            return checkpoint.moves[-1].status
+        transaction.change(self._cancel_inner, [{"root_id": root.id}])
+        return states.CANCELLED
+
+
+def _root_of(checkpoint: Checkpoint) -> int:
+    return checkpoint.root_id
+
+
+def _inner_row(move: Move) -> dict[str, Any]:
+    return {
+        "id": move.operation_id,
+        "old_step": move.old_step,
+        "step": move.step,
+        "phase": move.phase,
+        "status": move.status,
+        "so_far": move.so_far,
+        "result": move.result,
+        "ended": int(states.is_final(move.status)),
+    }
+
+
+def _end_row(end: TaskEnd) -> dict[str, Any]:
+    return {
+        "operation_id": end.operation_id,
+        "position": end.position,
+        "status": end.status,
+        "result": end.result,
+        "number": end.number,
+    }
+
+
+def _attempt_row(end: TaskEnd, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "operation_id": end.operation_id,
+        "position": end.position,
+        "number": end.number,
+        "epoch": checkpoint.epoch,
+        "status": states.SUCCESS if end.status == states.SUCCESS else states.FAILED,
+        "consumer": checkpoint.consumer,
+        "error": storable(end.error and end.error[:ERROR_LIMIT]),
+        "duration": end.duration,
+    }

@@ -1,0 +1,99 @@
+"""Leases, and what the reaper does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, or_, select
+
+from kser import status as states
+from kser.store.base import EXPIRED, LONGEST_RESEND, RETRY, UNCLAIMED, UNSENT, Due, Target
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.saving import Adding, event_row
+from kser.store.sql.statements import Source, types_of
+from kser.store.sql.tables import operation
+
+Pairs = Iterable[tuple[int, int]]
+
+#: The wait does not grow beyond this many doublings, which are past the longest one.
+DOUBLINGS = 20
+
+
+class Reaping:
+    """Statements about leases and what is due.
+
+    :param database: where.
+    :param adding: its statements that add rows.
+    """
+
+    def __init__(self, database: Database, adding: Adding) -> None:
+        self._adding = adding
+        own = operation.c
+        now = database.now
+        row = database.source(types_of(operation, "id", "epoch"))
+        renewed = {"owner": bindparam("owner", type_=Text), "wake_at": now + bindparam("lease", type_=Double)}
+        mine = row.update(operation, renewed, *_same(row), own.status == states.RUNNING)
+        self._renew = database.statement(mine.returning(own.id, own.cancel_requested))
+        unclaimed = (*_same(row), own.owner.is_(None), own.wake_at.is_not(None))
+        later = bindparam("seconds", type_=Double)
+        # The later of the two.
+        begin = case((own.due_at > now, own.due_at), else_=now)
+        sent = {"sends": own.sends + 1, "sent_at": now, "wake_at": begin + later}
+        self._sent = database.statement(row.update(operation, sent, *unclaimed))
+        unsent = {"sends": case((own.sends > 0, own.sends - 1), else_=0), "wake_at": now + later}
+        self._unsent = database.statement(row.update(operation, unsent, *unclaimed))
+        self._make_due(database)
+
+    def _make_due(self, database: Database) -> None:
+        own = operation.c
+        now = database.now
+        columns = (own.id, own.uuid, own.epoch, own.target_uuid, own.target_entrypoint, own.target_topic)
+        more = (own.owner, own.sends, own.wake_at == own.due_at)
+        expired = bindparam("expired", type_=Integer)
+        due = select(*columns, *more).where(own.wake_at <= now, or_(own.owner.is_(None), expired == 1))
+        due = due.order_by(own.wake_at).limit(bindparam("limit", type_=Integer)).with_for_update(skip_locked=True)
+        self._due = database.statement(due)
+        row = database.source({"id": BigInteger(), "wait": Double()})
+        taken = {"owner": None, "sends": own.sends + 1, "sent_at": now, "wake_at": now + row["wait"]}
+        self._take = database.statement(row.update(operation, taken, own.id == row["id"]))
+
+    def renew(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> Mapping[int, bool]:
+        """See :meth:`kser.store.base.Store.renew`."""
+        found = transaction.fetch(self._renew, _rows(claims), owner=owner, lease=lease)
+        return {root_id: bool(cancel) for root_id, cancel in found}
+
+    def sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:
+        """See :meth:`kser.store.base.Store.sent`."""
+        transaction.change(self._sent, _rows(steps), seconds=resend_after)
+
+    def unsent(self, transaction: Transaction, steps: Pairs, wait: float) -> None:
+        """See :meth:`kser.store.base.Store.unsent`."""
+        transaction.change(self._unsent, _rows(steps), seconds=wait)
+
+    def take_due(
+        self, transaction: Transaction, limit: int, consumer: str, *, expired: bool, resend_after: float
+    ) -> Sequence[Due]:
+        """See :meth:`kser.store.base.Store.take_due`."""
+        rows = transaction.run(self._due, {"limit": limit, "expired": int(expired)}).fetchall()
+        found: list[Due] = []
+        taken: list[dict[str, Any]] = []
+        events: list[dict[str, Any]] = []
+        for root_id, uuid, epoch, *target, owner, sends, is_retry in rows:
+            unsent = RETRY if is_retry else UNSENT
+            reason = EXPIRED if owner is not None else UNCLAIMED if sends else unsent
+            found.append(Due(root_id, uuid, epoch, Target(*target), reason))
+            taken.append({"id": root_id, "wait": min(resend_after * 2.0 ** min(sends, DOUBLINGS), LONGEST_RESEND)})
+            events.append(event_row(root_id, "sent-again", epoch, consumer, text=reason))
+        transaction.change(self._take, taken)
+        transaction.change(self._adding.events, events)
+        return found
+
+
+def _same(row: Source) -> tuple[Any, Any]:
+    return operation.c.id == row["id"], operation.c.epoch == row["epoch"]
+
+
+def _rows(pairs: Pairs) -> list[dict[str, int]]:
+    # Always in one order: else two transactions could wait for each other.
+    return [{"id": root_id, "epoch": epoch} for root_id, epoch in sorted(pairs)]

@@ -1,0 +1,179 @@
+"""Between the rows of the contract and those of the tables."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from kser import status as states
+from kser.store.base import UNSENT_AFTER, Claimant, NewOperation, NewTask, OperationRow, Target, TaskRow
+from kser.store.sql.tables import operation, task
+
+#: Seconds since 1970 of the first second of 2020, from which identifiers count: with microseconds above and 12 bits of
+#: chance below, 63 bits last until 2091.
+BEGINNING: Final = 1_577_836_800
+CHANCE_BITS: Final = 12
+
+#: Characters of a label that are stored and looked for: PostgreSQL's indexes hold no more than some 2,700 bytes.
+KEY_LIMIT: Final = 128
+VALUE_LIMIT: Final = 512
+
+#: The columns of the tables in the order of the contract's rows.
+OPERATION_COLUMNS: Final = (
+    *(operation.c[name] for name in OperationRow._fields if name != "target"),
+    operation.c.target_uuid,
+    operation.c.target_entrypoint,
+    operation.c.target_topic,
+)
+TASK_COLUMNS: Final = tuple(task.c[name] for name in TaskRow._fields)
+
+_PLAIN: Final = len(OperationRow._fields) - 1
+_CANCEL: Final = OperationRow._fields.index("cancel_requested")
+
+
+class Ids:
+    """Identifiers that rise with the time, in each process and nearly so among all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def take(self, now: float, count: int) -> int:
+        """The first of so many numbers in a row."""
+        with self._lock:
+            first = max(id_at(now) + random.getrandbits(CHANCE_BITS), self._last + 1)
+            self._last = first + count - 1
+            return first
+
+
+def id_at(moment: float) -> int:
+    """The lowest identifier of that time."""
+    return int(max(moment - BEGINNING, 0) * 1_000_000) << CHANCE_BITS
+
+
+def time_of(identifier: int) -> float:
+    """When an identifier was made."""
+    return BEGINNING + (identifier >> CHANCE_BITS) / 1_000_000
+
+
+def operation_row(row: Sequence[Any]) -> OperationRow:
+    """A row that was read with :data:`OPERATION_COLUMNS`."""
+    values = [*row[:_PLAIN], Target(*row[_PLAIN : _PLAIN + 3])]
+    values[_CANCEL] = bool(values[_CANCEL])
+    return OperationRow._make(values)
+
+
+def label(key: str, value: str) -> tuple[str, str]:
+    """A label as it is stored and looked for."""
+    return key[:KEY_LIMIT], value[:VALUE_LIMIT]
+
+
+class NewRows:
+    """The rows of operations that are to be stored, those in them too."""
+
+    def __init__(self) -> None:
+        self.operations: list[dict[str, Any]] = []
+        self.tasks: list[dict[str, Any]] = []
+        self.labels: list[dict[str, Any]] = []
+
+    def add_root(self, new: NewOperation, first_id: int, claimant: Claimant | None) -> None:
+        """Add a root, claimed by ``claimant`` if there is one.
+
+        :param first_id: as many numbers from there on as there are operations in it (:func:`count`) are free.
+        """
+        claimed = {} if claimant is None else {"owner": claimant.owner, "token": claimant.token}
+        root = {
+            "status": states.PENDING if claimant is None else states.RUNNING,
+            "epoch": int(claimant is not None),
+            "claims": int(claimant is not None),
+            "wait": UNSENT_AFTER if claimant is None else claimant.lease,
+            "started": int(claimant is not None),
+            "owner": None,
+            "token": None,
+            **claimed,
+        }
+        self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
+
+    def add_tasks(self, new: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
+        """Add the tasks of an operation, with the operations in them."""
+        for position, each in enumerate(new):
+            child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, INNER)
+            self.tasks.append(
+                {
+                    "operation_id": operation_id,
+                    "position": position,
+                    "uuid": each.uuid,
+                    "entrypoint": each.entrypoint,
+                    "topic": each.topic,
+                    "status": states.PENDING,
+                    "attempts": 0,
+                    "child_id": child,
+                    "params": each.params,
+                    "metadata": each.metadata,
+                    "result": each.result,
+                }
+            )
+
+    def _add(
+        self, new: NewOperation, ids: Iterator[int], parent_id: int | None, root_id: int, own: Mapping[str, Any]
+    ) -> int:
+        identifier = next(ids)
+        self.operations.append(
+            {
+                "id": identifier,
+                "uuid": new.uuid,
+                "entrypoint": new.entrypoint,
+                "parent_id": parent_id,
+                "root_id": root_id,
+                "mode": new.mode,
+                "topic": new.topic,
+                "hooks": new.hooks,
+                "params": new.params,
+                "metadata": new.metadata,
+                "phase": new.phase,
+                "size": None if new.tasks is None else len(new.tasks),
+                "so_far": new.so_far,
+                "created_at": time_of(identifier),
+                "target_uuid": new.target.uuid,
+                "target_entrypoint": new.target.entrypoint,
+                "target_topic": new.target.topic,
+                **own,
+            }
+        )
+        labels = {label(key, value) for key, value in new.labels}
+        self.labels += ({"key": key, "value": value, "operation_id": identifier} for key, value in labels)
+        self.add_tasks(new.tasks or (), identifier, root_id, ids)
+        return identifier
+
+
+#: What a new operation that is a task begins with, where a root says whose it is.
+INNER: Final[Mapping[str, Any]] = {
+    "status": states.PENDING,
+    "epoch": 0,
+    "claims": 0,
+    "wait": None,
+    "started": 0,
+    "owner": None,
+    "token": None,
+}
+
+
+def count(new: NewOperation) -> int:
+    """How many operations there are in an operation, itself included."""
+    return 1 + count_in(new.tasks or ())
+
+
+def count_in(tasks: Sequence[NewTask]) -> int:
+    """How many operations there are in tasks."""
+    return sum(count(each.child) for each in tasks if each.child is not None)
+
+
+def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
+    """The uuids of the operations in tasks."""
+    found: list[str] = []
+    for each in tasks:
+        if each.child is not None:
+            found += (each.child.uuid, *uuids_in(each.child.tasks or ()))
+    return found

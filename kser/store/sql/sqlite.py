@@ -1,0 +1,162 @@
+"""SQLite: one connection that writes, others that read what is committed and never wait for it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from sqlalchemy import URL, Connection, Double, Engine, bindparam, create_engine, event
+from sqlalchemy.pool import QueuePool
+
+from kser.errors import KserError, SettingError, StoreError, StoreUnavailable
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.statements import CLOCK
+
+#: Seconds that a statement waits for another process.
+BUSY_SECONDS: Final = 30.0
+
+SYNCHRONOUS: Final = ("FULL", "NORMAL")
+
+#: Codes of what is not the fault of what is to be stored, and what to do about it.
+TROUBLES: Final = {
+    sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: 'python -m kser.store status' tells",
+    sqlite3.SQLITE_PERM: "this process may not open it",
+    sqlite3.SQLITE_BUSY: "another process writes to it for longer than 30 s",
+    sqlite3.SQLITE_LOCKED: "another connection of this process writes to it",
+    sqlite3.SQLITE_NOMEM: "there is not enough memory",
+    sqlite3.SQLITE_READONLY: "this process may not write to the file, or to its folder",
+    sqlite3.SQLITE_INTERRUPT: "",
+    sqlite3.SQLITE_IOERR: "the disk does not work",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it",
+    sqlite3.SQLITE_FULL: "the disk is full: make room",
+    sqlite3.SQLITE_CANTOPEN: "the folder of the file must exist, and this process must be allowed to write to it",
+    sqlite3.SQLITE_PROTOCOL: "other processes lock it",
+    sqlite3.SQLITE_SCHEMA: "its tables were changed",
+    sqlite3.SQLITE_NOLFS: "the file is larger than the system allows",
+    sqlite3.SQLITE_AUTH: "",
+    sqlite3.SQLITE_NOTADB: "the file is no SQLite database",
+}
+
+
+class Sqlite(Database):
+    """A file.
+
+    :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions with the power.
+    """
+
+    packed = False
+    writers = 1
+    now = bindparam(CLOCK, type_=Double)
+
+    def __init__(self, url: URL, synchronous: str = "FULL") -> None:
+        if synchronous not in SYNCHRONOUS:
+            raise SettingError(f"synchronous must be 'FULL' or 'NORMAL'; it is {synchronous!r}")
+        if url.database in (None, "", ":memory:"):
+            raise SettingError("SQLite needs a file, like sqlite:///shop.db; for a store in memory say memory://")
+        self._synchronous = synchronous
+        self._lock = threading.Lock()
+        self._writer: Any = None
+        super().__init__(url)
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop_writer()
+        self.engine.dispose()
+
+    def _engine(self) -> Engine:
+        # The driver's own transactions are off: they begin too late, and without the right to write.
+        options = {"check_same_thread": False, "isolation_level": None, "timeout": BUSY_SECONDS}
+        options = {name: value for name, value in options.items() if name not in self.url.query}
+        engine = create_engine(
+            self.url,
+            connect_args={**options, "cached_statements": 256},
+            poolclass=QueuePool,
+            pool_size=4,
+            max_overflow=-1,
+            pool_reset_on_return=None,
+            paramstyle="named",
+        )
+        event.listen(engine, "connect", self._prepare)
+        return engine
+
+    def _prepare(self, connection: sqlite3.Connection, _record: Any) -> None:
+        _write_ahead(connection)
+        connection.execute(f"PRAGMA synchronous={self._synchronous}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[Transaction]:
+        with self._lock:
+            if self._writer is None:
+                self._writer = self.engine.raw_connection()
+            cursor = self._writer.cursor()
+            try:
+                cursor.execute("BEGIN IMMEDIATE")
+                yield self._transaction(cursor)
+                cursor.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _transaction(self, cursor: Any) -> Transaction:
+        # Taken inside: whoever waited for the right to write is not of yesterday.
+        now = time.time() + self.shift
+        return Transaction(cursor, now, now, self.packed)
+
+    def _roll_back(self) -> None:
+        try:
+            self._writer.rollback()
+        except sqlite3.Error:
+            self._drop_writer()
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.invalidate()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Transaction]:
+        connection = self.engine.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute("BEGIN")
+            yield self._transaction(cursor)
+            cursor.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.rollback()
+            raise
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _migrating(self) -> Iterator[Connection]:
+        with self._lock, self.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+            connection.commit()
+
+    def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
+        # Extended codes have the plain one in their lowest byte.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in TROUBLES:
+            return StoreUnavailable, TROUBLES[code]
+        return StoreError, ""
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch the file to WAL if it is not, which fails at once while others use it, whatever they may be waited for."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return

@@ -1,0 +1,191 @@
+"""The store in a SQL database."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from kser.errors import MissingDependency, SettingError
+from kser.store.base import (
+    Checkpoint,
+    Claim,
+    Claimant,
+    Due,
+    Found,
+    NewOperation,
+    OperationRow,
+    Page,
+    Refusal,
+    Store,
+    Stored,
+    TaskRow,
+)
+from kser.store.sql import schema
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.endings import Endings
+from kser.store.sql.postgresql import Postgresql
+from kser.store.sql.reading import Reading
+from kser.store.sql.reaping import Reaping
+from kser.store.sql.saving import Save, Take
+from kser.store.sql.sqlite import Sqlite
+from kser.store.sql.writing import Writing, repeated
+
+Result = TypeVar("Result")
+
+EXAMPLES = "sqlite:///shop.db or postgresql+psycopg://user@host/database"
+
+
+class SQLStore(Store):
+    """Operations in a SQLite file or in PostgreSQL.
+
+    A SQLite file is made with its tables when it is used first; PostgreSQL gets them from
+    ``python -m kser.store upgrade``.
+
+    :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy takes.
+    :param synchronous: for SQLite: ``"FULL"``, or ``"NORMAL"``, which is faster and loses the last transactions when
+        the power fails.
+    :raises kser.errors.SettingError: it is no such address.
+    :raises kser.errors.MissingDependency: the driver is not installed.
+    """
+
+    def __init__(self, uri: str, *, synchronous: str = "FULL") -> None:
+        self._database = database_at(uri, synchronous)
+        self.name = self._database.name
+        self._writing = Writing(self._database)
+        self._reading = Reading(self._database)
+        self._reaping = Reaping(self._database, self._writing.adding)
+        self._endings = Endings(self._database, self._writing.adding)
+        self._checked = False
+        self._lock = threading.Lock()
+
+    @property
+    def _shift(self) -> float:
+        """Seconds that the clock is put forward: for tests."""
+        return self._database.shift
+
+    @_shift.setter
+    def _shift(self, seconds: float) -> None:
+        self._database.shift = seconds
+
+    def check(self) -> None:
+        with self._lock:
+            schema.check(self._database, create=isinstance(self._database, Sqlite))
+            self._checked = True
+
+    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | None:
+        self._first()
+        found: Claim | Refusal | None = self._writing.write(Save(operation, claimant))
+        return found
+
+    def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:
+        self._first()
+        found: Claim | Refusal | None = self._writing.write(Take(uuid, step, claimant))
+        return found
+
+    def checkpoint(self, checkpoint: Checkpoint) -> str:
+        self._first()
+        return str(self._writing.write(checkpoint))
+
+    def peek(self, uuid: str) -> OperationRow | None:
+        with self._read() as transaction:
+            return self._reading.peek(transaction, uuid)
+
+    def tasks(self, operation_id: int) -> Sequence[TaskRow]:
+        with self._read() as transaction:
+            return self._reading.tasks(transaction, operation_id)
+
+    def task(self, operation_id: int, position: int) -> TaskRow | None:
+        with self._read() as transaction:
+            return self._reading.task(transaction, operation_id, position)
+
+    def children(self, root_id: int) -> Sequence[OperationRow]:
+        with self._read() as transaction:
+            return self._reading.children(transaction, root_id)
+
+    def get(self, uuid: str) -> Stored | None:
+        with self._read() as transaction:
+            return self._reading.get(transaction, uuid)
+
+    def find(self, found: Found, limit: int, after: str | None = None) -> Page:
+        with self._read() as transaction:
+            return self._reading.find(transaction, found, limit, after)
+
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
+        pairs = list(claims)
+        return self._write(lambda transaction: self._reaping.renew(transaction, pairs, owner, lease))
+
+    def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
+        pairs = list(steps)
+        self._write(lambda transaction: self._reaping.sent(transaction, pairs, resend_after))
+
+    def take_due(self, limit: int, consumer: str, *, expired: bool, resend_after: float) -> Sequence[Due]:
+        return self._write(
+            lambda transaction: self._reaping.take_due(
+                transaction, limit, consumer, expired=expired, resend_after=resend_after
+            )
+        )
+
+    def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+        pairs = list(steps)
+        self._write(lambda transaction: self._reaping.unsent(transaction, pairs, wait))
+
+    def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
+        return self._write(lambda transaction: self._endings.cancel(transaction, uuid, reason))
+
+    def resume(self, uuid: str) -> OperationRow | None:
+        return self._write(lambda transaction: self._endings.resume(transaction, uuid))
+
+    def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
+        return self._write(lambda transaction: self._endings.purge(transaction, older_than, status, limit))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _first(self) -> None:
+        """What is to be done once: SQLite's file is made, and tables that this code would damage are refused."""
+        if not self._checked:
+            self.check()
+
+    @contextmanager
+    def _read(self) -> Iterator[Transaction]:
+        self._first()
+        with self._database.read() as transaction:
+            yield transaction
+
+    def _write(self, work: Callable[[Transaction], Result]) -> Result:
+        self._first()
+
+        def run() -> Result:
+            with self._database.write() as transaction:
+                return work(transaction)
+
+        return repeated(run)
+
+
+def database_at(uri: str, synchronous: str = "FULL") -> Database:
+    """The database at an address; nothing is connected to.
+
+    :raises kser.errors.SettingError: it is none that kser works with.
+    :raises kser.errors.MissingDependency: the driver is not installed.
+    """
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        raise SettingError(
+            "this is no address of a database, such as sqlite:///shop.db or postgresql+psycopg://user@host/database"
+        ) from None
+    try:
+        if url.drivername in ("sqlite", "sqlite+pysqlite"):
+            return Sqlite(url.set(drivername="sqlite+pysqlite"), synchronous)
+        if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+            return Postgresql(url.set(drivername="postgresql+psycopg"))
+    except ImportError as error:
+        raise MissingDependency(
+            f'PostgreSQL needs psycopg ({error}); install it with: pip install "kser[postgresql]"'
+        ) from error
+    raise SettingError(f"kser works with {EXAMPLES}, not with {url.drivername}")
