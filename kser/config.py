@@ -5,6 +5,7 @@ setting           value                                                         
 ================= ============================================================== ==============================
 ``KSER_CONFIG``   options of the Kafka client, for producer and consumer alike   a JSON object
 ``KSER_TOPICS``   topics to consume; the first is where tasks are sent           names, separated by commas
+``KSER_DATABASE_URI``  the shared database, where operations are kept
 ================= ============================================================== ==============================
 """
 
@@ -20,6 +21,7 @@ from kser.errors import SettingError, UsageError
 
 CONFIG = "KSER_CONFIG"
 TOPICS = "KSER_TOPICS"
+DATABASE_URI = "KSER_DATABASE_URI"
 
 
 class Settings:

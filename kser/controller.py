@@ -12,11 +12,12 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
-from kser.delivery import CURRENT, FAILED, UNDECODABLE, UNKNOWN, Abandoned, Failure, error_name
-from kser.entry import Entrypoint, check_entrypoint, postpone
+from kser.delivery import CURRENT, FAILED, UNDECODABLE, UNKNOWN, Abandoned, Failure, Unfinished, error_name
+from kser.entry import Entrypoint, Surroundings, check_entrypoint, postpone
+from kser.errors import StoreMissing
 from kser.lockfiles import running_file
 from kser.results import failure, merge
-from kser.schemas import Message, dump_result
+from kser.schemas import OPERATION, Message, dump_result
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,8 @@ class Controller(BaseController):
         if not _is_message(kmsg):
             return cls._reject(received, ValidationError(f"onmessage returned {kmsg!r}"))
         result = cls._process(kmsg)
+        if type(result) is Unfinished:
+            return result.result
         delivery = CURRENT.get()
         if delivery is None:
             return cls._finish(kmsg, result)
@@ -255,7 +258,7 @@ class Controller(BaseController):
                 finally:
                     cls.stop_processing()
             # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
-            if not result or status.outcome(result) == status.SUCCESS:
+            if not result or type(result) is Unfinished or status.outcome(result) == status.SUCCESS:
                 return result
         except Exception as exc:
             return cls._judge(kmsg, failure(exc, kmsg.uuid), exc)
@@ -265,7 +268,7 @@ class Controller(BaseController):
     def _judge(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
         """Tell the consumer, if one runs this, of a failure that the entrypoint itself did not tell it of."""
         delivery = CURRENT.get()
-        if delivery is None or delivery.failure is not None or delivery.retry_in is not None:
+        if delivery is None or delivery.failure is not None or delivery.retry_in is not None or delivery.answered:
             return result
         if delivery.entry is not None:
             postpone(delivery.entry, result, exc)
@@ -276,6 +279,8 @@ class Controller(BaseController):
     @classmethod
     def _execute(cls, kmsg: Message) -> Any:
         entrypoint = cls.ENTRYPOINTS.get(kmsg.entrypoint)
+        if OPERATION in (getattr(kmsg, "metadata", None) or ()):
+            return cls._keeper_of(kmsg, entrypoint).receive(kmsg, entrypoint)
         if entrypoint is None:
             cls._report_unknown(kmsg.entrypoint)
             unknown = ValidationError(
@@ -286,7 +291,27 @@ class Controller(BaseController):
             raise unknown
         if (delivery := CURRENT.get()) is not None:
             delivery.expected = entrypoint
+        registry = entrypoint._kser_registry
+        if entrypoint._kser_kept and registry is not None and registry.keeps:
+            return registry.receive(kmsg, entrypoint)
         return entrypoint.from_Message(kmsg).execute()
+
+    @classmethod
+    def _keeper_of(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Surroundings:
+        """Who has the database that a message belongs to: it is a step of a stored operation.
+
+        :raises kser.errors.StoreMissing: nobody here has one.
+        """
+        known = [entrypoint, *list(cls.ENTRYPOINTS.values())] if entrypoint else list(cls.ENTRYPOINTS.values())
+        for each in known:
+            if each._kser_registry is not None and each._kser_registry.keeps:
+                return each._kser_registry
+        missing = StoreMissing(
+            f"the message is a step of the stored operation {kmsg.metadata[OPERATION]}, and this consumer has no shared"
+            " database: set KSER_DATABASE_URI to the one of the other consumers of its topic"
+        )
+        _note_refusal(FAILED, missing)
+        raise missing
 
     @classmethod
     def _report_unknown(cls, name: str) -> None:

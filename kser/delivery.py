@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from threading import Lock
 from typing import Any, Final, NamedTuple
+from uuid import uuid4
 
 from kser.errors import RetryLater
 from kser.retry import DEFAULT, Retry
@@ -27,6 +28,16 @@ class Failure(NamedTuple):
     message: str
 
 
+class Unfinished(NamedTuple):
+    """In place of a result: the work goes on elsewhere or later, or was done before, and a database answers for it.
+
+    No hook is called, and nothing is counted.
+    """
+
+    #: What is known of it.
+    result: Any
+
+
 class Delivery:
     """One attempt at a message.
 
@@ -45,6 +56,17 @@ class Delivery:
     abandoned = False
     #: Seconds that the attempt may take.
     timeout: float | None = None
+    #: Whether a database answers for the message: it is no dead letter, and no other attempt is made here.
+    answered = False
+    #: Whether the consumer is about to end: what can go on elsewhere is to be given back.
+    ending = False
+
+    #: Where the message came from; empty when it came from nowhere.
+    topic = ""
+    #: The stored operation that a task of is run; None for everything else.
+    operation_uuid: str | None = None
+    #: Whether that is to be cancelled.
+    cancel_requested = False
 
     #: What the message asked for; entrypoints that run inside it are none of the delivery's business.
     entry: Any = None
@@ -52,7 +74,8 @@ class Delivery:
     expected: type | None = None
 
     def __init__(self, retry: Retry | None = None) -> None:
-        self._retry = retry
+        #: The policy for classes that declare none.
+        self.retry = retry
         self._decision = Lock()
 
     def construct(self, entry: Any) -> None:
@@ -71,10 +94,7 @@ class Delivery:
             return
         if self.verdict is not None:
             raise self.verdict
-        timeout = getattr(type(entry), "TIMEOUT", None)
-        # Like RETRY, an attribute that means something else is the user's own (decision C18).
-        if isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool):
-            self.timeout = timeout
+        self.timeout = timeout_of(type(entry))
 
     def postpones(self, exc: BaseException | None, error: Failure) -> bool:
         """Whether the failure of the message is to be followed by another attempt; if not, it is noted as final.
@@ -82,8 +102,10 @@ class Delivery:
         :param exc: what it failed with, None for a failed result.
         :param error: what is noted.
         """
+        if self.answered:
+            return False
         declared = getattr(type(self.entry), "RETRY", None)
-        policy = declared if isinstance(declared, Retry) else self._retry
+        policy = declared if isinstance(declared, Retry) else self.retry
         if policy is None and isinstance(exc, RetryLater):
             policy = DEFAULT
         self.retry_in = policy.wait_after(self.attempt, exc) if policy else None
@@ -94,6 +116,28 @@ class Delivery:
     def refuse(self, reason: str, exc: BaseException) -> None:
         """The message cannot be handled, now or later."""
         self.failure = Failure(reason, error_name(exc), str(exc))
+
+    def answer(self) -> None:
+        """A database answers for the message from now on: it is done for Kafka, whatever becomes of the attempt."""
+        self.answered = True
+
+    def begin(self, timeout: float | None) -> None:
+        """A part of the work begins that may be given up alone, once it takes longer than ``timeout`` seconds."""
+        self.timeout = None
+        self._decision = Lock()
+        self.timeout = timeout
+
+    def hand_back(self) -> None:
+        """Give up the attempt, because the consumer is about to end: the message stays unfinished.
+
+        :raises Abandoned: always.
+        """
+        self.abandoned = True
+        raise Abandoned
+
+    def identity(self) -> str:
+        """A uuid for a message that has none: the same one each time that it is delivered."""
+        return str(uuid4())
 
     def decide(self) -> bool:
         """Whether the caller is the first, who decides what becomes of the attempt: its end, or who gives it up."""
@@ -121,6 +165,14 @@ def settle(entry: Any) -> None:
     """
     if (delivery := CURRENT.get()) is not None:
         delivery.settle(entry)
+
+
+def timeout_of(cls: type) -> float | None:
+    """Seconds that an attempt at a class may take; None without a limit."""
+    timeout = getattr(cls, "TIMEOUT", None)
+    # Like RETRY, an attribute that means something else is the user's own (decision C18).
+    fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
+    return timeout if fits else None
 
 
 def error_name(exc: BaseException) -> str:

@@ -30,6 +30,19 @@ class Surroundings(Protocol):
         """What to enter around a whole execution."""
         ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it has a database, where operations are kept."""
+        ...
+
+    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+        """Handle the message of an operation that is kept, or is to be, or of a step of it.
+
+        :param entrypoint: the class that it names; None for one that is not known here.
+        :return: a Result; or :class:`kser.delivery.Unfinished`.
+        """
+        ...
+
 
 class EntrypointMeta(type):
     """Gives each class its ``path``."""
@@ -65,6 +78,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[Surroundings | None] = None
+    #: Whether its messages are for the registry, when that has a database.
+    _kser_kept: ClassVar[bool] = False
     _kser_refusal: Any = NOT_REFUSED
 
     def __init__(

@@ -6,7 +6,8 @@
     ├── SettingError (also cdumay_error.types.ConfigurationError)   a setting is missing or wrong
     │   ├── ProducerMissing      nothing to send with
     │   ├── TopicMissing         nowhere to send to
-    │   └── StoreMissing         no shared database for what needs one
+    │   ├── StoreMissing         no shared database for what needs one
+    │   └── SchemaMismatch       the shared database has tables of another version
     ├── UsageError (also TypeError)                                 a call that cannot be meant
     ├── MissingDependency        an optional part is not installed
     ├── BrokerUnavailable        no broker answers
@@ -15,7 +16,12 @@
     │   └── MessageTooLarge      it exceeds what may be sent
     ├── SendError                an operation was not delivered
     ├── RetryLater               a task wants to be tried again
-    └── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIMEOUT
+    ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIMEOUT
+    ├── StoreUnavailable         the shared database cannot be used now; it is tried again
+    ├── StoreError               the shared database refuses something
+    │   └── Fenced               somebody else has claimed the operation
+    ├── StateConflict            an operation is in a state that does not allow this
+    └── WaitTimeout (also TimeoutError)                             an operation has not ended in time
 
 Messages that cannot be read and parameters that are missing are ``cdumay_error.types.ValidationError``, as in 0.8.
 
@@ -59,6 +65,12 @@ class StoreMissing(SettingError):
     """There is no shared database"""
 
     MSGID = "ERR-50304"
+
+
+class SchemaMismatch(SettingError):
+    """The shared database has tables of another version"""
+
+    MSGID = "ERR-50314"
 
 
 class UsageError(KserError, TypeError):
@@ -147,3 +159,40 @@ class SendError(KserError):
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message, extra={"uuid": result.uuid})
         self.result = result
+
+
+class StoreUnavailable(KserError):
+    """The shared database cannot be used now
+
+    Nobody knows whether what was asked for took effect: it is asked for again, in the same words.
+    """
+
+    MSGID = "ERR-50315"
+    CODE = 503
+
+
+class StoreError(KserError):
+    """The shared database refuses something"""
+
+    MSGID = "ERR-50316"
+
+
+class Fenced(StoreError):
+    """Somebody else has claimed the operation, or it has ended: nothing was recorded"""
+
+    MSGID = "ERR-50317"
+    CODE = 409
+
+
+class StateConflict(KserError):
+    """An operation is in a state that does not allow this"""
+
+    MSGID = "ERR-50318"
+    CODE = 409
+
+
+class WaitTimeout(KserError, TimeoutError):
+    """An operation has not ended in time"""
+
+    MSGID = "ERR-50319"
+    CODE = 504

@@ -44,6 +44,10 @@ BASE = (
 )
 MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadata", dict))
 
+#: In a message's metadata: the uuid of the stored operation that it is a step of. Keys that begin with ``kser.`` are
+#: reserved.
+OPERATION = "kser.operation"
+
 _MISSING = object()
 
 

@@ -7,10 +7,15 @@ signal                 sender                 keywords
 ``entry_succeeded``    the Entrypoint class   ``entry``, ``result``
 ``entry_failed``       the Entrypoint class   ``entry``, ``result``
 ``entry_retried``      the Entrypoint class   ``entry``, ``result``, ``attempt`` (the one that failed, from 1)
+``operation_changed``  the registry           ``uuid``, ``entrypoint``, ``old`` and ``new`` (status), ``result``
+``task_changed``       the registry           ``operation`` (the root's uuid), ``position``, ``new``, ``attempt``,
+                                              ``error``
 ``message_refused``    the Controller class   ``raw_data``, ``error`` (the exception), ``result``
 ``message_sent``       the Producer class     ``topic``, ``kmsg``, ``result``
 ``dead_lettered``      the Consumer class     ``topic``, ``record``, ``failure`` (reason, error_class, message)
 =====================  =====================  =========================================================
+
+The two ``…_changed`` are about stored operations, and are sent once the change is recorded.
 
 A listener is connected with ``entry_failed.connect(function)``; it is called as ``function(sender, **keywords)``, in
 the thread that does the work and before that work goes on. What it raises is logged and changes nothing.
@@ -30,6 +35,8 @@ entry_started = _signals.signal("entry-started")
 entry_succeeded = _signals.signal("entry-succeeded")
 entry_failed = _signals.signal("entry-failed")
 entry_retried = _signals.signal("entry-retried")
+operation_changed = _signals.signal("operation-changed")
+task_changed = _signals.signal("task-changed")
 message_refused = _signals.signal("message-refused")
 message_sent = _signals.signal("message-sent")
 dead_lettered = _signals.signal("dead-lettered")

@@ -22,6 +22,15 @@ TRANSITIONS: Final[dict[str, frozenset[str]]] = {
 }
 
 
+#: States of an operation that has ended.
+FINAL: Final = frozenset({SUCCESS, FAILED, CANCELLED})
+
+
+def is_final(state: str) -> bool:
+    """Whether an operation in that state has ended."""
+    return state in FINAL
+
+
 def may_follow(old: str, new: str) -> bool:
     """Whether a *stored* operation may go from ``old`` to ``new``.
 

@@ -91,6 +91,10 @@ class ConfluentClient(ConsumerClient):
         self.client = connect(confluent_kafka.Consumer, own, **keywords)
         self._committer = Committer(self.client)
 
+    @property
+    def cluster(self) -> str:
+        return str(self.client.list_topics(timeout=QUERY_TIMEOUT).cluster_id or "")
+
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
         self._listener = listener
         self.client.subscribe(list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)

@@ -7,6 +7,7 @@ main           runs tasks when there is one worker; otherwise waits. Gets the si
 kser-client    owns the Kafka client (:mod:`kser.consumer.poller`)
 kser-worker    run tasks, when there are several workers (:mod:`kser.consumer.workers`)
 kser-watch     looks at the control files, at the time that attempts take, and after the end
+kser-beside    runs what registries want done beside (:mod:`kser.consumer.beside`)
 ============== ===================================================================================================
 """
 
@@ -22,6 +23,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
+from kser.consumer.beside import Beside
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.deadletter import DeadLetters
 from kser.consumer.dispatch import Dispatch
@@ -103,6 +105,7 @@ class BaseConsumer:
         self._watcher: threading.Thread | None = None
         self._main: threading.Thread | None = None
         self._lending = Lending(self.make_producer)
+        self._beside = Beside(self._lending.companions)
         self._last_look = self._last_reminder = self._clock() - PAUSE_REMINDER
         self._make_parts(interval)
         try:
@@ -245,9 +248,11 @@ class BaseConsumer:
         with ExitStack() as last_to_first:
             last_to_first.callback(self._let_go)
             self._stopping = True
-            self._lending.take_back(self.REGISTRY)
             last_to_first.callback(self._lending.close)
             self._workers.end()
+            # As long as there is a producer.
+            self._beside.close(JOIN_TIMEOUT)
+            self._lending.take_back(self.REGISTRY)
             if self._client_thread is None:
                 self._poller.close()
             else:
@@ -276,6 +281,7 @@ class BaseConsumer:
         self._client_thread = threading.Thread(target=self._poller.run, name="kser-client", daemon=True)
         self._client_thread.start()
         self._workers.start()
+        self._beside.start()
         self._watcher = threading.Thread(target=self._watch, name="kser-watch", daemon=True)
         self._watcher.start()
 

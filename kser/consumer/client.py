@@ -97,6 +97,14 @@ class ConsumerClient(ABC):
     #: Whether offsets can be committed at all: whether there is a group.
     can_commit: bool
 
+    @property
+    def cluster(self) -> str:
+        """What tells this Kafka cluster from others, whichever of its brokers was named; empty if nobody says.
+
+        May be asked by any thread.
+        """
+        return ""
+
     @abstractmethod
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
         """Take part in the consumption of ``topics``."""

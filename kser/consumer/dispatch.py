@@ -77,6 +77,8 @@ class Dispatch(Listener):
         #: Somebody waits until no more than that are in flight.
         self._low = -1
         self._closed = self._paused = self._assigned = False
+        #: Tells this Kafka cluster from others; the thread that owns the client says how.
+        self.cluster: Callable[[], str] = str
         #: How many records were finished, and how many were given to workers, in all.
         self.settled = self.begun = 0
 
@@ -227,7 +229,7 @@ class Dispatch(Listener):
 
     def _stays(self, job: Job) -> bool:
         """Whether a job is worked on even if its partition is not ours: nobody else will be given it."""
-        return self.is_begun is not None and job.begun
+        return job.answered or (self.is_begun is not None and job.begun)
 
     def _adopt(self, key: Partition, start: Commit, away: Progress) -> None:
         """A partition is ours again: what is running or waiting for its next attempt goes on as it was."""
@@ -299,7 +301,17 @@ class Dispatch(Listener):
                 self._work.notify()
             if self._watched:
                 self._tell_watchers()
-            return self.is_begun is not None or not progress.revoked
+            return job.answered or self.is_begun is not None or not progress.revoked
+
+    def answer(self, job: Job) -> None:
+        """A database answers for a record that is worked on: it is finished for its group, and its lane still waits."""
+        with self._lock:
+            progress = job.progress
+            job.answered = True
+            if job in self._running and progress.finished(job.record.offset) and not progress.revoked:
+                self._budget.give(job.size)
+            if self._watched:
+                self._tell_watchers()
 
     def retry(self, job: Job, seconds: float) -> None:
         """The record is to be tried once more, after ``seconds``; its lane waits."""
@@ -347,7 +359,7 @@ class Dispatch(Listener):
     def _follow(self, job: Job, following: Job) -> None:
         # The partition may have gone, and come back, meanwhile.
         known = job.progress.replace(job.record.offset, following)
-        if known and (not job.progress.revoked or self._stays(following)):
+        if job.answered or (known and (not job.progress.revoked or self._stays(following))):
             self._wait(following)
             self._work.notify()
 
@@ -385,9 +397,9 @@ class Dispatch(Listener):
             self._change.notify_all()
 
     def is_running(self, partitions: Collection[Progress]) -> bool:
-        """Whether workers work on something of these partitions."""
+        """Whether workers work on something of these partitions that nothing else answers for."""
         with self._lock:
-            return any(job.progress in partitions for job in self._running)
+            return any(job.progress in partitions and not job.answered for job in self._running)
 
     def _wait(self, job: Job) -> None:
         if not self._closed:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kser.consumer.beside import Companion
 from kser.controller import BaseProducer
 
 
@@ -41,6 +42,12 @@ class Lending:
         """The same, if there are other classes than the last time."""
         if self._known != (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
             self.lend(controller)
+
+    def companions(self) -> list[Companion]:
+        """What is to run beside the consumer, for the registries that were lent to."""
+        controller, _ = self._known or (None, 0)
+        found = (getattr(registry, "companion", None) for registry in _registries(controller))
+        return list({id(companion): companion for companion in found if companion is not None}.values())
 
     def take_back(self, controller: Any) -> None:
         """Nobody is to send with it any more."""

@@ -73,6 +73,7 @@ class Poller(Listener):
         self._settled = 0
         self._stalled = False
         self._client: ConsumerClient | None = self._subscribed()
+        dispatch.cluster = lambda: self._client.cluster if self._client is not None else ""
         self._mode = commit if self._client.can_commit else NEVER
 
     @property

@@ -82,6 +82,22 @@ class Workers:
             self._attempt(job)
         return job is not None
 
+    def answer(self, job: Job) -> None:
+        """A database answers for a job that is worked on."""
+        self._dispatch.answer(job)
+
+    def hand_back(self, job: Job) -> None:
+        """A job that is worked on stays unfinished."""
+        self._dispatch.abandon(job)
+
+    def now(self) -> float:
+        """The time that jobs are taken by."""
+        return self._dispatch.clock()
+
+    def cluster(self) -> str:
+        """What tells this Kafka cluster from others."""
+        return self._dispatch.cluster()
+
     def expire(self) -> None:
         """Give up attempts that take longer than their class allows; other workers take the place of stuck ones."""
         now = self._dispatch.clock()
@@ -121,6 +137,7 @@ class Workers:
     def _run(self, job: Job) -> None:
         if self._begin is not None:
             self._begin(job)
+        job.crew = self
         CURRENT.set(job)
         try:
             self._handle(job.record.value)

@@ -82,6 +82,11 @@ class KafkaPythonClient(ConsumerClient):
         self._new: set[TopicPartition] = set()
         self._sizes = Sizes(reset)
 
+    @property
+    def cluster(self) -> str:
+        # It comes with the metadata, which is there as soon as there is a record.
+        return getattr(getattr(getattr(self._client, "_client", None), "cluster", None), "cluster_id", None) or ""
+
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
         self._listener = listener
         self._topics = sorted(topics)

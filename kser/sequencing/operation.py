@@ -9,23 +9,44 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import records, signals
 from kser import status as states
+from kser.delivery import CURRENT
 from kser.entry import NOT_REFUSED, call_onerror
 from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
+from kser.sequencing.handover import CHOICE
 from kser.sequencing.runner import InProcessRunner, Runner
-from kser.sequencing.task import Task
+from kser.sequencing.task import Task, registry_of
+
+if TYPE_CHECKING:
+    from kser.store.base import AttemptRow, EventRow, Stored
 
 logger = logging.getLogger(__name__)
 
 #: What runs operations whose class has no registry.
 DEFAULT_RUNNER: Runner = InProcessRunner()
+
+
+class _Attempts:
+    """``attempts`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+
+    def __get__(self, instance: Any, owner: type) -> list[AttemptRow]:
+        stored = getattr(instance, "_kser_stored", None)
+        return [] if stored is None else list(stored.attempts)
+
+
+class _Events:
+    """``events`` on instances, likewise."""
+
+    def __get__(self, instance: Any, owner: type) -> list[EventRow]:
+        stored = getattr(instance, "_kser_stored", None)
+        return [] if stored is None else list(stored.events)
 
 
 class Operation(Task):
@@ -42,6 +63,17 @@ class Operation(Task):
 
     #: Classes whose required parameters the operation must have too.
     TASKS: ClassVar[Any] = ()
+    #: Whether each of its tasks is sent by itself, to run on any consumer that knows it; it needs a shared database.
+    DISTRIBUTED: ClassVar[bool] = False
+
+    #: What came of each attempt at its tasks, oldest first: :class:`kser.store.base.AttemptRow`. Of an operation that
+    #: :meth:`.OperationRegistry.get` gave; empty for others.
+    attempts: ClassVar[Any] = _Attempts()
+    #: What happened to it, oldest first: :class:`kser.store.base.EventRow`; likewise.
+    events: ClassVar[Any] = _Events()
+
+    _kser_kept = True
+    _kser_stored: Stored | None = None
 
     def __init__(
         self,
@@ -209,14 +241,23 @@ class Operation(Task):
     def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
         """Send this operation to Kafka as one message; the consumer that gets it builds and runs it.
 
+        With a shared database it is accepted: saved with its tasks, if they are built, before it is sent. From then on
+        it will end, also if it could not be sent now: the consumers send it as soon as they can.
+
         :param result: forwarded to the operation.
         :param topic: where to: this argument, else ``TOPIC``, else the first of ``KSER_TOPICS``.
         :param key: what has the same key is handled one after the other.
         :return: this operation.
-        :raises kser.errors.SendError: delivery was not confirmed; its ``result`` says why.
+        :raises kser.errors.SendError: delivery was not confirmed, and there is no database; its ``result`` says why.
+        :raises kser.errors.StateConflict: its uuid is that of another stored operation, or it has ended before.
+        :raises kser.errors.StoreUnavailable: the database does not answer, so it is not accepted.
         :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
+        registry = registry_of(self)
+        if registry.keeps:
+            registry.keeper.send(self, result, topic, key)
+            return self
         answer = super().send(result=result, topic=topic, key=key)
         if not answer:
             # Nobody can tell from a hook that returns nothing whether the message was delivered.
@@ -235,17 +276,26 @@ class Operation(Task):
         return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
-        """Send the first task that is not SUCCESS; each finished one is to call :meth:`launch_next`.
+        """Run over the consumers: accept this operation, and send its first task; each finished one sends the next.
 
-        :return: what came of sending; return code 1 when there is no task at all.
-        :raises kser.errors.StoreMissing: the tasks do not send themselves; see :meth:`launch_next`.
+        :return: what came of sending; also after a failed one it is accepted. Return code 1 when there is no task at
+            all: then nothing is accepted.
+        :raises kser.errors.StoreMissing: there is no shared database, and the tasks do not send themselves; see
+            :meth:`launch_next`.
+        :raises kser.errors.StateConflict: its uuid is that of another stored operation, or it has ended before.
         """
-        return self.launch_next()
+        first = _first_unfinished(self.tasks)
+        registry = self._kser_registry
+        if first is None or _sends_itself(first) or registry is None or not registry.keeps:
+            return self.launch_next()
+        return registry.keeper.launch(self)
 
     def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
         """Send the task that follows ``task``, or end the operation when there is none or when ``task`` failed.
 
-        Tasks whose class overrides ``send`` are sent with it, as in kser 0.8.
+        Tasks whose class overrides ``send`` are sent with it, as in kser 0.8. A stored operation calls this by itself
+        at the checkpoint of a task, if its class overrides it: then the choice is recorded, and sent afterwards. Called
+        from a task that runs, it changes nothing: the checkpoint of that task does it.
 
         :param task: the task that ended; without one the first that is not SUCCESS is sent.
         :param result: its result, forwarded to the next one.
@@ -260,24 +310,74 @@ class Operation(Task):
             )
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
+        delivery = CURRENT.get()
+        if self._kser_stored is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
+            return Result(uuid=self.uuid, stdout=f"{self!r} goes on by itself: it is stored")
         failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
+        choice = CHOICE.get()
+        if choice is not None and choice.uuid == self.uuid:
+            choice.make(None if failed else following, failed)
+            return result or self.result
         if failed or following is None:
             self._set_status(states.FAILED if failed else states.SUCCESS, result)
             return result or (task.result if failed and task is not None else self.result)
-        if getattr(type(following), "send", None) in (Task.send, Operation.send) and "send" not in vars(following):
+        if not _sends_itself(following):
             raise StoreMissing(
                 f"{following!r} cannot be sent by {type(self).path}: running an operation over the consumers needs a"
-                " shared database (KSER_DATABASE_URI), which this version does not have yet; send the whole operation"
-                " with send(), or override send(result=None) on the tasks and call launch_next() from them"
+                " shared database: set KSER_DATABASE_URI, or pass OperationRegistry(store=...). Without one, send the"
+                " whole operation with send(), or override send(result=None) on the tasks and call launch_next() from"
+                " them"
             )
         answer = following.send(result=result)
         return answer if isinstance(answer, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
+
+    # -- stored --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def init_by_id(cls, _id: Any) -> Any:
+        """The stored operation with that uuid, as :meth:`.OperationRegistry.get` gives it; None without a database."""
+        registry = cls._kser_registry
+        return registry.keeper.get(str(_id)) if registry is not None and registry.keeps else None
+
+    def resume(self) -> Self:
+        """Let this stored operation go on, after it FAILED or was CANCELLED, at its first task that is not SUCCESS.
+
+        :return: this operation, as it was; ask the registry for what became of it.
+        :raises kser.errors.StateConflict: it is in another state; of several at the same time one resumes it.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        registry_of(self).keeper.resume(self.uuid)
+        return self
+
+    def cancel(self, reason: str | None = None) -> str:
+        """Cancel this stored operation: at once when no consumer has it, else after the task that runs.
+
+        :param reason: what is kept with it.
+        :return: its status now; one that has ended stays as it is.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        return registry_of(self).keeper.cancel(self.uuid, reason)
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait for the end of this stored operation.
+
+        :param timeout: seconds; None waits for ever.
+        :return: its result.
+        :raises kser.errors.WaitTimeout: it has not ended in time.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        return registry_of(self).keeper.wait(self.uuid, timeout)
 
     def __repr__(self) -> str:
         return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"
 
     __str__ = __repr__
+
+
+def _sends_itself(task: Task) -> bool:
+    """Whether a task's ``send`` is the user's own."""
+    return getattr(type(task), "send", None) not in (Task.send, Operation.send) or "send" in vars(task)
 
 
 def _first_unfinished(tasks: Iterable[Task]) -> Task | None:

@@ -6,20 +6,41 @@ Drop-in for ``kser.sequencing.registry`` of 0.8.27.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
-from kser.config import TOPICS, Settings
+from kser.config import DATABASE_URI, TOPICS, Settings
 from kser.controller import BaseProducer, Controller
 from kser.entry import Entrypoint, check_entrypoint
-from kser.errors import ProducerMissing, TopicMissing
+from kser.errors import ProducerMissing, StoreMissing, TopicMissing
+from kser.schemas import Message
+from kser.sequencing.keeper import Keeper, what_to_find
+from kser.sequencing.means import Means
+from kser.sequencing.operation import Operation
+from kser.sequencing.recovery import Recovery
 from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task
+from kser.status import CANCELLED, FAILED, SUCCESS
+from kser.store import open_store
+from kser.store.base import Store
 
 logger = logging.getLogger(__name__)
 
 EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
+
+
+class OperationPage(list[Operation]):
+    """Some of the operations that were looked for.
+
+    :param cursor: what to pass as ``after`` for the next ones; None when there are no more.
+    """
+
+    def __init__(self, operations: Iterable[Operation], cursor: str | None) -> None:
+        super().__init__(operations)
+        self.cursor = cursor
 
 
 class OperationRegistry:
@@ -28,6 +49,7 @@ class OperationRegistry:
     :param app: Flask application if any: its ``config`` is read, and everything runs inside its context.
     :param controller_class: the controller to use: anything that makes one when called.
     :param producer: what tasks and operations are sent with. A consumer lends its own when there is none.
+    :param store: the shared database, where operations are kept; ``KSER_DATABASE_URI`` when None.
     """
 
     def __init__(
@@ -36,6 +58,7 @@ class OperationRegistry:
         controller_class: Callable[[], Any] = Controller,
         *,
         producer: BaseProducer | None = None,
+        store: Store | None = None,
     ) -> None:
         self.controller = controller_class()
         self.app: Any = None
@@ -43,6 +66,11 @@ class OperationRegistry:
         self.runner: Runner = InProcessRunner()
         self._producer = producer
         self._lend: Callable[[], BaseProducer] | None = None
+        self._store = store
+        self._means: Means | None = None
+        self._keeper: Keeper | None = None
+        self._recovery: Recovery | None = None
+        self._opening = threading.Lock()
         if app:
             self.init_app(app)
 
@@ -113,6 +141,118 @@ class OperationRegistry:
                 f" {TOPICS} in the environment or in the Flask app's config"
             )
         return found
+
+    # -- stored operations ---------------------------------------------------------------------------------------------
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a shared database, where operations are kept."""
+        return self._keeper is not None or self._store is not None or bool(self.settings.get(DATABASE_URI))
+
+    @property
+    def store(self) -> Store:
+        """The shared database, opened and checked when it is first needed.
+
+        :raises kser.errors.StoreMissing: there is none.
+        :raises kser.errors.SchemaMismatch: its tables are of another version.
+        """
+        return self._open().store
+
+    @property
+    def keeper(self) -> Keeper:
+        """What keeps operations in the shared database.
+
+        :raises kser.errors.StoreMissing: there is none.
+        """
+        self._open()
+        assert self._keeper is not None
+        return self._keeper
+
+    @property
+    def companion(self) -> Recovery | None:
+        """What is to run beside each consumer; None without a shared database."""
+        if not self.keeps:
+            return None
+        self._open()
+        return self._recovery
+
+    def _open(self) -> Means:
+        with self._opening:
+            if self._means is None:
+                if self._store is None:
+                    uri = self.settings.get(DATABASE_URI)
+                    if not uri:
+                        raise StoreMissing(
+                            f"there is no shared database: set {DATABASE_URI} in the environment or in the Flask app's"
+                            " config, or pass OperationRegistry(store=...)"
+                        )
+                    self._store = open_store(uri)
+                self._store.check()
+                self._means = Means(self, self._store)
+                self._keeper = Keeper(self._means, self.runner)
+                self._recovery = Recovery(self._means)
+                self.runner = self._keeper
+            return self._means
+
+    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+        """Handle the message of an operation that is kept, or is to be, or of a step of it; controllers call it.
+
+        :param entrypoint: the class that it names; None for one that is not known here.
+        :return: a Result; or :class:`kser.delivery.Unfinished`.
+        """
+        with self.context():
+            return self.keeper.receive(kmsg, entrypoint)
+
+    def get(self, uuid: str) -> Operation | None:
+        """A stored operation with its tasks, results, ``attempts`` and ``events``, as they are now.
+
+        It is of its class where that is subscribed here, else a plain :class:`.Operation`.
+
+        :return: None when there is none with that uuid.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        return self.keeper.get(uuid)
+
+    def find(
+        self,
+        *,
+        status: str | Collection[str] | None = None,
+        entrypoint: Any = None,
+        since: Any = None,
+        until: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        parent: str | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> OperationPage:
+        """Stored operations, newest first, without their tasks.
+
+        :param status: one, or several of them.
+        :param entrypoint: a class or its path.
+        :param since: created then or later: a datetime, or seconds since 1970.
+        :param until: created before.
+        :param metadata: each of these keys has this value.
+        :param parent: those that are tasks of the operation with this uuid, which are left out otherwise.
+        :param limit: no more than that.
+        :param after: ``cursor`` of the page before.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        found = what_to_find(status, entrypoint, since, until, metadata, parent)
+        return OperationPage(*self.keeper.find(found, limit, after))
+
+    def purge(
+        self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)
+    ) -> int:
+        """Delete stored operations that have ended, with everything that belongs to them.
+
+        :param older_than: how long ago they ended, at least: seconds, or a timedelta. It must be longer than the topics
+            keep messages: an operation that comes again is only known as long as it is stored.
+        :param status: how they ended.
+        :return: how many were deleted.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
+        return self.keeper.purge(seconds, {status} if isinstance(status, str) else set(status))
 
     @property
     def settings(self) -> Settings:

@@ -39,12 +39,9 @@ class InProcessRunner:
     """
 
     def run(self, operation: Operation, result: Result | None) -> Any:
-        _restart(operation, result)
-        operation._prerun()
-        if not operation.tasks and operation._kser_built is None:
-            operation.build(**operation.params)
+        prepare(operation, result)
         for task in operation.tasks:
-            outcome = task.result if task.status == status.SUCCESS else self._run_task(task, operation.result)
+            outcome = task.result if task.status == status.SUCCESS else run_task(task, operation.result, operation.uuid)
             # A task whose onsuccess returned nothing fails here, with the error that 0.8 gives.
             operation.result = operation.result + outcome
             if status.outcome(outcome) != status.SUCCESS:
@@ -56,16 +53,35 @@ class InProcessRunner:
         # 0.8 says `None` where no task ran and nothing was forwarded.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
-    @staticmethod
-    def _run_task(task: Task, so_far: Result) -> Any:
-        # Whoever wants all of it again sets the tasks back to PENDING.
-        if task.status != status.PENDING or task._kser_executed:
-            task.result = Result(uuid=task.uuid)
-        try:
-            return task.unsafe_execute(result=copy_result(so_far))
-        except Exception as exc:
-            settle(task)
-            return task._onerror(failure(exc, task.uuid))
+
+def prepare(operation: Operation, result: Result | None) -> None:
+    """Make an operation ready to run its tasks.
+
+    :param result: merged into what the operation came with.
+    """
+    _restart(operation, result)
+    operation._prerun()
+    if not operation.tasks and operation._kser_built is None:
+        operation.build(**operation.params)
+
+
+def run_task(task: Task, so_far: Result, operation_uuid: str) -> Any:
+    """Run a task of an operation; what it raises becomes a failed result.
+
+    :param so_far: the results of the tasks before it; the task gets a copy.
+    :return: what the task's ``onsuccess`` or ``onerror`` returned.
+    """
+    # Whoever wants all of it again sets the tasks back to PENDING.
+    if task.status != status.PENDING or task._kser_executed:
+        task.result = Result(uuid=task.uuid)
+    task._kser_operation_uuid = operation_uuid
+    try:
+        return task.unsafe_execute(result=copy_result(so_far))
+    except Exception as exc:
+        settle(task)
+        failed = failure(exc, task.uuid)
+        answer = postpone(task, failed, exc)
+        return task._onerror(failed) if answer is None else answer
 
 
 def _fail(operation: Operation) -> Any:

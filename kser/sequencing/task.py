@@ -29,6 +29,21 @@ class _Attempt:
         return 1 if delivery is None else delivery.attempt
 
 
+class _CancelRequested:
+    """``cancel_requested`` on instances, likewise."""
+
+    def __get__(self, instance: Any, owner: type) -> bool:
+        delivery = CURRENT.get()
+        return delivery is not None and delivery.cancel_requested
+
+
+class _OperationUuid:
+    """``operation_uuid`` on instances, likewise."""
+
+    def __get__(self, instance: Any, owner: type) -> str | None:
+        return getattr(instance, "_kser_operation_uuid", None)
+
+
 class Task(Entrypoint):
     """An entrypoint with a status: PENDING, RUNNING, then SUCCESS or FAILED.
 
@@ -47,11 +62,19 @@ class Task(Entrypoint):
     #: Seconds that an attempt may take in a consumer; no limit when None.
     TIMEOUT: ClassVar[float | None] = None
 
-    #: The number of the attempt at the message that is being handled, from 1.
+    #: The number of the attempt from 1: at the message that is being handled, or, in a stored operation, at the task.
     attempt: ClassVar[Any] = _Attempt()
+    #: The uuid of the operation that runs this task; None for a task that is run by itself.
+    operation_uuid: ClassVar[Any] = _OperationUuid()
+    #: Whether somebody asked to cancel the stored operation that this task is run for: a long task may look at it, and
+    #: return early.
+    cancel_requested: ClassVar[Any] = _CancelRequested()
 
     _kser_registry: ClassVar[OperationRegistry | None] = None
     _kser_executed = False
+    _kser_operation_uuid: str | None = None
+    #: Why an object made from a row cannot run: its class is not known here, or could not be made.
+    _kser_unfit: Exception | None = None
 
     def __init__(
         self,

@@ -1,0 +1,250 @@
+"""Running a stored operation: under one claim, a checkpoint for each step, until the claim is given back.
+
+A step is whatever ends with a transaction: an operation is begun, a task is run, the next one is chosen, an operation
+ends (:mod:`kser.sequencing.steps`). In one consumer the same run goes on from step to step; over the consumers each
+one is sent to where its class is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+from kser import signals
+from kser import status as states
+from kser.delivery import CURRENT, Unfinished
+from kser.errors import Fenced, KserError, StoreError, StoreUnavailable
+from kser.results import copy_result
+from kser.sequencing.means import Means
+from kser.sequencing.operation import Operation
+from kser.sequencing.steps import Steps
+from kser.sequencing.track import Frame, Track
+from kser.store.base import START, TASK, Checkpoint, Claim, Move, Note, Target
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """What is done under one claim.
+
+    :param means: what runs share.
+    :param claim: it.
+    :param operation: the root's object, where it was just built.
+    :param verdict: what the attempt at the current task failed with, when another thread is stuck in it: it is
+        recorded, and the claim is given back.
+    """
+
+    def __init__(
+        self, means: Means, claim: Claim, operation: Operation | None = None, verdict: Exception | None = None
+    ) -> None:
+        self._means = means
+        self._claim = claim
+        self._verdict = verdict
+        self._delivery = CURRENT.get()
+        self._track = Track(claim)
+        self._steps = Steps(means, self._track, verdict)
+        self._steps.adopt(self._track.root, operation)
+        self._given_back = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The root's id, and the epoch."""
+        return self._claim.id, self._claim.epoch
+
+    @property
+    def uuid(self) -> str:
+        """The root's uuid."""
+        return self._claim.root.uuid
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the consumer has given up the message that it runs for."""
+        return self._delivery is not None and self._delivery.abandoned
+
+    @property
+    def claim(self) -> Claim:
+        """What was claimed."""
+        return self._claim
+
+    def go(self) -> Any:
+        """Take steps until the claim is given back.
+
+        :return: a Result, or :class:`kser.delivery.Unfinished`.
+        """
+        self._means.hold(self)
+        try:
+            if self._claim.root.started_at is None or self._claim.root.epoch == 1:
+                self._tell_operation(states.PENDING, states.RUNNING)
+            if self._claim.exhausted:
+                self._steps.give_up(_exhausted(self._claim))
+                self._record()
+            while not self._given_back:
+                self._take()
+        except Fenced as lost:
+            self._given_back = True
+            logger.warning(f"{self.label}: what came of its step is dropped: {lost.message}")
+            return Unfinished(self._track.root.total)
+        finally:
+            self._means.let_go(self)
+            if not self._given_back:
+                with suppress(KserError):
+                    self.release()
+        return self._steps.answer
+
+    def release(self) -> None:
+        """Give the claim back where it is, whatever runs under it; its step is sent."""
+        root, epoch = self._claim.root, self._claim.epoch
+        row = self._means.store.peek(root.uuid)
+        if row is None or row.status != states.RUNNING or row.epoch != epoch:
+            return
+        stay = Move(row.id, row.step, row.step, row.phase, row.status, row.so_far, row.result)
+        token, notes = root.token or "", (Note("released"),)
+        self._means.store.checkpoint(
+            Checkpoint(row.id, epoch, token, self._means.owner, (stay,), notes=notes, keep=False)
+        )
+        self._means.send(row.target, row.uuid, (row.id, epoch + 1))
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Take a step, and record what came of it."""
+        try:
+            self._steps.take()
+            self._record()
+        except (Fenced, StoreUnavailable):
+            raise
+        except Exception as exc:
+            # What the database does not take now it never will; and whatever else it is would come again at once.
+            logger.exception(f"{self.label}: what came of a step cannot be recorded: the step failed")
+            self._start_over(exc)
+            self._record()
+
+    def _record(self) -> None:
+        """Record what came of the step, and see whether another one follows here."""
+        track, delay = self._track, self._steps.delay
+        keep, target = self._following()
+        stays = not keep and target is None and delay is None
+        checkpoint = track.checkpoint(self._means.owner, keep, target, delay or 0, (Note("released"),) if stays else ())
+        status = self._means.patience.call(lambda: self._means.store.checkpoint(checkpoint))
+        self._given_back = track.is_over or status == states.CANCELLED or not keep
+        ended = list(track.ended)
+        track.recorded()
+        self._tell_tasks(checkpoint)
+        if status == states.CANCELLED:
+            self._cancelled()
+            return
+        for frame in ended:
+            self._tell_end(frame)
+        if track.is_over:
+            self._tell_operation(states.RUNNING, status)
+        elif delay is not None:
+            self._steps.answer = Unfinished(self._steps.answer or track.root.total)
+        elif self._given_back:
+            self._hand_over(target)
+
+    def _following(self) -> tuple[bool, Target | None]:
+        """Whether to keep the claim, and what is to be sent from now on, if that is another message than before."""
+        track, frame = self._track, self._track.top
+        outer = CURRENT.get()
+        goes_on = self._verdict is None and not (outer is not None and outer.ending)
+        if track.is_over:
+            return True, None
+        if self._steps.delay is not None:
+            return False, None
+        if not track.distributed:
+            return goes_on, None
+        if frame.phase == TASK:
+            return False, self._target_of_task(frame)
+        known = self._means.classes.find(frame.row.entrypoint) is not None
+        return goes_on and known and frame.phase != START, frame.target
+
+    def _target_of_task(self, frame: Frame) -> Target:
+        place = frame.row.id, frame.step
+        built = self._track.built
+        if built is not None and built.operation_id == frame.row.id:
+            new = built.tasks[frame.step]
+            return Target(new.uuid, new.entrypoint, new.topic)
+        row = self._claim.following
+        if row is None or (row.operation_id, row.position) != place:
+            row = self._means.patience.call(lambda: self._means.store.task(*place))
+        assert row is not None, "the step is below the number of tasks"
+        return Target(row.uuid, row.entrypoint, row.topic)
+
+    def _hand_over(self, target: Target | None) -> None:
+        root = self._track.root
+        if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
+            self._steps.answer = Unfinished(root.total)
+        self._means.send(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
+
+    def _start_over(self, error: Exception) -> None:
+        """Forget what came of the step: it failed with ``error``."""
+        root = self._claim.root
+        claimant = self._means.claimant()._replace(token=root.token or "")
+        again = self._means.patience.call(lambda: self._means.store.claim(root.uuid, root.target.uuid, claimant))
+        if not isinstance(again, Claim):
+            raise Fenced(f"operation {root.uuid} was lost while a step was recorded")
+        objects = {frame.row.id: frame.operation for frame in self._track.frames}
+        self._claim, self._track = again, Track(again)
+        self._steps = Steps(self._means, self._track, self._verdict)
+        for frame in self._track.frames:
+            self._steps.adopt(frame, objects.get(frame.row.id))
+        self._steps.give_up(error)
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The root, for the log."""
+        root = self._claim.root
+        return f"{root.entrypoint}[{root.uuid}]"
+
+    def _cancelled(self) -> None:
+        logger.info(f"{self.label}: cancelled")
+        self._tell_operation(states.RUNNING, states.CANCELLED)
+        self._steps.answer = Unfinished(self._track.root.total)
+
+    def _tell_end(self, frame: Frame) -> None:
+        """Log, as in memory, that an operation without hooks of its own ended."""
+        operation, outcome = frame.operation, frame.outcome
+        if operation is None:
+            old, new = states.RUNNING, frame.status
+            name = frame.row.entrypoint.rpartition(".")[2]
+            logger.info(f"{name}.SetStatus: {frame.row.entrypoint}[{frame.row.uuid}] status update '{old}' -> '{new}'")
+            return
+        operation.result = outcome
+        hook = operation._onsuccess if frame.status == states.SUCCESS else operation._onerror
+        returned = hook(operation.result)
+        if frame is self._track.root:
+            self._steps.answer = returned
+
+    def _tell_operation(self, old: str, new: str) -> None:
+        root = self._claim.root
+        signals.emit(
+            signals.operation_changed,
+            self._means.registry,
+            uuid=root.uuid,
+            entrypoint=root.entrypoint,
+            old=old,
+            new=new,
+            result=None if new == states.RUNNING else copy_result(self._track.root.outcome),
+        )
+
+    def _tell_tasks(self, checkpoint: Checkpoint) -> None:
+        if not signals.task_changed.receivers:
+            return
+        for end in checkpoint.ends:
+            signals.emit(
+                signals.task_changed,
+                self._means.registry,
+                operation=self._claim.root.uuid,
+                position=end.position,
+                new=end.status,
+                attempt=end.number,
+                error=end.error,
+            )
+
+
+def _exhausted(claim: Claim) -> StoreError:
+    died = claim.root.claims - 1
+    return StoreError(f"its consumer died {died} times in this step: see what ends the process, then resume it")

@@ -1,0 +1,342 @@
+"""Keeping operations in a database: accepting them, taking them up from messages, and what is asked of them later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from cdumay_result import Result
+
+from kser import signals
+from kser import status as states
+from kser.delivery import CURRENT, FAILED, Delivery, Unfinished
+from kser.entry import Entrypoint
+from kser.errors import KserError, StateConflict, StoreError, UsageError, WaitTimeout
+from kser.schemas import OPERATION, Message
+from kser.sequencing.durable import Run
+from kser.sequencing.means import Means
+from kser.sequencing.operation import Operation
+from kser.sequencing.runner import Runner, prepare
+from kser.sequencing.stored import label_of, new_operation, result_from_json
+from kser.store.base import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks for the end of an operation that is waited for: at first, and at most.
+_LOOKS = (0.01, 0.25)
+#: Operations that one transaction deletes.
+PURGE_BATCH = 500
+
+#: The operation that this context is to keep, once it is executed.
+_ACCEPTED: ContextVar[Operation | None] = ContextVar("kser_accepted", default=None)
+
+
+class Keeper(Runner):
+    """Keeps the operations of a registry.
+
+    :param means: what runs share.
+    :param runner: what executes an operation that is not to be kept: one that nobody sent.
+    """
+
+    def __init__(self, means: Means, runner: Runner) -> None:
+        self._means = means
+        self._store = means.store
+        self._runner = runner
+
+    # -- accepting -----------------------------------------------------------------------------------------------------
+
+    def send(self, operation: Operation, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
+        """Accept an operation, and send it.
+
+        :param result: forwarded to it.
+        :raises kser.errors.KserError: it was not accepted; nothing will run.
+        """
+        place = self._means.registry.topic_for(operation, topic)
+        if result is not None:
+            operation.result = result
+        mode = DISTRIBUTED if _is_distributed(operation) else LOCAL
+        self._accept(new_operation(operation, mode, place, self._means.topic_finder(place)), key)
+
+    def launch(self, operation: Operation) -> Result:
+        """Accept an operation that runs over the consumers, and send its first task.
+
+        :return: what came of sending; also a failed one leaves it accepted.
+        :raises kser.errors.KserError: it was not accepted; nothing will run.
+        """
+        # Before it is accepted: what is missing is said now.
+        assert self._means.producer is not None
+        place = self._means.registry.topic_for(operation)
+        return self._accept(new_operation(operation, DISTRIBUTED, place, self._means.topic_finder(place)), None)
+
+    def _accept(self, new: NewOperation, key: str | bytes | None) -> Result:
+        known = self._means.patience.call(lambda: self._store.save(new))
+        if isinstance(known, Refusal):
+            row = known.root
+            self._check_same(row, new.entrypoint, new.params)
+            if states.is_final(row.status):
+                raise StateConflict(
+                    f"operation {row.uuid} was sent before, and is {row.status}: resume() runs it again"
+                )
+            return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
+        signals.emit(
+            signals.operation_changed,
+            self._means.registry,
+            uuid=new.uuid,
+            entrypoint=new.entrypoint,
+            old=None,
+            new=states.PENDING,
+            result=None,
+        )
+        answer = self._means.send(new.target, new.uuid, key=key)
+        sent = self._store.peek(new.uuid) if states.outcome(answer) == states.SUCCESS else None
+        if sent is not None and sent.owner is None:
+            self._store.sent([(sent.id, 0)], self._means.terms.resend)
+        return answer
+
+    @staticmethod
+    def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
+        """Whether a uuid that is taken means the same operation.
+
+        :raises kser.errors.StateConflict: it does not.
+        """
+        if row.parent_id is not None:
+            raise StateConflict(f"{row.uuid} is the uuid of an operation inside another one")
+        if row.entrypoint != entrypoint or not _same(row.params, params):
+            raise StateConflict(
+                f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
+                f" params {params} is another operation, and needs a uuid of its own"
+            )
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+        """Handle a message of an operation that is kept, or is to be.
+
+        :param entrypoint: the class that it names; None for one that is not known here.
+        """
+        root_uuid = kmsg.metadata.get(OPERATION)
+        if root_uuid is not None:
+            return self._continue(str(root_uuid), kmsg.uuid)
+        if not kmsg.uuid:
+            kmsg.uuid = (CURRENT.get() or Delivery()).identity()
+        row = self._means.patience.call(lambda: self._store.peek(kmsg.uuid))
+        if row is not None:
+            return self._repeat(row, kmsg)
+        assert entrypoint is not None, "only the message of a step may name an unknown class"
+        operation: Any = entrypoint.from_Message(kmsg)
+        before = _ACCEPTED.set(operation)
+        try:
+            return operation.execute()
+        finally:
+            _ACCEPTED.reset(before)
+
+    def run(self, operation: Operation, result: Result | None) -> Any:
+        """Execute an operation; the one that a message has just brought is kept from now on."""
+        if _ACCEPTED.get() is not operation:
+            return self._runner.run(operation, result)
+        prepare(operation, result)
+        delivery = CURRENT.get()
+        place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
+        mode = DISTRIBUTED if _is_distributed(operation) else LOCAL
+        new = new_operation(operation, mode, place, self._means.topic_finder(place))
+        claimant = self._means.claimant() if mode == LOCAL else None
+        saved = self._means.patience.call(lambda: self._store.save(new, claimant))
+        if delivery is not None:
+            delivery.answer()
+        if isinstance(saved, Refusal):
+            return self._refused(saved)
+        if saved is None:
+            self._means.send(new.target, new.uuid)
+            return Unfinished(operation.result)
+        return Run(self._means, saved, operation).go()
+
+    def _repeat(self, row: OperationRow, kmsg: Message) -> Any:
+        try:
+            self._check_same(row, kmsg.entrypoint, json.dumps(kmsg.params))
+        except StateConflict as conflict:
+            if (delivery := CURRENT.get()) is not None:
+                delivery.refuse(FAILED, conflict)
+            raise
+        return self._continue(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
+
+    def _continue(self, root_uuid: str, step: str) -> Any:
+        """Take a step of a stored operation, if it is its turn."""
+        delivery = CURRENT.get()
+        if delivery is not None and delivery.verdict is not None:
+            self._judge(root_uuid, delivery.verdict)
+            delivery.verdict = None
+        claimant = self._means.claimant()
+        claim = self._means.patience.call(lambda: self._store.claim(root_uuid, step, claimant))
+        if claim is None:
+            return self._missing(root_uuid, step)
+        if delivery is not None:
+            delivery.answer()
+        return self._refused(claim) if isinstance(claim, Refusal) else Run(self._means, claim).go()
+
+    def _judge(self, root_uuid: str, verdict: Exception) -> None:
+        """Record that the attempt failed in which another thread is stuck."""
+        stuck = next((run for run in self._means.held() if isinstance(run, Run) and run.uuid == root_uuid), None)
+        if stuck is None:
+            return
+        claimant = self._means.claimant()._replace(token=stuck.claim.root.token or "")
+        step = stuck.claim.root.target.uuid
+        again = self._means.patience.call(lambda: self._store.claim(root_uuid, step, claimant))
+        if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
+            Run(self._means, again, verdict=verdict).go()
+
+    def _missing(self, root_uuid: str, step: str) -> Any:
+        error = StoreError(
+            f"step {step} belongs to operation {root_uuid}, which {self._store.name} does not know: all consumers of a"
+            " topic must share one database, and keep operations for longer than the topic keeps its messages"
+        )
+        logger.error(error.message)
+        if (delivery := CURRENT.get()) is not None:
+            delivery.refuse(FAILED, error)
+        raise error
+
+    @staticmethod
+    def _refused(refusal: Refusal) -> Unfinished:
+        root = refusal.root
+        logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
+        return Unfinished(result_from_json(root.result or root.so_far, root.uuid))
+
+    # -- what is asked later -------------------------------------------------------------------------------------------
+
+    def get(self, uuid: str) -> Operation | None:
+        """An operation as it is stored, of its class where that is known here; None when there is none."""
+        stored = self._means.patience.call(lambda: self._store.get(uuid))
+        if stored is None:
+            return None
+        row = stored.operation
+        operation = self._means.classes.operation(row)
+        inside = any(task.child_id is not None for task in stored.tasks)
+        children = self._means.patience.call(lambda: self._store.children(row.root_id)) if inside else ()
+        operation.tasks = self._means.classes.tasks(stored.tasks, children)
+        operation._kser_stored = stored
+        if row.status == states.RUNNING and row.phase == TASK and (row.owner is not None or row.parent_id is not None):
+            operation.tasks[row.step].status = states.RUNNING
+        return operation
+
+    def find(self, found: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
+        """Operations without their tasks, newest first, and where the next page begins."""
+        page = self._means.patience.call(lambda: self._store.find(found, limit, after))
+        return [self._means.classes.operation(row) for row in page.rows], page.cursor
+
+    def resume(self, uuid: str) -> None:
+        """Let an operation go on that FAILED or was CANCELLED, at its first task that is not SUCCESS.
+
+        :raises kser.errors.StateConflict: it is in another state.
+        :raises kser.errors.UsageError: there is none.
+        """
+        row = _found(uuid, self._means.patience.call(lambda: self._store.resume(uuid)))
+        self._tell(row, None)
+        try:
+            self._means.send(row.target, row.uuid, (row.id, row.epoch))
+        except KserError as error:
+            # Whoever asks may have no producer: the reaper of a consumer has.
+            logger.info(f"operation {uuid} is resumed, and sent by a consumer: {error.message}")
+
+    def cancel(self, uuid: str, reason: str | None) -> str:
+        """Cancel an operation: at once, or after the task that runs. Returns its status.
+
+        :raises kser.errors.UsageError: there is none.
+        """
+        row = _found(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
+        if row.status == states.CANCELLED:
+            self._tell(row, states.RUNNING)
+        return row.status
+
+    def wait(self, uuid: str, timeout: float | None) -> Result:
+        """The result of an operation, once it has ended.
+
+        :param timeout: seconds; None waits for ever.
+        :raises kser.errors.WaitTimeout: it has not ended in time.
+        :raises kser.errors.UsageError: there is none.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        look, slowest = _LOOKS
+        while True:
+            row = _found(uuid, self._means.patience.call(lambda: self._store.peek(uuid)))
+            if states.is_final(row.status):
+                return result_from_json(row.result or row.so_far, row.uuid)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
+            time.sleep(look if left is None else min(look, left))
+            look = min(look * 1.5, slowest)
+
+    def purge(self, older_than: float, status: Collection[str]) -> int:
+        """Delete operations that have ended, with everything that belongs to them; returns how many."""
+        odd = set(status) - states.FINAL
+        if odd:
+            raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
+        total = 0
+        while True:
+            count = self._means.patience.call(lambda: self._store.purge(older_than, status, PURGE_BATCH))
+            total += count
+            if count < PURGE_BATCH:
+                return total
+
+    def _tell(self, row: OperationRow, old: str | None) -> None:
+        signals.emit(
+            signals.operation_changed,
+            self._means.registry,
+            uuid=row.uuid,
+            entrypoint=row.entrypoint,
+            old=old,
+            new=row.status,
+            result=None,
+        )
+
+
+def what_to_find(
+    status: str | Collection[str] | None,
+    entrypoint: Any,
+    since: Any,
+    until: Any,
+    metadata: Mapping[str, Any] | None,
+    parent: str | None,
+) -> Found:
+    """What users look for, as a store takes it."""
+    return Found(
+        status={status} if isinstance(status, str) else status,
+        entrypoint=getattr(entrypoint, "path", entrypoint),
+        since=_timestamp("since", since),
+        until=_timestamp("until", until),
+        labels=[label_of(key, value) for key, value in (metadata or {}).items()],
+        parent=parent,
+    )
+
+
+def _timestamp(name: str, value: Any) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    if not hasattr(value, "timestamp"):
+        raise UsageError(f"{name} must be a datetime, or seconds since 1970; it is {value!r}")
+    return float(value.timestamp())
+
+
+def _found(uuid: str, row: OperationRow | None) -> OperationRow:
+    if row is None:
+        raise UsageError(
+            f"there is no stored operation {uuid!r}: it was never sent, was purged, or is inside another one"
+        )
+    return row
+
+
+def _is_distributed(operation: Operation) -> bool:
+    # An attribute of that name that means something else is the user's own (decision C18).
+    return getattr(type(operation), "DISTRIBUTED", False) is True
+
+
+def _same(stored: str, given: str) -> bool:
+    # Not compared as objects: there, NaN differs from itself.
+    return stored == given or _sorted(stored) == _sorted(given)
+
+
+def _sorted(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)

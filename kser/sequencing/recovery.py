@@ -1,0 +1,143 @@
+"""What runs beside each consumer that has a database: the heartbeat of its claims, and the reaper.
+
+The reaper never stops: whatever a consumer left behind, some other one goes on with.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kser.errors import KserError, ProducerMissing, StoreUnavailable
+from kser.sequencing.means import Means, step_message
+from kser.store.base import UNSENT_AFTER, Due
+
+logger = logging.getLogger(__name__)
+
+#: Operations that the reaper takes up at once.
+BATCH = 500
+#: Seconds between two times that it is recorded what was sent: well before the reaper would send it again.
+MARK_EVERY = UNSENT_AFTER / 3
+
+
+class Recovery:
+    """Keeps the claims of this process alive, and goes on with what nobody goes on with.
+
+    :param means: what runs share.
+    """
+
+    def __init__(self, means: Means, clock: Callable[[], float] = time.monotonic) -> None:
+        self._means = means
+        self._terms = means.terms
+        self._clock = clock
+        self._busy = threading.Lock()
+        self._last: dict[str, float] = {}
+        #: Since when the store has answered each time, and when it did last.
+        self._reached_since = self._reached = -float("inf")
+
+    def tick(self) -> None:
+        """Do what is due. To be called every second or so, by a thread that has nothing else to do."""
+        if not self._busy.acquire(blocking=False):
+            # Another consumer of this process is about it.
+            return
+        try:
+            for what, interval in (
+                (self.beat, self._terms.heartbeat),
+                (self.mark, MARK_EVERY),
+                (self.reap, self._terms.reaper),
+            ):
+                now = self._clock()
+                if now - self._last.get(what.__name__, -float("inf")) >= interval:
+                    self._last[what.__name__] = now
+                    what()
+        except StoreUnavailable as trouble:
+            self._reached = -float("inf")
+            self._means.patience.report(trouble)
+        except Exception:
+            # Nobody else would go on: what went wrong now may go right the next time.
+            logger.exception("the reaper met something that it does not know, and goes on")
+        finally:
+            self._busy.release()
+
+    def beat(self) -> None:
+        """Prolong the claims that workers hold now."""
+        held = {run.key for run in self._means.held()}
+        if not held:
+            return
+        known = self._means.store.renew(held, self._means.owner, self._terms.lease)
+        for root_id, epoch in held:
+            run = self._means.holder(root_id)
+            if root_id not in known and run is not None and run.key == (root_id, epoch):
+                logger.warning(f"{run.label}: the claim on it was lost: what its task gives will not be recorded")
+
+    def mark(self) -> None:
+        """Record which steps were sent."""
+        steps = []
+        while self._means.sent:
+            steps.append(self._means.sent.popleft())
+        if steps:
+            self._means.store.sent(steps, self._terms.resend)
+
+    def reap(self) -> int:
+        """Send the steps that nobody goes on with; returns how many."""
+        total = 0
+        while True:
+            due = self._means.store.take_due(
+                BATCH, self._means.owner, expired=self._may_judge(), resend_after=self._terms.resend
+            )
+            self._means.patience.report(None)
+            total += len(due)
+            self._send(due)
+            if len(due) < BATCH:
+                return total
+
+    def _may_judge(self) -> bool:
+        """Whether leases that are over count: while the database was away nobody could prolong any (rule 21)."""
+        now = self._clock()
+        if now - self._reached > self._terms.lease / 2:
+            self._reached_since = now
+        self._reached = now
+        return now - self._reached_since >= self._terms.lease
+
+    def _send(self, due: Sequence[Due]) -> None:
+        by_topic = defaultdict(list)
+        for each in due:
+            logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
+            by_topic[each.target.topic].append(each)
+        for topic, steps in by_topic.items():
+            failed = self._send_to(topic, steps)
+            if failed:
+                self._means.store.unsent([(each.id, each.epoch) for each in failed], UNSENT_AFTER)
+
+    def _send_to(self, topic: str, steps: Sequence[Due]) -> Sequence[Due]:
+        """Send steps to a topic; returns those that were not delivered."""
+        try:
+            producer: Any = self._means.producer
+        except ProducerMissing:
+            return steps
+        try:
+            if len(steps) == 1 or not hasattr(producer, "bulk_send"):
+                return [each for each in steps if self._means.send(each.target, each.uuid).retcode]
+            result = producer.bulk_send(topic, [step_message(each.target, each.uuid) for each in steps])
+        except KserError as error:
+            logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error.message}")
+            return steps
+        undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
+        return [each for each in steps if each.target.uuid in undelivered]
+
+    def close(self) -> None:
+        """A consumer ends: claims of messages that it has given up are given back, and what was sent is recorded."""
+        with self._busy:
+            try:
+                for run in self._means.held():
+                    if run.is_abandoned:
+                        run.release()
+                self.mark()
+            except StoreUnavailable as trouble:
+                self._means.patience.report(trouble)
+            except KserError as error:
+                logger.warning(f"a claim could not be given back, and ends with its lease: {error.message}")

@@ -1,0 +1,268 @@
+"""What is done in each step of a stored operation: here the code of users runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from cdumay_result import Result
+
+from kser import status as states
+from kser.controller import CONTAINED
+from kser.delivery import CURRENT, Delivery, timeout_of
+from kser.entry import postpone
+from kser.errors import StoreError, UsageError
+from kser.results import failure
+from kser.retry import Retry
+from kser.sequencing.handover import CHOICE, Choice, StepDelivery
+from kser.sequencing.means import Means
+from kser.sequencing.operation import Operation
+from kser.sequencing.runner import prepare, run_task
+from kser.sequencing.stored import new_tasks, result_to_json
+from kser.sequencing.task import Task
+from kser.sequencing.track import Frame, Track
+from kser.store.base import END_SUCCESS, NEXT, START, TASK, Built
+
+logger = logging.getLogger(__name__)
+
+
+class Steps:
+    """Does what is to be done where a track stands, and tells the track what came of it.
+
+    :param means: what runs share.
+    :param track: where the operation stands.
+    :param verdict: what the attempt at the current task failed with, when another thread is stuck in it.
+    """
+
+    def __init__(self, means: Means, track: Track, verdict: Exception | None = None) -> None:
+        self._means = means
+        self._track = track
+        self._verdict = verdict
+        #: What came of the last task or end: what whoever sent the message gets.
+        self.answer: Any = None
+        #: Seconds until the next attempt at the task, if one is to follow.
+        self.delay: float | None = None
+
+    def take(self) -> None:
+        """Take the next step."""
+        if not (self._take_up() and self._go_in()):
+            return
+        frame = self._track.top
+        if frame.phase == START:
+            self._begin(frame)
+        elif frame.phase == TASK:
+            self._run(frame)
+        elif frame.phase == NEXT:
+            self._choose(frame)
+        else:
+            self._end(frame)
+
+    def give_up(self, error: Exception) -> None:
+        """The step fails without being taken."""
+        frame, task = self._track.top, self._track.claim.task
+        failed = failure(error, frame.row.uuid)
+        self.answer = failed
+        if frame.phase == TASK and task is not None:
+            self._track.ran(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
+        elif frame.phase in (START, NEXT):
+            self._track.failed(failed)
+        else:
+            self._track.end(states.FAILED, failed)
+
+    # -- objects -------------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> bool:
+        """Make the objects of operations that go on in this consumer, and tell them; returns whether they agree."""
+        if self._track.distributed or self._verdict is not None:
+            return True
+        for depth, frame in enumerate(self._track.frames):
+            if frame.operation is None and frame.phase == TASK:
+                try:
+                    with CONTAINED:
+                        parent = self._track.frames[depth - 1].operation if depth else None
+                        self.adopt(frame, None if parent is None else parent.tasks[self._track.frames[depth - 1].step])
+                        operation = self._load(frame)
+                        operation.status = states.PENDING
+                        operation._prerun()
+                except Exception as exc:
+                    del self._track.frames[depth + 1 :]
+                    self._fail(frame, exc)
+                    return False
+        return True
+
+    def _go_in(self) -> bool:
+        """Go down to the innermost operation whose turn it is."""
+        while (frame := self._track.top).phase == TASK and frame.operation is not None:
+            task = frame.operation.tasks[frame.step]
+            row = None
+            if isinstance(task, Operation):
+                row = self._means.patience.call(lambda uuid=task.uuid: self._means.store.peek(uuid))  # type: ignore[misc]
+            if row is None:
+                break
+            self.adopt(self._track.enter(row), task)
+        return True
+
+    def adopt(self, frame: Frame, operation: Any = None) -> None:
+        """Give a frame its object."""
+        if operation is not None:
+            frame.operation = operation
+            frame.loaded = bool(operation.tasks) or frame.size is None
+            if frame.phase == TASK:
+                frame.total = operation.result
+
+    def _load(self, frame: Frame) -> Operation:
+        """The object of a frame, with its tasks.
+
+        :raises Exception: it could not be made, because its class is not known here, or raised.
+        """
+        if frame.operation is None:
+            self.adopt(frame, self._means.classes.operation(frame.row))
+        operation = frame.operation
+        assert operation is not None
+        if operation._kser_unfit is not None:
+            raise operation._kser_unfit
+        if not frame.loaded:
+            store, row = self._means.store, frame.row
+            rows = self._means.patience.call(lambda: store.tasks(row.id))
+            children = ()
+            if any(task.child_id is not None for task in rows):
+                children = self._means.patience.call(lambda: store.children(row.root_id))  # type: ignore[assignment]
+            operation.tasks = self._means.classes.tasks(rows, children)
+            frame.attempts = {task.position: task.attempts for task in rows}
+            frame.loaded = True
+        return operation
+
+    def _fail(self, frame: Frame, exc: Exception) -> None:
+        logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be begun or moved on: {exc}")
+        self.answer = failure(exc, frame.row.uuid)
+        self._track.failed(self.answer)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self, frame: Frame) -> None:
+        try:
+            with CONTAINED:
+                operation = self._load(frame)
+                prepare(operation, None)
+                built = None
+                if frame.size is None:
+                    tasks = new_tasks(operation.tasks, frame.row.mode, self._means.topic_finder(frame.row.topic))
+                    built = Built(frame.row.id, tasks)
+        except Exception as exc:
+            self._fail(frame, exc)
+            return
+        frame.total = operation.result
+        frame.loaded = True
+        self._track.begun(built)
+
+    def _run(self, frame: Frame) -> None:
+        task = self._task(frame)
+        number = frame.attempts.get(frame.step, 0) + 1
+        outer = CURRENT.get()
+        owner = self._means.classes.find(frame.row.entrypoint) or Operation
+        step = StepDelivery(outer, task, number, _policy(owner, outer), frame.row.uuid, self._is_cancelled)
+        if outer is not None:
+            outer.begin(timeout_of(type(task)) or timeout_of(owner))
+        began = time.monotonic()
+        before = CURRENT.set(step)
+        try:
+            result = self._attempt(task, frame)
+        finally:
+            CURRENT.reset(before)
+            if outer is not None:
+                outer.timeout = None
+        duration = time.monotonic() - began
+        if step.retry_in is not None:
+            self.delay = step.retry_in
+            self._track.retried(task.uuid, result.stderr, number, duration)
+            return
+        self.answer, text = storable(task, result)
+        self._track.ran(task.uuid, self.answer, text, number, duration)
+
+    def _task(self, frame: Frame) -> Task:
+        if frame.operation is not None:
+            return frame.operation.tasks[frame.step]
+        row = self._track.claim.task
+        assert row is not None, "a task is current, so it was claimed"
+        frame.attempts[row.position] = row.attempts
+        return self._means.classes.task(row)
+
+    def _attempt(self, task: Task, frame: Frame) -> Any:
+        try:
+            with CONTAINED:
+                unfit = self._verdict or task._kser_unfit
+                if unfit is not None:
+                    raise unfit
+                return run_task(task, frame.total, frame.row.uuid)
+        except Exception as exc:
+            failed = failure(exc, task.uuid)
+            answer = postpone(task, failed, exc)
+            return task._onerror(failed) if answer is None else answer
+
+    def _is_cancelled(self) -> bool:
+        row = self._means.patience.call(lambda: self._means.store.peek(self._track.claim.root.uuid))
+        return row is not None and (row.cancel_requested or row.epoch != self._track.claim.epoch)
+
+    def _choose(self, frame: Frame) -> None:
+        choice = Choice(frame.row.uuid)
+        before = CHOICE.set(choice)
+        try:
+            with CONTAINED:
+                operation = self._load(frame)
+                task = operation.tasks[frame.step]
+                operation.launch_next(task=task, result=task.result)
+                if not choice.made:
+                    raise StoreError(f"launch_next of {type(operation).path} neither chose a task nor the end")
+                uuids = [known.uuid for known in operation.tasks]
+                following = None if choice.following is None else uuids.index(choice.following.uuid)
+        except Exception as exc:
+            self._fail(frame, exc)
+        else:
+            self._track.chose(following, task.result if choice.failed else None)
+        finally:
+            CHOICE.reset(before)
+
+    def _end(self, frame: Frame) -> None:
+        status = frame.phase
+        try:
+            with CONTAINED:
+                operation = self._load(frame)
+                operation.result = frame.outcome
+        except Exception as exc:
+            self.answer = failure(exc, frame.row.uuid)
+            self._track.end(states.FAILED, self.answer)
+            return
+        try:
+            with CONTAINED:
+                hook = operation._onsuccess if status == END_SUCCESS else operation._onerror
+                returned = hook(operation.result)
+        except Exception as exc:
+            status = states.FAILED
+            returned = operation._onerror(failure(exc, frame.row.uuid))
+        result, _ = storable(operation, returned if isinstance(returned, Result) else operation.result)
+        if states.outcome(result) != states.SUCCESS:
+            status = states.FAILED
+        operation.status = status
+        self.answer = returned
+        self._track.end(status, result)
+
+
+def storable(task: Task, result: Any) -> tuple[Result, str]:
+    """A result and its JSON; a failed one in place of what is none, or has no JSON form."""
+    try:
+        if not isinstance(result, Result):
+            raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
+        return result, result_to_json(result, repr(task))
+    except UsageError as error:
+        logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
+        failed = failure(error, task.uuid)
+        return failed, result_to_json(failed, "a failure")
+
+
+def _policy(owner: type, outer: Delivery | None) -> Retry | None:
+    """The retry policy for tasks whose classes declare none: that of their operation, or of the consumer."""
+    declared = getattr(owner, "RETRY", None)
+    if isinstance(declared, Retry):
+        return declared
+    return None if outer is None else outer.retry

@@ -1,0 +1,492 @@
+"""A store that ends with its process, for tests: the contract in its shortest form."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from kser import status as states
+from kser.errors import Fenced, StateConflict, StoreError, UsageError
+from kser.store.base import (
+    DISTRIBUTED,
+    END_SUCCESS,
+    ENDED,
+    ERROR_LIMIT,
+    EXPIRED,
+    HELD,
+    LONGEST_RESEND,
+    RETRY,
+    STALE,
+    START,
+    TASK,
+    UNCLAIMED,
+    UNSENT,
+    UNSENT_AFTER,
+    WAITING,
+    AttemptRow,
+    Checkpoint,
+    Claim,
+    Claimant,
+    Due,
+    EventRow,
+    Found,
+    NewOperation,
+    NewTask,
+    Note,
+    OperationRow,
+    Page,
+    Refusal,
+    Store,
+    Stored,
+    Target,
+    TaskEnd,
+    TaskRow,
+)
+
+
+class MemoryStore(Store):
+    """Keeps everything in this process.
+
+    :param clock: its time, in seconds since 1970.
+    """
+
+    name = "memory://"
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._operations: dict[int, OperationRow] = {}
+        self._ids: dict[str, int] = {}
+        self._tasks: dict[int, list[TaskRow]] = {}
+        self._attempts: dict[int, list[AttemptRow]] = {}
+        self._events: dict[int, list[EventRow]] = {}
+        self._labels: dict[int, set[tuple[str, str]]] = {}
+        self._last_id = 0
+
+    def check(self) -> None:
+        """There is nothing that could be of another version."""
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | None:
+        with self._lock:
+            known = self.peek(operation.uuid)
+            if known is not None:
+                mine = claimant is not None and known.token == claimant.token
+                return self._claim_of(known) if mine else Refusal(STALE, known)
+            taken = {task.child.uuid for task in _all_tasks(operation.tasks or ()) if task.child} & self._ids.keys()
+            if taken:
+                raise StoreError(f"operations with these uuids are stored already: {', '.join(sorted(taken))}")
+            root = self._insert(operation, None, None)
+            self._note(root, None, Note("accepted"))
+            return None if claimant is None else self._take(root, claimant)
+
+    def _insert(self, new: NewOperation, parent_id: int | None, root_id: int | None) -> OperationRow:
+        self._last_id += 1
+        now = self._clock()
+        row = OperationRow(
+            id=self._last_id,
+            uuid=new.uuid,
+            entrypoint=new.entrypoint,
+            parent_id=parent_id,
+            root_id=root_id or self._last_id,
+            mode=new.mode,
+            topic=new.topic,
+            hooks=new.hooks,
+            params=new.params,
+            metadata=new.metadata,
+            status=states.PENDING,
+            phase=new.phase,
+            step=0,
+            size=None if new.tasks is None else len(new.tasks),
+            so_far=new.so_far,
+            result=None,
+            created_at=now,
+            started_at=None,
+            ended_at=None,
+            cancel_requested=False,
+            cancel_reason=None,
+            epoch=0,
+            owner=None,
+            token=None,
+            wake_at=now + UNSENT_AFTER if parent_id is None else None,
+            due_at=now,
+            claims=0,
+            sends=0,
+            sent_at=None,
+            target=new.target,
+        )
+        self._operations[row.id] = row
+        self._ids[row.uuid] = row.id
+        self._labels[row.id] = set(new.labels)
+        self._insert_tasks(row, new.tasks or ())
+        return row
+
+    def _insert_tasks(self, operation: OperationRow, tasks: Sequence[NewTask]) -> None:
+        rows = self._tasks[operation.id] = []
+        for position, new in enumerate(tasks):
+            child = None if new.child is None else self._insert(new.child, operation.id, operation.root_id).id
+            rows.append(
+                TaskRow(
+                    operation.id,
+                    position,
+                    new.uuid,
+                    new.entrypoint,
+                    new.topic,
+                    new.params,
+                    new.metadata,
+                    states.PENDING,
+                    new.result,
+                    0,
+                    child,
+                )
+            )
+
+    # -- claiming ------------------------------------------------------------------------------------------------------
+
+    def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:
+        with self._lock:
+            row = self.peek(uuid)
+            if row is None or row.parent_id is not None:
+                return None
+            if row.token == claimant.token:
+                return self._claim_of(row)
+            reason = self._refusal(row, step)
+            return self._take(row, claimant) if reason is None else Refusal(reason, row)
+
+    def _refusal(self, row: OperationRow, step: str) -> str | None:
+        now = self._clock()
+        if states.is_final(row.status):
+            return ENDED
+        if row.target.uuid != step:
+            return STALE
+        if row.owner is not None and (row.wake_at or 0) > now:
+            return HELD
+        return WAITING if row.due_at > now else None
+
+    def _take(self, row: OperationRow, claimant: Claimant) -> Claim:
+        now = self._clock()
+        exhausted = row.claims >= claimant.max_claims
+        row = self._put(
+            row._replace(
+                status=states.RUNNING,
+                epoch=row.epoch + 1,
+                owner=claimant.owner,
+                token=claimant.token,
+                claims=row.claims + 1,
+                wake_at=now + claimant.lease,
+                started_at=row.started_at or now,
+            )
+        )
+        self._note(row, claimant.owner, Note("claimed"))
+        return self._claim_of(row)._replace(exhausted=exhausted)
+
+    def _claim_of(self, root: OperationRow) -> Claim:
+        path = [root]
+        task = self._current(root)
+        while task is not None and task.child_id is not None:
+            path.append(self._operations[task.child_id])
+            task = self._current(path[-1])
+        last = path[-1]
+        following = self.task(last.id, last.step + 1) if task and root.mode == DISTRIBUTED else None
+        return Claim(root.id, root.epoch, tuple(path), task, following)
+
+    def _current(self, row: OperationRow) -> TaskRow | None:
+        return self._tasks[row.id][row.step] if row.phase == TASK else None
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def peek(self, uuid: str) -> OperationRow | None:
+        with self._lock:
+            found = self._ids.get(uuid)
+            return None if found is None else self._operations[found]
+
+    def tasks(self, operation_id: int) -> Sequence[TaskRow]:
+        with self._lock:
+            return list(self._tasks.get(operation_id, ()))
+
+    def task(self, operation_id: int, position: int) -> TaskRow | None:
+        with self._lock:
+            rows = self._tasks.get(operation_id, [])
+            return rows[position] if 0 <= position < len(rows) else None
+
+    def children(self, root_id: int) -> Sequence[OperationRow]:
+        with self._lock:
+            return [row for row in self._operations.values() if row.root_id == root_id and row.id != root_id]
+
+    def get(self, uuid: str) -> Stored | None:
+        with self._lock:
+            row = self.peek(uuid)
+            if row is None:
+                return None
+            attempts = sorted(self._attempts.get(row.id, ()))
+            root = self._operations[row.root_id]
+            return Stored(row, self.tasks(row.id), attempts, list(self._events[root.id]), root.uuid)
+
+    def find(self, found: Found, limit: int, after: str | None = None) -> Page:
+        if after is not None and not after.isdigit():
+            raise UsageError(f"after must be the cursor of a page before; it is {after!r}")
+        with self._lock:
+            parent = None if found.parent is None else self._ids.get(found.parent, -1)
+            rows = [
+                row
+                for row in sorted(self._operations.values(), reverse=True)
+                if row.parent_id == parent and self._fits(row, found) and (after is None or row.id < int(after))
+            ]
+        return Page(rows[:limit], str(rows[limit - 1].id) if len(rows) > limit else None)
+
+    def _fits(self, row: OperationRow, found: Found) -> bool:
+        return (
+            (found.status is None or row.status in found.status)
+            and found.entrypoint in (None, row.entrypoint)
+            and (found.since is None or row.created_at >= found.since)
+            and (found.until is None or row.created_at < found.until)
+            and self._labels[row.id].issuperset(found.labels)
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, checkpoint: Checkpoint) -> str:
+        with self._lock:
+            root = self._operations.get(checkpoint.root_id)
+            if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
+                return self._recorded(root, checkpoint)
+            if any(self._operations[move.operation_id].step != move.old_step for move in checkpoint.moves):
+                raise Fenced(f"operation {root.uuid} is at another step")
+            for move in checkpoint.moves:
+                self._move(move.operation_id, move.step, move.phase, move.status, move.so_far, move.result)
+            for end in checkpoint.ends:
+                self._end_task(end, checkpoint)
+            if checkpoint.built is not None:
+                built = self._operations[checkpoint.built.operation_id]
+                self._insert_tasks(built, checkpoint.built.tasks)
+                self._put(self._operations[built.id]._replace(size=len(checkpoint.built.tasks)))
+            notes = checkpoint.notes
+            if root.cancel_requested:
+                self._cancel_all(root.id)
+                notes = [*(note for note in notes if note.kind != "ended"), Note("ended", text=states.CANCELLED)]
+            for note in notes:
+                self._note(root, checkpoint.consumer, note)
+            return self._settle(self._operations[root.id], checkpoint).status
+
+    def _recorded(self, root: OperationRow | None, checkpoint: Checkpoint) -> str:
+        """The root's status, if this very checkpoint was recorded before."""
+        if root is not None and root.token == checkpoint.token:
+            kept = checkpoint.keep and not states.is_final(root.status)
+            stands = all(self._operations[move.operation_id].step == move.step for move in checkpoint.moves)
+            if stands and root.epoch == checkpoint.epoch + (not kept):
+                return root.status
+        name = root.uuid if root else checkpoint.root_id
+        raise Fenced(f"somebody else has claimed operation {name}, or it has ended")
+
+    def _move(self, at: int, step: int, phase: str, status: str, so_far: str, result: str | None) -> None:
+        row = self._operations[at]
+        ended = self._clock() if states.is_final(status) else None
+        self._put(
+            row._replace(step=step, phase=phase, status=status, so_far=so_far, result=result, ended_at=ended)._replace(
+                started_at=row.started_at or self._clock()
+            )
+        )
+
+    def _end_task(self, end: TaskEnd, checkpoint: Checkpoint) -> None:
+        rows = self._tasks[end.operation_id]
+        task = rows[end.position]
+        result = task.result if end.status == states.PENDING else end.result
+        attempts = max(task.attempts, end.number)
+        rows[end.position] = task._replace(status=end.status, result=result, attempts=attempts)
+        if end.number:
+            now = self._clock()
+            outcome = states.SUCCESS if end.status == states.SUCCESS else states.FAILED
+            error = None if end.error is None else end.error[:ERROR_LIMIT]
+            self._attempts.setdefault(end.operation_id, []).append(
+                AttemptRow(
+                    end.operation_id,
+                    end.position,
+                    end.number,
+                    checkpoint.epoch,
+                    outcome,
+                    checkpoint.consumer,
+                    now - end.duration,
+                    now,
+                    error,
+                )
+            )
+
+    def _settle(self, root: OperationRow, checkpoint: Checkpoint) -> OperationRow:
+        """Write what is of the root alone: who has it, and when to look again."""
+        now = self._clock()
+        root = root._replace(claims=0, sends=0, sent_at=None, target=checkpoint.target or root.target)
+        if states.is_final(root.status):
+            root = root._replace(owner=None, wake_at=None, epoch=root.epoch + 1)
+        elif not checkpoint.keep:
+            root = root._replace(
+                owner=None,
+                epoch=root.epoch + 1,
+                due_at=now + checkpoint.delay,
+                wake_at=now + (checkpoint.delay or UNSENT_AFTER),
+            )
+        return self._put(root)
+
+    def _cancel_all(self, root_id: int) -> None:
+        now = self._clock()
+        for row in (self._operations[root_id], *self.children(root_id)):
+            if row.id == root_id or not states.is_final(row.status):
+                self._put(row._replace(status=states.CANCELLED, ended_at=now, result=row.so_far))
+
+    # -- leases and the reaper -----------------------------------------------------------------------------------------
+
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
+        with self._lock:
+            mine = [row for row in self._at(claims) if row.status == states.RUNNING]
+            for row in mine:
+                self._put(row._replace(owner=owner, wake_at=self._clock() + lease))
+            return {row.id: row.cancel_requested for row in mine}
+
+    def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
+        with self._lock:
+            for row in self._unclaimed(steps):
+                now = self._clock()
+                self._put(row._replace(sends=row.sends + 1, sent_at=now, wake_at=max(now, row.due_at) + resend_after))
+
+    def take_due(self, limit: int, consumer: str, *, expired: bool, resend_after: float) -> Sequence[Due]:
+        with self._lock:
+            now = self._clock()
+            rows = [
+                row
+                for row in self._operations.values()
+                if row.wake_at is not None and row.wake_at <= now and (expired or row.owner is None)
+            ]
+            return [
+                self._wake(row, consumer, resend_after)
+                for row in sorted(rows, key=lambda row: row.wake_at or 0)[:limit]
+            ]
+
+    def _wake(self, row: OperationRow, consumer: str, resend_after: float) -> Due:
+        now = self._clock()
+        if row.owner is not None:
+            reason = EXPIRED
+        elif row.sends:
+            reason = UNCLAIMED
+        else:
+            reason = RETRY if row.wake_at == row.due_at else UNSENT
+        wait = min(resend_after * 2.0 ** min(row.sends, 20), LONGEST_RESEND)
+        self._put(row._replace(owner=None, sends=row.sends + 1, sent_at=now, wake_at=now + wait))
+        self._note(row, consumer, Note("sent-again", text=reason))
+        return Due(row.id, row.uuid, row.epoch, row.target, reason)
+
+    def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+        with self._lock:
+            for row in self._unclaimed(steps):
+                self._put(row._replace(wake_at=self._clock() + wait, sends=max(row.sends - 1, 0)))
+
+    def _at(self, pairs: Iterable[tuple[int, int]]) -> list[OperationRow]:
+        rows = [(self._operations.get(root_id), epoch) for root_id, epoch in pairs]
+        return [row for row, epoch in rows if row is not None and row.epoch == epoch]
+
+    def _unclaimed(self, pairs: Iterable[tuple[int, int]]) -> list[OperationRow]:
+        return [row for row in self._at(pairs) if row.owner is None and row.wake_at is not None]
+
+    # -- cancel, resume, purge -----------------------------------------------------------------------------------------
+
+    def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
+        with self._lock:
+            row = self.peek(uuid)
+            if row is None or row.parent_id is not None:
+                return None
+            if states.is_final(row.status):
+                return row
+            if row.owner is not None and (row.wake_at or 0) > self._clock():
+                self._note(row, None, Note("cancel-requested", text=reason))
+                return self._put(row._replace(cancel_requested=True, cancel_reason=reason))
+            self._cancel_all(row.id)
+            self._note(row, None, Note("ended", text=states.CANCELLED))
+            row = self._operations[row.id]
+            return self._put(
+                row._replace(cancel_reason=reason, owner=None, token=None, wake_at=None, epoch=row.epoch + 1)
+            )
+
+    def resume(self, uuid: str) -> OperationRow | None:
+        with self._lock:
+            root = self.peek(uuid)
+            if root is None or root.parent_id is not None:
+                return None
+            if not states.may_follow(root.status, states.RUNNING) or not states.is_final(root.status):
+                raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one is resumed")
+            target = self._restart(root)
+            now = self._clock()
+            root = self._operations[root.id]._replace(
+                epoch=root.epoch + 1,
+                token=None,
+                owner=None,
+                cancel_requested=False,
+                cancel_reason=None,
+                claims=0,
+                sends=0,
+                sent_at=None,
+                due_at=now,
+                wake_at=now + UNSENT_AFTER,
+                target=target if root.mode == DISTRIBUTED else root.target,
+            )
+            self._note(root, None, Note("resumed"))
+            return self._put(root)
+
+    def _restart(self, row: OperationRow) -> Target:
+        """Set an operation back to its first task that is not SUCCESS; returns what is to be done then."""
+        rows = self._tasks[row.id]
+        step = next((task.position for task in rows if task.status != states.SUCCESS), None)
+        row = row._replace(status=states.RUNNING, result=None, ended_at=None)
+        if row.size is None:
+            row = row._replace(phase=START)
+        elif step is None:
+            row = row._replace(phase=END_SUCCESS, step=row.size)
+        else:
+            row = row._replace(phase=TASK, step=step)
+        self._put(row)
+        if step is None:
+            return Target(row.uuid, row.entrypoint, row.topic)
+        task = rows[step] = rows[step]._replace(status=states.PENDING, result=None)
+        child = None if task.child_id is None else self._operations[task.child_id]
+        if child is None or child.started_at is None:
+            return Target(task.uuid, task.entrypoint, task.topic)
+        return self._restart(child)
+
+    def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
+        with self._lock:
+            until = self._clock() - older_than
+            old = [
+                row.id
+                for row in self._operations.values()
+                if row.parent_id is None and row.status in status and row.ended_at is not None and row.ended_at < until
+            ][:limit]
+            for root_id in old:
+                for row in (self._operations[root_id], *self.children(root_id)):
+                    del self._operations[row.id], self._ids[row.uuid], self._tasks[row.id], self._labels[row.id]
+                    self._attempts.pop(row.id, None)
+                del self._events[root_id]
+            return len(old)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _put(self, row: OperationRow) -> OperationRow:
+        self._operations[row.id] = row
+        return row
+
+    def _note(self, root: OperationRow, consumer: str | None, note: Note) -> None:
+        event = EventRow(root.id, self._clock(), note.kind, root.epoch, consumer, note.uuid, note.text)
+        self._events.setdefault(root.id, []).append(event)
+
+
+def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:
+    """These tasks and those inside them."""
+    found: list[NewTask] = []
+    for task in tasks:
+        found += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))
+    doubled = [uuid for uuid, count in Counter(task.child.uuid for task in found if task.child).items() if count > 1]
+    if doubled:
+        raise StoreError(f"operations with these uuids are there more than once: {', '.join(doubled)}")
+    return found
