@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import blinker
 import pytest
@@ -23,6 +23,9 @@ import kser.signals
 from kser.controller import Controller
 from kser.dummy.bus import Bus
 from tests.engine import Act
+
+if TYPE_CHECKING:
+    from tests.postgres import Database, Postgresql
 
 #: No test may take longer, whatever hangs.
 LIMIT_SECONDS = 300
@@ -92,6 +95,36 @@ def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyP
     leaks += _left_in(lock_path)
     if leaks:
         pytest.fail("the test left behind " + "; ".join(leaks), pytrace=False)
+
+
+def own_postgresql() -> Postgresql:
+    """A PostgreSQL that a test, or all of them, may stop and start."""
+    # Whoever tests without SQL needs none of what that needs.
+    from tests.postgres import Postgresql, ServiceMissing
+
+    try:
+        return Postgresql()
+    except ServiceMissing as problem:
+        needs("PostgreSQL", problem)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The PostgreSQL that all tests share: at ``KSER_TEST_POSTGRESQL_URI``, else one that is started here."""
+    if uri := os.environ.get("KSER_TEST_POSTGRESQL_URI"):
+        yield uri
+        return
+    with own_postgresql() as server:
+        yield server.uri
+
+
+@pytest.fixture(scope="session")
+def database(postgresql: str) -> Iterator[Database]:
+    """A database with kser's tables, which all tests share: each empties it first."""
+    from tests.postgres import Database
+
+    with contextlib.closing(Database(postgresql)) as found:
+        yield found
 
 
 @pytest.fixture

@@ -9,12 +9,18 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
+from sqlalchemy import make_url
 
+from kser.store.sql import schema
+from kser.store.sql.store import database_at
+from kser.store.sql.tables import metadata
 from tests.kafka.broker import free_ports
 
 START_SECONDS = 60
@@ -156,6 +162,37 @@ class Postgresql:
         account = pwd.getpwnam("nobody")
         # Not in a folder that this account may not enter.
         return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": [], "cwd": self.folder}
+
+
+class Database:
+    """A database of our own on a server, with kser's tables, gone after :meth:`close`.
+
+    :param server: an address on the server, of somebody who may create databases.
+    """
+
+    def __init__(self, server: str) -> None:
+        self._server = make_url(server)
+        self.name = f"kser_test_{uuid.uuid4().hex[:12]}"
+        self.uri = self._server.set(database=self.name).render_as_string(hide_password=False)
+        self.run(f"CREATE DATABASE {self.name}", self._server.database)
+        with closing(database_at(self.uri)) as database:
+            schema.upgrade(database)
+
+    def run(self, statement: str, database: str | None = None) -> list[Any]:
+        """Run a statement from outside; returns its rows."""
+        url = self._server.set(drivername="postgresql", database=database or self.name)
+        with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def empty(self) -> None:
+        """Delete what is in the tables."""
+        tables = ", ".join(table.name for table in metadata.sorted_tables if table.name != "kser_schema")
+        self.run(f"TRUNCATE {tables}")
+
+    def close(self) -> None:
+        """Delete it."""
+        self.run(f"DROP DATABASE {self.name} WITH (FORCE)", self._server.database)
 
 
 def binaries() -> Path:

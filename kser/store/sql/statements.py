@@ -13,6 +13,7 @@ from sqlalchemy import (
     JSON,
     ColumnElement,
     Dialect,
+    Integer,
     Table,
     Text,
     bindparam,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal_column,
     select,
     update,
 )
@@ -62,12 +64,24 @@ class Source:
             columns = [column(name, kind) for name, kind in types.items()]
             self._rows = func.json_to_recordset(text).table_valued(*columns, name="v").render_derived(with_types=True)
         self._types = types
+        self._where = self._few() if packed else ()
 
     def __getitem__(self, name: str) -> ColumnElement[Any]:
         if self.packed:
             found: ColumnElement[Any] = self._rows.c[name]
             return found
         return bindparam(name, type_=self._types[name])
+
+    def _few(self) -> tuple[ColumnElement[bool], ...]:
+        """Always true, and makes the planner expect a row or so.
+
+        It would take a hundred for granted, and rather read the whole table while that is small; and it keeps that plan
+        when the table has grown.
+        """
+        first = next(iter(self._types))
+        kind = self._types[first]
+        number = self[first] if isinstance(kind, Integer) else func.length(self[first])
+        return (number % literal_column("1") == literal_column("0"),)
 
     def insert(self, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
         """A statement that adds each row."""
@@ -77,15 +91,15 @@ class Source:
 
     def update(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
         """A statement that changes what each row stands for."""
-        return update(table).where(*where).values(dict(values))
+        return update(table).where(*where, *self._where).values(dict(values))
 
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
         """A statement that deletes what each row stands for."""
-        return delete(table).where(*where)
+        return delete(table).where(*where, *self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
         """A statement that reads what each row stands for."""
-        found = select(*columns).where(*where)
+        found = select(*columns).where(*where, *self._where)
         return found.select_from(self._rows, table) if self.packed else found.select_from(table)
 
 

@@ -1,0 +1,1258 @@
+"""What every store does for those who run operations: the tests, to be run against each of them.
+
+The rules are those of the protocol; the numbers in the docstrings are theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kser import status as states
+from kser.errors import Fenced, StateConflict, StoreError, UsageError
+from kser.store.base import (
+    DISTRIBUTED,
+    END_SUCCESS,
+    ENDED,
+    ERROR_LIMIT,
+    EVENTS,
+    EXPIRED,
+    HELD,
+    LONGEST_RESEND,
+    RETRY,
+    STALE,
+    START,
+    TASK,
+    UNCLAIMED,
+    UNSENT,
+    UNSENT_AFTER,
+    WAITING,
+    Built,
+    Claim,
+    Found,
+    Note,
+    OperationRow,
+    Refusal,
+    Store,
+    Target,
+)
+from tests.store_world import (
+    CLOSE,
+    LEASE,
+    RESEND,
+    World,
+    claimed,
+    end_of,
+    last_step,
+    me,
+    move_of,
+    name,
+    new,
+    new_task,
+    row_of,
+    saved,
+    step_on,
+)
+
+
+def kinds(store: Store, uuid: str) -> list[str]:
+    """What happened to an operation."""
+    stored = store.get(uuid)
+    assert stored is not None
+    return [event.kind for event in stored.events]
+
+
+def due(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
+    """What the reaper takes: uuids, and why."""
+    return [(each.uuid, each.reason) for each in store.take_due(limit, "reaper", expired=expired, resend_after=RESEND)]
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What these calls give or raise that threads make at the same time."""
+    answers: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def run(index: int) -> None:
+        barrier.wait()
+        try:
+            answers[index] = calls[index]()
+        except Exception as error:
+            answers[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+class SavingContract:
+    """Saving and claiming."""
+
+    def test_what_is_saved_is_what_is_read(self, world: World) -> None:
+        """Rules 1 and 16: texts stay what they were, NaN included."""
+        operation = new(2, metadata='{"text": "\\u0000 \\ud800"}')
+        assert world.store.save(operation) is None
+        row = row_of(world.other, operation.uuid)
+        assert row[1:11] == (
+            *(operation.uuid, "shop.PlaceOrder", None, row.id, "local", "orders", 3),
+            *('{"order": 42, "nan": NaN}', '{"text": "\\u0000 \\ud800"}', states.PENDING),
+        )
+        assert row[11:16] == (TASK, 0, 2, '{"retval": {}}', None)
+        assert row.created_at == pytest.approx(world.now, abs=CLOSE)
+        assert row[17:21] == (None, None, False, None)
+        assert row[21:24] == (0, None, None)
+        assert row.wake_at == pytest.approx(row.created_at + UNSENT_AFTER, abs=0.5)
+        assert row.due_at <= world.now
+        assert row[26:] == (0, 0, None, operation.target)
+        assert operation.tasks is not None
+        assert [task[1:] for task in world.store.tasks(row.id)] == [
+            (*(at, task.uuid, "shop.Charge", "gpu", task.params, task.metadata), states.PENDING, None, 0, None)
+            for at, task in enumerate(operation.tasks)
+        ]
+
+    def test_one_whose_tasks_are_not_built_has_none(self, world: World) -> None:
+        operation = new(None)
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        assert (row.size, row.phase, world.store.tasks(row.id)) == (None, START, [])
+
+    def test_one_that_was_built_without_tasks_has_none_either(self, world: World) -> None:
+        claim = saved(world.store, new(0))
+        assert (claim.root.size, claim.root.phase, claim.task) == (0, END_SUCCESS, None)
+
+    def test_a_task_may_come_with_a_result(self, world: World) -> None:
+        claim = saved(world.store, new([new_task(result='{"retval": 1}')]))
+        assert claim.task is not None
+        assert claim.task.result == '{"retval": 1}'
+
+    def test_who_saves_has_it_at_once(self, world: World) -> None:
+        """Rule 2: saved and claimed in one transaction."""
+        operation, claimant = new(2), me()
+        claim = saved(world.store, operation, claimant)
+        root = claim.root
+        assert (claim.epoch, root.epoch, root.status, root.claims) == (1, 1, states.RUNNING, 1)
+        assert (root.owner, root.token) == (claimant.owner, claimant.token)
+        assert root.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert root.started_at == pytest.approx(world.now, abs=CLOSE)
+        assert root == row_of(world.other, operation.uuid)
+        assert claim.path == (root,)
+        assert claim.task == world.store.task(root.id, 0)
+        assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
+
+    def test_a_saved_uuid_is_taken(self, world: World) -> None:
+        """Rule 3: the stored state stays untouched, also when it is the very same operation."""
+        operation = new(2)
+        world.store.save(operation)
+        before = world.store.get(operation.uuid)
+        for again in (operation, new(5, uuid=operation.uuid, params="{}")):
+            for claimant in (None, me()):
+                refusal = world.other.save(again, claimant)
+                assert isinstance(refusal, Refusal)
+                assert before is not None
+                assert refusal == (STALE, before.operation)
+        assert world.store.get(operation.uuid) == before
+
+    def test_a_save_that_is_repeated_with_its_token_is_the_same_claim(self, world: World) -> None:
+        """Rule 10: nobody knew whether the first one was committed."""
+        operation, claimant = new(2), me()
+        first = saved(world.store, operation, claimant)
+        assert world.other.save(operation, claimant) == first
+        assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
+
+    def test_one_of_many_who_save_the_same_has_it(self, world: World) -> None:
+        """Rule 3."""
+        operation = new(2)
+        stores = [world.store, world.other] * 3
+        answers = at_once(*(lambda store=store: store.save(operation, me()) for store in stores))
+        assert sorted(type(answer).__name__ for answer in answers) == ["Claim"] + ["Refusal"] * 5
+        assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
+
+    def test_an_operation_with_an_inner_one_that_is_stored_already_is_refused(self, world: World) -> None:
+        inner = new(1)
+        world.store.save(new([new_task(inner)]))
+        outer = new([new_task(inner)])
+        with pytest.raises(StoreError):
+            world.store.save(outer)
+        assert world.store.peek(outer.uuid) is None
+
+    def test_an_operation_with_the_same_inner_one_twice_is_refused(self, world: World) -> None:
+        inner = new(1)
+        with pytest.raises(StoreError):
+            world.store.save(new([new_task(inner), new_task(inner)]))
+
+    def test_identifiers_rise(self, world: World) -> None:
+        ids = [saved(store, new(1)).id for store in (world.store, world.other) * 10]
+        assert ids == sorted(set(ids))
+
+    # -- claims --------------------------------------------------------------------------------------------------------
+
+    def test_a_claim_gives_what_is_needed_to_go_on(self, world: World) -> None:
+        """Rule 7: owner, token, epoch + 1 and lease; everything else stays."""
+        operation, claimant = new(2), me("consumer-b")
+        world.store.save(operation)
+        before = row_of(world.store, operation.uuid)
+        claim = claimed(world.other, before, claimant)
+        assert claim.root == before._replace(
+            status=states.RUNNING,
+            epoch=1,
+            owner="consumer-b",
+            token=claimant.token,
+            claims=1,
+            wake_at=claim.root.wake_at,
+            started_at=claim.root.started_at,
+        )
+        assert claim.root.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert claim.root.started_at == pytest.approx(world.now, abs=CLOSE)
+        assert claim.task == world.store.task(claim.id, 0)
+        assert (claim.exhausted, claim.following) == (False, None)
+        assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
+
+    def test_what_is_not_there_cannot_be_claimed(self, world: World) -> None:
+        assert world.store.claim(name(), name(), me()) is None
+
+    def test_an_inner_operation_cannot_be_claimed(self, world: World) -> None:
+        """Rule 31: one claim, the root's."""
+        inner = new(1)
+        world.store.save(new([new_task(inner)]))
+        assert world.store.claim(inner.uuid, inner.uuid, me()) is None
+
+    def test_who_has_it_keeps_it_until_the_lease_is_over(self, world: World) -> None:
+        """Rule 7."""
+        claim = saved(world.store, new(2))
+        refusal = world.other.claim(claim.root.uuid, claim.root.target.uuid, me())
+        assert refusal == Refusal(HELD, claim.root)
+        world.pass_by(LEASE + 1)
+        other = claimed(world.other, claim.root, me("consumer-b"))
+        assert (other.epoch, other.root.owner, other.root.claims) == (2, "consumer-b", 2)
+        assert other.root.started_at == claim.root.started_at
+
+    def test_one_of_many_who_claim_gets_it(self, world: World) -> None:
+        """Rule 7: one compare-and-set."""
+        operation = new(2)
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        stores = [world.store, world.other] * 4
+        answers = at_once(*(lambda store=store: store.claim(row.uuid, row.target.uuid, me()) for store in stores))
+        assert [answer.reason for answer in answers if isinstance(answer, Refusal)] == [HELD] * 7
+        assert row_of(world.store, row.uuid).epoch == 1
+
+    def test_another_step_is_stale(self, world: World) -> None:
+        operation = new(2)
+        world.store.save(operation)
+        refusal = world.store.claim(operation.uuid, name(), me())
+        assert refusal == Refusal(STALE, row_of(world.store, operation.uuid))
+
+    def test_an_ended_one_stays_ended(self, world: World) -> None:
+        claim = saved(world.store, new(1))
+        world.store.checkpoint(last_step(claim, 0))
+        refusal = world.store.claim(claim.root.uuid, claim.root.target.uuid, me())
+        assert refusal == Refusal(ENDED, row_of(world.store, claim.root.uuid))
+
+    def test_a_claim_that_is_repeated_with_its_token_is_the_same_one(self, world: World) -> None:
+        """Rule 10."""
+        operation, claimant = new(2), me()
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        first = claimed(world.store, row, claimant)
+        assert claimed(world.other, row, claimant) == first
+        world.pass_by(LEASE + 1)
+        assert claimed(world.other, row, claimant) == first
+        assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
+
+    def test_too_many_claims_without_an_end_exhaust_a_step(self, world: World) -> None:
+        """Rule 22."""
+        operation = new(2)
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        claims = []
+        for _ in range(4):
+            claims.append(claimed(world.store, row, me(max_claims=3)))
+            world.pass_by(LEASE + 1)
+        assert [claim.exhausted for claim in claims] == [False, False, False, True]
+        # The fourth one's own, asked for again.
+        token = claims[-1].root.token or ""
+        assert claimed(world.store, row, me(max_claims=3, token=token)).exhausted
+        world.store.checkpoint(step_on(claims[-1], 0))
+        assert row_of(world.store, row.uuid).claims == 0
+
+    def test_a_distributed_one_tells_the_task_behind_as_well(self, world: World) -> None:
+        operation = new(3, mode=DISTRIBUTED)
+        claim = saved(world.store, operation)
+        assert claim.following == world.store.task(claim.id, 1)
+        world.store.checkpoint(step_on(claim, 0))
+        world.store.checkpoint(step_on(claim, 1, keep=False))
+        last = claimed(world.store, row_of(world.store, operation.uuid))
+        assert (last.task, last.following) == (world.store.task(claim.id, 2), None)
+
+    def test_a_claim_leads_to_the_innermost_operation(self, world: World) -> None:
+        """Rule 31."""
+        leaf = new(2)
+        middle = new([new_task(leaf)])
+        claim = saved(world.store, new([new_task(middle), new_task()]))
+        assert [row.uuid for row in claim.path] == [claim.root.uuid, middle.uuid, leaf.uuid]
+        assert claim.task == world.store.task(claim.path[-1].id, 0)
+        assert [row.parent_id for row in claim.path] == [None, claim.path[0].id, claim.path[1].id]
+        assert {row.root_id for row in claim.path} == {claim.id}
+        assert [row.status for row in claim.path] == [states.RUNNING, states.PENDING, states.PENDING]
+        task = world.store.task(claim.id, 0)
+        assert task is not None
+        assert (task.child_id, task.uuid) == (claim.path[1].id, middle.uuid)
+
+    def test_a_claim_stops_where_an_operation_is_to_be_begun_or_ended(self, world: World) -> None:
+        unbuilt = new(None)
+        claim = saved(world.store, new([new_task(unbuilt)]))
+        assert [row.uuid for row in claim.path] == [claim.root.uuid, unbuilt.uuid]
+        assert claim.task is None
+
+    def test_rows_are_read_by_uuid_of_all_operations(self, world: World) -> None:
+        inner = new(1)
+        claim = saved(world.store, new([new_task(inner)]))
+        assert row_of(world.store, inner.uuid).parent_id == claim.id
+        assert world.store.peek(name()) is None
+        assert world.store.task(claim.id, 1) is None
+        assert world.store.task(claim.id, -1) is None
+
+    def test_children_are_all_operations_inside(self, world: World) -> None:
+        leaf, sibling = new(1), new(1)
+        middle = new([new_task(leaf)])
+        claim = saved(world.store, new([new_task(middle), new_task(sibling)]))
+        saved(world.store, new([new_task(new(1))]))
+        assert {row.uuid for row in world.store.children(claim.id)} == {leaf.uuid, middle.uuid, sibling.uuid}
+
+
+class CheckpointContract:
+    """Checkpoints."""
+
+    def test_a_checkpoint_records_everything_at_once(self, world: World) -> None:
+        """Rule 13: the task's result, the operation's, attempt, events, and which step is current."""
+        claim = saved(world.store, new(3))
+        assert world.store.checkpoint(step_on(claim, 0)) == states.RUNNING
+        stored = world.other.get(claim.root.uuid)
+        assert stored is not None
+        assert stored.operation == claim.root._replace(step=1, so_far='{"up to": 1}', claims=0)
+        task = stored.tasks[0]
+        assert (task.status, task.result, task.attempts) == (states.SUCCESS, '{"of": 0}', 1)
+        (attempt,) = stored.attempts
+        assert attempt[:6] == (claim.id, 0, 1, 1, states.SUCCESS, "consumer-a")
+        assert attempt.ended_at == pytest.approx(world.now, abs=CLOSE)
+        assert attempt.ended_at - attempt.started_at == pytest.approx(0.25)
+        assert attempt.error is None
+        event = stored.events[-1]
+        assert event[0] == claim.id
+        assert event.at == pytest.approx(world.now, abs=CLOSE)
+        assert event[2:] == ("task-succeeded", 1, "consumer-a", "task 0", None)
+        assert stored.root_uuid == claim.root.uuid
+
+    def test_an_end_gives_everything_back(self, world: World) -> None:
+        claim = saved(world.store, new(1))
+        assert world.store.checkpoint(last_step(claim, 0)) == states.SUCCESS
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"all": "over"}', END_SUCCESS)
+        assert (row.epoch, row.owner, row.wake_at) == (2, None, None)
+        assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
+        assert kinds(world.store, row.uuid) == ["accepted", "claimed", "ended"]
+
+    def test_a_result_may_be_known_before_the_end(self, world: World) -> None:
+        claim = saved(world.store, new(1))
+        move = move_of(claim.root, 0, phase=END_SUCCESS, result='{"nearly": 1}')
+        world.store.checkpoint(step_on(claim, 0, moves=[move], keep=False))
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
+
+    def test_a_claim_that_is_given_back_is_ready_for_anybody(self, world: World) -> None:
+        """Rule 30."""
+        claim = saved(world.store, new(3))
+        target = Target("task-1", "shop.Ship", "gpu")
+        assert world.store.checkpoint(step_on(claim, 0, keep=False, target=target)) == states.RUNNING
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.epoch, row.owner, row.target, row.claims, row.sends, row.sent_at) == (2, None, target, 0, 0, None)
+        assert row.wake_at == pytest.approx(world.now + UNSENT_AFTER, abs=CLOSE)
+        assert row.due_at <= world.now
+        assert claimed(world.other, row).epoch == 3
+
+    def test_a_target_that_is_not_named_stays(self, world: World) -> None:
+        claim = saved(world.store, new(3))
+        world.store.checkpoint(step_on(claim, 0, keep=False))
+        assert row_of(world.store, claim.root.uuid).target == claim.root.target
+
+    def test_nobody_may_claim_before_the_delay_is_over(self, world: World) -> None:
+        """Rule 27: a retry releases the claim with ``due_at``, and counts as an attempt."""
+        claim = saved(world.store, new(2))
+        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
+        retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False, delay=50)
+        world.store.checkpoint(retry)
+        row = row_of(world.store, claim.root.uuid)
+        assert row.due_at == row.wake_at == pytest.approx(world.now + 50, abs=CLOSE)
+        refusal = world.store.claim(row.uuid, row.target.uuid, me())
+        assert refusal == Refusal(WAITING, row)
+        stored = world.store.get(row.uuid)
+        assert stored is not None
+        assert (stored.tasks[0].status, stored.tasks[0].attempts) == (states.PENDING, 1)
+        assert (stored.attempts[0].status, stored.attempts[0].error) == (states.FAILED, "ConnectionError: later")
+        assert due(world.store) == []
+        world.pass_by(51)
+        assert due(world.store) == [(row.uuid, RETRY)]
+        assert claimed(world.store, row).epoch == 3
+
+    def test_a_retry_leaves_the_result_that_the_task_came_with(self, world: World) -> None:
+        claim = saved(world.store, new([new_task(result='{"came": "with"}')]))
+        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
+        assert world.store.tasks(claim.id)[0].result == '{"came": "with"}'
+
+    def test_attempts_are_only_ever_added(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        for number in (1, 2, 3):
+            failed = end_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
+            world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
+            claim = claimed(world.store, claim.root)
+        stored = world.store.get(claim.root.uuid)
+        assert stored is not None
+        assert [(each.number, each.epoch) for each in stored.attempts] == [(1, 1), (2, 3), (3, 5)]
+        assert stored.tasks[0].attempts == 3
+        assert {len(each.error or "") for each in stored.attempts} == {ERROR_LIMIT}
+
+    def test_an_end_without_an_attempt_adds_none(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        world.store.checkpoint(step_on(claim, 0, ends=[end_of(claim.root, 0, 0)]))
+        stored = world.store.get(claim.root.uuid)
+        assert stored is not None
+        assert (stored.attempts, stored.tasks[0].attempts, stored.tasks[0].status) == ([], 0, states.SUCCESS)
+
+    def test_an_error_may_hold_any_character(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        error = "nul \0, a lone \ud800, and \N{SNOWMAN}"
+        failed = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0, status=states.FAILED, error=error)])
+        world.store.checkpoint(failed._replace(notes=[Note("ended", text=error)]))
+        stored = world.store.get(claim.root.uuid)
+        assert stored is not None
+        assert "\N{SNOWMAN}" in (stored.attempts[0].error or "")
+        assert "\N{SNOWMAN}" in (stored.events[-1].text or "")
+
+    def test_tasks_that_were_built_are_stored_with_the_operations_in_them(self, world: World) -> None:
+        claim = saved(world.store, new(None))
+        inner = new(2, labels=[("inner", "1")])
+        built = Built(claim.id, [new_task(), new_task(inner)])
+        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built, notes=[Note("built")])
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.size, row.phase, row.step) == (2, TASK, 0)
+        first, second = world.store.tasks(claim.id)
+        child = row_of(world.store, inner.uuid)
+        assert (first.child_id, second.child_id) == (None, child.id)
+        assert (child.parent_id, child.root_id, child.status) == (claim.id, claim.id, states.PENDING)
+        assert child.id > claim.id
+        assert len(world.store.tasks(child.id)) == 2
+        assert world.store.find(Found(labels=[("inner", "1")], parent=row.uuid), 5).rows == [child]
+
+    def test_ten_thousand_tasks_are_built(self, world: World) -> None:
+        claim = saved(world.store, new(None))
+        built = Built(claim.id, [new_task() for _ in range(10_000)])
+        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built))
+        assert [task.position for task in world.store.tasks(claim.id)] == list(range(10_000))
+
+    # -- fences --------------------------------------------------------------------------------------------------------
+
+    def test_a_stale_owner_records_nothing(self, world: World) -> None:
+        """Rules 8 and 11, and what two processes are that both believe they own an operation."""
+        stale = saved(world.store, new(3))
+        world.pass_by(LEASE + 1)
+        fresh = claimed(world.other, stale.root)
+        before = world.store.get(stale.root.uuid)
+        for checkpoint in (step_on(stale, 0), last_step(stale, 0), step_on(stale, 0, keep=False)):
+            with pytest.raises(Fenced):
+                world.store.checkpoint(checkpoint)
+        assert world.store.get(stale.root.uuid) == before
+        assert world.other.checkpoint(step_on(fresh, 0)) == states.RUNNING
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(stale, 0))
+
+    def test_an_owner_whose_lease_is_over_records_until_somebody_else_claims(self, world: World) -> None:
+        """Rule 9: a lease that is over is no fence, a claim is."""
+        claim = saved(world.store, new(3))
+        world.pass_by(LEASE + 1)
+        assert world.store.checkpoint(step_on(claim, 0)) == states.RUNNING
+        assert due(world.store) == [(claim.root.uuid, EXPIRED)]
+        assert world.store.checkpoint(step_on(claim, 1)) == states.RUNNING
+
+    def test_who_gave_it_back_records_nothing_more(self, world: World) -> None:
+        claim = saved(world.store, new(3))
+        world.store.checkpoint(step_on(claim, 0, keep=False))
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(claim, 1))
+
+    def test_another_step_is_no_place_to_go_on_from(self, world: World) -> None:
+        """Rule 8: the step is current."""
+        claim = saved(world.store, new(5))
+        world.store.checkpoint(step_on(claim, 0))
+        before = world.store.get(claim.root.uuid)
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(claim, 3))
+        assert world.store.get(claim.root.uuid) == before
+
+    def test_an_inner_operation_at_another_step_is_no_place_either(self, world: World) -> None:
+        inner = new(3)
+        claim = saved(world.store, new([new_task(inner)]))
+        child = claim.path[1]
+        before = world.store.get(inner.uuid), world.store.get(claim.root.uuid)
+        moves = [move_of(child._replace(step=1), 2), move_of(claim.root, 0)]
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 1)]))
+        assert (world.store.get(inner.uuid), world.store.get(claim.root.uuid)) == before
+
+    def test_one_that_was_deleted_is_fenced(self, world: World) -> None:
+        claim = saved(world.store, new(1))
+        world.store.checkpoint(last_step(claim, 0))
+        world.pass_by(10)
+        assert world.store.purge(5, [states.SUCCESS], 10) == 1
+        with pytest.raises(Fenced):
+            world.store.checkpoint(last_step(claim, 0))
+
+    # -- again ---------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_a_checkpoint_that_is_repeated_answers_as_it_did(self, world: World, keep: bool) -> None:
+        """Rule 10: after a COMMIT of unknown outcome."""
+        claim = saved(world.store, new(3))
+        checkpoint = step_on(claim, 0, keep=keep)
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        before = world.store.get(claim.root.uuid)
+        assert world.other.checkpoint(checkpoint) == states.RUNNING
+        assert world.store.get(claim.root.uuid) == before
+
+    def test_an_end_that_is_repeated_answers_as_it_did(self, world: World) -> None:
+        """Rule 10."""
+        for status in (states.SUCCESS, states.FAILED):
+            claim = saved(world.store, new(1))
+            checkpoint = last_step(claim, 0, status)
+            assert world.store.checkpoint(checkpoint) == status
+            before = world.store.get(claim.root.uuid)
+            assert world.store.checkpoint(checkpoint) == status
+            assert world.store.get(claim.root.uuid) == before
+
+    def test_a_retry_that_is_repeated_is_one_attempt(self, world: World) -> None:
+        """Rule 10: the step is the same before and after."""
+        for keep in (False, True):
+            claim = saved(world.store, new(2))
+            failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+            retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=keep)
+            world.store.checkpoint(retry)
+            before = world.store.get(claim.root.uuid)
+            assert world.store.checkpoint(retry) == states.RUNNING
+            assert world.store.get(claim.root.uuid) == before
+
+    def test_tasks_that_were_built_are_built_once(self, world: World) -> None:
+        """Rule 10."""
+        claim = saved(world.store, new(None))
+        built = Built(claim.id, [new_task(), new_task(new(1))])
+        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built)
+        world.store.checkpoint(checkpoint)
+        before = world.store.get(claim.root.uuid)
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        assert world.store.get(claim.root.uuid) == before
+
+    def test_what_was_recorded_and_then_claimed_by_another_is_fenced(self, world: World) -> None:
+        claim = saved(world.store, new(3))
+        checkpoint = step_on(claim, 0, keep=False)
+        world.store.checkpoint(checkpoint)
+        claimed(world.other, claim.root)
+        with pytest.raises(Fenced):
+            world.store.checkpoint(checkpoint)
+
+    def test_what_was_recorded_is_not_taken_for_recorded_after_a_resume(self, world: World) -> None:
+        """Rule 25: the token is forgotten."""
+        claim = saved(world.store, new(1))
+        checkpoint = last_step(claim, 0, states.FAILED)
+        world.store.checkpoint(checkpoint)
+        world.store.resume(claim.root.uuid)
+        with pytest.raises(Fenced):
+            world.store.checkpoint(checkpoint)
+
+    # -- together ------------------------------------------------------------------------------------------------------
+
+    def test_checkpoints_of_many_threads_are_all_recorded(self, world: World) -> None:
+        """Rule 14."""
+        claims = [saved(world.store, new(4)) for _ in range(20)]
+
+        def run(claim: Claim) -> list[str]:
+            return [world.store.checkpoint(step_on(claim, step)) for step in range(3)] + [
+                world.store.checkpoint(last_step(claim, 3))
+            ]
+
+        answers = at_once(*(lambda claim=claim: run(claim) for claim in claims))
+        assert answers == [[states.RUNNING] * 3 + [states.SUCCESS]] * 20
+        for claim in claims:
+            stored = world.store.get(claim.root.uuid)
+            assert stored is not None
+            assert (stored.operation.status, len(stored.attempts), len(stored.events)) == (states.SUCCESS, 4, 6)
+            assert {task.status for task in stored.tasks} == {states.SUCCESS}
+
+    def test_one_that_is_fenced_does_not_touch_the_others(self, world: World) -> None:
+        """Rule 14: each is fenced alone."""
+        claims = [saved(world.store, new(3)) for _ in range(12)]
+        for stale in claims[::3]:
+            world.store.checkpoint(step_on(stale, 0, keep=False))
+        answers = at_once(
+            *(lambda claim=claim: world.store.checkpoint(step_on(claim, 0)) for claim in claims[1::3]),
+            *(lambda claim=claim: world.store.checkpoint(step_on(claim, 1)) for claim in claims[::3]),
+        )
+        assert answers[:4] == [states.RUNNING] * 4
+        assert [type(answer) for answer in answers[4:]] == [Fenced] * 4
+
+    # -- nested --------------------------------------------------------------------------------------------------------
+
+    def test_the_end_of_an_inner_operation_and_the_step_it_stands_for_are_one(self, world: World) -> None:
+        """Rule 31: up to the root."""
+        leaf = new(1)
+        middle = new([new_task(leaf)])
+        claim = saved(world.store, new([new_task(middle), new_task()]))
+        root, two, three = claim.path
+        done = {"status": states.SUCCESS, "phase": END_SUCCESS, "result": '{"inner": 1}'}
+        checkpoint = step_on(
+            claim,
+            0,
+            moves=[move_of(three, 0, **done), move_of(two, 0, **done), move_of(root, 1)],
+            ends=[end_of(three, 0), end_of(two, 0, 0), end_of(root, 0, 0)],
+        )
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        for row in (two, three):
+            now = row_of(world.store, row.uuid)
+            assert (now.status, now.result, now.phase) == (states.SUCCESS, '{"inner": 1}', END_SUCCESS)
+            assert now.started_at is not None
+            assert now.ended_at == pytest.approx(world.now, abs=CLOSE)
+        now = row_of(world.store, root.uuid)
+        assert (now.step, now.status, now.ended_at, now.epoch) == (1, states.RUNNING, None, 1)
+        assert [task.status for task in world.store.tasks(root.id)] == [states.SUCCESS, states.PENDING]
+        before = world.store.get(root.uuid)
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        assert world.store.get(root.uuid) == before
+
+    def test_a_step_inside_leaves_the_root_where_it_is(self, world: World) -> None:
+        inner = new(2)
+        claim = saved(world.store, new([new_task(inner)]))
+        root, child = claim.path
+        checkpoint = step_on(claim, 0, moves=[move_of(child, 1), move_of(root, 0)], ends=[end_of(child, 0)])
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        assert world.store.checkpoint(checkpoint) == states.RUNNING
+        now = row_of(world.store, inner.uuid)
+        assert (now.step, now.status) == (1, states.RUNNING)
+        stored = world.store.get(inner.uuid)
+        assert stored is not None
+        assert (len(stored.attempts), stored.root_uuid) == (1, root.uuid)
+        assert [event.kind for event in stored.events] == ["accepted", "claimed", "task-succeeded"]
+
+
+class ReaperContract:
+    """Leases, and what is sent again."""
+
+    def test_who_has_a_claim_prolongs_it(self, world: World) -> None:
+        """Rule 9: exactly the pairs that are named."""
+        claims = [saved(world.store, new(1)) for _ in range(3)]
+        world.pass_by(LEASE - 5)
+        renewed = world.store.renew([(claim.id, claim.epoch) for claim in claims[:2]], "consumer-a", LEASE)
+        assert renewed == {claims[0].id: False, claims[1].id: False}
+        world.pass_by(10)
+        assert due(world.store) == [(claims[2].root.uuid, EXPIRED)]
+        assert world.store.renew([], "consumer-a", LEASE) == {}
+
+    def test_a_lease_that_is_over_is_prolonged_until_somebody_else_claims(self, world: World) -> None:
+        """Rule 9."""
+        claim = saved(world.store, new(1))
+        world.pass_by(LEASE + 10)
+        assert due(world.store) == [(claim.root.uuid, EXPIRED)]
+        assert row_of(world.store, claim.root.uuid).owner is None
+        assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {claim.id: False}
+        row = row_of(world.store, claim.root.uuid)
+        assert row.owner == "consumer-a"
+        assert row.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert isinstance(world.other.claim(row.uuid, row.target.uuid, me()), Refusal)
+        world.pass_by(LEASE + 10)
+        other = claimed(world.other, row)
+        assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {}
+        assert row_of(world.store, row.uuid) == other.root
+
+    def test_what_was_given_back_or_has_ended_is_not_prolonged(self, world: World) -> None:
+        back, ended = saved(world.store, new(2)), saved(world.store, new(1))
+        world.store.checkpoint(step_on(back, 0, keep=False))
+        world.store.checkpoint(last_step(ended, 0))
+        assert world.store.renew([(back.id, 1), (ended.id, 1), (ended.id, 2), (5, 1)], "consumer-a", LEASE) == {}
+
+    def test_who_prolongs_hears_of_a_cancellation(self, world: World) -> None:
+        """Rule 24."""
+        claim = saved(world.store, new(2))
+        world.store.cancel(claim.root.uuid, "changed my mind")
+        assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {claim.id: True}
+
+    def test_a_step_that_nobody_sent_is_taken_after_a_few_seconds(self, world: World) -> None:
+        """Rules 1 and 20."""
+        operation = new(2)
+        world.store.save(operation)
+        assert due(world.store) == []
+        world.pass_by(UNSENT_AFTER + 1)
+        row = row_of(world.store, operation.uuid)
+        found = world.store.take_due(5, "reaper", expired=True, resend_after=RESEND)
+        assert found == [(row.id, row.uuid, 0, operation.target, UNSENT)]
+        now = row_of(world.store, operation.uuid)
+        assert now.sends == 1
+        assert now.sent_at == pytest.approx(world.now, abs=CLOSE)
+        assert now.wake_at == pytest.approx(world.now + RESEND, abs=CLOSE)
+        stored = world.store.get(operation.uuid)
+        assert stored is not None
+        assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, UNSENT)
+
+    def test_a_step_that_was_sent_is_left_alone_for_a_while(self, world: World) -> None:
+        """Rule 20: ``resend_after``, doubling to an hour."""
+        operation = new(2)
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        world.store.sent([(row.id, row.epoch)], RESEND)
+        row = row_of(world.store, operation.uuid)
+        assert row.sends == 1
+        assert row.sent_at == pytest.approx(world.now, abs=CLOSE)
+        waits = [RESEND]
+        for _ in range(8):
+            world.pass_by(waits[-1] - 10)
+            assert due(world.store) == []
+            world.pass_by(20)
+            before = world.now
+            assert due(world.store) == [(row.uuid, UNCLAIMED)]
+            wake_at = row_of(world.store, row.uuid).wake_at
+            assert wake_at is not None
+            waits.append(wake_at - before)
+        assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[LONGEST_RESEND] * 3], abs=CLOSE)
+
+    def test_what_is_claimed_was_not_sent_in_vain(self, world: World) -> None:
+        """Rule 15: that it was sent is recorded lazily, and changes nothing then."""
+        operation = new(2)
+        world.store.save(operation)
+        row = row_of(world.store, operation.uuid)
+        claim = claimed(world.store, row)
+        world.store.sent([(row.id, 0), (row.id, 1)], RESEND)
+        assert row_of(world.store, row.uuid) == claim.root
+        world.store.checkpoint(last_step(claim, 0))
+        ended = row_of(world.store, row.uuid)
+        world.store.sent([(row.id, ended.epoch)], RESEND)
+        assert row_of(world.store, row.uuid) == ended
+        world.store.sent([], RESEND)
+
+    def test_a_retry_that_waits_is_not_sent_before_it_is_due(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        world.store.checkpoint(step_on(claim, 0, keep=False, delay=500))
+        world.store.sent([(claim.id, 2)], RESEND)
+        world.pass_by(RESEND + 10)
+        assert due(world.store) == []
+        world.pass_by(500)
+        assert due(world.store) == [(claim.root.uuid, UNCLAIMED)]
+
+    def test_each_due_step_is_for_one_caller(self, world: World) -> None:
+        """Rule 20: N reapers act once."""
+        rows = [new(1) for _ in range(30)]
+        for operation in rows:
+            world.store.save(operation)
+        world.pass_by(UNSENT_AFTER + 1)
+        answers = at_once(*(lambda store=store: due(store, 30) for store in (world.store, world.other) * 3))
+        taken = [uuid for answer in answers for uuid, _ in answer]
+        assert sorted(taken) == sorted(operation.uuid for operation in rows)
+
+    def test_as_many_are_taken_as_were_asked_for_the_longest_due_first(self, world: World) -> None:
+        operations = [new(1) for _ in range(5)]
+        for operation in operations:
+            world.store.save(operation)
+            world.pass_by(1)
+        world.pass_by(UNSENT_AFTER + 1)
+        found = [due(world.store, 2), due(world.store, 2), due(world.store, 2)]
+        assert [[uuid for uuid, _ in part] for part in found] == [
+            [operation.uuid for operation in operations[:2]],
+            [operation.uuid for operation in operations[2:4]],
+            [operations[4].uuid],
+        ]
+
+    def test_leases_that_are_over_count_only_when_they_are_to(self, world: World) -> None:
+        """Rule 21: the store's part."""
+        claim, operation = saved(world.store, new(1)), new(1)
+        world.store.save(operation)
+        world.pass_by(LEASE + 1)
+        assert due(world.store, expired=False) == [(operation.uuid, UNSENT)]
+        assert due(world.store, expired=False) == []
+        assert due(world.store, 1) == [(claim.root.uuid, EXPIRED)]
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.owner, row.epoch, row.token, row.sends) == (None, 1, claim.root.token, 1)
+        assert claimed(world.other, row).epoch == 2
+
+    def test_what_could_not_be_sent_is_due_again(self, world: World) -> None:
+        operation = new(1)
+        world.store.save(operation)
+        world.pass_by(UNSENT_AFTER + 1)
+        (taken,) = world.store.take_due(5, "reaper", expired=True, resend_after=RESEND)
+        world.store.unsent([(taken.id, taken.epoch)], 5)
+        assert due(world.store) == []
+        world.pass_by(6)
+        assert due(world.store) == [(operation.uuid, UNSENT)]
+
+    def test_what_was_claimed_meanwhile_is_not_due_again(self, world: World) -> None:
+        operation = new(1)
+        world.store.save(operation)
+        claim = claimed(world.store, row_of(world.store, operation.uuid))
+        world.store.unsent([(claim.id, 0), (claim.id, 1)], 5)
+        assert row_of(world.store, operation.uuid) == claim.root
+
+    def test_an_ended_one_is_never_due(self, world: World) -> None:
+        claim = saved(world.store, new(1))
+        world.store.checkpoint(last_step(claim, 0))
+        world.store.unsent([(claim.id, 2)], 0)
+        world.pass_by(100_000)
+        assert due(world.store) == []
+
+
+class EndingContract:
+    """Cancelling, resuming, deleting."""
+
+    def test_what_nobody_has_is_cancelled_at_once(self, world: World) -> None:
+        """Rule 24, with everything in it; what has ended stays."""
+        done, never = new(1), new([new_task(new(1))])
+        claim = saved(world.store, new([new_task(done), new_task(never)]))
+        root, first = claim.path
+        ended = move_of(first, 0, status=states.SUCCESS, phase=END_SUCCESS, result="{}")
+        ends = [end_of(first, 0), end_of(root, 0, 0)]
+        world.store.checkpoint(step_on(claim, 0, moves=[ended, move_of(root, 1)], ends=ends, keep=False))
+        before = row_of(world.store, root.uuid)
+        row = world.other.cancel(root.uuid, "changed my mind")
+        assert row is not None
+        assert row == row_of(world.store, root.uuid)
+        assert (row.status, row.cancel_reason, row.owner, row.token) == (
+            *(states.CANCELLED, "changed my mind"),
+            *(None, None),
+        )
+        assert (row.epoch, row.wake_at) == (before.epoch + 1, None)
+        assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
+        assert row_of(world.store, done.uuid).status == states.SUCCESS
+        assert {each.status for each in world.store.children(root.id) if each.uuid != done.uuid} == {states.CANCELLED}
+        assert kinds(world.store, root.uuid)[-1] == "ended"
+        assert world.store.cancel(root.uuid, "again") == row
+
+    def test_one_that_nobody_has_begun_is_cancelled(self, world: World) -> None:
+        operation = new(2)
+        world.store.save(operation)
+        row = world.store.cancel(operation.uuid, None)
+        assert row is not None
+        assert (row.status, row.cancel_reason, row.started_at) == (states.CANCELLED, None, None)
+        refusal = world.store.claim(row.uuid, row.target.uuid, me())
+        assert refusal == Refusal(ENDED, row)
+
+    def test_whose_consumer_is_dead_is_cancelled_at_once(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        world.pass_by(LEASE + 1)
+        row = world.store.cancel(claim.root.uuid, None)
+        assert row is not None
+        assert row.status == states.CANCELLED
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(claim, 0))
+
+    def test_what_runs_is_cancelled_at_its_next_checkpoint(self, world: World) -> None:
+        """Rule 24: the running task's result is still recorded, then CANCELLED."""
+        inner = new(2)
+        claim = saved(world.store, new([new_task(), new_task(inner)]))
+        row = world.other.cancel(claim.root.uuid, "why \0")
+        assert row is not None
+        assert (row.status, row.cancel_requested, row.epoch) == (states.RUNNING, True, 1)
+        assert (row.owner, row.wake_at) == (claim.root.owner, claim.root.wake_at)
+        assert (row.cancel_reason or "").startswith("why")
+        assert kinds(world.store, row.uuid)[-1] == "cancel-requested"
+        assert world.store.checkpoint(step_on(claim, 0)) == states.CANCELLED
+        stored = world.store.get(row.uuid)
+        assert stored is not None
+        row = stored.operation
+        assert (row.status, row.step, row.so_far, row.epoch) == (states.CANCELLED, 1, '{"up to": 1}', 2)
+        assert (row.owner, row.wake_at) == (None, None)
+        assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
+        assert (stored.tasks[0].status, stored.tasks[0].result) == (states.SUCCESS, '{"of": 0}')
+        assert row_of(world.store, inner.uuid).status == states.CANCELLED
+        assert [(event.kind, event.text) for event in stored.events[-2:]] == [
+            ("task-succeeded", None),
+            ("ended", states.CANCELLED),
+        ]
+
+    def test_a_cancelled_checkpoint_that_is_repeated_answers_as_it_did(self, world: World) -> None:
+        """Rules 10 and 24."""
+        claim = saved(world.store, new(3))
+        world.store.cancel(claim.root.uuid, None)
+        for checkpoint in (step_on(claim, 0), step_on(claim, 0)):
+            assert world.store.checkpoint(checkpoint) == states.CANCELLED
+        assert kinds(world.store, claim.root.uuid).count("ended") == 1
+
+    @pytest.mark.parametrize("status", [states.SUCCESS, states.FAILED])
+    def test_a_last_checkpoint_is_cancelled_as_well(self, world: World, status: str) -> None:
+        """Whatever the root's move says."""
+        claim = saved(world.store, new(1))
+        world.store.cancel(claim.root.uuid, None)
+        assert world.store.checkpoint(last_step(claim, 0, status)) == states.CANCELLED
+        stored = world.store.get(claim.root.uuid)
+        assert stored is not None
+        assert stored.tasks[0].status == status
+        assert [event.text for event in stored.events if event.kind == "ended"] == [states.CANCELLED]
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_a_retry_is_cancelled_as_well(self, world: World, keep: bool) -> None:
+        claim = saved(world.store, new(1))
+        world.store.cancel(claim.root.uuid, None)
+        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+        retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=keep, delay=0 if keep else 60)
+        assert world.store.checkpoint(retry) == states.CANCELLED
+        assert world.store.checkpoint(retry) == states.CANCELLED
+        row = row_of(world.store, claim.root.uuid)
+        assert (row.status, row.wake_at) == (states.CANCELLED, None)
+
+    def test_a_step_inside_is_cancelled_with_all_operations_around_it(self, world: World) -> None:
+        """Rule 31: cancel goes through the root."""
+        inner = new(2)
+        claim = saved(world.store, new([new_task(inner)]))
+        root, child = claim.path
+        world.store.cancel(root.uuid, None)
+        checkpoint = step_on(claim, 0, moves=[move_of(child, 1), move_of(root, 0)], ends=[end_of(child, 0)])
+        assert world.store.checkpoint(checkpoint) == states.CANCELLED
+        now = row_of(world.store, inner.uuid)
+        assert (now.status, now.step) == (states.CANCELLED, 1)
+        assert now.ended_at == pytest.approx(world.now, abs=CLOSE)
+        assert world.store.tasks(child.id)[0].status == states.SUCCESS
+
+    def test_a_stale_owner_records_nothing_of_what_is_to_be_cancelled(self, world: World) -> None:
+        stale = saved(world.store, new(3))
+        world.pass_by(LEASE + 1)
+        claimed(world.other, stale.root)
+        world.store.cancel(stale.root.uuid, None)
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(stale, 0))
+        assert row_of(world.store, stale.root.uuid).status == states.RUNNING
+
+    def test_after_the_end_cancel_changes_nothing(self, world: World) -> None:
+        """Rule 24: it returns the real status."""
+        for status in (states.SUCCESS, states.FAILED):
+            claim = saved(world.store, new(1))
+            world.store.checkpoint(last_step(claim, 0, status))
+            before = world.store.get(claim.root.uuid)
+            assert before is not None
+            assert world.store.cancel(claim.root.uuid, "late") == before.operation
+            assert world.store.get(claim.root.uuid) == before
+
+    def test_cancel_and_resume_know_roots_alone(self, world: World) -> None:
+        """Rule 31."""
+        inner = new(1)
+        world.store.save(new([new_task(inner)]))
+        for uuid in (inner.uuid, name()):
+            assert world.store.cancel(uuid, None) is None
+            assert world.store.resume(uuid) is None
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def _failed(self, store: Store, **values: Any) -> OperationRow:
+        """A root of three tasks, the second of which failed."""
+        claim = saved(store, new(3, **values))
+        store.checkpoint(step_on(claim, 0))
+        store.checkpoint(last_step(claim, 1, states.FAILED))
+        return row_of(store, claim.root.uuid)
+
+    def test_a_failed_one_goes_on_at_the_task_that_failed(self, world: World) -> None:
+        """Rule 25."""
+        failed = self._failed(world.store)
+        row = world.other.resume(failed.uuid)
+        assert row is not None
+        assert row == row_of(world.store, failed.uuid)
+        assert (row.status, row.phase, row.step, row.epoch) == (states.RUNNING, TASK, 1, failed.epoch + 1)
+        assert (row.owner, row.token, row.result, row.ended_at) == (None, None, None, None)
+        assert (row.cancel_requested, row.cancel_reason) == (False, None)
+        assert (row.claims, row.sends, row.sent_at) == (0, 0, None)
+        assert row.wake_at == pytest.approx(world.now + UNSENT_AFTER, abs=CLOSE)
+        assert row.due_at <= world.now
+        assert row.target == failed.target
+        assert row.started_at == failed.started_at
+        task = world.store.tasks(row.id)[1]
+        assert (task.status, task.result, task.attempts) == (states.PENDING, None, 1)
+        assert kinds(world.store, row.uuid)[-1] == "resumed"
+        claim = claimed(world.store, row)
+        assert (claim.task, claim.epoch) == (task, row.epoch + 1)
+        assert world.store.checkpoint(step_on(claim, 1, ends=[end_of(row, 1, 2)])) == states.RUNNING
+
+    def test_of_a_distributed_one_the_task_is_sent(self, world: World) -> None:
+        failed = self._failed(world.store, mode=DISTRIBUTED)
+        row = world.store.resume(failed.uuid)
+        assert row is not None
+        task = world.store.tasks(row.id)[1]
+        assert row.target == Target(task.uuid, task.entrypoint, task.topic)
+
+    def test_a_cancelled_one_goes_on_too(self, world: World) -> None:
+        """Rule 26."""
+        claim = saved(world.store, new(2))
+        world.store.cancel(claim.root.uuid, "stop")
+        world.store.checkpoint(step_on(claim, 0))
+        row = world.store.resume(claim.root.uuid)
+        assert row is not None
+        assert (row.status, row.step, row.cancel_requested, row.cancel_reason) == (states.RUNNING, 1, False, None)
+        claim = claimed(world.store, row)
+        assert world.store.checkpoint(last_step(claim, 1)) == states.SUCCESS
+
+    def test_what_was_not_built_is_begun(self, world: World) -> None:
+        for mode in ("local", DISTRIBUTED):
+            operation = new(None, mode=mode)
+            world.store.save(operation)
+            world.store.cancel(operation.uuid, None)
+            row = world.store.resume(operation.uuid)
+            assert row is not None
+            assert (row.phase, row.step, row.status) == (START, 0, states.RUNNING)
+            assert row.target == operation.target
+
+    def test_one_whose_tasks_all_succeeded_is_ended_again(self, world: World) -> None:
+        """Rule 23: a raising ``onsuccess`` made it FAILED."""
+        claim = saved(world.store, new(1, mode=DISTRIBUTED))
+        end = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0)])
+        world.store.checkpoint(end._replace(target=Target("else", "shop.Else", "else")))
+        row = world.store.resume(claim.root.uuid)
+        assert row is not None
+        assert (row.phase, row.status) == (END_SUCCESS, states.RUNNING)
+        assert row.target == Target(row.uuid, row.entrypoint, row.topic)
+
+    def test_a_resume_descends_to_the_innermost_operation(self, world: World) -> None:
+        """Rules 25 and 31."""
+        leaf = new(2)
+        middle = new([new_task(leaf)])
+        claim = saved(world.store, new([new_task(), new_task(middle)], mode=DISTRIBUTED))
+        world.store.checkpoint(step_on(claim, 0, keep=False))
+        claim = claimed(world.store, row_of(world.store, claim.root.uuid))
+        root, two, three = claim.path
+        world.store.checkpoint(
+            step_on(
+                claim,
+                1,
+                moves=[move_of(three, 1), move_of(two, 0), move_of(root, 1)],
+                ends=[end_of(three, 0)],
+            )
+        )
+        failed: dict[str, Any] = {"status": states.FAILED, "phase": "FAILED", "result": "{}"}
+        moves = [move_of(three._replace(step=1), 1, **failed), move_of(two, 0, **failed), move_of(root, 1, **failed)]
+        broken = {"status": states.FAILED, "error": "no"}
+        ends = [end_of(three, 1, **broken), end_of(two, 0, 0, **broken), end_of(root, 1, 0, **broken)]
+        assert world.store.checkpoint(step_on(claim, 1, moves=moves, ends=ends)) == states.FAILED
+        row = world.store.resume(root.uuid)
+        assert row is not None
+        assert [row_of(world.store, each.uuid).status for each in claim.path] == [states.RUNNING] * 3
+        task = world.store.tasks(three.id)[1]
+        assert row.target == Target(task.uuid, task.entrypoint, task.topic)
+        assert [world.store.tasks(each.id)[-1].status for each in claim.path] == [states.PENDING] * 3
+        again = claimed(world.store, row)
+        assert [each.uuid for each in again.path] == [root.uuid, middle.uuid, leaf.uuid]
+        assert again.task == task
+        inner = row_of(world.store, leaf.uuid)
+        assert (inner.ended_at, inner.result, inner.step, inner.phase) == (None, None, 1, TASK)
+
+    def test_what_has_not_ended_badly_is_not_resumed(self, world: World) -> None:
+        """Rule 26."""
+        waiting, running, done = new(1), saved(world.store, new(1)), saved(world.store, new(1))
+        world.store.save(waiting)
+        world.store.checkpoint(last_step(done, 0))
+        for uuid in (waiting.uuid, running.root.uuid, done.root.uuid):
+            before = world.store.get(uuid)
+            with pytest.raises(StateConflict):
+                world.store.resume(uuid)
+            assert world.store.get(uuid) == before
+
+    def test_of_many_who_resume_one_wins_and_the_others_are_told(self, world: World) -> None:
+        """Rule 25."""
+        failed = self._failed(world.store)
+        answers = at_once(*(lambda store=store: store.resume(failed.uuid) for store in (world.store, world.other) * 3))
+        assert sorted(type(answer).__name__ for answer in answers) == ["OperationRow"] + ["StateConflict"] * 5
+        assert row_of(world.store, failed.uuid).epoch == failed.epoch + 1
+
+    # -- purge ---------------------------------------------------------------------------------------------------------
+
+    def test_old_ended_ones_are_deleted_with_all_that_is_theirs(self, world: World) -> None:
+        inner = new(1, labels=[("a", "1")])
+        claim = saved(world.store, new([new_task(inner)], labels=[("a", "1")]))
+        root, child = claim.path
+        done = {"status": states.SUCCESS, "phase": END_SUCCESS, "result": "{}"}
+        moves = [move_of(child, 0, **done), move_of(root, 0, **done)]
+        world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 0), end_of(root, 0, 0)]))
+        young = saved(world.store, new(1))
+        assert world.store.purge(60, [states.SUCCESS], 10) == 0
+        world.pass_by(100)
+        world.store.checkpoint(last_step(young, 0))
+        assert world.store.purge(60, [states.FAILED], 10) == 0
+        assert world.store.purge(60, [states.SUCCESS, states.FAILED], 10) == 1
+        assert world.store.get(root.uuid) is None
+        assert world.store.get(inner.uuid) is None
+        assert (world.store.tasks(root.id), world.store.tasks(child.id), world.store.children(root.id)) == ([], [], [])
+        assert world.store.find(Found(labels=[("a", "1")]), 5).rows == []
+        assert world.store.peek(young.root.uuid) is not None
+        # The uuid is free again, with nothing left of before.
+        again = saved(world.store, new([new_task(inner)], uuid=root.uuid))
+        stored = world.store.get(again.root.uuid)
+        assert stored is not None
+        assert (len(stored.events), stored.attempts) == (2, [])
+
+    def test_they_are_deleted_in_batches(self, world: World) -> None:
+        for status in (states.SUCCESS, states.FAILED) * 4:
+            world.store.checkpoint(last_step(saved(world.store, new(1)), 0, status))
+        world.pass_by(100)
+        every = [states.SUCCESS, states.FAILED]
+        assert [world.store.purge(60, every, 3) for _ in range(4)] == [3, 3, 2, 0]
+
+    def test_what_runs_is_not_deleted(self, world: World) -> None:
+        saved(world.store, new(1))
+        world.store.save(new(1))
+        world.pass_by(1000)
+        assert world.store.purge(0, [states.PENDING, states.RUNNING], 10) == 0
+
+
+class FindingContract:
+    """Reading and finding."""
+
+    def test_everything_about_an_operation_is_read_at_once(self, world: World) -> None:
+        claim = saved(world.store, new(2))
+        world.store.checkpoint(step_on(claim, 0))
+        stored = world.other.get(claim.root.uuid)
+        assert stored is not None
+        assert stored.operation == row_of(world.store, claim.root.uuid)
+        assert list(stored.tasks) == list(world.store.tasks(claim.id))
+        assert {event.kind for event in stored.events} <= EVENTS.keys()
+        assert {event.root_id for event in stored.events} == {claim.id}
+        assert world.store.get(name()) is None
+
+    def test_the_newest_come_first_page_by_page(self, world: World) -> None:
+        operations = [new(1) for _ in range(7)]
+        for operation in operations:
+            world.store.save(operation)
+        found: list[str] = []
+        sizes = []
+        cursor = None
+        while True:
+            page = world.other.find(Found(), 3, cursor)
+            found += (row.uuid for row in page.rows)
+            sizes.append(len(page.rows))
+            cursor = page.cursor
+            # What comes meanwhile does not move the pages.
+            world.store.save(new(1, entrypoint="shop.Late"))
+            if cursor is None:
+                break
+        assert found == [operation.uuid for operation in reversed(operations)]
+        assert sizes == [3, 3, 1]
+
+    def test_a_full_last_page_has_no_cursor(self, world: World) -> None:
+        for _ in range(3):
+            world.store.save(new(1))
+        assert world.store.find(Found(), 3).cursor is None
+
+    @pytest.mark.parametrize("after", ["", "x", "-1", "1.5", str(1 << 63), "²"])
+    def test_what_is_no_cursor_is_refused(self, world: World, after: str) -> None:
+        with pytest.raises(UsageError, match="cursor"):
+            world.store.find(Found(), 3, after)
+
+    def _some(self, world: World) -> dict[str, OperationRow]:
+        """Operations of all kinds, one a minute."""
+        store = world.store
+        rows: dict[str, OperationRow] = {}
+        for which, entrypoint, status in (
+            ("pending", "shop.PlaceOrder", None),
+            ("running", "shop.PlaceOrder", ""),
+            ("failed", "shop.PlaceOrder", states.FAILED),
+            ("success", "shop.PlaceOrder", states.SUCCESS),
+            ("refund", "shop.Refund", states.FAILED),
+        ):
+            labels = [("which", which), ("customer", "7" if which in ("failed", "refund") else "8")]
+            operation = new(1, entrypoint=entrypoint, labels=labels)
+            claim = None if status is None else saved(store, operation)
+            if claim is None:
+                store.save(operation)
+            elif status:
+                store.checkpoint(last_step(claim, 0, status))
+            rows[which] = row_of(store, operation.uuid)
+            world.pass_by(60)
+        return rows
+
+    @pytest.mark.parametrize(
+        ("found", "expected"),
+        [
+            (Found(), "refund success failed running pending"),
+            (Found(status=["FAILED"]), "refund failed"),
+            (Found(status={"PENDING", "SUCCESS"}), "success pending"),
+            (Found(status=[]), ""),
+            (Found(status=["UNHEARD"]), ""),
+            (Found(entrypoint="shop.Refund"), "refund"),
+            (Found(entrypoint="shop.PlaceOrder"), "success failed running pending"),
+            (Found(entrypoint="shop.PlaceOrder", status=["FAILED"]), "failed"),
+            (Found(entrypoint="shop.Other"), ""),
+            (Found(labels=[("customer", "7")]), "refund failed"),
+            (Found(labels=[("customer", "7"), ("which", "failed")]), "failed"),
+            (Found(labels=[("customer", "7"), ("which", "running")]), ""),
+            (Found(labels=[("customer", "7")], entrypoint="shop.Refund"), "refund"),
+            (Found(labels=[("customer", "8")], status=["RUNNING", "PENDING"]), "running pending"),
+            (Found(labels=[("customer", "8")], status=[]), ""),
+            (Found(labels=[("customer", "%")]), ""),
+            (Found(parent="nobody"), ""),
+        ],
+    )
+    def test_operations_are_found_by(self, world: World, found: Found, expected: str) -> None:
+        """Every filter admits what it says, and all of them together."""
+        rows = self._some(world)
+        assert world.store.find(found, 10).rows == [rows[which] for which in expected.split()]
+
+    def test_operations_are_found_by_the_time_of_their_creation(self, world: World) -> None:
+        """From ``since`` on, and before ``until``, exactly."""
+        rows = self._some(world)
+        since, until = rows["running"].created_at, rows["success"].created_at
+
+        def found(**values: Any) -> list[OperationRow]:
+            return list(world.store.find(Found(**values), 10).rows)
+
+        assert found(since=since) == [rows[which] for which in ("refund", "success", "failed", "running")]
+        assert found(until=until) == [rows[which] for which in ("failed", "running", "pending")]
+        assert found(since=since, until=until) == [rows["failed"], rows["running"]]
+        assert found(since=since, until=until, status=["FAILED"]) == [rows["failed"]]
+        assert found(since=since, until=until, labels=[("customer", "8")]) == [rows["running"]]
+        assert found(since=until, until=since) == []
+        assert found(since=world.now + 60) == []
+        assert found(until=0) == []
+
+    def test_roots_are_found_unless_a_parent_is_named(self, world: World) -> None:
+        """Rule 31."""
+        leaf = new(1)
+        one, two = new([new_task(leaf)], entrypoint="shop.One"), new(1, labels=[("a", "1")])
+        outer = new([new_task(one), new_task(two)], labels=[("a", "1")])
+        world.store.save(outer)
+        saved_row = row_of(world.store, outer.uuid)
+
+        def found(**values: Any) -> list[str]:
+            return [row.uuid for row in world.store.find(Found(**values), 10).rows]
+
+        assert found() == [outer.uuid]
+        assert found(labels=[("a", "1")]) == [outer.uuid]
+        assert found(parent=outer.uuid) == [two.uuid, one.uuid]
+        assert found(parent=one.uuid) == [leaf.uuid]
+        assert found(parent=leaf.uuid) == []
+        assert found(parent=outer.uuid, entrypoint="shop.One") == [one.uuid]
+        assert found(parent=outer.uuid, status=["FAILED"]) == []
+        assert found(parent=outer.uuid, labels=[("a", "1")]) == [two.uuid]
+        assert found(parent=outer.uuid, since=saved_row.created_at - 5) == [two.uuid, one.uuid]
+        page = world.store.find(Found(parent=outer.uuid), 1)
+        assert world.store.find(Found(parent=outer.uuid), 1, page.cursor).rows == [row_of(world.store, one.uuid)]
+
+    def test_a_label_may_be_as_long_as_it_likes(self, world: World) -> None:
+        operation = new(1, labels=[("k" * 1000, "\N{SNOWMAN}" * 20_000), ("k", "")])
+        world.store.save(operation)
+        for pair in operation.labels:
+            assert [row.uuid for row in world.store.find(Found(labels=[pair]), 5).rows] == [operation.uuid]
+
+    def test_texts_are_never_read_as_anything_else(self, world: World) -> None:
+        """Quotes, percent signs, colons and question marks are what they are."""
+        text = "'; DROP TABLE kser_operation; -- %s %(x)s :x ? $1 \\ \""
+        operation = new(1, uuid=text, entrypoint=text, labels=[(text, text)])
+        world.store.save(operation)
+        assert row_of(world.store, text).entrypoint == text
+        found = Found(entrypoint=text, labels=[(text, text)], status=["PENDING"])
+        assert [row.uuid for row in world.store.find(found, 5).rows] == [text]
+
+
+class StoreContract(SavingContract, CheckpointContract, ReaperContract, EndingContract, FindingContract):
+    """All of it."""

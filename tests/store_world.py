@@ -1,0 +1,217 @@
+"""Stores to test, and operations to put into them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from kser import status as states
+from kser.store.base import (
+    END_FAILED,
+    END_SUCCESS,
+    LOCAL,
+    TASK,
+    Checkpoint,
+    Claim,
+    Claimant,
+    Move,
+    NewOperation,
+    NewTask,
+    Note,
+    OperationRow,
+    Store,
+    Target,
+    TaskEnd,
+)
+from kser.store.memory import MemoryStore
+
+LEASE = 30.0
+RESEND = 60.0
+#: Seconds by which times may differ that are taken one after the other.
+CLOSE = 5.0
+
+
+class World(ABC):
+    """A database, with a clock that a test puts forward."""
+
+    @property
+    @abstractmethod
+    def store(self) -> Store:
+        """A store in it."""
+
+    @property
+    @abstractmethod
+    def other(self) -> Store:
+        """One of another process, as far as that can be."""
+
+    @property
+    @abstractmethod
+    def now(self) -> float:
+        """The time by the store's clock."""
+
+    @abstractmethod
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class MemoryWorld(World):
+    """This process."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+        self._store = MemoryStore(clock=lambda: self.now)
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
+    def other(self) -> Store:
+        return self._store
+
+    @property
+    def now(self) -> float:
+        return time.time() + self.shift
+
+    def pass_by(self, seconds: float) -> None:
+        self.shift += seconds
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class SqlWorld(World):
+    """A database at an address, whose clock is this machine's."""
+
+    def __init__(self, uri: str) -> None:
+        # Only who tests SQL needs it.
+        from kser.store.sql import SQLStore
+
+        self._stores = [SQLStore(uri), SQLStore(uri)]
+
+    @property
+    def store(self) -> Any:
+        return self._stores[0]
+
+    @property
+    def other(self) -> Any:
+        return self._stores[1]
+
+    @property
+    def now(self) -> float:
+        return time.time() + self._stores[0]._shift
+
+    def pass_by(self, seconds: float) -> None:
+        for store in self._stores:
+            store._shift += seconds
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+
+
+def name(prefix: str = "") -> str:
+    """A name that nothing else has."""
+    return f"{prefix}{uuid.uuid4()}"
+
+
+def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
+    """A task, perhaps one that is an operation itself."""
+    if child is not None:
+        own = NewTask(child.uuid, child.entrypoint, child.topic, child.params, child.metadata, None, child)
+    else:
+        own = NewTask(name(), "shop.Charge", "gpu", '{"amount": 7}', '{"via": "test"}', None)
+    return own._replace(**values)
+
+
+def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperation:
+    """An operation with so many tasks, or with these; with None they are not built."""
+    built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
+    own = name()
+    phase = "START" if built is None else TASK if built else END_SUCCESS
+    made = NewOperation(
+        uuid=own,
+        entrypoint="shop.PlaceOrder",
+        mode=LOCAL,
+        topic="orders",
+        hooks=3,
+        params='{"order": 42, "nan": NaN}',
+        metadata='{"customer": "7"}',
+        so_far='{"retval": {}}',
+        tasks=built,
+        labels=[],
+        phase=phase,
+        target=Target(own, "shop.PlaceOrder", "orders"),
+    )
+    made = made._replace(**values)
+    # The target is the operation itself unless the test says another one.
+    return made if "target" in values else made._replace(target=Target(made.uuid, made.entrypoint, made.topic))
+
+
+def me(owner: str = "consumer-a", **values: Any) -> Claimant:
+    """Somebody who claims, with a token of this one claim."""
+    return Claimant(owner, name("token-"), LEASE, 20)._replace(**values)
+
+
+def saved(store: Store, new_operation: NewOperation, claimant: Claimant | None = None) -> Claim:
+    """Save and claim an operation."""
+    claim = store.save(new_operation, claimant or me())
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def claimed(store: Store, row: OperationRow, claimant: Claimant | None = None) -> Claim:
+    """Claim a root that is free."""
+    claim = store.claim(row.uuid, row.target.uuid, claimant or me())
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def row_of(store: Store, uuid_or_id: str) -> OperationRow:
+    """The row of an operation that is there."""
+    row = store.peek(uuid_or_id)
+    assert row is not None
+    return row
+
+
+def move_of(row: OperationRow, step: int, **values: Any) -> Move:
+    """An operation goes on to a step."""
+    made = Move(row.id, row.step, step, TASK, states.RUNNING, f'{{"up to": {step}}}', None)
+    return made._replace(**values)
+
+
+def end_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskEnd:
+    """An attempt at a task succeeded."""
+    return TaskEnd(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
+
+
+def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
+    """The task at ``step`` of a root without inner operations succeeded, and the next one is current."""
+    root = claim.root._replace(step=step)
+    assert root.token is not None
+    made = Checkpoint(
+        root_id=claim.id,
+        epoch=claim.epoch,
+        token=root.token,
+        consumer="consumer-a",
+        moves=[move_of(root, step + 1)],
+        ends=[end_of(root, step)],
+        notes=[Note("task-succeeded", f"task {step}")],
+    )
+    return made._replace(**values)
+
+
+def last_step(claim: Claim, step: int, status: str = states.SUCCESS, **values: Any) -> Checkpoint:
+    """The task at ``step`` was the last one, and the operation ends."""
+    root = claim.root._replace(step=step)
+    phase = END_SUCCESS if status == states.SUCCESS else END_FAILED
+    move = move_of(root, step, phase=phase, status=status, result='{"all": "over"}')
+    ends = [end_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
+    return step_on(claim, step, moves=[move], ends=ends, notes=[Note("ended", text=status)])._replace(**values)

@@ -1,0 +1,36 @@
+"""All stores: one contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.postgres import Database
+from tests.store_contract import StoreContract
+from tests.store_world import MemoryWorld, SqlWorld, World
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def world(self) -> World:
+        return MemoryWorld()
+
+
+class TestSqlite(StoreContract):
+    @pytest.fixture
+    def world(self, tmp_path: Path) -> Iterator[World]:
+        world = SqlWorld(f"sqlite:///{tmp_path}/kser.db")
+        yield world
+        world.close()
+
+
+@pytest.mark.postgresql
+class TestPostgresql(StoreContract):
+    @pytest.fixture
+    def world(self, database: Database) -> Iterator[World]:
+        database.empty()
+        world = SqlWorld(database.uri)
+        yield world
+        world.close()
