@@ -15,6 +15,8 @@ assert VERSION is not None, "kser/__init__.py declares no __version__"
 
 FLASK = ["flask>=2.3"]
 EMBEDDED = ["confluent-kafka>=2.5"]
+SQL = ["sqlalchemy>=2.0.25", "alembic>=1.13"]
+POSTGRESQL = [*SQL, "psycopg[binary]>=3.1.18"]
 
 setup(
     name="kser",
@@ -39,9 +41,12 @@ setup(
     extras_require={
         "flask": FLASK,
         "embedded": EMBEDDED,
+        "sql": SQL,
+        "postgresql": POSTGRESQL,
         "tests": [
             *FLASK,
             *EMBEDDED,
+            *POSTGRESQL,
             "pytest>=8.2",
             "hypothesis>=6.100",
             "coverage[toml]>=7.10",

@@ -20,6 +20,18 @@ ORDER = (
     {"kser.retry"},
     {"kser.signals"},
     {"kser.status"},
+    {"kser.store.base"},
+    {"kser.store.memory", "kser.store.sql.tables", "kser.store.sql.statements", "kser.store.sql.group"},
+    {"kser.store.sql.migrations", "kser.store.sql.migrations.versions", "kser.store.sql.migrations.versions.v0001"},
+    {"kser.store.sql.database", "kser.store.sql.rows", "kser.store.sql.migrations.env"},
+    {"kser.store.sql.sqlite", "kser.store.sql.postgresql", "kser.store.sql.schema"},
+    {"kser.store.sql.saving", "kser.store.sql.reading"},
+    {"kser.store.sql.checkpoints", "kser.store.sql.reaping", "kser.store.sql.endings"},
+    {"kser.store.sql.writing"},
+    {"kser.store.sql.store"},
+    {"kser.store.sql"},
+    {"kser.store"},
+    {"kser.store.__main__"},
     {"kser.results"},
     {"kser.schemas"},
     {"kser.records"},
@@ -75,10 +87,11 @@ APART = (
     ("kser.confluent", "kser.sequencing"),
     ("kser.dummy", "kser.sequencing"),
     ("kser.sequencing", "kser.consumer"),
+    ("kser.store", "kser.sequencing"),
 )
 
 #: What may be imported inside a function, because it may not be installed.
-OPTIONAL = {"kser.embedded": {"confluent_kafka"}}
+OPTIONAL = {"kser.embedded": {"confluent_kafka"}, "kser.store": {"kser.store.sql"}}
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -80,6 +80,8 @@ class Database(ABC):
     :param url: where it is.
     """
 
+    #: How its address begins.
+    prefix: ClassVar[str]
     #: Whether a statement gets all its rows at once.
     packed: ClassVar[bool]
     #: How many transactions it is worth to run at the same time.
@@ -90,7 +92,7 @@ class Database(ABC):
     def __init__(self, url: URL) -> None:
         self.url = url
         #: The address without anything secret.
-        self.name = url.set(password=None, query={}).render_as_string()
+        self.name = url.set(drivername=self.prefix, query={}).render_as_string()
         #: Seconds that its clock is put forward: for tests.
         self.shift = 0.0
         self.engine: Engine = self._engine()
@@ -130,6 +132,10 @@ class Database(ABC):
         """A transaction that is the only one to change tables, as SQLAlchemy has it."""
         with self._translated(), self._migrating() as connection:
             yield connection
+
+    def exists(self) -> bool:
+        """Whether there is something to connect to: else that would make it."""
+        return True
 
     @abstractmethod
     def close(self) -> None:

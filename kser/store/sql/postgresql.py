@@ -62,6 +62,7 @@ LOCK_KEY: Final = 0x6B736572  # "kser"
 class Postgresql(Database):
     """A server."""
 
+    prefix = "postgresql+psycopg"
     packed = True
     # The second one works while the first waits for the disk.
     writers = 2

@@ -34,6 +34,8 @@ def version_of(database: Database) -> Version | None:
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
+    if not database.exists():
+        return None
     with database.looking() as connection:
         return _version(connection)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Double, Engine, bindparam, create_engine, event
@@ -48,6 +49,7 @@ class Sqlite(Database):
     :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions with the power.
     """
 
+    prefix = "sqlite"
     packed = False
     writers = 1
     now = bindparam(CLOCK, type_=Double)
@@ -61,6 +63,10 @@ class Sqlite(Database):
         self._lock = threading.Lock()
         self._writer: Any = None
         super().__init__(url)
+
+    def exists(self) -> bool:
+        name = self.url.database or ""
+        return name.startswith("file:") or Path(name).exists()
 
     def close(self) -> None:
         with self._lock:

@@ -1,0 +1,102 @@
+"""The tables of the shared database, from a shell.
+
+::
+
+    python -m kser.store upgrade [--uri URI]    make the tables, or bring them to this version
+    python -m kser.store status [--uri URI]     say which version there is; ends with 1 when kser cannot work with it
+
+The address is that of ``KSER_DATABASE_URI`` without ``--uri``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kser.config import DATABASE_URI, Settings
+from kser.errors import KserError, MissingDependency, StoreMissing
+
+try:
+    from kser.store.sql import schema
+    from kser.store.sql.database import Database
+    from kser.store.sql.store import database_at
+except ImportError as missing:
+    NEEDED: ImportError | None = missing
+else:
+    NEEDED = None
+
+OK, FAILED = 0, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        database = _database(options.uri)
+        try:
+            return _upgrade(database) if options.command == "upgrade" else _status(database)
+        finally:
+            database.close()
+    except KserError as error:
+        sys.stderr.write(f"kser: {error.message}\n")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kser.store", description="The tables of kser in the shared database."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("upgrade", "make the tables, or bring them to this version of kser"),
+        ("status", "say which version the tables have"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--uri", help=f"where the database is (default: ${DATABASE_URI})")
+    return parser
+
+
+def _database(uri: str | None) -> Database:
+    if NEEDED is not None:
+        raise MissingDependency(
+            f'this needs SQLAlchemy and alembic ({NEEDED}); install them with: pip install "kser[sql]", or'
+            ' "kser[postgresql]" for PostgreSQL'
+        )
+    found = uri or Settings().get(DATABASE_URI)
+    if not found:
+        raise StoreMissing(f"which database? Pass --uri, or set {DATABASE_URI}")
+    return database_at(found)
+
+
+def _upgrade(database: Database) -> int:
+    before, after = schema.upgrade(database)
+    problem = schema.mismatch(after)
+    if problem:
+        sys.stderr.write(f"kser: the database {database.name} {problem}\n")
+        return FAILED
+    if before == after:
+        _say(f"{database.name} has tables of version {after.version} already: nothing to do")
+    else:
+        was = "none" if before is None else f"version {before.version}"
+        _say(f"{database.name} has tables of version {after.version} now; there were {was} before")
+    return OK
+
+
+def _status(database: Database) -> int:
+    found = schema.version_of(database)
+    problem = schema.mismatch(found)
+    if problem:
+        _say(f"{database.name} {problem}")
+        return FAILED
+    assert found is not None, "without tables there is a problem"
+    _say(f"{database.name} has tables of version {found.version}; this kser needs {schema.VERSION}")
+    return OK
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
