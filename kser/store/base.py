@@ -495,10 +495,10 @@ class Store(ABC):
         """Let a FAILED or CANCELLED root go on, at the first task that is not SUCCESS, down to the innermost operation.
 
         That task is PENDING again, with a blank result, and current (phase TASK); its operations are RUNNING; one that
-        was never built is begun (phase START); one whose tasks are all SUCCESS is ended again (phase SUCCESS). ``epoch`` is raised, the
-        token, the result, the end and the cancellation are forgotten, ``claims`` and ``sends`` begin again at 0, and
-        the step is ready and unsent. Of a distributed one the target is the task, or the operation that is to be begun
-        or ended; of a local one it stays the root.
+        was never built is begun (phase START); one whose tasks are all SUCCESS is ended again (phase SUCCESS).
+        ``epoch`` is raised, the token, the result, the end and the cancellation are forgotten, ``claims`` and ``sends``
+        begin again at 0, and the step is ready and unsent. Of a distributed one the target is the task, or the
+        operation that is to be begun or ended; of a local one it stays the root.
 
         :return: its row afterwards; None when there is no such root.
         :raises kser.errors.StateConflict: it is neither FAILED nor CANCELLED (any more).
