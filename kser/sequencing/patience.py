@@ -39,11 +39,12 @@ class Patience:
         :raises kser.errors.StoreUnavailable: outside of a consumer, after some attempts.
         :raises kser.delivery.Abandoned: the consumer waits no longer.
         """
-        state = RetryCallState(Retrying(), None, (), {})
+        state: RetryCallState | None = None
         while True:
             try:
                 answer = what()
             except StoreUnavailable as trouble:
+                state = state or RetryCallState(Retrying(), None, (), {})
                 if CURRENT.get() is None and state.attempt_number >= ATTEMPTS:
                     raise
                 self.report(trouble)

@@ -253,7 +253,7 @@ def storable(task: Task, result: Any) -> tuple[Result, str]:
     try:
         if not isinstance(result, Result):
             raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
-        return result, result_to_json(result, repr(task))
+        return result, result_to_json(result, task)
     except UsageError as error:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
         failed = failure(error, task.uuid)

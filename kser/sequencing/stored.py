@@ -49,24 +49,26 @@ def hooks_of(cls: type) -> int:
     return ENDS * overrides(_ENDS) | CHOOSES * overrides(_CHOOSES)
 
 
-def to_json(value: Any, what: str) -> str:
+def to_json(value: Any, what: str, owner: object) -> str:
     """A value as the JSON text of the wire.
 
-    :param what: what it is, for the error.
+    :param what: what it is, and of what, for the error.
     :raises kser.errors.UsageError: it has no JSON form.
     """
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{what} cannot be stored: {error}; only what JSON can express is stored and sent") from error
+        raise UsageError(
+            f"{what} of {owner!r} cannot be stored: {error}; only what JSON can express is stored and sent"
+        ) from error
 
 
-def result_to_json(result: Result, what: str) -> str:
+def result_to_json(result: Result, owner: object) -> str:
     """A result as JSON text.
 
     :raises kser.errors.UsageError: it has no JSON form.
     """
-    return to_json(dump_result(result), f"the result of {what}")
+    return to_json(dump_result(result), "the result", owner)
 
 
 def result_from_json(text: str | None, uuid: str) -> Result:
@@ -94,7 +96,6 @@ def new_operation(operation: Operation, mode: str, topic: str, topic_of: Callabl
     """
     built = operation._kser_built is not None or bool(operation.tasks)
     tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
-    what = repr(operation)
     first = tasks[0] if tasks and mode == DISTRIBUTED else None
     return NewOperation(
         uuid=operation.uuid,
@@ -102,9 +103,9 @@ def new_operation(operation: Operation, mode: str, topic: str, topic_of: Callabl
         mode=mode,
         topic=topic,
         hooks=hooks_of(type(operation)),
-        params=to_json(operation.params, f"params of {what}"),
-        metadata=to_json(operation.metadata, f"metadata of {what}"),
-        so_far=result_to_json(operation.result, what),
+        params=to_json(operation.params, "params", operation),
+        metadata=to_json(operation.metadata, "metadata", operation),
+        so_far=result_to_json(operation.result, operation),
         tasks=tasks,
         labels=labels_of(operation.metadata),
         phase=START if tasks is None else TASK if tasks else END_SUCCESS,
@@ -129,9 +130,9 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
         uuid=task.uuid,
         entrypoint=type(task).path,
         topic=topic,
-        params=to_json(task.params, f"params of {task!r}"),
-        metadata=to_json(task.metadata, f"metadata of {task!r}"),
-        result=None if _is_blank(task.result) else result_to_json(task.result, repr(task)),
+        params=to_json(task.params, "params", task),
+        metadata=to_json(task.metadata, "metadata", task),
+        result=None if _is_blank(task.result) else result_to_json(task.result, task),
         child=child,
     )
 
