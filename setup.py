@@ -15,8 +15,8 @@ assert VERSION is not None, "kser/__init__.py declares no __version__"
 
 FLASK = ["flask>=2.3"]
 EMBEDDED = ["confluent-kafka>=2.5"]
-SQL = ["sqlalchemy>=2.0.25", "alembic>=1.13"]
-POSTGRESQL = [*SQL, "psycopg[binary]>=3.1.18"]
+SQL = ["sqlalchemy>=2.0", "alembic>=1.13"]
+POSTGRESQL = [*SQL, "psycopg[binary]>=3.1.8"]
 
 setup(
     name="kser",
