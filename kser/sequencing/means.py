@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -100,8 +102,8 @@ class Means:
         self.store = store
         self.patience = Patience()
         self.terms = Terms(registry.settings)
-        #: This process, for claims.
-        self.owner = uuid4().hex
+        #: This process, for claims: random, and with what somebody needs who looks for it.
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.classes = ClassFinder(lambda path: registry.controller.ENTRYPOINTS.get(path))
         self._lock = threading.Lock()
         self._held: dict[int, Held] = {}

@@ -152,6 +152,7 @@ class AttemptRow(NamedTuple):
     epoch: int
     #: SUCCESS or FAILED.
     status: str
+    #: ``host:process:random`` of whoever made it.
     consumer: str
     started_at: float
     ended_at: float
@@ -229,7 +230,7 @@ class NewOperation(NamedTuple):
 class Claimant(NamedTuple):
     """Who claims."""
 
-    #: A process: random, made at its start.
+    #: A process: made at its start, with something random in it.
     owner: str
     #: Of this one claim: random. A call that is repeated has the same one.
     token: str
