@@ -1,0 +1,35 @@
+"""A process that works with a store: it does what its arguments say when a line comes, and prints a number."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from kser.store.base import Claim, Found
+from kser.store.sql import SQLStore
+from tests.store_world import last_step, me, name, new, saved, step_on
+
+
+def make(store: SQLStore) -> int:
+    """Save an operation and run it."""
+    return int(store.checkpoint(last_step(saved(store, new(1)), 0)) == "SUCCESS")
+
+
+def work(store: SQLStore) -> int:
+    """Take what is free and run it."""
+    done = 0
+    for row in store.find(Found(), 1000).rows:
+        claim = store.claim(row.uuid, row.target.uuid, me(name()))
+        if isinstance(claim, Claim):
+            store.checkpoint(step_on(claim, 0))
+            store.checkpoint(last_step(claim, 1))
+            done += 1
+    return done
+
+
+if __name__ == "__main__":
+    what, uri = sys.argv[1:]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with contextlib.closing(SQLStore(uri)) as here:
+        print({"make": make, "work": work}[what](here), flush=True)

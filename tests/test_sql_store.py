@@ -1,0 +1,931 @@
+"""What only databases have: schemas, other processes, transactions that several share, plans, and trouble."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from kser import status as states
+from kser.errors import (
+    Fenced,
+    KserError,
+    MissingDependency,
+    SchemaMismatch,
+    SettingError,
+    StoreError,
+    StoreUnavailable,
+)
+from kser.store import open_store
+from kser.store.__main__ import main
+from kser.store.base import Found
+from kser.store.memory import MemoryStore
+from kser.store.sql import SQLStore, schema
+from kser.store.sql.database import Repeat, Transaction
+from kser.store.sql.group import Entry, Group
+from kser.store.sql.rows import BEGINNING, Ids, id_at, time_of
+from kser.store.sql.store import database_at
+from kser.store.sql.tables import metadata, operation
+from tests.conftest import own_postgresql
+from tests.postgres import Database
+from tests.store_contract import at_once, due
+from tests.store_world import claimed, end_of, last_step, me, move_of, name, new, new_task, row_of, saved, step_on
+from tests.support import ROOT
+
+SECRET = "not-to-be-said"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "kser.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SQLStore]:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+        yield store
+
+
+@pytest.fixture
+def in_postgresql(database: Database) -> Iterator[SQLStore]:
+    database.empty()
+    with contextlib.closing(SQLStore(database.uri)) as store:
+        yield store
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def any_store(request: pytest.FixtureRequest) -> Any:
+    """A store in each of the two."""
+    return request.getfixturevalue("store" if request.param == "sqlite" else "in_postgresql")
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"mysql://user:{SECRET}@host/database",
+        f"postgresql+psycopg2://user:{SECRET}@host/database",
+        "sqlite+aiosqlite:///file.db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        f"postgresql://user:{SECRET}@host:port/database",
+        f"user:{SECRET}@host",
+    ],
+)
+def test_an_address_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        open_store(uri)
+    assert SECRET not in f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__context__!r}" or "://" not in uri
+
+
+def test_an_address_leads_to_its_store(path: Path) -> None:
+    assert isinstance(open_store("memory://"), MemoryStore)
+    for prefix in ("sqlite", "sqlite+pysqlite"):
+        with contextlib.closing(open_store(f"{prefix}:///{path}", synchronous="NORMAL")) as store:
+            assert isinstance(store, SQLStore)
+            assert store.name == f"sqlite:///{path}"
+
+
+@pytest.mark.parametrize("prefix", ["postgresql", "postgresql+psycopg", "postgres"])
+def test_a_name_has_nothing_secret(prefix: str) -> None:
+    store = SQLStore(f"{prefix}://user:{SECRET}@127.0.0.1:1/database?password={SECRET}&connect_timeout=1")
+    assert store.name == "postgresql+psycopg://user:***@127.0.0.1:1/database"
+    store.close()
+
+
+def test_errors_say_where_but_nothing_secret() -> None:
+    with contextlib.closing(SQLStore(f"postgresql://user:{SECRET}@127.0.0.1:1/database?connect_timeout=1")) as store:
+        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1/database.*see whether the server runs") as caught:
+            store.check()
+        error: BaseException | None = caught.value
+        while error is not None:
+            assert SECRET not in f"{error!r} {error}"
+            error = error.__cause__ or error.__context__
+
+
+def test_another_synchronous_is_refused(path: Path) -> None:
+    with pytest.raises(SettingError, match="FULL"):
+        SQLStore(f"sqlite:///{path}", synchronous="OFF")
+
+
+@pytest.mark.parametrize(("synchronous", "number"), [("FULL", 2), ("NORMAL", 1)])
+def test_commits_reach_the_disk_unless_that_is_not_wanted(path: Path, synchronous: str, number: int) -> None:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}", synchronous=synchronous)) as store:
+        store.save(new(1))
+        with store._database.write() as transaction:
+            cursor = transaction._cursor
+            assert cursor.execute("PRAGMA synchronous").fetchone() == (number,)
+            assert cursor.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingDependency, match=r"kser\[postgresql\]"):
+        SQLStore("postgresql://user@host/database")
+
+
+# -- schema ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_made_with_its_tables_when_it_is_used_first(path: Path) -> None:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+        assert not path.exists()
+        assert store.peek(name()) is None
+        assert path.exists()
+        store.check()
+
+
+def test_several_processes_may_make_a_file_at_the_same_time(path: Path) -> None:
+    assert _in_processes(6, "make", f"sqlite:///{path}") == [1] * 6
+    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+        assert len(store.find(Found(status=["SUCCESS"]), 10).rows) == 6
+
+
+def _in_processes(count: int, what: str, uri: str) -> list[int]:
+    """What as many processes print that do something at the same time."""
+    command = [sys.executable, "-m", "tests.store_worker", what, uri]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            )
+            for _ in range(count)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        return [int(process.communicate("go\n", timeout=60)[0]) for process in _begun(processes)]
+
+
+def _begun(processes: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return processes
+
+
+@pytest.mark.postgresql
+def test_tables_in_postgresql_are_made_by_command_alone(database: Database) -> None:
+    """Rule 34: the error says what to run."""
+    database.run("ALTER TABLE kser_schema RENAME TO gone")
+    try:
+        with contextlib.closing(SQLStore(database.uri)) as store:
+            for call in (store.check, lambda: store.peek(name()), lambda: store.save(new(1))):
+                with pytest.raises(SchemaMismatch, match=r"no tables of kser; run: python -m kser\.store upgrade"):
+                    call()
+    finally:
+        database.run("ALTER TABLE gone RENAME TO kser_schema")
+
+
+def _set_version(store: SQLStore, version: int, oldest: int) -> None:
+    with store._database.write() as transaction:
+        transaction._cursor.execute(f"UPDATE kser_schema SET version = {version}, oldest = {oldest}")
+
+
+@pytest.mark.parametrize(
+    ("version", "oldest", "problem"),
+    [
+        (1, 1, ""),
+        (2, 1, ""),
+        (2, 2, "tables of version 2, which need a newer kser than this one, of version 1"),
+        (0, 0, "tables of version 0, and this kser needs 1; run: python -m kser.store upgrade"),
+    ],
+)
+def test_tables_of_another_version(any_store: SQLStore, version: int, oldest: int, problem: str) -> None:
+    """Rule 34: incompatible ones are refused with the command to run; newer compatible ones are accepted."""
+    any_store.check()
+    _set_version(any_store, version, oldest)
+    try:
+        if not problem:
+            any_store.check()
+            return
+        with pytest.raises(SchemaMismatch, match=problem):
+            any_store.check()
+    finally:
+        _set_version(any_store, 1, 1)
+
+
+def test_the_migrations_make_the_tables_that_the_code_knows(any_store: SQLStore) -> None:
+    any_store.check()
+    with any_store._database.looking() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"version_table": "kser_migration", "compare_type": True, "include_object": _is_ours}
+        )
+        assert compare_metadata(context, metadata) == []
+
+
+def _is_ours(_object: Any, name: str | None, *_: Any) -> bool:
+    # What alembic and SQLite have for themselves.
+    return not (name or "").startswith(("kser_migration", "sqlite_"))
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_tables_and_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{path}"
+    steps = [
+        ("status", 1, f"{uri} has no tables of kser; run: python -m kser.store upgrade\n"),
+        ("upgrade", 0, f"{uri} has tables of version 1 now; there were none before\n"),
+        ("upgrade", 0, f"{uri} has tables of version 1 already: nothing to do\n"),
+        ("status", 0, f"{uri} has tables of version 1; this kser needs 1\n"),
+    ]
+    for command, status, said in steps:
+        assert main([command, "--uri", uri]) == status
+        assert capsys.readouterr() == (said, "")
+        assert command == "upgrade" or status == 0 or not path.exists()
+
+
+def test_the_command_finds_the_database_in_the_environment(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "kser: which database? Pass --uri, or set KSER_DATABASE_URI\n"
+    monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{path}")
+    assert main(["upgrade"]) == 0
+
+
+def test_the_command_leaves_tables_alone_that_are_too_new(
+    store: SQLStore, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.check()
+    _set_version(store, 7, 7)
+    assert main(["upgrade", "--uri", f"sqlite:///{path}"]) == 1
+    assert "need a newer kser" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////nowhere/at/all/kser.db", "hello", "mysql://x@y/z"])
+def test_the_command_explains_mistakes_in_a_line(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["upgrade", "--uri", uri]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("kser: ")
+
+
+@pytest.mark.postgresql
+def test_the_command_works_with_postgresql(database: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two at the same time do it once."""
+    database.run("DROP SCHEMA public CASCADE")
+    database.run("CREATE SCHEMA public")
+    assert at_once(*[lambda: main(["upgrade", "--uri", database.uri])] * 3) == [0, 0, 0]
+    out = capsys.readouterr().out
+    assert (out.count("there were none before"), out.count("nothing to do")) == (1, 2)
+    options = dict(database.run("SELECT relname, reloptions FROM pg_class WHERE relname IN ('kser_operation')"))
+    assert options == {"kser_operation": ["fillfactor=60"]}
+
+
+# -- other processes ---------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_share_the_work(any_store: SQLStore) -> None:
+    """Rule 7: each operation is for one of them."""
+    for _ in range(40):
+        any_store.save(new(2))
+    # With the password, if there is one.
+    uri = any_store._database.url.render_as_string(hide_password=False)
+    assert sum(_in_processes(4, "work", uri)) == 40
+    rows = any_store.find(Found(), 100).rows
+    assert {(row.status, row.epoch) for row in rows} == {(states.SUCCESS, 2)}
+
+
+def test_readers_do_not_wait_for_who_writes(store: SQLStore, path: Path) -> None:
+    claim = saved(store, new(1))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as foreign:
+        foreign.execute("BEGIN IMMEDIATE")
+        foreign.execute("UPDATE kser_operation SET step = 5")
+        begun = time.monotonic()
+        assert row_of(store, claim.root.uuid).step == 0
+        assert len(store.find(Found(), 5).rows) == 1
+        assert time.monotonic() - begun < 5
+        foreign.execute("ROLLBACK")
+
+
+def test_what_another_process_wrote_counts_at_once(store: SQLStore, path: Path) -> None:
+    claim = saved(store, new(2))
+    assert row_of(store, claim.root.uuid).epoch == 1
+    with contextlib.closing(sqlite3.connect(path)) as foreign, foreign:
+        foreign.execute("UPDATE kser_operation SET epoch = 9")
+    assert row_of(store, claim.root.uuid).epoch == 9
+    with pytest.raises(Fenced):
+        store.checkpoint(step_on(claim, 0))
+
+
+@pytest.mark.postgresql
+def test_due_steps_that_another_one_takes_now_are_left_to_it(in_postgresql: SQLStore, database: Database) -> None:
+    """Rule 20: nobody waits for it."""
+    operations = [new(1), new(1)]
+    for each in operations:
+        in_postgresql.save(each)
+    in_postgresql._shift = 10
+    with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
+        foreign.execute("SELECT 1 FROM kser_operation WHERE uuid = %s FOR UPDATE", [operations[0].uuid])
+        assert due(in_postgresql) == [(operations[1].uuid, "unsent")]
+    assert due(in_postgresql) == [(operations[0].uuid, "unsent")]
+
+
+@pytest.mark.postgresql
+def test_a_claim_that_waited_for_another_one_loses(in_postgresql: SQLStore, database: Database) -> None:
+    """Rule 7: a compare-and-set, also where a statement sees rows as they were when it began."""
+    each = new(1)
+    in_postgresql.save(each)
+    answers: list[Any] = []
+    with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
+        foreign.execute(
+            "UPDATE kser_operation SET status = 'RUNNING', owner = 'other', token = 'other', epoch = 1,"
+            " wake_at = wake_at + 100 WHERE uuid = %s",
+            [each.uuid],
+        )
+        thread = threading.Thread(target=lambda: answers.append(in_postgresql.claim(each.uuid, each.uuid, me())))
+        thread.start()
+        time.sleep(0.3)
+    thread.join()
+    assert answers[0].reason == "held"
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Holds up the writing of a store until as many wait as a test wants in one group."""
+
+    def __init__(self, store: SQLStore) -> None:
+        self._group: Group[Any] = store._writing._group
+        self.sizes: list[int] = []
+        run = self._group._run
+
+        def counted(entries: Any) -> None:
+            self.sizes.append(len(entries))
+            run(entries)
+
+        self._group._run = counted
+
+    def together(self, *calls: Callable[[], Any]) -> list[Any]:
+        """What these calls give or raise that are written as one group."""
+        group = self._group
+        leaders, group._leaders = group._leaders, 0
+        answers: list[Any] = [None] * len(calls)
+
+        def run(index: int) -> None:
+            try:
+                answers[index] = calls[index]()
+            except KserError as error:
+                answers[index] = error
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(group._waiting) == len(calls))
+        group._leaders, group._leading = leaders, 1
+        group._hand_over()
+        for thread in threads:
+            thread.join()
+        return answers
+
+
+def test_what_comes_together_is_one_transaction(any_store: SQLStore) -> None:
+    """Rule 14: saving, claiming and checkpoints, all in one."""
+    claims = [saved(any_store, new(2)) for _ in range(5)]
+    free = [new(1) for _ in range(3)]
+    for each in free:
+        any_store.save(each)
+    held = Held(any_store)
+    commits = _count(any_store, "COMMIT")
+    answers = held.together(
+        *(lambda claim=claim: any_store.checkpoint(step_on(claim, 0)) for claim in claims),
+        *(lambda each=each: any_store.claim(each.uuid, each.uuid, me()).epoch for each in free),
+        *[lambda: any_store.save(new(2))] * 2,
+    )
+    assert answers == [states.RUNNING] * 5 + [1] * 3 + [None] * 2
+    assert (held.sizes, len(commits)) == ([10], 1)
+
+
+def _count(store: SQLStore, what: str) -> list[str]:
+    """Statements that begin with a word, as they are run."""
+    found: list[str] = []
+    database = store._database
+    writing = database._writing
+
+    @contextlib.contextmanager
+    def counted() -> Iterator[Transaction]:
+        with writing() as transaction:
+            yield transaction
+        found.append(what)
+
+    database._writing = counted  # type: ignore[method-assign]
+    return found
+
+
+def test_a_data_error_hits_the_offender_alone(any_store: SQLStore) -> None:
+    """Rule 14: the group is split."""
+    claims = [saved(any_store, new(3)) for _ in range(6)]
+    offender = claims[2]
+    bad = step_on(offender, 0, ends=[end_of(offender.root, 0, status=None)])
+    answers = Held(any_store).together(
+        *(
+            lambda claim=claim: any_store.checkpoint(bad if claim is offender else step_on(claim, 0))
+            for claim in claims
+        ),
+        lambda: any_store.save(new(1, params=None)),
+        lambda: any_store.save(new(1)),
+    )
+    assert [type(answer) for answer in answers] == [str, str, StoreError, str, str, str, StoreError, type(None)]
+    assert "refuses this" in str(answers[2])
+    for claim in claims:
+        assert row_of(any_store, claim.root.uuid).step == (0 if claim is offender else 1)
+    assert any_store.checkpoint(step_on(offender, 0)) == states.RUNNING
+
+
+def test_each_of_a_group_is_fenced_alone(any_store: SQLStore) -> None:
+    """Rules 8, 14 and 24."""
+    good, stale, cancelled, again = (saved(any_store, new(3)) for _ in range(4))
+    any_store.checkpoint(step_on(stale, 0, keep=False))
+    any_store.cancel(cancelled.root.uuid, None)
+    any_store.checkpoint(step_on(again, 0))
+    answers = Held(any_store).together(
+        lambda: any_store.checkpoint(step_on(good, 0)),
+        lambda: any_store.checkpoint(step_on(stale, 0, token="another")),
+        lambda: any_store.checkpoint(step_on(cancelled, 0)),
+        lambda: any_store.checkpoint(step_on(again, 0)),
+    )
+    assert isinstance(answers.pop(1), Fenced)
+    assert answers == [states.RUNNING, states.CANCELLED, states.RUNNING]
+
+
+def test_two_checkpoints_of_one_root_in_a_group_are_one(any_store: SQLStore) -> None:
+    """Rule 8: as when an attempt that was given up comes back."""
+    claim = saved(any_store, new(3))
+    other = step_on(claim, 0, moves=[move_of(claim.root, 2)], ends=[end_of(claim.root, 0, result='{"other": 1}')])
+    answers = Held(any_store).together(
+        lambda: any_store.checkpoint(step_on(claim, 0)), lambda: any_store.checkpoint(other)
+    )
+    assert sorted(type(answer).__name__ for answer in answers) == ["Fenced", "str"]
+    stored = any_store.get(claim.root.uuid)
+    assert stored is not None
+    assert len(stored.attempts) == 1
+
+
+def test_the_same_operation_twice_in_a_group_is_stored_once(any_store: SQLStore) -> None:
+    """Rule 3."""
+    each = new(2)
+    answers = Held(any_store).together(*[lambda: any_store.save(each, me())] * 2, lambda: any_store.save(new(1), me()))
+    assert sorted(type(answer).__name__ for answer in answers) == ["Claim", "Claim", "Refusal"]
+
+
+def test_when_the_database_fails_each_of_a_group_hears_it(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [saved(store, new(2)) for _ in range(3)]
+    monkeypatch.setattr(store._database, "_writing", _unavailable)
+    calls = [lambda claim=claim: store.checkpoint(step_on(claim, 0)) for claim in claims]
+    answers = Held(store).together(*calls)
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 3
+    assert len({id(answer) for answer in answers}) == 3
+    monkeypatch.undo()
+    assert Held(store).together(*calls) == [states.RUNNING] * 3
+
+
+@contextlib.contextmanager
+def _unavailable() -> Iterator[Any]:
+    raise StoreUnavailable("gone")
+    yield
+
+
+def test_a_transaction_that_another_one_made_impossible_is_run_again(
+    store: SQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, failures = store._database._writing, iter([Repeat("deadlock")] * 4)
+    claim = saved(store, new(3))
+
+    @contextlib.contextmanager
+    def sometimes() -> Iterator[Any]:
+        for error in failures:
+            raise error
+        with writing() as transaction:
+            yield transaction
+
+    monkeypatch.setattr(store._database, "_writing", sometimes)
+    with pytest.raises(StoreUnavailable, match="deadlock"):
+        store.checkpoint(step_on(claim, 0))
+    assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
+    failures = iter([Repeat("deadlock")])
+    assert store.renew([(claim.id, 1)], "consumer-a", 30) == {claim.id: False}
+
+
+def test_whoever_is_interrupted_leaves_nobody_behind() -> None:
+    """The others are told, and somebody else leads."""
+    interrupted = threading.Event()
+
+    def run(entries: Any) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            wait_until(lambda: len(group._waiting) == 3)
+            raise KeyboardInterrupt
+        for entry in entries:
+            entry.result = entry.item
+
+    group: Group[int] = Group(run, 1)
+    others: list[Any] = []
+    threads = [threading.Thread(target=lambda n=n: others.append(group.write(n))) for n in range(3)]
+
+    def start() -> None:
+        interrupted.wait(10)
+        for thread in threads:
+            thread.start()
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    with pytest.raises(KeyboardInterrupt):
+        group.write(99)
+    for thread in (starter, *threads):
+        thread.join(10)
+    assert sorted(others) == [0, 1, 2]
+    assert group.write(7) == 7
+
+
+def test_those_in_the_group_of_whoever_is_interrupted_are_told() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run(entries: list[Entry[int]]) -> None:
+        begun.set()
+        go_on.wait(10)
+        if len(entries) > 1:
+            raise KeyboardInterrupt
+        entries[0].result = entries[0].item
+
+    group: Group[int] = Group(run, 1)
+    answers: list[str] = []
+
+    def write(number: int) -> None:
+        try:
+            answers.append(str(group.write(number)))
+        except (KeyboardInterrupt, StoreUnavailable) as error:
+            answers.append(type(error).__name__)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    threads[0].start()
+    begun.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    wait_until(lambda: len(group._waiting) == 3)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(answers) == ["0", "KeyboardInterrupt", "StoreUnavailable", "StoreUnavailable"]
+
+
+def wait_until(done: Callable[[], object]) -> None:
+    """Return when something is so."""
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.001)
+
+
+# -- identifiers -------------------------------------------------------------------------------------------------------
+
+
+def test_identifiers_say_when_they_were_made_and_fit_until_2091() -> None:
+    now = time.time()
+    ids = Ids()
+    found = [ids.take(now, 3) for _ in range(5)]
+    assert found == sorted(set(found))
+    assert all(time_of(each) == pytest.approx(now, abs=1e-3) for each in found)
+    assert found[1] >= found[0] + 3
+    assert id_at(BEGINNING + 71 * 365 * 86400).bit_length() <= 63
+
+
+def test_identifiers_rise_also_when_the_clock_steps_back() -> None:
+    ids = Ids()
+    assert ids.take(BEGINNING + 1000, 1) < ids.take(BEGINNING + 10, 1) < ids.take(0, 1)
+
+
+def test_an_identifier_that_is_taken_is_not_taken_again(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes may come upon the same one."""
+    taken = saved(any_store, new(1)).id
+    ids = any_store._writing.saving._ids
+    take, first = ids.take, iter([taken])
+    monkeypatch.setattr(ids, "take", lambda now, count: next(first, None) or take(now, count))
+    each = new(1)
+    claim = saved(any_store, each)
+    assert (claim.root.uuid, claim.epoch) == (each.uuid, 1)
+    assert claim.id != taken
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+FILTERS = [
+    Found(),
+    Found(status=["FAILED"]),
+    Found(status=["FAILED", "RUNNING"]),
+    Found(entrypoint="shop.PlaceOrder"),
+    Found(entrypoint="shop.PlaceOrder", status=["FAILED"]),
+    Found(since=1.7e9),
+    Found(since=1.7e9, until=1.9e9, status=["SUCCESS"]),
+    Found(labels=[("customer", "7")]),
+    Found(labels=[("customer", "7"), ("shop", "1")], status=["FAILED"]),
+    Found(parent="somebody"),
+    Found(parent="somebody", status=["FAILED"], entrypoint="x"),
+]
+
+
+def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
+    """How a database does what ``call`` asks it for, statement by statement."""
+    explained: list[str] = []
+    database = store._database
+    word = "EXPLAIN" if database.packed else "EXPLAIN QUERY PLAN"
+    original = Transaction.run, Transaction.fetch, Transaction.change
+
+    def explain(transaction: Transaction, statement: Any, values: Any) -> None:
+        cursor = transaction._cursor
+        cursor.execute(f"{word} {statement.sql}", {**statement.constants, "clock": transaction._clock, **values})
+        explained.append("\n".join(str(row[-1]) for row in cursor.fetchall()))
+
+    def run(self: Transaction, statement: Any, values: Any = None) -> Any:
+        explain(self, statement, values or {})
+        return original[0](self, statement, values)
+
+    def many(which: int) -> Any:
+        def made(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
+            if rows:
+                explain(self, statement, {**values, **({"rows": "[]"} if database.packed else rows[0])})
+            return original[which](self, statement, rows, **values)
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transaction, "run", run)
+        patch.setattr(Transaction, "fetch", many(1))
+        patch.setattr(Transaction, "change", many(2))
+        call()
+    assert explained
+    return explained
+
+
+#: What reads a whole table, in the words of either.
+WHOLE = re.compile(r"SCAN (kser_|label_)|Seq Scan on kser_")
+
+
+def _no_whole_table(plans: list[str]) -> None:
+    for plan in plans:
+        assert not WHOLE.search(plan), plan
+
+
+@pytest.mark.parametrize("found", FILTERS, ids=str)
+def test_finding_uses_an_index_in_the_order_of_the_page(any_store: SQLStore, found: Found) -> None:
+    """No whole table is read, and nothing but a few identifiers is sorted."""
+    any_store.save(new(1))
+    plans = _plans(any_store, lambda: any_store.find(found, 50))
+    _no_whole_table(plans)
+    # SQLite sorts what is below in the tree, or was said right before.
+    assert not re.search(r"SEARCH .*\n *USE TEMP B-TREE|\bSort  \(", plans[0])
+
+
+def test_texts_are_read_of_rows_that_are_returned_alone(any_store: SQLStore) -> None:
+    """The statement that looks for rows gives identifiers, and no index holds a text."""
+    from kser.store.sql.reading import _ids
+
+    large = {"params", "metadata", "so_far", "result"}
+    for found in FILTERS:
+        sql = any_store._database.statement(_ids(found, 51, None)).sql
+        assert not {word for word in large if re.search(rf"\b{word}\b", sql)}
+    assert not large & {column.name for index in operation.indexes for column in index.columns}
+
+
+def test_what_is_due_is_a_range_of_an_index(any_store: SQLStore) -> None:
+    any_store.save(new(1))
+    any_store._shift = 10
+    plans = _plans(any_store, lambda: any_store.take_due(10, "reaper", expired=True, resend_after=60))
+    _no_whole_table(plans)
+    assert "kser_operation_wake" in plans[0]
+    assert "TEMP B-TREE" not in plans[0]
+    assert "Sort" not in plans[0]
+
+
+def test_nothing_that_workers_or_people_ask_for_reads_a_whole_table(any_store: SQLStore) -> None:
+    inner = new(1)
+
+    def everything() -> None:
+        claim = saved(any_store, new([new_task(), new_task(inner)], labels=[("a", "1")]))
+        any_store.save(new(1, uuid=claim.root.uuid))
+        any_store.renew([(claim.id, 1)], "consumer-a", 30)
+        any_store.checkpoint(step_on(claim, 0))
+        any_store.checkpoint(step_on(claim, 0))
+        any_store.cancel(claim.root.uuid, None)
+        any_store.checkpoint(step_on(claim, 1, moves=[move_of(claim.root._replace(step=1), 1)], ends=()))
+        row = any_store.resume(claim.root.uuid)
+        assert row is not None
+        any_store.sent([(row.id, row.epoch)], 60)
+        any_store.unsent([(row.id, row.epoch)], 60)
+        claim = claimed(any_store, row)
+        any_store.get(inner.uuid)
+        any_store.task(claim.id, 0)
+        any_store.children(claim.id)
+        any_store.checkpoint(last_step(claim, 1, ends=()))
+        any_store._shift = 100
+        assert any_store.purge(10, [states.SUCCESS], 10) == 1
+
+    _no_whole_table(_plans(any_store, everything))
+
+
+@pytest.mark.postgresql
+def test_a_checkpoint_that_goes_on_changes_no_index(in_postgresql: SQLStore, database: Database) -> None:
+    """PostgreSQL calls it a heap-only tuple."""
+    database.run("SELECT pg_stat_reset()")
+    claim = saved(in_postgresql, new(12))
+    for step in range(10):
+        in_postgresql.checkpoint(step_on(claim, step))
+    in_postgresql.close()
+    sql = "SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'kser_operation'"
+    # The server counts now and then.
+    wait_until(lambda: database.run(sql)[0][0] >= 10)
+
+
+def test_a_checkpoint_that_goes_on_names_no_column_of_an_index(store: SQLStore) -> None:
+    """SQLite writes the entries of every index with a column that a statement names."""
+    changed = re.search(r"SET (.*) WHERE", store._writing.recording._go_on.sql)
+    assert changed
+    indexed = {column.name for index in operation.indexes for column in index.columns}
+    assert not indexed & set(re.findall(r"(\w+)=", changed[1]))
+
+
+# -- trouble -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_locked_for_too_long_is_unavailable(path: Path) -> None:
+    """Rule 33: nothing is recorded, and afterwards everything goes on."""
+    with contextlib.closing(SQLStore(f"sqlite:///{path}?timeout=0.2")) as store:
+        claim = saved(store, new(3))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as foreign:
+            foreign.execute("BEGIN IMMEDIATE")
+            for call in (lambda: store.checkpoint(step_on(claim, 0)), lambda: store.renew([(claim.id, 1)], "a", 30)):
+                with pytest.raises(StoreUnavailable, match="another process writes to it"):
+                    call()
+            foreign.execute("ROLLBACK")
+        assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
+
+
+def test_a_file_that_may_not_be_written_to_is_unavailable(store: SQLStore) -> None:
+    claim = saved(store, new(3))
+    with store._database.write() as transaction:
+        transaction._cursor.execute("SELECT 1")
+    store._database._writer.execute("PRAGMA query_only = 1")  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnavailable, match="may not write"):
+        store.checkpoint(step_on(claim, 0))
+    store._database._writer.execute("PRAGMA query_only = 0")  # type: ignore[attr-defined]
+    assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
+
+
+def test_a_disk_that_is_full_is_unavailable(store: SQLStore) -> None:
+    claim = saved(store, new(3))
+    writer = store._database._writer  # type: ignore[attr-defined]
+    (pages,) = writer.execute("PRAGMA page_count").fetchone()
+    writer.execute(f"PRAGMA max_page_count = {pages}")
+    large = step_on(claim, 0, ends=[end_of(claim.root, 0, result="x" * 1_000_000)])
+    with pytest.raises(StoreUnavailable, match="disk is full: make room"):
+        store.checkpoint(large)
+    assert row_of(store, claim.root.uuid).step == 0
+    writer.execute("PRAGMA max_page_count = 1000000")
+    assert store.checkpoint(large) == states.RUNNING
+
+
+def test_a_file_of_another_kind_is_unavailable(path: Path) -> None:
+    path.write_bytes(b"this is no database" * 1000)
+    with (
+        contextlib.closing(SQLStore(f"sqlite:///{path}")) as store,
+        pytest.raises(StoreUnavailable, match="no SQLite database"),
+    ):
+        store.check()
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with (
+        contextlib.closing(SQLStore(f"sqlite:///{tmp_path}/no/kser.db")) as store,
+        pytest.raises(StoreUnavailable, match="the folder of the file must exist"),
+    ):
+        store.save(new(1))
+
+
+def test_tables_that_vanish_are_no_fault_of_what_is_stored(any_store: SQLStore) -> None:
+    any_store.save(new(1))
+    with any_store._database.write() as transaction:
+        transaction._cursor.execute("ALTER TABLE kser_event RENAME TO gone")
+    try:
+        with pytest.raises(StoreUnavailable, match=r"python -m kser\.store"):
+            any_store.save(new(1))
+    finally:
+        with any_store._database.write() as transaction:
+            transaction._cursor.execute("ALTER TABLE gone RENAME TO kser_event")
+
+
+@pytest.mark.parametrize("bad", ["nul \0", "lone \ud800"])
+def test_a_text_that_no_column_takes_is_refused_alone(any_store: SQLStore, bad: str) -> None:
+    """And what is asked for with it is not there."""
+    any_store.save(new(1))
+    if any_store._database.packed or bad != "nul \0":
+        with pytest.raises(StoreError):
+            any_store.save(new(1, entrypoint=bad))
+    for call in (lambda: any_store.peek(bad), lambda: any_store.claim(bad, bad, me())):
+        with contextlib.suppress(StoreError):
+            assert call() is None
+    assert any_store.save(new(1)) is None
+
+
+def test_closing_lets_go_of_the_file(store: SQLStore, path: Path) -> None:
+    saved(store, new(1))
+    store.close()
+    assert not path.with_name("kser.db-wal").exists()
+    # And it can be used again.
+    assert len(store.find(Found(), 5).rows) == 1
+
+
+@pytest.mark.postgresql
+def test_a_server_that_is_killed_is_unavailable_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Rules 10 and 33: what was asked for is asked for again, in the same words."""
+    caplog.set_level(logging.WARNING)
+    with own_postgresql() as server, contextlib.closing(database_at(server.uri)) as database:
+        schema.upgrade(database)
+        with contextlib.closing(SQLStore(server.uri)) as store:
+            claims = [saved(store, new(3)) for _ in range(8)]
+            checkpoints = [step_on(claim, 0) for claim in claims]
+            at_once(*(lambda each=each: store.checkpoint(each) for each in checkpoints))
+            server.stop("immediate")
+            calls: list[Callable[[], Any]] = [lambda each=each: store.checkpoint(each) for each in checkpoints]
+            calls += [lambda: store.peek("x"), lambda: store.renew([(1, 1)], "a", 30), lambda: store.save(new(1))]
+            begun = time.monotonic()
+            assert {type(answer) for answer in at_once(*calls)} == {StoreUnavailable}
+            assert time.monotonic() - begun < 10
+            server.start()
+            # One connection may still not know.
+            deadline = time.monotonic() + 10
+            answers = at_once(*calls)
+            while {type(answer) for answer in answers} & {StoreUnavailable} and time.monotonic() < deadline:
+                answers = at_once(*calls)
+            assert answers[:8] == [states.RUNNING] * 8
+            for claim in claims:
+                stored = store.get(claim.root.uuid)
+                assert stored is not None
+                assert (stored.operation.step, len(stored.attempts)) == (1, 1)
+
+
+@pytest.mark.postgresql
+def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up_for_long(
+    in_postgresql: SQLStore, database: Database
+) -> None:
+    """Its locks are given up, as those of a process that was stopped must be."""
+    with in_postgresql._database.write() as transaction:
+        timeouts = {
+            which: transaction._cursor.execute(f"SHOW {which}").fetchone()[0]
+            for which in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+        }
+    assert timeouts == {
+        "statement_timeout": "30s",
+        "lock_timeout": "10s",
+        "idle_in_transaction_session_timeout": "10s",
+    }
+
+
+@pytest.mark.postgresql
+def test_who_may_not_write_is_unavailable(in_postgresql: SQLStore, database: Database) -> None:
+    claim = saved(in_postgresql, new(3))
+    separator = "&" if "?" in database.uri else "?"
+    uri = f"{database.uri}{separator}options=-c%20default_transaction_read_only%3Don"
+    with contextlib.closing(SQLStore(uri)) as store:
+        with pytest.raises(StoreUnavailable, match="takes no writes"):
+            store.checkpoint(step_on(claim, 0))
+        assert row_of(store, claim.root.uuid).step == 0
+
+
+@pytest.mark.postgresql
+def test_the_clock_is_the_servers(in_postgresql: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 11: a host whose clock is wrong writes no wrong time, and its identifiers are in order."""
+    right = saved(in_postgresql, new(1))
+    really = time.time
+    monkeypatch.setattr("kser.store.sql.postgresql.time.time", lambda: really() - 5000)
+    skewed = saved(in_postgresql, new(1))
+    assert skewed.id > right.id
+    row = skewed.root
+    assert row.started_at is not None
+    assert row.created_at == pytest.approx(really(), abs=5)
+    assert row.created_at <= row.started_at
+    assert row.started_at == pytest.approx(really(), abs=5)
+
+
+def test_errors_of_the_library_do_not_get_out(any_store: SQLStore) -> None:
+    any_store.check()
+    with pytest.raises(StoreUnavailable), any_store._database.looking() as connection:
+        connection.execute(text("SELECT no_such_column FROM kser_operation"))
