@@ -25,6 +25,7 @@ from kser.dummy.bus import Bus
 from tests.engine import Act
 
 if TYPE_CHECKING:
+    from tests.durable import Shop
     from tests.postgres import Database, Postgresql
 
 #: No test may take longer, whatever hangs.
@@ -136,6 +137,19 @@ def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[Bus]:
     Bus.reset()
     Act.acts.clear()
     Act.seen.clear()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def shop(
+    request: pytest.FixtureRequest, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shop]:
+    """A shared database and a process that runs operations; see :mod:`tests.durable`."""
+    # Whoever tests without it needs none of what it needs.
+    from tests.durable import shops
+    from tests.store_world import MemoryWorld, SqlWorld
+
+    monkeypatch.setenv("KSER_TOPICS", "dice")
+    yield from shops(MemoryWorld() if request.param == "memory" else SqlWorld(f"sqlite:///{tmp_path}/kser.db"))
 
 
 def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:

@@ -20,7 +20,7 @@ from kser.schemas import OPERATION, Message
 from kser.sequencing.durable import Run
 from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import Runner, prepare
+from kser.sequencing.runner import Runner, is_distributed, prepare
 from kser.sequencing.stored import label_of, new_operation, result_from_json
 from kser.store.base import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
 
@@ -55,10 +55,12 @@ class Keeper(Runner):
         :param result: forwarded to it.
         :raises kser.errors.KserError: it was not accepted; nothing will run.
         """
+        # Before it is accepted: what is missing is said now.
+        _ = self._means.producer
         place = self._means.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
-        mode = DISTRIBUTED if _is_distributed(operation) else LOCAL
+        mode = DISTRIBUTED if is_distributed(operation) else LOCAL
         self._accept(new_operation(operation, mode, place, self._means.topic_finder(place)), key)
 
     def launch(self, operation: Operation) -> Result:
@@ -68,7 +70,7 @@ class Keeper(Runner):
         :raises kser.errors.KserError: it was not accepted; nothing will run.
         """
         # Before it is accepted: what is missing is said now.
-        assert self._means.producer is not None
+        _ = self._means.producer
         place = self._means.registry.topic_for(operation)
         return self._accept(new_operation(operation, DISTRIBUTED, place, self._means.topic_finder(place)), None)
 
@@ -141,7 +143,7 @@ class Keeper(Runner):
         prepare(operation, result)
         delivery = CURRENT.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
-        mode = DISTRIBUTED if _is_distributed(operation) else LOCAL
+        mode = DISTRIBUTED if is_distributed(operation) else LOCAL
         new = new_operation(operation, mode, place, self._means.topic_finder(place))
         claimant = self._means.claimant() if mode == LOCAL else None
         saved = self._means.patience.call(lambda: self._store.save(new, claimant))
@@ -326,11 +328,6 @@ def _found(uuid: str, row: OperationRow | None) -> OperationRow:
             f"there is no stored operation {uuid!r}: it was never sent, was purged, or is inside another one"
         )
     return row
-
-
-def _is_distributed(operation: Operation) -> bool:
-    # An attribute of that name that means something else is the user's own (decision C18).
-    return getattr(type(operation), "DISTRIBUTED", False) is True
 
 
 def _same(stored: str, given: str) -> bool:
