@@ -87,7 +87,6 @@ class ConfluentClient(ConsumerClient):
             "auto.offset.reset": "error",
             "error_cb": self._on_error,
         }
-        #: The client of librdkafka.
         self.client = connect(confluent_kafka.Consumer, own, **keywords)
         self._committer = Committer(self.client)
 

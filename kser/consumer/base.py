@@ -297,7 +297,8 @@ class BaseConsumer:
         if self._client_thread is None:
             self._poller.commit()
         else:
-            self._dispatch.wait_for_commit(job, CLIENT_TIMEOUT)
+            # Until the group knows that it is finished.
+            self._dispatch.wait_for_change(CLIENT_TIMEOUT, lambda: job.progress.is_committed(job.record.offset))
 
     def _handle(self, value: Any) -> None:
         try:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from kser.errors import KserError
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two turns.
 TICK = 0.5
@@ -23,11 +28,12 @@ class Companion(Protocol):
 class Beside:
     """Gives companions their turns.
 
-    :param companions: finds them: there may be more of them later.
+    :param companions: finds them; there may be more of them later.
     """
 
     def __init__(self, companions: Callable[[], Sequence[Companion]]) -> None:
-        self._companions = companions
+        self._find = companions
+        self._companions: Sequence[Companion] = ()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -36,7 +42,8 @@ class Beside:
 
         :raises kser.errors.KserError: one of them cannot work here.
         """
-        if self._companions():
+        self._companions = self._find()
+        if self._companions:
             self._thread = threading.Thread(target=self._run, name="kser-beside", daemon=True)
             self._thread.start()
 
@@ -48,11 +55,19 @@ class Beside:
         self._over.set()
         if self._thread is not None:
             self._thread.join(timeout)
-        for companion in self._companions():
+        for companion in self._companions:
             companion.close()
 
     def _run(self) -> None:
         while not self._over.is_set():
-            for companion in self._companions():
+            for companion in self._companions:
                 companion.tick()
             self._over.wait(TICK)
+            self._look_for_more()
+
+    def _look_for_more(self) -> None:
+        """Classes may have been added, of registries that nobody knew."""
+        try:
+            self._companions = self._find()
+        except KserError:
+            logger.exception("what is to run beside the consumer cannot work; it is tried again")

@@ -10,9 +10,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from kser.consumer.budget import Budget
+from kser.consumer.changes import Changes
 from kser.consumer.client import Commit, Listener, Partition, Record
 from kser.consumer.draining import Draining
 from kser.consumer.job import Job
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 FENCE_TICK = 0.1
 
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
+_is_begun = attrgetter("begun")
 
 
 class Dispatch(Listener):
@@ -67,13 +70,12 @@ class Dispatch(Listener):
         #: For workers: there is something to take.
         self._work = threading.Condition(self._lock)
         #: For everybody else: something was finished.
-        self._change = threading.Condition(self._lock)
+        self._changes = Changes(self._lock)
         self._partitions: dict[Partition, Progress] = {}
         self._away: dict[Partition, Progress] = {}
         self._lanes = Lanes()
         self._running: set[Job] = set()
         self._idle_workers = 0
-        self._watched: list[Callable[[], bool]] = []
         #: Somebody waits until no more than that are in flight.
         self._low = -1
         self._closed = self._paused = self._assigned = False
@@ -168,24 +170,18 @@ class Dispatch(Listener):
             for key, commit in commits.items():
                 if key in self._partitions:
                     self._partitions[key].committed = commit
-            if self._watched:
-                self._tell_watchers()
+            self._changes.tell()
 
     def wait_for_room(self, timeout: float, low: int) -> None:
         """Return when no more than ``low`` records are in flight, or after ``timeout``."""
         with self._lock:
             self._low = low
-            self._change.wait_for(lambda: self.in_flight <= low or self._closed, timeout)
+            self._changes.wait(lambda: self.in_flight <= low or self._closed, timeout)
             self._low = -1
 
     def wait_for_change(self, timeout: float, until: Callable[[], bool]) -> None:
         """Return when ``until()`` is true, which is looked at whenever a record is finished, or after ``timeout``."""
-        with self._lock:
-            self._watched.append(until)
-            try:
-                self._change.wait_for(until, timeout)
-            finally:
-                self._watched.remove(until)
+        self._changes.wait(until, timeout)
 
     # -- partitions come and go ----------------------------------------------------------------------------------------
 
@@ -199,6 +195,7 @@ class Dispatch(Listener):
                     self._partitions[key] = Progress(start)
                 else:
                     self._adopt(key, start, away)
+                self._keep_lanes(key)
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
         with self._lock:
@@ -228,7 +225,6 @@ class Dispatch(Listener):
         return progress
 
     def _stays(self, job: Job) -> bool:
-        """Whether a job is worked on even if its partition is not ours: nobody else will be given it."""
         return job.answered or (self.is_begun is not None and job.begun)
 
     def _adopt(self, key: Partition, start: Commit, away: Progress) -> None:
@@ -242,9 +238,16 @@ class Dispatch(Listener):
                 progress.unburied.add(job.record.offset)
             self._lanes.occupy(job)
             if job not in self._running:
-                self._wait(job)
+                self._rest(job)
         if kept:
             self._work.notify_all()
+
+    def _keep_lanes(self, key: Partition) -> None:
+        """What goes on although its partition was away holds the others of its lane up again."""
+        for job in self._running:
+            if job.answered and job.place == key:
+                job.progress = self._partitions[key]
+                self._lanes.occupy(job)
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
@@ -280,8 +283,8 @@ class Dispatch(Listener):
         job.taken = now
         self._running.add(job)
         self.begun += 1
-        if self._watched:
-            self._tell_watchers()
+        if self._changes.awaited:
+            self._changes.tell()
         return job
 
     def finish(self, job: Job) -> bool:
@@ -296,11 +299,11 @@ class Dispatch(Listener):
             if progress.finished(job.record.offset) and not progress.revoked:
                 self._budget.give(job.size)
                 if self._low >= 0 and self.in_flight <= self._low:
-                    self._change.notify_all()
+                    self._changes.wake()
             if job.lane is not None and self._lanes.leave(job) and self._idle_workers:
                 self._work.notify()
-            if self._watched:
-                self._tell_watchers()
+            if self._changes.awaited:
+                self._changes.tell()
             return job.answered or self.is_begun is not None or not progress.revoked
 
     def answer(self, job: Job) -> None:
@@ -310,8 +313,7 @@ class Dispatch(Listener):
             job.answered = True
             if job in self._running and progress.finished(job.record.offset) and not progress.revoked:
                 self._budget.give(job.size)
-            if self._watched:
-                self._tell_watchers()
+            self._changes.tell()
 
     def retry(self, job: Job, seconds: float) -> None:
         """The record is to be tried once more, after ``seconds``; its lane waits."""
@@ -352,20 +354,19 @@ class Dispatch(Listener):
         if job not in self._running:
             return False
         self._running.discard(job)
-        if self._watched:
-            self._tell_watchers()
+        self._changes.tell()
         return True
 
     def _follow(self, job: Job, following: Job) -> None:
         # The partition may have gone, and come back, meanwhile.
         known = job.progress.replace(job.record.offset, following)
         if job.answered or (known and (not job.progress.revoked or self._stays(following))):
-            self._wait(following)
+            self._rest(following)
             self._work.notify()
 
-    def _tell_watchers(self) -> None:
-        if any(until() for until in self._watched):
-            self._change.notify_all()
+    def _rest(self, job: Job) -> None:
+        if not self._closed:
+            self._lanes.wait(job)
 
     def running(self) -> list[Job]:
         """What workers work on now."""
@@ -377,10 +378,6 @@ class Dispatch(Listener):
         with self._lock:
             self._paused = paused
             self._work.notify_all()
-
-    def wait_for_commit(self, job: Job, timeout: float) -> None:
-        """Return when the group knows that a record is finished, or after ``timeout``."""
-        self.wait_for_change(timeout, lambda: job.progress.is_committed(job.record.offset))
 
     def close(self) -> None:
         """Give nothing more to workers."""
@@ -394,17 +391,9 @@ class Dispatch(Listener):
                     )
             self._lanes.clear()
             self._work.notify_all()
-            self._change.notify_all()
+            self._changes.wake()
 
     def is_running(self, partitions: Collection[Progress]) -> bool:
         """Whether workers work on something of these partitions that nothing else answers for."""
         with self._lock:
             return any(job.progress in partitions and not job.answered for job in self._running)
-
-    def _wait(self, job: Job) -> None:
-        if not self._closed:
-            self._lanes.wait(job)
-
-
-def _is_begun(job: Job) -> bool:
-    return job.begun

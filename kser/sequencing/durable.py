@@ -74,7 +74,7 @@ class Run:
         """
         self._means.hold(self)
         try:
-            if self._claim.root.started_at is None or self._claim.root.epoch == 1:
+            if self._claim.epoch == 1:
                 self._tell_operation(states.PENDING, states.RUNNING)
             if self._claim.exhausted:
                 self._steps.give_up(_exhausted(self._claim))

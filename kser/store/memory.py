@@ -12,19 +12,9 @@ from kser.errors import Fenced, StateConflict, StoreError, UsageError
 from kser.store.base import (
     DISTRIBUTED,
     END_SUCCESS,
-    ENDED,
-    ERROR_LIMIT,
-    EXPIRED,
-    HELD,
-    LONGEST_RESEND,
-    RETRY,
     STALE,
     START,
     TASK,
-    UNCLAIMED,
-    UNSENT,
-    UNSENT_AFTER,
-    WAITING,
     AttemptRow,
     Checkpoint,
     Claim,
@@ -43,6 +33,21 @@ from kser.store.base import (
     Target,
     TaskEnd,
     TaskRow,
+)
+from kser.store.transitions import (
+    attempt_row,
+    cancelled,
+    claimed,
+    ended,
+    is_held,
+    moved,
+    new_row,
+    new_task_row,
+    refusal,
+    resumed,
+    sent_again,
+    settled,
+    why_due,
 )
 
 
@@ -74,51 +79,17 @@ class MemoryStore(Store):
         with self._lock:
             known = self.peek(operation.uuid)
             if known is not None:
-                mine = claimant is not None and known.token == claimant.token
-                return self._claim_of(known) if mine else Refusal(STALE, known)
-            taken = {task.child.uuid for task in _all_tasks(operation.tasks or ()) if task.child} & self._ids.keys()
-            if taken:
-                raise StoreError(f"operations with these uuids are stored already: {', '.join(sorted(taken))}")
+                if claimant is not None and known.token == claimant.token:
+                    return self._claim_of(known, claimant)
+                return Refusal(STALE, known)
+            self._refuse_taken(operation.tasks or ())
             root = self._insert(operation, None, None)
             self._note(root, None, Note("accepted"))
             return None if claimant is None else self._take(root, claimant)
 
     def _insert(self, new: NewOperation, parent_id: int | None, root_id: int | None) -> OperationRow:
         self._last_id += 1
-        now = self._clock()
-        row = OperationRow(
-            id=self._last_id,
-            uuid=new.uuid,
-            entrypoint=new.entrypoint,
-            parent_id=parent_id,
-            root_id=root_id or self._last_id,
-            mode=new.mode,
-            topic=new.topic,
-            hooks=new.hooks,
-            params=new.params,
-            metadata=new.metadata,
-            status=states.PENDING,
-            phase=new.phase,
-            step=0,
-            size=None if new.tasks is None else len(new.tasks),
-            so_far=new.so_far,
-            result=None,
-            created_at=now,
-            started_at=None,
-            ended_at=None,
-            cancel_requested=False,
-            cancel_reason=None,
-            epoch=0,
-            owner=None,
-            token=None,
-            wake_at=now + UNSENT_AFTER if parent_id is None else None,
-            due_at=now,
-            claims=0,
-            sends=0,
-            sent_at=None,
-            target=new.target,
-        )
-        self._operations[row.id] = row
+        row = self._put(new_row(new, self._last_id, parent_id, root_id, self._clock()))
         self._ids[row.uuid] = row.id
         self._labels[row.id] = set(new.labels)
         self._insert_tasks(row, new.tasks or ())
@@ -128,21 +99,13 @@ class MemoryStore(Store):
         rows = self._tasks[operation.id] = []
         for position, new in enumerate(tasks):
             child = None if new.child is None else self._insert(new.child, operation.id, operation.root_id).id
-            rows.append(
-                TaskRow(
-                    operation.id,
-                    position,
-                    new.uuid,
-                    new.entrypoint,
-                    new.topic,
-                    new.params,
-                    new.metadata,
-                    states.PENDING,
-                    new.result,
-                    0,
-                    child,
-                )
-            )
+            rows.append(new_task_row(new, operation.id, position, child))
+
+    def _refuse_taken(self, tasks: Sequence[NewTask]) -> None:
+        uuids = [task.child.uuid for task in _all_tasks(tasks) if task.child]
+        taken = [uuid for uuid, count in Counter(uuids).items() if count > 1 or uuid in self._ids]
+        if taken:
+            raise StoreError(f"operations with these uuids are stored already: {', '.join(sorted(taken))}")
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -152,38 +115,16 @@ class MemoryStore(Store):
             if row is None or row.parent_id is not None:
                 return None
             if row.token == claimant.token:
-                return self._claim_of(row)
-            reason = self._refusal(row, step)
+                return self._claim_of(row, claimant)
+            reason = refusal(row, step, self._clock())
             return self._take(row, claimant) if reason is None else Refusal(reason, row)
 
-    def _refusal(self, row: OperationRow, step: str) -> str | None:
-        now = self._clock()
-        if states.is_final(row.status):
-            return ENDED
-        if row.target.uuid != step:
-            return STALE
-        if row.owner is not None and (row.wake_at or 0) > now:
-            return HELD
-        return WAITING if row.due_at > now else None
-
     def _take(self, row: OperationRow, claimant: Claimant) -> Claim:
-        now = self._clock()
-        exhausted = row.claims >= claimant.max_claims
-        row = self._put(
-            row._replace(
-                status=states.RUNNING,
-                epoch=row.epoch + 1,
-                owner=claimant.owner,
-                token=claimant.token,
-                claims=row.claims + 1,
-                wake_at=now + claimant.lease,
-                started_at=row.started_at or now,
-            )
-        )
+        row = self._put(claimed(row, claimant, self._clock()))
         self._note(row, claimant.owner, Note("claimed"))
-        return self._claim_of(row)._replace(exhausted=exhausted)
+        return self._claim_of(row, claimant)
 
-    def _claim_of(self, root: OperationRow) -> Claim:
+    def _claim_of(self, root: OperationRow, claimant: Claimant) -> Claim:
         path = [root]
         task = self._current(root)
         while task is not None and task.child_id is not None:
@@ -191,7 +132,7 @@ class MemoryStore(Store):
             task = self._current(path[-1])
         last = path[-1]
         following = self.task(last.id, last.step + 1) if task and root.mode == DISTRIBUTED else None
-        return Claim(root.id, root.epoch, tuple(path), task, following)
+        return Claim(root.id, root.epoch, tuple(path), task, following, root.claims > claimant.max_claims)
 
     def _current(self, row: OperationRow) -> TaskRow | None:
         return self._tasks[row.id][row.step] if row.phase == TASK else None
@@ -226,7 +167,7 @@ class MemoryStore(Store):
             return Stored(row, self.tasks(row.id), attempts, list(self._events[root.id]), root.uuid)
 
     def find(self, found: Found, limit: int, after: str | None = None) -> Page:
-        if after is not None and not after.isdigit():
+        if after is not None and not (after.isascii() and after.isdigit() and int(after) < 1 << 63):
             raise UsageError(f"after must be the cursor of a page before; it is {after!r}")
         with self._lock:
             parent = None if found.parent is None else self._ids.get(found.parent, -1)
@@ -251,89 +192,57 @@ class MemoryStore(Store):
     def checkpoint(self, checkpoint: Checkpoint) -> str:
         with self._lock:
             root = self._operations.get(checkpoint.root_id)
+            if root is not None and self._is_recorded(root, checkpoint):
+                return root.status
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
-                return self._recorded(root, checkpoint)
+                name = root.uuid if root else checkpoint.root_id
+                raise Fenced(f"somebody else has claimed operation {name}, or it has ended")
             if any(self._operations[move.operation_id].step != move.old_step for move in checkpoint.moves):
                 raise Fenced(f"operation {root.uuid} is at another step")
+            if checkpoint.built is not None:
+                self._refuse_taken(checkpoint.built.tasks)
+            now = self._clock()
             for move in checkpoint.moves:
-                self._move(move.operation_id, move.step, move.phase, move.status, move.so_far, move.result)
+                self._put(moved(self._operations[move.operation_id], move, now))
             for end in checkpoint.ends:
                 self._end_task(end, checkpoint)
             if checkpoint.built is not None:
                 built = self._operations[checkpoint.built.operation_id]
                 self._insert_tasks(built, checkpoint.built.tasks)
-                self._put(self._operations[built.id]._replace(size=len(checkpoint.built.tasks)))
+                self._put(built._replace(size=len(checkpoint.built.tasks)))
             notes = checkpoint.notes
             if root.cancel_requested:
                 self._cancel_all(root.id)
                 notes = [*(note for note in notes if note.kind != "ended"), Note("ended", text=states.CANCELLED)]
             for note in notes:
                 self._note(root, checkpoint.consumer, note)
-            return self._settle(self._operations[root.id], checkpoint).status
+            return self._put(settled(self._operations[root.id], checkpoint, now)).status
 
-    def _recorded(self, root: OperationRow | None, checkpoint: Checkpoint) -> str:
-        """The root's status, if this very checkpoint was recorded before."""
-        if root is not None and root.token == checkpoint.token:
-            kept = checkpoint.keep and not states.is_final(root.status)
-            stands = all(self._operations[move.operation_id].step == move.step for move in checkpoint.moves)
-            if stands and root.epoch == checkpoint.epoch + (not kept):
-                return root.status
-        name = root.uuid if root else checkpoint.root_id
-        raise Fenced(f"somebody else has claimed operation {name}, or it has ended")
-
-    def _move(self, at: int, step: int, phase: str, status: str, so_far: str, result: str | None) -> None:
-        row = self._operations[at]
-        ended = self._clock() if states.is_final(status) else None
-        self._put(
-            row._replace(step=step, phase=phase, status=status, so_far=so_far, result=result, ended_at=ended)._replace(
-                started_at=row.started_at or self._clock()
-            )
-        )
+    def _is_recorded(self, root: OperationRow, checkpoint: Checkpoint) -> bool:
+        """Whether this very checkpoint was recorded before."""
+        kept = checkpoint.keep and not states.is_final(root.status)
+        if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
+            return False
+        places = [(self._operations[move.operation_id], move) for move in checkpoint.moves]
+        if any((row.step, row.phase) != (move.step, move.phase) for row, move in places):
+            return False
+        attempts = [(end.operation_id, end.position, end.number) for end in checkpoint.ends if end.number]
+        known = {row[:3] for at, *_ in attempts for row in self._attempts.get(at, ())}
+        built = checkpoint.built is not None and self._operations[checkpoint.built.operation_id].size is not None
+        traces = not kept or attempts or built or any(move.old_step != move.step for move in checkpoint.moves)
+        return bool(traces) and known.issuperset(attempts)
 
     def _end_task(self, end: TaskEnd, checkpoint: Checkpoint) -> None:
         rows = self._tasks[end.operation_id]
-        task = rows[end.position]
-        result = task.result if end.status == states.PENDING else end.result
-        attempts = max(task.attempts, end.number)
-        rows[end.position] = task._replace(status=end.status, result=result, attempts=attempts)
+        rows[end.position] = ended(rows[end.position], end)
         if end.number:
-            now = self._clock()
-            outcome = states.SUCCESS if end.status == states.SUCCESS else states.FAILED
-            error = None if end.error is None else end.error[:ERROR_LIMIT]
-            self._attempts.setdefault(end.operation_id, []).append(
-                AttemptRow(
-                    end.operation_id,
-                    end.position,
-                    end.number,
-                    checkpoint.epoch,
-                    outcome,
-                    checkpoint.consumer,
-                    now - end.duration,
-                    now,
-                    error,
-                )
-            )
-
-    def _settle(self, root: OperationRow, checkpoint: Checkpoint) -> OperationRow:
-        """Write what is of the root alone: who has it, and when to look again."""
-        now = self._clock()
-        root = root._replace(claims=0, sends=0, sent_at=None, target=checkpoint.target or root.target)
-        if states.is_final(root.status):
-            root = root._replace(owner=None, wake_at=None, epoch=root.epoch + 1)
-        elif not checkpoint.keep:
-            root = root._replace(
-                owner=None,
-                epoch=root.epoch + 1,
-                due_at=now + checkpoint.delay,
-                wake_at=now + (checkpoint.delay or UNSENT_AFTER),
-            )
-        return self._put(root)
+            row = attempt_row(end, checkpoint, self._clock())
+            self._attempts.setdefault(end.operation_id, []).append(row)
 
     def _cancel_all(self, root_id: int) -> None:
-        now = self._clock()
         for row in (self._operations[root_id], *self.children(root_id)):
             if row.id == root_id or not states.is_final(row.status):
-                self._put(row._replace(status=states.CANCELLED, ended_at=now, result=row.so_far))
+                self._put(cancelled(row, self._clock()))
 
     # -- leases and the reaper -----------------------------------------------------------------------------------------
 
@@ -364,15 +273,8 @@ class MemoryStore(Store):
             ]
 
     def _wake(self, row: OperationRow, consumer: str, resend_after: float) -> Due:
-        now = self._clock()
-        if row.owner is not None:
-            reason = EXPIRED
-        elif row.sends:
-            reason = UNCLAIMED
-        else:
-            reason = RETRY if row.wake_at == row.due_at else UNSENT
-        wait = min(resend_after * 2.0 ** min(row.sends, 20), LONGEST_RESEND)
-        self._put(row._replace(owner=None, sends=row.sends + 1, sent_at=now, wake_at=now + wait))
+        reason = why_due(row)
+        self._put(sent_again(row, resend_after, self._clock()))
         self._note(row, consumer, Note("sent-again", text=reason))
         return Due(row.id, row.uuid, row.epoch, row.target, reason)
 
@@ -397,7 +299,7 @@ class MemoryStore(Store):
                 return None
             if states.is_final(row.status):
                 return row
-            if row.owner is not None and (row.wake_at or 0) > self._clock():
+            if is_held(row, self._clock()):
                 self._note(row, None, Note("cancel-requested", text=reason))
                 return self._put(row._replace(cancel_requested=True, cancel_reason=reason))
             self._cancel_all(row.id)
@@ -415,20 +317,8 @@ class MemoryStore(Store):
             if not states.may_follow(root.status, states.RUNNING) or not states.is_final(root.status):
                 raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one is resumed")
             target = self._restart(root)
-            now = self._clock()
-            root = self._operations[root.id]._replace(
-                epoch=root.epoch + 1,
-                token=None,
-                owner=None,
-                cancel_requested=False,
-                cancel_reason=None,
-                claims=0,
-                sends=0,
-                sent_at=None,
-                due_at=now,
-                wake_at=now + UNSENT_AFTER,
-                target=target if root.mode == DISTRIBUTED else root.target,
-            )
+            root = resumed(self._operations[root.id], self._clock())
+            root = root._replace(target=target if root.mode == DISTRIBUTED else root.target)
             self._note(root, None, Note("resumed"))
             return self._put(root)
 
@@ -486,7 +376,4 @@ def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:
     found: list[NewTask] = []
     for task in tasks:
         found += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))
-    doubled = [uuid for uuid, count in Counter(task.child.uuid for task in found if task.child).items() if count > 1]
-    if doubled:
-        raise StoreError(f"operations with these uuids are there more than once: {', '.join(doubled)}")
     return found

@@ -1,0 +1,188 @@
+"""How rows change, as functions of a row and the time: the contract of stores without a database around it."""
+
+from __future__ import annotations
+
+from kser import status as states
+from kser.store.base import (
+    ENDED,
+    ERROR_LIMIT,
+    EXPIRED,
+    HELD,
+    LONGEST_RESEND,
+    RETRY,
+    STALE,
+    UNCLAIMED,
+    UNSENT,
+    UNSENT_AFTER,
+    WAITING,
+    AttemptRow,
+    Checkpoint,
+    Claimant,
+    Move,
+    NewOperation,
+    NewTask,
+    OperationRow,
+    TaskEnd,
+    TaskRow,
+)
+
+
+def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
+    """The row of an operation that is stored.
+
+    :param at: its id.
+    :param root_id: None for a root.
+    """
+    return OperationRow(
+        id=at,
+        uuid=new.uuid,
+        entrypoint=new.entrypoint,
+        parent_id=parent_id,
+        root_id=root_id or at,
+        mode=new.mode,
+        topic=new.topic,
+        hooks=new.hooks,
+        params=new.params,
+        metadata=new.metadata,
+        status=states.PENDING,
+        phase=new.phase,
+        step=0,
+        size=None if new.tasks is None else len(new.tasks),
+        so_far=new.so_far,
+        result=None,
+        created_at=now,
+        started_at=None,
+        ended_at=None,
+        cancel_requested=False,
+        cancel_reason=None,
+        epoch=0,
+        owner=None,
+        token=None,
+        wake_at=now + UNSENT_AFTER if parent_id is None else None,
+        due_at=now,
+        claims=0,
+        sends=0,
+        sent_at=None,
+        target=new.target,
+    )
+
+
+def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
+    """The row of a task that is stored."""
+    place = operation_id, position
+    own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
+    return TaskRow(*place, *own, status=states.PENDING, result=new.result, attempts=0, child_id=child_id)
+
+
+def refusal(row: OperationRow, step: str, now: float) -> str | None:
+    """Why a root cannot be claimed; None when it can."""
+    if states.is_final(row.status):
+        return ENDED
+    if row.target.uuid != step:
+        return STALE
+    if is_held(row, now):
+        return HELD
+    return WAITING if row.due_at > now else None
+
+
+def is_held(row: OperationRow, now: float) -> bool:
+    """Whether somebody has a lease on a root."""
+    return row.owner is not None and (row.wake_at or 0) > now
+
+
+def claimed(row: OperationRow, claimant: Claimant, now: float) -> OperationRow:
+    """A root that is claimed."""
+    return row._replace(
+        status=states.RUNNING,
+        epoch=row.epoch + 1,
+        owner=claimant.owner,
+        token=claimant.token,
+        claims=row.claims + 1,
+        wake_at=now + claimant.lease,
+        started_at=row.started_at or now,
+    )
+
+
+def moved(row: OperationRow, move: Move, now: float) -> OperationRow:
+    """An operation that moved on."""
+    return row._replace(
+        step=move.step,
+        phase=move.phase,
+        status=move.status,
+        so_far=move.so_far,
+        result=move.result,
+        started_at=row.started_at or now,
+        ended_at=now if states.is_final(move.status) else None,
+    )
+
+
+def settled(root: OperationRow, checkpoint: Checkpoint, now: float) -> OperationRow:
+    """A root at the end of a checkpoint: who has it, and when to look again."""
+    root = root._replace(claims=0, sends=0, sent_at=None, target=checkpoint.target or root.target)
+    if states.is_final(root.status):
+        return root._replace(owner=None, wake_at=None, epoch=root.epoch + 1)
+    if checkpoint.keep:
+        return root
+    return root._replace(
+        owner=None,
+        epoch=root.epoch + 1,
+        due_at=now + checkpoint.delay,
+        wake_at=now + (checkpoint.delay or UNSENT_AFTER),
+    )
+
+
+def cancelled(row: OperationRow, now: float) -> OperationRow:
+    """An operation that is cancelled."""
+    return row._replace(status=states.CANCELLED, ended_at=now, result=row.so_far)
+
+
+def ended(task: TaskRow, end: TaskEnd) -> TaskRow:
+    """A task at the end of an attempt."""
+    result = task.result if end.status == states.PENDING else end.result
+    return task._replace(status=end.status, result=result, attempts=max(task.attempts, end.number))
+
+
+def attempt_row(end: TaskEnd, checkpoint: Checkpoint, now: float) -> AttemptRow:
+    """What is kept of an attempt."""
+    return AttemptRow(
+        operation_id=end.operation_id,
+        position=end.position,
+        number=end.number,
+        epoch=checkpoint.epoch,
+        status=states.SUCCESS if end.status == states.SUCCESS else states.FAILED,
+        consumer=checkpoint.consumer,
+        started_at=now - end.duration,
+        ended_at=now,
+        error=None if end.error is None else end.error[:ERROR_LIMIT],
+    )
+
+
+def why_due(row: OperationRow) -> str:
+    """Why the reaper sends the step of a root."""
+    if row.owner is not None:
+        return EXPIRED
+    if row.sends:
+        return UNCLAIMED
+    return RETRY if row.wake_at == row.due_at else UNSENT
+
+
+def sent_again(row: OperationRow, resend_after: float, now: float) -> OperationRow:
+    """A root whose step the reaper sends."""
+    wait = min(resend_after * 2.0 ** min(row.sends, 20), LONGEST_RESEND)
+    return row._replace(owner=None, sends=row.sends + 1, sent_at=now, wake_at=now + wait)
+
+
+def resumed(root: OperationRow, now: float) -> OperationRow:
+    """A root that goes on after it had ended; where it goes on is another question."""
+    return root._replace(
+        epoch=root.epoch + 1,
+        token=None,
+        owner=None,
+        cancel_requested=False,
+        cancel_reason=None,
+        claims=0,
+        sends=0,
+        sent_at=None,
+        due_at=now,
+        wake_at=now + UNSENT_AFTER,
+    )
