@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that sending a step may take: what could not be sent then, the reaper sends.
+SEND_TIMEOUT = 10.0
+
 
 class Held(Protocol):
     """A claim that this process holds."""
@@ -136,7 +139,12 @@ class Means:
             return self._held.get(root_id)
 
     def send(
-        self, target: Target, root_uuid: str, mark: tuple[int, int] | None = None, key: str | bytes | None = None
+        self,
+        target: Target,
+        root_uuid: str,
+        mark: tuple[int, int] | None = None,
+        key: str | bytes | None = None,
+        timeout: float = SEND_TIMEOUT,
     ) -> Result:
         """Send a step.
 
@@ -145,7 +153,7 @@ class Means:
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
-            answer = self.producer.send(target.topic, step_message(target, root_uuid), **options)
+            answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except KserError as error:
             answer = Result.from_exception(error, uuid=target.uuid)
         if not isinstance(answer, Result) or states.outcome(answer) == states.SUCCESS:

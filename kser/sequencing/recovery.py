@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kser.errors import KserError, ProducerMissing, StoreUnavailable
-from kser.sequencing.means import Means, step_message
+from kser.sequencing.means import SEND_TIMEOUT, Means, step_message
 from kser.store.base import UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Recovery:
     def reap(self) -> int:
         """Send the steps that nobody goes on with; returns how many."""
         total = 0
+        until = self._clock() + self._terms.heartbeat / 2
         while True:
             due = self._means.store.take_due(
                 BATCH, self._means.owner, expired=self._may_judge(), resend_after=self._terms.resend
@@ -92,13 +93,14 @@ class Recovery:
             self._means.patience.report(None)
             total += len(due)
             self._send(due)
-            if len(due) < BATCH:
+            if len(due) < BATCH or self._clock() >= until:
                 return total
 
     def _may_judge(self) -> bool:
         """Whether leases that are over count: while the database was away nobody could prolong any (rule 21)."""
         now = self._clock()
-        if now - self._reached > self._terms.lease / 2:
+        # With a short lease its own turns are no interruption.
+        if now - self._reached > max(self._terms.lease / 2, self._terms.reaper * 2 + 1):
             self._reached_since = now
         self._reached = now
         return now - self._reached_since >= self._terms.lease
@@ -120,9 +122,12 @@ class Recovery:
         except ProducerMissing:
             return steps
         try:
+            # The heartbeat is waiting meanwhile.
+            timeout = min(SEND_TIMEOUT, self._terms.heartbeat / 2)
             if len(steps) == 1 or not hasattr(producer, "bulk_send"):
-                return [each for each in steps if self._means.send(each.target, each.uuid).retcode]
-            result = producer.bulk_send(topic, [step_message(each.target, each.uuid) for each in steps])
+                return [each for each in steps if self._means.send(each.target, each.uuid, timeout=timeout).retcode]
+            messages = [step_message(each.target, each.uuid) for each in steps]
+            result = producer.bulk_send(topic, messages, timeout)
         except KserError as error:
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error.message}")
             return steps

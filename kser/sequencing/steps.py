@@ -46,8 +46,9 @@ class Steps:
 
     def take(self) -> None:
         """Take the next step."""
-        if not (self._take_up() and self._go_in()):
+        if not self._take_up():
             return
+        self._go_in()
         frame = self._track.top
         if frame.phase == START:
             self._begin(frame)
@@ -91,7 +92,7 @@ class Steps:
                     return False
         return True
 
-    def _go_in(self) -> bool:
+    def _go_in(self) -> None:
         """Go down to the innermost operation whose turn it is."""
         while (frame := self._track.top).phase == TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
@@ -101,7 +102,6 @@ class Steps:
             if row is None:
                 break
             self.adopt(self._track.enter(row), task)
-        return True
 
     def adopt(self, frame: Frame, operation: Any = None) -> None:
         """Give a frame its object."""
