@@ -26,7 +26,7 @@ ORDER = (
     {"kser.store.sql.migrations", "kser.store.sql.migrations.versions", "kser.store.sql.migrations.versions.v0001"},
     {"kser.store.sql.database", "kser.store.sql.rows", "kser.store.sql.migrations.env"},
     {"kser.store.sql.sqlite", "kser.store.sql.postgresql", "kser.store.sql.schema"},
-    {"kser.store.sql.saving", "kser.store.sql.reading"},
+    {"kser.store.sql.saving", "kser.store.sql.reading", "kser.store.sql.finding"},
     {"kser.store.sql.checkpoints", "kser.store.sql.reaping", "kser.store.sql.endings"},
     {"kser.store.sql.writing"},
     {"kser.store.sql.store"},

@@ -20,6 +20,9 @@ from kser.store.sql.statements import CLOCK
 #: Seconds that a statement waits for another process.
 BUSY_SECONDS: Final = 30.0
 
+#: What a connection keeps of the file at the most.
+CACHE_KIB: Final = 16_384
+
 SYNCHRONOUS: Final = ("FULL", "NORMAL")
 
 #: Codes of what is not the fault of what is to be stored, and what to do about it.
@@ -92,6 +95,7 @@ class Sqlite(Database):
     def _prepare(self, connection: sqlite3.Connection, _record: Any) -> None:
         _write_ahead(connection)
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
+        connection.execute(f"PRAGMA cache_size={-CACHE_KIB}")
 
     @contextmanager
     def _writing(self) -> Iterator[Transaction]:

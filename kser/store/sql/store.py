@@ -28,6 +28,7 @@ from kser.store.base import (
 from kser.store.sql import schema
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.endings import Endings
+from kser.store.sql.finding import Finding
 from kser.store.sql.postgresql import Postgresql
 from kser.store.sql.reading import Reading
 from kser.store.sql.reaping import Reaping
@@ -58,6 +59,7 @@ class SQLStore(Store):
         self.name = self._database.name
         self._writing = Writing(self._database)
         self._reading = Reading(self._database)
+        self._finding = Finding(self._database)
         self._reaping = Reaping(self._database, self._writing.adding)
         self._endings = Endings(self._database, self._writing.adding)
         self._checked = False
@@ -113,7 +115,7 @@ class SQLStore(Store):
 
     def find(self, found: Found, limit: int, after: str | None = None) -> Page:
         with self._read() as transaction:
-            return self._reading.find(transaction, found, limit, after)
+            return self._finding.find(transaction, found, limit, after)
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
         pairs = list(claims)
