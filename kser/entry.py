@@ -14,7 +14,7 @@ from cdumay_result import Result
 
 from kser import records, signals, status
 from kser.delivery import CURRENT, FAILED, Failure, error_name, settle
-from kser.results import failure, merge
+from kser.results import error_of, failure, merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -264,13 +264,18 @@ def postpone(entry: Entrypoint, result: Any, exc: Exception | None = None) -> An
     if entry is not delivery.entry:
         return None
     text = (result if result and result.stderr else entry.result).stderr
-    name = error_name(exc) if exc is not None else str((result or entry.result).search_value("error.name", ""))
+    name = error_name(exc) if exc is not None else _name_of_error(result or entry.result)
     if not delivery.postpones(exc, Failure(FAILED, name, text)):
         return None
     answer = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
     records.retry(logger, entry, delivery.attempt, delivery.retry_in or 0)
     signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.attempt)
     return answer
+
+
+def _name_of_error(result: Result) -> str:
+    error = error_of(result)
+    return str(error.get("name", "")) if isinstance(error, Mapping) else ""
 
 
 def call_onerror(entry: Entrypoint) -> Any:

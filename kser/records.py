@@ -10,6 +10,7 @@ from typing import Any
 
 from cdumay_result import Result
 
+from kser.results import error_of
 from kser.schemas import Message, dump_result
 
 
@@ -45,7 +46,7 @@ def failure(logger: logging.Logger, entry: Any) -> None:
     """Log at ERROR how an object failed."""
     if logger.isEnabledFor(logging.ERROR):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
-        error = entry.result.search_value("error")
+        error = error_of(entry.result)
         if error:
             extra["error"] = error
         logger.error(f"{line(entry, 'Failed')}: {entry.result}", extra=extra)
