@@ -140,9 +140,7 @@ def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[Bus]:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def shop(
-    request: pytest.FixtureRequest, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     """A shared database and a process that runs operations; see :mod:`tests.durable`."""
     # Whoever tests without it needs none of what it needs.
     from tests.durable import shops

@@ -21,6 +21,7 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.recovery import Recovery
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
+from kser.status import is_final
 from kser.store.base import Claim, Store, Stored
 from tests.engine import AT_ONCE, PATIENCE, Act, consumer_of
 from tests.store_world import LEASE, World, me
@@ -159,6 +160,11 @@ class Shop:
     def status(self, uuid: str = "1") -> str:
         """The status of an operation."""
         return self.stored(uuid).operation.status
+
+    def has_ended(self, uuid: str = "1") -> bool:
+        """Whether an operation has ended; also for one that is not there yet."""
+        row = self.store.peek(uuid)
+        return row is not None and is_final(row.status)
 
     def tasks(self, uuid: str = "1") -> list[str]:
         """The status of each of its tasks."""

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +16,7 @@ from kser import signals
 from kser import status as states
 from kser.delivery import CURRENT, FAILED, Delivery, Unfinished
 from kser.entry import Entrypoint
-from kser.errors import KserError, StateConflict, StoreError, UsageError, WaitTimeout
+from kser.errors import KserError, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
 from kser.schemas import OPERATION, Message
 from kser.sequencing.durable import Run
 from kser.sequencing.means import Means
@@ -94,10 +95,16 @@ class Keeper(Runner):
             result=None,
         )
         answer = self._means.send(new.target, new.uuid, key=key)
-        sent = self._store.peek(new.uuid) if states.outcome(answer) == states.SUCCESS else None
-        if sent is not None and sent.owner is None:
-            self._store.sent([(sent.id, 0)], self._means.terms.resend)
+        if states.outcome(answer) == states.SUCCESS:
+            # It is accepted: that this cannot be noted now costs no more than another message.
+            with suppress(StoreUnavailable):
+                self._mark_sent(new.uuid)
         return answer
+
+    def _mark_sent(self, uuid: str) -> None:
+        row = self._store.peek(uuid)
+        if row is not None and row.owner is None:
+            self._store.sent([(row.id, 0)], self._means.terms.resend)
 
     @staticmethod
     def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
@@ -152,9 +159,17 @@ class Keeper(Runner):
         if isinstance(saved, Refusal):
             return self._refused(saved)
         if saved is None:
-            self._means.send(new.target, new.uuid)
+            self._send_first(new)
             return Unfinished(operation.result)
         return Run(self._means, saved, operation).go()
+
+    def _send_first(self, new: NewOperation) -> None:
+        """Send the first step of an operation that a message has brought."""
+        answer = self._means.send(new.target, new.uuid)
+        if states.outcome(answer) == states.SUCCESS:
+            row = self._means.patience.call(lambda: self._store.peek(new.uuid))
+            if row is not None:
+                self._means.sent.append((row.id, 0))
 
     def _repeat(self, row: OperationRow, kmsg: Message) -> Any:
         try:
