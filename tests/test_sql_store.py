@@ -350,6 +350,25 @@ def test_due_steps_that_another_one_takes_now_are_left_to_it(in_postgresql: SQLS
 
 
 @pytest.mark.postgresql
+def test_claims_that_are_in_a_checkpoint_now_are_prolonged_after_it(
+    in_postgresql: SQLStore, database: Database
+) -> None:
+    """Rule 9: and those that are not are not waited with."""
+    claims = [saved(in_postgresql, new(1)) for _ in range(3)]
+    answers: list[Any] = []
+    with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
+        foreign.execute("SELECT 1 FROM kser_operation WHERE id = %s FOR UPDATE", [claims[1].id])
+        pairs = [(claim.id, 1) for claim in claims]
+        thread = threading.Thread(target=lambda: answers.append(in_postgresql.renew(pairs, "consumer-b", 300)))
+        thread.start()
+        wait_until(lambda: row_of(in_postgresql, claims[2].root.uuid).owner == "consumer-b")
+        assert answers == []
+    thread.join()
+    assert answers == [dict.fromkeys((claim.id for claim in claims), False)]
+    assert {row.owner for row in in_postgresql.find(Found(), 5).rows} == {"consumer-b"}
+
+
+@pytest.mark.postgresql
 def test_a_claim_that_waited_for_another_one_loses(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 7: a compare-and-set, also where a statement sees rows as they were when it began."""
     each = new(1)

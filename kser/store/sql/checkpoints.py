@@ -20,7 +20,13 @@ from kser.store.sql.tables import attempt, operation, task
 #: What a root's move changes.
 _MOVE: Final = ("id", "step", "phase", "so_far", "result", "target_uuid", "target_entrypoint", "target_topic")
 #: What ends a claim with it.
-_RELEASE: Final = {"ended": Integer(), "wait": Double(), "delay": Double()}
+_RELEASE: Final = {
+    "status": Text(),
+    "released": Integer(),
+    "ended": Integer(),
+    "wait": Double(),
+    "delay": Double(),
+}
 
 
 class Place(NamedTuple):
@@ -55,6 +61,8 @@ class Rows:
         move = checkpoint.moves[-1]
         if cancelled:
             move = move._replace(status=states.CANCELLED, result=move.so_far)
+        final = states.is_final(move.status)
+        kept = checkpoint.keep and not final
         row = {
             "id": move.operation_id,
             "epoch": checkpoint.epoch,
@@ -67,18 +75,13 @@ class Rows:
             "target_uuid": target and target.uuid,
             "target_entrypoint": target and target.entrypoint,
             "target_topic": target and target.topic,
-        }
-        final = states.is_final(move.status)
-        if checkpoint.keep and not final:
-            self.going.append(row)
-            return
-        row |= {
             "status": move.status,
+            "released": int(not kept),
             "ended": int(final),
             "wait": None if final else checkpoint.delay or UNSENT_AFTER,
-            "delay": None if final else checkpoint.delay,
+            "delay": None if kept or final else checkpoint.delay,
         }
-        self.released.append(row)
+        (self.going if kept else self.released).append(row)
 
     def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[Note]) -> None:
         """Add everything but the root.
@@ -110,6 +113,7 @@ class Recording:
     def __init__(self, database: Database, adding: Adding, ids: Ids) -> None:
         self._adding = adding
         self._ids = ids
+        self._packed = database.packed
         self._make_moves(database)
         self._make_ends(database)
         self._make_looks(database)
@@ -137,18 +141,19 @@ class Recording:
             return database.statement(found.returning(own.id))
 
         def release(row: Any) -> dict[str, Any]:
+            released = row["released"] == 1
             return {
                 "status": row["status"],
-                "epoch": own.epoch + 1,
-                "owner": None,
-                "wake_at": now + row["wait"],
+                "epoch": own.epoch + row["released"],
+                "owner": case((released, None), else_=own.owner),
+                "wake_at": case((released, now + row["wait"]), else_=own.wake_at),
                 "due_at": func.coalesce(now + row["delay"], own.due_at),
                 "ended_at": case((row["ended"] == 1, now), else_=None),
             }
 
-        # Two statements, because SQLite writes the entries of all indexes with a column that a statement names.
+        # SQLite writes the entries of all indexes with a column that a statement names.
         self._go_on = move({}, lambda row: {})
-        self._release = move({**_RELEASE, "status": Text()}, release)
+        self._move = move(_RELEASE, release)
 
     def _make_ends(self, database: Database) -> None:
         now = database.now
@@ -202,8 +207,7 @@ class Recording:
         :raises Uneven: something that belongs to a root does not fit to it.
         """
         rows = Rows()
-        # Always in one order: else two transactions could wait for each other.
-        for checkpoint in sorted(checkpoints, key=_root_of):
+        for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
         moved = self._move_roots(transaction, rows)
         for checkpoint in checkpoints:
@@ -213,8 +217,12 @@ class Recording:
         return [each.moves[-1].status if each.root_id in moved else None for each in checkpoints]
 
     def _move_roots(self, transaction: Transaction, rows: Rows) -> set[int]:
+        if self._packed:
+            # One statement, in one order: else it and one that renews leases could wait for each other.
+            every = sorted((*rows.going, *rows.released), key=lambda row: row["id"])
+            return {found[0] for found in transaction.fetch(self._move, every)}
         moved = {found[0] for found in transaction.fetch(self._go_on, rows.going)}
-        moved.update(found[0] for found in transaction.fetch(self._release, rows.released))
+        moved.update(found[0] for found in transaction.fetch(self._move, rows.released))
         return moved
 
     def _add_rest(self, transaction: Transaction, rows: Rows, checkpoint: Checkpoint, notes: Sequence[Note]) -> None:
@@ -246,6 +254,8 @@ class Recording:
             raise Fenced(f"there is no operation {checkpoint.root_id}: it was deleted")
         rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.moves])
         places = {row[0]: Place(*row) for row in rows}
+        if len(places) < len({move.operation_id for move in checkpoint.moves}):
+            raise Fenced(f"a part of operation {root.uuid} is not there")
         if self._is_recorded(transaction, checkpoint, root, places):
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
@@ -293,10 +303,6 @@ class Recording:
             return checkpoint.moves[-1].status
         transaction.change(self._cancel_inner, [{"root_id": root.id}])
         return states.CANCELLED
-
-
-def _root_of(checkpoint: Checkpoint) -> int:
-    return checkpoint.root_id
 
 
 def _inner_row(move: Move) -> dict[str, Any]:

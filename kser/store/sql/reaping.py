@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, or_, select
@@ -33,14 +33,17 @@ class Reaping:
         now = database.now
         row = database.source(types_of(operation, "id", "epoch"))
         renewed = {"owner": bindparam("owner", type_=Text), "wake_at": now + bindparam("lease", type_=Double)}
-        mine = row.update(operation, renewed, *_same(row), own.status == states.RUNNING)
-        self._renew = database.statement(mine.returning(own.id, own.cancel_requested))
+        mine = (*_same(row), own.status == states.RUNNING)
+        answer = (own.id, own.cancel_requested)
+        self._renew = database.statement(row.update(operation, renewed, *mine).returning(*answer))
+        self._renew_free = database.statement(row.update_free(operation, renewed, *mine).returning(*answer))
         unclaimed = (*_same(row), own.owner.is_(None), own.wake_at.is_not(None))
         later = bindparam("seconds", type_=Double)
         # The later of the two.
         begin = case((own.due_at > now, own.due_at), else_=now)
         sent = {"sends": own.sends + 1, "sent_at": now, "wake_at": begin + later}
-        self._sent = database.statement(row.update(operation, sent, *unclaimed))
+        # Whoever holds one now claims it.
+        self._sent = database.statement(row.update_free(operation, sent, *unclaimed))
         unsent = {"sends": case((own.sends > 0, own.sends - 1), else_=0), "wake_at": now + later}
         self._unsent = database.statement(row.update(operation, unsent, *unclaimed))
         self._make_due(database)
@@ -58,10 +61,14 @@ class Reaping:
         taken = {"owner": None, "sends": own.sends + 1, "sent_at": now, "wake_at": now + row["wait"]}
         self._take = database.statement(row.update(operation, taken, own.id == row["id"]))
 
-    def renew(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> Mapping[int, bool]:
-        """See :meth:`kser.store.base.Store.renew`."""
-        found = transaction.fetch(self._renew, _rows(claims), owner=owner, lease=lease)
-        return {root_id: bool(cancel) for root_id, cancel in found}
+    def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> dict[int, bool]:
+        """Prolong claims, but for those in a transaction of somebody else's: to wait for many of them while holding
+        others could make that one wait for this one."""
+        return _cancellations(transaction.fetch(self._renew_free, _rows(claims), owner=owner, lease=lease))
+
+    def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> dict[int, bool]:
+        """Prolong one claim, if it is there."""
+        return _cancellations(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
 
     def sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:
         """See :meth:`kser.store.base.Store.sent`."""
@@ -88,6 +95,10 @@ class Reaping:
         transaction.change(self._take, taken)
         transaction.change(self._adding.events, events)
         return found
+
+
+def _cancellations(rows: Iterable[tuple[int, Any]]) -> dict[int, bool]:
+    return {root_id: bool(cancel) for root_id, cancel in rows}
 
 
 def _same(row: Source) -> tuple[Any, Any]:

@@ -93,6 +93,15 @@ class Source:
         """A statement that changes what each row stands for."""
         return update(table).where(*where, *self._where).values(dict(values))
 
+    def update_free(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
+        """The same, but for rows that another transaction holds now: nobody is waited for."""
+        if not self.packed:
+            return self.update(table, values, *where)
+        key = table.c.id
+        free = select(key).select_from(self._rows, table).where(*where, *self._where)
+        found = free.with_for_update(of=table, skip_locked=True).cte("free")
+        return update(table).where(key == found.c.id).values(dict(values))
+
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
         """A statement that deletes what each row stands for."""
         return delete(table).where(*where, *self._where)
