@@ -1,7 +1,11 @@
-"""The dice game of the documentation, from start to end; ``scripts/demo`` starts it.
+"""The examples of the documentation, from start to end; ``scripts/demo`` starts them.
 
-One process has the broker, the documented consumer runs in a second one, and the documented producer and ``launch.py``
-send to it. It ends when the consumer has logged the results of both; then both logs are shown.
+One process, this one, has the broker. Each program of the example runs in another one.
+
+dice    the documented consumer; then the documented producer and ``launch.py`` send to it. It ends when the consumer
+        has logged the results of both; then both logs are shown.
+shop    two workers with one database; when both have joined their groups, a buyer sends two operations, resumes what
+        failed, and shows what became of each task.
 """
 
 from __future__ import annotations
@@ -12,29 +16,36 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from kser.embedded import EmbeddedBroker
 from kser.errors import KserError
 
-DICE = Path(__file__).resolve().parent.parent / "examples" / "dice"
-TOPIC = "dice"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 
-#: Joining a group takes about 3 s, everything else about 2 s; the rest is for slow machines.
+#: Joining a group takes about 3 s, everything else about 2 s, or 5 s in the shop; the rest is for slow machines.
 DEADLINE_SECONDS = 25
 #: Of a consumer that was asked to end.
 GRACE_SECONDS = 5
 
-RESULTS = tuple(f"Controller.Success: __main__.{name}[" for name in ("DiceRoll", "DiceLaunch"))
+DICE_RESULTS = tuple(f"Controller.Success: __main__.{name}[" for name in ("DiceRoll", "DiceLaunch"))
+#: What kafka-python logs when a consumer has its partitions.
+JOINED = "Setting newly assigned partitions"
 
 # What kser logs begins with "<Class>.<Action>" or with the registry's name. The Kafka client's lines of level INFO are
 # cut, everything else is shown as it was written: also its warnings, and tracebacks, which have no level.
 # Of these, one is cut too: a consumer that joins before it has the topic's metadata asks again, and has it then.
 INFO_LINE = re.compile(r"\S+ \S+ (INFO|WARNING(?= +No partition metadata for topic)) +(?P<message>.*)")
 KSER_MESSAGE = re.compile(
-    r"\w+\.\w+(\.\.\.|:| )|\w+: commit=|Operation registry: |Consumer is paused|Closing consumer and exiting"
+    r"\w+\.\w+(\.\.\.|:| )|\w+: commit=|[\w.]+\[[\w-]+\](:| of operation )|Operation registry: |Consumer is paused"
+    r"|Closing consumer and exiting"
 )
 
 
@@ -51,14 +62,19 @@ class Stopped(Exception):
 
 
 class Program:
-    """One of the example programs, running, with what it has written so far."""
+    """One of the example programs, running, with what it has written so far.
 
-    def __init__(self, name: str, environment: dict[str, str], news: queue.SimpleQueue[int]) -> None:
+    :param name: what the demo calls it.
+    :param path: where it is.
+    """
+
+    def __init__(self, name: str, path: Path, environment: dict[str, str], news: queue.SimpleQueue[int]) -> None:
         self.name = name
         self.lines: list[str] = []
         self._news = news
+        self._asked = False
         self._process = subprocess.Popen(
-            [sys.executable, str(DICE / name)],
+            [sys.executable, str(path)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -70,6 +86,11 @@ class Program:
         self._reader.start()
 
     @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
+    @property
     def status(self) -> int | None:
         """The exit status, None while it runs."""
         return self._process.poll()
@@ -78,9 +99,15 @@ class Program:
         """Whether some line has ``text`` in it."""
         return any(text in line for line in self.lines)
 
+    def terminate(self) -> None:
+        """Ask it to end: once, because a consumer that is asked again ends at once."""
+        if not self._asked:
+            self._asked = True
+            self._process.terminate()
+
     def stop(self) -> None:
         """Ask it to end, see to it that it does, and read what it has left to say."""
-        self._process.terminate()
+        self.terminate()
         try:
             self._process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -98,52 +125,139 @@ class Program:
         self._news.put(0)
 
 
-class Demo:
-    """The broker's environment, the programs, and the one queue that wakes it up: 0 for news, else a signal."""
+class Demo(ABC):
+    """An example: its programs, and the one queue that wakes the demo up: 0 for news, else a signal."""
 
-    def __init__(self, environment: dict[str, str], news: queue.SimpleQueue[int]) -> None:
+    #: Topics of the broker.
+    topics: ClassVar[tuple[str, ...]]
+
+    def __init__(self, broker: EmbeddedBroker, news: queue.SimpleQueue[int]) -> None:
         self.programs: list[Program] = []
-        self._environment = environment
+        self._broker = broker
         self._news = news
         self._deadline = time.monotonic() + DEADLINE_SECONDS
+        self._consumers: list[Program] = []
 
+    @abstractmethod
     def play(self) -> None:
-        """Start the consumer, send a task and an operation to it, and wait for their results."""
-        consumer = self._start("consumer.py")
-        for name in ("producer.py", "launch.py"):
-            sender = self._start(name)
-            while sender.status is None:
-                self._wait(f"{name} to end", consumer)
-            if sender.status != 0:
-                raise DemoError(f"{name} ended with exit status {sender.status}")
-        for result in RESULTS:
-            while not consumer.has_logged(result):
-                self._wait(f"{result!r} in the log of consumer.py", consumer)
-        consumer.stop()
-        if consumer.status != 0:
-            raise DemoError(f"consumer.py ended with exit status {consumer.status} when it was asked to end")
+        """Start the programs, and wait until there is something to show."""
+
+    @abstractmethod
+    def show(self) -> None:
+        """Show what came of it."""
 
     def stop(self) -> None:
         """End whatever still runs."""
         for program in self.programs:
+            program.terminate()
+        for program in self.programs:
             program.stop()
 
-    def _start(self, name: str) -> Program:
-        say(f"starting {(DICE / name).relative_to(DICE.parent.parent)} ...")
-        program = Program(name, self._environment, self._news)
+    def _environment(self, **settings: str) -> dict[str, str]:
+        """The caller's environment with this demo's settings in place of the caller's own."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KSER_")}
+        return {**environment, **settings}
+
+    def _start(self, path: Path, environment: dict[str, str], name: str = "", what: str = "") -> Program:
+        say(f"starting {path.relative_to(ROOT)}{what} ...")
+        program = Program(name or path.name, path, environment, self._news)
         self.programs.append(program)
         return program
 
-    def _wait(self, what: str, consumer: Program) -> None:
-        """Until something is new."""
-        if consumer.status is not None:
-            raise DemoError(f"consumer.py ended with exit status {consumer.status} while the demo waited for {what}")
-        try:
-            number = self._news.get(timeout=max(0.0, self._deadline - time.monotonic()))
-        except queue.Empty:
-            raise DemoError(f"waited for {what}, in vain: {DEADLINE_SECONDS} s are over") from None
-        if number:
-            raise Stopped(number)
+    def _consume(self, path: Path, environment: dict[str, str], name: str = "", what: str = "") -> Program:
+        """Start a program that is to run until the end."""
+        program = self._start(path, environment, name, what)
+        self._consumers.append(program)
+        return program
+
+    def _finish(self, path: Path, environment: dict[str, str]) -> None:
+        """Run a program that ends by itself."""
+        program = self._start(path, environment)
+        self._wait(f"{program.name} to end", lambda: program.status is not None)
+        if program.status != 0:
+            raise DemoError(f"{program.name} ended with exit status {program.status}")
+
+    def _end_consumers(self) -> None:
+        for program in self._consumers:
+            program.terminate()
+        for program in self._consumers:
+            program.stop()
+            if program.status != 0:
+                raise DemoError(f"{program.name} ended with exit status {program.status} when it was asked to end")
+
+    def _wait(self, what: str, condition: Callable[[], bool]) -> None:
+        """Until ``condition`` is true."""
+        while not condition():
+            for program in self._consumers:
+                if program.status is not None:
+                    status = program.status
+                    raise DemoError(f"{program.name} ended with exit status {status} while the demo waited for {what}")
+            try:
+                number = self._news.get(timeout=max(0.0, self._deadline - time.monotonic()))
+            except queue.Empty:
+                raise DemoError(f"waited for {what}, in vain: {DEADLINE_SECONDS} s are over") from None
+            if number:
+                raise Stopped(number)
+
+
+class Dice(Demo):
+    """The dice game."""
+
+    topics = ("dice",)
+    _folder = EXAMPLES / "dice"
+
+    def play(self) -> None:
+        environment = self._environment(**self._broker.environment(group_id="dice"))
+        consumer = self._consume(self._folder / "consumer.py", environment)
+        for name in ("producer.py", "launch.py"):
+            self._finish(self._folder / name, environment)
+        for result in DICE_RESULTS:
+            self._wait(f"{result!r} in the log of consumer.py", lambda result=result: consumer.has_logged(result))
+        self._end_consumers()
+
+    def show(self) -> None:
+        consumer, *senders = self.programs
+        show("Producer console output", [line for sender in senders for line in without_client_noise(sender.lines)])
+        show("Consumer console output", without_client_noise(consumer.lines))
+
+
+class Shop(Demo):
+    """The shop: two workers with different topics."""
+
+    topics = ("orders", "warehouse", "bank")
+    _folder = EXAMPLES / "shop"
+    _workers: ClassVar[dict[str, str]] = {"warehouse": "orders,warehouse", "bank": "bank"}
+
+    def play(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="kser-shop-") as folder:
+            try:
+                self._play(Path(folder))
+            finally:
+                # Nobody must write to the database when its folder goes.
+                self.stop()
+
+    def _play(self, folder: Path) -> None:
+        shared = {"KSER_DATABASE_URI": f"sqlite:///{folder}/shop.db", "SHOP_PAPER": str(folder / "paper")}
+        for group, topics in self._workers.items():
+            settings = {**self._broker.environment(group_id=group), **shared, "KSER_TOPICS": topics}
+            worker = self._consume(
+                self._folder / "worker.py", self._environment(**settings), f"worker.py for {topics}", f" for {topics}"
+            )
+            say(f"that is process {worker.pid}")
+        for worker in self._consumers:
+            self._wait(f"{worker.name} to join its group", lambda worker=worker: worker.has_logged(JOINED))
+        settings = {**self._broker.environment(), **shared}
+        self._finish(self._folder / "buy.py", self._environment(**settings))
+        self._end_consumers()
+
+    def show(self) -> None:
+        *workers, buyer = self.programs
+        for worker in workers:
+            show(f"Output of {worker.name} (process {worker.pid})", without_client_noise(worker.lines))
+        show("Output of buy.py", buyer.lines)
+
+
+DEMOS: dict[str, type[Demo]] = {"dice": Dice, "shop": Shop}
 
 
 def say(text: str) -> None:
@@ -167,20 +281,24 @@ def without_client_noise(lines: list[str]) -> list[str]:
     return kept
 
 
-def environment_for(broker: EmbeddedBroker) -> dict[str, str]:
-    """The caller's environment with this demo's settings in place of the caller's own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KSER_")}
-    return {**environment, **broker.environment(group_id=TOPIC)}
-
-
-def main() -> int:
+def signals() -> queue.SimpleQueue[int]:
+    """Where signals arrive that ask the demo to end."""
     news: queue.SimpleQueue[int] = queue.SimpleQueue()
     # SimpleQueue.put may be called in a signal handler: nothing is interrupted, the demo ends where it waits.
     for ending in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda number, _frame: news.put(number))
+    return news
+
+
+def main(arguments: list[str]) -> int:
+    name, *more = arguments or ["dice"]
+    if name not in DEMOS or more:
+        say(f"usage: scripts/demo [{'|'.join(DEMOS)}]")
+        return 2
+    news = signals()
     say("starting the development broker ...")
-    with EmbeddedBroker(TOPIC) as broker:
-        demo = Demo(environment_for(broker), news)
+    with EmbeddedBroker(*DEMOS[name].topics) as broker:
+        demo = DEMOS[name](broker, news)
         try:
             demo.play()
         except DemoError as error:
@@ -194,15 +312,13 @@ def main() -> int:
             return 128 + stopped.number
         finally:
             demo.stop()
-    consumer, *senders = demo.programs
-    show("Producer console output", [line for sender in senders for line in without_client_noise(sender.lines)])
-    show("Consumer console output", without_client_noise(consumer.lines))
+    demo.show()
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except KserError as error:
         say(f"the demo failed: {error.message}")
         sys.exit(1)

@@ -175,7 +175,46 @@ def test_the_demo_shows_both_logs_as_the_documentation_does_and_leaves_nothing(c
     assert files_of(checkout) == before
 
 
-@pytest.mark.parametrize("moment", ["starting examples/dice/consumer.py", "starting examples/dice/launch.py"])
+def test_the_shop_shows_each_attempt_at_each_task_and_leaves_nothing(checkout: Path) -> None:
+    before = files_of(checkout)
+    start = time.monotonic()
+    done = run_script(checkout, "scripts/demo", "shop")
+    assert time.monotonic() - start < DEMO_SECONDS
+    assert done.returncode == 0, done.stderr
+    everywhere, bank = re.findall(r"^Output of worker\.py for (\S+) \(process (\d+)\)::$", done.stdout, re.MULTILINE)
+    assert (everywhere[0], bank[0]) == ("orders,warehouse", "bank")
+    order = [
+        ("Reserve", "1", "SUCCESS"),
+        ("Charge", "1", "FAILED"),
+        ("Charge", "2", "FAILED"),
+        ("Charge", "3", "SUCCESS"),
+        ("Ship", "1", "FAILED"),
+        ("Ship", "2", "SUCCESS"),
+    ]
+    kettle = [(*attempt, everywhere[1]) for attempt in order]
+    teapot = [(*attempt, bank[1] if attempt[0] == "Charge" else everywhere[1]) for attempt in order]
+    assert (
+        re.findall(r"^    (\w+) +(\d) +(SUCCESS|FAILED) +(\d+) +\d+\.\d\d", done.stdout, re.MULTILINE)
+        == kettle + teapot
+    )
+    assert files_of(checkout) == before
+
+
+def test_the_demo_knows_its_examples(checkout: Path) -> None:
+    done = run_script(checkout, "scripts/demo", "opera")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "kser: usage: scripts/demo [dice|shop]\n"
+
+
+@pytest.mark.parametrize(
+    ("example", "moment"),
+    [
+        ("dice", "starting examples/dice/consumer.py"),
+        ("dice", "starting examples/dice/launch.py"),
+        ("shop", "starting examples/shop/worker.py for bank"),
+        ("shop", "starting examples/shop/buy.py"),
+    ],
+)
 @pytest.mark.parametrize(
     ("number", "whole_group", "status"),
     [
@@ -187,10 +226,10 @@ def test_the_demo_shows_both_logs_as_the_documentation_does_and_leaves_nothing(c
     ids=["Ctrl-C", "SIGINT to the script", "SIGTERM", "SIGHUP"],
 )
 def test_an_interrupted_demo_leaves_nothing(
-    checkout: Path, moment: str, number: signal.Signals, whole_group: bool, status: int
+    checkout: Path, example: str, moment: str, number: signal.Signals, whole_group: bool, status: int
 ) -> None:
     before = files_of(checkout)
-    with Script(checkout, "scripts/demo") as script:
+    with Script(checkout, "scripts/demo", example) as script:
         script.wait_for(moment)
         (os.killpg if whole_group else os.kill)(script.process.pid, number)
         assert script.end() == status
