@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kser.errors import KserError
+from kser.errors import KserError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,17 @@ class Beside:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, when there is anything to run.
+        """Begin, when there is anything to run; what has to wait for its database begins later.
 
         :raises kser.errors.KserError: one of them cannot work here.
         """
-        self._companions = self._find()
-        if self._companions:
+        waits = False
+        try:
+            self._companions = self._find()
+        except StoreUnavailable:
+            # It was logged.
+            waits = True
+        if self._companions or waits:
             self._thread = threading.Thread(target=self._run, name="kser-beside", daemon=True)
             self._thread.start()
 
@@ -69,5 +74,8 @@ class Beside:
         """Classes may have been added, of registries that nobody knew."""
         try:
             self._companions = self._find()
+        except StoreUnavailable:
+            # It was logged.
+            pass
         except KserError:
             logger.exception("what is to run beside the consumer cannot work; it is tried again")

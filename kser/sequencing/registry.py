@@ -67,6 +67,7 @@ class OperationRegistry:
         self._producer = producer
         self._lend: Callable[[], BaseProducer] | None = None
         self._store = store
+        self._opened: Means | None = None
         self._means: Means | None = None
         self._keeper: Keeper | None = None
         self._recovery: Recovery | None = None
@@ -177,22 +178,28 @@ class OperationRegistry:
         return self._recovery
 
     def _open(self) -> Means:
-        with self._opening:
-            if self._means is None:
-                if self._store is None:
-                    uri = self.settings.get(DATABASE_URI)
-                    if not uri:
-                        raise StoreMissing(
-                            f"there is no shared database: set {DATABASE_URI} in the environment or in the Flask app's"
-                            " config, or pass OperationRegistry(store=...)"
-                        )
-                    self._store = open_store(uri)
-                self._store.check()
-                self._means = Means(self, self._store)
-                self._keeper = Keeper(self._means, self.runner)
-                self._recovery = Recovery(self._means)
-                self.runner = self._keeper
-            return self._means
+        if self._means is None:
+            with self._opening:
+                opened = self._opened = self._opened or Means(self, self._make_store())
+            # Not under the lock: in a consumer it takes as long as the database is away.
+            opened.patience.call(opened.store.check)
+            with self._opening:
+                if self._means is None:
+                    self._recovery = Recovery(opened)
+                    self._keeper = self.runner = Keeper(opened, self.runner)
+                    self._means = opened
+        return self._means
+
+    def _make_store(self) -> Store:
+        if self._store is None:
+            uri = self.settings.get(DATABASE_URI)
+            if not uri:
+                raise StoreMissing(
+                    f"there is no shared database: set {DATABASE_URI} in the environment or in the Flask app's config,"
+                    " or pass OperationRegistry(store=...)"
+                )
+            self._store = open_store(uri)
+        return self._store
 
     def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle the message of an operation that is kept, or is to be, or of a step of it; controllers call it.
