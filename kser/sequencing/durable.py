@@ -77,7 +77,9 @@ class Run:
             if self._claim.epoch == 1:
                 self._tell_operation(states.PENDING, states.RUNNING)
             if self._claim.exhausted:
-                self._steps.give_up(_exhausted(self._claim))
+                error = _exhausted(self._claim)
+                self._track.note(Note("exhausted", text=error.message))
+                self._steps.give_up(error)
                 self._record()
             while not self._given_back:
                 self._take()

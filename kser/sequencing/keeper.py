@@ -229,19 +229,28 @@ class Keeper(Runner):
         if stored is None:
             return None
         row = stored.operation
-        operation = self._means.classes.operation(row)
+        operation = self._found(row)
         inside = any(task.child_id is not None for task in stored.tasks)
         children = self._means.patience.call(lambda: self._store.children(row.root_id)) if inside else ()
         operation.tasks = self._means.classes.tasks(stored.tasks, children)
         operation._kser_stored = stored
-        if row.status == states.RUNNING and row.phase == TASK and (row.owner is not None or row.parent_id is not None):
+        if row.status == states.RUNNING and row.phase == TASK and self._is_claimed(row, stored.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
+        return operation
+
+    def _is_claimed(self, row: OperationRow, root_uuid: str) -> bool:
+        root = row if row.parent_id is None else self._means.patience.call(lambda: self._store.peek(root_uuid))
+        return root is not None and root.owner is not None
+
+    def _found(self, row: OperationRow) -> Operation:
+        operation = self._means.classes.operation(row)
+        operation._kser_found_by = self._means.registry
         return operation
 
     def find(self, found: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Operations without their tasks, newest first, and where the next page begins."""
         page = self._means.patience.call(lambda: self._store.find(found, limit, after))
-        return [self._means.classes.operation(row) for row in page.rows], page.cursor
+        return [self._found(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
         """Let an operation go on that FAILED or was CANCELLED, at its first task that is not SUCCESS.
@@ -249,8 +258,9 @@ class Keeper(Runner):
         :raises kser.errors.StateConflict: it is in another state.
         :raises kser.errors.UsageError: there is none.
         """
-        row = _found(uuid, self._means.patience.call(lambda: self._store.resume(uuid)))
-        self._tell(row, None)
+        before = self._row(uuid)
+        row = _existing(uuid, self._means.patience.call(lambda: self._store.resume(uuid)))
+        self._tell(row, before.status)
         try:
             self._means.send(row.target, row.uuid, (row.id, row.epoch))
         except KserError as error:
@@ -262,10 +272,14 @@ class Keeper(Runner):
 
         :raises kser.errors.UsageError: there is none.
         """
-        row = _found(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
-        if row.status == states.CANCELLED:
-            self._tell(row, states.RUNNING)
+        before = self._row(uuid)
+        row = _existing(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
+        if row.status == states.CANCELLED and not states.is_final(before.status):
+            self._tell(row, before.status)
         return row.status
+
+    def _row(self, uuid: str) -> OperationRow:
+        return _existing(uuid, self._means.patience.call(lambda: self._store.peek(uuid)))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """The result of an operation, once it has ended.
@@ -277,7 +291,7 @@ class Keeper(Runner):
         deadline = None if timeout is None else time.monotonic() + timeout
         look, slowest = _LOOKS
         while True:
-            row = _found(uuid, self._means.patience.call(lambda: self._store.peek(uuid)))
+            row = self._row(uuid)
             if states.is_final(row.status):
                 return result_from_json(row.result or row.so_far, row.uuid)
             left = None if deadline is None else deadline - time.monotonic()
@@ -337,7 +351,7 @@ def _timestamp(name: str, value: Any) -> float | None:
     return float(value.timestamp())
 
 
-def _found(uuid: str, row: OperationRow | None) -> OperationRow:
+def _existing(uuid: str, row: OperationRow | None) -> OperationRow:
     if row is None:
         raise UsageError(
             f"there is no stored operation {uuid!r}: it was never sent, was purged, or is inside another one"

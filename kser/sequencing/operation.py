@@ -25,6 +25,7 @@ from kser.sequencing.runner import InProcessRunner, Runner
 from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
+    from kser.sequencing.registry import OperationRegistry
     from kser.store.base import AttemptRow, EventRow, Stored
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class Operation(Task):
 
     _kser_kept = True
     _kser_stored: Stored | None = None
+    #: Where it was found: it may be of a class that is not known there.
+    _kser_found_by: OperationRegistry | None = None
 
     def __init__(
         self,
@@ -347,7 +350,7 @@ class Operation(Task):
         :raises kser.errors.StateConflict: it is in another state; of several at the same time one resumes it.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        registry_of(self).keeper.resume(self.uuid)
+        (self._kser_found_by or registry_of(self)).keeper.resume(self.uuid)
         return self
 
     def cancel(self, reason: str | None = None) -> str:
@@ -357,7 +360,7 @@ class Operation(Task):
         :return: its status now; one that has ended stays as it is.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        return registry_of(self).keeper.cancel(self.uuid, reason)
+        return (self._kser_found_by or registry_of(self)).keeper.cancel(self.uuid, reason)
 
     def wait(self, timeout: float | None = None) -> Result:
         """Wait for the end of this stored operation.
@@ -367,7 +370,7 @@ class Operation(Task):
         :raises kser.errors.WaitTimeout: it has not ended in time.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        return registry_of(self).keeper.wait(self.uuid, timeout)
+        return (self._kser_found_by or registry_of(self)).keeper.wait(self.uuid, timeout)
 
     def __repr__(self) -> str:
         return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"

@@ -102,6 +102,10 @@ class Track:
 
     # -- what came of the step -----------------------------------------------------------------------------------------
 
+    def note(self, note: Note) -> None:
+        """Record this beside what comes of the step."""
+        self._notes.append(note)
+
     def enter(self, row: OperationRow) -> Frame:
         """The current task is an operation: its turn comes."""
         frame = Frame(row)

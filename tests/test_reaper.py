@@ -1,0 +1,297 @@
+"""The reaper, in every consumer with a database: whatever a consumer left behind, another one goes on with."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+from cdumay_result import Result
+
+from kser.dummy.bus import Bus
+from kser.errors import StoreUnavailable
+from kser.retry import Retry
+from kser.sequencing import recovery
+from kser.status import FAILED, PENDING, RUNNING, SUCCESS
+from kser.store.base import EXPIRED, RETRY, UNCLAIMED, UNSENT, Store
+from tests.durable import BOTH_WAYS, TURN, Process, Sale, Shop, Spread, bare, expire, sent
+from tests.engine import PATIENCE, Act, InThread, until
+from tests.store_world import LEASE, RESEND
+from tests.support import lines
+
+
+def reasons(shop: Shop, uuid: str = "1") -> list[str | None]:
+    """Why it was sent again."""
+    return [event.text for event in shop.stored(uuid).events if event.kind == "sent-again"]
+
+
+def forget(topic: str = "dice") -> None:
+    """Lose everything that was sent to a topic."""
+    for log in Bus.at("").topics.get(topic, []):
+        log.clear()
+
+
+# -- what it takes up --------------------------------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+def test_what_a_dead_consumer_had_is_sent_again_once_its_lease_is_over(
+    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 20: expired leases."""
+    shop.first.known(cls)("1").build().send()
+    shop.seize()
+    forget()
+    shop.live(LEASE - TURN)
+    assert sent() == []
+    shop.live(2 * TURN)
+    assert (reasons(shop), len(sent())) == ([EXPIRED], 1)
+    assert any(f"of operation 1 is sent: {EXPIRED}" in line for line in lines(caplog, logging.INFO))
+
+
+@BOTH_WAYS
+def test_a_step_that_is_ready_and_that_nobody_sent_is_sent(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 20: its consumer died between checkpoint and sending."""
+    shop.first.known(cls)("1").build().send()
+    row = shop.stored().operation
+    shop.store.unsent([(row.id, row.epoch)], 3)
+    forget()
+    shop.live(0)
+    assert reasons(shop) == []
+    shop.live(TURN)
+    assert (reasons(shop), len(sent())) == ([UNSENT], 1)
+
+
+@BOTH_WAYS
+def test_a_retry_that_is_due_is_sent(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 20"""
+    Act.acts["1.b"] = [Retry.later(100), None]
+    bare(cls)
+    shop.first.handle()
+    shop.live(95)
+    assert reasons(shop) == []
+    shop.live(10)
+    assert reasons(shop) == [RETRY]
+    shop.first.handle()
+    assert shop.status() == SUCCESS
+
+
+@BOTH_WAYS
+def test_a_step_that_was_sent_and_that_nobody_claims_is_sent_again_less_and_less_often(
+    shop: Shop, cls: type[Sale]
+) -> None:
+    """durability rule 20: a lost record, a topic that was made anew; after 60 s, doubled to an hour."""
+    shop.first.known(cls)("1").build().send()
+    shop.first.consumer.close()
+    times: list[float] = []
+    began = shop.world.now
+    for _ in range(700):
+        shop.pass_by(30)
+        times += [shop.world.now - began] * shop.first.companion.reap()
+    gaps = [round((later - earlier) / RESEND) for earlier, later in zip([0.0, *times], times, strict=False)]
+    assert gaps[:6] == [1, 2, 4, 8, 16, 32]
+    assert set(gaps[6:]) == {60}
+    assert set(reasons(shop)) == {UNCLAIMED}
+
+
+@BOTH_WAYS
+def test_a_lost_record_costs_a_minute_and_no_operation(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 20"""
+    shop.first.known(cls)("1").build().send()
+    forget()
+    shop.first.consumer.close()
+    other = shop.process(cls, group="other")
+    shop.live(RESEND + TURN, other)
+    other.handle()
+    assert shop.status() == SUCCESS
+
+
+def test_of_many_reapers_one_acts(shop: Shop) -> None:
+    """durability rule 20: by compare-and-set."""
+    processes = [shop.first, *(shop.process(Sale, group=str(number)) for number in range(7))]
+    for number in range(40):
+        shop.first.send(Sale, str(number))
+    shop.pass_by(RESEND + 1)
+    forget()
+    counts: list[int] = []
+    together = threading.Barrier(len(processes))
+
+    def reap(process: Process) -> None:
+        together.wait(PATIENCE)
+        counts.append(process.companion.reap())
+
+    threads = [threading.Thread(target=reap, args=(process,)) for process in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sum(counts) == 40
+    assert sorted(kmsg.uuid for kmsg in sent()) == sorted(str(number) for number in range(40))
+
+
+def test_it_sends_to_the_stored_topic_through_the_producer_of_its_consumer(shop: Shop) -> None:
+    """durability rule 20: the class need not be known here."""
+    shop.first.known(Sale)("1").build().send(topic="orders")
+    stranger = shop.process(group="stranger")
+    stranger.registry._producer = None
+    stranger.consumer._lending.lend(stranger.registry.controller)
+    shop.pass_by(RESEND + 1)
+    assert stranger.companion.reap() == 1
+    assert [kmsg.uuid for kmsg in sent("orders")] == ["1", "1"]
+
+
+def test_what_cannot_be_sent_now_is_soon_tried_again(shop: Shop) -> None:
+    """durability rule 20"""
+
+    class Down:
+        def send(self, topic: str, kmsg: Any, **options: Any) -> Result:
+            return Result(uuid=kmsg.uuid, retcode=500, stderr="no broker answers")
+
+        def bulk_send(self, topic: str, kmsgs: Any, timeout: float) -> Result:
+            return Result(retcode=500, retval={"failed": {kmsg.uuid: "no broker answers" for kmsg in kmsgs}})
+
+    for number in range(3):
+        shop.first.send(Sale, str(number))
+    forget()
+    up = shop.registry._producer
+    shop.registry._producer = Down()  # type: ignore[assignment]
+    shop.pass_by(RESEND + 1)
+    assert shop.first.companion.reap() == 3
+    shop.registry._producer = up
+    shop.live(TURN)
+    assert sorted(kmsg.uuid for kmsg in sent()) == ["0", "1", "2"]
+
+
+def test_more_than_it_takes_at_once_are_all_taken(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 20"""
+    monkeypatch.setattr(recovery, "BATCH", 2)
+    for number in range(5):
+        shop.first.send(Sale, str(number))
+    shop.pass_by(RESEND + 1)
+    assert shop.first.companion.reap() == 5
+
+
+def test_it_never_stops_whatever_it_meets(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """durability rule 20"""
+    shop.first.send(Sale)
+    forget()
+    good = shop.registry._producer
+    shop.registry._producer = object()  # type: ignore[assignment]
+    shop.pass_by(RESEND + 1)
+    shop.first.companion.tick()
+    assert any("the reaper met something that it does not know, and goes on" in line for line in lines(caplog))
+    shop.registry._producer = good
+    shop.live(3 * RESEND)
+    assert len(sent()) >= 1
+
+
+def test_a_consumer_that_runs_has_one(shop: Shop) -> None:
+    """durability rule 20: in a thread of its own, beside whatever the workers do."""
+    shop.first.known(Sale)("1").build().send()
+    forget()
+    shop.world.pass_by(RESEND + 1)
+    with InThread(shop.first.consumer):
+        until(lambda: shop.status() == SUCCESS)
+    assert reasons(shop) == [UNCLAIMED]
+
+
+# -- whom it believes dead ---------------------------------------------------------------------------------------------
+
+
+class Away:
+    """A store that is away as long as the test says so."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.away = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.away:
+            raise StoreUnavailable("the database is away")
+        return getattr(self._store, name)
+
+
+def test_after_an_outage_nobody_steals_before_everybody_could_prolong(shop: Shop) -> None:
+    """durability rule 21: while the database was away no lease could be prolonged."""
+    away = Away(shop.store)
+    process = shop.process(Sale, store=away, group="judge")
+    shop.first.send(Sale)
+    shop.seize()
+    shop.live(2 * TURN, process)
+    away.away = True
+    shop.live(2 * LEASE, process)
+    away.away = False
+    process.companion.tick()
+    assert EXPIRED not in reasons(shop)
+    shop.live(LEASE - TURN, process)
+    assert EXPIRED not in reasons(shop)
+    shop.live(2 * TURN, process)
+    assert EXPIRED in reasons(shop)
+
+
+def test_a_reaper_that_has_just_begun_judges_nobody(shop: Shop) -> None:
+    """durability rule 21"""
+    shop.first.send(Sale)
+    shop.seize()
+    shop.pass_by(10 * LEASE)
+    shop.first.companion.tick()
+    assert reasons(shop) == []
+
+
+def test_a_reaper_that_was_stopped_itself_judges_nobody(shop: Shop) -> None:
+    """durability rule 21: it cannot know whether the others could reach the database meanwhile."""
+    shop.live(2 * LEASE)
+    shop.first.send(Sale)
+    shop.seize()
+    shop.pass_by(2 * LEASE)
+    shop.first.companion.tick()
+    assert EXPIRED not in reasons(shop)
+
+
+# -- those that kill their consumer ------------------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+def test_a_step_in_which_too_many_consumers_died_has_failed_and_can_be_resumed(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 22"""
+    shop.first.known(cls)("1").build().send()
+    for _ in range(20):
+        shop.seize()
+        shop.pass_by(expire())
+    shop.first.handle()
+    assert (shop.status(), Act.seen, shop.tasks()) == (FAILED, [], [FAILED, PENDING, PENDING])
+    operation = shop.registry.get("1")
+    assert operation is not None
+    assert "its consumer died 20 times in this step" in operation.result.stderr
+    assert shop.attempts() == []
+    operation.resume()
+    shop.first.handle()
+    assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
+
+
+def test_a_consumer_that_died_now_and_then_is_not_held_against_the_next_step(shop: Shop) -> None:
+    """durability rule 22: it is the claims of one step that count."""
+    shop.first.known(Spread)("1").build().send()
+    for name in "abc":
+        for _ in range(12):
+            shop.seize()
+            shop.pass_by(expire())
+        assert Act.seen == ["1.a", "1.b", "1.c"][: "abc".index(name)]
+        shop.first.step()
+    shop.first.handle()
+    assert shop.status() == SUCCESS
+
+
+def test_it_is_told_in_the_events_how_it_came(shop: Shop) -> None:
+    """durability rule 22"""
+    shop.first.known(Sale)("1").build().send()
+    for _ in range(20):
+        shop.seize()
+        shop.pass_by(expire())
+    assert shop.status() == RUNNING
+    shop.first.handle()
+    assert shop.kinds().count("claimed") == 21
+    (text,) = [event.text for event in shop.stored().events if event.kind == "exhausted"]
+    assert text is not None
+    assert text.startswith("its consumer died 20 times")
