@@ -142,6 +142,9 @@ class Run:
             self._tell_operation(states.RUNNING, status)
         elif delay is not None:
             self._steps.answer = Unfinished(self._steps.answer or track.root.total)
+            if not delay:
+                # The reaper would take it for a step that somebody is about to send.
+                self._means.send(track.root.row.target, track.root.row.uuid, (self._claim.id, self._claim.epoch + 1))
         elif self._given_back:
             self._hand_over(target)
 

@@ -1,0 +1,17 @@
+"""What follows at once waits for no reaper."""
+
+from __future__ import annotations
+
+from kser.retry import Retry
+from kser.status import SUCCESS
+from tests.durable import BOTH_WAYS, Sale, Shop, bare
+from tests.engine import Act
+
+
+@BOTH_WAYS
+def test_an_attempt_that_is_to_follow_at_once_is_sent_by_the_one_before(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 27"""
+    Act.acts["1.b"] = [Retry.later(0)]
+    bare(cls)
+    shop.first.handle()
+    assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.b", "1.c"], SUCCESS)
