@@ -451,8 +451,8 @@ def _count(store: SQLStore, what: str) -> list[str]:
     writing = database._writing
 
     @contextlib.contextmanager
-    def counted() -> Iterator[Transaction]:
-        with writing() as transaction:
+    def counted(*arguments: Any) -> Iterator[Transaction]:
+        with writing(*arguments) as transaction:
             yield transaction
         found.append(what)
 
@@ -528,7 +528,7 @@ def test_when_the_database_fails_each_of_a_group_hears_it(store: SQLStore, monke
 
 
 @contextlib.contextmanager
-def _unavailable() -> Iterator[Any]:
+def _unavailable(*_: Any) -> Iterator[Any]:
     raise StoreUnavailable("gone")
     yield
 
@@ -540,10 +540,10 @@ def test_a_transaction_that_another_one_made_impossible_is_run_again(
     claim = saved(store, new(3))
 
     @contextlib.contextmanager
-    def sometimes() -> Iterator[Any]:
+    def sometimes(*arguments: Any) -> Iterator[Any]:
         for error in failures:
             raise error
-        with writing() as transaction:
+        with writing(*arguments) as transaction:
             yield transaction
 
     monkeypatch.setattr(store._database, "_writing", sometimes)

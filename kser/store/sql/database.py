@@ -101,24 +101,28 @@ class Database(ABC):
         """Make a statement."""
         return Statement(clause, self.engine.dialect)
 
-    def source(self, types: Types) -> Source:
+    def source(self, types: Types, name: str = ROWS) -> Source:
         """Where the rows of a statement come from."""
-        return Source(self.packed, types)
+        return Source(self.packed, types, name)
 
     @contextmanager
-    def write(self) -> Iterator[Transaction]:
+    def write(self, *, single: bool = False) -> Iterator[Transaction]:
         """A transaction, committed at the end; afterwards nothing is held.
 
+        :param single: it is one statement.
         :raises kser.errors.StoreUnavailable: the database cannot be used now.
         :raises kser.errors.StoreError: it refuses a statement.
         """
-        with self._translated(), self._writing() as transaction:
+        with self._translated(), self._writing(single) as transaction:
             yield transaction
 
     @contextmanager
-    def read(self) -> Iterator[Transaction]:
-        """Statements that all see the same state, and write nothing."""
-        with self._translated(), self._reading() as transaction:
+    def read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
+        """Statements that write nothing.
+
+        :param snapshot: they all see the same state.
+        """
+        with self._translated(), self._reading(snapshot) as transaction:
             yield transaction
 
     @contextmanager
@@ -145,10 +149,10 @@ class Database(ABC):
     def _engine(self) -> Engine: ...
 
     @abstractmethod
-    def _writing(self) -> AbstractContextManager[Transaction]: ...
+    def _writing(self, single: bool) -> AbstractContextManager[Transaction]: ...
 
     @abstractmethod
-    def _reading(self) -> AbstractContextManager[Transaction]: ...
+    def _reading(self, snapshot: bool) -> AbstractContextManager[Transaction]: ...
 
     @abstractmethod
     def _migrating(self) -> AbstractContextManager[Connection]: ...

@@ -68,7 +68,8 @@ class Endings:
         first = select(*TASK_COLUMNS).where(task.c.operation_id == bindparam("key"), task.c.status != states.SUCCESS)
         self._first = database.statement(first.order_by(task.c.position).limit(1))
         place = (task.c.operation_id == bindparam("key"), task.c.position == bindparam("at"))
-        self._pending = database.statement(update(task).where(*place).values(status=states.PENDING, result=None))
+        pending = {"status": states.PENDING, "result": None, "resumed_after": task.c.attempts}
+        self._pending = database.statement(update(task).where(*place).values(pending))
 
     def _make_purge(self, database: Database) -> None:
         own = operation.c

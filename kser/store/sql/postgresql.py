@@ -122,21 +122,26 @@ class Postgresql(Database):
             pooled.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[Transaction]:
+    def _writing(self, single: bool) -> Iterator[Transaction]:
         with self._connection() as connection:
             now = self._time(connection)
             cursor = connection.cursor()
-            cursor.execute("BEGIN")
+            # One statement is a transaction of its own, without two more ways to the server and back.
+            if not single:
+                cursor.execute("BEGIN")
             yield Transaction(cursor, self.shift, now, self.packed)
-            cursor.execute("COMMIT")
+            if not single:
+                cursor.execute("COMMIT")
 
     @contextmanager
-    def _reading(self) -> Iterator[Transaction]:
+    def _reading(self, snapshot: bool) -> Iterator[Transaction]:
         with self._connection() as connection:
             cursor = connection.cursor()
-            cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            if snapshot:
+                cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield Transaction(cursor, self.shift, time.time() + self.shift, self.packed)
-            cursor.execute("COMMIT")
+            if snapshot:
+                cursor.execute("COMMIT")
 
     @contextmanager
     def _migrating(self) -> Iterator[Connection]:

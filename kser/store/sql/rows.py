@@ -109,6 +109,7 @@ class NewRows:
                     "topic": each.topic,
                     "status": states.PENDING,
                     "attempts": 0,
+                    "resumed_after": 0,
                     "child_id": child,
                     "params": each.params,
                     "metadata": each.metadata,

@@ -25,7 +25,7 @@ from kser.store.base import (
 )
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, Ids, NewRows, count, operation_row, uuids_in
-from kser.store.sql.statements import types_of
+from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, operation, task
 
 #: What a row of a new operation has beside values of columns.
@@ -54,15 +54,20 @@ class Adding:
         self.operations = database.statement(row.insert(operation, values))
         self.tasks = database.statement(_whole(database, task))
         self.labels = database.statement(_whole(database, label))
-        types = types_of(event, "root_id", "kind", "epoch", "consumer", "uuid", "text")
-        row = database.source(types)
-        self.events = database.statement(row.insert(event, {**{name: row[name] for name in types}, "at": now}))
+        self.events = database.statement(adding_events(database))
 
     def add(self, transaction: Transaction, rows: NewRows) -> None:
         """Add operations, their tasks and labels."""
         transaction.change(self.operations, rows.operations)
         transaction.change(self.tasks, rows.tasks)
         transaction.change(self.labels, rows.labels)
+
+
+def adding_events(database: Database, rows: str = ROWS) -> Any:
+    """A statement that adds events."""
+    types = types_of(event, "root_id", "kind", "epoch", "consumer", "uuid", "text")
+    row = database.source(types, rows)
+    return row.insert(event, {**{name: row[name] for name in types}, "at": database.now})
 
 
 def _whole(database: Database, table: Any) -> Any:

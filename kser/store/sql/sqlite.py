@@ -98,7 +98,7 @@ class Sqlite(Database):
         connection.execute(f"PRAGMA cache_size={-CACHE_KIB}")
 
     @contextmanager
-    def _writing(self) -> Iterator[Transaction]:
+    def _writing(self, single: bool) -> Iterator[Transaction]:
         with self._lock:
             if self._writer is None:
                 self._writer = self.engine.raw_connection()
@@ -128,13 +128,15 @@ class Sqlite(Database):
             writer.invalidate()
 
     @contextmanager
-    def _reading(self) -> Iterator[Transaction]:
+    def _reading(self, snapshot: bool) -> Iterator[Transaction]:
         connection = self.engine.raw_connection()
         try:
             cursor = connection.cursor()
-            cursor.execute("BEGIN")
+            if snapshot:
+                cursor.execute("BEGIN")
             yield self._transaction(cursor)
-            cursor.execute("COMMIT")
+            if snapshot:
+                cursor.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.rollback()

@@ -55,14 +55,15 @@ class Source:
 
     :param packed: all rows come as one JSON text.
     :param types: names and types of the values.
+    :param name: of that text.
     """
 
-    def __init__(self, packed: bool, types: Types) -> None:
+    def __init__(self, packed: bool, types: Types, name: str = ROWS) -> None:
         self.packed = packed
         if packed:
-            text = cast(bindparam(ROWS, type_=Text), JSON)
+            text = cast(bindparam(name, type_=Text), JSON)
             columns = [column(name, kind) for name, kind in types.items()]
-            self._rows = func.json_to_recordset(text).table_valued(*columns, name="v").render_derived(with_types=True)
+            self._rows = func.json_to_recordset(text).table_valued(*columns).render_derived(with_types=True)
         self._types = types
         self._where = self._few() if packed else ()
 

@@ -111,11 +111,11 @@ class SQLStore(Store):
             return self._reading.children(transaction, root_id)
 
     def get(self, uuid: str) -> Stored | None:
-        with self._read() as transaction:
+        with self._read(snapshot=True) as transaction:
             return self._reading.get(transaction, uuid)
 
     def find(self, found: Found, limit: int, after: str | None = None) -> Page:
-        with self._read() as transaction:
+        with self._read(snapshot=True) as transaction:
             return self._finding.find(transaction, found, limit, after)
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
@@ -160,9 +160,9 @@ class SQLStore(Store):
             self.check()
 
     @contextmanager
-    def _read(self) -> Iterator[Transaction]:
+    def _read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
         self._first()
-        with self._database.read() as transaction:
+        with self._database.read(snapshot=snapshot) as transaction:
             yield transaction
 
     def _write(self, work: Callable[[Transaction], Result]) -> Result:

@@ -93,6 +93,7 @@ task: Final = Table(
     Column("topic", Text, nullable=False),
     Column("status", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
+    Column("resumed_after", Integer, nullable=False),
     Column("child_id", BigInteger),
     Column("params", Text, nullable=False),
     Column("metadata", Text, nullable=False),

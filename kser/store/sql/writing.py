@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from kser.errors import KserError, StoreError, StoreUnavailable
@@ -18,6 +20,30 @@ Result = TypeVar("Result")
 
 #: Stands for a result that a group could not give: its entry is written alone.
 ALONE: Final = object()
+
+
+class Sorts:
+    """Entries by what is done with them, each under its index.
+
+    :param entries: what is to be written.
+    """
+
+    def __init__(self, entries: Sequence[Entry[Work]]) -> None:
+        self.count = len(entries)
+        self.saves: dict[int, Save] = {}
+        self.takes: dict[int, Take] = {}
+        self.checkpoints: dict[int, Checkpoint] = {}
+        roots: set[int] = set()
+        for index, entry in enumerate(entries):
+            work = entry.item
+            if isinstance(work, Save):
+                self.saves[index] = work
+            elif isinstance(work, Take):
+                self.takes[index] = work
+            elif work.root_id not in roots:
+                # Of two for one root the second is left out, and written alone.
+                roots.add(work.root_id)
+                self.checkpoints[index] = work
 
 
 class Writing:
@@ -40,55 +66,51 @@ class Writing:
 
     def _run(self, entries: Sequence[Entry[Work]]) -> None:
         try:
-            results = repeated(lambda: self._together(entries))
+            results = self._fastest(entries)
         except StoreUnavailable as error:
             for entry in entries:
                 # Each thread raises its own.
                 entry.error = type(error)(error.message)
                 entry.error.__cause__ = error.__cause__
             return
-        except (StoreError, Uneven):
-            results = [ALONE] * len(entries)
         for entry, result in zip(entries, results, strict=True):
             if result is ALONE:
                 self._run_alone(entry)
             else:
                 entry.result = result
 
-    def _together(self, entries: Sequence[Entry[Work]]) -> list[Any]:
-        """Write entries in one transaction; what does not fit is left out."""
-        results: list[Any] = [ALONE] * len(entries)
-        saves: list[tuple[int, Save]] = []
-        takes: list[tuple[int, Take]] = []
-        # Of two for one root the second is written alone.
-        checkpoints: dict[int, tuple[int, Checkpoint]] = {}
-        for index, entry in enumerate(entries):
-            work = entry.item
-            if isinstance(work, Checkpoint):
-                checkpoints.setdefault(work.root_id, (index, work))
-            elif isinstance(work, Take):
-                takes.append((index, work))
-            else:
-                saves.append((index, work))
-        with self._database.write() as transaction:
-            if checkpoints:
-                statuses = self.recording.record(transaction, [found for _, found in checkpoints.values()])
-                for (index, _), status in zip(checkpoints.values(), statuses, strict=True):
-                    results[index] = ALONE if status is None else status
-            if takes:
-                claims = self.saving.take(transaction, [found for _, found in takes])
-                for (index, _), claim in zip(takes, claims, strict=True):
-                    results[index] = claim
-            if saves:
-                for (index, _), saved in zip(saves, self._store(transaction, saves), strict=True):
-                    results[index] = saved
-        return results
+    def _fastest(self, entries: Sequence[Entry[Work]]) -> list[Any]:
+        """What comes of entries, written as they can be: all in a few statements, in a transaction, or alone."""
+        sorts = Sorts(entries)
+        fits = self.recording.fits_at_once(list(sorts.checkpoints.values()))
+        for at_once in (True, False) if fits else (False,):
+            with suppress(StoreError, Uneven):
+                return repeated(partial(self._together, sorts, at_once))
+        return [ALONE] * len(entries)
 
-    def _store(self, transaction: Transaction, saves: Sequence[tuple[int, Save]]) -> list[Claim | None]:
-        self.saving.store(transaction, [save for _, save in saves])
-        claimed = [save for _, save in saves if save.claimant is not None]
+    def _together(self, sorts: Sorts, at_once: bool) -> list[Any]:
+        """Write entries in one transaction; what does not fit is left out.
+
+        :param at_once: all checkpoints fit, most likely.
+        """
+        results: dict[int, Any] = {}
+        record = self.recording.record_at_once if at_once else self.recording.record
+        with self._database.write(single=at_once and not sorts.saves and not sorts.takes) as transaction:
+            if sorts.checkpoints:
+                statuses = record(transaction, list(sorts.checkpoints.values()))
+                results.update((at, found) for at, found in zip(sorts.checkpoints, statuses, strict=True) if found)
+            if sorts.takes:
+                claims = self.saving.take(transaction, list(sorts.takes.values()))
+                results.update(zip(sorts.takes, claims, strict=True))
+            if sorts.saves:
+                results.update(zip(sorts.saves, self._store(transaction, list(sorts.saves.values())), strict=True))
+        return [results.get(index, ALONE) for index in range(sorts.count)]
+
+    def _store(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | None]:
+        self.saving.store(transaction, saves)
+        claimed = [save for save in saves if save.claimant is not None]
         claims = dict(zip(map(id, claimed), self.saving.claimed(transaction, claimed), strict=True))
-        return [claims.get(id(save)) for _, save in saves]
+        return [claims.get(id(save)) for save in saves]
 
     def _run_alone(self, entry: Entry[Work]) -> None:
         try:
@@ -109,7 +131,7 @@ class Writing:
             try:
                 with self._database.write() as transaction:
                     known = self.saving.known(transaction, save)
-                    return self._store(transaction, [(0, save)])[0] if known is None else known
+                    return self._store(transaction, [save])[0] if known is None else known
             except StoreError:
                 # Another process may have stored the same, or taken the same number, in that moment.
                 if attempt == ATTEMPTS:

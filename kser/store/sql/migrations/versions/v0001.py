@@ -91,6 +91,7 @@ def _task() -> None:
         sa.Column("topic", sa.Text, nullable=False),
         sa.Column("status", sa.Text, nullable=False),
         sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("resumed_after", sa.Integer, nullable=False),
         sa.Column("child_id", sa.BigInteger),
         sa.Column("params", sa.Text, nullable=False),
         sa.Column("metadata", sa.Text, nullable=False),

@@ -1,0 +1,125 @@
+"""What a checkpoint changes, as expressions; the rows come from one of them or from many."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, bindparam, case, cast, func, literal, select
+
+from kser import status as states
+from kser.store.sql.database import Database
+from kser.store.sql.saving import adding_events
+from kser.store.sql.statements import ROWS, Source, types_of
+from kser.store.sql.tables import attempt, operation, task
+
+_TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
+
+#: What finds a root where it is to be.
+_FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "cancelled": Boolean()}
+
+#: What gives a claim back.
+_RELEASE: Final = {
+    "status": Text(),
+    "released": Integer(),
+    "ended": Integer(),
+    "wait": Double(),
+    "delay": Double(),
+}
+
+
+def go_on(database: Database) -> Any:
+    """Roots are at another step, and their claims go on. Gives their identifiers."""
+    row = _root_rows(database, ROWS, {})
+    return _move_roots(row, {})
+
+
+def move(database: Database, rows: str = ROWS) -> Any:
+    """Roots are at another step, and their claims go on or not. Gives their identifiers."""
+    row = _root_rows(database, rows, _RELEASE)
+    own, now = operation.c, database.now
+    released = row["released"] == 1
+    return _move_roots(
+        row,
+        {
+            "status": row["status"],
+            "epoch": own.epoch + row["released"],
+            "owner": case((released, None), else_=own.owner),
+            "wake_at": case((released, now + row["wait"]), else_=own.wake_at),
+            "due_at": func.coalesce(now + row["delay"], own.due_at),
+            "ended_at": case((row["ended"] == 1, now), else_=None),
+        },
+    )
+
+
+def _root_rows(database: Database, rows: str, more: dict[str, Any]) -> Source:
+    types = types_of(operation, "id", "step", "phase", "so_far", "result", *_TARGET)
+    return database.source({**types, **_FENCE, **more}, rows)
+
+
+def _move_roots(row: Source, more: dict[str, Any]) -> Any:
+    own = operation.c
+    changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "so_far", "result")}
+    changed |= {name: func.coalesce(row[name], own[name]) for name in _TARGET}
+    changed |= {"claims": 0, "sends": 0, "sent_at": None, **more}
+    moved = row.update(
+        operation,
+        changed,
+        own.id == row["id"],
+        own.epoch == row["epoch"],
+        own.status == states.RUNNING,
+        own.step == row["old_step"],
+        own.cancel_requested == row["cancelled"],
+    )
+    return moved.returning(own.id)
+
+
+def move_inner(database: Database) -> Any:
+    """Inner operations are at another step, or have ended."""
+    own, now = operation.c, database.now
+    types = types_of(operation, "id", "step", "phase", "status", "so_far", "result")
+    row = database.source({**types, "old_step": Integer(), "ended": Integer()})
+    values = {name: row[name] for name in types if name != "id"}
+    values["started_at"] = func.coalesce(own.started_at, now)
+    values["ended_at"] = case((row["ended"] == 1, now), else_=None)
+    return row.update(operation, values, own.id == row["id"], own.step == row["old_step"])
+
+
+def resize(database: Database) -> Any:
+    """Operations have tasks."""
+    row = database.source(types_of(operation, "id", "size"))
+    return row.update(operation, {"size": row["size"]}, operation.c.id == row["id"])
+
+
+def end_tasks(database: Database, rows: str = ROWS) -> Any:
+    """Attempts at tasks are over."""
+    types = types_of(task, "operation_id", "position", "status", "result")
+    row = database.source({**types, "number": Integer()}, rows)
+    values = {
+        "status": row["status"],
+        "result": case((row["status"] == states.PENDING, task.c.result), else_=row["result"]),
+        "attempts": case((task.c.attempts > row["number"], task.c.attempts), else_=row["number"]),
+    }
+    return row.update(task, values, task.c.operation_id == row["operation_id"], task.c.position == row["position"])
+
+
+def add_attempts(database: Database, rows: str = ROWS) -> Any:
+    """Add attempts."""
+    now = database.now
+    types = types_of(attempt, "operation_id", "position", "number", "epoch", "status", "consumer", "error")
+    row = database.source({**types, "duration": Double()}, rows)
+    values = {name: row[name] for name in types} | {"started_at": now - row["duration"], "ended_at": now}
+    return row.insert(attempt, values)
+
+
+def at_once(database: Database) -> Any:
+    """All that checkpoints of roots without inner operations change, in one statement, which fails unless it changes
+    as many rows as are ``expected``."""
+    moved = move(database, "moves").cte("moved")
+    ended = end_tasks(database, "ends").returning(task.c.position).cte("ended")
+    parts = [add_attempts(database, "attempts").cte("attempted"), adding_events(database, "events").cte("noted")]
+    moved_rows, ended_rows = (select(func.count()).select_from(part).scalar_subquery() for part in (moved, ended))
+    changed = moved_rows + ended_rows
+    # What makes a statement fail, and says why in the server's log: a text that is no number.
+    problem = literal("not every checkpoint of kser fits: ", Text) + cast(changed, Text)
+    check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
+    return select(check).add_cte(*parts)
