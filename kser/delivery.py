@@ -46,6 +46,8 @@ class Delivery:
 
     #: The number of the attempt, from 1.
     attempt = 1
+    #: How many attempts before it do not count for the policy.
+    forgiven = 0
     #: Seconds until the next attempt, when it has ended and another is to follow.
     retry_in: float | None = None
     #: What the message failed with for good.
@@ -108,7 +110,7 @@ class Delivery:
         policy = declared if isinstance(declared, Retry) else self.retry
         if policy is None and isinstance(exc, RetryLater):
             policy = DEFAULT
-        self.retry_in = policy.wait_after(self.attempt, exc) if policy else None
+        self.retry_in = policy.wait_after(self.attempt - self.forgiven, exc) if policy else None
         if self.retry_in is None:
             self.failure = error
         return self.retry_in is not None

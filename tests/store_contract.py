@@ -111,7 +111,7 @@ class SavingContract:
         assert row[26:] == (0, 0, None, operation.target)
         assert operation.tasks is not None
         assert [task[1:] for task in world.store.tasks(row.id)] == [
-            (*(at, task.uuid, "shop.Charge", "gpu", task.params, task.metadata), states.PENDING, None, 0, None)
+            (*(at, task.uuid, "shop.Charge", "gpu", task.params, task.metadata), states.PENDING, None, 0, None, 0)
             for at, task in enumerate(operation.tasks)
         ]
 

@@ -129,7 +129,7 @@ class Steps:
             if any(task.child_id is not None for task in rows):
                 children = self._means.patience.call(lambda: store.children(row.root_id))  # type: ignore[assignment]
             operation.tasks = self._means.classes.tasks(rows, children)
-            frame.attempts = {task.position: task.attempts for task in rows}
+            frame.attempts = {task.position: (task.attempts, task.resumed_after) for task in rows}
             frame.loaded = True
         return operation
 
@@ -158,10 +158,12 @@ class Steps:
 
     def _run(self, frame: Frame) -> None:
         task = self._task(frame)
-        number = frame.attempts.get(frame.step, 0) + 1
+        recorded, forgiven = frame.attempts.get(frame.step, (0, 0))
+        number = recorded + 1
         outer = CURRENT.get()
         owner = self._means.classes.find(frame.row.entrypoint) or Operation
         step = StepDelivery(outer, task, number, _policy(owner, outer), frame.row.uuid, self._is_cancelled)
+        step.forgiven = forgiven
         if outer is not None:
             outer.begin(timeout_of(type(task)) or timeout_of(owner))
         began = time.monotonic()
@@ -185,7 +187,7 @@ class Steps:
             return frame.operation.tasks[frame.step]
         row = self._track.claim.task
         assert row is not None, "a task is current, so it was claimed"
-        frame.attempts[row.position] = row.attempts
+        frame.attempts[row.position] = row.attempts, row.resumed_after
         return self._means.classes.task(row)
 
     def _attempt(self, task: Task, frame: Frame) -> Any:

@@ -48,8 +48,8 @@ class Frame:
         #: The object, where there is one, and whether it has its tasks.
         self.operation: Operation | None = None
         self.loaded = False
-        #: How many attempts are recorded, by the position of the task.
-        self.attempts: dict[int, int] = {}
+        #: How many attempts are recorded, and how many of them a retry policy does not count, by the task's position.
+        self.attempts: dict[int, tuple[int, int]] = {}
 
     @property
     def outcome(self) -> Result:

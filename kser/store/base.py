@@ -15,13 +15,13 @@ label          the operation's metadata, to be found by
 seconds.
 
 **Who may write.** A *claim* raises ``epoch``, and so does giving it back. Everything that a worker writes names the
-epoch that it has: after somebody else's claim it changes nothing (:class:`Fenced`).
+epoch that it has: after somebody else's claim it changes nothing (:class:`kser.errors.Fenced`).
 
 **When to look again.** ``wake_at`` is when the reaper has to look at a root: the end of the lease while it is claimed,
 else when its step is to be sent (again). It is None once the operation has ended.
 
-**Again and again.** After :class:`StoreUnavailable` nobody knows whether the call took effect. Each call may be
-repeated with the same arguments: one that took effect answers as it did, or would have, the first time.
+**Again and again.** After :class:`kser.errors.StoreUnavailable` nobody knows whether the call took effect. Each call
+may be repeated with the same arguments: one that took effect answers as it did, or would have, the first time.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ class TaskRow(NamedTuple):
     attempts: int
     #: ``id`` of the operation that it is; None for a plain task.
     child_id: int | None
+    #: How many attempts were recorded when it was last resumed: a retry policy counts those behind them.
+    resumed_after: int
 
 
 class AttemptRow(NamedTuple):
@@ -495,8 +497,9 @@ class Store(ABC):
     def resume(self, uuid: str) -> OperationRow | None:
         """Let a FAILED or CANCELLED root go on, at the first task that is not SUCCESS, down to the innermost operation.
 
-        That task is PENDING again, with a blank result, and current (phase TASK); its operations are RUNNING; one that
-        was never built is begun (phase START); one whose tasks are all SUCCESS is ended again (phase SUCCESS).
+        That task is PENDING again, with a blank result and its attempts as ``resumed_after``, and current (phase TASK);
+        its operations are RUNNING; one that was never built is begun (phase START); one whose tasks are all SUCCESS is
+        ended again (phase SUCCESS).
         ``epoch`` is raised, the token, the result, the end and the cancellation are forgotten, ``claims`` and ``sends``
         begin again at 0, and the step is ready and unsent. Of a distributed one the target is the task, or the
         operation that is to be begun or ended; of a local one it stays the root.

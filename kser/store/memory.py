@@ -336,7 +336,8 @@ class MemoryStore(Store):
         self._put(row)
         if step is None:
             return Target(row.uuid, row.entrypoint, row.topic)
-        task = rows[step] = rows[step]._replace(status=states.PENDING, result=None)
+        task = rows[step]
+        rows[step] = task._replace(status=states.PENDING, result=None, resumed_after=task.attempts)
         child = None if task.child_id is None else self._operations[task.child_id]
         if child is None or child.started_at is None:
             return Target(task.uuid, task.entrypoint, task.topic)
