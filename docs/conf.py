@@ -22,7 +22,7 @@ nitpicky = True
 # What is documented elsewhere; inventories of other projects would need the network at each build.
 nitpick_ignore_regex = [
     (r"py:.*", r"(cdumay_error|cdumay_result|kafka|confluent_kafka|blinker|marshmallow|flask)\..*"),
-    (r"py:.*", r"(collections|contextlib|json|logging|types|typing)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|json|logging|types|typing)\..*"),
 ]
 nitpick_ignore = [
     # A type variable.

@@ -1,12 +1,12 @@
 """Settings: explicit arguments win over the Flask app's ``config``, that over the environment, that over the default.
 
-================= ============================================================== ==============================
-setting           value                                                          in the environment
-================= ============================================================== ==============================
-``KSER_CONFIG``   options of the Kafka client, for producer and consumer alike   a JSON object
-``KSER_TOPICS``   topics to consume; the first is where tasks are sent           names, separated by commas
-``KSER_DATABASE_URI``  the shared database, where operations are kept
-================= ============================================================== ==============================
+===================== ============================================================== ==========================
+setting               value                                                          in the environment
+===================== ============================================================== ==========================
+``KSER_CONFIG``       options of the Kafka client, for producer and consumer alike   a JSON object
+``KSER_TOPICS``       topics to consume; the first is where tasks are sent           names, separated by commas
+``KSER_DATABASE_URI`` the shared database, where operations are kept                 the address
+===================== ============================================================== ==========================
 """
 
 from __future__ import annotations

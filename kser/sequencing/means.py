@@ -57,15 +57,15 @@ class Held(Protocol):
 class Terms:
     """Times and limits of claims, as the settings have them.
 
-    ================== ======= =====================================================================================
-    setting            default what it is
-    ================== ======= =====================================================================================
-    ``KSER_LEASE``        30   seconds after which a claim that nobody prolongs is over
-    ``KSER_HEARTBEAT``    10   seconds between two prolongations, less than half a lease
-    ``KSER_REAPER``       1    seconds between two looks for operations that nobody goes on with
-    ``KSER_RESEND``       60   seconds until a step is sent again that nobody claims; doubled each time, to an hour
-    ``KSER_MAX_CLAIMS``   20   claims of one step without a recorded end, after which it has failed
-    ================== ======= =====================================================================================
+    =================== ======= ====================================================================================
+    setting             default what it is
+    =================== ======= ====================================================================================
+    ``KSER_LEASE``      30      seconds after which a claim that nobody prolongs is over
+    ``KSER_HEARTBEAT``  10      seconds between two prolongations, less than half a lease
+    ``KSER_REAPER``     1       seconds between two looks for operations that nobody goes on with
+    ``KSER_RESEND``     60      seconds until a step is sent again that nobody claims; doubled each time, to an hour
+    ``KSER_MAX_CLAIMS`` 20      claims of one step without a recorded end, after which it has failed
+    =================== ======= ====================================================================================
 
     :raises kser.errors.SettingError: one of them makes no sense.
     """
