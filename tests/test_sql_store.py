@@ -149,6 +149,12 @@ def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         SQLStore("postgresql://user@host/database")
 
 
+def test_nobody_loads_sqlalchemy_who_names_no_database() -> None:
+    code = "import sys, kser, kser.store; print(sorted({'sqlalchemy', 'alembic', 'psycopg'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
 # -- schema ------------------------------------------------------------------------------------------------------------
 
 

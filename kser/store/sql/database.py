@@ -53,11 +53,8 @@ class Transaction:
         if self._packed:
             cursor.execute(statement.sql, {**base, ROWS: json.dumps(rows)})
             return int(cursor.rowcount)
-        changed = 0
-        for row in rows:
-            cursor.execute(statement.sql, {**base, **row})
-            changed += cursor.rowcount
-        return changed
+        cursor.executemany(statement.sql, ({**base, **row} for row in rows))
+        return int(cursor.rowcount)
 
     def fetch(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> list[Any]:
         """Run a statement for all these rows; returns the rows that it gives."""
