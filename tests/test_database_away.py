@@ -1,16 +1,21 @@
-"""A consumer that starts while the database is away waits for it (rule 33)."""
+"""What the chaos of operations has found about databases that are away, or make everybody wait (rules 21 and 33)."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from typing import Any
 
 import pytest
 
 from kser.errors import SchemaMismatch, StoreUnavailable
+from kser.status import SUCCESS
+from kser.store.base import Refusal
 from kser.store.memory import MemoryStore
-from tests.durable import Process, Sale
-from tests.engine import InThread, until
-from tests.support import message
+from tests.durable import TURN, Process, Sale, Shop, meanwhile, sent
+from tests.engine import Act, InThread, until
+from tests.store_world import LEASE, me
+from tests.support import lines, message
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -74,3 +79,56 @@ def test_a_database_of_another_version_is_refused_at_the_start() -> None:
     process.registry._store = Old()
     with InThread(process.consumer) as thread:
         assert isinstance(thread.join(), SchemaMismatch)
+
+
+# -- it makes everybody wait -------------------------------------------------------------------------------------------
+
+
+def hold_up(shop: Shop, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the next question for what is due wait: somebody has locked the database."""
+    take_due = shop.store.take_due
+
+    def wait(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(shop.store, "take_due", take_due)
+        shop.pass_by(seconds)
+        return take_due(*given, **options)
+
+    monkeypatch.setattr(shop.store, "take_due", wait)
+
+
+def test_a_reaper_that_had_to_wait_for_the_database_leaves_claims_to_their_owners(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rule 21: nobody could prolong a claim meanwhile."""
+    shop.live(2 * LEASE)
+    shop.first.send(Sale)
+    claim = shop.seize()
+    before = len(sent())
+    hold_up(shop, monkeypatch, LEASE + 1)
+    shop.first.companion.tick()
+    assert len(sent()) == before
+    assert shop.store.renew([(claim.id, claim.epoch)], "the dead", LEASE) == {claim.id: False}
+    assert isinstance(shop.store.claim("1", "1", me("other")), Refusal)
+
+
+def test_a_claim_that_was_left_to_a_dead_owner_is_over_one_lease_later(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rule 21"""
+    shop.live(2 * LEASE)
+    shop.first.send(Sale)
+    shop.seize()
+    hold_up(shop, monkeypatch, LEASE + 1)
+    shop.first.companion.tick()
+    shop.live(LEASE + TURN)
+    shop.first.handle()
+    assert shop.status() == SUCCESS
+
+
+def test_a_claim_that_was_lost_is_said_to_be_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    second = shop.process(Sale, group="second")
+    beats = [shop.first.companion.beat] * 3
+    Act.acts["1.b"] = [meanwhile(lambda: shop.pass_by(LEASE + 1), second.handle, *beats), None]
+    shop.first.send(Sale)
+    shop.first.handle()
+    assert len([line for line in lines(caplog, logging.WARNING) if "the claim on it was lost" in line]) == 1

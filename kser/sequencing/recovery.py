@@ -14,7 +14,7 @@ from typing import Any
 
 from kser.errors import KserError, ProducerMissing, StoreUnavailable
 from kser.sequencing.means import SEND_TIMEOUT, Means, step_message
-from kser.store.base import UNSENT_AFTER, Due
+from kser.store.base import EXPIRED, UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Recovery:
         self._last: dict[str, float] = {}
         #: Since when the store has answered each time, and when it did last.
         self._reached_since = self._reached = -float("inf")
+        #: Claims that are known to be lost, and still worked on.
+        self._lost: set[tuple[int, int]] = set()
 
     def tick(self) -> None:
         """Do what is due. To be called every second or so, by a thread that has nothing else to do."""
@@ -69,10 +71,12 @@ class Recovery:
         if not held:
             return
         known = self._means.store.renew(held, self._means.owner, self._terms.lease)
-        for root_id, epoch in held:
+        lost = {key for key in held if key[0] not in known}
+        for root_id, epoch in lost - self._lost:
             run = self._means.holder(root_id)
-            if root_id not in known and run is not None and run.key == (root_id, epoch):
+            if run is not None and run.key == (root_id, epoch):
                 logger.warning(f"{run.label}: the claim on it was lost: what its task gives will not be recorded")
+        self._lost = lost
 
     def mark(self) -> None:
         """Record which steps were sent."""
@@ -87,14 +91,26 @@ class Recovery:
         total = 0
         until = self._clock() + self._terms.heartbeat / 2
         while True:
+            asked = self._clock()
             due = self._means.store.take_due(
                 BATCH, self._means.owner, expired=self._may_judge(), resend_after=self._terms.resend
             )
             self._means.patience.report(None)
-            total += len(due)
-            self._send(due)
+            # It was made to wait, as were those who wanted to prolong a claim meanwhile.
+            waited = self._clock() - asked > self._terms.lease / 3
+            sent = self._hold_back(due) if waited else due
+            total += len(sent)
+            self._send(sent)
             if len(due) < BATCH or self._clock() >= until:
                 return total
+
+    def _hold_back(self, due: Sequence[Due]) -> Sequence[Due]:
+        """Leave those whose lease is over to their owners for one more lease; returns the others."""
+        self._reached = -float("inf")
+        held = [(each.id, each.epoch) for each in due if each.reason == EXPIRED]
+        if held:
+            self._means.store.unsent(held, self._terms.lease)
+        return [each for each in due if each.reason != EXPIRED]
 
     def _may_judge(self) -> bool:
         """Whether leases that are over count: while the database was away nobody could prolong any (rule 21)."""
