@@ -71,7 +71,8 @@ def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int |
     """The row of a task that is stored."""
     place = operation_id, position
     own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
-    return TaskRow(*place, *own, status=states.PENDING, result=new.result, attempts=0, child_id=child_id, resumed_after=0)
+    now = states.PENDING, new.result
+    return TaskRow(*place, *own, *now, attempts=0, child_id=child_id, resumed_after=0)
 
 
 def refusal(row: OperationRow, step: str, now: float) -> str | None:

@@ -1,0 +1,233 @@
+"""The end of a consumer, and partitions that go, while a stored operation runs in it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+from cdumay_result import Result
+
+from kser.dummy.bus import Bus
+from kser.errors import StoreUnavailable
+from kser.status import RUNNING, SUCCESS
+from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
+from tests.engine import DICE, PATIENCE, Act, InThread, committed, put, until
+from tests.support import lines
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    found = threading.Event()
+    yield found
+    found.set()
+
+
+def others(shop: Shop, *classes: type[Any]) -> Process:
+    """A process that takes over."""
+    return shop.process(*classes, group="others")
+
+
+# -- at shutdown -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_operation_stops_at_its_next_checkpoint_and_is_sent_at_once(
+    shop: Shop, workers: int, gate: threading.Event
+) -> None:
+    """durability rule 30: its claim is given back, with the step ready."""
+    process = shop.process(Sale, group="ending", workers=workers)
+    Act.acts["1.b"] = lambda: gate.wait(PATIENCE)
+    bare(Sale)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.b" in Act.seen)
+        process.consumer.stop()
+        until(lambda: process.consumer._poller.ending)
+        gate.set()
+        assert isinstance(thread.join(), SystemExit)
+    row = shop.stored().operation
+    assert (Act.seen, row.status, row.step, row.owner) == (["1.a", "1.b"], RUNNING, 2, None)
+    assert shop.tasks()[:2] == [SUCCESS, SUCCESS]
+    assert (len(sent()), row.sends, row.due_at <= shop.world.now) == (2, 1, True)
+    others(shop, Sale).handle()
+    assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
+    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+
+
+def test_over_the_consumers_the_next_step_is_sent_as_ever(shop: Shop, gate: threading.Event) -> None:
+    """durability rule 30"""
+    process = shop.process(Spread, group="ending")
+    Act.acts["1.b"] = lambda: gate.wait(PATIENCE)
+    bare(Spread)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.b" in Act.seen)
+        process.consumer.stop()
+        until(lambda: process.consumer._poller.ending)
+        gate.set()
+        thread.join()
+    assert Act.seen == ["1.a", "1.b"]
+    others(shop, Spread).handle()
+    assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
+
+
+@BOTH_WAYS
+def test_the_last_task_ends_its_operation_also_at_shutdown(shop: Shop, cls: type[Sale], gate: threading.Event) -> None:
+    """durability rule 30"""
+    process = shop.process(cls, group="ending")
+    Act.acts["1.c"] = lambda: gate.wait(PATIENCE)
+    bare(cls)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.c" in Act.seen)
+        process.consumer.stop()
+        until(lambda: process.consumer._poller.ending)
+        gate.set()
+        thread.join()
+    assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
+
+
+def test_the_hook_of_an_end_runs_in_the_next_consumer_then(shop: Shop, gate: threading.Event) -> None:
+    """durability rule 30: an end is a step like another one."""
+
+    class Hooked(Sale):
+        told: ClassVar[list[str]] = []
+
+        def onsuccess(self, result: Result) -> Result:
+            self.told.append(self.uuid)
+            return result
+
+    process = shop.process(Hooked, group="ending")
+    Act.acts["1.c"] = lambda: gate.wait(PATIENCE)
+    bare(Hooked)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.c" in Act.seen)
+        process.consumer.stop()
+        until(lambda: process.consumer._poller.ending)
+        gate.set()
+        thread.join()
+    others(shop, Hooked).handle()
+    assert (Act.seen, Hooked.told, shop.status()) == (["1.a", "1.b", "1.c"], ["1"], SUCCESS)
+
+
+@BOTH_WAYS
+def test_what_runs_for_longer_than_the_timeout_loses_its_claim_to_others_at_once(
+    shop: Shop, cls: type[Sale], gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 30: nobody waits for the lease to be over, and what comes of it late is not recorded."""
+    process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)
+    process.consumer._clock = time.monotonic
+    Act.acts["1.b"] = [lambda: gate.wait(PATIENCE) and Result(retval={"late": 1}), lambda: Result(retval={"b": 1})]
+    bare(cls)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.b" in Act.seen)
+        process.consumer.stop()
+        thread.join()
+        row = shop.stored().operation
+        assert (row.status, row.step, row.owner) == (RUNNING, 1, None)
+        assert shop.kinds()[-1] == "released"
+        others(shop, cls).handle()
+        assert shop.status() == SUCCESS
+        before = shop.stored()
+        gate.set()
+        until(lambda: not [each for each in threading.enumerate() if each.name == "kser-worker"])
+    assert shop.stored() == before
+    operation = shop.registry.get("1")
+    assert operation is not None
+    assert operation.result.retval == {"b": 1}
+    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+    assert any("was given up; its late result is dropped" in line for line in lines(caplog, logging.WARNING))
+
+
+def test_an_operation_that_waits_for_its_database_is_handed_back_to_kafka(shop: Shop) -> None:
+    """durability rule 30: nobody answers for it yet."""
+    tried = threading.Event()
+
+    class Away:
+        name = "away"
+
+        def check(self) -> None:
+            """It was there at the start."""
+
+        def __getattr__(self, name: str) -> Any:
+            tried.set()
+            raise StoreUnavailable("the database is away")
+
+    process = shop.process(Sale, store=Away(), group="ending", workers=2)
+    bare(Sale)
+    with InThread(process.consumer) as thread:
+        assert tried.wait(PATIENCE)
+        until(process.consumer._dispatch.running)
+        process.consumer.stop()
+        assert isinstance(thread.join(), SystemExit)
+    others(shop, Sale).handle()
+    again = shop.process(Sale, group="ending")
+    again.handle()
+    assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
+    assert Bus.at("").committed[("ending", DICE)].offset == 1
+
+
+# -- on revoke ---------------------------------------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+def test_when_its_partition_goes_an_operation_goes_on_under_its_claim(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 30"""
+    Bus.at("").create_topic("dice", 2)
+    seconds: list[Process] = []
+
+    def rebalance() -> None:
+        seconds.append(shop.process(cls))
+        for _ in range(4):
+            seconds[0].step()
+            shop.first.consumer._poller.turn(0)
+
+    Act.acts["1.a"] = meanwhile(rebalance)
+    put("1", cls=cls, partition=1)
+    shop.first.handle()
+    seconds[0].handle()
+    for process in (shop.first, seconds[0], shop.first):
+        process.handle()
+    assert (sorted(Act.seen), shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
+    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+
+
+def test_a_consumer_that_was_expelled_from_its_group_goes_on_too(shop: Shop) -> None:
+    """durability rule 30: it is the lease that counts, not the group."""
+
+    def expel() -> None:
+        client: Any = shop.first.consumer._poller._client
+        client.expel()
+        shop.first.consumer._poller.turn(0)
+
+    Act.acts["1.b"] = meanwhile(expel)
+    bare(Sale)
+    shop.first.handle()
+    assert (Act.seen, shop.status(), committed()) == (["1.a", "1.b", "1.c"], SUCCESS, 1)
+
+
+@BOTH_WAYS
+def test_neither_counts_as_an_attempt(shop: Shop, cls: type[Sale], gate: threading.Event) -> None:
+    """durability rule 30"""
+    numbers: list[int] = []
+    process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)
+    process.consumer._clock = time.monotonic
+    Act.acts["1.b"] = [lambda: gate.wait(PATIENCE), None]
+    bare(cls)
+    with InThread(process.consumer) as thread:
+        until(lambda: "1.b" in Act.seen)
+        process.consumer.stop()
+        thread.join()
+
+        class Counted(Act):
+            def run(self) -> Any:
+                numbers.append(self.attempt)
+                return super().run()
+
+        other = others(shop, cls)
+        other.registry.controller.ENTRYPOINTS[Act.path] = Counted
+        other.handle()
+        gate.set()
+    assert numbers == [1, 1]
+    assert shop.stored().operation.claims == 0
