@@ -85,7 +85,8 @@ def test_a_database_of_another_version_is_refused_at_the_start() -> None:
 
 
 def hold_up(shop: Shop, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the next question for what is due wait: somebody has locked the database."""
+    """Let the next question for what is due wait, soon: somebody has locked the database."""
+    shop.pass_by(TURN)
     take_due = shop.store.take_due
 
     def wait(*given: Any, **options: Any) -> Any:
