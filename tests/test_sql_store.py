@@ -939,6 +939,16 @@ def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up_for_long(
 
 
 @pytest.mark.postgresql
+def test_connections_that_an_administrator_ends_are_replaced(in_postgresql: SQLStore, database: Database) -> None:
+    claim = saved(in_postgresql, new(5))
+    for step in range(3):
+        database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
+        with pytest.raises(StoreUnavailable):
+            in_postgresql.checkpoint(step_on(claim, step))
+        assert in_postgresql.checkpoint(step_on(claim, step)) == states.RUNNING
+
+
+@pytest.mark.postgresql
 def test_who_may_not_write_is_unavailable(in_postgresql: SQLStore, database: Database) -> None:
     claim = saved(in_postgresql, new(3))
     separator = "&" if "?" in database.uri else "?"

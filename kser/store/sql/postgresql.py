@@ -45,8 +45,12 @@ DATA_ERRORS: Final = ("21", "22", "23", "44", "54")
 #: Another transaction was in the way.
 CONFLICTS: Final = ("40001", "40P01")
 
+#: The connection is gone, or goes now.
+LOST: Final = ("08", "25P03", "57P")
+
 ADVICE: Final = {
     "08": "see whether the server runs and can be reached",
+    "25P03": "this process stood still in a transaction for longer than 10 s",
     "25": "the server takes no writes: it may be a standby",
     "28": "see the user and the password in the address",
     "3D": "create the database",
@@ -113,7 +117,8 @@ class Postgresql(Database):
         except BaseException as error:
             with suppress(Exception):
                 connection.rollback()
-            if connection.broken or not isinstance(error, Exception):
+            lost = str(getattr(error, "sqlstate", None)).startswith(LOST)
+            if lost or connection.broken or not isinstance(error, Exception):
                 pooled.invalidate()
                 # The others have most likely gone with it.
                 self.engine.dispose()
@@ -158,7 +163,7 @@ class Postgresql(Database):
         if state in CONFLICTS:
             return Repeat, ""
         kind = StoreError if state[:2] in DATA_ERRORS else StoreUnavailable
-        return kind, ADVICE.get(state[:2], "")
+        return kind, ADVICE.get(state) or ADVICE.get(state[:2], "")
 
 
 def _prepare(connection: Any, _record: Any) -> None:
