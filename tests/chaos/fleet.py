@@ -10,18 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tests.chaos import ledger
 from tests.chaos.history import JOIN, KILL, STOP, TERM, Fault, Rules
 from tests.kafka.helpers import REPOSITORY, Program
 
-WORKER = "tests.chaos.worker"
-
 PYTHON_KAFKA, CONFLUENT = "python_kafka", "confluent"
 
-#: Seconds that a process may need to end on top of its shutdown_timeout.
-GRACE = 5
 #: Seconds that a process may need to say where it is.
 DUMPING = 0.3
 #: Lines that a process wrote last, shown when it ended as it must not.
@@ -74,6 +70,11 @@ class Settings:
 class Fleet:
     """Consumer processes of one group. Whatever happens, none is left when it is over."""
 
+    #: What they run.
+    WORKER: ClassVar[str] = "tests.chaos.worker"
+    #: Seconds that a process may need to end on top of its shutdown_timeout.
+    GRACE: ClassVar[float] = 5
+
     def __init__(self, settings: Settings, servers: str, topic: str, dead_topic: str | None, folder: Path) -> None:
         self.settings = settings
         self.group = f"chaos-{settings.transport}"
@@ -89,6 +90,8 @@ class Fleet:
         self._terminated: dict[str, float] = {}
         self._stopped: dict[str, float] = {}
         self.started = 0
+        #: What they find in their environment.
+        self.environment: dict[str, str] = {}
         #: Names by process id, of all that ever were.
         self.pids: dict[int, str] = {}
 
@@ -98,26 +101,34 @@ class Fleet:
         :param guest: it joins a group that others are in: a fault for them.
         """
         self.started += 1
-        name = f"{self.settings.transport}-{self.started}"
-        given = {
-            "transport": self.settings.transport,
-            "process": name,
-            "ledger": str(self.ledger),
-            "config": self.settings.client(self._servers, self.group),
-            "topic": self.topic,
-            "options": self.settings.consumer(self.dead_topic),
-        }
-        files = {variable: str(self._folder / f"{name}.{variable}") for variable in LOCKS}
+        settings = self._settings()
+        name = f"{settings.transport}-{self.started}"
         at = time.monotonic()
-        self._members[name] = Program(
-            [sys.executable, "-m", WORKER],
-            {"PYTHONPATH": str(REPOSITORY), "KSER_TEST_WORKER": json.dumps(given), **files},
-            self._folder / f"{name}.txt",
-        )
+        self._members[name] = self._program(name, settings)
         self.pids[self._members[name].pid] = name
         if guest:
             self.faults.append(Fault(JOIN, name, at, at))
         return name
+
+    def _settings(self) -> Settings:
+        """How the next process is set up."""
+        return self.settings
+
+    def _program(self, name: str, settings: Settings) -> Program:
+        given = {
+            "transport": settings.transport,
+            "process": name,
+            "ledger": str(self.ledger),
+            "config": settings.client(self._servers, self.group),
+            "topic": self.topic,
+            "options": settings.consumer(self.dead_topic),
+        }
+        files = {variable: str(self._folder / f"{name}.{variable}") for variable in LOCKS}
+        return Program(
+            [sys.executable, "-m", self.WORKER],
+            {"PYTHONPATH": str(REPOSITORY), "KSER_TEST_WORKER": json.dumps(given), **files, **self.environment},
+            self._folder / f"{name}.txt",
+        )
 
     def kill(self, name: str) -> None:
         """End it at once, as a crash of its machine would."""
@@ -180,7 +191,7 @@ class Fleet:
                 if status and not (status == -signal.SIGTERM and not self.has_begun(name)):
                     self.problems.append(f"{name} ended with status {status} at SIGTERM:\n{_last_words(program)}")
                 del self._members[name]
-            elif at is not None and now - at > self.settings.rules.shutdown_timeout + GRACE:
+            elif at is not None and now - at > self.settings.rules.shutdown_timeout + self.GRACE:
                 self.problems.append(f"{name} still ran {now - at:.1f} s after SIGTERM:\n{_last_words(program)}")
                 self.kill(name)
 

@@ -1,0 +1,1 @@
+"""Faults of all kinds against consumers, Kafka and the shared database, and what must hold for operations."""
