@@ -22,7 +22,7 @@ from kser.sequencing.runner import prepare, run_task
 from kser.sequencing.stored import new_tasks, result_to_json
 from kser.sequencing.task import Task
 from kser.sequencing.track import Frame, Track
-from kser.store.base import END_SUCCESS, NEXT, START, TASK, Built
+from kser.store.rows import END_SUCCESS, NEXT, START, TASK, Built
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +216,7 @@ class Steps:
                 operation.launch_next(task=task, result=task.result)
                 if not choice.made:
                     raise StoreError(f"launch_next of {type(operation).path} neither chose a task nor the end")
-                uuids = [known.uuid for known in operation.tasks]
-                following = None if choice.following is None else uuids.index(choice.following.uuid)
+                following = None if choice.following is None else _position(operation, choice.following)
         except Exception as exc:
             self._fail(frame, exc)
         else:
@@ -260,6 +259,13 @@ def storable(task: Task, result: Any) -> tuple[Result, str]:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
         failed = failure(error, task.uuid)
         return failed, result_to_json(failed, "a failure")
+
+
+def _position(operation: Operation, chosen: Task) -> int:
+    for position, task in enumerate(operation.tasks):
+        if str(task.uuid) == str(chosen.uuid):
+            return position
+    raise UsageError(f"{type(operation).path} chose {chosen!r} to follow, which is no task of {operation!r}")
 
 
 def _policy(owner: type, outer: Delivery | None) -> Retry | None:
