@@ -22,7 +22,8 @@ from kser.sequencing.recovery import Recovery
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import is_final
-from kser.store.base import Claim, Store, Stored
+from kser.store.base import Store
+from kser.store.rows import Claim, Stored
 from tests.engine import AT_ONCE, PATIENCE, Act, consumer_of
 from tests.store_world import LEASE, World, me
 from tests.support import Clock, message

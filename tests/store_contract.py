@@ -13,7 +13,8 @@ import pytest
 
 from kser import status as states
 from kser.errors import Fenced, StateConflict, StoreError, UsageError
-from kser.store.base import (
+from kser.store.base import Store
+from kser.store.rows import (
     DISTRIBUTED,
     END_SUCCESS,
     ENDED,
@@ -36,7 +37,6 @@ from kser.store.base import (
     Note,
     OperationRow,
     Refusal,
-    Store,
     Target,
 )
 from tests.store_world import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from kser.store.base import Claim, Found
+from kser.store.rows import Claim, Found
 from kser.store.sql import SQLStore
 from tests.store_world import last_step, me, name, new, saved, step_on
 

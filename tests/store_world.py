@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kser import status as states
-from kser.store.base import (
+from kser.store.base import Store
+from kser.store.memory import MemoryStore
+from kser.store.rows import (
     END_FAILED,
     END_SUCCESS,
     LOCAL,
@@ -22,11 +24,9 @@ from kser.store.base import (
     NewTask,
     Note,
     OperationRow,
-    Store,
     Target,
     TaskEnd,
 )
-from kser.store.memory import MemoryStore
 
 LEASE = 30.0
 RESEND = 60.0

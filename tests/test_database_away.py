@@ -10,8 +10,8 @@ import pytest
 
 from kser.errors import SchemaMismatch, StoreUnavailable
 from kser.status import SUCCESS
-from kser.store.base import Refusal
 from kser.store.memory import MemoryStore
+from kser.store.rows import Refusal
 from tests.durable import TURN, Process, Sale, Shop, meanwhile, sent
 from tests.engine import Act, InThread, until
 from tests.store_world import LEASE, me

@@ -18,7 +18,8 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
-from kser.store.base import DISTRIBUTED, LOCAL, Store
+from kser.store.base import Store
+from kser.store.rows import DISTRIBUTED, LOCAL
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
 from tests.engine import Act, committed
 from tests.store_world import MemoryWorld

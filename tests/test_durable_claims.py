@@ -15,8 +15,9 @@ from kser.schemas import OPERATION, Message
 from kser.sequencing.means import Terms
 from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
-from kser.store.base import DISTRIBUTED, HELD, LOCAL, Refusal, Store
+from kser.store.base import Store
 from kser.store.memory import MemoryStore
+from kser.store.rows import DISTRIBUTED, HELD, LOCAL, Refusal
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, expire, meanwhile
 from tests.engine import Act, committed
 from tests.store_world import LEASE, me

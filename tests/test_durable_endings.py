@@ -15,7 +15,7 @@ from kser.errors import StateConflict, UsageError
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.status import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCESS, TRANSITIONS, may_follow
-from kser.store.base import Claim
+from kser.store.rows import Claim
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import PATIENCE, Act
 from tests.store_world import me

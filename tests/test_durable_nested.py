@@ -13,7 +13,8 @@ from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
-from kser.store.base import Checkpoint, Store
+from kser.store.base import Store
+from kser.store.rows import Checkpoint
 from tests.durable import Shop, bare, expire, meanwhile
 from tests.engine import Act
 

@@ -19,7 +19,8 @@ from kser.schemas import OPERATION, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, SUCCESS
-from kser.store.base import Checkpoint, Store
+from kser.store.base import Store
+from kser.store.rows import Checkpoint
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import DICE, PATIENCE, Act, InThread, committed, put, until
 from tests.support import lines

@@ -14,7 +14,8 @@ from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing import recovery
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
-from kser.store.base import EXPIRED, RETRY, UNCLAIMED, UNSENT, Store
+from kser.store.base import Store
+from kser.store.rows import EXPIRED, RETRY, UNCLAIMED, UNSENT
 from tests.durable import BOTH_WAYS, TURN, Process, Sale, Shop, Spread, bare, expire, sent
 from tests.engine import PATIENCE, Act, InThread, until
 from tests.store_world import LEASE, RESEND

@@ -32,8 +32,8 @@ from kser.errors import (
 )
 from kser.store import open_store
 from kser.store.__main__ import main
-from kser.store.base import Found
 from kser.store.memory import MemoryStore
+from kser.store.rows import Found
 from kser.store.sql import SQLStore, schema
 from kser.store.sql.database import Repeat, Transaction
 from kser.store.sql.group import Entry, Group

@@ -20,6 +20,7 @@ ORDER = (
     {"kser.retry"},
     {"kser.signals"},
     {"kser.status"},
+    {"kser.store.rows"},
     {"kser.store.base"},
     {"kser.store.transitions"},
     {"kser.store.memory", "kser.store.sql.tables", "kser.store.sql.statements", "kser.store.sql.group"},

@@ -20,7 +20,7 @@ from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
 from kser.sequencing.steps import Steps
 from kser.sequencing.track import Frame, Track
-from kser.store.base import START, TASK, Checkpoint, Claim, Move, Note, Target
+from kser.store.rows import START, TASK, Checkpoint, Claim, Move, Note, Target
 
 logger = logging.getLogger(__name__)
 

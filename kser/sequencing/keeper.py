@@ -23,7 +23,7 @@ from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import Runner, is_distributed, prepare
 from kser.sequencing.stored import label_of, new_operation, result_from_json
-from kser.store.base import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
+from kser.store.rows import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from kser.errors import KserError, SettingError
 from kser.schemas import OPERATION, Message
 from kser.sequencing.patience import Patience
 from kser.sequencing.stored import ClassFinder
-from kser.store.base import Claimant, Store, Target
+from kser.store.base import Store
+from kser.store.rows import Claimant, Target
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer

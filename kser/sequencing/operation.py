@@ -26,7 +26,7 @@ from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
     from kser.sequencing.registry import OperationRegistry
-    from kser.store.base import AttemptRow, EventRow, Stored
+    from kser.store.rows import AttemptRow, EventRow, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class Operation(Task):
     #: Whether each of its tasks is sent by itself, to run on any consumer that knows it; it needs a shared database.
     DISTRIBUTED: ClassVar[bool] = False
 
-    #: What came of each attempt at its tasks, oldest first: :class:`kser.store.base.AttemptRow`. Of an operation that
+    #: What came of each attempt at its tasks, oldest first: :class:`kser.store.rows.AttemptRow`. Of an operation that
     #: :meth:`.OperationRegistry.get` gave; empty for others.
     attempts: ClassVar[Any] = _Attempts()
-    #: What happened to it, oldest first: :class:`kser.store.base.EventRow`; likewise.
+    #: What happened to it, oldest first: :class:`kser.store.rows.EventRow`; likewise.
     events: ClassVar[Any] = _Events()
 
     _kser_kept = True

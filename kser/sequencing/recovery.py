@@ -14,7 +14,7 @@ from typing import Any
 
 from kser.errors import KserError, ProducerMissing, StoreUnavailable
 from kser.sequencing.means import SEND_TIMEOUT, Means, step_message
-from kser.store.base import EXPIRED, UNSENT_AFTER, Due
+from kser.store.rows import EXPIRED, UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,7 @@ from kser.errors import UsageError
 from kser.schemas import Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from kser.store.base import (
-    DISTRIBUTED,
-    END_SUCCESS,
-    START,
-    TASK,
-    NewOperation,
-    NewTask,
-    OperationRow,
-    Target,
-    TaskRow,
-)
+from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, NewOperation, NewTask, OperationRow, Target, TaskRow
 
 #: What a class overrides, as bits: what is called at the end, and what chooses the next task.
 ENDS: Final = 1

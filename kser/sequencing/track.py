@@ -9,7 +9,7 @@ from cdumay_result import Result
 from kser import status as states
 from kser.results import copy_result, merge
 from kser.sequencing.stored import CHOOSES, ENDS, result_from_json, result_to_json
-from kser.store.base import (
+from kser.store.rows import (
     DISTRIBUTED,
     NEXT,
     START,

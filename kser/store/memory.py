@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from kser import status as states
 from kser.errors import Fenced, StateConflict, StoreError, UsageError
-from kser.store.base import (
+from kser.store.base import Store
+from kser.store.rows import (
     DISTRIBUTED,
     END_SUCCESS,
     STALE,
@@ -28,7 +29,6 @@ from kser.store.base import (
     OperationRow,
     Page,
     Refusal,
-    Store,
     Stored,
     Target,
     TaskEnd,

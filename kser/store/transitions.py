@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kser import status as states
-from kser.store.base import (
+from kser.store.rows import (
     ENDED,
     ERROR_LIMIT,
     EXPIRED,

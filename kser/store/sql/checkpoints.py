@@ -11,7 +11,7 @@ from sqlalchemy import or_
 
 from kser import status as states
 from kser.errors import Fenced
-from kser.store.base import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
+from kser.store.rows import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
 from kser.store.sql import changes
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, Ids, NewRows, count_in, operation_row

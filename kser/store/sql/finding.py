@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Select, exists, false, func, literal_colum
 
 from kser import status as states
 from kser.errors import UsageError
-from kser.store.base import Found, Page
+from kser.store.rows import Found, Page
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, id_at, label, operation_row
 from kser.store.sql.statements import types_of

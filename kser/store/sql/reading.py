@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import BigInteger, Text, bindparam, select
 
-from kser.store.base import AttemptRow, EventRow, OperationRow, Stored, TaskRow
+from kser.store.rows import AttemptRow, EventRow, OperationRow, Stored, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, operation_row
 from kser.store.sql.tables import attempt, event, operation, task

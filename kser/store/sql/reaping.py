@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, or_, select
 
 from kser import status as states
-from kser.store.base import EXPIRED, LONGEST_RESEND, RETRY, UNCLAIMED, UNSENT, Due, Target
+from kser.store.rows import EXPIRED, LONGEST_RESEND, RETRY, UNCLAIMED, UNSENT, Due, Target
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.saving import Adding, event_row
 from kser.store.sql.statements import Source, types_of

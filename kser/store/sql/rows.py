@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kser import status as states
-from kser.store.base import UNSENT_AFTER, Claimant, NewOperation, NewTask, OperationRow, Target, TaskRow
+from kser.store.rows import UNSENT_AFTER, Claimant, NewOperation, NewTask, OperationRow, Target, TaskRow
 from kser.store.sql.tables import operation, task
 
 #: Seconds since 1970 of the first second of 2020, from which identifiers count: with microseconds above and 12 bits of

@@ -9,7 +9,7 @@ from sqlalchemy import Double, Integer, Text, and_, case, literal, or_
 
 from kser import status as states
 from kser.errors import StoreError
-from kser.store.base import (
+from kser.store.rows import (
     DISTRIBUTED,
     ENDED,
     HELD,

@@ -12,7 +12,8 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from kser.errors import MissingDependency, SettingError
-from kser.store.base import (
+from kser.store.base import Store
+from kser.store.rows import (
     Checkpoint,
     Claim,
     Claimant,
@@ -22,7 +23,6 @@ from kser.store.base import (
     OperationRow,
     Page,
     Refusal,
-    Store,
     Stored,
     TaskRow,
 )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.base import Checkpoint, Claim
+from kser.store.rows import Checkpoint, Claim
 from kser.store.sql.checkpoints import Recording, Uneven
 from kser.store.sql.database import ATTEMPTS, Database, Repeat, Transaction
 from kser.store.sql.group import Entry, Group
