@@ -259,13 +259,30 @@ class Keeper(Runner):
         :raises kser.errors.UsageError: there is none.
         """
         before = self._row(uuid)
-        row = _existing(uuid, self._means.patience.call(lambda: self._store.resume(uuid)))
+        row = _existing(uuid, self._resume(uuid))
         self._tell(row, before.status)
         try:
             self._means.send(row.target, row.uuid, (row.id, row.epoch))
         except KserError as error:
             # Whoever asks may have no producer: the reaper of a consumer has.
             logger.info(f"operation {uuid} is resumed, and sent by a consumer: {error.message}")
+
+    def _resume(self, uuid: str) -> OperationRow | None:
+        asked = False
+
+        def ask() -> OperationRow | None:
+            nonlocal asked
+            try:
+                return self._store.resume(uuid)
+            except StateConflict:
+                if not asked:
+                    raise
+                # It took effect the first time, and the answer was lost.
+                return self._store.peek(uuid)
+            finally:
+                asked = True
+
+        return self._means.patience.call(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation: at once, or after the task that runs. Returns its status.
