@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from cdumay_result import Result
+from tenacity import wait_fixed
 
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import OPERATION, Message
+from kser.sequencing import patience
 from kser.sequencing.means import Terms
 from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
@@ -322,9 +324,10 @@ class Unsure(Watching):
 )
 @BOTH_WAYS
 def test_what_nobody_knows_the_outcome_of_is_done_once(
-    shop: Shop, cls: type[Sale], method: str, number: int, before: bool
+    shop: Shop, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 10: it is asked for again in the same words, and answers as it did."""
+    monkeypatch.setattr(patience, "_BACKOFF", wait_fixed(0.01))
     process = shop.process(cls, store=Unsure(shop.store, method, number, before), group="unsure")
     bare(cls)
     process.handle()

@@ -1,0 +1,245 @@
+"""The database is away, full or of another version, while operations run."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tenacity import wait_fixed
+
+from kser.errors import SchemaMismatch, StoreMissing, StoreUnavailable
+from kser.sequencing import patience
+from kser.sequencing.registry import OperationRegistry
+from kser.status import SUCCESS
+from kser.store import open_store
+from kser.store.base import Store
+from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
+from tests.engine import PATIENCE, Act, InThread, committed, put, until
+from tests.support import lines
+
+
+class Troubled:
+    """A store that does not work as long as a reason is given."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.trouble = ""
+        #: How often it was asked in vain.
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.trouble:
+                self.asked += 1
+                raise StoreUnavailable(self.trouble)
+            return found(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_BACKOFF", wait_fixed(0.01))
+
+
+@pytest.fixture
+def troubled(shop: Shop) -> Troubled:
+    return Troubled(shop.store)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said about the database."""
+    return [line for line in lines(caplog, logging.INFO) if line.startswith("Store: ")]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("workers", [1, 3])
+def test_work_in_hand_waits_for_the_database_and_nothing_is_recorded_twice(
+    shop: Shop, troubled: Troubled, cls: type[Sale], workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 33: one ERROR per change of state."""
+    process = shop.process(cls, store=troubled, group="troubled", workers=workers)
+
+    def fall() -> None:
+        troubled.trouble = "it does not answer"
+
+    Act.acts["1.b"] = fall
+    bare(cls)
+    with InThread(process.consumer):
+        until(lambda: troubled.asked > 3)
+        assert Act.seen == ["1.a", "1.b"]
+        troubled.trouble = "it is read-only"
+        asked = troubled.asked
+        until(lambda: troubled.asked > asked + 2)
+        troubled.trouble = ""
+        until(shop.has_ended)
+    assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
+    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+    assert told(caplog) == [
+        "Store: it does not answer; what is in hand waits, and is tried again",
+        "Store: it is read-only; what is in hand waits, and is tried again",
+        "Store: the database works again",
+    ]
+
+
+def test_what_arrives_meanwhile_waits_and_is_not_committed_while_plain_tasks_go_on(
+    shop: Shop, troubled: Troubled
+) -> None:
+    """durability rule 33: who has no step to record needs no database."""
+    process = shop.process(Sale, store=troubled, workers=2)
+    shop.first.consumer.close()
+    troubled.trouble = "it does not answer"
+    bare(Sale)
+    put("plain")
+    with InThread(process.consumer):
+        until(lambda: "plain" in Act.seen and troubled.asked > 2)
+        assert committed() in (None, 0)
+        troubled.trouble = ""
+        until(shop.has_ended)
+    assert committed() == 2
+
+
+def test_the_group_hears_of_a_consumer_that_waits(shop: Shop, troubled: Troubled) -> None:
+    """durability rule 33: polling goes on."""
+    process = shop.process(Sale, store=troubled, group="troubled")
+    troubled.trouble = "it does not answer"
+    polls: list[int] = []
+    turn = process.consumer._poller.turn
+
+    def counted(timeout: float) -> Any:
+        polls.append(1)
+        return turn(timeout)
+
+    process.consumer._poller.turn = counted  # type: ignore[method-assign]
+    bare(Sale)
+    with InThread(process.consumer):
+        until(lambda: troubled.asked > 2)
+        before = len(polls)
+        until(lambda: len(polls) > before + 2)
+        troubled.trouble = ""
+        until(shop.has_ended)
+
+
+def test_the_heartbeat_and_the_reaper_go_on_afterwards(
+    shop: Shop, troubled: Troubled, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 33"""
+    process = shop.process(Sale, store=troubled, group="troubled")
+    shop.first.send(Sale)
+    for log in shop.first.consumer.client.topics["dice"]:
+        log.clear()
+    troubled.trouble = "it does not answer"
+    shop.live(60, process)
+    troubled.trouble = ""
+    shop.live(60, process)
+    assert len(sent()) >= 1
+    assert told(caplog) == [
+        "Store: it does not answer; what is in hand waits, and is tried again",
+        "Store: the database works again",
+    ]
+
+
+@pytest.mark.parametrize("what", ["send", "get", "find", "cancel", "resume", "purge", "wait"])
+def test_outside_of_a_consumer_the_caller_is_told_soon(shop: Shop, troubled: Troubled, what: str) -> None:
+    """durability rule 33: nobody waits there for ever."""
+    process = shop.process(Sale, store=troubled, group="troubled")
+    operation = process.known(Sale)("1").build()
+    operation.send()
+    troubled.trouble = "it does not answer"
+    calls: dict[str, Any] = {
+        "send": lambda: process.known(Sale)("2").build().send(),
+        "get": lambda: process.registry.get("1"),
+        "find": lambda: process.registry.find(),
+        "cancel": operation.cancel,
+        "resume": operation.resume,
+        "purge": lambda: process.registry.purge(older_than=1),
+        "wait": lambda: operation.wait(5),
+    }
+    with pytest.raises(StoreUnavailable, match="it does not answer"):
+        calls[what]()
+    assert troubled.asked == 3
+
+
+def test_a_locked_file_is_waited_for(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 33: a real one, locked by somebody else."""
+    monkeypatch.setenv("KSER_TOPICS", "dice")
+    store = open_store(f"sqlite:///{tmp_path}/kser.db")
+    process = Process(store, Sale)
+    other = sqlite3.connect(tmp_path / "kser.db", isolation_level=None, check_same_thread=False)
+    locked = threading.Event()
+
+    def lock() -> None:
+        other.execute("BEGIN IMMEDIATE")
+        locked.set()
+
+    Act.acts["1.b"] = lock
+    bare(Sale)
+    with InThread(process.consumer):
+        assert locked.wait(PATIENCE)
+        until(lambda: Act.seen == ["1.a", "1.b"])
+        other.execute("ROLLBACK")
+        until(lambda: (row := store.peek("1")) is not None and row.status == SUCCESS)
+    other.close()
+    store.close()
+
+
+# -- another version ---------------------------------------------------------------------------------------------------
+
+
+def newer(path: Path, version: int, oldest: int) -> None:
+    """Make the tables those of another version of kser."""
+    open_store(f"sqlite:///{path}").check()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE kser_schema SET version = ?, oldest = ?", (version, oldest))
+    database.close()
+
+
+def test_a_consumer_refuses_tables_that_it_cannot_use_at_its_start_and_says_what_to_run(
+    tmp_path: Path, bus: Any
+) -> None:
+    """durability rule 34"""
+    newer(tmp_path / "kser.db", 99, 99)
+    process = Process(None, Sale)
+    process.registry._store = open_store(f"sqlite:///{tmp_path}/kser.db")
+    bare(Sale)
+    with pytest.raises(SchemaMismatch, match="99"):
+        process.consumer.run()
+    assert (Act.seen, committed()) in (([], None), ([], 0))
+
+
+def test_tables_of_a_newer_version_that_older_code_may_use_are_accepted(
+    tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rule 34: rolling deploys."""
+    monkeypatch.setenv("KSER_TOPICS", "dice")
+    newer(tmp_path / "kser.db", 99, 1)
+    process = Process(open_store(f"sqlite:///{tmp_path}/kser.db"), Sale)
+    bare(Sale)
+    process.handle()
+    operation = process.registry.get("1")
+    assert operation is not None
+    assert operation.status == SUCCESS
+    process.consumer.close()
+    process.registry.store.close()
+
+
+def test_what_needs_a_database_says_so_without_one() -> None:
+    registry = OperationRegistry()
+    for call in (
+        lambda: registry.get("1"),
+        registry.find,
+        lambda: registry.purge(older_than=1),
+        lambda: registry.store,
+    ):
+        with pytest.raises(StoreMissing, match="there is no shared database: set KSER_DATABASE_URI in the environment"):
+            call()
+    assert registry.companion is None
+    assert Spread.DISTRIBUTED
