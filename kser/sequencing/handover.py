@@ -55,6 +55,17 @@ class StepDelivery(Delivery):
             raise Abandoned
 
     @property
+    def abandoned(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries
+        return self._outer is not None and self._outer.abandoned
+
+    def hand_back(self) -> None:
+        """Give up the step with the message that it is run for.
+
+        :raises Abandoned: always.
+        """
+        raise Abandoned
+
+    @property
     def cancel_requested(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries
         now = time.monotonic()
         if not self._cancelled and now - self._looked_at >= CANCEL_TICK:
