@@ -1,0 +1,61 @@
+"""The table of crash points in the documentation, from what was seen when each point was hit."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+
+from tests.crash.faults import KILLED_AFTER, KILLED_BEFORE, POINTS, REFUSED, SLEPT_AFTER, SLEPT_BEFORE, UNKNOWN
+from tests.crash.invariants import doubled
+from tests.crash.world import World
+
+COLUMNS = ("Point", "What goes wrong", "In the database then", "What happens next", "Doubled runs at most", "Cases")
+
+#: What goes wrong, for readers.
+WORDS = {
+    REFUSED: "it is refused",
+    UNKNOWN: "it takes effect, and nobody is told",
+    KILLED_BEFORE: "killed before it",
+    KILLED_AFTER: "killed after it",
+    SLEPT_BEFORE: "stopped before it, goes on later",
+    SLEPT_AFTER: "stopped after it, goes on later",
+}
+
+
+class Table:
+    """Counts what was seen."""
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._next: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._doubled: dict[tuple[str, str], int] = defaultdict(int)
+        self._cases: dict[tuple[str, str], int] = defaultdict(int)
+
+    def add(self, world: World) -> None:
+        """Add a run with one fault."""
+        for fault, call in world.hits:
+            key = call.point, fault.kind
+            self._cases[key] += 1
+            self._doubled[key] = max(self._doubled[key], doubled(world))
+            for story in world.stories:
+                self._stored[key].add(story.stored)
+                self._next[key].add(story.next or "nothing: it has ended")
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """What was never hit."""
+        return [(point, kind) for point, kinds in POINTS.items() for kind in kinds if not self._cases[point, kind]]
+
+    def text(self) -> str:
+        """The table."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for point, kinds in POINTS.items():
+            for kind in kinds:
+                key = point, kind
+                stored, following = ("; ".join(sorted(found[key])) for found in (self._stored, self._next))
+                words = WORDS.get(kind, "the record is lost")
+                writer.writerow((point, words, stored, following, self._doubled[key], self._cases[key]))
+        return out.getvalue()

@@ -1,0 +1,200 @@
+"""Operations end as promised, wherever their consumers die, sleep, or are refused something."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kser.dummy.bus import Bus
+from kser.sequencing import patience
+from kser.store.memory import MemoryStore
+from tests.crash.faults import KILLED, MOMENTS, POINTS, REFUSED, RUN, SLEPT, TROUBLES, UNKNOWN, Fault
+from tests.crash.invariants import broken, doubled
+from tests.crash.shop import SCENARIOS, Scenario
+from tests.crash.table import Table
+from tests.crash.world import World
+from tests.support import ROOT
+
+TABLE = ROOT / "docs" / "crash-points.csv"
+#: Set to write the table instead of comparing it.
+WRITE = "KSER_TEST_WRITE_TABLES"
+
+#: Runs with two faults, of each kind of store.
+PAIRS_IN_MEMORY, PAIRS_IN_SQLITE = 1000, 200
+#: Of each kind of case every so many-th is tried with SQLite too.
+SQLITE_SAMPLE = 4
+#: Runs in which much of what is called fails.
+STORMS = 200
+
+Go = Callable[..., World]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Thousands of consumers die: nobody reads what they say, or waits for what they wait for."""
+    logger = logging.getLogger("kser")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    monkeypatch.setattr(patience, "_BACKOFF", lambda state: 0)
+    yield
+    logger.setLevel(before)
+    Bus.reset()
+
+
+@pytest.fixture
+def in_memory() -> Go:
+    """Runs a scenario in a database of its own, in memory."""
+
+    def go(scenario: Scenario, *plan: Fault) -> World:
+        clock = [0.0]
+        Bus.reset()
+        return World(MemoryStore(lambda: clock[0]), lambda now: clock.__setitem__(0, now), scenario, plan).run()
+
+    return go
+
+
+@pytest.fixture
+def in_sqlite(tmp_path: Path) -> Iterator[Go]:
+    """Runs scenarios in one SQLite file, one after the other."""
+    sql = pytest.importorskip("kser.store.sql")
+    store = sql.SQLStore(f"sqlite:///{tmp_path / 'shop.db'}", synchronous="NORMAL")
+
+    def go(scenario: Scenario, *plan: Fault) -> World:
+        start = store._shift
+
+        def set_clock(now: float) -> None:
+            store._shift = start + now
+
+        Bus.reset()
+        return World(store, set_clock, scenario, plan).run()
+
+    yield go
+    store.close()
+
+
+def faults_of(world: World, start: int = 0, moments: Sequence[str] = MOMENTS) -> Iterator[Fault]:
+    """Everything that may go wrong in the calls of a run, from ``start`` on."""
+    for call in world.calls[start:]:
+        if call.number not in world.dull:
+            for kind in POINTS[call.point]:
+                for moment in moments if kind in SLEPT else ("",):
+                    yield Fault(call.number, kind, moment)
+
+
+def check(world: World) -> None:
+    """Nothing is broken, or the test fails with what happened."""
+    if problems := broken(world):
+        told = [f"{world.scenario}, with {', '.join(map(str, world.plan.values()))}:", *problems]
+        told += [f"{call.number}: {call.process}: {call.point}" for call in world.calls]
+        pytest.fail("\n".join(map(str, told)), pytrace=False)
+
+
+def seeded(name: str) -> random.Random:
+    """Chance that can be repeated: with the seed that is printed."""
+    seed = int(os.environ.get("KSER_TEST_SEED", random.randrange(1 << 32)))
+    print(f"{name}: KSER_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_undisturbed_nothing_is_doubled(in_memory: Go, scenario: Scenario) -> None:
+    world = in_memory(scenario)
+    check(world)
+    assert doubled(world) == 0
+
+
+def test_every_point_of_every_operation_is_survived(in_memory: Go) -> None:
+    """Also by those who go on as if they had died, and have not: in the end the table says what was seen."""
+    table, wakings = Table(), Counter[str]()
+    for scenario in SCENARIOS:
+        # A failure makes no difference to who wakes up when.
+        moments = ("claimed",) if scenario.fails else MOMENTS
+        for fault in faults_of(in_memory(scenario), moments=moments):
+            world = in_memory(scenario, fault)
+            check(world)
+            # One thing that goes wrong is nothing that whoever sends it hears of.
+            assert (len(world.hits), world.unsent) == (1, 0), fault
+            table.add(world)
+            wakings.update(world.wakings)
+    assert table.missing == []
+    assert all(wakings[moment] > 100 for moment in MOMENTS), wakings
+    if os.environ.get(WRITE):
+        TABLE.write_text(table.text())
+    assert TABLE.read_text() == table.text(), f"set {WRITE}=1 to write the table of crash points anew"
+
+
+def _pairs(go: Go, chance: random.Random, count: int) -> None:
+    hits = Counter[str]()
+    singles = {scenario: list(faults_of(go(scenario))) for scenario in SCENARIOS}
+    for _ in range(count):
+        scenario = chance.choice(SCENARIOS)
+        first = chance.choice(singles[scenario])
+        once = go(scenario, first)
+        second = chance.choice([*faults_of(once, first.at + 1), first])
+        world = go(scenario, first, second)
+        check(world)
+        hits.update(f"{call.point}: {fault.kind}" for fault, call in world.hits)
+    print(f"{count} pairs: {dict(sorted(hits.items()))}")
+    assert sum(hits.values()) > count * 1.5
+
+
+def test_two_faults_are_survived(in_memory: Go) -> None:
+    _pairs(in_memory, seeded("two faults"), PAIRS_IN_MEMORY)
+
+
+def test_two_faults_are_survived_with_sqlite(in_sqlite: Go) -> None:
+    _pairs(in_sqlite, seeded("two faults"), PAIRS_IN_SQLITE)
+
+
+def test_every_point_is_survived_with_sqlite(in_sqlite: Go) -> None:
+    table, seen = Table(), Counter[tuple[str, str, str]]()
+    for scenario in SCENARIOS:
+        world = in_sqlite(scenario)
+        check(world)
+        for fault in faults_of(world):
+            kind = world.calls[fault.at].point, fault.kind, fault.moment
+            seen[kind] += 1
+            if seen[kind] % SQLITE_SAMPLE == 1:
+                found = in_sqlite(scenario, fault)
+                check(found)
+                table.add(found)
+    assert table.missing == []
+
+
+def test_while_everything_fails_now_and_then_nothing_is_doubled(in_memory: Go) -> None:
+    """Rule 33: whatever the database and Kafka refuse, or do without an answer, delays and no more."""
+    chance = seeded("troubles")
+    for _ in range(STORMS):
+        scenario = chance.choice(SCENARIOS)
+        share = chance.random() / 2
+        plan = [Fault(at, chance.choice((REFUSED, UNKNOWN))) for at in range(400) if chance.random() < share]
+        world = in_memory(scenario, *plan)
+        check(world)
+        assert doubled(world) == 0
+
+
+def test_a_consumer_that_always_dies_is_given_up(in_memory: Go) -> None:
+    """Rule 22: the twentieth death in one step is the last one."""
+    scenario = SCENARIOS[0]
+    plan: list[Fault] = []
+    while True:
+        world = in_memory(scenario, *plan)
+        runs = [call.number for call in world.calls if call.point == RUN]
+        if len(plan) >= 20 or len(runs) <= len(plan):
+            break
+        plan.append(Fault(runs[len(plan)], KILLED[0]))
+    found: Any = world.look()
+    assert found.operation.status == "FAILED"
+    assert "died 20 times" in found.operation.result
+    assert sum(event.kind == "claimed" for event in found.events) == 21
+
+
+def test_the_kinds_of_faults_are_those_that_the_points_name() -> None:
+    assert {kind for kinds in POINTS.values() for kind in kinds} == {*TROUBLES, *KILLED, *SLEPT}
