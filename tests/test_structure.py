@@ -94,7 +94,11 @@ APART = (
 )
 
 #: What may be imported inside a function, because it may not be installed.
-OPTIONAL = {"kser.embedded": {"confluent_kafka"}, "kser.store": {"kser.store.sql"}}
+OPTIONAL = {
+    "kser.embedded": {"confluent_kafka"},
+    "kser.store": {"kser.store.sql"},
+    "kser.store.sql.schema": {"alembic", "alembic.config"},
+}
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, inspect, select
 
 from kser.errors import SchemaMismatch
@@ -95,6 +94,14 @@ def _version(connection: Connection) -> Version | None:
 
 
 def _migrate(connection: Connection) -> None:
+    plugins = logging.getLogger("alembic.runtime.plugins")
+    if plugins.level == logging.NOTSET:
+        # At INFO it lists its own parts when it is loaded.
+        plugins.setLevel(logging.WARNING)
+    # It takes longer to load than all the rest, and hardly any process needs it.
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     # Percent signs stand for something else there.
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
