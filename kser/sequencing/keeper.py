@@ -85,15 +85,7 @@ class Keeper(Runner):
                     f"operation {row.uuid} was sent before, and is {row.status}: resume() runs it again"
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
-        signals.emit(
-            signals.operation_changed,
-            self._means.registry,
-            uuid=new.uuid,
-            entrypoint=new.entrypoint,
-            old=None,
-            new=states.PENDING,
-            result=None,
-        )
+        self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         answer = self._means.send(new.target, new.uuid, key=key)
         if states.outcome(answer) == states.SUCCESS:
             # It is accepted: that this cannot be noted now costs no more than another message.
@@ -158,6 +150,7 @@ class Keeper(Runner):
             delivery.answer()
         if isinstance(saved, Refusal):
             return self._refused(saved)
+        self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         if saved is None:
             self._send_first(new)
             return Unfinished(operation.result)
@@ -260,7 +253,7 @@ class Keeper(Runner):
         """
         before = self._row(uuid)
         row = _existing(uuid, self._resume(uuid))
-        self._tell(row, before.status)
+        self._tell(row.uuid, row.entrypoint, before.status, row.status)
         try:
             self._means.send(row.target, row.uuid, (row.id, row.epoch))
         except KserError as error:
@@ -292,7 +285,7 @@ class Keeper(Runner):
         before = self._row(uuid)
         row = _existing(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._tell(row, before.status)
+            self._tell(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
 
     def _row(self, uuid: str) -> OperationRow:
@@ -329,15 +322,10 @@ class Keeper(Runner):
             if count < PURGE_BATCH:
                 return total
 
-    def _tell(self, row: OperationRow, old: str | None) -> None:
+    def _tell(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
+        registry = self._means.registry
         signals.emit(
-            signals.operation_changed,
-            self._means.registry,
-            uuid=row.uuid,
-            entrypoint=row.entrypoint,
-            old=old,
-            new=row.status,
-            result=None,
+            signals.operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=None
         )
 
 
