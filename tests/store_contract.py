@@ -24,6 +24,7 @@ from kser.store.rows import (
     HELD,
     LONGEST_RESEND,
     RETRY,
+    SENDING,
     STALE,
     START,
     TASK,
@@ -67,7 +68,7 @@ def kinds(store: Store, uuid: str) -> list[str]:
 
 def due(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
     """What the reaper takes: uuids, and why."""
-    return [(each.uuid, each.reason) for each in store.take_due(limit, "reaper", expired=expired, resend_after=RESEND)]
+    return [(each.uuid, each.reason) for each in store.take_due(limit, "reaper", expired=expired)]
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -695,12 +696,11 @@ class ReaperContract:
         assert due(world.store) == []
         world.pass_by(UNSENT_AFTER + 1)
         row = row_of(world.store, operation.uuid)
-        found = world.store.take_due(5, "reaper", expired=True, resend_after=RESEND)
+        found = world.store.take_due(5, "reaper", expired=True)
         assert found == [(row.id, row.uuid, 0, operation.target, UNSENT)]
         now = row_of(world.store, operation.uuid)
-        assert now.sends == 1
-        assert now.sent_at == pytest.approx(world.now, abs=CLOSE)
-        assert now.wake_at == pytest.approx(world.now + RESEND, abs=CLOSE)
+        assert (now.sends, now.sent_at) == (0, None)
+        assert now.wake_at == pytest.approx(world.now + SENDING, abs=CLOSE)
         stored = world.store.get(operation.uuid)
         assert stored is not None
         assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, UNSENT)
@@ -721,6 +721,7 @@ class ReaperContract:
             world.pass_by(20)
             before = world.now
             assert due(world.store) == [(row.uuid, UNCLAIMED)]
+            world.store.sent([(row.id, row.epoch)], RESEND)
             wake_at = row_of(world.store, row.uuid).wake_at
             assert wake_at is not None
             waits.append(wake_at - before)
@@ -748,6 +749,17 @@ class ReaperContract:
         assert due(world.store) == []
         world.pass_by(500)
         assert due(world.store) == [(claim.root.uuid, UNCLAIMED)]
+
+    def test_what_its_reaper_never_sent_is_for_another_one(self, world: World) -> None:
+        """Rule 20: a reaper may die as any other process."""
+        operation = new(1)
+        world.store.save(operation)
+        world.pass_by(UNSENT_AFTER + 1)
+        assert due(world.store) == [(operation.uuid, UNSENT)]
+        world.pass_by(SENDING - 1)
+        assert due(world.other) == []
+        world.pass_by(2)
+        assert due(world.other) == [(operation.uuid, UNSENT)]
 
     def test_each_due_step_is_for_one_caller(self, world: World) -> None:
         """Rule 20: N reapers act once."""
@@ -781,14 +793,14 @@ class ReaperContract:
         assert due(world.store, expired=False) == []
         assert due(world.store, 1) == [(claim.root.uuid, EXPIRED)]
         row = row_of(world.store, claim.root.uuid)
-        assert (row.owner, row.epoch, row.token, row.sends) == (None, 1, claim.root.token, 1)
+        assert (row.owner, row.epoch, row.token, row.sends) == (None, 1, claim.root.token, 0)
         assert claimed(world.other, row).epoch == 2
 
     def test_what_could_not_be_sent_is_due_again(self, world: World) -> None:
         operation = new(1)
         world.store.save(operation)
         world.pass_by(UNSENT_AFTER + 1)
-        (taken,) = world.store.take_due(5, "reaper", expired=True, resend_after=RESEND)
+        (taken,) = world.store.take_due(5, "reaper", expired=True)
         world.store.unsent([(taken.id, taken.epoch)], 5)
         assert due(world.store) == []
         world.pass_by(6)

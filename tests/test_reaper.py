@@ -10,6 +10,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.dummy.bus import Bus
+from kser.dummy.producer import Producer
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing import recovery
@@ -54,10 +55,9 @@ def test_what_a_dead_consumer_had_is_sent_again_once_its_lease_is_over(
 @BOTH_WAYS
 def test_a_step_that_is_ready_and_that_nobody_sent_is_sent(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 20: its consumer died between checkpoint and sending."""
+    producer, shop.registry._producer = shop.registry._producer, Producer({"max_request_size": 1})
     shop.first.known(cls)("1").build().send()
-    row = shop.stored().operation
-    shop.store.unsent([(row.id, row.epoch)], 3)
-    forget()
+    shop.registry._producer = producer
     shop.live(0)
     assert reasons(shop) == []
     shop.live(TURN)
@@ -90,6 +90,7 @@ def test_a_step_that_was_sent_and_that_nobody_claims_is_sent_again_less_and_less
     for _ in range(700):
         shop.pass_by(30)
         times += [shop.world.now - began] * shop.first.companion.reap()
+        shop.first.companion.mark()
     gaps = [round((later - earlier) / RESEND) for earlier, later in zip([0.0, *times], times, strict=False)]
     assert gaps[:6] == [1, 2, 4, 8, 16, 32]
     assert set(gaps[6:]) == {60}

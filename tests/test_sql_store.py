@@ -748,7 +748,7 @@ def test_texts_are_read_of_rows_that_are_returned_alone(
 def test_what_is_due_is_a_range_of_an_index(any_store: SQLStore) -> None:
     any_store.save(new(1))
     any_store._shift = 10
-    plans = _plans(any_store, lambda: any_store.take_due(10, "reaper", expired=True, resend_after=60))
+    plans = _plans(any_store, lambda: any_store.take_due(10, "reaper", expired=True))
     _no_whole_table(plans)
     assert "kser_operation_wake" in plans[0]
     assert "TEMP B-TREE" not in plans[0]

@@ -80,11 +80,12 @@ class Recovery:
 
     def mark(self) -> None:
         """Record which steps were sent."""
-        steps = []
-        while self._means.sent:
-            steps.append(self._means.sent.popleft())
+        steps = list(self._means.sent)
         if steps:
             self._means.store.sent(steps, self._terms.resend)
+        # Others only add to its end.
+        for _ in steps:
+            self._means.sent.popleft()
 
     def reap(self) -> int:
         """Send the steps that nobody goes on with; returns how many."""
@@ -92,9 +93,7 @@ class Recovery:
         until = self._clock() + self._terms.heartbeat / 2
         while True:
             asked = self._clock()
-            due = self._means.store.take_due(
-                BATCH, self._means.owner, expired=self._may_judge(), resend_after=self._terms.resend
-            )
+            due = self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
             self._means.patience.report(None)
             # It was made to wait, as were those who wanted to prolong a claim meanwhile.
             waited = self._clock() - asked > self._terms.lease / 3
@@ -127,9 +126,11 @@ class Recovery:
             logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
             by_topic[each.target.topic].append(each)
         for topic, steps in by_topic.items():
-            failed = self._send_to(topic, steps)
+            failed = {each.id for each in self._send_to(topic, steps)}
+            keys = [(each.id, each.epoch) for each in steps]
+            self._means.sent.extend(key for key in keys if key[0] not in failed)
             if failed:
-                self._means.store.unsent([(each.id, each.epoch) for each in failed], UNSENT_AFTER)
+                self._means.store.unsent([key for key in keys if key[0] in failed], UNSENT_AFTER)
 
     def _send_to(self, topic: str, steps: Sequence[Due]) -> Sequence[Due]:
         """Send steps to a topic; returns those that were not delivered."""

@@ -121,21 +121,23 @@ class Store(ABC):
     def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         """The current steps of these roots, each ``(root_id, epoch)``, were sent; changes nothing once it is claimed.
 
-        :param resend_after: seconds until it is sent again if nobody claims it.
-        """
-
-    @abstractmethod
-    def take_due(self, limit: int, consumer: str, *, expired: bool, resend_after: float) -> Sequence[Due]:
-        """Roots to look at now, each for one caller only: they are marked as sent, and taken from an owner whose lease
-        is over (whose epoch stays good until somebody else claims). Each gets an event.
-
-        :param expired: whether leases that are over count.
         :param resend_after: seconds until it is sent again if nobody claims it; doubled each time, to an hour.
         """
 
     @abstractmethod
+    def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
+        """Roots whose steps are to be sent now, each for one caller only, which is given
+        :data:`kser.store.rows.SENDING` for it, and then says that they are :meth:`sent`.
+
+        They are taken from an owner whose lease is over, whose epoch stays good until somebody else claims. Each gets
+        an event.
+
+        :param expired: whether leases that are over count.
+        """
+
+    @abstractmethod
     def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """These steps, each ``(root_id, epoch)``, could not be sent: they are due again in ``wait`` seconds."""
+        """These steps, each ``(root_id, epoch)``, were not sent: they are due again in ``wait`` seconds."""
 
     @abstractmethod
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:

@@ -45,8 +45,9 @@ from kser.store.transitions import (
     new_task_row,
     refusal,
     resumed,
-    sent_again,
+    sent,
     settled,
+    taken_up,
     why_due,
 )
 
@@ -256,10 +257,9 @@ class MemoryStore(Store):
     def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         with self._lock:
             for row in self._unclaimed(steps):
-                now = self._clock()
-                self._put(row._replace(sends=row.sends + 1, sent_at=now, wake_at=max(now, row.due_at) + resend_after))
+                self._put(sent(row, resend_after, self._clock()))
 
-    def take_due(self, limit: int, consumer: str, *, expired: bool, resend_after: float) -> Sequence[Due]:
+    def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
         with self._lock:
             now = self._clock()
             rows = [
@@ -267,21 +267,18 @@ class MemoryStore(Store):
                 for row in self._operations.values()
                 if row.wake_at is not None and row.wake_at <= now and (expired or row.owner is None)
             ]
-            return [
-                self._wake(row, consumer, resend_after)
-                for row in sorted(rows, key=lambda row: row.wake_at or 0)[:limit]
-            ]
+            return [self._take_up(row, consumer) for row in sorted(rows, key=lambda row: row.wake_at or 0)[:limit]]
 
-    def _wake(self, row: OperationRow, consumer: str, resend_after: float) -> Due:
+    def _take_up(self, row: OperationRow, consumer: str) -> Due:
         reason = why_due(row)
-        self._put(sent_again(row, resend_after, self._clock()))
+        self._put(taken_up(row, self._clock()))
         self._note(row, consumer, Note("sent-again", text=reason))
         return Due(row.id, row.uuid, row.epoch, row.target, reason)
 
     def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         with self._lock:
             for row in self._unclaimed(steps):
-                self._put(row._replace(wake_at=self._clock() + wait, sends=max(row.sends - 1, 0)))
+                self._put(row._replace(wake_at=self._clock() + wait))
 
     def _at(self, pairs: Iterable[tuple[int, int]]) -> list[OperationRow]:
         rows = [(self._operations.get(root_id), epoch) for root_id, epoch in pairs]

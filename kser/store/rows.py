@@ -35,6 +35,8 @@ STALE: Final = "stale"
 
 #: Seconds after which the reaper sends a step that is ready and that nobody has said to have sent.
 UNSENT_AFTER: Final = 3.0
+#: Seconds that a reaper is given to send what it has taken, before another one takes it.
+SENDING: Final = 10.0
 #: Seconds: the longest time until a step is sent again that nobody claims.
 LONGEST_RESEND: Final = 3600.0
 #: Characters of an error that an attempt keeps.

@@ -10,6 +10,7 @@ from kser.store.rows import (
     HELD,
     LONGEST_RESEND,
     RETRY,
+    SENDING,
     STALE,
     UNCLAIMED,
     UNSENT,
@@ -167,10 +168,15 @@ def why_due(row: OperationRow) -> str:
     return RETRY if row.wake_at == row.due_at else UNSENT
 
 
-def sent_again(row: OperationRow, resend_after: float, now: float) -> OperationRow:
-    """A root whose step the reaper sends."""
+def taken_up(row: OperationRow, now: float) -> OperationRow:
+    """A root whose step a reaper is about to send."""
+    return row._replace(owner=None, wake_at=now + SENDING)
+
+
+def sent(row: OperationRow, resend_after: float, now: float) -> OperationRow:
+    """A root whose step was sent."""
     wait = min(resend_after * 2.0 ** min(row.sends, 20), LONGEST_RESEND)
-    return row._replace(owner=None, sends=row.sends + 1, sent_at=now, wake_at=now + wait)
+    return row._replace(sends=row.sends + 1, sent_at=now, wake_at=max(now, row.due_at) + wait)
 
 
 def resumed(root: OperationRow, now: float) -> OperationRow:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, or_, select
+from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, literal_column, or_, select
 
 from kser import status as states
-from kser.store.rows import EXPIRED, LONGEST_RESEND, RETRY, UNCLAIMED, UNSENT, Due, Target
+from kser.store.rows import EXPIRED, LONGEST_RESEND, RETRY, SENDING, UNCLAIMED, UNSENT, Due, Target
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.saving import Adding, event_row
 from kser.store.sql.statements import Source, types_of
@@ -41,11 +41,12 @@ class Reaping:
         later = bindparam("seconds", type_=Double)
         # The later of the two.
         begin = case((own.due_at > now, own.due_at), else_=now)
-        sent = {"sends": own.sends + 1, "sent_at": now, "wake_at": begin + later}
+        doubled = later * literal_column("1").op("<<")(own.sends)
+        wait = case((own.sends >= DOUBLINGS, LONGEST_RESEND), (doubled > LONGEST_RESEND, LONGEST_RESEND), else_=doubled)
+        sent = {"sends": own.sends + 1, "sent_at": now, "wake_at": begin + wait}
         # Whoever holds one now claims it.
         self._sent = database.statement(row.update_free(operation, sent, *unclaimed))
-        unsent = {"sends": case((own.sends > 0, own.sends - 1), else_=0), "wake_at": now + later}
-        self._unsent = database.statement(row.update(operation, unsent, *unclaimed))
+        self._unsent = database.statement(row.update(operation, {"wake_at": now + later}, *unclaimed))
         self._make_due(database)
 
     def _make_due(self, database: Database) -> None:
@@ -57,9 +58,10 @@ class Reaping:
         due = select(*columns, *more).where(own.wake_at <= now, or_(own.owner.is_(None), expired == 1))
         due = due.order_by(own.wake_at).limit(bindparam("limit", type_=Integer)).with_for_update(skip_locked=True)
         self._due = database.statement(due)
-        row = database.source({"id": BigInteger(), "wait": Double()})
-        taken = {"owner": None, "sends": own.sends + 1, "sent_at": now, "wake_at": now + row["wait"]}
-        self._take = database.statement(row.update(operation, taken, own.id == row["id"]))
+        row = database.source({"id": BigInteger()})
+        self._take = database.statement(
+            row.update(operation, {"owner": None, "wake_at": now + SENDING}, own.id == row["id"])
+        )
 
     def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> dict[int, bool]:
         """Prolong claims, but for those in a transaction of somebody else's: to wait for many of them while holding
@@ -78,9 +80,7 @@ class Reaping:
         """See :meth:`kser.store.base.Store.unsent`."""
         transaction.change(self._unsent, _rows(steps), seconds=wait)
 
-    def take_due(
-        self, transaction: Transaction, limit: int, consumer: str, *, expired: bool, resend_after: float
-    ) -> Sequence[Due]:
+    def take_due(self, transaction: Transaction, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
         """See :meth:`kser.store.base.Store.take_due`."""
         rows = transaction.run(self._due, {"limit": limit, "expired": int(expired)}).fetchall()
         found: list[Due] = []
@@ -90,7 +90,7 @@ class Reaping:
             unsent = RETRY if is_retry else UNSENT
             reason = EXPIRED if owner is not None else UNCLAIMED if sends else unsent
             found.append(Due(root_id, uuid, epoch, Target(*target), reason))
-            taken.append({"id": root_id, "wait": min(resend_after * 2.0 ** min(sends, DOUBLINGS), LONGEST_RESEND)})
+            taken.append({"id": root_id})
             events.append(event_row(root_id, "sent-again", epoch, consumer, text=reason))
         transaction.change(self._take, taken)
         transaction.change(self._adding.events, events)

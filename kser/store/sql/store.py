@@ -131,12 +131,8 @@ class SQLStore(Store):
         pairs = list(steps)
         self._write(lambda transaction: self._reaping.sent(transaction, pairs, resend_after))
 
-    def take_due(self, limit: int, consumer: str, *, expired: bool, resend_after: float) -> Sequence[Due]:
-        return self._write(
-            lambda transaction: self._reaping.take_due(
-                transaction, limit, consumer, expired=expired, resend_after=resend_after
-            )
-        )
+    def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
+        return self._write(lambda transaction: self._reaping.take_due(transaction, limit, consumer, expired=expired))
 
     def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         pairs = list(steps)
