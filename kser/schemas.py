@@ -47,6 +47,8 @@ MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadat
 #: In a message's metadata: the uuid of the stored operation that it is a step of. Keys that begin with ``kser.`` are
 #: reserved.
 OPERATION = "kser.operation"
+#: In a stored operation's metadata: JSON of the params that its message came with, if its code has changed them.
+GIVEN = "kser.given"
 
 _MISSING = object()
 

@@ -20,10 +20,10 @@ from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
 from kser.store.base import Store
 from kser.store.rows import DISTRIBUTED, LOCAL
-from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
+from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
 from tests.engine import Act, committed
 from tests.store_world import MemoryWorld
-from tests.support import lines
+from tests.support import lines, message
 
 
 class Unsaving:
@@ -228,6 +228,44 @@ def test_what_comes_again_is_not_built_again(shop: Shop) -> None:
     bare(Counting)
     shop.first.handle()
     assert Counting.built == ["1"]
+
+
+@BOTH_WAYS
+def test_the_message_is_known_again_also_when_the_code_of_users_has_changed_the_params(
+    shop: Shop, cls: type[Sale]
+) -> None:
+    """durability rule 3: Kafka may deliver it again, with the params that it came with."""
+
+    class Completing(cls):  # type: ignore[valid-type,misc]
+        def prebuild(self, **kwargs: Any) -> Any:
+            self.params["currency"] = "EUR"
+            return self.params
+
+    shop.first.learn(Completing)
+    for params in ({"order": 1}, {"order": 1}, {"order": 2}):
+        bare(Completing, params=params)
+    shop.first.handle()
+    assert (Act.seen, shop.first.consumer.counts["failed"]) == (["1.a", "1.b", "1.c"], 1)
+    operation = shop.registry.get("1")
+    assert operation is not None
+    assert operation.params == {"order": 1, "currency": "EUR"}
+
+
+def test_of_two_consumers_that_get_another_operation_under_one_uuid_at_once_one_is_told(shop: Shop) -> None:
+    """durability rule 3: also when neither finds it stored before."""
+    second = shop.process(Sale, group="second")
+
+    class Racing(Sale):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            meanwhile(lambda: second.run(message(Racing, uuid="1", params={"order": 2})))()
+            return super().build_tasks(**kwargs)
+
+    second.learn(type("Racing", (Sale,), {"__module__": __name__}))
+    shop.first.learn(Racing)
+    bare(Racing, params={"order": 1})
+    shop.first.handle()
+    assert shop.first.consumer.counts["failed"] == 1
+    assert (Act.seen, json.loads(shop.stored().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})
 
 
 @pytest.mark.parametrize("other", [{"order": 43}, None], ids=["other params", "another class"])

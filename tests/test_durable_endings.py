@@ -345,6 +345,26 @@ def test_a_signal_says_that_it_was_cancelled(shop: Shop, cls: type[Sale]) -> Non
     assert ("2", PENDING, CANCELLED, CANCELLED) in heard
 
 
+@BOTH_WAYS
+def test_one_that_is_given_back_is_cancelled_then_if_somebody_asked_for_it(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 24: and that is told, and nothing is sent."""
+    heard: list[Any] = []
+
+    def hear(sender: Any, old: Any, new: str, **_: Any) -> None:
+        heard.append((old, new))
+
+    def interrupted() -> None:
+        meanwhile(lambda: shop.store.cancel("1", None))()
+        raise KeyboardInterrupt
+
+    Act.acts["1.b"] = interrupted
+    bare(cls)
+    with signals.operation_changed.connected_to(hear), pytest.raises(KeyboardInterrupt):
+        shop.first.handle()
+    assert (shop.status(), heard[-1]) == (CANCELLED, (RUNNING, CANCELLED))
+    assert [kmsg.uuid for kmsg in sent()] == (["1"] if cls is Sale else ["1", "1.a", "1.b"])
+
+
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 

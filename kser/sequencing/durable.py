@@ -102,9 +102,12 @@ class Run:
             return
         stay = Move(row.id, row.step, row.step, row.phase, row.status, row.so_far, row.result)
         token, notes = root.token or "", (Note("released"),)
-        self._means.store.checkpoint(
+        status = self._means.store.checkpoint(
             Checkpoint(row.id, epoch, token, self._means.owner, (stay,), notes=notes, keep=False)
         )
+        if status == states.CANCELLED:
+            self._cancelled()
+            return
         self._means.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------

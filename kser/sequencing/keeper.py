@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdumay_result import Result
 
@@ -17,12 +17,12 @@ from kser import status as states
 from kser.delivery import CURRENT, FAILED, Delivery, Unfinished
 from kser.entry import Entrypoint
 from kser.errors import KserError, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
-from kser.schemas import OPERATION, Message
+from kser.schemas import GIVEN, OPERATION, Message
 from kser.sequencing.durable import Run
 from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import Runner, is_distributed, prepare
-from kser.sequencing.stored import label_of, new_operation, result_from_json
+from kser.sequencing.stored import label_of, new_operation, result_from_json, same_json
 from kser.store.rows import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,17 @@ _LOOKS = (0.01, 0.25)
 #: Operations that one transaction deletes.
 PURGE_BATCH = 500
 
-#: The operation that this context is to keep, once it is executed.
-_ACCEPTED: ContextVar[Operation | None] = ContextVar("kser_accepted", default=None)
+
+class Arrival(NamedTuple):
+    """An operation that a message has brought."""
+
+    operation: Operation
+    #: JSON of the message's params: the code of users may change those of the operation.
+    params: str
+
+
+#: What this context is to keep, once it is executed.
+_ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None)
 
 
 class Keeper(Runner):
@@ -106,7 +115,8 @@ class Keeper(Runner):
         """
         if row.parent_id is not None:
             raise StateConflict(f"{row.uuid} is the uuid of an operation inside another one")
-        if row.entrypoint != entrypoint or not _same(row.params, params):
+        given = json.loads(row.metadata).get(GIVEN, row.params)
+        if row.entrypoint != entrypoint or not (same_json(row.params, params) or same_json(given, params)):
             raise StateConflict(
                 f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
                 f" params {params} is another operation, and needs a uuid of its own"
@@ -126,10 +136,11 @@ class Keeper(Runner):
             kmsg.uuid = (CURRENT.get() or Delivery()).identity()
         row = self._means.patience.call(lambda: self._store.peek(kmsg.uuid))
         if row is not None:
-            return self._repeat(row, kmsg)
+            return self._repeat(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
+        params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
-        before = _ACCEPTED.set(operation)
+        before = _ACCEPTED.set(Arrival(operation, params))
         try:
             return operation.execute()
         finally:
@@ -137,19 +148,21 @@ class Keeper(Runner):
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         """Execute an operation; the one that a message has just brought is kept from now on."""
-        if _ACCEPTED.get() is not operation:
+        arrival = _ACCEPTED.get()
+        if arrival is None or arrival.operation is not operation:
             return self._runner.run(operation, result)
         prepare(operation, result)
         delivery = CURRENT.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
         mode = DISTRIBUTED if is_distributed(operation) else LOCAL
-        new = new_operation(operation, mode, place, self._means.topic_finder(place))
+        new = new_operation(operation, mode, place, self._means.topic_finder(place), arrival.params)
         claimant = self._means.claimant() if mode == LOCAL else None
         saved = self._means.patience.call(lambda: self._store.save(new, claimant))
+        if isinstance(saved, Refusal):
+            # Another consumer was faster.
+            return self._repeat(saved.root, new.entrypoint, arrival.params)
         if delivery is not None:
             delivery.answer()
-        if isinstance(saved, Refusal):
-            return self._refused(saved)
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         if saved is None:
             self._send_first(new)
@@ -164,9 +177,10 @@ class Keeper(Runner):
             if row is not None:
                 self._means.sent.append((row.id, 0))
 
-    def _repeat(self, row: OperationRow, kmsg: Message) -> Any:
+    def _repeat(self, row: OperationRow, entrypoint: str, params: str) -> Any:
+        """Take up an operation that is stored already, if it is the one that is meant."""
         try:
-            self._check_same(row, kmsg.entrypoint, json.dumps(kmsg.params))
+            self._check_same(row, entrypoint, params)
         except StateConflict as conflict:
             if (delivery := CURRENT.get()) is not None:
                 delivery.refuse(FAILED, conflict)
@@ -362,12 +376,3 @@ def _existing(uuid: str, row: OperationRow | None) -> OperationRow:
             f"there is no stored operation {uuid!r}: it was never sent, was purged, or is inside another one"
         )
     return row
-
-
-def _same(stored: str, given: str) -> bool:
-    # Not compared as objects: there, NaN differs from itself.
-    return stored == given or _sorted(stored) == _sorted(given)
-
-
-def _sorted(text: str) -> str:
-    return json.dumps(json.loads(text), sort_keys=True)

@@ -12,7 +12,7 @@ from cdumay_result import Result
 from kser import status as states
 from kser.entry import Entrypoint
 from kser.errors import UsageError
-from kser.schemas import Message, dump_result
+from kser.schemas import GIVEN, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, NewOperation, NewTask, OperationRow, Target, TaskRow
@@ -77,15 +77,31 @@ def label_of(key: Any, value: Any) -> tuple[str, str]:
     return str(key), value if isinstance(value, str) else json.dumps(value)
 
 
-def new_operation(operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str]) -> NewOperation:
+def same_json(one: str, other: str) -> bool:
+    """Whether two JSON texts say the same."""
+    # Not compared as objects: there, NaN differs from itself.
+    return one == other or _sorted(one) == _sorted(other)
+
+
+def _sorted(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+def new_operation(
+    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], given: str | None = None
+) -> NewOperation:
     """An operation with everything in it, to be stored.
 
     :param topic: where what concerns the whole operation is sent.
     :param topic_of: where a task is sent.
+    :param given: JSON of the params of the message that brought it, which is known again by them.
     :raises kser.errors.UsageError: something in it has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
     tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
+    params, metadata = to_json(operation.params, "params", operation), operation.metadata
+    if given is not None and not same_json(given, params):
+        metadata = {**metadata, GIVEN: given}
     first = tasks[0] if tasks and mode == DISTRIBUTED else None
     return NewOperation(
         uuid=operation.uuid,
@@ -93,8 +109,8 @@ def new_operation(operation: Operation, mode: str, topic: str, topic_of: Callabl
         mode=mode,
         topic=topic,
         hooks=hooks_of(type(operation)),
-        params=to_json(operation.params, "params", operation),
-        metadata=to_json(operation.metadata, "metadata", operation),
+        params=params,
+        metadata=to_json(metadata, "metadata", operation),
         so_far=result_to_json(operation.result, operation),
         tasks=tasks,
         labels=labels_of(operation.metadata),
