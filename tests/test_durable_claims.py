@@ -19,7 +19,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.rows import DISTRIBUTED, HELD, LOCAL, Refusal
+from kser.store.rows import DISTRIBUTED, LOCAL, Refusal
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, expire, meanwhile
 from tests.engine import Act, committed
 from tests.store_world import LEASE, me
@@ -96,7 +96,7 @@ def test_what_a_dead_consumer_had_is_claimed_when_its_lease_is_over_and_not_befo
     shop.pass_by(LEASE - 5)
     shop.first.handle()
     assert (Act.seen, committed()) == ([], 1)
-    assert f"{cls.path}[1]: nothing to do for this message: {HELD}, RUNNING" in lines(caplog, logging.INFO)
+    assert f"{cls.path}[1]: nothing to do for this message: held, RUNNING" in lines(caplog, logging.INFO)
     shop.pass_by(6)
     again = shop.process(cls, group="again")
     again.handle()

@@ -492,7 +492,7 @@ def test_what_has_not_failed_is_not_resumed(shop: Shop, state: str) -> None:
     assert shop.stored() == before
 
 
-def test_resuming_needs_neither_the_class_nor_a_producer(shop: Shop) -> None:
+def test_resuming_needs_neither_the_class_nor_a_producer(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 25: a consumer's reaper sends it."""
     Act.acts["1.b"] = [ConnectionError("no"), None]
     bare(Sale)
@@ -501,7 +501,10 @@ def test_resuming_needs_neither_the_class_nor_a_producer(shop: Shop) -> None:
     desk.registry._producer = None
     operation = desk.registry.get("1")
     assert type(operation) is Operation
+    caplog.clear()
     operation.resume()
+    (line,) = lines(caplog, logging.INFO)
+    assert line.startswith("operation 1 is resumed, and sent by a consumer: the registry has no producer")
     shop.live(5)
     shop.first.handle()
     assert shop.status() == SUCCESS

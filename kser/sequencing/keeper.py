@@ -16,7 +16,7 @@ from kser import signals
 from kser import status as states
 from kser.delivery import CURRENT, FAILED, Delivery, Unfinished
 from kser.entry import Entrypoint
-from kser.errors import KserError, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
+from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
 from kser.schemas import GIVEN, OPERATION, Message
 from kser.sequencing.durable import Run
 from kser.sequencing.means import Means
@@ -269,10 +269,12 @@ class Keeper(Runner):
         row = _existing(uuid, self._resume(uuid))
         self._tell(row.uuid, row.entrypoint, before.status, row.status)
         try:
+            _ = self._means.producer
+        except ProducerMissing as missing:
+            # Whoever asks need not have one: the reaper of a consumer has.
+            logger.info(f"operation {uuid} is resumed, and sent by a consumer: {missing.message}")
+        else:
             self._means.send(row.target, row.uuid, (row.id, row.epoch))
-        except KserError as error:
-            # Whoever asks may have no producer: the reaper of a consumer has.
-            logger.info(f"operation {uuid} is resumed, and sent by a consumer: {error.message}")
 
     def _resume(self, uuid: str) -> OperationRow | None:
         asked = False
