@@ -154,14 +154,13 @@ class Customer:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    def progress(self) -> tuple[int | None, int | None]:
-        """How many operations were accepted and have not ended, and how many have; None when the database is away."""
+    def open(self) -> int | None:
+        """How many operations were accepted and have not ended; None when the database is away."""
         accepted = set(self.accepted)
         try:
-            ended = self._ended()
+            return len(accepted - self._ended())
         except KserError:
-            return None, None
-        return len(accepted - ended), len(ended)
+            return None
 
     def _ended(self) -> set[str]:
         found: set[str] = set()

@@ -58,6 +58,8 @@ class Kept(NamedTuple):
     events: Sequence[tuple[str, str | None, str | None]]
     #: By the clock of the ledger; None for one that has not ended.
     ended: float | None
+    #: Of each event: when it was, by the clock of the ledger, and the epoch.
+    marks: Sequence[tuple[float, int]] = ()
 
     @classmethod
     def of(cls, operation: Any, offset: float) -> Self:
@@ -78,6 +80,7 @@ class Kept(NamedTuple):
             [(attempt.position, attempt.number, attempt.status) for attempt in operation.attempts],
             [(event.kind, event.uuid, event.text) for event in operation.events],
             None if row.ended_at is None else row.ended_at + offset,
+            [(event.at + offset, event.epoch) for event in operation.events],
         )
 
 
@@ -87,9 +90,8 @@ class Look(NamedTuple):
     at: float
     #: Tasks that had begun or ended.
     moves: int
-    #: Operations that had been accepted and had not ended, and that had; None when the database did not say.
+    #: Operations that had been accepted and had not ended; None when the database did not say.
     open: int | None
-    ended: int | None
 
 
 @dataclass

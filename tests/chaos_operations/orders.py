@@ -24,7 +24,7 @@ SHARES = (64, 14, 10, 12)
 #: Attempts at a task that fails now and then.
 ATTEMPTS = 3
 #: Share of tasks that take longer than a lease, and of operations that are handed in twice.
-LONG, TWICE = 0.015, 0.1
+LONG, TWICE = 0.03, 0.1
 #: Results are less than this.
 LIMIT = 1_000_003
 

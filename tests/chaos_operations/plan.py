@@ -24,6 +24,8 @@ WEIGHTS = {KILL: 4, TERM: 3, STOP: 2}
 PAUSE = (0.7, 1.6)
 #: Seconds until another process takes the place of one, and that this one has to settle.
 REPLACED, SETTLE = (0.1, 0.8), 1.5
+#: Seconds by which a stop is longer than a lease: others need some time to go on with what it had.
+STOPPED = (1.0, 6.0)
 #: Seconds that consumers have before the first fault.
 BEGIN = 2.0
 #: Seconds that the database is away for less than a lease, and by how much it is longer than one.
@@ -48,7 +50,7 @@ def _consumers(chance: random.Random, seconds: float, slots: int, lease: float) 
     now = BEGIN
     while now < seconds:
         kind = wanted[0] if wanted else chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0]
-        down = lease + chance.uniform(*LONGER) if kind == STOP else chance.uniform(*REPLACED)
+        down = lease + chance.uniform(*STOPPED) if kind == STOP else chance.uniform(*REPLACED)
         free = [slot for slot in range(slots) if busy[slot] <= now]
         if len(free) > 1:
             slot = chance.choice(free)

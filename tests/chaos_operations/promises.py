@@ -136,6 +136,8 @@ def wrong_records(order: Order, kept: Kept, history: History) -> Iterator[str]:
         yield "something that happens once was recorded more than once"
     if events["ended"] != 1 + events["resumed"] or events["resumed"] != (order.kind == FAILING):
         yield "it ended or was resumed more or less often than it was to"
+    if any(after < before for (_, before), (_, after) in pairwise(kept.marks)):
+        yield "something was recorded under a claim that was over"
 
 
 def _recorded(runs: list[Run], gave: list[object]) -> Run | None:
@@ -223,6 +225,22 @@ def caused(history: History) -> Counter[str]:
     return Counter(double.cause or "no cause" for double in doubles(history))
 
 
+def waits(history: History) -> list[float]:
+    """Seconds from each kill that cut a task off until it was sent again, or taken up; shortest first."""
+    found = []
+    for double in doubles(history):
+        kept = history.kept.get(double.earlier.told.operation)
+        if kept is None or double.cause != "killed":
+            continue
+        kills = [fault.at for fault in history.faults_of(double.earlier.process, KILL)]
+        kill = max(at for at in kills if at <= double.later.start)
+        happened = zip(kept.events, kept.marks, strict=False)
+        found += [at - kill for (kind, _, _), (at, _) in happened if at > kill and kind in ("sent-again", "claimed")][
+            :1
+        ]
+    return sorted(found)
+
+
 # -- 5 -----------------------------------------------------------------------------------------------------------------
 
 
@@ -253,17 +271,16 @@ def stalls(history: History) -> list[Violation]:
 
 
 def longest_pause(history: History, all_servers: bool = False) -> float:
-    """The longest time in which nothing moved.
+    """The longest time in which no task began or ended although operations were open.
 
     :param all_servers: while one of them is away does not count, and it begins anew when that is back.
     """
     longest = since = 0.0
-    before: tuple[int, int | None] | None = None
+    before: int | None = None
     outages = history.faults_of("", *OUTAGES, *BROKER) if all_servers else []
     for look in history.looks:
-        here = look.moves, before[1] if look.ended is None and before else look.ended
-        if look.open == 0 or here != before:
-            since, before = look.at, here
+        if look.open == 0 or look.moves != before:
+            since, before = look.at, look.moves
         begin = max([since, *(fault.until for fault in outages if fault.at <= look.at)])
         longest = max(longest, look.at - begin)
     return longest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,10 +43,15 @@ def row(outcome: Outcome) -> dict[str, str]:
         "Faults that hit": _counted(outcome.hits),
         "Run again, allowed": _counted(causes),
         "Run again, not allowed": forbidden,
+        "Seconds from a kill until its task was sent again": _spread(promises.waits(history)),
         "Promises broken": len(outcome.broken),
         "Longest pause, s": f"{promises.longest_pause(history):.1f}",
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def _spread(numbers: list[float]) -> str:
+    return f"{statistics.median(numbers):.1f}, at most {numbers[-1]:.1f}" if numbers else "none"
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -54,7 +60,7 @@ def _counted(counts: Counter[str]) -> str:
 
 def text(outcome: Outcome) -> str:
     """The figures for people."""
-    return "\n".join(f"{name + ':':<26} {value}" for name, value in row(outcome).items())
+    return "\n".join(f"{name + ':':<50} {value}" for name, value in row(outcome).items())
 
 
 def add_to_table(outcomes: Iterable[Outcome], path: Path | None = None) -> None:

@@ -194,12 +194,12 @@ class Chaos:
             at = time.monotonic()
             if action.slot < 0:
                 self._serve(number, action, begins)
-            else:
-                if begins:
-                    self._aim(action.kind, [slots[action.slot]])
-                self._hit(slots, action, begins)
-            # What follows is as much later.
-            begun += time.monotonic() - at
+                # What follows is as much later.
+                begun += time.monotonic() - at
+                continue
+            if begins:
+                self._aim(action.kind, [slots[action.slot]])
+            self._hit(slots, action, begins)
 
     def _hit(self, slots: dict[int, str], action: Action, begins: bool) -> None:
         name = slots[action.slot]
@@ -264,7 +264,7 @@ class Chaos:
     def _look(self) -> None:
         # While it is away, the question would wait, and everything here with it.
         away = any(self._plan[number].kind in OUTAGES for number in self._away)
-        found = (None, None) if away else self.customer.progress()
+        found = None if away else self.customer.open()
         text = self.crew.ledger.read_bytes() if self.crew.ledger.exists() else b""
         moves = sum(text.count(f"{event} ".encode()) for event in (ledger.START, ledger.END, ledger.FAIL))
-        self._looks.append(Look(time.monotonic(), moves, *found))
+        self._looks.append(Look(time.monotonic(), moves, found))

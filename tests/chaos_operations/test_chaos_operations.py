@@ -37,10 +37,10 @@ def check(kafka: KafkaBroker, database: Faulty, folder: Path, seed: int, count: 
 
 
 def test_operations_in_sqlite_survive_everything(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
-    check(own_kafka, LockedSqlite(tmp_path), tmp_path, seed, 80, 24)
+    check(own_kafka, LockedSqlite(tmp_path), tmp_path, seed, 60, 24)
 
 
 @pytest.mark.postgresql
 def test_operations_in_postgresql_survive_everything(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     with own_postgresql() as server:
-        check(own_kafka, StoppedPostgresql(server), tmp_path, seed, 150, 40)
+        check(own_kafka, StoppedPostgresql(server), tmp_path, seed, 120, 40)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -71,9 +71,9 @@ def told(
         ledger.Entry(event, subject, process, at, place)
         for place, (at, process, event, subject) in enumerate(sorted(lines, key=lambda line: line[0]), 1)
     ]
-    found: Mapping[str, Any] = {"accepted": {"u": 9.0}, "resumed": frozenset(), **given}
-    return History(RULES, [made or order()], kept={"u": stored or kept()}, entries=entries, faults=faults,
-                   looks=looks, **found)  # fmt: skip
+    found: dict[str, Any] = {"accepted": {"u": 9.0}, "resumed": frozenset(), **given}
+    found |= {"kept": {"u": stored or kept()}, "entries": entries, "faults": faults, "looks": looks}
+    return History(RULES, [made or order()], **found)
 
 
 def texts(history: History) -> str:
@@ -140,6 +140,7 @@ def test_a_failing_one_must_have_been_resumed() -> None:
         (kept(attempts=kept().attempts[:4]), "the attempts that were recorded"),
         (kept(events=[*kept().events, ("task-succeeded", "t1", None)]), "more than once"),
         (kept(events=[*kept().events, ("ended", None, "SUCCESS")]), "more or less often"),
+        (kept(marks=[(1.0, 0), (2.0, 2), (3.0, 1)]), "under a claim that was over"),
         (kept(tasks=["t0", "t1", "other", "t3", "t4"]), "another uuid"),
     ],
 )
@@ -153,10 +154,9 @@ def test_a_result_that_no_run_gave_is_reported() -> None:
 
 def test_the_attempts_of_a_shaky_task_are_all_recorded() -> None:
     attempts = [*kept().attempts[:2], *((2, number, "FAILED") for number in (1, 2)), (2, 3, "SUCCESS")]
-    tries = [run(2, 12 + number / 4, 12.1 + number / 4, attempt=number, nonce=f"x{number}", outcome=ledger.FAIL)
-             for number in (1, 2)]  # fmt: skip
-    last = run(2, 12.8, 12.9, attempt=3)
-    lines = [*ALL_RUN[:4], *(line for each in tries for line in each), *last, *ALL_RUN[6:]]
+    first = run(2, 12.2, 12.3, attempt=1, nonce="x1", outcome=ledger.FAIL)
+    second = run(2, 12.5, 12.6, attempt=2, nonce="x2", outcome=ledger.FAIL)
+    lines = [*ALL_RUN[:4], *first, *second, *run(2, 12.8, 12.9, attempt=3), *ALL_RUN[6:]]
     whole = kept(attempts=[*attempts, *kept().attempts[3:]])
     assert texts(told(lines, whole, made=order(SHAKY))) == ""
     assert "2: the attempts that were recorded" in texts(told(lines, kept(), made=order(SHAKY)))
@@ -223,9 +223,15 @@ def test_a_task_may_be_run_again_only_when_a_rule_allows_it(
 
 
 def test_a_task_may_be_run_again_when_the_machine_let_its_process_stand_still() -> None:
-    stood: Callable[[float], list[tuple[float, str, str, str]]] = lambda seconds: [(14, "one", LATE, f"{seconds}")]  # noqa: E731
-    assert cause([*CUT_OFF, *stood(1.8)]) == "did not get to run"
-    assert cause([*CUT_OFF, *stood(0.9)]) is None
+    assert cause([*CUT_OFF, (14, "one", LATE, "1.8")]) == "did not get to run"
+    assert cause([*CUT_OFF, (14, "one", LATE, "0.9")]) is None
+
+
+def test_it_is_told_how_long_what_was_killed_had_to_wait() -> None:
+    events = [("claimed", None, None), ("sent-again", None, "lease-expired"), ("claimed", None, None)]
+    stored = kept(events=events, marks=[(11.9, 1), (15.2, 1), (15.9, 2)])
+    history = told([*CUT_OFF, *REST], stored, Fault(KILL, "one", 12.2, 12.2))
+    assert promises.waits(history) == [pytest.approx(3.0)]
 
 
 # -- 5: nothing begins after the end -----------------------------------------------------------------------------------
@@ -243,14 +249,14 @@ def test_a_task_that_begins_after_the_end_is_reported() -> None:
 
 
 def test_open_operations_that_do_not_move_are_stuck() -> None:
-    still = [Look(second, 5, 1, 0) for second in range(40)]
+    still = [Look(second, 5, 1) for second in range(40)]
     assert "6: nothing moved for 39.0 s" in texts(told(looks=still))
-    assert texts(told((), None, looks=[Look(second, 5, 0, 1) for second in range(40)])).count("6:") == 0
+    assert texts(told((), None, looks=[Look(second, 5, 0) for second in range(40)])).count("6:") == 0
 
 
 def test_what_moves_is_not_stuck_and_neither_is_what_waits_for_a_server() -> None:
-    assert promises.longest_pause(told(looks=[Look(second, second // 20, 1, 0) for second in range(90)])) == 19
-    still = [Look(second, 5, None if 5 < second < 30 else 1, None if 5 < second < 30 else 0) for second in range(40)]
+    assert promises.longest_pause(told(looks=[Look(second, second // 20, 1) for second in range(90)])) == 19
+    still = [Look(second, 5, None if 5 < second < 30 else 1) for second in range(40)]
     away = told(ALL_RUN, None, Fault(LONG_OUTAGE, "", 5, 30), looks=still)
     assert (promises.longest_pause(away), promises.longest_pause(away, all_servers=True)) == (39, 9)
     assert promises.stalls(away) == []
