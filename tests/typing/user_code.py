@@ -3,6 +3,7 @@
 Each ``type: ignore`` is an error that mypy must find: one that it did not find would be reported as unused.
 """
 
+from datetime import UTC, datetime, timedelta
 from typing import Any, assert_type
 
 from cdumay_error.types import ValidationError
@@ -17,6 +18,9 @@ from kser.errors import KserError, SendError
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from kser.retry import Retry
+from kser.sequencing.registry import OperationPage
+from kser.store import open_store
+from kser.store.base import Store
 
 oregistry = OperationRegistry()
 
@@ -132,7 +136,35 @@ for letter in iter_dead_letters(Consumer, {}, "payments.dlq"):
     assert_type(letter.message, Message | None)
 assert_type(replay(Consumer, {}, "payments.dlq", where=lambda letter: letter.reason == "failed", limit=5), int)
 
+kept = OperationRegistry(store=open_store("sqlite:///shop.db"), producer=Producer())
+assert_type(kept.store, Store)
+found = kept.get("872c3be0-51ac-457f-a4d9-12c2f7667b80")
+assert_type(found, Operation | None)
+if found is not None:
+    assert_type(found.wait(timeout=30), Result)
+    assert_type(found.cancel(reason="changed my mind"), str)
+    assert_type(found.resume(), Operation)
+    assert_type(found.launch(), Result)
+    for task in found.tasks:
+        assert_type(task, Task)
+page = kept.find(
+    status=["FAILED", "CANCELLED"],
+    entrypoint=PlaceOrder,
+    since=datetime.now(UTC) - timedelta(days=1),
+    metadata={"customer": 7},
+    limit=50,
+    after=None,
+)
+assert_type(page, OperationPage)
+assert_type(page.cursor, str | None)
+assert_type(page[0], Operation)
+assert_type(kept.purge(older_than=timedelta(days=30), status="SUCCESS"), int)
+
 # What mypy must refuse.
+kept.get(7)  # type: ignore[arg-type]
+kept.find(limit="50")  # type: ignore[arg-type]
+kept.purge(timedelta(days=30))  # type: ignore[call-arg]
+OperationRegistry(store="sqlite:///shop.db")  # type: ignore[arg-type]
 oregistry.subscribe(int)  # type: ignore[type-var]
 oregistry.subscribe(Charge())  # type: ignore[type-var]
 Charge(params=["amount"])  # type: ignore[arg-type]
