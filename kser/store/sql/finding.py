@@ -24,7 +24,9 @@ STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, 
 ROUNDING: Final = 2e-6
 
 #: So far is counted what a filter admits: beyond, it admits many.
-MANY: Final = 5000
+MANY: Final = 20_000
+#: The same for a filter that does not admit them in the order of pages: all of them are looked at for one page.
+MANY_UNORDERED: Final = 5000
 
 
 class Finding:
@@ -58,22 +60,29 @@ class Finding:
         filters: list[Labelled | Plain] = [Labelled(found, index, before) for index in range(len(found.labels))]
         plain = Plain(found, before)
         if plain.is_narrow:
-            filters.append(plain)
-        driver = filters[0]
-        if len(filters) > 1:
-            # Of those that admit many the first one, a label: they come in the order of the page.
-            driver = min(filters, key=lambda each: self._count(transaction, each.ids()))
+            # An index tells whether an operation has a label, and only its row whether it admits the rest.
+            filters.insert(0 if plain.is_ordered else len(filters), plain)
+        # Of those that admit many the first one: they come in the order of the page.
+        driver, fewest = filters[0], MANY
+        for each in filters if len(filters) > 1 else ():
+            limit = min(fewest, MANY if each.is_ordered else MANY_UNORDERED)
+            count = self._count(transaction, each.nearly(), limit)
+            if count < limit:
+                driver, fewest = each, count
         start = driver.ids().subquery()
-        others = [each.admits(start.c.id) for each in (*filters, plain) if each is not driver]
+        others = [each.admits(start.c.id) for each in dict.fromkeys((*filters, plain)) if each is not driver]
         return select(start.c.id).where(*others).order_by(start.c.id.desc())
 
-    def _count(self, transaction: Transaction, query: Select[Any]) -> int:
-        some = query.limit(MANY).subquery()
+    def _count(self, transaction: Transaction, query: Select[Any], limit: int) -> int:
+        some = query.limit(limit).subquery()
         return self._ids(transaction, select(func.count()).select_from(some))[0]
 
 
 class Labelled:
     """One of the labels that are looked for."""
+
+    #: Whether an index has what it admits in the order of pages.
+    is_ordered = True
 
     def __init__(self, found: Found, index: int, before: int | None) -> None:
         self._table = labels.alias(f"label_{index}")
@@ -84,6 +93,10 @@ class Labelled:
     def ids(self) -> Select[Any]:
         """The operations that have it."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
+
+    def nearly(self) -> Select[Any]:
+        """The same, for counting."""
+        return self.ids()
 
     def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
         """Whether an operation has it."""
@@ -97,12 +110,18 @@ class Plain:
     def __init__(self, found: Found, before: int | None) -> None:
         own = operation.c
         self.is_narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
-        self._where: list[ColumnElement[bool]] = [_family(found), *_filters(found), *_times(found)]
+        self.is_ordered = found.parent is None and found.status is not None and len(set(found.status)) == 1
+        self._indexed: list[ColumnElement[bool]] = [_family(found), *_filters(found)]
+        self._where: list[ColumnElement[bool]] = [*self._indexed, *_times(found)]
         self._bounds = _bounds(found, own.id, before)
 
     def ids(self) -> Select[Any]:
         """The operations that it admits."""
         return select(operation.c.id).where(*self._where, *self._bounds)
+
+    def nearly(self) -> Select[Any]:
+        """The same but for rounding, for counting: what an index knows, without a look at the rows."""
+        return select(operation.c.id).where(*self._indexed, *self._bounds)
 
     def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
         """Whether it admits an operation."""

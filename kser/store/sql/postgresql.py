@@ -96,8 +96,8 @@ class Postgresql(Database):
             self.url,
             connect_args=self._arguments(),
             poolclass=QueuePool,
-            # Who waits for one of these waits shorter than the server takes to begin a session, and half of its work was
-            # to begin those that were closed at once.
+            # Whoever waits for one of these waits shorter than the server takes to begin a session: half of its work
+            # was to begin those that were closed at once.
             pool_size=8,
             max_overflow=0,
             pool_use_lifo=True,
