@@ -15,7 +15,7 @@ from kser.dummy.bus import Bus
 from kser.retry import Retry
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
-from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare
+from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, expire, meanwhile
 from tests.engine import PATIENCE, Act, InThread, committed, put, until
 from tests.support import lines
 
@@ -251,6 +251,30 @@ def test_each_attempt_starts_from_a_fresh_object_with_the_results_before_it(shop
     assert len(objects) == 3
 
 
+@BOTH_WAYS
+def test_the_death_of_a_consumer_is_no_attempt(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 27: recorded attempts count."""
+    second = shop.process(group="second")
+    numbers: list[int] = []
+
+    class Dying(Act):
+        def run(self) -> None:
+            numbers.append(self.attempt)
+            if len(numbers) == 1:
+                meanwhile(lambda: shop.pass_by(expire()), second.handle)()
+
+    class Own(cls):  # type: ignore[valid-type,misc]
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [Dying("1.a")]
+
+    for process in (shop.first, second):
+        process.learn(Dying)
+        process.learn(Own)
+    bare(Own)
+    shop.first.handle()
+    assert (numbers, shop.attempts()) == ([1, 1], [(0, 1, SUCCESS)])
+
+
 # -- after a resume ----------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +364,27 @@ def test_an_attempt_that_takes_too_long_is_recorded_as_failed_and_its_worker_is_
     assert (attempt.status, attempt.error) == (FAILED, "the attempt took longer than TIMEOUT, 5 s")
     assert Stuck.told == [("run", 1), ("onerror", "the attempt took longer than TIMEOUT, 5 s")]
     assert "1.c" not in Act.seen
+
+
+@HOLDING
+def test_that_an_attempt_took_too_long_is_not_recorded_by_who_has_lost_the_claim(
+    shop: Shop, cls: type[Holding], gate: threading.Event
+) -> None:
+    """durability rules 8 and 28"""
+    process = shop.process(Stuck, cls, group="workers", workers=2)
+    with InThread(process.consumer):
+        bare(cls)
+        until(lambda: Stuck.told)
+        process.consumer._beside.close(PATIENCE)
+        shop.world.pass_by(expire())
+        claim = shop.seize()
+        process.clock.pass_by(6)
+        until(lambda: len([t for t in threading.enumerate() if t.name == "kser-worker"]) == 3)
+        until(lambda: process.consumer.counts["done"])
+        gate.set()
+    row = shop.stored().operation
+    assert (row.status, row.epoch, row.step) == (RUNNING, claim.epoch, 1)
+    assert shop.attempts() == [(0, 1, SUCCESS)]
 
 
 @HOLDING
