@@ -1,4 +1,4 @@
-"""What the chaos of operations has found about databases that are away, or make everybody wait (rules 21 and 33)."""
+"""What the chaos of operations has found: servers that are away, or make everybody wait (rules 9, 21 and 33)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kser.errors import SchemaMismatch, StoreUnavailable
 from kser.status import SUCCESS
 from kser.store.memory import MemoryStore
 from kser.store.rows import Refusal
-from tests.durable import TURN, Process, Sale, Shop, meanwhile, sent
+from tests.durable import TURN, Process, Sale, Shop, Spread, meanwhile, sent
 from tests.engine import Act, InThread, until
 from tests.store_world import LEASE, me
 from tests.support import lines, message
@@ -133,3 +133,23 @@ def test_a_claim_that_was_lost_is_said_to_be_once(shop: Shop, caplog: pytest.Log
     shop.first.send(Sale)
     shop.first.handle()
     assert len([line for line in lines(caplog, logging.WARNING) if "the claim on it was lost" in line]) == 1
+
+
+# -- Kafka makes everybody wait ----------------------------------------------------------------------------------------
+
+
+def test_a_claim_that_was_given_back_is_not_said_to_be_lost_while_the_next_step_is_sent(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 9"""
+    shop.first.send(Spread)
+    send = shop.registry.producer.send
+
+    def slowly(*given: Any, **options: Any) -> Any:
+        shop.first.companion.beat()
+        return send(*given, **options)
+
+    monkeypatch.setattr(shop.registry.producer, "send", slowly)
+    shop.first.handle()
+    assert shop.status() == SUCCESS
+    assert [line for line in lines(caplog, logging.WARNING) if "was lost" in line] == []

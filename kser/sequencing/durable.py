@@ -133,6 +133,9 @@ class Run:
         checkpoint = track.checkpoint(self._means.owner, keep, target, delay or 0, (Note("released"),) if stays else ())
         status = self._means.patience.call(lambda: self._means.store.checkpoint(checkpoint))
         self._given_back = track.is_over or status == states.CANCELLED or not keep
+        if self._given_back:
+            # Before the next step is sent, which may take a while: the heartbeat would miss the claim.
+            self._means.let_go(self)
         ended = list(track.ended)
         track.recorded()
         self._tell_tasks(checkpoint)
