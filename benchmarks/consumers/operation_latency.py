@@ -1,0 +1,71 @@
+"""``python operation_latency.py ADDRESS TOPIC URI COUNT`` prints two medians of milliseconds.
+
+From the sending of the message of an operation of 5 steps to the end of its last task, and to its recorded end, in one
+consumer with confluent. The message carries when it was sent, by this machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cdumay_result import Result
+
+from kser import Operation, OperationRegistry, Task, signals
+from kser.confluent.consumer import Consumer
+from kser.store import open_store
+
+address, topic, uri, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+logging.basicConfig(level=logging.WARNING)
+registry = OperationRegistry(store=open_store(uri))
+sent: dict[str, float] = {}
+tasks: list[float] = []
+ends: list[float] = []
+
+
+@registry.subscribe
+class Noop(Task):
+    """Does nothing, and says so."""
+
+    def run(self) -> Result:
+        return Result(uuid=self.uuid, retval={"done": 1})
+
+
+@registry.subscribe
+class Last(Noop):
+    """The last one."""
+
+    def onsuccess(self, result: Result) -> Result:
+        tasks.append(time.monotonic() - sent[self.operation_uuid])
+        return super().onsuccess(result)
+
+
+@registry.subscribe
+class Five(Operation):
+    """Five steps."""
+
+    def build_tasks(self, **kwargs: object) -> list[Task]:
+        sent[self.uuid] = self.params["sent"]
+        return [*(Noop() for _ in range(4)), Last()]
+
+
+def note(sender: object, **change: object) -> None:
+    if change["new"] == "SUCCESS":
+        ends.append(time.monotonic() - sent[str(change["uuid"])])
+        if len(ends) == count:
+            consumer.stop()
+
+
+signals.operation_changed.connect(note)
+consumer = Consumer({"bootstrap.servers": address, "group.id": str(uuid.uuid4()), "linger.ms": 0}, [topic])
+try:
+    consumer.run()
+except SystemExit:
+    # The first ones waited for the consumer to join its group.
+    print(*(statistics.median(delays[count // 2 :]) * 1000 for delays in (tasks, ends)))

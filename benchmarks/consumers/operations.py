@@ -1,0 +1,79 @@
+"""kser: ``python operations.py TRANSPORT ADDRESS TOPIC URI COUNT [WORKERS [MODE [STEPS]]]`` prints steps a second.
+
+Stored operations of STEPS no-op tasks each (5), up to WORKERS (50) at the same time, in MODE ``local`` or
+``distributed``. From the first operation's building to the last one's recorded end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import sys
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cdumay_result import Result
+
+from kser import Message, Operation, OperationRegistry, Task, signals
+from kser.store import open_store
+
+transport, address, topic, uri, number = sys.argv[1:6]
+workers, mode, steps = [*sys.argv[6:], *["50", "local", "5"][len(sys.argv) - 6 :]][:3]
+count = int(number)
+logging.basicConfig(level=logging.WARNING)
+
+registry = OperationRegistry(store=open_store(uri))
+built, ended = itertools.count(1), itertools.count(1)
+times: list[float] = []
+
+
+@registry.subscribe
+class Noop(Task):
+    """Does nothing, and says so."""
+
+    TOPIC = topic
+
+    def run(self) -> Result:
+        return Result(uuid=self.uuid, retval={"done": 1})
+
+
+@registry.subscribe
+class Five(Operation):
+    """Does it some times."""
+
+    DISTRIBUTED = mode == "distributed"
+
+    def build_tasks(self, **kwargs: object) -> list[Task]:
+        if next(built) == 1:
+            times.append(time.perf_counter())
+        return [Noop() for _ in range(int(steps))]
+
+
+def note(sender: object, **change: object) -> None:
+    if change["new"] == "SUCCESS" and next(ended) == count:
+        times.append(time.perf_counter())
+        consumer.stop()
+
+
+signals.operation_changed.connect(note)
+if transport == "dummy":
+    from kser.dummy.bus import Bus
+
+    for _ in range(count):
+        kmsg = Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42})
+        Bus.at("").send(topic, kmsg.dumps().encode())
+    config = {}
+elif transport == "python_kafka":
+    config = {"bootstrap_servers": address, "group_id": str(uuid.uuid4())}
+else:
+    # Steps that are sent share requests, as the client does by itself: it lingers for 5 ms.
+    config = {"bootstrap.servers": address, "group.id": str(uuid.uuid4())}
+consumer = importlib.import_module(f"kser.{transport}.consumer").Consumer(config, [topic], workers=int(workers))
+try:
+    consumer.run()
+except SystemExit:
+    print(count * int(steps) / (times[1] - times[0]))
