@@ -428,3 +428,30 @@ def test_an_operation_of_ten_thousand_tasks_is_kept_and_runs() -> None:
     shop.close()
     Bus.reset()
     Act.seen.clear()
+
+
+@BOTH_WAYS
+def test_tasks_that_were_done_before_are_not_run_again(shop: Shop, cls: type[Sale]) -> None:
+    """Decision B6, and durability rule 1: users of 0.8 load their tasks from tables of their own."""
+    operation = shop.first.known(cls)("1").build()
+    for name, task in zip("ab", (operation.tasks[0], operation.tasks[2]), strict=True):
+        task.status, task.result = SUCCESS, Result(uuid=task.uuid, retval={name: 1})
+    operation.send()
+    stored = shop.stored()
+    assert (stored.operation.step, [task.status for task in stored.tasks]) == (1, ["SUCCESS", "PENDING", "SUCCESS"])
+    shop.first.handle()
+    assert Act.seen == ["1.b"]
+    found = shop.registry.get("1")
+    assert found is not None
+    assert (found.status, found.result.retval, len(found.attempts)) == ("SUCCESS", {"a": 1, "b": 1}, 1)
+
+
+@BOTH_WAYS
+def test_an_operation_whose_tasks_are_all_done_ends(shop: Shop, cls: type[Sale]) -> None:
+    """Decision B6."""
+    operation = shop.first.known(cls)("1").build()
+    for task in operation.tasks:
+        task.status = SUCCESS
+    operation.send()
+    shop.first.handle()
+    assert (shop.stored().operation.status, Act.seen) == ("SUCCESS", [])

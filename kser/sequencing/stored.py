@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -12,6 +13,7 @@ from cdumay_result import Result
 from kser import status as states
 from kser.entry import Entrypoint
 from kser.errors import UsageError
+from kser.results import copy_result, merge
 from kser.schemas import GIVEN, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
@@ -102,7 +104,12 @@ def new_operation(
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
     if given is not None and not same_json(given, params):
         metadata = {**metadata, GIVEN: given}
-    first = tasks[0] if tasks and mode == DISTRIBUTED else None
+    done = list(itertools.takewhile(_is_done, operation.tasks))
+    total = copy_result(operation.result)
+    for task in done:
+        total = merge(total, task.result)
+    ahead = (tasks or [])[len(done) :]
+    first = ahead[0] if ahead and mode == DISTRIBUTED else None
     return NewOperation(
         uuid=operation.uuid,
         entrypoint=type(operation).path,
@@ -111,13 +118,14 @@ def new_operation(
         hooks=hooks_of(type(operation)),
         params=params,
         metadata=to_json(metadata, "metadata", operation),
-        so_far=result_to_json(operation.result, operation),
+        so_far=result_to_json(total, operation),
         tasks=tasks,
         labels=labels_of(operation.metadata),
-        phase=START if tasks is None else TASK if tasks else END_SUCCESS,
+        phase=START if tasks is None else TASK if ahead else END_SUCCESS,
         target=Target(first.uuid, first.entrypoint, first.topic)
         if first
         else Target(operation.uuid, type(operation).path, topic),
+        step=len(done),
     )
 
 
@@ -129,7 +137,8 @@ def new_tasks(tasks: Sequence[Task], mode: str, topic_of: Callable[[Task], str])
 def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask:
     topic = topic_of(task)
     child = None
-    if isinstance(task, Operation):
+    done = _is_done(task)
+    if isinstance(task, Operation) and not done:
         # It is begun when its turn comes, also when its tasks are there already.
         child = new_operation(task, mode, topic, topic_of)._replace(phase=START)
     return NewTask(
@@ -138,9 +147,20 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
         topic=topic,
         params=to_json(task.params, "params", task),
         metadata=to_json(task.metadata, "metadata", task),
-        result=None if _is_blank(task.result) else result_to_json(task.result, task),
+        # What has run before, and is to run again, begins with a blank one.
+        result=result_to_json(task.result, task) if done or _brings(task) else None,
         child=child,
+        status=states.SUCCESS if done else states.PENDING,
     )
+
+
+def _is_done(task: Task) -> bool:
+    return task.status == states.SUCCESS
+
+
+def _brings(task: Task) -> bool:
+    """Whether a task comes with a result of its own."""
+    return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
 
 
 def _is_blank(result: Result) -> bool:

@@ -193,6 +193,8 @@ class NewTask(NamedTuple):
     result: str | None
     #: The operation that it is; None for a plain task.
     child: NewOperation | None = None
+    #: PENDING, or SUCCESS for one that is done already: its ``result`` is what it gave.
+    status: str = "PENDING"
 
 
 class NewOperation(NamedTuple):
@@ -214,6 +216,8 @@ class NewOperation(NamedTuple):
     phase: str
     #: Of a root: what is sent for its first step.
     target: Target
+    #: Position of the first task that is not done already.
+    step: int = 0
 
 
 class Claimant(NamedTuple):

@@ -47,7 +47,7 @@ def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | No
         metadata=new.metadata,
         status=states.PENDING,
         phase=new.phase,
-        step=0,
+        step=new.step,
         size=None if new.tasks is None else len(new.tasks),
         so_far=new.so_far,
         result=None,
@@ -72,7 +72,7 @@ def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int |
     """The row of a task that is stored."""
     place = operation_id, position
     own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
-    now = states.PENDING, new.result
+    now = new.status, new.result
     return TaskRow(*place, *own, *now, attempts=0, child_id=child_id, resumed_after=0)
 
 

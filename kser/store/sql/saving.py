@@ -32,7 +32,7 @@ from kser.store.sql.tables import event, label, operation, task
 _WAIT: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns that are the same in every new row.
-_BLANK: Final[Mapping[str, Any]] = {"step": 0, "cancel_requested": False, "sends": 0}
+_BLANK: Final[Mapping[str, Any]] = {"cancel_requested": False, "sends": 0}
 
 
 class Adding:
