@@ -97,8 +97,9 @@ class SavingContract:
     def test_what_is_saved_is_what_is_read(self, world: World) -> None:
         """Rules 1 and 16: texts stay what they were, NaN included."""
         operation = new(2, metadata='{"text": "\\u0000 \\ud800"}')
-        assert world.store.save(operation) is None
+        found = world.store.save(operation)
         row = row_of(world.other, operation.uuid)
+        assert found == row.id
         assert row[1:11] == (
             *(operation.uuid, "shop.PlaceOrder", None, row.id, "local", "orders", 3),
             *('{"order": 42, "nan": NaN}', '{"text": "\\u0000 \\ud800"}', states.PENDING),

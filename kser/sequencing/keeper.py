@@ -94,18 +94,14 @@ class Keeper(Runner):
                     f"operation {row.uuid} was sent before, and is {row.status}: resume() runs it again"
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
+        assert isinstance(known, int), "it was not claimed"
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         answer = self._means.send(new.target, new.uuid, key=key)
         if states.outcome(answer) == states.SUCCESS:
             # It is accepted: that this cannot be noted now costs no more than another message.
             with suppress(StoreUnavailable):
-                self._mark_sent(new.uuid)
+                self._store.sent([(known, 0)], self._means.terms.resend)
         return answer
-
-    def _mark_sent(self, uuid: str) -> None:
-        row = self._store.peek(uuid)
-        if row is not None and row.owner is None:
-            self._store.sent([(row.id, 0)], self._means.terms.resend)
 
     @staticmethod
     def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
@@ -164,18 +160,10 @@ class Keeper(Runner):
         if delivery is not None:
             delivery.answer()
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
-        if saved is None:
-            self._send_first(new)
+        if isinstance(saved, int):
+            self._means.send(new.target, new.uuid, (saved, 0))
             return Unfinished(operation.result)
         return Run(self._means, saved, operation).go()
-
-    def _send_first(self, new: NewOperation) -> None:
-        """Send the first step of an operation that a message has brought."""
-        answer = self._means.send(new.target, new.uuid)
-        if states.outcome(answer) == states.SUCCESS:
-            row = self._means.patience.call(lambda: self._store.peek(new.uuid))
-            if row is not None:
-                self._means.sent.append((row.id, 0))
 
     def _repeat(self, row: OperationRow, entrypoint: str, params: str) -> Any:
         """Take up an operation that is stored already, if it is the one that is meant."""

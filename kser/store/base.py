@@ -54,12 +54,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | None:
+    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
         """Store an operation with all its tasks, and claim it for ``claimant`` if there is one: one transaction.
 
         Its step is ready, and unsent; the reaper sends it if nobody does. ``claimant`` may be refused nothing.
 
-        :return: the claim; None without a claimant. A Refusal (``stale``) when the uuid is taken, which changes
+        :return: the claim; without a claimant its ``id``. A Refusal (``stale``) when the uuid is taken, which changes
             nothing, also when it is the very same operation.
         """
 

@@ -76,7 +76,7 @@ class MemoryStore(Store):
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
-    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | None:
+    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
         with self._lock:
             known = self.peek(operation.uuid)
             if known is not None:
@@ -86,7 +86,7 @@ class MemoryStore(Store):
             self._refuse_taken(operation.tasks or ())
             root = self._insert(operation, None, None)
             self._note(root, None, Note("accepted"))
-            return None if claimant is None else self._take(root, claimant)
+            return root.id if claimant is None else self._take(root, claimant)
 
     def _insert(self, new: NewOperation, parent_id: int | None, root_id: int | None) -> OperationRow:
         self._last_id += 1

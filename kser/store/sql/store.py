@@ -80,9 +80,9 @@ class SQLStore(Store):
             schema.check(self._database, create=isinstance(self._database, Sqlite))
             self._checked = True
 
-    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | None:
+    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
         self._first()
-        found: Claim | Refusal | None = self._writing.write(Save(operation, claimant))
+        found: Claim | Refusal | int = self._writing.write(Save(operation, claimant))
         return found
 
     def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:

@@ -106,11 +106,11 @@ class Writing:
                 results.update(zip(sorts.saves, self._store(transaction, list(sorts.saves.values())), strict=True))
         return [results.get(index, ALONE) for index in range(sorts.count)]
 
-    def _store(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | None]:
+    def _store(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | int]:
         self.saving.store(transaction, saves)
         claimed = [save for save in saves if save.claimant is not None]
         claims = dict(zip(map(id, claimed), self.saving.claimed(transaction, claimed), strict=True))
-        return [claims.get(id(save)) for save in saves]
+        return [claims.get(id(save), save.first_id) for save in saves]
 
     def _run_alone(self, entry: Entry[Work]) -> None:
         try:
