@@ -9,15 +9,14 @@ from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from tests.chaos import ledger
-from tests.chaos.history import BROKER_KILL, BROKER_STOP, Fault
+from tests.chaos.history import Fault
 from tests.chaos_operations.orders import Order
 from tests.chaos_operations.plan import HELD, LONG_OUTAGE, SHORT_OUTAGE
 from tests.chaos_operations.shop import Told
 from tests.chaos_operations.worker import LATE
 
-#: What is done to servers.
+#: What is done to the database.
 OUTAGES = (SHORT_OUTAGE, LONG_OUTAGE, HELD)
-BROKER = (BROKER_STOP, BROKER_KILL)
 
 
 class Rules(NamedTuple):

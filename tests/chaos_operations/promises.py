@@ -19,7 +19,7 @@ from kser.status import CANCELLED as IS_CANCELLED
 from kser.status import FAILED, SUCCESS
 from tests.chaos import ledger
 from tests.chaos.history import KILL, STOP, TERM, Fault
-from tests.chaos_operations.history import BROKER, OUTAGES, History, Kept, Run
+from tests.chaos_operations.history import OUTAGES, History, Kept, Run
 from tests.chaos_operations.orders import CANCELLED, FAILING, SIZE, Order, values
 
 #: Seconds that a checkpoint may be late.
@@ -263,25 +263,25 @@ def _was_away(history: History, run: Run, ended: float) -> bool:
 
 def stalls(history: History) -> list[Violation]:
     """Whether nothing moved for too long although there was something to do."""
-    longest = longest_pause(history, all_servers=True)
+    longest = longest_pause(history, healed=True)
     if longest <= history.rules.patience:
         return []
     left = [uuid for uuid, kept in history.kept.items() if kept.ended is None]
     return [Violation(6, f"nothing moved for {longest:.1f} s", _told(history, left))]
 
 
-def longest_pause(history: History, all_servers: bool = False) -> float:
+def longest_pause(history: History, healed: bool = False) -> float:
     """The longest time in which no task began or ended although operations were open.
 
-    :param all_servers: while one of them is away does not count, and it begins anew when that is back.
+    :param healed: it begins anew after each fault, and while a server is away does not count.
     """
     longest = since = 0.0
     before: int | None = None
-    outages = history.faults_of("", *OUTAGES, *BROKER) if all_servers else []
+    faults = history.faults if healed else ()
     for look in history.looks:
         if look.open == 0 or look.moves != before:
             since, before = look.at, look.moves
-        begin = max([since, *(fault.until for fault in outages if fault.at <= look.at)])
+        begin = max([since, *(fault.until for fault in faults if fault.at <= look.at)])
         longest = max(longest, look.at - begin)
     return longest
 

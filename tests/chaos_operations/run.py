@@ -254,7 +254,7 @@ class Chaos:
     def _look_when_due(self) -> None:
         if not self._looks or time.monotonic() - self._looks[-1].at >= LOOK:
             self._look()
-            pause = promises.longest_pause(self._history({}), all_servers=True) if self._looks[-1].open else 0
+            pause = promises.longest_pause(self._history({}), healed=True) if self._looks[-1].open else 0
             if pause > RULES.patience:
                 raise GaveUp
 

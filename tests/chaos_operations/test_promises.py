@@ -254,12 +254,14 @@ def test_open_operations_that_do_not_move_are_stuck() -> None:
     assert texts(told((), None, looks=[Look(second, 5, 0) for second in range(40)])).count("6:") == 0
 
 
-def test_what_moves_is_not_stuck_and_neither_is_what_waits_for_a_server() -> None:
+def test_what_moves_is_not_stuck_and_neither_is_what_was_hit_just_now() -> None:
     assert promises.longest_pause(told(looks=[Look(second, second // 20, 1) for second in range(90)])) == 19
     still = [Look(second, 5, None if 5 < second < 30 else 1) for second in range(40)]
     away = told(ALL_RUN, None, Fault(LONG_OUTAGE, "", 5, 30), looks=still)
-    assert (promises.longest_pause(away), promises.longest_pause(away, all_servers=True)) == (39, 9)
+    assert (promises.longest_pause(away), promises.longest_pause(away, healed=True)) == (39, 9)
     assert promises.stalls(away) == []
+    hit = told(ALL_RUN, None, Fault(KILL, "one", 20, 20), looks=still)
+    assert promises.longest_pause(hit, healed=True) == 19
 
 
 # -- hits --------------------------------------------------------------------------------------------------------------
