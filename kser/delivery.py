@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from threading import Lock
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
@@ -14,6 +13,11 @@ from kser.retry import DEFAULT, Retry
 UNDECODABLE: Final = "undecodable"
 UNKNOWN: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
+
+
+#: What becomes of an attempt.
+ENDED: Final = "ended"
+GIVEN_UP: Final = "given up"
 
 
 class Abandoned(BaseException):
@@ -78,7 +82,8 @@ class Delivery:
     def __init__(self, retry: Retry | None = None) -> None:
         #: The policy for classes that declare none.
         self.retry = retry
-        self._decision = Lock()
+        #: What became of it, and what others made of it too late.
+        self.decision: list[str] = []
 
     def construct(self, entry: Any) -> None:
         """An entrypoint is being constructed; the first one of the class that the message asked for is its own."""
@@ -126,7 +131,7 @@ class Delivery:
     def begin(self, timeout: float | None) -> None:
         """A part of the work begins that may be given up alone, once it takes longer than ``timeout`` seconds."""
         self.timeout = None
-        self._decision = Lock()
+        self.decision = []
         self.timeout = timeout
 
     def hand_back(self) -> None:
@@ -141,9 +146,20 @@ class Delivery:
         """A uuid for a message that has none: the same one each time that it is delivered."""
         return str(uuid4())
 
-    def decide(self) -> bool:
-        """Whether the caller is the first, who decides what becomes of the attempt: its end, or who gives it up."""
-        return self._decision.acquire(blocking=False)
+    def decide(self, what: str = ENDED) -> bool:
+        """Whether this is what becomes of the attempt: whoever decides first, decides.
+
+        :param what: :data:`ENDED`, or :data:`GIVEN_UP`.
+        """
+        return decide(self.decision, what)
+
+    def check(self) -> None:
+        """Stop here if the attempt was given up.
+
+        :raises Abandoned: it was.
+        """
+        if self.abandoned or self.decision[:1] == [GIVEN_UP]:
+            raise Abandoned
 
     def settle(self, entry: Any) -> None:
         """The work of an entrypoint has ended. If it was the message's own, it cannot take too long any more.
@@ -152,8 +168,13 @@ class Delivery:
         """
         if entry is self.entry:
             self.decide()
-        if self.abandoned:
-            raise Abandoned
+        self.check()
+
+
+def decide(decision: list[str], what: str) -> bool:
+    """See :meth:`Delivery.decide`; of two threads exactly one is the first to append."""
+    decision.append(what)
+    return decision[0] == what
 
 
 #: The delivery that is handled in this context; None outside of a consumer.

@@ -11,7 +11,7 @@ import pytest
 from kser.consumer.beside import Beside
 from kser.consumer.client import Commit
 from kser.consumer.workers import Workers
-from kser.delivery import CURRENT, Abandoned, Delivery, Failure
+from kser.delivery import CURRENT, GIVEN_UP, Abandoned, Delivery, Failure
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing.handover import StepDelivery
@@ -100,7 +100,7 @@ def test_a_stuck_one_is_stood_in_for_although_its_offset_is_free() -> None:
     job = desk.next()
     desk.answer(job)
     verdict = TimeoutError("too long")
-    assert desk.expire(job, verdict) is True
+    assert desk.expire(job, verdict, job.decision) is True
     (stand_in,) = desk.all()
     assert (stand_in.verdict, stand_in.answered, stand_in.record.offset) == (verdict, True, 0)
     assert desk.finish(job) is True
@@ -116,7 +116,7 @@ def test_the_stand_in_of_a_stuck_one_runs_also_when_the_partition_has_gone() -> 
     job = desk.next()
     desk.answer(job)
     desk.on_revoke([DICE])
-    desk.expire(job, TimeoutError("too long"))
+    desk.expire(job, TimeoutError("too long"), job.decision)
     (stand_in,) = desk.all()
     assert desk.finish(stand_in) is True
 
@@ -158,7 +158,7 @@ def test_a_part_of_the_work_has_a_time_of_its_own(bus: Any) -> None:
         job: Any = CURRENT.get()
         before = job.taken
         consumer._dispatch.clock = lambda: before + 100
-        assert job.decide()
+        assert job.decide(GIVEN_UP)
         job.begin(5)
         seen.append((job.timeout, job.taken - before, job.decide()))
 
@@ -222,7 +222,7 @@ def test_a_step_tells_the_message_that_it_runs_for_when_it_has_ended() -> None:
     task = Task("1")
     step = StepDelivery(outer, task, 3, None, "op", lambda: False)
     step.settle(task)
-    assert outer.decide() is False
+    assert outer.decide(GIVEN_UP) is False
     assert (step.attempt, step.operation_uuid) == (3, "op")
 
 

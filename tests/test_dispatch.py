@@ -249,7 +249,7 @@ def test_an_attempt_that_is_expired_is_followed_by_its_verdict() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job, verdict = desk.next(), TimeoutError("late")
-    assert desk.expire(job, verdict)
+    assert desk.expire(job, verdict, job.decision)
     assert job.abandoned
     (following,) = desk.all()
     assert (following.record, following.attempt, following.verdict) == (job.record, 1, verdict)
@@ -273,7 +273,7 @@ def test_an_attempt_that_has_ended_is_not_given_up() -> None:
     desk.enter_keys("-")
     job = desk.next()
     desk.finish(job)
-    assert (desk.expire(job, TimeoutError()), desk.abandon(job), job.abandoned) == (False, False, False)
+    assert (desk.expire(job, TimeoutError(), job.decision), desk.abandon(job), job.abandoned) == (False, False, False)
 
 
 # -- pause and end -----------------------------------------------------------------------------------------------------

@@ -178,12 +178,16 @@ def test_it_never_stops_whatever_it_meets(shop: Shop, caplog: pytest.LogCaptureF
     """durability rule 20"""
     shop.first.send(Sale)
     forget()
-    good = shop.registry._producer
-    shop.registry._producer = object()  # type: ignore[assignment]
+    take_due = shop.store.take_due
+
+    def unknown(*given: object, **options: object) -> object:
+        raise RuntimeError("what no database says")
+
+    shop.store.take_due = unknown  # type: ignore[method-assign, assignment]
     shop.pass_by(RESEND + 1)
     shop.first.companion.tick()
     assert any("the reaper met something that it does not know, and goes on" in line for line in lines(caplog))
-    shop.registry._producer = good
+    shop.store.take_due = take_due  # type: ignore[method-assign]
     shop.live(3 * RESEND)
     assert len(sent()) >= 1
 

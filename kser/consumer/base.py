@@ -307,7 +307,8 @@ class BaseConsumer:
             # The registry refuses it, and tells its hooks.
             data = value
         registry = self.REGISTRY
-        self._lending.lend_to_new(registry)
+        if self._lending.lend_to_new(registry) and self._client_thread is not None:
+            self._beside.start()
         registry.run(data)
 
     # -- the thread that watches ---------------------------------------------------------------------------------------

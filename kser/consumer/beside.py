@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kser.errors import KserError, StoreUnavailable
+from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,12 @@ class Beside:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, when there is anything to run; what has to wait for its database begins later.
+        """Begin, when there is anything to run and it has not begun; what has to wait for its database begins later.
 
         :raises kser.errors.KserError: one of them cannot work here.
         """
+        if self._thread is not None:
+            return
         waits = False
         try:
             self._companions = self._find()
@@ -77,5 +79,6 @@ class Beside:
         except StoreUnavailable:
             # It was logged.
             pass
-        except KserError:
+        except Exception:
+            # Without this thread claims end; and what it asks is the code of apps and drivers.
             logger.exception("what is to run beside the consumer cannot work; it is tried again")

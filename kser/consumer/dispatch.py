@@ -21,6 +21,7 @@ from kser.consumer.job import Job
 from kser.consumer.lanes import Lanes
 from kser.consumer.offsets import Progress, decode, uncommitted
 from kser.consumer.pulse import Pulse
+from kser.delivery import GIVEN_UP, decide
 from kser.retry import Retry
 
 logger = logging.getLogger(__name__)
@@ -237,8 +238,8 @@ class Dispatch(Listener):
             if job.failure is not None:
                 progress.unburied.add(job.record.offset)
             self._lanes.occupy(job)
-            if job not in self._running:
-                self._rest(job)
+            if job not in self._running and not self._closed:
+                self._lanes.wait(job)
         if kept:
             self._work.notify_all()
 
@@ -333,11 +334,12 @@ class Dispatch(Listener):
                 following.burials = job.burials + 1
                 self._follow(job, following)
 
-    def expire(self, job: Job, verdict: Exception) -> bool:
-        """Give up the attempt that runs: it fails with ``verdict``. Returns False when it has ended meanwhile."""
+    def expire(self, job: Job, verdict: Exception, decision: list[str]) -> bool:
+        """Give up the attempt that ``decision`` is about: it fails with ``verdict``. False when it has ended."""
         with self._lock:
-            if not job.decide() or not self._let_go(job):
+            if job not in self._running or not decide(decision, GIVEN_UP):
                 return False
+            self._let_go(job)
             job.abandoned = True
             following = job.following(0)
             following.verdict = verdict
@@ -360,13 +362,10 @@ class Dispatch(Listener):
     def _follow(self, job: Job, following: Job) -> None:
         # The partition may have gone, and come back, meanwhile.
         known = job.progress.replace(job.record.offset, following)
-        if job.answered or (known and (not job.progress.revoked or self._stays(following))):
-            self._rest(following)
+        goes_on = job.answered or (known and (not job.progress.revoked or self._stays(following)))
+        if goes_on and not self._closed:
+            self._lanes.wait(following)
             self._work.notify()
-
-    def _rest(self, job: Job) -> None:
-        if not self._closed:
-            self._lanes.wait(job)
 
     def running(self) -> list[Job]:
         """What workers work on now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -38,7 +37,7 @@ class Job(Delivery):
         self.lane = lane
         # What Delivery does, without a call of its own for each record.
         self.retry = retry
-        self._decision = Lock()
+        self.decision = []
         #: Bytes of its key and value.
         self.size = len(record.value or b"") + len(record.key or b"")
 

@@ -38,10 +38,12 @@ class Lending:
         for registry in _registries(controller):
             registry.borrow_producer(self.producer)
 
-    def lend_to_new(self, controller: Any) -> None:
-        """The same, if there are other classes than the last time."""
-        if self._known != (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
-            self.lend(controller)
+    def lend_to_new(self, controller: Any) -> bool:
+        """The same, if there are other classes than the last time; returns whether there are."""
+        if self._known == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
+            return False
+        self.lend(controller)
+        return True
 
     def companions(self) -> list[Companion]:
         """What is to run beside the consumer, for the registries that were lent to."""

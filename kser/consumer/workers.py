@@ -102,9 +102,11 @@ class Workers:
         """Give up attempts that take longer than their class allows; other workers take the place of stuck ones."""
         now = self._dispatch.clock()
         for job in self._dispatch.running():
+            # Of what runs now; the next part of the work has one of its own.
+            decision = job.decision
             if job.timeout is not None and now - job.taken >= job.timeout:
                 verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.timeout:g} s")
-                if self._dispatch.expire(job, verdict):
+                if self._dispatch.expire(job, verdict, decision):
                     self._spawn()
 
     def _spawn(self) -> None:

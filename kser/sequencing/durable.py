@@ -13,6 +13,7 @@ from typing import Any
 
 from kser import signals
 from kser import status as states
+from kser.controller import CONTAINED
 from kser.delivery import CURRENT, Unfinished
 from kser.errors import Fenced, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
@@ -76,7 +77,11 @@ class Run:
         try:
             if self._claim.epoch == 1:
                 self._tell_operation(states.PENDING, states.RUNNING)
-            if self._claim.exhausted:
+            if self._claim.root.cancel_requested:
+                # Its consumer died before it could obey: giving it back does.
+                self.release()
+                self._given_back, self._steps.answer = True, Unfinished(self._track.root.total)
+            elif self._claim.exhausted:
                 error = _exhausted(self._claim)
                 self._track.note(Note("exhausted", text=error.message))
                 self._steps.give_up(error)
@@ -115,23 +120,33 @@ class Run:
     def _take(self) -> None:
         """Take a step, and record what came of it."""
         try:
-            self._steps.take()
-            self._record()
+            with CONTAINED:
+                self._steps.take()
+                recorded = self._commit()
         except (Fenced, StoreUnavailable):
             raise
         except Exception as exc:
             # What the database does not take now it never will; and whatever else it is would come again at once.
             logger.exception(f"{self.label}: what came of a step cannot be recorded: the step failed")
             self._start_over(exc)
-            self._record()
+            recorded = self._commit()
+        self._go_on(*recorded)
 
     def _record(self) -> None:
-        """Record what came of the step, and see whether another one follows here."""
+        self._go_on(*self._commit())
+
+    def _commit(self) -> tuple[Checkpoint, str, Target | None]:
+        """Record what came of the step; returns what was recorded, the root's status, and what is to be sent."""
         track, delay = self._track, self._steps.delay
         keep, target = self._following()
         stays = not keep and target is None and delay is None
         checkpoint = track.checkpoint(self._means.owner, keep, target, delay or 0, (Note("released"),) if stays else ())
         status = self._means.patience.call(lambda: self._means.store.checkpoint(checkpoint))
+        return checkpoint, status, target
+
+    def _go_on(self, checkpoint: Checkpoint, status: str, target: Target | None) -> None:
+        """Tell what was recorded, and see whether another step follows here."""
+        track, delay, keep = self._track, self._steps.delay, checkpoint.keep
         self._given_back = track.is_over or status == states.CANCELLED or not keep
         if self._given_back:
             # Before the next step is sent, which may take a while: the heartbeat would miss the claim.
@@ -193,7 +208,7 @@ class Run:
         root = self._claim.root
         claimant = self._means.claimant()._replace(token=root.token or "")
         again = self._means.patience.call(lambda: self._means.store.claim(root.uuid, root.target.uuid, claimant))
-        if not isinstance(again, Claim):
+        if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
             raise Fenced(f"operation {root.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._track.frames}
         self._claim, self._track = again, Track(again)

@@ -51,8 +51,7 @@ class StepDelivery(Delivery):
             return
         if entry is self.entry:
             self._outer.decide()
-        if self._outer.abandoned:
-            raise Abandoned
+        self._outer.check()
 
     @property
     def abandoned(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries

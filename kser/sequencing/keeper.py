@@ -14,7 +14,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser import status as states
-from kser.delivery import CURRENT, FAILED, Delivery, Unfinished
+from kser.delivery import CURRENT, FAILED, Delivery, Unfinished, settle
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
 from kser.schemas import GIVEN, OPERATION, Message
@@ -98,10 +98,13 @@ class Keeper(Runner):
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         answer = self._means.send(new.target, new.uuid, key=key)
         if states.outcome(answer) == states.SUCCESS:
-            # It is accepted: that this cannot be noted now costs no more than another message.
-            with suppress(StoreUnavailable):
-                self._store.sent([(known, 0)], self._means.terms.resend)
+            self._note_sent(known, 0)
         return answer
+
+    def _note_sent(self, root_id: int, epoch: int) -> None:
+        # That this cannot be noted now costs no more than another message.
+        with suppress(StoreUnavailable):
+            self._store.sent([(root_id, epoch)], self._means.terms.resend)
 
     @staticmethod
     def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
@@ -148,6 +151,8 @@ class Keeper(Runner):
         if arrival is None or arrival.operation is not operation:
             return self._runner.run(operation, result)
         prepare(operation, result)
+        # An attempt that took too long so far has failed, and is not accepted any more.
+        settle(operation)
         delivery = CURRENT.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
         mode = DISTRIBUTED if is_distributed(operation) else LOCAL
@@ -262,7 +267,9 @@ class Keeper(Runner):
             # Whoever asks need not have one: the reaper of a consumer has.
             logger.info(f"operation {uuid} is resumed, and sent by a consumer: {missing.message}")
         else:
-            self._means.send(row.target, row.uuid, (row.id, row.epoch))
+            answer = self._means.send(row.target, row.uuid)
+            if states.outcome(answer) == states.SUCCESS:
+                self._note_sent(row.id, row.epoch)
 
     def _resume(self, uuid: str) -> OperationRow | None:
         asked = False
@@ -305,13 +312,19 @@ class Keeper(Runner):
         deadline = None if timeout is None else time.monotonic() + timeout
         look, slowest = _LOOKS
         while True:
-            row = self._row(uuid)
-            if states.is_final(row.status):
-                return result_from_json(row.result or row.so_far, row.uuid)
             left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
-            time.sleep(look if left is None else min(look, left))
+            try:
+                row = self._row(uuid)
+            except StoreUnavailable:
+                # It may be back in time.
+                if left is not None and left <= 0:
+                    raise
+            else:
+                if states.is_final(row.status):
+                    return result_from_json(row.result or row.so_far, row.uuid)
+                if left is not None and left <= 0:
+                    raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
+            time.sleep(look if left is None else max(min(look, left), 0))
             look = min(look * 1.5, slowest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:

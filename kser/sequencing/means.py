@@ -15,7 +15,8 @@ from cdumay_result import Result
 
 from kser import status as states
 from kser.config import Settings
-from kser.errors import KserError, SettingError
+from kser.errors import SettingError
+from kser.results import failure
 from kser.schemas import OPERATION, Message
 from kser.sequencing.patience import Patience
 from kser.sequencing.stored import ClassFinder
@@ -155,12 +156,16 @@ class Means:
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
             answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
-        except KserError as error:
-            answer = Result.from_exception(error, uuid=target.uuid)
-        if not isinstance(answer, Result) or states.outcome(answer) == states.SUCCESS:
+        except Exception as error:
+            # Producers may be anybody's; whatever it is, the step is recorded, and ready to be sent.
+            answer = failure(error, target.uuid)
+        if not isinstance(answer, Result):
+            # Nobody can tell from a hook that returns nothing whether the message was delivered.
+            return Result(uuid=target.uuid)
+        if states.outcome(answer) == states.SUCCESS:
             if mark is not None:
                 self.sent.append(mark)
-            return answer if isinstance(answer, Result) else Result(uuid=target.uuid)
+            return answer
         logger.warning(
             f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent, and will be by the reaper"
             f" of a consumer: {answer.stderr}"

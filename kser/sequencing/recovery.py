@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kser.errors import KserError, ProducerMissing, StoreUnavailable
-from kser.sequencing.means import SEND_TIMEOUT, Means, step_message
+from kser.errors import KserError, StoreUnavailable
+from kser.sequencing.means import SEND_TIMEOUT, Held, Means, step_message
 from kser.store.rows import EXPIRED, UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 BATCH = 500
 #: Seconds between two times that it is recorded what was sent: well before the reaper would send it again.
 MARK_EVERY = UNSENT_AFTER / 3
+#: Seconds that the end of a consumer waits for a turn to end.
+CLOSE_TIMEOUT = 5.0
 
 
 class Recovery:
@@ -40,6 +42,8 @@ class Recovery:
         self._reached_since = self._reached = -float("inf")
         #: Claims that are known to be lost, and still worked on.
         self._lost: set[tuple[int, int]] = set()
+        #: How often in a row sending to a topic was in vain.
+        self._vain: Counter[str] = Counter()
 
     def tick(self) -> None:
         """Do what is due. To be called every second or so, by a thread that has nothing else to do."""
@@ -54,8 +58,8 @@ class Recovery:
             ):
                 now = self._clock()
                 if now - self._last.get(what.__name__, -float("inf")) >= interval:
-                    self._last[what.__name__] = now
                     what()
+                    self._last[what.__name__] = now
         except StoreUnavailable as trouble:
             self._reached = -float("inf")
             self._means.patience.report(trouble)
@@ -125,41 +129,68 @@ class Recovery:
         for each in due:
             logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
             by_topic[each.target.topic].append(each)
-        for topic, steps in by_topic.items():
-            failed = {each.id for each in self._send_to(topic, steps)}
+        # The heartbeat is waiting meanwhile.
+        until = self._clock() + self._terms.heartbeat / 2
+        # Those that were in vain before must not take the time of the others.
+        for topic, steps in sorted(by_topic.items(), key=lambda item: self._vain[item[0]]):
+            late = self._time_left(until) <= 0
+            failed = {each.id for each in (steps if late else self._send_to(topic, steps, until))}
             keys = [(each.id, each.epoch) for each in steps]
             self._means.sent.extend(key for key in keys if key[0] not in failed)
-            if failed:
-                self._means.store.unsent([key for key in keys if key[0] in failed], UNSENT_AFTER)
+            if not failed:
+                del self._vain[topic]
+                continue
+            self._vain[topic] += not late
+            wait = min(UNSENT_AFTER * 2.0 ** min(max(self._vain[topic] - 1, 0), 10), self._terms.resend)
+            self._means.store.unsent([key for key in keys if key[0] in failed], wait)
+        if self._reached > self._reached_since:
+            # The time that sending took is no time in which the store could not be reached.
+            self._reached = self._clock()
 
-    def _send_to(self, topic: str, steps: Sequence[Due]) -> Sequence[Due]:
-        """Send steps to a topic; returns those that were not delivered."""
+    def _send_to(self, topic: str, steps: Sequence[Due], until: float) -> Sequence[Due]:
+        """Send steps to a topic; returns those that were not delivered.
+
+        :param until: when to be done.
+        """
         try:
             producer: Any = self._means.producer
-        except ProducerMissing:
+            if len(steps) > 1 and hasattr(producer, "bulk_send"):
+                messages = [step_message(each.target, each.uuid) for each in steps]
+                result = producer.bulk_send(topic, messages, self._time_left(until))
+                undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
+                return [each for each in steps if each.target.uuid in undelivered]
+        except Exception as error:
+            # Producers may be anybody's, and there are other topics.
+            logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
-        try:
-            # The heartbeat is waiting meanwhile.
-            timeout = min(SEND_TIMEOUT, self._terms.heartbeat / 2)
-            if len(steps) == 1 or not hasattr(producer, "bulk_send"):
-                return [each for each in steps if self._means.send(each.target, each.uuid, timeout=timeout).retcode]
-            messages = [step_message(each.target, each.uuid) for each in steps]
-            result = producer.bulk_send(topic, messages, timeout)
-        except KserError as error:
-            logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error.message}")
-            return steps
-        undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
-        return [each for each in steps if each.target.uuid in undelivered]
+        return [each for each in steps if not self._send_one(each, until)]
+
+    def _send_one(self, due: Due, until: float) -> bool:
+        left = self._time_left(until)
+        return left > 0 and not self._means.send(due.target, due.uuid, timeout=left).retcode
+
+    def _time_left(self, until: float) -> float:
+        return min(SEND_TIMEOUT, max(until - self._clock(), 0))
 
     def close(self) -> None:
         """A consumer ends: claims of messages that it has given up are given back, and what was sent is recorded."""
-        with self._busy:
-            try:
-                for run in self._means.held():
-                    if run.is_abandoned:
-                        run.release()
-                self.mark()
-            except StoreUnavailable as trouble:
-                self._means.patience.report(trouble)
-            except KserError as error:
-                logger.warning(f"a claim could not be given back, and ends with its lease: {error.message}")
+        if not self._busy.acquire(timeout=CLOSE_TIMEOUT):
+            # A turn hangs: what is left ends with its lease.
+            return
+        try:
+            for run in self._means.held():
+                if run.is_abandoned:
+                    self._release(run)
+            self.mark()
+        except StoreUnavailable as trouble:
+            self._means.patience.report(trouble)
+        finally:
+            self._busy.release()
+
+    def _release(self, run: Held) -> None:
+        try:
+            run.release()
+        except StoreUnavailable:
+            raise
+        except KserError as error:
+            logger.warning(f"a claim could not be given back, and ends with its lease: {error.message}")

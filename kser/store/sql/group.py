@@ -21,7 +21,7 @@ class Entry(Generic[Item]):
     :param item: what it is.
     """
 
-    __slots__ = ("error", "item", "leads", "result", "wake")
+    __slots__ = ("error", "item", "leads", "led", "result", "wake")
 
     def __init__(self, item: Item) -> None:
         self.item = item
@@ -29,6 +29,8 @@ class Entry(Generic[Item]):
         self.error: BaseException | None = None
         #: Its thread is to run the next group.
         self.leads = False
+        #: It has, and handed the lead over.
+        self.led = False
         #: Held while its thread waits: the cheapest way to wait that there is.
         self.wake = threading.Lock()
 
@@ -53,6 +55,22 @@ class Group(Generic[Item]):
     def write(self, item: Item) -> Any:
         """Write something; returns what came of it, or raises that."""
         entry = Entry(item)
+        try:
+            self._queue(entry)
+            if not entry.leads:
+                # Released by whoever has written it, or hands the lead over.
+                entry.wake.acquire()
+            if entry.leads:
+                self._lead(entry)
+        except BaseException:
+            # What is raised in a thread that waits must not keep the others waiting for it.
+            self._forsake(entry)
+            raise
+        if entry.error is not None:
+            raise entry.error
+        return entry.result
+
+    def _queue(self, entry: Entry[Item]) -> None:
         with self._lock:
             entry.leads = self._leading < self._leaders
             if entry.leads:
@@ -60,26 +78,27 @@ class Group(Generic[Item]):
             else:
                 entry.wake.acquire()
                 self._waiting.append(entry)
-        if not entry.leads:
-            # Released by whoever has written it, or hands the lead over.
-            entry.wake.acquire()
-        if entry.leads:
-            self._lead(entry)
-        if entry.error is not None:
-            raise entry.error
-        return entry.result
+
+    def _forsake(self, entry: Entry[Item]) -> None:
+        with self._lock:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        if entry.leads and not entry.led:
+            self._hand_over()
 
     def _lead(self, own: Entry[Item]) -> None:
-        with self._lock:
-            waiting = self._waiting
-            group = [own, *(waiting.popleft() for _ in range(min(len(waiting), GROUP_LIMIT - 1)))]
+        group = [own]
         try:
+            with self._lock:
+                waiting = self._waiting
+                group += (waiting.popleft() for _ in range(min(len(waiting), GROUP_LIMIT - 1)))
             self._run(group)
         except BaseException as error:
             for entry in group:
                 entry.error = StoreUnavailable(f"the thread that wrote for several was stopped: {error!r}")
             raise
         finally:
+            own.led = True
             self._hand_over()
             for entry in group:
                 if entry is not own:

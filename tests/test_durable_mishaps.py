@@ -1,0 +1,277 @@
+"""Stored operations where several things go wrong at once, or where code of others does."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import threading
+from typing import Any, ClassVar
+
+import pytest
+from cdumay_result import Result
+
+from kser.dummy.bus import Bus
+from kser.dummy.producer import Producer
+from kser.errors import Fenced, StoreUnavailable, TaskTimeout
+from kser.schemas import Message
+from kser.sequencing.operation import Operation
+from kser.sequencing.task import Task
+from kser.status import CANCELLED, FAILED, RUNNING, SUCCESS
+from kser.store.sql.group import Entry, Group
+from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, sent
+from tests.engine import PATIENCE, Act, until
+from tests.store_world import LEASE
+
+
+class Broken(Producer):
+    """A producer of somebody else's, which raises what nobody expects."""
+
+    def send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
+        raise RuntimeError("somebody else's producer")
+
+
+@BOTH_WAYS
+def test_what_is_to_be_cancelled_is_not_run_again_after_its_consumer_died(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 24: the task that killed its consumer must not kill the next one."""
+    operation = shop.first.known(cls)("1").build().send()
+    shop.seize()
+    assert operation.cancel("it kills") == RUNNING
+    shop.live(LEASE + 2 * TURN)
+    shop.first.handle()
+    assert (shop.stored().operation.status, Act.seen) == (CANCELLED, [])
+
+
+def test_what_a_producer_raises_after_a_checkpoint_fails_no_step(shop: Shop) -> None:
+    """durability rule 8: the claim was given back, so nothing more is recorded under it."""
+    shop.first.known(Spread)("1").build().launch()
+    good, shop.registry._producer = shop.registry._producer, Broken({})
+    shop.first.step()
+    assert (shop.stored().operation.status, shop.stored().operation.step, Act.seen) == (RUNNING, 1, ["1.a"])
+    shop.registry._producer = good
+    shop.live(2 * TURN)
+    shop.first.handle()
+    assert shop.stored().operation.status == SUCCESS
+
+
+class Exits(Task):
+    """Fails, and its hook ends the process, or so it believes."""
+
+    runs: ClassVar[int] = 0
+
+    def run(self) -> None:
+        Exits.runs += 1
+        raise ValueError("no")
+
+    def onerror(self, result: Result) -> Any:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["in one consumer", "over the consumers"])
+def test_a_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distributed: bool) -> None:
+    """durability rule 22: it would come again at once, for ever."""
+    exits = shop.first.learn(Exits)
+
+    class Ends(Operation):
+        DISTRIBUTED = distributed
+
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [exits(f"{self.uuid}.x")]
+
+    before = Exits.runs
+    bare(shop.registry.subscribe(Ends))
+    shop.first.handle()
+    assert (shop.stored().operation.status, Exits.runs - before) == (FAILED, 1)
+
+
+def test_topics_that_do_not_exist_keep_neither_the_heartbeat_nor_the_others_waiting(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rules 9, 12 and 20."""
+
+    class Slow(Producer):
+        def send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
+            if topic.startswith("gone"):
+                shop.pass_by(timeout)
+                return Result(uuid=kmsg.uuid, retcode=500, stderr="there is no such topic")
+            return super().send(topic, kmsg, timeout, **options)
+
+    shop.registry._producer = Slow({})
+    shop.first.known(Sale)("dead").build().send()
+    Bus.at("").topics["dice"][0].clear()
+    shop.seize("dead")
+    for number in range(6):
+        shop.first.known(Sale)(f"lost {number}").build().send(topic=f"gone {number}")
+    companion, beats, began = shop.first.companion, [0.0], shop.world.now
+    beat = companion.beat
+
+    def noted() -> None:
+        beats.append(shop.world.now - began)
+        beat()
+
+    noted.__name__ = "beat"
+    monkeypatch.setattr(companion, "beat", noted)
+    while shop.world.now - began < 600:
+        companion.tick()
+        shop.pass_by(0.5)
+    assert max(later - earlier for earlier, later in itertools.pairwise(beats)) < LEASE * 2 / 3
+    assert shop.stored("dead").operation.owner is None
+    assert len(shop.stored("lost 0").events) < 40
+
+
+def test_an_attempt_that_took_too_long_to_build_its_operation_does_not_accept_it(shop: Shop) -> None:
+    """durability rules 2 and 28: it was reported as failed already."""
+    consumer = shop.first.consumer
+    gates: list[Any] = []
+
+    class Long(Operation):
+        TIMEOUT = 5
+
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            if gates:
+                gates.pop()()
+            return [Act(f"{self.uuid}.a")]
+
+    def gate() -> None:
+        shop.first.clock.pass_by(6)
+        consumer._workers.expire()
+        until(lambda: consumer.counts.get("failed"))
+
+    gates.append(gate)
+    bare(shop.registry.subscribe(Long))
+    consumer.step(timeout=0)
+    assert (shop.store.peek("1"), Act.seen) == (None, [])
+    consumer._workers.end()
+
+
+def test_a_task_that_ended_at_its_limit_leaves_the_next_one_alone(shop: Shop) -> None:
+    """durability rule 28: who watches had seen the time of the task before."""
+    dispatch = shop.first.consumer._dispatch
+    looked: list[Any] = []
+    found: list[bool] = []
+
+    class Two(Operation):
+        TIMEOUT = 5
+
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [Act(f"{self.uuid}.a"), Act(f"{self.uuid}.b")]
+
+    def first() -> None:
+        (job,) = dispatch.running()
+        looked.extend((job, job.decision))
+        shop.first.clock.pass_by(5.1)
+
+    Act.acts["1.a"] = first
+    Act.acts["1.b"] = lambda: found.append(dispatch.expire(looked[0], TaskTimeout("too long"), looked[1]))
+    bare(shop.registry.subscribe(Two))
+    shop.first.handle()
+    assert (found, shop.stored().operation.status, len(shop.stored().attempts)) == ([False], SUCCESS, 2)
+
+
+def test_resuming_from_a_process_without_a_consumer_sends_once(shop: Shop) -> None:
+    """durability rules 15 and 25."""
+    Act.acts["1.b"] = [ValueError("no"), None]
+    bare(Sale)
+    shop.first.handle()
+    web = shop.process(Sale)
+    found = web.registry.get("1")
+    assert found is not None
+    found.resume()
+    before = len(sent())
+    shop.live(2 * TURN)
+    assert (len(sent()), shop.stored().operation.sends) == (before, 1)
+
+
+def test_waiting_outlasts_a_database_that_is_away_for_a_while(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 33"""
+    bare(Sale)
+    shop.first.handle()
+    found = shop.registry.get("1")
+    assert found is not None
+    peek, asked = shop.store.peek, []
+
+    def away(uuid: str) -> Any:
+        asked.append(uuid)
+        if len(asked) < 8:
+            raise StoreUnavailable("the database restarts")
+        return peek(uuid)
+
+    monkeypatch.setattr(shop.store, "peek", away)
+    assert found.wait(timeout=PATIENCE).retcode == 0
+
+
+def test_a_claim_that_cannot_be_given_back_leaves_the_others_alone(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 9"""
+    given_back = []
+
+    class Held:
+        is_abandoned, label = True, "held"
+
+        def __init__(self, number: int) -> None:
+            self.key = number, 1
+
+        def release(self) -> None:
+            if self.key[0] == 1:
+                raise Fenced("its own worker was faster")
+            given_back.append(self.key)
+
+    means = shop.registry.keeper._means
+    held = [Held(1), Held(2)]
+    for each in held:
+        means.hold(each)
+    with caplog.at_level(logging.WARNING, "kser"):
+        shop.first.companion.close()
+    assert given_back == [(2, 1)]
+    for each in held:
+        means.let_go(each)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_for_its_group_holds_nobody_up() -> None:
+    """durability rule 14: nobody would lead any more."""
+    go, entered = threading.Event(), threading.Event()
+
+    def run(entries: Any) -> None:
+        if entries[0].item == "slow":
+            entered.set()
+            go.wait(PATIENCE)
+        for entry in entries:
+            entry.result = entry.item
+
+    group: Group[str] = Group(run, 1)
+    slow = threading.Thread(target=group.write, args=("slow",))
+    slow.start()
+    assert entered.wait(PATIENCE)
+
+    def interrupt() -> None:
+        until(lambda: group._waiting)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        group.write("interrupted")
+    go.set()
+    slow.join()
+    interrupter.join()
+    assert (group.write("late"), list(group._waiting), group._leading) == ("late", [], 0)
+
+
+def test_a_thread_that_is_stopped_before_it_leads_hands_the_lead_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 14"""
+
+    def run(entries: Any) -> None:
+        for entry in entries:
+            entry.result = entry.item
+
+    group: Group[str] = Group(run, 1)
+
+    def stopped(own: Entry[str]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "_lead", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            group.write("stopped")
+    assert (group.write("late"), group._leading) == ("late", 0)
