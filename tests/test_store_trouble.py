@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -147,7 +148,7 @@ def test_the_heartbeat_and_the_reaper_go_on_afterwards(
     ]
 
 
-@pytest.mark.parametrize("what", ["send", "get", "find", "cancel", "resume", "purge", "wait"])
+@pytest.mark.parametrize("what", ["send", "get", "find", "cancel", "resume", "purge"])
 def test_outside_of_a_consumer_the_caller_is_told_soon(shop: Shop, troubled: Troubled, what: str) -> None:
     """durability rule 33: nobody waits there for ever."""
     process = shop.process(Sale, store=troubled, group="troubled")
@@ -161,11 +162,19 @@ def test_outside_of_a_consumer_the_caller_is_told_soon(shop: Shop, troubled: Tro
         "cancel": operation.cancel,
         "resume": operation.resume,
         "purge": lambda: process.registry.purge(older_than=1),
-        "wait": lambda: operation.wait(5),
     }
     with pytest.raises(StoreUnavailable, match="it does not answer"):
         calls[what]()
     assert troubled.asked == 3
+
+
+def test_who_waits_is_told_when_the_time_is_over(shop: Shop, troubled: Troubled) -> None:
+    """durability rule 33"""
+    process = shop.process(Sale, store=troubled, group="troubled")
+    operation = process.known(Sale)("1").build().send()
+    troubled.trouble = "it does not answer"
+    with pytest.raises(StoreUnavailable, match="it does not answer"):
+        operation.wait(0.1)
 
 
 def test_a_locked_file_is_waited_for(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +205,8 @@ def test_a_locked_file_is_waited_for(tmp_path: Path, bus: Any, monkeypatch: pyte
 
 def newer(path: Path, version: int, oldest: int) -> None:
     """Make the tables those of another version of kser."""
-    open_store(f"sqlite:///{path}").check()
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        store.check()
     with sqlite3.connect(path) as database:
         database.execute("UPDATE kser_schema SET version = ?, oldest = ?", (version, oldest))
     database.close()
@@ -212,6 +222,7 @@ def test_a_consumer_refuses_tables_that_it_cannot_use_at_its_start_and_says_what
     bare(Sale)
     with pytest.raises(SchemaMismatch, match="99"):
         process.consumer.run()
+    process.registry._store.close()
     assert (Act.seen, committed()) in (([], None), ([], 0))
 
 
@@ -228,6 +239,7 @@ def test_tables_of_a_newer_version_that_older_code_may_use_are_accepted(
     assert operation is not None
     assert operation.status == SUCCESS
     process.consumer.close()
+    process.registry.store.close()
     process.registry.store.close()
 
 

@@ -65,6 +65,7 @@ class Sqlite(Database):
         self._synchronous = synchronous
         self._lock = threading.Lock()
         self._writer: Any = None
+        self._closed = False
         super().__init__(url)
 
     def exists(self) -> bool:
@@ -73,6 +74,7 @@ class Sqlite(Database):
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             self._drop_writer()
         self.engine.dispose()
 
@@ -110,6 +112,9 @@ class Sqlite(Database):
             except BaseException:
                 self._roll_back()
                 raise
+            finally:
+                if self._closed:
+                    self._drop_writer()
 
     def _transaction(self, cursor: Any) -> Transaction:
         # Taken inside: whoever waited for the right to write is not of yesterday.
@@ -142,7 +147,8 @@ class Sqlite(Database):
                 connection.rollback()
             raise
         finally:
-            connection.close()
+            # A thread that nobody waits for may come after the end: no pool takes its connection back.
+            connection.invalidate() if self._closed else connection.close()
 
     @contextmanager
     def _migrating(self) -> Iterator[Connection]:
