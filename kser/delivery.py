@@ -149,7 +149,7 @@ class Delivery:
     def decide(self, what: str = ENDED) -> bool:
         """Whether this is what becomes of the attempt: whoever decides first, decides.
 
-        :param what: :data:`ENDED`, or :data:`GIVEN_UP`.
+        :param what: ``"ended"`` or ``"given up"``.
         """
         return decide(self.decision, what)
 
