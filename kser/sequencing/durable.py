@@ -85,7 +85,7 @@ class Run:
                 error = _exhausted(self._claim)
                 self._track.note(Note("exhausted", text=error.message))
                 self._steps.give_up(error)
-                self._record()
+                self._go_on(*self._commit())
             while not self._given_back:
                 self._take()
         except Fenced as lost:
@@ -131,9 +131,6 @@ class Run:
             self._start_over(exc)
             recorded = self._commit()
         self._go_on(*recorded)
-
-    def _record(self) -> None:
-        self._go_on(*self._commit())
 
     def _commit(self) -> tuple[Checkpoint, str, Target | None]:
         """Record what came of the step; returns what was recorded, the root's status, and what is to be sent."""

@@ -19,6 +19,7 @@ from kser.status import CANCELLED as IS_CANCELLED
 from kser.status import FAILED, SUCCESS
 from tests.chaos import ledger
 from tests.chaos.history import KILL, STOP, TERM, Fault
+from tests.chaos.promises import Violation
 from tests.chaos_operations.history import OUTAGES, History, Kept, Run
 from tests.chaos_operations.orders import CANCELLED, FAILING, SIZE, Order, values
 
@@ -30,17 +31,6 @@ RECOVERY = 3.0
 PROMPT = 1.0
 #: Stories that are told of one promise.
 TOLD = 4
-
-
-class Violation(NamedTuple):
-    """A promise that was broken, with what is known about it."""
-
-    promise: int
-    text: str
-    evidence: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "\n".join((f"promise {self.promise}: {self.text}", *self.evidence))
 
 
 class Double(NamedTuple):
