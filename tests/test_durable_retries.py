@@ -372,10 +372,10 @@ def test_that_an_attempt_took_too_long_is_not_recorded_by_who_has_lost_the_claim
 ) -> None:
     """durability rules 8 and 28"""
     process = shop.process(Stuck, cls, group="workers", workers=2)
+    process.stop_its_heart()
     with InThread(process.consumer):
         bare(cls)
         until(lambda: Stuck.told)
-        process.consumer._beside.close(PATIENCE)
         shop.world.pass_by(expire())
         claim = shop.seize()
         process.clock.pass_by(6)

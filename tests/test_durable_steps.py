@@ -137,6 +137,7 @@ def test_what_workers_record_at_the_same_time_is_judged_alone(shop: Shop, doomed
     together = threading.Barrier(8)
     uuids = [str(number) for number in range(8)]
     process = shop.process(Sale, workers=8, group="many")
+    process.stop_its_heart()
     for uuid in uuids:
         Act.acts[f"{uuid}.a"] = lambda: together.wait(PATIENCE)
         bare(Sale, uuid=uuid)
