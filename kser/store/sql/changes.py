@@ -7,8 +7,8 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, bindparam, case, cast, func, literal, select
 
 from kser import status as states
+from kser.store.sql.adding import adding_events
 from kser.store.sql.database import Database
-from kser.store.sql.saving import adding_events
 from kser.store.sql.statements import ROWS, Source, types_of
 from kser.store.sql.tables import attempt, operation, task
 

@@ -13,9 +13,9 @@ from kser import status as states
 from kser.errors import Fenced
 from kser.store.rows import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
 from kser.store.sql import changes
+from kser.store.sql.adding import Adding, event_row, storable
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, Ids, NewRows, count_in, operation_row
-from kser.store.sql.saving import Adding, event_row, storable
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import attempt, operation
 
@@ -156,7 +156,7 @@ class Recording:
 
     def fits_at_once(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Whether :meth:`record_at_once` can record them."""
-        return self._packed and bool(checkpoints) and not any(each.built or len(each.moves) > 1 for each in checkpoints)
+        return not any(each.built or len(each.moves) > 1 for each in checkpoints)
 
     def record_at_once(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str | None]:
         """The same in one statement: each way to a server and back takes as long as a statement.

@@ -10,9 +10,9 @@ from sqlalchemy import Text, bindparam, func, or_, select, update
 from kser import status as states
 from kser.errors import StateConflict
 from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, UNSENT_AFTER, OperationRow, Target, TaskRow
+from kser.store.sql.adding import Adding, event_row, storable
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, id_at, operation_row
-from kser.store.sql.saving import Adding, event_row, storable
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import attempt, event, label, operation, task
 

@@ -9,8 +9,8 @@ from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, liter
 
 from kser import status as states
 from kser.store.rows import EXPIRED, LONGEST_RESEND, RETRY, SENDING, UNCLAIMED, UNSENT, Due, Target
+from kser.store.sql.adding import Adding, event_row
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.saving import Adding, event_row
 from kser.store.sql.statements import Source, types_of
 from kser.store.sql.tables import operation
 

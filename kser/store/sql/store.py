@@ -27,13 +27,14 @@ from kser.store.rows import (
     TaskRow,
 )
 from kser.store.sql import schema
+from kser.store.sql.claiming import Take
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.endings import Endings
 from kser.store.sql.finding import Finding
 from kser.store.sql.postgresql import Postgresql
 from kser.store.sql.reading import Reading
 from kser.store.sql.reaping import Reaping
-from kser.store.sql.saving import Save, Take
+from kser.store.sql.saving import Save
 from kser.store.sql.sqlite import Sqlite
 from kser.store.sql.writing import Writing, repeated
 

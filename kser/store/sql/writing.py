@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.rows import Checkpoint, Claim
+from kser.store.rows import Checkpoint
+from kser.store.sql.adding import Adding
 from kser.store.sql.checkpoints import Recording, Uneven
-from kser.store.sql.database import ATTEMPTS, Database, Repeat, Transaction
+from kser.store.sql.claiming import Claiming, Take
+from kser.store.sql.database import ATTEMPTS, Database, Repeat
 from kser.store.sql.group import Entry, Group
 from kser.store.sql.rows import Ids
-from kser.store.sql.saving import Adding, Save, Saving, Take
+from kser.store.sql.saving import Save, Saving
 
 Work = Save | Take | Checkpoint
 Result = TypeVar("Result")
@@ -55,14 +57,18 @@ class Writing:
     def __init__(self, database: Database) -> None:
         ids = Ids()
         self.adding = Adding(database)
-        self.saving = Saving(database, self.adding, ids)
+        self.claiming = Claiming(database, self.adding)
+        self.saving = Saving(database, self.adding, self.claiming, ids)
         self.recording = Recording(database, self.adding, ids)
         self._database = database
-        self._group: Group[Work] = Group(self._run, database.writers)
+        kinds: tuple[type[Work], ...] = (Save, Take, Checkpoint)
+        one: Group[Work] = Group(self._run, database.writers)
+        # A statement is a transaction of its own where it can be: there different kinds have nothing to share.
+        self._groups = {kind: Group(self._run, database.writers) if database.packed else one for kind in kinds}
 
     def write(self, work: Work) -> Any:
         """Write something, with what others write at the same time."""
-        return self._group.write(work)
+        return self._groups[type(work)].write(work)
 
     def _run(self, entries: Sequence[Entry[Work]]) -> None:
         try:
@@ -80,37 +86,52 @@ class Writing:
                 entry.result = result
 
     def _fastest(self, entries: Sequence[Entry[Work]]) -> list[Any]:
-        """What comes of entries, written as they can be: all in a few statements, in a transaction, or alone."""
+        """What comes of entries, written as they can be: in one statement, in one transaction, or alone."""
         sorts = Sorts(entries)
-        fits = self.recording.fits_at_once(list(sorts.checkpoints.values()))
-        for at_once in (True, False) if fits else (False,):
+        ways = (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,)
+        for way in ways:
             with suppress(StoreError, Uneven):
-                return repeated(partial(self._together, sorts, at_once))
+                return repeated(partial(way, sorts))
         return [ALONE] * len(entries)
 
-    def _together(self, sorts: Sorts, at_once: bool) -> list[Any]:
-        """Write entries in one transaction; what does not fit is left out.
+    def _fits_at_once(self, sorts: Sorts) -> bool:
+        """Whether one statement can write it: on a server a group is of one kind."""
+        return (
+            self._database.packed
+            and self.recording.fits_at_once(list(sorts.checkpoints.values()))
+            and self.saving.fits_at_once(list(sorts.saves.values()))
+        )
 
-        :param at_once: all checkpoints fit, most likely.
-        """
-        results: dict[int, Any] = {}
-        record = self.recording.record_at_once if at_once else self.recording.record
-        with self._database.write(single=at_once and not sorts.saves and not sorts.takes) as transaction:
+    def _at_once(self, sorts: Sorts) -> list[Any]:
+        """Write what most likely fits in one statement; what does not is left out, or makes it fail."""
+        found: list[tuple[int, Any]] = []
+        with self._database.write(single=True) as transaction:
             if sorts.checkpoints:
-                statuses = record(transaction, list(sorts.checkpoints.values()))
-                results.update((at, found) for at, found in zip(sorts.checkpoints, statuses, strict=True) if found)
+                statuses = self.recording.record_at_once(transaction, list(sorts.checkpoints.values()))
+                found += zip(sorts.checkpoints, statuses, strict=True)
             if sorts.takes:
-                claims = self.saving.take(transaction, list(sorts.takes.values()))
-                results.update(zip(sorts.takes, claims, strict=True))
+                claims = self.claiming.take_at_once(transaction, list(sorts.takes.values()))
+                found += zip(sorts.takes, claims, strict=True)
             if sorts.saves:
-                results.update(zip(sorts.saves, self._store(transaction, list(sorts.saves.values())), strict=True))
+                saved = self.saving.store_at_once(transaction, list(sorts.saves.values()))
+                found += zip(sorts.saves, saved, strict=True)
+        results = {at: result for at, result in found if result is not None}
         return [results.get(index, ALONE) for index in range(sorts.count)]
 
-    def _store(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | int]:
-        self.saving.store(transaction, saves)
-        claimed = [save for save in saves if save.claimant is not None]
-        claims = dict(zip(map(id, claimed), self.saving.claimed(transaction, claimed), strict=True))
-        return [claims.get(id(save), save.first_id) for save in saves]
+    def _together(self, sorts: Sorts) -> list[Any]:
+        """Write entries in one transaction; what does not fit is left out."""
+        results: dict[int, Any] = {}
+        with self._database.write() as transaction:
+            if sorts.checkpoints:
+                statuses = self.recording.record(transaction, list(sorts.checkpoints.values()))
+                results.update((at, found) for at, found in zip(sorts.checkpoints, statuses, strict=True) if found)
+            if sorts.takes:
+                claims = self.claiming.take(transaction, list(sorts.takes.values()))
+                results.update(zip(sorts.takes, claims, strict=True))
+            if sorts.saves:
+                saved = self.saving.store(transaction, list(sorts.saves.values()))
+                results.update(zip(sorts.saves, saved, strict=True))
+        return [results.get(index, ALONE) for index in range(sorts.count)]
 
     def _run_alone(self, entry: Entry[Work]) -> None:
         try:
@@ -123,7 +144,7 @@ class Writing:
             return self._save_alone(work)
         with self._database.write() as transaction:
             if isinstance(work, Take):
-                return self.saving.take(transaction, [work])[0]
+                return self.claiming.take(transaction, [work])[0]
             return self.recording.settle(transaction, work)
 
     def _save_alone(self, save: Save) -> Any:
@@ -131,7 +152,7 @@ class Writing:
             try:
                 with self._database.write() as transaction:
                     known = self.saving.known(transaction, save)
-                    return self._store(transaction, [save])[0] if known is None else known
+                    return self.saving.store(transaction, [save])[0] if known is None else known
             except StoreError:
                 # Another process may have stored the same, or taken the same number, in that moment.
                 if attempt == ATTEMPTS:

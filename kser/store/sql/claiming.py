@@ -1,0 +1,230 @@
+"""Claiming, for many at a time, and reading what is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Double, Text, and_, case, insert, literal, or_, select
+
+from kser import status as states
+from kser.store.rows import (
+    DISTRIBUTED,
+    ENDED,
+    HELD,
+    STALE,
+    TASK,
+    WAITING,
+    Claim,
+    Claimant,
+    OperationRow,
+    Refusal,
+    TaskRow,
+)
+from kser.store.sql.adding import Adding, event_row
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, operation_row
+from kser.store.sql.statements import types_of
+from kser.store.sql.tables import event, operation, task
+
+#: Tasks that were read, by their operation and position.
+Tasks = dict[tuple[int, int], TaskRow]
+
+_OPERATION = slice(len(OPERATION_COLUMNS))
+_CURRENT = slice(len(OPERATION_COLUMNS), len(OPERATION_COLUMNS) + len(TASK_COLUMNS))
+_FOLLOWING = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
+
+
+class Take:
+    """A root to claim."""
+
+    __slots__ = ("claimant", "step", "uuid")
+
+    def __init__(self, uuid: str, step: str, claimant: Claimant) -> None:
+        self.uuid = uuid
+        self.step = step
+        self.claimant = claimant
+
+
+class Claiming:
+    """Claims roots.
+
+    :param database: where.
+    :param adding: its statements that add rows.
+    """
+
+    def __init__(self, database: Database, adding: Adding) -> None:
+        self._database = database
+        self._adding = adding
+        claim = _claim_of(database)
+        self._claim = database.statement(claim.returning(operation.c.id, operation.c.epoch, operation.c.owner))
+        if database.packed:
+            self._at_once = database.statement(_at_once(database))
+        self._by_uuid = self._reading({"uuid": Text()}, operation.c.uuid)
+        self._by_id = self._reading({"id": operation.c.id.type}, operation.c.id)
+        row = database.source(types_of(task, "operation_id", "position"))
+        place = and_(task.c.operation_id == row["operation_id"], task.c.position == row["position"])
+        self._tasks = database.statement(row.select(TASK_COLUMNS, task, place))
+
+    def _reading(self, types: Mapping[str, Any], key: Any) -> Any:
+        row = self._database.source(types)
+        return self._database.statement(
+            row.select((*OPERATION_COLUMNS, self._database.now), operation, key == row[key.name])
+        )
+
+    def take(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | Refusal | None]:
+        """Claim roots, each for itself."""
+        # Always in one order: else two transactions could wait for each other.
+        wanted = sorted(takes, key=lambda take: take.uuid)
+        made = transaction.fetch(self._claim, [_claim_row(take) for take in wanted])
+        events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
+        transaction.change(self._adding.events, events)
+        found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in wanted])}
+        answers: dict[int, Claim | Refusal | None] = {}
+        mine: list[tuple[int, OperationRow, Claimant]] = []
+        for index, take in enumerate(takes):
+            raw = found.get(take.uuid)
+            if raw is None:
+                answers[index] = None
+                continue
+            row = operation_row(raw)
+            if row.parent_id is not None:
+                answers[index] = None
+            elif row.token == take.claimant.token:
+                mine.append((index, row, take.claimant))
+            else:
+                answers[index] = Refusal(_reason(row, take.step, raw[-1]), row)
+        claims = self.claims(transaction, [(row, claimant) for _, row, claimant in mine], {})
+        answers.update(zip((index for index, _, _ in mine), claims, strict=True))
+        return [answers[index] for index in range(len(takes))]
+
+    def take_at_once(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | None]:
+        """The same in one statement, with the tasks whose turn it is; None for what cannot be claimed like that."""
+        wanted = sorted(takes, key=lambda take: take.uuid)
+        roots: dict[str, OperationRow] = {}
+        tasks: Tasks = {}
+        for raw in transaction.fetch(self._at_once, [_claim_row(take) for take in wanted]):
+            row = operation_row(raw[_OPERATION])
+            roots[row.token or ""] = row
+            for part in (raw[_CURRENT], raw[_FOLLOWING]):
+                if part[0] is not None:
+                    tasks[part[0], part[1]] = TaskRow(*part)
+        mine = [take for take in takes if take.claimant.token in roots]
+        made = self.claims(transaction, [(roots[take.claimant.token], take.claimant) for take in mine], tasks)
+        claims = {claim.root.token: claim for claim in made}
+        return [claims.get(take.claimant.token) for take in takes]
+
+    def rows(self, transaction: Transaction, uuids: Sequence[str]) -> list[OperationRow]:
+        """The rows of the operations with these uuids that are there."""
+        return [operation_row(row) for row in transaction.fetch(self._by_uuid, [{"uuid": uuid} for uuid in uuids])]
+
+    def rows_of(self, transaction: Transaction, ids: Sequence[int]) -> dict[int, OperationRow]:
+        """The rows of operations, by their identifiers."""
+        return {row[0]: operation_row(row) for row in transaction.fetch(self._by_id, [{"id": each} for each in ids])}
+
+    def claims(
+        self, transaction: Transaction, roots: Sequence[tuple[OperationRow, Claimant | None]], tasks: Tasks
+    ) -> list[Claim]:
+        """What is claimed, down to the task whose turn it is.
+
+        :param tasks: those that are known.
+        """
+        paths = [[root] for root, _ in roots]
+        deeper = paths
+        while deeper := [path for path in deeper if path[-1].phase == TASK]:
+            missing = [path for path in deeper if (path[-1].id, path[-1].step) not in tasks]
+            wanted = [place for path in missing for place in places(path)]
+            tasks.update(((row[0], row[1]), TaskRow(*row)) for row in transaction.fetch(self._tasks, wanted))
+            children = {path[-1].id: tasks[path[-1].id, path[-1].step].child_id for path in deeper}
+            deeper = [path for path in deeper if children[path[-1].id] is not None]
+            rows = self.rows_of(transaction, [children[path[-1].id] or 0 for path in deeper])
+            for path in deeper:
+                path.append(rows[children[path[-1].id] or 0])
+        return [_claim(path, tasks, claimant) for path, (_, claimant) in zip(paths, roots, strict=True)]
+
+
+def _claim_of(database: Database) -> Any:
+    """What claims roots, as an expression."""
+    now = database.now
+    row = database.source({name: Text() for name in ("uuid", "step", "owner", "token")} | {"lease": Double()})
+    return row.update(
+        operation,
+        {
+            "status": states.RUNNING,
+            "epoch": operation.c.epoch + 1,
+            "owner": row["owner"],
+            "token": row["token"],
+            "claims": operation.c.claims + 1,
+            "wake_at": now + row["lease"],
+            "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
+        },
+        operation.c.uuid == row["uuid"],
+        operation.c.parent_id.is_(None),
+        or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
+        operation.c.target_uuid == row["step"],
+        or_(operation.c.owner.is_(None), operation.c.wake_at <= now),
+        operation.c.due_at <= now,
+        # A claim that is repeated has been made already.
+        or_(operation.c.token.is_(None), operation.c.token != row["token"]),
+    )
+
+
+def _at_once(database: Database) -> Any:
+    """Claims roots, adds the events, and reads each with its current task and the one behind that."""
+    made = _claim_of(database).returning(*OPERATION_COLUMNS).cte("made")
+    names = ("root_id", "at", "kind", "epoch", "consumer")
+    values = select(made.c.id, database.now, literal("claimed", Text), made.c.epoch, made.c.owner)
+    noted = insert(event).from_select(list(names), values).cte("noted")
+    current, following = task.alias("current"), task.alias("following")
+    has_task = and_(made.c.phase == TASK, current.c.operation_id == made.c.id, current.c.position == made.c.step)
+    follows = and_(
+        current.c.operation_id.is_not(None),
+        made.c.mode == DISTRIBUTED,
+        following.c.operation_id == made.c.id,
+        following.c.position == made.c.step + 1,
+    )
+    columns = [each.c[name] for each in (current, following) for name in TaskRow._fields]
+    found = select(*made.c, *columns).select_from(made.outerjoin(current, has_task).outerjoin(following, follows))
+    return found.add_cte(noted)
+
+
+def places(path: Sequence[OperationRow]) -> list[dict[str, int]]:
+    """Which tasks to read for the operation whose turn it is."""
+    last = path[-1]
+    steps = (last.step, last.step + 1) if path[0].mode == DISTRIBUTED else (last.step,)
+    return [{"operation_id": last.id, "position": step} for step in steps]
+
+
+def _claim(path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow], claimant: Claimant | None) -> Claim:
+    root, last = path[0], path[-1]
+    is_task = last.phase == TASK
+    return Claim(
+        root.id,
+        root.epoch,
+        tuple(path),
+        tasks[last.id, last.step] if is_task else None,
+        tasks.get((last.id, last.step + 1)) if is_task else None,
+        exhausted=claimant is not None and root.claims > claimant.max_claims,
+    )
+
+
+def _claim_row(take: Take) -> dict[str, Any]:
+    claimant = take.claimant
+    return {
+        "uuid": take.uuid,
+        "step": take.step,
+        "owner": claimant.owner,
+        "token": claimant.token,
+        "lease": claimant.lease,
+    }
+
+
+def _reason(row: OperationRow, step: str, now: float) -> str:
+    """Why a root could not be claimed."""
+    if states.is_final(row.status):
+        return ENDED
+    if row.target.uuid != step:
+        return STALE
+    held = row.owner is not None and row.wake_at is not None and row.wake_at > now
+    # Nothing else is left; or it was free only now, and the next one gets it.
+    return WAITING if not held and row.due_at > now else HELD
