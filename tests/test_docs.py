@@ -58,8 +58,8 @@ CHANGING = (
     (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<uuid>"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"), "<time>"),
     (re.compile(r"You made a [1-6]"), "You made a <number>"),
-    # On a busy machine kafka-python warns of itself.
-    (re.compile(r".*It is blocking the event loop.*\n"), ""),
+    # On a busy machine kafka-python warns of itself, and of a topic that is being made.
+    (re.compile(r".*(It is blocking the event loop|No partition metadata for topic).*\n"), ""),
 )
 
 IDENTIFIER = re.compile(r"[A-DS]\d{1,2}[a-z]?")
