@@ -36,6 +36,8 @@ class RunningFile:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lines: dict[int, str] = {}
+        #: Whether it has changed since it was written.
+        self._stale = False
         self._consumers = 0
         self._path: str | None = None
         self._descriptor: int | None = None
@@ -44,22 +46,31 @@ class RunningFile:
     def show(self, text: str) -> None:
         """Make ``text`` this thread's line of the content; the line goes when it is empty."""
         thread = threading.get_ident()
-        try:
-            with self._lock:
-                if text:
-                    self._lines[thread] = text
-                else:
-                    self._lines.pop(thread, None)
-                # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
-                data = "\n".join(self._lines.values()).encode("utf-8", "backslashreplace")
-                descriptor, size = self._open()
-                if data:
-                    os.pwrite(descriptor, data, 0)
-                # Another consumer of this host may have left a longer text.
-                if size > len(data):
-                    os.ftruncate(descriptor, len(data))
-        except (OSError, KeyError) as error:
-            self._report(error)
+        if text:
+            self._lines[thread] = text
+        else:
+            self._lines.pop(thread, None)
+        self._stale = True
+        # Whoever comes while another thread writes leaves it to that one: to wait here, message by message, would cost
+        # many workers more than small tasks do.
+        while self._stale and self._lock.acquire(blocking=False):
+            self._stale = False
+            try:
+                self._write()
+            except (OSError, KeyError) as error:
+                self._report(error)
+            finally:
+                self._lock.release()
+
+    def _write(self) -> None:
+        # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
+        data = "\n".join(list(self._lines.values())).encode("utf-8", "backslashreplace")
+        descriptor, size = self._open()
+        if data:
+            os.pwrite(descriptor, data, 0)
+        # Another consumer of this host may have left a longer text.
+        if size > len(data):
+            os.ftruncate(descriptor, len(data))
 
     def clear(self) -> None:
         """Take this thread's line away; the file is made when missing and never deleted."""

@@ -97,6 +97,16 @@ def remaining(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
 
 
+#: What takes part in sending a message, but for the transport.
+_SENDING = ("send", "_send", "_sent", "_finish", "_onsuccess", "onsuccess", "_onerror", "onerror")
+
+
+def _function(owner: Any, name: str) -> Any:
+    """A method without what it is bound to."""
+    found = getattr(owner, name)
+    return getattr(found, "__func__", found)
+
+
 class OutgoingProducer(BaseProducer):
     """What the producers of all transports do alike, around what each does with a record."""
 
@@ -106,6 +116,16 @@ class OutgoingProducer(BaseProducer):
         """Hand a record to the transport, and wait until it is delivered.
 
         :param deadline: until when, by the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _begin(
+        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    ) -> None:
+        """Hand a record to the transport, and go on.
+
+        :param deadline: until when the transport has to have taken it, by the monotonic clock.
+        :param told: called once it is delivered, or with what was in the way, in any thread.
         """
         raise NotImplementedError
 
@@ -121,6 +141,37 @@ class OutgoingProducer(BaseProducer):
         except Exception as exc:
             result = failure(exc, kmsg.uuid)
         return self._sent(topic, kmsg, result)
+
+    def post(self, topic: str, kmsg: Message, told: Callable[[Any], Any], timeout: float = 60) -> None:
+        """Begin to send one message, and go on meanwhile.
+
+        A producer with hooks of its own, or with receivers of ``message_sent``, waits as :meth:`send` does: they are
+        called in this thread.
+
+        :param topic: where to.
+        :param kmsg: the message.
+        :param told: called with what :meth:`send` would return, in the thread that learns of it: it must be quick.
+        :param timeout: seconds until the client has taken the message; how long it tries is a setting of its own.
+        """
+        if self._is_watched():
+            told(self.send(topic, kmsg, timeout))
+            return
+
+        def end(error: Exception | None) -> None:
+            result = self._delivered(topic, kmsg, timeout) if error is None else failure(error, kmsg.uuid)
+            told(self._sent(topic, kmsg, result))
+
+        try:
+            self._begin(topic, self._encode(kmsg), time.monotonic() + timeout, end)
+        except Exception as exc:
+            end(exc)
+
+    def _is_watched(self) -> bool:
+        """Whether code of users takes part in sending. It may send something itself, and wait for that: a client's own
+        thread would wait for itself."""
+        if signals.message_sent.receivers:
+            return True
+        return any(_function(self, name) is not _function(OutgoingProducer, name) for name in _SENDING)
 
     def produce(
         self,

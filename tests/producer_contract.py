@@ -9,7 +9,8 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import confluent_kafka
@@ -77,6 +78,14 @@ def read(servers: str, topic: str, count: int) -> list[Sent]:
     assert len(found) == count and not [record.error() for record in found if record.error()]
     found.sort(key=lambda record: (record.partition(), record.offset()))
     return [Sent(record.value(), record.key(), record.headers() or [], record.partition()) for record in found]
+
+
+def wait_until(done: Callable[[], Any]) -> None:
+    """Wait for what happens in another thread."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def uuids(sent: list[Sent]) -> list[str]:
@@ -262,6 +271,58 @@ class ProducerContract:
             producer.bulk_send(topic, [message("x", uuid="3"), message("x", uuid="4", params=bad)])
         here = threading.current_thread().name
         assert heard == [(topic, "1", "1", here), (topic, "3", "3", here)]
+
+    # -- without waiting -----------------------------------------------------------------------------------------------
+
+    def test_a_message_is_posted_and_told_of_once_it_is_delivered(
+        self, transport: Transport, producer: Any, topic: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        told: list[Any] = []
+        for number in range(20):
+            producer.post(topic, message("x", uuid=str(number)), told.append)
+        wait_until(lambda: len(told) == 20)
+        results = sorted((int(result.uuid), result.retcode) for result in told)
+        assert results == [(number, 0) for number in range(20)]
+        assert len([line for line in lines(caplog) if line.startswith("Producer.Success: x[")]) == 20
+        assert sorted(uuids(transport.records(topic, 20)), key=int) == [str(number) for number in range(20)]
+
+    def test_what_cannot_be_posted_is_told_at_once(self, transport: Transport, topic: str) -> None:
+        told: list[Any] = []
+        producer = self.make(transport, **{transport.limit: 5000})
+        producer.post(topic, message("x", params={"when": object()}), told.append)
+        producer.post(topic, message("x", params={"text": "x" * 6000}), told.append)
+        producer.close()
+        assert [result.retcode for result in told] == [500, 413]
+        assert f"{transport.limit!r} allows 5,000" in told[1].stderr
+
+    @pytest.mark.parametrize("hook", ["onsuccess", "_send", "message_sent"])
+    def test_code_of_users_is_called_in_the_thread_that_posts(
+        self, transport: Transport, topic: str, hook: str
+    ) -> None:
+        """It may send something itself, and wait for that."""
+        called: list[str] = []
+
+        def note(*_: Any, **__: Any) -> None:
+            called.append(threading.current_thread().name)
+
+        class Own(transport.producer):  # type: ignore[name-defined,misc]
+            @classmethod
+            def onsuccess(cls, kmsg: Message, result: Result) -> Any:
+                note()
+                return result
+
+            def _send(self, *arguments: Any, **options: Any) -> Any:
+                note()
+                return super()._send(*arguments, **options)
+
+        for name in {"onsuccess", "_send"} - {hook}:
+            delattr(Own, name)
+        told: list[Any] = []
+        producer = self.make(transport, Own)
+        with signals.message_sent.connected_to(note) if hook == "message_sent" else nullcontext():
+            producer.post(topic, message("x"), lambda result: told.append((result.retcode, *called)))
+        assert told == [(0, threading.current_thread().name)]
+        producer.close()
 
     # -- many messages -------------------------------------------------------------------------------------------------
 

@@ -118,6 +118,26 @@ def test_each_thread_has_a_line_of_its_own(running: RunningFile, path: Path) -> 
     assert path.read_bytes() == b""
 
 
+def test_who_comes_while_another_thread_writes_leaves_it_to_that_one(running: RunningFile, path: Path) -> None:
+    write, writing, go_on = running._write, threading.Event(), threading.Event()
+
+    def slow() -> None:
+        writing.set()
+        assert go_on.wait(10)
+        write()
+
+    running._write = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
+    thread.start()
+    assert writing.wait(10)
+    running.show("shop.Ship[2]")
+    assert not path.exists()
+    running._write = write  # type: ignore[method-assign]
+    go_on.set()
+    thread.join()
+    assert path.read_bytes() == b"shop.Pay[1]\nshop.Ship[2]"
+
+
 def test_what_threads_that_are_gone_left_is_cleared_at_the_end(running: RunningFile, path: Path) -> None:
     thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
     thread.start()

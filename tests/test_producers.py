@@ -120,4 +120,4 @@ def test_all_producers_have_the_same_public_methods() -> None:
     for kind in (DummyProducer, KafkaProducer, ConfluentProducer):
         assert issubclass(kind, BaseProducer)
         public = {name for name in dir(kind) if not name.startswith("_")}
-        assert public == {name for name in dir(BaseProducer) if not name.startswith("_")} | {"bulk_send"}
+        assert public == {name for name in dir(BaseProducer) if not name.startswith("_")} | {"bulk_send", "post"}

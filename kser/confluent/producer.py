@@ -125,6 +125,18 @@ class Producer(OutgoingProducer):
         if delivery.error is not None:
             raise self._undelivered(delivery.error, topic, size_of(value, key, headers), began)
 
+    def _begin(
+        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    ) -> None:
+        began = time.monotonic()
+
+        def report(error: Any, _record: Any) -> None:
+            told(None if error is None else self._undelivered(error, topic, len(value or b""), began))
+
+        self._enqueue(topic, value, {}, report, deadline)
+        # What was reported meanwhile, of those before it.
+        self._reports.serve()
+
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cdumay_result import Result
@@ -64,6 +64,12 @@ class Producer(OutgoingProducer):
         if size > limit:
             raise too_large(size, limit, "max_request_size")
         self.client.send(topic, value, key=key, headers=headers)
+
+    def _begin(
+        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    ) -> None:
+        self._deliver(topic, value, None, [], deadline)
+        told(None)
 
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
         text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"

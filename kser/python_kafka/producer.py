@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -108,6 +108,17 @@ class Producer(OutgoingProducer):
             self._confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
             raise refused_as_too_large(size_of(value, key, headers), topic, self._servers) from error
+
+    def _begin(
+        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    ) -> None:
+        def fail(error: Exception) -> None:
+            too_large = isinstance(error, MessageSizeTooLargeError)
+            told(refused_as_too_large(len(value or b""), topic, self._servers) if too_large else error)
+
+        delivery = self._enqueue(topic, value, {}, deadline)
+        delivery.add_callback(lambda _record: told(None))
+        delivery.add_errback(fail)
 
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")

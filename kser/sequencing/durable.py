@@ -113,7 +113,7 @@ class Run:
         if status == states.CANCELLED:
             self._cancelled()
             return
-        self._means.send(row.target, row.uuid, (row.id, epoch + 1))
+        self._means.post(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Run:
             self._steps.answer = Unfinished(self._steps.answer or track.root.total)
             if not delay:
                 # The reaper would take it for a step that somebody is about to send.
-                self._means.send(track.root.row.target, track.root.row.uuid, (self._claim.id, self._claim.epoch + 1))
+                self._means.post(track.root.row.target, track.root.row.uuid, (self._claim.id, self._claim.epoch + 1))
         elif self._given_back:
             self._hand_over(target)
 
@@ -198,7 +198,7 @@ class Run:
         root = self._track.root
         if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
             self._steps.answer = Unfinished(root.total)
-        self._means.send(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
+        self._means.post(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
 
     def _start_over(self, error: Exception) -> None:
         """Forget what came of the step: it failed with ``error``."""

@@ -166,7 +166,7 @@ class Keeper(Runner):
             delivery.answer()
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         if isinstance(saved, int):
-            self._means.send(new.target, new.uuid, (saved, 0))
+            self._means.post(new.target, new.uuid, (saved, 0))
             return Unfinished(operation.result)
         return Run(self._means, saved, operation).go()
 

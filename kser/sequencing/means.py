@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
@@ -159,6 +160,29 @@ class Means:
         except Exception as error:
             # Producers may be anybody's; whatever it is, the step is recorded, and ready to be sent.
             answer = failure(error, target.uuid)
+        return self._told(target, root_uuid, mark, answer)
+
+    def post(self, target: Target, root_uuid: str, mark: tuple[int, int]) -> None:
+        """Send a step, and go on meanwhile where the producer can.
+
+        :param mark: the root's id and epoch, to record that it was sent.
+        """
+        try:
+            post = getattr(self.producer, "post", None)
+            if post is None:
+                self.send(target, root_uuid, mark)
+                return
+            post(
+                target.topic,
+                step_message(target, root_uuid),
+                partial(self._told, target, root_uuid, mark),
+                SEND_TIMEOUT,
+            )
+        except Exception as error:
+            self._told(target, root_uuid, mark, failure(error, target.uuid))
+
+    def _told(self, target: Target, root_uuid: str, mark: tuple[int, int] | None, answer: Any) -> Result:
+        """What came of sending."""
         if not isinstance(answer, Result):
             # Nobody can tell from a hook that returns nothing whether the message was delivered.
             return Result(uuid=target.uuid)

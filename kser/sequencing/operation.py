@@ -5,10 +5,12 @@ Drop-in for ``kser.sequencing.operation`` of 0.8.27.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cdumay_error.types import ValidationError
@@ -26,7 +28,7 @@ from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
     from kser.sequencing.registry import OperationRegistry
-    from kser.store.rows import AttemptRow, EventRow, Stored
+    from kser.store.rows import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +36,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_RUNNER: Runner = InProcessRunner()
 
 
-class _Attempts:
-    """``attempts`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+class _Recorded:
+    """What is stored of instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
 
-    def __get__(self, instance: Any, owner: type) -> list[AttemptRow]:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> list[Any]:
         stored = getattr(instance, "_kser_stored", None)
-        return [] if stored is None else list(stored.attempts)
-
-
-class _Events:
-    """``events`` on instances, likewise."""
-
-    def __get__(self, instance: Any, owner: type) -> list[EventRow]:
-        stored = getattr(instance, "_kser_stored", None)
-        return [] if stored is None else list(stored.events)
+        return [] if stored is None else list(getattr(stored, self._name))
 
 
 class Operation(Task):
@@ -69,9 +66,9 @@ class Operation(Task):
 
     #: What came of each attempt at its tasks, oldest first: :class:`kser.store.rows.AttemptRow`. Of an operation that
     #: :meth:`.OperationRegistry.get` gave; empty for others.
-    attempts: ClassVar[Any] = _Attempts()
+    attempts: ClassVar[Any] = _Recorded("attempts")
     #: What happened to it, oldest first: :class:`kser.store.rows.EventRow`; likewise.
-    events: ClassVar[Any] = _Events()
+    events: ClassVar[Any] = _Recorded("events")
 
     _kser_kept = True
     _kser_stored: Stored | None = None
@@ -389,4 +386,10 @@ def _first_unfinished(tasks: Iterable[Task]) -> Task | None:
 
 def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """``kwargs``, or nothing for a hook that takes nothing (decision B21b)."""
-    return kwargs if inspect.signature(hook).parameters else {}
+    return kwargs if _takes_any(getattr(hook, "__func__", hook), inspect.ismethod(hook)) else {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _takes_any(function: Callable[..., Any], is_method: bool) -> bool:
+    """Whether a hook has parameters: remembered, because to find out takes as long as a small task."""
+    return bool(inspect.signature(MethodType(function, object()) if is_method else function).parameters)
