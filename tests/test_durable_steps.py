@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -181,6 +182,29 @@ def test_that_a_step_was_sent_is_a_time_and_a_count_and_is_recorded_later(shop: 
     row = shop.stored().operation
     assert (row.sends, row.sent_at) == (1, pytest.approx(shop.world.now, abs=5))
     assert row.wake_at == pytest.approx(shop.world.now + 60, abs=5)
+
+
+@pytest.mark.parametrize("trouble", [None, ConnectionError("the broker is gone")])
+def test_a_step_counts_as_sent_once_its_delivery_is_told(
+    shop: Shop, trouble: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 15: the worker has gone on long before; what was not delivered is the reaper's."""
+    posted: list[Callable[[Exception | None], None]] = []
+    producer: Any = shop.registry.producer
+    begin = producer._begin
+    producer._begin = lambda *arguments: posted.append(arguments[-1])
+    bare(Spread)
+    assert shop.first.step() == 1
+    shop.first.companion.mark()
+    assert (shop.stored().operation.sends, len(posted)) == (0, 1)
+    posted[0](trouble)
+    shop.first.companion.mark()
+    assert shop.stored().operation.sends == (0 if trouble else 1)
+    said = [line for line in lines(caplog) if "could not be sent, and will be by the reaper" in line]
+    assert len(said) == (1 if trouble else 0)
+    producer._begin = begin
+    shop.live(10)
+    assert len(sent()) == (2 if trouble else 1)
 
 
 def test_each_task_runs_on_a_consumer_that_knows_it(shop: Shop) -> None:
