@@ -695,9 +695,9 @@ def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
         cursor.execute(f"{word} {statement.sql}", {**statement.constants, "clock": transaction._clock, **values})
         explained.append("\n".join(str(row[-1]) for row in cursor.fetchall()))
 
-    def run(self: Transaction, statement: Any, values: Any = None) -> Any:
+    def run(self: Transaction, statement: Any, values: Any = None, **options: Any) -> Any:
         explain(self, statement, values or {})
-        return original[0](self, statement, values)
+        return original[0](self, statement, values, **options)
 
     def many(which: int) -> Any:
         def made(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
@@ -744,7 +744,9 @@ def test_texts_are_read_of_rows_that_are_returned_alone(
     large = {"params", "metadata", "so_far", "result"}
     said: list[str] = []
     run = Transaction.run
-    monkeypatch.setattr(Transaction, "run", lambda self, one, *more: said.append(one.sql) or run(self, one, *more))
+    monkeypatch.setattr(
+        Transaction, "run", lambda self, one, *more, **how: said.append(one.sql) or run(self, one, *more, **how)
+    )
     store.find(found, 50)
     assert said
     assert not large & set(re.findall(r"\w+", " ".join(said)))

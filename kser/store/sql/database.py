@@ -40,9 +40,13 @@ class Transaction:
         self._packed = packed
         self.time = time
 
-    def run(self, statement: Statement, values: Mapping[str, Any] | None = None) -> Any:
-        """Run a statement that is no matter of many rows; returns the driver's cursor."""
-        self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})})
+    def run(self, statement: Statement, values: Mapping[str, Any] | None = None, *, anew: bool = False) -> Any:
+        """Run a statement that is no matter of many rows; returns the driver's cursor.
+
+        :param anew: what is the best way to run it depends on the values.
+        """
+        options = {"prepare": False} if anew and self._packed else {}
+        self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})}, **options)
         return self._cursor
 
     def change(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Select, exists, false, func, literal_column, or_, select, union_all
@@ -25,8 +26,6 @@ ROUNDING: Final = 2e-6
 
 #: So far is counted what a filter admits: beyond, it admits many.
 MANY: Final = 20_000
-#: The same for a filter that does not admit them in the order of pages: all of them are looked at for one page.
-MANY_UNORDERED: Final = 5000
 
 
 class Finding:
@@ -43,46 +42,49 @@ class Finding:
     def find(self, transaction: Transaction, found: Found, limit: int, after: str | None) -> Page:
         """See :meth:`kser.store.base.Store.find`."""
         before = _cursor(after)
-        if found.labels:
-            query = self._with_labels(transaction, found, before)
-        else:
-            query = _children(found, before) if found.parent is not None else _roots(found, before, limit + 1)
+        every = [Labelled(found, index, before) for index in range(len(found.labels))]
+        driver = self._driver(transaction, found, every, before)
+        others = [each.admits for each in every if each is not driver]
+        query = _merged(_parts(found, before), limit + 1, others) if driver is None else driver.with_rest(found, others)
         ids = self._ids(transaction, query.limit(limit + 1))
         rows = transaction.fetch(self._by_id, [{"id": each} for each in ids[:limit]])
         newest_first = sorted((operation_row(row) for row in rows), reverse=True)
         return Page(newest_first, str(ids[limit - 1]) if len(ids) > limit else None)
 
-    def _ids(self, transaction: Transaction, query: Select[Any]) -> list[int]:
-        return [row[0] for row in transaction.run(self._database.statement(query)).fetchall()]
+    def _driver(
+        self, transaction: Transaction, found: Found, every: list[Labelled], before: int | None
+    ) -> Labelled | None:
+        """The label to begin with; None to begin with the rest.
 
-    def _with_labels(self, transaction: Transaction, found: Found, before: int | None) -> Select[Any]:
-        """Begin with the filter that admits the fewest, which databases guess badly, and look at each of these."""
-        filters: list[Labelled | Plain] = [Labelled(found, index, before) for index in range(len(found.labels))]
-        plain = Plain(found, before)
-        if plain.is_narrow:
-            # An index tells whether an operation has a label, and only its row whether it admits the rest.
-            filters.insert(0 if plain.is_ordered else len(filters), plain)
-        # Of those that admit many the first one: they come in the order of the page.
-        driver, fewest = filters[0], MANY
-        for each in filters if len(filters) > 1 else ():
-            limit = min(fewest, MANY if each.is_ordered else MANY_UNORDERED)
-            count = self._count(transaction, each.nearly(), limit)
-            if count < limit:
+        Each of what one filter admits is looked at for the others, until a page is full: that one is to be the filter
+        that admits the fewest, which databases guess badly. Of those that admit many it is the rest, because an index
+        tells whether an operation has a label, and only its row whether the rest admits it.
+        """
+        narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
+        if not narrow and len(every) == 1:
+            return every[0]
+        driver, fewest = None if narrow or not every else every[0], MANY
+        for each in every:
+            count = self._count(transaction, [each.ids()], fewest)
+            if count < fewest:
                 driver, fewest = each, count
-        start = driver.ids().subquery()
-        others = [each.admits(start.c.id) for each in dict.fromkeys((*filters, plain)) if each is not driver]
-        return select(start.c.id).where(*others).order_by(start.c.id.desc())
+        if driver is not None and narrow and self._count(transaction, _parts(found, before), fewest) < fewest:
+            return None
+        return driver
 
-    def _count(self, transaction: Transaction, query: Select[Any], limit: int) -> int:
-        some = query.limit(limit).subquery()
+    def _count(self, transaction: Transaction, parts: list[Select[Any]], limit: int) -> int:
+        some = _union([part.limit(limit) for part in parts]).limit(limit).subquery()
         return self._ids(transaction, select(func.count()).select_from(some))[0]
+
+    def _ids(self, transaction: Transaction, query: Select[Any]) -> list[int]:
+        return [row[0] for row in transaction.run(self._database.statement(query), anew=True).fetchall()]
+
+
+Condition = Callable[[ColumnElement[int]], ColumnElement[bool]]
 
 
 class Labelled:
     """One of the labels that are looked for."""
-
-    #: Whether an index has what it admits in the order of pages.
-    is_ordered = True
 
     def __init__(self, found: Found, index: int, before: int | None) -> None:
         self._table = labels.alias(f"label_{index}")
@@ -94,38 +96,20 @@ class Labelled:
         """The operations that have it."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
-    def nearly(self) -> Select[Any]:
-        """The same, for counting."""
-        return self.ids()
-
     def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
         """Whether an operation has it."""
-        here = exists(literal_column("1")).select_from(self._table)
-        return here.where(*self._where, self._table.c.operation_id == identifier)
+        return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
+
+    def with_rest(self, found: Found, others: Sequence[Condition]) -> Select[Any]:
+        """The operations that have it and that the others admit, and the rest."""
+        key = self._table.c.operation_id
+        rest = _exists(operation, operation.c.id == key, _family(found), *_filters(found), *_times(found))
+        return self.ids().where(*(admits(key) for admits in others), rest).order_by(key.desc())
 
 
-class Plain:
-    """Everything that is looked for but labels."""
-
-    def __init__(self, found: Found, before: int | None) -> None:
-        own = operation.c
-        self.is_narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
-        self.is_ordered = found.parent is None and found.status is not None and len(set(found.status)) == 1
-        self._indexed: list[ColumnElement[bool]] = [_family(found), *_filters(found)]
-        self._where: list[ColumnElement[bool]] = [*self._indexed, *_times(found)]
-        self._bounds = _bounds(found, own.id, before)
-
-    def ids(self) -> Select[Any]:
-        """The operations that it admits."""
-        return select(operation.c.id).where(*self._where, *self._bounds)
-
-    def nearly(self) -> Select[Any]:
-        """The same but for rounding, for counting: what an index knows, without a look at the rows."""
-        return select(operation.c.id).where(*self._indexed, *self._bounds)
-
-    def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
-        """Whether it admits an operation."""
-        return exists(literal_column("1")).select_from(operation).where(operation.c.id == identifier, *self._where)
+def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
+    # The offset of nothing keeps PostgreSQL from beginning with this one.
+    return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
 
 
 def _cursor(after: str | None) -> int | None:
@@ -136,24 +120,32 @@ def _cursor(after: str | None) -> int | None:
     return int(after)
 
 
-def _roots(found: Found, before: int | None, limit: int) -> Select[Any]:
+def _parts(found: Found, before: int | None) -> list[Select[Any]]:
+    """The operations that everything but labels admits, in parts that an index has in the order of pages.
+
+    Each state is a range of an index in that order; all of them together are not.
+    """
     own = operation.c
     base = select(own.id).where(_family(found), *_bounds(found, own.id, before), *_times(found))
+    if found.parent is not None:
+        return [base.where(*_filters(found))]
     if found.entrypoint is not None:
         base = base.where(own.entrypoint == found.entrypoint)
-    # Each state is a range of an index, in the order of the page; all of them together are not in order.
-    parts = [
-        base.where(own.status == each).order_by(own.id.desc()).limit(limit).subquery()
-        for each in sorted(set(STATES if found.status is None else found.status)) or [""]
+    return [
+        base.where(own.status == each) for each in sorted(set(STATES if found.status is None else found.status)) or [""]
     ]
-    merged = union_all(*(select(part.c.id) for part in parts)).subquery()
+
+
+def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
+    """The newest of all parts that meet the conditions."""
+    own = operation.c.id
+    where = [condition(own) for condition in conditions]
+    merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()
     return select(merged.c.id).order_by(merged.c.id.desc())
 
 
-def _children(found: Found, before: int | None) -> Select[Any]:
-    own = operation.c
-    bounds = (*_bounds(found, own.id, before), *_times(found))
-    return select(own.id).where(_family(found), *bounds, *_filters(found)).order_by(own.id.desc())
+def _union(parts: list[Select[Any]]) -> Any:
+    return union_all(*(select(part.subquery().c.id) for part in parts))
 
 
 def _family(found: Found) -> ColumnElement[bool]:

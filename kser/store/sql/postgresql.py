@@ -33,6 +33,7 @@ SET idle_in_transaction_session_timeout = '10s';
 SET enable_seqscan = off;
 SET enable_hashjoin = off;
 SET enable_mergejoin = off;
+SET max_parallel_workers_per_gather = 0;
 SET jit = off
 """
 
