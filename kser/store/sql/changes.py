@@ -28,13 +28,13 @@ _RELEASE: Final = {
 
 
 def go_on(database: Database) -> Any:
-    """Roots are at another step, and their claims go on. Gives their identifiers."""
+    """Roots are at another step, and their claims go on."""
     row = _root_rows(database, ROWS, {})
     return _move_roots(row, {})
 
 
 def move(database: Database, rows: str = ROWS) -> Any:
-    """Roots are at another step, and their claims go on or not. Gives their identifiers."""
+    """Roots are at another step, and their claims go on or not."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
     released = row["released"] == 1
@@ -61,7 +61,7 @@ def _move_roots(row: Source, more: dict[str, Any]) -> Any:
     changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "so_far", "result")}
     changed |= {name: func.coalesce(row[name], own[name]) for name in _TARGET}
     changed |= {"claims": 0, "sends": 0, "sent_at": None, **more}
-    moved = row.update(
+    return row.update(
         operation,
         changed,
         own.id == row["id"],
@@ -70,7 +70,6 @@ def _move_roots(row: Source, more: dict[str, Any]) -> Any:
         own.step == row["old_step"],
         own.cancel_requested == row["cancelled"],
     )
-    return moved.returning(own.id)
 
 
 def move_inner(database: Database) -> Any:
@@ -114,7 +113,7 @@ def add_attempts(database: Database, rows: str = ROWS) -> Any:
 def at_once(database: Database) -> Any:
     """All that checkpoints of roots without inner operations change, in one statement, which fails unless it changes
     as many rows as are ``expected``."""
-    moved = move(database, "moves").cte("moved")
+    moved = move(database, "moves").returning(operation.c.id).cte("moved")
     ended = end_tasks(database, "ends").returning(task.c.position).cte("ended")
     parts = [add_attempts(database, "attempts").cte("attempted"), adding_events(database, "events").cte("noted")]
     moved_rows, ended_rows = (select(func.count()).select_from(part).scalar_subquery() for part in (moved, ended))

@@ -74,6 +74,10 @@ class Rows:
         }
         (self.going if kept else self.released).append(row)
 
+    def in_order(self) -> list[dict[str, Any]]:
+        """All roots."""
+        return sorted((*self.going, *self.released), key=lambda row: row["id"])
+
     def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[Note]) -> None:
         """Add everything but the root.
 
@@ -104,7 +108,7 @@ class Recording:
     def __init__(self, database: Database, adding: Adding, ids: Ids) -> None:
         self._adding = adding
         self._ids = ids
-        self._packed = database.packed
+        self._at_once = database.statement(changes.at_once(database)) if database.packed else None
         self._make_changes(database)
         self._make_looks(database)
 
@@ -116,8 +120,6 @@ class Recording:
         self._size = database.statement(changes.resize(database))
         self._end = database.statement(changes.end_tasks(database))
         self._attempt = database.statement(changes.add_attempts(database))
-        if database.packed:
-            self._at_once = database.statement(changes.at_once(database))
 
     def _make_looks(self, database: Database) -> None:
         row = database.source(types_of(operation, "id"))
@@ -138,27 +140,23 @@ class Recording:
 
     # -- many ----------------------------------------------------------------------------------------------------------
 
-    def record(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str | None]:
-        """Record checkpoints of different roots; returns the root's status for each, or None where the root does not
-        fit, or is to be cancelled.
+    def record(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
+        """Record checkpoints of different roots; returns the root's status for each.
 
-        :raises Uneven: something that belongs to a root does not fit to it.
+        :raises Uneven: one of them does not fit, or its root is to be cancelled.
         """
         rows = Rows()
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
-        moved = self._move_roots(transaction, rows)
-        for checkpoint in checkpoints:
-            if checkpoint.root_id in moved:
-                self._add_rest(transaction, rows, checkpoint, checkpoint.notes)
-        self._write_rest(transaction, rows)
-        return [each.moves[-1].status if each.root_id in moved else None for each in checkpoints]
+            self._add_rest(transaction, rows, checkpoint, checkpoint.notes)
+        self._write(transaction, rows)
+        return [each.moves[-1].status for each in checkpoints]
 
     def fits_at_once(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Whether :meth:`record_at_once` can record them."""
         return not any(each.built or len(each.moves) > 1 for each in checkpoints)
 
-    def record_at_once(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str | None]:
+    def record_at_once(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """The same in one statement: each way to a server and back takes as long as a statement.
 
         :raises kser.errors.StoreError: nothing was recorded, because not all of them fit.
@@ -167,7 +165,8 @@ class Recording:
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
             rows.add_rest(checkpoint, 0, checkpoint.notes)
-        moves = sorted((*rows.going, *rows.released), key=lambda row: row["id"])
+        moves = rows.in_order()
+        assert self._at_once is not None, "fits_at_once() said so"
         transaction.run(
             self._at_once,
             {
@@ -180,21 +179,19 @@ class Recording:
         )
         return [each.moves[-1].status for each in checkpoints]
 
-    def _move_roots(self, transaction: Transaction, rows: Rows) -> set[int]:
-        if self._packed:
-            # One statement, in one order: else it and one that renews leases could wait for each other.
-            every = sorted((*rows.going, *rows.released), key=lambda row: row["id"])
-            return {found[0] for found in transaction.fetch(self._move, every)}
-        moved = {found[0] for found in transaction.fetch(self._go_on, rows.going)}
-        moved.update(found[0] for found in transaction.fetch(self._move, rows.released))
-        return moved
-
     def _add_rest(self, transaction: Transaction, rows: Rows, checkpoint: Checkpoint, notes: Sequence[Note]) -> None:
         built = checkpoint.built
         count = 0 if built is None else count_in(built.tasks)
         rows.add_rest(checkpoint, self._ids.take(transaction.time, count) if count else 0, notes)
 
-    def _write_rest(self, transaction: Transaction, rows: Rows) -> None:
+    def _write(self, transaction: Transaction, rows: Rows) -> None:
+        moves = [(self._go_on, rows.going), (self._move, rows.released)]
+        if self._at_once is not None:
+            # One statement, in one order: else it and one that renews leases could wait for each other.
+            moves = [(self._move, rows.in_order())]
+        for statement, roots in moves:
+            if transaction.change(statement, roots) != len(roots):
+                raise Uneven
         if transaction.change(self._inner, rows.inner) != len(rows.inner):
             raise Uneven
         if transaction.change(self._end, rows.ends) != len(rows.ends):
@@ -256,11 +253,9 @@ class Recording:
         if cancelled:
             ended = [note for note in notes if note.kind == "ended" and note.uuid in (None, root.uuid)]
             notes = [*(note for note in notes if note not in ended), Note("ended", text=states.CANCELLED)]
-        if not self._move_roots(transaction, rows):
-            raise Fenced(f"operation {root.uuid} does not fit")
         self._add_rest(transaction, rows, checkpoint, notes)
         try:
-            self._write_rest(transaction, rows)
+            self._write(transaction, rows)
         except Uneven:
             raise Fenced(f"a part of operation {root.uuid} is at another step") from None
         if not cancelled:

@@ -124,7 +124,7 @@ class Writing:
         with self._database.write() as transaction:
             if sorts.checkpoints:
                 statuses = self.recording.record(transaction, list(sorts.checkpoints.values()))
-                results.update((at, found) for at, found in zip(sorts.checkpoints, statuses, strict=True) if found)
+                results.update(zip(sorts.checkpoints, statuses, strict=True))
             if sorts.takes:
                 claims = self.claiming.take(transaction, list(sorts.takes.values()))
                 results.update(zip(sorts.takes, claims, strict=True))
