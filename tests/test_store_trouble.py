@@ -86,7 +86,7 @@ def test_work_in_hand_waits_for_the_database_and_nothing_is_recorded_twice(
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     assert told(caplog) == [
         "Store: it does not answer; what is in hand waits, and is tried again",
-        "Store: it is read-only; what is in hand waits, and is tried again",
+        "Store: it is read-only; it is still away",
         "Store: the database works again",
     ]
 

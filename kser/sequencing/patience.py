@@ -55,14 +55,16 @@ class Patience:
                 return answer
 
     def report(self, trouble: StoreUnavailable | None) -> None:
-        """Log once when the database goes away, when the reason changes, and when it is back."""
+        """Log once that the database goes away, and that it is back; another reason meanwhile is no other trouble."""
         text = "" if trouble is None else trouble.message
         if text == self._trouble:
             return
         with self._lock:
             before, self._trouble = self._trouble, text
-        if text and text != before:
+        if text and not before:
             logger.error(f"Store: {text}; what is in hand waits, and is tried again")
+        elif text and text != before:
+            logger.warning(f"Store: {text}; it is still away")
         elif before and not text:
             logger.info("Store: the database works again")
 
