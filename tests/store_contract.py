@@ -23,6 +23,7 @@ from kser.store.rows import (
     EXPIRED,
     HELD,
     LONGEST_RESEND,
+    NEXT,
     RETRY,
     SENDING,
     STALE,
@@ -188,7 +189,11 @@ class SavingContract:
             world.store.save(new([new_task(inner), new_task(inner)]))
 
     def test_identifiers_rise(self, world: World) -> None:
-        ids = [saved(store, new(1)).id for store in (world.store, world.other) * 10]
+        ids = [saved(world.store, new(1)).id for _ in range(20)]
+        for store in (world.other, world.store) * 5:
+            # Two processes do not agree to the millisecond.
+            world.pass_by(1)
+            ids.append(saved(store, new(1)).id)
         assert ids == sorted(set(ids))
 
     # -- claims --------------------------------------------------------------------------------------------------------
@@ -495,6 +500,15 @@ class CheckpointContract:
         before = world.store.get(claim.root.uuid)
         with pytest.raises(Fenced):
             world.store.checkpoint(step_on(claim, 3))
+        assert world.store.get(claim.root.uuid) == before
+
+    def test_another_phase_of_the_step_is_no_place_either(self, world: World) -> None:
+        """Rule 8: who gives the step back must not undo what was recorded of it meanwhile."""
+        claim = saved(world.store, new(3, mode=DISTRIBUTED))
+        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=NEXT)]))
+        before = world.store.get(claim.root.uuid)
+        with pytest.raises(Fenced):
+            world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), keep=False))
         assert world.store.get(claim.root.uuid) == before
 
     def test_an_inner_operation_at_another_step_is_no_place_either(self, world: World) -> None:

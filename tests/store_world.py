@@ -183,7 +183,7 @@ def row_of(store: Store, uuid_or_id: str) -> OperationRow:
 
 def move_of(row: OperationRow, step: int, **values: Any) -> Move:
     """An operation goes on to a step."""
-    made = Move(row.id, row.step, step, TASK, states.RUNNING, f'{{"up to": {step}}}', None)
+    made = Move(row.id, row.step, row.phase, step, TASK, states.RUNNING, f'{{"up to": {step}}}', None)
     return made._replace(**values)
 
 

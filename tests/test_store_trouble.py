@@ -91,6 +91,23 @@ def test_work_in_hand_waits_for_the_database_and_nothing_is_recorded_twice(
     ]
 
 
+def test_an_answer_to_what_was_asked_before_the_trouble_does_not_tell_that_it_is_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """durability rule 33: of many threads some are answered later than they asked."""
+    caplog.set_level(logging.INFO, "kser")
+    asked = patience.Patience()
+
+    def slow() -> str:
+        asked.report(StoreUnavailable("it does not answer"))
+        return "an answer"
+
+    assert asked.call(slow) == "an answer"
+    assert told(caplog) == ["Store: it does not answer; what is in hand waits, and is tried again"]
+    assert asked.call(lambda: "another") == "another"
+    assert told(caplog)[1:] == ["Store: the database works again"]
+
+
 def test_what_arrives_meanwhile_waits_and_is_not_committed_while_plain_tasks_go_on(
     shop: Shop, troubled: Troubled
 ) -> None:

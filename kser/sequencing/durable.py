@@ -105,7 +105,7 @@ class Run:
         row = self._means.store.peek(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
-        stay = Move(row.id, row.step, row.step, row.phase, row.status, row.so_far, row.result)
+        stay = Move(row.id, row.step, row.phase, row.step, row.phase, row.status, row.so_far, row.result)
         token, notes = root.token or "", (Note("released"),)
         status = self._means.store.checkpoint(
             Checkpoint(row.id, epoch, token, self._means.owner, (stay,), notes=notes, keep=False)

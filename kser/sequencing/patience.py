@@ -41,6 +41,8 @@ class Patience:
         """
         state: RetryCallState | None = None
         while True:
+            # What was asked before the trouble began, and is answered now, does not tell that it is over.
+            was_away = self.is_away
             try:
                 answer = what()
             except StoreUnavailable as trouble:
@@ -51,8 +53,14 @@ class Patience:
                 self._wait(_BACKOFF(state))
                 state.attempt_number += 1
             else:
-                self.report(None)
+                if was_away:
+                    self.report(None)
                 return answer
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database is known to be away."""
+        return bool(self._trouble)
 
     def report(self, trouble: StoreUnavailable | None) -> None:
         """Log once that the database goes away, and that it is back; another reason meanwhile is no other trouble."""

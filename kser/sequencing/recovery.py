@@ -97,8 +97,10 @@ class Recovery:
         until = self._clock() + self._terms.heartbeat / 2
         while True:
             asked = self._clock()
+            was_away = self._means.patience.is_away
             due = self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
-            self._means.patience.report(None)
+            if was_away:
+                self._means.patience.report(None)
             # It was made to wait, as were those who wanted to prolong a claim meanwhile.
             waited = self._clock() - asked > self._terms.lease / 3
             sent = self._hold_back(due) if waited else due

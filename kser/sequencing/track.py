@@ -36,7 +36,7 @@ class Frame:
 
     def __init__(self, row: OperationRow) -> None:
         self.row = row
-        self.phase = row.phase
+        self.phase = self.old_phase = row.phase
         self.status = row.status
         self.step = self.old_step = row.step
         self.size = row.size
@@ -63,7 +63,8 @@ class Frame:
 
     def move(self) -> Move:
         """What is to be recorded of it."""
-        return Move(self.row.id, self.old_step, self.step, self.phase, self.status, self.so_far, self.result)
+        before = self.old_step, self.old_phase
+        return Move(self.row.id, *before, self.step, self.phase, self.status, self.so_far, self.result)
 
     @property
     def target(self) -> Target:
@@ -239,5 +240,5 @@ class Track:
     def recorded(self) -> None:
         """It is: the next step begins."""
         for frame in self._moves.values():
-            frame.old_step = frame.step
+            frame.old_step, frame.old_phase = frame.step, frame.phase
         self._moves, self._ends, self._notes, self.built, self.ended = {}, [], [], None, []

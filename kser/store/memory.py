@@ -198,7 +198,8 @@ class MemoryStore(Store):
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
                 name = root.uuid if root else checkpoint.root_id
                 raise Fenced(f"somebody else has claimed operation {name}, or it has ended")
-            if any(self._operations[move.operation_id].step != move.old_step for move in checkpoint.moves):
+            places = [(self._operations[move.operation_id], move) for move in checkpoint.moves]
+            if any((row.step, row.phase) != (move.old_step, move.old_phase) for row, move in places):
                 raise Fenced(f"operation {root.uuid} is at another step")
             if checkpoint.built is not None:
                 self._refuse_taken(checkpoint.built.tasks)
@@ -230,7 +231,7 @@ class MemoryStore(Store):
         attempts = [(end.operation_id, end.position, end.number) for end in checkpoint.ends if end.number]
         known = {row[:3] for at, *_ in attempts for row in self._attempts.get(at, ())}
         built = checkpoint.built is not None and self._operations[checkpoint.built.operation_id].size is not None
-        traces = not kept or attempts or built or any(move.old_step != move.step for move in checkpoint.moves)
+        traces = not kept or attempts or built or any(move.leaves for move in checkpoint.moves)
         return bool(traces) and known.issuperset(attempts)
 
     def _end_task(self, end: TaskEnd, checkpoint: Checkpoint) -> None:

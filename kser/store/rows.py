@@ -291,12 +291,18 @@ class Move(NamedTuple):
     operation_id: int
     #: Where it was: else nothing is recorded.
     old_step: int
+    old_phase: str
     step: int
     phase: str
     status: str
     so_far: str
     #: JSON of the final result; None before that is known.
     result: str | None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it is elsewhere afterwards."""
+        return (self.old_step, self.old_phase) != (self.step, self.phase)
 
 
 class Built(NamedTuple):

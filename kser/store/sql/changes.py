@@ -15,7 +15,7 @@ from kser.store.sql.tables import attempt, operation, task
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
 #: What finds a root where it is to be.
-_FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "cancelled": Boolean()}
+_FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "old_phase": Text(), "cancelled": Boolean()}
 
 #: What gives a claim back.
 _RELEASE: Final = {
@@ -68,6 +68,7 @@ def _move_roots(row: Source, more: dict[str, Any]) -> Any:
         own.epoch == row["epoch"],
         own.status == states.RUNNING,
         own.step == row["old_step"],
+        own.phase == row["old_phase"],
         own.cancel_requested == row["cancelled"],
     )
 
@@ -76,11 +77,12 @@ def move_inner(database: Database) -> Any:
     """Inner operations are at another step, or have ended."""
     own, now = operation.c, database.now
     types = types_of(operation, "id", "step", "phase", "status", "so_far", "result")
-    row = database.source({**types, "old_step": Integer(), "ended": Integer()})
+    row = database.source({**types, "old_step": Integer(), "old_phase": Text(), "ended": Integer()})
     values = {name: row[name] for name in types if name != "id"}
     values["started_at"] = func.coalesce(own.started_at, now)
     values["ended_at"] = case((row["ended"] == 1, now), else_=None)
-    return row.update(operation, values, own.id == row["id"], own.step == row["old_step"])
+    where = (own.id == row["id"], own.step == row["old_step"], own.phase == row["old_phase"])
+    return row.update(operation, values, *where)
 
 
 def resize(database: Database) -> Any:

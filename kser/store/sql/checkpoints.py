@@ -58,6 +58,7 @@ class Rows:
             "id": move.operation_id,
             "epoch": checkpoint.epoch,
             "old_step": move.old_step,
+            "old_phase": move.old_phase,
             "cancelled": cancelled,
             "step": move.step,
             "phase": move.phase,
@@ -221,7 +222,7 @@ class Recording:
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
             raise Fenced(f"somebody else has claimed operation {root.uuid}, or it has ended: it is {root.status}")
-        if any(places[move.operation_id].step != move.old_step for move in checkpoint.moves):
+        if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.moves):
             raise Fenced(f"operation {root.uuid} is at another step")
         return self._record_one(transaction, checkpoint, root)
 
@@ -243,7 +244,7 @@ class Recording:
             return False
         # One that leaves no trace is recorded again, which is the same.
         built = checkpoint.built is not None and places[checkpoint.built.operation_id].size is not None
-        return bool(not kept or keys or built or any(move.old_step != move.step for move in checkpoint.moves))
+        return bool(not kept or keys or built or any(move.leaves for move in checkpoint.moves))
 
     def _record_one(self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow) -> str:
         cancelled = root.cancel_requested
@@ -268,6 +269,7 @@ def _inner_row(move: Move) -> dict[str, Any]:
     return {
         "id": move.operation_id,
         "old_step": move.old_step,
+        "old_phase": move.old_phase,
         "step": move.step,
         "phase": move.phase,
         "status": move.status,
