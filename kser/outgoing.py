@@ -145,12 +145,13 @@ class OutgoingProducer(BaseProducer):
     def post(self, topic: str, kmsg: Message, told: Callable[[Any], Any], timeout: float = 60) -> None:
         """Begin to send one message, and go on meanwhile.
 
-        A producer with hooks of its own, or with receivers of ``message_sent``, waits as :meth:`send` does: they are
-        called in this thread.
+        A producer with hooks of its own, or with receivers of ``message_sent``, waits as
+        :meth:`~kser.controller.BaseProducer.send` does: they are called in this thread.
 
         :param topic: where to.
         :param kmsg: the message.
-        :param told: called with what :meth:`send` would return, in the thread that learns of it: it must be quick.
+        :param told: called with what :meth:`~kser.controller.BaseProducer.send` would return, in the thread that
+            learns of it: it must be quick.
         :param timeout: seconds until the client has taken the message; how long it tries is a setting of its own.
         """
         if self._is_watched():
