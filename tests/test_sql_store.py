@@ -393,6 +393,24 @@ def test_a_claim_that_waited_for_another_one_loses(in_postgresql: SQLStore, data
     assert answers[0].reason == "held"
 
 
+@pytest.mark.postgresql
+def test_a_claim_that_waited_for_a_checkpoint_sees_what_that_recorded_of_the_task(
+    in_postgresql: SQLStore, database: Database
+) -> None:
+    """Rule 7: only what a statement changes is looked at again after it waited; the rest is as it was when it began."""
+    each = new(1)
+    in_postgresql.save(each)
+    answers: list[Any] = []
+    with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
+        foreign.execute("UPDATE kser_operation SET epoch = epoch + 2 WHERE uuid = %s", [each.uuid])
+        foreign.execute("UPDATE kser_task SET attempts = 1")
+        thread = threading.Thread(target=lambda: answers.append(in_postgresql.claim(each.uuid, each.uuid, me())))
+        thread.start()
+        time.sleep(0.3)
+    thread.join()
+    assert (answers[0].epoch, answers[0].task.attempts) == (3, 1)
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 

@@ -175,8 +175,17 @@ def _at_once(database: Database) -> Any:
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(made.c.id, database.now, literal("claimed", Text), made.c.epoch, made.c.owner)
     noted = insert(event).from_select(list(names), values).cte("noted")
-    current, following = task.alias("current"), task.alias("following")
-    has_task = and_(made.c.phase == TASK, current.c.operation_id == made.c.id, current.c.position == made.c.step)
+    # A statement that waited for another one looks again at what it changes alone: where the operation has gone on
+    # meanwhile, its tasks are left to be read afterwards.
+    before, current, following = operation.alias("before"), task.alias("current"), task.alias("following")
+    unchanged = and_(
+        before.c.id == made.c.id,
+        before.c.epoch == made.c.epoch - 1,
+        before.c.step == made.c.step,
+        before.c.phase == made.c.phase,
+        before.c.phase == TASK,
+    )
+    has_task = and_(current.c.operation_id == before.c.id, current.c.position == before.c.step)
     follows = and_(
         current.c.operation_id.is_not(None),
         made.c.mode == DISTRIBUTED,
@@ -184,8 +193,8 @@ def _at_once(database: Database) -> Any:
         following.c.position == made.c.step + 1,
     )
     columns = [each.c[name] for each in (current, following) for name in TaskRow._fields]
-    found = select(*made.c, *columns).select_from(made.outerjoin(current, has_task).outerjoin(following, follows))
-    return found.add_cte(noted)
+    places = made.outerjoin(before, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
+    return select(*made.c, *columns).select_from(places).add_cte(noted)
 
 
 def places(path: Sequence[OperationRow]) -> list[dict[str, int]]:
