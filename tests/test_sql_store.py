@@ -33,7 +33,7 @@ from kser.errors import (
 from kser.store import open_store
 from kser.store.__main__ import main
 from kser.store.memory import MemoryStore
-from kser.store.rows import Found
+from kser.store.rows import Claim, Found, Refusal
 from kser.store.sql import SQLStore, schema
 from kser.store.sql.database import Repeat, Transaction
 from kser.store.sql.group import Entry, Group
@@ -472,6 +472,21 @@ def test_what_comes_together_is_one_transaction(any_store: SQLStore) -> None:
     assert [type(answer) for answer in answers[8:]] == [int, int]
     sizes = [2, 3, 5] if any_store._database.packed else [10]
     assert (sorted(held.sizes), len(commits)) == (sizes, len(sizes))
+
+
+def test_claims_that_are_refused_share_a_transaction_too(any_store: SQLStore) -> None:
+    """As after a crash, when the reaper has sent what others go on with."""
+    operations = [new(1) for _ in range(5)]
+    for each in operations:
+        any_store.save(each)
+    for each in operations[2:]:
+        any_store.claim(each.uuid, each.uuid, me("another"))
+    commits = _count(any_store, "COMMIT")
+    answers = Held(any_store).together(
+        *(lambda each=each: any_store.claim(each.uuid, each.uuid, me()) for each in operations)
+    )
+    assert [type(answer) for answer in answers] == [Claim, Claim, Refusal, Refusal, Refusal]
+    assert len(commits) == (2 if any_store._database.packed else 1)
 
 
 def _count(store: SQLStore, what: str) -> list[str]:

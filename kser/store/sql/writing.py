@@ -87,12 +87,15 @@ class Writing:
 
     def _fastest(self, entries: Sequence[Entry[Work]]) -> list[Any]:
         """What comes of entries, written as they can be: in one statement, in one transaction, or alone."""
-        sorts = Sorts(entries)
-        ways = (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,)
-        for way in ways:
-            with suppress(StoreError, Uneven):
-                return repeated(partial(way, sorts))
-        return [ALONE] * len(entries)
+        results: list[Any] = [ALONE] * len(entries)
+        for way in (self._at_once, self._together) if self._fits_at_once(Sorts(entries)) else (self._together,):
+            left = [index for index, result in enumerate(results) if result is ALONE]
+            if left:
+                with suppress(StoreError, Uneven):
+                    found = repeated(partial(way, Sorts([entries[index] for index in left])))
+                    for index, result in zip(left, found, strict=True):
+                        results[index] = result
+        return results
 
     def _fits_at_once(self, sorts: Sorts) -> bool:
         """Whether one statement can write it: on a server a group is of one kind."""
