@@ -97,13 +97,15 @@ class BaseController:
         try:
             with CONTAINED:
                 if result and status.outcome(result) == status.SUCCESS:
-                    if (delivery := CURRENT.get()) is not None:
-                        # A hook of the entrypoint may have made a success of it.
-                        delivery.failure = None
+                    cls._note_success()
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
         except Exception as exc:
             return cls._hook_failed(kmsg, result, exc)
+
+    @classmethod
+    def _note_success(cls) -> None:
+        """Nothing: what a producer sends while a message is handled is not what comes of that one."""
 
     @classmethod
     def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
@@ -232,6 +234,12 @@ class Controller(BaseController):
         delivery.settle(delivery.entry)
         # What came of the message is only known after its last attempt.
         return result if delivery.retry_in is not None else cls._finish(kmsg, result)
+
+    @classmethod
+    def _note_success(cls) -> None:
+        if (delivery := CURRENT.get()) is not None:
+            # A hook of the entrypoint may have made a success of it.
+            delivery.failure = None
 
     @classmethod
     def start_processing(cls, kmsg: Message) -> None:

@@ -52,8 +52,10 @@ class RunningFile:
             self._lines.pop(thread, None)
         self._stale = True
         # Whoever comes while another thread writes leaves it to that one: to wait here, message by message, would cost
-        # many workers more than small tasks do.
-        while self._stale and self._lock.acquire(blocking=False):
+        # many workers more than small tasks do. That one goes on soon: its own message waits, and is shown once more.
+        for _ in range(2 if text else 10):
+            if not self._stale or not self._lock.acquire(blocking=False):
+                return
             self._stale = False
             try:
                 self._write()

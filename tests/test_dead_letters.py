@@ -14,13 +14,13 @@ from kser import signals
 from kser.consumer.client import Partition
 from kser.consumer.deadletter import PREFIX, TEXT_LIMITS
 from kser.controller import BaseProducer, Controller
-from kser.delivery import Failure
+from kser.delivery import CURRENT, FAILED, Delivery, Failure
 from kser.dummy.bus import Bus, DummyRecord
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
 from tests.engine import AT_ONCE, DICE, Act, committed, consumer_of, put
-from tests.support import Clock, lines, record_of
+from tests.support import Clock, lines, message, record_of
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -308,3 +308,15 @@ def test_what_is_too_large_in_any_case_says_what_to_raise(caplog: pytest.LogCapt
     assert "raise the limits of the producer and of the topic 'dice.dlq'" in line
     assert set(consumer._dispatch.held()) == {DICE} == {Partition("dice", 0)}
     assert committed() == 0
+
+
+def test_what_a_producer_sends_is_not_what_came_of_the_message_in_hand() -> None:
+    """A hook of a failed message may send something, and a step of another operation may be told of in its thread."""
+    delivery = Delivery()
+    delivery.failure = Failure(FAILED, "ValueError", "boom")
+    before = CURRENT.set(delivery)
+    try:
+        assert Producer({}).send("elsewhere", message("x")).retcode == 0
+    finally:
+        CURRENT.reset(before)
+    assert delivery.failure == Failure(FAILED, "ValueError", "boom")

@@ -113,7 +113,8 @@ class Run:
         if status == states.CANCELLED:
             self._cancelled()
             return
-        self._means.post(row.target, row.uuid, (row.id, epoch + 1))
+        # The process may end next: nobody would hear what came of it.
+        self._means.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +199,9 @@ class Run:
         root = self._track.root
         if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
             self._steps.answer = Unfinished(root.total)
-        self._means.post(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
+        ending = self._delivery is not None and self._delivery.ending
+        send = self._means.send if ending else self._means.post
+        send(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
 
     def _start_over(self, error: Exception) -> None:
         """Forget what came of the step: it failed with ``error``."""

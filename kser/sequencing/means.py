@@ -17,6 +17,7 @@ from cdumay_result import Result
 from kser import status as states
 from kser.config import Settings
 from kser.errors import SettingError
+from kser.outgoing import OutgoingProducer
 from kser.results import failure
 from kser.schemas import OPERATION, Message
 from kser.sequencing.patience import Patience
@@ -168,11 +169,12 @@ class Means:
         :param mark: the root's id and epoch, to record that it was sent.
         """
         try:
-            post = getattr(self.producer, "post", None)
-            if post is None:
+            producer = self.producer
+            if not isinstance(producer, OutgoingProducer):
+                # Whatever stands in front of it has a send of its own.
                 self.send(target, root_uuid, mark)
                 return
-            post(
+            producer.post(
                 target.topic,
                 step_message(target, root_uuid),
                 partial(self._told, target, root_uuid, mark),
