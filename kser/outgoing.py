@@ -97,10 +97,6 @@ def remaining(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
 
 
-#: What takes part in sending a message, but for the transport.
-_SENDING = ("send", "_send", "_sent", "_finish", "_onsuccess", "onsuccess", "_onerror", "onerror")
-
-
 def _function(owner: Any, name: str) -> Any:
     """A method without what it is bound to."""
     found = getattr(owner, name)
@@ -172,7 +168,7 @@ class OutgoingProducer(BaseProducer):
         thread would wait for itself."""
         if signals.message_sent.receivers:
             return True
-        return any(_function(self, name) is not _function(OutgoingProducer, name) for name in _SENDING)
+        return any(_function(self, name) is not ours for name, ours in _SENDING.items())
 
     def produce(
         self,
@@ -199,6 +195,13 @@ class OutgoingProducer(BaseProducer):
 
     def _encode(self, kmsg: Message) -> bytes:
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
+
+
+#: What takes part in sending a message, but for the transport, as it is here.
+_SENDING = {
+    name: _function(OutgoingProducer, name)
+    for name in ("send", "_send", "_sent", "_finish", "_onsuccess", "onsuccess", "_onerror", "onerror")
+}
 
 
 class Tally:

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from cdumay_result import Result
 from kser import signals
 from kser.errors import MessageTooLarge, NotDelivered
 from kser.schemas import Message
+from tests.engine import until
 from tests.support import UUID, lines, message, record_of
 
 PATIENCE = 20
@@ -78,14 +79,6 @@ def read(servers: str, topic: str, count: int) -> list[Sent]:
     assert len(found) == count and not [record.error() for record in found if record.error()]
     found.sort(key=lambda record: (record.partition(), record.offset()))
     return [Sent(record.value(), record.key(), record.headers() or [], record.partition()) for record in found]
-
-
-def wait_until(done: Callable[[], Any]) -> None:
-    """Wait for what happens in another thread."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def uuids(sent: list[Sent]) -> list[str]:
@@ -280,7 +273,7 @@ class ProducerContract:
         told: list[Any] = []
         for number in range(20):
             producer.post(topic, message("x", uuid=str(number)), told.append)
-        wait_until(lambda: len(told) == 20)
+        until(lambda: len(told) == 20)
         results = sorted((int(result.uuid), result.retcode) for result in told)
         assert results == [(number, 0) for number in range(20)]
         assert len([line for line in lines(caplog) if line.startswith("Producer.Success: x[")]) == 20

@@ -257,7 +257,6 @@ def test_tables_of_a_newer_version_that_older_code_may_use_are_accepted(
     assert operation.status == SUCCESS
     process.consumer.close()
     process.registry.store.close()
-    process.registry.store.close()
 
 
 def test_what_needs_a_database_says_so_without_one() -> None:

@@ -107,18 +107,14 @@ class Producer(OutgoingProducer):
         try:
             self._confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
-            raise refused_as_too_large(size_of(value, key, headers), topic, self._servers) from error
+            raise self._undelivered(error, topic, size_of(value, key, headers)) from error
 
     def _begin(
         self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
     ) -> None:
-        def fail(error: Exception) -> None:
-            too_large = isinstance(error, MessageSizeTooLargeError)
-            told(refused_as_too_large(len(value or b""), topic, self._servers) if too_large else error)
-
         delivery = self._enqueue(topic, value, {}, deadline)
         delivery.add_callback(lambda _record: told(None))
-        delivery.add_errback(fail)
+        delivery.add_errback(lambda error: told(self._undelivered(error, topic, len(value or b""))))
 
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
@@ -150,6 +146,12 @@ class Producer(OutgoingProducer):
         except KafkaTimeoutError as error:
             unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
+
+    def _undelivered(self, error: Exception, topic: str, size: int) -> Exception:
+        """What to say about a delivery that failed."""
+        return (
+            refused_as_too_large(size, topic, self._servers) if isinstance(error, MessageSizeTooLargeError) else error
+        )
 
     def _send_in_time(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.
@@ -246,10 +248,8 @@ class _Bulk:
         for kmsg, size, delivery in deliveries:
             try:
                 self._producer._confirm(delivery, self._deadline)
-            except MessageSizeTooLargeError:
-                self._tally.fail(kmsg, refused_as_too_large(size, self._topic, self._producer._servers))
             except Exception as exc:
-                self._tally.fail(kmsg, exc)
+                self._tally.fail(kmsg, self._producer._undelivered(exc, self._topic, size))
             else:
                 if announced:
                     self._producer._announce(self._topic, kmsg, self._timeout)

@@ -163,7 +163,7 @@ class Run:
             self._steps.answer = Unfinished(self._steps.answer or track.root.total)
             if not delay:
                 # The reaper would take it for a step that somebody is about to send.
-                self._means.post(track.root.row.target, track.root.row.uuid, (self._claim.id, self._claim.epoch + 1))
+                self._send(track.root.row.target)
         elif self._given_back:
             self._hand_over(target)
 
@@ -199,9 +199,13 @@ class Run:
         root = self._track.root
         if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
             self._steps.answer = Unfinished(root.total)
+        self._send(target or root.row.target)
+
+    def _send(self, target: Target) -> None:
+        """Send what is to be done next; where the consumer is about to end, wait for that."""
         ending = self._delivery is not None and self._delivery.ending
         send = self._means.send if ending else self._means.post
-        send(target or root.row.target, root.row.uuid, (root.row.id, self._claim.epoch + 1))
+        send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
     def _start_over(self, error: Exception) -> None:
         """Forget what came of the step: it failed with ``error``."""

@@ -41,10 +41,8 @@ class Patience:
         """
         state: RetryCallState | None = None
         while True:
-            # What was asked before the trouble began, and is answered now, does not tell that it is over.
-            was_away = self.is_away
             try:
-                answer = what()
+                return self.ask(what)
             except StoreUnavailable as trouble:
                 state = state or RetryCallState(Retrying(), None, (), {})
                 if CURRENT.get() is None and state.attempt_number >= ATTEMPTS:
@@ -52,15 +50,18 @@ class Patience:
                 self.report(trouble)
                 self._wait(_BACKOFF(state))
                 state.attempt_number += 1
-            else:
-                if was_away:
-                    self.report(None)
-                return answer
 
-    @property
-    def is_away(self) -> bool:
-        """Whether the database is known to be away."""
-        return bool(self._trouble)
+    def ask(self, what: Callable[[], Answer]) -> Answer:
+        """What ``what`` returns, asked once; if the database was away before, it is told to be back.
+
+        :raises kser.errors.StoreUnavailable: it is away.
+        """
+        # What was asked before the trouble began, and is answered now, does not tell that it is over.
+        was_away = bool(self._trouble)
+        answer = what()
+        if was_away:
+            self.report(None)
+        return answer
 
     def report(self, trouble: StoreUnavailable | None) -> None:
         """Log once that the database goes away, and that it is back; another reason meanwhile is no other trouble."""

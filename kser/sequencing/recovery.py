@@ -97,10 +97,7 @@ class Recovery:
         until = self._clock() + self._terms.heartbeat / 2
         while True:
             asked = self._clock()
-            was_away = self._means.patience.is_away
-            due = self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
-            if was_away:
-                self._means.patience.report(None)
+            due = self._means.patience.ask(self._take_due)
             # It was made to wait, as were those who wanted to prolong a claim meanwhile.
             waited = self._clock() - asked > self._terms.lease / 3
             sent = self._hold_back(due) if waited else due
@@ -108,6 +105,9 @@ class Recovery:
             self._send(sent)
             if len(due) < BATCH or self._clock() >= until:
                 return total
+
+    def _take_due(self) -> Sequence[Due]:
+        return self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
 
     def _hold_back(self, due: Sequence[Due]) -> Sequence[Due]:
         """Leave those whose lease is over to their owners for one more lease; returns the others."""

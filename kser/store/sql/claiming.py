@@ -74,12 +74,10 @@ class Claiming:
 
     def take(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | Refusal | None]:
         """Claim roots, each for itself."""
-        # Always in one order: else two transactions could wait for each other.
-        wanted = sorted(takes, key=lambda take: take.uuid)
-        made = transaction.fetch(self._claim, [_claim_row(take) for take in wanted])
+        made = transaction.fetch(self._claim, _claim_rows(takes))
         events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
         transaction.change(self._adding.events, events)
-        found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in wanted])}
+        found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in takes])}
         answers: dict[int, Claim | Refusal | None] = {}
         mine: list[tuple[int, OperationRow, Claimant]] = []
         for index, take in enumerate(takes):
@@ -100,10 +98,9 @@ class Claiming:
 
     def take_at_once(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | None]:
         """The same in one statement, with the tasks whose turn it is; None for what cannot be claimed like that."""
-        wanted = sorted(takes, key=lambda take: take.uuid)
         roots: dict[str, OperationRow] = {}
         tasks: Tasks = {}
-        for raw in transaction.fetch(self._at_once, [_claim_row(take) for take in wanted]):
+        for raw in transaction.fetch(self._at_once, _claim_rows(takes)):
             row = operation_row(raw[_OPERATION])
             roots[row.token or ""] = row
             for part in (raw[_CURRENT], raw[_FOLLOWING]):
@@ -215,6 +212,11 @@ def _claim(path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow
         tasks.get((last.id, last.step + 1)) if is_task else None,
         exhausted=claimant is not None and root.claims > claimant.max_claims,
     )
+
+
+def _claim_rows(takes: Sequence[Take]) -> list[dict[str, Any]]:
+    # Always in one order: else two transactions could wait for each other.
+    return [_claim_row(take) for take in sorted(takes, key=lambda take: take.uuid)]
 
 
 def _claim_row(take: Take) -> dict[str, Any]:

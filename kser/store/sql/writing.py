@@ -88,13 +88,15 @@ class Writing:
     def _fastest(self, entries: Sequence[Entry[Work]]) -> list[Any]:
         """What comes of entries, written as they can be: in one statement, in one transaction, or alone."""
         results: list[Any] = [ALONE] * len(entries)
-        for way in (self._at_once, self._together) if self._fits_at_once(Sorts(entries)) else (self._together,):
-            left = [index for index, result in enumerate(results) if result is ALONE]
-            if left:
-                with suppress(StoreError, Uneven):
-                    found = repeated(partial(way, Sorts([entries[index] for index in left])))
-                    for index, result in zip(left, found, strict=True):
-                        results[index] = result
+        left, sorts = list(range(len(entries))), Sorts(entries)
+        for way in (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,):
+            with suppress(StoreError, Uneven):
+                for index, result in zip(left, repeated(partial(way, sorts)), strict=True):
+                    results[index] = result
+            left = [index for index in left if results[index] is ALONE]
+            if not left:
+                break
+            sorts = Sorts([entries[index] for index in left])
         return results
 
     def _fits_at_once(self, sorts: Sorts) -> bool:
