@@ -163,6 +163,10 @@ class Fleet:
         """Whether a process runs a task."""
         return ledger.is_busy(self.ledger, name)
 
+    def running(self, name: str) -> dict[str, float]:
+        """What a process runs, and since when."""
+        return ledger.running(self.ledger, name)
+
     def has_begun(self, name: str) -> bool:
         """Whether a process ever ran a task."""
         return any(entry.process == name and entry.event == ledger.START for entry in ledger.read(self.ledger))

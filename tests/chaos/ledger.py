@@ -66,18 +66,23 @@ def read(path: Path) -> list[Entry]:
     return entries
 
 
-def is_busy(path: Path, process: str) -> bool:
-    """Whether a process runs a task that will not be over in a moment, as far as the last lines tell."""
+def running(path: Path, process: str) -> dict[str, float]:
+    """What a process runs, and since when, as far as the last lines tell."""
     if not path.exists():
-        return False
+        return {}
     with path.open("rb") as file:
         file.seek(max(0, size(path) - RECENT))
         # The first one may be cut off, and the last may be incomplete.
         lines = [line.decode().split() for line in file.read().split(b"\n")[1:-1]]
-    running: dict[str, float] = {}
+    found: dict[str, float] = {}
     for event, subject, who, at in lines:
         if who == process and event == START:
-            running[subject] = float(at)
+            found[subject] = float(at)
         elif who == process:
-            running.pop(subject, None)
-    return min(running.values(), default=math.inf) < time.monotonic() - MOMENT
+            found.pop(subject, None)
+    return found
+
+
+def is_busy(path: Path, process: str) -> bool:
+    """Whether a process runs a task that will not be over in a moment."""
+    return min(running(path, process).values(), default=math.inf) < time.monotonic() - MOMENT

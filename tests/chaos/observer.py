@@ -50,22 +50,18 @@ class Found(NamedTuple):
     written: float
 
 
-@contextlib.contextmanager
-def outsider(servers: str, group: str) -> Iterator[Any]:
-    """A client that can ask about a group, and is no member of it."""
-    client = confluent_kafka.Consumer(
+def make_outsider(servers: str) -> Any:
+    """A client that can ask and read, and is no member of any group."""
+    group = f"reader-{uuid.uuid4()}"
+    return confluent_kafka.Consumer(
         {**QUIET, "bootstrap.servers": servers, "group.id": group, "enable.auto.commit": False}
     )
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def read_topic(servers: str, topic: str) -> list[Found]:
     """Everything that is in a topic."""
     found: list[Found] = []
-    with outsider(servers, f"reader-{uuid.uuid4()}") as client:
+    with contextlib.closing(make_outsider(servers)) as client:
         partitions = client.list_topics(topic, timeout=10).topics[topic].partitions
         ends = {n: client.get_watermark_offsets(TopicPartition(topic, n), timeout=10)[1] for n in partitions}
         client.assign([TopicPartition(topic, number, 0) for number in partitions])
@@ -175,6 +171,39 @@ class GroupOffsets:
         self._close()
 
 
+class DeadLetters:
+    """How many records a topic of one partition has."""
+
+    def __init__(self, servers: str, topic: str | None) -> None:
+        self._servers, self._topic = servers, topic
+        self._client: Any = None
+
+    def count(self) -> int | None:
+        """None when Kafka does not answer; zero when there is no topic."""
+        if self._topic is None:
+            return 0
+        if self._client is None:
+            self._client = make_outsider(self._servers)
+        try:
+            _, end = self._client.get_watermark_offsets(TopicPartition(self._topic, 0), timeout=PATIENCE)
+        except confluent_kafka.KafkaException:
+            # One that has seen the topic without a leader may ask for its new one only minutes later.
+            self._close()
+            return None
+        return int(end)
+
+    def _close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._close()
+
+
 class Sampler(threading.Thread):
     """Asks Kafka again and again where the group is, and then looks how far the ledger is."""
 
@@ -200,27 +229,24 @@ class Sampler(threading.Thread):
         self.stuck: str | None = None
 
     def run(self) -> None:
-        with outsider(self._servers, self._group) as client, GroupOffsets(self._servers, self._group) as offsets:
+        with GroupOffsets(self._servers, self._group) as offsets, DeadLetters(self._servers, self._dead_topic) as dead:
             while not self._enough.is_set():
-                sample = self._sample(client, offsets)
+                sample = self._sample(offsets, dead)
                 self.samples.append(sample)
                 self.stuck = self.stuck or self._watch.see(sample)
                 self._enough.wait(INTERVAL)
 
-    def _sample(self, client: Any, offsets: GroupOffsets) -> Sample:
+    def _sample(self, offsets: GroupOffsets, dead_letters: DeadLetters) -> Sample:
         delivered = self._delivered()
         answers = offsets.of(self._topic)
         at = time.monotonic()
         # In this order: what was finished when it was committed is in the ledger, or dead-lettered, by now.
         position = ledger.size(self._path)
-        dead = 0
-        if answers is not None and self._dead_topic:
-            try:
-                _, dead = client.get_watermark_offsets(TopicPartition(self._dead_topic, 0), timeout=PATIENCE)
-            except confluent_kafka.KafkaException:
-                answers = None
-        committed = None if answers is None else {number: found.offset for number, found in answers.items()}
-        above = {number: finished_above(found.offset, found.metadata) for number, found in (answers or {}).items()}
+        dead = None if answers is None else dead_letters.count()
+        if answers is None or dead is None:
+            return Sample(at, None, {}, position, 0, delivered)
+        committed = {number: found.offset for number, found in answers.items()}
+        above = {number: finished_above(found.offset, found.metadata) for number, found in answers.items()}
         return Sample(at, committed, above, position, dead, delivered)
 
     def lag_since(self, at: float) -> float:

@@ -22,6 +22,7 @@ from tests.chaos_operations.databases import Faulty
 from tests.chaos_operations.history import OUTAGES, History, Kept, Look, Rules
 from tests.chaos_operations.orders import orders
 from tests.chaos_operations.plan import HELD, plan
+from tests.chaos_operations.shop import Told
 from tests.kafka.broker import KafkaBroker
 
 CONSUMERS, WORKERS, PARTITIONS = 4, 2, 6
@@ -29,8 +30,10 @@ CONSUMERS, WORKERS, PARTITIONS = 4, 2, 6
 DRAINING = 60.0
 #: Seconds from one look at what moves to the next.
 LOOK = 0.5
-#: Seconds that a fault waits for its target to be at work: the first one of a kind, and the others.
-AIM = (4.0, 0.3)
+#: Seconds that a fault waits for somebody to be at work: the first one of a kind, and the others.
+AIM = (10.0, 0.3)
+#: Seconds that a task has to go on for a fault to hit it surely.
+SURE = 0.1
 #: Seconds that consumers have to begin.
 BEGINNING = 30.0
 #: Seconds that a long task takes beyond a lease.
@@ -94,6 +97,10 @@ class Crew(Fleet):
         }
         self._chance = random.Random(f"crew {seed}")
 
+    def is_up(self, name: str) -> bool:
+        """Whether nothing is being done to a process."""
+        return name in self.names and name not in self._stopped
+
     def _settings(self) -> Settings:
         transports = [PYTHON_KAFKA, CONFLUENT]
         # The first two are of different kinds.
@@ -111,6 +118,7 @@ class Chaos:
         kafka.create_topic(topic, PARTITIONS)
         self.crew = Crew(seed, database.uri, kafka.bootstrap_servers, topic, folder)
         self._orders = orders(seed, count, seconds, long=RULES.lease + LONGER)
+        self._takes = {order.uuid: order.seconds for order in self._orders}
         self._plan = plan(seed, seconds, slots=CONSUMERS, lease=RULES.lease)
         self.customer = Customer(database.uri, kafka.bootstrap_servers, topic, self._orders)
         self.faults: list[Fault] = []
@@ -195,7 +203,7 @@ class Chaos:
                 begun += time.monotonic() - at
                 continue
             if begins:
-                self._aim(action.kind, [slots[action.slot]])
+                self._aim_at_slot(slots, action)
             self._hit(slots, action, begins)
 
     def _hit(self, slots: dict[int, str], action: Action, begins: bool) -> None:
@@ -212,11 +220,33 @@ class Chaos:
         else:
             slots[action.slot] = self.crew.start(guest=False)
 
-    def _aim(self, kind: str, names: Sequence[str]) -> None:
-        """Wait for one of these to be at work, but not for long."""
+    def _aim(self, kind: str, names: Sequence[str]) -> str | None:
+        """Wait for one of these to be at work, but not for long; returns its name."""
         first = kind not in self._hit_by
-        if self._wait_until(lambda: any(map(self.crew.is_busy, names)), AIM[not first]):
-            self._hit_by.add(kind)
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = filter(self._is_at_work, names)
+            return bool(found)
+
+        if not self._wait_until(look, AIM[not first]):
+            return None
+        self._hit_by.add(kind)
+        return found[0]
+
+    def _aim_at_slot(self, slots: dict[int, str], action: Action) -> None:
+        """Let a process that is at work have the slot that something is to be done to."""
+        others = [name for slot, name in slots.items() if slot != action.slot and self.crew.is_up(name)]
+        name = self._aim(action.kind, [slots[action.slot], *others])
+        if name is not None:
+            slot = next(slot for slot in slots if slots[slot] == name)
+            slots[slot], slots[action.slot] = slots[action.slot], name
+
+    def _is_at_work(self, name: str) -> bool:
+        """Whether a process runs a task that takes longer than a fault does to get there."""
+        now = time.monotonic()
+        running = [(Told.load(subject), since) for subject, since in self.crew.running(name).items()]
+        return any(since + self._takes[told.operation][told.position] > now + SURE for told, since in running)
 
     def _serve(self, number: int, action: Action, begins: bool) -> None:
         if begins:
