@@ -51,9 +51,15 @@ class RunningFile:
         else:
             self._lines.pop(thread, None)
         self._stale = True
-        # Whoever comes while another thread writes leaves it to that one: to wait here, message by message, would cost
-        # many workers more than small tasks do. That one goes on soon: its own message waits, and is shown once more.
-        for _ in range(2 if text else 10):
+        self._write_stale(2 if text else 10)
+
+    def _write_stale(self, rounds: int) -> None:
+        """Write what has changed.
+
+        Whoever comes while another thread writes leaves it to that one: to wait here, message by message, would cost
+        many workers more than small tasks do. That one goes on soon: its own message waits, and is shown once more.
+        """
+        for _ in range(rounds):
             if not self._stale or not self._lock.acquire(blocking=False):
                 return
             self._stale = False
@@ -83,6 +89,7 @@ class RunningFile:
         self.clear_stale()
         with self._lock:
             self._consumers += 1
+        self._write_stale(2)
 
     def close(self) -> None:
         """A consumer of this process has ended; the last one lets go of the file."""
@@ -90,6 +97,7 @@ class RunningFile:
             self._consumers -= 1
         if self._consumers <= 0:
             self.clear_own()
+        self._write_stale(2)
 
     def clear_own(self) -> None:
         """Empty the file if this process wrote it, and let go of it."""

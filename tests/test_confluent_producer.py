@@ -24,6 +24,7 @@ from kser.confluent.producer import MAX_ON_THEIR_WAY, Producer
 from kser.confluent.reports import Delivery, Reports
 from kser.embedded import EmbeddedBroker
 from kser.errors import NotDelivered, SettingError
+from tests.engine import until
 from tests.support import UUID, lines, message, run_python
 
 PATIENCE = 20
@@ -257,6 +258,29 @@ def test_what_happens_while_nobody_sends_is_told(
     told = threading.Event()
     with closing(Producer({"bootstrap.servers": nobody, "error_cb": lambda error: told.set()})):
         assert told.wait(PATIENCE)
+
+
+def test_what_a_callback_of_the_users_raises_is_logged_and_no_fault_of_what_is_sent(
+    broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
+    raised: list[str] = []
+
+    def broken(text: str) -> None:
+        raised.append(threading.current_thread().name)
+        raise ValueError("as it was told")
+
+    told: list[Any] = []
+    options = {"bootstrap.servers": broker.bootstrap_servers, "statistics.interval.ms": 5, "stats_cb": broken}
+    with closing(Producer(options)) as producer:
+        until(lambda: raised.count("kser-delivery-reports") > 1)
+        assert producer.send("dice", message("x")).retcode == 0
+        for _ in range(20):
+            producer.post("dice", message("x"), told.append)
+        until(lambda: len(told) == 20)
+    assert {result.retcode for result in told} == {0}
+    assert len(told) == 20
+    assert any("a callback of the producer's configuration raised" in line for line in lines(caplog))
 
 
 def test_a_producer_that_is_forgotten_leaves_no_thread(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:

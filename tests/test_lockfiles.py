@@ -138,6 +138,20 @@ def test_who_comes_while_another_thread_writes_leaves_it_to_that_one(running: Ru
     assert path.read_bytes() == b"shop.Pay[1]\nshop.Ship[2]"
 
 
+def test_what_changes_while_a_consumer_begins_or_ends_is_written_after_that(running: RunningFile, path: Path) -> None:
+    running.open()
+    with running._lock:
+        running.show("shop.Pay[1]")
+        assert not path.exists()
+    running.open()
+    assert path.read_bytes() == b"shop.Pay[1]"
+    with running._lock:
+        running.clear()
+    running.close()
+    assert path.read_bytes() == b""
+    running.close()
+
+
 def test_what_threads_that_are_gone_left_is_cleared_at_the_end(running: RunningFile, path: Path) -> None:
     thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
     thread.start()

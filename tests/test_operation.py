@@ -187,6 +187,20 @@ def test_hooks_that_take_no_keywords_are_called_without(caplog: pytest.LogCaptur
     assert lines(caplog)[0] == f"Bare.PreBuild: tests.test_operation.Bare[{UUID}]: {{}}"
 
 
+def test_hooks_may_be_any_callables() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, players: list[str]) -> list[Task]:
+            return [Lose() for _ in players]
+
+    operation = Operation(UUID, {"players": ["a", "b"]})
+    operation.build_tasks = Unhashable()  # type: ignore[method-assign]
+    operation.prebuild = lambda: None  # type: ignore[method-assign, assignment]
+    operation.build()
+    assert len(operation.tasks) == 2
+
+
 def test_building_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kser")
     Game(UUID, metadata={"m": 1}).build(players=["a"])

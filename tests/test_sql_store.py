@@ -990,6 +990,27 @@ def test_connections_that_an_administrator_ends_are_replaced(in_postgresql: SQLS
 
 
 @pytest.mark.postgresql
+def test_what_was_claimed_before_the_database_went_away_is_claimed(in_postgresql: SQLStore, database: Database) -> None:
+    """Those of a group that were refused by its statement are looked at by another one, which may find nobody."""
+    operations = [new(1) for _ in range(3)]
+    for each in operations:
+        in_postgresql.save(each)
+    in_postgresql.claim(operations[2].uuid, operations[2].uuid, me("another"))
+    writing, at_once = in_postgresql._writing, in_postgresql._writing._at_once
+
+    def and_away(sorts: Any) -> list[Any]:
+        found = at_once(sorts)
+        database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
+        return found
+
+    writing._at_once = and_away  # type: ignore[method-assign]
+    answers = Held(in_postgresql).together(
+        *(lambda each=each: in_postgresql.claim(each.uuid, each.uuid, me()) for each in operations)
+    )
+    assert [type(answer) for answer in answers] == [Claim, Claim, StoreUnavailable]
+
+
+@pytest.mark.postgresql
 def test_who_may_not_write_is_unavailable(in_postgresql: SQLStore, database: Database) -> None:
     claim = saved(in_postgresql, new(3))
     separator = "&" if "?" in database.uri else "?"

@@ -17,7 +17,7 @@ from kser import signals
 from kser.config import CONFIG, Settings
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
-from kser.confluent.reports import SLICE, Delivery, Reports, Trouble, Waiting
+from kser.confluent.reports import SLICE, Delivery, Reports, Trouble, Waiting, guarded
 from kser.outgoing import (
     HeaderList,
     KeyOf,
@@ -98,8 +98,7 @@ class Producer(OutgoingProducer):
         if self._closed:
             return
         self._closed = True
-        self._reports.close()
-        left = self.client.flush(CLOSE_TIMEOUT)
+        left = self._flush()
         if left:
             logger.warning(
                 f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {left} not"
@@ -107,10 +106,20 @@ class Producer(OutgoingProducer):
             )
             # The client would go on trying for as long as anybody refers to it.
             self.client.purge()
-            self.client.poll(0)
+            self._reports.serve()
+        self._reports.close()
         # Older clients let go of their connections when nobody refers to them.
         if hasattr(self.client, "close"):
-            self.client.close()
+            with guarded():
+                self.client.close()
+
+    def _flush(self) -> int:
+        """Wait until all is delivered, but not for ever; returns how many messages are left."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        while len(self.client) and (left := remaining(deadline)):
+            with guarded():
+                self.client.flush(left)
+        return len(self.client)
 
     def _deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float

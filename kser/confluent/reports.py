@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from confluent_kafka import KafkaError
 
 from kser.outgoing import remaining
 
+logger = logging.getLogger(__name__)
+
 #: Seconds that a thread stays in the client, where no signal reaches it.
 SLICE = 0.1
+#: Turns of the client that callbacks may end with what they raise, at a time.
+TURNS = 100
 #: Seconds between two looks at what happened while nobody sent.
 HOUSEKEEPING = 1.0
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """What a callback of the user's raises says nothing about what whoever happens to poll has sent."""
+    try:
+        yield
+    except Exception:
+        logger.exception("a callback of the producer's configuration raised, and is called again next time")
 
 
 class Trouble:
@@ -117,7 +132,7 @@ class Reports:
                 return False
             self._led = True
         try:
-            self._poll(seconds)
+            self._ask(seconds)
         finally:
             self._resign()
         return True
@@ -146,6 +161,14 @@ class Reports:
         if threading.current_thread() is not self._housekeeper:
             self._housekeeper.join()
 
+    def _ask(self, seconds: float) -> None:
+        # What is raised ends the client's turn: there may be more.
+        for turn in range(TURNS):
+            # Once it is closed there is nobody to ask, and that is no callback's fault.
+            with nullcontext() if self._closed.is_set() else guarded():
+                self._poll(0 if turn else seconds)
+                return
+
     def _take_lead(self, waiting: Waiting) -> bool:
         with self._mutex:
             if not self._led:
@@ -158,7 +181,7 @@ class Reports:
     def _lead(self, waiting: Waiting, deadline: float) -> None:
         try:
             while not waiting.done() and (left := remaining(deadline)):
-                self._poll(min(left, SLICE))
+                self._ask(min(left, SLICE))
         finally:
             self._resign()
 

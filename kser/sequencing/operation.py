@@ -386,10 +386,12 @@ def _first_unfinished(tasks: Iterable[Task]) -> Task | None:
 
 def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """``kwargs``, or nothing for a hook that takes nothing (decision B21b)."""
-    return kwargs if _takes_any(getattr(hook, "__func__", hook), inspect.ismethod(hook)) else {}
+    if isinstance(hook, MethodType) and inspect.isfunction(hook.__func__):
+        return kwargs if _takes_any(hook.__func__) else {}
+    return kwargs if inspect.signature(hook).parameters else {}
 
 
 @functools.lru_cache(maxsize=1024)
-def _takes_any(function: Callable[..., Any], is_method: bool) -> bool:
-    """Whether a hook has parameters: remembered, because to find out takes as long as a small task."""
-    return bool(inspect.signature(MethodType(function, object()) if is_method else function).parameters)
+def _takes_any(function: Callable[..., Any]) -> bool:
+    """Whether a method has parameters beside ``self``: remembered, for to find out takes as long as a small task."""
+    return bool(inspect.signature(MethodType(function, object())).parameters)

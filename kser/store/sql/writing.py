@@ -71,23 +71,25 @@ class Writing:
         return self._groups[type(work)].write(work)
 
     def _run(self, entries: Sequence[Entry[Work]]) -> None:
+        results: list[Any] = [ALONE] * len(entries)
+        trouble: StoreUnavailable | None = None
         try:
-            results = self._fastest(entries)
+            self._fastest(entries, results)
         except StoreUnavailable as error:
-            for entry in entries:
-                # Each thread raises its own.
-                entry.error = type(error)(error.message)
-                entry.error.__cause__ = error.__cause__
-            return
+            trouble = error
         for entry, result in zip(entries, results, strict=True):
-            if result is ALONE:
+            if result is not ALONE:
+                # What was written before the database went away stays written.
+                entry.result = result
+            elif trouble is None:
                 self._run_alone(entry)
             else:
-                entry.result = result
+                # Each thread raises its own.
+                entry.error = type(trouble)(trouble.message)
+                entry.error.__cause__ = trouble.__cause__
 
-    def _fastest(self, entries: Sequence[Entry[Work]]) -> list[Any]:
-        """What comes of entries, written as they can be: in one statement, in one transaction, or alone."""
-        results: list[Any] = [ALONE] * len(entries)
+    def _fastest(self, entries: Sequence[Entry[Work]], results: list[Any]) -> None:
+        """Write entries as they can be, in one statement or in one transaction; what is left is to be written alone."""
         left, sorts = list(range(len(entries))), Sorts(entries)
         for way in (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,):
             with suppress(StoreError, Uneven):
@@ -97,7 +99,6 @@ class Writing:
             if not left:
                 break
             sorts = Sorts([entries[index] for index in left])
-        return results
 
     def _fits_at_once(self, sorts: Sorts) -> bool:
         """Whether one statement can write it: on a server a group is of one kind."""
