@@ -51,6 +51,12 @@ def needs(service: str, problem: object = None) -> NoReturn:
     pytest.skip(text)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults come last: they are about time, and in ``.ci/run`` they have the machine for themselves by then."""
+    items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
+
+
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
     """Fail a test that hangs, where it hangs, and go on with the next one."""
