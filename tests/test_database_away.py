@@ -108,7 +108,7 @@ def test_a_reaper_that_had_to_wait_for_the_database_leaves_claims_to_their_owner
     hold_up(shop, monkeypatch, LEASE + 1)
     shop.first.companion.tick()
     assert len(sent()) == before
-    assert shop.store.renew([(claim.id, claim.epoch)], "the dead", LEASE) == {claim.id: False}
+    assert shop.store.renew([(claim.id, claim.epoch)], "the dead", LEASE) == {claim.id}
     assert isinstance(shop.store.claim("1", "1", me("other")), Refusal)
 
 

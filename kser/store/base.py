@@ -19,7 +19,7 @@ may be repeated with the same arguments: one that took effect answers as it did,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from kser.store.rows import (
     Checkpoint,
@@ -111,10 +111,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         """Prolong claims, each ``(root_id, epoch)``, to ``lease`` seconds from now; also one whose lease is over.
 
-        :return: whether it is to be cancelled, by ``root_id``; those that are missing are not the owner's any more.
+        :return: the ``root_id`` of each; those that are missing are not the owner's any more.
         """
 
     @abstractmethod

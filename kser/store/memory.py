@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from kser import status as states
 from kser.errors import Fenced, StateConflict, StoreError, UsageError
@@ -248,12 +248,12 @@ class MemoryStore(Store):
 
     # -- leases and the reaper -----------------------------------------------------------------------------------------
 
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         with self._lock:
             mine = [row for row in self._at(claims) if row.status == states.RUNNING]
             for row in mine:
                 self._put(row._replace(owner=owner, wake_at=self._clock() + lease))
-            return {row.id: row.cancel_requested for row in mine}
+            return {row.id for row in mine}
 
     def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         with self._lock:

@@ -34,9 +34,8 @@ class Reaping:
         row = database.source(types_of(operation, "id", "epoch"))
         renewed = {"owner": bindparam("owner", type_=Text), "wake_at": now + bindparam("lease", type_=Double)}
         mine = (*_same(row), own.status == states.RUNNING)
-        answer = (own.id, own.cancel_requested)
-        self._renew = database.statement(row.update(operation, renewed, *mine).returning(*answer))
-        self._renew_free = database.statement(row.update_free(operation, renewed, *mine).returning(*answer))
+        self._renew = database.statement(row.update(operation, renewed, *mine).returning(own.id))
+        self._renew_free = database.statement(row.update_free(operation, renewed, *mine).returning(own.id))
         unclaimed = (*_same(row), own.owner.is_(None), own.wake_at.is_not(None))
         later = bindparam("seconds", type_=Double)
         # The later of the two.
@@ -63,14 +62,14 @@ class Reaping:
             row.update(operation, {"owner": None, "wake_at": now + SENDING}, own.id == row["id"])
         )
 
-    def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> dict[int, bool]:
+    def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
         """Prolong claims, but for those in a transaction of somebody else's: to wait for many of them while holding
         others could make that one wait for this one."""
-        return _cancellations(transaction.fetch(self._renew_free, _rows(claims), owner=owner, lease=lease))
+        return _ids(transaction.fetch(self._renew_free, _rows(claims), owner=owner, lease=lease))
 
-    def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> dict[int, bool]:
+    def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> set[int]:
         """Prolong one claim, if it is there."""
-        return _cancellations(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
+        return _ids(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
 
     def sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:
         """See :meth:`kser.store.base.Store.sent`."""
@@ -97,8 +96,8 @@ class Reaping:
         return found
 
 
-def _cancellations(rows: Iterable[tuple[int, Any]]) -> dict[int, bool]:
-    return {root_id: bool(cancel) for root_id, cancel in rows}
+def _ids(rows: Iterable[Any]) -> set[int]:
+    return {root_id for (root_id,) in rows}
 
 
 def _same(row: Source) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -119,7 +119,7 @@ class SQLStore(Store):
         with self._read(snapshot=True) as transaction:
             return self._finding.find(transaction, found, limit, after)
 
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Mapping[int, bool]:
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
         found = self._write(lambda transaction: self._reaping.renew_free(transaction, pairs, owner, lease))
         # SQLite has one writer: none was in anybody's hands.
