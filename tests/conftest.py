@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from tests.durable import Shop
     from tests.postgres import Database, Postgresql
 
+# What contracts assert is explained as what tests assert is.
+pytest.register_assert_rewrite(
+    *(f"tests.{each}" for each in ("client_contract", "group_contract", "producer_contract", "store_contract"))
+)
+
 #: No test may take longer, whatever hangs.
 LIMIT_SECONDS = 300
 #: How long what a test has ended may take to be gone.

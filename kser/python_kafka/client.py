@@ -24,7 +24,7 @@ from kser.consumer.client import (
 from kser.consumer.offsets import Sizes, unseal
 from kser.errors import ClientTrouble
 from kser.python_kafka.options import servers
-from kser.python_kafka.rebalances import ASYNC, Rebalances, client_offsets
+from kser.python_kafka.rebalances import ASYNC, Joining, Rebalances, client_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +116,16 @@ class KafkaPythonClient(ConsumerClient):
     def _keep_joining(self) -> None:
         """Have kafka-python 3 see a join through that outlasted a poll.
 
-        When it began because the partitions of a topic changed, the client would not ask what became of it.
+        When it began because the partitions of a topic changed, the client would not ask what became of it. When it is
+        over before the next poll, the client would not look at it, and join once more, which takes all partitions from
+        the whole group again.
         """
         coordinator = self._client._coordinator
-        if ASYNC and coordinator.rejoining:
-            coordinator.rejoin_needed = True
+        if not ASYNC or not coordinator.rejoining:
+            return
+        coordinator.rejoin_needed = True
+        if coordinator._join_task is not None:
+            coordinator._join_task = Joining(coordinator._join_task)
 
     def _unpark(self) -> None:
         """Have kafka-python 3 look at records again that it has put aside while their partition was paused.

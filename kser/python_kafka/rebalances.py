@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import kafka
 from kafka import KafkaConsumer, TopicPartition
@@ -33,6 +34,18 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
         TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{seal(commit.metadata)}\0", -1)
         for key, commit in commits.items()
     }
+
+
+class Joining:
+    """A join that began in an earlier poll: what came of it is still to be asked for, also when that is known.
+
+    :param task: kafka-python's future, or this.
+    """
+
+    is_done = False
+
+    def __init__(self, task: Any) -> None:
+        self.add_callback, self.add_errback = task.add_callback, task.add_errback
 
 
 def _partitions(given: Collection[TopicPartition]) -> set[Partition]:
