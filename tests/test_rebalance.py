@@ -84,7 +84,7 @@ def test_what_outlives_the_wait_is_adopted_when_its_partition_returns(caplog: py
     put("1", "2")
     first = Troubled(LATER, revoke_timeout=0.05, workers=2)
     with InThread(first):
-        until(lambda: len(Act.seen) == 2)
+        until(lambda: len(Act.seen) == 2 and first.counts["done"] == 1)
         Bus.at("").create_topic("dice", 2)
         until(lambda: len(first.assignment) == 2)
         assert committed() == 0

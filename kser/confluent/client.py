@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from kser.confluent.committer import Committer
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, servers
-from kser.confluent.records import ConfluentRecord
+from kser.confluent.records import ConfluentRecord, commit_of
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -26,7 +26,7 @@ from kser.consumer.client import (
     out_of_range,
     trouble,
 )
-from kser.consumer.offsets import Sizes, seal, unseal
+from kser.consumer.offsets import Sizes, seal
 from kser.errors import ClientTrouble
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class ConfluentClient(ConsumerClient):
             raise KafkaException(tp.error)
         key = Partition(tp.topic, tp.partition)
         if tp.offset >= 0:
-            known[key] = Commit(tp.offset, _metadata(tp))
+            known[key] = commit_of(tp)
             if self._reset == "latest":
                 self._see(key.topic)
                 self._sizes.learn(key, known[key])
@@ -295,7 +295,7 @@ class ConfluentClient(ConsumerClient):
         partitions = self._see(key.topic)
         for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
             if found.offset >= 0:
-                self._sizes.learn(key, Commit(found.offset, _metadata(found)))
+                self._sizes.learn(key, commit_of(found))
         return self._sizes.note(key, Commit(low if self._sizes.was_added(key) else high))
 
     def _see(self, topic: str) -> list[int]:
@@ -313,15 +313,23 @@ class ConfluentClient(ConsumerClient):
         if self._listener is None:
             return
         draining = self._listener.on_revoke(keys)
-        draining.wait()
-        if commits := draining.commits():
-            try:
-                self.client.commit(offsets=self._offsets(commits), asynchronous=False)
-            except KafkaException as error:
-                places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
-                logger.warning(
-                    f"partitions were given up before {places} could be committed ({error}): messages come again"
-                )
+        if not draining.drained:
+            # librdkafka goes on without us when it hears of new partitions meanwhile.
+            self._commit_last(draining.commits())
+            draining.wait()
+        self._commit_last(draining.commits())
+
+    def _commit_last(self, commits: Mapping[Partition, Commit]) -> None:
+        """Commit what is finished of partitions that are given up."""
+        if not commits:
+            return
+        try:
+            self.client.commit(offsets=self._offsets(commits), asynchronous=False)
+        except KafkaException as error:
+            places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
+            logger.warning(
+                f"partitions were given up before {places} could be committed ({error}): messages come again"
+            )
 
     def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
@@ -389,11 +397,3 @@ class ConfluentClient(ConsumerClient):
     def _as_trouble(self, what: str, error: KafkaError) -> ClientTrouble:
         passing = error.code() in _PASSING
         return trouble(what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), passing=passing)
-
-
-def _metadata(tp: TopicPartition) -> str:
-    try:
-        return unseal(tp.metadata or "")
-    except UnicodeDecodeError:
-        # Another client wrote it without the NUL up to which this one reads.
-        return ""

@@ -1,9 +1,14 @@
-"""Messages of librdkafka as records."""
+"""What librdkafka gives, as the engine takes it: records and commits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from confluent_kafka import TopicPartition
+
+from kser.consumer.client import Commit
+from kser.consumer.offsets import unseal
 
 
 class ConfluentRecord:
@@ -28,3 +33,12 @@ class ConfluentRecord:
     def headers(self) -> Sequence[tuple[str, bytes | None]]:
         """Names and values."""
         return self.message.headers() or ()
+
+
+def commit_of(tp: TopicPartition) -> Commit:
+    """What a group has committed, as librdkafka gives it."""
+    try:
+        return Commit(tp.offset, unseal(tp.metadata or ""))
+    except UnicodeDecodeError:
+        # Another client wrote it without the NUL up to which this one reads.
+        return Commit(tp.offset)

@@ -65,7 +65,7 @@ class Revocation(Protocol):
 
     @property
     def commits(self) -> Callable[[], Mapping[Partition, Commit]]:
-        """What gives, once they are drained, what to commit."""
+        """What gives what to commit: what is finished by now, which is most once they are drained."""
         ...
 
 

@@ -94,6 +94,7 @@ class Fleet:
         self.environment: dict[str, str] = {}
         #: Names by process id, of all that ever were.
         self.pids: dict[int, str] = {}
+        self._programs: dict[str, Program] = {}
 
     def start(self, guest: bool = True) -> str:
         """Start a process, and return its name.
@@ -104,7 +105,7 @@ class Fleet:
         settings = self._settings()
         name = f"{settings.transport}-{self.started}"
         at = time.monotonic()
-        self._members[name] = self._program(name, settings)
+        self._members[name] = self._programs[name] = self._program(name, settings)
         self.pids[self._members[name].pid] = name
         if guest:
             self.faults.append(Fault(JOIN, name, at, at))
@@ -170,6 +171,10 @@ class Fleet:
     def has_begun(self, name: str) -> bool:
         """Whether a process ever ran a task."""
         return any(entry.process == name and entry.event == ledger.START for entry in ledger.read(self.ledger))
+
+    def last_words(self) -> list[str]:
+        """What each process wrote last, of all that ever were."""
+        return [f"{name} wrote:\n{_last_words(program)}" for name, program in self._programs.items()]
 
     def report_stuck(self) -> None:
         """Have each process say where it is."""

@@ -107,6 +107,8 @@ class Rules:
     #: ``max.poll.interval.ms``, where a run is about that.
     poll_interval: float | None = None
     ordering: str = "key"
+    #: Whether the client gives partitions away without waiting for what runs when it hears of new ones.
+    hasty: bool = False
     #: Whether what failed for good goes to a dead-letter topic; otherwise a failure is final, and logged.
     dead_letters: bool = False
     #: A group with messages to handle that makes no progress for so long is stuck.

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -20,6 +21,7 @@ from tests.chaos.history import (
     BROKER_STOP,
     KILL,
     LEADER_KILL,
+    MORE_PARTITIONS,
     STOP,
     TERM,
     Execution,
@@ -35,6 +37,8 @@ LATE = 3.0
 WAKING = 0.05
 #: Seconds within which the end of a grace period is noticed.
 SHARP = 0.5
+#: Seconds from when partitions are given away until their next owner begins something of them.
+JOINING = 1.0
 #: Stories that are told of one promise.
 TOLD = 5
 
@@ -176,6 +180,8 @@ def _cause(history: History, subject: str, earlier: Execution, later: Execution)
         return "longer than shutdown_timeout"
     if _outlived_revocation(history, earlier, later):
         return "longer than revoke_timeout"
+    if _was_given_away(history, subject, earlier, later):
+        return f"running when {MORE_PARTITIONS}"
     return None
 
 
@@ -217,6 +223,20 @@ def _outlived_shutdown(history: History, earlier: Execution, later: Execution) -
     for fault in history.faults_of(earlier.process, TERM):
         end = fault.at + history.rules.shutdown_timeout - SHARP
         if earlier.was_running(end, end) and later.start >= end:
+            return True
+    return False
+
+
+def _was_given_away(history: History, subject: str, earlier: Execution, later: Execution) -> bool:
+    """Whether a record was running when a hasty client, which had heard of new partitions, gave away its own."""
+    if not history.rules.hasty:
+        return False
+    partition = history.records[subject].partition
+    same = [record.subject for record in history.log if record.partition == partition]
+    owned = [each.start for one in same for each in history.executions.get(one, ()) if each.process == later.process]
+    for fault in history.faults_of("", MORE_PARTITIONS):
+        taken = min((start for start in owned if start >= fault.at), default=math.inf)
+        if taken <= fault.until + LATE and earlier.was_running(taken - JOINING, taken):
             return True
     return False
 

@@ -62,6 +62,8 @@ class Outcome:
     history: History
     #: What processes did that nobody did to them.
     problems: Sequence[str]
+    #: What processes wrote last.
+    last_words: Sequence[str]
 
     @cached_property
     def broken(self) -> list[str]:
@@ -274,6 +276,7 @@ class Run:
                 processes=fleet.started,
                 history=self._history(fleet, sampler, log),
                 problems=fleet.problems,
+                last_words=fleet.last_words(),
             )
             for fleet, sampler in zip(self.fleets, self._samplers, strict=True)
         ]

@@ -30,7 +30,11 @@ def check(outcomes: Sequence[Outcome], *faults: str) -> None:
     for outcome in outcomes:
         print(report.text(outcome), end="\n\n")
     report.add_to_table(outcomes)
-    broken = [f"{outcome.transport}: {text}" for outcome in outcomes for text in outcome.broken]
+    broken = [
+        f"{outcome.transport}: {text}"
+        for outcome in outcomes
+        for text in (*outcome.broken, *(outcome.last_words if outcome.broken else ()))
+    ]
     replay = f"{SEED}={outcomes[0].seed} does the same again"
     assert not broken, "\n".join((replay, *broken))
     for outcome in outcomes:

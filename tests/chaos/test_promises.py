@@ -237,6 +237,15 @@ def test_a_message_that_outlived_the_revoke_timeout_may_be_doubled() -> None:
     assert cause(*lines, faults=joined, rules=Rules(revoke_timeout=10)) is None
 
 
+def test_a_message_that_ran_when_a_hasty_client_heard_of_new_partitions_may_be_doubled() -> None:
+    grown = [Fault(MORE_PARTITIONS, "", 1.5, 1.6)]
+    lines = ("1.0 one start a", "2.0 two start a", "2.1 one end a", "2.2 two end a")
+    assert cause(*lines, faults=grown, rules=Rules(hasty=True)) == "running when partitions added"
+    assert cause(*lines, faults=grown) is None
+    before = ("0.2 one start a", "0.9 one end a", "2.0 two start a", "2.2 two end a")
+    assert cause(*before, faults=grown, rules=Rules(hasty=True)) is None
+
+
 def test_a_long_message_may_not_be_doubled_while_nobody_comes_or_goes() -> None:
     lines = ("1.0 one start a", "9.0 two start a", "9.1 two end a", "20.0 one end a")
     assert cause(*lines, rules=Rules(revoke_timeout=5)) is None

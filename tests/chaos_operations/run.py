@@ -68,6 +68,8 @@ class Outcome:
     history: History
     #: What was not expected of processes, or of whoever hands in.
     problems: Sequence[str]
+    #: What processes wrote last.
+    last_words: Sequence[str]
 
     @cached_property
     def broken(self) -> list[str]:
@@ -149,6 +151,7 @@ class Chaos:
             self.crew.started,
             self._history(kept),
             [*self.crew.problems, *self.customer.problems],
+            self.crew.last_words(),
         )
 
     def _history(self, kept: dict[str, Kept]) -> History:

@@ -29,7 +29,7 @@ def check(kafka: KafkaBroker, database: Faulty, folder: Path, seed: int, count: 
     print(report.text(outcome))
     report.add_to_table([outcome])
     replay = f"{SEED}={seed} does the same again"
-    assert not outcome.broken, "\n".join((replay, *outcome.broken))
+    assert not outcome.broken, "\n".join((replay, *outcome.broken, *outcome.last_words))
     missed = [kind for kind in (KILL, TERM, STOP, SHORT_OUTAGE, LONG_OUTAGE) if not outcome.hits[kind]]
     if not outcome.hits[BROKER_STOP] + outcome.hits[BROKER_KILL]:
         missed.append("outage of Kafka")
