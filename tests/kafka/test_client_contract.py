@@ -133,6 +133,29 @@ class TestOnKafka(GroupContract):
         if len(values) < 10:
             assert "out of range" in caplog.text, "nothing is left out without a word"
 
+    # -- partitions go away --------------------------------------------------------------------------------------------
+
+    def test_what_is_finished_is_committed_before_what_runs_is_waited_for(
+        self, world: OnKafka, join: Join, group: str, kind: type[OnKafka]
+    ) -> None:
+        if kind is PythonKafka:
+            pytest.skip("only librdkafka may give partitions away meanwhile")
+        topic = world.new_topic(2)
+        first = join(topic)
+        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        key = Partition(topic, 0)
+        first.finished = {key: Commit(0, "kser:1,2")}
+        meanwhile: list[Commit | None] = []
+
+        def end() -> None:
+            meanwhile.append(world.committed(group, key))
+            first.drained.set()
+
+        first.drained.clear()
+        second = join(topic)
+        until(lambda: second.starts, "they share", second, *self.aside(first, end))
+        assert meanwhile == [Commit(0, "kser:1,2")]
+
     # -- gaps ----------------------------------------------------------------------------------------------------------
 
     def test_marks_of_transactions_are_no_lag(self, world: OnKafka, join: Join, key: Partition) -> None:
