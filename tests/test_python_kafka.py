@@ -17,14 +17,18 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 from flask import Flask
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import RebalanceInProgressError
+from kafka.future import Future
 
 from kser import signals
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
 from kser.entry import Entrypoint
 from kser.errors import SettingError
+from kser.python_kafka import rebalances
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import CHUNK, Producer
+from kser.python_kafka.rebalances import Joining
 from kser.schemas import Message
 from tests.support import UUID, lines, message, record_of
 
@@ -407,3 +411,33 @@ def test_a_group_that_is_not_to_begin_by_itself_says_so(
     assert line.startswith("Consumer: the group has committed nothing in dice[")
     assert line.endswith("or let it begin with 'earliest' or 'latest'; trying again")
     consumer.close()
+
+
+# -- joins that outlast polls ------------------------------------------------------------------------------------------
+
+
+def test_a_join_is_of_use_while_it_goes_on_and_for_a_while_after_it_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member that is silent for a session is none any more: what it joined with is void."""
+    now = 100.0
+    monkeypatch.setattr(rebalances.time, "monotonic", lambda: now)
+    task = Future()
+    joining = Joining(task, polled=99.0)
+    assert joining.is_of_use(3)
+    now = 200.0
+    assert joining.is_of_use(3), "a group may wait for long for its other members"
+    task.success(b"")
+    now = 202.9
+    assert joining.is_of_use(3)
+    now = 203.1
+    assert not joining.is_of_use(3)
+    assert Joining(task, polled=201.0).is_of_use(3)
+    assert not Joining(task, polled=199.0).is_of_use(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_use"), [(RebalanceInProgressError(), True), (ValueError("an assignor's"), False)]
+)
+def test_a_join_that_failed_as_the_client_does_not_expect_is_begun_anew(error: Exception, of_use: bool) -> None:
+    task = Future()
+    task.failure(error)
+    assert Joining(task, time.monotonic()).is_of_use(3) == of_use

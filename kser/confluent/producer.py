@@ -67,6 +67,7 @@ class Producer(OutgoingProducer):
         options = with_defaults(options_for("producer", config, Settings.of(app)))
         self._servers = servers(options)
         self._trouble = Trouble(options.get("error_cb"))
+        options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}
         self._topics: set[str] = set()
         self._closed = False
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
@@ -98,7 +99,8 @@ class Producer(OutgoingProducer):
         if self._closed:
             return
         self._closed = True
-        left = self._flush()
+        self._reports.close()
+        left = self.client.flush(CLOSE_TIMEOUT)
         if left:
             logger.warning(
                 f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {left} not"
@@ -106,20 +108,10 @@ class Producer(OutgoingProducer):
             )
             # The client would go on trying for as long as anybody refers to it.
             self.client.purge()
-            self._reports.serve()
-        self._reports.close()
+            self.client.poll(0)
         # Older clients let go of their connections when nobody refers to them.
         if hasattr(self.client, "close"):
-            with guarded():
-                self.client.close()
-
-    def _flush(self) -> int:
-        """Wait until all is delivered, but not for ever; returns how many messages are left."""
-        deadline = time.monotonic() + CLOSE_TIMEOUT
-        while len(self.client) and (left := remaining(deadline)):
-            with guarded():
-                self.client.flush(left)
-        return len(self.client)
+            self.client.close()
 
     def _deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float

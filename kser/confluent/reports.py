@@ -6,8 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 from confluent_kafka import KafkaError
@@ -18,26 +17,28 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a thread stays in the client, where no signal reaches it.
 SLICE = 0.1
-#: Turns of the client that callbacks may end with what they raise, at a time.
-TURNS = 100
 #: Seconds between two looks at what happened while nobody sent.
 HOUSEKEEPING = 1.0
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """What a callback of the user's raises says nothing about what whoever happens to poll has sent."""
-    try:
-        yield
-    except Exception:
-        logger.exception("a callback of the producer's configuration raised, and is called again next time")
+def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A callback of the user's, for whoever happens to poll: what it raises says nothing about what that one sends, and
+    must not end the thread that keeps house."""
+
+    def call(told: Any) -> None:
+        try:
+            callback(told)
+        except Exception:
+            logger.exception("a callback of the producer's configuration raised")
+
+    return call
 
 
 class Trouble:
     """What the client had to complain about last."""
 
     def __init__(self, told: Callable[[Any], Any] | None) -> None:
-        self._told = told
+        self._told = None if told is None else guarded(told)
         self._text = ""
         self._at = 0.0
 
@@ -132,7 +133,7 @@ class Reports:
                 return False
             self._led = True
         try:
-            self._ask(seconds)
+            self._poll(seconds)
         finally:
             self._resign()
         return True
@@ -161,14 +162,6 @@ class Reports:
         if threading.current_thread() is not self._housekeeper:
             self._housekeeper.join()
 
-    def _ask(self, seconds: float) -> None:
-        # What is raised ends the client's turn: there may be more.
-        for turn in range(TURNS):
-            # Once it is closed there is nobody to ask, and that is no callback's fault.
-            with nullcontext() if self._closed.is_set() else guarded():
-                self._poll(0 if turn else seconds)
-                return
-
     def _take_lead(self, waiting: Waiting) -> bool:
         with self._mutex:
             if not self._led:
@@ -181,7 +174,7 @@ class Reports:
     def _lead(self, waiting: Waiting, deadline: float) -> None:
         try:
             while not waiting.done() and (left := remaining(deadline)):
-                self._ask(min(left, SLICE))
+                self._poll(min(left, SLICE))
         finally:
             self._resign()
 

@@ -75,7 +75,8 @@ class KafkaPythonClient(ConsumerClient):
         self._rebalances: Rebalances | None = None
         self._topics: list[str] = []
         self._missing: list[str] = []
-        self._look_at = self._begin_at = 0.0
+        self._look_at = self._begin_at = self._polled_at = 0.0
+        self._session = client.config["session_timeout_ms"] / 1000
         self._problem: ClientTrouble | None = None
         self._missed: ClientTrouble | None = None
         #: Assigned, and not begun yet. Added to by the client's thread.
@@ -124,8 +125,10 @@ class KafkaPythonClient(ConsumerClient):
         if not ASYNC or not coordinator.rejoining:
             return
         coordinator.rejoin_needed = True
-        if coordinator._join_task is not None:
-            coordinator._join_task = Joining(coordinator._join_task)
+        task = coordinator._join_task
+        if task is not None:
+            joining = task if isinstance(task, Joining) else Joining(task, self._polled_at)
+            coordinator._join_task = joining if joining.is_of_use(self._session / 2) else None
 
     def _unpark(self) -> None:
         """Have kafka-python 3 look at records again that it has put aside while their partition was paused.
@@ -148,6 +151,8 @@ class KafkaPythonClient(ConsumerClient):
         except _OUT_OF_RANGE as error:
             self._recover_from(error)
             return {}
+        finally:
+            self._polled_at = time.monotonic()
 
     def _look_around(self) -> None:
         """Look now and then for what the client itself waits for without a word.

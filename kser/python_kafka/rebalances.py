@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -39,13 +40,26 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
 class Joining:
     """A join that began in an earlier poll: what came of it is still to be asked for, also when that is known.
 
-    :param task: kafka-python's future, or this.
+    :param task: kafka-python's future.
+    :param polled: when the last poll ended, and it was not through.
     """
 
+    #: What kafka-python asks for, to join once more.
     is_done = False
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: Any, polled: float) -> None:
         self.add_callback, self.add_errback = task.add_callback, task.add_errback
+        self._task = task
+        self._pending = polled
+
+    def is_of_use(self, patience: float) -> bool:
+        """Whether the client can go on with it: it is not through for longer than ``patience`` seconds, in which nobody
+        proves that this member is alive, and nothing failed that the client does not know."""
+        now = time.monotonic()
+        if not self._task.is_done:
+            self._pending = now
+        known = self._task.exception is None or isinstance(self._task.exception, KafkaError)
+        return known and now - self._pending < patience
 
 
 def _partitions(given: Collection[TopicPartition]) -> set[Partition]:

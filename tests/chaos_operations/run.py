@@ -202,11 +202,12 @@ class Chaos:
             at = time.monotonic()
             if action.slot < 0:
                 self._serve(number, action, begins)
-                # What follows is as much later.
                 begun += time.monotonic() - at
                 continue
             if begins:
                 self._aim_at_slot(slots, action)
+                # What follows is as much later.
+                begun += time.monotonic() - at
             self._hit(slots, action, begins)
 
     def _hit(self, slots: dict[int, str], action: Action, begins: bool) -> None:
