@@ -44,6 +44,8 @@ BEGINNING = 20.0
 LITTLE = 200
 #: Seconds that a fault waits for its target to be at work: after a kill the others wait until its session is over.
 AIM = 7.0
+#: Kills until one finds a process at work.
+TRIES = 4
 
 
 class GaveUp(Exception):
@@ -156,6 +158,17 @@ class Run:
     def wait_for_work(self, fleet: Fleet, name: str, seconds: float = AIM) -> None:
         """Wait for a process to be at work, but not for long: what is done to an idle one shows nothing."""
         self.wait_until(lambda: fleet.is_busy(name), seconds)
+
+    def kill_at_work(self, fleet: Fleet) -> None:
+        """Kill a process and start another one, again if it ended its task just before."""
+        for _ in range(TRIES):
+            name = fleet.names[0]
+            self.wait_for_work(fleet, name)
+            fleet.kill(name)
+            at, cut_off = fleet.faults[-1].at, fleet.running(name)
+            fleet.start()
+            if any(since <= at for since in cut_off.values()):
+                return
 
     def grow(self, partitions: int) -> None:
         """Add partitions to the topic."""

@@ -148,9 +148,7 @@ def rubbish(kafka: Kafka, folder: Path, seed: int, number: int = PAYLOADS) -> li
         run.wait_for_beginning()
         run.wait(chance.uniform(0, 2))
         for fleet in run.fleets:
-            run.wait_for_work(fleet, fleet.names[0], 5)
-            fleet.kill(fleet.names[0])
-            fleet.start()
+            run.kill_at_work(fleet)
         run.wait_for_feeding(60)
 
     return perform(run, what)
