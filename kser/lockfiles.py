@@ -97,7 +97,8 @@ class RunningFile:
             self._consumers -= 1
         if self._consumers <= 0:
             self.clear_own()
-        self._write_stale(2)
+        else:
+            self._write_stale(2)
 
     def clear_own(self) -> None:
         """Empty the file if this process wrote it, and let go of it."""

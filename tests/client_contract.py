@@ -63,6 +63,7 @@ class Drain:
         self._member.drained.wait(PATIENCE)
 
     def commits(self) -> Mapping[Partition, Commit]:
+        self._member.waited = self.drained
         return {key: commit for key, commit in self._member.finished.items() if key in self._keys}
 
 
@@ -79,6 +80,8 @@ class Member(Listener):
         self.finished: dict[Partition, Commit] = {}
         self.drained = Event()
         self.drained.set()
+        #: Whether what was committed last was asked for when everything had ended.
+        self.waited = True
         self.closed = False
         #: Whether trouble is no surprise.
         self.patient = False
@@ -118,6 +121,7 @@ class Member(Listener):
             if trouble.fatal or not self.patient:
                 raise
             return []
+        assert self.waited, "what runs was not waited for"
         came: list[Record] = []
         for key, records in batches.items():
             # A plain tuple will do: so kafka-python names partitions.

@@ -22,6 +22,7 @@ from kser.consumer.client import (
     Listener,
     Partition,
     Record,
+    given_up,
     nowhere_to_begin,
     out_of_range,
     trouble,
@@ -263,7 +264,7 @@ class ConfluentClient(ConsumerClient):
         else:
             start = self._first_position(key)
             if self.can_commit:
-                self.client.commit(offsets=self._offsets({key: start}), asynchronous=False)
+                self._commit_now({key: start})
             fresh[key] = start
 
     def _take_up(self, known: Mapping[Partition, Commit], fresh: Mapping[Partition, Commit]) -> None:
@@ -315,21 +316,18 @@ class ConfluentClient(ConsumerClient):
         draining = self._listener.on_revoke(keys)
         if not draining.drained:
             # librdkafka goes on without us when it hears of new partitions meanwhile.
-            self._commit_last(draining.commits())
+            with suppress(KafkaException):
+                self._commit_now(draining.commits())
             draining.wait()
-        self._commit_last(draining.commits())
-
-    def _commit_last(self, commits: Mapping[Partition, Commit]) -> None:
-        """Commit what is finished of partitions that are given up."""
-        if not commits:
-            return
+        commits = draining.commits()
         try:
-            self.client.commit(offsets=self._offsets(commits), asynchronous=False)
+            self._commit_now(commits)
         except KafkaException as error:
-            places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
-            logger.warning(
-                f"partitions were given up before {places} could be committed ({error}): messages come again"
-            )
+            logger.warning(given_up(commits, error))
+
+    def _commit_now(self, commits: Mapping[Partition, Commit]) -> None:
+        if commits:
+            self.client.commit(offsets=self._offsets(commits), asynchronous=False)
 
     def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)

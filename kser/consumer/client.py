@@ -171,3 +171,9 @@ def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientTrouble:
         f"the group has committed nothing in {places}, and the reset policy is 'none': commit offsets for it, or let it"
         " begin with 'earliest' or 'latest'"
     )
+
+
+def given_up(commits: Mapping[Partition, Commit], error: Exception) -> str:
+    """What to say when partitions are gone, and what was finished of them is not committed."""
+    places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
+    return f"partitions were given up before {places} could be committed ({error}): messages come again"

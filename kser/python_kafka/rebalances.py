@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
-from kser.consumer.client import Commit, Listener, Partition
+from kser.consumer.client import Commit, Listener, Partition, given_up
 from kser.consumer.offsets import seal
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ if ASYNC:
                 try:
                     await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
                 except KafkaError as error:
-                    _report_uncommitted(commits, error)
+                    logger.warning(given_up(commits, error))
 
         async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
             self._new.difference_update(lost)
@@ -123,12 +123,7 @@ else:
                 try:
                     self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
                 except KafkaError as error:
-                    _report_uncommitted(commits, error)
+                    logger.warning(given_up(commits, error))
 
         def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
             self._new.update(assigned)
-
-
-def _report_uncommitted(commits: Mapping[Partition, Commit], error: KafkaError) -> None:
-    places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
-    logger.warning(f"partitions were given up before {places} could be committed ({error}): messages come again")

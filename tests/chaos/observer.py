@@ -134,7 +134,24 @@ class Feeder(threading.Thread):
         self.join()
 
 
-class GroupOffsets:
+class Asking:
+    """Asks with a client that is made when it is needed, and anew after trouble."""
+
+    _client: Any = None
+
+    def _close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._close()
+
+
+class GroupOffsets(Asking):
     """What a group has committed. By kafka-python: confluent-kafka cannot read the metadata of others' commits."""
 
     def __init__(self, servers: str, group: str) -> None:
@@ -142,7 +159,6 @@ class GroupOffsets:
         self._ports = [int(server.rpartition(":")[2]) for server in servers.split(",")]
         limits = {"request_timeout_ms": int(PATIENCE * 1000), "bootstrap_timeout_ms": int(PATIENCE * 1000)}
         self._options = {"bootstrap_servers": servers.split(","), "reconnect_backoff_max_ms": 500, **limits}
-        self._client: KafkaAdminClient | None = None
 
     def of(self, topic: str) -> dict[int, OffsetAndMetadata] | None:
         """By partition; None when Kafka does not answer."""
@@ -159,24 +175,12 @@ class GroupOffsets:
             return None
         return {key.partition: each for key, each in found.items() if key.topic == topic and each.offset >= 0}
 
-    def _close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._close()
-
-
-class DeadLetters:
+class DeadLetters(Asking):
     """How many records a topic of one partition has."""
 
     def __init__(self, servers: str, topic: str | None) -> None:
         self._servers, self._topic = servers, topic
-        self._client: Any = None
 
     def count(self) -> int | None:
         """None when Kafka does not answer; zero when there is no topic."""
@@ -191,17 +195,6 @@ class DeadLetters:
             self._close()
             return None
         return int(end)
-
-    def _close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._close()
 
 
 class Sampler(threading.Thread):

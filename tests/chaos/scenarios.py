@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -29,8 +30,9 @@ SHORT = 2.0
 
 
 def _each(rules: Rules, **options: object) -> list[Settings]:
-    """A group for each transport."""
-    return [Settings(transport, rules, **options) for transport in TRANSPORTS]  # type: ignore[arg-type]
+    """A group for each transport; librdkafka waits for nobody when it hears of partitions while it gives up its own."""
+    by_transport = {each: replace(rules, hasty=each == CONFLUENT) for each in TRANSPORTS}
+    return [Settings(transport, own, **options) for transport, own in by_transport.items()]  # type: ignore[arg-type]
 
 
 def churn(
@@ -94,9 +96,7 @@ def first_start_killed(kafka: Kafka, folder: Path, seed: int) -> list[Outcome]:
 
 def partitions_added(kafka: Kafka, folder: Path, seed: int) -> list[Outcome]:
     """A topic gets partitions while it is consumed, and at once there are messages in them."""
-    # librdkafka waits for nobody when it hears of them while it gives up what it has.
-    settings = [Settings(transport, Rules(hasty=transport == CONFLUENT)) for transport in TRANSPORTS]
-    run = Run(kafka, folder, "partitions added", seed, settings, partitions=2)
+    run = Run(kafka, folder, "partitions added", seed, _each(Rules()), partitions=2)
     before, after = 150, 300
 
     def what(run: Run) -> None:
