@@ -1,7 +1,7 @@
 """Run tasks and operations (linear sequences of tasks) on Apache Kafka consumers.
 
-Importing the package loads no Kafka client, no Flask and no marshmallow: the classes live in their modules, and the
-names of ``__all__`` are loaded when they are first used.
+Importing the package loads no Kafka client, no Flask and no marshmallow: each class of ``__all__`` is imported from its
+module at its first use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HOMES = {
     "Task": "kser.sequencing.task",
 }
 
-# Scripts and child processes read these four from the environment, where 0.8 put them at import.
+# Set these four variables at import, as 0.8 does, because scripts and child processes read them.
 os.environ.setdefault("LOCK_PATH", "/var/run")
 for _variable, _suffix in (("RUNNING_FILE", "run"), ("LOCK_FILE", "pause"), ("TERMINATE_FILE", "terminate")):
     os.environ.setdefault(_variable, os.path.join(os.environ["LOCK_PATH"], f"kser-{__hostname__}-{_suffix}.lock"))

@@ -1,11 +1,13 @@
-"""Settings: explicit arguments win over the Flask app's ``config``, that over the environment, that over the default.
+"""Settings from the Flask app's ``config`` and from the environment.
+
+The order of precedence is: explicit argument, ``config`` of the Flask app, environment variable, default.
 
 ===================== ============================================================== ==========================
 setting               value                                                          in the environment
 ===================== ============================================================== ==========================
-``KSER_CONFIG``       options of the Kafka client, for producer and consumer alike   a JSON object
-``KSER_TOPICS``       topics to consume; the first is where tasks are sent           names, separated by commas
-``KSER_DATABASE_URI`` the shared database, where operations are kept                 the address
+``KSER_CONFIG``       options of the Kafka client, for producers and consumers       a JSON object
+``KSER_TOPICS``       topics to consume; tasks are sent to the first one             names, separated by commas
+``KSER_DATABASE_URI`` the shared database, which stores the operations               a database URL
 ===================== ============================================================== ==========================
 """
 
@@ -25,7 +27,7 @@ DATABASE_URI = "KSER_DATABASE_URI"
 
 
 class Settings:
-    """Where settings come from, below explicit arguments.
+    """Lookup of settings: first in the Flask app's ``config``, then in the environment.
 
     :param app_config: the Flask app's ``config``, or None without an app.
     """
@@ -35,22 +37,23 @@ class Settings:
 
     @classmethod
     def of(cls, app: Any) -> Self:
-        """The settings of a Flask application, or without one."""
+        """Create the settings of a Flask application; ``app`` may be None."""
         return cls(getattr(app, "config", None))
 
     def get(self, name: str) -> Any:
-        """The value of a setting, or None: as it was given in the app's config, a str from the environment.
+        """Return the value of a setting, or None if it is not set.
 
-        An empty variable is none: containers set such ones where nothing is meant.
+        A value of the app's config is returned as given; a value of the environment is a str. An empty variable counts
+        as not set, because containers define empty variables for settings that have no value.
         """
         value = self._app_config.get(name)
         return (os.environ.get(name) or None) if value is None else value
 
     @property
     def client(self) -> dict[str, Any] | None:
-        """``KSER_CONFIG``, or None when it is not set.
+        """Client options of ``KSER_CONFIG``, or None when it is not set.
 
-        :raises SettingError: it is no JSON object.
+        :raises SettingError: the value is not a JSON object.
         """
         value = self.get(CONFIG)
         if isinstance(value, str):
@@ -63,33 +66,35 @@ class Settings:
         return None if value is None else {key: _python_value(key, option) for key, option in value.items()}
 
     def consumed_topics(self, topics: Any = None) -> Any:
-        """What to consume: ``topics`` as they are, else ``KSER_TOPICS``.
+        """Return the topics to consume: ``topics`` as given, else ``KSER_TOPICS``.
 
-        :raises SettingError: there is none.
-        :raises UsageError: it is one text, which would be taken letter by letter.
+        :raises SettingError: there is no topic.
+        :raises UsageError: ``topics`` is a str, which would be read as a list of letters.
         """
         found = self.topics if topics is None else topics
         if isinstance(found, str):
-            raise UsageError(f"topics must be a list of names, not one text: [{found!r}]")
+            raise UsageError(f"topics must be a list of names, not a str: pass [{found!r}]")
         if not found:
-            raise SettingError(f"there is no topic to consume: pass topics, or set {TOPICS} (names with commas)")
+            raise SettingError(
+                f"there is no topic to consume: pass topics, or set {TOPICS} (names separated by commas)"
+            )
         return found
 
     @property
     def topics(self) -> list[str]:
-        """``KSER_TOPICS``, empty when it is not set.
+        """Topics of ``KSER_TOPICS``; empty when it is not set.
 
-        :raises SettingError: it holds something that is no name.
+        :raises SettingError: the value contains something other than topic names.
         """
         value = self.get(TOPICS) or []
         names = value.split(",") if isinstance(value, str) else value
         if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-            raise SettingError(f"{TOPICS} must hold names of topics; it is {value!r}")
+            raise SettingError(f"{TOPICS} must contain topic names; it is {value!r}")
         return [name.strip() for name in names if name.strip()]
 
 
 def _python_value(key: str, value: Any) -> Any:
-    """``value`` in the type that Python clients want, where JSON and the environment have none for it."""
+    """Convert ``value`` to the type that Python clients expect, where JSON and the environment cannot express it."""
     if key == "api_version" and isinstance(value, str | list):
         try:
             return tuple(int(part) for part in (value.split(".") if isinstance(value, str) else value))
@@ -99,11 +104,11 @@ def _python_value(key: str, value: Any) -> Any:
 
 
 def known_options(config: Mapping[str, Any], own: Iterable[str], *others: Iterable[str]) -> dict[str, Any]:
-    """The options of ``config`` that one client knows, out of those that it shares with others.
+    """Return the options of ``config`` that a client knows; other clients share the same ``config``.
 
-    :param own: names of the options that the client knows.
-    :param others: names that other clients know: they are left out without a word.
-    :raises SettingError: no client knows an option; the error names the nearest that exists.
+    :param own: option names of this client.
+    :param others: option names of the other clients; these options are dropped silently.
+    :raises SettingError: no client knows an option; the error text contains the most similar option name.
     """
     mine = set(own)
     all_known = mine.union(*others)

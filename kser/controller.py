@@ -1,4 +1,7 @@
-"""Raw bytes -> entrypoint -> result. Drop-in for ``kser.controller`` of 0.8.27."""
+"""Controller, which runs the entrypoint of a raw message, and the base class of producers.
+
+Drop-in for ``kser.controller`` of 0.8.27.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ from kser.schemas import OPERATION, Message, dump_result
 
 logger = logging.getLogger(__name__)
 
-#: What travels beside a message: names and bytes.
+#: Headers of a Kafka record: names and bytes.
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
-#: Unknown names that are reported: whoever sends random ones must not fill the memory.
+#: Maximum number of unknown names that are remembered and logged. Without a limit, random names would fill the memory.
 MAX_REPORTED = 1000
 
 
@@ -32,14 +35,14 @@ _NOT_CONTAINED = (Exception, KeyboardInterrupt, Abandoned)
 
 
 class _Contained:
-    """Around code of users: SystemExit, asyncio's CancelledError and their like come out as an Exception.
+    """Guard around user code that turns SystemExit, asyncio's CancelledError and the like into a RuntimeError.
 
-    One message must not end the consumer, and then again at each restart. KeyboardInterrupt and what the consumer
-    raises itself are not the code's doing.
+    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
+    the consumer's own :class:`kser.attempt.AttemptAbandoned` pass unchanged, because user code did not raise them.
     """
 
     def __enter__(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
         if exc is not None and not isinstance(exc, _NOT_CONTAINED):
@@ -50,7 +53,10 @@ CONTAINED = _Contained()
 
 
 class BaseController:
-    """Hooks around messages, shared by controllers and producers. They are classmethods: override them as such."""
+    """Hooks around messages, shared by controllers and producers.
+
+    The hooks are classmethods; override them as classmethods.
+    """
 
     @classmethod
     def _onmessage(cls, kmsg: Message) -> Any:
@@ -63,7 +69,7 @@ class BaseController:
 
     @classmethod
     def onmessage(cls, kmsg: Message) -> Any:
-        """Called with each message before it is handled; returns the message to handle in its place."""
+        """Return the message to handle in place of ``kmsg``. Called before each message is handled."""
         return kmsg
 
     @classmethod
@@ -74,7 +80,7 @@ class BaseController:
 
     @classmethod
     def onsuccess(cls, kmsg: Message, result: Any) -> Any:
-        """Called with the message and its successful result; what it returns is the result."""
+        """Return the final result of a successful message. Called with the message and its result."""
         return result
 
     @classmethod
@@ -85,14 +91,14 @@ class BaseController:
 
     @classmethod
     def onerror(cls, kmsg: Message, result: Any) -> Any:
-        """Called with the message and its failed result; what it returns is the result."""
+        """Return the final result of a failed message. Called with the message and its result."""
         return result
 
     @classmethod
     def _finish(cls, kmsg: Message, result: Any) -> Any:
-        """Log and call the hook for what came of a message; no exception of a hook gets out (decision C13).
+        """Log the outcome of a message and call its hook; an exception of the hook becomes a failure (decision C13).
 
-        What is falsy and no Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
+        A falsy value in place of a Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
         """
         try:
             with CONTAINED:
@@ -105,7 +111,7 @@ class BaseController:
 
     @classmethod
     def _note_success(cls) -> None:
-        """Nothing: what a producer sends while a message is handled is not what comes of that one."""
+        """Do nothing: a message that a producer sends does not change the outcome of the message being handled."""
 
     @classmethod
     def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
@@ -114,15 +120,15 @@ class BaseController:
         try:
             return merge(result, failed)
         except Exception:
-            # What cannot be merged is no Result, or one that holds what it must not.
+            # Merging fails because `result` is not a Result, or because it contains invalid values.
             return failed
 
 
 class BaseProducer(BaseController):
-    """What every producer offers."""
+    """Interface of all producers."""
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        """Send one message; transports (and third parties around them) implement it."""
+        """Send one message. Implemented by transports and by third parties that wrap them."""
 
     def send(
         self,
@@ -135,15 +141,15 @@ class BaseProducer(BaseController):
     ) -> Any:
         """Send one message and wait until it is delivered.
 
-        :param topic: where to.
+        :param topic: the topic to send to.
         :param kmsg: the message.
-        :param timeout: seconds for everything together.
-        :param key: messages with the same key go to the same partition, and are handled one after the other; without
-            one they are spread.
-        :param headers: pairs of a name and bytes, carried beside the message; a mapping will do.
-        :return: a Result, failed when delivery was not confirmed; the message may then still arrive.
+        :param timeout: seconds for the whole call.
+        :param key: messages with the same key go to the same partition and are handled one after the other; messages
+            without a key are spread over the partitions.
+        :param headers: headers of the record: pairs of a name and bytes, or a mapping.
+        :return: a Result, failed when delivery was not confirmed; the message may still be delivered later.
         """
-        # Third parties implement `_send` as 0.8 called it.
+        # Pass only the options that were given, because third parties implement `_send` with the signature of 0.8.
         given = {"key": key, "headers": headers}
         return self._send(topic, kmsg, timeout, **{name: value for name, value in given.items() if value is not None})
 
@@ -156,21 +162,21 @@ class BaseProducer(BaseController):
         headers: Sequence[tuple[str, bytes | None]] = (),
         timeout: float = 60,
     ) -> None:
-        """Write a record as it is, without hooks and log lines, and wait until it is delivered.
+        """Write a raw record, without hooks and log lines, and wait until it is delivered.
 
-        :param value: its bytes.
-        :param timeout: seconds for everything together.
-        :raises kser.errors.MessageTooLarge: it exceeds what the client may send.
-        :raises kser.errors.NotDelivered: delivery was not confirmed; the record may still arrive.
+        :param value: the bytes of the record.
+        :param timeout: seconds for the whole call.
+        :raises kser.errors.MessageTooLarge: the record exceeds the size limit of the client or of the broker.
+        :raises kser.errors.DeliveryError: delivery was not confirmed; the record may still be delivered later.
         """
-        raise NotImplementedError(f"{type(self).__name__} writes no bare records")
+        raise NotImplementedError(f"{type(self).__name__} cannot write raw records: it does not implement produce()")
 
     def close(self) -> None:
-        """Let go of the connection; what is still on its way is given a moment."""
+        """Close the connection, after a short wait for messages that are still in flight."""
 
     def _sent(self, topic: str, kmsg: Message, result: Result) -> Any:
-        """Finish a message: log, hook and signal. What the hook returns is the result."""
-        # A raising hook makes the result a failure, but the message is on its way all the same.
+        """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
+        # Read the status before the hook runs: a raising hook makes the result a failure, but the message was sent.
         delivered = status.outcome(result) == status.SUCCESS
         answer = self._finish(kmsg, result)
         if delivered:
@@ -179,23 +185,23 @@ class BaseProducer(BaseController):
 
 
 class Controller(BaseController):
-    """Looks the entrypoint of each message up by its name and executes it.
+    """Dispatcher that looks up the entrypoint of each message by name and executes it.
 
-    Everything is a classmethod, usable through an instance as well.
+    All methods are classmethods, which can be called on an instance as well.
     """
 
-    #: Classes by path. Shared by all controllers, unless a subclass defines its own.
+    #: Entrypoint classes by path, shared by all controllers unless a subclass defines its own.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
-    #: What reads a message: any class that has ``loads``.
+    #: Class that decodes messages: any class that has ``loads``.
     TRANSPORT: ClassVar[Any] = Message
 
     _reported_unknown: ClassVar[set[str]] = set()
 
     @classmethod
     def register(cls, name: Any, entrypoint: type[Entrypoint]) -> None:
-        """Make ``entrypoint`` answer to ``name``, in place of whatever did before.
+        """Register ``entrypoint`` under ``name``, in place of an earlier registration.
 
-        :raises cdumay_error.types.ValidationError: it is no subclass of Entrypoint.
+        :raises cdumay_error.types.ValidationError: ``entrypoint`` is not a subclass of Entrypoint.
         """
         check_entrypoint(name, entrypoint)
         cls.ENTRYPOINTS[name] = entrypoint
@@ -203,19 +209,20 @@ class Controller(BaseController):
 
     @classmethod
     def run(cls, raw_data: Any) -> Any:
-        """Handle one message, from its raw form to its result.
+        """Handle one raw message and return its result.
 
-        Nothing but KeyboardInterrupt is raised: SystemExit in a task is a failure of that task (decision C8).
+        SystemExit in a task is a failure of that task (decision C8). Only KeyboardInterrupt is raised and, in a
+        consumer, :class:`kser.attempt.AttemptAbandoned`.
 
-        :param raw_data: what :attr:`TRANSPORT` reads: JSON, as text or bytes.
-        :return: what the hook returned: the Result, unless hooks were overridden.
+        :param raw_data: the input of :attr:`TRANSPORT`: JSON, as text or bytes.
+        :return: the return value of the hook: the Result, unless hooks are overridden.
         """
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(f"{cls.__name__}.ReceivedFromKafka: {raw_data}")
         try:
             received = cls.TRANSPORT.loads(raw_data)
             if not _is_message(received):
-                raise TypeError(f"{cls.TRANSPORT!r} read {received!r}, which is no message")
+                raise TypeError(f"{cls.TRANSPORT!r} decoded {received!r}, which is not a message")
         except Exception as exc:
             return cls._refuse(raw_data, exc)
         try:
@@ -232,13 +239,13 @@ class Controller(BaseController):
         if delivery is None:
             return cls._finish(kmsg, result)
         delivery.settle(delivery.entry)
-        # What came of the message is only known after its last attempt.
+        # Call no hook before a retry, because the outcome of the message is known only after its last attempt.
         return result if delivery.retry_in is not None else cls._finish(kmsg, result)
 
     @classmethod
     def _note_success(cls) -> None:
         if (delivery := CURRENT.get()) is not None:
-            # A hook of the entrypoint may have made a success of it.
+            # A hook of the entrypoint turned a failure into a success; without this, the message would still fail.
             delivery.failure = None
 
     @classmethod
@@ -248,7 +255,7 @@ class Controller(BaseController):
 
     @classmethod
     def stop_processing(cls) -> None:
-        """Empty the running file."""
+        """Remove the message from the running file."""
         running_file.clear()
 
     @classmethod
@@ -265,7 +272,7 @@ class Controller(BaseController):
                     result = cls._execute(kmsg)
                 finally:
                     cls.stop_processing()
-            # Whoever comes after may rely on a Result; what is none fails here, with its type in the text.
+            # Later code relies on a Result. Any other type raises here, and the error text contains the type.
             if not result or type(result) is Unfinished or status.outcome(result) == status.SUCCESS:
                 return result
         except Exception as exc:
@@ -274,7 +281,7 @@ class Controller(BaseController):
 
     @classmethod
     def _judge(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
-        """Tell the consumer, if one runs this, of a failure that the entrypoint itself did not tell it of."""
+        """Report a failure to the current attempt, if there is one and the entrypoint has not reported it yet."""
         delivery = CURRENT.get()
         if delivery is None or delivery.failure is not None or delivery.retry_in is not None or delivery.answered:
             return result
@@ -306,9 +313,9 @@ class Controller(BaseController):
 
     @classmethod
     def _keeper_of(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Surroundings:
-        """Who has the database that a message belongs to: it is a step of a stored operation.
+        """Return a registry with a store, for a message that is a step of a stored operation.
 
-        :raises kser.errors.StoreMissing: nobody here has one.
+        :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
         known = [entrypoint, *list(cls.ENTRYPOINTS.values())] if entrypoint else list(cls.ENTRYPOINTS.values())
         for each in known:
@@ -316,7 +323,7 @@ class Controller(BaseController):
                 return each._kser_registry
         missing = StoreMissing(
             f"the message is a step of the stored operation {kmsg.metadata[OPERATION]}, and this consumer has no shared"
-            " database: set KSER_DATABASE_URI to the one of the other consumers of its topic"
+            " database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
         )
         _note_refusal(FAILED, missing)
         raise missing
@@ -326,16 +333,15 @@ class Controller(BaseController):
         if name not in cls._reported_unknown and len(cls._reported_unknown) < MAX_REPORTED:
             cls._reported_unknown.add(name)
             logger.warning(
-                f"messages ask for {name!r}, which this process does not know: import the module that defines the class"
-                " and decorate it with @oregistry.subscribe"
-                " (a class in the script that was started is called '__main__.ClassName')"
+                f"unknown entrypoint {name!r}: import the module that defines the class and decorate it with"
+                " @oregistry.subscribe (the path of a class in the script that was started is '__main__.ClassName')"
             )
 
     @classmethod
     def _refuse(cls, raw_data: Any, exc: Exception) -> Any:
-        """Answer input that is no message. To be called while ``exc`` is being handled."""
+        """Log input that is not a message and return a failed result. Call this while ``exc`` is being handled."""
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # Where it was found wanting, if the transport said so; else where it was read.
+        # Use the stack of the transport's error if it has one; None takes the traceback of the exception being handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _best_guess(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
@@ -353,7 +359,7 @@ class Controller(BaseController):
 
 
 def _note_refusal(reason: str, exc: Exception) -> None:
-    """Tell the consumer, if one runs this, that no other attempt will do better."""
+    """Reject the current attempt, if there is one, because another attempt would fail as well."""
     if (delivery := CURRENT.get()) is not None:
         delivery.refuse(reason, exc)
 
@@ -367,12 +373,12 @@ def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether hooks and transports gave something that can be handled: third parties have classes of their own."""
+    """Return whether ``value`` has the attributes of a message; third parties have message classes of their own."""
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
 def _best_guess(raw_data: Any) -> Message:
-    """A message for hooks to look at, with as much identity as the refused input has."""
+    """Build a message for the hooks, with the uuid and entrypoint of the undecodable input where they can be read."""
     try:
         data = json.loads(raw_data)
     except Exception:

@@ -1,4 +1,4 @@
-"""Delivery: one attempt at a message, as the consumer that makes it and the entrypoint that runs see it."""
+"""Attempt: one run of a message, shared by the consumer that makes it and the entrypoint that runs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from uuid import uuid4
 from kser.errors import RetryLater
 from kser.retry import DEFAULT, Retry
 
-#: Why a message failed for good.
+#: Reasons of a permanent failure.
 UNDECODABLE: Final = "undecodable"
 UNKNOWN: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
 
 
-#: What becomes of an attempt.
+#: Outcomes of an attempt.
 ENDED: Final = "ended"
 GIVEN_UP: Final = "given up"
 
 
 class Abandoned(BaseException):
-    """The consumer has given up the attempt that runs in this thread: nobody waits for its result any more."""
+    """Stop request to an attempt that the consumer has abandoned; its result would be dropped."""
 
 
 class Failure(NamedTuple):
-    """Why a message failed for good: ``undecodable``, ``unknown-entrypoint`` or ``failed``, and with what."""
+    """Permanent failure of a message: ``undecodable``, ``unknown-entrypoint`` or ``failed``, and its error."""
 
     reason: str
     error_class: str
@@ -33,67 +33,67 @@ class Failure(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """In place of a result: the work goes on elsewhere or later, or was done before, and a database answers for it.
+    """Placeholder for a result: the message is acked, and its work continues elsewhere or later or was done before.
 
-    No hook is called, and nothing is counted.
+    The store is responsible for the work. No hook is called, and no counter is increased.
     """
 
-    #: What is known of it.
+    #: The stored result, as far as it is known.
     result: Any
 
 
 class Delivery:
     """One attempt at a message.
 
-    :param retry: the policy of the consumer, for classes that declare none.
+    :param retry: the retry policy of the consumer, for classes that declare none.
     """
 
-    #: The number of the attempt, from 1.
+    #: Number of the attempt, from 1.
     attempt = 1
-    #: How many attempts before it do not count for the policy.
+    #: Number of earlier attempts that do not count for the retry policy.
     forgiven = 0
-    #: Seconds until the next attempt, when it has ended and another is to follow.
+    #: Seconds until the next attempt, if this one has failed and another one follows.
     retry_in: float | None = None
-    #: What the message failed with for good.
+    #: Permanent failure of the message.
     failure: Failure | None = None
-    #: What it fails with in place of running: it stands for an attempt that was given up.
+    #: Timeout error to raise instead of running: this attempt records the failure of an abandoned one.
     verdict: Exception | None = None
-    #: Whether it was given up.
+    #: True if the attempt was abandoned.
     abandoned = False
-    #: Seconds that the attempt may take.
+    #: Time limit of the attempt in seconds; None without a limit.
     timeout: float | None = None
-    #: Whether a database answers for the message: it is no dead letter, and no other attempt is made here.
+    #: True if the record is acked because the store has the message: no dead letter, and no retry by this consumer.
     answered = False
-    #: Whether the consumer is about to end: what can go on elsewhere is to be given back.
+    #: True if the consumer is shutting down: release work that another consumer can continue.
     ending = False
 
-    #: Where the message came from; empty when it came from nowhere.
+    #: Topic of the message; empty if it has none.
     topic = ""
-    #: The stored operation that a task of is run; None for everything else.
+    #: uuid of the stored operation whose task is run; None for any other attempt.
     operation_uuid: str | None = None
-    #: Whether that is to be cancelled.
+    #: True if a cancel of that operation was requested.
     cancel_requested = False
 
-    #: What the message asked for; entrypoints that run inside it are none of the delivery's business.
+    #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this one.
     entry: Any = None
-    #: The class of it, once that is known.
+    #: Class of the message's entrypoint, once it is known.
     expected: type | None = None
 
     def __init__(self, retry: Retry | None = None) -> None:
-        #: The policy for classes that declare none.
+        #: Retry policy for classes that declare none.
         self.retry = retry
-        #: What became of it, and what others made of it too late.
+        #: Outcome latch: the first value wins, later ones are ignored.
         self.decision: list[str] = []
 
     def construct(self, entry: Any) -> None:
-        """An entrypoint is being constructed; the first one of the class that the message asked for is its own."""
+        """Register a constructed entrypoint; the first one of the message's class is the entrypoint of the message."""
         if self.entry is None and type(entry) is self.expected:
             self.entry = entry
 
     def start(self, entry: Any) -> None:
-        """An entrypoint begins to execute; the first one is the message's own, unless that is known already.
+        """Register an entrypoint that starts; it is the entrypoint of the message if none is known yet.
 
-        :raises Exception: the verdict, when there is one.
+        :raises kser.errors.TaskTimeout: this attempt records the failure of an abandoned one.
         """
         if self.entry is None:
             self.entry = entry
@@ -104,10 +104,10 @@ class Delivery:
         self.timeout = timeout_of(type(entry))
 
     def postpones(self, exc: BaseException | None, error: Failure) -> bool:
-        """Whether the failure of the message is to be followed by another attempt; if not, it is noted as final.
+        """Return whether another attempt follows a failure; if none follows, record the failure as permanent.
 
-        :param exc: what it failed with, None for a failed result.
-        :param error: what is noted.
+        :param exc: the exception of the attempt; None for a failed result.
+        :param error: the failure to record.
         """
         if self.answered:
             return False
@@ -121,50 +121,53 @@ class Delivery:
         return self.retry_in is not None
 
     def refuse(self, reason: str, exc: BaseException) -> None:
-        """The message cannot be handled, now or later."""
+        """Reject the message, because no attempt can handle it."""
         self.failure = Failure(reason, error_name(exc), str(exc))
 
     def answer(self) -> None:
-        """A database answers for the message from now on: it is done for Kafka, whatever becomes of the attempt."""
+        """Ack the record: the store is now responsible for the message, whatever the outcome of the attempt."""
         self.answered = True
 
     def begin(self, timeout: float | None) -> None:
-        """A part of the work begins that may be given up alone, once it takes longer than ``timeout`` seconds."""
+        """Restart the timer for a part of the work, which can be abandoned alone.
+
+        :param timeout: time limit of the part in seconds; None without a limit.
+        """
         self.timeout = None
         self.decision = []
         self.timeout = timeout
 
     def hand_back(self) -> None:
-        """Give up the attempt, because the consumer is about to end: the message stays unfinished.
+        """Abandon the attempt because the consumer is shutting down; the message stays unfinished.
 
-        :raises Abandoned: always.
+        :raises AttemptAbandoned: always.
         """
         self.abandoned = True
         raise Abandoned
 
     def identity(self) -> str:
-        """A uuid for a message that has none: the same one each time that it is delivered."""
+        """Return a uuid for a message without one; an attempt at a record returns the same uuid at each redelivery."""
         return str(uuid4())
 
     def decide(self, what: str = ENDED) -> bool:
-        """Whether this is what becomes of the attempt: whoever decides first, decides.
+        """Set the outcome of the attempt unless it is set already; return whether this call has set it.
 
-        :param what: ``"ended"`` or ``"given up"``.
+        :param what: :data:`FINISHED` or :data:`TIMED_OUT`.
         """
         return decide(self.decision, what)
 
     def check(self) -> None:
-        """Stop here if the attempt was given up.
+        """Raise if the attempt was abandoned.
 
-        :raises Abandoned: it was.
+        :raises AttemptAbandoned: the attempt was abandoned.
         """
         if self.abandoned or self.decision[:1] == [GIVEN_UP]:
             raise Abandoned
 
     def settle(self, entry: Any) -> None:
-        """The work of an entrypoint has ended. If it was the message's own, it cannot take too long any more.
+        """Register an entrypoint that has finished; the entrypoint of the message can no longer time out.
 
-        :raises Abandoned: the attempt was given up before.
+        :raises AttemptAbandoned: the attempt was abandoned before.
         """
         if entry is self.entry:
             self.decide()
@@ -172,33 +175,33 @@ class Delivery:
 
 
 def decide(decision: list[str], what: str) -> bool:
-    """See :meth:`Delivery.decide`; of two threads exactly one is the first to append."""
+    """Append ``what`` and return whether it is the first value: of two threads, exactly one appends first."""
     decision.append(what)
     return decision[0] == what
 
 
-#: The delivery that is handled in this context; None outside of a consumer.
+#: The attempt that runs in this context; None outside of a consumer.
 CURRENT: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)
 
 
 def settle(entry: Any) -> None:
-    """The work of an entrypoint has ended.
+    """Register an entrypoint that has finished with the current attempt, if there is one.
 
-    :raises Abandoned: nobody waits for its result any more.
+    :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
     if (delivery := CURRENT.get()) is not None:
         delivery.settle(entry)
 
 
 def timeout_of(cls: type) -> float | None:
-    """Seconds that an attempt at a class may take; None without a limit."""
+    """Return the time limit of an attempt at a class, in seconds; None without a limit."""
     timeout = getattr(cls, "TIMEOUT", None)
-    # Like RETRY, an attribute that means something else is the user's own (decision C18).
+    # Ignore a value of another type, as with RETRY, because the attribute is then the user's own (decision C18).
     fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
     return timeout if fits else None
 
 
 def error_name(exc: BaseException) -> str:
-    """The full name of an exception's class."""
+    """Return the full name of an exception's class."""
     cls = type(exc)
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""A broker for development: librdkafka's mock cluster, in memory, in this process, without Java.
+"""Development broker: librdkafka's mock cluster, in memory, in this process, without Java.
 
 In a program or a test::
 
@@ -10,8 +10,8 @@ In a shell::
 
     python -m kser.embedded --topic dice
 
-It listens on a free port of the loopback interface, keeps the newest 5 MB of each partition and forgets everything at
-its end. It needs the extra ``embedded``.
+The broker listens on a free port of the loopback interface, keeps the newest 5 MB of each partition and loses all
+messages when it stops. To use it, install the extra ``embedded``.
 """
 
 from __future__ import annotations
@@ -27,71 +27,72 @@ from typing import Any, Self
 
 from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageError
 
-#: How long to wait for an answer of a broker that runs in this very process.
+#: Seconds to wait for a response of the broker, which runs in this process.
 _PATIENCE_SECONDS = 10
 
-# The mock cluster would take any name, and the program would fail with the first real broker.
+# The mock cluster accepts any name. Without this check, a program that works here would fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-# Warnings and worse: the one line below them says that the mock cluster is on, which is what was asked for.
+# Log warnings and worse: the only line of a lower level reports that the mock cluster is on, which is intended.
 _SYSLOG_WARNING = 4
 
 
 class EmbeddedBroker:
-    """A running development broker: it starts when it is built and ends with :meth:`close` or with the ``with`` block.
+    """Running development broker: the constructor starts it; :meth:`close` or the end of the ``with`` block stops it.
 
-    :param topics: topics to create: a consumer joins its group smoothly only when its topics exist beforehand.
+    :param topics: topics to create. A consumer joins its group smoothly only if its topics exist beforehand.
     :raises MissingDependency: confluent-kafka is not installed.
-    :raises BrokerUnavailable: it does not start.
+    :raises BrokerUnavailable: the broker does not start.
     """
 
     def __init__(self, *topics: str) -> None:
         self._client: Any = _mock_cluster()
         #: Address of the broker, ``127.0.0.1:port``.
         self.bootstrap_servers = self._start()
-        #: The topics that were created, in that order.
+        #: Created topics, in the order of their creation.
         self.topics: list[str] = []
         for name in topics:
             self.create_topic(name)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Options of kafka-python for a consumer; add what you like, it is a new dict each time."""
+        """Options of kafka-python for a consumer, in a new dict each time; you may add options."""
         return {
             **self.producer_config,
-            # A changed group waits for members that are gone until their session ends, and the others hear of the
-            # change with their next heartbeat: with the client's own 45 s and 3 s, a restart would take that long.
+            # When the group changes, the broker waits for lost members until their session times out, and the other
+            # members learn of the change with their next heartbeat. With the client's defaults, 45 s and 3 s, each
+            # restart would take that long.
             "session_timeout_ms": 6000,
             "heartbeat_interval_ms": 500,
         }
 
     @property
     def producer_config(self) -> dict[str, Any]:
-        """Options of kafka-python for a producer, a new dict each time."""
-        # Without a version, kafka-python 3 asks for it in a newer form than the mock cluster answers, for ever.
+        """Options of kafka-python for a producer, in a new dict each time."""
+        # Set the version: otherwise kafka-python 3 endlessly requests it in a form too new for the mock cluster.
         return {"bootstrap_servers": self.bootstrap_servers, "api_version": (2, 0)}
 
     def environment(self, group_id: str = "kser") -> dict[str, str]:
-        """``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
+        """Return ``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
 
-        :param group_id: the group of the consumers; it starts with the earliest message.
+        :param group_id: the consumer group; it starts at the earliest message.
         """
         config = {**self.config, "api_version": "2.0", "group_id": group_id, "auto_offset_reset": "earliest"}
         return {"KSER_CONFIG": json.dumps(config), "KSER_TOPICS": ",".join(self.topics)}
 
     def create_topic(self, name: str) -> None:
-        """Create a topic; one that exists stays as it is.
+        """Create a topic; an existing topic is not changed.
 
-        :raises BrokerUnavailable: the broker does not answer.
-        :raises UsageError: the broker was closed, or Apache Kafka would refuse the name.
+        :raises BrokerUnavailable: the broker does not respond.
+        :raises UsageError: the broker is closed, or Apache Kafka would reject the name.
         """
         if not _TOPIC_NAME.fullmatch(name) or name in (".", ".."):
             raise UsageError(
-                f"{name!r} is no name for a topic: Apache Kafka takes 1 to 249 ASCII letters, digits, '.', '_' and '-'"
+                f"{name!r} is not a valid topic name: use 1 to 249 ASCII letters, digits, '.', '_' and '-'"
             )
         if self._client is None:
             raise UsageError(f"topic {name!r} cannot be created: this development broker is closed; start another one")
-        # Asking for a topic by its name creates it.
+        # A metadata request for a topic creates it.
         problem = self._metadata(name).topics[name].error
         if problem is not None:
             raise BrokerUnavailable(f"the development broker did not create topic {name!r}: {problem}")
@@ -99,8 +100,8 @@ class EmbeddedBroker:
             self.topics.append(name)
 
     def close(self) -> None:
-        """End the broker and forget its messages; closing twice is harmless."""
-        # librdkafka ends the mock cluster with the last reference to the client that holds it.
+        """Stop the broker and discard its messages; closing twice is harmless."""
+        # librdkafka stops the mock cluster when the last reference to its client is gone.
         self._client = None
 
     def __enter__(self) -> Self:
@@ -125,47 +126,47 @@ class EmbeddedBroker:
             return self._client.list_topics(*topic, timeout=_PATIENCE_SECONDS)
         except KafkaException as error:
             raise BrokerUnavailable(
-                f"the development broker does not answer on the loopback interface ({error}); "
-                "does a firewall or a sandbox keep this process from talking to itself?"
+                f"the development broker does not respond on the loopback interface ({error}); "
+                "check whether a firewall or a sandbox blocks connections of this process to itself"
             ) from error
 
 
 def _mock_cluster() -> Any:
-    """The client that holds a mock cluster of one broker."""
+    """Create the client that holds a mock cluster of one broker."""
     try:
         from confluent_kafka import Producer
     except ImportError as error:
         raise MissingDependency(
             f'the development broker needs confluent-kafka ({error}); install it with: pip install "kser[embedded]"'
         ) from error
-    # The mock cluster's thread ends when a signal interrupts it: the broker would answer no more, and closing it could
-    # take for ever. A thread inherits what is blocked where it is started.
+    # Block all signals, because the mock cluster's thread inherits the signal mask and a signal would end the thread.
+    # The broker would then not respond any more, and closing it could hang.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        # The mock cluster replaces bootstrap.servers, which must be there all the same.
+        # The client requires bootstrap.servers, although the mock cluster replaces it.
         return Producer({"bootstrap.servers": "127.0.0.1", "test.mock.num.brokers": 1, "log_level": _SYSLOG_WARNING})
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m kser.embedded``: run a broker until SIGINT or SIGTERM.
+    """Run a broker until SIGINT or SIGTERM, as ``python -m kser.embedded`` does.
 
-    Standard output has the settings as lines for a shell; what is said to the reader goes to standard error.
+    The settings are written to standard output as lines for a shell; messages for the reader go to standard error.
     """
     options = _parser().parse_args(arguments)
-    # Blocked before the broker starts, then waited for: no signal is lost, and none interrupts anything. They stay
-    # blocked, because the process ends here and a second Ctrl-C must not spoil that.
+    # Block both signals before the broker starts and wait for them later, so that no signal is lost and none interrupts
+    # a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb that.
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:
         with EmbeddedBroker(*options.topic) as broker:
             sys.stderr.write(
-                f"kser: development broker on {broker.bootstrap_servers}: it keeps 5 MB a partition and forgets"
-                " everything at exit; stop it with Ctrl-C\n"
+                f"kser: development broker on {broker.bootstrap_servers}: it keeps 5 MB per partition and loses all"
+                " messages at exit; stop it with Ctrl-C\n"
             )
             for name, value in broker.environment().items():
-                # Neither these options nor names of topics have a quote in them.
+                # Single quotes are safe, because neither these options nor topic names contain one.
                 sys.stdout.write(f"export {name}='{value}'\n")
             sys.stdout.flush()
             signal.sigwait(ends)
@@ -186,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         action="append",
         default=[],
-        help="create this topic (again for more); the first is where tasks are sent",
+        help="create this topic; repeat the option for more topics; tasks are sent to the first one",
     )
     return parser
 

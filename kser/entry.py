@@ -19,42 +19,42 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: What stands in an object whose ``postinit`` did not raise, in place of what its ``onerror`` returned.
+#: Placeholder for the return value of ``onerror`` in an object whose ``postinit`` did not raise.
 NOT_REFUSED: Final = object()
 
 
 class Surroundings(Protocol):
-    """What an entrypoint runs in: the registry that its class is subscribed to."""
+    """Registry that an entrypoint's class is subscribed to, as the entrypoint and the controller use it."""
 
     def context(self) -> AbstractContextManager[Any]:
-        """What to enter around a whole execution."""
+        """Return the context manager to enter around a whole execution."""
         ...
 
     @property
     def keeps(self) -> bool:
-        """Whether it has a database, where operations are kept."""
+        """True if the registry has a store for operations."""
         ...
 
     def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle the message of an operation that is kept, or is to be, or of a step of it.
+        """Handle the message of a durable operation, stored or not yet stored, or of one of its steps.
 
-        :param entrypoint: the class that it names; None for one that is not known here.
-        :return: a Result; or :class:`kser.delivery.Unfinished`.
+        :param entrypoint: the class that the message names; None for a class that is not known here.
+        :return: a Result or a :class:`kser.attempt.Deferred`.
         """
         ...
 
 
 class EntrypointMeta(type):
-    """Gives each class its ``path``."""
+    """Metaclass that gives each class its ``path``."""
 
     @property
     def path(cls) -> str:
-        """The name under which messages ask for the class: ``module.ClassName``."""
+        """Name of the class in messages: ``module.ClassName``."""
         return f"{cls.__module__}.{cls.__name__}"
 
 
 class _InstancePath:
-    """``path`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+    """``path`` on instances: a non-data descriptor, so that a user's attribute of that name wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: EntrypointMeta) -> str:
         return owner.path
@@ -63,13 +63,13 @@ class _InstancePath:
 class Entrypoint(metaclass=EntrypointMeta):
     """One unit of work: subclass it and implement :meth:`run`.
 
-    Every step of the life cycle has a hook without underscore, to override freely, and a trigger with one, which logs
-    and calls the hook.
+    Each phase of the life cycle has a hook without an underscore, which you can override freely, and a trigger with an
+    underscore, which logs and calls the hook.
 
     :param uuid: identifier, a new one by default.
     :param params: parameters of the work.
-    :param result: the forwarded result of what ran before.
-    :param metadata: context that is carried through.
+    :param result: the forwarded result of the previous task.
+    :param metadata: context that is passed on unchanged.
     """
 
     #: Names of the parameters that must be present.
@@ -78,7 +78,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[Surroundings | None] = None
-    #: Whether its messages are for the registry, when that has a database.
+    #: True if the registry handles the messages of this class, provided that it has a store.
     _kser_kept: ClassVar[bool] = False
     _kser_refusal: Any = NOT_REFUSED
 
@@ -93,40 +93,43 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.uuid: str = uuid or str(uuid4())
         #: Parameters of the work.
         self.params: Any = params or {}
-        #: Context that is carried through.
+        #: Context that is passed on unchanged.
         self.metadata: Any = metadata or {}
-        #: What came in, with what the work gave merged into it.
+        #: The incoming result, with the result of the work merged into it.
         self.result: Result = result or Result(uuid=self.uuid)
         self._post_init()
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def postinit(self) -> None:
-        """Called at the end of construction; an object for which it raises is not run, and fails with that error."""
+        """Prepare the new object. Called at the end of construction.
+
+        If this hook raises, the object is not run and fails with that error.
+        """
 
     def prerun(self) -> None:
-        """Called before :meth:`run`, when the required parameters are there."""
+        """Prepare the run. Called before :meth:`run`, after the check of the required parameters."""
 
     def run(self) -> Result | None:
-        """The work. To implement.
+        """Do the work. Subclasses implement this method.
 
-        :return: a Result, merged into :attr:`result`; None stands for a blank one.
-        :raises cdumay_error.types.NotImplemented: it was not overridden.
+        :return: a Result, which is merged into :attr:`result`; None counts as a blank one.
+        :raises cdumay_error.types.NotImplemented: the method is not overridden.
         """
         raise NotImplementedYet(f"Task '{type(self).path}' not implemented")
 
     def postrun(self, result: Any) -> Any:
-        """Called with what :meth:`run` returned, not at all when it raised; returns what goes on in its place."""
+        """Return the value to use in place of the return value of :meth:`run`. Not called when :meth:`run` raised."""
         return result
 
     def onsuccess(self, result: Result) -> Any:
-        """Called with the final result when its return code is 0; what it returns, :meth:`execute` returns."""
+        """Return the value for :meth:`execute` to return. Called with the final result when its return code is 0."""
         return result
 
     def onerror(self, result: Result) -> Any:
-        """Called with the final result of a failure; what it returns, :meth:`execute` returns.
+        """Return the value for :meth:`execute` to return. Called with the final result of a failure.
 
-        When it raises, its error is logged and merged into the result, and no hook is called again.
+        An error of this hook is logged and merged into the result, and no hook is called again.
         """
         return result
 
@@ -169,10 +172,10 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- execution -----------------------------------------------------------------------------------------------------
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        """Execute; what a hook or :meth:`run` raises is raised.
+        """Execute the entrypoint; exceptions of the hooks and of :meth:`run` are raised.
 
-        :param result: merged into :attr:`result` before anything else.
-        :return: what :meth:`onsuccess` or, for a returned failure, :meth:`onerror` returned.
+        :param result: a result to merge into :attr:`result` first.
+        :return: the return value of :meth:`onsuccess` or, for a returned failure, of :meth:`onerror`.
         """
         if self._kser_refusal is not NOT_REFUSED:
             return self._kser_refusal
@@ -189,10 +192,10 @@ class Entrypoint(metaclass=EntrypointMeta):
         return self._onerror(value)
 
     def execute(self, result: Result | None = None) -> Any:
-        """Execute; what is raised becomes a failed result. SystemExit and KeyboardInterrupt pass.
+        """Execute the entrypoint; an exception becomes a failed result, except SystemExit and KeyboardInterrupt.
 
-        :param result: merged into :attr:`result` before anything else.
-        :return: what :meth:`onsuccess` or :meth:`onerror` returned: the result, unless they were overridden.
+        :param result: a result to merge into :attr:`result` first.
+        :return: the return value of :meth:`onsuccess` or :meth:`onerror`: the result, unless they are overridden.
         """
         registry = self._kser_registry
         with nullcontext() if registry is None else registry.context():
@@ -209,7 +212,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     def check_required_params(self) -> None:
         """Check that every parameter of :attr:`REQUIRED_FIELDS` is present.
 
-        :raises cdumay_error.types.ValidationError: naming the first one that is missing.
+        :raises cdumay_error.types.ValidationError: a parameter is missing; the error names the first one.
         """
         for key in self.REQUIRED_FIELDS:
             if key not in self.params:
@@ -218,9 +221,9 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- messages and logs ---------------------------------------------------------------------------------------------
 
     def to_Message(self, result: Result | None = None) -> Message:
-        """The message that asks for this work; it shares this object's params, result and metadata.
+        """Return the message that starts this work; it shares this object's params, result and metadata.
 
-        :param result: forwarded in place of :attr:`result`.
+        :param result: a result to forward in place of :attr:`result`.
         """
         return Message(
             uuid=self.uuid,
@@ -232,30 +235,30 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     @classmethod
     def from_Message(cls, kmsg: Message) -> Self:
-        """An object from a message, sharing its params, result and metadata."""
+        """Create an object from a message; it shares the message's params, result and metadata."""
         return cls(uuid=kmsg.uuid, params=kmsg.params, result=kmsg.result, metadata=kmsg.metadata)
 
     def label(self, action: str | None = None) -> str:
-        """``Name[uuid]``, followed by ``- action`` if there is one."""
+        """Return ``Name[uuid]``, followed by ``- action`` if an action is given."""
         label = f"{type(self).__name__}[{self.uuid}]"
         return f"{label} - {action}" if action else label
 
     def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
-        """Log ``message``, formatted with ``args``, behind this object's name, path and uuid.
+        """Log ``message``, formatted with ``args``, after this object's name, path and uuid.
 
-        :param level: level of the record.
-        :param kwargs: what :meth:`logging.Logger.log` takes: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
+        :param level: level of the log record.
+        :param kwargs: keywords of :meth:`logging.Logger.log`: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
         records.message(logger, self, "MESSAGE", message, level, *args, **kwargs)
 
 
 def postpone(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
-    """Leave a failure to the next attempt, if the consumer that runs ``entry`` makes one: no hook is called.
+    """Schedule a retry of ``entry`` if its retry policy allows another attempt; no hook is called then.
 
-    :param result: what it failed with.
-    :param exc: the exception that it failed with, if one did.
+    :param result: the failed result.
+    :param exc: the exception of the attempt; None for a returned failure.
     :return: the result of this attempt; None when the failure is final.
-    :raises kser.delivery.Abandoned: nobody waits for the result any more.
+    :raises kser.attempt.AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
     delivery = CURRENT.get()
     if delivery is None:
@@ -279,7 +282,7 @@ def _name_of_error(result: Result) -> str:
 
 
 def call_onerror(entry: Entrypoint) -> Any:
-    """Tell listeners and the hook of an object that it failed; a raising hook adds its own error (decision C6)."""
+    """Emit ``entry_failed`` and call ``onerror``; an exception of the hook adds its own error (decision C6)."""
     signals.emit(signals.entry_failed, type(entry), entry=entry, result=entry.result)
     try:
         return entry.onerror(entry.result)
@@ -289,10 +292,10 @@ def call_onerror(entry: Entrypoint) -> Any:
 
 
 def check_entrypoint(name: Any, candidate: Any) -> None:
-    """Check that ``candidate`` is a class of entrypoints.
+    """Check that ``candidate`` is a subclass of Entrypoint.
 
-    :param name: what it was to be registered under.
-    :raises cdumay_error.types.ValidationError: it is not.
+    :param name: name to register the class under.
+    :raises cdumay_error.types.ValidationError: ``candidate`` is not a subclass of Entrypoint.
     """
     if not (isinstance(candidate, type) and issubclass(candidate, Entrypoint)):
         raise ValidationError(

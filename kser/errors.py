@@ -1,31 +1,31 @@
-"""Every error that kser raises on its own account, in one flat file.
+"""Errors that kser raises.
 
 ::
 
     KserError (cdumay_error.Error)
     ├── SettingError (also cdumay_error.types.ConfigurationError)   a setting is missing or wrong
-    │   ├── ProducerMissing      nothing to send with
-    │   ├── TopicMissing         nowhere to send to
-    │   ├── StoreMissing         no shared database for what needs one
+    │   ├── ProducerMissing      there is no producer to send with
+    │   ├── TopicMissing         there is no topic to send to
+    │   ├── StoreMissing         there is no shared database, and the call needs one
     │   └── SchemaMismatch       the shared database has tables of another version
-    ├── UsageError (also TypeError)                                 a call that cannot be meant
-    ├── MissingDependency        an optional part is not installed
-    ├── BrokerUnavailable        no broker answers
-    ├── ClientTrouble            the Kafka client cannot do something now; it is tried again
-    ├── NotDelivered             delivery was not confirmed
-    │   └── MessageTooLarge      it exceeds what may be sent
+    ├── UsageError (also TypeError)                                 the call is invalid
+    ├── MissingDependency        an optional dependency is not installed
+    ├── BrokerUnavailable        no broker responds
+    ├── ClientError              a call of the Kafka client failed; the consumer retries it
+    ├── DeliveryError            delivery was not confirmed
+    │   └── MessageTooLarge      the record exceeds the size limit
     ├── SendError                an operation was not delivered
-    ├── RetryLater               a task wants to be tried again
+    ├── RetryLater               a task requests another attempt
     ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIMEOUT
-    ├── StoreUnavailable         the shared database cannot be used now; it is tried again
-    ├── StoreError               the shared database refuses something
-    │   └── Fenced               somebody else has claimed the operation
-    ├── StateConflict            an operation is in a state that does not allow this
+    ├── StoreUnavailable         the shared database is unavailable; consumers retry the call
+    ├── StoreError               the shared database rejects the call
+    │   └── FencedError          another owner has claimed the operation
+    ├── StateConflict            the state of the operation does not allow the call
     └── WaitTimeout (also TimeoutError)                             an operation has not ended in time
 
-Messages that cannot be read and parameters that are missing are ``cdumay_error.types.ValidationError``, as in 0.8.
+Undecodable messages and missing parameters raise ``cdumay_error.types.ValidationError``, as in 0.8.
 
-All are cdumay errors, so ``Result.from_exception`` keeps their ``code``, ``msgid``, ``message`` and ``extra``.
+All of them are cdumay errors, so ``Result.from_exception`` keeps their ``code``, ``msgid``, ``message`` and ``extra``.
 """
 
 from __future__ import annotations
@@ -74,31 +74,31 @@ class SchemaMismatch(SettingError):
 
 
 class UsageError(KserError, TypeError):
-    """The call cannot be meant as it was written"""
+    """The call is invalid"""
 
     MSGID = "ERR-50305"
     CODE = 400
 
 
 class MissingDependency(KserError):
-    """An optional part is not installed"""
+    """An optional dependency is not installed"""
 
     MSGID = "ERR-50306"
     CODE = 501
 
 
 class BrokerUnavailable(KserError):
-    """No broker answers"""
+    """No broker responds"""
 
     MSGID = "ERR-50307"
     CODE = 503
 
 
 class ClientTrouble(KserError):
-    """The Kafka client cannot do something now
+    """A call of the Kafka client failed
 
-    :param fatal: this client will never do it: another one is to take its place.
-    :param passing: it is normal for a while, as during a rebalance.
+    :param fatal: this client cannot recover and must be replaced by a new one.
+    :param transient: the error is normal for a while, as during a rebalance.
     """
 
     MSGID = "ERR-50309"
@@ -118,17 +118,17 @@ class NotDelivered(KserError):
 
 
 class MessageTooLarge(NotDelivered):
-    """A record exceeds what may be sent"""
+    """A record exceeds the size limit"""
 
     MSGID = "ERR-50311"
     CODE = 413
 
 
 class RetryLater(KserError):
-    """A task wants to be tried again
+    """A task requests another attempt
 
-    :param seconds: how long to wait before.
-    :raises SettingError: they are no number of seconds.
+    :param seconds: seconds until that attempt.
+    :raises SettingError: ``seconds`` is not a finite number, 0 or more.
     """
 
     MSGID = "ERR-50312"
@@ -137,12 +137,12 @@ class RetryLater(KserError):
     def __init__(self, seconds: float) -> None:
         if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
             raise SettingError(f"Retry.later takes a number of seconds, 0 or more; it is {seconds!r}")
-        super().__init__(f"the task asked to be tried again in {seconds:g} s")
+        super().__init__(f"the task requested another attempt in {seconds:g} s")
         self.seconds = seconds
 
 
 class TaskTimeout(KserError, TimeoutError):
-    """An attempt took longer than its class allows"""
+    """An attempt took longer than its time limit"""
 
     MSGID = "ERR-50313"
     CODE = 504
@@ -151,7 +151,7 @@ class TaskTimeout(KserError, TimeoutError):
 class SendError(KserError):
     """A message was not delivered
 
-    :param result: what the producer answered: its ``stderr`` says why.
+    :param result: the Result of the producer; its ``stderr`` has the reason.
     """
 
     MSGID = "ERR-50308"
@@ -162,9 +162,9 @@ class SendError(KserError):
 
 
 class StoreUnavailable(KserError):
-    """The shared database cannot be used now
+    """The shared database is unavailable
 
-    Nobody knows whether what was asked for took effect: it is asked for again, in the same words.
+    It is unknown whether the call took effect, so the call is repeated unchanged.
     """
 
     MSGID = "ERR-50315"
@@ -172,27 +172,27 @@ class StoreUnavailable(KserError):
 
 
 class StoreError(KserError):
-    """The shared database refuses something"""
+    """The shared database rejects the call"""
 
     MSGID = "ERR-50316"
 
 
 class Fenced(StoreError):
-    """Somebody else has claimed the operation, or it has ended: nothing was recorded"""
+    """Another owner has claimed the operation, or it has ended: nothing was recorded"""
 
     MSGID = "ERR-50317"
     CODE = 409
 
 
 class StateConflict(KserError):
-    """An operation is in a state that does not allow this"""
+    """The state of the operation does not allow the call"""
 
     MSGID = "ERR-50318"
     CODE = 409
 
 
 class WaitTimeout(KserError, TimeoutError):
-    """An operation has not ended in time"""
+    """The operation has not ended in time"""
 
     MSGID = "ERR-50319"
     CODE = 504

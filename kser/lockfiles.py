@@ -1,14 +1,14 @@
-"""The legacy control plane: three files that operators look at and touch.
+"""Control files of 0.8: three files that operators read, create and delete.
 
 ========== ===================== ======================================================================================
 file       variable              meaning
 ========== ===================== ======================================================================================
-running    ``RUNNING_FILE``      holds the messages that are being handled, a line each, empty when there is none
-pause      ``LOCK_FILE``         while it exists, consumers take no messages
-terminate  ``TERMINATE_FILE``    when it appears, consumers end
+running    ``RUNNING_FILE``      has one line for each message that is being handled; empty without messages
+pause      ``LOCK_FILE``         while it exists, consumers start no new message
+terminate  ``TERMINATE_FILE``    when it appears, consumers stop
 ========== ===================== ======================================================================================
 
-The variables are read at each use. Paths are per host, so other processes may share the files.
+The variables are read at each use. The default paths are per host, so processes of one host may share the files.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-#: A terminate file that is older than this was not meant for this process.
+#: Start time of this process; a terminate file that is older was meant for another process.
 PROCESS_START = time.time()
 
 
 class RunningFile:
-    """The running file, kept open and rewritten in place: opening it each time would cost more than a small task.
+    """Running file, kept open and rewritten in place, because opening it each time would cost more than a small task.
 
-    It is opened again when its variable has changed or when somebody deleted the file. A file that cannot be written
-    is reported once, and messages are handled all the same.
+    The file is reopened when its variable has changed or when the file was deleted. If it cannot be written, this is
+    logged once, and messages are handled all the same.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lines: dict[int, str] = {}
-        #: Whether it has changed since it was written.
+        #: True if the lines have changed since the last write.
         self._stale = False
         self._consumers = 0
         self._path: str | None = None
@@ -44,7 +44,7 @@ class RunningFile:
         self._reported: str | None = None
 
     def show(self, text: str) -> None:
-        """Make ``text`` this thread's line of the content; the line goes when it is empty."""
+        """Set this thread's line to ``text``; an empty text removes the line."""
         thread = threading.get_ident()
         if text:
             self._lines[thread] = text
@@ -54,10 +54,13 @@ class RunningFile:
         self._write_stale(2 if text else 10)
 
     def _write_stale(self, rounds: int) -> None:
-        """Write what has changed.
+        """Write the changed lines.
 
-        Whoever comes while another thread writes leaves it to that one: to wait here, message by message, would cost
-        many workers more than small tasks do. That one goes on soon: its own message waits, and is shown once more.
+        If another thread is writing the file, let it write this line too; blocking here for each message would cost
+        many workers more than small tasks do.
+
+        :param rounds: maximum number of writes. The limit exists because the writing thread's own message waits
+            meanwhile; the next call writes any remaining change.
         """
         for _ in range(rounds):
             if not self._stale or not self._lock.acquire(blocking=False):
@@ -71,28 +74,28 @@ class RunningFile:
                 self._lock.release()
 
     def _write(self) -> None:
-        # What has no UTF-8 form (a lone surrogate) is shown escaped: the file is for people.
+        # Escape characters without a UTF-8 form (lone surrogates), because people read the file.
         data = "\n".join(list(self._lines.values())).encode("utf-8", "backslashreplace")
         descriptor, size = self._open()
         if data:
             os.pwrite(descriptor, data, 0)
-        # Another consumer of this host may have left a longer text.
+        # Truncate, because another consumer of this host may have left a longer text.
         if size > len(data):
             os.ftruncate(descriptor, len(data))
 
     def clear(self) -> None:
-        """Take this thread's line away; the file is made when missing and never deleted."""
+        """Remove this thread's line; a missing file is created, and the file is never deleted."""
         self.show("")
 
     def open(self) -> None:
-        """A consumer of this process starts."""
+        """Register a consumer of this process that starts."""
         self.clear_stale()
         with self._lock:
             self._consumers += 1
         self._write_stale(2)
 
     def close(self) -> None:
-        """A consumer of this process has ended; the last one lets go of the file."""
+        """Unregister a consumer of this process that has ended; the last one releases the file."""
         with self._lock:
             self._consumers -= 1
         if self._consumers <= 0:
@@ -101,7 +104,7 @@ class RunningFile:
             self._write_stale(2)
 
     def clear_own(self) -> None:
-        """Empty the file if this process wrote it, and let go of it."""
+        """Empty the file if this process wrote it, and close it."""
         if self._descriptor is not None:
             self._lines.clear()
             self.clear()
@@ -109,7 +112,7 @@ class RunningFile:
             self._close()
 
     def clear_stale(self) -> None:
-        """Empty a file that a process left behind which is dead: each one that is alive holds a lock on it."""
+        """Empty a file that a dead process left behind; each live process holds a lock on the file."""
         try:
             descriptor = os.open(os.environ["RUNNING_FILE"], os.O_WRONLY)
         except (OSError, KeyError):
@@ -118,13 +121,13 @@ class RunningFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
         except OSError:
-            # Somebody is alive, or the file system knows no locks: then it is cleared by whoever writes next.
+            # A live process holds the lock, or the file system has no locks: then the next write replaces the content.
             return
         finally:
             os.close(descriptor)
 
     def _open(self) -> tuple[int, int]:
-        """The descriptor and the size of the file in place now."""
+        """Return the descriptor and the size of the current file, which is reopened if necessary."""
         path = os.environ["RUNNING_FILE"]
         if self._descriptor is not None:
             status = os.fstat(self._descriptor)
@@ -148,8 +151,8 @@ class RunningFile:
         if self._reported != path:
             self._reported = path
             logger.warning(
-                "the running file %r cannot be written (%s): messages are handled without it; set LOCK_PATH to a folder"
-                " that is writable, or RUNNING_FILE to a file in one",
+                "the running file %r cannot be written (%s): messages are handled without it; set LOCK_PATH to a"
+                " writable folder, or RUNNING_FILE to a file in a writable folder",
                 path,
                 error,
             )
@@ -160,43 +163,46 @@ running_file = RunningFile()
 
 
 def is_paused() -> bool:
-    """Whether the pause file exists."""
+    """Return whether the pause file exists."""
     return os.path.exists(os.environ["LOCK_FILE"])
 
 
 def remove_pause_file() -> str | None:
-    """Remove the pause file; returns its path when there was one and it could be removed."""
+    """Remove the pause file; return its path if the file existed and could be removed."""
     path = os.environ["LOCK_FILE"]
     if not is_paused():
         return None
     try:
         os.remove(path)
     except OSError as error:
-        logger.warning("the pause file %r cannot be removed (%s): the consumer is paused until it is gone", path, error)
+        logger.warning(
+            "the pause file %r cannot be removed (%s): the consumer stays paused until you remove it", path, error
+        )
         return None
     return path
 
 
 class TerminateFile:
-    """The terminate file; one older than this process is reported once and ignored, and none is ever deleted."""
+    """Terminate file, which is never deleted; a file older than this process is logged once and ignored."""
 
     def __init__(self) -> None:
         self._ignored: tuple[str, float] | None = None
 
     def is_present(self) -> bool:
-        """Whether the file was written since this process started."""
+        """Return whether the file was written since this process started."""
         path = os.environ["TERMINATE_FILE"]
         try:
             written = os.stat(path).st_mtime
         except OSError:
             return False
-        # File times come from a coarser clock that may lag by some milliseconds.
+        # Allow 20 ms, because file times come from a coarser clock that may lag by some milliseconds.
         if written >= PROCESS_START - 0.02:
             return True
         if self._ignored != (path, written):
             self._ignored = (path, written)
             logger.warning(
-                "the terminate file %r is older than this process and is ignored; delete it, or touch it to end now",
+                "the terminate file %r is older than this process and is ignored; delete it, or touch it to stop the"
+                " consumer now",
                 path,
             )
         return False

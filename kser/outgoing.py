@@ -1,4 +1,4 @@
-"""What all producers share: keys, headers and sizes of records, and what became of many messages."""
+"""Shared parts of all producers: keys, headers and sizes of records, and the result of a bulk send."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from kser.results import failure
 from kser.schemas import Message
 
 Key = str | bytes | None
-#: Gives each message of many its key.
+#: Function that returns the key of each message in a bulk send.
 KeyOf = Callable[[Message], Key]
-#: Headers in the form that clients take.
+#: Headers in the form that the Kafka clients accept.
 HeaderList = list[tuple[str, bytes | None]]
 
 
 def key_bytes(key: Key) -> bytes | None:
-    """A key as it travels: text is encoded as UTF-8.
+    """Return a key as bytes; text is encoded as UTF-8.
 
-    :raises kser.errors.UsageError: it is neither text nor bytes.
+    :raises kser.errors.UsageError: the key is neither text nor bytes.
     """
     if isinstance(key, str):
         return key.encode("utf-8")
     if key is None or isinstance(key, bytes):
         return key
-    raise UsageError(f"a key is a str or bytes, and this one is {key!r}: convert it")
+    raise UsageError(f"a key must be a str or bytes, not {key!r}: convert it")
 
 
 def header_list(headers: Headers | None) -> HeaderList:
-    """Headers in the form that clients take.
+    """Return headers in the form that the Kafka clients accept.
 
-    :raises kser.errors.UsageError: something else than names and bytes is among them.
+    :raises kser.errors.UsageError: a header is not a pair of a name and bytes.
     """
     if not headers:
         return []
@@ -49,84 +49,84 @@ def header_list(headers: Headers | None) -> HeaderList:
             case (str() as name, (bytes() | None) as value):
                 found.append((name, value))
             case _:
-                raise UsageError(f"a header is a name and bytes, and this one is {pair!r}: encode its value")
+                raise UsageError(f"a header must be a name and bytes, not {pair!r}: encode its value")
     return found
 
 
 def beside(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
-    """What travels beside a value, in the form that clients take.
+    """Return key and headers of a record in the form that the Kafka clients accept.
 
-    :raises kser.errors.UsageError: it cannot travel.
+    :raises kser.errors.UsageError: the key or a header has a wrong type.
     """
     return key_bytes(key), header_list(headers)
 
 
 def size_of(value: bytes | None, key: bytes | None, headers: HeaderList) -> int:
-    """Bytes of a record, without what the protocol adds to them."""
+    """Return the size of a record in bytes, without the overhead of the protocol."""
     size = len(value or b"") + len(key or b"")
     return size + sum(len(name.encode("utf-8")) + len(data or b"") for name, data in headers) if headers else size
 
 
 def too_large(size: int, limit: int, setting: str) -> MessageTooLarge:
-    """The error of a record that the client may not send.
+    """Build the error for a record that exceeds the limit of the client.
 
-    :param setting: the client's name for its limit.
+    :param setting: name of the client's option for this limit.
     """
     return MessageTooLarge(
-        f"the record has {size:,} bytes, and {setting!r} allows {limit:,} with what the protocol adds: send a reference"
+        f"the record has {size:,} bytes, and {setting!r} allows {limit:,} including protocol overhead: send a reference"
         f" instead of the data, or raise {setting!r} in {CONFIG} and 'max.message.bytes' of the topic"
     )
 
 
 def refused_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarge:
-    """The error of a record that the client sent and the broker did not take."""
+    """Build the error for a record that the client sent and the broker rejected as too large."""
     return MessageTooLarge(
-        f"the record has {size:,} bytes, more than topic {topic!r} at {servers} takes ('max.message.bytes' of the"
+        f"the record has {size:,} bytes, more than topic {topic!r} at {servers} accepts ('max.message.bytes' of the"
         " topic, else 'message.max.bytes' of the brokers): send a reference instead of the data, or raise that limit"
     )
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a message was not sent, as its own Result would say it."""
+    """Return the text of an error as the Result of a single message has it."""
     text = error.message if isinstance(error, Error) else str(error)
     return text or repr(error)
 
 
 def remaining(deadline: float) -> float:
-    """Seconds until then, by the monotonic clock."""
+    """Return the seconds until ``deadline``, by the monotonic clock; 0 after it."""
     return max(deadline - time.monotonic(), 0.0)
 
 
 def _function(owner: Any, name: str) -> Any:
-    """A method without what it is bound to."""
+    """Return the plain function of a method, without its binding."""
     found = getattr(owner, name)
     return getattr(found, "__func__", found)
 
 
 class OutgoingProducer(BaseProducer):
-    """What the producers of all transports do alike, around what each does with a record."""
+    """Base of the producers of all transports; a transport implements only the delivery of a record."""
 
     def _deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        """Hand a record to the transport, and wait until it is delivered.
+        """Send a record and wait until it is delivered.
 
-        :param deadline: until when, by the monotonic clock.
+        :param deadline: end of the wait, by the monotonic clock.
         """
         raise NotImplementedError
 
     def _begin(
         self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
     ) -> None:
-        """Hand a record to the transport, and go on.
+        """Send a record without waiting for its delivery.
 
-        :param deadline: until when the transport has to have taken it, by the monotonic clock.
-        :param told: called once it is delivered, or with what was in the way, in any thread.
+        :param deadline: time by which the client must have accepted the record, by the monotonic clock.
+        :param on_delivered: called with None after the delivery or with the error, in any thread.
         """
         raise NotImplementedError
 
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
-        """What is said of a message that was delivered."""
+        """Return the Result of a delivered message."""
         raise NotImplementedError
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
@@ -139,16 +139,17 @@ class OutgoingProducer(BaseProducer):
         return self._sent(topic, kmsg, result)
 
     def post(self, topic: str, kmsg: Message, told: Callable[[Any], Any], timeout: float = 60) -> None:
-        """Begin to send one message, and go on meanwhile.
+        """Send one message without waiting for its delivery.
 
         A producer with hooks of its own, or with receivers of ``message_sent``, waits as
-        :meth:`~kser.controller.BaseProducer.send` does: they are called in this thread.
+        :meth:`~kser.controller.BaseProducer.send` does, because hooks and receivers are called in this thread.
 
-        :param topic: where to.
+        :param topic: the topic to send to.
         :param kmsg: the message.
-        :param told: called with what :meth:`~kser.controller.BaseProducer.send` would return, in the thread that
-            learns of it: it must be quick.
-        :param timeout: seconds until the client has taken the message; how long it tries is a setting of its own.
+        :param on_delivered: called with the value that :meth:`~kser.controller.BaseProducer.send` would return, in the
+            thread that receives the delivery report; the function must be quick.
+        :param timeout: seconds until the client must have accepted the message; another setting limits the time for
+            its delivery.
         """
         if self._is_watched():
             told(self.send(topic, kmsg, timeout))
@@ -164,8 +165,11 @@ class OutgoingProducer(BaseProducer):
             end(exc)
 
     def _is_watched(self) -> bool:
-        """Whether code of users takes part in sending. It may send something itself, and wait for that: a client's own
-        thread would wait for itself."""
+        """Return whether user code takes part in sending.
+
+        User code may itself send a message and wait for it; in the client's own thread, it would wait for that same
+        thread forever.
+        """
         if signals.message_sent.receivers:
             return True
         return any(_function(self, name) is not ours for name, ours in _SENDING.items())
@@ -197,7 +201,7 @@ class OutgoingProducer(BaseProducer):
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
-#: What takes part in sending a message, but for the transport, as it is here.
+#: The implementations in this class of the methods that take part in sending, without those of the transport.
 _SENDING = {
     name: _function(OutgoingProducer, name)
     for name in ("send", "_send", "_sent", "_finish", "_onsuccess", "onsuccess", "_onerror", "onerror")
@@ -205,7 +209,7 @@ _SENDING = {
 
 
 class Tally:
-    """What became of many messages."""
+    """Outcome of a bulk send."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -217,14 +221,16 @@ class Tally:
         self._count += 1
 
     def fail(self, kmsg: Message, error: BaseException) -> None:
-        """Note why a message was not sent."""
+        """Count a message as not sent and record the reason."""
         self._reasons[kmsg.uuid] = reason_of(error)
         self._failed += 1
 
     def result(self, ending: str = "") -> Result:
-        """One Result for all: how many were sent and, if some were not, the reason by uuid in ``retval["failed"]``.
+        """Return one Result for all: the number of sent messages and, for failed ones, reasons in ``retval["failed"]``.
 
-        :param ending: what follows the text about those that were sent.
+        ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
+
+        :param ending: text to append after the number of sent messages.
         """
         sent = f"{self._count - self._failed} message(s) sent{ending}"
         if not self._failed:
@@ -233,6 +239,6 @@ class Tally:
         return Result(
             retcode=500,
             stdout=sent,
-            stderr=f"{self._failed} of {self._count} message(s) not sent; the first one: {reason}",
+            stderr=f"{self._failed} of {self._count} message(s) not sent; first error: {reason}",
             retval={"failed": self._reasons},
         )

@@ -1,6 +1,6 @@
-"""How entrypoints show up in logs: the texts and ``extra`` keys that 0.8.27 published.
+"""Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-Functions rather than methods: the classes of users share one name space with every method that an entrypoint has.
+These are functions and not methods, because user classes share one namespace with all methods of Entrypoint.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from kser.schemas import Message, dump_result
 
 
 def line(entry: Any, tag: str) -> str:
-    """``Name.Tag: path[uuid]``: how each line about an object begins."""
+    """Return ``Name.Tag: path[uuid]``, the prefix of each line about an object."""
     return f"{type(entry).__name__}.{tag}: {type(entry).path}[{entry.uuid}]"
 
 
 def dump_entry(entry: Any) -> dict[str, Any]:
-    """What log records show of an object: its message with a blank result."""
+    """Return the message of an object, with a blank result, for log records."""
     return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
 
 
 def step(
     logger: logging.Logger, entry: Any, tag: str, text: str = "", *values: Any, level: int = logging.DEBUG
 ) -> None:
-    """Log that an object has come to a step of its life cycle.
+    """Log the phase of its life cycle that an object has reached.
 
-    :param text: what follows the beginning of the line; ``values`` are put into it, and only when somebody looks.
+    :param text: text after the prefix; ``values`` are formatted into it, and only if the level is enabled.
     """
     if logger.isEnabledFor(level):
         logger.log(level, f"{line(entry, tag)}{text % values}", extra={"kmsg": dump_entry(entry)})
 
 
 def success(logger: logging.Logger, entry: Any, result: Result | None) -> None:
-    """Log at INFO how an object ended."""
+    """Log the success of an object at INFO."""
     if logger.isEnabledFor(logging.INFO):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(result)}
         logger.info(f"{line(entry, 'Success')}: {result}", extra=extra)
 
 
 def failure(logger: logging.Logger, entry: Any) -> None:
-    """Log at ERROR how an object failed."""
+    """Log the failure of an object at ERROR."""
     if logger.isEnabledFor(logging.ERROR):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
         error = error_of(entry.result)
@@ -53,7 +53,7 @@ def failure(logger: logging.Logger, entry: Any) -> None:
 
 
 def retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> None:
-    """Log at WARNING that another attempt follows the one that failed."""
+    """Log at WARNING a failed attempt that another attempt follows."""
     if logger.isEnabledFor(logging.WARNING):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
         text = f"{line(entry, 'Retry')}: attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
@@ -61,7 +61,7 @@ def retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> N
 
 
 def message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
-    """Log a text of the user's own behind the object's name."""
+    """Log a text of the user after the prefix of the object."""
     prefix = f"{line(entry, tag)}: "
-    # Only with arguments does logging look for % in the text.
+    # Escape % only if there are arguments, because logging formats the text only then.
     logger.log(level, f"{prefix.replace('%', '%%') if args else prefix}{text}", *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Retry: how often, when and after which failures a message is tried again."""
+"""Retry policy: how often, when and after which failures a message is retried."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kser.errors import RetryLater, SettingError
 
 Exceptions = tuple[type[BaseException], ...]
 
-#: What another attempt cannot mend: the message or the class is wrong.
+#: Errors that another attempt cannot fix, because the message or the class is wrong.
 HOPELESS: Final[Exceptions] = (ValidationError, NotImplementedYet)
 
 
 @dataclass(frozen=True)
 class Retry:
-    """A retry policy.
+    """Retry policy.
 
-    The wait after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A message that is
-    itself wrong (``ValidationError``: a parameter is missing) is only tried again when ``on`` names that error.
+    The delay after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A message that is
+    itself wrong (``ValidationError``: a parameter is missing) is retried only when ``on`` names that error.
 
-    :param max_attempts: how often a message is tried in all, the first time included.
-    :param delay: seconds to wait after the first attempt.
-    :param backoff: what the wait is multiplied by from one attempt to the next.
-    :param max_delay: the longest wait, in seconds.
-    :param jitter: take a random time between half the wait and the whole, so that what failed together does not come
-        back together.
-    :param on: exceptions to try again after, and nothing else; None tries again after each exception and after a
-        failed result that no exception caused.
-    :param give_up_on: exceptions not to try again after, also if ``on`` admits them.
-    :raises kser.errors.SettingError: the values make no sense.
+    :param max_attempts: maximum number of attempts, including the first.
+    :param delay: seconds between the first attempt and the second.
+    :param backoff: factor by which the delay grows from one attempt to the next.
+    :param max_delay: the longest delay, in seconds.
+    :param jitter: use a random delay between half and the whole, so that messages that failed together are not
+        retried together.
+    :param on: the only exceptions to retry after; None retries after each exception and after a failed result
+        without an exception.
+    :param give_up_on: exceptions not to retry after, even if ``on`` includes them.
+    :raises kser.errors.SettingError: a value is invalid.
     """
 
     max_attempts: int = 3
@@ -46,7 +46,7 @@ class Retry:
     on: Exceptions | type[BaseException] | None = None
     give_up_on: Exceptions | type[BaseException] = ()
 
-    #: ``raise Retry.later(seconds)`` in a task asks for another attempt then. It counts as an attempt.
+    #: ``raise Retry.later(seconds)`` in a task requests another attempt after that time. It counts as an attempt.
     later: ClassVar[type[RetryLater]] = RetryLater
 
     def __post_init__(self) -> None:
@@ -61,9 +61,9 @@ class Retry:
 
     @classmethod
     def from_setting(cls, name: str, value: Any) -> Self:
-        """A policy from a setting: one already, or a mapping of what the constructor takes, without exceptions.
+        """Create a policy from a setting: a Retry, or a mapping of constructor arguments without exceptions.
 
-        :raises kser.errors.SettingError: it is neither.
+        :raises kser.errors.SettingError: ``value`` is neither.
         """
         if isinstance(value, cls):
             return value
@@ -73,7 +73,7 @@ class Retry:
         return cls(**value)
 
     def admits(self, exc: BaseException | None) -> bool:
-        """Whether this failure is one to try again after; None stands for a failed result without exception."""
+        """Return whether the policy retries after ``exc``; None stands for a failed result without an exception."""
         if exc is None:
             return self.on is None
         if isinstance(exc, RetryLater):
@@ -83,10 +83,10 @@ class Retry:
         return not isinstance(exc, HOPELESS) if self.on is None else isinstance(exc, self.on)
 
     def wait_after(self, attempt: int, exc: BaseException | None = None) -> float | None:
-        """Seconds to wait before the next attempt; None when there is to be none.
+        """Return the seconds until the next attempt; None when no attempt follows.
 
-        :param attempt: the number of the attempt that failed, from 1.
-        :param exc: what it failed with.
+        :param attempt: number of the failed attempt, from 1.
+        :param exc: exception of the failed attempt; None for a failed result.
         """
         if attempt >= self.max_attempts or not self.admits(exc):
             return None
@@ -115,5 +115,5 @@ def _exceptions(name: str, value: Any) -> Exceptions | None:
     return tuple(found)
 
 
-#: For ``Retry.later`` in a class that declares no policy, under a consumer that has none.
+#: Policy for ``Retry.later`` when neither the class nor the consumer has one.
 DEFAULT: Final = Retry()

@@ -1,8 +1,9 @@
-"""Message: the wire format, declared once.
+"""Message and its wire format, declared once.
 
-:data:`MESSAGE` and :data:`RESULT` are the declaration. The marshmallow schemas are made from it, and so are the direct
-reader and writer, which handle what is already of the declared types; everything else is for the schemas to accept,
-convert or refuse. Drop-in for ``kser.schemas`` of 0.8.27.
+:data:`MESSAGE` and :data:`RESULT` are the declaration. The marshmallow schemas are generated from it. The fast load and
+dump follow it too, but handle only values of the declared types; the schemas accept, convert or reject all others.
+
+Drop-in for ``kser.schemas`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from marshmallow.orderedset import OrderedSet
 
 
 class WireField(NamedTuple):
-    """One key of the wire format."""
+    """Key of the wire format."""
 
     name: str
     kind: type
     required: bool = False
-    #: ``null`` is accepted when reading, and means that the key is absent.
+    #: True if a load accepts ``null``, which then means that the key is absent.
     nullable: bool = False
-    #: Written when the object has no such attribute; ``None`` leaves the key out.
+    #: Value to dump when the object has no such attribute; ``None`` omits the key.
     default: Any = None
 
 
@@ -44,17 +45,17 @@ BASE = (
 )
 MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadata", dict))
 
-#: In a message's metadata: the uuid of the stored operation that it is a step of. Keys that begin with ``kser.`` are
-#: reserved.
+#: Metadata key of a message: the uuid of the stored operation that the message is a step of. Keys that begin with
+#: ``kser.`` are reserved.
 OPERATION = "kser.operation"
-#: In a stored operation's metadata: JSON of the params that its message came with, if its code has changed them.
+#: Metadata key of a stored operation: JSON of the original message's params, if user code has changed them.
 GIVEN = "kser.given"
 
 _MISSING = object()
 
 
 class _WireSchema(Schema):
-    # The order of the wire; marshmallow before 3.20 or so has none by itself.
+    # Keep the order of the wire format, because marshmallow before 3.20 or so does not keep it by itself.
     set_class = OrderedSet
 
     class Meta:
@@ -64,7 +65,7 @@ class _WireSchema(Schema):
 def _marshmallow_field(field: WireField) -> fields.Field:
     options: dict[str, Any] = {"required": field.required, "allow_none": field.nullable}
     if field.default is not None:
-        # A callable, so that no two dumps share one dict.
+        # Use a callable, so that no two dumps share one dict.
         options["dump_default"] = (lambda: {}) if field.default == {} else field.default
     if field.kind is Result:
         return fields.Nested(ResultSchema, load_default=None, **options)
@@ -80,15 +81,15 @@ ResultSchema = _WireSchema.from_dict(_marshmallow_fields(RESULT), name="ResultSc
 
 
 class BaseSchema(_WireSchema.from_dict(_marshmallow_fields(BASE))):  # type: ignore[misc]  # a class made at run time
-    """What every message has: ``uuid``, ``entrypoint``, ``params``."""
+    """Schema of the keys that every message has: ``uuid``, ``entrypoint``, ``params``."""
 
 
 class MessageSchema(BaseSchema.from_dict(_marshmallow_fields(MESSAGE[len(BASE) :]))):  # type: ignore[misc]
-    """A :class:`Message`: :class:`BaseSchema`, ``result`` and ``metadata``."""
+    """Schema of a :class:`Message`: :class:`BaseSchema`, ``result`` and ``metadata``."""
 
 
 def _read(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """The declared keys of ``data``, or None when the schema has to look at it."""
+    """Return the declared keys of ``data``, or None if the schema must load it."""
     if type(data) is not dict:
         return None
     values = {}
@@ -106,7 +107,7 @@ def _read(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, 
 
 
 def _write(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """What to dump of ``source``, or None when the schema has to look at it."""
+    """Return the declared attributes of ``source``, or None if the schema must dump it."""
     values = vars(source)
     data: dict[str, Any] = {}
     for name, kind, *_ in declaration:
@@ -122,11 +123,11 @@ def _write(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[st
 
 
 class Base:
-    """A message without result: the part that :class:`Message` and messages of third parties share.
+    """Message without a result: the part that :class:`Message` and messages of third parties share.
 
-    :param uuid: identifier of the work that is asked for.
-    :param entrypoint: path (``module.ClassName``) of the class that does it.
-    :param params: its parameters.
+    :param uuid: identifier of the task or operation.
+    :param entrypoint: path (``module.ClassName``) of the class to execute.
+    :param params: parameters of the work.
     """
 
     MARSHMALLOW_SCHEMA: ClassVar[Schema] = BaseSchema()
@@ -137,14 +138,14 @@ class Base:
         self.params = params or {}
 
     def dump(self) -> dict[str, Any]:
-        """The message as a dict; ``params``, ``metadata`` and ``retval`` are copied one level deep.
+        """Return the message as a dict; ``params``, ``metadata`` and ``retval`` are copied one level deep.
 
-        :raises TypeError: a mapping is expected and something else found.
+        :raises TypeError: one of these is not a mapping.
         """
         return self.MARSHMALLOW_SCHEMA.dump(self)  # type: ignore[no-any-return]
 
     def dumps(self) -> str:
-        """The message as JSON text, all ASCII.
+        """Return the message as JSON text, all ASCII.
 
         :raises TypeError: a value has no JSON form.
         """
@@ -155,13 +156,13 @@ class Base:
 
 
 class Message(Base):
-    """What producers send and consumers execute.
+    """Message that producers send and consumers execute.
 
     :param uuid: identifier of the task or operation.
     :param entrypoint: path (``module.ClassName``) of the class to execute.
-    :param params: its parameters.
+    :param params: parameters of the work.
     :param result: the forwarded result of a previous task: a Result, or its arguments as a mapping.
-    :param metadata: context that is carried through.
+    :param metadata: context that is passed on unchanged.
     :raises TypeError: ``result`` is neither.
     """
 
@@ -180,18 +181,18 @@ class Message(Base):
             result = Result(uuid=uuid)
         elif not isinstance(result, Result):
             arguments, result = result, Result(**result)
-            # A result that says nothing of its identity is the message's own.
+            # A result without a uuid gets the uuid of the message.
             result.uuid = arguments.get("uuid") or uuid
         self.result = result
         self.metadata = metadata or {}
 
     @classmethod
     def loads(cls, json_data: str | bytes | bytearray) -> Self:
-        """Read a message from JSON.
+        """Load a message from JSON.
 
         :raises ValueError: not JSON (``json.JSONDecodeError``), or undecodable bytes (``UnicodeDecodeError``).
         :raises TypeError: neither text nor bytes.
-        :raises cdumay_error.types.ValidationError: JSON, but no message; ``extra`` has the reasons by field.
+        :raises cdumay_error.types.ValidationError: JSON, but not a message; ``extra`` has the reasons by field.
         """
         data = json.loads(json_data)
         values = _read(data) if cls.MARSHMALLOW_SCHEMA is _OWN_SCHEMA else None
@@ -220,12 +221,12 @@ class Message(Base):
         return f"Message<uuid='{self.uuid}', entrypoint='{self.entrypoint}', result={self.result}>"
 
 
-#: The direct reader and writer stand in for this schema alone; a class with another one goes through its own.
+#: The fast load and dump replace this schema only; a class with another schema uses its own.
 _OWN_SCHEMA = Message.MARSHMALLOW_SCHEMA
 
 
 def dump_result(result: Result | None) -> dict[str, Any]:
-    """A result as a dict, ``retval`` copied one level deep; empty without one."""
+    """Return a result as a dict, with ``retval`` copied one level deep; without a result, an empty dict."""
     if not result:
         return {}
     data = _write(result, RESULT)

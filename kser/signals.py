@@ -1,4 +1,4 @@
-"""The one place where listeners hook in.
+"""Signals, the only place where listeners connect.
 
 =====================  =====================  =========================================================
 signal                 sender                 keywords
@@ -15,10 +15,10 @@ signal                 sender                 keywords
 ``dead_lettered``      the Consumer class     ``topic``, ``record``, ``failure`` (reason, error_class, message)
 =====================  =====================  =========================================================
 
-The two ``…_changed`` are about stored operations, and are sent once the change is recorded.
+The two ``…_changed`` signals are about stored operations and are emitted after the change is recorded.
 
-A listener is connected with ``entry_failed.connect(function)``; it is called as ``function(sender, **keywords)``, in
-the thread that does the work and before that work goes on. What it raises is logged and changes nothing.
+Connect a listener with ``entry_failed.connect(function)``. It is called as ``function(sender, **keywords)`` in the
+thread that does the work, and the work continues afterwards. An exception of a listener is logged and changes nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ dead_lettered = _signals.signal("dead-lettered")
 
 
 def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:
-    """Call every listener of ``signal``; a raising one is logged and the others are called all the same."""
+    """Call every listener of ``signal``; an exception of one is logged, and the others are called all the same."""
     if not signal.receivers:
         return
     for receiver in signal.receivers_for(sender):

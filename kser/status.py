@@ -1,4 +1,4 @@
-"""States of tasks and operations, and the transitions between them: the one place that knows either."""
+"""States of tasks and operations and the transitions between them, defined only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUCCESS: Final = "SUCCESS"
 FAILED: Final = "FAILED"
 CANCELLED: Final = "CANCELLED"
 
-#: What may follow a state. FAILED and CANCELLED go back to RUNNING when somebody resumes.
+#: Allowed transitions: the states that may follow each state. A resume returns FAILED and CANCELLED to RUNNING.
 TRANSITIONS: Final[dict[str, frozenset[str]]] = {
     PENDING: frozenset({RUNNING, CANCELLED}),
     RUNNING: frozenset({SUCCESS, FAILED, CANCELLED}),
@@ -22,32 +22,32 @@ TRANSITIONS: Final[dict[str, frozenset[str]]] = {
 }
 
 
-#: States of an operation that has ended.
+#: Final states of an operation.
 FINAL: Final = frozenset({SUCCESS, FAILED, CANCELLED})
 
 
 def is_final(state: str) -> bool:
-    """Whether an operation in that state has ended."""
+    """Return whether ``state`` is a final state of an operation."""
     return state in FINAL
 
 
 def may_follow(old: str, new: str) -> bool:
-    """Whether a *stored* operation may go from ``old`` to ``new``.
+    """Return whether a *stored* operation may change from ``old`` to ``new``.
 
-    In memory nothing is refused: users set states of their own there (decision S1), and a state that the table does
-    not know leads nowhere.
+    Operations in memory are not checked, because users set states of their own there (decision S1). A state that is
+    missing from the table has no transition.
     """
     return new in TRANSITIONS.get(old, ())
 
 
 def outcome(*results: Result | None) -> str:
-    """The state that work ends in whose results, merged, are ``results``: SUCCESS if no return code is above zero.
+    """Return the final state of work with these results: SUCCESS if no return code is above zero, else FAILED.
 
     A missing result counts as a blank one. Negative return codes do not count as failures, because merging them into
     a blank Result gives zero (decision C3).
 
-    :raises AttributeError: one of them is no Result.
-    :raises TypeError: a return code is no number.
+    :raises AttributeError: one of the results is not a Result.
+    :raises TypeError: a return code is not a number.
     """
     worst = 0
     for result in results:

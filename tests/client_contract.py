@@ -1,4 +1,4 @@
-"""What every transport does for a consumer: the tests, to be run against each of them."""
+"""Contract tests of a transport client for a consumer, run against each transport."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def until(condition: Callable[[], Any], what: str, *members: Member, seconds: fl
 Join = Callable[..., Member]
 
 
-class ShortContract:
-    """The most important of what one member does; a subclass in a test module has a fixture ``world``."""
+class CoreClientContract:
+    """Core tests of one group member; a subclass in a test module has a fixture ``world``."""
 
     @pytest.fixture
     def group(self) -> str:
@@ -185,7 +185,7 @@ class ShortContract:
     def key(self, topic: str) -> Partition:
         return Partition(topic, 0)
 
-    def test_records_come_once_and_in_order_as_they_were_sent(self, world: World, join: Join, key: Partition) -> None:
+    def test_records_arrive_once_and_in_order(self, world: World, join: Join, key: Partition) -> None:
         before = int(time.time() * 1000) - 1000
         values = [f"value {number}" for number in range(250)]
         world.send(key.topic, *values)
@@ -200,7 +200,7 @@ class ShortContract:
         assert list(record.headers) == []
         assert record.timestamp == 0 or before <= record.timestamp <= before + 60_000
 
-    def test_no_more_come_than_are_asked_for(self, world: World, join: Join, key: Partition) -> None:
+    def test_poll_returns_no_more_records_than_its_limit(self, world: World, join: Join, key: Partition) -> None:
         world.send(key.topic, *map(str, range(20)))
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member, limit=3)
@@ -208,7 +208,7 @@ class ShortContract:
             assert len(member.poll(limit=3)) <= 3
         assert member.values() == list(map(str, range(20)))
 
-    def test_a_partition_that_is_held_back_waits_and_the_others_go_on(self, world: World, join: Join) -> None:
+    def test_paused_partition_waits_while_others_continue(self, world: World, join: Join) -> None:
         topic = world.new_topic(2)
         member = join(topic)
         until(lambda: len(member.starts) >= 2, "it has its partitions", member)
@@ -221,9 +221,7 @@ class ShortContract:
         until(lambda: len(member.values(0)) == 3, "it goes on", member)
         assert member.values(0) == member.values(1) == ["0", "1", "2"]
 
-    def test_with_no_room_nothing_comes_and_then_it_goes_on_where_it_was(
-        self, world: World, join: Join, key: Partition
-    ) -> None:
+    def test_poll_with_limit_zero_keeps_the_position(self, world: World, join: Join, key: Partition) -> None:
         world.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
         until(lambda: member.records, "the first come", member, limit=2)
@@ -235,7 +233,7 @@ class ShortContract:
         assert member.values() == list(map(str, range(10)))
 
     @pytest.mark.parametrize(("reset", "expected"), [("earliest", 0), ("latest", 3)])
-    def test_a_new_group_begins_where_it_is_told_to_which_is_committed_first(
+    def test_new_group_commits_its_start_position_first(
         self, world: World, join: Join, group: str, key: Partition, reset: str, expected: int
     ) -> None:
         world.send(key.topic, "0", "1", "2")
@@ -248,7 +246,7 @@ class ShortContract:
         assert member.values() == ["0", "1", "2", "3"][expected:]
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
-    def test_a_group_goes_on_where_it_is_with_what_it_noted(
+    def test_group_resumes_from_its_committed_offset_and_metadata(
         self, world: World, join: Join, group: str, key: Partition, reset: str
     ) -> None:
         world.send(key.topic, *map(str, range(5)))
@@ -263,10 +261,10 @@ class ShortContract:
         assert second.values() == ["2", "3", "4"]
 
 
-class ClientContract(ShortContract):
-    """What one member of a group does."""
+class ClientContract(CoreClientContract):
+    """All tests of one group member."""
 
-    def test_records_that_arrive_later_come_later(self, world: World, join: Join, key: Partition) -> None:
+    def test_records_sent_after_the_join_arrive_in_order(self, world: World, join: Join, key: Partition) -> None:
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member)
         for number in range(3):
@@ -274,7 +272,7 @@ class ClientContract(ShortContract):
             until(lambda: len(member.records) > number, "it comes", member)  # noqa: B023
         assert member.values() == ["0", "1", "2"]
 
-    def test_a_poll_waits_no_longer_than_it_is_told_to(self, join: Join, key: Partition) -> None:
+    def test_poll_waits_no_longer_than_its_timeout(self, join: Join, key: Partition) -> None:
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member)
         member.poll()
@@ -283,7 +281,7 @@ class ClientContract(ShortContract):
             member.poll(timeout=0.3, limit=limit)
             assert 0.2 < time.monotonic() - began < 1
 
-    def test_metadata_may_be_as_long_as_it_ever_gets(
+    def test_metadata_of_maximum_length_is_committed(
         self, world: World, join: Join, group: str, key: Partition
     ) -> None:
         member = join(key.topic)
@@ -292,7 +290,7 @@ class ClientContract(ShortContract):
         member.client.commit({key: commit}, 5)
         assert world.committed(group, key) == commit
 
-    def test_a_client_that_is_to_commit_nothing_notes_no_beginning(
+    def test_client_without_commits_records_no_start_position(
         self, world: World, join: Join, group: str, key: Partition
     ) -> None:
         world.send(key.topic, "0")
@@ -301,7 +299,7 @@ class ClientContract(ShortContract):
         until(lambda: member.records, "it comes", member)
         assert world.committed(group, key) is None
 
-    def test_without_a_group_everything_comes_and_nothing_can_be_committed(
+    def test_client_without_a_group_reads_everything_and_commits_nothing(
         self, world: World, join: Join, key: Partition
     ) -> None:
         if not world.groupless:
@@ -315,7 +313,7 @@ class ClientContract(ShortContract):
             batches = dict(member.client.poll(0.05, 10, ()))
         assert [[record.value for record in records] for records in batches.values()] == [[b"0", b"1"]]
 
-    def test_lag_is_how_much_was_not_handed_out(self, world: World, join: Join, key: Partition) -> None:
+    def test_lag_counts_the_records_not_yet_returned(self, world: World, join: Join, key: Partition) -> None:
         world.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
         until(lambda: len(member.records) >= 4, "some come", member, limit=1)

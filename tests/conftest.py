@@ -1,4 +1,4 @@
-"""Every test runs apart from the machine and from the others, and leaves nothing behind."""
+"""Fixtures that isolate each test from the machine and from other tests, and detect leaks."""
 
 from __future__ import annotations
 

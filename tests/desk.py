@@ -1,4 +1,4 @@
-"""What the tests of the dispatch share."""
+"""Shared harness of the work queue tests."""
 
 from __future__ import annotations
 

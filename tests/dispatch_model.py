@@ -1,4 +1,4 @@
-"""Two consumers of a group, what Kafka knows of them, and what may happen to them: for a property test."""
+"""Model of two consumers of a group and their Kafka, for a property test of the work queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of stored operations share: a shop with a database, processes that work in it, and a clock.
+"""Shared harness of the durable operation tests: a shop with a database, its processes, and a clock.
 
 Each process has classes, a registry and a consumer of its own. A consumer of another group gets each record once more:
 as after a rebalance, or from a producer that sent it twice.

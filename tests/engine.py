@@ -1,4 +1,4 @@
-"""What the tests of the consumer's engine share: a task that does what a test says, on the in-memory transport."""
+"""Shared harness of the consumer tests: a scripted task on the in-memory transport."""
 
 from __future__ import annotations
 

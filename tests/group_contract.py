@@ -1,4 +1,4 @@
-"""What several members of a group do, whatever their transport: the tests, to be run against each of them."""
+"""Contract tests of several members of a consumer group, run against each transport."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOON = 4
 
 
 class GroupContract(ClientContract):
-    """What two members of a group do."""
+    """Tests of two members of a group."""
 
     def meet(self, topic: str, join: Join, **how: Any) -> tuple[Member, Member]:
         """One member that had all, and one that has got its share of it."""
@@ -32,9 +32,7 @@ class GroupContract(ClientContract):
         until(lambda: (len(first.starts), len(second.starts)) == (1, 1), "they share", first, second)
         assert first.starts.keys().isdisjoint(second.starts)
 
-    def test_a_member_that_joins_gets_its_share_from_where_the_other_one_committed(
-        self, world: World, join: Join, group: str
-    ) -> None:
+    def test_rebalance_on_join_continues_from_the_committed_offsets(self, world: World, join: Join, group: str) -> None:
         topic = world.new_topic(2)
         keys = {Partition(topic, number) for number in range(2)}
         for number in range(2):
@@ -52,7 +50,7 @@ class GroupContract(ClientContract):
         assert second.values() == ["3", "4"]
         assert [record.offset for record in first.records[10:]] == [3, 4], "as if it had just come"
 
-    def test_members_that_poll_shortly_and_seldom_come_to_share(self, world: World, join: Join) -> None:
+    def test_members_with_short_rare_polls_complete_a_rebalance(self, world: World, join: Join) -> None:
         """Joins are over between their polls."""
         topic = world.new_topic(2)
         first = join(topic)
@@ -73,7 +71,7 @@ class GroupContract(ClientContract):
         revoked = [what for what, _ in first.said + second.said].count("revoke")
         assert revoked <= 4, (first.said, second.said)
 
-    def test_what_runs_is_waited_for_before_partitions_are_given_up(self, world: World, join: Join, group: str) -> None:
+    def test_rebalance_waits_for_running_records_before_revocation(self, world: World, join: Join, group: str) -> None:
         topic = world.new_topic(2)
         first = join(topic)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
@@ -104,9 +102,7 @@ class GroupContract(ClientContract):
         member.on_revoke = revoke  # type: ignore[method-assign]
         return [member]
 
-    def test_a_member_that_closes_leaves_at_once_and_commits_nothing(
-        self, world: World, join: Join, group: str
-    ) -> None:
+    def test_closing_member_leaves_at_once_and_commits_nothing(self, world: World, join: Join, group: str) -> None:
         first, second = self.meet(world.new_topic(2), join)
         theirs = list(second.starts)
         second.close()
@@ -114,7 +110,7 @@ class GroupContract(ClientContract):
         assert took < SOON
         assert [world.committed(group, key) for key in theirs] == [Commit(0)]
 
-    def test_a_pause_outlives_a_rebalance(self, world: World, join: Join) -> None:
+    def test_pause_survives_a_rebalance(self, world: World, join: Join) -> None:
         topic = world.new_topic(2)
         first, second = self.meet(topic, join)
         for number in range(2):
@@ -128,9 +124,7 @@ class GroupContract(ClientContract):
         assert len(first.records) == came
         until(lambda: {record.partition for record in first.records} == {0, 1}, "it goes on", first)
 
-    def test_a_member_that_was_expelled_cannot_commit_and_comes_back(
-        self, world: World, join: Join, group: str
-    ) -> None:
+    def test_expelled_member_cannot_commit_and_rejoins(self, world: World, join: Join, group: str) -> None:
         topic = world.new_topic(2)
         first, second = self.meet(topic, join, impatient=True)
         gone = list(second.starts)
@@ -149,9 +143,7 @@ class GroupContract(ClientContract):
         """Kafka does that to a member that does not poll."""
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
-    def test_partitions_that_are_added_begin_at_their_beginning(
-        self, world: Any, join: Join, group: str, reset: str
-    ) -> None:
+    def test_added_partitions_start_at_their_beginning(self, world: Any, join: Join, group: str, reset: str) -> None:
         topic = world.new_topic(1)
         member = join(topic, reset=reset)
         until(lambda: member.starts, "it has its partition", member)
@@ -162,7 +154,7 @@ class GroupContract(ClientContract):
         assert world.committed(group, Partition(topic, 1)) == Commit(0)
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
-    def test_partitions_that_were_added_while_nobody_was_there_begin_at_their_beginning(
+    def test_partitions_added_while_the_group_was_empty_start_at_their_beginning(
         self, world: Any, join: Join, reset: str
     ) -> None:
         topic = world.new_topic(1)

@@ -1,4 +1,4 @@
-"""PostgreSQL for the tests: a server of our own on loopback, in a temporary folder, or somebody else's."""
+"""PostgreSQL for the tests: a server of our own on loopback in a temporary folder, or an existing one."""
 
 from __future__ import annotations
 

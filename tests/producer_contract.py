@@ -1,4 +1,4 @@
-"""What every producer does, whatever its transport: the tests, to be run against each of them."""
+"""Contract tests of a producer, run against each transport."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ProducerContract:
         (record,) = transport.records(topic, 1)
         assert record[:3] == (kmsg.dumps().encode(), None, [])
 
-    def test_a_key_travels_with_its_message(self, transport: Transport, producer: Any, topic: str) -> None:
+    def test_key_is_sent_with_its_message(self, transport: Transport, producer: Any, topic: str) -> None:
         for key in ("é", b"\xff\x00", "", "é"):
             assert producer.send(topic, message("x"), key=key).retcode == 0
         sent = transport.records(topic, 4)
@@ -124,7 +124,7 @@ class ProducerContract:
         assert {record.key for record in sent} == {"é".encode(), b"\xff\x00", b""}
         assert len({record.partition for record in sent if record.key == "é".encode()}) == 1
 
-    def test_headers_travel_with_their_message(self, transport: Transport, producer: Any, topic: str) -> None:
+    def test_headers_are_sent_with_their_message(self, transport: Transport, producer: Any, topic: str) -> None:
         given: Any
         for given in ({"trace": b"1"}, [("a", b"1"), ("a", b"2")], (("é", b""), ("none", None)), [], {}):
             assert producer.send(topic, message("x"), headers=given, key="same").retcode == 0
@@ -139,19 +139,19 @@ class ProducerContract:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"key": 7}, "a key is a str or bytes, and this one is 7"),
-            ({"headers": {"n": "text"}}, "a header is a name and bytes, and this one is ('n', 'text')"),
-            ({"headers": ["name"]}, "a header is a name and bytes, and this one is 'name'"),
+            ({"key": 7}, "a key must be a str or bytes, not 7"),
+            ({"headers": {"n": "text"}}, "a header must be a name and bytes, not ('n', 'text')"),
+            ({"headers": ["name"]}, "a header must be a name and bytes, not 'name'"),
         ],
     )
-    def test_a_key_or_header_that_cannot_travel_is_a_failed_result(
+    def test_invalid_key_or_header_gives_a_failed_result(
         self, producer: Any, topic: str, options: dict[str, Any], reason: str
     ) -> None:
         result = producer.send(topic, message("x"), **options)
         assert (result.uuid, result.retcode) == (UUID, 400)
         assert reason in result.stderr
 
-    def test_what_has_no_json_form_is_a_failed_result(
+    def test_message_that_is_not_json_gives_a_failed_result(
         self, producer: Any, topic: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """D13"""
@@ -160,7 +160,7 @@ class ProducerContract:
         assert result.stderr == "Object of type object is not JSON serializable"
         assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
 
-    def test_a_record_that_is_too_large_is_refused_with_the_limit(self, transport: Transport, topic: str) -> None:
+    def test_oversized_record_is_rejected_with_the_limit(self, transport: Transport, topic: str) -> None:
         producer = self.make(transport, **{transport.limit: 5000})
         for headers, key, size in (({}, None, 5000), ({"h": b"x" * 3000}, "k" * 3000, 1)):
             result = producer.send(topic, message("x", params={"t": "x" * size}), headers=headers, key=key)
@@ -174,7 +174,7 @@ class ProducerContract:
 
     # -- bare records --------------------------------------------------------------------------------------------------
 
-    def test_a_bare_record_is_written_as_it_is(
+    def test_produce_writes_the_record_unchanged(
         self, transport: Transport, topic: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         class Hooked(transport.producer):  # type: ignore[name-defined,misc]
@@ -194,8 +194,8 @@ class ProducerContract:
         assert (first[:3], second[:3]) == ((b"\xff", b"k", [("h", b"1")]), (None, b"k", []))
         assert lines(caplog) == []
 
-    def test_a_bare_record_that_cannot_be_written_is_an_error(self, producer: Any, topic: str) -> None:
-        with pytest.raises(NotDelivered, match="a header is a name and bytes"):
+    def test_produce_of_an_invalid_record_raises(self, producer: Any, topic: str) -> None:
+        with pytest.raises(NotDelivered, match="a header must be a name and bytes"):
             producer.produce(topic, b"x", headers=[("name", "text")])
 
     # -- hooks and signals ---------------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ class ProducerContract:
         (record,) = transport.records(topic, 1)
         assert json.loads(record.value or b"")["entrypoint"] == "replaced"
 
-    def test_a_refusing_hook_fails_the_message_under_its_own_uuid(self, transport: Transport, topic: str) -> None:
+    def test_raising_onmessage_hook_fails_the_message_under_its_own_uuid(
+        self, transport: Transport, topic: str
+    ) -> None:
         """C12"""
 
         class Refusing(transport.producer):  # type: ignore[name-defined,misc]
@@ -236,7 +238,7 @@ class ProducerContract:
         assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
         assert bulk.retval["failed"] == {UUID: "refused"}
 
-    def test_an_interrupt_is_not_swallowed(self, transport: Transport, topic: str) -> None:
+    def test_interrupt_in_a_hook_is_not_swallowed(self, transport: Transport, topic: str) -> None:
         """C9"""
 
         class Interrupted(transport.producer):  # type: ignore[name-defined,misc]
@@ -251,7 +253,7 @@ class ProducerContract:
             producer.bulk_send(topic, [message("x")])
         producer.close()
 
-    def test_messages_are_told_once_they_are_delivered(self, producer: Any, topic: str) -> None:
+    def test_message_sent_signal_is_emitted_after_delivery(self, producer: Any, topic: str) -> None:
         heard: list[tuple[str, str, str, str]] = []
 
         def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
@@ -267,7 +269,7 @@ class ProducerContract:
 
     # -- without waiting -----------------------------------------------------------------------------------------------
 
-    def test_a_message_is_posted_and_told_of_once_it_is_delivered(
+    def test_send_nowait_calls_back_after_delivery(
         self, transport: Transport, producer: Any, topic: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         told: list[Any] = []
@@ -279,7 +281,7 @@ class ProducerContract:
         assert len([line for line in lines(caplog) if line.startswith("Producer.Success: x[")]) == 20
         assert sorted(uuids(transport.records(topic, 20)), key=int) == [str(number) for number in range(20)]
 
-    def test_what_cannot_be_posted_is_told_at_once(self, transport: Transport, topic: str) -> None:
+    def test_send_nowait_reports_an_unsendable_message_at_once(self, transport: Transport, topic: str) -> None:
         told: list[Any] = []
         producer = self.make(transport, **{transport.limit: 5000})
         producer.post(topic, message("x", params={"when": object()}), told.append)
@@ -289,10 +291,10 @@ class ProducerContract:
         assert f"{transport.limit!r} allows 5,000" in told[1].stderr
 
     @pytest.mark.parametrize("hook", ["onsuccess", "_send", "message_sent"])
-    def test_code_of_users_is_called_in_the_thread_that_posts(
+    def test_user_code_is_called_in_the_thread_of_send_nowait(
         self, transport: Transport, topic: str, hook: str
     ) -> None:
-        """It may send something itself, and wait for that."""
+        """User code may itself send a message and wait for its delivery."""
         called: list[str] = []
 
         def note(*_: Any, **__: Any) -> None:
@@ -319,7 +321,7 @@ class ProducerContract:
 
     # -- many messages -------------------------------------------------------------------------------------------------
 
-    def test_many_messages_come_from_any_iterable(self, transport: Transport, producer: Any, topic: str) -> None:
+    def test_bulk_send_accepts_any_iterable(self, transport: Transport, producer: Any, topic: str) -> None:
         """D14"""
         count = 1200
         result = producer.bulk_send(topic, (message("x", uuid=str(number)) for number in range(count)))
@@ -327,10 +329,10 @@ class ProducerContract:
         assert (result.retcode, result.stdout, result.stderr) == (0, f"{count} message(s) sent{ending}", "")
         assert sorted(uuids(transport.records(topic, count)), key=int) == [str(number) for number in range(count)]
 
-    def test_no_messages_are_sent_at_once(self, transport: Transport, producer: Any, topic: str) -> None:
+    def test_bulk_send_of_no_messages_succeeds(self, transport: Transport, producer: Any, topic: str) -> None:
         assert producer.bulk_send(topic, []).stdout == "0 message(s) sent" + transport.bulk_ending.format(topic=topic)
 
-    def test_many_messages_have_the_keys_that_they_are_given_and_keep_their_order(
+    def test_bulk_send_applies_keys_and_keeps_the_order_per_key(
         self, transport: Transport, producer: Any, topic: str
     ) -> None:
         keys: Mapping[int, Any] = {0: "even", 1: b"odd", 2: None}
@@ -342,7 +344,7 @@ class ProducerContract:
             assert uuids(mine) == [str(number) for number in range(600) if number % 3 == remainder]
             assert len({record.partition for record in mine}) == 1
 
-    def test_failures_among_many_are_named(self, transport: Transport, topic: str) -> None:
+    def test_bulk_send_names_the_failed_messages(self, transport: Transport, topic: str) -> None:
         """D14: nothing is reported as sent that was not."""
         producer = self.make(transport, **{transport.limit: 5000})
         bad = {"1": {"when": object()}, "2": {"text": "x" * 6000}}
@@ -352,14 +354,14 @@ class ProducerContract:
         ending = transport.bulk_ending.format(topic=topic)
         assert (result.retcode, result.stdout) == (500, f"2 message(s) sent{ending}")
         reasons = result.retval["failed"]
-        assert result.stderr == f"3 of 5 message(s) not sent; the first one: {next(iter(reasons.values()))}"
+        assert result.stderr == f"3 of 5 message(s) not sent; first error: {next(iter(reasons.values()))}"
         assert set(reasons) == {"1", "2", "3"}
         assert "not JSON serializable" in reasons["1"]
         assert f"{transport.limit!r} allows 5,000" in reasons["2"]
-        assert "a key is a str or bytes" in reasons["3"]
+        assert "a key must be a str or bytes" in reasons["3"]
         assert sorted(uuids(transport.records(topic, 2))) == ["0", "4"]
 
-    def test_an_iterable_that_raises_is_a_failed_result(self, transport: Transport, producer: Any, topic: str) -> None:
+    def test_raising_iterable_gives_a_failed_result(self, transport: Transport, producer: Any, topic: str) -> None:
         def messages() -> Iterator[Message]:
             yield message("x")
             raise ValueError("no more")
@@ -405,26 +407,24 @@ class ProducerContract:
 
 
 class KafkaContract(ProducerContract):
-    """What those that have a client do beside."""
+    """Additional tests of producers with a Kafka client."""
 
-    def test_a_closed_producer_says_that_it_is_closed(self, transport: Transport, topic: str) -> None:
+    def test_closed_producer_reports_that_it_is_closed(self, transport: Transport, topic: str) -> None:
         producer = self.make(transport)
         producer.close()
         result = producer.send(topic, message("x"))
         assert (result.uuid, result.retcode) == (UUID, 500)
         assert "closed" in result.stderr
 
-    def test_what_the_protocol_adds_counts_too(self, transport: Transport, topic: str) -> None:
+    def test_protocol_overhead_counts_towards_the_size_limit(self, transport: Transport, topic: str) -> None:
         producer = self.make(transport, **{transport.limit: 5000})
-        with pytest.raises(MessageTooLarge, match=f"{transport.limit!r} allows 5,000 with what the protocol adds"):
+        with pytest.raises(MessageTooLarge, match=f"{transport.limit!r} allows 5,000 including protocol overhead"):
             producer.produce(topic, b"x" * 5000)
         producer.produce(topic, b"x" * 4800)
         producer.close()
         assert len(transport.records(topic, 1)) == 1
 
-    def test_another_client_finds_the_same_partition_for_a_key(
-        self, transport: Transport, producer: Any, topic: str
-    ) -> None:
+    def test_key_partitioning_matches_other_clients(self, transport: Transport, producer: Any, topic: str) -> None:
         """Java's, as every other client has them: a task's messages stay together whatever sends them."""
         config = {"bootstrap.servers": producer._servers, "partitioner": "murmur2_random"}
         other = confluent_kafka.Producer(config)

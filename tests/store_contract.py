@@ -1,4 +1,4 @@
-"""What every store does for those who run operations: the tests, to be run against each of them.
+"""Contract tests of a store, run against each store.
 
 The rules are those of the protocol; the numbers in the docstrings are theirs.
 """
@@ -92,10 +92,10 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return answers
 
 
-class SavingContract:
-    """Saving and claiming."""
+class SaveAndClaimContract:
+    """Tests of save and claim."""
 
-    def test_what_is_saved_is_what_is_read(self, world: World) -> None:
+    def test_saved_operation_is_read_back_unchanged(self, world: World) -> None:
         """Rules 1 and 16: texts stay what they were, NaN included."""
         operation = new(2, metadata='{"text": "\\u0000 \\ud800"}')
         found = world.store.save(operation)
@@ -118,22 +118,22 @@ class SavingContract:
             for at, task in enumerate(operation.tasks)
         ]
 
-    def test_one_whose_tasks_are_not_built_has_none(self, world: World) -> None:
+    def test_operation_with_unbuilt_tasks_has_no_task_rows(self, world: World) -> None:
         operation = new(None)
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
         assert (row.size, row.phase, world.store.tasks(row.id)) == (None, START, [])
 
-    def test_one_that_was_built_without_tasks_has_none_either(self, world: World) -> None:
+    def test_operation_built_without_tasks_has_no_task_rows(self, world: World) -> None:
         claim = saved(world.store, new(0))
         assert (claim.root.size, claim.root.phase, claim.task) == (0, END_SUCCESS, None)
 
-    def test_a_task_may_come_with_a_result(self, world: World) -> None:
+    def test_task_may_be_saved_with_a_result(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"retval": 1}')]))
         assert claim.task is not None
         assert claim.task.result == '{"retval": 1}'
 
-    def test_who_saves_has_it_at_once(self, world: World) -> None:
+    def test_save_with_a_claim_request_claims_the_operation(self, world: World) -> None:
         """Rule 2: saved and claimed in one transaction."""
         operation, claimant = new(2), me()
         claim = saved(world.store, operation, claimant)
@@ -147,7 +147,7 @@ class SavingContract:
         assert claim.task == world.store.task(root.id, 0)
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
-    def test_a_saved_uuid_is_taken(self, world: World) -> None:
+    def test_duplicate_save_of_a_uuid_is_rejected_and_changes_nothing(self, world: World) -> None:
         """Rule 3: the stored state stays untouched, also when it is the very same operation."""
         operation = new(2)
         world.store.save(operation)
@@ -160,14 +160,14 @@ class SavingContract:
                 assert refusal == (STALE, before.operation)
         assert world.store.get(operation.uuid) == before
 
-    def test_a_save_that_is_repeated_with_its_token_is_the_same_claim(self, world: World) -> None:
-        """Rule 10: nobody knew whether the first one was committed."""
+    def test_repeated_save_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
+        """Rule 10: the outcome of the first save is unknown to its caller."""
         operation, claimant = new(2), me()
         first = saved(world.store, operation, claimant)
         assert world.other.save(operation, claimant) == first
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
-    def test_one_of_many_who_save_the_same_has_it(self, world: World) -> None:
+    def test_concurrent_saves_of_one_operation_give_one_claim(self, world: World) -> None:
         """Rule 3."""
         operation = new(2)
         stores = [world.store, world.other] * 3
@@ -175,7 +175,7 @@ class SavingContract:
         assert sorted(type(answer).__name__ for answer in answers) == ["Claim"] + ["Refusal"] * 5
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
-    def test_an_operation_with_an_inner_one_that_is_stored_already_is_refused(self, world: World) -> None:
+    def test_operation_with_an_already_stored_nested_operation_is_rejected(self, world: World) -> None:
         inner = new(1)
         world.store.save(new([new_task(inner)]))
         outer = new([new_task(inner)])
@@ -183,12 +183,12 @@ class SavingContract:
             world.store.save(outer)
         assert world.store.peek(outer.uuid) is None
 
-    def test_an_operation_with_the_same_inner_one_twice_is_refused(self, world: World) -> None:
+    def test_operation_with_a_duplicate_nested_operation_is_rejected(self, world: World) -> None:
         inner = new(1)
         with pytest.raises(StoreError):
             world.store.save(new([new_task(inner), new_task(inner)]))
 
-    def test_identifiers_rise(self, world: World) -> None:
+    def test_ids_increase_over_time(self, world: World) -> None:
         ids = [saved(world.store, new(1)).id for _ in range(20)]
         for store in (world.other, world.store) * 5:
             # Two processes do not agree to the millisecond.
@@ -198,7 +198,7 @@ class SavingContract:
 
     # -- claims --------------------------------------------------------------------------------------------------------
 
-    def test_a_claim_gives_what_is_needed_to_go_on(self, world: World) -> None:
+    def test_claim_returns_the_updated_row_and_its_task(self, world: World) -> None:
         """Rule 7: owner, token, epoch + 1 and lease; everything else stays."""
         operation, claimant = new(2), me("consumer-b")
         world.store.save(operation)
@@ -219,16 +219,16 @@ class SavingContract:
         assert (claim.exhausted, claim.following) == (False, None)
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
-    def test_what_is_not_there_cannot_be_claimed(self, world: World) -> None:
+    def test_claim_of_an_unknown_operation_returns_none(self, world: World) -> None:
         assert world.store.claim(name(), name(), me()) is None
 
-    def test_an_inner_operation_cannot_be_claimed(self, world: World) -> None:
+    def test_nested_operation_cannot_be_claimed(self, world: World) -> None:
         """Rule 31: one claim, the root's."""
         inner = new(1)
         world.store.save(new([new_task(inner)]))
         assert world.store.claim(inner.uuid, inner.uuid, me()) is None
 
-    def test_who_has_it_keeps_it_until_the_lease_is_over(self, world: World) -> None:
+    def test_claim_is_exclusive_until_lease_expiry(self, world: World) -> None:
         """Rule 7."""
         claim = saved(world.store, new(2))
         refusal = world.other.claim(claim.root.uuid, claim.root.target.uuid, me())
@@ -238,7 +238,7 @@ class SavingContract:
         assert (other.epoch, other.root.owner, other.root.claims) == (2, "consumer-b", 2)
         assert other.root.started_at == claim.root.started_at
 
-    def test_one_of_many_who_claim_gets_it(self, world: World) -> None:
+    def test_concurrent_claims_have_one_winner(self, world: World) -> None:
         """Rule 7: one compare-and-set."""
         operation = new(2)
         world.store.save(operation)
@@ -248,19 +248,19 @@ class SavingContract:
         assert [answer.reason for answer in answers if isinstance(answer, Refusal)] == [HELD] * 7
         assert row_of(world.store, row.uuid).epoch == 1
 
-    def test_another_step_is_stale(self, world: World) -> None:
+    def test_claim_of_another_step_is_stale(self, world: World) -> None:
         operation = new(2)
         world.store.save(operation)
         refusal = world.store.claim(operation.uuid, name(), me())
         assert refusal == Refusal(STALE, row_of(world.store, operation.uuid))
 
-    def test_an_ended_one_stays_ended(self, world: World) -> None:
+    def test_ended_operation_cannot_be_claimed(self, world: World) -> None:
         claim = saved(world.store, new(1))
         world.store.checkpoint(last_step(claim, 0))
         refusal = world.store.claim(claim.root.uuid, claim.root.target.uuid, me())
         assert refusal == Refusal(ENDED, row_of(world.store, claim.root.uuid))
 
-    def test_a_claim_that_is_repeated_with_its_token_is_the_same_one(self, world: World) -> None:
+    def test_repeated_claim_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
         """Rule 10."""
         operation, claimant = new(2), me()
         world.store.save(operation)
@@ -271,7 +271,7 @@ class SavingContract:
         assert claimed(world.other, row, claimant) == first
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
-    def test_too_many_claims_without_an_end_exhaust_a_step(self, world: World) -> None:
+    def test_too_many_claims_without_a_checkpoint_exhaust_a_step(self, world: World) -> None:
         """Rule 22."""
         operation = new(2)
         world.store.save(operation)
@@ -287,7 +287,7 @@ class SavingContract:
         world.store.checkpoint(step_on(claims[-1], 0))
         assert row_of(world.store, row.uuid).claims == 0
 
-    def test_a_distributed_one_tells_the_task_behind_as_well(self, world: World) -> None:
+    def test_claim_of_a_distributed_operation_includes_the_next_task(self, world: World) -> None:
         operation = new(3, mode=DISTRIBUTED)
         claim = saved(world.store, operation)
         assert claim.following == world.store.task(claim.id, 1)
@@ -296,7 +296,7 @@ class SavingContract:
         last = claimed(world.store, row_of(world.store, operation.uuid))
         assert (last.task, last.following) == (world.store.task(claim.id, 2), None)
 
-    def test_a_claim_leads_to_the_innermost_operation(self, world: World) -> None:
+    def test_claim_path_leads_to_the_innermost_operation(self, world: World) -> None:
         """Rule 31."""
         leaf = new(2)
         middle = new([new_task(leaf)])
@@ -310,13 +310,13 @@ class SavingContract:
         assert task is not None
         assert (task.child_id, task.uuid) == (claim.path[1].id, middle.uuid)
 
-    def test_a_claim_stops_where_an_operation_is_to_be_begun_or_ended(self, world: World) -> None:
+    def test_claim_path_stops_at_an_operation_with_unbuilt_tasks(self, world: World) -> None:
         unbuilt = new(None)
         claim = saved(world.store, new([new_task(unbuilt)]))
         assert [row.uuid for row in claim.path] == [claim.root.uuid, unbuilt.uuid]
         assert claim.task is None
 
-    def test_rows_are_read_by_uuid_of_all_operations(self, world: World) -> None:
+    def test_rows_of_nested_operations_are_read_by_uuid(self, world: World) -> None:
         inner = new(1)
         claim = saved(world.store, new([new_task(inner)]))
         assert row_of(world.store, inner.uuid).parent_id == claim.id
@@ -324,7 +324,7 @@ class SavingContract:
         assert world.store.task(claim.id, 1) is None
         assert world.store.task(claim.id, -1) is None
 
-    def test_children_are_all_operations_inside(self, world: World) -> None:
+    def test_children_include_all_nested_operations(self, world: World) -> None:
         leaf, sibling = new(1), new(1)
         middle = new([new_task(leaf)])
         claim = saved(world.store, new([new_task(middle), new_task(sibling)]))
@@ -333,9 +333,9 @@ class SavingContract:
 
 
 class CheckpointContract:
-    """Checkpoints."""
+    """Tests of checkpoints."""
 
-    def test_a_checkpoint_records_everything_at_once(self, world: World) -> None:
+    def test_checkpoint_records_result_attempt_event_and_step_together(self, world: World) -> None:
         """Rule 13: the task's result, the operation's, attempt, events, and which step is current."""
         claim = saved(world.store, new(3))
         assert world.store.checkpoint(step_on(claim, 0)) == states.RUNNING
@@ -355,7 +355,7 @@ class CheckpointContract:
         assert event[2:] == ("task-succeeded", 1, "consumer-a", "task 0", None)
         assert stored.root_uuid == claim.root.uuid
 
-    def test_an_end_gives_everything_back(self, world: World) -> None:
+    def test_ending_checkpoint_releases_the_claim(self, world: World) -> None:
         claim = saved(world.store, new(1))
         assert world.store.checkpoint(last_step(claim, 0)) == states.SUCCESS
         row = row_of(world.store, claim.root.uuid)
@@ -364,14 +364,14 @@ class CheckpointContract:
         assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert kinds(world.store, row.uuid) == ["accepted", "claimed", "ended"]
 
-    def test_a_result_may_be_known_before_the_end(self, world: World) -> None:
+    def test_checkpoint_may_record_the_result_before_the_end(self, world: World) -> None:
         claim = saved(world.store, new(1))
         move = move_of(claim.root, 0, phase=END_SUCCESS, result='{"nearly": 1}')
         world.store.checkpoint(step_on(claim, 0, moves=[move], keep=False))
         row = row_of(world.store, claim.root.uuid)
         assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
 
-    def test_a_claim_that_is_given_back_is_ready_for_anybody(self, world: World) -> None:
+    def test_released_claim_can_be_claimed_by_any_consumer(self, world: World) -> None:
         """Rule 30."""
         claim = saved(world.store, new(3))
         target = Target("task-1", "shop.Ship", "gpu")
@@ -382,12 +382,12 @@ class CheckpointContract:
         assert row.due_at <= world.now
         assert claimed(world.other, row).epoch == 3
 
-    def test_a_target_that_is_not_named_stays(self, world: World) -> None:
+    def test_checkpoint_without_a_target_keeps_the_target(self, world: World) -> None:
         claim = saved(world.store, new(3))
         world.store.checkpoint(step_on(claim, 0, keep=False))
         assert row_of(world.store, claim.root.uuid).target == claim.root.target
 
-    def test_nobody_may_claim_before_the_delay_is_over(self, world: World) -> None:
+    def test_retry_backoff_blocks_the_claim_until_due_at(self, world: World) -> None:
         """Rule 27: a retry releases the claim with ``due_at``, and counts as an attempt."""
         claim = saved(world.store, new(2))
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
@@ -406,13 +406,13 @@ class CheckpointContract:
         assert due(world.store) == [(row.uuid, RETRY)]
         assert claimed(world.store, row).epoch == 3
 
-    def test_a_retry_leaves_the_result_that_the_task_came_with(self, world: World) -> None:
+    def test_retry_keeps_the_result_saved_with_the_task(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"came": "with"}')]))
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
         assert world.store.tasks(claim.id)[0].result == '{"came": "with"}'
 
-    def test_attempts_are_only_ever_added(self, world: World) -> None:
+    def test_attempts_are_appended_and_never_replaced(self, world: World) -> None:
         claim = saved(world.store, new(2))
         for number in (1, 2, 3):
             failed = end_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
@@ -424,14 +424,14 @@ class CheckpointContract:
         assert stored.tasks[0].attempts == 3
         assert {len(each.error or "") for each in stored.attempts} == {ERROR_LIMIT}
 
-    def test_an_end_without_an_attempt_adds_none(self, world: World) -> None:
+    def test_task_end_without_an_attempt_adds_no_attempt(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0, ends=[end_of(claim.root, 0, 0)]))
         stored = world.store.get(claim.root.uuid)
         assert stored is not None
         assert (stored.attempts, stored.tasks[0].attempts, stored.tasks[0].status) == ([], 0, states.SUCCESS)
 
-    def test_an_error_may_hold_any_character(self, world: World) -> None:
+    def test_error_may_contain_any_character(self, world: World) -> None:
         claim = saved(world.store, new(2))
         error = "nul \0, a lone \ud800, and \N{SNOWMAN}"
         failed = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0, status=states.FAILED, error=error)])
@@ -441,7 +441,7 @@ class CheckpointContract:
         assert "\N{SNOWMAN}" in (stored.attempts[0].error or "")
         assert "\N{SNOWMAN}" in (stored.events[-1].text or "")
 
-    def test_tasks_that_were_built_are_stored_with_the_operations_in_them(self, world: World) -> None:
+    def test_built_tasks_are_stored_with_their_nested_operations(self, world: World) -> None:
         claim = saved(world.store, new(None))
         inner = new(2, labels=[("inner", "1")])
         built = Built(claim.id, [new_task(), new_task(inner)])
@@ -457,7 +457,7 @@ class CheckpointContract:
         assert len(world.store.tasks(child.id)) == 2
         assert world.store.find(Found(labels=[("inner", "1")], parent=row.uuid), 5).rows == [child]
 
-    def test_ten_thousand_tasks_are_built(self, world: World) -> None:
+    def test_ten_thousand_built_tasks_are_stored(self, world: World) -> None:
         claim = saved(world.store, new(None))
         built = Built(claim.id, [new_task() for _ in range(10_000)])
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built))
@@ -465,7 +465,7 @@ class CheckpointContract:
 
     # -- fences --------------------------------------------------------------------------------------------------------
 
-    def test_a_stale_owner_records_nothing(self, world: World) -> None:
+    def test_stale_owner_is_fenced_and_records_nothing(self, world: World) -> None:
         """Rules 8 and 11, and what two processes are that both believe they own an operation."""
         stale = saved(world.store, new(3))
         world.pass_by(LEASE + 1)
@@ -479,7 +479,7 @@ class CheckpointContract:
         with pytest.raises(Fenced):
             world.store.checkpoint(step_on(stale, 0))
 
-    def test_an_owner_whose_lease_is_over_records_until_somebody_else_claims(self, world: World) -> None:
+    def test_checkpoint_after_lease_expiry_succeeds_until_another_claim(self, world: World) -> None:
         """Rule 9: a lease that is over is no fence, a claim is."""
         claim = saved(world.store, new(3))
         world.pass_by(LEASE + 1)
@@ -487,13 +487,13 @@ class CheckpointContract:
         assert due(world.store) == [(claim.root.uuid, EXPIRED)]
         assert world.store.checkpoint(step_on(claim, 1)) == states.RUNNING
 
-    def test_who_gave_it_back_records_nothing_more(self, world: World) -> None:
+    def test_checkpoint_after_release_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(3))
         world.store.checkpoint(step_on(claim, 0, keep=False))
         with pytest.raises(Fenced):
             world.store.checkpoint(step_on(claim, 1))
 
-    def test_another_step_is_no_place_to_go_on_from(self, world: World) -> None:
+    def test_checkpoint_from_wrong_step_is_fenced(self, world: World) -> None:
         """Rule 8: the step is current."""
         claim = saved(world.store, new(5))
         world.store.checkpoint(step_on(claim, 0))
@@ -502,8 +502,8 @@ class CheckpointContract:
             world.store.checkpoint(step_on(claim, 3))
         assert world.store.get(claim.root.uuid) == before
 
-    def test_another_phase_of_the_step_is_no_place_either(self, world: World) -> None:
-        """Rule 8: who gives the step back must not undo what was recorded of it meanwhile."""
+    def test_checkpoint_from_wrong_phase_is_fenced(self, world: World) -> None:
+        """Rule 8: releasing a step must not undo a checkpoint that was recorded meanwhile."""
         claim = saved(world.store, new(3, mode=DISTRIBUTED))
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=NEXT)]))
         before = world.store.get(claim.root.uuid)
@@ -511,7 +511,7 @@ class CheckpointContract:
             world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), keep=False))
         assert world.store.get(claim.root.uuid) == before
 
-    def test_an_inner_operation_at_another_step_is_no_place_either(self, world: World) -> None:
+    def test_checkpoint_from_wrong_step_of_a_nested_operation_is_fenced(self, world: World) -> None:
         inner = new(3)
         claim = saved(world.store, new([new_task(inner)]))
         child = claim.path[1]
@@ -521,7 +521,7 @@ class CheckpointContract:
             world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 1)]))
         assert (world.store.get(inner.uuid), world.store.get(claim.root.uuid)) == before
 
-    def test_one_that_was_deleted_is_fenced(self, world: World) -> None:
+    def test_checkpoint_of_a_purged_operation_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(1))
         world.store.checkpoint(last_step(claim, 0))
         world.pass_by(10)
@@ -532,7 +532,7 @@ class CheckpointContract:
     # -- again ---------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("keep", [True, False])
-    def test_a_checkpoint_that_is_repeated_answers_as_it_did(self, world: World, keep: bool) -> None:
+    def test_repeated_checkpoint_returns_the_same_status(self, world: World, keep: bool) -> None:
         """Rule 10: after a COMMIT of unknown outcome."""
         claim = saved(world.store, new(3))
         checkpoint = step_on(claim, 0, keep=keep)
@@ -541,7 +541,7 @@ class CheckpointContract:
         assert world.other.checkpoint(checkpoint) == states.RUNNING
         assert world.store.get(claim.root.uuid) == before
 
-    def test_an_end_that_is_repeated_answers_as_it_did(self, world: World) -> None:
+    def test_repeated_ending_checkpoint_returns_the_same_status(self, world: World) -> None:
         """Rule 10."""
         for status in (states.SUCCESS, states.FAILED):
             claim = saved(world.store, new(1))
@@ -551,7 +551,7 @@ class CheckpointContract:
             assert world.store.checkpoint(checkpoint) == status
             assert world.store.get(claim.root.uuid) == before
 
-    def test_a_retry_that_is_repeated_is_one_attempt(self, world: World) -> None:
+    def test_repeated_retry_checkpoint_counts_one_attempt(self, world: World) -> None:
         """Rule 10: the step is the same before and after."""
         for keep in (False, True):
             claim = saved(world.store, new(2))
@@ -562,7 +562,7 @@ class CheckpointContract:
             assert world.store.checkpoint(retry) == states.RUNNING
             assert world.store.get(claim.root.uuid) == before
 
-    def test_tasks_that_were_built_are_built_once(self, world: World) -> None:
+    def test_repeated_checkpoint_builds_tasks_once(self, world: World) -> None:
         """Rule 10."""
         claim = saved(world.store, new(None))
         built = Built(claim.id, [new_task(), new_task(new(1))])
@@ -572,7 +572,7 @@ class CheckpointContract:
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         assert world.store.get(claim.root.uuid) == before
 
-    def test_what_was_recorded_and_then_claimed_by_another_is_fenced(self, world: World) -> None:
+    def test_repeated_checkpoint_after_another_claim_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(3))
         checkpoint = step_on(claim, 0, keep=False)
         world.store.checkpoint(checkpoint)
@@ -580,7 +580,7 @@ class CheckpointContract:
         with pytest.raises(Fenced):
             world.store.checkpoint(checkpoint)
 
-    def test_what_was_recorded_is_not_taken_for_recorded_after_a_resume(self, world: World) -> None:
+    def test_repeated_checkpoint_after_a_resume_is_fenced(self, world: World) -> None:
         """Rule 25: the token is forgotten."""
         claim = saved(world.store, new(1))
         checkpoint = last_step(claim, 0, states.FAILED)
@@ -591,7 +591,7 @@ class CheckpointContract:
 
     # -- together ------------------------------------------------------------------------------------------------------
 
-    def test_checkpoints_of_many_threads_are_all_recorded(self, world: World) -> None:
+    def test_concurrent_checkpoints_are_all_recorded(self, world: World) -> None:
         """Rule 14."""
         claims = [saved(world.store, new(4)) for _ in range(20)]
 
@@ -608,7 +608,7 @@ class CheckpointContract:
             assert (stored.operation.status, len(stored.attempts), len(stored.events)) == (states.SUCCESS, 4, 6)
             assert {task.status for task in stored.tasks} == {states.SUCCESS}
 
-    def test_one_that_is_fenced_does_not_touch_the_others(self, world: World) -> None:
+    def test_fenced_checkpoint_does_not_affect_concurrent_ones(self, world: World) -> None:
         """Rule 14: each is fenced alone."""
         claims = [saved(world.store, new(3)) for _ in range(12)]
         for stale in claims[::3]:
@@ -622,7 +622,7 @@ class CheckpointContract:
 
     # -- nested --------------------------------------------------------------------------------------------------------
 
-    def test_the_end_of_an_inner_operation_and_the_step_it_stands_for_are_one(self, world: World) -> None:
+    def test_end_of_a_nested_operation_ends_the_outer_step_in_one_checkpoint(self, world: World) -> None:
         """Rule 31: up to the root."""
         leaf = new(1)
         middle = new([new_task(leaf)])
@@ -648,7 +648,7 @@ class CheckpointContract:
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         assert world.store.get(root.uuid) == before
 
-    def test_a_step_inside_leaves_the_root_where_it_is(self, world: World) -> None:
+    def test_checkpoint_of_a_nested_step_keeps_the_root_step(self, world: World) -> None:
         inner = new(2)
         claim = saved(world.store, new([new_task(inner)]))
         root, child = claim.path
@@ -664,9 +664,9 @@ class CheckpointContract:
 
 
 class ReaperContract:
-    """Leases, and what is sent again."""
+    """Tests of leases, due steps and sends."""
 
-    def test_who_has_a_claim_prolongs_it(self, world: World) -> None:
+    def test_heartbeat_renews_exactly_the_named_claims(self, world: World) -> None:
         """Rule 9: exactly the pairs that are named."""
         claims = [saved(world.store, new(1)) for _ in range(3)]
         world.pass_by(LEASE - 5)
@@ -676,7 +676,7 @@ class ReaperContract:
         assert due(world.store) == [(claims[2].root.uuid, EXPIRED)]
         assert world.store.renew([], "consumer-a", LEASE) == set()
 
-    def test_a_lease_that_is_over_is_prolonged_until_somebody_else_claims(self, world: World) -> None:
+    def test_heartbeat_renews_an_expired_lease_until_another_claim(self, world: World) -> None:
         """Rule 9."""
         claim = saved(world.store, new(1))
         world.pass_by(LEASE + 10)
@@ -692,13 +692,13 @@ class ReaperContract:
         assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == set()
         assert row_of(world.store, row.uuid) == other.root
 
-    def test_what_was_given_back_or_has_ended_is_not_prolonged(self, world: World) -> None:
+    def test_heartbeat_does_not_renew_released_or_ended_claims(self, world: World) -> None:
         back, ended = saved(world.store, new(2)), saved(world.store, new(1))
         world.store.checkpoint(step_on(back, 0, keep=False))
         world.store.checkpoint(last_step(ended, 0))
         assert world.store.renew([(back.id, 1), (ended.id, 1), (ended.id, 2), (5, 1)], "consumer-a", LEASE) == set()
 
-    def test_a_step_that_nobody_sent_is_taken_after_a_few_seconds(self, world: World) -> None:
+    def test_unsent_step_is_due_after_a_few_seconds(self, world: World) -> None:
         """Rules 1 and 20."""
         operation = new(2)
         world.store.save(operation)
@@ -714,7 +714,7 @@ class ReaperContract:
         assert stored is not None
         assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, UNSENT)
 
-    def test_a_step_that_was_sent_is_left_alone_for_a_while(self, world: World) -> None:
+    def test_sent_step_is_due_again_with_doubling_backoff(self, world: World) -> None:
         """Rule 20: ``resend_after``, doubling to an hour."""
         operation = new(2)
         world.store.save(operation)
@@ -736,8 +736,8 @@ class ReaperContract:
             waits.append(wake_at - before)
         assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[LONGEST_RESEND] * 3], abs=CLOSE)
 
-    def test_what_is_claimed_was_not_sent_in_vain(self, world: World) -> None:
-        """Rule 15: that it was sent is recorded lazily, and changes nothing then."""
+    def test_claim_counts_as_successful_send(self, world: World) -> None:
+        """Rule 15: a send is recorded lazily, and recording it changes nothing after the claim."""
         operation = new(2)
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
@@ -750,7 +750,7 @@ class ReaperContract:
         assert row_of(world.store, row.uuid) == ended
         world.store.sent([], RESEND)
 
-    def test_a_retry_that_waits_is_not_sent_before_it_is_due(self, world: World) -> None:
+    def test_delayed_retry_is_not_due_before_due_at(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0, keep=False, delay=500))
         world.store.sent([(claim.id, 2)], RESEND)
@@ -759,7 +759,7 @@ class ReaperContract:
         world.pass_by(500)
         assert due(world.store) == [(claim.root.uuid, UNCLAIMED)]
 
-    def test_what_its_reaper_never_sent_is_for_another_one(self, world: World) -> None:
+    def test_step_of_a_dead_reaper_is_due_for_another_reaper(self, world: World) -> None:
         """Rule 20: a reaper may die as any other process."""
         operation = new(1)
         world.store.save(operation)
@@ -770,7 +770,7 @@ class ReaperContract:
         world.pass_by(2)
         assert due(world.other) == [(operation.uuid, UNSENT)]
 
-    def test_each_due_step_is_for_one_caller(self, world: World) -> None:
+    def test_each_due_step_is_taken_by_one_reaper(self, world: World) -> None:
         """Rule 20: N reapers act once."""
         rows = [new(1) for _ in range(30)]
         for operation in rows:
@@ -780,7 +780,7 @@ class ReaperContract:
         taken = [uuid for answer in answers for uuid, _ in answer]
         assert sorted(taken) == sorted(operation.uuid for operation in rows)
 
-    def test_as_many_are_taken_as_were_asked_for_the_longest_due_first(self, world: World) -> None:
+    def test_take_due_respects_its_limit_and_takes_the_longest_due_first(self, world: World) -> None:
         operations = [new(1) for _ in range(5)]
         for operation in operations:
             world.store.save(operation)
@@ -793,7 +793,7 @@ class ReaperContract:
             [operations[4].uuid],
         ]
 
-    def test_leases_that_are_over_count_only_when_they_are_to(self, world: World) -> None:
+    def test_lease_expiry_counts_as_due_only_when_requested(self, world: World) -> None:
         """Rule 21: the store's part."""
         claim, operation = saved(world.store, new(1)), new(1)
         world.store.save(operation)
@@ -805,7 +805,7 @@ class ReaperContract:
         assert (row.owner, row.epoch, row.token, row.sends) == (None, 1, claim.root.token, 0)
         assert claimed(world.other, row).epoch == 2
 
-    def test_what_could_not_be_sent_is_due_again(self, world: World) -> None:
+    def test_step_that_could_not_be_sent_is_due_again(self, world: World) -> None:
         operation = new(1)
         world.store.save(operation)
         world.pass_by(UNSENT_AFTER + 1)
@@ -815,14 +815,14 @@ class ReaperContract:
         world.pass_by(6)
         assert due(world.store) == [(operation.uuid, UNSENT)]
 
-    def test_what_was_claimed_meanwhile_is_not_due_again(self, world: World) -> None:
+    def test_postponed_send_does_not_affect_a_claimed_step(self, world: World) -> None:
         operation = new(1)
         world.store.save(operation)
         claim = claimed(world.store, row_of(world.store, operation.uuid))
         world.store.unsent([(claim.id, 0), (claim.id, 1)], 5)
         assert row_of(world.store, operation.uuid) == claim.root
 
-    def test_an_ended_one_is_never_due(self, world: World) -> None:
+    def test_ended_operation_is_never_due(self, world: World) -> None:
         claim = saved(world.store, new(1))
         world.store.checkpoint(last_step(claim, 0))
         world.store.unsent([(claim.id, 2)], 0)
@@ -830,10 +830,10 @@ class ReaperContract:
         assert due(world.store) == []
 
 
-class EndingContract:
-    """Cancelling, resuming, deleting."""
+class LifecycleContract:
+    """Tests of cancel, resume and purge."""
 
-    def test_what_nobody_has_is_cancelled_at_once(self, world: World) -> None:
+    def test_cancel_of_an_unclaimed_operation_takes_effect_at_once(self, world: World) -> None:
         """Rule 24, with everything in it; what has ended stays."""
         done, never = new(1), new([new_task(new(1))])
         claim = saved(world.store, new([new_task(done), new_task(never)]))
@@ -856,7 +856,7 @@ class EndingContract:
         assert kinds(world.store, root.uuid)[-1] == "ended"
         assert world.store.cancel(root.uuid, "again") == row
 
-    def test_one_that_nobody_has_begun_is_cancelled(self, world: World) -> None:
+    def test_cancel_of_an_operation_that_never_started_takes_effect_at_once(self, world: World) -> None:
         operation = new(2)
         world.store.save(operation)
         row = world.store.cancel(operation.uuid, None)
@@ -865,7 +865,7 @@ class EndingContract:
         refusal = world.store.claim(row.uuid, row.target.uuid, me())
         assert refusal == Refusal(ENDED, row)
 
-    def test_whose_consumer_is_dead_is_cancelled_at_once(self, world: World) -> None:
+    def test_cancel_after_lease_expiry_takes_effect_at_once(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.pass_by(LEASE + 1)
         row = world.store.cancel(claim.root.uuid, None)
@@ -874,7 +874,7 @@ class EndingContract:
         with pytest.raises(Fenced):
             world.store.checkpoint(step_on(claim, 0))
 
-    def test_what_runs_is_cancelled_at_its_next_checkpoint(self, world: World) -> None:
+    def test_cancel_of_a_running_operation_takes_effect_at_its_next_checkpoint(self, world: World) -> None:
         """Rule 24: the running task's result is still recorded, then CANCELLED."""
         inner = new(2)
         claim = saved(world.store, new([new_task(), new_task(inner)]))
@@ -898,7 +898,7 @@ class EndingContract:
             ("ended", states.CANCELLED),
         ]
 
-    def test_a_cancelled_checkpoint_that_is_repeated_answers_as_it_did(self, world: World) -> None:
+    def test_repeated_checkpoint_of_a_cancelled_operation_returns_cancelled(self, world: World) -> None:
         """Rules 10 and 24."""
         claim = saved(world.store, new(3))
         world.store.cancel(claim.root.uuid, None)
@@ -907,8 +907,8 @@ class EndingContract:
         assert kinds(world.store, claim.root.uuid).count("ended") == 1
 
     @pytest.mark.parametrize("status", [states.SUCCESS, states.FAILED])
-    def test_a_last_checkpoint_is_cancelled_as_well(self, world: World, status: str) -> None:
-        """Whatever the root's move says."""
+    def test_last_checkpoint_of_a_cancelled_operation_returns_cancelled(self, world: World, status: str) -> None:
+        """The status in the update of the root does not matter."""
         claim = saved(world.store, new(1))
         world.store.cancel(claim.root.uuid, None)
         assert world.store.checkpoint(last_step(claim, 0, status)) == states.CANCELLED
@@ -918,7 +918,7 @@ class EndingContract:
         assert [event.text for event in stored.events if event.kind == "ended"] == [states.CANCELLED]
 
     @pytest.mark.parametrize("keep", [True, False])
-    def test_a_retry_is_cancelled_as_well(self, world: World, keep: bool) -> None:
+    def test_retry_of_a_cancelled_operation_returns_cancelled(self, world: World, keep: bool) -> None:
         claim = saved(world.store, new(1))
         world.store.cancel(claim.root.uuid, None)
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
@@ -928,7 +928,7 @@ class EndingContract:
         row = row_of(world.store, claim.root.uuid)
         assert (row.status, row.wake_at) == (states.CANCELLED, None)
 
-    def test_a_step_inside_is_cancelled_with_all_operations_around_it(self, world: World) -> None:
+    def test_cancel_during_a_nested_step_cancels_all_outer_operations(self, world: World) -> None:
         """Rule 31: cancel goes through the root."""
         inner = new(2)
         claim = saved(world.store, new([new_task(inner)]))
@@ -941,7 +941,7 @@ class EndingContract:
         assert now.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert world.store.tasks(child.id)[0].status == states.SUCCESS
 
-    def test_a_stale_owner_records_nothing_of_what_is_to_be_cancelled(self, world: World) -> None:
+    def test_stale_owner_of_a_cancelled_operation_is_fenced(self, world: World) -> None:
         stale = saved(world.store, new(3))
         world.pass_by(LEASE + 1)
         claimed(world.other, stale.root)
@@ -950,8 +950,8 @@ class EndingContract:
             world.store.checkpoint(step_on(stale, 0))
         assert row_of(world.store, stale.root.uuid).status == states.RUNNING
 
-    def test_after_the_end_cancel_changes_nothing(self, world: World) -> None:
-        """Rule 24: it returns the real status."""
+    def test_cancel_after_the_end_changes_nothing(self, world: World) -> None:
+        """Rule 24: cancel returns the real status."""
         for status in (states.SUCCESS, states.FAILED):
             claim = saved(world.store, new(1))
             world.store.checkpoint(last_step(claim, 0, status))
@@ -960,7 +960,7 @@ class EndingContract:
             assert world.store.cancel(claim.root.uuid, "late") == before.operation
             assert world.store.get(claim.root.uuid) == before
 
-    def test_cancel_and_resume_know_roots_alone(self, world: World) -> None:
+    def test_cancel_and_resume_accept_only_root_operations(self, world: World) -> None:
         """Rule 31."""
         inner = new(1)
         world.store.save(new([new_task(inner)]))
@@ -977,7 +977,7 @@ class EndingContract:
         store.checkpoint(last_step(claim, 1, states.FAILED))
         return row_of(store, claim.root.uuid)
 
-    def test_a_failed_one_goes_on_at_the_task_that_failed(self, world: World) -> None:
+    def test_resume_continues_at_the_failed_task(self, world: World) -> None:
         """Rule 25."""
         failed = self._failed(world.store)
         row = world.other.resume(failed.uuid)
@@ -998,14 +998,14 @@ class EndingContract:
         assert (claim.task, claim.epoch) == (task, row.epoch + 1)
         assert world.store.checkpoint(step_on(claim, 1, ends=[end_of(row, 1, 2)])) == states.RUNNING
 
-    def test_of_a_distributed_one_the_task_is_sent(self, world: World) -> None:
+    def test_resume_of_a_distributed_operation_targets_the_failed_task(self, world: World) -> None:
         failed = self._failed(world.store, mode=DISTRIBUTED)
         row = world.store.resume(failed.uuid)
         assert row is not None
         task = world.store.tasks(row.id)[1]
         assert row.target == Target(task.uuid, task.entrypoint, task.topic)
 
-    def test_a_cancelled_one_goes_on_too(self, world: World) -> None:
+    def test_resume_of_a_cancelled_operation_continues_it(self, world: World) -> None:
         """Rule 26."""
         claim = saved(world.store, new(2))
         world.store.cancel(claim.root.uuid, "stop")
@@ -1016,7 +1016,7 @@ class EndingContract:
         claim = claimed(world.store, row)
         assert world.store.checkpoint(last_step(claim, 1)) == states.SUCCESS
 
-    def test_what_was_not_built_is_begun(self, world: World) -> None:
+    def test_resume_of_an_operation_with_unbuilt_tasks_starts_it(self, world: World) -> None:
         for mode in ("local", DISTRIBUTED):
             operation = new(None, mode=mode)
             world.store.save(operation)
@@ -1026,7 +1026,7 @@ class EndingContract:
             assert (row.phase, row.step, row.status) == (START, 0, states.RUNNING)
             assert row.target == operation.target
 
-    def test_one_whose_tasks_all_succeeded_is_ended_again(self, world: World) -> None:
+    def test_resume_after_all_tasks_succeeded_repeats_only_the_end(self, world: World) -> None:
         """Rule 23: a raising ``onsuccess`` made it FAILED."""
         claim = saved(world.store, new(1, mode=DISTRIBUTED))
         end = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0)])
@@ -1036,7 +1036,7 @@ class EndingContract:
         assert (row.phase, row.status) == (END_SUCCESS, states.RUNNING)
         assert row.target == Target(row.uuid, row.entrypoint, row.topic)
 
-    def test_a_resume_descends_to_the_innermost_operation(self, world: World) -> None:
+    def test_resume_descends_to_the_innermost_operation(self, world: World) -> None:
         """Rules 25 and 31."""
         leaf = new(2)
         middle = new([new_task(leaf)])
@@ -1069,7 +1069,7 @@ class EndingContract:
         inner = row_of(world.store, leaf.uuid)
         assert (inner.ended_at, inner.result, inner.step, inner.phase) == (None, None, 1, TASK)
 
-    def test_what_has_not_ended_badly_is_not_resumed(self, world: World) -> None:
+    def test_resume_of_an_operation_that_did_not_fail_is_rejected(self, world: World) -> None:
         """Rule 26."""
         waiting, running, done = new(1), saved(world.store, new(1)), saved(world.store, new(1))
         world.store.save(waiting)
@@ -1080,7 +1080,7 @@ class EndingContract:
                 world.store.resume(uuid)
             assert world.store.get(uuid) == before
 
-    def test_of_many_who_resume_one_wins_and_the_others_are_told(self, world: World) -> None:
+    def test_concurrent_resumes_have_one_winner(self, world: World) -> None:
         """Rule 25."""
         failed = self._failed(world.store)
         answers = at_once(*(lambda store=store: store.resume(failed.uuid) for store in (world.store, world.other) * 3))
@@ -1089,7 +1089,7 @@ class EndingContract:
 
     # -- purge ---------------------------------------------------------------------------------------------------------
 
-    def test_old_ended_ones_are_deleted_with_all_that_is_theirs(self, world: World) -> None:
+    def test_purge_deletes_old_ended_operations_with_all_their_rows(self, world: World) -> None:
         inner = new(1, labels=[("a", "1")])
         claim = saved(world.store, new([new_task(inner)], labels=[("a", "1")]))
         root, child = claim.path
@@ -1113,24 +1113,24 @@ class EndingContract:
         assert stored is not None
         assert (len(stored.events), stored.attempts) == (2, [])
 
-    def test_they_are_deleted_in_batches(self, world: World) -> None:
+    def test_purge_deletes_in_batches(self, world: World) -> None:
         for status in (states.SUCCESS, states.FAILED) * 4:
             world.store.checkpoint(last_step(saved(world.store, new(1)), 0, status))
         world.pass_by(100)
         every = [states.SUCCESS, states.FAILED]
         assert [world.store.purge(60, every, 3) for _ in range(4)] == [3, 3, 2, 0]
 
-    def test_what_runs_is_not_deleted(self, world: World) -> None:
+    def test_purge_keeps_unfinished_operations(self, world: World) -> None:
         saved(world.store, new(1))
         world.store.save(new(1))
         world.pass_by(1000)
         assert world.store.purge(0, [states.PENDING, states.RUNNING], 10) == 0
 
 
-class FindingContract:
-    """Reading and finding."""
+class FindContract:
+    """Tests of get and find."""
 
-    def test_everything_about_an_operation_is_read_at_once(self, world: World) -> None:
+    def test_snapshot_contains_operation_tasks_attempts_and_events(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0))
         stored = world.other.get(claim.root.uuid)
@@ -1141,7 +1141,7 @@ class FindingContract:
         assert {event.root_id for event in stored.events} == {claim.id}
         assert world.store.get(name()) is None
 
-    def test_the_newest_come_first_page_by_page(self, world: World) -> None:
+    def test_find_returns_the_newest_first_page_by_page(self, world: World) -> None:
         operations = [new(1) for _ in range(7)]
         for operation in operations:
             world.store.save(operation)
@@ -1160,13 +1160,13 @@ class FindingContract:
         assert found == [operation.uuid for operation in reversed(operations)]
         assert sizes == [3, 3, 1]
 
-    def test_a_full_last_page_has_no_cursor(self, world: World) -> None:
+    def test_full_last_page_has_no_cursor(self, world: World) -> None:
         for _ in range(3):
             world.store.save(new(1))
         assert world.store.find(Found(), 3).cursor is None
 
     @pytest.mark.parametrize("after", ["", "x", "-1", "1.5", str(1 << 63), "²"])
-    def test_what_is_no_cursor_is_refused(self, world: World, after: str) -> None:
+    def test_find_rejects_an_invalid_cursor(self, world: World, after: str) -> None:
         with pytest.raises(UsageError, match="cursor"):
             world.store.find(Found(), 3, after)
 
@@ -1214,12 +1214,12 @@ class FindingContract:
             (Found(parent="nobody"), ""),
         ],
     )
-    def test_operations_are_found_by(self, world: World, found: Found, expected: str) -> None:
+    def test_find_applies_every_filter(self, world: World, found: Found, expected: str) -> None:
         """Every filter admits what it says, and all of them together."""
         rows = self._some(world)
         assert world.store.find(found, 10).rows == [rows[which] for which in expected.split()]
 
-    def test_operations_are_found_by_the_time_of_their_creation(self, world: World) -> None:
+    def test_find_filters_by_creation_time(self, world: World) -> None:
         """From ``since`` on, and before ``until``, exactly."""
         rows = self._some(world)
         since, until = rows["running"].created_at, rows["success"].created_at
@@ -1236,7 +1236,7 @@ class FindingContract:
         assert found(since=world.now + 60) == []
         assert found(until=0) == []
 
-    def test_roots_are_found_unless_a_parent_is_named(self, world: World) -> None:
+    def test_find_returns_roots_unless_a_parent_is_given(self, world: World) -> None:
         """Rule 31."""
         leaf = new(1)
         one, two = new([new_task(leaf)], entrypoint="shop.One"), new(1, labels=[("a", "1")])
@@ -1259,13 +1259,13 @@ class FindingContract:
         page = world.store.find(Found(parent=outer.uuid), 1)
         assert world.store.find(Found(parent=outer.uuid), 1, page.cursor).rows == [row_of(world.store, one.uuid)]
 
-    def test_a_label_may_be_as_long_as_it_likes(self, world: World) -> None:
+    def test_label_may_have_any_length(self, world: World) -> None:
         operation = new(1, labels=[("k" * 1000, "\N{SNOWMAN}" * 20_000), ("k", "")])
         world.store.save(operation)
         for pair in operation.labels:
             assert [row.uuid for row in world.store.find(Found(labels=[pair]), 5).rows] == [operation.uuid]
 
-    def test_texts_are_never_read_as_anything_else(self, world: World) -> None:
+    def test_special_characters_are_stored_as_plain_text(self, world: World) -> None:
         """Quotes, percent signs, colons and question marks are what they are."""
         text = "'; DROP TABLE kser_operation; -- %s %(x)s :x ? $1 \\ \""
         operation = new(1, uuid=text, entrypoint=text, labels=[(text, text)])
@@ -1275,5 +1275,5 @@ class FindingContract:
         assert [row.uuid for row in world.store.find(found, 5).rows] == [text]
 
 
-class StoreContract(SavingContract, CheckpointContract, ReaperContract, EndingContract, FindingContract):
-    """All of it."""
+class StoreContract(SaveAndClaimContract, CheckpointContract, ReaperContract, LifecycleContract, FindContract):
+    """The whole store contract."""

@@ -1,4 +1,4 @@
-"""A process that works with a store: it does what its arguments say when a line comes, and prints a number."""
+"""Process that works with a store: it runs the command of its arguments when it reads a line, and prints a number."""
 
 from __future__ import annotations
 

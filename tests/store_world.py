@@ -1,4 +1,4 @@
-"""Stores to test, and operations to put into them."""
+"""Stores under test, and operations to save in them."""
 
 from __future__ import annotations
 

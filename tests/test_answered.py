@@ -1,4 +1,4 @@
-"""Records that a database answers for, and what runs beside a consumer. No threads of the consumer's own here."""
+"""Tests of acked records and of background services, without threads of the consumer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.engine import DICE, PATIENCE, Act, consumer_of, put, until
 # -- the dispatch ------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_that_is_answered_for_may_be_committed_while_it_is_worked_on() -> None:
+def test_acked_record_may_be_committed_while_it_runs() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first = desk.next()
@@ -31,7 +31,7 @@ def test_a_record_that_is_answered_for_may_be_committed_while_it_is_worked_on() 
     assert desk.running() == [first]
 
 
-def test_it_makes_room_for_others() -> None:
+def test_acked_record_no_longer_counts_towards_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=2)
     desk.enter_keys("--")
     assert desk.room() == 0
@@ -39,7 +39,7 @@ def test_it_makes_room_for_others() -> None:
     assert desk.room() == 1
 
 
-def test_answering_and_finishing_count_once() -> None:
+def test_ack_and_task_done_count_a_record_once() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
@@ -49,7 +49,7 @@ def test_answering_and_finishing_count_once() -> None:
     assert (desk.in_flight, desk.settled, desk.commits()) == (1, 1, {DICE: Commit(1)})
 
 
-def test_its_lane_still_waits_for_it() -> None:
+def test_lane_still_waits_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job = desk.next()
@@ -59,7 +59,7 @@ def test_its_lane_still_waits_for_it() -> None:
     assert offsets(desk.all()) == [1]
 
 
-def test_nobody_waits_for_it_when_its_partition_goes() -> None:
+def test_revocation_does_not_wait_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -71,7 +71,7 @@ def test_nobody_waits_for_it_when_its_partition_goes() -> None:
     assert desk.finish(job) is True
 
 
-def test_one_that_is_answered_for_after_its_partition_went_is_finished_all_the_same() -> None:
+def test_ack_after_revocation_finishes_the_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -82,7 +82,7 @@ def test_one_that_is_answered_for_after_its_partition_went_is_finished_all_the_s
     assert (desk.finish(job), desk.in_flight) == (True, 0)
 
 
-def test_a_partition_that_returns_does_not_begin_it_again() -> None:
+def test_acked_record_is_not_started_again_when_its_partition_returns() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
@@ -94,7 +94,7 @@ def test_a_partition_that_returns_does_not_begin_it_again() -> None:
     assert desk.in_flight == 1
 
 
-def test_a_stuck_one_is_stood_in_for_although_its_offset_is_free() -> None:
+def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job = desk.next()
@@ -109,8 +109,8 @@ def test_a_stuck_one_is_stood_in_for_although_its_offset_is_free() -> None:
     assert desk.in_flight == 1
 
 
-def test_the_stand_in_of_a_stuck_one_runs_also_when_the_partition_has_gone() -> None:
-    """It has to tell the database, whoever has the partition now."""
+def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
+    """The replacement has to record the timeout in the database, even if another consumer owns the partition."""
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -121,7 +121,7 @@ def test_the_stand_in_of_a_stuck_one_runs_also_when_the_partition_has_gone() -> 
     assert desk.finish(stand_in) is True
 
 
-def test_one_that_is_given_up_is_not_run_again_by_kafka() -> None:
+def test_abandoned_acked_record_is_not_redelivered() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -133,14 +133,14 @@ def test_one_that_is_given_up_is_not_run_again_by_kafka() -> None:
 # -- the delivery ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_answered_for_is_neither_tried_again_nor_a_dead_letter() -> None:
+def test_acked_record_is_neither_retried_nor_dead_lettered() -> None:
     delivery = Delivery(Retry(max_attempts=9))
     delivery.answer()
     assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is False
     assert (delivery.retry_in, delivery.failure) == (None, None)
 
 
-def test_attempts_before_a_resume_do_not_count_for_the_policy() -> None:
+def test_attempts_before_a_resume_do_not_count_for_the_retry_policy() -> None:
     delivery = Delivery(Retry(max_attempts=3, delay=10, backoff=2, jitter=False))
     delivery.attempt, delivery.forgiven = 4, 3
     assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is True
@@ -149,7 +149,7 @@ def test_attempts_before_a_resume_do_not_count_for_the_policy() -> None:
     assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is False
 
 
-def test_a_part_of_the_work_has_a_time_of_its_own(bus: Any) -> None:
+def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
     put("1", "2")
     consumer = consumer_of()
     seen: list[Any] = []
@@ -168,7 +168,7 @@ def test_a_part_of_the_work_has_a_time_of_its_own(bus: Any) -> None:
     assert seen == [(5, 100, True)]
 
 
-def test_an_attempt_that_is_handed_back_stays_unfinished(bus: Any) -> None:
+def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
     put("1")
     consumer = consumer_of()
 
@@ -183,14 +183,14 @@ def test_an_attempt_that_is_handed_back_stays_unfinished(bus: Any) -> None:
     assert consumer.counts["done"] == 0
 
 
-def test_outside_of_a_consumer_handing_back_ends_the_attempt() -> None:
+def test_abandon_outside_a_consumer_raises() -> None:
     delivery = Delivery()
     with pytest.raises(Abandoned):
         delivery.hand_back()
     assert delivery.abandoned
 
 
-def test_a_record_has_an_identity_that_is_the_same_at_each_delivery() -> None:
+def test_redelivered_record_has_the_same_deterministic_uuid() -> None:
     found = []
     for _ in range(2):
         desk = Desk()
@@ -201,7 +201,7 @@ def test_a_record_has_an_identity_that_is_the_same_at_each_delivery() -> None:
     assert {UUID(each).version for each in found[0]} == {5}
 
 
-def test_records_of_two_clusters_are_told_apart() -> None:
+def test_deterministic_uuids_differ_between_clusters() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -213,11 +213,11 @@ def test_records_of_two_clusters_are_told_apart() -> None:
     assert job.identity() != one
 
 
-def test_a_message_from_nowhere_has_an_identity_of_its_own() -> None:
+def test_message_without_a_record_has_a_unique_uuid() -> None:
     assert Delivery().identity() != Delivery().identity()
 
 
-def test_a_step_tells_the_message_that_it_runs_for_when_it_has_ended() -> None:
+def test_step_attempt_resolves_the_outer_attempt_when_it_ends() -> None:
     outer = Delivery()
     task = Task("1")
     step = StepDelivery(outer, task, 3, None, "op", lambda: False)
@@ -226,7 +226,7 @@ def test_a_step_tells_the_message_that_it_runs_for_when_it_has_ended() -> None:
     assert (step.attempt, step.operation_uuid) == (3, "op")
 
 
-def test_a_step_whose_message_was_given_up_ends_there() -> None:
+def test_step_of_an_abandoned_attempt_raises() -> None:
     outer = Delivery()
     outer.abandoned = True
     step = StepDelivery(outer, Task("1"), 1, None, "op", lambda: False)
@@ -234,7 +234,7 @@ def test_a_step_whose_message_was_given_up_ends_there() -> None:
         step.settle(Task("2"))
 
 
-def test_whether_to_end_is_looked_up_now_and_then() -> None:
+def test_cancel_requests_are_looked_up_at_a_limited_rate() -> None:
     looks: list[int] = []
 
     def look() -> bool:
@@ -266,14 +266,14 @@ def is_running() -> bool:
     return any(thread.name == "kser-beside" for thread in threading.enumerate())
 
 
-def test_without_anything_to_run_there_is_no_thread() -> None:
+def test_no_thread_starts_without_background_services() -> None:
     beside = Beside(lambda: [])
     beside.start()
     assert not is_running()
     beside.close(PATIENCE)
 
 
-def test_each_has_its_turns_and_is_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
     both = [Companion(), Companion()]
     beside = Beside(lambda: both)
@@ -284,7 +284,7 @@ def test_each_has_its_turns_and_is_closed_at_the_end(monkeypatch: pytest.MonkeyP
     assert [each.told[-1] for each in both] == ["close", "close"]
 
 
-def test_those_that_come_later_have_their_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_services_added_later_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
     known = [Companion()]
     beside = Beside(lambda: list(known))
@@ -295,7 +295,7 @@ def test_those_that_come_later_have_their_turns_too(monkeypatch: pytest.MonkeyPa
     assert known[1].told[-1] == "close"
 
 
-def test_one_that_cannot_work_here_is_said_at_the_start() -> None:
+def test_misconfigured_background_service_raises_at_the_start() -> None:
     def find() -> list[Companion]:
         raise SettingError("KSER_LEASE must be a number above 0")
 
@@ -304,7 +304,7 @@ def test_one_that_cannot_work_here_is_said_at_the_start() -> None:
     assert not is_running()
 
 
-def test_one_whose_database_is_away_begins_when_that_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
     companion = Companion()
     trouble: list[Exception] = [StoreUnavailable("it does not answer")] * 3

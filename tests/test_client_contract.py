@@ -1,4 +1,4 @@
-"""All clients, on what runs in this process: the in-memory bus, and the embedded broker through real sockets.
+"""Tests of every client on brokers in this process: the in-memory broker, and the embedded one through sockets.
 
 Its groups are not Kafka's: what two members do there is tested on Apache Kafka alone.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from kser.embedded import EmbeddedBroker
-from tests.client_contract import Member, ShortContract, World
+from tests.client_contract import CoreClientContract, Member, World
 from tests.client_worlds import ConfluentWorld, DummyWorld, KafkaWorld, PythonKafkaWorld, new_name
 from tests.group_contract import GroupContract
 
@@ -53,7 +53,7 @@ class TestDummy(GroupContract):
 
 
 @pytest.mark.parametrize("kind", [PythonKafka, Confluent])
-class TestEmbedded(ShortContract):
+class TestEmbedded(CoreClientContract):
     @pytest.fixture
     def world(self, kind: type[OnEmbedded], broker: EmbeddedBroker) -> World:
         return kind(broker)

@@ -1,4 +1,4 @@
-"""The producer on librdkafka: its options, its log lines, and who polls when threads share it."""
+"""Tests of the librdkafka producer: its options, its log lines, and polling shared by several threads."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def configured(**given: Any) -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def test_it_is_safe_and_quick_unless_the_user_says_otherwise() -> None:
+def test_defaults_are_safe_and_fast() -> None:
     mine = configured()
     assert (mine["enable.idempotence"], mine["queue.buffering.max.ms"]) == ("true", "0")
     assert (mine["request.required.acks"], mine["partitioner"]) == ("-1", "murmur2_random")
@@ -127,18 +127,16 @@ def test_it_is_safe_and_quick_unless_the_user_says_otherwise() -> None:
         ({"enable_idempotence": False, "acks": 0}, "request.required.acks", "0"),
     ],
 )
-def test_the_users_options_win_and_nothing_is_added_that_they_forbid(
-    given: dict[str, Any], name: str, value: str
-) -> None:
+def test_user_options_override_the_defaults(given: dict[str, Any], name: str, value: str) -> None:
     assert configured(**given)[name] == value
 
 
-def test_reports_are_given_for_what_is_delivered_too(broker: EmbeddedBroker) -> None:
+def test_send_succeeds_with_delivery_report_only_error(broker: EmbeddedBroker) -> None:
     with producer_for(broker, delivery_report_only_error=True) as producer:
         assert producer.send("dice", message("x"), timeout=PATIENCE).retcode == 0
 
 
-def test_a_config_that_is_shared_with_consumers_is_read_without_a_warning(
+def test_config_shared_with_consumers_gives_no_warning(
     broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = {"bootstrap.servers": broker.bootstrap_servers, "group.id": "g", "auto.offset.reset": "earliest"}
@@ -150,14 +148,14 @@ def test_a_config_that_is_shared_with_consumers_is_read_without_a_warning(
     assert options_for("producer", None, Settings()) == {"bootstrap.servers": broker.bootstrap_servers}
 
 
-def test_an_apps_config_is_read(broker: EmbeddedBroker) -> None:
+def test_app_config_is_read(broker: EmbeddedBroker) -> None:
     app = Flask("shop")
     app.config["KSER_CONFIG"] = {"bootstrap.servers": broker.bootstrap_servers, "group.id": "g"}
     with closing(Producer(app=app)) as producer:
         assert producer.send("dice", message("x")).retcode == 0
 
 
-def test_a_dict_that_is_passed_is_taken_as_it_is_and_not_changed(broker: EmbeddedBroker) -> None:
+def test_config_argument_is_used_as_is_and_not_modified(broker: EmbeddedBroker) -> None:
     given = {"bootstrap.servers": broker.bootstrap_servers, "client.id": "me"}
     before = dict(given)
     Producer(given).close()
@@ -175,7 +173,7 @@ def test_a_dict_that_is_passed_is_taken_as_it_is_and_not_changed(broker: Embedde
         ("group_id", "group.id"),
     ],
 )
-def test_an_unknown_option_names_the_nearest(key: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_option_error_names_the_nearest_option(key: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"librdkafka knows no option '{key}', .*: did you mean '{nearest}'"
     with pytest.raises(SettingError, match=text):
         Producer({key: "localhost"})
@@ -184,7 +182,7 @@ def test_an_unknown_option_names_the_nearest(key: str, nearest: str, monkeypatch
         Producer()
 
 
-def test_a_value_that_cannot_be_used_is_a_setting_error() -> None:
+def test_invalid_option_value_is_a_setting_error() -> None:
     with pytest.raises(SettingError, match=r'Invalid value for configuration property "queue\.buffering\.max\.ms"'):
         Producer({"linger.ms": "soon"})
 
@@ -194,7 +192,7 @@ def test_a_value_that_cannot_be_used_is_a_setting_error() -> None:
     [(confluent_kafka.Producer, CONSUMER_ONLY, {}), (confluent_kafka.Consumer, PRODUCER_ONLY, {"group.id": "g"})],
     ids=["producer", "consumer"],
 )
-def test_what_only_one_client_knows_is_what_the_other_one_warns_about(
+def test_option_tables_match_the_warnings_of_librdkafka(
     client: Callable[..., Any], foreign: frozenset[str], base: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The tables, checked against librdkafka itself, which has other names for some."""
@@ -218,7 +216,7 @@ def test_servers_are_named_for_error_texts() -> None:
     assert servers({}) == "no 'bootstrap.servers'"
 
 
-def test_without_confluent_kafka_the_error_says_what_to_install() -> None:
+def test_missing_confluent_kafka_error_names_the_package_to_install() -> None:
     code = "import sys; sys.modules['confluent_kafka'] = None; import kser.confluent.producer"
     done = run_python(code)
     assert "MissingDependency" in done.stderr
@@ -228,7 +226,7 @@ def test_without_confluent_kafka_the_error_says_what_to_install() -> None:
 # -- what the client says ----------------------------------------------------------------------------------------------
 
 
-def test_what_the_client_logs_goes_to_python_and_not_to_standard_error(nobody: str) -> None:
+def test_client_logs_go_to_logging_and_not_to_stderr(nobody: str) -> None:
     code = (
         "import logging, sys; logging.basicConfig(stream=sys.stdout);"
         "from kser.confluent.producer import Producer; from kser.schemas import Message;"
@@ -241,17 +239,17 @@ def test_what_the_client_logs_goes_to_python_and_not_to_standard_error(nobody: s
     assert "WARNING:confluent_kafka:CONFWARN" in done.stdout
 
 
-def test_a_logger_and_an_error_callback_of_the_users_are_called(nobody: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logger_and_error_callback_of_the_user_are_called(nobody: str, caplog: pytest.LogCaptureFixture) -> None:
     told: list[Any] = []
     options = {"bootstrap.servers": nobody, "logger": logging.getLogger("mine"), "error_cb": told.append}
     with closing(Producer(options)) as producer:
         result = producer.send("dice", message("x"), timeout=0.3)
     assert {error.code() for error in told} >= {confluent_kafka.KafkaError._TRANSPORT}
     assert {record.name for record in caplog.records if "FAIL" in record.getMessage()} == {"mine"}
-    assert "(the client says: " in result.stderr and "Connection refused" in result.stderr
+    assert "(last error of the client: " in result.stderr and "Connection refused" in result.stderr
 
 
-def test_what_happens_while_nobody_sends_is_told(
+def test_client_errors_are_reported_while_the_producer_is_idle(
     nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
@@ -260,7 +258,7 @@ def test_what_happens_while_nobody_sends_is_told(
         assert told.wait(PATIENCE)
 
 
-def test_what_a_callback_of_the_users_raises_is_logged_and_no_fault_of_what_is_sent(
+def test_raising_user_callback_is_logged_and_does_not_fail_sends(
     broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
@@ -280,10 +278,10 @@ def test_what_a_callback_of_the_users_raises_is_logged_and_no_fault_of_what_is_s
         until(lambda: len(told) == 20)
     assert {result.retcode for result in told} == {0}
     assert len(told) == 20
-    assert any("a callback of the producer's configuration raised" in line for line in lines(caplog))
+    assert any("a callback in the producer's configuration raised an exception" in line for line in lines(caplog))
 
 
-def test_a_producer_that_is_forgotten_leaves_no_thread(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreferenced_producer_leaves_no_thread(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector of leaks looks for it when the test has ended."""
     monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
     producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
@@ -297,22 +295,22 @@ def test_a_producer_that_is_forgotten_leaves_no_thread(broker: EmbeddedBroker, m
 
 
 @pytest.mark.parametrize("call", ["send", "bulk_send", "produce"])
-def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, call: str) -> None:
+def test_unreachable_broker_is_named_within_the_timeout(nobody: str, call: str) -> None:
     """D2"""
     with closing(Producer({"bootstrap.servers": nobody})) as producer:
         begin = time.monotonic()
         if call == "produce":
-            with pytest.raises(NotDelivered, match=f"No broker answers at {nobody}"):
+            with pytest.raises(NotDelivered, match=f"No broker responds at {nobody}"):
                 producer.produce("dice", b"x", timeout=0.3)
         else:
             argument: Any = message("x") if call == "send" else [message("x"), message("x", uuid="2")]
             result = getattr(producer, call)("dice", argument, timeout=0.3)
             assert result.retcode == 500
-            assert f"No broker answers at {nobody}: start one there, or correct 'bootstrap.servers'" in result.stderr
+            assert f"No broker responds at {nobody}: start one there, or correct 'bootstrap.servers'" in result.stderr
         assert time.monotonic() - begin < 1.5
 
 
-def test_threads_that_share_a_producer_wait_no_longer_than_they_said(nobody: str) -> None:
+def test_threads_sharing_a_producer_wait_no_longer_than_their_timeout(nobody: str) -> None:
     with closing(Producer({"bootstrap.servers": nobody})) as producer:
         results: list[Any] = []
 
@@ -325,14 +323,14 @@ def test_threads_that_share_a_producer_wait_no_longer_than_they_said(nobody: str
     assert [result.retcode for result in results] == [500] * 3
 
 
-def test_a_full_queue_is_waited_for(broker: EmbeddedBroker) -> None:
+def test_full_queue_is_awaited(broker: EmbeddedBroker) -> None:
     broker.create_topic("full")
     with producer_for(broker, queue_buffering_max_messages=10) as producer:
         result = producer.bulk_send("full", [message("x", uuid=str(n)) for n in range(500)], timeout=PATIENCE)
     assert (result.retcode, result.stdout) == (0, "500 message(s) sent")
 
 
-def test_a_queue_that_stays_full_is_named_within_the_timeout() -> None:
+def test_queue_that_stays_full_is_named_within_the_timeout() -> None:
     with EmbeddedBroker("dice") as broker:
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers, "queue.buffering.max.messages": 2})
         assert producer.send("dice", message("x")).retcode == 0
@@ -346,7 +344,7 @@ def test_a_queue_that_stays_full_is_named_within_the_timeout() -> None:
     assert sum("raise 'queue.buffering.max.messages'" in reason for reason in reasons.values()) == 3
 
 
-def test_more_messages_than_may_be_on_their_way_are_sent(broker: EmbeddedBroker) -> None:
+def test_bulk_send_may_exceed_the_in_flight_limit(broker: EmbeddedBroker) -> None:
     broker.create_topic("more")
     with producer_for(broker) as producer:
         count = MAX_ON_THEIR_WAY + 1000
@@ -354,7 +352,7 @@ def test_more_messages_than_may_be_on_their_way_are_sent(broker: EmbeddedBroker)
     assert result.stdout == f"{count} message(s) sent"
 
 
-def test_a_message_that_the_client_gives_up_may_still_arrive() -> None:
+def test_message_expired_in_the_client_is_reported_as_possibly_sent() -> None:
     """``message.timeout.ms`` is over before the timeout of the call."""
     with EmbeddedBroker("dice") as broker:
         options = {"bootstrap.servers": broker.bootstrap_servers, "message.timeout.ms": 1500}
@@ -366,7 +364,7 @@ def test_a_message_that_the_client_gives_up_may_still_arrive() -> None:
     assert "may still arrive" in result.stderr
 
 
-def test_closing_with_messages_on_their_way_is_bounded_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_close_with_messages_in_flight_is_bounded_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with EmbeddedBroker("dice") as broker:
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
         producer.send("dice", message("x"))
@@ -374,7 +372,7 @@ def test_closing_with_messages_on_their_way_is_bounded_and_said(caplog: pytest.L
     begin = time.monotonic()
     producer.close()
     assert time.monotonic() - begin < 2
-    text = f"Producer: closed with messages still on their way to {broker.bootstrap_servers}: 1 not confirmed"
+    text = f"Producer: closed with messages in flight to {broker.bootstrap_servers}: 1 not confirmed"
     assert lines(caplog, logging.WARNING)[-1:] == [text]
 
 
@@ -421,7 +419,7 @@ class Client:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
-def test_one_thread_polls_for_all_and_hands_over(order: tuple[int, ...]) -> None:
+def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[int, ...]) -> None:
     """The first that waits leads. Whichever report comes first, the others get theirs before their time is over."""
     client = Client()
     reports = Reports(client.poll)
@@ -442,7 +440,7 @@ def test_one_thread_polls_for_all_and_hands_over(order: tuple[int, ...]) -> None
     assert time.monotonic() - begin < PATIENCE / 2
 
 
-def test_a_thread_whose_time_is_over_hands_over_too() -> None:
+def test_polling_thread_hands_over_the_lead_after_its_timeout() -> None:
     client = Client()
     reports = Reports(client.poll)
     late, waits = Delivery(), Delivery()
@@ -458,7 +456,7 @@ def test_a_thread_whose_time_is_over_hands_over_too() -> None:
     reports.close()
 
 
-def test_a_poll_that_raises_hands_over_too() -> None:
+def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
     """A signal's handler may raise in the thread that polls."""
     client = Client()
 
@@ -486,7 +484,7 @@ def test_a_poll_that_raises_hands_over_too() -> None:
     assert waits.done() and len(caught) == 1
 
 
-def test_the_housekeeper_leaves_the_reports_to_whoever_sends() -> None:
+def test_idle_poller_leaves_delivery_reports_to_senders() -> None:
     client = Client()
     reports = Reports(client.poll)
     delivery = Delivery()

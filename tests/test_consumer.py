@@ -1,4 +1,4 @@
-"""What every consumer does, on the in-memory transport: step by step, or with its threads."""
+"""Tests of the consumer on the in-memory transport, step by step or with its threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_messages_are_handled_in_order_and_counted() -> None:
 
 
 @pytest.mark.parametrize(("commit", "seen"), [("after", [0, 1]), ("before", [1, 2])])
-def test_at_once_an_offset_is_committed_after_or_before_its_message(commit: str, seen: list[Any]) -> None:
+def test_manual_commit_happens_after_or_before_its_message(commit: str, seen: list[Any]) -> None:
     """D5, D7"""
     offsets: list[Any] = []
     Act.acts["1"] = Act.acts["2"] = lambda: offsets.append(committed())
@@ -50,13 +50,13 @@ def test_at_once_an_offset_is_committed_after_or_before_its_message(commit: str,
     assert committed() == 2
 
 
-def test_at_once_every_commit_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_manual_commits_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     put("1", "2")
     consumer_of(AT_ONCE).step(timeout=0)
     assert lines(caplog).count("Consumer: Manual commit done.") == 2
 
 
-def test_in_intervals_offsets_are_committed_when_it_is_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_interval_commits_happen_when_the_interval_is_over(caplog: pytest.LogCaptureFixture) -> None:
     """D7"""
     consumer = consumer_of({"auto_commit_interval_ms": 3000})
     clock = Clock(consumer)
@@ -71,7 +71,7 @@ def test_in_intervals_offsets_are_committed_when_it_is_time(caplog: pytest.LogCa
     assert "Consumer: Manual commit done." not in lines(caplog)
 
 
-def test_what_is_done_is_committed_at_the_end() -> None:
+def test_finished_records_are_committed_at_close() -> None:
     """D7"""
     consumer = consumer_of()
     put("1", "2")
@@ -81,7 +81,7 @@ def test_what_is_done_is_committed_at_the_end() -> None:
     assert committed() == 2
 
 
-def test_a_restarted_consumer_goes_on_behind_what_was_committed() -> None:
+def test_restarted_consumer_continues_behind_the_committed_offset() -> None:
     put("1")
     first = consumer_of()
     first.run_until_idle()
@@ -91,7 +91,9 @@ def test_a_restarted_consumer_goes_on_behind_what_was_committed() -> None:
     assert Act.seen == ["1", "2"]
 
 
-def test_without_a_group_nothing_is_committed_and_that_is_said(caplog: pytest.LogCaptureFixture, bus: Bus) -> None:
+def test_consumer_without_a_group_commits_nothing_and_logs_a_warning(
+    caplog: pytest.LogCaptureFixture, bus: Bus
+) -> None:
     """D18"""
     put("1")
     consumer = consumer_of({"group_id": None, **AT_ONCE, "auto_offset_reset": "earliest"})
@@ -103,7 +105,7 @@ def test_without_a_group_nothing_is_committed_and_that_is_said(caplog: pytest.Lo
     assert line.endswith("set group_id")
 
 
-def test_a_first_start_is_safe_from_its_assignment_on() -> None:
+def test_new_group_commits_its_start_position_at_the_assignment() -> None:
     """D17: a group that is killed before its first commit begins again where it began, not behind what has come."""
     put("1")
     consumer_of().step(timeout=0)
@@ -115,7 +117,7 @@ def test_a_first_start_is_safe_from_its_assignment_on() -> None:
 # -- what tasks do to the loop -----------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_ends_it_with_its_message_uncommitted() -> None:
+def test_interrupt_ends_the_consumer_and_leaves_its_message_uncommitted() -> None:
     """C8"""
     Act.acts["2"] = KeyboardInterrupt()
     put("1", "2", "3")
@@ -126,7 +128,7 @@ def test_an_interrupt_ends_it_with_its_message_uncommitted() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), SystemExit(), ValueError("x")])
-def test_a_task_that_wants_out_fails_alone(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_task_fails_alone_even_with_system_exit(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     """C8"""
     Act.acts["1"] = error
     put("1", "2")
@@ -135,7 +137,7 @@ def test_a_task_that_wants_out_fails_alone(error: BaseException, caplog: pytest.
     assert record_of(caplog, f"Controller.Failed: {Act.path}[1]")
 
 
-def test_a_registry_that_raises_is_logged_and_its_message_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_registry_is_logged_and_its_message_is_committed(caplog: pytest.LogCaptureFixture) -> None:
     """D4"""
 
     class Raising:
@@ -151,7 +153,7 @@ def test_a_registry_that_raises_is_logged_and_its_message_counts(caplog: pytest.
     assert (record.levelname, bool(record.exc_info)) == ("ERROR", True)
 
 
-def test_the_registry_gets_text_as_it_always_did() -> None:
+def test_registry_receives_text_or_undecodable_bytes() -> None:
     got: list[Any] = []
 
     class Collect:
@@ -167,7 +169,7 @@ def test_the_registry_gets_text_as_it_always_did() -> None:
     assert got == ["é", b"\xff"]
 
 
-def test_a_turn_ends_after_a_second_of_work() -> None:
+def test_step_ends_after_a_second_of_work() -> None:
     put("1", "2")
     consumer = Troubled(AT_ONCE)
     put_in_the_way(consumer)
@@ -176,7 +178,7 @@ def test_a_turn_ends_after_a_second_of_work() -> None:
     assert (first, second < 0.05) == (0.1, True)
 
 
-def test_stopping_lets_the_message_end_and_leaves_the_next_ones() -> None:
+def test_graceful_shutdown_lets_the_running_message_end_and_starts_no_other() -> None:
     consumer = consumer_of()
     Act.acts["1"] = consumer.stop
     put("1", "2")
@@ -185,7 +187,7 @@ def test_stopping_lets_the_message_end_and_leaves_the_next_ones() -> None:
     assert (caught.value.code, Act.seen, committed()) == (0, ["1"], 1)
 
 
-def test_what_a_run_logs(caplog: pytest.LogCaptureFixture) -> None:
+def test_run_logs_its_settings_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
     consumer = consumer_of()
     Act.acts["1"] = consumer.stop
     put("1")
@@ -217,7 +219,7 @@ def test_construction_removes_the_pause_file(caplog: pytest.LogCaptureFixture) -
     assert path.exists()
 
 
-def test_a_paused_consumer_takes_nothing_and_says_so_at_times(caplog: pytest.LogCaptureFixture) -> None:
+def test_paused_consumer_takes_no_message_and_logs_every_30_s(caplog: pytest.LogCaptureFixture) -> None:
     """D10: looked at every second, logged at most every 30 s."""
     consumer = Troubled()
     clock = Clock(consumer)
@@ -252,7 +254,7 @@ def test_a_paused_consumer_does_not_spin(buffered: bool) -> None:
     assert time.monotonic() - begin >= 0.08
 
 
-def test_pausing_holds_what_was_taken_already() -> None:
+def test_pause_delays_records_that_were_already_fetched() -> None:
     put("1", "2")
     consumer = consumer_of()
     clock = put_in_the_way(consumer)
@@ -265,7 +267,7 @@ def test_pausing_holds_what_was_taken_already() -> None:
     assert consumer.step(timeout=0) == 1
 
 
-def test_a_stop_that_comes_while_the_terminate_file_is_looked_at_is_not_lost() -> None:
+def test_stop_during_the_terminate_file_check_is_not_lost() -> None:
     """A signal handler runs between any two steps of the interpreter."""
 
     class Signalled(Consumer):
@@ -278,7 +280,7 @@ def test_a_stop_that_comes_while_the_terminate_file_is_looked_at_is_not_lost() -
     assert Act.seen == []
 
 
-def test_a_new_terminate_file_ends_a_step_and_stays() -> None:
+def test_new_terminate_file_ends_a_step_and_is_kept() -> None:
     """D6"""
     put("1")
     path = Path(os.environ["TERMINATE_FILE"])
@@ -287,7 +289,7 @@ def test_a_new_terminate_file_ends_a_step_and_stays() -> None:
     assert (consumer.step(timeout=0), Act.seen, path.exists()) == (0, [], True)
 
 
-def test_a_terminate_file_ends_a_run_and_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_terminate_file_ends_a_run_and_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     """D6"""
     path = Path(os.environ["TERMINATE_FILE"])
     path.touch()
@@ -325,7 +327,7 @@ def test_a_stale_terminate_file_is_ignored_with_a_warning(caplog: pytest.LogCapt
     assert str(path) in line
 
 
-def test_users_may_decide_for_themselves() -> None:
+def test_subclass_may_override_the_control_file_methods() -> None:
     class Mine(Consumer):
         @staticmethod
         def is_active() -> bool:
@@ -349,7 +351,7 @@ def test_users_may_decide_for_themselves() -> None:
     assert Act.seen == ["cleaned", "1"]
 
 
-def test_only_a_running_file_of_this_process_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_file_of_another_process_is_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     """D9"""
     monkeypatch.setattr(lockfiles, "running_file", lockfiles.RunningFile())
     path = Path(os.environ["RUNNING_FILE"])
@@ -360,7 +362,7 @@ def test_only_a_running_file_of_this_process_is_emptied(monkeypatch: pytest.Monk
     path.write_text("")
 
 
-def test_what_a_dead_process_left_in_the_running_file_is_cleared_at_the_start() -> None:
+def test_running_file_of_a_dead_process_is_cleared_at_the_start() -> None:
     """D9"""
     path = Path(os.environ["RUNNING_FILE"])
     path.write_text("shop.Pay[1]")
@@ -371,7 +373,7 @@ def test_what_a_dead_process_left_in_the_running_file_is_cleared_at_the_start() 
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unforeseen_error_ends_the_loop_with_the_client_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_ends_the_loop_and_closes_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = Troubled()
     monkeypatch.delenv("LOCK_FILE")
     with pytest.raises(KeyError, match="LOCK_FILE"):
@@ -379,14 +381,14 @@ def test_an_unforeseen_error_ends_the_loop_with_the_client_closed(monkeypatch: p
     assert consumer.used.closed == 1
 
 
-def test_a_transport_has_to_say_how_to_connect_and_what_to_send_with() -> None:
+def test_transport_must_implement_connect_and_make_producer() -> None:
     consumer = object.__new__(BaseConsumer)
     for method in (consumer._connect, consumer.make_producer):
         with pytest.raises(NotImplementedError):
             method()
 
 
-def test_nonsense_is_refused_before_a_client_is_made() -> None:
+def test_invalid_option_is_rejected_before_a_client_is_created() -> None:
     with pytest.raises(SettingError, match="commit must be one of 'after', 'before', 'never'; it is 'sometimes'"):
         consumer_of(commit="sometimes")
     assert Bus.at("").groups == {}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a consumer in order; a second one of them ends it at once (D8)."""
+"""Tests of SIGTERM and SIGINT: the first shuts a consumer down gracefully, a second one ends it at once (D8)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Program:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_process_exits_with_0(number: int) -> None:
+def test_signal_ends_an_idle_process_with_status_0(number: int) -> None:
     with Program() as program:
         program.hears(number, after="ready")
         code, out, err = program.end()
@@ -106,14 +106,14 @@ def test_an_idle_process_exits_with_0(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_busy_process_ends_its_message_and_commits_it(number: int) -> None:
+def test_signal_lets_a_busy_process_finish_and_commit_its_message(number: int) -> None:
     with Program("1", "2") as program:
         program.hears(number, after="busy")
         code, out, err = program.end()
     assert (code, out, err) == (0, ["stopping", "committed", "1"], "")
 
 
-def test_a_second_sigint_interrupts_and_leaves_the_message_uncommitted() -> None:
+def test_second_sigint_ends_the_process_with_its_message_uncommitted() -> None:
     with Program("endless") as program:
         program.hears(signal.SIGINT, after="busy")
         program.hears(signal.SIGINT, after="stopping")
@@ -123,7 +123,7 @@ def test_a_second_sigint_interrupts_and_leaves_the_message_uncommitted() -> None
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_sigterm_ends_at_once_with_the_status_of_one(first: int) -> None:
+def test_second_sigterm_ends_the_process_at_once_with_status_143(first: int) -> None:
     """128 + 15: what a shell says of a process that SIGTERM ended; nothing more is written."""
     with Program("endless") as program:
         program.hears(first, after="busy")
@@ -165,35 +165,35 @@ def consumer_with(*numbers: int, pause: float = PAUSE) -> Consumer:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_until_a_second_signal_everything_ends_in_order(number: int) -> None:
+def test_first_signal_starts_a_graceful_shutdown(number: int) -> None:
     with pytest.raises(SystemExit) as caught:
         consumer_with(number).run()
     assert (caught.value.code, committed()) == (0, 1)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_sigint_interrupts(first: int) -> None:
+def test_second_sigint_raises_keyboard_interrupt(first: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         consumer_with(first, signal.SIGINT).run()
     assert committed() == 0
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_sigterm_exits_with_its_status(first: int) -> None:
+def test_second_sigterm_exits_with_status_143(first: int) -> None:
     with pytest.raises(SystemExit) as caught:
         consumer_with(first, signal.SIGTERM).run()
     assert (caught.value.code, committed()) == (143, 0)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM] * 3, [signal.SIGINT, signal.SIGTERM]])
-def test_a_signal_that_is_passed_on_twice_is_one(numbers: list[int]) -> None:
+def test_signal_received_twice_at_once_counts_once(numbers: list[int]) -> None:
     """By a terminal to all of a group, and by a wrapper that is in it."""
     with pytest.raises(SystemExit) as caught:
         consumer_with(*numbers, pause=0).run()
     assert (caught.value.code, committed()) == (0, 1)
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         consumer_with(signal.SIGTERM).run()
@@ -201,7 +201,7 @@ def test_handlers_are_put_back() -> None:
     assert Raise.handlers != [before[0]]
 
 
-def test_handlers_are_left_alone_outside_the_main_thread() -> None:
+def test_signal_handlers_are_unchanged_outside_the_main_thread() -> None:
     consumer = consumer_with()
     ends: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Raw bytes to entrypoint to result. Behaviour page, section 4; bad input has a module of its own."""
+"""Tests of the controller: raw bytes to entrypoint to result. Behaviour page, section 4."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def registered(caplog: pytest.LogCaptureFixture) -> None:
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
-def test_a_class_is_registered_under_any_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_class_is_registered_under_any_name(caplog: pytest.LogCaptureFixture) -> None:
     assert Controller.register(("a", 1), Greet) is None  # type: ignore[func-returns-value]
     assert Controller.ENTRYPOINTS["a", 1] is Greet
     assert lines(caplog) == ["Controller.Registered: ('a', 1)"]
 
 
-def test_registering_again_replaces() -> None:
+def test_registering_a_name_again_replaces_its_class() -> None:
     Controller.register("name", Greet)
     Controller.register("name", Code)
     assert Controller.ENTRYPOINTS["name"] is Code
@@ -91,7 +91,7 @@ def test_entrypoints_are_shared_unless_a_subclass_has_its_own() -> None:
 # -- a message that succeeds -------------------------------------------------------------------------------------------
 
 
-def test_a_task_by_message_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+def test_task_log_lines_match_the_published_ones(caplog: pytest.LogCaptureFixture) -> None:
     raw = message(Greet).dumps()
     Controller.run(raw)
     assert [(record.name, record.levelname, record.getMessage()) for record in records(caplog)] == [
@@ -105,7 +105,7 @@ def test_a_task_by_message_logs_what_was_published(caplog: pytest.LogCaptureFixt
     ]
 
 
-def test_records_show_the_final_result(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_show_the_final_result(caplog: pytest.LogCaptureFixture) -> None:
     """C19"""
     Controller.run(message(Greet, metadata={"m": 1}).dumps())
     record = record_of(caplog, "Controller.Success")
@@ -114,13 +114,13 @@ def test_records_show_the_final_result(caplog: pytest.LogCaptureFixture) -> None
     assert record.kresult["stdout"] == "hello"  # type: ignore[attr-defined]
 
 
-def test_bytes_are_shown_as_bytes(caplog: pytest.LogCaptureFixture) -> None:
+def test_raw_bytes_are_logged_as_bytes(caplog: pytest.LogCaptureFixture) -> None:
     raw = message(Greet).dumps().encode()
     assert Controller.run(raw).stdout == "hello"
     assert lines(caplog)[0] == f"Controller.ReceivedFromKafka: {raw!r}"
 
 
-def test_it_works_through_an_instance_and_a_subclass(caplog: pytest.LogCaptureFixture) -> None:
+def test_controller_runs_through_an_instance_and_a_subclass(caplog: pytest.LogCaptureFixture) -> None:
     class Mine(Controller):
         pass
 
@@ -128,7 +128,7 @@ def test_it_works_through_an_instance_and_a_subclass(caplog: pytest.LogCaptureFi
     assert lines(caplog)[-1] == f"Mine.Success: {LABEL}: hello"
 
 
-def test_the_running_file_shows_the_message_and_is_then_empty() -> None:
+def test_running_file_shows_the_message_and_is_then_empty() -> None:
     assert Controller.run(message(Show).dumps()).stdout == f"{Show.path}[{UUID}]"
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
 
@@ -156,7 +156,7 @@ def test_onmessage_may_replace_the_message() -> None:
     assert (result.uuid, result.retcode) == ("other", 7)
 
 
-def test_every_delivery_starts_from_a_fresh_object() -> None:
+def test_every_attempt_starts_from_a_fresh_object() -> None:
     """C7"""
     raw = message(Code, params={"code": 1}).dumps()
     first, second = Controller.run(raw), Controller.run(raw)
@@ -168,7 +168,7 @@ def test_every_delivery_starts_from_a_fresh_object() -> None:
 
 
 @pytest.mark.parametrize("code", [1, 299, 300, 500])
-def test_entry_and_controller_judge_alike(code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_entry_and_controller_agree_on_success_and_failure(code: int, caplog: pytest.LogCaptureFixture) -> None:
     """C3"""
     assert Controller.run(message(Code, params={"code": code}).dumps()).retcode == code
     assert lines(caplog, logging.INFO) == [
@@ -178,19 +178,19 @@ def test_entry_and_controller_judge_alike(code: int, caplog: pytest.LogCaptureFi
     assert not hasattr(record_of(caplog, "Controller.Failed"), "error")
 
 
-def test_a_negative_code_is_a_success() -> None:
+def test_negative_return_code_is_a_success() -> None:
     """C3"""
     assert Controller.run(message(Code, params={"code": -1}).dumps()).retcode == 0
 
 
-def test_a_failed_incoming_result_fails_the_message_after_it_ran(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_incoming_result_fails_the_message_after_it_ran(caplog: pytest.LogCaptureFixture) -> None:
     """C3"""
     result = Controller.run(message(Greet, result=Result(retcode=500, stderr="old")).dumps())
     assert (result.stdout, result.retcode) == ("hello", 500)
     assert [line.split(":")[0] for line in lines(caplog, logging.INFO)] == ["Greet.Failed", "Controller.Failed"]
 
 
-def test_an_unreadable_object_fails_its_message() -> None:
+def test_entrypoint_that_cannot_be_built_fails_its_message() -> None:
     class Unmade(Greet):
         @classmethod
         def from_Message(cls, kmsg: Message) -> Any:
@@ -202,7 +202,9 @@ def test_an_unreadable_object_fails_its_message() -> None:
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (0, "0"), ("", "")])
-def test_a_false_answer_is_a_failure_and_is_returned(value: Any, shown: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_falsy_hook_value_is_a_failure_and_is_returned(
+    value: Any, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Nothing(Greet):
         def onsuccess(self, result: Result) -> Any:
             return value
@@ -215,7 +217,7 @@ def test_a_false_answer_is_a_failure_and_is_returned(value: Any, shown: str, cap
 
 
 @pytest.mark.parametrize("value", ["text", 5, {"a": 1}])
-def test_a_true_answer_that_is_no_result_is_a_failed_result(value: Any) -> None:
+def test_truthy_hook_value_that_is_no_result_gives_a_failed_result(value: Any) -> None:
     """C16"""
 
     class Odd(Greet):
@@ -229,7 +231,7 @@ def test_a_true_answer_that_is_no_result_is_a_failed_result(value: Any) -> None:
 
 
 @pytest.mark.parametrize("hook", ["onsuccess", "onerror"])
-def test_a_raising_hook_is_merged_and_no_hook_called_again(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_hook_is_merged_and_no_hook_is_called_again(hook: str, caplog: pytest.LogCaptureFixture) -> None:
     """C13, C16"""
     calls: list[str] = []
 
@@ -248,7 +250,7 @@ def test_a_raising_hook_is_merged_and_no_hook_called_again(hook: str, caplog: py
     assert last.getMessage() == f"Hooked.Failed: {Code.path}[{UUID}]: a hook raised: hook"
 
 
-def test_a_hook_that_raises_for_no_result_at_all_makes_one() -> None:
+def test_raising_hook_without_a_result_creates_a_failed_result() -> None:
     class Nothing(Greet):
         def onsuccess(self, result: Result) -> Any:
             return None
@@ -263,7 +265,7 @@ def test_a_hook_that_raises_for_no_result_at_all_makes_one() -> None:
     assert (result.uuid, result.stderr) == (UUID, "hook got None")
 
 
-def test_an_interrupt_passes_with_the_running_file_emptied(caplog: pytest.LogCaptureFixture) -> None:
+def test_interrupt_propagates_and_clears_the_running_file(caplog: pytest.LogCaptureFixture) -> None:
     """C8"""
     with pytest.raises(KeyboardInterrupt):
         Controller.run(message(End).dumps())
@@ -274,7 +276,7 @@ def test_an_interrupt_passes_with_the_running_file_emptied(caplog: pytest.LogCap
 # -- producers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_producer_sends_with_its_underscored_method() -> None:
+def test_producer_sends_with_its_underscored_method() -> None:
     class Mine(BaseProducer):
         def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
             return topic, kmsg, timeout
@@ -284,7 +286,7 @@ def test_a_producer_sends_with_its_underscored_method() -> None:
     assert Mine().send("dice", kmsg, 5) == ("dice", kmsg, 5)
 
 
-def test_a_base_producer_does_nothing() -> None:
+def test_base_producer_sends_nothing() -> None:
     assert BaseProducer().send("dice", message("x")) is None
     assert BaseProducer().close() is None  # type: ignore[func-returns-value]
     assert issubclass(BaseProducer, BaseController)

@@ -1,4 +1,4 @@
-"""What the chaos of operations has found: servers that are away, or make everybody wait (rules 9, 21 and 33)."""
+"""Tests of outages and slow databases that the chaos runs found (rules 9, 21 and 33)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def arrive(process: Process) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_consumer_that_starts_while_the_database_is_away_waits_for_it(workers: int) -> None:
+def test_consumer_started_during_a_database_outage_waits_for_the_database(workers: int) -> None:
     store = AwayStore()
     process = Process(None, Sale, workers=workers)
     process.registry._store = store
@@ -56,7 +56,7 @@ def test_a_consumer_that_starts_while_the_database_is_away_waits_for_it(workers:
         until(lambda: [each.name for each in threading.enumerate()].count("kser-beside") == 1)
 
 
-def test_a_consumer_that_waits_for_its_database_from_the_start_can_be_ended() -> None:
+def test_graceful_shutdown_ends_a_consumer_that_waits_for_its_database() -> None:
     process = Process(None, Sale, workers=2)
     process.registry._store = store = AwayStore()
     arrive(process)
@@ -70,7 +70,7 @@ def test_a_consumer_that_waits_for_its_database_from_the_start_can_be_ended() ->
     other.consumer.close()
 
 
-def test_a_database_of_another_version_is_refused_at_the_start() -> None:
+def test_database_with_another_schema_version_is_rejected_at_the_start() -> None:
     class Old(MemoryStore):
         def check(self) -> None:
             raise SchemaMismatch("run something")
@@ -97,10 +97,8 @@ def hold_up(shop: Shop, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None
     monkeypatch.setattr(shop.store, "take_due", wait)
 
 
-def test_a_reaper_that_had_to_wait_for_the_database_leaves_claims_to_their_owners(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """durability rule 21: nobody could prolong a claim meanwhile."""
+def test_reaper_takes_no_expired_leases_after_a_database_delay(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 21: no owner could renew its lease meanwhile."""
     shop.live(2 * LEASE)
     shop.first.send(Sale)
     claim = shop.seize()
@@ -112,7 +110,7 @@ def test_a_reaper_that_had_to_wait_for_the_database_leaves_claims_to_their_owner
     assert isinstance(shop.store.claim("1", "1", me("other")), Refusal)
 
 
-def test_a_claim_that_was_left_to_a_dead_owner_is_over_one_lease_later(
+def test_lease_expiry_after_a_database_delay_frees_the_claim_of_a_dead_owner(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 21"""
@@ -126,19 +124,19 @@ def test_a_claim_that_was_left_to_a_dead_owner_is_over_one_lease_later(
     assert shop.status() == SUCCESS
 
 
-def test_a_claim_that_was_lost_is_said_to_be_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_claim_is_logged_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     second = shop.process(Sale, group="second")
     beats = [shop.first.companion.beat] * 3
     Act.acts["1.b"] = [meanwhile(lambda: shop.pass_by(LEASE + 1), second.handle, *beats), None]
     shop.first.send(Sale)
     shop.first.handle()
-    assert len([line for line in lines(caplog, logging.WARNING) if "the claim on it was lost" in line]) == 1
+    assert len([line for line in lines(caplog, logging.WARNING) if "the claim was lost" in line]) == 1
 
 
 # -- Kafka makes everybody wait ----------------------------------------------------------------------------------------
 
 
-def test_a_claim_that_was_given_back_is_not_said_to_be_lost_while_the_next_step_is_sent(
+def test_released_claim_is_not_logged_as_lost_while_the_next_step_is_sent(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 9"""

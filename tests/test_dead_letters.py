@@ -1,4 +1,4 @@
-"""Messages that failed for good, written to a topic of their own before they count as done."""
+"""Tests of dead letters: failed messages are written to their own topic before their offset is committed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def consume(**options: Any) -> Consumer:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_read_is_written_as_it_came(bus: Bus) -> None:
+def test_undecodable_record_is_dead_lettered_unchanged(bus: Bus) -> None:
     headers = (("trace", b"\x00\xff"), ("empty", None), ("trace", b"again"))
     bus.create_topic("dice", 2)
     bus.send("dice", b"good bytes", partition=1)
@@ -62,14 +62,14 @@ def test_what_cannot_be_read_is_written_as_it_came(bus: Bus) -> None:
     assert said["error-message"]
 
 
-def test_a_null_value_stays_one(bus: Bus) -> None:
+def test_null_value_is_dead_lettered_as_null(bus: Bus) -> None:
     bus.send("dice", None, key=b"k")
     consume()
     (letter,) = letters()
     assert (letter.value, letter.key, told(letter)["reason"]) == (None, b"k", "undecodable")
 
 
-def test_a_name_that_nobody_knows_is_named() -> None:
+def test_dead_letter_names_an_unknown_entrypoint() -> None:
     put("1", cls="shop.Unknown")
     consume(retry=NOW)
     (letter,) = letters()
@@ -79,7 +79,7 @@ def test_a_name_that_nobody_knows_is_named() -> None:
     assert "Entrypoint 'shop.Unknown' not registred" in said["error-message"]
 
 
-def test_a_failure_is_written_after_its_last_attempt_with_its_error() -> None:
+def test_dead_letter_is_written_after_the_last_attempt_with_its_error() -> None:
     Act.acts["1"] = ConnectionError("nobody there")
     put("1")
     consumer = consume(retry=NOW)
@@ -91,7 +91,7 @@ def test_a_failure_is_written_after_its_last_attempt_with_its_error() -> None:
     assert consumer.counts == {"done": 1, "failed": 1, "retried": 2, "dead_lettered": 1}
 
 
-def test_a_failed_result_has_no_class_of_error() -> None:
+def test_dead_letter_of_a_failed_result_has_no_error_class() -> None:
     Act.acts["1"] = lambda: Result(retcode=7, stderr="card declined")
     put("1")
     consume()
@@ -99,7 +99,7 @@ def test_a_failed_result_has_no_class_of_error() -> None:
     assert (told(letter)["error-class"], told(letter)["error-message"]) == ("", "card declined")
 
 
-def test_who_wrote_it_and_when_is_said() -> None:
+def test_dead_letter_names_its_consumer_and_time() -> None:
     put("1", cls="shop.Unknown")
     before = int(time.time() * 1000)
     consume()
@@ -108,7 +108,7 @@ def test_who_wrote_it_and_when_is_said() -> None:
     assert before <= int(said["time"]) <= time.time() * 1000
 
 
-def test_a_text_that_has_no_utf_8_form_is_written_escaped() -> None:
+def test_dead_letter_escapes_text_without_a_utf_8_form() -> None:
     Act.acts["1"] = ValueError("caf\u00e9 \udc80")
     put("1")
     consume()
@@ -116,7 +116,7 @@ def test_a_text_that_has_no_utf_8_form_is_written_escaped() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(2), ValueError("x")])
-def test_whatever_a_task_raises_is_written(error: BaseException) -> None:
+def test_raising_task_is_dead_lettered_even_with_system_exit(error: BaseException) -> None:
     Act.acts["1"] = error
     put("1", "2")
     consume()
@@ -124,7 +124,7 @@ def test_whatever_a_task_raises_is_written(error: BaseException) -> None:
     assert (Act.seen, committed()) == (["1", "2"], 2)
 
 
-def test_a_registry_that_raises_is_a_failure_too() -> None:
+def test_raising_registry_gives_a_dead_letter() -> None:
     class Raising:
         @staticmethod
         def run(data: Any) -> None:
@@ -137,7 +137,7 @@ def test_a_registry_that_raises_is_a_failure_too() -> None:
     assert told(letters()[0])["error-class"] == "RuntimeError"
 
 
-def test_a_message_that_a_hook_refuses_is_a_failure_too() -> None:
+def test_message_rejected_by_a_hook_is_dead_lettered() -> None:
     class Refusing(Controller):
         @classmethod
         def onmessage(cls, kmsg: Any) -> Any:
@@ -150,7 +150,7 @@ def test_a_message_that_a_hook_refuses_is_a_failure_too() -> None:
     assert (told(letters()[0])["reason"], Act.seen) == ("failed", [])
 
 
-def test_a_task_that_could_not_be_made_is_a_failure_too() -> None:
+def test_task_that_cannot_be_built_is_dead_lettered() -> None:
     class Unmade(Act):
         def postinit(self) -> None:
             raise ConnectionError("nobody there")
@@ -162,7 +162,7 @@ def test_a_task_that_could_not_be_made_is_a_failure_too() -> None:
     assert consumer.counts["failed"] == 1
 
 
-def test_what_succeeds_is_not_written() -> None:
+def test_successful_message_is_not_dead_lettered() -> None:
     Act.acts["1"] = [ConnectionError("no"), None]
     put("1", "2")
     consume(retry=NOW)
@@ -172,7 +172,7 @@ def test_what_succeeds_is_not_written() -> None:
 # -- where to ----------------------------------------------------------------------------------------------------------
 
 
-def test_by_default_a_failure_goes_nowhere_and_is_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_message_is_committed_without_a_dead_letter_by_default(caplog: pytest.LogCaptureFixture) -> None:
     """As published: it is logged and counted."""
     put("1", cls="shop.Unknown")
     consumer = consume(dead_letter=None)
@@ -181,21 +181,21 @@ def test_by_default_a_failure_goes_nowhere_and_is_done(caplog: pytest.LogCapture
     assert record_of(caplog, "Controller.Failed: ")
 
 
-def test_each_topic_has_one_of_its_own(bus: Bus) -> None:
+def test_each_topic_has_its_own_dead_letter_topic(bus: Bus) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter=True).run_until_idle()
     assert (len(letters("dice.dlq")), len(letters("cards.dlq"))) == (1, 1)
 
 
-def test_all_may_go_to_one_that_is_named(bus: Bus) -> None:
+def test_dead_letters_of_all_topics_may_share_a_named_topic(bus: Bus) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter="broken").run_until_idle()
     assert {told(letter)["topic"] for letter in letters("broken")} == {"dice", "cards"}
 
 
-def test_listeners_hear_of_it() -> None:
+def test_dead_lettered_signal_is_emitted() -> None:
     heard: list[Any] = []
 
     def listen(sender: Any, topic: str, record: Any, failure: Failure) -> None:
@@ -232,7 +232,7 @@ class Stuck(Consumer):
         return self.made
 
 
-def test_until_it_is_written_its_partition_waits_and_others_go_on(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+def test_unwritten_dead_letter_blocks_its_partition_alone(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
     bus.create_topic("dice", 2)
     Act.acts["bad"] = KeyError("x")
     put("bad", partition=0)
@@ -247,8 +247,8 @@ def test_until_it_is_written_its_partition_waits_and_others_go_on(bus: Bus, capl
     assert (Act.seen, committed(0), committed(1)) == (["bad", "free"], 0, 1)
     (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Stuck: ")]
     assert line == (
-        "Stuck: offset 0 of dice[0] failed (failed) and cannot be written to 'dice.dlq': no broker; its partition"
-        " waits until it can"
+        "Stuck: offset 0 of dice[0] failed (failed) and its dead letter cannot be written to 'dice.dlq': no broker;"
+        " the partition is paused until the write succeeds"
     )
     assert 4 < consumer.made.tries < 10
     consumer.made.willing = True
@@ -258,7 +258,7 @@ def test_until_it_is_written_its_partition_waits_and_others_go_on(bus: Bus, capl
     assert consumer.counts == {"done": 3, "failed": 1, "dead_lettered": 1}
 
 
-def test_a_task_is_not_run_again_because_its_letter_could_not_be_written() -> None:
+def test_unwritten_dead_letter_does_not_run_its_task_again() -> None:
     Act.acts["1"] = KeyError("x")
     put("1")
     consumer = Stuck(AT_ONCE, ["dice"], dead_letter=True)
@@ -269,7 +269,7 @@ def test_a_task_is_not_run_again_because_its_letter_could_not_be_written() -> No
     assert (Act.seen, consumer.made.tries, consumer.counts["failed"]) == (["1"], 2, 1)
 
 
-def test_a_letter_that_was_not_written_at_the_end_comes_again() -> None:
+def test_message_with_an_unwritten_dead_letter_is_redelivered_after_close() -> None:
     Act.acts["1"] = KeyError("x")
     put("1")
     consumer = Stuck(AT_ONCE, ["dice"], dead_letter=True)
@@ -280,14 +280,14 @@ def test_a_letter_that_was_not_written_at_the_end_comes_again() -> None:
     assert (Act.seen, committed(), len(letters())) == (["1", "1"], 1, 1)
 
 
-def test_of_a_long_text_the_beginning_is_written() -> None:
+def test_dead_letter_truncates_a_long_error_text() -> None:
     Act.acts["1"] = ValueError("long " * 10_000)
     put("1")
     consume()
     assert told(letters()[0])["error-message"] == ("long " * 10_000)[: TEXT_LIMITS[0]]
 
 
-def test_a_message_that_is_nearly_too_large_is_written_without_the_text() -> None:
+def test_dead_letter_of_a_nearly_oversized_message_omits_the_error_text() -> None:
     """Our headers make it larger."""
     Act.acts["1"] = Act.acts["2"] = ValueError("long " * 300)
     put("1")
@@ -299,7 +299,7 @@ def test_a_message_that_is_nearly_too_large_is_written_without_the_text() -> Non
     assert (told(without)["reason"], told(without)["error-class"]) == ("failed", "ValueError")
 
 
-def test_what_is_too_large_in_any_case_says_what_to_raise(caplog: pytest.LogCaptureFixture, bus: Bus) -> None:
+def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(caplog: pytest.LogCaptureFixture, bus: Bus) -> None:
     bus.send("dice", b"x" * 5000)
     consumer = consumer_of({**AT_ONCE, "max_request_size": 5000}, dead_letter=True)
     consumer.step(timeout=0)
@@ -310,7 +310,7 @@ def test_what_is_too_large_in_any_case_says_what_to_raise(caplog: pytest.LogCapt
     assert committed() == 0
 
 
-def test_what_a_producer_sends_is_not_what_came_of_the_message_in_hand() -> None:
+def test_send_by_user_code_does_not_change_the_failure_of_the_current_attempt() -> None:
     """A hook of a failed message may send something, and a step of another operation may be told of in its thread."""
     delivery = Delivery()
     delivery.failure = Failure(FAILED, "ValueError", "boom")

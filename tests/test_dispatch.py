@@ -1,4 +1,4 @@
-"""Between the client's thread and the workers: lanes, room, and what is given up. No threads here."""
+"""Tests of the work queue: lanes, the in-flight limit, retries and abandoned attempts. No threads here."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from tests.engine import DICE
         ("none", "aab-", [0, 1, 2, 3]),
     ],
 )
-def test_what_may_run_at_once_is_a_matter_of_the_ordering(ordering: str, keys: str, at_once: list[int]) -> None:
+def test_ordering_decides_which_records_run_concurrently(ordering: str, keys: str, at_once: list[int]) -> None:
     desk = Desk(ordering=ordering)
     desk.enter_keys(keys)
     assert offsets(desk.all()) == at_once
 
 
 @pytest.mark.parametrize("ordering", ["key", "partition"])
-def test_partitions_do_not_wait_for_each_other(ordering: str) -> None:
+def test_partitions_run_independently(ordering: str) -> None:
     desk = Desk(ordering=ordering)
     desk.on_assign({OTHER: Commit(0)})
     desk.enter(record(0, b"a"), record(0, b"a", partition=1))
     assert len(desk.all()) == 2
 
 
-def test_records_of_a_key_follow_each_other_in_order() -> None:
+def test_records_of_a_key_run_in_order() -> None:
     desk = Desk()
     desk.enter_keys("aaa")
     seen = []
@@ -50,13 +50,13 @@ def test_records_of_a_key_follow_each_other_in_order() -> None:
     assert desk.all() == []
 
 
-def test_an_empty_key_is_a_key() -> None:
+def test_empty_key_counts_as_a_key() -> None:
     desk = Desk()
     desk.enter(record(0, b""), record(1, b""))
     assert offsets(desk.all()) == [0]
 
 
-def test_what_comes_later_joins_the_lane_of_what_runs() -> None:
+def test_later_record_joins_the_lane_of_a_running_one() -> None:
     desk = Desk()
     desk.enter(record(0, b"a"))
     first = desk.next()
@@ -66,7 +66,7 @@ def test_what_comes_later_joins_the_lane_of_what_runs() -> None:
     assert offsets(desk.all()) == [1]
 
 
-def test_a_lane_that_is_empty_is_forgotten() -> None:
+def test_empty_lane_is_removed() -> None:
     """There may be as many keys as there are records."""
     desk = Desk()
     desk.enter_keys("ab")
@@ -75,7 +75,7 @@ def test_a_lane_that_is_empty_is_forgotten() -> None:
     assert desk._lanes._lanes == {}
 
 
-def test_a_job_counts_once_however_often_it_is_finished() -> None:
+def test_record_finished_twice_counts_once() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -86,7 +86,7 @@ def test_a_job_counts_once_however_often_it_is_finished() -> None:
 # -- retries -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_retry_waits_its_time_and_so_does_its_lane() -> None:
+def test_retry_backoff_delays_the_record_and_its_lane() -> None:
     desk = Desk()
     desk.enter_keys("aab-")
     first, *others = desk.all()
@@ -102,7 +102,7 @@ def test_a_retry_waits_its_time_and_so_does_its_lane() -> None:
     assert offsets(desk.all()) == [1]
 
 
-def test_retries_come_in_the_order_of_their_times() -> None:
+def test_retries_run_in_the_order_of_their_due_times() -> None:
     desk = Desk()
     desk.enter_keys("---")
     for job, seconds in zip(desk.all(), (30, 10, 20), strict=True):
@@ -111,7 +111,7 @@ def test_retries_come_in_the_order_of_their_times() -> None:
     assert offsets(desk.all()) == [1, 2, 0]
 
 
-def test_a_record_that_waits_holds_the_commit_but_no_room_that_others_need() -> None:
+def test_delayed_record_blocks_the_commit_and_frees_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=3)
     desk.enter_keys("--")
     first, second = desk.all()
@@ -124,7 +124,7 @@ def test_a_record_that_waits_holds_the_commit_but_no_room_that_others_need() -> 
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_room_for_so_many_records() -> None:
+def test_in_flight_limit_bounds_the_number_of_records() -> None:
     desk = Desk(max_in_flight=3)
     assert desk.room() == 3
     desk.enter_keys("---")
@@ -133,8 +133,8 @@ def test_there_is_room_for_so_many_records() -> None:
     assert desk.room() == 1
 
 
-def test_there_is_room_for_so_many_bytes_as_far_as_can_be_told() -> None:
-    """What a poll brings is known afterwards; it is held against what the last one brought."""
+def test_in_flight_limit_bounds_the_bytes_as_estimated_from_the_last_fetch() -> None:
+    """The size of a fetch is known only afterwards, so the size of the last fetch is the estimate."""
     desk = Desk(max_in_flight=1000, max_bytes=1000)
     desk.enter(record(0, value=b"x" * 90, key=b"k" * 10))
     assert desk.room() == 10
@@ -144,7 +144,7 @@ def test_there_is_room_for_so_many_bytes_as_far_as_can_be_told() -> None:
     assert desk.room() == 2
 
 
-def test_there_is_always_room_for_one_record_however_large() -> None:
+def test_in_flight_limit_admits_one_record_of_any_size() -> None:
     desk = Desk(max_bytes=10)
     desk.enter(record(0, value=b"x" * 1000))
     assert desk.room() == 0
@@ -152,7 +152,7 @@ def test_there_is_always_room_for_one_record_however_large() -> None:
     assert desk.room() == 1
 
 
-def test_what_is_given_up_makes_room() -> None:
+def test_revoked_records_free_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=3, max_bytes=100)
     desk.enter(*(record(n, value=b"x" * 40) for n in range(3)))
     desk.next()
@@ -160,7 +160,7 @@ def test_what_is_given_up_makes_room() -> None:
     assert (desk.room(), desk.in_flight, desk._budget.bytes) == (3, 0, 0)
 
 
-def test_the_count_of_what_is_held_never_drifts() -> None:
+def test_in_flight_count_stays_correct_through_a_revocation() -> None:
     desk = Desk()
     desk.enter(*(record(n, b"a", b"xyz") for n in range(4)))
     first = desk.next()
@@ -176,7 +176,7 @@ def test_the_count_of_what_is_held_never_drifts() -> None:
 # -- commits -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_committed_is_not_committed_again() -> None:
+def test_committed_offset_is_not_committed_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.finish(desk.next())
@@ -186,7 +186,7 @@ def test_what_was_committed_is_not_committed_again() -> None:
     assert desk.commits() == {}
 
 
-def test_without_a_group_a_partition_begins_with_its_first_record() -> None:
+def test_partition_without_a_group_starts_at_its_first_record() -> None:
     dispatch = Dispatch()
     dispatch.offer({OTHER: [record(7, partition=1)]})
     job = dispatch.take(0)
@@ -195,7 +195,7 @@ def test_without_a_group_a_partition_begins_with_its_first_record() -> None:
     assert dispatch.commits() == {OTHER: Commit(8)}
 
 
-def test_what_arrives_of_a_partition_that_was_taken_away_is_not_taken_in() -> None:
+def test_records_of_a_revoked_partition_are_ignored() -> None:
     desk = Desk()
     desk.on_revoke([DICE])
     desk.enter_keys("--")
@@ -210,7 +210,7 @@ def dead(job: Job) -> Job:
     return job
 
 
-def test_a_partition_whose_dead_letter_cannot_be_written_is_held() -> None:
+def test_unwritten_dead_letter_blocks_its_partition() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.bury_later(dead(desk.next()), 30)
@@ -224,7 +224,7 @@ def test_a_partition_whose_dead_letter_cannot_be_written_is_held() -> None:
     assert set(desk.held()) == set()
 
 
-def test_a_partition_is_held_for_its_dead_letter_over_a_rebalance() -> None:
+def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.bury_later(dead(desk.next()), 30)
@@ -232,7 +232,7 @@ def test_a_partition_is_held_for_its_dead_letter_over_a_rebalance() -> None:
     assert set(desk.held()) == {DICE}
 
 
-def test_a_partition_is_held_when_what_is_finished_can_hardly_be_noted() -> None:
+def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
     desk = Desk(ordering="none", max_in_flight=10_000)
     desk.offer({DICE: [record(n) for n in range(4000)]})
     for job in desk.all():
@@ -245,7 +245,7 @@ def test_a_partition_is_held_when_what_is_finished_can_hardly_be_noted() -> None
 # -- attempts that are given up ----------------------------------------------------------------------------------------
 
 
-def test_an_attempt_that_is_expired_is_followed_by_its_verdict() -> None:
+def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job, verdict = desk.next(), TimeoutError("late")
@@ -259,7 +259,7 @@ def test_an_attempt_that_is_expired_is_followed_by_its_verdict() -> None:
     assert desk.commits() == {DICE: Commit(1)}
 
 
-def test_an_attempt_that_is_abandoned_leaves_its_record_unfinished() -> None:
+def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
@@ -268,7 +268,7 @@ def test_an_attempt_that_is_abandoned_leaves_its_record_unfinished() -> None:
     assert (desk.running(), desk.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
 
 
-def test_an_attempt_that_has_ended_is_not_given_up() -> None:
+def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
@@ -279,7 +279,7 @@ def test_an_attempt_that_has_ended_is_not_given_up() -> None:
 # -- pause and end -----------------------------------------------------------------------------------------------------
 
 
-def test_while_paused_nothing_is_given_to_workers() -> None:
+def test_paused_queue_hands_out_no_record() -> None:
     desk = Desk()
     desk.enter_keys("---")
     desk.retry(desk.next(), 1)
@@ -290,7 +290,7 @@ def test_while_paused_nothing_is_given_to_workers() -> None:
     assert sorted(offsets(desk.all())) == [0, 1, 2]
 
 
-def test_after_the_end_nothing_is_given_to_workers_and_what_runs_still_counts() -> None:
+def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> None:
     desk = Desk()
     desk.enter_keys("aa-b")
     first, keyless, _ = desk.all()
@@ -306,7 +306,7 @@ def test_after_the_end_nothing_is_given_to_workers_and_what_runs_still_counts() 
 # -- signs of life -----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_begun_while_the_client_gave_no_sign_of_life_for_long() -> None:
+def test_expired_group_lease_stops_new_attempts_until_renewed() -> None:
     desk = Desk(fence=3)
     desk.enter_keys("--")
     desk.time.pass_by(3)

@@ -1,4 +1,4 @@
-"""Whatever happens to two consumers of a group, in any order: nothing is lost, doubled without need, or overtaken.
+"""Property test of the work queue: two consumers of a group never lose, reorder or needlessly repeat a record.
 
 Hypothesis makes up what happens: records arrive, are polled, taken, finished, tried again, given up after their
 TIMEOUT; offsets are committed or not; partitions are revoked, return, move to the other consumer, are lost; consumers
@@ -24,7 +24,7 @@ STEPS = 60
 CASES_PER_EXAMPLE = 5
 
 
-def test_whatever_happens_nothing_is_lost_doubled_or_overtaken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_events_neither_lose_duplicate_nor_reorder_records(capsys: pytest.CaptureFixture[str]) -> None:
     examples = max(CASES // CASES_PER_EXAMPLE, 1)
     run_state_machine_as_test(
         seed(SEED)(Group),

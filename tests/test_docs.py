@@ -1,4 +1,4 @@
-"""The documentation is true: what it shows is run, and its tables are compared with the code.
+"""Tests of the documentation: its examples run, and its tables match the code.
 
 ``python -m tests.test_docs`` writes the outputs that it shows again.
 """
@@ -155,30 +155,30 @@ def without_figures(table: str) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_program_prints_what_the_documentation_shows(script: Path, tmp_path: Path) -> None:
+def test_program_prints_the_documented_output(script: Path, tmp_path: Path) -> None:
     assert lasting(output_of(script, locks=tmp_path)) == lasting(script.with_suffix(".txt").read_text())
 
 
-def test_the_quickstart_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+def test_quickstart_prints_the_documented_output(tmp_path: Path) -> None:
     for path, text in play_quickstart(tmp_path).items():
         assert lasting(text) == lasting(path.read_text()), path.name
 
 
-def test_the_dice_game_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+def test_dice_game_prints_the_documented_output(tmp_path: Path) -> None:
     # The two messages may be in different partitions, so either may come first.
     assert sorted(lasting(play_dice(tmp_path)).splitlines()) == sorted(lasting(DEMO.read_text()).splitlines())
 
 
-def test_the_shop_prints_what_the_documentation_shows(tmp_path: Path) -> None:
+def test_shop_prints_the_documented_output(tmp_path: Path) -> None:
     assert without_figures(play_shop(tmp_path)) == without_figures(SHOP.read_text())
 
 
-def test_the_tests_of_the_documentation_pass(tmp_path: Path) -> None:
+def test_documented_tests_pass(tmp_path: Path) -> None:
     options = ("-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", TESTING)
     assert " passed" in output_of("-m", "pytest", *options, TESTING, locks=tmp_path)
 
 
-def test_the_installation_of_the_quickstart_names_extras_that_exist() -> None:
+def test_quickstart_installs_existing_extras() -> None:
     extras = re.search(r"\[(.+)\]", (QUICKSTART / "install.sh").read_text())[1].split(",")
     declared = (ROOT / "setup.py").read_text()
     assert all(f'"{extra}": ' in declared for extra in extras)
@@ -212,7 +212,7 @@ def seconds_to_end(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     return options.shutdown_timeout + options.revoke_timeout + 10
 
 
-def test_the_unit_leaves_the_consumer_time_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_unit_leaves_time_for_a_graceful_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     service = unit()["Service"]
     assert (service["KillSignal"], service["KillMode"], service["Restart"]) == ("SIGTERM", "mixed", "on-failure")
     assert float(service["TimeoutStopSec"]) > seconds_to_end(environment_file(), monkeypatch)
@@ -220,7 +220,7 @@ def test_the_unit_leaves_the_consumer_time_to_end(monkeypatch: pytest.MonkeyPatc
     assert Settings().topics == ["orders"]
 
 
-def test_the_deployment_leaves_the_consumer_time_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubernetes_deployment_leaves_time_for_a_graceful_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     (container,) = pod()["containers"]
     settings = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
     assert pod()["terminationGracePeriodSeconds"] > seconds_to_end(settings, monkeypatch)
@@ -232,7 +232,7 @@ def test_the_deployment_leaves_the_consumer_time_to_end(monkeypatch: pytest.Monk
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod()["volumes"]}
 
 
-def test_the_deployed_consumer_starts_is_alive_and_ends(tmp_path: Path) -> None:
+def test_deployed_consumer_starts_stays_alive_and_ends(tmp_path: Path) -> None:
     (container,) = pod()["containers"]
     environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
     probes = [container[name]["exec"]["command"] for name in ("readinessProbe", "livenessProbe")]
@@ -257,7 +257,7 @@ def test_the_deployed_consumer_starts_is_alive_and_ends(tmp_path: Path) -> None:
         assert "commit=after, workers=8, ordering=key, group=shop, topics=orders" in output
 
 
-def test_the_clients_know_the_options_of_the_security_examples() -> None:
+def test_security_examples_use_options_that_the_clients_know() -> None:
     kafka = pytest.importorskip("kafka")
     confluent = json.loads((PRODUCTION / "security-confluent.json").read_text())
     known = importlib.import_module("kser.confluent.options")
@@ -275,14 +275,14 @@ def included(page: Path) -> Iterator[Path]:
         yield (page.parent / name).resolve()
 
 
-def test_every_program_is_shown_with_its_output() -> None:
+def test_every_example_file_is_included_in_a_page() -> None:
     shown = {path for page in PAGES for path in included(page)}
     kinds = (".py", ".sh", ".txt", ".env", ".service", ".yaml", ".json")
     files = {path for path in EXAMPLES.rglob("*.*") if path.suffix in kinds and path.is_file()}
     assert files - shown == set()
 
 
-def test_pages_hold_no_code_of_their_own() -> None:
+def test_pages_contain_no_inline_code() -> None:
     languages = {
         (page.name, language)
         for page in [*PAGES, ROOT / "CONTRIBUTING.rst"]
@@ -297,7 +297,7 @@ def blocks(text: str, language: str) -> list[str]:
     return [re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n") + "\n" for block in found]
 
 
-def test_the_readme_shows_the_example_and_real_outputs() -> None:
+def test_readme_contains_the_example_and_its_outputs() -> None:
     readme = (ROOT / "README.rst").read_text()
     assert blocks(readme, "python") == [(EXAMPLES / "readme.py").read_text()]
     assert blocks(readme, "text") == [
@@ -322,7 +322,7 @@ def test_every_module_is_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("owner", [Task, Operation, OperationRegistry])
-def test_every_member_is_on_the_sequencing_page(owner: type) -> None:
+def test_every_public_member_is_on_the_sequencing_page(owner: type) -> None:
     text = (DOCS / "sequencing.rst").read_text()
     documented = set(
         re.findall(rf"^ *\.\. auto(?:method|attribute|property):: (?:{owner.__name__}\.)?(\w+)", text, re.M)
@@ -331,7 +331,7 @@ def test_every_member_is_on_the_sequencing_page(owner: type) -> None:
     assert members - documented == set()
 
 
-def test_the_errors_page_has_every_error() -> None:
+def test_errors_page_lists_every_error() -> None:
     text = (DOCS / "errors.rst").read_text()
     classes = [
         value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.KserError)
@@ -342,7 +342,7 @@ def test_the_errors_page_has_every_error() -> None:
     assert len(re.findall("── .* ERR-503", text)) == len(classes)
 
 
-def test_every_variable_is_on_the_configuration_page() -> None:
+def test_every_environment_variable_is_on_the_configuration_page() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "kser").rglob("*.py"))
     variables = {*re.findall(r'"(KSER_[A-Z]+(?:_[A-Z]+)*)"', sources), *re.findall(r'environ\["([A-Z_]+)"\]', sources)}
     page = (DOCS / "configuration.rst").read_text()
@@ -350,7 +350,7 @@ def test_every_variable_is_on_the_configuration_page() -> None:
     assert {name for name in variables - internal if f"``{name}``" not in page} == set()
 
 
-def test_every_option_of_consumers_is_on_the_configuration_page() -> None:
+def test_every_consumer_option_is_on_the_configuration_page() -> None:
     page = (DOCS / "configuration.rst").read_text()
     for field in fields(ConsumerOptions):
         name = f"KSER_{field.name.upper()}"
@@ -364,14 +364,14 @@ def rows(page: str) -> list[str]:
     return re.findall(rf"^   \* - ({IDENTIFIER.pattern})$", page, re.MULTILINE)
 
 
-def test_every_decision_has_one_row_and_a_line_in_the_changelog() -> None:
+def test_every_decision_has_one_row_and_one_changelog_line() -> None:
     page, kept = (DOCS / "differences.rst").read_text().split("Kept on purpose")
     identifiers = rows(page) + rows(kept)
     assert len(identifiers) == len(set(identifiers))
     assert set(IDENTIFIER.findall((ROOT / "CHANGELOG.rst").read_text())) == set(rows(page))
 
 
-def test_every_difference_that_is_tolerated_is_documented() -> None:
+def test_every_accepted_difference_is_documented() -> None:
     headings = re.findall(r"^\[([^\]]+)\] ", DIFFERENTIAL.read_text(), re.MULTILINE)
     used = {identifier for heading in headings for identifier in heading.split()}
     assert len(used) > 30
@@ -402,7 +402,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
 @pytest.mark.parametrize(
     ("schema", "declaration"), [(SCHEMA, schemas.MESSAGE), (SCHEMA["properties"]["result"], schemas.RESULT)]
 )
-def test_the_schema_declares_what_the_code_declares(schema: dict[str, Any], declaration: Any) -> None:
+def test_json_schema_declares_the_same_fields_as_the_code(schema: dict[str, Any], declaration: Any) -> None:
     kinds = {str: "string", int: "integer", dict: "object", Result: "object"}
     expected = {
         field.name: [kinds[field.kind], "null"] if field.nullable else kinds[field.kind] for field in declaration
@@ -438,7 +438,7 @@ BASE = {"uuid": "1", "entrypoint": "e"}
         [],
     ],
 )
-def test_schema_and_code_accept_the_same(data: Any) -> None:
+def test_json_schema_and_code_accept_the_same_messages(data: Any) -> None:
     try:
         written = json.loads(Message.loads(json.dumps(data)).dumps())
     except Exception:
@@ -529,7 +529,7 @@ def is_in_the_package(row: LogRow, texts: set[str]) -> bool:
     return all(any(piece in text for text in texts) for piece in pieces if len(piece) > 3)
 
 
-def test_log_lines_are_as_in_the_table(caplog: pytest.LogCaptureFixture, lock_path: Path) -> None:
+def test_log_lines_match_the_table(caplog: pytest.LogCaptureFixture, lock_path: Path) -> None:
     caplog.set_level(logging.DEBUG, "kser")
     talk()
     seen = [record for record in caplog.records if record.name.startswith("kser")]

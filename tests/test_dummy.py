@@ -1,4 +1,4 @@
-"""The in-memory transport: what users test with. Behaviour page, section 10; the loop is tested with it elsewhere."""
+"""Tests of the in-memory transport. Behaviour page, section 10; the consumer loop has its own tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reset() -> Iterator[None]:
     Bus.reset()
 
 
-def test_sending_puts_the_published_text_on_the_bus(caplog: pytest.LogCaptureFixture) -> None:
+def test_send_logs_the_published_text_and_appends_to_the_topic(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kser")
     kmsg = message("shop.Pay", params={"a": 1})
     result = Producer({}).send("shop", kmsg)
@@ -44,7 +44,7 @@ def test_sending_puts_the_published_text_on_the_bus(caplog: pytest.LogCaptureFix
     assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {TEXT}"]
 
 
-def test_what_has_no_json_form_is_a_failed_result_and_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+def test_message_that_is_not_json_gives_a_failed_result_and_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     """D13"""
     result = Producer({}).send("shop", message("shop.Pay", params={"when": object()}))
     assert (result.uuid, result.retcode) == (UUID, 500)
@@ -73,7 +73,7 @@ def test_hooks_of_producers_are_called() -> None:
     assert Producer().send("shop", message("shop.Pay", params={"a": object()})).retcode == 500
 
 
-def test_a_refusing_hook_fails_the_message_under_its_own_uuid() -> None:
+def test_raising_onmessage_hook_fails_the_message_under_its_own_uuid() -> None:
     """C12: the uuid of a message is the uuid of its result."""
 
     class Refusing(Producer):
@@ -85,21 +85,21 @@ def test_a_refusing_hook_fails_the_message_under_its_own_uuid() -> None:
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
 
 
-def test_many_messages_are_sent_from_any_iterable() -> None:
+def test_bulk_send_accepts_any_iterable() -> None:
     """D14"""
     result = Producer().bulk_send("shop", (message("shop.Pay", uuid=str(number)) for number in range(3)), timeout=5)
     assert (result.retcode, result.stdout) == (0, "3 message(s) sent to shop (timeout: 5)")
     assert len(Bus.at("").values("shop")) == 3
 
 
-def test_a_bulk_with_a_message_that_has_no_json_form_is_a_failed_result() -> None:
+def test_bulk_send_with_a_message_that_is_not_json_gives_a_failed_result() -> None:
     """D13"""
     result = Producer().bulk_send("shop", [message("x"), message("x", params={"a": object()}), message("x")])
     assert result.retcode == 500
     assert "not JSON serializable" in result.stderr
 
 
-def test_each_message_of_a_bulk_is_told_as_it_is_with_kafka() -> None:
+def test_bulk_send_emits_message_sent_for_each_message() -> None:
     heard: list[str] = []
 
     def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
@@ -117,19 +117,19 @@ def test_closing_a_producer_is_harmless() -> None:
 # -- buses -------------------------------------------------------------------------------------------------------------
 
 
-def test_producers_and_consumers_meet_by_their_address() -> None:
+def test_producers_and_consumers_share_a_broker_by_address() -> None:
     assert Producer({"bootstrap_servers": "a"}).client is Bus.at("a")
     assert Consumer({"bootstrap_servers": ["a", "b"]}, ["x"]).client is Bus.at("['a', 'b']")
     assert Bus.at("a") is not Bus.at("b")
 
 
-def test_resetting_forgets_everything() -> None:
+def test_reset_forgets_every_broker() -> None:
     bus = Bus.at("a")
     Bus.reset()
     assert Bus.at("a") is not bus
 
 
-def test_groups_do_not_take_from_each_other() -> None:
+def test_consumer_groups_are_independent() -> None:
     class Note(Entrypoint):
         def run(self) -> None:
             return None
@@ -144,7 +144,7 @@ def test_groups_do_not_take_from_each_other() -> None:
     assert [Bus.at("").committed[group, place].offset for group in ("one", "two")] == [1, 1]
 
 
-def test_records_of_a_key_are_in_one_partition_and_others_are_spread() -> None:
+def test_keyed_records_share_a_partition_and_others_are_spread() -> None:
     bus = Bus.at("a")
     bus.create_topic("shop", 3)
     for number in range(6):
@@ -155,7 +155,7 @@ def test_records_of_a_key_are_in_one_partition_and_others_are_spread() -> None:
     assert keyed == [b"0", b"1", b"2", b"3", b"4", b"5"]
 
 
-def test_a_record_may_be_put_where_a_test_wants_it() -> None:
+def test_record_may_be_sent_to_a_chosen_partition() -> None:
     bus = Bus.at("a")
     bus.create_topic("shop", 2)
     bus.send("shop", b"text", headers=[("trace", b"1")], partition=1)
@@ -165,27 +165,27 @@ def test_a_record_may_be_put_where_a_test_wants_it() -> None:
     assert bus.values("nothing") == []
 
 
-def test_keys_and_headers_travel_with_a_message() -> None:
+def test_keys_and_headers_are_sent_with_a_message() -> None:
     Producer({}).send("shop", message("shop.Pay"), key="customer", headers={"trace": b"1"})
     ((record,),) = Bus.at("").topics["shop"]
     assert (record.key, record.headers) == (b"customer", (("trace", b"1"),))
 
 
-def test_a_closed_consumer_takes_nothing() -> None:
+def test_closed_consumer_takes_no_message() -> None:
     consumer = Consumer({}, ["shop"])
     consumer.close()
     Producer().send("shop", message("shop.Pay"))
     assert consumer.step(timeout=0) == 0
 
 
-def test_its_own_producer_sends_to_the_same_place() -> None:
+def test_producer_of_a_consumer_uses_the_same_broker() -> None:
     consumer = Consumer({"bootstrap_servers": "a"}, ["shop"])
     producer = consumer.make_producer()
     assert isinstance(producer, Producer)
     assert producer.client is Bus.at("a")
 
 
-def test_waiting_for_messages_ends_when_one_arrives() -> None:
+def test_step_returns_when_a_message_arrives() -> None:
     consumer = Consumer({}, ["shop"])
     sender = threading.Timer(0.05, Producer({}).send, ["shop", message("shop.Pay")])
     sender.start()
@@ -196,7 +196,7 @@ def test_waiting_for_messages_ends_when_one_arrives() -> None:
 # -- like the real ones ------------------------------------------------------------------------------------------------
 
 
-def test_without_topics_the_setting_is_read_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_topics_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="set KSER_TOPICS"):
         Consumer({})
     monkeypatch.setenv("KSER_TOPICS", "shop,dice")
@@ -204,14 +204,14 @@ def test_without_topics_the_setting_is_read_and_named(monkeypatch: pytest.Monkey
     assert Consumer().run_until_idle() == 1
 
 
-def test_topics_that_are_one_text_are_refused_as_kafka_refuses_them() -> None:
-    """Taken letter by letter, a consumer would wait for ever on topics that nobody meant."""
+def test_topics_given_as_one_text_are_rejected() -> None:
+    """Read letter by letter, a text would subscribe the consumer to topics that do not exist."""
     with pytest.raises(TypeError, match="must be a list"):
         Consumer({}, "shop")
 
 
 @pytest.mark.parametrize(("mine", "real"), [(Consumer, KafkaConsumer), (Producer, KafkaProducer)])
-def test_constructors_take_what_those_of_kafka_take(mine: Any, real: Any) -> None:
+def test_constructors_match_those_of_the_kafka_transport(mine: Any, real: Any) -> None:
     """D12: one API over all transports."""
     assert list(inspect.signature(mine).parameters) == list(inspect.signature(real).parameters)
 
@@ -225,7 +225,7 @@ def test_settings_of_an_app_are_read() -> None:
     assert Consumer(app=app).run_until_idle() == 1
 
 
-def test_an_empty_dict_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_config_dict_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """D12: arguments win over the environment, with this transport as with the real one."""
     monkeypatch.setenv("KSER_CONFIG", '{"bootstrap_servers": "environment"}')
     assert Producer({}).client is Bus.at("")
@@ -233,7 +233,7 @@ def test_an_empty_dict_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Producer().client is Bus.at("environment")
 
 
-def test_the_producers_have_the_same_methods() -> None:
+def test_producers_of_all_transports_have_the_same_methods() -> None:
     """D12"""
     for name in ("send", "bulk_send", "close", "_send"):
         mine, real = getattr(Producer, name), getattr(KafkaProducer, name)

@@ -1,4 +1,4 @@
-"""Each rule of the protocol of stored operations has a test that cites its number."""
+"""Test that each durability rule is cited by a test."""
 
 from __future__ import annotations
 

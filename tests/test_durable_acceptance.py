@@ -1,4 +1,4 @@
-"""From when on an operation is kept, and what one uuid means."""
+"""Tests of accepting operations: when one is stored, and how duplicate uuids are handled."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Refusing:
 # -- by a call ---------------------------------------------------------------------------------------------------------
 
 
-def test_building_an_operation_stores_nothing(shop: Shop) -> None:
+def test_build_stores_nothing(shop: Shop) -> None:
     """durability rule 1"""
     shop.first.known(Sale)("1").build()
     assert shop.registry.get("1") is None
     assert sent() == []
 
 
-def test_sending_saves_operation_tasks_mode_and_topic_before_anything_is_sent(shop: Shop) -> None:
+def test_send_saves_operation_tasks_mode_and_topic_before_sending(shop: Shop) -> None:
     """durability rule 1"""
     cls = shop.first.known(Sale)
     operation = cls("1", {"order": 42}, metadata={"customer": "7"}).build()
@@ -73,7 +73,7 @@ def test_sending_saves_operation_tasks_mode_and_topic_before_anything_is_sent(sh
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.metadata) == ("1", Sale.path, {OPERATION: "1"})
 
 
-def test_launching_saves_too_and_sends_the_first_task(shop: Shop) -> None:
+def test_launch_saves_the_operation_and_sends_its_first_task(shop: Shop) -> None:
     """durability rule 1"""
     assert shop.first.known(Sale)("1").build().launch().retcode == 0
     assert (shop.stored().operation.mode, shop.stored().operation.topic) == (DISTRIBUTED, "dice")
@@ -81,14 +81,14 @@ def test_launching_saves_too_and_sends_the_first_task(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_what_was_accepted_while_kafka_was_down_is_sent_by_a_reaper(
+def test_operation_accepted_during_a_kafka_outage_is_sent_by_a_reaper(
     shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 1: from the commit on it is accepted."""
     shop.registry._producer = Unsaving()  # type: ignore[assignment]
     shop.first.known(cls)("1").build().send()
     (warning,) = lines(caplog, logging.WARNING)
-    assert "could not be sent, and will be by the reaper of a consumer: no broker answers" in warning
+    assert "could not be sent; the reaper of a consumer will send it: no broker answers" in warning
     assert (shop.status(), shop.first.handle()) == (PENDING, 0)
     shop.registry._producer = Producer({})
     shop.live(5)
@@ -96,7 +96,7 @@ def test_what_was_accepted_while_kafka_was_down_is_sent_by_a_reaper(
     assert (shop.status(), shop.tasks()) == (SUCCESS, [SUCCESS] * 3)
 
 
-def test_a_launch_that_could_not_be_sent_says_so_and_is_accepted_all_the_same(shop: Shop) -> None:
+def test_launch_that_cannot_be_sent_reports_it_and_is_still_accepted(shop: Shop) -> None:
     """durability rule 1"""
     shop.registry._producer = Unsaving()  # type: ignore[assignment]
     answer = shop.first.known(Sale)("1").build().launch()
@@ -105,8 +105,8 @@ def test_a_launch_that_could_not_be_sent_says_so_and_is_accepted_all_the_same(sh
 
 
 @pytest.mark.parametrize("how", ["send", "launch"])
-def test_an_operation_that_cannot_be_saved_is_not_sent_and_the_caller_hears_of_it(shop: Shop, how: str) -> None:
-    """durability rule 1: else it would run, and nobody knew."""
+def test_operation_that_cannot_be_saved_is_not_sent_and_raises(shop: Shop, how: str) -> None:
+    """durability rule 1: otherwise an operation would run without a stored state."""
     process = Process(Refusing(shop.store), Sale)  # type: ignore[arg-type]
     operation = process.known(Sale)("1").build()
     with pytest.raises(StoreUnavailable, match="the database is away"):
@@ -115,7 +115,7 @@ def test_an_operation_that_cannot_be_saved_is_not_sent_and_the_caller_hears_of_i
     process.consumer.close()
 
 
-def test_a_forwarded_result_is_saved_with_it(shop: Shop) -> None:
+def test_incoming_result_is_saved_with_the_operation(shop: Shop) -> None:
     """durability rule 1"""
     shop.first.known(Sale)("1").build().send(result=Result(retval={"before": 1}))
     shop.first.handle()
@@ -124,7 +124,7 @@ def test_a_forwarded_result_is_saved_with_it(shop: Shop) -> None:
     assert operation.result.retval == {"before": 1}
 
 
-def test_an_operation_without_tasks_is_not_launched_and_nothing_is_stored(shop: Shop) -> None:
+def test_launch_of_an_operation_without_tasks_stores_nothing(shop: Shop) -> None:
     class Empty(Operation):
         pass
 
@@ -134,7 +134,7 @@ def test_an_operation_without_tasks_is_not_launched_and_nothing_is_stored(shop: 
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_an_operation_without_tasks_that_is_sent_succeeds(shop: Shop, built: bool) -> None:
+def test_operation_without_tasks_succeeds_when_sent(shop: Shop, built: bool) -> None:
     class Empty(Operation):
         pass
 
@@ -144,7 +144,7 @@ def test_an_operation_without_tasks_that_is_sent_succeeds(shop: Shop, built: boo
     assert (shop.status(), shop.tasks()) == (SUCCESS, [])
 
 
-def test_tasks_that_were_added_before_sending_are_kept(shop: Shop) -> None:
+def test_tasks_added_before_send_are_stored(shop: Shop) -> None:
     operation = shop.first.known(Sale)("1").build()
     operation.add_task(Act("1.more"))
     operation.send()
@@ -152,7 +152,7 @@ def test_tasks_that_were_added_before_sending_are_kept(shop: Shop) -> None:
     assert Act.seen == ["1.a", "1.b", "1.c", "1.more"]
 
 
-def test_what_json_cannot_express_is_refused_before_anything_is_stored(shop: Shop) -> None:
+def test_params_that_are_not_json_are_rejected_before_anything_is_stored(shop: Shop) -> None:
     with pytest.raises(UsageError, match=r"params of .* cannot be stored: Object of type object is not JSON"):
         shop.first.known(Sale)("1", {"when": object()}).build().send()
     assert (shop.registry.get("1"), sent()) == (None, [])
@@ -162,8 +162,8 @@ def test_what_json_cannot_express_is_refused_before_anything_is_stored(shop: Sho
 
 
 @BOTH_WAYS
-def test_an_operation_that_arrives_as_a_message_is_built_saved_and_run(shop: Shop, cls: type[Sale]) -> None:
-    """durability rule 2: its uuid is the message's. Whoever sends it knows no class and has no database."""
+def test_operation_received_as_a_message_is_built_saved_and_run(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 2: its uuid is the message's. The sender needs neither the class nor a database."""
     bare(cls, params={"order": 42}, metadata={"customer": "7"})
     shop.first.handle()
     row = shop.stored().operation
@@ -176,8 +176,8 @@ def test_an_operation_that_arrives_as_a_message_is_built_saved_and_run(shop: Sho
     assert [found.uuid for found in shop.registry.find(metadata={"customer": 7})] == ["1"]
 
 
-def test_it_is_saved_and_claimed_in_one_transaction(shop: Shop) -> None:
-    """durability rule 2: nobody can come between."""
+def test_received_operation_is_saved_and_claimed_in_one_transaction(shop: Shop) -> None:
+    """durability rule 2: no other consumer can claim it in between."""
     seen: list[Any] = []
     Act.acts["1.a"] = lambda: seen.append(shop.stored())
     bare(Sale)
@@ -187,7 +187,7 @@ def test_it_is_saved_and_claimed_in_one_transaction(shop: Shop) -> None:
     assert stored.operation.owner is not None
 
 
-def test_an_empty_uuid_gets_one_that_is_the_same_at_each_delivery(shop: Shop) -> None:
+def test_redelivered_message_with_an_empty_uuid_gets_the_same_uuid(shop: Shop) -> None:
     """durability rule 2: uuid5 of cluster, topic, partition and offset."""
     bare(Sale, uuid="")
     bare(Sale, uuid="")
@@ -202,7 +202,7 @@ def test_an_empty_uuid_gets_one_that_is_the_same_at_each_delivery(shop: Shop) ->
 
 
 @BOTH_WAYS
-def test_the_same_message_twice_is_one_operation(shop: Shop, cls: type[Sale]) -> None:
+def test_duplicate_message_runs_one_operation(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 3"""
     bare(cls, params={"order": 42, "rate": 1.5})
     bare(cls, params={"rate": 1.5, "order": 42})
@@ -213,7 +213,7 @@ def test_the_same_message_twice_is_one_operation(shop: Shop, cls: type[Sale]) ->
     assert (committed(), shop.first.consumer.counts.get("failed")) == (len(sent()), None)
 
 
-def test_what_comes_again_is_not_built_again(shop: Shop) -> None:
+def test_duplicate_message_does_not_build_the_operation_again(shop: Shop) -> None:
     """durability rule 3: the stored tasks win."""
 
     class Counting(Sale):
@@ -231,9 +231,7 @@ def test_what_comes_again_is_not_built_again(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_the_message_is_known_again_also_when_the_code_of_users_has_changed_the_params(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_duplicate_message_is_recognised_after_user_code_changed_the_params(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 3: Kafka may deliver it again, with the params that it came with."""
 
     class Completing(cls):  # type: ignore[valid-type,misc]
@@ -251,7 +249,7 @@ def test_the_message_is_known_again_also_when_the_code_of_users_has_changed_the_
     assert operation.params == {"order": 1, "currency": "EUR"}
 
 
-def test_of_two_consumers_that_get_another_operation_under_one_uuid_at_once_one_is_told(shop: Shop) -> None:
+def test_concurrent_operations_under_one_uuid_have_one_winner(shop: Shop) -> None:
     """durability rule 3: also when neither finds it stored before."""
     second = shop.process(Sale, group="second")
 
@@ -269,7 +267,7 @@ def test_of_two_consumers_that_get_another_operation_under_one_uuid_at_once_one_
 
 
 @pytest.mark.parametrize("other", [{"order": 43}, None], ids=["other params", "another class"])
-def test_a_uuid_that_is_taken_is_refused(shop: Shop, other: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_message_with_a_taken_uuid_is_rejected(shop: Shop, other: Any, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 3: 409, the controller's hook, and what is stored stays as it is."""
     told: list[Result] = []
 
@@ -289,7 +287,7 @@ def test_a_uuid_that_is_taken_is_refused(shop: Shop, other: Any, caplog: pytest.
     assert (shop.stored(), shop.first.consumer.counts["failed"]) == (before, 1)
 
 
-def test_a_uuid_that_is_taken_is_refused_to_callers(shop: Shop) -> None:
+def test_send_with_a_taken_uuid_raises(shop: Shop) -> None:
     """durability rule 3"""
     cls = shop.first.known(Sale)
     cls("1", {"order": 42}).build().send()
@@ -301,12 +299,12 @@ def test_a_uuid_that_is_taken_is_refused_to_callers(shop: Shop) -> None:
     assert (shop.stored(), len(sent())) == (before, 1)
 
 
-def test_an_operation_that_has_ended_is_not_sent_once_more_by_its_uuid(shop: Shop) -> None:
+def test_send_of_an_ended_operation_raises(shop: Shop) -> None:
     """durability rule 3"""
     cls = shop.first.known(Sale)
     cls("1").build().send()
     shop.first.handle()
-    with pytest.raises(StateConflict, match=r"was sent before, and is SUCCESS: resume\(\) runs it again"):
+    with pytest.raises(StateConflict, match=r"was sent before, and is SUCCESS: use a new uuid, or resume\(\)"):
         cls("1").build().send()
 
 
@@ -338,7 +336,7 @@ class OverriddenSpread(Overridden):
 
 @pytest.mark.parametrize("cls", [Overridden, OverriddenSpread])
 @pytest.mark.parametrize("by", ["a message", "send", "send without build", "launch"])
-def test_building_hooks_of_users_are_called_once_and_keep_nothing_from_being_saved(
+def test_build_hooks_without_super_are_called_once_and_the_operation_is_saved(
     shop: Shop, cls: type[Overridden], by: str
 ) -> None:
     """durability rule 4: none of them has to call ``super()``."""
@@ -358,7 +356,7 @@ def test_building_hooks_of_users_are_called_once_and_keep_nothing_from_being_sav
 # -- without ---------------------------------------------------------------------------------------------------------
 
 
-def test_launching_without_a_database_is_an_error_that_names_the_setting() -> None:
+def test_launch_without_a_database_names_the_setting() -> None:
     """durability rule 5, decision B22"""
     registry = OperationRegistry(producer=Producer({}))
     operation = registry.subscribe(type("Game", (Sale,), {"__module__": __name__}))("1").build()
@@ -367,7 +365,7 @@ def test_launching_without_a_database_is_an_error_that_names_the_setting() -> No
 
 
 @pytest.mark.parametrize("how", ["launch", "send"])
-def test_without_a_producer_nothing_is_accepted(shop: Shop, how: str) -> None:
+def test_operation_without_a_producer_is_not_accepted(shop: Shop, how: str) -> None:
     """durability rule 5, decision B22"""
     shop.registry._producer = None
     for cls in (Sale, Spread):
@@ -378,7 +376,7 @@ def test_without_a_producer_nothing_is_accepted(shop: Shop, how: str) -> None:
 
 
 @pytest.mark.usefixtures("bus")
-def test_a_distributed_operation_that_arrives_where_no_database_is_fails_and_says_why(
+def test_distributed_operation_without_a_database_fails_with_the_setting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """durability rule 5, decision B22: running it here would not be what its class asks for."""
@@ -391,7 +389,7 @@ def test_a_distributed_operation_that_arrives_where_no_database_is_fails_and_say
 
 
 @pytest.mark.usefixtures("bus")
-def test_tasks_that_send_themselves_need_no_database() -> None:
+def test_tasks_with_their_own_send_need_no_database() -> None:
     """durability rule 5, decision B22: as users of 0.8 wrote them."""
 
     class Own(Act):
@@ -410,13 +408,13 @@ def test_tasks_that_send_themselves_need_no_database() -> None:
     assert Act.seen == ["sent a"]
 
 
-def test_an_operation_that_is_only_executed_is_not_kept(shop: Shop) -> None:
-    """It was neither sent nor launched: as without a database."""
+def test_execute_does_not_store_the_operation(shop: Shop) -> None:
+    """An operation that was neither sent nor launched runs as without a database."""
     assert shop.first.known(Sale)("1").execute().retcode == 0
     assert (shop.registry.get("1"), Act.seen) == (None, ["1.a", "1.b", "1.c"])
 
 
-def test_an_operation_of_ten_thousand_tasks_is_kept_and_runs() -> None:
+def test_operation_of_ten_thousand_tasks_is_stored_and_runs() -> None:
     world = MemoryWorld()
     shop = Shop(world)
     operation = shop.first.known(Sale)("1")
@@ -431,7 +429,7 @@ def test_an_operation_of_ten_thousand_tasks_is_kept_and_runs() -> None:
 
 
 @BOTH_WAYS
-def test_tasks_that_were_done_before_are_not_run_again(shop: Shop, cls: type[Sale]) -> None:
+def test_tasks_that_already_succeeded_are_not_run_again(shop: Shop, cls: type[Sale]) -> None:
     """Decision B6, and durability rule 1: users of 0.8 load their tasks from tables of their own."""
     operation = shop.first.known(cls)("1").build()
     for name, task in zip("ab", (operation.tasks[0], operation.tasks[2]), strict=True):
@@ -447,7 +445,7 @@ def test_tasks_that_were_done_before_are_not_run_again(shop: Shop, cls: type[Sal
 
 
 @BOTH_WAYS
-def test_an_operation_whose_tasks_are_all_done_ends(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_whose_tasks_all_succeeded_ends(shop: Shop, cls: type[Sale]) -> None:
     """Decision B6."""
     operation = shop.first.known(cls)("1").build()
     for task in operation.tasks:

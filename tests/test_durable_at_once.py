@@ -1,4 +1,4 @@
-"""What follows at once waits for no reaper."""
+"""Tests of immediate retries of stored tasks, which wait for no reaper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.engine import Act
 
 
 @BOTH_WAYS
-def test_an_attempt_that_is_to_follow_at_once_is_sent_by_the_one_before(shop: Shop, cls: type[Sale]) -> None:
+def test_immediate_retry_is_sent_by_the_attempt_before_it(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 27"""
     Act.acts["1.b"] = [Retry.later(0)]
     bare(cls)

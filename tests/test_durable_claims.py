@@ -1,4 +1,4 @@
-"""One claim: who has it may record, and nobody else."""
+"""Tests of claims: only the owner of a claim can record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def retval(**values: Any) -> Result:
 
 
 @BOTH_WAYS
-def test_while_a_task_runs_the_operations_row_says_who_has_it_and_until_when(shop: Shop, cls: type[Sale]) -> None:
+def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 6"""
     seen: list[Any] = []
     Act.acts["1.b"] = lambda: seen.append(shop.stored().operation)
@@ -48,14 +48,14 @@ def test_while_a_task_runs_the_operations_row_says_who_has_it_and_until_when(sho
     assert (after.owner, after.wake_at) == (None, None)
 
 
-def test_the_owner_is_another_one_at_each_start_of_a_process(shop: Shop) -> None:
+def test_owner_differs_at_each_start_of_a_process(shop: Shop) -> None:
     """durability rule 6"""
     second = shop.process()
     assert second.registry.keeper._means.owner != shop.registry.keeper._means.owner
 
 
-def test_the_message_of_an_operation_follows_the_stored_mode(shop: Shop) -> None:
-    """durability rule 6: it was launched, so it runs over the consumers, whatever its class says."""
+def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> None:
+    """durability rule 6: a launched operation is distributed even if its class is not."""
     shop.first.known(Sale)("1").build().launch()
     bare(Sale)
     assert shop.first.step() == 2
@@ -64,7 +64,7 @@ def test_the_message_of_an_operation_follows_the_stored_mode(shop: Shop) -> None
     assert Act.seen == ["1.a", "1.b", "1.c"]
 
 
-def test_the_message_of_a_task_does_not_run_it_where_the_operation_runs_in_one_consumer(shop: Shop) -> None:
+def test_task_message_of_a_local_operation_runs_nothing(shop: Shop) -> None:
     """durability rule 6"""
     shop.first.known(Sale)("1").build().send()
     result = shop.first.run(Message("1.b", Act.path, metadata={OPERATION: "1"}))
@@ -75,7 +75,7 @@ def test_the_message_of_a_task_does_not_run_it_where_the_operation_runs_in_one_c
 
 
 @BOTH_WAYS
-def test_what_somebody_else_has_is_not_claimed(shop: Shop, cls: type[Sale]) -> None:
+def test_claimed_operation_is_not_claimed_by_another_consumer(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 7"""
     second = shop.process(cls, group="second")
     Act.acts["1.b"] = meanwhile(second.handle)
@@ -87,7 +87,7 @@ def test_what_somebody_else_has_is_not_claimed(shop: Shop, cls: type[Sale]) -> N
 
 
 @BOTH_WAYS
-def test_what_a_dead_consumer_had_is_claimed_when_its_lease_is_over_and_not_before(
+def test_claim_of_a_dead_consumer_is_taken_over_after_lease_expiry(
     shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 7"""
@@ -104,7 +104,7 @@ def test_what_a_dead_consumer_had_is_claimed_when_its_lease_is_over_and_not_befo
 
 
 @BOTH_WAYS
-def test_an_epoch_never_restarts(shop: Shop, cls: type[Sale]) -> None:
+def test_epoch_always_increases(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 7: not for another attempt, not for a resume."""
     seen: list[int] = []
 
@@ -141,9 +141,7 @@ def test_an_epoch_never_restarts(shop: Shop, cls: type[Sale]) -> None:
 
 
 @BOTH_WAYS
-def test_a_consumer_that_lost_its_claim_can_record_nothing(
-    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_consumer_that_lost_its_claim_is_fenced(shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 8: its code ran, and the result of the later claim is the one that is kept."""
     second = shop.process(cls, group="second")
 
@@ -161,13 +159,13 @@ def test_a_consumer_that_lost_its_claim_can_record_nothing(
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     (dropped,) = [line for line in lines(caplog, logging.WARNING) if "is dropped" in line]
     assert dropped.startswith(
-        f"{cls.path}[1]: what came of its step is dropped: somebody else has claimed operation 1, or it has ended"
+        f"{cls.path}[1]: the outcome of its step is dropped: another consumer has claimed operation 1, or it has ended"
     )
 
 
 @BOTH_WAYS
-def test_a_consumer_that_lost_its_claim_goes_on_with_nothing(shop: Shop, cls: type[Sale]) -> None:
-    """durability rule 8: it neither runs nor sends the step behind."""
+def test_consumer_that_lost_its_claim_neither_runs_nor_sends_the_next_step(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 8"""
     second = shop.process(cls, group="second")
     Act.acts["1.a"] = [meanwhile(lambda: shop.pass_by(expire()), second.step), None]
     bare(cls)
@@ -188,7 +186,7 @@ def test_a_consumer_that_lost_its_claim_goes_on_with_nothing(shop: Shop, cls: ty
 
 
 @BOTH_WAYS
-def test_a_claim_is_prolonged_as_long_as_its_task_runs(shop: Shop, cls: type[Sale]) -> None:
+def test_heartbeat_renews_the_claim_while_its_task_runs(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 9"""
     second = shop.process(cls, group="second")
 
@@ -203,8 +201,8 @@ def test_a_claim_is_prolonged_as_long_as_its_task_runs(shop: Shop, cls: type[Sal
     assert Act.seen == ["1.a", "1.b", "1.c"]
 
 
-def test_only_what_a_worker_holds_now_is_prolonged(shop: Shop) -> None:
-    """durability rule 9: a claim that was leaked would be held for ever."""
+def test_heartbeat_renews_only_active_claims(shop: Shop) -> None:
+    """durability rule 9: a leaked claim would otherwise be renewed without end."""
     asked: list[Any] = []
 
     class Asked(Watching):
@@ -224,8 +222,8 @@ def test_only_what_a_worker_holds_now_is_prolonged(shop: Shop) -> None:
     assert asked == [[(row.id, 1)]]
 
 
-def test_a_claim_whose_lease_is_over_is_prolonged_as_long_as_nobody_else_has_it(shop: Shop) -> None:
-    """durability rule 9: a process that was stopped for long goes on."""
+def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(shop: Shop) -> None:
+    """durability rule 9: a process that was stopped for long continues."""
     second = shop.process(Sale, group="second")
     Act.acts["1.b"] = meanwhile(
         lambda: shop.pass_by(5 * LEASE), shop.first.companion.beat, lambda: shop.pass_by(LEASE - 5), second.handle
@@ -235,7 +233,7 @@ def test_a_claim_whose_lease_is_over_is_prolonged_as_long_as_nobody_else_has_it(
     assert Act.seen == ["1.a", "1.b", "1.c"]
 
 
-def test_a_claim_that_was_lost_is_said_to_be_once_it_is_noticed(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_claim_is_logged_at_the_next_heartbeat(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 9"""
     second = shop.process(Sale, group="second")
     Act.acts["1.b"] = [
@@ -244,7 +242,7 @@ def test_a_claim_that_was_lost_is_said_to_be_once_it_is_noticed(shop: Shop, capl
     ]
     bare(Sale)
     shop.first.handle()
-    assert f"{Sale.path}[1]: the claim on it was lost: what its task gives will not be recorded" in lines(
+    assert f"{Sale.path}[1]: the claim was lost; the result of the running task will not be recorded" in lines(
         caplog, logging.WARNING
     )
 
@@ -255,7 +253,7 @@ def test_a_claim_that_was_lost_is_said_to_be_once_it_is_noticed(shop: Shop, capl
     ids=["success", "failure", "SystemExit", "KeyboardInterrupt"],
 )
 @BOTH_WAYS
-def test_every_way_out_of_a_claim_releases_it(shop: Shop, cls: type[Sale], end: BaseException | None) -> None:
+def test_every_outcome_releases_the_claim(shop: Shop, cls: type[Sale], end: BaseException | None) -> None:
     """durability rule 9"""
     Act.acts["1.b"] = end
     bare(cls)
@@ -267,7 +265,7 @@ def test_every_way_out_of_a_claim_releases_it(shop: Shop, cls: type[Sale], end: 
     assert shop.stored().operation.owner is None
 
 
-def test_a_raising_hook_of_the_process_itself_releases_the_claim(shop: Shop) -> None:
+def test_raising_prerun_hook_releases_the_claim(shop: Shop) -> None:
     """durability rule 9"""
 
     class Bad(Sale):
@@ -323,10 +321,10 @@ class Unsure(Watching):
     ("method", "number"), [("save", 1), ("claim", 1), ("claim", 2), *(("checkpoint", number) for number in range(1, 5))]
 )
 @BOTH_WAYS
-def test_what_nobody_knows_the_outcome_of_is_done_once(
+def test_store_call_with_unknown_outcome_is_repeated_and_applied_once(
     shop: Shop, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """durability rule 10: it is asked for again in the same words, and answers as it did."""
+    """durability rule 10: the call is repeated with the same arguments and returns the same value."""
     monkeypatch.setattr(patience, "_BACKOFF", wait_fixed(0.01))
     process = shop.process(cls, store=Unsure(shop.store, method, number, before), group="unsure")
     bare(cls)
@@ -343,7 +341,7 @@ def test_what_nobody_knows_the_outcome_of_is_done_once(
 # -- time ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_of_a_process_does_not_end_anybodys_lease(shop: Shop) -> None:
+def test_fast_process_clock_causes_no_lease_expiry(shop: Shop) -> None:
     """durability rule 11: times are compared inside the store."""
     shop.first.send(Sale)
     shop.seize()
@@ -353,7 +351,7 @@ def test_the_clock_of_a_process_does_not_end_anybodys_lease(shop: Shop) -> None:
     assert Act.seen == []
 
 
-def test_all_times_are_those_of_the_store(shop: Shop) -> None:
+def test_timestamps_come_from_the_store(shop: Shop) -> None:
     """durability rule 11"""
     shop.world.pass_by(1_000_000)
     bare(Sale)
@@ -365,9 +363,7 @@ def test_all_times_are_those_of_the_store(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_an_operation_goes_on_within_a_lease_and_five_seconds_of_its_consumers_death(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_operation_continues_within_five_seconds_of_lease_expiry(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 12"""
     shop.first.known(cls)("1").build().send()
     shop.first.consumer._dispatch.pause(True)
@@ -380,7 +376,7 @@ def test_an_operation_goes_on_within_a_lease_and_five_seconds_of_its_consumers_d
     assert shop.status() == SUCCESS
 
 
-def test_the_times_and_limits_are_settings(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durability_settings_have_defaults_and_are_configurable(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 12"""
     terms = Terms(shop.registry.settings)
     assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (30, 10, 1, 60, 20)
@@ -401,7 +397,7 @@ def test_the_times_and_limits_are_settings(shop: Shop, monkeypatch: pytest.Monke
         ("KSER_MAX_CLAIMS", "0.5", "KSER_MAX_CLAIMS must be a whole number above 0; it is '0.5'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_at_the_start(
+def test_invalid_durability_settings_are_rejected_at_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
 ) -> None:
     """durability rule 12"""

@@ -1,4 +1,4 @@
-"""The end of a stored operation: its hooks, cancelling it, and going on after it."""
+"""Tests of the end of a stored operation: its hooks, cancel and resume."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def results(shop: Shop, uuid: str = "1") -> Result:
 
 
 @HOOKED
-def test_the_hook_of_success_is_called_under_the_claim_before_the_end_is_written(shop: Shop, cls: type[Hooked]) -> None:
+def test_onsuccess_hook_runs_under_the_claim_before_the_end_is_recorded(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 23"""
     seen: list[Any] = []
     Hooked.ending = lambda name, result: seen.append(shop.stored().operation) or result
@@ -82,7 +82,7 @@ def test_the_hook_of_success_is_called_under_the_claim_before_the_end_is_written
 
 
 @HOOKED
-def test_the_hook_of_failure_too(shop: Shop, cls: type[Hooked]) -> None:
+def test_onerror_hook_runs_when_a_task_failed(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 23"""
     Act.acts["1.b"] = ConnectionError("no")
     bare(cls)
@@ -93,7 +93,7 @@ def test_the_hook_of_failure_too(shop: Shop, cls: type[Hooked]) -> None:
 
 
 @HOOKED
-def test_what_the_hook_returns_is_the_stored_result(shop: Shop, cls: type[Hooked]) -> None:
+def test_hook_return_value_is_the_stored_result(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 23"""
     Hooked.ending = lambda name, result: Result(uuid="1", retval={"made": name})
     bare(cls)
@@ -103,9 +103,7 @@ def test_what_the_hook_returns_is_the_stored_result(shop: Shop, cls: type[Hooked
 
 @HOOKED
 @pytest.mark.parametrize("error", [ConnectionError("no"), SystemExit(3)])
-def test_a_raising_hook_of_success_makes_the_operation_failed(
-    shop: Shop, cls: type[Hooked], error: BaseException
-) -> None:
+def test_raising_onsuccess_hook_fails_the_operation(shop: Shop, cls: type[Hooked], error: BaseException) -> None:
     """durability rule 23"""
 
     def raising(name: str, result: Result) -> Result:
@@ -121,7 +119,7 @@ def test_a_raising_hook_of_success_makes_the_operation_failed(
 
 
 @HOOKED
-def test_a_raising_hook_of_failure_leaves_it_failed_and_is_logged(
+def test_raising_onerror_hook_leaves_the_operation_failed_and_is_logged(
     shop: Shop, cls: type[Hooked], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 23"""
@@ -138,7 +136,7 @@ def test_a_raising_hook_of_failure_leaves_it_failed_and_is_logged(
 
 
 @HOOKED
-def test_a_hook_is_called_again_only_when_its_consumer_died_in_it(shop: Shop, cls: type[Hooked]) -> None:
+def test_hook_runs_again_only_when_its_consumer_died_in_it(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 23"""
     second = shop.process(cls, group="second")
     went: list[int] = []
@@ -160,7 +158,7 @@ def test_a_hook_is_called_again_only_when_its_consumer_died_in_it(shop: Shop, cl
     assert len(Hooked.told) == 2
 
 
-def test_the_end_is_sent_to_the_topic_of_the_operation_where_its_class_is_not_known(shop: Shop) -> None:
+def test_end_of_an_operation_is_sent_to_a_consumer_that_knows_its_class(shop: Shop) -> None:
     """durability rule 23: the hooks run in a consumer that knows the class."""
     other = shop.process(group="other")
     shop.first.known(HookedSpread)("1").build().send(topic="orders")
@@ -172,7 +170,7 @@ def test_the_end_is_sent_to_the_topic_of_the_operation_where_its_class_is_not_kn
     assert ([name for name, *_ in Hooked.told], shop.status()) == (["onsuccess"], SUCCESS)
 
 
-def test_classes_that_override_neither_pay_nothing(shop: Shop) -> None:
+def test_operation_without_hooks_sends_no_extra_message(shop: Shop) -> None:
     """durability rule 23: no message and no transaction more."""
     counts: dict[str, int] = {}
     for cls in (Spread, HookedSpread):
@@ -186,7 +184,9 @@ def test_classes_that_override_neither_pay_nothing(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_the_log_of_an_end_is_as_in_memory(shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_of_an_end_matches_the_in_memory_one(
+    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 23"""
     bare(cls)
     shop.first.handle()
@@ -200,7 +200,7 @@ def test_the_log_of_an_end_is_as_in_memory(shop: Shop, cls: type[Sale], caplog: 
 
 
 @BOTH_WAYS
-def test_an_operation_that_nobody_has_claimed_is_cancelled_at_once(shop: Shop, cls: type[Hooked]) -> None:
+def test_unclaimed_operation_is_cancelled_at_once(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 24"""
     operation = shop.first.known(cls)("1").build().send()
     assert operation.cancel(reason="changed my mind") == CANCELLED
@@ -210,9 +210,7 @@ def test_an_operation_that_nobody_has_claimed_is_cancelled_at_once(shop: Shop, c
 
 
 @HOOKED
-def test_a_claimed_one_is_cancelled_after_the_task_that_runs_and_neither_hook_is_called(
-    shop: Shop, cls: type[Hooked]
-) -> None:
+def test_claimed_operation_is_cancelled_after_its_running_task_without_hooks(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 24: the result of that task is still recorded."""
     answers: list[str] = []
 
@@ -233,7 +231,9 @@ def test_a_claimed_one_is_cancelled_after_the_task_that_runs_and_neither_hook_is
 
 @BOTH_WAYS
 @pytest.mark.parametrize("end", [None, ConnectionError("no")], ids=["succeeds", "fails"])
-def test_it_is_cancelled_whatever_the_task_that_runs_gives(shop: Shop, cls: type[Sale], end: Exception | None) -> None:
+def test_cancel_takes_effect_whether_the_running_task_succeeds_or_fails(
+    shop: Shop, cls: type[Sale], end: Exception | None
+) -> None:
     """durability rule 24"""
 
     def cancel() -> None:
@@ -248,7 +248,7 @@ def test_it_is_cancelled_whatever_the_task_that_runs_gives(shop: Shop, cls: type
 
 
 @BOTH_WAYS
-def test_a_task_sees_that_its_operation_is_to_be_cancelled(shop: Shop, cls: type[Sale]) -> None:
+def test_task_sees_a_cancel_request(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24: and may return early."""
 
     class Looking(Act):
@@ -273,9 +273,7 @@ def test_a_task_sees_that_its_operation_is_to_be_cancelled(shop: Shop, cls: type
 
 
 @BOTH_WAYS
-def test_after_the_last_checkpoint_cancelling_changes_nothing_and_tells_the_real_status(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_cancel_after_the_last_checkpoint_returns_the_real_status(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24"""
     bare(cls)
     shop.first.handle()
@@ -287,9 +285,7 @@ def test_after_the_last_checkpoint_cancelling_changes_nothing_and_tells_the_real
 
 
 @BOTH_WAYS
-def test_one_whose_consumer_died_is_cancelled_by_whoever_asks_once_the_lease_is_over(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_cancel_after_lease_expiry_of_a_dead_owner_takes_effect_at_once(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24"""
     operation = shop.first.known(cls)("1").build().send()
     shop.seize()
@@ -301,9 +297,7 @@ def test_one_whose_consumer_died_is_cancelled_by_whoever_asks_once_the_lease_is_
 
 
 @BOTH_WAYS
-def test_one_whose_consumer_died_after_it_was_asked_to_be_cancelled_is_cancelled_by_the_next(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_cancel_survives_owner_crash(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24"""
     operation = shop.first.known(cls)("1").build().send()
     shop.seize()
@@ -313,7 +307,7 @@ def test_one_whose_consumer_died_after_it_was_asked_to_be_cancelled_is_cancelled
     assert (shop.status(), len(Act.seen) <= 1) == (CANCELLED, True)
 
 
-def test_one_that_waits_for_a_retry_is_cancelled_at_once(shop: Shop) -> None:
+def test_operation_waiting_for_a_retry_is_cancelled_at_once(shop: Shop) -> None:
     """durability rule 24"""
     Act.acts["1.b"] = Retry.later(100)
     bare(Sale)
@@ -328,7 +322,7 @@ def test_one_that_waits_for_a_retry_is_cancelled_at_once(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_a_signal_says_that_it_was_cancelled(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_changed_signal_reports_a_cancel(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24"""
     heard: list[Any] = []
 
@@ -346,7 +340,7 @@ def test_a_signal_says_that_it_was_cancelled(shop: Shop, cls: type[Sale]) -> Non
 
 
 @BOTH_WAYS
-def test_one_that_is_given_back_is_cancelled_then_if_somebody_asked_for_it(shop: Shop, cls: type[Sale]) -> None:
+def test_release_of_an_interrupted_claim_applies_a_pending_cancel(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24: and that is told, and nothing is sent."""
     heard: list[Any] = []
 
@@ -369,7 +363,7 @@ def test_one_that_is_given_back_is_cancelled_then_if_somebody_asked_for_it(shop:
 
 
 @BOTH_WAYS
-def test_a_failed_operation_goes_on_at_the_task_that_failed(shop: Shop, cls: type[Sale]) -> None:
+def test_resume_continues_at_the_failed_task(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 25: under the next epoch, with a new attempt, with the results there are."""
     Act.acts["1.a"] = lambda: Result(retval={"a": 1})
     Act.acts["1.b"] = ConnectionError("no")
@@ -390,7 +384,7 @@ def test_a_failed_operation_goes_on_at_the_task_that_failed(shop: Shop, cls: typ
 
 
 @BOTH_WAYS
-def test_a_cancelled_operation_goes_on_too(shop: Shop, cls: type[Sale]) -> None:
+def test_resume_of_a_cancelled_operation_continues_it(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 25"""
     Act.acts["1.b"] = meanwhile(lambda: shop.store.cancel("1", "enough"))
     bare(cls)
@@ -406,7 +400,7 @@ def test_a_cancelled_operation_goes_on_too(shop: Shop, cls: type[Sale]) -> None:
 
 
 @HOOKED
-def test_an_operation_that_failed_in_its_hook_ends_once_more(shop: Shop, cls: type[Hooked]) -> None:
+def test_resume_after_a_failed_hook_repeats_only_the_end(shop: Shop, cls: type[Hooked]) -> None:
     """durability rule 25: there is no task to run."""
 
     def raising(name: str, result: Result) -> Result:
@@ -427,7 +421,7 @@ def test_an_operation_that_failed_in_its_hook_ends_once_more(shop: Shop, cls: ty
     assert results(shop).retcode == 0
 
 
-def test_an_operation_that_could_not_be_built_is_built_when_it_is_resumed(shop: Shop) -> None:
+def test_resume_builds_an_operation_whose_build_failed(shop: Shop) -> None:
     """durability rule 25"""
 
     class Moody(Sale):
@@ -449,7 +443,7 @@ def test_an_operation_that_could_not_be_built_is_built_when_it_is_resumed(shop: 
     assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
-def test_of_two_that_resume_one_wins_and_the_other_is_told(shop: Shop) -> None:
+def test_concurrent_resumes_have_one_winner(shop: Shop) -> None:
     """durability rule 25"""
     Act.acts["1.b"] = ConnectionError("no")
     bare(Sale)
@@ -474,12 +468,12 @@ def test_of_two_that_resume_one_wins_and_the_other_is_told(shop: Shop) -> None:
     told = [answer for answer in answers if isinstance(answer, StateConflict)]
     assert (len(answers), len(told)) == (8, 7)
     assert {conflict.code for conflict in told} == {409}
-    assert "only a FAILED or CANCELLED one is resumed" in told[0].message
+    assert "only a FAILED or CANCELLED one can be resumed" in told[0].message
     assert shop.kinds().count("resumed") == 1
 
 
 @pytest.mark.parametrize("state", ["pending", "running", "success"])
-def test_what_has_not_failed_is_not_resumed(shop: Shop, state: str) -> None:
+def test_resume_of_an_operation_that_did_not_fail_is_rejected(shop: Shop, state: str) -> None:
     """durability rule 25"""
     operation = shop.first.known(Sale)("1").build().send()
     if state == "running":
@@ -487,12 +481,12 @@ def test_what_has_not_failed_is_not_resumed(shop: Shop, state: str) -> None:
     if state == "success":
         shop.first.handle()
     before = shop.stored()
-    with pytest.raises(StateConflict, match=f"is {state.upper()}: only a FAILED or CANCELLED one is resumed"):
+    with pytest.raises(StateConflict, match=f"is {state.upper()}: only a FAILED or CANCELLED one can be resumed"):
         operation.resume()
     assert shop.stored() == before
 
 
-def test_resuming_needs_neither_the_class_nor_a_producer(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_needs_neither_the_class_nor_a_producer(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 25: a consumer's reaper sends it."""
     Act.acts["1.b"] = [ConnectionError("no"), None]
     bare(Sale)
@@ -504,20 +498,22 @@ def test_resuming_needs_neither_the_class_nor_a_producer(shop: Shop, caplog: pyt
     caplog.clear()
     operation.resume()
     (line,) = lines(caplog, logging.INFO)
-    assert line.startswith("operation 1 is resumed, and sent by a consumer: the registry has no producer")
+    assert line.startswith(
+        "operation 1 is resumed, and the reaper of a consumer will send it: the registry has no producer"
+    )
     shop.live(5)
     shop.first.handle()
     assert shop.status() == SUCCESS
 
 
 @pytest.mark.parametrize("what", ["resume", "cancel", "wait"])
-def test_what_was_never_sent_can_be_asked_nothing(shop: Shop, what: str) -> None:
+def test_resume_cancel_and_wait_of_an_unknown_operation_raise(shop: Shop, what: str) -> None:
     operation = shop.first.known(Sale)("unknown")
     with pytest.raises(UsageError, match="there is no stored operation 'unknown': it was never sent, was purged, or"):
         getattr(operation, what)()
 
 
-def test_a_claim_of_before_records_nothing_after_a_resume(shop: Shop) -> None:
+def test_claim_from_before_a_resume_is_fenced(shop: Shop) -> None:
     """durability rules 8 and 25"""
     late: list[Any] = []
 
@@ -539,7 +535,7 @@ def test_a_claim_of_before_records_nothing_after_a_resume(shop: Shop) -> None:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_transitions_of_stored_operations_are_these_and_no_others() -> None:
+def test_status_transitions_match_the_table() -> None:
     """durability rule 26"""
     allowed = {(old, new) for old, follow in TRANSITIONS.items() for new in follow}
     assert allowed == {
@@ -557,7 +553,7 @@ def test_the_transitions_of_stored_operations_are_these_and_no_others() -> None:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("end", ["success", "failure", "cancel", "resume"])
-def test_what_is_told_of_an_operation_are_transitions_of_the_table(shop: Shop, cls: type[Sale], end: str) -> None:
+def test_emitted_status_changes_are_transitions_of_the_table(shop: Shop, cls: type[Sale], end: str) -> None:
     """durability rule 26"""
     heard: list[Any] = []
 

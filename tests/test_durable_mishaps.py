@@ -1,4 +1,4 @@
-"""Stored operations where several things go wrong at once, or where code of others does."""
+"""Tests of stored operations with several faults at once, or with faulty user code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Broken(Producer):
 
 
 @BOTH_WAYS
-def test_what_is_to_be_cancelled_is_not_run_again_after_its_consumer_died(shop: Shop, cls: type[Sale]) -> None:
+def test_poison_message_with_a_pending_cancel_is_cancelled_and_not_run_again(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 24: the task that killed its consumer must not kill the next one."""
     operation = shop.first.known(cls)("1").build().send()
     shop.seize()
@@ -42,8 +42,8 @@ def test_what_is_to_be_cancelled_is_not_run_again_after_its_consumer_died(shop: 
     assert (shop.stored().operation.status, Act.seen) == (CANCELLED, [])
 
 
-def test_what_a_producer_raises_after_a_checkpoint_fails_no_step(shop: Shop) -> None:
-    """durability rule 8: the claim was given back, so nothing more is recorded under it."""
+def test_raising_producer_after_a_checkpoint_fails_no_step(shop: Shop) -> None:
+    """durability rule 8: the claim was released, so nothing more is recorded under it."""
     shop.first.known(Spread)("1").build().launch()
     good, shop.registry._producer = shop.registry._producer, Broken({})
     shop.first.step()
@@ -68,8 +68,8 @@ class Exits(Task):
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["in one consumer", "over the consumers"])
-def test_a_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distributed: bool) -> None:
-    """durability rule 22: it would come again at once, for ever."""
+def test_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distributed: bool) -> None:
+    """durability rule 22: the same exit would otherwise recur at once, without end."""
     exits = shop.first.learn(Exits)
 
     class Ends(Operation):
@@ -84,7 +84,7 @@ def test_a_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distribu
     assert (shop.stored().operation.status, Exits.runs - before) == (FAILED, 1)
 
 
-def test_topics_that_do_not_exist_keep_neither_the_heartbeat_nor_the_others_waiting(
+def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rules 9, 12 and 20."""
@@ -119,8 +119,8 @@ def test_topics_that_do_not_exist_keep_neither_the_heartbeat_nor_the_others_wait
     assert len(shop.stored("lost 0").events) < 40
 
 
-def test_an_attempt_that_took_too_long_to_build_its_operation_does_not_accept_it(shop: Shop) -> None:
-    """durability rules 2 and 28: it was reported as failed already."""
+def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(shop: Shop) -> None:
+    """durability rules 2 and 28: the attempt was already reported as failed."""
     consumer = shop.first.consumer
     gates: list[Any] = []
 
@@ -144,8 +144,8 @@ def test_an_attempt_that_took_too_long_to_build_its_operation_does_not_accept_it
     consumer._workers.end()
 
 
-def test_a_task_that_ended_at_its_limit_leaves_the_next_one_alone(shop: Shop) -> None:
-    """durability rule 28: who watches had seen the time of the task before."""
+def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: Shop) -> None:
+    """durability rule 28: the supervisor had read the time of the task before."""
     dispatch = shop.first.consumer._dispatch
     looked: list[Any] = []
     found: list[bool] = []
@@ -168,7 +168,7 @@ def test_a_task_that_ended_at_its_limit_leaves_the_next_one_alone(shop: Shop) ->
     assert (found, shop.stored().operation.status, len(shop.stored().attempts)) == ([False], SUCCESS, 2)
 
 
-def test_resuming_from_a_process_without_a_consumer_sends_once(shop: Shop) -> None:
+def test_resume_in_a_process_without_a_consumer_sends_once(shop: Shop) -> None:
     """durability rules 15 and 25."""
     Act.acts["1.b"] = [ValueError("no"), None]
     bare(Sale)
@@ -182,7 +182,7 @@ def test_resuming_from_a_process_without_a_consumer_sends_once(shop: Shop) -> No
     assert (len(sent()), shop.stored().operation.sends) == (before, 1)
 
 
-def test_waiting_outlasts_a_database_that_is_away_for_a_while(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 33"""
     bare(Sale)
     shop.first.handle()
@@ -200,9 +200,7 @@ def test_waiting_outlasts_a_database_that_is_away_for_a_while(shop: Shop, monkey
     assert found.wait(timeout=PATIENCE).retcode == 0
 
 
-def test_a_claim_that_cannot_be_given_back_leaves_the_others_alone(
-    shop: Shop, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 9"""
     given_back = []
 
@@ -228,8 +226,8 @@ def test_a_claim_that_cannot_be_given_back_leaves_the_others_alone(
         means.let_go(each)
 
 
-def test_a_thread_that_is_interrupted_while_it_waits_for_its_group_holds_nobody_up() -> None:
-    """durability rule 14: nobody would lead any more."""
+def test_group_commit_continues_after_an_interrupted_follower() -> None:
+    """durability rule 14: otherwise no thread would lead any more."""
     go, entered = threading.Event(), threading.Event()
 
     def run(entries: Any) -> None:
@@ -258,7 +256,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_group_holds_nobody_
     assert (group.write("late"), list(group._waiting), group._leading) == ("late", [], 0)
 
 
-def test_a_thread_that_is_stopped_before_it_leads_hands_the_lead_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_commit_lead_is_handed_over_by_an_interrupted_leader(monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 14"""
 
     def run(entries: Any) -> None:

@@ -1,4 +1,4 @@
-"""Operations inside stored operations: one claim, the root's."""
+"""Tests of nested stored operations: the root alone is claimed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def begin(shop: Shop, cls: type[Outer], built: bool) -> Any:
 
 @BOTH
 @BUILT
-def test_all_tasks_run_in_order_and_all_levels_end(shop: Shop, cls: type[Outer], built: bool) -> None:
+def test_nested_tasks_run_in_order_and_all_levels_end(shop: Shop, cls: type[Outer], built: bool) -> None:
     """durability rule 31"""
     begin(shop, cls, built)
     shop.first.handle()
@@ -96,7 +96,7 @@ def test_all_tasks_run_in_order_and_all_levels_end(shop: Shop, cls: type[Outer],
 
 @BOTH
 @BUILT
-def test_results_add_up_through_the_levels_as_in_memory(shop: Shop, cls: type[Outer], built: bool) -> None:
+def test_results_accumulate_through_the_levels_as_in_memory(shop: Shop, cls: type[Outer], built: bool) -> None:
     """durability rule 31"""
     for at, uuid in enumerate(ORDER):
         Act.acts[uuid] = (lambda n: lambda: Result(retval={f"n{n}": n}, stdout=f"{n}"))(at)
@@ -111,7 +111,7 @@ def test_results_add_up_through_the_levels_as_in_memory(shop: Shop, cls: type[Ou
 
 
 @BOTH
-def test_only_the_root_is_ever_claimed(shop: Shop, cls: type[Outer]) -> None:
+def test_claim_belongs_to_the_root_alone(shop: Shop, cls: type[Outer]) -> None:
     """durability rule 31"""
     seen: list[Any] = []
 
@@ -142,7 +142,7 @@ class Counting:
         return self._store.checkpoint(checkpoint)
 
 
-def test_the_end_of_an_inner_operation_and_the_step_it_stands_for_are_one_transaction(shop: Shop) -> None:
+def test_nested_end_and_outer_step_are_recorded_in_one_transaction(shop: Shop) -> None:
     """durability rule 31: up to the root."""
 
     class Short(Outer):
@@ -165,7 +165,7 @@ def test_the_end_of_an_inner_operation_and_the_step_it_stands_for_are_one_transa
 
 @BOTH
 @BUILT
-def test_a_failure_inside_fails_every_level_and_a_resume_goes_down_to_the_leaf(
+def test_nested_failure_fails_every_level_and_resume_continues_at_the_leaf(
     shop: Shop, cls: type[Outer], built: bool
 ) -> None:
     """durability rule 31"""
@@ -184,7 +184,7 @@ def test_a_failure_inside_fails_every_level_and_a_resume_goes_down_to_the_leaf(
 
 
 @BOTH
-def test_cancelling_the_root_cancels_what_has_not_ended_inside(shop: Shop, cls: type[Outer]) -> None:
+def test_cancel_of_the_root_cancels_unfinished_nested_operations(shop: Shop, cls: type[Outer]) -> None:
     """durability rule 31"""
     Act.acts["1.in.deep.leaf"] = meanwhile(lambda: shop.store.cancel("1", "enough"))
     begin(shop, cls, True)
@@ -200,7 +200,7 @@ def test_cancelling_the_root_cancels_what_has_not_ended_inside(shop: Shop, cls: 
 
 
 @pytest.mark.parametrize("what", ["cancel", "resume", "wait"])
-def test_an_inner_operation_is_asked_through_its_root(shop: Shop, what: str) -> None:
+def test_nested_operation_is_cancelled_and_resumed_only_through_its_root(shop: Shop, what: str) -> None:
     """durability rule 31"""
     begin(shop, Outer, True)
     inner = shop.registry.get("1.in")
@@ -210,11 +210,11 @@ def test_an_inner_operation_is_asked_through_its_root(shop: Shop, what: str) -> 
         shop.first.handle()
         assert inner.wait(1).retcode == 0
         return
-    with pytest.raises(UsageError, match="is inside another one"):
+    with pytest.raises(UsageError, match="is nested in another operation"):
         getattr(inner, what)()
 
 
-def test_a_message_of_an_inner_operation_is_refused(shop: Shop) -> None:
+def test_message_of_a_nested_operation_is_rejected(shop: Shop) -> None:
     """durability rules 3 and 31: its uuid is taken."""
     begin(shop, Outer, True)
     before = shop.stored("1.in")
@@ -222,11 +222,11 @@ def test_a_message_of_an_inner_operation_is_refused(shop: Shop) -> None:
     shop.first.step()
     assert shop.first.consumer.counts["failed"] == 1
     assert shop.stored("1.in").operation.params == before.operation.params
-    with pytest.raises(StateConflict, match="is the uuid of an operation inside another one"):
+    with pytest.raises(StateConflict, match="is the uuid of a nested operation"):
         shop.first.known(Inner)("1.in").build().send()
 
 
-def test_find_lists_roots_unless_it_is_asked_for_what_is_inside_one(shop: Shop) -> None:
+def test_find_returns_roots_unless_a_parent_is_given(shop: Shop) -> None:
     """durability rule 31"""
     begin(shop, Outer, True)
     assert [operation.uuid for operation in shop.registry.find()] == ["1"]
@@ -236,7 +236,7 @@ def test_find_lists_roots_unless_it_is_asked_for_what_is_inside_one(shop: Shop) 
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_the_hooks_of_an_inner_operation_are_called_and_count(shop: Shop, distributed: bool) -> None:
+def test_hooks_of_a_nested_operation_are_called_and_their_value_is_stored(shop: Shop, distributed: bool) -> None:
     """durability rules 23 and 31"""
 
     class Mine(Outer):
@@ -254,7 +254,7 @@ def test_the_hooks_of_an_inner_operation_are_called_and_count(shop: Shop, distri
 
 
 @BOTH
-def test_a_consumer_that_dies_deep_inside_is_followed_there(shop: Shop, cls: type[Outer]) -> None:
+def test_nested_operation_continues_at_its_step_after_owner_crash(shop: Shop, cls: type[Outer]) -> None:
     """durability rule 31: not from the beginning of the inner operation."""
     second = shop.process(Innermost, Inner, HookedInner, Outer, OuterSpread, group="second")
     Act.acts["1.in.y"] = [meanwhile(lambda: shop.pass_by(expire()), second.handle), None]
@@ -266,7 +266,7 @@ def test_a_consumer_that_dies_deep_inside_is_followed_there(shop: Shop, cls: typ
 
 
 @BOTH
-def test_a_retry_deep_inside_waits_and_goes_on_there(shop: Shop, cls: type[Outer]) -> None:
+def test_nested_retry_waits_and_continues_at_its_step(shop: Shop, cls: type[Outer]) -> None:
     """durability rules 27 and 31"""
     Act.acts["1.in.deep.leaf"] = [Retry.later(10), None]
     begin(shop, cls, False)
@@ -280,9 +280,7 @@ def test_a_retry_deep_inside_waits_and_goes_on_there(shop: Shop, cls: type[Outer
 
 
 @BOTH
-def test_an_inner_operation_that_cannot_be_built_fails_and_is_built_when_it_is_resumed(
-    shop: Shop, cls: type[Outer]
-) -> None:
+def test_resume_builds_a_nested_operation_whose_build_failed(shop: Shop, cls: type[Outer]) -> None:
     """durability rules 25 and 31"""
 
     class Moody(Inner):
@@ -309,7 +307,7 @@ def test_an_inner_operation_that_cannot_be_built_fails_and_is_built_when_it_is_r
     assert (shop.status(), Act.seen) == (SUCCESS, ORDER)
 
 
-def test_an_inner_operation_without_tasks_is_a_success(shop: Shop) -> None:
+def test_nested_operation_without_tasks_succeeds(shop: Shop) -> None:
     class Nothing(Operation):
         pass
 

@@ -1,4 +1,4 @@
-"""What users override of an operation that is stored, and code of theirs that drives the sequence itself."""
+"""Tests of user overrides on stored operations, and of user code that drives the sequence itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forget() -> Iterator[None]:
 
 
 @BOTH_WAYS
-def test_a_users_finalize_may_send_at_once(shop: Shop, cls: type[Sale]) -> None:
+def test_user_finalize_may_send_the_operation(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 4: as users of 0.8 wrote it; what it returns, ``build`` returns."""
 
     class Own(cls):  # type: ignore[valid-type,misc]
@@ -41,7 +41,7 @@ def test_a_users_finalize_may_send_at_once(shop: Shop, cls: type[Sale]) -> None:
 
 
 @BOTH_WAYS
-def test_a_users_send_that_calls_ours_keeps_it(shop: Shop, cls: type[Sale]) -> None:
+def test_user_send_that_calls_super_stores_the_operation(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 4"""
 
     class Own(cls):  # type: ignore[valid-type,misc]
@@ -55,7 +55,7 @@ def test_a_users_send_that_calls_ours_keeps_it(shop: Shop, cls: type[Sale]) -> N
 
 
 @BOTH_WAYS
-def test_a_users_send_that_sends_by_itself_is_kept_by_the_consumer(shop: Shop, cls: type[Sale]) -> None:
+def test_user_send_without_super_is_stored_by_the_consumer(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 4: no method of users has to save anything."""
 
     class Own(cls):  # type: ignore[valid-type,misc]
@@ -70,7 +70,7 @@ def test_a_users_send_that_sends_by_itself_is_kept_by_the_consumer(shop: Shop, c
 
 
 @pytest.mark.parametrize("hook", ["prebuild", "build_tasks", "finalize", "prerun"])
-def test_a_hook_of_building_that_raises_leaves_a_failed_operation_or_none(shop: Shop, hook: str) -> None:
+def test_raising_build_hook_fails_or_rejects_the_operation(shop: Shop, hook: str) -> None:
     """durability rule 4: by a message nothing is saved before it is built; what was sent unbuilt is FAILED."""
 
     def raising(self: Any, **_: Any) -> Any:
@@ -89,7 +89,7 @@ def test_a_hook_of_building_that_raises_leaves_a_failed_operation_or_none(shop: 
 
 
 @BOTH_WAYS
-def test_a_users_set_status_hears_of_the_beginning_and_of_the_end(shop: Shop, cls: type[Sale]) -> None:
+def test_user_set_status_is_called_at_start_and_end(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 32: in a consumer that knows the class, as in memory."""
 
     class Own(cls):  # type: ignore[valid-type,misc]
@@ -120,7 +120,7 @@ class Skipping(Spread):
         return super().next(task)
 
 
-def test_a_users_next_chooses_what_follows(shop: Shop) -> None:
+def test_user_next_chooses_the_next_task(shop: Shop) -> None:
     """durability rule 32"""
     shop.first.learn(Skipping)
     Act.acts["1.a"] = lambda: Result(retval={"skip": True})
@@ -131,7 +131,7 @@ def test_a_users_next_chooses_what_follows(shop: Shop) -> None:
     assert "moved" in shop.kinds()
 
 
-def test_it_is_asked_in_a_consumer_that_knows_the_class(shop: Shop) -> None:
+def test_user_next_is_called_in_a_consumer_that_knows_the_class(shop: Shop) -> None:
     """durability rule 32: tasks may run where it is not known."""
     other = shop.process(group="other")
     shop.first.learn(Skipping)("1").build().send(topic="orders")
@@ -144,7 +144,7 @@ def test_it_is_asked_in_a_consumer_that_knows_the_class(shop: Shop) -> None:
     assert Act.seen == ["1.a", "1.b"]
 
 
-def test_a_choice_that_raises_fails_the_operation(shop: Shop) -> None:
+def test_raising_user_next_fails_the_operation(shop: Shop) -> None:
     """durability rule 32"""
 
     class Raising(Spread):
@@ -159,7 +159,7 @@ def test_a_choice_that_raises_fails_the_operation(shop: Shop) -> None:
     assert (operation.status, "no" in operation.result.stderr, Act.seen) == (FAILED, True, ["1.a"])
 
 
-def test_a_choice_that_is_none_of_its_tasks_fails_the_operation(shop: Shop) -> None:
+def test_user_next_that_returns_a_foreign_task_fails_the_operation(shop: Shop) -> None:
     """durability rule 32"""
 
     class Elsewhere(Spread):
@@ -176,7 +176,7 @@ def test_a_choice_that_is_none_of_its_tasks_fails_the_operation(shop: Shop) -> N
     assert "no task of" in operation.result.stderr
 
 
-def test_a_users_launch_next_is_called_at_each_hand_over(shop: Shop) -> None:
+def test_user_launch_next_is_called_at_each_hand_over(shop: Shop) -> None:
     """durability rule 32"""
 
     class Own(Spread):
@@ -193,8 +193,8 @@ def test_a_users_launch_next_is_called_at_each_hand_over(shop: Shop) -> None:
     assert (shop.status("1"), shop.status("2")) == (SUCCESS, FAILED)
 
 
-def test_a_users_launch_next_that_goes_on_after_a_failure_is_followed(shop: Shop) -> None:
-    """durability rule 32: whoever overrides it decides."""
+def test_user_launch_next_may_continue_after_a_failure(shop: Shop) -> None:
+    """durability rule 32: an override decides about the next task."""
 
     class Stubborn(Spread):
         def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
@@ -244,9 +244,7 @@ class DrivenSpread(Driven):
 
 @pytest.mark.parametrize("cls", [Driven, DrivenSpread])
 @pytest.mark.parametrize("way", ["message", "launch"])
-def test_launching_the_next_task_from_a_running_one_is_left_to_its_checkpoint(
-    shop: Shop, cls: type[Driven], way: str
-) -> None:
+def test_launch_next_in_a_running_task_is_deferred_to_its_checkpoint(shop: Shop, cls: type[Driven], way: str) -> None:
     """durability rule 32: also the second call changes nothing."""
     own = shop.first.learn(Driving)
     cls.own = own
@@ -264,7 +262,7 @@ def test_launching_the_next_task_from_a_running_one_is_left_to_its_checkpoint(
 # -- the load hook -----------------------------------------------------------------------------------------------------
 
 
-def test_the_load_hook_of_08_is_get(shop: Shop) -> None:
+def test_init_by_id_returns_the_stored_operation(shop: Shop) -> None:
     cls = shop.first.known(Sale)
     assert cls.init_by_id("1") is None
     cls("1", {"order": 42}).build().send()
@@ -272,7 +270,7 @@ def test_the_load_hook_of_08_is_get(shop: Shop) -> None:
     assert (type(found), found.uuid, found.params, len(found.tasks)) == (cls, "1", {"order": 42}, 3)
 
 
-def test_users_own_load_hook_wins(shop: Shop) -> None:
+def test_user_init_by_id_overrides_the_stored_one(shop: Shop) -> None:
     class Own(Sale):
         @classmethod
         def init_by_id(cls, _id: Any) -> Any:
@@ -281,12 +279,12 @@ def test_users_own_load_hook_wins(shop: Shop) -> None:
     assert shop.first.learn(Own).init_by_id(7) == "mine 7"
 
 
-def test_without_a_database_the_load_hook_gives_nothing() -> None:
+def test_init_by_id_without_a_database_returns_none() -> None:
     assert Sale.init_by_id("1") is None
 
 
 @pytest.mark.parametrize("name", ["attempt", "operation_uuid", "cancel_requested", "attempts", "events", "DISTRIBUTED"])
-def test_names_that_we_add_give_way_to_users_attributes(shop: Shop, name: str) -> None:
+def test_user_attributes_override_the_names_that_kser_adds(shop: Shop, name: str) -> None:
     """decision C18"""
     own = shop.first.learn(type("Own", (Sale,), {name: "mine", "__module__": __name__}))
     bare(own)

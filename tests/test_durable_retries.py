@@ -1,4 +1,4 @@
-"""Attempts at the tasks of stored operations: when another one follows, and how long one may take."""
+"""Tests of retries and timeouts of the tasks of stored operations."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def after(shop: Shop, seconds: float, process: Process | None = None) -> int:
 
 
 @pytest.mark.parametrize("cls", [Trying, TryingSpread, Patient, PatientSpread])
-def test_a_failed_attempt_with_a_policy_is_followed_by_another_when_its_time_has_come(
-    shop: Shop, cls: type[Trying]
-) -> None:
+def test_retry_policy_gives_another_attempt_after_its_backoff(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27: the task's policy, or that of its operation."""
     Told.fails = 2
     bare(cls)
@@ -116,7 +114,7 @@ def test_a_failed_attempt_with_a_policy_is_followed_by_another_when_its_time_has
 
 
 @pytest.mark.parametrize("cls", [Bare, BareSpread])
-def test_the_policy_of_the_consumer_counts_where_neither_has_one(shop: Shop, cls: type[Trying]) -> None:
+def test_retry_policy_of_the_consumer_applies_as_the_default(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27"""
     process = shop.process(Told, cls, group="patient", retry=THRICE)
     bare(cls)
@@ -126,7 +124,7 @@ def test_the_policy_of_the_consumer_counts_where_neither_has_one(shop: Shop, cls
 
 
 @pytest.mark.parametrize("cls", [Bare, BareSpread])
-def test_without_a_policy_there_is_one_attempt(shop: Shop, cls: type[Trying]) -> None:
+def test_task_without_a_retry_policy_has_one_attempt(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27"""
     bare(cls)
     assert after(shop, 0) == 1
@@ -134,7 +132,7 @@ def test_without_a_policy_there_is_one_attempt(shop: Shop, cls: type[Trying]) ->
 
 
 @TRYING
-def test_after_the_last_attempt_the_task_failed_and_its_hook_is_called(shop: Shop, cls: type[Trying]) -> None:
+def test_task_fails_after_its_last_attempt_and_onerror_is_called(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27"""
     bare(cls)
     after(shop, 0)
@@ -146,7 +144,7 @@ def test_after_the_last_attempt_the_task_failed_and_its_hook_is_called(shop: Sho
 
 
 @TRYING
-def test_while_it_waits_nobody_has_it_and_kafka_is_answered(shop: Shop, cls: type[Trying]) -> None:
+def test_retry_backoff_releases_the_claim_and_acks_the_message(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27: the worker is free."""
     bare(cls)
     put("other")
@@ -162,7 +160,7 @@ def test_while_it_waits_nobody_has_it_and_kafka_is_answered(shop: Shop, cls: typ
 
 
 @TRYING
-def test_a_message_does_not_hurry_it(shop: Shop, cls: type[Trying]) -> None:
+def test_duplicate_message_does_not_shorten_the_retry_backoff(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27"""
     bare(cls)
     after(shop, 0)
@@ -172,7 +170,7 @@ def test_a_message_does_not_hurry_it(shop: Shop, cls: type[Trying]) -> None:
 
 
 @TRYING
-def test_retries_survive_their_consumer(shop: Shop, cls: type[Trying]) -> None:
+def test_retry_survives_its_consumer(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27: another one makes the next attempt."""
     Told.fails = 1
     bare(cls)
@@ -184,8 +182,8 @@ def test_retries_survive_their_consumer(shop: Shop, cls: type[Trying]) -> None:
 
 
 @BOTH_WAYS
-def test_asking_for_later_counts_as_an_attempt(shop: Shop, cls: type[Sale]) -> None:
-    """durability rule 27: it needs no policy; then there are three."""
+def test_retry_later_counts_as_an_attempt(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 27: Retry.later needs no policy; without one, there are three attempts."""
     Act.acts["1.b"] = [Retry.later(50), Retry.later(5), Retry.later(1)]
     bare(cls)
     for seconds, seen in ((0, 1), (49, 1), (2, 2), (6, 3), (1000, 3)):
@@ -196,7 +194,7 @@ def test_asking_for_later_counts_as_an_attempt(shop: Shop, cls: type[Sale]) -> N
 
 
 @TRYING
-def test_an_attempt_that_is_followed_by_another_is_told_as_such(
+def test_retried_attempt_is_emitted_and_logged_as_a_retry(
     shop: Shop, cls: type[Trying], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 27"""
@@ -224,7 +222,7 @@ def test_an_attempt_that_is_followed_by_another_is_told_as_such(
 
 
 @TRYING
-def test_each_attempt_starts_from_a_fresh_object_with_the_results_before_it(shop: Shop, cls: type[Trying]) -> None:
+def test_each_attempt_starts_from_a_fresh_object_with_earlier_results(shop: Shop, cls: type[Trying]) -> None:
     """durability rule 27"""
     objects: list[Any] = []
 
@@ -252,7 +250,7 @@ def test_each_attempt_starts_from_a_fresh_object_with_the_results_before_it(shop
 
 
 @BOTH_WAYS
-def test_the_death_of_a_consumer_is_no_attempt(shop: Shop, cls: type[Sale]) -> None:
+def test_owner_crash_does_not_count_as_an_attempt(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 27: recorded attempts count."""
     second = shop.process(group="second")
     numbers: list[int] = []
@@ -279,7 +277,7 @@ def test_the_death_of_a_consumer_is_no_attempt(shop: Shop, cls: type[Sale]) -> N
 
 
 @TRYING
-def test_after_a_resume_the_policy_counts_anew_and_the_number_goes_on(shop: Shop, cls: type[Trying]) -> None:
+def test_resume_restarts_the_retry_policy_and_continues_the_numbering(shop: Shop, cls: type[Trying]) -> None:
     """durability rules 25 and 27"""
     Told.fails = 5
     bare(cls)
@@ -343,7 +341,7 @@ def gate() -> Iterator[threading.Event]:
 
 @HOLDING
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_attempt_that_takes_too_long_is_recorded_as_failed_and_its_worker_is_replaced(
+def test_timed_out_attempt_is_recorded_as_failed_and_its_worker_is_replaced(
     shop: Shop, cls: type[Holding], workers: int, gate: threading.Event
 ) -> None:
     """durability rule 28: the late result meets the fence."""
@@ -367,7 +365,7 @@ def test_an_attempt_that_takes_too_long_is_recorded_as_failed_and_its_worker_is_
 
 
 @HOLDING
-def test_that_an_attempt_took_too_long_is_not_recorded_by_who_has_lost_the_claim(
+def test_timeout_of_an_attempt_with_a_lost_claim_is_fenced(
     shop: Shop, cls: type[Holding], gate: threading.Event
 ) -> None:
     """durability rules 8 and 28"""
@@ -388,7 +386,7 @@ def test_that_an_attempt_took_too_long_is_not_recorded_by_who_has_lost_the_claim
 
 
 @HOLDING
-def test_one_with_a_policy_is_tried_again_while_the_first_is_stuck(
+def test_timed_out_attempt_is_retried_while_the_first_is_stuck(
     shop: Shop, cls: type[Holding], gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 28"""
@@ -410,9 +408,7 @@ def test_one_with_a_policy_is_tried_again_while_the_first_is_stuck(
 
 
 @HOLDING
-def test_the_time_of_one_task_is_not_that_of_those_around_it(
-    shop: Shop, cls: type[Holding], gate: threading.Event
-) -> None:
+def test_task_timeout_does_not_apply_to_its_neighbours(shop: Shop, cls: type[Holding], gate: threading.Event) -> None:
     """durability rule 28: an operation may take as long as it likes."""
     seen: list[Any] = []
     gate.set()
@@ -429,7 +425,7 @@ def test_the_time_of_one_task_is_not_that_of_those_around_it(
 
 
 @BOTH_WAYS
-def test_the_timeout_of_an_operation_is_that_of_each_of_its_tasks(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_timeout_applies_to_each_task_separately(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 28"""
     seen: list[Any] = []
 
@@ -453,7 +449,7 @@ def test_the_timeout_of_an_operation_is_that_of_each_of_its_tasks(shop: Shop, cl
 
 
 @BOTH_WAYS
-def test_a_recorded_failure_is_no_dead_letter(shop: Shop, cls: type[Sale]) -> None:
+def test_recorded_failure_is_not_dead_lettered(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 29: the store keeps it, and resume() replays it."""
     process = shop.process(cls, group="letters", dead_letter=True)
     Act.acts["1.b"] = ConnectionError("no")
@@ -465,7 +461,7 @@ def test_a_recorded_failure_is_no_dead_letter(shop: Shop, cls: type[Sale]) -> No
 
 
 @pytest.mark.parametrize("how", ["build", "hook", "unknown"])
-def test_whatever_it_failed_with(shop: Shop, how: str) -> None:
+def test_recorded_failure_of_any_cause_is_not_dead_lettered(shop: Shop, how: str) -> None:
     """durability rule 29"""
 
     class Odd(Sale):
@@ -489,7 +485,7 @@ def test_whatever_it_failed_with(shop: Shop, how: str) -> None:
     assert process.consumer.counts["dead_lettered"] == 0
 
 
-def test_a_plain_task_beside_them_still_is_one(shop: Shop) -> None:
+def test_failed_plain_task_is_still_dead_lettered(shop: Shop) -> None:
     """durability rule 29"""
     process = shop.process(Spread, group="letters", dead_letter=True)
     Act.acts["plain"] = ConnectionError("no")

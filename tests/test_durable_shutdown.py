@@ -1,4 +1,4 @@
-"""The end of a consumer, and partitions that go, while a stored operation runs in it."""
+"""Tests of graceful shutdown and rebalance while a stored operation runs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def others(shop: Shop, *classes: type[Any]) -> Process:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_operation_stops_at_its_next_checkpoint_and_is_sent_at_once(
+def test_graceful_shutdown_stops_an_operation_at_its_next_checkpoint(
     shop: Shop, workers: int, gate: threading.Event
 ) -> None:
-    """durability rule 30: its claim is given back, with the step ready."""
+    """durability rule 30: its claim is released, with the next step ready."""
     process = shop.process(Sale, group="ending", workers=workers)
     Act.acts["1.b"] = lambda: gate.wait(PATIENCE)
     bare(Sale)
@@ -57,7 +57,7 @@ def test_an_operation_stops_at_its_next_checkpoint_and_is_sent_at_once(
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
 
 
-def test_over_the_consumers_the_next_step_is_sent_as_ever(shop: Shop, gate: threading.Event) -> None:
+def test_graceful_shutdown_sends_the_next_step_of_a_distributed_operation(shop: Shop, gate: threading.Event) -> None:
     """durability rule 30"""
     process = shop.process(Spread, group="ending")
     Act.acts["1.b"] = lambda: gate.wait(PATIENCE)
@@ -74,7 +74,9 @@ def test_over_the_consumers_the_next_step_is_sent_as_ever(shop: Shop, gate: thre
 
 
 @BOTH_WAYS
-def test_the_last_task_ends_its_operation_also_at_shutdown(shop: Shop, cls: type[Sale], gate: threading.Event) -> None:
+def test_graceful_shutdown_lets_the_last_task_end_its_operation(
+    shop: Shop, cls: type[Sale], gate: threading.Event
+) -> None:
     """durability rule 30"""
     process = shop.process(cls, group="ending")
     Act.acts["1.c"] = lambda: gate.wait(PATIENCE)
@@ -88,7 +90,7 @@ def test_the_last_task_ends_its_operation_also_at_shutdown(shop: Shop, cls: type
     assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
 
 
-def test_the_hook_of_an_end_runs_in_the_next_consumer_then(shop: Shop, gate: threading.Event) -> None:
+def test_graceful_shutdown_leaves_the_onsuccess_hook_to_the_next_consumer(shop: Shop, gate: threading.Event) -> None:
     """durability rule 30: an end is a step like another one."""
 
     class Hooked(Sale):
@@ -112,10 +114,10 @@ def test_the_hook_of_an_end_runs_in_the_next_consumer_then(shop: Shop, gate: thr
 
 
 @BOTH_WAYS
-def test_what_runs_for_longer_than_the_timeout_loses_its_claim_to_others_at_once(
+def test_task_exceeding_the_shutdown_timeout_releases_its_claim_at_once(
     shop: Shop, cls: type[Sale], gate: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """durability rule 30: nobody waits for the lease to be over, and what comes of it late is not recorded."""
+    """durability rule 30: no consumer waits for the lease expiry, and the late result is not recorded."""
     process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)
     process.consumer._clock = time.monotonic
     Act.acts["1.b"] = [lambda: gate.wait(PATIENCE) and Result(retval={"late": 1}), lambda: Result(retval={"b": 1})]
@@ -137,11 +139,11 @@ def test_what_runs_for_longer_than_the_timeout_loses_its_claim_to_others_at_once
     assert operation is not None
     assert operation.result.retval == {"b": 1}
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
-    assert any("was given up; its late result is dropped" in line for line in lines(caplog, logging.WARNING))
+    assert any("was abandoned; its late result is dropped" in line for line in lines(caplog, logging.WARNING))
 
 
-def test_an_operation_that_waits_for_its_database_is_handed_back_to_kafka(shop: Shop) -> None:
-    """durability rule 30: nobody answers for it yet."""
+def test_graceful_shutdown_releases_an_operation_waiting_for_its_database(shop: Shop) -> None:
+    """durability rule 30: its message is not acked yet."""
     tried = threading.Event()
 
     class Away:
@@ -172,7 +174,7 @@ def test_an_operation_that_waits_for_its_database_is_handed_back_to_kafka(shop: 
 
 
 @BOTH_WAYS
-def test_when_its_partition_goes_an_operation_goes_on_under_its_claim(shop: Shop, cls: type[Sale]) -> None:
+def test_rebalance_lets_an_operation_continue_under_its_claim(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 30"""
     Bus.at("").create_topic("dice", 2)
     seconds: list[Process] = []
@@ -193,8 +195,8 @@ def test_when_its_partition_goes_an_operation_goes_on_under_its_claim(shop: Shop
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
 
 
-def test_a_consumer_that_was_expelled_from_its_group_goes_on_too(shop: Shop) -> None:
-    """durability rule 30: it is the lease that counts, not the group."""
+def test_consumer_expelled_from_its_group_continues_its_operation(shop: Shop) -> None:
+    """durability rule 30: the lease counts, not the group."""
 
     def expel() -> None:
         client: Any = shop.first.consumer._poller._client
@@ -208,7 +210,7 @@ def test_a_consumer_that_was_expelled_from_its_group_goes_on_too(shop: Shop) -> 
 
 
 @BOTH_WAYS
-def test_neither_counts_as_an_attempt(shop: Shop, cls: type[Sale], gate: threading.Event) -> None:
+def test_shutdown_timeout_does_not_count_as_an_attempt(shop: Shop, cls: type[Sale], gate: threading.Event) -> None:
     """durability rule 30"""
     numbers: list[int] = []
     process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)

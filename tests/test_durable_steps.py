@@ -1,4 +1,4 @@
-"""A step of a stored operation: what it gets, what is recorded of it, and what Kafka hears."""
+"""Tests of the steps of a stored operation: their input, their checkpoint, and the commit in Kafka."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def forget() -> Any:
 
 
 @COUNTING
-def test_each_task_sees_the_stored_results_of_those_before_it(shop: Shop, cls: type[Counting]) -> None:
+def test_each_task_sees_the_stored_results_of_earlier_tasks(shop: Shop, cls: type[Counting]) -> None:
     """durability rule 13"""
     for known in (Adding, cls):
         shop.first.learn(known)
@@ -74,7 +74,7 @@ def test_each_task_sees_the_stored_results_of_those_before_it(shop: Shop, cls: t
 
 
 @COUNTING
-def test_it_adds_up_as_it_does_in_memory(shop: Shop, cls: type[Counting]) -> None:
+def test_results_accumulate_as_in_memory(shop: Shop, cls: type[Counting]) -> None:
     """durability rule 13: a database changes nothing of what an operation gives."""
     for known in (Adding, cls):
         shop.first.learn(known)
@@ -88,7 +88,7 @@ def test_it_adds_up_as_it_does_in_memory(shop: Shop, cls: type[Counting]) -> Non
 
 
 @BOTH_WAYS
-def test_a_checkpoint_is_all_of_a_step_and_the_next_one_begins_behind_it(shop: Shop, cls: type[Sale]) -> None:
+def test_checkpoint_records_the_whole_step_before_the_next_one_starts(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 13"""
     seen: list[Any] = []
     Act.acts["1.a"] = lambda: Result(retval={"a": 1}, stdout="done")
@@ -122,7 +122,7 @@ class Slow:
         return status
 
 
-def test_a_worker_goes_on_only_after_the_commit_returned(shop: Shop) -> None:
+def test_next_task_starts_only_after_the_checkpoint_is_committed(shop: Shop) -> None:
     """durability rule 13"""
     slow = Slow(shop.store)
     process = shop.process(Sale, store=slow, group="slow")
@@ -133,8 +133,8 @@ def test_a_worker_goes_on_only_after_the_commit_returned(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("doomed", [False, True])
-def test_what_workers_record_at_the_same_time_is_judged_alone(shop: Shop, doomed: bool) -> None:
-    """durability rule 14: one that lost its claim, among others, takes nobody with it."""
+def test_group_commit_fences_a_lost_claim_alone(shop: Shop, doomed: bool) -> None:
+    """durability rule 14: a lost claim in a group does not fail the others."""
     together = threading.Barrier(8)
     uuids = [str(number) for number in range(8)]
     process = shop.process(Sale, workers=8, group="many")
@@ -158,7 +158,7 @@ def test_what_workers_record_at_the_same_time_is_judged_alone(shop: Shop, doomed
 # -- over the consumers --------------------------------------------------------------------------------------------
 
 
-def test_the_message_of_a_step_says_who_it_is_and_nothing_else(shop: Shop) -> None:
+def test_step_message_contains_only_its_identity(shop: Shop) -> None:
     """durability rule 15: params and results are read at the claim."""
     for known in (Adding, CountingSpread):
         shop.first.learn(known)
@@ -173,7 +173,7 @@ def test_the_message_of_a_step_says_who_it_is_and_nothing_else(shop: Shop) -> No
     assert operation.result.retval == {"n": 116}
 
 
-def test_that_a_step_was_sent_is_a_time_and_a_count_and_is_recorded_later(shop: Shop) -> None:
+def test_mark_sent_records_time_and_count_later(shop: Shop) -> None:
     """durability rule 15"""
     bare(Spread)
     shop.first.step()
@@ -185,7 +185,7 @@ def test_that_a_step_was_sent_is_a_time_and_a_count_and_is_recorded_later(shop: 
 
 
 @pytest.mark.parametrize("trouble", [None, ConnectionError("the broker is gone")])
-def test_a_step_counts_as_sent_once_its_delivery_is_told(
+def test_step_counts_as_sent_after_its_delivery_report(
     shop: Shop, trouble: Exception | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 15: the worker has gone on long before; what was not delivered is the reaper's."""
@@ -200,14 +200,14 @@ def test_a_step_counts_as_sent_once_its_delivery_is_told(
     posted[0](trouble)
     shop.first.companion.mark()
     assert shop.stored().operation.sends == (0 if trouble else 1)
-    said = [line for line in lines(caplog) if "could not be sent, and will be by the reaper" in line]
+    said = [line for line in lines(caplog) if "could not be sent; the reaper of a consumer will send it" in line]
     assert len(said) == (1 if trouble else 0)
     producer._begin = begin
     shop.live(10)
     assert len(sent()) == (2 if trouble else 1)
 
 
-def test_each_task_runs_on_a_consumer_that_knows_it(shop: Shop) -> None:
+def test_each_task_runs_on_a_consumer_that_knows_its_class(shop: Shop) -> None:
     """durability rule 15: to the topic that its class names."""
 
     class Far(Act):
@@ -236,7 +236,7 @@ def test_each_task_runs_on_a_consumer_that_knows_it(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_whatever_json_can_say_survives(shop: Shop, cls: type[Sale]) -> None:
+def test_every_json_value_survives_storage(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 16: NaN and NUL are legal on the wire."""
     odd = {"nan": math.nan, "nul": "\x00", "half": "\ud800", "big": 2**80, "deep": [{"a": None}]}
     Act.acts["1.b"] = lambda: Result(retval=odd)
@@ -251,7 +251,7 @@ def test_whatever_json_can_say_survives(shop: Shop, cls: type[Sale]) -> None:
 
 
 @BOTH_WAYS
-def test_a_result_that_has_no_json_form_is_a_failure_of_its_task(shop: Shop, cls: type[Sale]) -> None:
+def test_result_that_is_not_json_fails_its_task(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 16"""
     Act.acts["1.b"] = lambda: Result(retval={"when": object()})
     bare(cls)
@@ -263,8 +263,8 @@ def test_a_result_that_has_no_json_form_is_a_failure_of_its_task(shop: Shop, cls
 # -- what cannot be run here ---------------------------------------------------------------------------------------
 
 
-def test_a_step_of_a_class_that_is_not_known_here_is_recorded_as_failed(shop: Shop) -> None:
-    """durability rule 17: nobody waits for it for ever, and it can be resumed."""
+def test_step_of_an_unknown_class_is_recorded_as_failed(shop: Shop) -> None:
+    """durability rule 17: a failed step does not wait without end, and can be resumed."""
     bare(Spread)
     shop.first.step()
     shop.first.forget(Act)
@@ -273,7 +273,7 @@ def test_a_step_of_a_class_that_is_not_known_here_is_recorded_as_failed(shop: Sh
     assert "not registred: import its module in this consumer" in str(shop.stored().attempts[0].error)
 
 
-def test_in_one_consumer_too(shop: Shop) -> None:
+def test_step_of_an_unknown_class_in_a_local_operation_is_recorded_as_failed(shop: Shop) -> None:
     """durability rule 17"""
     shop.first.known(Sale)("1").build().send()
     shop.first.forget(Act)
@@ -281,7 +281,7 @@ def test_in_one_consumer_too(shop: Shop) -> None:
     assert (shop.status(), shop.tasks()) == (FAILED, [FAILED, PENDING, PENDING])
 
 
-def test_a_stored_operation_of_a_class_that_is_not_known_here_is_recorded_as_failed(shop: Shop) -> None:
+def test_stored_operation_of_an_unknown_class_is_recorded_as_failed(shop: Shop) -> None:
     """durability rule 17"""
     shop.first.known(Sale)("1").send()
     stranger = shop.process(group="stranger")
@@ -320,7 +320,7 @@ class Needy(Task):
 
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("how", ["postinit", "from_Message", "required"])
-def test_a_task_that_cannot_be_built_is_a_failed_step(
+def test_task_that_cannot_be_built_fails_its_step(
     shop: Shop, how: str, distributed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 17: ``from_Message``, ``postinit``, required parameters."""
@@ -342,8 +342,8 @@ def test_a_task_that_cannot_be_built_is_a_failed_step(
     assert "no connection" in str(shop.stored().attempts) or "Missing parameter: amount" in str(shop.stored().attempts)
 
 
-def test_a_consumer_without_a_database_refuses_a_step(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    """durability rule 17: it does not run it."""
+def test_consumer_without_a_database_rejects_a_step(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """durability rule 17: the consumer does not run the step."""
     shop.first.known(Spread)("1").build().send()
     poor = Process(None, Spread, group="poor", dead_letter=True)
     poor.handle()
@@ -354,9 +354,7 @@ def test_a_consumer_without_a_database_refuses_a_step(shop: Shop, caplog: pytest
     poor.consumer.close()
 
 
-def test_a_step_that_the_database_does_not_know_is_an_error_and_a_dead_letter(
-    shop: Shop, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_step_of_an_unknown_operation_is_logged_and_dead_lettered(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 17: all consumers of a topic share one database."""
     process = shop.process(Spread, dead_letter=True, group="letters")
     put("lost", cls=Act)
@@ -374,8 +372,8 @@ def test_a_step_that_the_database_does_not_know_is_an_error_and_a_dead_letter(
 # -- what Kafka may forget -----------------------------------------------------------------------------------------
 
 
-def test_an_operation_that_runs_holds_no_offset(shop: Shop) -> None:
-    """durability rule 18: it may take hours."""
+def test_running_operation_does_not_block_the_commit(shop: Shop) -> None:
+    """durability rule 18: an operation may take hours."""
     gate = threading.Event()
     Act.acts["1.b"] = lambda: gate.wait(PATIENCE)
     bare(Sale)
@@ -387,7 +385,7 @@ def test_an_operation_that_runs_holds_no_offset(shop: Shop) -> None:
     assert shop.first.consumer.counts["done"] == 1
 
 
-def test_what_fails_before_it_is_answered_for_is_not_committed(shop: Shop) -> None:
+def test_message_that_fails_before_its_ack_is_not_committed(shop: Shop) -> None:
     """durability rule 18: done for Kafka once the database durably answers, and not before."""
     process = shop.process(Sale, group="dummy")
     shop.first.consumer.close()
@@ -404,7 +402,7 @@ def test_what_fails_before_it_is_answered_for_is_not_committed(shop: Shop) -> No
 
 
 @BOTH_WAYS
-def test_each_refused_claim_is_done_for_kafka(shop: Shop, cls: type[Sale]) -> None:
+def test_message_with_a_refused_claim_is_committed(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 18: ended, held by a live owner, or waiting for its time."""
     shop.first.known(cls)("1").build().send()
     shop.seize()
@@ -412,7 +410,7 @@ def test_each_refused_claim_is_done_for_kafka(shop: Shop, cls: type[Sale]) -> No
     assert committed() == 1
 
 
-def test_those_of_the_same_key_wait_for_an_operation_to_end(shop: Shop) -> None:
+def test_records_of_the_same_key_wait_for_an_operation_to_end(shop: Shop) -> None:
     """durability rule 18: the offset is free, the order of the key stays."""
     gate = threading.Event()
     process = shop.process(Sale, workers=3, group="keys")
@@ -430,10 +428,10 @@ def test_those_of_the_same_key_wait_for_an_operation_to_end(shop: Shop) -> None:
     assert Act.seen.index("1.c") < Act.seen.index("plain")
 
 
-def test_a_partition_that_goes_does_not_stop_an_operation_nor_wait_for_it(
+def test_rebalance_neither_stops_nor_waits_for_a_running_operation(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """durability rules 18 and 30: it goes on under its claim, and nobody runs it again."""
+    """durability rules 18 and 30: the operation continues under its claim, and no other consumer runs it."""
     Bus.at("").create_topic("dice", 2)
     seen: list[Any] = []
 
@@ -449,14 +447,16 @@ def test_a_partition_that_goes_does_not_stop_an_operation_nor_wait_for_it(
     shop.first.step()
     assert seen == [({Partition("dice", 1)}, 0, 1)]
     assert (Act.seen, shop.status(), committed(1)) == (["1.a", "1.b", "1.c"], SUCCESS, 1)
-    assert not [line for line in lines(caplog) if "taken away" in line]
+    assert not [line for line in lines(caplog) if "was revoked" in line]
 
 
 # -- refused claims ------------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_a_refused_claim_is_quiet(shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture) -> None:
+def test_redelivered_message_of_finished_operation_runs_nothing(
+    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 19: no hook, no count, no line but one at INFO; and the stored result."""
     told: list[str] = []
     controller: Any = type(shop.registry.controller)

@@ -1,4 +1,4 @@
-"""The development broker, in this process and as a program of its own."""
+"""Tests of the development broker, in this process and as a program."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def consume_one(consumer: Consumer) -> None:
     raise AssertionError("no message arrived in 15 s")
 
 
-def test_a_message_goes_from_a_producer_through_the_broker_to_a_consumer(broker: EmbeddedBroker) -> None:
+def test_message_passes_from_producer_through_broker_to_consumer(broker: EmbeddedBroker) -> None:
     class Hello(Entrypoint):
         def run(self) -> Result:
             seen.append(self.uuid)
@@ -72,7 +72,7 @@ def test_a_message_goes_from_a_producer_through_the_broker_to_a_consumer(broker:
     assert seen == [message.uuid]
 
 
-def test_consumers_and_producers_take_its_settings_from_the_environment(
+def test_environment_of_the_broker_configures_producer_and_consumer(
     broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in broker.environment(group_id="players").items():
@@ -89,14 +89,14 @@ def test_consumers_and_producers_take_its_settings_from_the_environment(
         consumer.close()
 
 
-def test_it_listens_on_127_0_0_1_alone(broker: EmbeddedBroker) -> None:
+def test_broker_listens_on_127_0_0_1_alone(broker: EmbeddedBroker) -> None:
     assert broker.bootstrap_servers.startswith("127.0.0.1:")
     assert listens("127.0.0.1", port_of(broker))
     # Another address of the same machine: whoever listens on all of them would take this call too.
     assert not listens("127.0.0.2", port_of(broker))
 
 
-def test_a_signal_to_the_process_does_not_end_the_broker(broker: EmbeddedBroker) -> None:
+def test_signal_to_the_process_does_not_end_the_broker(broker: EmbeddedBroker) -> None:
     # The system hands a signal that the main thread blocks to some other thread, if there is one that takes it.
     previous = signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -110,19 +110,19 @@ def test_a_signal_to_the_process_does_not_end_the_broker(broker: EmbeddedBroker)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-def test_a_closed_broker_is_gone_and_closing_twice_is_harmless(broker: EmbeddedBroker) -> None:
+def test_broker_can_be_closed_twice(broker: EmbeddedBroker) -> None:
     broker.close()
     assert not listens("127.0.0.1", port_of(broker))
     broker.close()
 
 
-def test_a_closed_broker_creates_no_topic_and_says_why(broker: EmbeddedBroker) -> None:
+def test_closed_broker_rejects_a_new_topic(broker: EmbeddedBroker) -> None:
     broker.close()
     with pytest.raises(UsageError, match="'late' cannot be created: this development broker is closed; start another"):
         broker.create_topic("late")
 
 
-def test_topics_are_created_once_and_remembered_in_order(broker: EmbeddedBroker) -> None:
+def test_topics_are_created_once_and_listed_in_order(broker: EmbeddedBroker) -> None:
     for name in ("second", "dice", "third.of_them-all"):
         broker.create_topic(name)
     assert broker.topics == ["dice", "second", "third.of_them-all"]
@@ -130,23 +130,23 @@ def test_topics_are_created_once_and_remembered_in_order(broker: EmbeddedBroker)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "caf\u00e9", ".", "..", "a,b", "x" * 250])
-def test_a_name_that_apache_kafka_refuses_is_refused(broker: EmbeddedBroker, name: str) -> None:
-    with pytest.raises(UsageError, match="is no name for a topic: Apache Kafka takes"):
+def test_topic_name_that_kafka_rejects_is_rejected(broker: EmbeddedBroker, name: str) -> None:
+    with pytest.raises(UsageError, match="is not a valid topic name: use 1 to 249"):
         broker.create_topic(name)
 
 
-def test_each_access_to_its_options_gives_a_dict_of_its_own(broker: EmbeddedBroker) -> None:
+def test_config_property_returns_a_new_dict_each_time(broker: EmbeddedBroker) -> None:
     broker.config["group_id"] = "changed"
     assert "group_id" not in broker.config
 
 
-def test_without_confluent_kafka_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_confluent_kafka_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(MissingDependency, match=r'pip install "kser\[embedded\]"'):
         EmbeddedBroker()
 
 
-def test_a_broker_that_does_not_answer_is_reported(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_that_does_not_respond_is_reported(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     from confluent_kafka import KafkaException
 
     class Silent:
@@ -154,7 +154,7 @@ def test_a_broker_that_does_not_answer_is_reported(broker: EmbeddedBroker, monke
             raise KafkaException("timed out")
 
     monkeypatch.setattr(embedded, "_mock_cluster", Silent)
-    with pytest.raises(BrokerUnavailable, match="does not answer on the loopback interface"):
+    with pytest.raises(BrokerUnavailable, match="does not respond on the loopback interface"):
         EmbeddedBroker()
 
 
@@ -182,7 +182,7 @@ class Running:
         self.process.communicate()
 
 
-def test_the_program_prints_lines_that_a_shell_understands() -> None:
+def test_program_prints_lines_for_a_shell() -> None:
     with Running("--topic", "dice", "--topic", "cards") as running:
         lines = running.lines()
         answer = subprocess.run(
@@ -207,7 +207,7 @@ def test_the_program_prints_lines_that_a_shell_understands() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_program_ends_at_a_signal_with_status_0_and_no_word_but_its_greeting(number: signal.Signals) -> None:
+def test_program_ends_at_a_signal_with_status_0_and_prints_only_its_greeting(number: signal.Signals) -> None:
     with Running("--topic", "dice") as running:
         running.lines()
         running.process.send_signal(number)
@@ -217,13 +217,13 @@ def test_the_program_ends_at_a_signal_with_status_0_and_no_word_but_its_greeting
         assert running.process.returncode == 0
     assert rest == ""
     assert len(talk.splitlines()) == 1
-    assert "keeps 5 MB a partition and forgets everything at exit" in talk
+    assert "keeps 5 MB per partition and loses all messages at exit" in talk
 
 
-def test_the_program_refuses_a_topic_in_one_line() -> None:
+def test_program_rejects_an_invalid_topic_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kser.embedded", "--topic", "a b"], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("kser: 'a b' is no name for a topic")
+    assert done.stderr.startswith("kser: 'a b' is not a valid topic name")
     assert len(done.stderr.splitlines()) == 1

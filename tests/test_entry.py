@@ -1,4 +1,4 @@
-"""One unit of work and its life cycle. Behaviour page, section 3."""
+"""Tests of the entrypoint and its life cycle. Behaviour page, section 3."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 # -- objects -----------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_kept_as_they_are() -> None:
+def test_constructor_arguments_are_stored_as_is() -> None:
     params, result, metadata = {"a": 1}, Result(), {"m": 1}
     entry = Entrypoint(UUID, params, result, metadata)
     assert (entry.uuid, entry.params, entry.result, entry.metadata) == (UUID, params, result, metadata)
     assert (entry.params is params, entry.result is result, entry.metadata is metadata) == (True,) * 3
 
 
-def test_without_arguments_everything_is_fresh() -> None:
+def test_constructor_without_arguments_creates_fresh_values() -> None:
     one, two = Entrypoint(), Entrypoint()
     assert one.uuid != two.uuid
     assert one.params is not two.params
     assert (one.params, one.metadata, one.result.uuid) == ({}, {}, one.uuid)
 
 
-def test_the_path_is_that_of_the_class_everywhere() -> None:
+def test_path_is_that_of_the_class_everywhere() -> None:
     """C18"""
 
     class Local(Entrypoint):
@@ -68,7 +68,7 @@ def test_the_path_is_that_of_the_class_everywhere() -> None:
         Greet.path = "other"  # type: ignore[misc]
 
 
-def test_a_users_own_path_wins_on_instances() -> None:
+def test_user_path_overrides_the_path_of_instances() -> None:
     """C18: `path` on instances gives way."""
 
     class Walk(Entrypoint):
@@ -83,7 +83,7 @@ def test_a_users_own_path_wins_on_instances() -> None:
     assert Set().to_Message().entrypoint == "tests.test_entry.Set"
 
 
-def test_a_label_has_an_action_if_there_is_one() -> None:
+def test_label_contains_the_action_if_given() -> None:
     entry = greet()
     assert (entry.label(), entry.label("x"), entry.label("")) == (
         f"Greet[{UUID}]",
@@ -92,7 +92,7 @@ def test_a_label_has_an_action_if_there_is_one() -> None:
     )
 
 
-def test_a_message_shares_what_the_entry_has() -> None:
+def test_message_shares_the_values_of_its_entry() -> None:
     entry = greet()
     kmsg = entry.to_Message()
     assert (kmsg.uuid, kmsg.entrypoint) == (UUID, PATH)
@@ -101,7 +101,7 @@ def test_a_message_shares_what_the_entry_has() -> None:
     assert entry.to_Message(result=other).result is other
 
 
-def test_an_entry_shares_what_its_message_has() -> None:
+def test_entry_shares_the_values_of_its_message() -> None:
     """C19"""
     kmsg = Message(UUID, "anything", {"a": 1}, Result(), {"m": 1})
     entry = Greet.from_Message(kmsg)
@@ -109,7 +109,7 @@ def test_an_entry_shares_what_its_message_has() -> None:
     assert (entry.params is kmsg.params, entry.result is kmsg.result, entry.metadata is kmsg.metadata) == (True,) * 3
 
 
-def test_an_entry_is_made_of_a_message_by_keywords() -> None:
+def test_entry_is_built_from_a_message_by_keywords() -> None:
     class Picky(Entrypoint):
         def __init__(self, *, uuid: Any, params: Any, result: Any, metadata: Any) -> None:
             super().__init__(uuid, params, result, metadata)
@@ -117,7 +117,7 @@ def test_an_entry_is_made_of_a_message_by_keywords() -> None:
     assert Picky.from_Message(Message(UUID, "x")).uuid == UUID
 
 
-def test_a_required_parameter_must_be_present_and_may_be_none() -> None:
+def test_required_parameter_must_be_present_and_may_be_none() -> None:
     Greet(params={"name": None}).check_required_params()
     with pytest.raises(ValidationError) as caught:
         Greet().check_required_params()
@@ -127,13 +127,13 @@ def test_a_required_parameter_must_be_present_and_may_be_none() -> None:
 # -- log ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_line_begins_with_name_path_and_uuid(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_starts_with_name_path_and_uuid(caplog: pytest.LogCaptureFixture) -> None:
     assert greet().log("100 %s", logging.WARNING, extra={"colour": "red"}) is None  # type: ignore[func-returns-value]
     record = record_of(caplog, f"Greet.MESSAGE: {LABEL}: 100 %s")
     assert (record.name, record.levelno, record.colour) == ("kser.entry", logging.WARNING, "red")  # type: ignore[attr-defined]
 
 
-def test_a_log_line_is_formatted_with_its_arguments(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_is_formatted_with_its_arguments(caplog: pytest.LogCaptureFixture) -> None:
     """C2"""
     Greet(uuid="50%d").log("%s is %d %%", logging.INFO, "x", 5)
     assert lines(caplog) == [f"Greet.MESSAGE: {PATH}[50%d]: x is 5 %"]
@@ -142,7 +142,7 @@ def test_a_log_line_is_formatted_with_its_arguments(caplog: pytest.LogCaptureFix
 # -- success -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_successful_execution_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+def test_successful_execution_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
     greet().execute()
     assert [(record.levelname, record.getMessage()) for record in records(caplog)] == [
         ("DEBUG", f"Greet.PreRun: {LABEL}"),
@@ -153,7 +153,7 @@ def test_a_successful_execution_logs_what_was_published(caplog: pytest.LogCaptur
     assert {record.name for record in records(caplog)} == {"kser.entry"}
 
 
-def test_records_have_the_message_with_a_blank_result(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_contain_the_message_with_a_blank_result(caplog: pytest.LogCaptureFixture) -> None:
     entry = Greet(UUID, {"name": "world"}, Result(uuid="other", stdout="before"), {"m": 1})
     entry.execute()
     blank = {"uuid": UUID, "retcode": 0, "stdout": "", "stderr": "", "retval": {}}
@@ -164,14 +164,14 @@ def test_records_have_the_message_with_a_blank_result(caplog: pytest.LogCaptureF
     assert not hasattr(success, "error")
 
 
-def test_the_result_is_the_entrys_own_with_what_run_returned() -> None:
+def test_result_of_the_entry_is_merged_with_the_value_of_run() -> None:
     entry = greet(returns=Result(uuid="run's own", stdout="s", retval={"a": 1}))
     result = entry.execute()
     assert result is entry.result
     assert (result.uuid, result.stdout, result.retval) == (UUID, "s", {"a": 1})
 
 
-def test_an_incoming_result_is_merged_and_not_touched() -> None:
+def test_incoming_result_is_merged_and_not_modified() -> None:
     incoming = Result(uuid="before", stdout="before", retval={"b": 1})
     result = greet(returns=Result(retval={"a": 1})).execute(incoming)
     assert (result.stdout, result.retval) == ("before", {"a": 1, "b": 1})
@@ -179,18 +179,18 @@ def test_an_incoming_result_is_merged_and_not_touched() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 0, False, [], ()])
-def test_a_false_value_is_a_blank_success(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_falsy_return_value_is_a_blank_success(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     entry = greet(returns=value)
     assert entry.execute() is entry.result
     assert lines(caplog, logging.INFO) == [f"Greet.Success: {LABEL}: "]
 
 
-def test_a_negative_return_code_becomes_zero() -> None:
+def test_negative_return_code_becomes_zero() -> None:
     """C3: judged on the merged result."""
     assert greet(returns=Result(retcode=-1)).execute().retcode == 0
 
 
-def test_what_hooks_return_goes_on() -> None:
+def test_hook_return_values_are_passed_on() -> None:
     class Chain(Greet):
         def postrun(self, result: Result) -> Result:
             return Result(stdout=f"{result.stdout}, postrun")
@@ -232,7 +232,7 @@ def test_triggers_may_be_overridden() -> None:
 # -- failure -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_exception_is_a_failed_result(caplog: pytest.LogCaptureFixture) -> None:
+def test_exception_becomes_a_failed_result(caplog: pytest.LogCaptureFixture) -> None:
     result = Raise(UUID, {"error": ValueError("x")}).execute()
     error = result.retval["error"]
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "x")
@@ -249,13 +249,13 @@ def test_an_exception_is_a_failed_result(caplog: pytest.LogCaptureFixture) -> No
     assert record.kmsg["result"]["retcode"] == 0  # type: ignore[attr-defined]
 
 
-def test_a_cdumay_error_keeps_what_it_says() -> None:
+def test_cdumay_error_preserves_its_code_and_text() -> None:
     result = Raise(UUID, {"error": ValidationError("bad", extra={"field": "x"})}).execute()
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "bad")
     assert result.retval["error"]["extra"] == {"field": "x"}
 
 
-def test_a_run_that_is_not_written_says_so() -> None:
+def test_unimplemented_run_gives_a_failed_result() -> None:
     """C1"""
     result = Entrypoint().execute()
     assert (result.retcode, result.stderr) == (501, "Task 'kser.entry.Entrypoint' not implemented")
@@ -264,7 +264,7 @@ def test_a_run_that_is_not_written_says_so() -> None:
 
 
 @pytest.mark.parametrize("value", ["text", {"a": 1}, 5])
-def test_a_value_that_is_no_result_is_a_failure(value: Any) -> None:
+def test_return_value_that_is_no_result_is_a_failure(value: Any) -> None:
     result = greet(returns=value).execute()
     assert result.retcode == 500
     assert result.stderr == f"'{type(value).__name__}' object has no attribute 'retcode'"
@@ -272,7 +272,7 @@ def test_a_value_that_is_no_result_is_a_failure(value: Any) -> None:
 
 @pytest.mark.parametrize("method", ["execute", "unsafe_execute"])
 @pytest.mark.parametrize("retcode", [1, 299, 300, 500])
-def test_a_returned_failure_is_a_failure(retcode: int, method: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_returned_failure_is_a_failure(retcode: int, method: str, caplog: pytest.LogCaptureFixture) -> None:
     """C3: to `onerror`, never to `onsuccess`; nothing is raised that was returned."""
     entry = greet(returns=Result(retcode=retcode, stderr="no"))
     assert getattr(entry, method)().retcode == retcode
@@ -281,7 +281,7 @@ def test_a_returned_failure_is_a_failure(retcode: int, method: str, caplog: pyte
 
 
 @pytest.mark.parametrize("as_argument", [True, False])
-def test_an_incoming_failure_fails_the_entry_after_it_ran(as_argument: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_incoming_failure_fails_the_entry_after_it_ran(as_argument: bool, caplog: pytest.LogCaptureFixture) -> None:
     """C3"""
     failure = Result(retcode=2, stderr="old")
     entry = Greet(UUID, {"name": "world"}, None if as_argument else failure)
@@ -296,7 +296,7 @@ def test_postrun_is_not_called_when_run_raised(caplog: pytest.LogCaptureFixture)
     assert not any(".PostRun" in line for line in lines(caplog))
 
 
-def test_a_missing_parameter_is_a_failure_before_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_parameter_is_a_failure_before_run(caplog: pytest.LogCaptureFixture) -> None:
     result = Greet(UUID).execute()
     assert (result.retcode, result.stderr) == (400, "Missing parameter: name")
     assert lines(caplog) == [f"Greet.PreRun: {LABEL}", f"Greet.Failed: {LABEL}: Missing parameter: name"]
@@ -305,7 +305,7 @@ def test_a_missing_parameter_is_a_failure_before_run(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize("hook", ["prerun", "postrun", "onsuccess"])
-def test_a_raising_hook_is_a_failure(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_hook_is_a_failure(hook: str, caplog: pytest.LogCaptureFixture) -> None:
     def raising(self: Any, *_: Any) -> None:
         raise ValueError(hook)
 
@@ -318,7 +318,7 @@ def test_a_raising_hook_is_a_failure(hook: str, caplog: pytest.LogCaptureFixture
     assert (result.stdout == "hello x") is (hook == "onsuccess")
 
 
-def test_a_raising_onerror_is_contained_and_not_called_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_onerror_is_contained_and_not_called_again(caplog: pytest.LogCaptureFixture) -> None:
     """C6, C13"""
     calls: list[Result] = []
 
@@ -335,7 +335,7 @@ def test_a_raising_onerror_is_contained_and_not_called_again(caplog: pytest.LogC
     assert last.getMessage().endswith("onerror raised: hook")
 
 
-def test_what_onerror_returns_is_returned() -> None:
+def test_onerror_return_value_is_returned() -> None:
     class Mild(Raise):
         def onerror(self, result: Result) -> Any:
             return "never mind"
@@ -344,7 +344,7 @@ def test_what_onerror_returns_is_returned() -> None:
 
 
 @pytest.mark.parametrize("method", ["execute", "unsafe_execute"])
-def test_an_entry_whose_postinit_raised_is_not_run(method: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_entry_with_a_raising_postinit_is_not_run(method: str, caplog: pytest.LogCaptureFixture) -> None:
     """C5: its failure is the result, logged once."""
 
     class Broken(Greet):
@@ -358,7 +358,7 @@ def test_an_entry_whose_postinit_raised_is_not_run(method: str, caplog: pytest.L
     assert lines(caplog) == [f"Broken.Failed: tests.test_entry.Broken[{UUID}]: postinit"]
 
 
-def test_construction_survives_postinit_and_onerror_both_raising() -> None:
+def test_construction_survives_raising_postinit_and_onerror() -> None:
     """C5, C6"""
 
     class Hopeless(Greet):
@@ -371,7 +371,7 @@ def test_construction_survives_postinit_and_onerror_both_raising() -> None:
     assert Hopeless().execute().stderr == "onerror"
 
 
-def test_a_failure_sticks_to_an_entry_that_is_executed_twice() -> None:
+def test_failure_persists_when_an_entry_is_executed_twice() -> None:
     """C7"""
     entry = greet(returns=Result(retcode=2, stderr="first"))
     entry.execute()
@@ -382,14 +382,16 @@ def test_a_failure_sticks_to_an_entry_that_is_executed_twice() -> None:
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 @pytest.mark.parametrize("method", ["execute", "unsafe_execute"])
-def test_an_end_of_the_process_passes(error: BaseException, method: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_system_exit_and_interrupt_propagate(
+    error: BaseException, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """C8"""
     with pytest.raises(type(error)):
         getattr(Raise(params={"error": error}), method)()
     assert not any("Failed" in line for line in lines(caplog))
 
 
-def test_nothing_is_dumped_for_records_that_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
+def test_disabled_log_records_are_not_dumped(caplog: pytest.LogCaptureFixture) -> None:
     """Design page, "Speed"."""
     caplog.set_level(logging.CRITICAL, "kser")
 

@@ -1,4 +1,4 @@
-"""Errors share one root, and keep what they say when they become results."""
+"""Tests of the error classes: they share one root, and their code and text survive in results."""
 
 from __future__ import annotations
 
@@ -27,52 +27,52 @@ def test_every_error_is_a_cdumay_error_with_one_root(cls: type[errors.KserError]
 
 
 @pytest.mark.parametrize("cls", WITH_TEXT)
-def test_a_result_keeps_code_and_text_of_an_error(cls: type[errors.KserError]) -> None:
+def test_result_preserves_code_and_text_of_an_error(cls: type[errors.KserError]) -> None:
     result = Result.from_exception(_make(cls))
     assert (result.retcode, result.stderr) == (cls.CODE, "what, why and what to do")
     assert result.retval["error"]["msgid"] == cls.MSGID
     assert result.retval["error"]["name"] == cls.__name__
 
 
-def test_no_two_errors_share_a_message_id() -> None:
+def test_error_message_ids_are_unique() -> None:
     assert len({cls.MSGID for cls in CLASSES}) == len(CLASSES)
 
 
 @pytest.mark.parametrize("cls", [errors.ProducerMissing, errors.TopicMissing, errors.StoreMissing])
-def test_a_missing_setting_is_a_configuration_error_of_cdumay(cls: type[errors.KserError]) -> None:
+def test_missing_setting_is_a_configuration_error_of_cdumay(cls: type[errors.KserError]) -> None:
     assert issubclass(cls, errors.SettingError)
     assert issubclass(cls, ConfigurationError)
 
 
-def test_a_wrong_call_is_a_type_error() -> None:
+def test_usage_error_is_a_type_error() -> None:
     assert issubclass(errors.UsageError, TypeError)
 
 
-def test_a_send_error_carries_what_the_producer_answered() -> None:
+def test_send_error_contains_the_result_of_the_producer() -> None:
     answer = Result(retcode=500, stderr="no broker")
     error = errors.SendError("not delivered", answer)
     assert error.result is answer
     assert Result.from_exception(error).uuid == answer.uuid
 
 
-def test_asking_for_a_retry_says_when() -> None:
+def test_retry_later_contains_its_delay() -> None:
     error = errors.RetryLater(2.5)
     assert isinstance(error, Error)
-    assert (error.seconds, error.message) == (2.5, "the task asked to be tried again in 2.5 s")
+    assert (error.seconds, error.message) == (2.5, "the task requested another attempt in 2.5 s")
     assert str(error) == f"{errors.RetryLater.MSGID}: {error.message}"
     result = Result.from_exception(error)
     assert (result.retcode, result.stderr) == (errors.RetryLater.CODE, error.message)
 
 
-def test_a_trouble_of_the_client_may_be_its_end() -> None:
+def test_client_error_may_be_fatal() -> None:
     assert not errors.ClientTrouble("no").fatal
     assert errors.ClientTrouble("no", fatal=True).fatal
 
 
-def test_an_attempt_that_took_too_long_is_a_timeout_of_python() -> None:
+def test_task_timeout_is_a_timeout_error_of_python() -> None:
     assert issubclass(errors.TaskTimeout, TimeoutError)
 
 
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
+def test_docstring_tree_lists_every_error() -> None:
     assert errors.__doc__
     assert all(cls.__name__ in errors.__doc__ for cls in CLASSES)

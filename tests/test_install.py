@@ -1,4 +1,4 @@
-"""What users install: the wheel, and the package without anything optional, each in an environment of its own."""
+"""Tests of the installation: the wheel, and the package without extras, each in its own environment."""
 
 from __future__ import annotations
 
@@ -146,14 +146,14 @@ def broker(installed: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) ->
         yield program
 
 
-def test_the_installed_package_is_complete_and_typed(installed: Path, elsewhere: Path) -> None:
+def test_installed_package_is_complete_and_typed(installed: Path, elsewhere: Path) -> None:
     found = run(installed, "-c", "import kser; print(kser.__file__)").strip()
     assert Path(found).is_relative_to(installed.parent.parent)
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "kser").rglob("*.py")} | {"kser/py.typed"}
     assert {name for name in files if not (Path(found).parent.parent / name).is_file()} == set()
 
 
-def test_the_documented_programs_run_outside_the_checkout(installed: Path, broker: Program) -> None:
+def test_documented_programs_run_outside_the_checkout(installed: Path, broker: Program) -> None:
     with Program(installed, "dice/consumer.py") as consumer:
         sent = run(installed, "dice/producer.py") + run(installed, "dice/launch.py")
         assert "Producer.Success: __main__.DiceRoll[" in sent
@@ -166,7 +166,7 @@ def test_the_documented_programs_run_outside_the_checkout(installed: Path, broke
     assert broker.stop() == 0
 
 
-def test_a_plain_installation_in_an_empty_environment_runs_tasks(
+def test_plain_installation_in_an_empty_environment_runs_tasks(
     sources: Path, elsewhere: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     python = environment_with(str(sources), tmp_path_factory.mktemp("plain"))

@@ -1,4 +1,4 @@
-"""Sending operations, and driving their tasks over the consumers."""
+"""Tests of sending operations and launching their tasks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def operation(*statuses: str) -> Operation:
 # -- send --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_operation_is_sent_as_one_message_and_returned(registry: OperationRegistry) -> None:
+def test_operation_is_sent_as_one_message_and_returned(registry: OperationRegistry) -> None:
     """B7"""
 
     @registry.subscribe
@@ -57,7 +57,7 @@ def test_an_operation_is_sent_as_one_message_and_returned(registry: OperationReg
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Game.path, {"a": 1}, "before")
 
 
-def test_an_operation_that_was_not_delivered_raises_with_the_result(registry: OperationRegistry) -> None:
+def test_undelivered_operation_raises_send_error_with_the_result(registry: OperationRegistry) -> None:
     """B7"""
 
     @registry.subscribe
@@ -69,7 +69,7 @@ def test_an_operation_that_was_not_delivered_raises_with_the_result(registry: Op
     assert (caught.value.result.uuid, caught.value.result.retcode) == (UUID, 500)
 
 
-def test_what_is_missing_to_send_is_named(registry: OperationRegistry) -> None:
+def test_missing_producer_or_topic_is_named_by_send(registry: OperationRegistry) -> None:
     """B4 to B7"""
 
     class Lost(Operation):
@@ -85,13 +85,13 @@ def test_what_is_missing_to_send_is_named(registry: OperationRegistry) -> None:
 # -- next --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_next_task_is_the_first_behind_that_is_not_done() -> None:
+def test_next_returns_the_first_unfinished_task_behind() -> None:
     tasks = operation("SUCCESS", "PENDING", "SUCCESS", "SUCCESS", "FAILED", "SUCCESS")
     found = [tasks.next(task) for task in tasks.tasks]
     assert [task.uuid if task else None for task in found] == ["1", "4", "4", "4", None, None]
 
 
-def test_a_task_is_found_by_its_uuid_in_whatever_form() -> None:
+def test_next_finds_a_task_by_its_uuid_in_any_form() -> None:
     """B12"""
     from_database = Own(12)  # type: ignore[arg-type]
     last = Own("13")
@@ -100,7 +100,7 @@ def test_a_task_is_found_by_its_uuid_in_whatever_form() -> None:
     assert tasks.next(from_database) is last
 
 
-def test_an_unknown_task_has_no_next() -> None:
+def test_next_of_an_unknown_task_is_none() -> None:
     assert operation("PENDING").next(Plain("unknown")) is None
     assert Operation().next(Plain()) is None
 
@@ -108,18 +108,18 @@ def test_an_unknown_task_has_no_next() -> None:
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-def test_launching_sends_the_first_unfinished_task() -> None:
+def test_launch_sends_the_first_unfinished_task() -> None:
     """B6"""
     result = operation("SUCCESS", "PENDING", "PENDING").launch()
     assert (result.uuid, result.stdout) == ("1", "sent 1 after None")
 
 
 @pytest.mark.parametrize("status", ["FAILED", "RUNNING"])
-def test_launching_sends_a_task_that_did_not_succeed_again(status: str) -> None:
+def test_launch_sends_an_unsuccessful_task_again(status: str) -> None:
     assert operation("SUCCESS", status).launch().uuid == "1"
 
 
-def test_launching_nothing_says_so_and_leaves_the_status() -> None:
+def test_launch_of_an_empty_operation_fails_and_keeps_its_status() -> None:
     """B4"""
     empty = Operation(UUID)
     result = empty.launch()
@@ -127,12 +127,12 @@ def test_launching_nothing_says_so_and_leaves_the_status() -> None:
     assert empty.status == "PENDING"
 
 
-def test_the_next_task_gets_the_result_of_the_one_before() -> None:
+def test_launch_next_passes_the_previous_result() -> None:
     tasks = operation("SUCCESS", "PENDING")
     assert tasks.launch_next(tasks.tasks[0], said("one")).stdout == "sent 1 after one"
 
 
-def test_after_the_last_task_the_operation_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_launch_next_after_the_last_task_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
     """B5: SUCCESS, logged, and the Result returned."""
     caplog.set_level(logging.INFO, "kser")
     tasks = operation("SUCCESS")
@@ -144,14 +144,14 @@ def test_after_the_last_task_the_operation_ends(caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_ending_without_a_result_returns_what_is_known() -> None:
+def test_launch_next_without_a_result_returns_the_accumulated_result() -> None:
     """B5"""
     tasks = operation("SUCCESS")
     assert tasks.launch_next(tasks.tasks[0]).retcode == 0
     assert tasks.launch() is tasks.result
 
 
-def test_a_failed_result_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_result_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
     """B6: through `_set_status`, logged."""
     caplog.set_level(logging.INFO, "kser")
     tasks = operation("SUCCESS", "PENDING")
@@ -161,8 +161,8 @@ def test_a_failed_result_ends_the_operation(caplog: pytest.LogCaptureFixture) ->
     assert "'PENDING' -> 'FAILED'" in lines(caplog)[0]
 
 
-def test_a_failed_task_ends_the_operation_with_a_failed_result() -> None:
-    """B6, C3: whoever asks the result learns that it failed."""
+def test_failed_task_ends_the_operation_with_a_failed_result() -> None:
+    """B6, C3: the returned result shows the failure."""
     tasks = operation("FAILED", "PENDING")
     tasks.tasks[0].result = Result(retcode=3, stderr="lost")
     answer = tasks.launch_next(tasks.tasks[0])
@@ -170,7 +170,7 @@ def test_a_failed_task_ends_the_operation_with_a_failed_result() -> None:
     assert (answer.retcode, answer.stderr) == (3, "lost")
 
 
-def test_what_a_users_send_returns_becomes_a_result() -> None:
+def test_return_value_of_a_user_send_becomes_a_result() -> None:
     """B5: `launch_next` returns a Result whatever it sends."""
 
     class Silent(Task):
@@ -181,7 +181,7 @@ def test_what_a_users_send_returns_becomes_a_result() -> None:
     assert (answer.uuid, answer.retcode) == ("1", 0)
 
 
-def test_a_send_that_was_set_on_the_task_is_used() -> None:
+def test_send_attribute_of_a_task_instance_is_used() -> None:
     """B22"""
     task = Plain("1")
     task.send = lambda result=None: Result(stdout="own")  # type: ignore[method-assign,assignment,misc]
@@ -189,7 +189,7 @@ def test_a_send_that_was_set_on_the_task_is_used() -> None:
 
 
 @pytest.mark.parametrize("task", [Plain, Operation])
-def test_without_a_shared_database_launching_names_the_setting(task: type[Task]) -> None:
+def test_launch_without_a_shared_database_names_the_setting(task: type[Task]) -> None:
     """B22"""
     with pytest.raises(StoreMissing, match="KSER_DATABASE_URI"):
         Operation(tasks=[task()]).launch()
@@ -198,7 +198,7 @@ def test_without_a_shared_database_launching_names_the_setting(task: type[Task])
 # -- as users of 0.8 drove it ------------------------------------------------------------------------------------------
 
 
-def test_tasks_that_send_themselves_run_over_the_consumers(registry: OperationRegistry) -> None:
+def test_tasks_with_their_own_send_run_on_any_consumer(registry: OperationRegistry) -> None:
     """B22: published users overrode `send`, and drove the sequence from the tasks."""
     database: dict[str, Operation] = {}
     ran: list[str] = []

@@ -1,4 +1,4 @@
-"""A consumer lends its connection to the tasks that it runs, so that they can send."""
+"""Tests of the shared producer: a consumer provides its connection to the tasks that it runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
     return registry.subscribe(type(name, (Task,), {"run": run, "__module__": __name__}))
 
 
-def test_tasks_send_with_the_producer_of_the_consumer_that_runs_them() -> None:
+def test_tasks_send_with_the_producer_of_their_consumer() -> None:
     cls = sending(OperationRegistry())
     Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
     consumer = consumer_of()
@@ -56,7 +56,7 @@ def test_tasks_send_with_the_producer_of_the_consumer_that_runs_them() -> None:
     assert Act.seen == ["from 1"]
 
 
-def test_a_registry_that_is_put_in_place_later_is_lent_one_too() -> None:
+def test_registry_replaced_later_gets_the_shared_producer() -> None:
     class Apart(Controller):
         ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
 
@@ -71,7 +71,7 @@ def test_a_registry_that_is_put_in_place_later_is_lent_one_too() -> None:
     assert consumer.run_until_idle() == 2
 
 
-def test_classes_that_are_subscribed_later_can_send_too() -> None:
+def test_classes_subscribed_later_get_the_shared_producer() -> None:
     """A module with tasks may be imported when the consumer runs already."""
     consumer = consumer_of()
     consumer.step(timeout=0)
@@ -80,7 +80,7 @@ def test_classes_that_are_subscribed_later_can_send_too() -> None:
     assert consumer.run_until_idle() == 2
 
 
-def test_the_next_consumer_of_a_process_lends_its_own() -> None:
+def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
     """Tests of users make one consumer after the other, on a bus that is new each time."""
     cls = sending(OperationRegistry())
     for number in ("1", "2"):
@@ -92,12 +92,12 @@ def test_the_next_consumer_of_a_process_lends_its_own() -> None:
     assert Act.seen == ["from 1", "from 2"]
 
 
-def test_an_entrypoint_without_a_registry_is_lent_nothing() -> None:
+def test_entrypoint_without_a_registry_gets_no_producer() -> None:
     Bus.at("").send("dice", message(Act, uuid="1").dumps().encode())
     assert consumer_of().run_until_idle() == 1
 
 
-def test_a_registry_that_is_no_controller_is_lent_nothing() -> None:
+def test_registry_that_is_no_controller_gets_no_producer() -> None:
     class Anything:
         seen: list[Any] = []  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The three files that operators look at and touch."""
+"""Tests of the control files: running, pause and terminate file."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ def path() -> Path:
     return Path(os.environ["RUNNING_FILE"])
 
 
-def test_a_text_is_shown_without_a_newline_and_then_cleared(running: RunningFile, path: Path) -> None:
+def test_text_is_written_without_a_newline_and_then_cleared(running: RunningFile, path: Path) -> None:
     running.show("shop.Pay[1]")
     assert path.read_bytes() == b"shop.Pay[1]"
     running.clear()
     assert path.read_bytes() == b""
 
 
-def test_a_shorter_text_replaces_a_longer_one(running: RunningFile, path: Path) -> None:
+def test_shorter_text_replaces_a_longer_one(running: RunningFile, path: Path) -> None:
     running.show("a long text")
     running.show("short")
     assert path.read_bytes() == b"short"
 
 
-def test_what_another_process_left_is_replaced(running: RunningFile, path: Path) -> None:
+def test_text_of_another_process_is_replaced(running: RunningFile, path: Path) -> None:
     path.write_text("left by somebody whose text was longer")
     running.show("mine")
     assert path.read_bytes() == b"mine"
 
 
-def test_names_are_written_as_utf_8(running: RunningFile, path: Path) -> None:
+def test_text_is_written_as_utf_8(running: RunningFile, path: Path) -> None:
     """C11"""
     running.show("café.Tâche[1]")
     assert path.read_bytes() == "café.Tâche[1]".encode()
 
 
-def test_a_lone_surrogate_is_written_escaped(running: RunningFile, path: Path) -> None:
+def test_lone_surrogate_is_written_escaped(running: RunningFile, path: Path) -> None:
     """C14"""
     running.show("\udc80[1]")
     assert path.read_bytes() == rb"\udc80[1]"
 
 
-def test_a_deleted_file_is_made_again(running: RunningFile, path: Path) -> None:
+def test_deleted_file_is_created_again(running: RunningFile, path: Path) -> None:
     running.show("one")
     path.unlink()
     running.show("two")
     assert path.read_bytes() == b"two"
 
 
-def test_a_changed_variable_is_followed(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_variable_takes_effect(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running.show("one")
     other = path.with_name("kser-test-pause.lock")
     monkeypatch.setenv("RUNNING_FILE", str(other))
@@ -74,12 +74,12 @@ def test_a_changed_variable_is_followed(running: RunningFile, path: Path, monkey
     path.write_bytes(b"")
 
 
-def test_clearing_makes_the_file(running: RunningFile, path: Path) -> None:
+def test_clear_creates_the_file(running: RunningFile, path: Path) -> None:
     running.clear()
     assert path.read_bytes() == b""
 
 
-def test_a_file_that_somebody_else_wrote_is_not_cleared_at_the_end(path: Path) -> None:
+def test_file_of_another_process_is_not_cleared_at_the_end(path: Path) -> None:
     """D9: a clean exit clears only what this process wrote."""
     path.write_text("theirs")
     RunningFile().clear_own()
@@ -87,7 +87,7 @@ def test_a_file_that_somebody_else_wrote_is_not_cleared_at_the_end(path: Path) -
     path.write_bytes(b"")
 
 
-def test_our_own_file_is_cleared_at_the_end_and_may_be_written_again(running: RunningFile, path: Path) -> None:
+def test_own_file_is_cleared_at_the_end_and_may_be_written_again(running: RunningFile, path: Path) -> None:
     running.show("ours")
     running.clear_own()
     assert path.read_bytes() == b""
@@ -118,7 +118,7 @@ def test_each_thread_has_a_line_of_its_own(running: RunningFile, path: Path) -> 
     assert path.read_bytes() == b""
 
 
-def test_who_comes_while_another_thread_writes_leaves_it_to_that_one(running: RunningFile, path: Path) -> None:
+def test_concurrent_writer_leaves_its_line_to_the_writing_thread(running: RunningFile, path: Path) -> None:
     write, writing, go_on = running._write, threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -138,7 +138,7 @@ def test_who_comes_while_another_thread_writes_leaves_it_to_that_one(running: Ru
     assert path.read_bytes() == b"shop.Pay[1]\nshop.Ship[2]"
 
 
-def test_what_changes_while_a_consumer_begins_or_ends_is_written_after_that(running: RunningFile, path: Path) -> None:
+def test_change_during_open_or_close_is_written_afterwards(running: RunningFile, path: Path) -> None:
     running.open()
     with running._lock:
         running.show("shop.Pay[1]")
@@ -152,7 +152,7 @@ def test_what_changes_while_a_consumer_begins_or_ends_is_written_after_that(runn
     running.close()
 
 
-def test_what_threads_that_are_gone_left_is_cleared_at_the_end(running: RunningFile, path: Path) -> None:
+def test_lines_of_ended_threads_are_cleared_at_the_end(running: RunningFile, path: Path) -> None:
     thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
     thread.start()
     thread.join()
@@ -162,14 +162,14 @@ def test_what_threads_that_are_gone_left_is_cleared_at_the_end(running: RunningF
     assert path.read_bytes() == b"new"
 
 
-def test_what_a_dead_process_left_is_cleared(running: RunningFile, path: Path) -> None:
+def test_file_of_a_dead_process_is_cleared(running: RunningFile, path: Path) -> None:
     """D9"""
     path.write_text("left by a dead process")
     running.clear_stale()
     assert path.read_bytes() == b""
 
 
-def test_what_a_process_shows_that_is_alive_is_not_cleared(running: RunningFile, path: Path) -> None:
+def test_file_of_a_live_process_is_not_cleared(running: RunningFile, path: Path) -> None:
     """D9: siblings on this host share the file."""
     running.show("alive")
     RunningFile().clear_stale()
@@ -184,16 +184,14 @@ def test_what_a_process_shows_that_is_alive_is_not_cleared(running: RunningFile,
     assert path.read_bytes() == b""
 
 
-def test_a_file_that_is_not_there_need_not_be_cleared(
-    running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_file_needs_no_clearing(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running.clear_stale()
     assert not path.exists()
     monkeypatch.delenv("RUNNING_FILE")
     running.clear_stale()
 
 
-def test_a_file_that_cannot_be_written_is_reported_once(
+def test_unwritable_file_is_reported_once(
     running: RunningFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """C10"""
@@ -208,7 +206,7 @@ def test_a_file_that_cannot_be_written_is_reported_once(
     assert "RUNNING_FILE" in line
 
 
-def test_it_is_reported_again_after_it_could_be_written(
+def test_unwritable_file_is_reported_again_after_a_successful_write(
     running: RunningFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "folder"
@@ -222,7 +220,7 @@ def test_it_is_reported_again_after_it_could_be_written(
     assert len(lines(caplog)) == 2
 
 
-def test_a_missing_variable_is_reported(
+def test_missing_variable_is_reported(
     running: RunningFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("RUNNING_FILE")
@@ -230,13 +228,13 @@ def test_a_missing_variable_is_reported(
     assert len(lines(caplog)) == 1
 
 
-def test_the_pause_file_is_looked_at_each_time() -> None:
+def test_pause_file_is_checked_on_each_call() -> None:
     assert not lockfiles.is_paused()
     Path(os.environ["LOCK_FILE"]).touch()
     assert lockfiles.is_paused()
 
 
-def test_the_pause_file_is_removed() -> None:
+def test_pause_file_is_removed() -> None:
     pause = Path(os.environ["LOCK_FILE"])
     assert lockfiles.remove_pause_file() is None
     pause.touch()
@@ -244,7 +242,7 @@ def test_the_pause_file_is_removed() -> None:
     assert not pause.exists()
 
 
-def test_a_pause_file_that_cannot_be_removed_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_pause_file_that_cannot_be_removed_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     """C10: a folder of that name stands in for what permissions forbid."""
     pause = Path(os.environ["LOCK_FILE"])
     pause.mkdir()
@@ -255,13 +253,13 @@ def test_a_pause_file_that_cannot_be_removed_is_reported(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("variable", ["LOCK_FILE", "TERMINATE_FILE"])
-def test_a_removed_variable_is_a_key_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removed_variable_is_a_key_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable)
     with pytest.raises(KeyError, match=variable):
         lockfiles.is_paused() if variable == "LOCK_FILE" else TerminateFile().is_present()
 
 
-def test_a_new_terminate_file_is_present_and_stays() -> None:
+def test_new_terminate_file_is_present_and_is_kept() -> None:
     """D6: none is ever deleted."""
     path = Path(os.environ["TERMINATE_FILE"])
     terminate = TerminateFile()
@@ -271,7 +269,7 @@ def test_a_new_terminate_file_is_present_and_stays() -> None:
     assert path.exists()
 
 
-def test_a_stale_terminate_file_is_reported_once_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
+def test_stale_terminate_file_is_reported_once_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     """D6"""
     path = Path(os.environ["TERMINATE_FILE"])
     path.touch()
@@ -283,7 +281,7 @@ def test_a_stale_terminate_file_is_reported_once_and_ignored(caplog: pytest.LogC
     assert path.exists()
 
 
-def test_a_stale_terminate_file_counts_once_it_is_touched(caplog: pytest.LogCaptureFixture) -> None:
+def test_stale_terminate_file_counts_after_it_is_touched(caplog: pytest.LogCaptureFixture) -> None:
     path = Path(os.environ["TERMINATE_FILE"])
     path.touch()
     os.utime(path, (lockfiles.PROCESS_START - 60,) * 2)

@@ -1,4 +1,4 @@
-"""An operation as a task of another one."""
+"""Tests of an operation as a task of another operation."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Outer(Operation):
         return [add("o1"), Inner("inner"), add("o2")]
 
 
-def test_results_go_in_and_come_out() -> None:
+def test_results_pass_into_and_out_of_a_nested_operation() -> None:
     result = Outer(UUID).execute()
     assert (result.uuid, result.stdout) == (UUID, "o2")
     assert result.retval == {"o1": 0, "i1": 1, "i2": 2, "o2": 3}
 
 
-def test_an_inner_operation_that_nobody_built_builds_itself() -> None:
+def test_nested_operation_builds_itself() -> None:
     """B3: locally or nested."""
     outer = Outer(UUID)
     outer.execute()
@@ -54,7 +54,7 @@ def test_an_inner_operation_that_nobody_built_builds_itself() -> None:
     assert (len(inner.tasks), inner.status, inner.result.uuid) == (2, "SUCCESS", "inner")
 
 
-def test_lines_of_both_interleave(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_of_both_levels_interleave(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kser")
     Outer(UUID).execute()
     assert [line.split(": ")[0] for line in lines(caplog)] == [
@@ -71,13 +71,13 @@ def test_lines_of_both_interleave(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_a_nested_operation_by_message() -> None:
+def test_nested_operation_runs_by_message() -> None:
     Controller.register(Outer.path, Outer)
     result = Controller.run(message(Outer).dumps())
     assert (result.uuid, result.retcode, list(result.retval)) == (UUID, 0, ["o1", "i1", "i2", "o2"])
 
 
-def test_both_go_on_where_the_inner_one_failed() -> None:
+def test_second_execution_continues_in_the_nested_operation_that_failed() -> None:
     """B8"""
     first, bad, last = add("i1"), add("i2", fails=1), add("o2")
     inner = Operation("inner", tasks=[first, bad])
@@ -89,7 +89,7 @@ def test_both_go_on_where_the_inner_one_failed() -> None:
     assert [task.runs for task in (first, bad, last)] == [1, 2, 1]
 
 
-def test_a_skipped_inner_operation_gives_what_it_had() -> None:
+def test_skipped_nested_operation_contributes_its_result() -> None:
     """B9: 0.8 gave an empty result for it."""
     inner = Operation("inner", tasks=[add("i1")])
     bad = add("o2", fails=1)
@@ -99,7 +99,7 @@ def test_a_skipped_inner_operation_gives_what_it_had() -> None:
     assert [task.runs for task in inner.tasks if isinstance(task, Add)] == [1]
 
 
-def test_what_an_inner_operation_cannot_do_fails_both() -> None:
+def test_missing_parameter_of_a_nested_operation_fails_both_levels() -> None:
     class Picky(Operation):
         REQUIRED_FIELDS = ("bet",)
 
@@ -109,7 +109,7 @@ def test_what_an_inner_operation_cannot_do_fails_both() -> None:
     assert (inner.status, outer.status) == ("FAILED", "FAILED")
 
 
-def test_operations_nest_as_deep_as_one_likes() -> None:
+def test_operations_nest_to_any_depth() -> None:
     operation = Operation("0", tasks=[add("leaf")])
     for depth in range(1, 20):
         operation = Operation(str(depth), tasks=[operation])

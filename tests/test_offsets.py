@@ -1,4 +1,4 @@
-"""Only what is below the lowest unfinished record is committed, and the metadata says what is finished above it."""
+"""Tests of the offset tracker: it commits below the lowest unfinished record and puts later ones in the metadata."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def runs_again(commit: Commit, end: int) -> list[int]:
 # -- ranges ------------------------------------------------------------------------------------------------------------
 
 
-def test_ranges_that_touch_or_overlap_become_one_and_empty_ones_vanish() -> None:
+def test_adjacent_or_overlapping_ranges_merge_and_empty_ones_vanish() -> None:
     assert list(Ranges([(7, 9), (1, 3), (3, 4), (2, 3), (5, 5)])) == [(1, 4), (7, 9)]
 
 
@@ -60,7 +60,7 @@ def test_ranges_end_behind_their_last_offset() -> None:
 
 @cases
 @given(st.lists(edges))
-def test_ranges_hold_what_they_were_made_of_and_nothing_else(pairs: list[tuple[int, int]]) -> None:
+def test_ranges_contain_exactly_the_given_offsets(pairs: list[tuple[int, int]]) -> None:
     ranges = Ranges(pairs)
     expected = {offset for start, end in pairs for offset in range(start, end)}
     assert {offset for offset in range(-1, 62) if offset in ranges} == expected
@@ -72,20 +72,20 @@ def test_ranges_hold_what_they_were_made_of_and_nothing_else(pairs: list[tuple[i
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_example_is_read_as_it_is_explained() -> None:
+def test_documented_metadata_example_is_decoded_as_explained() -> None:
     assert list(decode(Commit(100, "kser:1,14,2,3"))) == [(101, 121), (123, 126)]
 
 
 @pytest.mark.parametrize("metadata", ["", "somebody else's", "kser", "kser:", "kser:1,x", "kser:1,,2", "kser:1;2"])
-def test_metadata_of_another_format_says_nothing(metadata: str) -> None:
+def test_metadata_of_another_format_is_ignored(metadata: str) -> None:
     assert list(decode(Commit(5, metadata))) == []
 
 
-def test_metadata_that_ends_with_what_is_unfinished_is_read_up_to_there() -> None:
+def test_metadata_that_ends_with_an_unfinished_run_is_decoded_up_to_there() -> None:
     assert list(decode(Commit(5, "kser:1,2,3"))) == [(6, 8)]
 
 
-def test_without_gaps_there_is_no_metadata() -> None:
+def test_commit_without_gaps_has_no_metadata() -> None:
     assert given_out(5, 6, 7).commit() == Commit(5)
     assert finish(given_out(5, 6, 7), 5).commit() == Commit(6)
     assert finish(given_out(5, 6, 7), 5, 6, 7).commit() == Commit(8)
@@ -93,7 +93,7 @@ def test_without_gaps_there_is_no_metadata() -> None:
 
 @cases
 @given(seen=offsets, finished=offsets, start=st.integers(0, 20))
-def test_the_next_owner_begins_exactly_what_is_not_finished(seen: set[int], finished: set[int], start: int) -> None:
+def test_next_owner_starts_exactly_the_unfinished_records(seen: set[int], finished: set[int], start: int) -> None:
     records = sorted(offset for offset in seen if offset >= start)
     progress = Progress(Commit(start))
     assert begun(progress, records) == records
@@ -110,7 +110,7 @@ def test_the_next_owner_begins_exactly_what_is_not_finished(seen: set[int], fini
 
 @cases
 @given(rounds=st.lists(st.tuples(st.integers(0, 12), st.randoms(use_true_random=False)), max_size=6))
-def test_what_is_finished_stays_so_from_owner_to_owner(rounds: list[tuple[int, Any]]) -> None:
+def test_finished_records_stay_finished_from_owner_to_owner(rounds: list[tuple[int, Any]]) -> None:
     commit, finished, end = Commit(0), set[int](), 0
     for more, chance in rounds:
         progress, end = Progress(commit), end + more
@@ -126,7 +126,7 @@ def test_what_is_finished_stays_so_from_owner_to_owner(rounds: list[tuple[int, A
 
 @cases
 @given(finished=offsets, seen=st.integers(0, 80))
-def test_an_owner_that_has_not_seen_all_again_passes_on_what_it_was_told(finished: set[int], seen: int) -> None:
+def test_owner_passes_on_metadata_of_records_it_has_not_received(finished: set[int], seen: int) -> None:
     first = given_out(*range(81))
     for offset in finished:
         first.finished(offset)
@@ -136,7 +136,7 @@ def test_an_owner_that_has_not_seen_all_again_passes_on_what_it_was_told(finishe
     assert runs_again(second.commit(), 81) == sorted(set(range(81)) - finished)
 
 
-def test_offsets_that_kafka_left_out_are_passed_over() -> None:
+def test_offsets_missing_from_the_log_are_skipped() -> None:
     """Compacted topics and transactions leave holes."""
     progress = finish(given_out(5, 9, 20), 5)
     assert progress.commit().offset == 9
@@ -155,7 +155,7 @@ def every_other(count: int) -> Progress:
     return finish(progress, *range(1, 2 * count, 2))
 
 
-def test_what_does_not_fit_is_cut_off_between_two_runs() -> None:
+def test_metadata_beyond_the_limit_is_cut_off_between_two_runs() -> None:
     progress = every_other(3000)
     commit = progress.commit()
     assert METADATA_LIMIT - 50 < len(commit.metadata) <= METADATA_LIMIT < BROKER_LIMIT
@@ -166,14 +166,14 @@ def test_what_does_not_fit_is_cut_off_between_two_runs() -> None:
     assert progress.is_full
 
 
-def test_what_just_fits_is_not_cut_off() -> None:
+def test_metadata_that_just_fits_is_not_cut_off() -> None:
     count = (METADATA_LIMIT - len(PREFIX) + 1) // 4
     commit = every_other(count).commit()
     assert METADATA_LIMIT - 4 < len(commit.metadata) <= METADATA_LIMIT
     assert len(list(decode(commit))) == count
 
 
-def test_a_partition_with_few_gaps_is_not_full() -> None:
+def test_partition_with_few_gaps_is_not_full() -> None:
     progress = every_other(10)
     assert not progress.is_full
     progress.committed = progress.commit()
@@ -181,7 +181,7 @@ def test_a_partition_with_few_gaps_is_not_full() -> None:
 
 
 @pytest.mark.parametrize("stride", [2, 3, 17, 40])
-def test_a_partition_is_full_before_anything_would_be_cut_off(stride: int) -> None:
+def test_partition_is_full_before_metadata_would_be_cut_off(stride: int) -> None:
     """Records are taken in as long as it is not full, also between two commits; every so many stays unfinished."""
     progress, end = Progress(Commit(0)), 0
     while not progress.is_full and end < 100_000:
@@ -198,9 +198,7 @@ def test_a_partition_is_full_before_anything_would_be_cut_off(stride: int) -> No
 
 @settings(cases, max_examples=30)
 @given(share=st.floats(0.02, 0.98), late=st.floats(0, 1), number=st.integers(0, 2**32))
-def test_nothing_is_cut_off_in_whatever_order_the_open_records_are_finished(
-    share: float, late: float, number: int
-) -> None:
+def test_metadata_is_never_cut_off_in_any_order_of_finishing(share: float, late: float, number: int) -> None:
     progress, end, chance = Progress(Commit(0)), 0, random.Random(number)
     while not progress.is_full and end < 5_000:
         for offset in begun(progress, range(end, end + 10)):
@@ -216,7 +214,7 @@ def test_nothing_is_cut_off_in_whatever_order_the_open_records_are_finished(
 # -- a partition that comes and goes -----------------------------------------------------------------------------------
 
 
-def test_a_record_that_was_handed_out_is_not_open_anew_when_it_is_handed_out_again() -> None:
+def test_redelivered_record_is_not_tracked_twice() -> None:
     progress = given_out(5, 6)
     assert progress.received(5, "again") is None
     assert progress.open == {5: "5", 6: "6"}
@@ -225,7 +223,7 @@ def test_a_record_that_was_handed_out_is_not_open_anew_when_it_is_handed_out_aga
     assert progress.commit() == Commit(6)
 
 
-def test_an_offset_that_is_not_open_is_not_finished() -> None:
+def test_untracked_offset_cannot_be_finished() -> None:
     progress = given_out(5)
     assert not progress.finished(6)
     finish(progress, 5)
@@ -233,14 +231,14 @@ def test_an_offset_that_is_not_open_is_not_finished() -> None:
     assert progress.commit() == Commit(6)
 
 
-def test_what_is_known_to_be_finished_is_not_begun_whether_committed_or_not() -> None:
+def test_known_finished_records_are_not_started_again() -> None:
     progress = Progress(Commit(5, "kser:1,1"), known=[(8, 9)])
     assert begun(progress, range(5, 10)) == [5, 7, 9]
     finish(progress, 5)
     assert progress.commit() == Commit(7, "kser:1,1")
 
 
-def test_what_is_kept_is_not_begun_again_and_is_finished_by_its_old_item() -> None:
+def test_carried_over_record_is_not_started_again() -> None:
     progress = given_out(5, kept={6: "begun"})
     assert progress.received(6, "6") == "begun"
     assert progress.received(7, "7") == "7"
@@ -251,7 +249,7 @@ def test_what_is_kept_is_not_begun_again_and_is_finished_by_its_old_item() -> No
     assert progress.commit() == Commit(7)
 
 
-def test_what_is_kept_and_finished_before_it_is_handed_out_again_is_known() -> None:
+def test_carried_over_record_finished_before_its_redelivery_stays_finished() -> None:
     progress = Progress(Commit(5), kept={6: "begun"})
     assert not progress.finished(6)
     assert runs_again(progress.commit(), 8) == [5, 7]
@@ -260,7 +258,7 @@ def test_what_is_kept_and_finished_before_it_is_handed_out_again_is_known() -> N
     assert progress.commit() == Commit(7)
 
 
-def test_another_item_may_stand_for_an_open_or_kept_record_and_for_no_other() -> None:
+def test_replacement_is_accepted_only_for_unfinished_records() -> None:
     progress = Progress(Commit(5), kept={6: "begun"})
     progress.received(5, "first")
     assert progress.replace(5, "second") and progress.replace(6, "retry")
@@ -269,7 +267,7 @@ def test_another_item_may_stand_for_an_open_or_kept_record_and_for_no_other() ->
     assert progress.open == {5: "second", 6: "retry"}
 
 
-def test_what_was_begun_outlives_the_revoke_and_what_was_not_is_forgotten() -> None:
+def test_started_records_survive_a_revocation_and_others_are_forgotten() -> None:
     progress = finish(given_out(5, 6, 7, kept={7: "kept", 9: "not seen again"}), 5)
     progress.revoke(lambda item: item != "6")
     assert progress.revoked
@@ -278,7 +276,7 @@ def test_what_was_begun_outlives_the_revoke_and_what_was_not_is_forgotten() -> N
     assert progress.commit().offset == 6
 
 
-def test_what_ends_after_the_revoke_is_finished_for_the_one_who_adopts_it() -> None:
+def test_record_finished_after_a_revocation_is_finished_for_the_next_tracker() -> None:
     away = finish(given_out(5, 6, 7, 8), 6)
     away.revoke(lambda item: item in ("5", "7"))
     finish(away, 7)
@@ -287,7 +285,7 @@ def test_what_ends_after_the_revoke_is_finished_for_the_one_who_adopts_it() -> N
     assert back.open == {5: "5", 8: 8, 9: 9}
 
 
-def test_a_dead_letter_that_could_not_be_written_is_remembered_until_it_is_finished() -> None:
+def test_pending_dead_letter_is_tracked_until_its_record_is_finished() -> None:
     progress = given_out(5, 6)
     progress.unburied.add(5)
     finish(progress, 6)

@@ -1,4 +1,4 @@
-"""An operation is built, then runs its tasks. Behaviour page, section 6; resuming, nesting and launching are apart."""
+"""Tests of operations: build and execute. Behaviour page, section 6; resume, nesting and launch have modules too."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Game(Operation):
 # -- objects -----------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_kept_in_the_documented_order() -> None:
+def test_constructor_arguments_follow_the_documented_order() -> None:
     """B2"""
     params, result, metadata, tasks = {"a": 1}, Result(), {"m": 1}, [Roll()]
     operation = Operation(UUID, params, "HALTED", result, metadata, tasks)
@@ -48,7 +48,7 @@ def test_arguments_are_kept_in_the_documented_order() -> None:
     assert (operation.result is result, operation.metadata is metadata, operation.tasks) == (True, True, tasks)
 
 
-def test_a_positional_call_in_the_old_order_is_refused() -> None:
+def test_positional_call_in_the_old_order_is_rejected() -> None:
     """B2"""
     with pytest.raises(
         UsageError, match=r"params is the text 'PENDING'.*Operation\(uuid=..., params=..., status=...\)"
@@ -56,7 +56,7 @@ def test_a_positional_call_in_the_old_order_is_refused() -> None:
         Operation(UUID, "PENDING", {"a": 1})  # type: ignore[arg-type]
 
 
-def test_tasks_are_a_list_of_its_own() -> None:
+def test_tasks_are_copied_to_a_list() -> None:
     """B13"""
     given = (Roll(),)
     operation = Operation(tasks=given)
@@ -86,7 +86,7 @@ def test_tasks_exist_when_postinit_fails() -> None:
     assert operation.status == "FAILED"
 
 
-def test_texts_of_an_operation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_repr_str_and_display_show_the_operation(capsys: pytest.CaptureFixture[str]) -> None:
     operation = Game(UUID, tasks=[Roll("1"), Roll("2")])
     text = f"Operation [Game](id={UUID},status=PENDING)"
     assert (repr(operation), str(operation)) == (text, text)
@@ -113,7 +113,7 @@ def test_new_uses_an_override_of_parse_inputs() -> None:
     assert len(caught) == 1
 
 
-def test_parse_inputs_is_deprecated_and_returns_what_it_gets() -> None:
+def test_parse_inputs_is_deprecated_and_returns_its_arguments() -> None:
     with pytest.warns(DeprecationWarning):
         assert Game.parse_inputs(a=1) == {"a": 1}
 
@@ -121,13 +121,13 @@ def test_parse_inputs_is_deprecated_and_returns_what_it_gets() -> None:
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
-def test_building_adds_tasks_and_returns_the_operation() -> None:
+def test_build_adds_tasks_and_returns_the_operation() -> None:
     operation = Game()
     assert operation.build(players=["a", "b"]) is operation
     assert [task.params["player"] for task in operation.tasks] == ["a", "b"]
 
 
-def test_building_without_arguments_uses_the_params() -> None:
+def test_build_without_arguments_uses_the_params() -> None:
     """B21"""
     operation = Game(params={"players": ["a", "b"]})
     operation.build()
@@ -136,7 +136,7 @@ def test_building_without_arguments_uses_the_params() -> None:
     assert [task.params["player"] for task in operation.tasks] == ["c"]
 
 
-def test_building_again_replaces_what_was_built_and_keeps_what_was_added() -> None:
+def test_second_build_replaces_built_tasks_and_keeps_added_ones() -> None:
     """B13"""
     added = Roll()
     operation = Game(tasks=[added])
@@ -146,13 +146,13 @@ def test_building_again_replaces_what_was_built_and_keeps_what_was_added() -> No
     assert operation.tasks[0] is added
 
 
-def test_computing_tasks_adds_none() -> None:
+def test_compute_tasks_adds_no_task() -> None:
     operation = Game()
     assert len(operation.compute_tasks(players=["a"])) == 1
     assert operation.tasks == []
 
 
-def test_finalize_decides_what_building_returns() -> None:
+def test_build_returns_the_value_of_finalize() -> None:
     class Counted(Game):
         def finalize(self) -> Any:
             return len(self.tasks)
@@ -160,7 +160,7 @@ def test_finalize_decides_what_building_returns() -> None:
     assert Counted().build() == 1
 
 
-def test_prebuild_replaces_the_arguments_unless_it_returns_nothing() -> None:
+def test_prebuild_replaces_the_arguments_unless_it_returns_none() -> None:
     class Prepared(Game):
         def prebuild(self, **kwargs: Any) -> Any:
             return {"players": ["prepared"]} if kwargs.get("prepare") else None
@@ -170,7 +170,7 @@ def test_prebuild_replaces_the_arguments_unless_it_returns_nothing() -> None:
     assert operation.compute_tasks(players=["given"])[0].params == {"player": "given"}
 
 
-def test_hooks_that_take_no_keywords_are_called_without(caplog: pytest.LogCaptureFixture) -> None:
+def test_hooks_without_keywords_are_called_without_arguments(caplog: pytest.LogCaptureFixture) -> None:
     """B21b"""
     caplog.set_level(logging.DEBUG, "kser")
 
@@ -201,7 +201,7 @@ def test_hooks_may_be_any_callables() -> None:
     assert len(operation.tasks) == 2
 
 
-def test_building_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+def test_build_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kser")
     Game(UUID, metadata={"m": 1}).build(players=["a"])
     assert lines(caplog) == [f"Game.PreBuild: {LABEL}: {{'players': ['a']}}", "Game.BuildTasks: 1 task(s) found"]
@@ -241,7 +241,7 @@ def test_tasks_inherit_no_params() -> None:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_successful_operation_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+def test_successful_operation_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kser")
     operation = Game(UUID, tasks=[Roll("1", {"player": "a"}), Roll("2", {"player": "b"})])
     operation.execute()
@@ -263,7 +263,7 @@ def test_a_successful_operation_logs_what_was_published(caplog: pytest.LogCaptur
     assert operation.status == "SUCCESS"
 
 
-def test_records_of_an_operation_have_metadata_and_a_blank_result(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_of_an_operation_have_metadata_and_a_blank_result(caplog: pytest.LogCaptureFixture) -> None:
     """B16"""
     caplog.set_level(logging.DEBUG, "kser")
     Game(UUID, result=said("before"), metadata={"m": 1}).execute()
@@ -274,7 +274,7 @@ def test_records_of_an_operation_have_metadata_and_a_blank_result(caplog: pytest
     assert record_of(caplog, "Game.Success").kresult["stdout"] == "x rolls"  # type: ignore[attr-defined]
 
 
-def test_a_failed_operation_logs_what_was_published(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_operation_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
     """B6, B8"""
     caplog.set_level(logging.INFO, "kser")
     never = Roll()
@@ -290,7 +290,7 @@ def test_a_failed_operation_logs_what_was_published(caplog: pytest.LogCaptureFix
     assert not hasattr(record_of(caplog, "Game.Failed"), "error")
 
 
-def test_a_missing_parameter_fails_before_running(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_parameter_fails_the_operation_before_it_runs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kser")
 
     class Picky(Game):
@@ -307,7 +307,7 @@ def test_a_missing_parameter_fails_before_running(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("hook", "states"), [("prerun", ["RUNNING", "FAILED"]), ("onsuccess", ["RUNNING", "SUCCESS", "FAILED"])]
 )
-def test_a_raising_hook_fails_the_operation(hook: str, states: list[str]) -> None:
+def test_raising_hook_fails_the_operation(hook: str, states: list[str]) -> None:
     seen: list[str] = []
 
     def raising(self: Any, *_: Any) -> None:
@@ -321,7 +321,7 @@ def test_a_raising_hook_fails_the_operation(hook: str, states: list[str]) -> Non
     assert seen == states
 
 
-def test_a_raising_onerror_is_contained() -> None:
+def test_raising_onerror_is_contained() -> None:
     """C6"""
 
     class Clumsy(Game):
@@ -332,7 +332,7 @@ def test_a_raising_onerror_is_contained() -> None:
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "hook")
 
 
-def test_set_status_is_told_the_result_and_its_answer_is_passed_on() -> None:
+def test_set_status_receives_the_result_and_its_value_is_returned() -> None:
     """S1: nothing is refused, users have states of their own."""
     seen: list[tuple[str, Any]] = []
 
@@ -349,7 +349,7 @@ def test_set_status_is_told_the_result_and_its_answer_is_passed_on() -> None:
     assert operation.status == "own HALTED"
 
 
-def test_an_operation_that_nobody_built_builds_itself_to_run() -> None:
+def test_unbuilt_operation_builds_itself_on_execute() -> None:
     """B3"""
     operation = Game(params={"players": ["a", "b"]})
     assert operation.execute().stdout == "b rolls"
@@ -357,7 +357,7 @@ def test_an_operation_that_nobody_built_builds_itself_to_run() -> None:
 
 
 @pytest.mark.parametrize("hook", ["prerun", "postinit"])
-def test_a_class_that_builds_itself_is_not_built_twice(hook: str) -> None:
+def test_operation_that_builds_itself_is_not_built_twice(hook: str) -> None:
     """B3"""
     builds: list[int] = []
 
@@ -370,7 +370,7 @@ def test_a_class_that_builds_itself_is_not_built_twice(hook: str) -> None:
     assert len(builds) == 1
 
 
-def test_an_empty_operation_succeeds_with_its_own_blank_result(caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_operation_succeeds_with_its_own_blank_result(caplog: pytest.LogCaptureFixture) -> None:
     """B4: the log line is the published one."""
     caplog.set_level(logging.INFO, "kser")
     operation = Operation(UUID)
@@ -380,21 +380,21 @@ def test_an_empty_operation_succeeds_with_its_own_blank_result(caplog: pytest.Lo
     assert record_of(caplog, "Operation.Success").kresult == {}  # type: ignore[attr-defined]
 
 
-def test_an_empty_operation_with_a_failed_incoming_result_fails() -> None:
+def test_empty_operation_with_a_failed_incoming_result_fails() -> None:
     """C3: an incoming result with a return code other than 0 makes the entry FAILED, after it ran."""
     operation = Operation(UUID, result=Result(retcode=2, stderr="old"))
     assert operation.execute().retcode == 2
     assert operation.status == "FAILED"
 
 
-def test_a_missing_failure_result_is_tolerated() -> None:
+def test_missing_failure_result_is_tolerated() -> None:
     """B17"""
     operation = Operation(UUID)
     assert operation._onerror(None).uuid == UUID
     assert operation.status == "FAILED"
 
 
-def test_an_operation_by_message_is_built_and_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_operation_by_message_is_built_and_run(caplog: pytest.LogCaptureFixture) -> None:
     """B3, B10"""
     caplog.set_level(logging.INFO, "kser")
     Controller.register(Game.path, Game)
@@ -403,7 +403,7 @@ def test_an_operation_by_message_is_built_and_run(caplog: pytest.LogCaptureFixtu
     assert lines(caplog)[-2:] == [f"Game.Success: {LABEL}: b rolls", f"Controller.Success: {LABEL}: b rolls"]
 
 
-def test_an_empty_operation_by_message_succeeds(caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_operation_by_message_succeeds(caplog: pytest.LogCaptureFixture) -> None:
     """B3, B4"""
     caplog.set_level(logging.INFO, "kser")
 
@@ -415,7 +415,7 @@ def test_an_empty_operation_by_message_succeeds(caplog: pytest.LogCaptureFixture
     assert [line.split(":")[0] for line in lines(caplog)][-2:] == ["Hollow.Success", "Controller.Success"]
 
 
-def test_the_log_of_controllers_shows_how_an_operation_ended(caplog: pytest.LogCaptureFixture) -> None:
+def test_controller_log_shows_the_result_of_an_operation(caplog: pytest.LogCaptureFixture) -> None:
     """C19"""
     caplog.set_level(logging.INFO, "kser")
     Controller.register(Game.path, Game)
@@ -423,7 +423,7 @@ def test_the_log_of_controllers_shows_how_an_operation_ended(caplog: pytest.LogC
     assert record_of(caplog, "Controller.Success").kmsg["result"]["stdout"] == "x rolls"  # type: ignore[attr-defined]
 
 
-def test_nothing_warns_in_ordinary_use() -> None:
+def test_ordinary_use_emits_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Game().build().execute()

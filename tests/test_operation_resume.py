@@ -1,4 +1,4 @@
-"""Results travel from task to task, and an operation that is run again goes on where it failed (B8 to B11)."""
+"""Tests of results passed from task to task, and of executing a failed operation again (B8 to B11)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def step(name: str, **params: Any) -> Step:
     return Step(f"uuid of {name}", {"name": name, **params})
 
 
-def test_results_are_added_in_order_under_the_operations_uuid() -> None:
+def test_results_accumulate_in_order_under_the_operation_uuid() -> None:
     """B10"""
     operation = Operation(UUID, tasks=[step("a"), step("b")])
     result = operation.execute()
@@ -47,7 +47,7 @@ def test_results_are_added_in_order_under_the_operations_uuid() -> None:
     assert (result.uuid, result.stdout, result.retval) == (UUID, "b", {"a": 1, "b": 1})
 
 
-def test_each_task_gets_a_copy_of_what_there_is_so_far() -> None:
+def test_each_task_gets_a_copy_of_the_accumulated_result() -> None:
     """B10"""
     a, b, c = step("a"), step("b"), step("c")
     operation = Operation(UUID, result=Result(retval={"m": 1}), tasks=[a, b, c])
@@ -61,7 +61,7 @@ def test_each_task_gets_a_copy_of_what_there_is_so_far() -> None:
 
 
 @pytest.mark.parametrize("incoming", ["constructor", "argument"])
-def test_an_incoming_result_goes_to_the_first_task(incoming: str) -> None:
+def test_incoming_result_is_passed_to_the_first_task(incoming: str) -> None:
     """B10: also the message's own."""
     first, given = step("a"), Result(uuid="given", stdout="before")
     operation = Operation(UUID, tasks=[first], result=given if incoming == "constructor" else None)
@@ -70,13 +70,13 @@ def test_an_incoming_result_goes_to_the_first_task(incoming: str) -> None:
     assert first.got.stdout == "before"
 
 
-def test_a_forwarded_result_is_not_touched() -> None:
+def test_incoming_result_is_not_modified() -> None:
     given = Result(uuid="given", stdout="before", retval={"m": 1})
     Operation(UUID, tasks=[step("a")]).execute(given)
     assert (given.uuid, given.stdout, given.retval) == ("given", "before", {"m": 1})
 
 
-def test_a_task_that_raises_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_task_gets_its_onerror_hook_and_a_failed_status(caplog: pytest.LogCaptureFixture) -> None:
     """B11: Failed line, hook, status; what came before is kept."""
     caplog.set_level(logging.INFO, "kser")
     told: list[Result] = []
@@ -96,14 +96,14 @@ def test_a_task_that_raises_is_told_so(caplog: pytest.LogCaptureFixture) -> None
     assert any(line.startswith("Told.Failed: ") for line in lines(caplog))
 
 
-def test_unsafe_execute_returns_what_a_raising_task_left() -> None:
+def test_unsafe_execute_returns_the_result_of_a_raising_task() -> None:
     """B11: the operation does not stay RUNNING."""
     operation = Operation(UUID, tasks=[step("a", fails=1, raises=True)])
     assert operation.unsafe_execute().retcode == 500
     assert operation.status == "FAILED"
 
 
-def test_a_task_that_returns_nothing_fails_the_operation() -> None:
+def test_task_that_returns_none_fails_the_operation() -> None:
     class Nothing(Step):
         def onsuccess(self, result: Result) -> None:
             return None
@@ -113,7 +113,7 @@ def test_a_task_that_returns_nothing_fails_the_operation() -> None:
     assert operation.status == "FAILED"
 
 
-def test_a_negative_code_goes_on() -> None:
+def test_negative_return_code_lets_the_operation_continue() -> None:
     class Negative(Task):
         def run(self) -> Result:
             return Result(retcode=-5)
@@ -122,7 +122,7 @@ def test_a_negative_code_goes_on() -> None:
 
 
 @pytest.mark.parametrize("raises", [True, False])
-def test_an_operation_that_is_run_again_goes_on_at_the_failed_task(raises: bool) -> None:
+def test_second_execution_continues_at_the_failed_task(raises: bool) -> None:
     """B8"""
     a, b, c = step("a"), step("b", fails=1, raises=raises), step("c")
     operation = Operation(UUID, tasks=[a, b, c])
@@ -135,7 +135,7 @@ def test_an_operation_that_is_run_again_goes_on_at_the_failed_task(raises: bool)
     assert operation.status == "SUCCESS"
 
 
-def test_a_task_that_is_run_again_has_a_blank_result() -> None:
+def test_retried_task_starts_with_a_blank_result() -> None:
     """C7"""
     bad = step("b", fails=1)
     operation = Operation(UUID, tasks=[bad])
@@ -153,7 +153,7 @@ def test_skipped_tasks_are_merged_and_not_run() -> None:
     assert result.retval == {"m": 1, "stored": 1, "b": 1}
 
 
-def test_a_finished_operation_that_is_run_again_runs_nothing_and_says_the_same() -> None:
+def test_finished_operation_executed_again_runs_nothing_and_returns_the_same() -> None:
     operation = Operation(UUID, result=Result(retval={"m": 1}), tasks=[step("a"), step("b")])
     first = operation.execute()
     again = operation.execute()
@@ -161,13 +161,13 @@ def test_a_finished_operation_that_is_run_again_runs_nothing_and_says_the_same()
     assert [task.runs for task in operation.tasks if isinstance(task, Step)] == [1, 1]
 
 
-def test_the_result_of_the_first_run_does_not_leak_into_the_second() -> None:
+def test_incoming_result_of_the_first_run_does_not_leak_into_the_second() -> None:
     operation = Operation(UUID, tasks=[step("a", fails=1)])
     operation.execute(Result(retval={"only": "the first time"}))
     assert operation.execute().retval == {"a": 2}
 
 
-def test_a_failed_incoming_result_fails_the_first_task_after_it_ran() -> None:
+def test_failed_incoming_result_fails_the_first_task_after_it_ran() -> None:
     """C3"""
     a, b = step("a"), step("b")
     operation = Operation(UUID, tasks=[a, b])
@@ -175,7 +175,7 @@ def test_a_failed_incoming_result_fails_the_first_task_after_it_ran() -> None:
     assert (a.runs, b.runs, operation.status) == (1, 0, "FAILED")
 
 
-def test_a_failed_incoming_result_fails_an_operation_that_has_nothing_left_to_run() -> None:
+def test_failed_incoming_result_fails_an_operation_without_unfinished_tasks() -> None:
     """C3"""
     operation = Operation(UUID, tasks=[step("a")])
     operation.execute()
@@ -183,7 +183,7 @@ def test_a_failed_incoming_result_fails_an_operation_that_has_nothing_left_to_ru
     assert operation.status == "FAILED"
 
 
-def test_an_interrupted_operation_goes_on_at_the_interrupted_task() -> None:
+def test_interrupted_operation_continues_at_the_interrupted_task() -> None:
     class Interrupted(Step):
         def run(self) -> Result:
             self.result.print("half done")
@@ -201,7 +201,7 @@ def test_an_interrupted_operation_goes_on_at_the_interrupted_task() -> None:
     assert (a.runs, b.result.stdout) == (1, "b")
 
 
-def test_however_often_steps_fail_each_succeeds_once_in_order() -> None:
+def test_repeatedly_failing_tasks_each_succeed_once_in_order() -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)

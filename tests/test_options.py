@@ -1,4 +1,4 @@
-"""Options of a consumer: an argument each, and a setting of the same name."""
+"""Tests of consumer options: each is an argument and a setting of the same name."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ def options_of(app: Flask | None = None, **given: Any) -> dict[str, Any]:
     return found
 
 
-def test_what_is_in_force_when_nothing_is_said() -> None:
+def test_options_have_defaults() -> None:
     assert options_of() == DEFAULTS
 
 
-def test_every_option_is_an_argument_with_a_type() -> None:
+def test_every_option_is_a_typed_argument() -> None:
     assert set(Given.__annotations__) == {field.name for field in fields(ConsumerOptions)} == set(DEFAULTS)
     assert {name for name, *_ in OPTIONS} == set(DEFAULTS)
 
 
 @pytest.mark.parametrize(("name", "argument", "text", "value"), OPTIONS)
-def test_an_option_is_an_argument_or_a_setting(
+def test_option_is_an_argument_or_a_setting(
     name: str, argument: Any, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {**DEFAULTS, name: value}
@@ -86,7 +86,7 @@ def test_an_option_is_an_argument_or_a_setting(
     assert options_of() == expected
 
 
-def test_arguments_win_over_the_app_and_that_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_override_the_app_and_the_app_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     app = Flask("shop")
     monkeypatch.setenv("KSER_WORKERS", "2")
     assert options_of(app)["workers"] == 2
@@ -96,14 +96,14 @@ def test_arguments_win_over_the_app_and_that_over_the_environment(monkeypatch: p
     assert options_of(app, workers=None)["workers"] == 3
 
 
-def test_an_argument_that_says_no_wins_over_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_false_or_zero_argument_overrides_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DEAD_LETTER", "true")
     monkeypatch.setenv("KSER_SHUTDOWN_TIMEOUT", "20")
     options = options_of(dead_letter=False, shutdown_timeout=0)
     assert (options["dead_letter"], options["shutdown_timeout"]) == (False, 0)
 
 
-def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in DEFAULTS:
         monkeypatch.setenv(f"KSER_{name.upper()}", "")
     assert options_of() == DEFAULTS
@@ -135,7 +135,7 @@ NONSENSE: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "text"), NONSENSE)
-def test_nonsense_is_refused_with_what_may_be_said(name: str, value: Any, text: str) -> None:
+def test_invalid_option_is_rejected_with_its_allowed_values(name: str, value: Any, text: str) -> None:
     with pytest.raises(SettingError) as caught:
         options_of(**{name: value})
     assert caught.value.message.startswith(text)
@@ -150,7 +150,7 @@ def test_nonsense_is_refused_with_what_may_be_said(name: str, value: Any, text: 
         ("KSER_COMMIT", "After", "KSER_COMMIT must be one of 'after', 'before', 'never'; it is 'After'"),
     ],
 )
-def test_nonsense_in_a_setting_is_refused_with_its_name(
+def test_invalid_setting_is_rejected_with_its_name(
     setting: str, text: str, begins: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(setting, text)
@@ -168,35 +168,35 @@ def test_nonsense_in_a_setting_is_refused_with_its_name(
         ("topic", "topics"),
     ],
 )
-def test_a_misspelt_option_is_refused_with_the_nearest(misspelt: str, nearest: str) -> None:
+def test_misspelt_option_is_rejected_with_the_nearest(misspelt: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"no option '{misspelt}'; the nearest is '{nearest}'"):
         consumer_of(**{misspelt: None})
 
 
-def test_the_transports_share_the_options() -> None:
+def test_transports_share_the_options() -> None:
     assert inspect.signature(InMemory) == inspect.signature(Kafka)
 
 
 @pytest.mark.parametrize(
     ("dead_letter", "topic"), [(False, None), (True, "dice.dlq"), ("broken", "broken"), ("dice.dlq", "dice.dlq")]
 )
-def test_where_dead_letters_go(dead_letter: Any, topic: str | None) -> None:
+def test_dead_letter_option_gives_the_dead_letter_topic(dead_letter: Any, topic: str | None) -> None:
     assert ConsumerOptions(dead_letter=dead_letter).dead_letter_topic("dice") == topic
 
 
-def test_a_consumer_does_not_take_its_own_dead_letters() -> None:
-    """Each would be written behind itself for ever."""
+def test_dead_letter_topic_may_not_be_consumed() -> None:
+    """Each dead letter would be written behind itself without end."""
     with pytest.raises(SettingError, match="'dice'"):
         consumer_of(dead_letter="dice")
 
 
 @pytest.mark.parametrize(("interval_ms", "seconds"), [(300_000, 10), (15_000, 5), (None, 10)])
-def test_a_rebalance_waits_for_less_than_the_client_may_be_silent(interval_ms: int | None, seconds: float) -> None:
+def test_rebalance_waits_for_less_than_max_poll_interval(interval_ms: int | None, seconds: float) -> None:
     config = {} if interval_ms is None else {"max_poll_interval_ms": interval_ms}
     assert consumer_of(config)._dispatch._revoke_timeout == seconds
 
 
-def test_everything_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_effective_options_are_logged_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kser")
     policy = Retry(max_attempts=2)
     consumer = consumer_of(

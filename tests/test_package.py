@@ -1,4 +1,4 @@
-"""The package itself: names, defaults in the environment, and what importing it does not do."""
+"""Tests of the package: its names, its defaults in the environment, and its imports."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ NO_LOCKS = {"LOCK_PATH": None, "RUNNING_FILE": None, "LOCK_FILE": None, "TERMINA
 SHOW_LOCKS = f"import os, kser; print(*(os.environ[name] for name in {tuple(NO_LOCKS)!r}), sep='|')"
 
 
-def test_all_lists_every_public_name() -> None:
+def test_dunder_all_lists_every_public_name() -> None:
     assert set(kser.__all__) == {*HOMES, "__version__"}
 
 
 @pytest.mark.parametrize(("name", "home"), HOMES.items())
-def test_a_public_name_is_the_class_of_its_module(name: str, home: str) -> None:
+def test_public_name_is_the_class_of_its_module(name: str, home: str) -> None:
     assert getattr(kser, name) is getattr(import_module(home), name)
 
 
-def test_dir_shows_names_that_are_not_loaded_yet() -> None:
+def test_dir_lists_names_that_are_not_loaded_yet() -> None:
     done = run_python("import kser; print(set(kser.__all__) <= set(dir(kser)), 'Task' in vars(kser))")
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
-def test_a_star_import_loads_every_name() -> None:
+def test_star_import_loads_every_name() -> None:
     done = run_python("from kser import *; print(Task.__module__, Controller.__module__)")
     assert done.stdout.split() == ["kser.sequencing.task", "kser.controller"], done.stderr
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'kser' has no attribute 'Taks'"):
         _ = kser.Taks
 
@@ -59,7 +59,7 @@ def test_importing_the_package_loads_no_dependency() -> None:
     assert heavy.isdisjoint(done.stdout.split())
 
 
-def test_it_is_imported_without_being_installed(tmp_path: Path) -> None:
+def test_package_is_imported_without_being_installed(tmp_path: Path) -> None:
     """A2"""
     shutil.copytree(ROOT / "kser", tmp_path / "kser", ignore=shutil.ignore_patterns("__pycache__"))
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import kser; print(kser.__version__, kser.__file__)"
@@ -67,12 +67,12 @@ def test_it_is_imported_without_being_installed(tmp_path: Path) -> None:
     assert done.stdout.split() == [kser.__version__, str(tmp_path / "kser" / "__init__.py")], done.stderr
 
 
-def test_the_version_is_the_one_that_setup_reads() -> None:
+def test_version_is_the_one_that_setup_reads() -> None:
     text = (ROOT / "kser" / "__init__.py").read_text(encoding="utf-8")
     assert re.findall(r'^__version__ = "([^"]+)"$', text, re.MULTILINE) == [kser.__version__]
 
 
-def test_the_host_name_is_known() -> None:
+def test_host_name_is_known() -> None:
     assert kser.__hostname__ == socket.gethostname()
 
 
@@ -84,14 +84,14 @@ def test_defaults_are_written_into_the_environment() -> None:
 
 
 @pytest.mark.parametrize(("folder", "start"), [("", "kser-"), ("/tmp/", "/tmp/kser-"), ("/tmp", "/tmp/kser-")])
-def test_files_lie_in_lock_path(folder: str, start: str) -> None:
+def test_control_files_lie_in_lock_path(folder: str, start: str) -> None:
     done = run_python(SHOW_LOCKS, **{**NO_LOCKS, "LOCK_PATH": folder})
     path, *files = done.stdout.strip("\n").split("|")
     assert path == folder
     assert [file.startswith(start) for file in files] == [True] * 3, files
 
 
-def test_what_the_environment_has_stays() -> None:
+def test_environment_variables_are_not_overwritten() -> None:
     given = {name: f"/tmp/{name}" for name in NO_LOCKS}
     done = run_python(SHOW_LOCKS, **given)
     assert done.stdout.strip().split("|") == list(given.values())
@@ -110,10 +110,10 @@ def test_enabled_metrics_are_reported_as_missing() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_value_of_the_metrics_switch_is_kept_as_it_is() -> None:
+def test_metrics_switch_is_stored_unchanged() -> None:
     done = run_python("import kser; print(kser.KSER_METRICS_ENABLED)", KSER_METRICS_ENABLED="YES")
     assert (done.stdout.split(), done.stderr) == (["YES"], "")
 
 
-def test_a_test_sees_files_of_its_own(lock_path: Path) -> None:
+def test_tests_use_control_files_of_their_own(lock_path: Path) -> None:
     assert Path(os.environ["RUNNING_FILE"]).parent == lock_path

@@ -1,6 +1,6 @@
-"""What went wrong with chains elsewhere, and does not here.
+"""Tests of failures that users of other task queues reported for chains.
 
-Each test is named after what happened to users of other projects; its docstring names the thread.
+Each docstring names the thread of the other project.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def lose_what_is_on_its_way(shop: Shop) -> None:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("when", ["the next message is lost", "the message comes again", "a retry"])
-def test_a_chain_was_lost_or_doubled_around_a_crash(shop: Shop, cls: type[Sale], when: str) -> None:
+def test_chain_is_neither_lost_nor_duplicated_around_a_crash(shop: Shop, cls: type[Sale], when: str) -> None:
     """celery/celery#9835, #5006, #6631: between the end of a task and the message of the next one."""
     if when == "a retry":
         Act.acts["1.b"] = [Retry.later(5), None]
@@ -54,7 +54,7 @@ def test_a_chain_was_lost_or_doubled_around_a_crash(shop: Shop, cls: type[Sale],
 
 
 @pytest.mark.parametrize("how", ["killed", "SystemExit", "stopped"])
-def test_a_killed_task_was_lost_and_a_finished_one_ran_again_after_a_warm_shutdown(shop: Shop, how: str) -> None:
+def test_killed_task_is_rerun_and_finished_one_is_not_after_a_graceful_shutdown(shop: Shop, how: str) -> None:
     """celery/celery#1628, #7924, #3802: each way out of a process keeps what is done, and what is not."""
     process = shop.process(Sale, group="dying")
     gate = threading.Event()
@@ -82,7 +82,7 @@ def test_a_killed_task_was_lost_and_a_finished_one_ran_again_after_a_warm_shutdo
 
 
 @BOTH_WAYS
-def test_no_setting_made_a_side_effect_happen_once(shop: Shop, cls: type[Sale]) -> None:
+def test_idempotent_side_effect_happens_once_although_its_task_runs_twice(shop: Shop, cls: type[Sale]) -> None:
     """celery/celery#4426, #4671: code may run twice, so it has a key that is the same each time to give to others."""
     charged: dict[str, int] = {}
     second = shop.process(cls, group="second")
@@ -105,7 +105,7 @@ def test_no_setting_made_a_side_effect_happen_once(shop: Shop, cls: type[Sale]) 
 
 
 @BOTH_WAYS
-def test_a_delayed_task_ran_many_times_because_of_a_visibility_timeout(shop: Shop, cls: type[Sale]) -> None:
+def test_retry_delayed_for_hours_runs_once_despite_redelivered_messages(shop: Shop, cls: type[Sale]) -> None:
     """celery/celery#2599, #3270, #4400, #9882; celery/kombu#337: delayed for longer than anything else waits."""
     Act.acts["1.b"] = [Retry.later(3 * 3600), None]
     bare(cls)
@@ -124,9 +124,7 @@ def test_a_delayed_task_ran_many_times_because_of_a_visibility_timeout(shop: Sho
 
 
 @BOTH_WAYS
-def test_recovery_ran_once_at_the_start_while_the_database_restarted_and_stranded_the_rest(
-    shop: Shop, cls: type[Sale]
-) -> None:
+def test_recovery_continues_after_a_database_restart_at_the_start(shop: Shop, cls: type[Sale]) -> None:
     """dbos-inc/dbos-transact-py#716, #804, #805: here it never stops."""
 
     class Restarting:
@@ -154,7 +152,7 @@ def test_recovery_ran_once_at_the_start_while_the_database_restarted_and_strande
     assert [shop.status(str(number)) for number in range(5)] == [SUCCESS] * 5
 
 
-def test_one_writer_was_the_bottleneck_and_a_message_was_in_neither_place_or_in_both(shop: Shop) -> None:
+def test_concurrent_writers_record_each_task_once(shop: Shop) -> None:
     """getsentry/taskbroker PR#17, PR#487: many workers of two consumers write; each task is recorded once."""
     Bus.at("").create_topic("dice", 8)
     processes = [shop.process(Sale, Spread, workers=8) for _ in range(2)]
@@ -189,7 +187,7 @@ class InvoiceSpread(Invoice):
 
 
 @pytest.mark.parametrize("cls", [Invoice, InvoiceSpread])
-def test_a_chain_could_not_go_on_at_the_failed_task_once_the_code_was_fixed(
+def test_resume_continues_at_the_failed_task_after_a_code_fix(
     shop: Shop, cls: type[Invoice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """celery/celery#5970; ydf0509/funboost#3; durable-workflow/workflow#262"""
@@ -212,9 +210,7 @@ def test_a_chain_could_not_go_on_at_the_failed_task_once_the_code_was_fixed(
 
 @BOTH_WAYS
 @pytest.mark.parametrize("state", ["pending", "running"])
-def test_a_task_that_was_pending_or_running_could_not_be_cancelled_by_its_id(
-    shop: Shop, cls: type[Sale], state: str
-) -> None:
+def test_pending_or_running_operation_is_cancelled_by_its_uuid(shop: Shop, cls: type[Sale], state: str) -> None:
     """taskiq-python/taskiq#305; Flared/dramatiq-abort PR#6: from a process that knows nothing but the uuid."""
     desk = shop.process(group="desk")
 
@@ -235,7 +231,7 @@ def test_a_task_that_was_pending_or_running_could_not_be_cancelled_by_its_id(
 
 @BOTH_WAYS
 @pytest.mark.parametrize("fate", ["it fails", "it is abandoned"])
-def test_what_followed_a_failed_or_abandoned_task_was_deferred_for_ever(shop: Shop, cls: type[Sale], fate: str) -> None:
+def test_operation_fails_when_its_task_failed_or_was_abandoned(shop: Shop, cls: type[Sale], fate: str) -> None:
     """rq/rq#2074, #1093, #2006: an operation always ends, and what has not is listed."""
     shop.first.known(cls)("1").build().send()
     if fate == "it fails":
@@ -252,7 +248,7 @@ def test_what_followed_a_failed_or_abandoned_task_was_deferred_for_ever(shop: Sh
     assert shop.registry.find(status=[PENDING, RUNNING]) == []
 
 
-def test_a_long_chain_was_a_recursion_and_a_message_of_megabytes(shop: Shop) -> None:
+def test_long_chain_needs_no_recursion_and_only_small_messages(shop: Shop) -> None:
     """celery/celery#1078, #5000, #9202, PR#10171: a message names a step, and nothing of the rest."""
     uuids = [f"1.{number}" for number in range(500)]
     operation = shop.first.known(Spread)("1", {"text": "x" * 10_000}, tasks=[Act(uuid) for uuid in uuids])

@@ -1,4 +1,4 @@
-"""The thread that owns the client, one turn after the other: what it takes, when it commits, and what it survives."""
+"""Tests of the poller, turn by turn: fetching, commits, and client errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trouble_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 # -- what it takes -----------------------------------------------------------------------------------------------------
 
 
-def test_it_asks_for_no_more_than_there_is_room_for() -> None:
+def test_poll_fetches_no_more_than_the_in_flight_limit() -> None:
     put(*"12345")
     consumer = Troubled(max_in_flight=3)
     poller = consumer._poller
@@ -36,7 +36,7 @@ def test_it_asks_for_no_more_than_there_is_room_for() -> None:
     assert [limit for _, limit, _ in consumer.used.polls] == [3, 0, 1]
 
 
-def test_a_full_consumer_goes_on_polling_without_taking() -> None:
+def test_full_consumer_keeps_polling_without_fetching() -> None:
     """A task may take hours: the group must hear of its member."""
     put(*"123")
     consumer = Troubled({"auto_commit_interval_ms": 10}, max_in_flight=1)
@@ -46,7 +46,7 @@ def test_a_full_consumer_goes_on_polling_without_taking() -> None:
     assert consumer._dispatch.in_flight == 1
 
 
-def test_while_paused_and_at_the_end_it_takes_nothing_and_waits() -> None:
+def test_paused_or_stopping_poller_fetches_nothing_and_waits() -> None:
     put("1")
     consumer = Troubled()
     consumer._poller.paused = True
@@ -56,7 +56,7 @@ def test_while_paused_and_at_the_end_it_takes_nothing_and_waits() -> None:
     assert [(timeout, limit) for timeout, limit, _ in consumer.used.polls] == [(0.02, 0), (ENDING_POLL, 0)]
 
 
-def test_nothing_is_taken_of_what_is_held() -> None:
+def test_blocked_partition_is_not_fetched() -> None:
     consumer = Troubled()
     consumer._poller.turn(0)
     consumer._dispatch._partitions[DICE].unburied.add(0)
@@ -65,7 +65,7 @@ def test_nothing_is_taken_of_what_is_held() -> None:
     assert consumer.used.polls[-1][2] == {DICE}
 
 
-def test_a_poll_waits_until_something_is_to_be_committed() -> None:
+def test_poll_timeout_ends_at_the_next_commit() -> None:
     put("1")
     consumer = Troubled({"auto_commit_interval_ms": 300})
     Clock(consumer).pass_by(0.1)
@@ -75,7 +75,7 @@ def test_a_poll_waits_until_something_is_to_be_committed() -> None:
     assert (first, second <= 0.3) == (0.5, True)
 
 
-def test_a_poll_waits_hardly_when_what_runs_is_to_be_committed_at_once_and_a_worker_is_idle() -> None:
+def test_poll_timeout_is_short_with_a_manual_commit_and_an_idle_worker() -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
     consumer._poller.turn(0.5)
@@ -85,7 +85,7 @@ def test_a_poll_waits_hardly_when_what_runs_is_to_be_committed_at_once_and_a_wor
     assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, EAGER_POLL]
 
 
-def test_a_poll_does_not_wait_when_what_runs_is_to_be_committed_at_once_and_all_workers_are_busy() -> None:
+def test_poll_timeout_is_zero_with_a_manual_commit_and_busy_workers() -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
     consumer._poller.turn(0.5)
@@ -98,7 +98,7 @@ def test_a_poll_does_not_wait_when_what_runs_is_to_be_committed_at_once_and_all_
 # -- commits -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_is_for_all_partitions_and_only_when_there_is_something(bus: Bus) -> None:
+def test_commit_covers_all_partitions_and_only_pending_offsets(bus: Bus) -> None:
     bus.create_topic("dice", 2)
     consumer = Troubled({"auto_commit_interval_ms": 1000})
     clock = Clock(consumer)
@@ -110,7 +110,7 @@ def test_a_commit_is_for_all_partitions_and_only_when_there_is_something(bus: Bu
     assert consumer.used.commits == [{Partition("dice", 0): Commit(1), Partition("dice", 1): Commit(2)}]
 
 
-def test_what_is_finished_above_the_lowest_unfinished_is_committed_beside_it() -> None:
+def test_records_finished_above_the_lowest_unfinished_are_in_the_metadata() -> None:
     put("1", "2", "3")
     consumer = Troubled(AT_ONCE, ordering="none")
     consumer._poller.turn(0)
@@ -124,7 +124,7 @@ def test_what_is_finished_above_the_lowest_unfinished_is_committed_beside_it() -
     assert Act.seen == ["2", "1", "3"]
 
 
-def test_the_published_order_is_to_commit_what_is_begun() -> None:
+def test_commit_before_commits_started_records() -> None:
     put("1", "2", "3")
     consumer = Troubled(AT_ONCE, commit="before", workers=2)
     assert consumer._poller.turn(0) == 2
@@ -135,7 +135,7 @@ def test_the_published_order_is_to_commit_what_is_begun() -> None:
     assert (committed(), Act.seen) == (1, [])
 
 
-def test_the_published_order_in_intervals_commits_what_is_begun() -> None:
+def test_commit_before_in_intervals_commits_started_records() -> None:
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 1000}, commit="before")
     clock = Clock(consumer)
@@ -149,7 +149,7 @@ def test_the_published_order_in_intervals_commits_what_is_begun() -> None:
     assert (committed(), Act.seen) == (1, [])
 
 
-def test_the_published_order_commits_what_is_begun_when_its_partition_goes() -> None:
+def test_commit_before_commits_started_records_at_a_revocation() -> None:
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 60_000}, commit="before")
     consumer._poller.turn(0)
@@ -160,7 +160,7 @@ def test_the_published_order_commits_what_is_begun_when_its_partition_goes() -> 
 
 
 @pytest.mark.parametrize("config", [AT_ONCE, {"auto_commit_interval_ms": 10}])
-def test_who_is_never_to_commit_never_does(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_commit_never_commits_nothing(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     put("1", "2")
     consumer = Troubled(config, commit="never")
     clock = Clock(consumer)
@@ -174,7 +174,7 @@ def test_who_is_never_to_commit_never_does(config: dict[str, Any], caplog: pytes
 
 
 @pytest.mark.parametrize("commit", ["after", "before", "never"])
-def test_without_a_group_nothing_is_committed_in_any_mode(commit: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_consumer_without_a_group_commits_nothing_in_any_mode(commit: str, caplog: pytest.LogCaptureFixture) -> None:
     put("1", "2")
     consumer = Troubled({**AT_ONCE, "group_id": None}, commit=commit)
     consumer.run_until_idle()
@@ -186,7 +186,7 @@ def test_without_a_group_nothing_is_committed_in_any_mode(commit: str, caplog: p
 # -- trouble -----------------------------------------------------------------------------------------------------------
 
 
-def test_trouble_is_logged_once_per_change(caplog: pytest.LogCaptureFixture) -> None:
+def test_client_error_is_logged_once_per_change(caplog: pytest.LogCaptureFixture) -> None:
     consumer = Troubled()
     for trouble in ({"poll": "no broker"}, {"poll": "no broker"}, {"poll": "no topic"}, {}, {}):
         consumer.used.trouble = trouble
@@ -199,7 +199,7 @@ def test_trouble_is_logged_once_per_change(caplog: pytest.LogCaptureFixture) -> 
     assert len(consumer.clients) == 1
 
 
-def test_between_two_tries_it_waits_longer_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_poll_backoff_grows_and_resets_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = Troubled()
     waits: list[float] = []
     monkeypatch.setattr(consumer._poller._stop, "wait", waits.append)
@@ -216,7 +216,7 @@ def test_between_two_tries_it_waits_longer_and_longer(monkeypatch: pytest.Monkey
     assert waits[-1] == waits[0]
 
 
-def test_a_commit_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_commit_is_retried(caplog: pytest.LogCaptureFixture) -> None:
     put("1", "2")
     consumer = Troubled(AT_ONCE)
     consumer.used.trouble = {"commit": "no coordinator"}
@@ -231,7 +231,7 @@ def test_a_commit_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
-def test_trouble_with_commits_and_with_polls_is_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+def test_commit_errors_and_poll_errors_are_logged_separately(caplog: pytest.LogCaptureFixture) -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
     consumer.used.trouble = {"commit": "no coordinator"}
@@ -249,7 +249,7 @@ def test_trouble_with_commits_and_with_polls_is_told_apart(caplog: pytest.LogCap
     ]
 
 
-def test_a_client_that_has_come_to_its_end_is_replaced_and_what_ran_is_not_run_again(
+def test_fatal_client_is_replaced_and_running_records_are_not_run_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     put("1", "2")
@@ -271,8 +271,8 @@ def test_a_client_that_has_come_to_its_end_is_replaced_and_what_ran_is_not_run_a
     ]
 
 
-def test_a_client_that_has_come_to_its_end_commits_nothing_more() -> None:
-    """Whoever fenced it has its partitions; what is done here is known when they return."""
+def test_fenced_client_commits_nothing_more() -> None:
+    """The client that fenced it owns its partitions; its finished records are known when the partitions return."""
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 600_000}, max_in_flight=1)
     consumer._poller.turn(0)
@@ -288,7 +288,7 @@ def test_a_client_that_has_come_to_its_end_commits_nothing_more() -> None:
 
 
 @pytest.mark.parametrize("activity", ["poll", "commit", "lag"])
-def test_what_a_client_does_not_announce_is_said_with_all_of_it_and_survived(
+def test_unexpected_client_exception_is_logged_with_traceback_and_survived(
     activity: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer = Troubled(AT_ONCE, max_in_flight=1, stall_timeout=0)
@@ -305,14 +305,14 @@ def test_what_a_client_does_not_announce_is_said_with_all_of_it_and_survived(
     assert (sorted(set(Act.seen)), committed()) == (["0", "1", "2"], 3)
 
 
-def test_what_is_not_announced_time_and_again_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_unexpected_exception_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     consumer = Troubled(first_trouble={"poll": RuntimeError("surprise")})
     for _ in range(5):
         consumer._poller.turn(0)
     assert len([record for record in records(caplog, logging.ERROR) if record.exc_info]) == 1
 
 
-def test_a_client_that_cannot_be_made_anew_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_client_that_cannot_be_reconnected_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     class Gone(Troubled):
         def _connect(self) -> Client:
             if len(self.clients) == 1:
@@ -330,8 +330,8 @@ def test_a_client_that_cannot_be_made_anew_is_said_once(caplog: pytest.LogCaptur
     assert not [record for record in records(caplog) if record.exc_info]
 
 
-def test_the_next_client_does_not_commit_what_the_last_one_handed_out() -> None:
-    """Its partitions may be somebody else's by now, who is further."""
+def test_new_client_does_not_commit_records_of_the_fenced_one() -> None:
+    """Another consumer may own the partitions by now and be further ahead."""
     put("1", "2", "3")
     consumer = Troubled({"auto_commit_interval_ms": 1000}, commit="before")
     clock = Clock(consumer)
@@ -345,7 +345,7 @@ def test_the_next_client_does_not_commit_what_the_last_one_handed_out() -> None:
     assert consumer.used.commits == []
 
 
-def test_a_subscription_that_fails_lets_go_of_the_client() -> None:
+def test_failed_subscription_closes_the_client() -> None:
     made: list[Client] = []
 
     class Failing(Troubled):
@@ -358,7 +358,7 @@ def test_a_subscription_that_fails_lets_go_of_the_client() -> None:
     assert [client.closed for client in made] == [1]
 
 
-def test_an_unforeseen_error_of_the_last_commit_does_not_keep_the_client_open(
+def test_unexpected_error_of_the_final_commit_closes_the_client(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     put("1")
@@ -370,7 +370,7 @@ def test_an_unforeseen_error_of_the_last_commit_does_not_keep_the_client_open(
     assert "RuntimeError('surprise')" in lines(caplog, logging.ERROR)[0]
 
 
-def test_what_could_not_be_committed_at_the_end_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_uncommitted_records_are_logged_at_close(caplog: pytest.LogCaptureFixture) -> None:
     put("1", "2")
     consumer = Troubled()
     consumer.step(timeout=0)
@@ -379,7 +379,7 @@ def test_what_could_not_be_committed_at_the_end_is_named(caplog: pytest.LogCaptu
     assert (consumer.used.closed, committed()) == (1, 0)
     assert lines(caplog, logging.WARNING) == [
         "Troubled: no coordinator; trying again",
-        "Troubled: what is done could not be committed and comes again: dice[0] up to offset 2",
+        "Troubled: finished messages could not be committed and will be redelivered: dice[0] up to offset 2",
     ]
 
 
@@ -388,7 +388,7 @@ def test_what_could_not_be_committed_at_the_end_is_named(caplog: pytest.LogCaptu
 SHORT_SESSION = {"session_timeout_ms": 6000}
 
 
-def test_after_a_long_stop_records_are_begun_only_when_the_group_has_taken_a_commit() -> None:
+def test_group_lease_expiry_delays_records_until_a_commit_succeeds() -> None:
     put("1", "2")
     consumer = Troubled(SHORT_SESSION)
     clock = Clock(consumer)

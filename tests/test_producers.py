@@ -1,4 +1,4 @@
-"""All producers, on what runs in this process: the in-memory bus, and the embedded broker through real sockets."""
+"""Tests of every producer on brokers in this process: the in-memory broker, and the embedded one through sockets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class TestKafka(KafkaContract):
     def transport(self, kind: type[Embedded], broker: EmbeddedBroker) -> Transport:
         return kind(broker)
 
-    def test_a_broker_that_is_gone_is_named_within_the_timeout(self, kind: type[Embedded]) -> None:
+    def test_dead_broker_is_named_within_the_timeout(self, kind: type[Embedded]) -> None:
         """D2: the message waits for its delivery, and may still arrive; one to another topic waits for metadata."""
         with EmbeddedBroker("dice") as broker:
             producer = kind.producer(kind(broker).config())
@@ -109,13 +109,13 @@ class TestKafka(KafkaContract):
             assert (result.uuid, result.retcode) == (UUID, 500)
             assert f"{broker.bootstrap_servers} did not confirm the message, which may still arrive" in result.stderr
             assert (other.uuid, other.retcode) == (UUID, 500)
-            assert f"No broker answers at {broker.bootstrap_servers}: start one there" in other.stderr
+            assert f"No broker responds at {broker.bootstrap_servers}: start one there" in other.stderr
             assert (bulk.retcode, bulk.stdout) == (500, "0 message(s) sent")
             assert set(bulk.retval["failed"]) == {"0", "1", "2"}
             assert "may still arrive" in bulk.stderr
 
 
-def test_all_producers_have_the_same_public_methods() -> None:
+def test_producers_have_the_same_public_methods() -> None:
     """D12"""
     for kind in (DummyProducer, KafkaProducer, ConfluentProducer):
         assert issubclass(kind, BaseProducer)

@@ -1,4 +1,4 @@
-"""The default transport, against the embedded broker: kafka-python speaks to it through real sockets."""
+"""Tests of the default transport, kafka-python, on the embedded broker through real sockets."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_hooks_are_called_around_sending(broker: EmbeddedBroker) -> None:
     assert json.loads(values_of(broker, "hooked", 1)[0])["entrypoint"] == "replaced"
 
 
-def test_a_refusing_hook_fails_the_message_under_its_own_uuid(broker: EmbeddedBroker) -> None:
+def test_raising_onmessage_hook_fails_the_message_under_its_own_uuid(broker: EmbeddedBroker) -> None:
     """C12"""
 
     class Refusing(Producer):
@@ -142,7 +142,7 @@ def test_a_refusing_hook_fails_the_message_under_its_own_uuid(broker: EmbeddedBr
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
 
 
-def test_an_interrupt_is_not_swallowed(broker: EmbeddedBroker) -> None:
+def test_interrupt_in_a_hook_is_not_swallowed(broker: EmbeddedBroker) -> None:
     """C9"""
 
     class Interrupted(Producer):
@@ -166,7 +166,7 @@ UNSENDABLE = {
 
 
 @pytest.mark.parametrize(("topic", "params", "retcode", "reason"), UNSENDABLE.values(), ids=UNSENDABLE)
-def test_what_cannot_be_sent_is_a_failed_result_with_the_reason(
+def test_unsendable_message_gives_a_failed_result_with_the_reason(
     producer: Producer, topic: str, params: dict[str, Any], retcode: int, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """D2, D13"""
@@ -176,7 +176,7 @@ def test_what_cannot_be_sent_is_a_failed_result_with_the_reason(
     assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
 
 
-def test_messages_are_told_once_they_are_delivered(producer: Producer) -> None:
+def test_message_sent_signal_is_emitted_after_delivery(producer: Producer) -> None:
     heard: list[tuple[str, str]] = []
 
     def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
@@ -192,7 +192,7 @@ def test_messages_are_told_once_they_are_delivered(producer: Producer) -> None:
 # -- sending many ------------------------------------------------------------------------------------------------------
 
 
-def test_many_messages_come_from_any_iterable(broker: EmbeddedBroker, producer: Producer) -> None:
+def test_bulk_send_accepts_any_iterable(broker: EmbeddedBroker, producer: Producer) -> None:
     """D14"""
     count = CHUNK + 10
     result = producer.bulk_send("many", (message("x", uuid=str(number)) for number in range(count)))
@@ -201,23 +201,23 @@ def test_many_messages_come_from_any_iterable(broker: EmbeddedBroker, producer: 
     assert uuids == {str(number) for number in range(count)}
 
 
-def test_no_messages_are_sent_at_once(producer: Producer) -> None:
+def test_bulk_send_of_no_messages_succeeds(producer: Producer) -> None:
     assert producer.bulk_send("dice", []).stdout == "0 message(s) sent"
 
 
-def test_failures_among_many_are_named(broker: EmbeddedBroker, producer: Producer) -> None:
+def test_bulk_send_names_the_failed_messages(broker: EmbeddedBroker, producer: Producer) -> None:
     """D14: nothing is reported as sent that was not."""
     bad = {"1": {"when": object()}, "2": {"text": "x" * 1_100_000}}
     result = producer.bulk_send("some", [message("x", uuid=str(n), params=bad.get(str(n))) for n in range(4)])
     assert (result.retcode, result.stdout) == (500, "2 message(s) sent")
-    assert result.stderr.startswith("2 of 4 message(s) not sent; the first one: ")
+    assert result.stderr.startswith("2 of 4 message(s) not sent; first error: ")
     assert set(result.retval["failed"]) == {"1", "2"}
     assert "not JSON serializable" in result.retval["failed"]["1"]
     assert "'max_request_size' allows 1,048,576" in result.retval["failed"]["2"]
     assert len(values_of(broker, "some", 2)) == 2
 
 
-def test_an_iterable_that_raises_is_a_failed_result(broker: EmbeddedBroker, producer: Producer) -> None:
+def test_raising_iterable_gives_a_failed_result(broker: EmbeddedBroker, producer: Producer) -> None:
     def messages() -> Iterator[Message]:
         yield message("x")
         raise ValueError("no more")
@@ -230,7 +230,7 @@ def test_an_iterable_that_raises_is_a_failed_result(broker: EmbeddedBroker, prod
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_both_clients_read_the_environment(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_producer_and_consumer_read_the_environment(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in broker.environment("players").items():
         monkeypatch.setenv(name, value)
     producer, consumer = Producer(), Consumer()
@@ -243,7 +243,7 @@ def test_both_clients_read_the_environment(broker: EmbeddedBroker, monkeypatch: 
     producer.close()
 
 
-def test_both_clients_read_an_apps_config(broker: EmbeddedBroker) -> None:
+def test_producer_and_consumer_read_the_config_of_an_app(broker: EmbeddedBroker) -> None:
     app = Flask("shop")
     app.config.update(KSER_CONFIG={**broker.config, "group_id": "app"}, KSER_TOPICS=["dice"])
     producer, consumer = Producer(app=app), Consumer(app=app)
@@ -253,13 +253,13 @@ def test_both_clients_read_an_apps_config(broker: EmbeddedBroker) -> None:
 
 
 @pytest.mark.parametrize("make", [Producer, lambda: Consumer(None, ["dice"])], ids=["producer", "consumer"])
-def test_an_unknown_option_of_the_environment_names_the_nearest(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_option_error_names_the_nearest_option(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_CONFIG", '{"bootstrap_server": "localhost"}')
     with pytest.raises(SettingError, match="no option 'bootstrap_server'; the nearest is 'bootstrap_servers'"):
         make()
 
 
-def test_a_dict_that_is_passed_is_taken_as_it_is_and_not_changed(broker: EmbeddedBroker) -> None:
+def test_config_argument_is_used_as_is_and_not_modified(broker: EmbeddedBroker) -> None:
     given = {**broker.config, "group_id": "given"}
     before = dict(given)
     Consumer(given, ["dice"]).close()
@@ -281,7 +281,7 @@ def test_a_dict_that_is_passed_is_taken_as_it_is_and_not_changed(broker: Embedde
         ({"auto_commit_interval_ms": 100}, "after", "earliest", 0.1),
     ],
 )
-def test_when_offsets_are_committed_and_where_a_new_group_starts(
+def test_commit_interval_and_offset_reset_follow_the_options(
     broker: EmbeddedBroker, options: dict[str, Any], commit: str, reset: str, interval: float
 ) -> None:
     """D5, D7, D17"""
@@ -293,14 +293,14 @@ def test_when_offsets_are_committed_and_where_a_new_group_starts(
     assert (consumer._reset, consumer._poller._interval) == (reset, interval)
 
 
-def test_without_a_group_the_client_begins_where_it_always_did(broker: EmbeddedBroker) -> None:
+def test_consumer_without_a_group_starts_at_the_latest_record(broker: EmbeddedBroker) -> None:
     consumer = Consumer(broker.config, ["dice"])
     config = consumer.client.config
     consumer.close()
     assert (config["auto_offset_reset"], config["enable_auto_commit"]) == ("latest", False)
 
 
-def test_what_cannot_be_consumed_is_refused_without_leaving_a_client_open(broker: EmbeddedBroker) -> None:
+def test_invalid_consumer_is_rejected_without_leaving_a_client_open(broker: EmbeddedBroker) -> None:
     with pytest.raises(SettingError, match="commit must be one of"):
         Consumer(broker.config, ["dice"], commit="sometimes")
     with pytest.raises(SettingError, match="auto_offset_reset"):
@@ -320,7 +320,7 @@ def test_what_cannot_be_consumed_is_refused_without_leaving_a_client_open(broker
         ({"enable_idempotence": False}, -1, False),
     ],
 )
-def test_all_replicas_confirm_unless_the_user_says_otherwise(
+def test_acks_default_to_all_replicas(
     broker: EmbeddedBroker, options: dict[str, Any], acks: int, idempotent: bool
 ) -> None:
     producer = Producer({**broker.producer_config, **options})
@@ -330,7 +330,7 @@ def test_all_replicas_confirm_unless_the_user_says_otherwise(
     assert (config["acks"], config["enable_idempotence"], sent.retcode) == (acks, idempotent, 0)
 
 
-def test_a_record_without_key_and_value_is_written_as_an_empty_one(broker: EmbeddedBroker, producer: Producer) -> None:
+def test_record_without_key_and_value_is_written_as_an_empty_one(broker: EmbeddedBroker, producer: Producer) -> None:
     """The client writes none that has neither."""
     producer.produce("neither", None)
     assert values_of(broker, "neither", 1) == [b""]
@@ -346,7 +346,7 @@ def test_construction_removes_the_pause_file(broker: EmbeddedBroker, caplog: pyt
     assert lines(caplog) == [f"Cleaning existing pause file: {path}"]
 
 
-def test_its_own_producer_takes_what_it_knows_of_the_consumers_options(broker: EmbeddedBroker) -> None:
+def test_producer_of_a_consumer_uses_the_options_it_knows(broker: EmbeddedBroker) -> None:
     consumer = Consumer({**broker.config, "group_id": "g", "client_id": "me"}, ["dice"])
     producer = consumer.make_producer()
     assert isinstance(producer, Producer)
@@ -364,10 +364,10 @@ def offsets(client: KafkaConsumer, topic: str) -> int:
     return sum(client.committed(TopicPartition(topic, number)) or 0 for number in range(PARTITIONS))
 
 
-def test_bad_and_good_records_are_handled_and_committed(
+def test_invalid_and_valid_records_are_handled_and_committed(
     broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """D3, D17: what was sent before the group began is handled, a null value too."""
+    """D3, D17: records sent before the start of the group are handled, a null value too."""
     broker.create_topic("mixed")
     raw = KafkaProducer(**broker.producer_config)
     for value in (None, b"\xff", b"text", message(Note).dumps().encode()):
@@ -384,8 +384,8 @@ def test_bad_and_good_records_are_handled_and_committed(
 @pytest.mark.skipif(
     not hasattr(kafka, "AsyncConsumerRebalanceListener"), reason="kafka-python 2 tells nobody when it is closed"
 )
-def test_what_is_done_is_committed_when_partitions_go(broker: EmbeddedBroker) -> None:
-    """Also when somebody else closes the client: its partitions go with it."""
+def test_finished_records_are_committed_at_a_revocation(broker: EmbeddedBroker) -> None:
+    """Also when other code closes the client: its partitions go with it."""
     broker.create_topic("given-up")
     raw = KafkaProducer(**broker.producer_config)
     for number in range(3):
@@ -401,22 +401,22 @@ def test_what_is_done_is_committed_when_partitions_go(broker: EmbeddedBroker) ->
     reader.close()
 
 
-def test_a_group_that_is_not_to_begin_by_itself_says_so(
+def test_group_without_offset_reset_logs_the_missing_committed_offset(
     broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = {**broker.config, "group_id": "nowhere", "auto_offset_reset": "none"}
     consumer = Consumer(config, ["dice"])
     until(lambda: lines(caplog, logging.ERROR), consumer)
     (line,) = lines(caplog, logging.ERROR)
-    assert line.startswith("Consumer: the group has committed nothing in dice[")
-    assert line.endswith("or let it begin with 'earliest' or 'latest'; trying again")
+    assert line.startswith("Consumer: the group has no committed offset in dice[")
+    assert line.endswith("or set the policy to 'earliest' or 'latest'; trying again")
     consumer.close()
 
 
 # -- joins that outlast polls ------------------------------------------------------------------------------------------
 
 
-def test_a_join_is_of_use_while_it_goes_on_and_for_a_while_after_it_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_join_is_usable_while_running_and_for_a_session_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A member that is silent for a session is none any more: what it joined with is void."""
     now = 100.0
     monkeypatch.setattr(rebalances.time, "monotonic", lambda: now)
@@ -437,7 +437,7 @@ def test_a_join_is_of_use_while_it_goes_on_and_for_a_while_after_it_is_through(m
 @pytest.mark.parametrize(
     ("error", "of_use"), [(RebalanceInProgressError(), True), (ValueError("an assignor's"), False)]
 )
-def test_a_join_that_failed_as_the_client_does_not_expect_is_begun_anew(error: Exception, of_use: bool) -> None:
+def test_pending_join_with_an_unexpected_error_is_not_usable(error: Exception, of_use: bool) -> None:
     task = Future()
     task.failure(error)
     assert Joining(task, time.monotonic()).is_of_use(3) == of_use

@@ -1,4 +1,4 @@
-"""The default transport when its broker is not there, or is there no longer."""
+"""Tests of the default transport when its broker is unreachable or has died."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def hasty(address: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("call", ["send", "bulk_send"])
-def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, call: str) -> None:
+def test_unreachable_broker_is_named_within_the_timeout(nobody: str, call: str) -> None:
     """D2"""
     producer = Producer(hasty(nobody))
     begin = time.monotonic()
@@ -75,10 +75,10 @@ def test_a_broker_that_is_not_there_is_named_within_the_timeout(nobody: str, cal
     assert time.monotonic() - begin < 1.5
     producer.close()
     assert result.retcode == 500
-    assert f"No broker answers at {nobody}" in result.stderr
+    assert f"No broker responds at {nobody}" in result.stderr
 
 
-def test_threads_that_share_a_producer_wait_no_longer_than_they_said(nobody: str) -> None:
+def test_threads_sharing_a_producer_wait_no_longer_than_their_timeout(nobody: str) -> None:
     producer = Producer(hasty(nobody))
     results: list[Any] = []
     threads = [
@@ -96,7 +96,7 @@ def test_threads_that_share_a_producer_wait_no_longer_than_they_said(nobody: str
     assert all(nobody in result.stderr for result in results)
 
 
-def test_a_broker_that_is_gone_is_named_within_the_timeout() -> None:
+def test_dead_broker_is_named_within_the_timeout() -> None:
     """D2: the topic is known already, so the message waits for its delivery."""
     broker = EmbeddedBroker("dice")
     producer = Producer(hasty(broker.bootstrap_servers))
@@ -111,7 +111,7 @@ def test_a_broker_that_is_gone_is_named_within_the_timeout() -> None:
 
 
 @pytest.mark.skipif(not hasattr(kafka, "AsyncConsumerRebalanceListener"), reason="kafka-python 2 closes without a word")
-def test_a_producer_that_is_closed_with_messages_on_their_way_leaves_no_thread(
+def test_closing_a_producer_with_messages_in_flight_leaves_no_thread(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The detector of leaks looks for it when the test has ended."""
@@ -124,7 +124,7 @@ def test_a_producer_that_is_closed_with_messages_on_their_way_leaves_no_thread(
     producer.close()
     assert time.monotonic() - begin < 2
     (line,) = lines(caplog, logging.WARNING)[-1:]
-    assert line.startswith("Producer: closed with messages still on their way to ")
+    assert line.startswith("Producer: closed with messages in flight to ")
 
 
 UNMADE = """
@@ -145,14 +145,14 @@ except BrokerUnavailable as error:
 
 
 @pytest.mark.parametrize("what", ["producer", "consumer"])
-def test_without_a_broker_and_a_version_construction_says_so(what: str, nobody: str) -> None:
+def test_construction_without_a_broker_or_a_version_names_the_address(what: str, nobody: str) -> None:
     """In a process of its own: kafka-python leaves a thread behind when it cannot be constructed."""
     done = run_python(UNMADE, what, nobody)
-    assert done.stdout.startswith(f"no Kafka broker answers at {nobody}"), done.stderr
+    assert done.stdout.startswith(f"no Kafka broker responds at {nobody}"), done.stderr
     assert "'bootstrap_servers' in KSER_CONFIG" in done.stdout
 
 
-def test_a_commit_without_a_broker_is_trouble_within_its_time() -> None:
+def test_commit_without_a_broker_raises_client_error_within_its_timeout() -> None:
     broker = EmbeddedBroker("dice")
     client = KafkaPythonClient(
         KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False, auto_offset_reset="none"), "earliest"
@@ -166,7 +166,7 @@ def test_a_commit_without_a_broker_is_trouble_within_its_time() -> None:
     assert time.monotonic() - begin < 3
 
 
-def test_a_consumer_ends_in_time_though_its_broker_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+def test_graceful_shutdown_is_bounded_although_the_broker_is_gone(caplog: pytest.LogCaptureFixture) -> None:
     with EmbeddedBroker("dice") as broker:
         producer = Producer(broker.producer_config)
         producer.send("dice", message(Note))

@@ -1,4 +1,4 @@
-"""The reaper, in every consumer with a database: whatever a consumer left behind, another one goes on with."""
+"""Tests of the reaper: it sends the steps that a dead consumer left behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forget(topic: str = "dice") -> None:
 
 
 @BOTH_WAYS
-def test_what_a_dead_consumer_had_is_sent_again_once_its_lease_is_over(
+def test_reaper_sends_the_step_of_a_dead_consumer_after_lease_expiry(
     shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 20: expired leases."""
@@ -53,7 +53,7 @@ def test_what_a_dead_consumer_had_is_sent_again_once_its_lease_is_over(
 
 
 @BOTH_WAYS
-def test_a_step_that_is_ready_and_that_nobody_sent_is_sent(shop: Shop, cls: type[Sale]) -> None:
+def test_reaper_sends_a_step_that_was_never_sent(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 20: its consumer died between checkpoint and sending."""
     producer, shop.registry._producer = shop.registry._producer, Producer({"max_request_size": 1})
     shop.first.known(cls)("1").build().send()
@@ -65,7 +65,7 @@ def test_a_step_that_is_ready_and_that_nobody_sent_is_sent(shop: Shop, cls: type
 
 
 @BOTH_WAYS
-def test_a_retry_that_is_due_is_sent(shop: Shop, cls: type[Sale]) -> None:
+def test_reaper_sends_a_retry_at_due_at(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 20"""
     Act.acts["1.b"] = [Retry.later(100), None]
     bare(cls)
@@ -79,10 +79,8 @@ def test_a_retry_that_is_due_is_sent(shop: Shop, cls: type[Sale]) -> None:
 
 
 @BOTH_WAYS
-def test_a_step_that_was_sent_and_that_nobody_claims_is_sent_again_less_and_less_often(
-    shop: Shop, cls: type[Sale]
-) -> None:
-    """durability rule 20: a lost record, a topic that was made anew; after 60 s, doubled to an hour."""
+def test_reaper_resends_an_unclaimed_step_with_growing_backoff(shop: Shop, cls: type[Sale]) -> None:
+    """durability rule 20: a lost record or a recreated topic; after 60 s, doubled up to an hour."""
     shop.first.known(cls)("1").build().send()
     shop.first.consumer.close()
     times: list[float] = []
@@ -98,7 +96,7 @@ def test_a_step_that_was_sent_and_that_nobody_claims_is_sent_again_less_and_less
 
 
 @BOTH_WAYS
-def test_a_lost_record_costs_a_minute_and_no_operation(shop: Shop, cls: type[Sale]) -> None:
+def test_reaper_recovers_a_lost_record_within_a_minute(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 20"""
     shop.first.known(cls)("1").build().send()
     forget()
@@ -109,7 +107,7 @@ def test_a_lost_record_costs_a_minute_and_no_operation(shop: Shop, cls: type[Sal
     assert shop.status() == SUCCESS
 
 
-def test_of_many_reapers_one_acts(shop: Shop) -> None:
+def test_concurrent_reapers_send_each_step_once(shop: Shop) -> None:
     """durability rule 20: by compare-and-set."""
     processes = [shop.first, *(shop.process(Sale, group=str(number)) for number in range(7))]
     for number in range(40):
@@ -132,7 +130,7 @@ def test_of_many_reapers_one_acts(shop: Shop) -> None:
     assert sorted(kmsg.uuid for kmsg in sent()) == sorted(str(number) for number in range(40))
 
 
-def test_it_sends_to_the_stored_topic_through_the_producer_of_its_consumer(shop: Shop) -> None:
+def test_reaper_sends_to_the_stored_topic_with_the_shared_producer(shop: Shop) -> None:
     """durability rule 20: the class need not be known here."""
     shop.first.known(Sale)("1").build().send(topic="orders")
     stranger = shop.process(group="stranger")
@@ -143,7 +141,7 @@ def test_it_sends_to_the_stored_topic_through_the_producer_of_its_consumer(shop:
     assert [kmsg.uuid for kmsg in sent("orders")] == ["1", "1"]
 
 
-def test_what_cannot_be_sent_now_is_soon_tried_again(shop: Shop) -> None:
+def test_reaper_retries_a_failed_send_soon(shop: Shop) -> None:
     """durability rule 20"""
 
     class Down:
@@ -165,7 +163,7 @@ def test_what_cannot_be_sent_now_is_soon_tried_again(shop: Shop) -> None:
     assert sorted(kmsg.uuid for kmsg in sent()) == ["0", "1", "2"]
 
 
-def test_more_than_it_takes_at_once_are_all_taken(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reaper_takes_more_steps_than_one_batch(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 20"""
     monkeypatch.setattr(recovery, "BATCH", 2)
     for number in range(5):
@@ -174,7 +172,7 @@ def test_more_than_it_takes_at_once_are_all_taken(shop: Shop, monkeypatch: pytes
     assert shop.first.companion.reap() == 5
 
 
-def test_it_never_stops_whatever_it_meets(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_reaper_survives_an_unexpected_exception(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 20"""
     shop.first.send(Sale)
     forget()
@@ -186,13 +184,13 @@ def test_it_never_stops_whatever_it_meets(shop: Shop, caplog: pytest.LogCaptureF
     shop.store.take_due = unknown  # type: ignore[method-assign, assignment]
     shop.pass_by(RESEND + 1)
     shop.first.companion.tick()
-    assert any("the reaper met something that it does not know, and goes on" in line for line in lines(caplog))
+    assert any("unexpected error in the heartbeat or the reaper" in line for line in lines(caplog))
     shop.store.take_due = take_due  # type: ignore[method-assign]
     shop.live(3 * RESEND)
     assert len(sent()) >= 1
 
 
-def test_a_consumer_that_runs_has_one(shop: Shop) -> None:
+def test_running_consumer_has_a_reaper(shop: Shop) -> None:
     """durability rule 20: in a thread of its own, beside whatever the workers do."""
     shop.first.known(Sale)("1").build().send()
     forget()
@@ -218,7 +216,7 @@ class Away:
         return getattr(self._store, name)
 
 
-def test_after_an_outage_nobody_steals_before_everybody_could_prolong(shop: Shop) -> None:
+def test_reaper_waits_a_lease_after_an_outage_before_lease_expiry_counts(shop: Shop) -> None:
     """durability rule 21: while the database was away no lease could be prolonged."""
     away = Away(shop.store)
     process = shop.process(Sale, store=away, group="judge")
@@ -236,7 +234,7 @@ def test_after_an_outage_nobody_steals_before_everybody_could_prolong(shop: Shop
     assert EXPIRED in reasons(shop)
 
 
-def test_a_reaper_that_has_just_begun_judges_nobody(shop: Shop) -> None:
+def test_reaper_that_just_started_takes_no_expired_leases(shop: Shop) -> None:
     """durability rule 21"""
     shop.first.send(Sale)
     shop.seize()
@@ -245,8 +243,8 @@ def test_a_reaper_that_has_just_begun_judges_nobody(shop: Shop) -> None:
     assert reasons(shop) == []
 
 
-def test_a_reaper_that_was_stopped_itself_judges_nobody(shop: Shop) -> None:
-    """durability rule 21: it cannot know whether the others could reach the database meanwhile."""
+def test_reaper_that_was_stopped_itself_takes_no_expired_leases(shop: Shop) -> None:
+    """durability rule 21: the reaper cannot know if the owners could reach the database meanwhile."""
     shop.live(2 * LEASE)
     shop.first.send(Sale)
     shop.seize()
@@ -259,7 +257,7 @@ def test_a_reaper_that_was_stopped_itself_judges_nobody(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_a_step_in_which_too_many_consumers_died_has_failed_and_can_be_resumed(shop: Shop, cls: type[Sale]) -> None:
+def test_poison_message_fails_its_step_after_too_many_claims_and_can_be_resumed(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 22"""
     shop.first.known(cls)("1").build().send()
     for _ in range(20):
@@ -276,8 +274,8 @@ def test_a_step_in_which_too_many_consumers_died_has_failed_and_can_be_resumed(s
     assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
-def test_a_consumer_that_died_now_and_then_is_not_held_against_the_next_step(shop: Shop) -> None:
-    """durability rule 22: it is the claims of one step that count."""
+def test_consumer_deaths_are_counted_per_step(shop: Shop) -> None:
+    """durability rule 22: only the claims of one step count."""
     shop.first.known(Spread)("1").build().send()
     for name in "abc":
         for _ in range(12):
@@ -289,7 +287,7 @@ def test_a_consumer_that_died_now_and_then_is_not_held_against_the_next_step(sho
     assert shop.status() == SUCCESS
 
 
-def test_it_is_told_in_the_events_how_it_came(shop: Shop) -> None:
+def test_exhausted_claims_are_recorded_as_an_event(shop: Shop) -> None:
     """durability rule 22"""
     shop.first.known(Sale)("1").build().send()
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Consumers of a group come and go, on the in-memory transport: what was done is done, and once."""
+"""Tests of rebalances on the in-memory transport: finished records are committed and not run again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settle(*consumers: Consumer) -> None:
             consumer._poller.turn(0)
 
 
-def test_what_is_done_is_committed_when_partitions_go() -> None:
+def test_rebalance_commits_finished_records() -> None:
     put("1", "2", "3")
     first = consumer_of(LATER)
     first._poller.turn(0)
@@ -41,7 +41,7 @@ def test_what_is_done_is_committed_when_partitions_go() -> None:
     assert Act.seen == ["1", "2", "3"]
 
 
-def test_what_goes_elsewhere_goes_on_behind_what_is_done(bus: Bus) -> None:
+def test_rebalance_continues_behind_finished_records_in_another_consumer(bus: Bus) -> None:
     bus.create_topic("dice", 2)
     for number in range(10):
         put(f"0/{number}", partition=0)
@@ -61,7 +61,7 @@ def test_what_goes_elsewhere_goes_on_behind_what_is_done(bus: Bus) -> None:
     assert (committed(0), committed(1)) == (10, 10)
 
 
-def test_a_new_member_waits_for_what_runs_and_does_not_do_it_again() -> None:
+def test_rebalance_waits_for_a_running_record_and_does_not_run_it_again() -> None:
     gate = threading.Event()
     Act.acts["1"] = lambda: gate.wait(PATIENCE)
     put("1")
@@ -78,7 +78,7 @@ def test_a_new_member_waits_for_what_runs_and_does_not_do_it_again() -> None:
     assert (Act.seen, committed()) == (["1"], 1)
 
 
-def test_what_outlives_the_wait_is_adopted_when_its_partition_returns(caplog: pytest.LogCaptureFixture) -> None:
+def test_rebalance_resumes_a_running_record_when_its_partition_returns(caplog: pytest.LogCaptureFixture) -> None:
     gate = threading.Event()
     Act.acts["1"] = lambda: gate.wait(PATIENCE)
     put("1", "2")
@@ -91,10 +91,10 @@ def test_what_outlives_the_wait_is_adopted_when_its_partition_returns(caplog: py
         gate.set()
         until(lambda: first.counts["done"] == 2)
     assert (sorted(Act.seen), committed()) == (["1", "2"], 2)
-    assert not [line for line in lines(caplog) if "taken away" in line]
+    assert not [line for line in lines(caplog) if "was revoked" in line]
 
 
-def test_what_is_finished_after_its_partition_went_elsewhere_is_said_and_not_committed(
+def test_record_finished_after_a_lost_partition_is_logged_and_not_committed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     put("1")
@@ -110,15 +110,15 @@ def test_what_is_finished_after_its_partition_went_elsewhere_is_said_and_not_com
     first._workers._attempt(job)
     first._poller.commit()
     assert (Act.seen, committed(), first.used.commits) == (["1", "1"], 1, [])
-    (line,) = [line for line in lines(caplog, logging.INFO) if "taken away" in line]
+    (line,) = [line for line in lines(caplog, logging.INFO) if "was revoked" in line]
     assert line == (
-        "Troubled: offset 0 of dice[0] was finished after the partition was taken away: it is not committed, and is run"
-        " again if the partition went to another consumer"
+        "Troubled: offset 0 of dice[0] was finished after the partition was revoked: it is not committed, and will be"
+        " redelivered if another consumer owns the partition"
     )
 
 
-def test_what_was_lost_is_not_committed() -> None:
-    """Somebody else may be far ahead in it by now."""
+def test_records_of_a_lost_partition_are_not_committed() -> None:
+    """Another consumer may be far ahead by now."""
     put("1", "2", "3")
     first = Troubled(LATER)
     first._poller.turn(0)
@@ -132,7 +132,7 @@ def test_what_was_lost_is_not_committed() -> None:
     assert Act.seen == ["1", "1", "2", "3"]
 
 
-def test_a_message_that_waits_keeps_its_attempt_over_a_rebalance() -> None:
+def test_rebalance_keeps_the_attempt_number_of_a_delayed_record() -> None:
     attempts: list[int] = []
 
     def attempt() -> None:
@@ -151,7 +151,7 @@ def test_a_message_that_waits_keeps_its_attempt_over_a_rebalance() -> None:
     assert (consumer.counts["retried"], consumer.counts["failed"]) == (2, 1)
 
 
-def test_partitions_that_are_added_begin_at_their_beginning() -> None:
+def test_added_partitions_start_at_their_beginning() -> None:
     consumer = consumer_of(AT_ONCE)
     consumer.step(timeout=0)
     Bus.at("").create_topic("dice", 2)
@@ -160,7 +160,7 @@ def test_partitions_that_are_added_begin_at_their_beginning() -> None:
     assert (Act.seen, committed(1)) == (["1"], 1)
 
 
-def test_the_group_does_not_forget_what_was_finished_above_what_it_has_committed() -> None:
+def test_commit_metadata_survives_the_death_of_its_consumer() -> None:
     """Also not when the one who did it died: the commit carries it."""
     put(*"123456")
     first = Troubled(AT_ONCE, ordering="none")
@@ -176,7 +176,7 @@ def test_the_group_does_not_forget_what_was_finished_above_what_it_has_committed
     assert committed() == 6
 
 
-def test_commits_that_come_too_late_are_trouble_and_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_late_commit_is_a_logged_error_and_is_retried(caplog: pytest.LogCaptureFixture) -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
     consumer._poller.turn(0)
@@ -184,7 +184,7 @@ def test_commits_that_come_too_late_are_trouble_and_not_the_end(caplog: pytest.L
     consumer._workers.step()
     consumer._poller.commit()
     (line,) = lines(caplog, logging.ERROR)
-    assert line == "Troubled: the group 'dummy' has given these partitions to another member; trying again"
+    assert line == "Troubled: the group 'dummy' has assigned these partitions to another member; trying again"
     consumer.run_until_idle()
     assert committed() == 1
 
@@ -193,7 +193,7 @@ def held(consumer: Any) -> int:
     return consumer._dispatch.in_flight
 
 
-def test_what_was_taken_in_and_not_begun_is_taken_in_once_more() -> None:
+def test_rebalance_fetches_unstarted_records_again() -> None:
     put(*"12345")
     consumer = consumer_of(LATER)
     consumer._poller.turn(0)

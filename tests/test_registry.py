@@ -1,4 +1,4 @@
-"""The registry subscribes classes, and holds what they need. Behaviour page, section 7."""
+"""Tests of the registry: it subscribes classes, and provides controller and producer. Behaviour page, section 7."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def everything_is_logged(caplog: pytest.LogCaptureFixture) -> Any:
 # -- subscribing -------------------------------------------------------------------------------------------------------
 
 
-def test_subscribing_returns_the_class() -> None:
+def test_subscribe_returns_the_class() -> None:
     """B1"""
     registry = OperationRegistry()
 
@@ -51,7 +51,7 @@ def test_subscribing_returns_the_class() -> None:
     assert Controller.run(message(f"{MODULE}.Roll").dumps()).stdout == "rolled"
 
 
-def test_one_decorator_object_registers_two_classes_under_their_own_names() -> None:
+def test_decorator_registers_each_class_under_its_own_name() -> None:
     """B1"""
     decorator = OperationRegistry().subscribe
     one = decorator(type("One", (Task,), {"__module__": MODULE}))
@@ -60,7 +60,7 @@ def test_one_decorator_object_registers_two_classes_under_their_own_names() -> N
     assert Controller.ENTRYPOINTS[f"{MODULE}.Two"] is two
 
 
-def test_subscribing_is_logged_after_the_registration(caplog: pytest.LogCaptureFixture) -> None:
+def test_subscribe_logs_after_the_registration(caplog: pytest.LogCaptureFixture) -> None:
     """B18"""
     OperationRegistry().subscribe(type("Logged", (Task,), {"__module__": MODULE}))
     assert [(record.levelname, record.getMessage()) for record in records(caplog)] == [
@@ -70,7 +70,7 @@ def test_subscribing_is_logged_after_the_registration(caplog: pytest.LogCaptureF
     assert records(caplog)[1].name == "kser.sequencing.registry"
 
 
-def test_the_same_class_twice_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+def test_second_subscribe_of_a_class_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     cls = type("Twice", (Task,), {"__module__": MODULE})
     OperationRegistry().subscribe(cls)
     caplog.clear()
@@ -78,7 +78,7 @@ def test_the_same_class_twice_is_silent(caplog: pytest.LogCaptureFixture) -> Non
     assert lines(caplog) == []
 
 
-def test_of_two_classes_under_one_path_the_first_stays_and_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_first_of_two_classes_under_one_path_stays_and_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """B18"""
     registry = OperationRegistry()
 
@@ -99,12 +99,12 @@ def test_of_two_classes_under_one_path_the_first_stays_and_both_are_named(caplog
     assert f"{MODULE}.Pay is taken" in line
 
 
-def test_a_plain_entrypoint_may_be_subscribed() -> None:
+def test_plain_entrypoint_may_be_subscribed() -> None:
     cls = type("Bare", (Entrypoint,), {"__module__": MODULE})
     assert OperationRegistry().subscribe(cls) is cls
 
 
-def test_the_first_registry_of_a_class_is_the_one_it_sends_with() -> None:
+def test_class_sends_with_its_first_registry() -> None:
     first = OperationRegistry(producer=Producer({"bootstrap_servers": "first"}))
     second = OperationRegistry(producer=Producer({"bootstrap_servers": "second"}))
 
@@ -117,7 +117,7 @@ def test_the_first_registry_of_a_class_is_the_one_it_sends_with() -> None:
     assert (len(Bus.at("first").values("t")), len(Bus.at("second").values("t"))) == (1, 0)
 
 
-def test_a_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> None:
+def test_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> None:
     parent = OperationRegistry(producer=Producer({"bootstrap_servers": "parent"}))
     own = OperationRegistry(producer=Producer({"bootstrap_servers": "own"}))
 
@@ -137,7 +137,7 @@ def test_a_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> 
 # -- controllers -------------------------------------------------------------------------------------------------------
 
 
-def test_the_controller_is_made_of_what_is_given() -> None:
+def test_controller_is_created_by_the_controller_class() -> None:
     class Mine(Controller):
         pass
 
@@ -149,7 +149,7 @@ def test_the_controller_is_made_of_what_is_given() -> None:
         OperationRegistry(controller_class=made)  # type: ignore[arg-type]
 
 
-def test_a_controller_of_its_own_isolates_a_registry() -> None:
+def test_controller_subclass_isolates_a_registry() -> None:
     """B19"""
 
     class Apart(Controller):
@@ -164,12 +164,12 @@ def test_a_controller_of_its_own_isolates_a_registry() -> None:
 # -- producers ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_producer_the_error_says_how_to_give_one() -> None:
+def test_missing_producer_error_names_the_argument() -> None:
     with pytest.raises(ProducerMissing, match=r"OperationRegistry\(producer=Producer\(\)\)"):
         _ = OperationRegistry().producer
 
 
-def test_a_lent_producer_is_made_when_it_is_first_needed() -> None:
+def test_fallback_producer_is_created_on_first_use() -> None:
     made: list[Producer] = []
 
     def lend() -> Producer:
@@ -182,14 +182,14 @@ def test_a_lent_producer_is_made_when_it_is_first_needed() -> None:
     assert registry.producer is made[0]
 
 
-def test_a_given_producer_is_not_replaced_by_a_lent_one() -> None:
+def test_given_producer_is_not_replaced_by_the_fallback_producer() -> None:
     given = Producer()
     registry = OperationRegistry(producer=given)
     registry.borrow_producer(Producer)
     assert registry.producer is given
 
 
-def test_who_lends_last_is_sent_with() -> None:
+def test_last_fallback_producer_wins() -> None:
     """A consumer that has ended closed its producer; the next one lends its own."""
     first, second = Producer(), Producer()
     registry = OperationRegistry()
@@ -209,7 +209,7 @@ def app() -> Flask:
     return app
 
 
-def test_load_tasks_is_called_for_an_app_and_not_without() -> None:
+def test_load_tasks_is_called_only_for_an_app() -> None:
     loads: list[Any] = []
 
     class Loading(OperationRegistry):
@@ -224,13 +224,13 @@ def test_load_tasks_is_called_for_an_app_and_not_without() -> None:
     assert loads == ["anything", None, "app"]
 
 
-def test_nothing_is_put_into_the_app(app: Flask) -> None:
+def test_init_app_stores_nothing_in_the_app(app: Flask) -> None:
     OperationRegistry(app)
     assert app.extensions == {}
 
 
 @pytest.mark.parametrize("late", [True, False])
-def test_tasks_run_inside_the_apps_context(app: Flask, late: bool) -> None:
+def test_tasks_run_inside_the_app_context(app: Flask, late: bool) -> None:
     registry = OperationRegistry(None if late else app)
 
     @registry.subscribe
@@ -251,7 +251,7 @@ def test_tasks_run_inside_the_apps_context(app: Flask, late: bool) -> None:
     assert not has_app_context()
 
 
-def test_operations_and_their_tasks_run_inside_the_apps_context(app: Flask) -> None:
+def test_operations_and_their_tasks_run_inside_the_app_context(app: Flask) -> None:
     registry = OperationRegistry(app)
 
     class Price(Task):
@@ -267,7 +267,7 @@ def test_operations_and_their_tasks_run_inside_the_apps_context(app: Flask) -> N
     assert Controller.run(message(Order).dumps()).stdout == "EUR"
 
 
-def test_failures_are_handled_inside_the_apps_context(app: Flask) -> None:
+def test_failures_are_handled_inside_the_app_context(app: Flask) -> None:
     @OperationRegistry(app).subscribe
     class Fail(Task):
         def run(self) -> Result:
@@ -279,7 +279,7 @@ def test_failures_are_handled_inside_the_apps_context(app: Flask) -> None:
     assert Fail().execute().stdout == "EUR"
 
 
-def test_each_execution_has_a_context_of_its_own_that_ends_with_it(app: Flask) -> None:
+def test_each_execution_has_its_own_app_context(app: Flask) -> None:
     ends: list[Any] = []
     app.teardown_appcontext(ends.append)
     registry = OperationRegistry(app)
@@ -294,7 +294,7 @@ def test_each_execution_has_a_context_of_its_own_that_ends_with_it(app: Flask) -
     assert len(ends) == 2
 
 
-def test_an_app_that_has_no_context_is_no_hindrance() -> None:
+def test_app_without_a_context_is_accepted() -> None:
     @OperationRegistry("any object").subscribe
     class Simple(Task):
         def run(self) -> Result:
@@ -303,7 +303,7 @@ def test_an_app_that_has_no_context_is_no_hindrance() -> None:
     assert Simple().execute().stdout == "ran"
 
 
-def test_the_apps_config_names_the_topic(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topic_comes_from_the_app_config(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_TOPICS", "from-environment")
     registry = OperationRegistry(app)
     assert registry.topic_for(Task()) == "from-app"
@@ -312,9 +312,9 @@ def test_the_apps_config_names_the_topic(app: Flask, monkeypatch: pytest.MonkeyP
     assert registry.topic_for(Task(), "argument") == "argument"
 
 
-def test_a_wrong_setting_in_the_app_is_named(app: Flask) -> None:
+def test_invalid_setting_in_the_app_is_named(app: Flask) -> None:
     app.config["KSER_TOPICS"] = [None]
-    with pytest.raises(SettingError, match="KSER_TOPICS must hold names of topics"):
+    with pytest.raises(SettingError, match="KSER_TOPICS must contain topic names"):
         OperationRegistry(app).topic_for(Task())
     app.config["KSER_TOPICS"] = []
     with pytest.raises(TopicMissing, match="Flask app's config"):
@@ -325,14 +325,14 @@ def test_a_wrong_setting_in_the_app_is_named(app: Flask) -> None:
 
 
 @pytest.mark.parametrize("what", [int, "Pay", None, lambda: None, Task()])
-def test_what_is_no_entrypoint_class_cannot_be_subscribed(what: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_entrypoint_classes_can_be_subscribed(what: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C17"""
     with pytest.raises(ValidationError, match=r"Invalid type for entry .*, MUST implement kser\.entry\.Entrypoint"):
         OperationRegistry().subscribe(what)
     assert lines(caplog) == []
 
 
-def test_an_object_of_a_subscribed_class_cannot_be_subscribed() -> None:
+def test_instance_of_a_subscribed_class_cannot_be_subscribed() -> None:
     """C17"""
     registry = OperationRegistry()
     cls = registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))
@@ -340,7 +340,7 @@ def test_an_object_of_a_subscribed_class_cannot_be_subscribed() -> None:
         registry.subscribe(cls())  # type: ignore[type-var]
 
 
-def test_a_stranger_under_a_known_path_cannot_be_subscribed() -> None:
+def test_foreign_class_under_a_known_path_cannot_be_subscribed() -> None:
     """C17"""
     registry = OperationRegistry()
     registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))

@@ -1,4 +1,4 @@
-"""What a registry with a database is asked, and what it tells."""
+"""Tests of a registry with a database: get, find, purge, wait, settings and signals."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.support import lines
 # -- get ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_unknown_is_none(shop: Shop) -> None:
+def test_get_of_an_unknown_operation_returns_none(shop: Shop) -> None:
     assert shop.registry.get("unknown") is None
 
 
 @BOTH_WAYS
-def test_an_operation_is_read_with_everything_that_belongs_to_it(shop: Shop, cls: type[Sale]) -> None:
+def test_get_returns_the_operation_with_tasks_attempts_and_events(shop: Shop, cls: type[Sale]) -> None:
     Act.acts["1.b"] = ConnectionError("no")
     bare(cls, params={"order": 42}, metadata={"customer": "7"})
     shop.first.handle()
@@ -55,7 +55,7 @@ def test_an_operation_is_read_with_everything_that_belongs_to_it(shop: Shop, cls
 
 
 @BOTH_WAYS
-def test_the_task_that_runs_is_shown_as_running(shop: Shop, cls: type[Sale]) -> None:
+def test_running_task_is_shown_as_running(shop: Shop, cls: type[Sale]) -> None:
     seen: list[Any] = []
 
     def look() -> None:
@@ -69,14 +69,14 @@ def test_the_task_that_runs_is_shown_as_running(shop: Shop, cls: type[Sale]) -> 
     assert seen == [(RUNNING, [SUCCESS, RUNNING, PENDING])]
 
 
-def test_one_that_nobody_has_claimed_shows_no_task_as_running(shop: Shop) -> None:
+def test_unclaimed_operation_shows_no_task_as_running(shop: Shop) -> None:
     shop.first.known(Sale)("1").build().send()
     operation = shop.registry.get("1")
     assert operation is not None
     assert (operation.status, [task.status for task in operation.tasks]) == (PENDING, [PENDING] * 3)
 
 
-def test_one_of_a_class_that_is_not_known_here_is_a_plain_one(shop: Shop) -> None:
+def test_get_of_an_unknown_class_returns_a_plain_operation(shop: Shop) -> None:
     bare(Sale, params={"order": 42})
     shop.first.handle()
     desk = shop.process(group="desk")
@@ -87,14 +87,14 @@ def test_one_of_a_class_that_is_not_known_here_is_a_plain_one(shop: Shop) -> Non
     assert [type(task) for task in operation.tasks] == [Task] * 3
 
 
-def test_what_was_never_stored_has_neither_attempts_nor_events() -> None:
+def test_unstored_operation_has_neither_attempts_nor_events() -> None:
     assert (Sale().attempts, Sale().events) == ([], [])
 
 
 # -- find --------------------------------------------------------------------------------------------------------------
 
 
-def test_operations_are_found_newest_first_in_pages(shop: Shop) -> None:
+def test_find_returns_the_newest_first_in_pages(shop: Shop) -> None:
     for number in range(7):
         shop.first.send(Sale, str(number))
     pages = []
@@ -109,7 +109,7 @@ def test_operations_are_found_newest_first_in_pages(shop: Shop) -> None:
     assert pages == [["6", "5", "4"], ["3", "2", "1"], ["0"]]
 
 
-def test_operations_are_found_by_what_they_are(shop: Shop) -> None:
+def test_find_filters_by_class_status_metadata_and_time(shop: Shop) -> None:
     class Other(Sale):
         pass
 
@@ -138,7 +138,7 @@ def test_operations_are_found_by_what_they_are(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("what", [{"since": "yesterday"}, {"until": True}, {"after": "no cursor"}])
-def test_what_cannot_be_looked_for_is_refused(shop: Shop, what: Any) -> None:
+def test_find_rejects_invalid_filters(shop: Shop, what: Any) -> None:
     with pytest.raises(UsageError):
         shop.registry.find(**what)
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_looked_for_is_refused(shop: Shop, what: Any) -> None:
 # -- purge -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_ended_long_ago_is_deleted_whole(shop: Shop) -> None:
+def test_purge_deletes_old_ended_operations(shop: Shop) -> None:
     Act.acts["2.a"] = ConnectionError("no")
     for uuid in "123":
         bare(Sale, uuid=uuid)
@@ -162,7 +162,7 @@ def test_what_has_ended_long_ago_is_deleted_whole(shop: Shop) -> None:
     assert shop.registry.purge(older_than=1800) == 0
 
 
-def test_only_what_has_ended_can_be_purged(shop: Shop) -> None:
+def test_purge_accepts_only_final_statuses(shop: Shop) -> None:
     with pytest.raises(UsageError, match="only operations that have ended are purged, not those that are RUNNING"):
         shop.registry.purge(older_than=1, status=[RUNNING, SUCCESS])
 
@@ -171,14 +171,14 @@ def test_only_what_has_ended_can_be_purged(shop: Shop) -> None:
 
 
 @BOTH_WAYS
-def test_waiting_gives_the_result(shop: Shop, cls: type[Sale]) -> None:
+def test_wait_returns_the_result(shop: Shop, cls: type[Sale]) -> None:
     Act.acts["1.c"] = lambda: Result(retval={"c": 1})
     operation = shop.first.known(cls)("1").build().send()
     meanwhile(shop.first.handle)()
     assert operation.wait(timeout=5).retval == {"c": 1}
 
 
-def test_waiting_for_a_failed_one_gives_its_failure(shop: Shop) -> None:
+def test_wait_returns_the_failure_of_a_failed_operation(shop: Shop) -> None:
     Act.acts["1.b"] = ConnectionError("no")
     operation = shop.first.known(Sale)("1").build().send()
     shop.first.handle()
@@ -186,7 +186,7 @@ def test_waiting_for_a_failed_one_gives_its_failure(shop: Shop) -> None:
     assert (found.retcode, found.stderr) == (500, "no")
 
 
-def test_waiting_ends_with_its_time_and_says_where_the_operation_is(shop: Shop) -> None:
+def test_wait_times_out_and_names_the_current_status(shop: Shop) -> None:
     operation = shop.first.known(Sale)("1").build().send()
     with pytest.raises(WaitTimeout, match=r"operation 1 is PENDING after 0\.05 s, at task 0") as caught:
         operation.wait(timeout=0.05)
@@ -203,14 +203,14 @@ def kept_at(registry: OperationRegistry) -> str:
     return store.name
 
 
-def test_the_database_is_named_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_uri_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/from-environment.db")
     registry = OperationRegistry()
     assert registry.keeps
     assert "from-environment.db" in kept_at(registry)
 
 
-def test_the_apps_config_wins_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_uri_of_the_app_overrides_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/from-environment.db")
     app = Flask("shop")
     app.config["KSER_DATABASE_URI"] = f"sqlite:///{tmp_path}/from-app.db"
@@ -220,14 +220,14 @@ def test_the_apps_config_wins_over_the_environment(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "from-environment.db").exists()
 
 
-def test_an_argument_wins_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_argument_overrides_all_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/from-environment.db")
     store = MemoryStore()
     assert OperationRegistry(store=store).store is store
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_database_is_opened_when_it_is_first_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_is_opened_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/kser.db")
     registry = OperationRegistry()
     registry.subscribe(type("Lazy", (Sale,), {"__module__": __name__}))
@@ -237,12 +237,12 @@ def test_a_database_is_opened_when_it_is_first_needed(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("uri", ["shop.db", "", 5, "mysql://host/shop", "sqlite:/shop.db", "://"])
-def test_what_is_no_address_is_refused(uri: Any) -> None:
+def test_invalid_database_uri_is_rejected(uri: Any) -> None:
     with pytest.raises(SettingError):
         open_store(uri)
 
 
-def test_without_sqlalchemy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sqlalchemy_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("kser.store.sql")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)
@@ -250,7 +250,7 @@ def test_without_sqlalchemy_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         open_store("sqlite:///shop.db")
 
 
-def test_the_password_is_not_told() -> None:
+def test_password_is_hidden_in_the_store_name() -> None:
     pytest.importorskip("psycopg")
     store = open_store("postgresql+psycopg://user:secret@localhost/shop")
     assert "secret" not in store.name
@@ -261,7 +261,7 @@ def test_the_password_is_not_told() -> None:
 
 
 @BOTH_WAYS
-def test_tasks_and_hooks_run_in_the_context_of_the_app(shop: Shop, cls: type[Sale]) -> None:
+def test_tasks_and_hooks_run_inside_the_app_context(shop: Shop, cls: type[Sale]) -> None:
     app = Flask("shop")
     app.config.update(CURRENCY="EUR")
     seen: list[Any] = []
@@ -286,7 +286,7 @@ def test_tasks_and_hooks_run_in_the_context_of_the_app(shop: Shop, cls: type[Sal
 
 
 @BOTH_WAYS
-def test_each_transition_is_told_after_its_commit(shop: Shop, cls: type[Sale]) -> None:
+def test_each_transition_is_emitted_after_its_commit(shop: Shop, cls: type[Sale]) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, uuid: str, entrypoint: str, old: Any, new: str, result: Any) -> None:
@@ -312,7 +312,7 @@ def test_each_transition_is_told_after_its_commit(shop: Shop, cls: type[Sale]) -
 
 
 @BOTH_WAYS
-def test_one_that_arrives_as_a_message_is_told_too(shop: Shop, cls: type[Sale]) -> None:
+def test_transitions_of_an_operation_received_as_a_message_are_emitted(shop: Shop, cls: type[Sale]) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
@@ -324,7 +324,7 @@ def test_one_that_arrives_as_a_message_is_told_too(shop: Shop, cls: type[Sale]) 
     assert heard == [(None, PENDING), (PENDING, RUNNING), (RUNNING, SUCCESS)]
 
 
-def test_cancelling_twice_is_told_once(shop: Shop) -> None:
+def test_second_cancel_emits_no_signal(shop: Shop) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
@@ -336,7 +336,7 @@ def test_cancelling_twice_is_told_once(shop: Shop) -> None:
     assert heard == [(PENDING, CANCELLED)]
 
 
-def test_a_raising_listener_changes_nothing(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_listener_is_logged_and_changes_nothing(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     def raising(sender: Any, **_: Any) -> None:
         raise ConnectionError("no")
 
@@ -362,7 +362,7 @@ class Untouched:
         return getattr(self._store, name)
 
 
-def test_a_plain_task_makes_no_database_call(shop: Shop) -> None:
+def test_plain_task_makes_no_store_call(shop: Shop) -> None:
     store = Untouched(shop.store)
     process = shop.process(Sale, store=store, group="plain")
     del store.asked[:]
@@ -371,7 +371,7 @@ def test_a_plain_task_makes_no_database_call(shop: Shop) -> None:
     assert (Act.seen, store.asked) == (["1", "2"], [])
 
 
-def test_a_step_in_one_consumer_is_one_transaction(shop: Shop) -> None:
+def test_local_step_makes_one_store_call(shop: Shop) -> None:
     store = Untouched(shop.store)
     process = shop.process(Sale, store=store, group="counted")
     del store.asked[:]
@@ -380,7 +380,7 @@ def test_a_step_in_one_consumer_is_one_transaction(shop: Shop) -> None:
     assert store.asked == ["peek", "save", "checkpoint", "checkpoint", "checkpoint"]
 
 
-def test_metadata_is_carried_through(shop: Shop) -> None:
+def test_metadata_of_operation_and_tasks_is_stored(shop: Shop) -> None:
     seen: list[Any] = []
     operation = shop.first.known(Sale)("1", metadata={"customer": "7"}).build()
     operation.tasks[1].metadata = {"of": "b"}
@@ -392,6 +392,6 @@ def test_metadata_is_carried_through(shop: Shop) -> None:
     assert (found.metadata, found.tasks[1].metadata) == ({"customer": "7"}, {"of": "b"})
 
 
-def test_a_registry_is_made_with_both() -> None:
+def test_registry_accepts_producer_and_store() -> None:
     registry = OperationRegistry(producer=Producer({}), store=MemoryStore())
     assert registry.companion is registry.companion

@@ -1,4 +1,4 @@
-"""Dead letters are read back, and sent once more to where they came from."""
+"""Tests of reading dead letters and replaying them to their original topics."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def arrived(topic: str = "dice", behind: int = 3) -> list[DummyRecord]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_letter_says_what_it_was_and_what_became_of_it() -> None:
+def test_dead_letter_contains_its_record_and_reason() -> None:
     first, second, _ = found()
     assert (first.value, first.key, first.headers, first.message) == (b"no message", b"k", HEADERS, None)
     assert (first.reason, first.attempts, first.topic, first.partition, first.offset) == (
@@ -58,38 +58,40 @@ def test_a_dead_letter_says_what_it_was_and_what_became_of_it() -> None:
     assert first.consumer.startswith("Consumer ")
 
 
-def test_reading_takes_nothing_away() -> None:
+def test_reading_dead_letters_commits_nothing() -> None:
     before = dict(Bus.at("").committed)
     assert len(found()) == len(found()) == 3
     assert {key: value for key, value in Bus.at("").committed.items() if key in before} == before
     assert sent_again() == 3
 
 
-def test_what_is_no_dead_letter_is_passed_over(bus: Bus) -> None:
+def test_record_that_is_no_dead_letter_is_skipped(bus: Bus) -> None:
     bus.send("broken", b"somebody else's", headers=[("kser-dlq-reason", b"failed")])
     assert (len(found()), sent_again()) == (3, 3)
 
 
-def test_a_topic_that_is_empty_has_none(bus: Bus) -> None:
+def test_empty_topic_has_no_dead_letters(bus: Bus) -> None:
     bus.create_topic("empty")
     assert list(iter_dead_letters(Consumer, {}, "empty", timeout=TIMEOUT)) == []
 
 
-def test_no_answer_is_said() -> None:
+def test_missing_response_raises_broker_unavailable() -> None:
     class Silent(Consumer):
         def _connect(self) -> Any:
             client = super()._connect()
             client.poll = lambda *_: {}  # type: ignore[method-assign]
             return client
 
-    with pytest.raises(BrokerUnavailable, match=r"dead letters of 'broken' could not be read: no answer within 0\.2 s"):
+    with pytest.raises(
+        BrokerUnavailable, match=r"dead letters of 'broken' could not be read: no response within 0\.2 s"
+    ):
         list(iter_dead_letters(Silent, {}, "broken", timeout=0.2))
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------------
 
 
-def test_all_go_back_as_they_were() -> None:
+def test_replayed_dead_letters_equal_their_original_records() -> None:
     assert sent_again() == 3
     first, second, third = arrived()
     assert (first.value, first.key, first.headers) == (b"no message", b"k", HEADERS)
@@ -97,31 +99,31 @@ def test_all_go_back_as_they_were() -> None:
     assert second.headers == ()
 
 
-def test_each_is_sent_once() -> None:
+def test_each_dead_letter_is_replayed_once() -> None:
     assert [sent_again(limit=2), sent_again(), sent_again()] == [2, 1, 0]
     assert [record.offset for record in arrived()] == [3, 4, 5]
 
 
-def test_no_more_are_sent_than_were_asked_for() -> None:
+def test_replay_of_dead_letters_respects_its_limit() -> None:
     assert (sent_again(limit=0), arrived()) == (0, [])
 
 
-def test_some_may_be_chosen_and_the_others_are_passed_over() -> None:
+def test_replay_of_dead_letters_may_be_filtered() -> None:
     assert sent_again(where=lambda letter: letter.reason == "undecodable") == 1
     assert sent_again() == 0
     assert [record.value for record in arrived()] == [b"no message"]
 
 
-def test_whoever_asks_under_another_name_begins_at_the_beginning() -> None:
+def test_replay_under_another_group_starts_at_the_first_dead_letter() -> None:
     assert [sent_again(), sent_again(group="me"), sent_again(group="me")] == [3, 3, 0]
 
 
-def test_they_may_go_elsewhere() -> None:
+def test_dead_letters_may_be_replayed_to_another_topic() -> None:
     assert sent_again(to="looked-at") == 3
     assert (len(arrived("looked-at", 0)), arrived()) == (3, [])
 
 
-def test_one_that_cannot_be_sent_is_the_first_of_the_next_call() -> None:
+def test_dead_letter_that_was_not_replayed_is_the_first_of_the_next_replay() -> None:
     calls: list[DeadLetter] = []
 
     def second_time(letter: DeadLetter) -> bool:
@@ -139,18 +141,20 @@ def test_one_that_cannot_be_sent_is_the_first_of_the_next_call() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"), [("KSER_DEAD_LETTER", "broken"), ("KSER_COMMIT", "never"), ("KSER_COMMIT", "before")]
 )
-def test_settings_of_consumers_are_not_meant(setting: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs where they run, with their environment."""
+def test_dead_letter_replay_ignores_consumer_settings(
+    setting: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay runs in the environment of the consumers."""
     monkeypatch.setenv(setting, value)
     assert (len(found()), sent_again(), sent_again()) == (3, 3, 0)
 
 
-def test_where_consumers_are_to_begin_is_not_meant() -> None:
+def test_dead_letter_replay_ignores_auto_offset_reset() -> None:
     config = {"auto_offset_reset": "latest"}
     assert (len(found(config)), sent_again(config=config)) == (3, 3)
 
 
-def test_consumers_of_this_host_stay_paused() -> None:
+def test_dead_letter_replay_keeps_the_pause_file() -> None:
     pause = Path(os.environ["LOCK_FILE"])
     pause.touch()
     assert (len(found()), sent_again()) == (3, 3)

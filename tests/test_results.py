@@ -1,4 +1,4 @@
-"""What kser does with results beyond what cdumay does."""
+"""Tests of results: merging, copying and failures, beyond the functions of cdumay."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kser.results import copy_result, failure, merge
 from tests.support import UUID
 
 
-def test_merging_changes_the_first_and_returns_it() -> None:
+def test_merge_modifies_the_first_result_and_returns_it() -> None:
     one, two = Result(stdout="one"), Result(retcode=2, stderr="two", retval={"a": 1})
     assert merge(one, None) is one
     assert merge(one, two) is one
     assert (one.stdout, one.retcode, one.stderr, one.retval) == ("one", 2, "two", {"a": 1})
 
 
-def test_a_copy_may_be_merged_into_without_touching_the_original() -> None:
+def test_copied_result_is_independent_of_the_original() -> None:
     original = Result(uuid="1", retcode=2, stdout="out", stderr="err", retval={"a": []})
     copy = copy_result(original)
     assert vars(copy) == vars(original)
@@ -29,8 +29,8 @@ def test_a_copy_may_be_merged_into_without_touching_the_original() -> None:
 @pytest.mark.parametrize(
     "error", [ValueError("x"), ValidationError("x"), ValidationError("x", extra={"uuid": ["a", "b"]})]
 )
-def test_a_failure_has_the_uuid_of_what_failed(error: Exception) -> None:
-    """C12: whatever the error carries."""
+def test_failed_result_has_the_uuid_of_its_entry(error: Exception) -> None:
+    """C12: also if the error carries another uuid."""
     result = failure(error, UUID)
     assert (result.uuid, result.stderr) == (UUID, "x")
     assert result.retval["error"]["message"] == "x"

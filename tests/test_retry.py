@@ -1,4 +1,4 @@
-"""The retry policy: how often, when and after which failures."""
+"""Tests of the retry policy: the number of attempts, their backoff, and the retried exceptions."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def waits(policy: Retry, attempts: int, exc: BaseException | None = None) -> lis
 # -- when --------------------------------------------------------------------------------------------------------------
 
 
-def test_waits_grow_until_they_are_the_longest() -> None:
+def test_backoff_grows_up_to_max_delay() -> None:
     policy = Retry(max_attempts=6, delay=1, backoff=3, max_delay=10, jitter=False)
     assert waits(policy, 6) == [1, 3, 9, 10, 10, None]
 
 
-def test_by_default_there_are_three_attempts_a_second_apart_and_then_two() -> None:
+def test_default_retry_policy_has_three_attempts_with_doubling_backoff() -> None:
     policy = Retry()
     assert (policy.max_attempts, policy.delay, policy.backoff, policy.max_delay) == (3, 1, 2, 60)
     assert policy.jitter
     assert waits(policy, 3)[2] is None
 
 
-def test_with_jitter_a_wait_lies_between_its_half_and_its_whole() -> None:
+def test_jitter_gives_half_to_all_of_the_backoff() -> None:
     policy = Retry(max_attempts=2, delay=10)
     found = [wait for _ in range(500) if (wait := policy.wait_after(1)) is not None]
     assert len(found) == 500
@@ -41,25 +41,25 @@ def test_with_jitter_a_wait_lies_between_its_half_and_its_whole() -> None:
     assert max(found) - min(found) > 4
 
 
-def test_jitter_does_not_exceed_the_longest_wait() -> None:
+def test_jitter_does_not_exceed_max_delay() -> None:
     policy = Retry(max_attempts=100, delay=1, backoff=10, max_delay=30)
     assert all(15 <= (policy.wait_after(50) or 0) <= 30 for _ in range(100))
 
 
-def test_a_power_that_no_float_holds_is_the_longest_wait() -> None:
+def test_backoff_beyond_float_range_is_max_delay() -> None:
     policy = Retry(max_attempts=10**9, delay=1.5, backoff=10.0, max_delay=7, jitter=False)
     assert policy.wait_after(100_000) == 7
 
 
-def test_without_delay_the_next_attempt_follows_at_once() -> None:
+def test_retry_without_delay_is_immediate() -> None:
     assert waits(Retry(delay=0), 3) == [0, 0, None]
 
 
-def test_one_attempt_is_no_retry() -> None:
+def test_single_attempt_is_not_retried() -> None:
     assert Retry(max_attempts=1).wait_after(1, ConnectionError()) is None
 
 
-def test_an_attempt_beyond_the_last_is_not_followed() -> None:
+def test_attempt_number_beyond_max_attempts_is_not_retried() -> None:
     """The class may have fewer attempts than it had when the message was tried first."""
     assert Retry(max_attempts=2).wait_after(5) is None
 
@@ -102,25 +102,25 @@ MENDED = Retry(on=(ValidationError,))
         (MENDED, ValueError(), False),
     ],
 )
-def test_which_failures_are_tried_again(policy: Retry, exc: Exception | None, admitted: bool) -> None:
-    """What is wrong with the message or the class, no other attempt mends: unless the class says so."""
+def test_retry_policy_decides_by_exception_type(policy: Retry, exc: Exception | None, admitted: bool) -> None:
+    """Errors of the message or the class are not retried unless the class names them: no attempt mends them."""
     assert policy.admits(exc) is admitted
     assert (policy.wait_after(1, exc) is not None) is admitted
 
 
-def test_who_asks_for_another_attempt_gets_it_then() -> None:
+def test_retry_later_overrides_the_backoff_within_max_attempts() -> None:
     policy = Retry(max_attempts=3, on=(KeyError,), give_up_on=(Exception,))
     assert waits(policy, 3, RetryLater(12.5)) == [12.5, 12.5, None]
 
 
-def test_later_is_what_a_task_raises() -> None:
-    with pytest.raises(RetryLater, match=r"tried again in 3 s"):
+def test_retry_later_is_raised_by_a_task() -> None:
+    with pytest.raises(RetryLater, match=r"another attempt in 3 s"):
         raise Retry.later(3)
 
 
 @pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, "soon", None])
-def test_later_is_some_time_to_come(seconds: Any) -> None:
-    """A time that never comes would hold its partition for ever."""
+def test_retry_later_rejects_invalid_delays(seconds: Any) -> None:
+    """A time that never comes would block its partition without end."""
     with pytest.raises((TypeError, SettingError), match="seconds"):
         Retry.later(seconds)
 
@@ -150,18 +150,18 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "text"), NONSENSE)
-def test_nonsense_is_refused_where_it_is_declared(values: dict[str, Any], text: str) -> None:
+def test_invalid_retry_arguments_are_rejected(values: dict[str, Any], text: str) -> None:
     with pytest.raises(SettingError) as caught:
         Retry(**values)
     assert caught.value.message.startswith(f"Retry: {text}")
 
 
-def test_a_class_stands_for_a_tuple_of_it_and_so_does_a_list() -> None:
+def test_exception_filter_accepts_a_class_or_a_list() -> None:
     assert Retry(on=KeyError) == Retry(on=(KeyError,))
     assert Retry(on=[KeyError], give_up_on=[ValueError]) == Retry(on=KeyError, give_up_on=ValueError)  # type: ignore[arg-type]
 
 
-def test_a_policy_is_a_value_that_nobody_changes() -> None:
+def test_retry_policy_is_immutable_and_hashable() -> None:
     policy = Retry(max_attempts=2)
     with pytest.raises(AttributeError):
         policy.max_attempts = 5  # type: ignore[misc]
@@ -171,19 +171,19 @@ def test_a_policy_is_a_value_that_nobody_changes() -> None:
 # -- from a setting ----------------------------------------------------------------------------------------------------
 
 
-def test_a_policy_as_a_setting_is_taken_as_it_is() -> None:
+def test_retry_setting_accepts_a_policy() -> None:
     policy = Retry(on=(KeyError,))
     assert Retry.from_setting("KSER_RETRY", policy) is policy
 
 
-def test_a_mapping_says_all_but_exceptions() -> None:
+def test_retry_setting_accepts_a_mapping() -> None:
     values = {"max_attempts": 5, "delay": 0.5, "backoff": 3, "max_delay": 20, "jitter": False}
     assert Retry.from_setting("KSER_RETRY", values) == Retry(5, 0.5, 3, 20, False)
     assert Retry.from_setting("KSER_RETRY", {}) == Retry()
 
 
 @pytest.mark.parametrize("value", [{"attempts": 5}, {"on": ["ConnectionError"]}, [5], 5, True, {5: 1}])
-def test_what_is_no_policy_is_refused_with_what_it_may_say(value: Any) -> None:
+def test_invalid_retry_setting_is_rejected_with_its_allowed_fields(value: Any) -> None:
     with pytest.raises(SettingError) as caught:
         Retry.from_setting("KSER_RETRY", value)
     text = caught.value.message
@@ -191,6 +191,6 @@ def test_what_is_no_policy_is_refused_with_what_it_may_say(value: Any) -> None:
     assert text.endswith(f"it is {value!r}")
 
 
-def test_a_value_of_a_setting_is_checked_like_an_argument() -> None:
+def test_values_of_a_retry_setting_are_validated() -> None:
     with pytest.raises(SettingError, match="max_attempts must be a whole number"):
         Retry.from_setting("KSER_RETRY", {"max_attempts": "3"})

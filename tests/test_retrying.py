@@ -1,4 +1,4 @@
-"""Messages that are tried again, in a consumer on the in-memory transport whose time passes when a test says so."""
+"""Tests of retried messages, in a consumer on the in-memory transport with a controlled clock."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def forget(bus: Any) -> Iterator[None]:
 # -- attempts ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_message_is_tried_again_when_its_time_has_come_and_done_when_it_succeeds() -> None:
+def test_failed_message_is_retried_after_the_backoff_until_it_succeeds() -> None:
     Act.acts["1"] = [ConnectionError("no"), ConnectionError("no"), None]
     put("1")
     running = Running(retry=THRICE)
@@ -77,7 +77,7 @@ def test_a_message_is_tried_again_when_its_time_has_come_and_done_when_it_succee
     assert (committed(), running.consumer.counts) == (1, {"done": 1, "retried": 2, "dead_lettered": 0})
 
 
-def test_after_the_last_attempt_it_failed() -> None:
+def test_message_fails_after_its_last_attempt() -> None:
     Act.acts["1"] = ConnectionError("no")
     put("1")
     running = Running(retry=THRICE)
@@ -85,7 +85,7 @@ def test_after_the_last_attempt_it_failed() -> None:
     assert (committed(), running.consumer.counts["failed"]) == (1, 1)
 
 
-def test_without_a_policy_there_is_one_attempt() -> None:
+def test_message_without_a_retry_policy_has_one_attempt() -> None:
     Act.acts["1"] = ConnectionError("no")
     put("1")
     assert Running().attempts(1000) == [1, 0]
@@ -112,24 +112,24 @@ def test_every_attempt_starts_from_a_fresh_object() -> None:
     assert [entry.uuid for entry in objects] == ["1"] * 3
 
 
-def test_a_task_knows_the_number_of_its_attempt() -> None:
+def test_task_knows_its_attempt_number() -> None:
     put("1", cls=Told)
     Running().attempts(10, 10)
     assert [number for what, number in Told.told if what == "run"] == [1, 2, 3]
 
 
-def test_outside_of_a_consumer_an_attempt_is_the_first() -> None:
+def test_attempt_number_outside_a_consumer_is_one() -> None:
     assert Told().attempt == 1
     Told().execute()
     assert Told.told == [("run", 1), ("onerror", FAILED)]
 
 
-def test_the_policy_of_a_class_wins_over_that_of_the_consumer() -> None:
+def test_retry_policy_of_a_class_overrides_that_of_the_consumer() -> None:
     put("1", cls=Told)
     assert Running(retry=Retry(max_attempts=9, delay=0)).attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
 
 
-def test_a_class_may_say_that_it_is_not_tried_again() -> None:
+def test_class_may_disable_retries() -> None:
     class Once(Told):
         RETRY = Retry(max_attempts=1)
 
@@ -138,15 +138,15 @@ def test_a_class_may_say_that_it_is_not_tried_again() -> None:
     assert Running(retry=THRICE).attempts(10) == [1, 0]
 
 
-def test_a_task_asks_for_another_attempt_later() -> None:
-    """It counts as one, and needs no policy: then there are three."""
+def test_retry_later_schedules_another_attempt() -> None:
+    """Retry.later counts as an attempt and needs no policy; without one, there are three attempts."""
     Act.acts["1"] = lambda: (_ for _ in ()).throw(Retry.later(50))
     put("1")
     assert Running().attempts(49, 2, 50, 50) == [1, 0, 1, 1, 0]
     assert committed() == 1
 
 
-def test_asking_for_later_counts_as_an_attempt_of_the_policy() -> None:
+def test_retry_later_counts_as_an_attempt_of_the_policy() -> None:
     Act.acts["1"] = [Retry.later(50), ConnectionError("no"), Retry.later(1), None]
     put("1")
     assert Running(retry=THRICE).attempts(50, 10, 100) == [1, 1, 1, 0]
@@ -157,19 +157,19 @@ def test_asking_for_later_counts_as_an_attempt_of_the_policy() -> None:
     [(None, [1, 1]), ((ConnectionError,), [1, 0])],
     ids=["any failure", "some exceptions"],
 )
-def test_a_failed_result_is_tried_again_only_when_no_exceptions_are_named(on: Any, attempts: list[int]) -> None:
+def test_failed_result_is_retried_unless_the_policy_names_exceptions(on: Any, attempts: list[int]) -> None:
     Act.acts["1"] = lambda: Result(retcode=1, stderr="no")
     put("1")
     assert Running(retry=Retry(delay=1, jitter=False, on=on)).attempts(1) == attempts
 
 
-def test_what_no_attempt_can_mend_fails_at_once() -> None:
+def test_not_retryable_error_fails_at_once() -> None:
     Act.acts["1"] = ValidationError("Missing parameter: amount")
     put("1")
     assert Running(retry=THRICE).attempts(10) == [1, 0]
 
 
-def test_what_no_policy_has_to_judge_fails_at_once(bus: Any) -> None:
+def test_undecodable_message_and_unknown_entrypoint_fail_at_once(bus: Any) -> None:
     bus.send("dice", b"no message")
     put("1", cls="shop.Unknown")
     running = Running(retry=Retry(delay=0, on=(Exception,)))
@@ -177,7 +177,7 @@ def test_what_no_policy_has_to_judge_fails_at_once(bus: Any) -> None:
     assert running.consumer.counts["failed"] == 2
 
 
-def test_a_task_that_wants_to_end_the_consumer_is_tried_again() -> None:
+def test_task_that_raises_system_exit_is_retried() -> None:
     """C8: SystemExit is a failure of the task."""
     Act.acts["1"] = [SystemExit(3), None]
     put("1")
@@ -185,7 +185,7 @@ def test_a_task_that_wants_to_end_the_consumer_is_tried_again() -> None:
     assert committed() == 1
 
 
-def test_an_entrypoint_that_is_no_task_is_tried_again_too() -> None:
+def test_plain_entrypoint_is_retried() -> None:
     class Bare(Entrypoint):
         tries: ClassVar[list[int]] = []
 
@@ -199,8 +199,8 @@ def test_an_entrypoint_that_is_no_task_is_tried_again_too() -> None:
 
 
 @pytest.mark.parametrize("policy", [5, "often", None, False, {"max_attempts": 5}])
-def test_a_users_own_retry_that_is_no_policy_gives_way_to_the_consumers(policy: Any) -> None:
-    """C18: what we add gives way to an attribute of that name which means something else."""
+def test_user_retry_attribute_that_is_no_policy_falls_back_to_the_consumer(policy: Any) -> None:
+    """C18: an attribute of the user with the same name and another meaning is not a policy."""
 
     class Mine(Told):
         RETRY = policy
@@ -216,7 +216,7 @@ def test_a_users_own_retry_that_is_no_policy_gives_way_to_the_consumers(policy: 
 # -- what others hear of it --------------------------------------------------------------------------------------------
 
 
-def test_hooks_are_called_for_the_last_attempt_alone() -> None:
+def test_failure_hooks_are_called_only_for_the_last_attempt() -> None:
     put("1", cls=Told)
     running = Running()
     running.consumer.REGISTRY = Hooked
@@ -226,7 +226,7 @@ def test_hooks_are_called_for_the_last_attempt_alone() -> None:
     assert Told.told[2:] == [("run", 3), ("onerror", FAILED), "controller: onerror"]
 
 
-def test_an_attempt_that_succeeds_calls_the_hooks_of_success() -> None:
+def test_successful_retry_calls_the_success_hooks() -> None:
     class Second(Told):
         def run(self) -> Any:
             return Result() if self.attempt == 2 else super().run()
@@ -239,7 +239,7 @@ def test_an_attempt_that_succeeds_calls_the_hooks_of_success() -> None:
     assert Told.told == [("run", 1), "onsuccess", "controller: onsuccess"]
 
 
-def test_what_is_tried_again_is_logged_as_such_and_only_the_last_as_failed(caplog: pytest.LogCaptureFixture) -> None:
+def test_retry_is_logged_as_a_warning_and_the_last_attempt_as_failed(caplog: pytest.LogCaptureFixture) -> None:
     put("1", cls=Told)
     running = Running()
     running.attempts(10)
@@ -254,7 +254,7 @@ def test_what_is_tried_again_is_logged_as_such_and_only_the_last_as_failed(caplo
     assert record_of(caplog, "Controller.Failed: ")
 
 
-def test_listeners_hear_of_each_attempt_that_is_followed_by_another() -> None:
+def test_entry_retried_signal_is_emitted_for_each_retried_attempt() -> None:
     heard: list[Any] = []
 
     def retried(sender: Any, entry: Any, result: Result, attempt: int) -> None:
@@ -289,7 +289,7 @@ class Both(Operation):
         return result
 
 
-def test_an_operation_is_tried_again_as_a_whole_with_its_own_policy(caplog: pytest.LogCaptureFixture) -> None:
+def test_operation_is_retried_as_a_whole_with_its_own_policy(caplog: pytest.LogCaptureFixture) -> None:
     Controller.register(Both.path, Both)
     put("1", cls=Both)
     assert Running().attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
@@ -300,7 +300,7 @@ def test_an_operation_is_tried_again_as_a_whole_with_its_own_policy(caplog: pyte
     assert len([line for line in lines(caplog) if line.startswith("Both.Retry: ")]) == 2
 
 
-def test_a_task_that_another_one_executes_is_that_ones_business() -> None:
+def test_task_executed_by_another_task_is_not_retried() -> None:
     class Outer(Told):
         RETRY = None
 
@@ -313,7 +313,7 @@ def test_a_task_that_another_one_executes_is_that_ones_business() -> None:
     assert Told.told == [("run", 1), ("onerror", FAILED), ("onerror", FAILED)]
 
 
-def test_a_task_whose_construction_fails_is_tried_again() -> None:
+def test_task_that_cannot_be_built_is_retried() -> None:
     """``postinit`` may need what is not there for a moment, as ``run`` may."""
 
     class Connecting(Told):
@@ -333,7 +333,7 @@ def test_a_task_whose_construction_fails_is_tried_again() -> None:
     assert running.consumer.counts == {"done": 1, "retried": 2, "dead_lettered": 0}
 
 
-def test_a_hook_that_makes_a_success_of_the_last_failure_makes_it_one() -> None:
+def test_onerror_that_returns_a_success_makes_the_attempt_a_success() -> None:
     class Forgiving(Told):
         RETRY = Retry(max_attempts=1)
 
@@ -347,7 +347,7 @@ def test_a_hook_that_makes_a_success_of_the_last_failure_makes_it_one() -> None:
     assert running.consumer.counts == {"done": 1, "dead_lettered": 0}
 
 
-def test_a_hook_that_makes_a_failure_of_a_success_makes_it_one() -> None:
+def test_onsuccess_that_returns_a_failure_makes_the_attempt_a_failure() -> None:
     class Picky(Told):
         RETRY = Retry(max_attempts=1)
 

@@ -1,4 +1,4 @@
-"""Partitions come and go: what runs is adopted when they return, and late when they do not. No threads here."""
+"""Tests of revoked partitions in the work queue: running records are resumed when they return. No threads here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.desk import OTHER, Desk, offsets, record
 from tests.engine import DICE
 
 
-def test_of_a_partition_that_is_given_up_nothing_more_is_begun() -> None:
+def test_revoked_partition_starts_no_more_records() -> None:
     desk = Desk()
     desk.enter_keys("--aa")
     first, waiting, _ = desk.all()
@@ -20,7 +20,7 @@ def test_of_a_partition_that_is_given_up_nothing_more_is_begun() -> None:
     assert draining.commits() == {DICE: Commit(1)}
 
 
-def test_what_runs_is_waited_for_and_what_it_gives_is_committed() -> None:
+def test_revocation_waits_for_running_records_and_commits_them() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first, second = desk.all()
@@ -33,7 +33,7 @@ def test_what_runs_is_waited_for_and_what_it_gives_is_committed() -> None:
     assert draining.commits() == {DICE: Commit(2)}
 
 
-def test_what_takes_too_long_is_not_waited_for() -> None:
+def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
     desk = Desk(revoke_timeout=10)
     desk.enter_keys("--")
     desk.next()
@@ -47,7 +47,7 @@ def test_what_takes_too_long_is_not_waited_for() -> None:
     assert draining.commits() == {DICE: Commit(0, "kser:1,1")}
 
 
-def test_what_runs_is_adopted_when_its_partition_returns_and_is_not_begun_again() -> None:
+def test_running_record_is_resumed_when_its_partition_returns() -> None:
     desk = Desk()
     desk.enter_keys("aa-")
     running = desk.next()
@@ -60,7 +60,7 @@ def test_what_runs_is_adopted_when_its_partition_returns_and_is_not_begun_again(
     assert desk.commits() == {DICE: Commit(1, "")}
 
 
-def test_what_was_finished_while_its_partition_was_away_is_not_begun_again() -> None:
+def test_record_finished_while_revoked_is_not_started_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first, second = desk.all()
@@ -73,7 +73,7 @@ def test_what_was_finished_while_its_partition_was_away_is_not_begun_again() -> 
     assert desk.commits() == {DICE: Commit(2)}
 
 
-def test_what_was_finished_before_it_is_handed_out_once_more_is_not_begun_again() -> None:
+def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first = desk.next()
@@ -84,7 +84,7 @@ def test_what_was_finished_before_it_is_handed_out_once_more_is_not_begun_again(
     assert desk.commits() == {DICE: Commit(1)}
 
 
-def test_a_retry_that_waits_keeps_its_attempt_over_a_rebalance() -> None:
+def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     desk.retry(desk.next(), 10)
@@ -98,7 +98,7 @@ def test_a_retry_that_waits_keeps_its_attempt_over_a_rebalance() -> None:
     assert offsets(desk.all()) == [1]
 
 
-def test_what_fails_while_its_partition_is_away_is_tried_again_when_it_is_back() -> None:
+def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> None:
     desk = Desk()
     desk.enter_keys("-")
     running = desk.next()
@@ -112,7 +112,7 @@ def test_what_fails_while_its_partition_is_away_is_tried_again_when_it_is_back()
     assert again.attempt == 2
 
 
-def test_what_others_have_done_meanwhile_is_not_done_here() -> None:
+def test_records_committed_by_another_consumer_are_not_run() -> None:
     desk = Desk()
     desk.enter_keys("---")
     _, waiting, running = desk.all()
@@ -127,8 +127,8 @@ def test_what_others_have_done_meanwhile_is_not_done_here() -> None:
     assert desk.commits() == {DICE: Commit(3)}
 
 
-def test_a_group_that_went_back_begins_anew() -> None:
-    """Somebody deleted what it had committed, or reset it: what is asked for is done again."""
+def test_offset_reset_of_the_group_starts_records_again() -> None:
+    """The committed offset was deleted or reset, so its records are requested again."""
     desk = Desk()
     desk.enter_keys("--")
     for job in desk.all():
@@ -141,7 +141,7 @@ def test_a_group_that_went_back_begins_anew() -> None:
     assert offsets(desk.all()) == [0, 1]
 
 
-def test_a_position_that_is_new_makes_what_was_known_untrue() -> None:
+def test_new_start_position_discards_tracked_records() -> None:
     desk = Desk()
     desk.enter_keys("-")
     old = desk.next()
@@ -154,7 +154,7 @@ def test_a_position_that_is_new_makes_what_was_known_untrue() -> None:
     assert desk.commits() == {DICE: Commit(1)}
 
 
-def test_what_was_lost_and_comes_back_is_adopted_too() -> None:
+def test_running_record_of_a_lost_partition_is_resumed_when_it_returns() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.next()
@@ -165,14 +165,14 @@ def test_what_was_lost_and_comes_back_is_adopted_too() -> None:
     assert offsets(desk.all()) == [1]
 
 
-def test_what_the_group_knows_to_be_finished_is_not_begun() -> None:
+def test_records_finished_in_the_commit_metadata_are_not_started() -> None:
     desk = Desk()
     desk.on_assign({OTHER: Commit(0, "kser:1,2")})
     desk.enter(*(record(n, partition=1) for n in range(4)))
     assert offsets(desk.all()) == [0, 3]
 
 
-def test_giving_up_what_one_never_had_is_nothing() -> None:
+def test_revocation_of_an_unassigned_partition_does_nothing() -> None:
     desk = Desk()
     draining = desk.on_revoke([OTHER])
     assert draining.drained

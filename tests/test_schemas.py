@@ -1,4 +1,4 @@
-"""The wire format. Behaviour page, section 2."""
+"""Tests of the wire format. Behaviour page, section 2."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def _result(**changes: Any) -> dict[str, Any]:
 
 
 @BOTH
-def test_the_text_is_bit_for_bit_the_published_one(cls: type[Message]) -> None:
+def test_serialised_message_equals_the_published_one(cls: type[Message]) -> None:
     assert cls("1", "shop.Pay", {"café": [1, None]}).dumps() == WIRE
 
 
 @BOTH
-def test_text_that_was_read_is_written_again_as_it_was(cls: type[Message]) -> None:
+def test_loaded_message_is_written_unchanged(cls: type[Message]) -> None:
     assert cls.loads(WIRE).dumps() == WIRE
     assert cls.loads(WIRE.encode("utf-16")).dumps() == WIRE
 
 
 @BOTH
-def test_nan_surrogates_and_keys_that_are_no_text_are_written_as_json_does(cls: type[Message]) -> None:
+def test_nan_surrogates_and_non_text_keys_are_written_as_json_does(cls: type[Message]) -> None:
     text = cls("1", "x", {"n": float("nan"), 1: "\ud800", None: "\U0001f600"}).dumps()
     assert '{"n": NaN, "1": "\\ud800", "null": "\\ud83d\\ude00"}' in text
 
 
 @BOTH
 @pytest.mark.parametrize("value", [datetime(2020, 1, 1), uuid.UUID(int=1), Decimal(1), {1}, b"x", object()])
-def test_what_has_no_json_form_is_a_type_error(cls: type[Message], value: Any) -> None:
+def test_value_that_is_not_json_is_a_type_error(cls: type[Message], value: Any) -> None:
     kmsg = cls("1", "x", {"value": value})
     assert kmsg.dump()["params"]["value"] is value
     with pytest.raises(TypeError, match=f"Object of type {type(value).__name__} is not JSON serializable"):
@@ -70,7 +70,7 @@ def test_what_has_no_json_form_is_a_type_error(cls: type[Message], value: Any) -
 
 
 @BOTH
-def test_a_dump_is_copied_one_level_deep(cls: type[Message]) -> None:
+def test_dump_copies_one_level_deep(cls: type[Message]) -> None:
     inner: list[Any] = []
     kmsg = cls("1", "x", {"inner": inner}, Result(retval={"inner": inner}), {"inner": inner})
     data = kmsg.dump()
@@ -103,7 +103,7 @@ def test_values_of_other_types_are_converted(field: str, value: Any, dumped: Any
     assert dump_result(result)[field] == dumped
 
 
-def test_a_return_code_that_is_no_number_cannot_be_dumped() -> None:
+def test_non_numeric_return_code_cannot_be_dumped() -> None:
     with pytest.raises(ValueError, match="abc"):
         Message("1", "x", result=Result(retcode="abc")).dump()
 
@@ -120,11 +120,11 @@ def test_deleted_attributes_are_left_out() -> None:
     assert kmsg.dump() == {"uuid": "1", "entrypoint": "x", "params": {}}
 
 
-def test_a_uuid_that_is_no_text_is_converted() -> None:
+def test_non_text_uuid_is_converted() -> None:
     assert Message(12, "x").dump()["uuid"] == "12"  # type: ignore[arg-type]
 
 
-def test_two_dumps_share_no_default() -> None:
+def test_dumps_share_no_default() -> None:
     one, two = Base("1", "x"), Base("1", "x")
     del one.params, two.params
     one.dump()["params"]["a"] = 1
@@ -132,14 +132,14 @@ def test_two_dumps_share_no_default() -> None:
 
 
 @pytest.mark.parametrize("result", [None, 0, ""])
-def test_no_result_is_dumped_as_nothing(result: Any) -> None:
+def test_missing_result_is_dumped_as_an_empty_dict(result: Any) -> None:
     assert dump_result(result) == {}
 
 
 # -- objects -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_base_message_has_no_result() -> None:
+def test_base_message_has_no_result() -> None:
     base = Base("1", "shop.Pay", {"a": 1})
     assert base.dumps() == '{"uuid": "1", "entrypoint": "shop.Pay", "params": {"a": 1}}'
     assert str(base) == str(base.dump())
@@ -151,12 +151,12 @@ def test_attributes_are_exactly_the_names_of_the_constructor() -> None:
     assert list(vars(Message("1", "x"))) == ["uuid", "entrypoint", "params", "result", "metadata"]
 
 
-def test_a_message_is_rebuilt_from_its_attributes() -> None:
+def test_message_is_rebuilt_from_its_attributes() -> None:
     kmsg = Message("1", "x", {"a": 1}, Result(stdout="s"), {"m": 1})
     assert Slow(**vars(kmsg)).dumps() == kmsg.dumps()
 
 
-def test_true_arguments_are_kept_and_false_ones_become_fresh() -> None:
+def test_truthy_arguments_are_stored_and_falsy_ones_become_fresh() -> None:
     params, metadata, result = {"a": 1}, {"m": 1}, Result()
     kmsg = Message("1", "x", params, result, metadata)
     assert (kmsg.params is params, kmsg.metadata is metadata, kmsg.result is result) == (True,) * 3
@@ -165,17 +165,17 @@ def test_true_arguments_are_kept_and_false_ones_become_fresh() -> None:
 
 
 @pytest.mark.parametrize("result", [None, {}, [], False])
-def test_a_false_result_is_a_blank_one_of_the_message(result: Any) -> None:
+def test_falsy_result_becomes_a_blank_one_with_the_message_uuid(result: Any) -> None:
     made = Message("1", "x", result=result).result
     assert (made.uuid, made.retcode, made.retval) == ("1", 0, {})
 
 
-def test_a_result_may_be_given_as_its_arguments() -> None:
+def test_result_may_be_given_as_a_dict() -> None:
     result = Message("1", "x", result={"uuid": "2", "stdout": "s"}).result
     assert (result.uuid, result.stdout) == ("2", "s")
 
 
-def test_a_result_without_identity_gets_that_of_its_message() -> None:
+def test_result_without_a_uuid_gets_the_message_uuid() -> None:
     """C15"""
     assert Message("1", "x", result={"stdout": "s"}).result.uuid == "1"
     assert Message.loads('{"uuid": "1", "entrypoint": "x", "result": {"stdout": "s"}}').result.uuid == "1"
@@ -183,12 +183,12 @@ def test_a_result_without_identity_gets_that_of_its_message() -> None:
 
 
 @pytest.mark.parametrize("result", [{"unknown": 1}, 5])
-def test_a_result_that_is_none_is_a_type_error(result: Any) -> None:
+def test_invalid_result_is_a_type_error(result: Any) -> None:
     with pytest.raises(TypeError):
         Message("1", "x", result=result)
 
 
-def test_texts_of_a_message() -> None:
+def test_repr_and_str_show_the_message() -> None:
     kmsg = Message("1", "shop.Pay", result=Result(stdout="paid"))
     assert repr(kmsg) == "Message<uuid='1', entrypoint='shop.Pay', result=paid>"
     assert str(kmsg) == str(kmsg.dump())
@@ -209,7 +209,7 @@ def test_bytes_are_decoded_as_json_decodes_them(cls: type[Message], encoding: st
 
 
 @BOTH
-def test_a_minimal_message_is_completed(cls: type[Message]) -> None:
+def test_minimal_message_is_completed(cls: type[Message]) -> None:
     kmsg = _loads(cls, {"uuid": "1", "entrypoint": "x"})
     assert type(kmsg) is cls
     assert (kmsg.params, kmsg.metadata, kmsg.result.uuid) == ({}, {}, "1")
@@ -217,12 +217,12 @@ def test_a_minimal_message_is_completed(cls: type[Message]) -> None:
 
 @BOTH
 @pytest.mark.parametrize("result", [None, {}])
-def test_an_empty_result_is_a_blank_one_of_the_message(cls: type[Message], result: Any) -> None:
+def test_empty_result_becomes_a_blank_one_with_the_message_uuid(cls: type[Message], result: Any) -> None:
     assert _loads(cls, {"uuid": "1", "entrypoint": "x", "result": result}).result.uuid == "1"
 
 
 @BOTH
-def test_unknown_and_double_keys_are_accepted(cls: type[Message]) -> None:
+def test_unknown_and_duplicate_keys_are_accepted(cls: type[Message]) -> None:
     kmsg = cls.loads(' {"uuid": "0", "uuid": "1", "entrypoint": "x", "new": 1, "result": {"uuid": "2", "new": 1}} \n')
     assert (kmsg.uuid, kmsg.result.uuid) == ("1", "2")
 
@@ -236,14 +236,14 @@ def test_return_codes_are_converted(cls: type[Message], given: Any, read: int) -
 @BOTH
 @pytest.mark.parametrize("field", ["uuid", "retcode", "stdout", "stderr", "retval"])
 def test_null_is_accepted_in_every_field_of_a_result(cls: type[Message], field: str) -> None:
-    """C14: what can be written can be read."""
+    """C14: every text that can be written can be read."""
     read = _loads(cls, _result(**{field: None})).result
     assert getattr(read, field) == getattr(Result(uuid="1"), field)
 
 
 @BOTH
 @pytest.mark.parametrize("data", ["", "{", "{} x", "\ufeff{}", "NULL"])
-def test_what_is_not_json_is_a_value_error(cls: type[Message], data: str) -> None:
+def test_text_that_is_not_json_is_a_value_error(cls: type[Message], data: str) -> None:
     with pytest.raises(json.JSONDecodeError):
         cls.loads(data)
 
@@ -256,7 +256,7 @@ def test_bytes_that_are_no_text_are_a_unicode_error(cls: type[Message]) -> None:
 
 @BOTH
 @pytest.mark.parametrize("data", [None, {}, 5])
-def test_what_is_neither_text_nor_bytes_is_a_type_error(cls: type[Message], data: Any) -> None:
+def test_input_that_is_neither_text_nor_bytes_is_a_type_error(cls: type[Message], data: Any) -> None:
     with pytest.raises(TypeError, match="must be str, bytes or bytearray"):
         cls.loads(data)
 
@@ -287,7 +287,9 @@ NO_MAPPING = ["Not a valid mapping type."]
         (None, {"_schema": ["Invalid input type."]}),
     ],
 )
-def test_json_that_is_no_message_says_what_is_wrong(cls: type[Message], data: Any, extra: dict[str, Any]) -> None:
+def test_json_that_is_no_message_is_rejected_with_the_reasons(
+    cls: type[Message], data: Any, extra: dict[str, Any]
+) -> None:
     with pytest.raises(ValidationError) as caught:
         _loads(cls, data)
     error = caught.value
@@ -296,13 +298,13 @@ def test_json_that_is_no_message_says_what_is_wrong(cls: type[Message], data: An
     assert error.stack
 
 
-def test_an_empty_identity_is_accepted() -> None:
+def test_empty_uuid_and_entrypoint_are_accepted() -> None:
     kmsg = _loads(Message, {"uuid": "", "entrypoint": ""})
     assert (kmsg.uuid, kmsg.entrypoint) == ("", "")
     assert kmsg.result.uuid
 
 
-def test_the_schema_alone_gives_a_plain_dict() -> None:
+def test_schema_load_returns_a_plain_dict() -> None:
     data = MessageSchema().load({"uuid": "1", "entrypoint": "x", "new": 1})
     assert data == {"uuid": "1", "entrypoint": "x", "result": None}
 
@@ -350,7 +352,7 @@ def _outcome(cls: type[Message], text: str) -> Any:
 
 @settings(database=None, deadline=None, max_examples=300, print_blob=True)
 @given(MESSAGES | JSON)
-def test_the_direct_way_and_the_schema_decide_alike(data: Any) -> None:
+def test_fast_path_and_schema_give_the_same_result(data: Any) -> None:
     """Design page, "Speed": a property proves it; hypothesis prints what breaks it and how to see it again."""
     text = json.dumps(data)
     assert _outcome(Message, text) == _outcome(Slow, text)

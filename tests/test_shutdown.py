@@ -1,4 +1,4 @@
-"""The end of a consumer: what runs is finished or handed back, and the group knows where it is."""
+"""Tests of the graceful shutdown: running records are finished or abandoned, and offsets are committed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("bus")
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_runs_is_finished_and_committed_and_the_rest_is_left(workers: int) -> None:
+def test_graceful_shutdown_commits_running_records_and_starts_no_other(workers: int) -> None:
     gate = threading.Event()
     uuids = [str(number) for number in range(workers + 5)]
     Act.acts.update(dict.fromkeys(uuids, lambda: gate.wait(PATIENCE)))
@@ -41,8 +41,8 @@ def test_what_runs_is_finished_and_committed_and_the_rest_is_left(workers: int) 
     assert (sorted(Act.seen), committed()) == (sorted(uuids[:workers]), workers)
 
 
-def test_while_it_ends_the_group_hears_of_it() -> None:
-    """What runs may take longer than a member may be silent."""
+def test_graceful_shutdown_keeps_polling_the_group() -> None:
+    """A running task may take longer than a member may be silent."""
     gate = threading.Event()
     Act.acts["1"] = lambda: gate.wait(PATIENCE)
     put("1")
@@ -59,7 +59,9 @@ def test_while_it_ends_the_group_hears_of_it() -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_what_takes_longer_than_the_timeout_is_handed_back(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_graceful_shutdown_abandons_records_after_shutdown_timeout(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = threading.Event()
     Act.acts["slow"] = lambda: gate.wait(PATIENCE)
     put("quick", "slow")
@@ -77,15 +79,14 @@ def test_what_takes_longer_than_the_timeout_is_handed_back(workers: int, caplog:
     assert committed() == 1
     told = [line for line in lines(caplog, logging.WARNING) if "shutdown_timeout" in line]
     assert told == [
-        "Consumer: offset 1 of dice[0] still runs after shutdown_timeout (0.2 s): it is handed back, and will be run"
-        " again"
+        "Consumer: offset 1 of dice[0] still runs after shutdown_timeout (0.2 s): it is abandoned, and will run again"
     ]
     Act.acts.clear()
     consumer_of().run_until_idle()
     assert Act.seen.count("slow") == 2
 
 
-def test_what_waits_for_its_next_attempt_is_handed_back() -> None:
+def test_graceful_shutdown_releases_records_waiting_for_a_retry() -> None:
     Act.acts["1"] = [ConnectionError("no"), None]
     put("1", "2")
     consumer = consumer_of(AT_ONCE, retry=Retry(delay=60), shutdown_timeout=30)
@@ -97,7 +98,7 @@ def test_what_waits_for_its_next_attempt_is_handed_back() -> None:
     assert Act.seen == ["1", "2", "1"]
 
 
-def test_in_the_published_order_nothing_that_was_committed_is_dropped_at_the_end() -> None:
+def test_graceful_shutdown_with_commit_before_runs_every_committed_record() -> None:
     gate = threading.Event()
     Act.acts["1"] = lambda: gate.wait(PATIENCE)
     put("1", "2", "3", key=b"a")
@@ -110,7 +111,7 @@ def test_in_the_published_order_nothing_that_was_committed_is_dropped_at_the_end
     assert Act.seen == ["1", "2", "3"][: committed()]
 
 
-def test_the_group_is_left_so_that_others_need_not_wait() -> None:
+def test_graceful_shutdown_leaves_the_group() -> None:
     consumer = consumer_of(workers=2)
     with InThread(consumer):
         until(lambda: consumer.assignment)
@@ -119,7 +120,7 @@ def test_the_group_is_left_so_that_others_need_not_wait() -> None:
     assert len(other.assignment) == 1
 
 
-def test_nothing_of_it_is_left_behind() -> None:
+def test_graceful_shutdown_leaves_no_thread() -> None:
     before = set(threading.enumerate())
     put("1")
     consumer = consumer_of(workers=3)
@@ -128,7 +129,7 @@ def test_nothing_of_it_is_left_behind() -> None:
     until(lambda: set(threading.enumerate()) <= before)
 
 
-def test_an_idle_consumer_ends_soon() -> None:
+def test_graceful_shutdown_of_an_idle_consumer_is_quick() -> None:
     consumer = consumer_of()
     with InThread(consumer) as thread:
         until(lambda: consumer.assignment)
@@ -138,7 +139,7 @@ def test_an_idle_consumer_ends_soon() -> None:
     assert time.monotonic() - began < 2
 
 
-def test_a_consumer_that_was_stopped_before_it_began_ends_at_once() -> None:
+def test_consumer_stopped_before_its_start_ends_at_once() -> None:
     put("1")
     consumer = consumer_of()
     consumer.stop()
@@ -155,8 +156,8 @@ def test_closing_twice_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_client_thread_that_dies_ends_the_consumer_and_that_is_no_success(workers: int) -> None:
-    """Nobody would notice a process that is there and does nothing, nor one that says it ended as it should."""
+def test_dead_poller_thread_ends_the_consumer_with_an_error(workers: int) -> None:
+    """An idle process would go unnoticed, and so would one that reports a regular end."""
     consumer = consumer_of(workers=workers)
     consumer._poller.turn = lambda timeout: None  # type: ignore[method-assign,assignment,return-value]
     consumer._poller.stop(0)
@@ -165,7 +166,7 @@ def test_a_client_thread_that_dies_ends_the_consumer_and_that_is_no_success(work
     assert isinstance(ending, RuntimeError)
 
 
-def test_what_looks_at_the_control_files_may_raise_and_ends_the_consumer_in_order() -> None:
+def test_raising_should_stop_ends_the_consumer_in_order() -> None:
     class Failing(Troubled):
         @staticmethod
         def should_stop() -> bool:
@@ -181,7 +182,7 @@ def test_what_looks_at_the_control_files_may_raise_and_ends_the_consumer_in_orde
     assert (consumer.used.closed, committed()) == (1, 1)
 
 
-def test_a_terminate_file_ends_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminate_file_ends_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = consumer_of(AT_ONCE, workers=3)
     put("1", "2")
     with InThread(consumer) as thread:
@@ -275,7 +276,7 @@ class Program:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_signal_lets_what_runs_end(number: int, workers: int) -> None:
+def test_signal_lets_running_tasks_end(number: int, workers: int) -> None:
     with Program("short", workers=workers) as program:
         program.hears(number, after="begins short")
         code, out, err = program.end()
@@ -284,7 +285,7 @@ def test_a_signal_lets_what_runs_end(number: int, workers: int) -> None:
 
 @pytest.mark.parametrize("uuid", ["stuck", "deaf"])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_task_that_does_not_end_is_handed_back_with_all_the_process(workers: int, uuid: str) -> None:
+def test_endless_task_is_abandoned_when_the_process_ends(workers: int, uuid: str) -> None:
     """With one worker that is the main thread, which has to be got out of it."""
     with Program(uuid, workers=workers, timeout=0.5) as program:
         began = time.monotonic()
@@ -296,7 +297,7 @@ def test_a_task_that_does_not_end_is_handed_back_with_all_the_process(workers: i
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_second_sigterm_ends_at_once_with_the_status_of_one(workers: int) -> None:
+def test_second_sigterm_ends_the_process_at_once_with_status_143(workers: int) -> None:
     with Program("stuck", workers=workers) as program:
         program.hears(signal.SIGTERM, signal.SIGTERM, after="begins stuck")
         began = time.monotonic()
@@ -309,7 +310,7 @@ def test_a_second_sigterm_ends_at_once_with_the_status_of_one(workers: int) -> N
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_second_sigint_interrupts(workers: int) -> None:
+def test_second_sigint_raises_keyboard_interrupt(workers: int) -> None:
     with Program("stuck", workers=workers) as program:
         program.hears(signal.SIGINT, signal.SIGINT, after="begins stuck")
         code, out, err = program.end()
@@ -318,7 +319,7 @@ def test_a_second_sigint_interrupts(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_task_that_interrupts_ends_the_process(workers: int) -> None:
+def test_task_that_raises_keyboard_interrupt_ends_the_process(workers: int) -> None:
     """C8"""
     with Program("interrupts", workers=workers) as program:
         program.hears(after="begins interrupts")
@@ -327,7 +328,7 @@ def test_a_task_that_interrupts_ends_the_process(workers: int) -> None:
     assert err.strip().endswith("KeyboardInterrupt")
 
 
-def test_signals_sent_again_and_again_do_not_hold_the_end_up() -> None:
+def test_repeated_signals_do_not_delay_the_shutdown() -> None:
     with Program("stuck", workers=2) as program:
         program.hears(*[signal.SIGTERM] * 4, after="begins stuck")
         code, _, _ = program.end()

@@ -1,4 +1,4 @@
-"""Listeners are told what happens, and change nothing by failing."""
+"""Tests of the signals: each event is emitted, and a raising listener changes nothing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Witness:
         return receive
 
 
-def test_a_successful_entry_is_started_and_succeeds() -> None:
+def test_successful_entry_emits_started_and_succeeded() -> None:
     entry = Greet()
     with Witness(*ENTRY_SIGNALS) as witness:
         result = entry.execute()
@@ -79,7 +79,7 @@ def test_a_successful_entry_is_started_and_succeeds() -> None:
     ]
 
 
-def test_a_raising_entry_is_started_and_fails() -> None:
+def test_raising_entry_emits_started_and_failed() -> None:
     entry = Fail()
     with Witness(*ENTRY_SIGNALS) as witness:
         result = entry.execute()
@@ -89,7 +89,7 @@ def test_a_raising_entry_is_started_and_fails() -> None:
     ]
 
 
-def test_an_entry_whose_postinit_raises_fails_once() -> None:
+def test_raising_postinit_emits_failed_once() -> None:
     class Broken(Task):
         def postinit(self) -> None:
             raise ValueError("no")
@@ -99,7 +99,7 @@ def test_an_entry_whose_postinit_raises_fails_once() -> None:
     assert witness.names == [("entry-failed", Broken)]
 
 
-def test_a_successful_operation_and_its_tasks_are_told() -> None:
+def test_successful_operation_emits_signals_for_itself_and_its_tasks() -> None:
     """D16: operations and their tasks are counted."""
     with Witness(*ENTRY_SIGNALS) as witness:
         Welcome().execute()
@@ -111,7 +111,7 @@ def test_a_successful_operation_and_its_tasks_are_told() -> None:
     ]
 
 
-def test_a_failed_operation_and_its_tasks_are_told() -> None:
+def test_failed_operation_emits_signals_for_itself_and_its_tasks() -> None:
     """D16: also a task that raises inside an operation."""
     with Witness(*ENTRY_SIGNALS) as witness:
         Stumble().execute()
@@ -123,7 +123,7 @@ def test_a_failed_operation_and_its_tasks_are_told() -> None:
     ]
 
 
-def test_a_refused_message_is_told() -> None:
+def test_rejected_message_emits_message_refused() -> None:
     with Witness(signals.message_refused) as witness:
         result = Controller.run("nonsense")
     ((_, sender, keywords),) = witness.heard
@@ -133,7 +133,7 @@ def test_a_refused_message_is_told() -> None:
     assert keywords["result"] is result
 
 
-def test_a_sent_message_is_told() -> None:
+def test_sent_message_emits_message_sent() -> None:
     kmsg = message("some.Task")
     with Witness(signals.message_sent) as witness:
         result = Producer({"bootstrap_servers": "signals"}).send("dice", kmsg)
@@ -141,14 +141,14 @@ def test_a_sent_message_is_told() -> None:
     assert witness.heard == [("message-sent", Producer, {"topic": "dice", "kmsg": kmsg, "result": result})]
 
 
-def test_a_message_that_was_not_sent_is_not_told() -> None:
+def test_unsent_message_emits_no_signal() -> None:
     with Witness(signals.message_sent) as witness:
         Producer().send("dice", message("some.Task", params={"when": object()}))
     Bus.reset()
     assert witness.heard == []
 
 
-def test_a_raising_listener_is_logged_and_the_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_listener_is_logged_and_the_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
     def raising(sender: Any, **keywords: Any) -> None:
         raise RuntimeError("listener")
 
@@ -160,7 +160,7 @@ def test_a_raising_listener_is_logged_and_the_others_are_called(caplog: pytest.L
     assert line.startswith("a listener of 'entry-succeeded' raised and was ignored: ")
 
 
-def test_a_listener_may_choose_its_sender() -> None:
+def test_listener_may_choose_its_sender() -> None:
     class Other(Entrypoint):
         def run(self) -> None:
             return None

@@ -1,4 +1,4 @@
-"""What only databases have: schemas, other processes, transactions that several share, plans, and trouble."""
+"""Tests of the SQL store: schemas, other processes, group commit, query plans, and database errors."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def any_store(request: pytest.FixtureRequest) -> Any:
         f"user:{SECRET}@host",
     ],
 )
-def test_an_address_of_another_kind_is_refused(uri: str) -> None:
+def test_unsupported_database_uri_is_rejected(uri: str) -> None:
     with pytest.raises(SettingError) as caught:
         open_store(uri)
     assert SECRET not in f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__context__!r}" or "://" not in uri
 
 
-def test_an_address_leads_to_its_store(path: Path) -> None:
+def test_database_uri_selects_its_store(path: Path) -> None:
     assert isinstance(open_store("memory://"), MemoryStore)
     for prefix in ("sqlite", "sqlite+pysqlite"):
         with contextlib.closing(open_store(f"{prefix}:///{path}", synchronous="NORMAL")) as store:
@@ -112,15 +112,15 @@ def test_an_address_leads_to_its_store(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["postgresql", "postgresql+psycopg", "postgres"])
-def test_a_name_has_nothing_secret(prefix: str) -> None:
+def test_store_name_hides_the_password(prefix: str) -> None:
     store = SQLStore(f"{prefix}://user:{SECRET}@127.0.0.1:1/database?password={SECRET}&connect_timeout=1")
     assert store.name == "postgresql+psycopg://user:***@127.0.0.1:1/database"
     store.close()
 
 
-def test_errors_say_where_but_nothing_secret() -> None:
+def test_database_errors_name_the_address_and_hide_the_password() -> None:
     with contextlib.closing(SQLStore(f"postgresql://user:{SECRET}@127.0.0.1:1/database?connect_timeout=1")) as store:
-        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1/database.*see whether the server runs") as caught:
+        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1/database.*check that the server is") as caught:
             store.check()
         error: BaseException | None = caught.value
         while error is not None:
@@ -128,13 +128,13 @@ def test_errors_say_where_but_nothing_secret() -> None:
             error = error.__cause__ or error.__context__
 
 
-def test_another_synchronous_is_refused(path: Path) -> None:
+def test_unsupported_synchronous_value_is_rejected(path: Path) -> None:
     with pytest.raises(SettingError, match="FULL"):
         SQLStore(f"sqlite:///{path}", synchronous="OFF")
 
 
 @pytest.mark.parametrize(("synchronous", "number"), [("FULL", 2), ("NORMAL", 1)])
-def test_commits_reach_the_disk_unless_that_is_not_wanted(path: Path, synchronous: str, number: int) -> None:
+def test_commits_are_synchronous_by_default(path: Path, synchronous: str, number: int) -> None:
     with contextlib.closing(SQLStore(f"sqlite:///{path}", synchronous=synchronous)) as store:
         store.save(new(1))
         with store._database.write() as transaction:
@@ -143,13 +143,13 @@ def test_commits_reach_the_disk_unless_that_is_not_wanted(path: Path, synchronou
             assert cursor.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_driver_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingDependency, match=r"kser\[postgresql\]"):
         SQLStore("postgresql://user@host/database")
 
 
-def test_nobody_loads_sqlalchemy_who_names_no_database() -> None:
+def test_import_without_a_database_loads_no_sqlalchemy() -> None:
     code = "import sys, kser, kser.store; print(sorted({'sqlalchemy', 'alembic', 'psycopg'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
@@ -158,7 +158,7 @@ def test_nobody_loads_sqlalchemy_who_names_no_database() -> None:
 # -- schema ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_made_with_its_tables_when_it_is_used_first(path: Path) -> None:
+def test_sqlite_file_is_created_with_its_tables_on_first_use(path: Path) -> None:
     with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
         assert not path.exists()
         assert store.peek(name()) is None
@@ -166,7 +166,7 @@ def test_a_file_is_made_with_its_tables_when_it_is_used_first(path: Path) -> Non
         store.check()
 
 
-def test_several_processes_may_make_a_file_at_the_same_time(path: Path) -> None:
+def test_concurrent_processes_create_one_sqlite_file(path: Path) -> None:
     assert _in_processes(6, "make", f"sqlite:///{path}") == [1] * 6
     with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
         assert len(store.find(Found(status=["SUCCESS"]), 10).rows) == 6
@@ -197,7 +197,7 @@ def _begun(processes: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]
 
 
 @pytest.mark.postgresql
-def test_tables_in_postgresql_are_made_by_command_alone(database: Database) -> None:
+def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Database) -> None:
     """Rule 34: the error says what to run."""
     database.run("ALTER TABLE kser_schema RENAME TO gone")
     try:
@@ -223,7 +223,9 @@ def _set_version(store: SQLStore, version: int, oldest: int) -> None:
         (0, 0, "tables of version 0, and this kser needs 1; run: python -m kser.store upgrade"),
     ],
 )
-def test_tables_of_another_version(any_store: SQLStore, version: int, oldest: int, problem: str) -> None:
+def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
+    any_store: SQLStore, version: int, oldest: int, problem: str
+) -> None:
     """Rule 34: incompatible ones are refused with the command to run; newer compatible ones are accepted."""
     any_store.check()
     _set_version(any_store, version, oldest)
@@ -237,7 +239,7 @@ def test_tables_of_another_version(any_store: SQLStore, version: int, oldest: in
         _set_version(any_store, 1, 1)
 
 
-def test_the_migrations_make_the_tables_that_the_code_knows(any_store: SQLStore) -> None:
+def test_migrations_create_the_tables_that_the_code_declares(any_store: SQLStore) -> None:
     any_store.check()
     with any_store._database.looking() as connection:
         context = MigrationContext.configure(
@@ -254,7 +256,7 @@ def _is_ours(_object: Any, name: str | None, *_: Any) -> bool:
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_makes_tables_and_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upgrade_command_creates_tables_and_reports_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{path}"
     steps = [
         ("status", 1, f"{uri} has no tables of kser; run: python -m kser.store upgrade\n"),
@@ -268,16 +270,16 @@ def test_the_command_makes_tables_and_says_so(path: Path, capsys: pytest.Capture
         assert command == "upgrade" or status == 0 or not path.exists()
 
 
-def test_the_command_finds_the_database_in_the_environment(
+def test_command_reads_the_database_uri_from_the_environment(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["status"]) == 1
-    assert capsys.readouterr().err == "kser: which database? Pass --uri, or set KSER_DATABASE_URI\n"
+    assert capsys.readouterr().err == "kser: no database is configured; pass --uri, or set KSER_DATABASE_URI\n"
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{path}")
     assert main(["upgrade"]) == 0
 
 
-def test_the_command_leaves_tables_alone_that_are_too_new(
+def test_upgrade_command_does_not_change_newer_tables(
     store: SQLStore, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.check()
@@ -287,7 +289,7 @@ def test_the_command_leaves_tables_alone_that_are_too_new(
 
 
 @pytest.mark.parametrize("uri", ["sqlite:////nowhere/at/all/kser.db", "hello", "mysql://x@y/z"])
-def test_the_command_explains_mistakes_in_a_line(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_errors_are_printed_in_one_line(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["upgrade", "--uri", uri]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -295,7 +297,9 @@ def test_the_command_explains_mistakes_in_a_line(uri: str, capsys: pytest.Captur
 
 
 @pytest.mark.postgresql
-def test_the_command_works_with_postgresql(database: Database, capsys: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_upgrade_commands_create_postgresql_tables_once(
+    database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two at the same time do it once."""
     database.run("DROP SCHEMA public CASCADE")
     database.run("CREATE SCHEMA public")
@@ -309,7 +313,7 @@ def test_the_command_works_with_postgresql(database: Database, capsys: pytest.Ca
 # -- other processes ---------------------------------------------------------------------------------------------------
 
 
-def test_several_processes_share_the_work(any_store: SQLStore) -> None:
+def test_concurrent_processes_claim_each_operation_once(any_store: SQLStore) -> None:
     """Rule 7: each operation is for one of them."""
     for _ in range(40):
         any_store.save(new(2))
@@ -320,7 +324,7 @@ def test_several_processes_share_the_work(any_store: SQLStore) -> None:
     assert {(row.status, row.epoch) for row in rows} == {(states.SUCCESS, 2)}
 
 
-def test_readers_do_not_wait_for_who_writes(store: SQLStore, path: Path) -> None:
+def test_sqlite_readers_do_not_wait_for_a_writer(store: SQLStore, path: Path) -> None:
     claim = saved(store, new(1))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as foreign:
         foreign.execute("BEGIN IMMEDIATE")
@@ -332,7 +336,7 @@ def test_readers_do_not_wait_for_who_writes(store: SQLStore, path: Path) -> None
         foreign.execute("ROLLBACK")
 
 
-def test_what_another_process_wrote_counts_at_once(store: SQLStore, path: Path) -> None:
+def test_epoch_changed_by_another_process_fences_the_checkpoint(store: SQLStore, path: Path) -> None:
     claim = saved(store, new(2))
     assert row_of(store, claim.root.uuid).epoch == 1
     with contextlib.closing(sqlite3.connect(path)) as foreign, foreign:
@@ -343,8 +347,8 @@ def test_what_another_process_wrote_counts_at_once(store: SQLStore, path: Path) 
 
 
 @pytest.mark.postgresql
-def test_due_steps_that_another_one_takes_now_are_left_to_it(in_postgresql: SQLStore, database: Database) -> None:
-    """Rule 20: nobody waits for it."""
+def test_take_due_skips_rows_locked_by_another_transaction(in_postgresql: SQLStore, database: Database) -> None:
+    """Rule 20: the reaper does not wait for a locked row."""
     operations = [new(1), new(1)]
     for each in operations:
         in_postgresql.save(each)
@@ -356,9 +360,7 @@ def test_due_steps_that_another_one_takes_now_are_left_to_it(in_postgresql: SQLS
 
 
 @pytest.mark.postgresql
-def test_claims_that_are_in_a_checkpoint_now_are_prolonged_after_it(
-    in_postgresql: SQLStore, database: Database
-) -> None:
+def test_heartbeat_renews_locked_claims_after_the_other_ones(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 9: and those that are not are not waited with."""
     claims = [saved(in_postgresql, new(1)) for _ in range(3)]
     answers: list[Any] = []
@@ -375,7 +377,7 @@ def test_claims_that_are_in_a_checkpoint_now_are_prolonged_after_it(
 
 
 @pytest.mark.postgresql
-def test_a_claim_that_waited_for_another_one_loses(in_postgresql: SQLStore, database: Database) -> None:
+def test_claim_that_waited_for_another_claim_is_refused(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 7: a compare-and-set, also where a statement sees rows as they were when it began."""
     each = new(1)
     in_postgresql.save(each)
@@ -394,9 +396,7 @@ def test_a_claim_that_waited_for_another_one_loses(in_postgresql: SQLStore, data
 
 
 @pytest.mark.postgresql
-def test_a_claim_that_waited_for_a_checkpoint_sees_what_that_recorded_of_the_task(
-    in_postgresql: SQLStore, database: Database
-) -> None:
+def test_claim_that_waited_for_a_checkpoint_sees_its_changes(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 7: only what a statement changes is looked at again after it waited; the rest is as it was when it began."""
     each = new(1)
     in_postgresql.save(each)
@@ -455,7 +455,7 @@ class Held:
         return answers
 
 
-def test_what_comes_together_is_one_transaction(any_store: SQLStore) -> None:
+def test_group_commit_writes_concurrent_calls_in_one_transaction(any_store: SQLStore) -> None:
     """Rule 14: saving, claiming and checkpoints, all in one; or each in one where one statement is a transaction."""
     claims = [saved(any_store, new(2)) for _ in range(5)]
     free = [new(1) for _ in range(3)]
@@ -474,8 +474,8 @@ def test_what_comes_together_is_one_transaction(any_store: SQLStore) -> None:
     assert (sorted(held.sizes), len(commits)) == (sizes, len(sizes))
 
 
-def test_claims_that_are_refused_share_a_transaction_too(any_store: SQLStore) -> None:
-    """As after a crash, when the reaper has sent what others go on with."""
+def test_group_commit_includes_refused_claims(any_store: SQLStore) -> None:
+    """Typical after a crash: the reaper has sent steps that other consumers have claimed."""
     operations = [new(1) for _ in range(5)]
     for each in operations:
         any_store.save(each)
@@ -505,7 +505,7 @@ def _count(store: SQLStore, what: str) -> list[str]:
     return found
 
 
-def test_a_data_error_hits_the_offender_alone(any_store: SQLStore) -> None:
+def test_group_commit_rejects_an_invalid_value_alone(any_store: SQLStore) -> None:
     """Rule 14: the group is split."""
     claims = [saved(any_store, new(3)) for _ in range(6)]
     offender = claims[2]
@@ -519,13 +519,13 @@ def test_a_data_error_hits_the_offender_alone(any_store: SQLStore) -> None:
         lambda: any_store.save(new(1)),
     )
     assert [type(answer) for answer in answers] == [str, str, StoreError, str, str, str, StoreError, int]
-    assert "refuses this" in str(answers[2])
+    assert "rejects the statement" in str(answers[2])
     for claim in claims:
         assert row_of(any_store, claim.root.uuid).step == (0 if claim is offender else 1)
     assert any_store.checkpoint(step_on(offender, 0)) == states.RUNNING
 
 
-def test_each_of_a_group_is_fenced_alone(any_store: SQLStore) -> None:
+def test_group_commit_fences_each_checkpoint_alone(any_store: SQLStore) -> None:
     """Rules 8, 14 and 24."""
     good, stale, cancelled, again = (saved(any_store, new(3)) for _ in range(4))
     any_store.checkpoint(step_on(stale, 0, keep=False))
@@ -541,7 +541,7 @@ def test_each_of_a_group_is_fenced_alone(any_store: SQLStore) -> None:
     assert answers == [states.RUNNING, states.CANCELLED, states.RUNNING]
 
 
-def test_two_checkpoints_of_one_root_in_a_group_are_one(any_store: SQLStore) -> None:
+def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLStore) -> None:
     """Rule 8: as when an attempt that was given up comes back."""
     claim = saved(any_store, new(3))
     other = step_on(claim, 0, moves=[move_of(claim.root, 2)], ends=[end_of(claim.root, 0, result='{"other": 1}')])
@@ -554,14 +554,16 @@ def test_two_checkpoints_of_one_root_in_a_group_are_one(any_store: SQLStore) -> 
     assert len(stored.attempts) == 1
 
 
-def test_the_same_operation_twice_in_a_group_is_stored_once(any_store: SQLStore) -> None:
+def test_group_commit_stores_a_duplicate_operation_once(any_store: SQLStore) -> None:
     """Rule 3."""
     each = new(2)
     answers = Held(any_store).together(*[lambda: any_store.save(each, me())] * 2, lambda: any_store.save(new(1), me()))
     assert sorted(type(answer).__name__ for answer in answers) == ["Claim", "Claim", "Refusal"]
 
 
-def test_when_the_database_fails_each_of_a_group_hears_it(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_commit_reports_a_database_error_to_every_caller(
+    store: SQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claims = [saved(store, new(2)) for _ in range(3)]
     monkeypatch.setattr(store._database, "_writing", _unavailable)
     calls = [lambda claim=claim: store.checkpoint(step_on(claim, 0)) for claim in claims]
@@ -578,9 +580,7 @@ def _unavailable(*_: Any) -> Iterator[Any]:
     yield
 
 
-def test_a_transaction_that_another_one_made_impossible_is_run_again(
-    store: SQLStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serialization_conflict_is_retried(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
     writing, failures = store._database._writing, iter([Repeat("deadlock")] * 4)
     claim = saved(store, new(3))
 
@@ -599,8 +599,8 @@ def test_a_transaction_that_another_one_made_impossible_is_run_again(
     assert store.renew([(claim.id, 1)], "consumer-a", 30) == {claim.id}
 
 
-def test_whoever_is_interrupted_leaves_nobody_behind() -> None:
-    """The others are told, and somebody else leads."""
+def test_group_commit_continues_after_an_interrupted_leader() -> None:
+    """The followers get an error, and another thread leads."""
     interrupted = threading.Event()
 
     def run(entries: Any) -> None:
@@ -630,7 +630,7 @@ def test_whoever_is_interrupted_leaves_nobody_behind() -> None:
     assert group.write(7) == 7
 
 
-def test_those_in_the_group_of_whoever_is_interrupted_are_told() -> None:
+def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def run(entries: list[Entry[int]]) -> None:
@@ -672,7 +672,7 @@ def wait_until(done: Callable[[], object]) -> None:
 # -- identifiers -------------------------------------------------------------------------------------------------------
 
 
-def test_identifiers_say_when_they_were_made_and_fit_until_2091() -> None:
+def test_ids_contain_their_time_and_fit_until_2091() -> None:
     now = time.time()
     ids = Ids()
     found = [ids.take(now, 3) for _ in range(5)]
@@ -682,12 +682,12 @@ def test_identifiers_say_when_they_were_made_and_fit_until_2091() -> None:
     assert id_at(BEGINNING + 71 * 365 * 86400).bit_length() <= 63
 
 
-def test_identifiers_rise_also_when_the_clock_steps_back() -> None:
+def test_ids_increase_even_when_the_clock_steps_back() -> None:
     ids = Ids()
     assert ids.take(BEGINNING + 1000, 1) < ids.take(BEGINNING + 10, 1) < ids.take(0, 1)
 
 
-def test_an_identifier_that_is_taken_is_not_taken_again(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_id_that_is_taken_is_replaced(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes may come upon the same one."""
     taken = saved(any_store, new(1)).id
     ids = any_store._writing.saving._ids
@@ -759,7 +759,7 @@ def _no_whole_table(plans: list[str]) -> None:
 
 
 @pytest.mark.parametrize("found", FILTERS, ids=str)
-def test_finding_uses_an_index_in_the_order_of_the_page(any_store: SQLStore, found: Found) -> None:
+def test_find_uses_an_index_in_page_order(any_store: SQLStore, found: Found) -> None:
     """No whole table is read, and nothing but a few identifiers is sorted."""
     any_store.save(new(1))
     plans = _plans(any_store, lambda: any_store.find(found, 50))
@@ -770,7 +770,7 @@ def test_finding_uses_an_index_in_the_order_of_the_page(any_store: SQLStore, fou
 
 
 @pytest.mark.parametrize("found", FILTERS, ids=str)
-def test_texts_are_read_of_rows_that_are_returned_alone(
+def test_large_columns_are_read_only_for_returned_rows(
     store: SQLStore, found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The statements that look for rows name no text, and no index holds one."""
@@ -786,7 +786,7 @@ def test_texts_are_read_of_rows_that_are_returned_alone(
     assert not large & {column.name for index in operation.indexes for column in index.columns}
 
 
-def test_what_is_due_is_a_range_of_an_index(any_store: SQLStore) -> None:
+def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
     any_store.save(new(1))
     any_store._shift = 10
     plans = _plans(any_store, lambda: any_store.take_due(10, "reaper", expired=True))
@@ -796,7 +796,7 @@ def test_what_is_due_is_a_range_of_an_index(any_store: SQLStore) -> None:
     assert "Sort" not in plans[0]
 
 
-def test_nothing_that_workers_or_people_ask_for_reads_a_whole_table(any_store: SQLStore) -> None:
+def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -> None:
     inner = new(1)
 
     def everything() -> None:
@@ -823,7 +823,7 @@ def test_nothing_that_workers_or_people_ask_for_reads_a_whole_table(any_store: S
 
 
 @pytest.mark.postgresql
-def test_a_checkpoint_that_goes_on_changes_no_index(in_postgresql: SQLStore, database: Database) -> None:
+def test_checkpoint_of_a_step_is_a_heap_only_update_in_postgresql(in_postgresql: SQLStore, database: Database) -> None:
     """PostgreSQL calls it a heap-only tuple."""
     database.run("SELECT pg_stat_reset()")
     claim = saved(in_postgresql, new(12))
@@ -835,7 +835,7 @@ def test_a_checkpoint_that_goes_on_changes_no_index(in_postgresql: SQLStore, dat
     wait_until(lambda: database.run(sql)[0][0] >= 10)
 
 
-def test_a_checkpoint_that_goes_on_names_no_column_of_an_index(store: SQLStore) -> None:
+def test_checkpoint_of_a_step_changes_no_indexed_column(store: SQLStore) -> None:
     """SQLite writes the entries of every index with a column that a statement names."""
     changed = re.search(r"SET (.*) WHERE", store._writing.recording._go_on.sql)
     assert changed
@@ -846,31 +846,31 @@ def test_a_checkpoint_that_goes_on_names_no_column_of_an_index(store: SQLStore) 
 # -- trouble -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_locked_for_too_long_is_unavailable(path: Path) -> None:
-    """Rule 33: nothing is recorded, and afterwards everything goes on."""
+def test_locked_sqlite_file_raises_store_unavailable_and_recovers(path: Path) -> None:
+    """Rule 33: nothing is recorded during the lock, and the same checkpoint succeeds afterwards."""
     with contextlib.closing(SQLStore(f"sqlite:///{path}?timeout=0.2")) as store:
         claim = saved(store, new(3))
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as foreign:
             foreign.execute("BEGIN IMMEDIATE")
             for call in (lambda: store.checkpoint(step_on(claim, 0)), lambda: store.renew([(claim.id, 1)], "a", 30)):
-                with pytest.raises(StoreUnavailable, match="another process writes to it"):
+                with pytest.raises(StoreUnavailable, match="another process has held the write lock"):
                     call()
             foreign.execute("ROLLBACK")
         assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
 
 
-def test_a_file_that_may_not_be_written_to_is_unavailable(store: SQLStore) -> None:
+def test_read_only_sqlite_file_raises_store_unavailable(store: SQLStore) -> None:
     claim = saved(store, new(3))
     with store._database.write() as transaction:
         transaction._cursor.execute("SELECT 1")
     store._database._writer.execute("PRAGMA query_only = 1")  # type: ignore[attr-defined]
-    with pytest.raises(StoreUnavailable, match="may not write"):
+    with pytest.raises(StoreUnavailable, match="not allowed to write"):
         store.checkpoint(step_on(claim, 0))
     store._database._writer.execute("PRAGMA query_only = 0")  # type: ignore[attr-defined]
     assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
 
 
-def test_a_disk_that_is_full_is_unavailable(store: SQLStore) -> None:
+def test_full_disk_raises_store_unavailable(store: SQLStore) -> None:
     claim = saved(store, new(3))
     writer = store._database._writer  # type: ignore[attr-defined]
     (pages,) = writer.execute("PRAGMA page_count").fetchone()
@@ -883,16 +883,16 @@ def test_a_disk_that_is_full_is_unavailable(store: SQLStore) -> None:
     assert store.checkpoint(large) == states.RUNNING
 
 
-def test_a_file_of_another_kind_is_unavailable(path: Path) -> None:
+def test_file_that_is_no_database_raises_store_unavailable(path: Path) -> None:
     path.write_bytes(b"this is no database" * 1000)
     with (
         contextlib.closing(SQLStore(f"sqlite:///{path}")) as store,
-        pytest.raises(StoreUnavailable, match="no SQLite database"),
+        pytest.raises(StoreUnavailable, match="not a SQLite database"),
     ):
         store.check()
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_folder_of_a_sqlite_file_is_named(tmp_path: Path) -> None:
     with (
         contextlib.closing(SQLStore(f"sqlite:///{tmp_path}/no/kser.db")) as store,
         pytest.raises(StoreUnavailable, match="the folder of the file must exist"),
@@ -900,7 +900,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
         store.save(new(1))
 
 
-def test_tables_that_vanish_are_no_fault_of_what_is_stored(any_store: SQLStore) -> None:
+def test_missing_table_raises_store_unavailable(any_store: SQLStore) -> None:
     any_store.save(new(1))
     with any_store._database.write() as transaction:
         transaction._cursor.execute("ALTER TABLE kser_event RENAME TO gone")
@@ -913,7 +913,7 @@ def test_tables_that_vanish_are_no_fault_of_what_is_stored(any_store: SQLStore) 
 
 
 @pytest.mark.parametrize("bad", ["nul \0", "lone \ud800"])
-def test_a_text_that_no_column_takes_is_refused_alone(any_store: SQLStore, bad: str) -> None:
+def test_text_that_no_column_accepts_is_rejected_alone(any_store: SQLStore, bad: str) -> None:
     """And what is asked for with it is not there."""
     any_store.save(new(1))
     if any_store._database.packed or bad != "nul \0":
@@ -925,7 +925,7 @@ def test_a_text_that_no_column_takes_is_refused_alone(any_store: SQLStore, bad: 
     assert isinstance(any_store.save(new(1)), int)
 
 
-def test_closing_lets_go_of_the_file(store: SQLStore, path: Path) -> None:
+def test_close_releases_the_sqlite_file(store: SQLStore, path: Path) -> None:
     saved(store, new(1))
     store.close()
     assert not path.with_name("kser.db-wal").exists()
@@ -934,8 +934,8 @@ def test_closing_lets_go_of_the_file(store: SQLStore, path: Path) -> None:
 
 
 @pytest.mark.postgresql
-def test_a_server_that_is_killed_is_unavailable_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
-    """Rules 10 and 33: what was asked for is asked for again, in the same words."""
+def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Rules 10 and 33: each call is repeated with the same arguments."""
     caplog.set_level(logging.WARNING)
     with own_postgresql() as server, contextlib.closing(database_at(server.uri)) as database:
         schema.upgrade(database)
@@ -963,9 +963,7 @@ def test_a_server_that_is_killed_is_unavailable_until_it_is_back(caplog: pytest.
 
 
 @pytest.mark.postgresql
-def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up_for_long(
-    in_postgresql: SQLStore, database: Database
-) -> None:
+def test_postgresql_session_has_statement_lock_and_idle_timeouts(in_postgresql: SQLStore, database: Database) -> None:
     """Its locks are given up, as those of a process that was stopped must be."""
     with in_postgresql._database.write() as transaction:
         timeouts = {
@@ -980,7 +978,7 @@ def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up_for_long(
 
 
 @pytest.mark.postgresql
-def test_connections_that_an_administrator_ends_are_replaced(in_postgresql: SQLStore, database: Database) -> None:
+def test_terminated_connections_are_replaced(in_postgresql: SQLStore, database: Database) -> None:
     claim = saved(in_postgresql, new(5))
     for step in range(3):
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
@@ -990,8 +988,10 @@ def test_connections_that_an_administrator_ends_are_replaced(in_postgresql: SQLS
 
 
 @pytest.mark.postgresql
-def test_what_was_claimed_before_the_database_went_away_is_claimed(in_postgresql: SQLStore, database: Database) -> None:
-    """Those of a group that were refused by its statement are looked at by another one, which may find nobody."""
+def test_group_commit_returns_claims_granted_before_a_lost_connection(
+    in_postgresql: SQLStore, database: Database
+) -> None:
+    """A second query reads the reasons of refused claims, and may find the connection lost."""
     operations = [new(1) for _ in range(3)]
     for each in operations:
         in_postgresql.save(each)
@@ -1011,18 +1011,18 @@ def test_what_was_claimed_before_the_database_went_away_is_claimed(in_postgresql
 
 
 @pytest.mark.postgresql
-def test_who_may_not_write_is_unavailable(in_postgresql: SQLStore, database: Database) -> None:
+def test_read_only_postgresql_session_raises_store_unavailable(in_postgresql: SQLStore, database: Database) -> None:
     claim = saved(in_postgresql, new(3))
     separator = "&" if "?" in database.uri else "?"
     uri = f"{database.uri}{separator}options=-c%20default_transaction_read_only%3Don"
     with contextlib.closing(SQLStore(uri)) as store:
-        with pytest.raises(StoreUnavailable, match="takes no writes"):
+        with pytest.raises(StoreUnavailable, match="accepts no writes"):
             store.checkpoint(step_on(claim, 0))
         assert row_of(store, claim.root.uuid).step == 0
 
 
 @pytest.mark.postgresql
-def test_the_clock_is_the_servers(in_postgresql: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timestamps_come_from_the_postgresql_clock(in_postgresql: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule 11: a host whose clock is wrong writes no wrong time, and its identifiers are in order."""
     right = saved(in_postgresql, new(1))
     really = time.time
@@ -1036,7 +1036,7 @@ def test_the_clock_is_the_servers(in_postgresql: SQLStore, monkeypatch: pytest.M
     assert row.started_at == pytest.approx(really(), abs=5)
 
 
-def test_errors_of_the_library_do_not_get_out(any_store: SQLStore) -> None:
+def test_sqlalchemy_errors_are_wrapped(any_store: SQLStore) -> None:
     any_store.check()
     with pytest.raises(StoreUnavailable), any_store._database.looking() as connection:
         connection.execute(text("SELECT no_such_column FROM kser_operation"))

@@ -1,4 +1,4 @@
-"""Two real processes that both believe that they own an operation: the one that was stopped can record nothing."""
+"""Test with two real processes that both believe to own an operation: the stopped one is fenced."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def consumers(tmp_path: Path) -> Any:
     found.close()
 
 
-def test_a_consumer_that_was_stopped_for_longer_than_its_lease_records_nothing(consumers: Consumers) -> None:
-    """Rules 8 and 9: it believes in its claim as long as it lives, and the database does not."""
+def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> None:
+    """Rules 8 and 9: the stopped process still believes in its claim, and the database does not."""
     sql = pytest.importorskip("kser.store.sql")
     store = sql.SQLStore(consumers.uri)
     uuid = str(uuid4())
@@ -128,7 +128,7 @@ def test_a_consumer_that_was_stopped_for_longer_than_its_lease_records_nothing(c
     stale.send_signal(signal.SIGCONT)
     consumers.wait_for("stale ran first")
     logged = consumers.end(stale)
-    assert "what came of its step is dropped" in logged
+    assert "the outcome of its step is dropped" in logged
     after: Stored = store.get(uuid)
     assert _without_lease(after) == _without_lease(claimed)
     consumers.let("first of other")

@@ -1,4 +1,4 @@
-"""A consumer that lags behind and does nothing says so."""
+"""Tests of stall detection: a consumer that lags behind without progress logs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stalled(consumer: Consumer, clock: Clock, caplog: pytest.LogCaptureFixture, 
     return lines(caplog, logging.ERROR)
 
 
-def test_a_consumer_that_lags_and_does_nothing_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_stalled_consumer_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
@@ -30,12 +30,12 @@ def test_a_consumer_that_lags_and_does_nothing_says_so_once(caplog: pytest.LogCa
     assert stalled(consumer, clock, caplog, 30, 29.9) == []
     (line,) = stalled(consumer, clock, caplog, 0.2, 60, 60)
     assert line == (
-        "Troubled: nothing was finished for 60 s, and messages wait: dice[0] by 3; 1 message(s) are being handled, the"
-        " longest for 60 s: offset 0 of dice[0]; set TIMEOUT on its class, or more workers"
+        "Troubled: no message was finished for 60 s, but partitions lag: dice[0] by 3; 1 message(s) are being handled, the"
+        " longest for 60 s: offset 0 of dice[0]; set TIMEOUT on its class, or add workers"
     )
 
 
-def test_after_some_progress_a_stall_is_said_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_stall_after_progress_is_logged_again(caplog: pytest.LogCaptureFixture) -> None:
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
@@ -47,7 +47,7 @@ def test_after_some_progress_a_stall_is_said_anew(caplog: pytest.LogCaptureFixtu
     assert "no message is being handled" in lines(caplog, logging.ERROR)[-1]
 
 
-def test_who_has_nothing_to_do_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_consumer_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
     put("1")
     consumer = Troubled(stall_timeout=60)
     clock = Clock(consumer)
@@ -56,7 +56,7 @@ def test_who_has_nothing_to_do_does_not_stall(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("state", ["paused", "ending"])
-def test_who_is_not_to_do_anything_does_not_stall(state: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_paused_or_stopping_consumer_does_not_stall(state: str, caplog: pytest.LogCaptureFixture) -> None:
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
@@ -65,11 +65,11 @@ def test_who_is_not_to_do_anything_does_not_stall(state: str, caplog: pytest.Log
     assert stalled(consumer, clock, caplog, 1000, 1000) == []
 
 
-def test_of_a_client_that_cannot_tell_its_lag_what_is_here_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_stall_without_a_known_lag_counts_the_queued_records(caplog: pytest.LogCaptureFixture) -> None:
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
     consumer._poller.turn(0)
     consumer.used.trouble = {"lag": "no broker"}
     (line,) = stalled(consumer, clock, caplog, 61)
-    assert "messages wait: dice[0] by 1;" in line
+    assert "partitions lag: dice[0] by 1;" in line

@@ -1,4 +1,4 @@
-"""States and their transitions."""
+"""Tests of statuses and their transitions."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ ALLOWED = {
 }
 
 
-def test_states_are_the_strings_of_the_wire() -> None:
+def test_statuses_are_the_strings_of_the_wire() -> None:
     assert set(status.TRANSITIONS) == set(STATES)
     assert (status.PENDING, status.RUNNING, status.SUCCESS, status.FAILED, status.CANCELLED) == STATES
 
 
 @pytest.mark.parametrize("old", STATES)
 @pytest.mark.parametrize("new", STATES)
-def test_which_state_may_follow_which(old: str, new: str) -> None:
+def test_status_transitions_are_those_of_the_table(old: str, new: str) -> None:
     assert status.may_follow(old, new) is ((old, new) in ALLOWED)
 
 
-def test_a_users_own_state_leads_nowhere() -> None:
+def test_unknown_status_has_no_transitions() -> None:
     assert not status.may_follow("HALTED", "RUNNING")
     assert not status.may_follow("RUNNING", "HALTED")
 
@@ -45,7 +45,7 @@ def test_every_return_code_above_zero_is_a_failure(retcode: float) -> None:
 
 
 @pytest.mark.parametrize("results", [(), (None,), (Result(),), (None, Result()), (Result(retcode=-1),)])
-def test_what_is_no_failure_is_a_success(results: tuple[Result | None, ...]) -> None:
+def test_results_without_a_failure_are_a_success(results: tuple[Result | None, ...]) -> None:
     """C3: merged into a blank result, a negative return code gives zero."""
     assert status.outcome(*results) == "SUCCESS"
 
@@ -53,6 +53,6 @@ def test_what_is_no_failure_is_a_success(results: tuple[Result | None, ...]) -> 
 @pytest.mark.parametrize(
     ("value", "error"), [("text", AttributeError), (5, AttributeError), (Result(retcode="1"), TypeError)]
 )
-def test_what_is_no_result_is_refused(value: object, error: type[Exception]) -> None:
+def test_value_that_is_no_result_is_rejected(value: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         status.outcome(value)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""All stores: one contract."""
+"""Tests of every store: one contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database is away, full or of another version, while operations run."""
+"""Tests of outages while operations run, and of incompatible schema versions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("workers", [1, 3])
-def test_work_in_hand_waits_for_the_database_and_nothing_is_recorded_twice(
+def test_outage_delays_running_operations_and_duplicates_no_record(
     shop: Shop, troubled: Troubled, cls: type[Sale], workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 33: one ERROR per change of state."""
@@ -85,13 +85,13 @@ def test_work_in_hand_waits_for_the_database_and_nothing_is_recorded_twice(
     assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     assert told(caplog) == [
-        "Store: it does not answer; what is in hand waits, and is tried again",
-        "Store: it is read-only; it is still away",
+        "Store: it does not answer; work in flight waits, and the call is retried",
+        "Store: it is read-only; the database is still unavailable",
         "Store: the database works again",
     ]
 
 
-def test_an_answer_to_what_was_asked_before_the_trouble_does_not_tell_that_it_is_over(
+def test_late_response_from_before_an_outage_does_not_end_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """durability rule 33: of many threads some are answered later than they asked."""
@@ -103,15 +103,13 @@ def test_an_answer_to_what_was_asked_before_the_trouble_does_not_tell_that_it_is
         return "an answer"
 
     assert asked.call(slow) == "an answer"
-    assert told(caplog) == ["Store: it does not answer; what is in hand waits, and is tried again"]
+    assert told(caplog) == ["Store: it does not answer; work in flight waits, and the call is retried"]
     assert asked.call(lambda: "another") == "another"
     assert told(caplog)[1:] == ["Store: the database works again"]
 
 
-def test_what_arrives_meanwhile_waits_and_is_not_committed_while_plain_tasks_go_on(
-    shop: Shop, troubled: Troubled
-) -> None:
-    """durability rule 33: who has no step to record needs no database."""
+def test_outage_delays_new_operations_but_not_plain_tasks(shop: Shop, troubled: Troubled) -> None:
+    """durability rule 33: a plain task has no step to record and needs no database."""
     process = shop.process(Sale, store=troubled, workers=2)
     shop.first.consumer.close()
     troubled.trouble = "it does not answer"
@@ -125,8 +123,8 @@ def test_what_arrives_meanwhile_waits_and_is_not_committed_while_plain_tasks_go_
     assert committed() == 2
 
 
-def test_the_group_hears_of_a_consumer_that_waits(shop: Shop, troubled: Troubled) -> None:
-    """durability rule 33: polling goes on."""
+def test_consumer_waiting_for_the_database_keeps_polling(shop: Shop, troubled: Troubled) -> None:
+    """durability rule 33"""
     process = shop.process(Sale, store=troubled, group="troubled")
     troubled.trouble = "it does not answer"
     polls: list[int] = []
@@ -146,7 +144,7 @@ def test_the_group_hears_of_a_consumer_that_waits(shop: Shop, troubled: Troubled
         until(shop.has_ended)
 
 
-def test_the_heartbeat_and_the_reaper_go_on_afterwards(
+def test_heartbeat_and_reaper_continue_after_an_outage(
     shop: Shop, troubled: Troubled, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 33"""
@@ -160,14 +158,14 @@ def test_the_heartbeat_and_the_reaper_go_on_afterwards(
     shop.live(60, process)
     assert len(sent()) >= 1
     assert told(caplog) == [
-        "Store: it does not answer; what is in hand waits, and is tried again",
+        "Store: it does not answer; work in flight waits, and the call is retried",
         "Store: the database works again",
     ]
 
 
 @pytest.mark.parametrize("what", ["send", "get", "find", "cancel", "resume", "purge"])
-def test_outside_of_a_consumer_the_caller_is_told_soon(shop: Shop, troubled: Troubled, what: str) -> None:
-    """durability rule 33: nobody waits there for ever."""
+def test_outage_raises_soon_outside_a_consumer(shop: Shop, troubled: Troubled, what: str) -> None:
+    """durability rule 33: callers do not wait without end."""
     process = shop.process(Sale, store=troubled, group="troubled")
     operation = process.known(Sale)("1").build()
     operation.send()
@@ -185,7 +183,7 @@ def test_outside_of_a_consumer_the_caller_is_told_soon(shop: Shop, troubled: Tro
     assert troubled.asked == 3
 
 
-def test_who_waits_is_told_when_the_time_is_over(shop: Shop, troubled: Troubled) -> None:
+def test_wait_during_an_outage_raises_after_its_timeout(shop: Shop, troubled: Troubled) -> None:
     """durability rule 33"""
     process = shop.process(Sale, store=troubled, group="troubled")
     operation = process.known(Sale)("1").build().send()
@@ -194,8 +192,8 @@ def test_who_waits_is_told_when_the_time_is_over(shop: Shop, troubled: Troubled)
         operation.wait(0.1)
 
 
-def test_a_locked_file_is_waited_for(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """durability rule 33: a real one, locked by somebody else."""
+def test_locked_sqlite_file_is_awaited(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 33: a real file, locked by another connection."""
     monkeypatch.setenv("KSER_TOPICS", "dice")
     store = open_store(f"sqlite:///{tmp_path}/kser.db")
     process = Process(store, Sale)
@@ -229,9 +227,7 @@ def newer(path: Path, version: int, oldest: int) -> None:
     database.close()
 
 
-def test_a_consumer_refuses_tables_that_it_cannot_use_at_its_start_and_says_what_to_run(
-    tmp_path: Path, bus: Any
-) -> None:
+def test_consumer_rejects_an_incompatible_schema_version_at_its_start(tmp_path: Path, bus: Any) -> None:
     """durability rule 34"""
     newer(tmp_path / "kser.db", 99, 99)
     process = Process(None, Sale)
@@ -243,9 +239,7 @@ def test_a_consumer_refuses_tables_that_it_cannot_use_at_its_start_and_says_what
     assert (Act.seen, committed()) in (([], None), ([], 0))
 
 
-def test_tables_of_a_newer_version_that_older_code_may_use_are_accepted(
-    tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_newer_compatible_schema_version_is_accepted(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 34: rolling deploys."""
     monkeypatch.setenv("KSER_TOPICS", "dice")
     newer(tmp_path / "kser.db", 99, 1)
@@ -259,7 +253,7 @@ def test_tables_of_a_newer_version_that_older_code_may_use_are_accepted(
     process.registry.store.close()
 
 
-def test_what_needs_a_database_says_so_without_one() -> None:
+def test_call_without_a_database_names_the_setting() -> None:
     registry = OperationRegistry()
     for call in (
         lambda: registry.get("1"),

@@ -1,4 +1,4 @@
-"""Arrows between modules point one way, and nothing grows too long."""
+"""Tests of the structure: imports between modules point one way, and modules and functions are short."""
 
 from __future__ import annotations
 
@@ -136,25 +136,25 @@ def _imported(module: str) -> set[str]:
     return {name for statement in _imports(_tree(module)) for name in _targets(statement)}
 
 
-def test_every_module_has_a_place_in_the_order() -> None:
+def test_every_module_has_a_rank_in_the_order() -> None:
     assert set(MODULES) == set(RANK)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_arrows_point_up_the_list(module: str) -> None:
+def test_modules_import_only_lower_ranked_modules(module: str) -> None:
     ours = {name for name in _imported(module) if name.split(".")[0] == "kser"}
     assert {name for name in ours if RANK[name] >= RANK[module]} == set()
 
 
 @pytest.mark.parametrize(("one", "other"), APART)
-def test_parts_that_know_nothing_of_each_other(one: str, other: str) -> None:
+def test_separate_packages_do_not_import_each_other(one: str, other: str) -> None:
     members = [module for module in MODULES if module == one or module.startswith(f"{one}.")]
     known = {name for module in members for name in _imported(module)}
     assert {name for name in known if name == other or name.startswith(f"{other}.")} == set()
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_functions_import_nothing_but_optional_dependencies(module: str) -> None:
+def test_functions_import_only_optional_dependencies(module: str) -> None:
     functions = [node for node in ast.walk(_tree(module)) if isinstance(node, FUNCTION)]
     found = {name for function in functions for statement in _imports(function) for name in _targets(statement)}
     assert found <= OPTIONAL.get(module, set())

@@ -1,4 +1,4 @@
-"""An entrypoint that knows its status. Behaviour page, section 5."""
+"""Tests of the task, an entrypoint with a status. Behaviour page, section 5."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def registry() -> Any:
     Bus.reset()
 
 
-def test_arguments_are_kept_in_the_documented_order() -> None:
+def test_constructor_arguments_follow_the_documented_order() -> None:
     params, result, metadata = {"a": 1}, Result(), {"m": 1}
     task = Task(UUID, params, "HALTED", result, metadata)
     assert (task.uuid, task.params, task.status, task.result, task.metadata) == (
@@ -46,7 +46,7 @@ def test_arguments_are_kept_in_the_documented_order() -> None:
     )
 
 
-def test_the_status_is_known_to_postinit() -> None:
+def test_postinit_sees_the_status() -> None:
     class Early(Task):
         def postinit(self) -> None:
             self.params["seen"] = self.status
@@ -54,7 +54,7 @@ def test_the_status_is_known_to_postinit() -> None:
     assert Early(status="X", params={"a": 1}).params["seen"] == "X"
 
 
-def test_params_that_are_text_are_refused_by_name() -> None:
+def test_params_that_are_text_are_rejected_by_name() -> None:
     """B2"""
     with pytest.raises(
         UsageError, match=r"order is \(uuid, params, status, result, metadata\), so pass them by keyword"
@@ -70,14 +70,14 @@ def test_params_that_are_text_are_refused_by_name() -> None:
         ({"error": ValueError("x")}, "FAILED"),
     ],
 )
-def test_the_status_moves_while_it_runs(params: dict[str, Any], status: str) -> None:
+def test_status_changes_while_a_task_runs(params: dict[str, Any], status: str) -> None:
     """B8"""
     task = Roll(params={"a": 1, **params})
     task.execute()
     assert (task.params["seen"], task.status) == ("RUNNING", status)
 
 
-def test_a_task_that_cannot_start_is_failed() -> None:
+def test_task_with_missing_parameters_is_failed() -> None:
     class Picky(Roll):
         REQUIRED_FIELDS = ["missing"]  # noqa: RUF012  as users write it
 
@@ -86,7 +86,7 @@ def test_a_task_that_cannot_start_is_failed() -> None:
     assert task.status == "FAILED"
 
 
-def test_a_task_whose_postinit_raised_stays_failed() -> None:
+def test_task_with_a_raising_postinit_stays_failed() -> None:
     """C5"""
 
     class Broken(Roll):
@@ -99,28 +99,28 @@ def test_a_task_whose_postinit_raised_stays_failed() -> None:
     assert task.status == "FAILED"
 
 
-def test_moving_the_status_of_a_task_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_status_change_of_a_task_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """B8"""
     caplog.set_level(logging.INFO, "kser")
     Roll(UUID).execute()
     assert lines(caplog) == [f"Roll.Success: {PATH}[{UUID}]: "]
 
 
-def test_messages_carry_no_status() -> None:
+def test_messages_contain_no_status() -> None:
     assert Roll.from_Message(Roll(status="SUCCESS").to_Message()).status == "PENDING"
 
 
-def test_texts_of_a_task() -> None:
+def test_repr_and_str_show_the_task() -> None:
     text = f"Task [{PATH}](uuid={UUID},status=PENDING, params={{'a': 1}})"
     task = Roll(UUID, {"a": 1})
     assert (repr(task), str(task)) == (text, text)
 
 
-def test_loading_by_id_is_left_to_users() -> None:
+def test_init_by_id_returns_none_by_default() -> None:
     assert Task.init_by_id(1) is None
 
 
-def test_attributes_are_named_for_a_database() -> None:
+def test_get_attr_uses_database_attribute_names() -> None:
     class Owner:
         ownerId = 7  # noqa: N815  what it looks for
 
@@ -135,7 +135,7 @@ def test_attributes_are_named_for_a_database() -> None:
 # -- log ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_line_shows_the_current_status(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_line_shows_the_current_status(caplog: pytest.LogCaptureFixture) -> None:
     """B8"""
     caplog.set_level(logging.INFO, "kser")
     task = Roll(UUID, metadata={"m": 1})
@@ -150,7 +150,7 @@ def test_a_log_line_shows_the_current_status(caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("extra", [None, {"colour": "red", "kmsg": "mine"}])
-def test_a_log_line_leaves_the_callers_extra_alone(extra: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_call_does_not_modify_the_extra_of_its_caller(extra: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C20"""
     caplog.set_level(logging.INFO, "kser")
     given = dict(extra) if extra else extra
@@ -162,7 +162,7 @@ def test_a_log_line_leaves_the_callers_extra_alone(extra: Any, caplog: pytest.Lo
 # -- sending -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_sends_itself_with_its_registrys_producer(registry: OperationRegistry) -> None:
+def test_task_sends_itself_with_the_producer_of_its_registry(registry: OperationRegistry) -> None:
     """B7"""
 
     @registry.subscribe
@@ -175,7 +175,7 @@ def test_a_task_sends_itself_with_its_registrys_producer(registry: OperationRegi
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Sent.path, {"a": 1}, "before")
 
 
-def test_a_topic_is_the_argument_then_the_class_then_the_setting(
+def test_topic_is_the_argument_then_the_class_then_the_setting(
     registry: OperationRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @registry.subscribe
@@ -197,8 +197,8 @@ def test_a_topic_is_the_argument_then_the_class_then_the_setting(
     }
 
 
-def test_without_a_topic_the_setting_is_named(registry: OperationRegistry) -> None:
-    """B4: what is missing to send raises an error that names the setting."""
+def test_missing_topic_error_names_the_setting(registry: OperationRegistry) -> None:
+    """B4: an error about a missing setting names it."""
 
     @registry.subscribe
     class Lost(Roll):
@@ -208,12 +208,12 @@ def test_without_a_topic_the_setting_is_named(registry: OperationRegistry) -> No
         Lost().send()
 
 
-def test_without_a_registry_a_task_says_what_to_do() -> None:
+def test_missing_registry_error_names_the_decorator() -> None:
     with pytest.raises(ProducerMissing, match=r"tests.test_task.Roll has no registry.*@oregistry.subscribe"):
         Roll().send()
 
 
-def test_without_a_producer_a_task_says_what_to_do() -> None:
+def test_missing_producer_error_names_the_argument() -> None:
     @OperationRegistry().subscribe
     class Mute(Roll):
         TOPIC = "dice"
@@ -222,7 +222,7 @@ def test_without_a_producer_a_task_says_what_to_do() -> None:
         Mute().send()
 
 
-def test_a_failed_delivery_is_a_result(registry: OperationRegistry) -> None:
+def test_failed_send_returns_a_failed_result(registry: OperationRegistry) -> None:
     """B7: `Task.send` returns the producer's Result."""
 
     @registry.subscribe
@@ -234,7 +234,7 @@ def test_a_failed_delivery_is_a_result(registry: OperationRegistry) -> None:
     assert "not JSON serializable" in result.stderr
 
 
-def test_a_users_own_names_win() -> None:
+def test_user_attributes_override_the_names_that_kser_adds() -> None:
     """C18"""
 
     class Mine(Roll):

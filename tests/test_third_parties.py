@@ -1,4 +1,4 @@
-"""Packages that were written for kser 0.8 go on to work: shaped like kser-crypto and like flask-kser."""
+"""Tests of packages written for kser 0.8, in the shape of kser-crypto and flask-kser."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SecretConsumer(dummy_consumer.Consumer):
     REGISTRY = SecretController
 
 
-def test_an_overridden_transport_and_producer_understand_each_other() -> None:
+def test_overridden_transport_and_producer_understand_each_other() -> None:
     kmsg = message(Greet, params={"name": "world"}, result=said("before"), metadata={"from": "me"})
     assert SecretProducer({}).send("dice", kmsg).retcode == 0
     (raw,) = Bus.at("").values("dice")
@@ -100,26 +100,26 @@ def test_an_overridden_transport_and_producer_understand_each_other() -> None:
     assert SecretConsumer({}, ["dice"]).run_until_idle() == 1
 
 
-def test_a_plain_controller_refuses_what_it_cannot_read() -> None:
+def test_plain_controller_rejects_a_message_of_an_overridden_transport() -> None:
     SecretProducer({}).send("dice", message(Greet, params={"name": "world"}))
     assert Controller.run(Bus.at("").values("dice")[0]).stderr == "Failed to load message"
 
 
-def test_an_overridden_schema_decides_alone() -> None:
+def test_overridden_schema_replaces_the_fast_path() -> None:
     """The direct way of reading and writing stands in for the package's own schema only."""
     plain = Message(UUID, Greet.path).dumps()
     assert SecretController.run(plain).retcode == 400
     assert list(json.loads(SecretMessage.of(message(Greet)).dumps())) == ["secret"]
 
 
-def test_messages_are_rebuilt_from_what_they_are_made_of() -> None:
+def test_messages_are_rebuilt_from_their_attributes() -> None:
     kmsg = message(Greet, params={"name": "world"}, result=Result(uuid="r", retval={"a": 1}), metadata={"m": 1})
     rebuilt = SecretMessage(**vars(kmsg))
     assert vars(rebuilt) == vars(kmsg)
     assert Message.MARSHMALLOW_SCHEMA.dumps(rebuilt) == kmsg.dumps()
 
 
-def test_a_task_that_is_sent_from_a_secret_controller_gets_a_secret_producer() -> None:
+def test_task_with_an_overridden_producer_is_sent_encrypted() -> None:
     """`_send` is found however a message is sent: by an operation as well."""
     registry = OperationRegistry(controller_class=SecretController, producer=SecretProducer({}))
 
@@ -158,7 +158,7 @@ def test_triggers_of_a_controller_are_called_by_keyword() -> None:
     assert Picky.run(message(Greet).dumps()) == "error"
 
 
-def test_a_controller_may_show_what_it_does_elsewhere() -> None:
+def test_controller_may_override_start_and_stop_processing() -> None:
     shown: list[str] = []
 
     class Shown(Controller):
@@ -186,7 +186,7 @@ class FlaskKser:
         self.consumer = consumer(config, app.config["TOPICS"])
 
 
-def test_producers_and_consumers_are_made_positionally() -> None:
+def test_producers_and_consumers_are_constructed_positionally() -> None:
     app = Flask("shop")
     app.config.update(KAFKA={"bootstrap_servers": "here"}, TOPICS=("dice",))
     extension = FlaskKser(app, dummy_producer.Producer, dummy_consumer.Consumer)
@@ -197,7 +197,7 @@ def test_producers_and_consumers_are_made_positionally() -> None:
     assert app.config["KAFKA"] == {"bootstrap_servers": "here"}
 
 
-def test_the_default_transport_takes_the_same_arguments() -> None:
+def test_default_transport_has_the_same_arguments() -> None:
     producer, consumer = inspect.signature(KafkaProducer).parameters, inspect.signature(KafkaConsumer).parameters
     assert (next(iter(producer)), list(consumer)[:2]) == ("config", ["config", "topics"])
     kinds = {producer["config"].kind, consumer["config"].kind, consumer["topics"].kind}

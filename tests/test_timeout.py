@@ -1,4 +1,4 @@
-"""TIMEOUT: an attempt that takes too long fails, and what it still does is nobody's business."""
+"""Tests of TIMEOUT: an attempt that takes too long fails, and its late result is dropped."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Stepped:
 LATE_ERROR = "the attempt took longer than TIMEOUT, 5 s"
 
 
-def test_an_attempt_within_its_time_is_left_alone() -> None:
+def test_attempt_within_its_timeout_is_not_affected() -> None:
     put("1", cls=Slow)
     stepped = Stepped()
     thread = stepped.begin()
@@ -122,7 +122,7 @@ def test_an_attempt_within_its_time_is_left_alone() -> None:
     [None, Result(stdout="late"), Result(retcode=1, stderr="late"), ConnectionError("late")],
     ids=["nothing", "a result", "a failed result", "an exception"],
 )
-def test_an_attempt_that_takes_longer_fails_and_what_comes_of_it_late_is_dropped(
+def test_attempt_that_times_out_fails_and_its_late_result_is_dropped(
     ending: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[str] = []
@@ -145,11 +145,11 @@ def test_an_attempt_that_takes_longer_fails_and_what_comes_of_it_late_is_dropped
     assert heard == [LATE_ERROR]
     assert stepped.consumer.counts == {"done": 1, "failed": 1, "dead_lettered": 0}
     assert [line for line in lines(caplog, logging.WARNING) if "late" in line] == [
-        "Consumer: offset 0 of dice[0] was given up; its late result is dropped"
+        "Consumer: the attempt at offset 0 of dice[0] was abandoned; its late result is dropped"
     ]
 
 
-def test_it_is_tried_again_as_its_policy_says() -> None:
+def test_attempt_that_times_out_is_retried_by_its_policy() -> None:
     put("1", cls=Slow)
     stepped = Stepped(retry=Retry(max_attempts=2, delay=10, jitter=False, on=(TimeoutError,)))
     thread = stepped.begin()
@@ -164,7 +164,7 @@ def test_it_is_tried_again_as_its_policy_says() -> None:
     assert stepped.consumer.counts == {"done": 1, "retried": 1, "dead_lettered": 0}
 
 
-def test_a_late_failure_does_not_ask_for_another_attempt(caplog: pytest.LogCaptureFixture) -> None:
+def test_late_failure_of_a_timed_out_attempt_schedules_no_retry(caplog: pytest.LogCaptureFixture) -> None:
     Slow.ending = ConnectionError("late")
     put("1", cls=Slow)
     stepped = Stepped(retry=Retry(max_attempts=3, delay=10, jitter=False))
@@ -178,7 +178,7 @@ def test_a_late_failure_does_not_ask_for_another_attempt(caplog: pytest.LogCaptu
     assert [stepped.consumer.step(timeout=0) for _ in range(2)] == [1, 0]
 
 
-def test_its_key_waits_for_the_verdict_and_no_longer() -> None:
+def test_records_of_the_same_key_wait_until_the_timeout_and_no_longer() -> None:
     put("1", cls=Slow, key=b"a")
     put("2", key=b"a")
     stepped = Stepped()
@@ -191,7 +191,7 @@ def test_its_key_waits_for_the_verdict_and_no_longer() -> None:
     thread.join(PATIENCE)
 
 
-def test_it_becomes_a_dead_letter(bus: Any) -> None:
+def test_attempt_that_times_out_is_dead_lettered(bus: Any) -> None:
     put("1", cls=Slow)
     stepped = Stepped(dead_letter=True)
     thread = stepped.begin()
@@ -203,7 +203,7 @@ def test_it_becomes_a_dead_letter(bus: Any) -> None:
     assert dict(letter.headers)["kser-dlq-error-class"] == b"kser.errors.TaskTimeout"
 
 
-def test_of_an_operation_it_is_the_operations_own_time_that_counts() -> None:
+def test_operation_timeout_applies_to_the_whole_operation() -> None:
     class Whole(Operation):
         TIMEOUT = 7
 
@@ -225,8 +225,8 @@ def test_of_an_operation_it_is_the_operations_own_time_that_counts() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, "5", True, float("nan"), object()])
-def test_what_is_no_time_is_no_limit(value: Any) -> None:
-    """C18: it may be something of the user's own."""
+def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
+    """C18: TIMEOUT may be an attribute of the user with another meaning."""
 
     class Mine(Entrypoint):
         TIMEOUT = value
@@ -246,7 +246,7 @@ def test_what_is_no_time_is_no_limit(value: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_another_worker_takes_the_place_of_a_stuck_one(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stuck_worker_is_replaced(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slow, "TIMEOUT", 0.2)
     put("1", cls=Slow)
     consumer = consumer_of(AT_ONCE, workers=workers)

@@ -1,4 +1,4 @@
-"""What goes on, and what does not, while a message waits for its next attempt."""
+"""Tests of the retry backoff: which records wait for a delayed one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("bus")
 THRICE = Retry(max_attempts=3, delay=10, backoff=1, jitter=False)
 
 
-def test_while_a_message_waits_its_key_waits_and_others_go_on() -> None:
+def test_retry_backoff_blocks_the_key_and_no_other_record() -> None:
     Act.acts["1"] = [ConnectionError("no"), None]
     put("1", "2", key=b"a")
     put("3", key=b"b")
@@ -26,7 +26,7 @@ def test_while_a_message_waits_its_key_waits_and_others_go_on() -> None:
 
 
 @pytest.mark.parametrize(("ordering", "seen"), [("partition", ["1"]), ("none", ["1", "2", "3"])])
-def test_what_waits_with_a_message_is_a_matter_of_the_ordering(ordering: str, seen: list[str]) -> None:
+def test_retry_backoff_blocks_other_records_according_to_the_ordering(ordering: str, seen: list[str]) -> None:
     Act.acts["1"] = ConnectionError("no")
     put("1", "2", key=b"a")
     put("3")
@@ -34,7 +34,7 @@ def test_what_waits_with_a_message_is_a_matter_of_the_ordering(ordering: str, se
     assert Act.seen == seen
 
 
-def test_nothing_above_a_message_that_waits_is_committed_but_it_is_noted() -> None:
+def test_retry_backoff_blocks_the_commit_but_not_its_metadata() -> None:
     Act.acts["1"] = [ConnectionError("no"), None]
     put("1", "2", "3")
     running = Running(retry=THRICE)

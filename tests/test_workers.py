@@ -1,4 +1,4 @@
-"""Several workers: each in a thread of its own, all of one consumer."""
+"""Tests of several workers of one consumer, each in its own thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engine import AT_ONCE, PATIENCE, Act, InThread, committed, consumer_o
 pytestmark = pytest.mark.usefixtures("bus")
 
 
-def test_one_worker_runs_tasks_in_the_main_thread() -> None:
+def test_single_worker_runs_tasks_in_the_main_thread() -> None:
     threads: list[threading.Thread] = []
     Act.acts["1"] = lambda: threads.append(threading.current_thread())
     consumer = consumer_of()
@@ -31,7 +31,7 @@ def test_one_worker_runs_tasks_in_the_main_thread() -> None:
     assert threads == [threading.main_thread()]
 
 
-def test_several_run_at_the_same_time_and_no_more_than_were_asked_for() -> None:
+def test_workers_run_concurrently_up_to_their_number() -> None:
     together = threading.Barrier(3, timeout=PATIENCE)
     names: list[str] = []
 
@@ -49,7 +49,7 @@ def test_several_run_at_the_same_time_and_no_more_than_were_asked_for() -> None:
     assert consumer.counts["done"] == 6
 
 
-def test_a_slow_message_holds_the_commit_and_nothing_else() -> None:
+def test_slow_message_blocks_only_the_commit() -> None:
     gate = threading.Event()
     Act.acts["slow"] = lambda: gate.wait(PATIENCE)
     put("slow", *"123")
@@ -92,7 +92,7 @@ def test_messages_of_a_key_neither_overlap_nor_overtake() -> None:
     assert dict(Keyed.began) == sent
 
 
-def test_each_worker_has_its_line_in_the_running_file() -> None:
+def test_each_worker_has_a_line_in_the_running_file() -> None:
     path = Path(os.environ["RUNNING_FILE"])
     gate, begun = threading.Event(), threading.Barrier(3, timeout=PATIENCE)
 
@@ -109,7 +109,7 @@ def test_each_worker_has_its_line_in_the_running_file() -> None:
         until(lambda: path.read_text() == "")
 
 
-def test_the_attempt_of_a_worker_is_its_own() -> None:
+def test_attempt_number_is_local_to_its_worker() -> None:
     class Counted(Task):
         RETRY = Retry(max_attempts=3, delay=0)
         attempts: ClassVar[dict[str, list[tuple[int, int]]]] = defaultdict(list)
@@ -133,7 +133,7 @@ def test_the_attempt_of_a_worker_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_task_that_interrupts_ends_the_consumer_with_its_message_uncommitted(workers: int) -> None:
+def test_task_that_raises_keyboard_interrupt_ends_the_consumer_uncommitted(workers: int) -> None:
     """C8"""
     Act.acts["1"] = KeyboardInterrupt()
     put("1")
@@ -144,7 +144,7 @@ def test_a_task_that_interrupts_ends_the_consumer_with_its_message_uncommitted(w
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
 
 
-def test_a_task_that_exits_ends_nothing() -> None:
+def test_task_that_raises_system_exit_does_not_end_the_consumer() -> None:
     Act.acts["1"] = SystemExit(1)
     put("1", "2", "3")
     consumer = consumer_of(AT_ONCE, workers=2)
@@ -153,7 +153,7 @@ def test_a_task_that_exits_ends_nothing() -> None:
     assert consumer.counts["failed"] == 1
 
 
-def test_pausing_holds_all_of_them() -> None:
+def test_pause_stops_all_workers() -> None:
     put("1")
     consumer = consumer_of(AT_ONCE, workers=3)
     pause = Path(os.environ["LOCK_FILE"])
@@ -168,7 +168,7 @@ def test_pausing_holds_all_of_them() -> None:
         until(lambda: committed() == 3)
 
 
-def test_what_comes_wakes_a_worker_at_once() -> None:
+def test_arriving_record_wakes_a_worker_at_once() -> None:
     times: list[float] = []
     consumer = consumer_of(AT_ONCE, workers=2)
     with InThread(consumer):
@@ -181,7 +181,7 @@ def test_what_comes_wakes_a_worker_at_once() -> None:
     assert min(times) < 0.1
 
 
-def test_many_messages_are_all_done_once() -> None:
+def test_many_messages_are_handled_exactly_once() -> None:
     uuids = [str(number) for number in range(2000)]
     put(*uuids)
     consumer = consumer_of({"auto_commit_interval_ms": 10}, workers=8, max_in_flight=50, ordering="none")
@@ -191,7 +191,7 @@ def test_many_messages_are_all_done_once() -> None:
     assert consumer.counts == {"done": 2000, "dead_lettered": 0}
 
 
-def test_a_class_that_is_subscribed_while_it_runs_is_lent_a_producer() -> None:
+def test_class_subscribed_while_running_gets_the_shared_producer() -> None:
     consumer = consumer_of(AT_ONCE, workers=2)
     with InThread(consumer):
         until(lambda: consumer.assignment)
@@ -206,7 +206,7 @@ def test_a_class_that_is_subscribed_while_it_runs_is_lent_a_producer() -> None:
     assert consumer.counts == {"done": 1, "dead_lettered": 0}
 
 
-def test_workers_end_when_they_are_told() -> None:
+def test_workers_end_at_shutdown() -> None:
     consumer = consumer_of(workers=4)
     workers: Workers = consumer._workers
     workers.start()

@@ -1,4 +1,4 @@
-"""The transport on confluent-kafka (librdkafka), which the extra ``confluent`` installs."""
+"""Transport on confluent-kafka (librdkafka), installed by the extra ``confluent``."""
 
 from kser.errors import MissingDependency
 

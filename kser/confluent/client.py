@@ -1,4 +1,4 @@
-"""``confluent_kafka.Consumer`` (librdkafka) behind the contract of all transports."""
+"""Consumer client on ``confluent_kafka.Consumer`` (librdkafka)."""
 
 from __future__ import annotations
 
@@ -32,27 +32,26 @@ from kser.errors import ClientTrouble
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that asking where the group is, and where a log begins, may take.
+#: Timeout in seconds of queries for committed offsets and for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0
-#: Seconds that a broker which was away is given to answer.
+#: Timeout in seconds of the metadata request that probes the brokers after an outage.
 PROBE_TIMEOUT = 0.5
-#: Seconds between two such questions.
+#: Seconds between two probes.
 PROBE_TICK = 2.0
-#: Seconds between two attempts to begin partitions.
+#: Seconds between two attempts to start partitions.
 BEGIN_TICK = 1.0
 
-#: Why a commit fails while a rebalance runs.
+#: Transient errors: commits fail with them during a rebalance.
 _PASSING = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
 
 
 class ConfluentClient(ConsumerClient):
-    """A member of a group.
+    """A member of a consumer group.
 
-    :param options: of librdkafka, as the user gave them.
-    :param reset: where a partition begins of which the group has committed nothing: ``"earliest"``, ``"latest"`` or
-        ``"none"``.
-    :param max_bytes: what librdkafka may fetch ahead, unless the options say so.
-    :param commits: whether anything is to be committed.
+    :param options: the user's options of librdkafka.
+    :param reset: the start of a partition without a committed offset: ``"earliest"``, ``"latest"`` or ``"none"``.
+    :param max_bytes: the limit of librdkafka's prefetched data, unless the options set one.
+    :param commits: False if the client must not commit offsets.
     """
 
     def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
@@ -62,7 +61,7 @@ class ConfluentClient(ConsumerClient):
         self.can_commit = commits
         self._listener: Listener | None = None
         self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
-        #: Assigned, and not begun: the group could not be asked where it is.
+        #: Assigned partitions that have no start position yet, because the committed offsets could not be read.
         self._new: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
         self._positions: dict[Partition, int] = {}
@@ -72,7 +71,7 @@ class ConfluentClient(ConsumerClient):
         self._missing: set[str | None] = set()
         self._problem: ClientTrouble | None = None
         self._begin_at = 0.0
-        #: Counts what is given up.
+        #: Incremented at each revocation or loss of partitions.
         self._share = 0
         self._trouble: KafkaError | None = None
         self._down = False
@@ -84,7 +83,7 @@ class ConfluentClient(ConsumerClient):
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
-            # Where to begin is decided here.
+            # This class chooses start positions: librdkafka must report a missing offset instead of resetting it.
             "auto.offset.reset": "error",
             "error_cb": self._on_error,
         }
@@ -105,8 +104,8 @@ class ConfluentClient(ConsumerClient):
             self._pause(limit, held)
             found = self._sort(self._consume(timeout, limit))
         except KafkaException as error:
-            raise self._as_trouble("take messages", error.args[0]) from error
-        # What is wrong can wait while there is something to do.
+            raise self._as_trouble("fetch messages", error.args[0]) from error
+        # Raise an error only when there are no records: they would be lost with it.
         if not found and (problem := problem or self._current_trouble()):
             raise problem
         return found
@@ -129,20 +128,23 @@ class ConfluentClient(ConsumerClient):
         return found
 
     def close(self, timeout: float) -> None:
-        # Its partitions may be another client's by the time that it gives them up.
+        # A new client may own the partitions when librdkafka revokes them: the late callback must have no effect.
         self._listener = None
-        # librdkafka closes without a limit of time; nobody uses the client any more.
+        # librdkafka's close has no timeout, so it runs in a thread that can be left behind.
         self._committer.close()
         closing = threading.Thread(target=self.client.close, name="kser-close", daemon=True)
         closing.start()
         closing.join(timeout)
         if timeout and closing.is_alive():
-            logger.warning(f"the group at {self._servers} was not left in order within {timeout:g} s")
+            logger.warning(
+                f"could not leave the group at {self._servers} within {timeout:g} s: its partitions are reassigned"
+                " after the session timeout"
+            )
 
     # -- records -------------------------------------------------------------------------------------------------------
 
     def _consume(self, timeout: float, limit: int) -> list[Any]:
-        # `consume` waits until it has all that it may bring: so wait for one, and take what is there.
+        # ``consume`` waits for all requested messages: wait for one with ``poll``, then fetch the buffered ones.
         first = self.client.poll(timeout)
         if first is None:
             return []
@@ -150,10 +152,10 @@ class ConfluentClient(ConsumerClient):
         try:
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
-            # The first one must not be lost with it.
+            # The next poll raises this error: raising it here would lose the first message.
             self._trouble = error.args[0]
             more = []
-        # A rebalance that was served meanwhile has made the first one void.
+        # If ``consume`` ran a rebalance callback, the first message may be of a revoked partition: drop it.
         return [first, *more] if share == self._share else more
 
     def _sort(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
@@ -173,7 +175,7 @@ class ConfluentClient(ConsumerClient):
         found: dict[Partition, Sequence[Record]] = {}
         for place, records in batches.items():
             key = self._keys.get(place)
-            # The first of them may be of a partition that is gone since.
+            # A partition that was revoked after its messages were fetched has no key: drop its messages.
             if key is not None:
                 self._positions[key] = records[-1].offset + 1
                 found[key] = records
@@ -186,21 +188,21 @@ class ConfluentClient(ConsumerClient):
         key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
             if key is not None:
-                # Also behind marks of transactions, which are no records.
+                # The end can be above the last record, because transaction markers have offsets too.
                 self._positions[key] = max(message.offset(), self._positions.get(key, 0))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
             self._out_of_range.add(key)
         elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            # Others may be there, and are consumed.
+            # Only log a missing topic, because the other topics can be consumed.
             self._miss(message.topic(), error)
         else:
-            # Said at the next poll: what came with it is handed out first.
+            # The next poll raises this error: the records that were fetched with it are returned first.
             self._trouble = error
 
     def _miss(self, topic: str | None, error: KafkaError) -> None:
         if topic not in self._missing:
             self._missing.add(topic)
-            logger.error(f"{error.str()} at {self._servers}: create it, or correct its name; it is waited for")
+            logger.error(f"{error.str()} at {self._servers}: create it, or correct its name; the consumer waits for it")
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
@@ -212,22 +214,22 @@ class ConfluentClient(ConsumerClient):
             self.client.resume([TopicPartition(*key) for key in less])
         self._paused = wanted
 
-    # -- partitions come and go ----------------------------------------------------------------------------------------
+    # -- assignment and revocation -------------------------------------------------------------------------------------
 
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
         self._new |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._problem = self._begin()
 
     def _begin_pending(self) -> ClientTrouble | None:
-        """Begin what could not be begun yet, when it is time; returns what is wrong."""
+        """Retry the start of pending partitions when it is due, and return the error if some remain."""
         if self._new and time.monotonic() >= self._begin_at:
             self._problem = self._begin()
         return self._problem if self._new else None
 
     def _begin(self) -> ClientTrouble | None:
-        """Begin the new partitions where the group is, or, if it is nowhere, where it is to start.
+        """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
 
-        :return: what is wrong when that is not possible for some: the others go on meanwhile.
+        :return: the error if some partitions could not be started; the others are started all the same.
         """
         self._begin_at = time.monotonic() + BEGIN_TICK
         problem: ClientTrouble | None = None
@@ -235,16 +237,16 @@ class ConfluentClient(ConsumerClient):
         try:
             found = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
         except KafkaException as error:
-            # Without this call librdkafka would assign them by itself.
+            # librdkafka assigns the partitions by itself if the callback returns without calling ``assign``.
             self._assign({})
-            return self._as_trouble("ask where the group is", error.args[0])
+            return self._as_trouble("read the committed offsets of the group", error.args[0])
         known: dict[Partition, Commit] = {}
         fresh: dict[Partition, Commit] = {}
         for tp in found:
             try:
                 self._find_start(tp, known, fresh)
             except KafkaException as error:
-                problem = self._as_trouble(f"begin {tp.topic}[{tp.partition}]", error.args[0])
+                problem = self._as_trouble(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
             except ClientTrouble as error:
                 problem = error
         self._take_up(known, fresh)
@@ -275,12 +277,12 @@ class ConfluentClient(ConsumerClient):
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._listener.on_assign(known)
-        # Where nothing is committed, nothing else knows what was finished of them.
+        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
         self._assign({key: start.offset for key, start in starts.items()})
 
     def _assign(self, starts: Mapping[Partition, int]) -> None:
-        """Have librdkafka fetch these too. It remembers what was paused when it was ours before."""
+        """Add partitions to librdkafka's assignment, and resume them if an earlier assignment left them paused."""
         if not self._cooperative:
             starts = self._positions
         partitions = [TopicPartition(*key, offset) for key, offset in starts.items()]
@@ -289,7 +291,7 @@ class ConfluentClient(ConsumerClient):
         self._paused -= starts.keys()
 
     def _first_position(self, key: Partition) -> Commit:
-        """Where a partition begins of which the group has committed nothing."""
+        """Return the start position of a partition without a committed offset."""
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         if self._reset == "earliest":
             return Commit(low)
@@ -300,7 +302,7 @@ class ConfluentClient(ConsumerClient):
         return self._sizes.note(key, Commit(low if self._sizes.was_added(key) else high))
 
     def _see(self, topic: str) -> list[int]:
-        """The partitions of a topic."""
+        """Return the partitions of a topic, and record their number."""
         partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
         self._sizes.see(topic, len(partitions))
         return partitions
@@ -315,7 +317,7 @@ class ConfluentClient(ConsumerClient):
             return
         draining = self._listener.on_revoke(keys)
         if not draining.drained:
-            # librdkafka goes on without us when it hears of new partitions meanwhile.
+            # Commit first: librdkafka stops waiting if the topic gets partitions, and finished records would run again.
             with suppress(KafkaException):
                 self._commit_now(draining.commits())
             draining.wait()
@@ -345,21 +347,21 @@ class ConfluentClient(ConsumerClient):
         return keys
 
     def _recover(self, key: Partition) -> None:
-        """A position is not in the log: say what is lost, and begin anew where ``auto_offset_reset`` says."""
+        """Log the lost offsets of an out-of-range position, and restart as ``auto_offset_reset`` demands."""
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         start = high if self._reset == "latest" else low
         logger.error(out_of_range(key, self._positions.get(key), low, high, start))
         self._positions[key] = start
         self._listener.on_reset({key: Commit(start)})
-        # A partition that is not fetched cannot be sought in, but it can be assigned anew.
+        # ``seek`` fails for a partition that is not being fetched, so assign the partition again instead.
         if self._cooperative:
             self.client.incremental_unassign([TopicPartition(*key)])
         self._assign({key: start})
         if self.can_commit:
             self.commit({key: Commit(start)}, QUERY_TIMEOUT)
 
-    # -- trouble -------------------------------------------------------------------------------------------------------
+    # -- errors --------------------------------------------------------------------------------------------------------
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in (KafkaError._AUTHENTICATION, KafkaError._ALL_BROKERS_DOWN):
@@ -369,7 +371,7 @@ class ConfluentClient(ConsumerClient):
             self._user_error_cb(error)
 
     def _current_trouble(self) -> ClientTrouble | None:
-        """What is wrong now; a broker that was away has to answer before all is well."""
+        """Return the current error; after an outage it is cleared only when a broker responds."""
         error = self._trouble
         if error is None:
             return None
@@ -379,10 +381,10 @@ class ConfluentClient(ConsumerClient):
             self._trouble = None
             self._down = False
             return None
-        return self._as_trouble("take messages", error)
+        return self._as_trouble("fetch messages", error)
 
     def _answers(self) -> bool:
-        """Whether a broker answers; asked now and then."""
+        """Return whether a broker responds, probing at most once in ``PROBE_TICK`` seconds."""
         if time.monotonic() < self._probe_at:
             return False
         try:

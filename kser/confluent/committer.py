@@ -1,4 +1,4 @@
-"""Commits that end in time: librdkafka waits for an answer without a limit."""
+"""Commits with a timeout, which librdkafka's synchronous commit does not have."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 
 class Committer:
-    """Commits in a thread of its own, which runs nothing else, one commit after the other.
+    """A thread that runs commits one after the other, so that the caller can stop waiting for one.
 
-    :param client: the client of librdkafka, which threads may share.
+    :param client: librdkafka's client, which is safe to share between threads.
     """
 
     def __init__(self, client: Consumer) -> None:
@@ -23,10 +23,10 @@ class Committer:
         self._thread: threading.Thread | None = None
 
     def commit(self, offsets: list[TopicPartition], timeout: float) -> None:
-        """Commit, and return when the group knows it.
+        """Commit offsets, and return when the group coordinator has confirmed them.
 
-        :raises confluent_kafka.KafkaException: it was refused.
-        :raises TimeoutError: there was no answer in time, to this commit or to the one before it.
+        :raises confluent_kafka.KafkaException: the commit was rejected.
+        :raises TimeoutError: this commit, or the one before it, was not confirmed within ``timeout`` seconds.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kser-commit", daemon=True)
@@ -35,21 +35,21 @@ class Committer:
             self._orders.put(offsets)
             self._unanswered = 1
         else:
-            # What is committed now is not what was asked for: the next one asks again.
+            # The result is of the previous commit, with other offsets. Fail: the caller then commits the current ones.
             self._answer(timeout)
-            raise TimeoutError("the last commit was only answered now")
+            raise TimeoutError("the previous commit has only finished now")
         if (error := self._answer(timeout)) is not None:
             raise error
 
     def close(self) -> None:
-        """End the thread, once it has its answer."""
+        """Stop the thread after its current commit."""
         self._orders.put(None)
 
     def _answer(self, timeout: float) -> Exception | None:
         try:
             answer = self._answers.get(timeout=timeout)
         except queue.Empty:
-            raise TimeoutError(f"no answer within {timeout:g} s") from None
+            raise TimeoutError(f"no response within {timeout:g} s") from None
         self._unanswered = 0
         return answer
 

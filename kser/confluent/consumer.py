@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class Consumer(BaseConsumer):
-    """Takes messages from Kafka with ``confluent_kafka.Consumer`` and has :attr:`REGISTRY` handle them.
+    """A consumer that polls ``confluent_kafka.Consumer`` and passes messages to :attr:`REGISTRY`.
 
     The client never commits by itself: ``enable.auto.commit`` (default True) chooses whether offsets are committed
-    every ``auto.commit.interval.ms`` or, when False, at once. With ``commit="after"`` a group that has committed
-    nothing starts at the earliest record, unless ``auto.offset.reset`` says otherwise (decision D17).
+    every ``auto.commit.interval.ms`` or, when False, at once. With ``commit="after"`` a group without committed
+    offsets starts at the earliest record, unless ``auto.offset.reset`` says otherwise (decision D17).
 
-    :param config: options of librdkafka; what a consumer knows of ``KSER_CONFIG`` when None. ``group.id`` is needed.
-    :param topics: what to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
+    :param config: options of librdkafka; the consumer options of ``KSER_CONFIG`` when None. ``group.id`` is required.
+    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
-    :raises kser.errors.SettingError: a setting is missing or cannot be used.
+    :raises kser.errors.SettingError: a setting is missing or invalid.
     """
 
     GROUP_OPTION: ClassVar[str] = "group.id"
@@ -53,7 +53,7 @@ class Consumer(BaseConsumer):
         self._client_options = options_for("consumer", config, settings)
         group = self._client_options.get("group.id")
         if not group:
-            raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka joins no group without one")
+            raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka requires a group")
         super().__init__(
             topics,
             how,
@@ -74,12 +74,12 @@ class Consumer(BaseConsumer):
         client = ConfluentClient(
             self._client_options, reset, self.options.max_buffered_bytes, commits=self.options.commit != NEVER
         )
-        #: The client that is used now.
+        #: The current client of librdkafka.
         self.client = client.client
         return client
 
     def _interval(self) -> float:
-        """Seconds between commits; 0 when they are made at once."""
+        """Return the seconds between commits; 0 commits at once."""
         if str(self._client_options.get("enable.auto.commit", True)).lower() in ("false", "0"):
             return 0
         return float(self._client_options.get("auto.commit.interval.ms", 5000)) / 1000

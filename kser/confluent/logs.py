@@ -1,4 +1,4 @@
-"""librdkafka's own log lines, in Python's logging."""
+"""Logger for librdkafka's own log lines."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import logging
 import re
 import time
 
-#: Seconds in which the same line is logged once: while a broker is away, there are dozens of each in a second.
+#: Seconds in which the same line is logged once: librdkafka emits dozens of each a second while a broker is down.
 REPEAT = 30.0
-#: Different lines that are remembered.
+#: Limit of distinct lines that the filter remembers.
 MAX_LINES = 100
 
 _NUMBERS = re.compile(r"\d+(?:ms|s)? in state|, \d+ identical error\(s\) suppressed|\[rdkafka#\S+\]")
 
 
 class OnceInAWhile(logging.Filter):
-    """Lets a line about a connection that failed through when it was not logged lately, whatever numbers it holds."""
+    """A rate limit on lines about failed connections; lines that differ only in their numbers count as the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self._last: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log the record."""
+        """Return whether to log the record."""
         text = _NUMBERS.sub("", record.getMessage())
         if not text.startswith("FAIL"):
             return True
@@ -35,6 +35,6 @@ class OnceInAWhile(logging.Filter):
         return True
 
 
-#: Where the lines go, unless ``logger`` is configured.
+#: The logger of librdkafka's lines, unless the option ``logger`` is set.
 CLIENT_LOGGER = logging.getLogger("confluent_kafka")
 CLIENT_LOGGER.addFilter(OnceInAWhile())

@@ -1,4 +1,4 @@
-"""Options of librdkafka: which client knows which, and what becomes of one that neither knows."""
+"""Options of librdkafka: consumer and producer options, defaults, and errors for unknown ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: What a producer warns about and ignores.
+#: Options that a producer ignores with a warning.
 CONSUMER_ONLY = _names(
     """
     auto.commit.enable auto.commit.interval.ms auto.offset.reset check.crcs consume.callback.max.messages
@@ -33,7 +33,7 @@ CONSUMER_ONLY = _names(
     """
 )
 
-#: What a consumer warns about and ignores.
+#: Options that a consumer ignores with a warning.
 PRODUCER_ONLY = _names(
     """
     acks batch.num.messages batch.size compression.codec compression.level compression.type
@@ -45,7 +45,7 @@ PRODUCER_ONLY = _names(
     """
 )
 
-#: What both know and a name may have been meant for; librdkafka itself decides which names there are.
+#: Options of both clients, used only to suggest the nearest name: librdkafka itself decides which names are valid.
 _COMMON = _names(
     """
     allow.auto.create.topics api.version.request bootstrap.servers broker.address.family broker.address.ttl
@@ -69,22 +69,22 @@ _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
 
 def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
-    """The options to make a client with: ``config`` as it is, or what ``KSER_CONFIG`` has for that kind of client.
+    """Return the client's options: ``config`` unchanged, or the options of that kind in ``KSER_CONFIG``.
 
     :param kind: ``"consumer"`` or ``"producer"``.
-    :raises kser.errors.SettingError: ``KSER_CONFIG`` cannot be used.
+    :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
     return dict(config) if config is not None else own_options(kind, settings.client or {})
 
 
 def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``options`` that do not mean the other kind of client alone, which would warn about them."""
+    """Return ``options`` without those of the other kind of client, about which librdkafka would warn."""
     foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
     return {key: value for key, value in options.items() if key not in foreign}
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a producer, and what is safe and quick where they do not say otherwise."""
+    """Return the options of a producer with safe and fast defaults for those that are not set."""
     options = dict(options)
     given = {**(options.get("default.topic.config") or {}), **options}
 
@@ -96,7 +96,7 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
         options["acks"] = "all"
     retries = said("retries", "message.send.max.retries")
     in_flight = said("max.in.flight", "max.in.flight.requests.per.connection")
-    # librdkafka refuses idempotence together with these.
+    # librdkafka rejects ``enable.idempotence`` together with these options.
     opposed = (
         str(acks or "all") not in ("all", "-1")
         or (retries is not None and int(retries) < 1)
@@ -109,16 +109,16 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
         options["linger.ms"] = 0
     if said("partitioner") is None:
         options["partitioner"] = "murmur2_random"
-    # Each message is reported: without, none would be known to have arrived.
+    # Every message needs a delivery report: with this option successful deliveries would never be confirmed.
     options.pop("delivery.report.only.error", None)
     return options
 
 
 def connect(client: Callable[..., Client], options: Mapping[str, Any], **keywords: Any) -> Client:
-    """Make a client.
+    """Create a client.
 
-    :param keywords: what it takes beside the options.
-    :raises kser.errors.SettingError: librdkafka does not know an option, or does not take its value.
+    :param keywords: further arguments of the client's class.
+    :raises kser.errors.SettingError: librdkafka rejects an option or its value.
     """
     try:
         return client(dict(options), **keywords)
@@ -127,21 +127,21 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
         unknown = _UNKNOWN.search(reason)
         if unknown is None:
             raise SettingError(
-                f"the Kafka client cannot be made: {reason}; correct {CONFIG} or the dict that is passed"
+                f"the Kafka client cannot be created: {reason}; correct {CONFIG} or the 'config' argument"
             ) from error
         key = unknown[1]
         raise SettingError(
-            f"librdkafka knows no option {key!r}, which {CONFIG} or the dict that is passed has: did you mean"
+            f"librdkafka knows no option {key!r}, which is set in {CONFIG} or the 'config' argument: did you mean"
             f" {_nearest(key)!r}?"
         ) from error
 
 
 def _nearest(key: str) -> str:
-    # kafka-python writes the same names with underscores.
+    # kafka-python spells the same options with underscores, so a name may come from its configuration.
     known = sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON)
     return difflib.get_close_matches(key.replace("_", "."), known, n=1, cutoff=0)[0]
 
 
 def servers(options: Mapping[str, Any]) -> str:
-    """Where the client looks for brokers, for error texts."""
+    """Return the bootstrap servers, for error texts."""
     return str(options.get("bootstrap.servers") or options.get("metadata.broker.list") or "no 'bootstrap.servers'")

@@ -34,17 +34,17 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for a topic that the client does not know yet.
+#: Timeout in seconds of the metadata lookup for a topic that is new to the client.
 MAX_BLOCK = 5.0
-#: Seconds between two questions for a topic that the brokers do not know; one that is being created appears so late.
+#: Seconds between two metadata requests for an unknown topic: one that was just created appears with a delay.
 ASK_AGAIN = 0.1
-#: Seconds that closing waits for messages that are still on their way.
+#: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
-#: librdkafka's default.
+#: librdkafka's default of ``message.max.bytes``.
 MESSAGE_MAX_BYTES = 1_000_000
-#: Messages of a bulk between two looks at what was reported.
+#: Messages of a bulk between two reads of delivery reports.
 CHUNK = 500
-#: Messages of a bulk that may be on their way before it waits for some to arrive.
+#: Messages of a bulk that may be in flight before ``send`` waits for delivery reports.
 MAX_ON_THEIR_WAY = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
@@ -52,15 +52,15 @@ _NOT_YET = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
 
 
 class Producer(OutgoingProducer):
-    """Sends messages with ``confluent_kafka.Producer``, and checks that each one was delivered.
+    """A producer on ``confluent_kafka.Producer`` that checks the delivery of every message.
 
-    Threads may share it, and should: it is one connection to each broker. Unless they are configured, ``acks`` is
-    ``all``, ``enable.idempotence`` is true, ``linger.ms`` is 0 (a message travels at once) and ``partitioner`` is
-    ``murmur2_random``, as Java and kafka-python distribute keys.
+    Threads can and should share a producer, because each one has its own connection to every broker. The defaults are
+    ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent at once) and ``partitioner``
+    ``murmur2_random``, which distributes keys as Java and kafka-python do.
 
-    :param config: options of librdkafka; what a producer knows of ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
-    :raises kser.errors.SettingError: an option is not known, or cannot be used.
+    :param config: options of librdkafka; the producer options of ``KSER_CONFIG`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
+    :raises kser.errors.SettingError: an option is unknown or invalid.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
@@ -80,12 +80,12 @@ class Producer(OutgoingProducer):
     ) -> Result:
         """Send many messages, then wait until all are delivered.
 
-        :param topic: where to.
+        :param topic: the topic of all messages.
         :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: seconds for everything together.
-        :param key: called with each message for its key; without, no message has one.
-        :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
-            reason by uuid; those whose time ran out may still arrive.
+        :param timeout: seconds for the whole call.
+        :param key: returns the key of a message; None sends all messages without a key.
+        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
+            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
         """
         bulk = _Bulk(self, topic, timeout, key)
         with self._reports:
@@ -103,13 +103,12 @@ class Producer(OutgoingProducer):
         left = self.client.flush(CLOSE_TIMEOUT)
         if left:
             logger.warning(
-                f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {left} not"
-                " confirmed"
+                f"{type(self).__name__}: closed with messages in flight to {self._servers}: {left} not confirmed"
             )
-            # The client would go on trying for as long as anybody refers to it.
+            # Purge the queue, because librdkafka would retry these messages as long as the client is referenced.
             self.client.purge()
             self.client.poll(0)
-        # Older clients let go of their connections when nobody refers to them.
+        # Older versions have no ``close``: they close their connections when the client is garbage-collected.
         if hasattr(self.client, "close"):
             self.client.close()
 
@@ -135,7 +134,7 @@ class Producer(OutgoingProducer):
             told(None if error is None else self._undelivered(error, topic, len(value or b""), began))
 
         self._enqueue(topic, value, {}, report, deadline)
-        # What was reported meanwhile, of those before it.
+        # Read the delivery reports of earlier messages, which are otherwise read once a second.
         self._reports.serve()
 
     def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
@@ -149,9 +148,9 @@ class Producer(OutgoingProducer):
         on_delivery: Callable[[Any, Any], None],
         deadline: float,
     ) -> None:
-        """Hand a record to the client, which may have to learn of the topic and to make room first."""
+        """Queue a record in the client, after waiting for the topic's metadata and for space in the queue."""
         if self._closed:
-            raise KafkaException("This producer is closed: make another one")
+            raise KafkaException("This producer is closed: create a new one")
         size = size_of(value, options.get("key"), options.get("headers", []))
         if size > self._limit:
             raise too_large(size, self._limit, "message.max.bytes")
@@ -173,9 +172,9 @@ class Producer(OutgoingProducer):
                 time.sleep(min(left, SLICE / 10))
 
     def _look_up(self, topic: str, deadline: float) -> None:
-        """Make sure that there is such a topic.
+        """Check that the topic exists.
 
-        The client would keep a message for one that is not there for half a minute before it said so.
+        Without this check librdkafka holds a message for a missing topic for half a minute before it reports the error.
         """
         began = time.monotonic()
         patience = min(deadline, began + MAX_BLOCK)
@@ -183,7 +182,7 @@ class Producer(OutgoingProducer):
         known: Any = None
         while left := remaining(patience):
             try:
-                # Short at first: a signal waits for the answer.
+                # Start with a short timeout, because signal handlers do not run while the request waits.
                 known = self.client.list_topics(topic, timeout=max(min(left, question), 0.001)).topics[topic].error
             except KafkaException as error:
                 self._trouble.note(error.args[0])
@@ -199,32 +198,32 @@ class Producer(OutgoingProducer):
             raise KafkaException(self._no_topic(topic))
         self._reports.serve()
         raise KafkaException(
-            f"No broker answers at {self._servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
+            f"No broker responds at {self._servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
             f"{self._trouble.since(began)}"
         )
 
     def _no_topic(self, topic: str) -> str:
-        return f"The brokers at {self._servers} answer, but know no topic {topic!r}: create it, or correct its name"
+        return f"The brokers at {self._servers} have no topic {topic!r}: create it, or correct its name"
 
     def _unconfirmed(self, began: float) -> KafkaException:
         return KafkaException(
-            f"{self._servers} did not confirm the message, which may still arrive: see whether the brokers run there,"
+            f"{self._servers} did not confirm the message, which may still arrive: check that the brokers run there,"
             f" or correct 'bootstrap.servers' in {CONFIG}{self._trouble.since(began)}"
         )
 
     def _refused(self, error: KafkaError, topic: str, size: int) -> Exception:
-        """What to say when the client does not take a record."""
+        """Return the error of a record that the client rejected."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return too_large(size, self._limit, "message.max.bytes")
-        advice = "; this producer sends no more: make another one" if error.code() == KafkaError._FATAL else ""
+        advice = "; this producer cannot send any more: create a new one" if error.code() == KafkaError._FATAL else ""
         return KafkaException(f"{error.str()}: topic {topic!r} at {self._servers}{advice}")
 
     def _undelivered(self, error: KafkaError, topic: str, size: int, began: float) -> Exception:
-        """What to say about a report of failure."""
+        """Return the error of a failed delivery report."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return refused_as_too_large(size, topic, self._servers)
         if error.code() in _UNKNOWN_TOPIC:
-            # It was there before: somebody has deleted it.
+            # The topic existed before, so it was deleted: look it up again before the next message.
             self._topics.discard(topic)
             return KafkaException(self._no_topic(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
@@ -233,7 +232,10 @@ class Producer(OutgoingProducer):
 
 
 class _Bulk(Waiting):
-    """Messages on their way together. Reports come in whatever thread polls, and are looked at in that of the bulk."""
+    """The messages of one ``bulk_send``.
+
+    Delivery reports arrive in the thread that polls; the thread of the bulk processes them.
+    """
 
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
         self._producer = producer
@@ -250,7 +252,7 @@ class _Bulk(Waiting):
         self._arrived: collections.deque[tuple[Message, int, Any]] = collections.deque()
 
     def send(self, kmsgs: Iterable[Message]) -> None:
-        """Take messages; each one is sent at once."""
+        """Send each message as soon as the iterable yields it."""
         for kmsg in kmsgs:
             self._tally.take()
             try:
@@ -262,12 +264,12 @@ class _Bulk(Waiting):
                 self._look()
 
     def finish(self) -> Result:
-        """Wait until all are delivered, and say what came of them."""
+        """Wait until all messages are delivered or the deadline passes, and return the Result."""
         self._enough = 0
         self._producer._reports.wait(self, self._deadline)
         late = []
         while self._on_their_way:
-            # Another thread may just take the last one away.
+            # A late report removes its message in another thread, so pop messages instead of iterating over them.
             _, (kmsg, _) = self._on_their_way.popitem()
             late.append(kmsg)
         self._settle()
@@ -291,19 +293,19 @@ class _Bulk(Waiting):
         except Exception as exc:
             del self._on_their_way[number]
             if isinstance(exc, KafkaException):
-                # What one waited for in vain, the others need not wait for again.
+                # Fail the rest of the bulk with this error: each message would wait for the same cause.
                 self._in_vain = exc
             raise
 
     def _report(self, number: int, error: Any, _record: Any) -> None:
-        """What librdkafka calls."""
+        """Handle a delivery report; called by librdkafka."""
         found = self._on_their_way.pop(number, None)
         if found is not None and (error is not None or signals.message_sent.receivers):
             self._arrived.append((*found, error))
         self.reported()
 
     def _look(self) -> None:
-        """Take reports, and let the messages not become too many."""
+        """Read delivery reports, and wait while too many messages are in flight."""
         self._producer._reports.serve()
         if len(self._on_their_way) > MAX_ON_THEIR_WAY:
             self._enough = MAX_ON_THEIR_WAY // 2
@@ -320,7 +322,7 @@ class _Bulk(Waiting):
 
 
 def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """What the client is given beside the value: only what there is."""
+    """Return the arguments of ``produce`` for a key and headers, without those that are empty."""
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key

@@ -1,4 +1,4 @@
-"""What librdkafka gives, as the engine takes it: records and commits."""
+"""Conversion of librdkafka's messages and offsets to records and commits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kser.consumer.offsets import unseal
 
 
 class ConfluentRecord:
-    """A message of librdkafka as a record."""
+    """A record that wraps a message of librdkafka."""
 
     __slots__ = ("key", "message", "offset", "partition", "topic", "value")
 
@@ -31,14 +31,14 @@ class ConfluentRecord:
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes | None]]:
-        """Names and values."""
+        """The names and values of the headers."""
         return self.message.headers() or ()
 
 
 def commit_of(tp: TopicPartition) -> Commit:
-    """What a group has committed, as librdkafka gives it."""
+    """Return the Commit of an offset that librdkafka has read from the group."""
     try:
         return Commit(tp.offset, unseal(tp.metadata or ""))
     except UnicodeDecodeError:
-        # Another client wrote it without the NUL up to which this one reads.
+        # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past its end.
         return Commit(tp.offset)

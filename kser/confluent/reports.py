@@ -1,4 +1,4 @@
-"""Delivery reports: librdkafka hands them to whoever polls, and threads that share a producer wait for theirs."""
+"""Delivery reports: librdkafka passes them to the thread that polls, while each sender waits for its own."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from kser.outgoing import remaining
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a thread stays in the client, where no signal reaches it.
+#: Maximum seconds of one poll: signal handlers do not run while a thread polls.
 SLICE = 0.1
-#: Seconds between two looks at what happened while nobody sent.
+#: Seconds between two polls of an idle producer.
 HOUSEKEEPING = 1.0
 
 
 def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A callback of the user's, for whoever happens to poll: what it raises says nothing about what that one sends, and
-    must not end the thread that keeps house."""
+    """Wrap a user callback so that its exceptions are logged instead of raised.
+
+    librdkafka runs callbacks in whichever thread polls: an exception must neither fail that thread's send nor stop the
+    housekeeping thread.
+    """
 
     def call(told: Any) -> None:
         try:
             callback(told)
         except Exception:
-            logger.exception("a callback of the producer's configuration raised")
+            logger.exception("a callback in the producer's configuration raised an exception")
 
     return call
 
 
 class Trouble:
-    """What the client had to complain about last."""
+    """The last error that the client reported, and the user's ``error_cb``."""
 
     def __init__(self, told: Callable[[Any], Any] | None) -> None:
         self._told = None if told is None else guarded(told)
@@ -43,47 +46,47 @@ class Trouble:
         self._at = 0.0
 
     def __call__(self, error: Any) -> None:
-        """What librdkafka calls, and tells whoever asked for it in the configuration."""
+        """Record the error and call the user's ``error_cb``; called by librdkafka."""
         self.note(error)
         if self._told is not None:
             self._told(error)
 
     def note(self, error: Any) -> None:
-        """Keep a complaint; that nobody is left says less than why."""
+        """Record the last error, except ALL_BROKERS_DOWN and TIMED_OUT, which hide the cause."""
         if error.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
             self._text = error.str()
             self._at = time.monotonic()
 
     def since(self, began: float) -> str:
-        """The last complaint, if it was after ``began``, to end a text with."""
-        return f" (the client says: {self._text})" if self._text and self._at >= began else ""
+        """Return the last error as the end of an error text, or ``""`` if it is older than ``began``."""
+        return f" (last error of the client: {self._text})" if self._text and self._at >= began else ""
 
 
 class Waiting:
-    """What a thread waits for."""
+    """A condition that a thread waits for while delivery reports arrive."""
 
-    #: What wakes the thread, once it leaves the polling to another one.
+    #: Set to wake the thread while another one polls.
     wake: threading.Event | None = None
 
     def done(self) -> bool:
-        """Whether the wait is over."""
+        """Return whether the wait is over."""
         raise NotImplementedError
 
     def reported(self) -> None:
-        """To be called after each report: wakes the thread when the wait is over."""
+        """Wake the thread if the wait is over; called after each report."""
         if self.wake is not None and self.done():
             self.wake.set()
 
 
 class Delivery(Waiting):
-    """The report on one record."""
+    """The delivery report of one record."""
 
     def __init__(self) -> None:
         self.error: Any = None
         self._arrived = False
 
     def __call__(self, error: Any, _record: Any) -> None:
-        """What librdkafka calls."""
+        """Store the report; called by librdkafka."""
         self.error = error
         self._arrived = True
         self.reported()
@@ -93,13 +96,13 @@ class Delivery(Waiting):
 
 
 class Reports:
-    """Of the threads that wait for reports, one polls for all; it hands that over when it has its own.
+    """Leader/follower polling: one of the waiting threads polls for all, and passes the lead on after its own report.
 
-    A thread that polls and waits is as quick as the client is: a thread of the producer's own would add two changes of
-    threads to each message. While nobody waits, a thread looks once a second, because the client keeps what it has to
-    say (that a broker is gone, say) until somebody asks.
+    A sender that polls for itself gets its report without a thread switch; a dedicated polling thread would add two
+    switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
+    delivers its events (for example that a broker is down) only during a poll.
 
-    :param poll: the client's method: takes seconds, and calls back for each report.
+    :param poll: the client's ``poll``: takes a timeout in seconds and calls back for each report.
     """
 
     def __init__(self, poll: Callable[[float], Any]) -> None:
@@ -115,7 +118,7 @@ class Reports:
         self._housekeeper.start()
 
     def wait(self, waiting: Waiting, deadline: float) -> None:
-        """Wait until it is done, or until ``deadline`` by the monotonic clock."""
+        """Wait until ``waiting`` is done, or until ``deadline`` by the monotonic clock."""
         try:
             while not waiting.done() and remaining(deadline):
                 if self._take_lead(waiting):
@@ -127,7 +130,7 @@ class Reports:
                 self._leave(waiting)
 
     def serve(self, seconds: float = 0) -> bool:
-        """Take what there is, waiting for it for some seconds; False when another thread does that."""
+        """Poll for up to ``seconds``; return False without polling if another thread polls already."""
         with self._mutex:
             if self._led:
                 return False
@@ -139,9 +142,9 @@ class Reports:
         return True
 
     def __enter__(self) -> None:
-        """Somebody sends: the reports are not the housekeeper's.
+        """Register a sender, which polls for itself.
 
-        It would have to ask for the interpreter at each of them, while that thread works.
+        If the housekeeping thread polled too, it would compete with the sender for the GIL at each report.
         """
         with self._mutex:
             self._busy += 1
@@ -151,14 +154,14 @@ class Reports:
             self._busy -= 1
 
     def keep_house(self) -> None:
-        """Take what there is, unless somebody sends."""
+        """Poll once, unless a thread sends."""
         if not self._busy:
             self.serve()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the housekeeping thread."""
         self._closed.set()
-        # A callback of the user's that closes its producer may run in that very thread.
+        # A user callback that closes the producer may run in the housekeeping thread, which cannot join itself.
         if threading.current_thread() is not self._housekeeper:
             self._housekeeper.join()
 
@@ -184,7 +187,10 @@ class Reports:
             self._call_next()
 
     def _leave(self, waiting: Waiting) -> None:
-        """Wait no longer: whoever was called to lead and had its report already calls the next one."""
+        """Stop waiting, and wake the next follower if no thread polls.
+
+        A follower that was woken to lead may have its own report already; the lead would be lost otherwise.
+        """
         with self._mutex:
             self._followers.pop(id(waiting), None)
             if not self._led:
@@ -198,7 +204,11 @@ class Reports:
 
 
 def _keep_house(reports: weakref.ref[Reports], closed: threading.Event) -> None:
-    """Without holding them: who forgets to close a producer has no thread that lives for ever."""
+    """Poll once a second while the producer is idle.
+
+    Only a weak reference is held between polls, so that an unclosed producer can be garbage-collected and its thread
+    ends.
+    """
     while not closed.wait(HOUSEKEEPING):
         found = reports()
         if found is None:

@@ -1,1 +1,1 @@
-"""What every consumer shares, whatever its transport."""
+"""The consumer code shared by all transports."""

@@ -1,14 +1,14 @@
-"""The consumer: what users make and run. Every transport's consumer is one of these around its client.
+"""The consumer that users create and run. Each transport subclasses it and connects its own client.
 
-============== ===================================================================================================
-thread         what it does
-============== ===================================================================================================
-main           runs tasks when there is one worker; otherwise waits. Gets the signals, which only set a flag
-kser-client    owns the Kafka client (:mod:`kser.consumer.poller`)
-kser-worker    run tasks, when there are several workers (:mod:`kser.consumer.workers`)
-kser-watch     looks at the control files, at the time that attempts take, and after the end
-kser-beside    runs what registries want done beside (:mod:`kser.consumer.beside`)
-============== ===================================================================================================
+=============== ==================================================================================================
+thread          job
+=============== ==================================================================================================
+main            runs tasks if there is one worker, and otherwise waits; receives the signals, which only set a flag
+kser-client     owns the Kafka client (:mod:`kser.consumer.poller`)
+kser-worker     runs tasks; one thread per worker if there are several (:mod:`kser.consumer.worker_pool`)
+kser-supervisor checks the control files, enforces time limits and supervises the shutdown
+kser-services   runs the background services of the registries (:mod:`kser.consumer.services`)
+=============== ==================================================================================================
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from kser.consumer.workers import Workers
 from kser.controller import BaseProducer, Controller
 from kser.errors import SettingError
 
-#: Seconds between two looks at the control files, and that a step may take.
+#: Seconds between two checks of the control files, and the time limit of one :meth:`BaseConsumer.step`.
 TICK = 1.0
-#: Seconds between two looks at attempts that run, and at whether to end.
+#: Seconds between two checks of the time limits and of the stop flag.
 WATCH = 0.1
-#: Seconds between two warnings that the consumer is paused.
+#: Seconds between two warnings about a paused consumer.
 PAUSE_REMINDER = 30.0
-#: Seconds that the thread which owns the client is given to end, beyond what a rebalance may hold it up.
+#: Seconds to wait for the client thread at shutdown, in addition to the time that a rebalance can block it.
 JOIN_TIMEOUT = 5.0
 
 
 class BaseConsumer:
-    """Takes messages from topics and has :attr:`REGISTRY` handle them.
+    """A consumer that passes the messages of its topics to :attr:`REGISTRY`.
 
-    :param topics: what to consume.
-    :param options: how to work.
+    :param topics: the topics to consume.
+    :param options: the options of the consumer.
     :param group: the consumer group, for the log.
-    :param interval: seconds between commits; 0 commits at once.
-    :param poll_limit: seconds that the client may go without a poll.
-    :param session: seconds after which the group gives up a member that it does not hear of.
-    :raises kser.errors.SettingError: the topic of dead letters is consumed.
+    :param interval: seconds between commits; 0 commits after each message.
+    :param poll_limit: the longest time in seconds that the client may spend between two polls.
+    :param session: seconds without a heartbeat after which the group removes a member.
+    :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
     """
 
-    #: What handles messages: a controller class or an instance of one. May be set on the instance.
+    #: The handler of messages: a controller class or an instance of one. You may set it on the instance.
     REGISTRY: Any = Controller
 
     #: The client's option that names the consumer group.
     GROUP_OPTION: ClassVar[str] = "group_id"
-    #: The client's option that says where a group begins that has committed nothing.
+    #: The client's option for the position of a group without committed offsets.
     RESET_OPTION: ClassVar[str] = "auto_offset_reset"
 
     #: The logger of the transport's module.
@@ -79,7 +79,7 @@ class BaseConsumer:
         poll_limit: float,
         session: float,
     ) -> None:
-        #: How it works.
+        #: The options of this consumer.
         self.options = options
         self._topics = list(topics)
         self._group = group
@@ -87,7 +87,7 @@ class BaseConsumer:
         self._check_dead_letters()
         self._dispatch = Dispatch(
             ordering=options.ordering,
-            # In that mode a crash loses what is here: no more than what can run.
+            # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
             revoke_timeout=min(options.revoke_timeout, poll_limit / 3),
@@ -98,7 +98,7 @@ class BaseConsumer:
         self._clock = self._dispatch.clock
         self._interrupts = Interrupts(self.stop)
         self._stopping = self._working = self._closed = False
-        #: When to be done, once the consumer ends.
+        #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.
         self._end_by = 0.0
         self._crash: Exception | None = None
         self._client_thread: threading.Thread | None = None
@@ -132,53 +132,53 @@ class BaseConsumer:
         )
         if self._poller.mode == NEVER and options.commit != NEVER:
             self.LOGGER.warning(
-                f"{type(self).__name__}: without group_id no offset can be committed: messages are handled, and what"
-                " was handled before a restart is not remembered; set group_id"
+                f"{type(self).__name__}: without group_id no offset can be committed: after a restart, the"
+                " consumer does not know which messages it has handled; set group_id"
             )
 
     def _check_dead_letters(self) -> None:
         if self.options.dead_letter in self._topics:
             raise SettingError(
-                f"dead_letter is {self.options.dead_letter!r}, a topic that is consumed here: what fails would come"
-                " back for ever; name another one"
+                f"dead_letter is {self.options.dead_letter!r}, a topic that this consumer reads: failed messages"
+                " would loop endlessly; choose another topic"
             )
 
     # -- override points -----------------------------------------------------------------------------------------------
 
     @staticmethod
     def is_active() -> bool:
-        """Whether messages are to be taken: there is no pause file. Looked at every second."""
+        """Return whether to fetch messages: True unless the pause file exists. Called every second."""
         return not lockfiles.is_paused()
 
     @staticmethod
     def should_stop() -> bool:
-        """Whether to end: the terminate file was written since this process started. Looked at every second."""
+        """Return whether to stop: True if the terminate file is newer than this process. Called every second."""
         return lockfiles.terminate_file.is_present()
 
     @classmethod
     def clean_lock(cls) -> None:
-        """Remove the pause file: a consumer that starts is not paused."""
+        """Remove the pause file, because a consumer starts unpaused."""
         if path := lockfiles.remove_pause_file():
             cls.LOGGER.debug(f"Cleaning existing pause file: {path}")
 
     def make_producer(self) -> BaseProducer:
-        """A producer to the same place, for dead letters and for tasks that send; made when it is first needed."""
+        """Create a producer for the same cluster. Called once, when a dead letter or a task first needs it."""
         raise NotImplementedError
 
     def _connect(self) -> ConsumerClient:
-        """A client; called again when one has come to its end."""
+        """Create a client. Called again when a client failed fatally."""
         raise NotImplementedError
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
     def assignment(self) -> frozenset[Partition]:
-        """The partitions that this consumer has now."""
+        """The partitions currently assigned to this consumer."""
         return self._dispatch.assignment
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many messages are ``done``, and how often one ``failed``, was ``retried`` or ``dead_lettered``."""
+        """Counters of messages: ``done``, ``failed``, ``retried`` and ``dead_lettered``."""
         return {"done": self._dispatch.settled, **self._workers.counts, "dead_lettered": self._letters.written}
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -186,10 +186,11 @@ class BaseConsumer:
     def run(self) -> None:
         """Consume until SIGTERM, SIGINT or the terminate file; then commit, close the client and exit.
 
-        What runs then is given ``shutdown_timeout`` seconds; the rest is handed back. A second signal ends at once.
+        Running messages have ``shutdown_timeout`` seconds to finish. Attempts that still run after that are abandoned,
+        and their messages will run again. A second signal abandons them immediately.
 
-        :raises SystemExit: always, with status 0, when it ends as it should; 143 after a second SIGTERM.
-        :raises KeyboardInterrupt: at a second SIGINT, or one that a task raised; its message is not committed.
+        :raises SystemExit: after every orderly shutdown, with status 0; with status 143 after a second SIGTERM.
+        :raises KeyboardInterrupt: after a second SIGINT, or if a task raised it; its message is not committed.
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
         self.LOGGER.info(
@@ -217,10 +218,10 @@ class BaseConsumer:
         sys.exit(0)
 
     def step(self, timeout: float = POLL_TIMEOUT) -> int:
-        """One turn in this thread, for tests: look at the control files, poll, handle what there is, commit.
+        """Run one cycle in this thread, for tests: check the control files, poll, handle messages, commit.
 
-        :param timeout: seconds to wait for messages when there are none.
-        :return: how many messages were handled, within about a second.
+        :param timeout: seconds to wait if no message is available.
+        :return: the number of messages handled, within about a second.
         """
         self._look()
         if self._stopping:
@@ -239,18 +240,18 @@ class BaseConsumer:
         return handled
 
     def stop(self) -> None:
-        """End after what is being handled. May be called from any thread or signal handler."""
+        """Stop after the running messages. You may call it from any thread or signal handler."""
         self._workers.stopping = True
         self._stopping = True
 
     def close(self) -> None:
-        """Commit what is done, leave the group and let go of the client."""
+        """Commit finished messages, leave the group and close the client."""
         with ExitStack() as last_to_first:
             last_to_first.callback(self._let_go)
             self._stopping = True
             last_to_first.callback(self._lending.close)
             self._workers.end()
-            # As long as there is a producer.
+            # Background services send messages, so they close before the producer does.
             self._beside.close(JOIN_TIMEOUT)
             self._lending.take_back(self.REGISTRY)
             if self._client_thread is None:
@@ -271,11 +272,11 @@ class BaseConsumer:
         patience = max(self._end_by - self._clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
         self._client_thread.join(patience)
         if self._client_thread.is_alive():
-            self.LOGGER.warning(f"{type(self).__name__}: the Kafka client does not end; ending without it")
+            self.LOGGER.warning(f"{type(self).__name__}: the Kafka client did not close in time; exiting without it")
 
     def _start(self) -> None:
         self._main = threading.current_thread()
-        # Before anything is begun: it may be paused, or to end, from the start.
+        # The check precedes the start of the threads, because the consumer may be paused or stopped from the beginning.
         self._look()
         self._lending.lend(self.REGISTRY)
         self._client_thread = threading.Thread(target=self._poller.run, name="kser-client", daemon=True)
@@ -293,31 +294,32 @@ class BaseConsumer:
             self._working = False
 
     def _commit_first(self, job: Job) -> None:
-        """Have a record committed before it is handled; when that takes too long, it is handled all the same."""
+        """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
         if self._client_thread is None:
             self._poller.commit()
         else:
-            # Until the group knows that it is finished.
+            # The client thread commits; the offset counts as committed when the group has confirmed it.
             self._dispatch.wait_for_change(CLIENT_TIMEOUT, lambda: job.progress.is_committed(job.record.offset))
 
     def _handle(self, value: Any) -> None:
         try:
             data: Any = value.decode("utf-8") if isinstance(value, bytes) else value
         except UnicodeDecodeError:
-            # The registry refuses it, and tells its hooks.
+            # The registry rejects the undecodable value and calls its error hook.
             data = value
         registry = self.REGISTRY
         if self._lending.lend_to_new(registry) and self._client_thread is not None:
             self._beside.start()
         registry.run(data)
 
-    # -- the thread that watches ---------------------------------------------------------------------------------------
+    # -- the supervisor thread -----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         try:
             self._watch_until_stopped()
         except Exception as exc:
-            # What looks at the control files may be the user's own; nobody would see the end coming without it.
+            # is_active and should_stop may be user code that raises. Without a supervisor no stop request would be
+            # noticed, so the consumer stops and run() raises the error.
             self._crash = exc
             self.stop()
         self._poller.ending = True
@@ -329,8 +331,8 @@ class BaseConsumer:
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._interrupts.status is None else "at the second signal"
                 self.LOGGER.warning(
-                    f"{type(self).__name__}: offset {job.record.offset} of {job.place} still runs {when}: it is handed"
-                    " back, and will be run again"
+                    f"{type(self).__name__}: offset {job.record.offset} of {job.place} still runs {when}: it is"
+                    " abandoned, and will run again"
                 )
         self._poller.stop(self._end_by)
         self._see_main_out()
@@ -343,13 +345,13 @@ class BaseConsumer:
             self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())
 
     def _see_main_out(self) -> None:
-        """End the process when the main thread does not come out of a message: all the rest is in order by then."""
+        """Force the process to exit if a task still blocks the main thread; everything else has been shut down."""
         if self._main is not threading.main_thread() or self._interrupts.get_out(lambda: self._working):
             return
         self._join_client()
         self._let_go()
         self.LOGGER.warning(
-            f"{type(self).__name__}: the main thread does not come out of its message: ending without it"
+            f"{type(self).__name__}: a message still blocks the main thread; forcing the process to exit"
         )
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -361,15 +363,15 @@ class BaseConsumer:
             self._look()
             self._workers.expire()
             if not self._stopping and not self._client_thread.is_alive():  # type: ignore[union-attr]
-                raise RuntimeError("the thread that owns the Kafka client has ended; the log says why")
+                raise RuntimeError("the Kafka client thread has ended unexpectedly; see the log for the cause")
             self._interrupts.wait(WATCH)
 
     def _look(self) -> None:
-        """Look at the control files, when it is time."""
+        """Check the control files, at most once per ``CONTROL_FILE_INTERVAL``."""
         if self._clock() - self._last_look < TICK:
             return
         self._last_look = self._clock()
-        # Only ever set: a signal may arrive while the file is looked at.
+        # The flag is never cleared here; otherwise a signal that arrives during the check would be lost.
         if self.should_stop():
             self.stop()
         paused = not self.is_active()
@@ -381,6 +383,6 @@ class BaseConsumer:
         self._lending.lend(self.REGISTRY)
 
     def _drain(self) -> None:
-        """Wait for what runs; the thread that watches gives up what takes too long."""
+        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
         while self._dispatch.running():
             self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())

@@ -1,4 +1,4 @@
-"""What runs beside a consumer in a thread of its own, for the registries of the classes that it runs."""
+"""Background services of a consumer: one thread that runs the periodic work of its registries."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two turns.
+#: Seconds between two ticks of each background service.
 TICK = 0.5
 
 
 class Companion(Protocol):
-    """What is to run beside a consumer, for a registry."""
+    """Periodic work that a registry needs while a consumer runs."""
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Run the work that is due."""
 
     def close(self) -> None:
-        """The consumer ends."""
+        """Release resources; the consumer is shutting down."""
 
 
 class Beside:
-    """Gives companions their turns.
+    """The thread that runs the background services of a consumer.
 
-    :param companions: finds them; there may be more of them later.
+    :param companions: returns the background services; called repeatedly, because services are added later.
     """
 
     def __init__(self, companions: Callable[[], Sequence[Companion]]) -> None:
@@ -38,9 +38,9 @@ class Beside:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, when there is anything to run and it has not begun; what has to wait for its database begins later.
+        """Start the thread if it is not running and there are services; services without a database start later.
 
-        :raises kser.errors.KserError: one of them cannot work here.
+        :raises kser.errors.KserError: a service cannot run in this consumer.
         """
         if self._thread is not None:
             return
@@ -48,16 +48,16 @@ class Beside:
         try:
             self._companions = self._find()
         except StoreUnavailable:
-            # It was logged.
+            # The store has logged the outage. The thread starts anyway and loads the services after the outage.
             waits = True
         if self._companions or waits:
             self._thread = threading.Thread(target=self._run, name="kser-beside", daemon=True)
             self._thread.start()
 
     def close(self, timeout: float) -> None:
-        """End.
+        """Stop the thread and close the services.
 
-        :param timeout: seconds that a turn may take to end.
+        :param timeout: seconds to wait for the running tick.
         """
         self._over.set()
         if self._thread is not None:
@@ -73,12 +73,13 @@ class Beside:
             self._look_for_more()
 
     def _look_for_more(self) -> None:
-        """Classes may have been added, of registries that nobody knew."""
+        """Reload the services, because classes of further registries may have been registered."""
         try:
             self._companions = self._find()
         except StoreUnavailable:
-            # It was logged.
+            # The store has logged the outage; the next cycle reloads the services.
             pass
         except Exception:
-            # Without this thread claims end; and what it asks is the code of apps and drivers.
-            logger.exception("what is to run beside the consumer cannot work; it is tried again")
+            # Never let this thread die: leases would expire. Services call user and driver code that may raise
+            # anything.
+            logger.exception("background services could not be loaded; trying again")

@@ -1,38 +1,38 @@
-"""How many records a consumer may hold, by count and by bytes."""
+"""Limit of the records in flight in a consumer, by count and by bytes."""
 
 from __future__ import annotations
 
 
 class Budget:
-    """What is held of what may be held.
+    """Counter of the records in flight, with a limit of their number and bytes.
 
-    :param max_count: records.
-    :param max_bytes: bytes of their keys and values.
+    :param max_count: the maximum number of records.
+    :param max_bytes: the maximum number of bytes of their keys and values.
     """
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._average = 0
-        #: Records that are held, and their bytes.
+        #: The number of records in flight, and their bytes.
         self.count = self.bytes = 0
 
     def take(self, count: int, size: int) -> None:
-        """So many records are held more."""
+        """Count additional records in flight."""
         self.count += count
         self.bytes += size
         if count:
             self._average = max(size // count, 1)
 
     def give(self, size: int) -> None:
-        """One record less is held."""
+        """Remove one record from the counters."""
         self.count -= 1
         self.bytes -= size
 
     def room(self, resting: int) -> int:
-        """How many records there is room for.
+        """Return how many more records may be in flight.
 
-        :param resting: of those that are held, how many do not count: they only take bytes.
+        :param resting: the number of records in flight that wait for a retry; these count by their bytes only.
         """
         room = self._max_count - self.count + resting
         spare = self._max_bytes - self.bytes

@@ -1,4 +1,4 @@
-"""Waiting for something to become true."""
+"""Waiting until a predicate is true."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 
 class Changes:
-    """Threads that wait, each until something is true, which is looked at whenever it may have become so.
+    """A condition variable for threads that each wait for a predicate of their own.
 
-    :param lock: held by whoever tells of a change.
+    :param lock: the lock of the state that the predicates read; callers of the notify methods must hold it.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
         self._condition = threading.Condition(lock)
-        #: What is waited for.
+        #: The predicates of the waiting threads.
         self.awaited: list[Callable[[], bool]] = []
 
     def wait(self, until: Callable[[], bool], timeout: float) -> None:
-        """Return when ``until()`` is true, or after ``timeout`` seconds."""
+        """Block until the predicate is true, or until ``timeout`` seconds have passed."""
         with self._condition:
             self.awaited.append(until)
             try:
@@ -27,10 +27,10 @@ class Changes:
                 self.awaited.remove(until)
 
     def tell(self) -> None:
-        """Something has changed."""
+        """Wake the waiting threads if the predicate of at least one is true."""
         if any(until() for until in self.awaited):
             self._condition.notify_all()
 
     def wake(self) -> None:
-        """Let all look, whatever they wait for."""
+        """Wake all waiting threads, so that each evaluates its predicate."""
         self._condition.notify_all()

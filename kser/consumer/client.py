@@ -1,4 +1,4 @@
-"""The contract that a transport fulfils, so that one consumer serves them all."""
+"""The interface of a transport's Kafka client, used by the one consumer of all transports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Partition(NamedTuple):
 
 
 class Record(Protocol):
-    """What a transport hands out; the records of Kafka clients are such, or are wrapped to be."""
+    """A Kafka record. Transports return the record objects of their client library, or wrap them."""
 
     @property
     def topic(self) -> str: ...
@@ -34,7 +34,7 @@ class Record(Protocol):
     def value(self) -> bytes | None: ...
     @property
     def timestamp(self) -> int:
-        """Milliseconds since 1970."""
+        """The timestamp of the record, in milliseconds since 1970."""
         ...
 
     @property
@@ -42,10 +42,10 @@ class Record(Protocol):
 
 
 class Commit(NamedTuple):
-    """Where a group is in a partition: what Kafka remembers of it.
+    """The committed offset of a group in a partition.
 
-    :param offset: everything below it is finished.
-    :param metadata: what is finished above it, see :mod:`kser.consumer.offsets`.
+    :param offset: the next offset; all records below it are finished.
+    :param metadata: the finished offsets above it, see :mod:`kser.consumer.offsets`.
     """
 
     offset: int
@@ -53,96 +53,109 @@ class Commit(NamedTuple):
 
 
 class Revocation(Protocol):
-    """Partitions on their way out: what runs is waited for, then everything that is finished is committed."""
+    """A pending revocation: the client waits for the running records, commits the finished ones, then revokes."""
 
     @property
     def drained(self) -> bool:
-        """Whether nothing of them runs any more, or no more time is left for it."""
+        """Whether no record of the partitions is running, or the time limit is over."""
         ...
 
     def wait(self) -> None:
-        """Return once they are drained."""
+        """Block until the partitions are drained."""
 
     @property
     def commits(self) -> Callable[[], Mapping[Partition, Commit]]:
-        """What gives what to commit: what is finished by now, which is most once they are drained."""
+        """A callable that returns the offsets to commit. Call it after the drain, to include every finished record."""
         ...
 
 
 class Listener(Protocol):
-    """Who is told which partitions come and go. May be called in a thread of the client."""
+    """The rebalance listener. A client may call it in a thread of its own."""
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        """Partitions are ours, from these positions on. Called before a record of them is handed out."""
+        """Handle newly assigned partitions. Called before the client returns a record of them.
+
+        :param starts: the committed offset of each partition.
+        """
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        """The same, but these positions are new: what was known of the partitions is not true any more."""
+        """Handle assigned partitions whose position was reset: discard all state of these partitions.
+
+        :param starts: the new position of each partition.
+        """
 
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
-        """Partitions are to be given up; the client waits until they are drained, and commits."""
+        """Handle a revocation. The client waits until the partitions are drained, and then commits."""
         ...
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
-        """Partitions are somebody else's already: nothing can be committed."""
+        """Handle lost partitions: the group has already reassigned them, so nothing can be committed."""
 
 
 class ConsumerClient(ABC):
-    """A member of a consumer group. Used by one thread.
+    """A member of a consumer group. Only one thread uses it.
 
-    Its own commits are off, and so is its own choice of a position: a partition starts where the group is, or, if the
-    group has committed nothing there, where ``auto_offset_reset`` says, and that is committed before the first record
-    is handed out. What the client cannot do now is raised as :class:`kser.errors.ClientTrouble`; it is tried again.
+    The client commits nothing by itself, and it does not choose a position by itself: a partition starts at the
+    committed offset of the group. If there is none, it starts at the position given by ``auto_offset_reset``, and the
+    client commits that position before it returns the first record. Each method raises
+    :class:`kser.errors.ClientError` if it fails; the caller retries.
     """
 
-    #: Whether offsets can be committed at all: whether there is a group.
+    #: Whether the client can commit offsets; False without a consumer group.
     can_commit: bool
 
     @property
     def cluster(self) -> str:
-        """What tells this Kafka cluster from others, whichever of its brokers was named; empty if nobody says.
+        """The cluster id, which is the same for all bootstrap servers of a Kafka cluster; empty if it is unknown.
 
-        May be asked by any thread.
+        Any thread may read it.
         """
         return ""
 
     @abstractmethod
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
-        """Take part in the consumption of ``topics``."""
+        """Subscribe to ``topics`` and report rebalances to ``listener``."""
 
     @abstractmethod
     def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        """Take part in the group, and hand out records that were not handed out yet, in order within a partition.
+        """Serve the group membership and return new records, in order within a partition.
 
-        :param timeout: seconds to wait when there are no records to hand out.
-        :param limit: hand out that many at most. With 0, those of partitions that are assigned in this very call may
-            come all the same.
-        :param held: partitions to hand out none of.
+        :param timeout: seconds to wait if no record is available.
+        :param limit: the maximum number of records. With 0, the call may still return records of partitions that are
+            assigned during the call.
+        :param held: paused partitions, of which the call returns no records.
         """
 
     @abstractmethod
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
-        """Record where the group is; returns when it knows, within ``timeout`` seconds."""
+        """Commit offsets and return after the group has confirmed them, within ``timeout`` seconds."""
 
     @abstractmethod
     def lag(self) -> Mapping[Partition, int]:
-        """How far the end of each partition is ahead of what was handed out, as far as the client has heard."""
+        """Return how many records each partition has beyond the last one returned, from cached end offsets."""
 
     @abstractmethod
     def close(self, timeout: float) -> None:
-        """Leave the group without committing, and let go of all resources, within about ``timeout`` seconds."""
+        """Leave the group without a commit and release all resources, within about ``timeout`` seconds."""
 
 
 def out_of_range(partition: Partition, was: int | None, begin: int, end: int, start: int) -> str:
-    """What to log of a position that is not in the log (any more)."""
+    """Return the log text for a position outside of the partition's log.
+
+    :param was: the position; None if it is unknown.
+    :param begin: the first offset of the log.
+    :param end: the offset behind the last one of the log.
+    :param start: the position to continue at.
+    """
     position = -1 if was is None else was
     if position < begin:
         lost = f"offsets {position} to {begin - 1} were deleted before they were handled: raise the topic's retention"
     else:
-        lost = f"offsets {end} to {position - 1} are gone from the log: it was cut off, or the topic was made anew"
-    return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; going on at {start}"
+        lost = f"offsets {end} to {position - 1} are not in the log: it was truncated, or the topic was recreated"
+    return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; continuing at {start}"
 
 
-#: What to do about an error of a client, by a word in its text.
+#: Advice for an error of a client library, by a substring of the error's text.
 _REMEDIES = {
     "authenticat": "check user, password and mechanism in the client's security settings",
     "authoriz": "grant the user Read on the topic and on the consumer group",
@@ -153,11 +166,13 @@ _REMEDIES = {
 
 
 def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, passing: bool = False) -> ClientTrouble:
-    """What a client cannot do now.
+    """Build the error of a failed client operation.
 
-    :param what: what it was to do.
-    :param servers: where.
-    :param reason: its own error.
+    :param what: the operation, as an infinitive.
+    :param servers: the bootstrap servers.
+    :param reason: the error of the client library.
+    :param fatal: whether the consumer must replace the client.
+    :param passing: whether the error is transient, and so logged at INFO.
     """
     text = f"cannot {what} at {servers}: {reason}"
     remedy = next((remedy for word, remedy in _REMEDIES.items() if word in str(reason).lower()), None)
@@ -165,15 +180,15 @@ def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, pas
 
 
 def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientTrouble:
-    """What is wrong when a group has committed nothing, and is not to begin by itself."""
+    """Build the error of a group without committed offsets whose reset policy is ``none``."""
     places = ", ".join(map(str, partitions))
     return ClientTrouble(
-        f"the group has committed nothing in {places}, and the reset policy is 'none': commit offsets for it, or let it"
-        " begin with 'earliest' or 'latest'"
+        f"the group has no committed offset in {places}, and the reset policy is 'none': commit offsets for the group,"
+        " or set the policy to 'earliest' or 'latest'"
     )
 
 
 def given_up(commits: Mapping[Partition, Commit], error: Exception) -> str:
-    """What to say when partitions are gone, and what was finished of them is not committed."""
+    """Return the log text for partitions that were revoked before their finished records were committed."""
     places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
-    return f"partitions were given up before {places} could be committed ({error}): messages come again"
+    return f"partitions were revoked before {places} could be committed ({error}): messages will be redelivered"

@@ -1,4 +1,4 @@
-"""Dead letters: messages that failed for good, on a topic of their own, until somebody sends them again."""
+"""Dead letters: permanently failed messages, stored on a topic of their own until they are replayed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from kser.schemas import Message
 if TYPE_CHECKING:
     from kser.consumer.base import BaseConsumer
 
-#: How the names of our headers begin; the message's own headers are left as they are.
+#: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
 PREFIX = "kser-dlq-"
-#: Characters of an error's message that are kept, and when the record is too large for that.
+#: Maximum characters of the error message: at the first try, and if the dead letter was too large with that.
 TEXT_LIMITS = (2000, 0)
-#: Seconds that writing a dead letter may take.
+#: Time limit for writing a dead letter, in seconds.
 TIMEOUT = 10.0
-#: Dead letters that are sent again between two commits: after a crash they may be sent once more.
+#: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
 BATCH = 100
-#: Seconds that a poll waits for dead letters.
+#: Seconds that one poll waits for dead letters.
 POLL_TIMEOUT = 0.5
 
 
 class DeadLetters:
-    """Writes dead letters.
+    """Writer of dead letters.
 
-    :param topic_for: the topic for messages of a topic; None when they go nowhere.
-    :param producer: gives what they are written with.
-    :param sender: the consumer's class: its name is in the dead letters, and it sends the signal.
+    :param topic_for: returns the dead letter topic of a source topic; None if the source topic has no dead letters.
+    :param producer: returns the producer.
+    :param sender: the consumer class; its name is stored in the dead letters, and it is the sender of the signal.
+    :param logger: the logger of the consumer.
     """
 
     def __init__(
@@ -53,15 +54,15 @@ class DeadLetters:
         self._producer = producer
         self._sender = sender
         self._logger = logger
-        #: How many were written.
+        #: The number of dead letters written.
         self.written = 0
 
     def write(self, record: Record, failure: Failure, attempts: int, again: bool = False) -> bool:
-        """Write a record where messages go that failed for good.
+        """Write the dead letter of a permanently failed record.
 
-        :param attempts: how often it was tried.
-        :param again: it could not be written before, which was said then.
-        :return: whether it may count as done: it is written, or goes nowhere.
+        :param attempts: the number of attempts at the record.
+        :param again: whether an earlier write failed; the failure was logged then and is logged at DEBUG now.
+        :return: True if the record counts as finished: its dead letter is written, or its topic has no dead letters.
         """
         topic = self._topic_for(record.topic)
         if topic is None:
@@ -72,7 +73,8 @@ class DeadLetters:
             self._logger.log(
                 logging.DEBUG if again else logging.ERROR,
                 f"{self._sender.__name__}: offset {record.offset} of {Partition(record.topic, record.partition)} failed"
-                f" ({failure.reason}) and cannot be written to {topic!r}: {error}; its partition waits until it can",
+                f" ({failure.reason}) and its dead letter cannot be written to {topic!r}: {error}; the partition is"
+                " paused until the write succeeds",
             )
             return False
         self.written += 1
@@ -107,17 +109,21 @@ class DeadLetters:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A message that failed for good.
+    """A permanently failed message.
 
-    :param key: as it was, like ``value`` and ``headers``.
+    :param key: the key of the original record.
+    :param value: the value of the original record.
+    :param headers: the headers of the original record.
     :param reason: ``undecodable``, ``unknown-entrypoint`` or ``failed``.
-    :param error_class: the exception's, empty for a failed result.
-    :param error_message: what it said, maybe cut.
-    :param attempts: how often it was tried.
-    :param topic: where it came from, like ``partition`` and ``offset``.
-    :param timestamp: when it was written there, in milliseconds since 1970.
-    :param consumer: class, host and process that gave it up.
-    :param time: when, in milliseconds since 1970.
+    :param error_class: the full class name of the exception; empty for a failed result.
+    :param error_message: the message of the error, possibly truncated.
+    :param attempts: the number of attempts at the message.
+    :param topic: the topic of the original record.
+    :param partition: the partition of the original record.
+    :param offset: the offset of the original record.
+    :param timestamp: the timestamp of the original record, in milliseconds since 1970.
+    :param consumer: the consumer that wrote the dead letter: class, host and process id.
+    :param time: the time of writing the dead letter, in milliseconds since 1970.
     """
 
     key: bytes | None
@@ -136,7 +142,7 @@ class DeadLetter:
 
     @property
     def message(self) -> Message | None:
-        """The message; None when it cannot be read."""
+        """The decoded message; None if it is undecodable."""
         try:
             return Message.loads(self.value or b"")
         except Exception:
@@ -146,13 +152,13 @@ class DeadLetter:
 def iter_dead_letters(
     consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, *, timeout: float = 10
 ) -> Iterator[DeadLetter]:
-    """The dead letters that are on a topic now, oldest first within a partition. Nothing is committed for anybody.
+    """Iterate over the dead letters currently on a topic, oldest first within a partition. It commits no offsets.
 
     :param consumer: the consumer class of the transport: ``kser.python_kafka.consumer.Consumer`` or another one.
-    :param config: options of its client; the group is not used.
-    :param topic: where dead letters are.
-    :param timeout: seconds to wait for an answer.
-    :raises kser.errors.BrokerUnavailable: there was none.
+    :param config: options of its client; the group in it is ignored.
+    :param topic: the topic of the dead letters.
+    :param timeout: seconds to wait for a response of the broker.
+    :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     """
     with closing(_reader(consumer, config, topic, f"kser-read-{uuid4()}", commit="never")) as reader:
         for job in _jobs(reader, timeout):
@@ -172,22 +178,22 @@ def replay(
     group: str | None = None,
     timeout: float = 10,
 ) -> int:
-    """Send dead letters once more to where they came from, as they were. What is not to be sent is passed over.
+    """Send dead letters back to their original topics, unchanged; skip those that ``where`` does not select.
 
-    Each call goes on where the last one with the same ``group`` stopped. After a crash some may be sent twice, with the
-    uuids that they have.
+    Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
+    sent twice, with the same uuids.
 
     :param consumer: the consumer class of the transport.
-    :param config: options of its client; the group is set here.
-    :param topic: where dead letters are.
-    :param where: which to send; all of them when None.
-    :param limit: how many to send at most.
-    :param to: a topic to send to in place of the one each came from.
-    :param group: who remembers how far it came; ``kser-replay-<topic>`` when None.
-    :param timeout: seconds to wait for an answer, and for each delivery.
-    :return: how many were sent.
-    :raises kser.errors.BrokerUnavailable: there was no answer.
-    :raises kser.errors.NotDelivered: one could not be sent; a later call begins with it.
+    :param config: options of its client; the group in it is replaced by ``group``.
+    :param topic: the topic of the dead letters.
+    :param where: selects the dead letters to send; None sends all of them.
+    :param limit: the maximum number of messages to send.
+    :param to: a topic to send all messages to, instead of their original topics.
+    :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
+    :param timeout: seconds to wait for a response of the broker, and for each delivery.
+    :return: the number of messages sent.
+    :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
+    :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
     """
     sent = 0
     with closing(_reader(consumer, config, topic, group or f"kser-replay-{topic}")) as reader:
@@ -209,9 +215,9 @@ def replay(
 def _reader(
     consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, group: str, commit: str = "after"
 ) -> BaseConsumer:
-    # It reads beside the consumers of this host: their pause file is none of its business.
+    # The reader must not remove the pause file, because the file belongs to the other consumers of this host.
     reader: Any = type("DeadLetterReader", (consumer,), {"clean_lock": classmethod(lambda cls: None)})
-    # The settings of this process are those of its consumers.
+    # The reader sets these options itself, because the settings of this process are meant for its regular consumers.
     found: BaseConsumer = reader(
         {**config, consumer.GROUP_OPTION: group, consumer.RESET_OPTION: "earliest"},
         [topic],
@@ -225,7 +231,7 @@ def _reader(
 
 
 def _jobs(reader: BaseConsumer, timeout: float) -> Iterator[Job]:
-    """What the topic holds, until there is no more."""
+    """Iterate over the records of the topic, up to its current end."""
     deadline = time.monotonic() + timeout
     while True:
         taken = reader._poller.turn(min(POLL_TIMEOUT, timeout))
@@ -237,13 +243,13 @@ def _jobs(reader: BaseConsumer, timeout: float) -> Iterator[Job]:
             return
         if time.monotonic() > deadline:
             raise BrokerUnavailable(
-                f"the dead letters of {reader._topics[0]!r} could not be read: no answer within {timeout:g} s; is there"
-                " a broker, and is there such a topic?"
+                f"the dead letters of {reader._topics[0]!r} could not be read: no response within {timeout:g} s;"
+                " check that the broker is reachable and that the topic exists"
             )
 
 
 def _letter(record: Record) -> DeadLetter | None:
-    """A dead letter out of its record; None when it is none."""
+    """Parse a record into a dead letter; return None if it is not a dead letter."""
     ours = {name.removeprefix(PREFIX): value or b"" for name, value in record.headers if name.startswith(PREFIX)}
 
     def text(name: str) -> str:

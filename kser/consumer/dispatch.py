@@ -1,6 +1,6 @@
-"""Between the thread that owns the client and those that run tasks: records on their way, in lanes.
+"""The work queue between the client thread and the workers, ordered by lanes.
 
-Everything here is guarded by one lock and takes no time: no user code, no network.
+One lock guards the whole state. Methods run neither user code nor network calls, so they hold it only briefly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kser.retry import Retry
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at whether the client lives again.
+#: Seconds between two checks whether an expired group lease was renewed.
 FENCE_TICK = 0.1
 
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
@@ -34,15 +34,16 @@ _is_begun = attrgetter("begun")
 
 
 class Dispatch(Listener):
-    """Takes records in, gives them to workers in the order of their lanes, and knows what is finished.
+    """A queue of records in lanes that tracks which records are finished.
 
-    :param ordering: ``"key"``, ``"partition"`` or ``"none"``: what makes a lane.
-    :param max_in_flight: records that may be unfinished; past that :meth:`room` is 0.
-    :param max_bytes: bytes of their keys and values.
-    :param revoke_timeout: seconds that what runs is waited for when its partition is to be given up.
-    :param retry: the policy for classes that declare none.
-    :param fence: see :class:`kser.consumer.pulse.Pulse`.
-    :param commit_before: a record counts as finished for its group as soon as it is begun.
+    :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
+    :param max_in_flight: the maximum number of unfinished records; beyond it, :meth:`capacity` is 0.
+    :param max_bytes: the maximum number of bytes of their keys and values.
+    :param revoke_timeout: seconds to wait for the running records of a partition before it is revoked.
+    :param retry: the retry policy for classes that declare none.
+    :param fence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
+    :param commit_before: whether a record counts as finished for its group as soon as its attempt has started.
+    :param clock: returns the time in seconds.
     """
 
     def __init__(
@@ -61,62 +62,62 @@ class Dispatch(Listener):
         self._budget = Budget(max_in_flight, max_bytes)
         self._revoke_timeout = revoke_timeout
         self._retry = retry
-        #: Tells what counts as finished for the group although it is not.
+        #: With ``commit="before"``, returns whether an unfinished record counts as finished when offsets are computed.
         self.is_begun: Callable[[Any], bool] | None = _is_begun if commit_before else None
         self.clock = clock
-        #: Whether the client is in its group: else nothing is begun.
+        #: The group lease; while it is expired, no attempt starts.
         self.pulse = Pulse(clock, fence)
-        # Whoever waits for a change looks at things that take the lock themselves.
+        # Re-entrant, because wait predicates call methods that acquire the lock.
         self._lock = threading.RLock()
-        #: For workers: there is something to take.
+        #: Condition for the workers: a record is ready.
         self._work = threading.Condition(self._lock)
-        #: For everybody else: something was finished.
+        #: Waiters of all other threads: a record was started, finished, committed or detached.
         self._changes = Changes(self._lock)
         self._partitions: dict[Partition, Progress] = {}
         self._away: dict[Partition, Progress] = {}
         self._lanes = Lanes()
         self._running: set[Job] = set()
         self._idle_workers = 0
-        #: Somebody waits until no more than that are in flight.
+        #: The low-water mark of the records in flight that a waiting thread needs; -1 without such a thread.
         self._low = -1
         self._closed = self._paused = self._assigned = False
-        #: Tells this Kafka cluster from others; the thread that owns the client says how.
+        #: Returns the cluster id. The poller sets it.
         self.cluster: Callable[[], str] = str
-        #: How many records were finished, and how many were given to workers, in all.
+        #: The number of records finished, and of attempts started, since the start of the consumer.
         self.settled = self.begun = 0
 
-    # -- for the thread that owns the client ---------------------------------------------------------------------------
+    # -- for the client thread -----------------------------------------------------------------------------------------
 
     def room(self) -> int:
-        """How many records may be taken in now."""
+        """Return how many more records the queue accepts."""
         return 0 if self._closed else self._budget.room(self._lanes.resting)
 
     @property
     def in_flight(self) -> int:
-        """How many records of our partitions are unfinished, but for those that wait for their next attempt."""
+        """The number of unfinished records of the assigned partitions, without those that wait for a retry."""
         return self._budget.count - self._lanes.resting
 
     @property
     def assignment(self) -> frozenset[Partition]:
-        """The partitions that are ours."""
+        """The assigned partitions."""
         return frozenset(self._partitions)
 
     def held(self) -> Collection[Partition]:
-        """Partitions to take nothing of: a dead letter cannot be written, or what is finished cannot be noted."""
+        """Return the blocked partitions: a dead letter cannot be written, or the commit metadata is full."""
         with self._lock:
             return {key for key, progress in self._partitions.items() if progress.is_full or progress.unburied}
 
     def offer(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
-        """Take records in; returns how many there were."""
+        """Queue records and return their number."""
         taken = 0
         with self._lock:
             for partition, records in batches.items():
                 progress = self._partitions.get(partition)
                 if progress is None and self._assigned:
-                    # It was taken away while these were on their way.
+                    # The partition was revoked after the client had fetched these records, so drop them.
                     continue
                 if progress is None:
-                    # Without a group nobody says where a partition begins.
+                    # Without a group, no assignment defines a start offset, so the first record does.
                     progress = self._partitions[partition] = Progress(Commit(records[0].offset))
                 self._enter(progress, records)
                 taken += len(records)
@@ -135,19 +136,19 @@ class Dispatch(Listener):
                 continue
             count += 1
             size += job.size
-            # Another one was begun before the partition went and came back.
+            # Otherwise an attempt from before the rebalance continues, and it already occupies the lane.
             if entered is job:
                 lanes.enter(job) if lane is not None else lanes.ready.append(job)
         self._budget.take(count, size)
 
     @property
     def is_busy(self) -> bool:
-        """Whether no worker waits for a record."""
+        """Whether all workers are busy."""
         return not self._idle_workers
 
     @property
     def backlog(self) -> dict[Partition, int]:
-        """How many records of each partition are here that could be handled now."""
+        """The number of unfinished records of each partition, without those that wait for a retry."""
         with self._lock:
             counts = {key: len(progress.open) for key, progress in self._partitions.items()}
             for job in self._lanes.waiting:
@@ -156,17 +157,17 @@ class Dispatch(Listener):
             return counts
 
     def commits(self) -> dict[Partition, Commit]:
-        """What may be committed and is not."""
+        """Return the offsets that can be committed and are not committed yet."""
         with self._lock:
             return uncommitted(self._partitions, self.is_begun)
 
     def known(self) -> dict[Partition, Commit]:
-        """What the group knows of our partitions."""
+        """Return the committed offsets of the assigned partitions."""
         with self._lock:
             return {key: progress.committed for key, progress in self._partitions.items()}
 
     def committed(self, commits: Mapping[Partition, Commit]) -> None:
-        """This was committed."""
+        """Store offsets that the group has confirmed."""
         with self._lock:
             for key, commit in commits.items():
                 if key in self._partitions:
@@ -174,24 +175,27 @@ class Dispatch(Listener):
             self._changes.tell()
 
     def wait_for_room(self, timeout: float, low: int) -> None:
-        """Return when no more than ``low`` records are in flight, or after ``timeout``."""
+        """Block until no more than ``low`` records are in flight, or until ``timeout`` seconds have passed."""
         with self._lock:
             self._low = low
             self._changes.wait(lambda: self.in_flight <= low or self._closed, timeout)
             self._low = -1
 
     def wait_for_change(self, timeout: float, until: Callable[[], bool]) -> None:
-        """Return when ``until()`` is true, which is looked at whenever a record is finished, or after ``timeout``."""
+        """Block until the predicate is true, or until ``timeout`` seconds have passed.
+
+        The predicate is evaluated after every change of the queue, such as a finished record.
+        """
         self._changes.wait(until, timeout)
 
-    # -- partitions come and go ----------------------------------------------------------------------------------------
+    # -- rebalances ----------------------------------------------------------------------------------------------------
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
         with self._lock:
             self._assigned = True
             for key, start in starts.items():
                 away = self._away.pop(key, None) or self._give_up(key)
-                # A group never goes back, unless somebody deleted what it had committed.
+                # Committed offsets of a group decrease only if they were deleted; the old state is invalid then.
                 if away is None or start.offset < away.committed.offset:
                     self._partitions[key] = Progress(start)
                 else:
@@ -229,7 +233,7 @@ class Dispatch(Listener):
         return job.answered or (self.is_begun is not None and job.begun)
 
     def _adopt(self, key: Partition, start: Commit, away: Progress) -> None:
-        """A partition is ours again: what is running or waiting for its next attempt goes on as it was."""
+        """Restore a reassigned partition, so that its running attempts and pending retries continue."""
         known = decode(start)
         kept = {at: job for at, job in away.begun().items() if at >= start.offset and at not in known}
         progress = self._partitions[key] = Progress(start, away.finished_ranges(), kept)
@@ -244,7 +248,7 @@ class Dispatch(Listener):
             self._work.notify_all()
 
     def _keep_lanes(self, key: Partition) -> None:
-        """What goes on although its partition was away holds the others of its lane up again."""
+        """Occupy the lanes of running attempts that survived the revocation, so that they block their lanes again."""
         for job in self._running:
             if job.answered and job.place == key:
                 job.progress = self._partitions[key]
@@ -253,7 +257,7 @@ class Dispatch(Listener):
     # -- for workers ---------------------------------------------------------------------------------------------------
 
     def take(self, timeout: float) -> Job | None:
-        """The next record to work on; None when there is none within ``timeout`` seconds, or no more at all."""
+        """Return the next record to run; None if none is ready within ``timeout`` seconds or the queue is closed."""
         deadline = None
         lanes = self._lanes
         with self._lock:
@@ -269,7 +273,7 @@ class Dispatch(Listener):
                 if left <= 0 or self._closed:
                     return None
                 if lanes.ready:
-                    # Fenced, which nobody tells about.
+                    # The group lease has expired, and its renewal notifies no worker; so check again soon.
                     left = min(left, FENCE_TICK)
                 if due is not None and not self._paused:
                     left = min(left, due - now)
@@ -289,11 +293,11 @@ class Dispatch(Listener):
         return job
 
     def finish(self, job: Job) -> bool:
-        """A record is done with; returns False when its partition is not ours now, so that it is not committed."""
+        """Mark a record as finished; return False if its partition was revoked, so that it is not committed."""
         progress = job.progress
         with self._lock:
             if job not in self._running:
-                # Given up meanwhile: another attempt stands for it.
+                # The attempt was abandoned or timed out meanwhile, so a later attempt at the record counts instead.
                 return True
             self._running.discard(job)
             self.settled += 1
@@ -308,7 +312,7 @@ class Dispatch(Listener):
             return job.answered or self.is_begun is not None or not progress.revoked
 
     def answer(self, job: Job) -> None:
-        """A database answers for a record that is worked on: it is finished for its group, and its lane still waits."""
+        """Acknowledge a running record, which the store now guarantees; its lane stays occupied until it finishes."""
         with self._lock:
             progress = job.progress
             job.answered = True
@@ -317,7 +321,7 @@ class Dispatch(Listener):
             self._changes.tell()
 
     def retry(self, job: Job, seconds: float) -> None:
-        """The record is to be tried once more, after ``seconds``; its lane waits."""
+        """Schedule the next attempt at a record in ``seconds``; its lane stays occupied."""
         with self._lock:
             if self._let_go(job):
                 following = job.following(self.clock() + seconds)
@@ -325,7 +329,7 @@ class Dispatch(Listener):
                 self._follow(job, following)
 
     def bury_later(self, job: Job, seconds: float) -> None:
-        """The record failed for good, and that is to be written down once more, after ``seconds``."""
+        """Schedule another try to write the dead letter of a failed record in ``seconds``."""
         with self._lock:
             if self._let_go(job):
                 job.progress.unburied.add(job.record.offset)
@@ -335,7 +339,11 @@ class Dispatch(Listener):
                 self._follow(job, following)
 
     def expire(self, job: Job, verdict: Exception, decision: list[str]) -> bool:
-        """Give up the attempt that ``decision`` is about: it fails with ``verdict``. False when it has ended."""
+        """Time out a running attempt: queue a replacement that fails with ``verdict``.
+
+        :param decision: the outcome latch of the attempt.
+        :return: False if the attempt has already ended.
+        """
         with self._lock:
             if job not in self._running or not decide(decision, GIVEN_UP):
                 return False
@@ -347,7 +355,7 @@ class Dispatch(Listener):
             return True
 
     def abandon(self, job: Job) -> bool:
-        """Give up the attempt that runs: the record stays unfinished. Returns False when it has ended meanwhile."""
+        """Abandon a running attempt, so that its record stays unfinished; return False if it has already ended."""
         with self._lock:
             job.abandoned = self._let_go(job)
             return job.abandoned
@@ -360,7 +368,8 @@ class Dispatch(Listener):
         return True
 
     def _follow(self, job: Job, following: Job) -> None:
-        # The partition may have gone, and come back, meanwhile.
+        # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
+        # record.
         known = job.progress.replace(job.record.offset, following)
         goes_on = job.answered or (known and (not job.progress.revoked or self._stays(following)))
         if goes_on and not self._closed:
@@ -368,31 +377,31 @@ class Dispatch(Listener):
             self._work.notify()
 
     def running(self) -> list[Job]:
-        """What workers work on now."""
+        """Return the records that are running."""
         with self._lock:
             return list(self._running)
 
     def pause(self, paused: bool) -> None:
-        """Give nothing to workers for a while, or do again."""
+        """Pause or resume: a paused queue starts no attempts."""
         with self._lock:
             self._paused = paused
             self._work.notify_all()
 
     def close(self) -> None:
-        """Give nothing more to workers."""
+        """Close the queue: drop all waiting records and start no more attempts."""
         with self._lock:
             self._closed = True
             if self.is_begun is not None:
                 for job in self._lanes.waiting:
                     logger.warning(
-                        f"offset {job.record.offset} of {job.place} waited for another attempt and is dropped: with"
-                        " commit='before' it counts as done"
+                        f"offset {job.record.offset} of {job.place} waited for a retry and is dropped: with"
+                        " commit='before' it counts as finished"
                     )
             self._lanes.clear()
             self._work.notify_all()
             self._changes.wake()
 
     def is_running(self, partitions: Collection[Progress]) -> bool:
-        """Whether workers work on something of these partitions that nothing else answers for."""
+        """Return whether a record of these partitions is running and not acknowledged."""
         with self._lock:
             return any(job.progress in partitions and not job.answered for job in self._running)

@@ -1,4 +1,4 @@
-"""Partitions on their way out: until what runs of them has ended."""
+"""Pending revocations: partitions that are revoked once their running records have finished."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 class Draining:
-    """Partitions that are to be given up, until what runs of them has ended or the time is over."""
+    """A revocation that waits until the running records of its partitions finish, or until a deadline."""
 
     def __init__(self, dispatch: Dispatch, leaving: Mapping[Partition, Progress], deadline: float) -> None:
         self._dispatch = dispatch
         self._leaving = leaving
         self._deadline = deadline
-        #: What is to be committed once they are drained.
+        #: Returns the offsets to commit before the revocation completes.
         self.commits: Callable[[], Mapping[Partition, Commit]] = self._finished
 
     @property
     def drained(self) -> bool:
-        """Whether nothing of them runs any more, or no more time is left for it."""
+        """Whether no record of the partitions is running, or the deadline has passed."""
         running = self._dispatch.is_running(list(self._leaving.values()))
         return not running or self._dispatch.clock() >= self._deadline
 
     def wait(self) -> None:
-        """Return once they are drained."""
+        """Block until the partitions are drained."""
         self._dispatch.wait_for_change(max(self._deadline - self._dispatch.clock(), 0), lambda: self.drained)
 
     def _finished(self) -> Mapping[Partition, Commit]:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a consumer runs in the main thread."""
+"""Handling of SIGTERM and SIGINT while a consumer runs in the main thread."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any
 
 from kser.delivery import CURRENT, Abandoned, Delivery
 
-#: Seconds within which a second signal is the first one once more: a terminal and a wrapper may both pass it on.
+#: Seconds within which a repeated signal counts as the same one, because a terminal and a wrapper may both forward it.
 SAME_SIGNAL = 0.2
-#: Seconds between two attempts to get the main thread out of what it does.
+#: Seconds between two wake-up signals to the main thread.
 NUDGE = 0.1
-#: Seconds that it is given to clean up.
+#: Seconds that the main thread has to leave an abandoned attempt, clean-up included.
 GRACE = 5.0
-#: What gets it out: a signal that means nothing to anybody else, and that is ignored where nobody handles it.
+#: The wake-up signal. SIGURG has no other use here, and a process without a handler ignores it.
 NUDGING = signal.SIGURG
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """The first signal asks the consumer to stop, the second one interrupts whatever the main thread does.
+    """Signal handlers of a consumer: the first signal stops it, the second one interrupts the main thread.
 
-    A handler runs only when the main thread comes to run Python code, and a task may keep it from that for long. So
-    signals are also written to a socket, where another thread finds them: see :meth:`wait`.
+    Python runs a signal handler only when the main thread executes Python code, and a blocking task can delay that for
+    a long time. So signals are also written to a socket, which another thread reads: see :meth:`wait`.
 
-    :param stop: what the first one calls; in a signal handler, so it only sets flags.
+    :param stop: called at the first signal, inside of the signal handler, so it must only set flags.
     """
 
     def __init__(self, stop: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ class Interrupts:
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
         self._ends: tuple[socket.socket, socket.socket] | None = None
-        # A handler may run while this very thread looks.
+        # Re-entrant, because a signal handler can run while the same thread holds the lock.
         self._lock = threading.RLock()
         self._seen: list[int] = []
         self._last = 0.0
@@ -49,12 +49,12 @@ class Interrupts:
 
     @property
     def status(self) -> int | None:
-        """The exit status when a second signal came: 128 and its number."""
+        """The exit status after a second signal, 128 plus its number; None before that."""
         return 128 + self._seen[1] if len(self._seen) > 1 else None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle signals while inside. Elsewhere than in the main thread they are left alone."""
+        """Install the signal handlers for the duration of the context. Outside of the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -71,27 +71,29 @@ class Interrupts:
             self.uninstall()
 
     def uninstall(self) -> None:
-        """Put back what handled signals before."""
+        """Restore the previous signal handlers."""
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def close(self) -> None:
-        """Let go of the sockets, once nobody waits."""
+        """Close the sockets. Call it when no thread waits for a signal."""
         ends, self._ends = self._ends, None
         for end in ends or ():
             end.close()
 
     def wait(self, timeout: float) -> None:
-        """Wait for a signal, in any thread."""
+        """Wait for a signal, up to ``timeout`` seconds. Any thread may call it."""
         if select.select(self._ends[:1] if self._ends else [], [], [], timeout)[0]:
             self._look()
 
     def get_out(self, is_in: Callable[[], bool]) -> bool:
-        """Get the main thread out of an attempt that was given up: only a signal handler can raise there, and once.
+        """Interrupt an abandoned attempt that still runs in the main thread.
 
-        :param is_in: whether the main thread still works.
-        :return: whether it has left, after some seconds for what it has to clean up.
+        Only a signal handler can raise in the main thread, and it raises only once per attempt.
+
+        :param is_in: returns whether the main thread still runs tasks.
+        :return: whether the main thread has left within a few seconds, clean-up included.
         """
         deadline = time.monotonic() + GRACE
         while is_in() and time.monotonic() < deadline:
@@ -112,7 +114,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _look(self) -> None:
-        """Take note of the signals that have come."""
+        """Read the pending signals from the socket and call ``stop`` for each new one."""
         with self._lock:
             try:
                 numbers = self._ends[0].recv(4096) if self._ends else b""
@@ -126,12 +128,12 @@ class Interrupts:
                     self._stop()
 
 
-#: Who handles signals in this process.
+#: The signal handlers that are installed in this process.
 _installed: list[Interrupts] = []
 
 
 def _forget_in_child() -> None:
-    """A process that a task forks is not the consumer: it ends as processes do."""
+    """Restore the previous signal handlers in a forked process, because only its parent is the consumer."""
     while _installed:
         _installed.pop().uninstall()
 

@@ -1,4 +1,4 @@
-"""One attempt at a record, on its way from the client to a worker."""
+"""The items of the work queue: one attempt at one record."""
 
 from __future__ import annotations
 
@@ -17,32 +17,36 @@ if TYPE_CHECKING:
 class Job(Delivery):
     """One attempt at a record.
 
-    :param record: what the transport handed out.
-    :param progress: the partition's.
-    :param lane: jobs of one lane neither overlap nor overtake; None for a job that is in none.
+    :param record: the Kafka record.
+    :param progress: the offset tracker of its partition.
+    :param lane: the lane, whose items run one after another in order; None if the item is in no lane.
+    :param retry: the retry policy of the consumer, for classes that declare none.
     """
 
-    #: Whether the record was ever given to a worker.
+    #: Whether an attempt at the record was ever started.
     begun = False
-    #: When it is to be given to a worker, and when it was, by the dispatch's clock.
+    #: The times at which a retry is due and at which the attempt started, by the clock of the work queue.
     due = taken = 0.0
-    #: How often it was tried in vain to write it down as a dead letter.
+    #: The number of failed tries to write the dead letter.
     burials = 0
-    #: Those that work on it; None before that.
+    #: The worker pool that runs the attempt; None before the start.
     crew: Workers | None = None
 
     def __init__(self, record: Record, progress: Progress, lane: Any, retry: Retry | None) -> None:
         self.record = record
         self.progress = progress
         self.lane = lane
-        # What Delivery does, without a call of its own for each record.
+        # The constructor of Attempt is inlined, because a call of it for each record would cost time.
         self.retry = retry
         self.decision = []
-        #: Bytes of its key and value.
+        #: The bytes of the record's key and value.
         self.size = len(record.value or b"") + len(record.key or b"")
 
     def following(self, due: float) -> Job:
-        """The next attempt at the same record, or what stands for one; of the same number until it is counted up."""
+        """Create the item that replaces this one, with the same attempt number; a retry increments the number.
+
+        :param due: the time at which the new item is due.
+        """
         job = Job(self.record, self.progress, self.lane, self.retry)
         job.begun = True
         job.answered = self.answered
@@ -51,12 +55,12 @@ class Job(Delivery):
         return job
 
     @property
-    def topic(self) -> str:  # type: ignore[override]  # an attribute of other deliveries
+    def topic(self) -> str:  # type: ignore[override]  # an attribute of other attempts
         return self.record.topic
 
     @property
     def place(self) -> Partition:
-        """Where the record comes from."""
+        """The partition of the record."""
         return Partition(self.record.topic, self.record.partition)
 
     def answer(self) -> None:
@@ -81,5 +85,5 @@ class Job(Delivery):
         )
 
     @property
-    def ending(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries
+    def ending(self) -> bool:  # type: ignore[override]  # an attribute of other attempts
         return self.crew is not None and self.crew.stopping

@@ -1,4 +1,4 @@
-"""Jobs in the order in which they may be begun."""
+"""The order in which the items of the work queue may start."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kser.consumer.offsets import Progress
 
 
 class Lanes:
-    """Jobs that are ready, jobs that wait for one of their lane to be over, and jobs that wait for their time.
+    """Work items in three states: ready, queued behind another item of their lane, or delayed until they are due.
 
-    Not safe to share by threads: whoever owns it has a lock.
+    Not thread-safe: the owner must hold a lock.
     """
 
     def __init__(self) -> None:
-        #: Jobs that may be begun at once.
+        #: The items that may start immediately.
         self.ready: deque[Job] = deque()
-        # A lane is there as long as one of its jobs is ready, running or waiting for its time.
+        # An entry exists while an item of the lane is ready, running or delayed; its queue has the items behind it.
         self._lanes: dict[tuple[Progress, bytes | str | None], deque[Job]] = {}
         self._waiting: list[tuple[float, int, Job]] = []
         self._ticket = count()
 
     def enter(self, job: Job) -> None:
-        """A new job comes in, behind the others of its lane."""
+        """Add a new item behind the other items of its lane."""
         if job.lane is None:
             self.ready.append(job)
         elif (queue := self._lanes.get((job.progress, job.lane))) is None:
@@ -36,12 +36,12 @@ class Lanes:
             queue.append(job)
 
     def occupy(self, job: Job) -> None:
-        """A job that is begun has its lane."""
+        """Occupy the lane of a started item."""
         if job.lane is not None:
             self._lanes[job.progress, job.lane] = deque()
 
     def leave(self, job: Job) -> bool:
-        """A job is over; returns whether another one of its lane is ready because of it."""
+        """Free the lane of a finished item; return whether the next item of the lane became ready."""
         place = job.progress, job.lane
         queue = self._lanes.get(place)
         if queue:
@@ -51,31 +51,31 @@ class Lanes:
         return False
 
     def wait(self, job: Job) -> None:
-        """A job is ready when it is due."""
+        """Delay an item until it is due."""
         heapq.heappush(self._waiting, (job.due, next(self._ticket), job))
 
     def release(self, now: float) -> None:
-        """Jobs that are due are ready."""
+        """Move the due items to the ready queue."""
         while self._waiting and self._waiting[0][0] <= now:
             self.ready.append(heapq.heappop(self._waiting)[2])
 
     @property
     def next_due(self) -> float | None:
-        """When the next one is due of those that wait for their time."""
+        """The earliest due time of the delayed items; None if there are none."""
         return self._waiting[0][0] if self._waiting else None
 
     @property
     def resting(self) -> int:
-        """How many wait for their time."""
+        """The number of delayed items."""
         return len(self._waiting)
 
     @property
     def waiting(self) -> list[Job]:
-        """The jobs that wait for their time."""
+        """The delayed items."""
         return [job for _, _, job in self._waiting]
 
     def drop(self, progress: Progress, stays: Callable[[Job], bool]) -> None:
-        """Forget a partition's jobs, but for those that stay."""
+        """Remove the items of a partition, except those for which ``stays`` returns True."""
 
         def kept(job: Job) -> bool:
             return job.progress is not progress or stays(job)
@@ -86,7 +86,7 @@ class Lanes:
         self._lanes = {place: jobs for place, jobs in self._lanes.items() if place[0] is not progress}
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all items."""
         self.ready.clear()
         self._waiting.clear()
         self._lanes.clear()

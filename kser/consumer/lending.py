@@ -1,4 +1,4 @@
-"""The producer of a consumer, lent to the registries of the classes that it runs."""
+"""The producer of a consumer, shared with the registries of the classes that the consumer runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kser.controller import BaseProducer
 
 
 class Lending:
-    """Makes the producer when it is first needed, and closes it.
+    """The producer of a consumer, created at its first use.
 
-    :param make: makes it.
+    :param make: creates the producer.
     """
 
     def __init__(self, make: Callable[[], BaseProducer]) -> None:
@@ -23,41 +23,41 @@ class Lending:
         self._known: Any = None
 
     def producer(self) -> BaseProducer:
-        """The producer."""
+        """Return the producer; create it at the first call."""
         with self._lock:
             if self._producer is None:
                 self._producer = self._make()
             return self._producer
 
     def lend(self, controller: Any) -> None:
-        """Let the classes of a controller send with it.
+        """Attach the producer to the registries of a controller's classes, so that their tasks can send.
 
-        Again and again: classes are added, and other consumers of this process lend theirs and take them back.
+        Call it regularly: classes are registered later, and other consumers of the process attach and detach theirs.
         """
         self._known = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):
             registry.borrow_producer(self.producer)
 
     def lend_to_new(self, controller: Any) -> bool:
-        """The same, if there are other classes than the last time; returns whether there are."""
+        """Attach the producer if the controller or its number of classes has changed; return whether it has."""
         if self._known == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
             return False
         self.lend(controller)
         return True
 
     def companions(self) -> list[Companion]:
-        """What is to run beside the consumer, for the registries that were lent to."""
+        """Return the background services of the registries that the producer is attached to, without duplicates."""
         controller, _ = self._known or (None, 0)
         found = (getattr(registry, "companion", None) for registry in _registries(controller))
         return list({id(companion): companion for companion in found if companion is not None}.values())
 
     def take_back(self, controller: Any) -> None:
-        """Nobody is to send with it any more."""
+        """Detach the producer from the registries of a controller's classes."""
         for registry in _registries(controller):
             registry.return_producer(self.producer)
 
     def close(self) -> None:
-        """Close it, if it was ever made."""
+        """Close the producer if it was created."""
         if self._producer is not None:
             self._producer.close()
 

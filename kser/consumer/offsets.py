@@ -1,10 +1,11 @@
-"""Which offset may be committed: the one below which everything is finished. And what is finished above it.
+"""The offset tracker: computes the offset to commit and the finished offsets above it.
 
-The metadata of a commit carries what is finished above its offset, so that the next owner of the partition does not run
-it again: ``kser:1,14,2,3`` says, from the committed offset on and in hexadecimal, 1 unfinished, 20 finished, 2
-unfinished, 3 finished. An offset that holds no record (compacted, or a mark of a transaction) counts as finished. Where
-groups begin at the end of topics, ``of:4`` before it says that the topic had 4 partitions. In Kafka it is sealed with a
-checksum: what cannot be read as it was written must not be taken for finished.
+The committed offset is the one below which all records are finished. The metadata of the commit lists the finished
+offsets above it, so that the next owner of the partition does not run these records again. For example,
+``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and
+3 finished. An offset without a record (compacted, or a transaction marker) counts as finished. If groups start at the
+end of topics, the prefix ``of:4`` means that the topic had 4 partitions. In Kafka, the metadata has a checksum, because
+damaged metadata must not mark a record as finished.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from kser.consumer.client import Commit, Partition
 
 PREFIX = "kser:"
 SIZE_PREFIX = "of:"
-#: Characters that the metadata may have; brokers take 4096 bytes (``offset.metadata.max.bytes``).
+#: Maximum characters of the metadata; brokers accept 4096 bytes (``offset.metadata.max.bytes``).
 METADATA_LIMIT = 4000
 
 
 def seal(metadata: str) -> str:
-    """Metadata as it is written to Kafka."""
+    """Add the checksum to metadata, as written to Kafka."""
     return f"{metadata};{crc32(metadata.encode()):08x};" if metadata else ""
 
 
 def unseal(written: str) -> str:
-    """Metadata that was written to Kafka; empty when it is none of ours, or damaged."""
+    """Verify and remove the checksum of metadata read from Kafka; return "" if it is foreign or damaged."""
     metadata, _, rest = written.partition(";")
-    # librdkafka's client for Python may read on behind the end.
+    # confluent-kafka may read past the end of the metadata, so text behind the checksum is ignored.
     return metadata if written.startswith(seal(metadata)) and rest else ""
 
 
 class Ranges:
-    """Offsets as ranges: sorted, apart from each other, each from its first to before its end."""
+    """A set of offsets as sorted, disjoint, half-open ranges."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: list[int] = []
@@ -56,12 +57,12 @@ class Ranges:
 
     @property
     def end(self) -> int:
-        """The offset behind all of them."""
+        """The end of the last range; 0 if there is none."""
         return self._ends[-1] if self._ends else 0
 
 
 def decode(commit: Commit) -> Ranges:
-    """What is finished above a commit; nothing, when its metadata is not of this format."""
+    """Return the finished ranges above a committed offset; none if its metadata has another format."""
     text = commit.metadata.rpartition(" ")[2]
     if not text.startswith(PREFIX):
         return Ranges()
@@ -76,11 +77,13 @@ def decode(commit: Commit) -> Ranges:
 
 
 class Sizes:
-    """How many partitions topics have, to tell those that were added since a group began.
+    """The partition counts of topics, used to recognise partitions added after the group had subscribed.
 
-    They were empty when it did: so their beginning is where it would have begun.
+    Partitions added later were empty when the group subscribed, so the group starts at their beginning even with
+    ``latest``.
 
-    :param reset: where the group begins; only ``"latest"`` makes a difference, so only then commits say so.
+    :param reset: the reset policy of the group. Only ``"latest"`` makes a difference, so only then the commits
+        contain the counts.
     """
 
     def __init__(self, reset: str) -> None:
@@ -88,45 +91,46 @@ class Sizes:
         self._sizes: dict[str, int] = {}
 
     def see(self, topic: str, size: int) -> None:
-        """Take note of what a topic has now, when it is seen for the first time."""
+        """Record the current partition count of a topic, at the first call for the topic."""
         self._sizes.setdefault(topic, size)
 
     def note(self, key: Partition, commit: Commit) -> Commit:
-        """The commit with the size that the topic had."""
+        """Return the commit with the partition count of the topic in its metadata."""
         size = self._sizes.get(key.topic) if self._in_commits else None
         return commit if size is None else Commit(commit.offset, f"{SIZE_PREFIX}{size} {commit.metadata}".rstrip())
 
     def learn(self, key: Partition, commit: Commit) -> None:
-        """Take over what a commit of the group says."""
+        """Restore the partition count of a topic from a commit of the group; the smallest count applies."""
         word = commit.metadata.partition(" ")[0].removeprefix(SIZE_PREFIX)
         if commit.metadata.startswith(SIZE_PREFIX) and word.isdigit():
             self._sizes[key.topic] = min(int(word), self._sizes.get(key.topic, int(word)))
 
     def was_added(self, key: Partition) -> bool:
-        """Whether a partition was added since."""
+        """Return whether a partition was added after the group had subscribed."""
         return key.partition >= self._sizes[key.topic]
 
 
 class Progress:
-    """One partition while it is ours: which records were handed out, and which of them are unfinished.
+    """The offset tracker of one assigned partition: which records were received, and which of them are unfinished.
 
-    :param start: where the group is.
-    :param known: offsets that are finished all the same, from an earlier time that the partition was ours.
-    :param kept: items of records that have been begun in that time and are not finished; they are not begun again.
+    :param start: the committed offset of the group.
+    :param known: additional finished ranges, from an earlier assignment of the partition.
+    :param kept: items of records that were started during an earlier assignment and are unfinished; they do not start
+        a second time.
     """
 
     def __init__(
         self, start: Commit, known: Iterable[tuple[int, int]] = (), kept: dict[int, Any] | None = None
     ) -> None:
-        #: Items of the unfinished records by offset, in order.
+        #: The items of the unfinished records by offset, in order.
         self.open: dict[int, Any] = {}
-        #: The offset behind the last one that was handed out.
+        #: The offset behind the last received record.
         self.following = start.offset
-        #: What the group knows.
+        #: The last confirmed commit.
         self.committed = start
-        #: Set once the partition is to be given up: nothing of it is begun any more.
+        #: Whether the partition is revoked; no record of a revoked partition starts.
         self.revoked = False
-        #: Offsets of records that failed for good, which could not be written down yet.
+        #: Offsets of permanently failed records whose dead letter is not written yet.
         self.unburied: set[int] = set()
         self._finished = Ranges((*decode(start), *known))
         self._kept = kept or {}
@@ -134,10 +138,10 @@ class Progress:
         self._new_from = max((self._finished.end, *(offset + 1 for offset in self._kept)))
 
     def received(self, offset: int, item: Any) -> Any:
-        """A record was handed out; within a partition that happens in order.
+        """Track a received record. Records of a partition must arrive in order.
 
-        :return: what is open because of it: ``item``, which is to be begun, or one that was begun before; None when
-            nothing is.
+        :return: ``item`` if the record is new and must start, an earlier item if an attempt at the record already
+            exists, and None if the record is already finished.
         """
         if offset < self.following:
             return None
@@ -151,18 +155,18 @@ class Progress:
         return item
 
     def finished(self, offset: int) -> bool:
-        """A record is finished; returns whether it was one of those that are open."""
+        """Mark a record as finished; return whether it was received during this assignment and unfinished."""
         self.unburied.discard(offset)
         if offset in self.open:
             del self.open[offset]
             return True
         if self._kept.pop(offset, None) is not None:
-            # Finished before it was handed out once more.
+            # The record finished before the client returned it again, so its redelivery must be dropped.
             self._early.add(offset)
         return False
 
     def replace(self, offset: int, item: Any) -> bool:
-        """Another item stands for an unfinished record; returns False when that is none of ours."""
+        """Replace the item of an unfinished record; return False if the tracker does not contain the record."""
         place = self.open if offset in self.open else self._kept
         if offset in place:
             place[offset] = item
@@ -170,9 +174,9 @@ class Progress:
         return False
 
     def finished_ranges(self, unfinished: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
-        """Everything from the committed offset on that need not be begun again.
+        """Iterate over the finished ranges, from the committed offset on.
 
-        :param unfinished: what is not finished of what was handed out, in order; all that is open by default.
+        :param unfinished: the unfinished offsets of the received records, in order; defaults to all tracked ones.
         """
         start = self.committed.offset
         for offset in self.open if unfinished is None else unfinished:
@@ -188,20 +192,21 @@ class Progress:
                 yield max(start, self.following), end
 
     def revoke(self, is_begun: Callable[[Any], bool]) -> None:
-        """The partition is to be given up: nothing more of it is begun. What is open stays unfinished."""
+        """Mark the partition as revoked: discard the items that have not started. Their records stay unfinished."""
         self.revoked = True
         for offset, item in self.open.items():
             if not is_begun(item):
                 self.open[offset] = None
 
     def begun(self) -> dict[int, Any]:
-        """The items that are begun and not finished, once revoked."""
+        """Return the started and unfinished items. Call it after :meth:`revoke`."""
         return {**{offset: item for offset, item in self.open.items() if item is not None}, **self._kept}
 
     def commit(self, is_begun: Callable[[Any], bool] | None = None) -> Commit:
-        """What may be committed now.
+        """Return the commit for the current state.
 
-        :param is_begun: tells items that count as finished because they are begun; None when none does.
+        :param is_begun: returns whether an unfinished item counts as finished because it has started; None if no item
+            does.
         """
         unfinished: Collection[int] = self.open
         if is_begun is not None:
@@ -211,22 +216,22 @@ class Progress:
             return Commit(offset)
         finished = Ranges(self.finished_ranges(unfinished))
         if not unfinished:
-            # What was known before goes on where the last record that was handed out ends.
+            # Finished ranges of an earlier assignment may adjoin the last received record, so move behind them.
             offset = max((end for start, end in finished if start <= offset), default=offset)
         return Commit(offset, _encode(offset, finished))
 
     def is_committed(self, offset: int) -> bool:
-        """Whether the group knows that a record is finished."""
+        """Return whether a record is finished according to the last confirmed commit."""
         return offset < self.committed.offset or offset in decode(self.committed)
 
     @property
     def is_full(self) -> bool:
-        """Whether the metadata might not take more, in whatever order the open records are finished."""
+        """Whether the metadata could exceed its limit, for the worst order in which the open records finish."""
         if not self.open:
             return False
         span = self.following - next(iter(self.open))
         gaps: int = min(len(self.open), (span + 1) // 2)
-        # For each gap: its length, that of what is finished behind it, and two commas.
+        # Each gap takes the digits of its length and of the finished range behind it, and two commas.
         above = sum(1 for _, end in self._finished if end > self.following) if self.following < self._new_from else 0
         return gaps * (4 + len(f"{span // gaps:x}")) + above * 10 > METADATA_LIMIT
 
@@ -234,9 +239,9 @@ class Progress:
 def uncommitted(
     partitions: Mapping[Partition, Progress], is_begun: Callable[[Any], bool] | None
 ) -> dict[Partition, Commit]:
-    """What may be committed of these partitions and is not.
+    """Return the offsets of these partitions that can be committed and are not committed yet.
 
-    :param is_begun: see :meth:`Progress.commit`.
+    :param is_begun: see :meth:`OffsetTracker.commit`.
     """
     found = ((key, progress, progress.commit(is_begun)) for key, progress in partitions.items())
     return {key: commit for key, progress, commit in found if commit != progress.committed}
@@ -250,5 +255,6 @@ def _encode(offset: int, finished: Ranges) -> str:
             runs += (max(start, offset) - place, end - max(start, offset))
             place = end
     text = PREFIX + ",".join(format(run, "x") for run in runs) if runs else ""
-    # What does not fit is not said, and would be run again: a partition that is full is given nothing more to do.
+    # Ranges beyond the metadata limit are dropped and would run again after a crash, so ``is_full`` pauses the
+    # partition before that.
     return text if len(text) <= METADATA_LIMIT else text[: text.rindex(",", 0, METADATA_LIMIT)]

@@ -1,4 +1,4 @@
-"""Options of a consumer: arguments, each with a setting of its name."""
+"""Consumer options: constructor arguments, each with a setting of the same name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kser.retry import Retry
 
 AFTER, BEFORE, NEVER = COMMIT_MODES = ("after", "before", "never")
 
-#: Words for where a group begins that has committed nothing, in Kafka's clients.
+#: The reset policies of a group without committed offsets, by their names in Kafka's clients.
 _RESETS = {
     **dict.fromkeys(("earliest", "smallest", "beginning"), "earliest"),
     **dict.fromkeys(("latest", "largest", "end"), "latest"),
@@ -27,7 +27,7 @@ _LOWEST: Mapping[str, float] = {"workers": 1, "max_in_flight": 1, "max_buffered_
 
 
 class Given(TypedDict, total=False):
-    """The options as arguments; None is as if not given."""
+    """The options as keyword arguments; None has the same effect as no argument."""
 
     workers: int | None
     ordering: str | None
@@ -43,20 +43,21 @@ class Given(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConsumerOptions:
-    """How a consumer works. Each option is an argument of it, or the setting ``KSER_<NAME>``.
+    """The options of a consumer. Each option is an argument of its constructor or the setting ``KSER_<NAME>``.
 
-    :param workers: how many messages are handled at once: 1 in the main thread, more in a thread each.
-    :param ordering: ``"key"``: messages of a partition with the same key neither overlap nor overtake each other;
-        ``"partition"``: no messages of a partition do; ``"none"``: any may.
-    :param commit: ``"after"`` a message is done, ``"before"`` it is handled, as kser 0.8 did, or ``"never"``.
+    :param workers: the number of messages that run concurrently: 1 runs in the main thread, more run in a thread each.
+    :param ordering: ``"key"``: messages of a partition with the same key run one after another, in order;
+        ``"partition"``: all messages of a partition do; ``"none"``: messages run in any order.
+    :param commit: ``"after"`` commits a message when it is finished; ``"before"`` commits it before it runs, as kser
+        0.8 did; ``"never"`` commits nothing.
     :param retry: the retry policy for classes that declare none.
-    :param dead_letter: the topic for messages that failed for good; True for ``<their topic>.dlq``.
-    :param shutdown_timeout: seconds that running messages are given when the consumer ends.
-    :param revoke_timeout: seconds that they are given when their partition goes to another consumer, at most a third
-        of the client's longest time between polls.
-    :param max_in_flight: messages that are held here unfinished.
-    :param max_buffered_bytes: bytes of their keys and values.
-    :param stall_timeout: seconds without progress after which a consumer that lags behind says so.
+    :param dead_letter: the topic for permanently failed messages; True for ``<their topic>.dlq``.
+    :param shutdown_timeout: seconds that running messages have to finish when the consumer shuts down.
+    :param revoke_timeout: seconds that running messages have to finish when their partition is revoked, at most a
+        third of the client's longest time between polls.
+    :param max_in_flight: the maximum number of unfinished messages in the consumer.
+    :param max_buffered_bytes: the maximum number of bytes of their keys and values.
+    :param stall_timeout: seconds without progress after which a consumer with lag logs an error.
     """
 
     workers: int = 1
@@ -72,10 +73,10 @@ class ConsumerOptions:
 
     @classmethod
     def of(cls, settings: Settings, given: Given) -> Self:
-        """The options of ``given``, completed from the settings.
+        """Create the options from ``given``; take missing ones from the settings.
 
-        :raises kser.errors.UsageError: there is no option of that name.
-        :raises kser.errors.SettingError: a value makes no sense.
+        :raises kser.errors.UsageError: ``given`` has an unknown option.
+        :raises kser.errors.SettingError: a value is invalid.
         """
         names = [field.name for field in fields(cls)]
         for name in given:
@@ -86,15 +87,17 @@ class ConsumerOptions:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def dead_letter_topic(self, topic: str) -> str | None:
-        """Where messages of ``topic`` go that failed for good; None when they go nowhere."""
+        """Return the dead letter topic for messages of ``topic``; None if dead letters are disabled."""
         if isinstance(self.dead_letter, str):
             return self.dead_letter
         return f"{topic}.dlq" if self.dead_letter else None
 
     def describe(self, mode: str, group: str | None, topics: Iterable[str]) -> str:
-        """How a consumer with these options works, for its log.
+        """Return a summary of the options for the log.
 
-        :param mode: the commit mode in force.
+        :param mode: the effective commit mode.
+        :param group: the consumer group.
+        :param topics: the consumed topics.
         """
         return (
             f"commit={mode}, workers={self.workers}, ordering={self.ordering}, group={group},"
@@ -104,11 +107,14 @@ class ConsumerOptions:
 
 
 def reset_policy(option: str, value: Any, default: str) -> str:
-    """Where a group begins that has committed nothing: ``earliest``, ``latest``, or ``none``, which is an error.
+    """Return the reset policy of a group without committed offsets: ``earliest``, ``latest`` or ``none``.
 
-    :param option: the client's name for it.
-    :param value: what was given, None for nothing.
-    :raises kser.errors.SettingError: it is no such word.
+    With ``none``, a missing committed offset is an error.
+
+    :param option: the client's name for the option.
+    :param value: the configured value; None if it is not set.
+    :param default: the policy if ``value`` is None.
+    :raises kser.errors.SettingError: the value is not a reset policy.
     """
     if value is None:
         return default
@@ -135,7 +141,7 @@ def _found(name: str, given: Any, settings: Settings) -> Any:
 
 
 def _number(source: str, value: Any, lowest: float | None) -> float:
-    """A number: a whole one from ``lowest`` on, or seconds."""
+    """Parse a number: an integer of at least ``lowest``, or seconds if ``lowest`` is None."""
     kind, least = ("a number of seconds", 0) if lowest is None else ("a whole number", lowest)
     try:
         number = float(value) if lowest is None else int(value)

@@ -1,6 +1,6 @@
-"""The thread that owns the Kafka client: it polls, pauses and commits, and runs no user code.
+"""The poller: the thread that owns the Kafka client. It polls, pauses and commits, and runs no user code.
 
-So a task may take hours: the client goes on telling its group that it is there.
+So a task may run for hours while the client continues to send heartbeats to its group.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from kser.consumer.dispatch import Dispatch
 from kser.consumer.options import NEVER
 from kser.errors import ClientTrouble, KserError
 
-#: Seconds that a poll waits for records when there is nothing else to do.
+#: Seconds that a poll waits for records if there is no other work.
 POLL_TIMEOUT = 0.5
-#: Seconds between two polls while there is no room for records: the client must be seen to live.
+#: Longest time in seconds between two polls while the work queue is full, because the group membership needs polls.
 KEEP_ALIVE = 1.0
-#: Seconds that a poll waits while a message runs whose offset is to be committed at once.
+#: Seconds that a poll waits while a message runs whose offset must be committed immediately.
 EAGER_POLL = 0.05
-#: Seconds that a poll waits while the consumer ends: only its place in the group is kept.
+#: Seconds that a poll waits during the shutdown, when polls only serve the group membership.
 ENDING_POLL = 0.05
-#: Seconds that a commit, and that closing the client, may take: a broker that is gone must not hold the end up.
+#: Time limit in seconds of a commit and of closing the client, so that an unreachable broker cannot block the shutdown.
 CLIENT_TIMEOUT = 1.2
 
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
 
 
 class Poller(Listener):
-    """Feeds a dispatch from a client, and commits what it says is finished.
+    """The poll loop: moves records from the client to the work queue and commits the finished ones.
 
-    :param connect: makes a client; called again when one has come to its end.
-    :param topics: what to consume.
+    :param connect: creates a client; called again after a fatal error of the client.
+    :param topics: the topics to consume.
+    :param dispatch: the work queue.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
-    :param interval: seconds between commits; 0 commits as soon as there is something to commit.
-    :param stall_timeout: seconds without progress after which lag is reported.
+    :param interval: seconds between commits; 0 commits as soon as a record is finished.
+    :param stall_timeout: seconds without progress after which lag is logged as an error.
     :param say: the consumer's logger and name.
     """
 
@@ -60,9 +61,9 @@ class Poller(Listener):
         self._stall_timeout = stall_timeout
         self._logger, self._name = say
         self._clock = dispatch.clock
-        #: Set to take no more records for a while.
+        #: Whether fetching is paused.
         self.paused = False
-        #: Set to take no more records at all; finished ones are still committed.
+        #: Whether the consumer is shutting down: no records are fetched, but finished records are still committed.
         self.ending = False
         self._closing = False
         self._stop = threading.Event()
@@ -78,13 +79,13 @@ class Poller(Listener):
 
     @property
     def mode(self) -> str:
-        """The commit mode in force: without a group nothing can be committed."""
+        """The effective commit mode, which is ``"never"`` without a group."""
         return self._mode
 
-    # -- its thread ----------------------------------------------------------------------------------------------------
+    # -- the client thread ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Take turns until :meth:`stop`, then :meth:`close`."""
+        """Poll until :meth:`stop` is called, then :meth:`close`."""
         try:
             while not self._stop.is_set():
                 self.turn(POLL_TIMEOUT)
@@ -92,18 +93,18 @@ class Poller(Listener):
             self.close()
 
     def stop(self, until: float) -> None:
-        """End after this turn.
+        """Stop the loop after the current poll.
 
-        :param until: when to be done, at the latest; as long it is tried to commit what is finished.
+        :param until: the deadline for retrying the final commit, by the clock of the work queue.
         """
         self._until = until
         self._stop.set()
 
     def turn(self, timeout: float) -> int:
-        """Poll once, take in what comes, and commit what is due.
+        """Poll once, queue the received records and commit if a commit is due.
 
-        :param timeout: seconds to wait for records at most.
-        :return: how many records were taken in.
+        :param timeout: the longest time in seconds to wait for records.
+        :return: the number of records queued.
         """
         taken = self._guard(lambda: self._take(timeout), timeout)
         self._guard(self.commit_when_due, timeout)
@@ -111,7 +112,7 @@ class Poller(Listener):
         return taken
 
     def _guard(self, what: Callable[[], int], timeout: float) -> int:
-        """Do something with the client, and survive whatever becomes of it."""
+        """Call a function that uses the client. After an exception, log it, back off and return 0."""
         try:
             return what()
         except ClientTrouble as trouble:
@@ -119,10 +120,10 @@ class Poller(Listener):
         except KserError as error:
             self._suffer(ClientTrouble(error.message), timeout)
         except Exception as exc:
-            text = f"the Kafka client raised {exc!r}, which it does not announce"
+            text = f"the Kafka client raised an unexpected error: {exc!r}"
             if text != self._trouble.get("poll"):
                 self._logger.exception(f"{self._name}: {text}")
-            # Whatever state it is in now: another one takes its place.
+            # The state of the client is unknown after an unexpected exception, so replace the client.
             self._suffer(ClientTrouble(text, fatal=True), timeout)
         return 0
 
@@ -138,12 +139,13 @@ class Poller(Listener):
         return self._dispatch.offer(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
-        """How many records to ask for; waits for room, but not longer than the client may go unseen."""
+        """Return how many records to fetch; wait for capacity first, but poll in time for the group membership."""
         if self.paused or self.ending:
             return 0
         room = self._dispatch.room()
         enough = self._dispatch.in_flight // 2
-        # Few at a time would cost a poll each, and offsets that are to be committed at once could not be meanwhile.
+        # Wait for capacity, because fetching a few records at a time would cost one poll each. With interval 0, wait
+        # for a finished record too, because no offset can be committed while a poll blocks.
         if timeout and (room <= enough or (not self._interval and self._dispatch.in_flight and self._dispatch.is_busy)):
             wait = min(KEEP_ALIVE, self._until_commit())
             seen = self._dispatch.settled + self._dispatch.begun
@@ -167,34 +169,34 @@ class Poller(Listener):
         return max(self._last_commit + self._interval - self._clock(), 0) if self._interval else KEEP_ALIVE
 
     def lag(self) -> Mapping[Partition, int]:
-        """How far each partition's end is ahead of what was taken in; nothing, when the client cannot tell."""
+        """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
         try:
             return self._client.lag() if self._client else {}
         except ClientTrouble:
             return {}
 
     def _prove_membership(self, client: ConsumerClient) -> None:
-        """Ask the group whether this is still a member: it takes commits of nobody else.
+        """Verify the group membership by repeating the last commit, which a group accepts from its members only.
 
-        :raises kser.errors.ClientTrouble: it is not, or cannot be asked.
+        :raises kser.errors.ClientError: this client is no member, or the group does not respond.
         """
         known = self._dispatch.known()
         if known and self._mode != NEVER:
             try:
                 client.commit(known, CLIENT_TIMEOUT)
             except ClientTrouble:
-                # The client finds out by itself, while it is polled.
+                # The client detects the lost membership by itself, but only during a poll.
                 self._dispatch.offer(client.poll(ENDING_POLL, 0, ()))
                 raise
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
     def commit_when_due(self) -> int:
-        """Commit what is finished, when the last time is long enough ago; returns for how many partitions."""
+        """Commit finished records if the commit interval has passed; return the number of partitions committed."""
         return self.commit() if self._clock() - self._last_commit >= self._interval else 0
 
     def commit(self) -> int:
-        """Commit what is finished; returns for how many partitions."""
+        """Commit finished records; return the number of partitions committed."""
         self._last_commit = self._clock()
         commits = {} if self._mode == NEVER else self._dispatch.commits()
         if not commits or self._client is None:
@@ -202,7 +204,7 @@ class Poller(Listener):
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
         except ClientTrouble as trouble:
-            # Not done with: they stay committable, and what is never committed is handed out again.
+            # The offsets stay pending, so the next commit includes them. Uncommitted records will be redelivered.
             self._report("commit", trouble)
             return 0
         self._report("commit", None)
@@ -211,7 +213,7 @@ class Poller(Listener):
             self._logger.debug(f"{self._name}: Manual commit done.")
         return len(commits)
 
-    # -- partitions come and go ----------------------------------------------------------------------------------------
+    # -- rebalances ----------------------------------------------------------------------------------------------------
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
         self._dispatch.on_assign(starts)
@@ -221,7 +223,8 @@ class Poller(Listener):
 
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
         if self._closing:
-            # Leaving the group gives partitions up once more: nothing is left to commit, or nobody to take it.
+            # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good.
+            # So return an empty revocation, which commits nothing.
             return self._dispatch.on_revoke(())
         draining = self._dispatch.on_revoke(partitions)
         if self._mode == NEVER:
@@ -234,7 +237,7 @@ class Poller(Listener):
     # -- the client ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Commit what is finished, leave the group and let go of the client."""
+        """Commit finished records, leave the group and close the client."""
         self._commit_the_rest()
         client, self._client = self._client, None
         if client is not None:
@@ -242,10 +245,10 @@ class Poller(Listener):
             try:
                 client.close(CLIENT_TIMEOUT)
             except Exception:
-                self._logger.exception(f"{self._name}: the client was not closed in order")
+                self._logger.exception(f"{self._name}: the Kafka client could not be closed cleanly")
 
     def _commit_the_rest(self) -> None:
-        """Commit what is finished, and try again as long as there is time: what is not committed is run again."""
+        """Commit finished records and retry until the deadline, because uncommitted records will run again."""
         while rest := {} if self._mode == NEVER else self._dispatch.commits():
             self._guard(self.commit, 0)
             done = not self._dispatch.commits() and self._client is not None
@@ -253,9 +256,11 @@ class Poller(Listener):
                 return
             if self._client is None or self._clock() >= self._until:
                 places = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
-                self._logger.warning(f"{self._name}: what is done could not be committed and comes again: {places}")
+                self._logger.warning(
+                    f"{self._name}: finished messages could not be committed and will be redelivered: {places}"
+                )
                 return
-            # The client finds its way back to the group while it is polled.
+            # A client that lost its membership rejoins the group only during a poll.
             self._guard(self._keep_place, 0)
             threading.Event().wait(ENDING_POLL)
 
@@ -274,7 +279,7 @@ class Poller(Listener):
         return client
 
     def _suffer(self, trouble: ClientTrouble, timeout: float) -> None:
-        """Say what is wrong, and wait a while before the next turn, longer each time."""
+        """Log the error, replace the client after a fatal one, and back off exponentially before the next poll."""
         self._report("poll", trouble)
         self._troubles += 1
         if trouble.fatal and self._client is not None:
@@ -292,7 +297,7 @@ class Poller(Listener):
             self._report("poll", None)
 
     def _report(self, activity: str, trouble: ClientTrouble | None) -> None:
-        """Log once when the client gets into trouble, when that changes, and when it is out of it."""
+        """Log an error of the client once, each change of the error, and the recovery."""
         text = trouble.message if trouble else ""
         if text != self._trouble.get(activity, ""):
             self._trouble[activity] = text
@@ -305,7 +310,7 @@ class Poller(Listener):
     # -- stalls --------------------------------------------------------------------------------------------------------
 
     def _look_for_stall(self, taken: int) -> int:
-        """Report once that nothing moves although there is something to do; returns how many partitions wait."""
+        """Log a stall once: lag without progress. Return the number of stalled partitions."""
         settled, now = self._dispatch.settled, self._clock()
         if taken or settled != self._settled or self.paused or self.ending:
             self._settled, self._last_progress, self._stalled = settled, now, False
@@ -320,18 +325,18 @@ class Poller(Listener):
                 self._stalled = True
                 places = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
                 self._logger.error(
-                    f"{self._name}: nothing was finished for {self._stall_timeout:g} s, and messages wait: {places};"
-                    f" {self._running()}"
+                    f"{self._name}: no message was finished for {self._stall_timeout:g} s, but partitions lag:"
+                    f" {places}; {self._running()}"
                 )
         return len(lag)
 
     def _running(self) -> str:
         jobs = self._dispatch.running()
         if not jobs:
-            return "no message is being handled: is the group stable, and do dead letters arrive?"
+            return "no message is being handled: check that the group is stable and that dead letters can be written"
         oldest = min(jobs, key=lambda job: job.taken)
         age = self._clock() - oldest.taken
         return (
             f"{len(jobs)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.place}; set TIMEOUT on its class, or more workers"
+            f" {oldest.place}; set TIMEOUT on its class, or add workers"
         )

@@ -1,4 +1,4 @@
-"""Whether the client is in its group, as far as this process can know."""
+"""The group lease: the local estimate whether the client is still a member of its consumer group."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Callable
 
 
 class Pulse:
-    """Signs of life of the client.
+    """A lease on the group membership, renewed by each poll of the client.
 
-    Without one for long, the group may have given the partitions to others: this process was stopped, or starved.
+    If the process was stopped or starved and did not poll for a long time, the group may have reassigned its
+    partitions. While the lease is expired, no attempt starts.
 
-    :param fence: seconds without a sign after which nothing is begun.
+    :param clock: returns the time in seconds.
+    :param fence: the duration of the lease, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float], fence: float = math.inf) -> None:
         self._clock = clock
         self._fence = fence
-        #: Until when records may be begun, by the clock.
+        #: The time at which the lease expires, by the clock.
         self.until = clock() + fence
 
     def beat(self) -> None:
-        """The client is in its group."""
+        """Renew the lease; call it while the client is in its group."""
         self.until = self._clock() + self._fence
 
     @property
     def is_weak(self) -> bool:
-        """Whether there was no sign for too long."""
+        """Whether the lease has expired."""
         return self._clock() >= self.until

@@ -1,4 +1,4 @@
-"""Those that run tasks: one in the main thread, or several in threads of their own."""
+"""The worker pool: one worker in the main thread, or several workers in threads of their own."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from kser.consumer.job import Job
 from kser.delivery import CURRENT, FAILED, Abandoned
 from kser.errors import TaskTimeout
 
-#: Seconds that a worker waits for a record before it looks around.
+#: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE = 0.5
-#: Seconds before a dead letter that could not be written is tried again, and what they grow to.
+#: The first and the longest back-off, in seconds, after a failed write of a dead letter.
 DEAD_LETTER_DELAYS = (1.0, 30.0)
 
 
 class Workers:
-    """Takes records from a dispatch, has a registry handle them, and says what became of them.
+    """A pool of workers: each takes items from the work queue, runs the registry and applies the outcome.
 
-    :param begin: called with each record before it is handled.
-    :param handle: runs the registry on a record's value.
-    :param count: how many records at once.
+    :param dispatch: the work queue.
+    :param begin: called with each item before its attempt starts; None for no call.
+    :param handle: runs the registry with the value of a record.
+    :param dead_letters: the writer of dead letters.
+    :param count: the number of workers.
     :param say: the consumer's logger and name.
     """
 
@@ -44,65 +46,65 @@ class Workers:
         self._dead_letters = dead_letters
         self._threads = count
         self._logger, self._name = say
-        #: How many records failed for good, and how often one was tried again.
+        #: Counters of permanently failed records (``failed``) and of retries (``retried``).
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
-        #: What a task raised to end the consumer: KeyboardInterrupt.
+        #: The KeyboardInterrupt that a task raised to stop the consumer.
         self.interrupt: KeyboardInterrupt | None = None
-        #: Set to begin nothing more, also from a signal handler; :meth:`end` follows.
+        #: Set, possibly by a signal handler, to start no more attempts; a call of :meth:`shutdown` follows.
         self.stopping = False
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Start the threads, when there is more than one worker."""
+        """Start the threads if there is more than one worker."""
         if self._threads > 1:
             for _ in range(self._threads):
                 self._spawn()
 
     def work(self) -> None:
-        """Be one of the workers, or wait for them: return once :meth:`end` was called."""
+        """Run the only worker in this thread, or wait for the worker threads; return after :meth:`shutdown`."""
         if self._threads == 1:
             self._work()
         while not self._ended.wait(IDLE):
-            # A wait without end would not let signals through.
+            # The wait has a timeout, because a wait without one would block signal handlers.
             pass
         if self.interrupt is not None:
             raise self.interrupt
 
     def end(self) -> None:
-        """Begin nothing more."""
+        """Stop the workers after their running attempts and close the work queue."""
         self.stopping = True
         self._dispatch.close()
         self._ended.set()
 
     def step(self, timeout: float = 0) -> bool:
-        """Work on one record, in this thread; returns False when there is none within ``timeout`` seconds."""
+        """Run one item in this thread; return False if none is ready within ``timeout`` seconds."""
         job = self._dispatch.take(timeout)
         if job is not None:
             self._attempt(job)
         return job is not None
 
     def answer(self, job: Job) -> None:
-        """A database answers for a job that is worked on."""
+        """Acknowledge a running item, which the store now guarantees."""
         self._dispatch.answer(job)
 
     def hand_back(self, job: Job) -> None:
-        """A job that is worked on stays unfinished."""
+        """Abandon a running item, so that its record stays unfinished."""
         self._dispatch.abandon(job)
 
     def now(self) -> float:
-        """The time that jobs are taken by."""
+        """Return the time by the clock of the work queue."""
         return self._dispatch.clock()
 
     def cluster(self) -> str:
-        """What tells this Kafka cluster from others."""
+        """Return the cluster id."""
         return self._dispatch.cluster()
 
     def expire(self) -> None:
-        """Give up attempts that take longer than their class allows; other workers take the place of stuck ones."""
+        """Time out attempts that exceed the TIMEOUT of their class, and start a replacement for each stuck worker."""
         now = self._dispatch.clock()
         for job in self._dispatch.running():
-            # Of what runs now; the next part of the work has one of its own.
+            # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
             decision = job.decision
             if job.timeout is not None and now - job.taken >= job.timeout:
                 verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.timeout:g} s")
@@ -120,7 +122,7 @@ class Workers:
             self.end()
 
     def _work(self) -> None:
-        """Work until the end, or until another worker has taken this one's place."""
+        """Run items until the shutdown, or until another worker has replaced this one."""
         dispatch = self._dispatch
         while not self.stopping:
             job = dispatch.take(IDLE)
@@ -147,10 +149,10 @@ class Workers:
             self._dispatch.abandon(job)
             raise
         except Abandoned:
-            # It is said with the conclusion.
+            # _apply_outcome logs the abandoned attempt.
             pass
         except BaseException as exc:
-            # Whatever it is, it must not end the worker, and then again each one that gets the message.
+            # No exception may end the worker; otherwise each redelivery of the message would end another worker.
             if job.failure is None:
                 job.refuse(FAILED, exc)
             self._logger.exception(
@@ -163,7 +165,8 @@ class Workers:
     def _conclude(self, job: Job) -> None:
         if job.abandoned:
             self._logger.warning(
-                f"{self._name}: offset {job.record.offset} of {job.place} was given up; its late result is dropped"
+                f"{self._name}: the attempt at offset {job.record.offset} of {job.place} was abandoned; its late result"
+                " is dropped"
             )
         elif job.retry_in is not None:
             self._count_up("retried")
@@ -189,6 +192,6 @@ class Workers:
     def _finish(self, job: Job) -> None:
         if not self._dispatch.finish(job):
             self._logger.info(
-                f"{self._name}: offset {job.record.offset} of {job.place} was finished after the partition was taken"
-                " away: it is not committed, and is run again if the partition went to another consumer"
+                f"{self._name}: offset {job.record.offset} of {job.place} was finished after the partition was"
+                " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
             )

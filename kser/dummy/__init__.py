@@ -1,1 +1,1 @@
-"""An in-memory transport for users' own tests: real encoding and decoding, no broker."""
+"""In-memory transport for users' tests, with real encoding and decoding."""

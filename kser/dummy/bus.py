@@ -1,7 +1,7 @@
-"""The broker of the in-memory transport: topics with partitions, groups with members, and what groups have committed.
+"""Broker of the in-memory transport: topics with partitions, consumer groups and their committed offsets.
 
-Everything happens when somebody calls: a member that does not poll holds a rebalance up, as in Kafka, until it is
-expelled. So tests take each step themselves.
+The broker has no threads: everything happens inside calls, so tests take each step themselves. As in Kafka, a member
+that does not poll delays a rebalance until it is expelled.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class DummyRecord(NamedTuple):
 
 
 class Bus:
-    """What is between producers and consumers that name the same ``bootstrap_servers``."""
+    """The broker of all producers and consumers with the same ``bootstrap_servers``."""
 
-    _all: dict[str, Bus] = {}  # noqa: RUF012  the buses of this process
+    _all: dict[str, Bus] = {}  # noqa: RUF012  the brokers of this process
 
     def __init__(self) -> None:
-        #: The partitions of each topic, each a list of records.
+        #: The partitions of each topic; a partition is a list of records.
         self.topics: dict[str, list[list[DummyRecord]]] = {}
-        #: Where each group is.
+        #: The committed offsets, by group and partition.
         self.committed: dict[tuple[str, Partition], Commit] = {}
         self.groups: dict[str, Group] = {}
         self.arrived = threading.Condition(threading.RLock())
@@ -44,16 +44,19 @@ class Bus:
 
     @classmethod
     def at(cls, address: str) -> Bus:
-        """The bus with that address, made when first asked for."""
+        """Return the broker at an address, which the first call creates."""
         return cls._all.setdefault(address, cls())
 
     @classmethod
     def reset(cls) -> None:
-        """Forget all buses, between two tests."""
+        """Remove all brokers, between two tests."""
         cls._all.clear()
 
     def create_topic(self, topic: str, partitions: int = 1) -> None:
-        """Give a topic that many partitions, also one that exists; one that nobody creates has one."""
+        """Create a topic, or add partitions to an existing one.
+
+        A topic that is used without being created has one partition.
+        """
         with self.arrived:
             logs = self.topics.setdefault(topic, [])
             logs += [[] for _ in range(partitions - len(logs))]
@@ -69,7 +72,7 @@ class Bus:
         headers: Iterable[tuple[str, bytes | None]] = (),
         partition: int | None = None,
     ) -> None:
-        """Put a record behind the others of its partition: the one of its key, or the next one."""
+        """Append a record to a partition: the given one, else that of its key, else the next in turn."""
         with self.arrived:
             logs = self.topics.setdefault(topic, [[]])
             if partition is None:
@@ -80,16 +83,16 @@ class Bus:
             self.arrived.notify_all()
 
     def values(self, topic: str) -> list[bytes | None]:
-        """The values of a topic, partition by partition."""
+        """Return the values of a topic, partition by partition."""
         return [record.value for log in self.topics.get(topic, []) for record in log]
 
     def partitions_of(self, topics: Iterable[str]) -> list[Partition]:
-        """All partitions of these topics."""
+        """Return all partitions of these topics."""
         return [Partition(topic, n) for topic in topics for n in range(len(self.topics.setdefault(topic, [[]])))]
 
 
 class Group:
-    """The members of a group. A rebalance takes everything from everybody first, as Kafka's default assignors do."""
+    """A consumer group. A rebalance first revokes all partitions of all members, as Kafka's default assignors do."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -98,21 +101,21 @@ class Group:
         self.in_rebalance = False
 
     def rebalance(self) -> None:
-        """Begin a rebalance: it is over when each member has polled."""
+        """Start a rebalance, which ends when each member has polled."""
         self.in_rebalance = bool(self.members)
         self._rejoined = set()
         with self._bus.arrived:
             self._bus.arrived.notify_all()
 
     def join(self, member: DummyClient) -> bool:
-        """A member has given everything up and asks for its share; returns whether the shares are known."""
+        """Add a member whose partitions are revoked to the rebalance, and return whether it has ended."""
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
             self._share_out()
         return not self.in_rebalance
 
     def leave(self, member: DummyClient) -> None:
-        """A member goes, or is expelled because it was not heard of."""
+        """Remove a member that closes or is expelled, and start a rebalance."""
         if member in self.members:
             self.members.remove(member)
             self.rebalance()
@@ -128,12 +131,12 @@ class Group:
 
 
 class DummyClient(ConsumerClient):
-    """A member of a group of the bus.
+    """A member of a consumer group of the in-memory broker.
 
-    :param group: its group; None for a reader on its own, who gets everything and commits nothing.
-    :param reset: where a partition begins of which the group has committed nothing: ``"earliest"``, ``"latest"`` or
+    :param group: the name of the group; None for a reader without a group, which gets all partitions and never commits.
+    :param reset: the start position of a partition without a committed offset: ``"earliest"``, ``"latest"`` or
         ``"none"``.
-    :param commits: whether anything is to be committed.
+    :param commits: False if the client must not commit offsets.
     """
 
     def __init__(self, bus: Bus, group: str | None, reset: str = "earliest", *, commits: bool = True) -> None:
@@ -147,7 +150,7 @@ class DummyClient(ConsumerClient):
         self.topics: frozenset[str] = frozenset()
         self.share: list[Partition] = []
         self._positions: dict[Partition, int] = {}
-        #: What polls and commits are to fail with, in turn.
+        #: Injected errors: each poll or commit raises and removes the first one.
         self.troubles: list[ClientTrouble] = []
 
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
@@ -176,7 +179,7 @@ class DummyClient(ConsumerClient):
         self._fail_if_told()
         with self._bus.arrived:
             if self not in self._group.members or not commits.keys() <= self._positions.keys():
-                raise ClientTrouble(f"the group {self._name!r} has given these partitions to another member")
+                raise ClientTrouble(f"the group {self._name!r} has assigned these partitions to another member")
             self._note(commits)
 
     def lag(self) -> Mapping[Partition, int]:
@@ -188,12 +191,12 @@ class DummyClient(ConsumerClient):
             self._group.leave(self)
 
     def expel(self) -> None:
-        """What Kafka does to a member that it has not heard of for too long."""
+        """Expel this member from the group, as Kafka does after a session timeout."""
         with self._bus.arrived:
             self._group.leave(self)
 
     def _take_part(self) -> bool:
-        """Do what the group wants of this member; returns whether it may have records."""
+        """Take part in a rebalance if there is one, and return whether records can be fetched."""
         assert self._listener is not None
         if self not in self._group.members:
             lost, self._positions = list(self._positions), {}
@@ -221,7 +224,7 @@ class DummyClient(ConsumerClient):
             self._note(new)
         self._positions = {key: commit.offset for key, commit in (known | new).items()}
         self._listener.on_assign(known)
-        # Where nothing is committed, nothing else knows what was finished of them.
+        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
         self._listener.on_reset(new) if self.can_commit else self._listener.on_assign(new)
 
     def _first_position(self, key: Partition) -> Commit:
@@ -243,7 +246,7 @@ class DummyClient(ConsumerClient):
         if not self._positions:
             return
         draining = self._listener.on_revoke(list(self._positions))
-        # What runs may want the bus to end.
+        # Release the lock while waiting, because running attempts may need the broker to finish.
         self._bus.arrived.release()
         try:
             draining.wait()

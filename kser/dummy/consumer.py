@@ -1,4 +1,4 @@
-"""Consumer of the in-memory transport. In place of ``kser.dummy`` of 0.8.27, which neither sent nor received."""
+"""Consumer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which neither sent nor received."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class Consumer(BaseConsumer):
-    """Takes messages from the bus that ``config["bootstrap_servers"]`` names; tests drive it step by step.
+    """A consumer of the in-memory broker at ``config["bootstrap_servers"]``, driven step by step by tests.
 
-    :param config: ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``auto_offset_reset``,
-        ``enable_auto_commit``, ``auto_commit_interval_ms`` and ``max_poll_interval_ms`` are looked at, the rest is not;
-        ``KSER_CONFIG`` when None.
-    :param topics: what to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
+    :param config: the options ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``auto_offset_reset``,
+        ``enable_auto_commit``, ``auto_commit_interval_ms``, ``max_poll_interval_ms`` and ``session_timeout_ms``; others
+        are ignored. ``KSER_CONFIG`` when None.
+    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
-    :raises kser.errors.SettingError: a setting is missing or cannot be used.
+    :raises kser.errors.SettingError: a setting is missing or invalid.
     """
 
     LOGGER: ClassVar[logging.Logger] = logger
@@ -54,9 +54,9 @@ class Consumer(BaseConsumer):
         )
 
     def run_until_idle(self) -> int:
-        """Handle messages, also those that tasks send meanwhile, until there are none, then commit.
+        """Handle messages until none are left, including those that tasks send meanwhile, then commit.
 
-        :return: how many messages were handled.
+        :return: the number of handled messages.
         """
         handled = 0
         while count := self.step(timeout=0):
@@ -66,7 +66,7 @@ class Consumer(BaseConsumer):
 
     @classmethod
     def clean_lock(cls) -> None:
-        """Remove the pause file: a consumer that starts is not paused."""
+        """Remove the pause file, because a consumer starts unpaused."""
         if path := lockfiles.remove_pause_file():
             logger.debug(f"Cleaning existing pause file {path}")
 

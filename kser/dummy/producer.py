@@ -1,4 +1,4 @@
-"""Producer of the in-memory transport. In place of ``kser.dummy`` of 0.8.27, which neither sent nor received."""
+"""Producer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which neither sent nor received."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kser.outgoing import HeaderList, KeyOf, OutgoingProducer, Tally, key_bytes,
 from kser.results import merge
 from kser.schemas import Message
 
-#: Bytes that a record may have, unless it is configured: as much as with kafka-python.
+#: Default of ``max_request_size`` in bytes, the same as kafka-python's.
 MAX_REQUEST_SIZE = 1_048_576
 
 
 class Producer(OutgoingProducer):
-    """Puts messages on the bus that ``config["bootstrap_servers"]`` names.
+    """A producer for the in-memory broker at ``config["bootstrap_servers"]``.
 
-    :param config: ``bootstrap_servers`` and ``max_request_size`` (bytes of a record) are looked at, the rest is not;
-        ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
+    :param config: the options ``bootstrap_servers`` and ``max_request_size`` (limit of a record in bytes); others are
+        ignored. ``KSER_CONFIG`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
@@ -34,12 +34,12 @@ class Producer(OutgoingProducer):
     ) -> Result:
         """Send many messages.
 
-        :param topic: where to.
+        :param topic: the topic of all messages.
         :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: not needed here; shown in the result.
-        :param key: called with each message for its key; without, no message has one.
-        :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
-            reason by uuid.
+        :param timeout: not used by this transport; shown in the Result.
+        :param key: returns the key of a message; None sends all messages without a key.
+        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
+            ``retval["failed"]`` maps their uuids to the reasons.
         """
         tally = Tally()
         ending = f" to {topic} (timeout: {timeout})"
@@ -76,4 +76,4 @@ class Producer(OutgoingProducer):
         return Result(uuid=kmsg.uuid, stdout=text)
 
     def _undelivered_text(self, topic: str, reason: str) -> str:
-        return f"the record was not put into topic {topic!r}: {reason}"
+        return f"the record was not appended to topic {topic!r}: {reason}"

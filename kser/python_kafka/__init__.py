@@ -1,1 +1,1 @@
-"""The default transport: kafka-python."""
+"""Transport on kafka-python, the default."""

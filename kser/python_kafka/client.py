@@ -1,4 +1,4 @@
-"""``kafka.KafkaConsumer`` behind the contract of all transports, for kafka-python 2.3 and 3."""
+"""Consumer client on ``kafka.KafkaConsumer``, for kafka-python 2.3 and 3."""
 
 from __future__ import annotations
 
@@ -28,42 +28,43 @@ from kser.python_kafka.rebalances import ASYNC, Joining, Rebalances, client_offs
 
 logger = logging.getLogger(__name__)
 
-#: Milliseconds that asking where the group is, and where a log begins, may take.
+#: Timeout in milliseconds of queries for committed offsets and for the first and last offset of a partition.
 QUERY_TIMEOUT_MS = 5000
-#: Milliseconds that such a question may take which is only to tell whether somebody answers.
+#: Timeout in milliseconds of the query that checks whether the group coordinator responds.
 PROBE_TIMEOUT_MS = 1000
-#: Seconds without a record after which topics and group are looked for.
+#: Seconds without records between two health checks of topics and group coordinator.
 LOOK_TICK = 5.0
-#: Seconds between two attempts to begin partitions.
+#: Seconds between two attempts to start partitions.
 BEGIN_TICK = 1.0
 
-#: The position is not in the log (any more).
+#: Errors of a position that is not, or no longer, in the log.
 _OUT_OF_RANGE = tuple(
     getattr(errors, name) for name in ("OffsetOutOfRangeError", "LogTruncationError") if hasattr(errors, name)
 )
-#: A partition has no position (yet). kafka-python 2 has two errors of that name.
+#: Errors of a partition without a position. kafka-python 2 has two errors of that name.
 _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
-#: Why a commit fails while a rebalance runs.
+#: Transient errors: commits fail with them during a rebalance.
 _PASSING = (
     errors.RebalanceInProgressError,
     errors.IllegalGenerationError,
     errors.UnknownMemberIdError,
     errors.CommitFailedError,
 )
-#: What this client will not get over.
+#: Errors after which this client cannot be used.
 _FATAL = (errors.IllegalStateError,)
 
 
 class KafkaPythonClient(ConsumerClient):
-    """A member of a group.
+    """A member of a consumer group.
 
-    :param client: made with ``auto_offset_reset="none"`` when there is a group: where to begin is decided here.
-    :param reset: where a partition begins of which the group has committed nothing: ``"earliest"``, ``"latest"`` or
+    :param client: the KafkaConsumer; with a group its ``auto_offset_reset`` is ``"none"``, because this class chooses
+        start positions.
+    :param reset: the start position of a partition without a committed offset: ``"earliest"``, ``"latest"`` or
         ``"none"``.
-    :param commits: whether anything is to be committed.
+    :param commits: False if the client must not commit offsets.
     """
 
     def __init__(self, client: KafkaConsumer, reset: str, *, commits: bool = True) -> None:
@@ -79,13 +80,13 @@ class KafkaPythonClient(ConsumerClient):
         self._session = client.config["session_timeout_ms"] / 1000
         self._problem: ClientTrouble | None = None
         self._missed: ClientTrouble | None = None
-        #: Assigned, and not begun yet. Added to by the client's thread.
+        #: Assigned partitions that have no start position yet. The client's own thread may add some.
         self._new: set[TopicPartition] = set()
         self._sizes = Sizes(reset)
 
     @property
     def cluster(self) -> str:
-        # It comes with the metadata, which is there as soon as there is a record.
+        # The cluster id is part of the metadata, which the client has before it returns the first record.
         return getattr(getattr(getattr(self._client, "_client", None), "cluster", None), "cluster_id", None) or ""
 
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
@@ -102,24 +103,24 @@ class KafkaPythonClient(ConsumerClient):
             self._unpark()
             batches = self._poll(timeout, limit)
             if new := set(self._new):
-                # What has come of the new ones may be from another position than the group's.
+                # Drop the records of new partitions: they may be from another position than the committed offset.
                 batches = {key: records for key, records in batches.items() if key not in new}
                 self._begin_new()
-            # What is wrong can wait while there is something to do.
+            # Check for errors only when there are no records: they would be lost with an error.
             if batches:
                 self._answered()
             else:
                 self._look_around()
             return batches
         except KafkaError as error:
-            raise self._trouble("take messages", error) from error
+            raise self._trouble("fetch messages", error) from error
 
     def _keep_joining(self) -> None:
-        """Have kafka-python 3 see a join through that outlasted a poll.
+        """Make kafka-python 3 complete a join that did not finish within one poll.
 
-        When it began because the partitions of a topic changed, the client would not ask what became of it. When it is
-        over before the next poll, the client would not look at it, and join once more, which takes all partitions from
-        the whole group again.
+        If the join started because the partitions of a topic changed, the client would never read its result. If the
+        join finishes between two polls, the client would discard its result and join again, which revokes all
+        partitions of the whole group again.
         """
         coordinator = self._client._coordinator
         if not ASYNC or not coordinator.rejoining:
@@ -131,9 +132,9 @@ class KafkaPythonClient(ConsumerClient):
             coordinator._join_task = joining if joining.is_of_use(self._session / 2) else None
 
     def _unpark(self) -> None:
-        """Have kafka-python 3 look at records again that it has put aside while their partition was paused.
+        """Make kafka-python 3 return the records that it set aside while their partition was paused.
 
-        It does so only when it has nothing in hand, and takes what it has emptied for something.
+        The client does so only when its slot for the current partition is None, and leaves an exhausted batch in there.
         """
         fetcher = self._client._fetcher
         if ASYNC and fetcher._next_partition_records is not None and not fetcher._next_partition_records:
@@ -146,7 +147,7 @@ class KafkaPythonClient(ConsumerClient):
             )
             return found
         except _NO_POSITION:
-            # They are new, and begun next.
+            # The partitions without a position are new, and get one after this poll.
             return {}
         except _OUT_OF_RANGE as error:
             self._recover_from(error)
@@ -155,9 +156,9 @@ class KafkaPythonClient(ConsumerClient):
             self._polled_at = time.monotonic()
 
     def _look_around(self) -> None:
-        """Look now and then for what the client itself waits for without a word.
+        """Check for errors that kafka-python retries silently: missing topics and unreachable brokers.
 
-        :raises kser.errors.ClientTrouble: there is something.
+        :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """
         if self._new and self._problem is not None:
             raise self._problem
@@ -177,24 +178,24 @@ class KafkaPythonClient(ConsumerClient):
         if not missing or not known:
             return ClientTrouble(self._unknown(missing)) if missing else None
         if missing != self._missing:
-            logger.error(f"{self._unknown(missing)}; waiting for it, and consuming the others")
+            logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
         self._missing = missing
         return None
 
     def _look_for_group(self) -> ClientTrouble | None:
-        """Ask for any commit: whoever answers is there."""
+        """Query a committed offset to check that the group coordinator responds."""
         tp = next(iter(self._client.assignment()), None)
         if tp is None or not self.can_commit:
             return None
         try:
             self._client.committed(tp, timeout_ms=PROBE_TIMEOUT_MS)
         except KafkaError as error:
-            return self._trouble("take messages", error)
+            return self._trouble("fetch messages", error)
         return None
 
     def _unknown(self, topics: list[str]) -> str:
         names = ", ".join(map(repr, topics))
-        return f"the brokers at {self._servers} know no topic {names}: create it, or correct its name"
+        return f"the brokers at {self._servers} have no topic {names}: create it, or correct its name"
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
@@ -212,19 +213,23 @@ class KafkaPythonClient(ConsumerClient):
                     found[Partition(*tp)] = end - position
             return found
         except KafkaError as error:
-            raise self._trouble("tell how far it is", error) from error
+            raise self._trouble("read the lag", error) from error
 
     def close(self, timeout: float) -> None:
-        # Its partitions may be another client's by the time that it gives them up.
+        # kafka-python revokes the partitions during close, when a new client of this process may own them already.
+        # An inactive listener ignores the late call.
         if self._rebalances is not None:
             self._rebalances.active = False
         try:
             self._client.close(autocommit=False, timeout_ms=int(timeout * 1000))
         except KafkaError as error:
-            logger.warning(f"the group at {self._servers} was not left in order: {error}")
+            logger.warning(
+                f"could not leave the group at {self._servers} ({error}): its partitions are reassigned after the"
+                " session timeout"
+            )
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
-        # A rebalance forgets what was paused, so it is said again before each poll.
+        # A rebalance resets the paused partitions, so set them again before each poll.
         if limit and not held and not self._new:
             if paused := self._client.paused():
                 self._client.resume(*paused)
@@ -234,12 +239,12 @@ class KafkaPythonClient(ConsumerClient):
         self._client.pause(*wanted)
         self._client.resume(*(self._client.paused() - wanted))
 
-    # -- where partitions begin ----------------------------------------------------------------------------------------
+    # -- start positions -----------------------------------------------------------------------------------------------
 
     def _begin_new(self) -> None:
-        """Begin the new partitions where the group is, or, if it is nowhere, where it is to start.
+        """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
 
-        Those that cannot be begun are paused, and tried again; the others go on meanwhile.
+        Partitions that cannot be started stay paused until a retry succeeds; the others are consumed meanwhile.
         """
         if time.monotonic() < self._begin_at:
             return
@@ -253,15 +258,15 @@ class KafkaPythonClient(ConsumerClient):
                 self._begin(tp, known, fresh)
                 continue
             except KafkaError as error:
-                self._problem = self._trouble(f"begin {tp.topic}[{tp.partition}]", error)
+                self._problem = self._trouble(f"find the start position of {tp.topic}[{tp.partition}]", error)
             except ClientTrouble as error:
                 self._problem = error
-            # Without a position of its own it would keep the client from all others.
+            # Set any position, because a partition without one makes every poll of the client fail. It stays paused.
             self._client.seek(tp, 0)
         if not (self._new & self._client.assignment()):
             self._begin_at = 0.0
         self._listener.on_assign(known)
-        # Where nothing is committed, nothing else knows what was finished of them.
+        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
 
     def _begin(self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]) -> None:
@@ -281,7 +286,7 @@ class KafkaPythonClient(ConsumerClient):
         self._new.discard(tp)
 
     def _first_position(self, tp: TopicPartition) -> Commit:
-        """Where a partition begins of which the group has committed nothing."""
+        """Return the start position of a partition without a committed offset."""
         at_end = self._reset == "latest" and not self._was_added(tp)
         offset = (self._ends if at_end else self._begins)([tp])[tp]
         return self._sizes.note(Partition(*tp), Commit(offset))
@@ -299,17 +304,17 @@ class KafkaPythonClient(ConsumerClient):
         return None if found is None else Commit(found.offset, unseal(found.metadata or ""))
 
     def _begins(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        # The client's own method of kafka-python 2 takes no time, and waits for minutes.
+        # ``KafkaConsumer.beginning_offsets`` of kafka-python 2 accepts no timeout and can block for minutes.
         return dict(self._client._fetcher.beginning_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _recover_from(self, error: KafkaError) -> None:
-        """A position is not in the log: say what is lost, and begin anew where ``auto_offset_reset`` says."""
+        """Log the lost offsets of out-of-range positions, and restart as ``auto_offset_reset`` demands."""
         assert self._listener is not None
         positions: Mapping[TopicPartition, Any] = getattr(error, "divergent_offsets", None) or error.args[0]
-        # The new ones are begun where the group is, and fail there once more.
+        # Skip new partitions: they are started at their committed offset, and fail again if it is out of range.
         partitions = [tp for tp in positions if tp in self._client.assignment() and tp not in self._new]
         begins, ends = self._begins(partitions), self._ends(partitions)
         starts: dict[Partition, Commit] = {}
@@ -327,7 +332,7 @@ class KafkaPythonClient(ConsumerClient):
         return trouble(
             what,
             f"{self._servers} (bootstrap_servers)",
-            error if any(error.args) else "no answer in time",
+            error if any(error.args) else "no response in time",
             fatal=isinstance(error, _FATAL),
             passing=isinstance(error, _PASSING),
         )

@@ -22,18 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class Consumer(BaseConsumer):
-    """Takes messages from Kafka with ``kafka.KafkaConsumer`` and has :attr:`REGISTRY` handle them.
+    """A consumer that polls ``kafka.KafkaConsumer`` and passes messages to :attr:`REGISTRY`.
 
     The client never commits by itself: ``enable_auto_commit`` (default True) chooses whether offsets are committed
-    every ``auto_commit_interval_ms`` or, when False, at once. With ``commit="after"`` a group that has committed
-    nothing starts at the earliest record, unless ``auto_offset_reset`` says otherwise (decision D17).
+    every ``auto_commit_interval_ms`` or, when False, at once. With ``commit="after"`` a group without committed
+    offsets starts at the earliest record, unless ``auto_offset_reset`` says otherwise (decision D17).
 
-    :param config: options of KafkaConsumer; what it knows of ``KSER_CONFIG`` when None.
-    :param topics: what to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
+    :param config: options of KafkaConsumer; its options in ``KSER_CONFIG`` when None.
+    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
-    :raises kser.errors.BrokerUnavailable: no broker answers.
-    :raises kser.errors.SettingError: a setting is missing or cannot be used.
+    :raises kser.errors.BrokerUnavailable: no broker responds.
+    :raises kser.errors.SettingError: a setting is missing or invalid.
     """
 
     LOGGER: ClassVar[logging.Logger] = logger
@@ -57,7 +57,8 @@ class Consumer(BaseConsumer):
         self._reset = self._choose_reset(how.commit, group)
         self._client_options |= {"enable_auto_commit": False, "auto_offset_reset": "none" if group else self._reset}
         self._client_options.setdefault("fetch_max_bytes", how.max_buffered_bytes)
-        # In the client, one that raises would end it. The key is only compared, as the bytes that it is.
+        # Run the value deserializer per record, because an exception in it would stop the client. Ignore the key
+        # deserializer: keys are only compared, as bytes.
         self._deserialize = self._taken_over("value_deserializer")
         self._taken_over("key_deserializer")
         super().__init__(
@@ -76,7 +77,7 @@ class Consumer(BaseConsumer):
         return Producer({key: value for key, value in options if key in KafkaProducer.DEFAULT_CONFIG})
 
     def _connect(self) -> ConsumerClient:
-        #: The client that is used now.
+        #: The current KafkaConsumer.
         self.client = connect(KafkaConsumer, self._client_options)
         return KafkaPythonClient(self.client, self._reset, commits=self.options.commit != NEVER)
 
@@ -94,7 +95,7 @@ class Consumer(BaseConsumer):
         return self._client_options.pop(name) if callable(self._client_options.get(name)) else None
 
     def _choose_reset(self, commit: str, group: str | None) -> str:
-        # Without a group nothing is remembered, and every start would handle the whole topic again.
+        # Without a group no offset is committed, so "earliest" would handle the whole topic again at every start.
         default = "earliest" if group is not None and commit != BEFORE else "latest"
         return reset_policy(self.RESET_OPTION, self._client_options.get(self.RESET_OPTION), default)
 

@@ -1,4 +1,4 @@
-"""Options of the kafka-python clients, and what becomes of a broker that does not answer."""
+"""Options of the kafka-python clients, and their connection to the brokers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kser.errors import BrokerUnavailable
 
 Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 
-# kafka-python 2 has an error of its own for it.
+# kafka-python 2 raises NoBrokersAvailable, kafka-python 3 KafkaTimeoutError.
 _UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", errors.KafkaTimeoutError))
 
 
 def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
-    """The options to make ``client`` with: ``config`` as it is, or what the client knows of ``KSER_CONFIG``.
+    """Return the options of ``client``: ``config`` unchanged, or the client's options in ``KSER_CONFIG``.
 
     :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither client knows.
     """
@@ -29,9 +29,9 @@ def options_for(client: type[Client], config: Mapping[str, Any] | None, settings
 
 
 def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
-    """Make a client.
+    """Create a client.
 
-    :raises kser.errors.BrokerUnavailable: no broker answers at the address.
+    :raises kser.errors.BrokerUnavailable: no broker responds at the address.
     """
     networks: list[Any] = []
     make_network = options.get("kafka_client", client.DEFAULT_CONFIG["kafka_client"])
@@ -43,16 +43,16 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
     try:
         return client(**{**options, "kafka_client": noted})
     except _UNREACHABLE as error:
-        # The client that could not be made has left its network thread running.
+        # The failed constructor leaves its network thread running: close it.
         for network in networks:
             network.close()
         raise BrokerUnavailable(
-            f"no Kafka broker answers at {servers(options)} ({error}): start one there, or correct 'bootstrap_servers'"
-            f" in {CONFIG} or in the dict that is passed"
+            f"no Kafka broker responds at {servers(options)} ({error}): start one there, or correct 'bootstrap_servers'"
+            f" in {CONFIG} or in the 'config' argument"
         ) from error
 
 
 def servers(options: Mapping[str, Any]) -> str:
-    """Where the client looks for brokers, for error texts."""
+    """Return the bootstrap servers, for error texts."""
     value = options.get("bootstrap_servers", "localhost:9092, the default")
     return value if isinstance(value, str) else ", ".join(map(str, value))

@@ -32,29 +32,29 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: Milliseconds that the client may wait for the metadata of a topic, unless it is configured.
+#: Default of ``max_block_ms``: the client's timeout for the metadata of a topic.
 MAX_BLOCK_MS = 5000
-#: Seconds that closing waits for messages that are still on their way.
+#: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
-#: Messages of a bulk that are encoded before they are handed to the client together, and seconds that this may take.
+#: Limits of a chunk of a bulk, which is encoded first and then passed to the client: messages, and seconds of encoding.
 CHUNK = 500
 CHUNK_SECONDS = 0.05
 
 
 class Producer(OutgoingProducer):
-    """Sends messages with ``kafka.KafkaProducer``, and checks that each one was delivered. Safe to share by threads.
+    """A producer on ``kafka.KafkaProducer`` that checks the delivery of every message. Threads can share it.
 
-    Unless it is configured, ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it;
-    kafka-python 2 is when ``enable_idempotence`` says so (it then cannot end its thread while no broker answers, which
-    is why it is not the default there).
+    The default of ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it. kafka-python 2 is
+    idempotent only with ``enable_idempotence``: this is not the default, because such a producer cannot end its thread
+    while no broker responds.
 
-    The client has one setting for how long it waits for metadata: while one thread sends with less time than that,
-    another one may wait too short for a topic that is new to the client. Its result then says so.
+    The client has a single timeout for metadata, ``max_block_ms``. While one thread sends with a shorter timeout,
+    another thread may time out too early for a topic that is new to the client; its Result then has this error.
 
-    :param config: options of KafkaProducer; what it knows of ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is looked at before the environment.
-    :raises kser.errors.BrokerUnavailable: no broker answers.
-    :raises kser.errors.SettingError: ``KSER_CONFIG`` cannot be used.
+    :param config: options of KafkaProducer; its options in ``KSER_CONFIG`` when None.
+    :param app: a Flask application whose ``config`` is read before the environment.
+    :raises kser.errors.BrokerUnavailable: no broker responds.
+    :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
@@ -71,12 +71,12 @@ class Producer(OutgoingProducer):
     ) -> Result:
         """Send many messages, then wait until all are delivered.
 
-        :param topic: where to.
+        :param topic: the topic of all messages.
         :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: seconds for everything together.
-        :param key: called with each message for its key; without, no message has one.
-        :return: a Result that says how many were sent. If some were not, it is failed, and ``retval["failed"]`` has the
-            reason by uuid; those whose time ran out may still arrive.
+        :param timeout: seconds for the whole call.
+        :param key: returns the key of a message; None sends all messages without a key.
+        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
+            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
         """
         bulk = _Bulk(self, topic, timeout, key)
         try:
@@ -89,10 +89,8 @@ class Producer(OutgoingProducer):
         try:
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
-            logger.warning(
-                f"{type(self).__name__}: closed with messages still on their way to {self._servers}: {error}"
-            )
-            # The client has given up before it ended its thread, which would live and try for ever.
+            logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._servers}: {error}")
+            # ``close`` timed out before it stopped the client's thread, which would otherwise retry without end.
             self.client._sender.force_close()
             with suppress(KafkaError):
                 self.client.close(timeout=CLOSE_TIMEOUT)
@@ -101,7 +99,7 @@ class Producer(OutgoingProducer):
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         if value is None and key is None:
-            # The client cannot write a record that has neither.
+            # The client cannot write a record with neither key nor value, so send an empty value.
             value = b""
         delivery = self._enqueue(topic, value, _options(key, headers), deadline)
         try:
@@ -120,7 +118,7 @@ class Producer(OutgoingProducer):
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
     def _enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
-        """Hand a record to the client, which may wait for metadata first; returns the future of its delivery."""
+        """Queue a record in the client, which may wait for metadata first, and return the future of its delivery."""
         size = size_of(value, options.get("key"), options.get("headers", []))
         if size > self._limit:
             raise too_large(size, self._limit, "max_request_size")
@@ -130,7 +128,8 @@ class Producer(OutgoingProducer):
                 delivery = self.client.send(topic, value, **options)
             else:
                 delivery = self._send_in_time(topic, value, options, deadline)
-            # The client knows what the protocol adds. Version 3 raises this, version 2 has it in what it returns.
+            # The client checks the size with the protocol's overhead: kafka-python 3 raises the error, kafka-python 2
+            # stores it in the future.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
@@ -140,7 +139,7 @@ class Producer(OutgoingProducer):
         return delivery
 
     def _confirm(self, delivery: Any, deadline: float) -> None:
-        """Wait until a message is delivered."""
+        """Wait until the record is delivered."""
         try:
             delivery.get(timeout=remaining(deadline))
         except KafkaTimeoutError as error:
@@ -148,15 +147,16 @@ class Producer(OutgoingProducer):
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
     def _undelivered(self, error: Exception, topic: str, size: int) -> Exception:
-        """What to say about a delivery that failed."""
+        """Return the error of a failed delivery."""
         return (
             refused_as_too_large(size, topic, self._servers) if isinstance(error, MessageSizeTooLargeError) else error
         )
 
     def _send_in_time(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
-        """Send when there is less time than the client may wait: it has one setting for that, so one thread at a time.
+        """Send with a shorter timeout than ``max_block_ms``.
 
-        Another thread that has more time may meanwhile wait too short, and is then told so by its result.
+        The timeout is a setting of the whole client, so only one thread at a time may lower it. Another thread with
+        more time may time out too early meanwhile; its Result then has this error.
         """
         if not self._hurrying.acquire(timeout=remaining(deadline)):
             raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._servers}.")
@@ -166,28 +166,28 @@ class Producer(OutgoingProducer):
         except TypeError as error:
             if remaining(deadline):
                 raise
-            # kafka-python 2.3 stumbles over the text of its own timeout.
+            # kafka-python 2.3 raises TypeError when it formats the text of its own timeout error.
             raise KafkaTimeoutError("No time was left to wait for metadata.") from error
         finally:
             self.client.config["max_block_ms"] = self._max_block_ms
             self._hurrying.release()
 
     def _last_answer(self) -> float:
-        """When a broker last told what topics there are, by the client's own clock."""
+        """Return the time of the last successful metadata response, by the client's clock."""
         return float(self.client._metadata._last_successful_refresh_ms)
 
     def _explain(self, topic: str, last_answer: float) -> str:
-        # The one thing that tells a broker that does not answer from one that does not know the topic.
+        # Only a new metadata response distinguishes an unknown topic from a broker that does not respond.
         if self._last_answer() != last_answer:
-            return f"The brokers at {self._servers} answer, but know no topic {topic!r}: create it, or correct its name"
-        return f"No broker answers at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
+            return f"The brokers at {self._servers} have no topic {topic!r}: create it, or correct its name"
+        return f"No broker responds at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
 
 
 class _Bulk:
-    """Messages on their way together.
+    """The messages of one ``bulk_send``.
 
-    They are encoded, handed to the client and looked at in chunks: handed over one by one, each of them would find the
-    client's own thread awake, and most of them would travel alone.
+    Messages are encoded, passed to the client and checked in chunks. If they were passed one by one, each message would
+    wake the client's own thread, and most would be sent in a request of their own.
     """
 
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
@@ -197,14 +197,14 @@ class _Bulk:
         self._deadline = time.monotonic() + timeout
         self._key = key
         self._tally = Tally()
-        #: Until when to wait for metadata and for room in the client's buffer.
+        #: Deadline of the wait for metadata and for space in the client's buffer.
         self._patience = self._deadline
         self._in_vain: KafkaTimeoutError | None = None
         self._chunk: list[tuple[Message, bytes, dict[str, Any]]] = []
         self._unchecked: list[tuple[Message, int, Any]] = []
 
     def send(self, kmsgs: Iterable[Message]) -> None:
-        """Take messages; each is sent with the next ones, but not held back for long."""
+        """Send the messages in chunks, each after ``CHUNK_SECONDS`` at the latest."""
         began = time.monotonic()
         for kmsg in kmsgs:
             self._tally.take()
@@ -218,23 +218,23 @@ class _Bulk:
                 began = time.monotonic()
 
     def finish(self) -> Result:
-        """Wait until all are delivered, and say what came of them."""
+        """Wait until all messages are delivered or the deadline passes, and return the Result."""
         self._send_chunk()
-        # What does not make it in time is found when each delivery is looked at.
+        # Ignore the timeout here, because ``_check`` finds every late message.
         with suppress(KafkaTimeoutError):
             self._producer.client.flush(timeout=remaining(self._deadline))
         self._check(self._unchecked)
         return self._tally.result()
 
     def _send_chunk(self) -> None:
-        # The chunks before this one are through by now, or nearly so: their futures need not be kept.
+        # The earlier chunks are delivered by now, or almost: check them and release their futures.
         checkable, self._unchecked = self._unchecked, []
         for kmsg, data, options in self._chunk:
             try:
                 delivery = self._producer._enqueue(self._topic, data, options, self._patience)
                 self._unchecked.append((kmsg, len(data), delivery))
             except KafkaTimeoutError as exc:
-                # What one waited for in vain, the others need not wait for again; and it alone knows the reason.
+                # Fail the rest of the bulk without waiting, and with this first error: only it has the cause.
                 self._patience = time.monotonic()
                 self._in_vain = self._in_vain or exc
                 self._tally.fail(kmsg, self._in_vain)
@@ -256,16 +256,16 @@ class _Bulk:
 
 
 def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """What the client is given beside the value: only what there is."""
+    """Return the arguments of ``send`` for a key and headers, without those that are empty."""
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key
     if headers:
-        # The client refuses headers without a value.
+        # The client rejects headers without a value, so send an empty one.
         options["headers"] = [(name, value or b"") for name, value in headers]
     return options
 
 
 def _text(error: KafkaTimeoutError) -> str:
-    """What the client says, without the name that the error to be raised says again."""
+    """Return the client's text without the error's name, which the new error adds again."""
     return str(error.args[0] if error.args else error)

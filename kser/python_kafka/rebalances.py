@@ -1,4 +1,4 @@
-"""Telling of partitions that come and go, in the ways of kafka-python 2 and 3."""
+"""Rebalance listeners for kafka-python 2 and 3."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from kser.consumer.offsets import seal
 
 logger = logging.getLogger(__name__)
 
-#: Milliseconds that the commit before a rebalance may take: the whole group waits for it.
+#: Timeout in milliseconds of the commit before a rebalance, because the whole group waits for it.
 REVOKE_TIMEOUT_MS = 2000
-#: Seconds between two looks at whether what runs has ended, where nothing may block.
+#: Seconds between two checks for attempts that still run, in the client's thread, where nothing may block.
 DRAIN_TICK = 0.01
-#: kafka-python 3 does its work in a thread of its own.
+#: True with kafka-python 3, which works in a thread of its own.
 ASYNC = hasattr(kafka, "AsyncConsumerRebalanceListener")
 
-#: Adds to a commit what is to be known of its topic.
+#: A function that adds the topic's number of partitions to the metadata of a commit.
 Noted = Callable[[Partition, Commit], Commit]
 
 
 def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Commits as the client takes them."""
-    # librdkafka's client for Python reads texts up to a NUL.
+    """Return commits in the form that kafka-python takes."""
+    # Terminate the metadata, because librdkafka's Python client reads it up to a NUL.
     return {
         TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{seal(commit.metadata)}\0", -1)
         for key, commit in commits.items()
@@ -38,13 +38,13 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
 
 
 class Joining:
-    """A join that began in an earlier poll: what came of it is still to be asked for, also when that is known.
+    """A join that was pending at the end of a poll, in a form that makes the next poll await it even if it is done.
 
-    :param task: kafka-python's future.
-    :param polled: when the last poll ended, and it was not through.
+    :param task: kafka-python's future of the join.
+    :param polled: the end of the last poll, when the join was still pending.
     """
 
-    #: What kafka-python asks for, to join once more.
+    #: Always False, because kafka-python joins again instead of reading the result of a future that is done.
     is_done = False
 
     def __init__(self, task: Any, polled: float) -> None:
@@ -53,8 +53,11 @@ class Joining:
         self._pending = polled
 
     def is_of_use(self, patience: float) -> bool:
-        """Whether the client can go on with it: it is not through for longer than ``patience`` seconds, in which nobody
-        proves that this member is alive, and nothing failed that the client does not know."""
+        """Return whether the client can still use the result of the join.
+
+        A result older than ``patience`` seconds is void, because this member sends no heartbeats between the end of the
+        join and the next poll. So is an error that is no KafkaError, which the client does not handle.
+        """
         now = time.monotonic()
         if not self._task.is_done:
             self._pending = now
@@ -69,7 +72,7 @@ def _partitions(given: Collection[TopicPartition]) -> set[Partition]:
 if ASYNC:
 
     class Rebalances(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc]
-        """kafka-python 3 calls listeners in its own thread, where nothing may block."""
+        """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
 
         def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
             self._client = client
@@ -98,13 +101,13 @@ if ASYNC:
                 self._listener.on_lost(_partitions(lost))
 
         async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-            # Where they begin has to be asked for, which is not possible here.
+            # Start the partitions in the next poll, because the client's thread cannot query committed offsets.
             self._new.update(assigned)
 
 else:
 
     class Rebalances(kafka.ConsumerRebalanceListener):  # type: ignore[misc,no-redef]
-        """kafka-python 2 calls listeners in the thread that polls."""
+        """The listener of kafka-python 2, which calls it in the thread that polls."""
 
         def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
             self._client = client

@@ -1,8 +1,8 @@
-"""Running a stored operation: under one claim, a checkpoint for each step, until the claim is given back.
+"""Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
 
-A step is whatever ends with a transaction: an operation is begun, a task is run, the next one is chosen, an operation
-ends (:mod:`kser.sequencing.steps`). In one consumer the same run goes on from step to step; over the consumers each
-one is sent to where its class is known.
+A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
+(:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
+step is sent to a consumer that knows its class.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """What is done under one claim.
+    """Execution of an operation under one claim.
 
-    :param means: what runs share.
-    :param claim: it.
-    :param operation: the root's object, where it was just built.
-    :param verdict: what the attempt at the current task failed with, when another thread is stuck in it: it is
-        recorded, and the claim is given back.
+    :param means: the durable context of this process.
+    :param claim: the claim to work under.
+    :param operation: the root's object, if it was just built.
+    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+        The execution records this error and releases the claim.
     """
 
     def __init__(
@@ -50,35 +50,35 @@ class Run:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The root's id, and the epoch."""
+        """Id of the root and epoch of the claim."""
         return self._claim.id, self._claim.epoch
 
     @property
     def uuid(self) -> str:
-        """The root's uuid."""
+        """UUID of the root operation."""
         return self._claim.root.uuid
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether the consumer has given up the message that it runs for."""
+        """True if the consumer has abandoned the attempt that this execution runs in."""
         return self._delivery is not None and self._delivery.abandoned
 
     @property
     def claim(self) -> Claim:
-        """What was claimed."""
+        """The claim of this execution."""
         return self._claim
 
     def go(self) -> Any:
-        """Take steps until the claim is given back.
+        """Run steps until the claim is released.
 
-        :return: a Result, or :class:`kser.delivery.Unfinished`.
+        :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         self._means.hold(self)
         try:
             if self._claim.epoch == 1:
                 self._tell_operation(states.PENDING, states.RUNNING)
             if self._claim.root.cancel_requested:
-                # Its consumer died before it could obey: giving it back does.
+                # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
                 self._given_back, self._steps.answer = True, Unfinished(self._track.root.total)
             elif self._claim.exhausted:
@@ -90,7 +90,7 @@ class Run:
                 self._take()
         except Fenced as lost:
             self._given_back = True
-            logger.warning(f"{self.label}: what came of its step is dropped: {lost.message}")
+            logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
             return Unfinished(self._track.root.total)
         finally:
             self._means.let_go(self)
@@ -100,7 +100,7 @@ class Run:
         return self._steps.answer
 
     def release(self) -> None:
-        """Give the claim back where it is, whatever runs under it; its step is sent."""
+        """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
         root, epoch = self._claim.root, self._claim.epoch
         row = self._means.store.peek(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
@@ -113,13 +113,13 @@ class Run:
         if status == states.CANCELLED:
             self._cancelled()
             return
-        # The process may end next: nobody would hear what came of it.
+        # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
         self._means.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Take a step, and record what came of it."""
+        """Run a step and record its outcome."""
         try:
             with CONTAINED:
                 self._steps.take()
@@ -127,14 +127,18 @@ class Run:
         except (Fenced, StoreUnavailable):
             raise
         except Exception as exc:
-            # What the database does not take now it never will; and whatever else it is would come again at once.
-            logger.exception(f"{self.label}: what came of a step cannot be recorded: the step failed")
+            # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
+            # retrying it.
+            logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
             self._start_over(exc)
             recorded = self._commit()
         self._go_on(*recorded)
 
     def _commit(self) -> tuple[Checkpoint, str, Target | None]:
-        """Record what came of the step; returns what was recorded, the root's status, and what is to be sent."""
+        """Record the outcome of the step.
+
+        :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
+        """
         track, delay = self._track, self._steps.delay
         keep, target = self._following()
         stays = not keep and target is None and delay is None
@@ -143,11 +147,12 @@ class Run:
         return checkpoint, status, target
 
     def _go_on(self, checkpoint: Checkpoint, status: str, target: Target | None) -> None:
-        """Tell what was recorded, and see whether another step follows here."""
+        """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
         track, delay, keep = self._track, self._steps.delay, checkpoint.keep
         self._given_back = track.is_over or status == states.CANCELLED or not keep
         if self._given_back:
-            # Before the next step is sent, which may take a while: the heartbeat would miss the claim.
+            # Unregister the claim before sending the next step. The store has released it, so during a slow send the
+            # heartbeat would report the claim as lost.
             self._means.let_go(self)
         ended = list(track.ended)
         track.recorded()
@@ -162,13 +167,14 @@ class Run:
         elif delay is not None:
             self._steps.answer = Unfinished(self._steps.answer or track.root.total)
             if not delay:
-                # The reaper would take it for a step that somebody is about to send.
+                # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
+                # send, so the reaper would wait UNSENT_AFTER seconds.
                 self._send(track.root.row.target)
         elif self._given_back:
             self._hand_over(target)
 
     def _following(self) -> tuple[bool, Target | None]:
-        """Whether to keep the claim, and what is to be sent from now on, if that is another message than before."""
+        """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
         track, frame = self._track, self._track.top
         outer = CURRENT.get()
         goes_on = self._verdict is None and not (outer is not None and outer.ending)
@@ -202,18 +208,18 @@ class Run:
         self._send(target or root.row.target)
 
     def _send(self, target: Target) -> None:
-        """Send what is to be done next; where the consumer is about to end, wait for that."""
+        """Send a step; during a shutdown of the consumer, wait for the delivery."""
         ending = self._delivery is not None and self._delivery.ending
         send = self._means.send if ending else self._means.post
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
     def _start_over(self, error: Exception) -> None:
-        """Forget what came of the step: it failed with ``error``."""
+        """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
         root = self._claim.root
         claimant = self._means.claimant()._replace(token=root.token or "")
         again = self._means.patience.call(lambda: self._means.store.claim(root.uuid, root.target.uuid, claimant))
         if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
-            raise Fenced(f"operation {root.uuid} was lost while a step was recorded")
+            raise Fenced(f"the claim on operation {root.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._track.frames}
         self._claim, self._track = again, Track(again)
         self._steps = Steps(self._means, self._track, self._verdict)
@@ -221,11 +227,11 @@ class Run:
             self._steps.adopt(frame, objects.get(frame.row.id))
         self._steps.give_up(error)
 
-    # -- telling -------------------------------------------------------------------------------------------------------
+    # -- logs and signals ----------------------------------------------------------------------------------------------
 
     @property
     def label(self) -> str:
-        """The root, for the log."""
+        """Label of the root operation for log lines."""
         root = self._claim.root
         return f"{root.entrypoint}[{root.uuid}]"
 
@@ -235,7 +241,7 @@ class Run:
         self._steps.answer = Unfinished(self._track.root.total)
 
     def _tell_end(self, frame: Frame) -> None:
-        """Log, as in memory, that an operation without hooks of its own ended."""
+        """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status
@@ -277,4 +283,4 @@ class Run:
 
 def _exhausted(claim: Claim) -> StoreError:
     died = claim.root.claims - 1
-    return StoreError(f"its consumer died {died} times in this step: see what ends the process, then resume it")
+    return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")

@@ -1,4 +1,4 @@
-"""What a stored operation and the code of users tell each other while a step runs."""
+"""Context of user code during a step: the attempt at the task, and the choice of the next task."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kser.retry import Retry
 if TYPE_CHECKING:
     from kser.sequencing.task import Task
 
-#: Seconds between two looks into the database for a task that asks again and again whether to end.
+#: Minimum seconds between two database reads of ``cancel_requested``, for a task that polls it in a loop.
 CANCEL_TICK = 0.5
 
 
 class StepDelivery(Delivery):
-    """An attempt at a task of a stored operation.
+    """Attempt at a task of a stored operation.
 
-    :param outer: the attempt at the message that the task is run for; None outside of a consumer.
+    :param outer: the attempt at the record whose handling runs the task; None outside of a consumer.
     :param task: the task.
-    :param number: of the attempt, from 1: the recorded ones before it count.
-    :param retry: the policy for a class that declares none.
-    :param operation_uuid: the operation that the task belongs to.
-    :param is_cancelled: looks into the database.
+    :param number: number of the attempt, from 1: one more than the recorded attempts.
+    :param retry: the retry policy for a class that declares none.
+    :param operation_uuid: uuid of the operation that the task belongs to.
+    :param is_cancelled: reads from the database whether the task should stop.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class StepDelivery(Delivery):
         self._outer.check()
 
     @property
-    def abandoned(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries
+    def abandoned(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
         return self._outer is not None and self._outer.abandoned
 
     def hand_back(self) -> None:
-        """Give up the step with the message that it is run for.
+        """Abandon the step and the attempt at the record that it runs in.
 
-        :raises Abandoned: always.
+        :raises kser.attempt.AttemptAbandoned: always.
         """
         raise Abandoned
 
     @property
-    def cancel_requested(self) -> bool:  # type: ignore[override]  # an attribute of other deliveries
+    def cancel_requested(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
         now = time.monotonic()
         if not self._cancelled and now - self._looked_at >= CANCEL_TICK:
             self._looked_at = now
@@ -74,24 +74,24 @@ class StepDelivery(Delivery):
 
 
 class Choice:
-    """What an operation's own ``launch_next`` chooses to follow a task. The first choice counts.
+    """Choice of the next task by an operation's own ``launch_next``. The first choice counts.
 
-    :param uuid: the operation's.
+    :param uuid: uuid of the operation.
     """
 
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
         self.made = False
-        #: The task that follows; None for the end.
+        #: The next task; None for the end of the operation.
         self.following: Task | None = None
-        #: The operation is to fail.
+        #: True if the operation fails.
         self.failed = False
 
     def make(self, following: Task | None, failed: bool = False) -> None:
-        """Let ``following`` be the next task, or end the operation."""
+        """Choose the next task; None ends the operation."""
         if not self.made:
             self.made, self.following, self.failed = True, following, failed
 
 
-#: The choice that is to be made in this context.
+#: The choice that ``launch_next`` makes in this context; None while no next task is chosen.
 CHOICE: ContextVar[Choice | None] = ContextVar("kser_choice", default=None)

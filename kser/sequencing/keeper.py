@@ -1,4 +1,4 @@
-"""Keeping operations in a database: accepting them, taking them up from messages, and what is asked of them later."""
+"""Stored operations: acceptance, handling of their messages, and requests of clients."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from kser.store.rows import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks for the end of an operation that is waited for: at first, and at most.
+#: Seconds between two polls for the end of an operation in ``wait()``: the first interval and the longest one.
 _LOOKS = (0.01, 0.25)
-#: Operations that one transaction deletes.
+#: Maximum number of operations deleted per transaction.
 PURGE_BATCH = 500
 
 
 class Arrival(NamedTuple):
-    """An operation that a message has brought."""
+    """Operation that was built from a message."""
 
     operation: Operation
-    #: JSON of the message's params: the code of users may change those of the operation.
+    #: JSON of the message's params, which user code may change in the operation.
     params: str
 
 
-#: What this context is to keep, once it is executed.
+#: The operation that this context stores when it is executed.
 _ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None)
 
 
 class Keeper(Runner):
-    """Keeps the operations of a registry.
+    """Manager of a registry's stored operations.
 
-    :param means: what runs share.
-    :param runner: what executes an operation that is not to be kept: one that nobody sent.
+    :param means: the durable context of this process.
+    :param runner: runs operations that were never sent and therefore are not stored.
     """
 
     def __init__(self, means: Means, runner: Runner) -> None:
@@ -60,12 +60,13 @@ class Keeper(Runner):
     # -- accepting -----------------------------------------------------------------------------------------------------
 
     def send(self, operation: Operation, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
-        """Accept an operation, and send it.
+        """Accept an operation and send it.
 
-        :param result: forwarded to it.
-        :raises kser.errors.KserError: it was not accepted; nothing will run.
+        :param result: forwarded to the operation.
+        :raises kser.errors.KserError: the operation was not accepted and will not run.
         """
-        # Before it is accepted: what is missing is said now.
+        # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
+        # missing.
         _ = self._means.producer
         place = self._means.registry.topic_for(operation, topic)
         if result is not None:
@@ -76,10 +77,11 @@ class Keeper(Runner):
     def launch(self, operation: Operation) -> Result:
         """Accept an operation that runs over the consumers, and send its first task.
 
-        :return: what came of sending; also a failed one leaves it accepted.
-        :raises kser.errors.KserError: it was not accepted; nothing will run.
+        :return: the producer's result; the operation is accepted even if sending failed.
+        :raises kser.errors.KserError: the operation was not accepted and will not run.
         """
-        # Before it is accepted: what is missing is said now.
+        # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
+        # missing.
         _ = self._means.producer
         place = self._means.registry.topic_for(operation)
         return self._accept(new_operation(operation, DISTRIBUTED, place, self._means.topic_finder(place)), None)
@@ -91,10 +93,11 @@ class Keeper(Runner):
             self._check_same(row, new.entrypoint, new.params)
             if states.is_final(row.status):
                 raise StateConflict(
-                    f"operation {row.uuid} was sent before, and is {row.status}: resume() runs it again"
+                    f"operation {row.uuid} was sent before, and is {row.status}: use a new uuid, or resume() if it"
+                    " FAILED or was CANCELLED"
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
-        assert isinstance(known, int), "it was not claimed"
+        assert isinstance(known, int), "save() without a claim request returns the id"
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         answer = self._means.send(new.target, new.uuid, key=key)
         if states.outcome(answer) == states.SUCCESS:
@@ -102,18 +105,18 @@ class Keeper(Runner):
         return answer
 
     def _note_sent(self, root_id: int, epoch: int) -> None:
-        # That this cannot be noted now costs no more than another message.
+        # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
             self._store.sent([(root_id, epoch)], self._means.terms.resend)
 
     @staticmethod
     def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
-        """Whether a uuid that is taken means the same operation.
+        """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
 
-        :raises kser.errors.StateConflict: it does not.
+        :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
         """
         if row.parent_id is not None:
-            raise StateConflict(f"{row.uuid} is the uuid of an operation inside another one")
+            raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
         given = json.loads(row.metadata).get(GIVEN, row.params)
         if row.entrypoint != entrypoint or not (same_json(row.params, params) or same_json(given, params)):
             raise StateConflict(
@@ -124,9 +127,9 @@ class Keeper(Runner):
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of an operation that is kept, or is to be.
+        """Handle a message of a stored operation, or of one that is stored on arrival.
 
-        :param entrypoint: the class that it names; None for one that is not known here.
+        :param entrypoint: the class that the message names; None if it is not registered here.
         """
         root_uuid = kmsg.metadata.get(OPERATION)
         if root_uuid is not None:
@@ -146,12 +149,12 @@ class Keeper(Runner):
             _ACCEPTED.reset(before)
 
     def run(self, operation: Operation, result: Result | None) -> Any:
-        """Execute an operation; the one that a message has just brought is kept from now on."""
+        """Execute an operation; store it first if it was just built from a message."""
         arrival = _ACCEPTED.get()
         if arrival is None or arrival.operation is not operation:
             return self._runner.run(operation, result)
         prepare(operation, result)
-        # An attempt that took too long so far has failed, and is not accepted any more.
+        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
         settle(operation)
         delivery = CURRENT.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
@@ -160,7 +163,7 @@ class Keeper(Runner):
         claimant = self._means.claimant() if mode == LOCAL else None
         saved = self._means.patience.call(lambda: self._store.save(new, claimant))
         if isinstance(saved, Refusal):
-            # Another consumer was faster.
+            # Another consumer has stored the same operation in the meantime.
             return self._repeat(saved.root, new.entrypoint, arrival.params)
         if delivery is not None:
             delivery.answer()
@@ -171,7 +174,7 @@ class Keeper(Runner):
         return Run(self._means, saved, operation).go()
 
     def _repeat(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Take up an operation that is stored already, if it is the one that is meant."""
+        """Handle a message for an operation that is already stored, if both describe the same operation."""
         try:
             self._check_same(row, entrypoint, params)
         except StateConflict as conflict:
@@ -181,7 +184,7 @@ class Keeper(Runner):
         return self._continue(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
 
     def _continue(self, root_uuid: str, step: str) -> Any:
-        """Take a step of a stored operation, if it is its turn."""
+        """Claim and run a step of a stored operation, if it is the current one."""
         delivery = CURRENT.get()
         if delivery is not None and delivery.verdict is not None:
             self._judge(root_uuid, delivery.verdict)
@@ -195,7 +198,7 @@ class Keeper(Runner):
         return self._refused(claim) if isinstance(claim, Refusal) else Run(self._means, claim).go()
 
     def _judge(self, root_uuid: str, verdict: Exception) -> None:
-        """Record that the attempt failed in which another thread is stuck."""
+        """Record the timeout of an attempt in which another thread is still stuck."""
         stuck = next((run for run in self._means.held() if isinstance(run, Run) and run.uuid == root_uuid), None)
         if stuck is None:
             return
@@ -208,7 +211,8 @@ class Keeper(Runner):
     def _missing(self, root_uuid: str, step: str) -> Any:
         error = StoreError(
             f"step {step} belongs to operation {root_uuid}, which {self._store.name} does not know: all consumers of a"
-            " topic must share one database, and keep operations for longer than the topic keeps its messages"
+            " topic must share one database, and operations must be stored for longer than the topic retains its"
+            " messages"
         )
         logger.error(error.message)
         if (delivery := CURRENT.get()) is not None:
@@ -221,10 +225,10 @@ class Keeper(Runner):
         logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
         return Unfinished(result_from_json(root.result or root.so_far, root.uuid))
 
-    # -- what is asked later -------------------------------------------------------------------------------------------
+    # -- requests of clients -------------------------------------------------------------------------------------------
 
     def get(self, uuid: str) -> Operation | None:
-        """An operation as it is stored, of its class where that is known here; None when there is none."""
+        """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
         stored = self._means.patience.call(lambda: self._store.get(uuid))
         if stored is None:
             return None
@@ -248,15 +252,15 @@ class Keeper(Runner):
         return operation
 
     def find(self, found: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
-        """Operations without their tasks, newest first, and where the next page begins."""
+        """Return a page of operations without their tasks, newest first, and the cursor of the next page."""
         page = self._means.patience.call(lambda: self._store.find(found, limit, after))
         return [self._found(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
-        """Let an operation go on that FAILED or was CANCELLED, at its first task that is not SUCCESS.
+        """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
 
-        :raises kser.errors.StateConflict: it is in another state.
-        :raises kser.errors.UsageError: there is none.
+        :raises kser.errors.StateConflict: the operation is in another state.
+        :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._row(uuid)
         row = _existing(uuid, self._resume(uuid))
@@ -264,8 +268,8 @@ class Keeper(Runner):
         try:
             _ = self._means.producer
         except ProducerMissing as missing:
-            # Whoever asks need not have one: the reaper of a consumer has.
-            logger.info(f"operation {uuid} is resumed, and sent by a consumer: {missing.message}")
+            # A client needs no producer, because the reaper of a consumer sends the step with its own.
+            logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
             answer = self._means.send(row.target, row.uuid)
             if states.outcome(answer) == states.SUCCESS:
@@ -281,7 +285,7 @@ class Keeper(Runner):
             except StateConflict:
                 if not asked:
                     raise
-                # It took effect the first time, and the answer was lost.
+                # The first call took effect and its reply was lost.
                 return self._store.peek(uuid)
             finally:
                 asked = True
@@ -289,9 +293,10 @@ class Keeper(Runner):
         return self._means.patience.call(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
-        """Cancel an operation: at once, or after the task that runs. Returns its status.
+        """Cancel an operation, at once or after its running task.
 
-        :raises kser.errors.UsageError: there is none.
+        :return: the status of the operation now.
+        :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._row(uuid)
         row = _existing(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
@@ -303,11 +308,11 @@ class Keeper(Runner):
         return _existing(uuid, self._means.patience.call(lambda: self._store.peek(uuid)))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
-        """The result of an operation, once it has ended.
+        """Wait for the end of an operation and return its result.
 
-        :param timeout: seconds; None waits for ever.
-        :raises kser.errors.WaitTimeout: it has not ended in time.
-        :raises kser.errors.UsageError: there is none.
+        :param timeout: seconds; None waits without limit.
+        :raises kser.errors.WaitTimeout: the operation has not ended in time.
+        :raises kser.errors.UsageError: there is no such operation.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         look, slowest = _LOOKS
@@ -316,7 +321,7 @@ class Keeper(Runner):
             try:
                 row = self._row(uuid)
             except StoreUnavailable:
-                # It may be back in time.
+                # Poll until the deadline, because the outage may end before it.
                 if left is not None and left <= 0:
                     raise
             else:
@@ -328,7 +333,7 @@ class Keeper(Runner):
             look = min(look * 1.5, slowest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:
-        """Delete operations that have ended, with everything that belongs to them; returns how many."""
+        """Delete ended operations with everything that belongs to them, and return how many were deleted."""
         odd = set(status) - states.FINAL
         if odd:
             raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
@@ -354,7 +359,7 @@ def what_to_find(
     metadata: Mapping[str, Any] | None,
     parent: str | None,
 ) -> Found:
-    """What users look for, as a store takes it."""
+    """Build the store's query from the arguments of ``find()``."""
     return Found(
         status={status} if isinstance(status, str) else status,
         entrypoint=getattr(entrypoint, "path", entrypoint),
@@ -376,6 +381,6 @@ def _timestamp(name: str, value: Any) -> float | None:
 def _existing(uuid: str, row: OperationRow | None) -> OperationRow:
     if row is None:
         raise UsageError(
-            f"there is no stored operation {uuid!r}: it was never sent, was purged, or is inside another one"
+            f"there is no stored operation {uuid!r}: it was never sent, was purged, or is nested in another operation"
         )
     return row

@@ -1,4 +1,4 @@
-"""What the runs of stored operations share in one process: database, classes, producer, and who holds what."""
+"""Durable context: store, classes, producer and active claims that the executions of one process share."""
 
 from __future__ import annotations
 
@@ -32,46 +32,46 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that sending a step may take: what could not be sent then, the reaper sends.
+#: Seconds that sending a step may take; the reaper sends a step that was not delivered in this time.
 SEND_TIMEOUT = 10.0
 
 
 class Held(Protocol):
-    """A claim that this process holds."""
+    """Claim that this process holds."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """Its root's id, and its epoch."""
+        """Id of the root and epoch of the claim."""
         ...
 
     @property
     def label(self) -> str:
-        """Its root, for the log."""
+        """Label of the root operation for log lines."""
         ...
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether what runs under it was given up."""
+        """True if the attempt that runs under the claim was abandoned."""
         ...
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the claim."""
 
 
 class Terms:
-    """Times and limits of claims, as the settings have them.
+    """Settings of leases, heartbeat and reaper.
 
     =================== ======= ====================================================================================
-    setting             default what it is
+    setting             default meaning
     =================== ======= ====================================================================================
-    ``KSER_LEASE``      30      seconds after which a claim that nobody prolongs is over
-    ``KSER_HEARTBEAT``  10      seconds between two prolongations, less than half a lease
-    ``KSER_REAPER``     1       seconds between two looks for operations that nobody goes on with
-    ``KSER_RESEND``     60      seconds until a step is sent again that nobody claims; doubled each time, to an hour
-    ``KSER_MAX_CLAIMS`` 20      claims of one step without a recorded end, after which it has failed
+    ``KSER_LEASE``      30      seconds after which a claim expires if no heartbeat renews it
+    ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
+    ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
+    ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
+    ``KSER_MAX_CLAIMS`` 20      claims of one step without a recorded end, after which the step fails
     =================== ======= ====================================================================================
 
-    :raises kser.errors.SettingError: one of them makes no sense.
+    :raises kser.errors.SettingError: a setting has an invalid value.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -98,10 +98,10 @@ def _number(settings: Settings, name: str, default: float, *, whole: bool = Fals
 
 
 class Means:
-    """What runs share.
+    """Durable context that all executions of a process share.
 
-    :param registry: whose classes, producer and settings they use.
-    :param store: the database.
+    :param registry: the registry with the classes, the producer and the settings.
+    :param store: the shared database.
     """
 
     def __init__(self, registry: OperationRegistry, store: Store) -> None:
@@ -109,36 +109,36 @@ class Means:
         self.store = store
         self.patience = Patience()
         self.terms = Terms(registry.settings)
-        #: This process, for claims: random, and with what somebody needs who looks for it.
+        #: Owner name of this process in claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.classes = ClassFinder(lambda path: registry.controller.ENTRYPOINTS.get(path))
         self._lock = threading.Lock()
         self._held: dict[int, Held] = {}
-        #: Steps that were sent and are not recorded so, each ``(root_id, epoch)``.
+        #: Steps that were sent but are not recorded as sent yet, each ``(root_id, epoch)``.
         self.sent: deque[tuple[int, int]] = deque()
 
     def claimant(self) -> Claimant:
-        """For a new claim."""
+        """Return a new claim request with a random token."""
         return Claimant(self.owner, uuid4().hex, self.terms.lease, self.terms.max_claims)
 
     def hold(self, run: Held) -> None:
-        """A claim is held from now on."""
+        """Register an active claim."""
         with self._lock:
             self._held[run.key[0]] = run
 
     def let_go(self, run: Held) -> None:
-        """A claim is held no longer."""
+        """Unregister a claim."""
         with self._lock:
             if self._held.get(run.key[0]) is run:
                 del self._held[run.key[0]]
 
     def held(self) -> list[Held]:
-        """The claims that are held."""
+        """Return the active claims."""
         with self._lock:
             return list(self._held.values())
 
     def holder(self, root_id: int) -> Held | None:
-        """The claim on a root that is held."""
+        """Return the active claim on a root; None if this process has none."""
         with self._lock:
             return self._held.get(root_id)
 
@@ -150,28 +150,29 @@ class Means:
         key: str | bytes | None = None,
         timeout: float = SEND_TIMEOUT,
     ) -> Result:
-        """Send a step.
+        """Send a step and wait for its delivery.
 
-        :param mark: the root's id and epoch, to record that it was sent.
-        :return: the producer's result; a failed one leaves the rest to the reaper.
+        :param step_key: id and epoch of the root, to record the step as sent.
+        :return: the producer's result; if it is a failed one, the reaper sends the step.
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
             answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
-            # Producers may be anybody's; whatever it is, the step is recorded, and ready to be sent.
+            # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
             answer = failure(error, target.uuid)
         return self._told(target, root_uuid, mark, answer)
 
     def post(self, target: Target, root_uuid: str, mark: tuple[int, int]) -> None:
-        """Send a step, and go on meanwhile where the producer can.
+        """Send a step without waiting for its delivery, if the producer supports that.
 
-        :param mark: the root's id and epoch, to record that it was sent.
+        :param step_key: id and epoch of the root, to record the step as sent.
         """
         try:
             producer = self.producer
             if not isinstance(producer, OutgoingProducer):
-                # Whatever stands in front of it has a send of its own.
+                # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, which
+                # must not be bypassed.
                 self.send(target, root_uuid, mark)
                 return
             producer.post(
@@ -184,37 +185,37 @@ class Means:
             self._told(target, root_uuid, mark, failure(error, target.uuid))
 
     def _told(self, target: Target, root_uuid: str, mark: tuple[int, int] | None, answer: Any) -> Result:
-        """What came of sending."""
+        """Handle the producer's result: note a delivered step for recording, and log a failed send."""
         if not isinstance(answer, Result):
-            # Nobody can tell from a hook that returns nothing whether the message was delivered.
+            # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
             return Result(uuid=target.uuid)
         if states.outcome(answer) == states.SUCCESS:
             if mark is not None:
                 self.sent.append(mark)
             return answer
         logger.warning(
-            f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent, and will be by the reaper"
-            f" of a consumer: {answer.stderr}"
+            f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent; the reaper of a consumer"
+            f" will send it: {answer.stderr}"
         )
         return answer
 
     def topic_finder(self, fallback: str) -> Callable[[Task], str]:
-        """Tells where tasks are sent.
+        """Return a function that resolves the topic of a task.
 
-        :param fallback: where to when neither their class nor ``KSER_TOPICS`` says so.
+        :param fallback: the topic if neither the task's class nor ``KSER_TOPICS`` names one.
         """
         default = next(iter(self.registry.settings.topics), fallback)
         return lambda task: task.TOPIC or default
 
     @property
     def producer(self) -> BaseProducer:
-        """What steps are sent with.
+        """Producer that sends steps.
 
-        :raises kser.errors.ProducerMissing: there is none.
+        :raises kser.errors.ProducerMissing: the registry has no producer.
         """
         return self.registry.producer
 
 
 def step_message(target: Target, root_uuid: str) -> Message:
-    """The message that asks for a step: all the rest is in the database."""
+    """Return the message for a step; params and results stay in the database."""
     return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION: root_uuid})

@@ -1,4 +1,4 @@
-"""Operation: a task that is a list of tasks, executed one after the other.
+"""Operation: a task that executes a list of tasks one after the other.
 
 Drop-in for ``kser.sequencing.operation`` of 0.8.27.
 """
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What runs operations whose class has no registry.
+#: The runner of operations whose class has no registry.
 DEFAULT_RUNNER: Runner = InProcessRunner()
 
 
 class _Recorded:
-    """What is stored of instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+    """List from an operation's snapshot. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -48,31 +48,33 @@ class _Recorded:
 
 
 class Operation(Task):
-    """A :class:`~kser.sequencing.task.Task` that has other tasks as children, and runs them one after the other.
+    """A :class:`~kser.sequencing.task.Task` that has other tasks as children and runs them one after the other.
 
     :param uuid: identifier, a new one by default.
     :param params: parameters of the operation.
-    :param status: its state.
+    :param status: status of the operation.
     :param result: the forwarded result of a previous task; the first task gets it.
-    :param metadata: context that is carried through.
-    :param tasks: its tasks; :meth:`build` adds what :meth:`build_tasks` returns.
+    :param metadata: context that is passed on with the message.
+    :param tasks: tasks of the operation; :meth:`build` adds the ones that :meth:`build_tasks` returns.
     :raises kser.errors.UsageError: a positional call in the order of kser 0.8 (decision B2).
     """
 
-    #: Classes whose required parameters the operation must have too.
+    #: Classes whose required parameters the operation must have as well.
     TASKS: ClassVar[Any] = ()
-    #: Whether each of its tasks is sent by itself, to run on any consumer that knows it; it needs a shared database.
+    #: True if each task is sent as a message of its own, to run on any consumer that knows the task's class. This needs
+    #: a shared database.
     DISTRIBUTED: ClassVar[bool] = False
 
-    #: What came of each attempt at its tasks, oldest first: :class:`kser.store.rows.AttemptRow`. Of an operation that
-    #: :meth:`.OperationRegistry.get` gave; empty for others.
+    #: Recorded attempts at the tasks, oldest first: :class:`kser.store.model.AttemptRow`. Filled by
+    #: :meth:`.OperationRegistry.get`, empty otherwise.
     attempts: ClassVar[Any] = _Recorded("attempts")
-    #: What happened to it, oldest first: :class:`kser.store.rows.EventRow`; likewise.
+    #: Events of the operation, oldest first: :class:`kser.store.model.EventRow`. Filled by
+    #: :meth:`.OperationRegistry.get`, empty otherwise.
     events: ClassVar[Any] = _Recorded("events")
 
     _kser_kept = True
     _kser_stored: Stored | None = None
-    #: Where it was found: it may be of a class that is not known there.
+    #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
     _kser_found_by: OperationRegistry | None = None
 
     def __init__(
@@ -94,19 +96,19 @@ class Operation(Task):
 
     @classmethod
     def new(cls, **kwargs: Any) -> Self:
-        """Make an operation from the arguments of its constructor.
+        """Create an operation from the arguments of the constructor.
 
         .. deprecated:: 0.8
            Call the class.
         """
         warnings.warn("Operation.new is deprecated: call the class", DeprecationWarning, stacklevel=2)
-        # The one below would warn again, of a call that the user did not write.
+        # Skip the default parse_inputs, because it would issue a second warning for a call that the user did not write.
         own = cls.parse_inputs.__func__ is Operation.parse_inputs.__func__  # type: ignore[attr-defined]
         return cls(**(kwargs if own else cls.parse_inputs(**kwargs)))
 
     @classmethod
     def parse_inputs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Used by :meth:`new` to check its arguments; returns them.
+        """Check and return the arguments of :meth:`new`, which calls this method.
 
         .. deprecated:: 0.8
            Use :meth:`prebuild`.
@@ -115,28 +117,28 @@ class Operation(Task):
         return kwargs
 
     def prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
-        """To implement: checks before the tasks are built.
+        """Check or replace the arguments before the tasks are built. To implement.
 
-        :return: what :meth:`build_tasks` gets in place of ``kwargs``; something falsy keeps them.
+        :return: arguments for :meth:`build_tasks` in place of ``kwargs``; a falsy value leaves ``kwargs`` as they are.
         """
         return kwargs
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        """To implement: make the tasks.
+        """Return the tasks of the operation. To implement.
 
-        :param kwargs: the operation's params, or what :meth:`build` was called with.
+        :param kwargs: the operation's params, or the arguments of :meth:`build`.
         """
         return []
 
     def finalize(self) -> Any:
-        """To implement: what is to be done once the tasks are built. What it returns, :meth:`build` returns."""
+        """Complete the operation once its tasks are built. To implement. :meth:`build` returns the return value."""
         return self
 
     def build(self, **kwargs: Any) -> Any:
-        """Make the tasks and add them; built again, they take the place of those built before.
+        """Build the tasks and add them; a second call replaces the tasks that the first call built.
 
-        :param kwargs: passed on to :meth:`prebuild` and :meth:`build_tasks`; the operation's params by default.
-        :return: what :meth:`finalize` returns: this operation.
+        :param kwargs: passed to :meth:`prebuild` and :meth:`build_tasks`; the operation's params by default.
+        :return: the return value of :meth:`finalize`, by default this operation.
         :raises cdumay_error.types.ValidationError: a required parameter is missing.
         """
         built = self.compute_tasks(**(kwargs or self.params))
@@ -146,7 +148,7 @@ class Operation(Task):
         return self.finalize()
 
     def compute_tasks(self, **kwargs: Any) -> list[Task]:
-        """Check, then make the tasks, without adding them.
+        """Check the parameters and build the tasks, without adding them to the operation.
 
         :raises cdumay_error.types.ValidationError: a required parameter is missing.
         """
@@ -166,13 +168,13 @@ class Operation(Task):
         return tasks
 
     def add_task(self, task: Task) -> None:
-        """Add a task behind those that there are."""
+        """Append a task."""
         self.tasks.append(task)
 
     def check_required_params(self) -> None:
-        """Check this operation's params for what it and each class of :attr:`TASKS` requires (not what theirs require).
+        """Check for the required parameters of this class and of each class in :attr:`TASKS`, but not recursively.
 
-        :raises cdumay_error.types.ValidationError: naming the first one that is missing and the class that wants it.
+        :raises cdumay_error.types.ValidationError: names the first missing parameter and the class that requires it.
         """
         for owner in (type(self), *self.TASKS):
             for key in owner.REQUIRED_FIELDS:
@@ -181,15 +183,15 @@ class Operation(Task):
 
     def display(self) -> None:
         """Print the operation and its tasks."""
-        print("\n  - ".join(map(str, (self, *self.tasks))))  # noqa: T201  what the method is for
+        print("\n  - ".join(map(str, (self, *self.tasks))))  # noqa: T201  printing is the purpose of the method
 
     # -- status --------------------------------------------------------------------------------------------------------
 
     def set_status(self, status: str, result: Result | None = None) -> Any:
-        """Set the status; override it to record the status elsewhere.
+        """Set the status. Override this method to record the status elsewhere.
 
-        :param status: the new one; nothing is refused.
-        :param result: the result so far, if any.
+        :param status: the new status; any value is allowed.
+        :param result: the accumulated result, if any.
         """
         self.status = status
 
@@ -203,10 +205,9 @@ class Operation(Task):
     def unsafe_execute(self, result: Result | None = None) -> Any:
         """Run the tasks that are not SUCCESS yet, in order, until one fails.
 
-        A failing task, also one that raises, makes the operation FAILED; only what the operation's own steps raise
-        is raised.
+        A task that fails or raises makes the operation FAILED. Only exceptions of the operation's own hooks are raised.
 
-        :param result: merged into :attr:`result` before anything else; the first task gets it.
+        :param result: merged into :attr:`result` first; the first task gets it.
         :return: :attr:`result`, unless ``onsuccess`` or ``onerror`` were overridden.
         """
         if self._kser_refusal is not NOT_REFUSED:
@@ -239,20 +240,20 @@ class Operation(Task):
     # -- over Kafka ----------------------------------------------------------------------------------------------------
 
     def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
-        """Send this operation to Kafka as one message; the consumer that gets it builds and runs it.
+        """Send this operation to Kafka as one message; the consumer that receives the message builds and runs it.
 
-        With a shared database it is accepted: saved with its tasks, if they are built, before it is sent. From then on
-        it will end, also if it could not be sent now: the consumers send it as soon as they can.
+        With a shared database the operation is accepted first: saved, together with its tasks if they are built. An
+        accepted operation will end even if sending fails now, because the consumers send it as soon as they can.
 
         :param result: forwarded to the operation.
-        :param topic: where to: this argument, else ``TOPIC``, else the first of ``KSER_TOPICS``.
-        :param key: what has the same key is handled one after the other.
+        :param topic: the topic; by default ``TOPIC``, else the first of ``KSER_TOPICS``.
+        :param key: messages with the same key are handled one after the other.
         :return: this operation.
-        :raises kser.errors.SendError: delivery was not confirmed, and there is no database; its ``result`` says why.
-        :raises kser.errors.StateConflict: its uuid is that of another stored operation, or it has ended before.
-        :raises kser.errors.StoreUnavailable: the database does not answer, so it is not accepted.
-        :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
-        :raises kser.errors.TopicMissing: none of the three names a topic.
+        :raises kser.errors.SendError: there is no database and delivery was not confirmed; see ``result`` of the error.
+        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this one has already ended.
+        :raises kser.errors.StoreUnavailable: the database is unavailable, so the operation is not accepted.
+        :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
+        :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
         registry = registry_of(self)
         if registry.keeps:
@@ -260,14 +261,14 @@ class Operation(Task):
             return self
         answer = super().send(result=result, topic=topic, key=key)
         if not answer:
-            # Nobody can tell from a hook that returns nothing whether the message was delivered.
+            # A producer's hook returned no Result, so the delivery is unknown: treat it as failed.
             answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")
         if isinstance(answer, Result) and states.outcome(answer) != states.SUCCESS:
             raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
         return self
 
     def next(self, task: Task) -> Task | None:
-        """The first task behind ``task`` (found by its uuid) that is not SUCCESS; None when there is none."""
+        """Return the first task after ``task`` (found by its uuid) that is not SUCCESS, or None."""
         uuids = [str(known.uuid) for known in self.tasks]
         try:
             position = uuids.index(str(task.uuid))
@@ -276,13 +277,13 @@ class Operation(Task):
         return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
-        """Run over the consumers: accept this operation, and send its first task; each finished one sends the next.
+        """Accept this operation and send its first task; each finished task sends the next one.
 
-        :return: what came of sending; also after a failed one it is accepted. Return code 1 when there is no task at
-            all: then nothing is accepted.
-        :raises kser.errors.StoreMissing: there is no shared database, and the tasks do not send themselves; see
+        :return: the result of sending; the operation is accepted even if sending failed. Return code 1 if there is no
+            task at all; then nothing is accepted.
+        :raises kser.errors.StoreMissing: there is no shared database, and the tasks do not override ``send``; see
             :meth:`launch_next`.
-        :raises kser.errors.StateConflict: its uuid is that of another stored operation, or it has ended before.
+        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this one has already ended.
         """
         first = _first_unfinished(self.tasks)
         registry = self._kser_registry
@@ -291,28 +292,27 @@ class Operation(Task):
         return registry.keeper.launch(self)
 
     def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
-        """Send the task that follows ``task``, or end the operation when there is none or when ``task`` failed.
+        """Send the task after ``task``, or end the operation if there is none or if ``task`` failed.
 
-        Tasks whose class overrides ``send`` are sent with it, as in kser 0.8. A stored operation calls this by itself
-        at the checkpoint of a task, if its class overrides it: then the choice is recorded, and sent afterwards. Called
-        from a task that runs, it changes nothing: the checkpoint of that task does it.
+        A task whose class overrides ``send`` is sent with that method, as in kser 0.8. If the class of a stored
+        operation overrides ``launch_next``, the checkpoint of each task calls it, records the chosen task and sends it
+        afterwards. A call from inside a running task has no effect, because the checkpoint of that task sends the next
+        one.
 
-        :param task: the task that ended; without one the first that is not SUCCESS is sent.
-        :param result: its result, forwarded to the next one.
-        :return: what ``send`` returned (of an operation as a Result), or the result that the operation ended with.
-        :raises kser.errors.UsageError: ``task`` is none of this operation's.
-        :raises kser.errors.StoreMissing: sending over the consumers needs a shared database, unless ``send`` is
-            overridden on the tasks (decision B22).
+        :param task: the task that ended; None sends the first task that is not SUCCESS.
+        :param result: the result of ``task``, forwarded to the next task.
+        :return: the return value of ``send`` (of an operation, as a Result), or the final result of this operation.
+        :raises kser.errors.UsageError: ``task`` does not belong to this operation.
+        :raises kser.errors.StoreMissing: there is no shared database, and the next task does not override ``send``
+            (decision B22).
         """
         if task is not None and str(task.uuid) not in {str(known.uuid) for known in self.tasks}:
-            raise UsageError(
-                f"{task!r} is no task of {self!r}: what follows it cannot be told, nor whether it was the last"
-            )
+            raise UsageError(f"{task!r} is no task of {self!r}: pass one of the operation's own tasks")
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
         delivery = CURRENT.get()
         if self._kser_stored is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
-            return Result(uuid=self.uuid, stdout=f"{self!r} goes on by itself: it is stored")
+            return Result(uuid=self.uuid, stdout=f"{self!r} is stored: its checkpoints send the next task")
         failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
         choice = CHOICE.get()
@@ -336,25 +336,25 @@ class Operation(Task):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Any:
-        """The stored operation with that uuid, as :meth:`.OperationRegistry.get` gives it; None without a database."""
+        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`; None without a database."""
         registry = cls._kser_registry
         return registry.keeper.get(str(_id)) if registry is not None and registry.keeps else None
 
     def resume(self) -> Self:
-        """Let this stored operation go on, after it FAILED or was CANCELLED, at its first task that is not SUCCESS.
+        """Resume this stored operation, which FAILED or was CANCELLED, at its first task that is not SUCCESS.
 
-        :return: this operation, as it was; ask the registry for what became of it.
-        :raises kser.errors.StateConflict: it is in another state; of several at the same time one resumes it.
+        :return: this object, unchanged; :meth:`.OperationRegistry.get` returns the new state.
+        :raises kser.errors.StateConflict: the operation is in another state; of several concurrent calls one succeeds.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         (self._kser_found_by or registry_of(self)).keeper.resume(self.uuid)
         return self
 
     def cancel(self, reason: str | None = None) -> str:
-        """Cancel this stored operation: at once when no consumer has it, else after the task that runs.
+        """Cancel this stored operation: at once if no consumer has claimed it, else after its running task.
 
-        :param reason: what is kept with it.
-        :return: its status now; one that has ended stays as it is.
+        :param reason: stored with the operation.
+        :return: the status of the operation now; an ended operation does not change.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         return (self._kser_found_by or registry_of(self)).keeper.cancel(self.uuid, reason)
@@ -362,9 +362,9 @@ class Operation(Task):
     def wait(self, timeout: float | None = None) -> Result:
         """Wait for the end of this stored operation.
 
-        :param timeout: seconds; None waits for ever.
-        :return: its result.
-        :raises kser.errors.WaitTimeout: it has not ended in time.
+        :param timeout: seconds; None waits without limit.
+        :return: the result of the operation.
+        :raises kser.errors.WaitTimeout: the operation has not ended in time.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         return (self._kser_found_by or registry_of(self)).keeper.wait(self.uuid, timeout)
@@ -376,7 +376,7 @@ class Operation(Task):
 
 
 def _sends_itself(task: Task) -> bool:
-    """Whether a task's ``send`` is the user's own."""
+    """Return whether a task's ``send`` was overridden."""
     return getattr(type(task), "send", None) not in (Task.send, Operation.send) or "send" in vars(task)
 
 
@@ -385,7 +385,7 @@ def _first_unfinished(tasks: Iterable[Task]) -> Task | None:
 
 
 def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``kwargs``, or nothing for a hook that takes nothing (decision B21b)."""
+    """Return ``kwargs``, or an empty mapping for a hook without parameters (decision B21b)."""
     if isinstance(hook, MethodType) and inspect.isfunction(hook.__func__):
         return kwargs if _takes_any(hook.__func__) else {}
     return kwargs if inspect.signature(hook).parameters else {}
@@ -393,5 +393,6 @@ def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[st
 
 @functools.lru_cache(maxsize=1024)
 def _takes_any(function: Callable[..., Any]) -> bool:
-    """Whether a method has parameters beside ``self``: remembered, for to find out takes as long as a small task."""
+    """Return whether a method has parameters besides ``self``."""
+    # The result is cached, because an inspection takes as long as a small task.
     return bool(inspect.signature(MethodType(function, object())).parameters)

@@ -1,4 +1,4 @@
-"""Waiting for a database that is away: what is in hand waits, and nothing is done twice."""
+"""Retries of store calls during an outage of the database: calls in flight wait for its end."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-#: Seconds between two attempts at most: an operation is to go on soon after the database does.
+#: Back-off between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
 _BACKOFF = wait_random_exponential(multiplier=0.1, max=2, min=0.05)
-#: Seconds between two looks at whether the consumer is about to end.
+#: Seconds between two checks for a shutdown of the consumer during the back-off.
 _TICK = 0.1
-#: How often somebody asks who is no consumer, and gets the error then.
+#: Number of attempts outside of a consumer; after the last one the caller gets the error.
 ATTEMPTS = 3
 
 
 class Patience:
-    """Asks a database again and again. It is told once that it is away, and once that it is back."""
+    """Wrapper that retries store calls during an outage, and logs the begin and the end of the outage once each."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._trouble = ""
 
     def call(self, what: Callable[[], Answer]) -> Answer:
-        """What ``what`` returns, as soon as the database answers.
+        """Run a store call, retry it until the database works, and return its result.
 
-        In a consumer that is as long as it takes. One that is about to end hands its message back.
+        In a consumer the retries have no limit, except that a shutdown abandons the attempt at the record.
 
-        :raises kser.errors.StoreUnavailable: outside of a consumer, after some attempts.
-        :raises kser.delivery.Abandoned: the consumer waits no longer.
+        :raises kser.errors.StoreUnavailable: outside of a consumer, after :data:`ATTEMPTS` attempts.
+        :raises kser.attempt.AttemptAbandoned: the consumer shuts down, or has abandoned the attempt.
         """
         state: RetryCallState | None = None
         while True:
@@ -52,11 +52,11 @@ class Patience:
                 state.attempt_number += 1
 
     def ask(self, what: Callable[[], Answer]) -> Answer:
-        """What ``what`` returns, asked once; if the database was away before, it is told to be back.
+        """Run a store call once, report the end of an outage, and return the result.
 
-        :raises kser.errors.StoreUnavailable: it is away.
+        :raises kser.errors.StoreUnavailable: the database is unavailable.
         """
-        # What was asked before the trouble began, and is answered now, does not tell that it is over.
+        # A call that started before the outage does not prove that the database is back.
         was_away = bool(self._trouble)
         answer = what()
         if was_away:
@@ -64,16 +64,16 @@ class Patience:
         return answer
 
     def report(self, trouble: StoreUnavailable | None) -> None:
-        """Log once that the database goes away, and that it is back; another reason meanwhile is no other trouble."""
+        """Log the begin or the end of an outage once; another error during an outage does not begin a second one."""
         text = "" if trouble is None else trouble.message
         if text == self._trouble:
             return
         with self._lock:
             before, self._trouble = self._trouble, text
         if text and not before:
-            logger.error(f"Store: {text}; what is in hand waits, and is tried again")
+            logger.error(f"Store: {text}; work in flight waits, and the call is retried")
         elif text and text != before:
-            logger.warning(f"Store: {text}; it is still away")
+            logger.warning(f"Store: {text}; the database is still unavailable")
         elif before and not text:
             logger.info("Store: the database works again")
 

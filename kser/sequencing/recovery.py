@@ -1,6 +1,6 @@
-"""What runs beside each consumer that has a database: the heartbeat of its claims, and the reaper.
+"""Background service of each consumer that has a database: the heartbeat of its claims, and the reaper.
 
-The reaper never stops: whatever a consumer left behind, some other one goes on with.
+Every consumer runs a reaper, so that another consumer continues the operations that a dead one has left behind.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from kser.store.rows import EXPIRED, UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
 
-#: Operations that the reaper takes up at once.
+#: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
-#: Seconds between two times that it is recorded what was sent: well before the reaper would send it again.
+#: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
 MARK_EVERY = UNSENT_AFTER / 3
-#: Seconds that the end of a consumer waits for a turn to end.
+#: Seconds that the shutdown of a consumer waits for the current tick.
 CLOSE_TIMEOUT = 5.0
 
 
 class Recovery:
-    """Keeps the claims of this process alive, and goes on with what nobody goes on with.
+    """Background service that renews the leases of this process and sends due steps.
 
-    :param means: what runs share.
+    :param means: the durable context of this process.
     """
 
     def __init__(self, means: Means, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,17 +38,17 @@ class Recovery:
         self._clock = clock
         self._busy = threading.Lock()
         self._last: dict[str, float] = {}
-        #: Since when the store has answered each time, and when it did last.
+        #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
         self._reached_since = self._reached = -float("inf")
-        #: Claims that are known to be lost, and still worked on.
+        #: Lost claims that workers of this process still work under.
         self._lost: set[tuple[int, int]] = set()
-        #: How often in a row sending to a topic was in vain.
+        #: Consecutive failed sends per topic.
         self._vain: Counter[str] = Counter()
 
     def tick(self) -> None:
-        """Do what is due. To be called every second or so, by a thread that has nothing else to do."""
+        """Run the jobs whose interval has passed. Call this about every second, from a dedicated thread."""
         if not self._busy.acquire(blocking=False):
-            # Another consumer of this process is about it.
+            # Another consumer of this process is running a tick.
             return
         try:
             for what, interval in (
@@ -64,13 +64,13 @@ class Recovery:
             self._reached = -float("inf")
             self._means.patience.report(trouble)
         except Exception:
-            # Nobody else would go on: what went wrong now may go right the next time.
-            logger.exception("the reaper met something that it does not know, and goes on")
+            # Never let this thread die: leases would expire. The next tick may succeed.
+            logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
             self._busy.release()
 
     def beat(self) -> None:
-        """Prolong the claims that workers hold now."""
+        """Renew the leases of the claims that workers hold now."""
         held = {run.key for run in self._means.held()}
         if not held:
             return
@@ -79,26 +79,26 @@ class Recovery:
         for root_id, epoch in lost - self._lost:
             run = self._means.holder(root_id)
             if run is not None and run.key == (root_id, epoch):
-                logger.warning(f"{run.label}: the claim on it was lost: what its task gives will not be recorded")
+                logger.warning(f"{run.label}: the claim was lost; the result of the running task will not be recorded")
         self._lost = lost
 
     def mark(self) -> None:
-        """Record which steps were sent."""
+        """Record the sent steps in the store."""
         steps = list(self._means.sent)
         if steps:
             self._means.store.sent(steps, self._terms.resend)
-        # Others only add to its end.
+        # Other threads only append, so the first entries are the recorded ones.
         for _ in steps:
             self._means.sent.popleft()
 
     def reap(self) -> int:
-        """Send the steps that nobody goes on with; returns how many."""
+        """Send the due steps that no consumer works on, and return their number."""
         total = 0
         until = self._clock() + self._terms.heartbeat / 2
         while True:
             asked = self._clock()
             due = self._means.patience.ask(self._take_due)
-            # It was made to wait, as were those who wanted to prolong a claim meanwhile.
+            # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
             waited = self._clock() - asked > self._terms.lease / 3
             sent = self._hold_back(due) if waited else due
             total += len(sent)
@@ -110,7 +110,7 @@ class Recovery:
         return self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
 
     def _hold_back(self, due: Sequence[Due]) -> Sequence[Due]:
-        """Leave those whose lease is over to their owners for one more lease; returns the others."""
+        """Postpone steps with an expired lease by one more lease, and return the other steps."""
         self._reached = -float("inf")
         held = [(each.id, each.epoch) for each in due if each.reason == EXPIRED]
         if held:
@@ -118,9 +118,10 @@ class Recovery:
         return [each for each in due if each.reason != EXPIRED]
 
     def _may_judge(self) -> bool:
-        """Whether leases that are over count: while the database was away nobody could prolong any (rule 21)."""
+        """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
         now = self._clock()
-        # With a short lease its own turns are no interruption.
+        # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
+        # count as an interruption.
         if now - self._reached > max(self._terms.lease / 2, self._terms.reaper * 2 + 1):
             self._reached_since = now
         self._reached = now
@@ -131,9 +132,9 @@ class Recovery:
         for each in due:
             logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
             by_topic[each.target.topic].append(each)
-        # The heartbeat is waiting meanwhile.
+        # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
         until = self._clock() + self._terms.heartbeat / 2
-        # Those that were in vain before must not take the time of the others.
+        # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._vain[item[0]]):
             late = self._time_left(until) <= 0
             failed = {each.id for each in (steps if late else self._send_to(topic, steps, until))}
@@ -146,13 +147,14 @@ class Recovery:
             wait = min(UNSENT_AFTER * 2.0 ** min(max(self._vain[topic] - 1, 0), 10), self._terms.resend)
             self._means.store.unsent([key for key in keys if key[0] in failed], wait)
         if self._reached > self._reached_since:
-            # The time that sending took is no time in which the store could not be reached.
+            # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
+            # with the store.
             self._reached = self._clock()
 
     def _send_to(self, topic: str, steps: Sequence[Due], until: float) -> Sequence[Due]:
-        """Send steps to a topic; returns those that were not delivered.
+        """Send steps to a topic, and return the steps that were not delivered.
 
-        :param until: when to be done.
+        :param until: deadline on this service's clock.
         """
         try:
             producer: Any = self._means.producer
@@ -162,7 +164,7 @@ class Recovery:
                 undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
                 return [each for each in steps if each.target.uuid in undelivered]
         except Exception as error:
-            # Producers may be anybody's, and there are other topics.
+            # A third-party producer may raise anything; the steps of other topics must still be sent.
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
         return [each for each in steps if not self._send_one(each, until)]
@@ -175,9 +177,9 @@ class Recovery:
         return min(SEND_TIMEOUT, max(until - self._clock(), 0))
 
     def close(self) -> None:
-        """A consumer ends: claims of messages that it has given up are given back, and what was sent is recorded."""
+        """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""
         if not self._busy.acquire(timeout=CLOSE_TIMEOUT):
-            # A turn hangs: what is left ends with its lease.
+            # A tick hangs. The remaining claims expire with their leases.
             return
         try:
             for run in self._means.held():
@@ -195,4 +197,4 @@ class Recovery:
         except StoreUnavailable:
             raise
         except KserError as error:
-            logger.warning(f"a claim could not be given back, and ends with its lease: {error.message}")
+            logger.warning(f"a claim could not be released, and expires with its lease: {error.message}")

@@ -1,4 +1,4 @@
-"""OperationRegistry: routes messages to the classes that are subscribed to it.
+"""OperationRegistry: routes messages to the classes that are subscribed there.
 
 Drop-in for ``kser.sequencing.registry`` of 0.8.27.
 """
@@ -33,9 +33,9 @@ EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
 
 
 class OperationPage(list[Operation]):
-    """Some of the operations that were looked for.
+    """Page of operations returned by :meth:`OperationRegistry.find`.
 
-    :param cursor: what to pass as ``after`` for the next ones; None when there are no more.
+    :param cursor: value of ``after`` for the next page; None on the last page.
     """
 
     def __init__(self, operations: Iterable[Operation], cursor: str | None) -> None:
@@ -44,12 +44,12 @@ class OperationPage(list[Operation]):
 
 
 class OperationRegistry:
-    """Registers classes with a controller, and holds what they need to run and to send.
+    """Registry of classes, with the app, the producer and the store that they run and send with.
 
-    :param app: Flask application if any: its ``config`` is read, and everything runs inside its context.
-    :param controller_class: the controller to use: anything that makes one when called.
-    :param producer: what tasks and operations are sent with. A consumer lends its own when there is none.
-    :param store: the shared database, where operations are kept; ``KSER_DATABASE_URI`` when None.
+    :param app: Flask application, if any: the registry reads its ``config``, and everything runs inside its context.
+    :param controller_class: controller class, or any callable that returns a controller.
+    :param producer: producer that sends tasks and operations; by default that of the consumer.
+    :param store: shared database for operations; by default the one of ``KSER_DATABASE_URI``.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class OperationRegistry:
     ) -> None:
         self.controller = controller_class()
         self.app: Any = None
-        #: What executes operations.
+        #: The runner that executes operations.
         self.runner: Runner = InProcessRunner()
         self._producer = producer
         self._lend: Callable[[], BaseProducer] | None = None
@@ -76,20 +76,20 @@ class OperationRegistry:
             self.init_app(app)
 
     def init_app(self, app: Any = None) -> None:
-        """Use a Flask application, then call :meth:`load_tasks`."""
+        """Set the Flask application, then call :meth:`load_tasks`."""
         self.app = app
         self.load_tasks()
 
     def load_tasks(self) -> None:
-        """To implement: import or subscribe the classes."""
+        """Import or subscribe the classes. To implement."""
 
     def subscribe(self, callback: EntrypointClass) -> EntrypointClass:
         """Register a task, an operation or any other Entrypoint class under its path. Works as a decorator.
 
-        The first class under a path stays; a second one is reported.
+        The first class under a path stays registered; a second one is ignored with a WARNING.
 
         :return: the class.
-        :raises cdumay_error.types.ValidationError: it is no Entrypoint class.
+        :raises cdumay_error.types.ValidationError: ``callback`` is not an Entrypoint class.
         """
         check_entrypoint(getattr(callback, "path", repr(callback)), callback)
         path = callback.path
@@ -108,9 +108,9 @@ class OperationRegistry:
 
     @property
     def producer(self) -> BaseProducer:
-        """What tasks and operations are sent with.
+        """Producer that sends tasks and operations.
 
-        :raises kser.errors.ProducerMissing: nobody gave one.
+        :raises kser.errors.ProducerMissing: neither the constructor nor a consumer has set a producer.
         """
         if self._producer is not None:
             return self._producer
@@ -122,18 +122,18 @@ class OperationRegistry:
         return self._lend()
 
     def borrow_producer(self, lend: Callable[[], BaseProducer]) -> None:
-        """Send with what ``lend`` returns, as long as nobody gave a producer; it is called each time."""
+        """Set a factory of the producer to use if the constructor got none; it is called for each send."""
         self._lend = lend
 
     def return_producer(self, lend: Callable[[], BaseProducer]) -> None:
-        """Send with what ``lend`` returns no longer: whoever lent it closes it."""
+        """Clear the fallback producer if it is this one. The caller closes the producer."""
         if self._lend == lend:
             self._lend = None
 
     def topic_for(self, task: Task, topic: str | None = None) -> str:
-        """Where to send ``task``: ``topic``, else its class's ``TOPIC``, else the first of ``KSER_TOPICS``.
+        """Return the topic for ``task``: ``topic``, else its class's ``TOPIC``, else the first of ``KSER_TOPICS``.
 
-        :raises kser.errors.TopicMissing: none of the three names one.
+        :raises kser.errors.TopicMissing: none of the three names a topic.
         """
         found = topic or task.TOPIC or next(iter(self.settings.topics), None)
         if not found:
@@ -147,23 +147,23 @@ class OperationRegistry:
 
     @property
     def keeps(self) -> bool:
-        """Whether there is a shared database, where operations are kept."""
+        """True if there is a shared database for operations."""
         return self._keeper is not None or self._store is not None or bool(self.settings.get(DATABASE_URI))
 
     @property
     def store(self) -> Store:
-        """The shared database, opened and checked when it is first needed.
+        """The shared database, opened and checked at the first use.
 
-        :raises kser.errors.StoreMissing: there is none.
-        :raises kser.errors.SchemaMismatch: its tables are of another version.
+        :raises kser.errors.StoreMissing: there is no shared database.
+        :raises kser.errors.SchemaMismatch: the schema of the database has an incompatible version.
         """
         return self._open().store
 
     @property
     def keeper(self) -> Keeper:
-        """What keeps operations in the shared database.
+        """Manager of the stored operations.
 
-        :raises kser.errors.StoreMissing: there is none.
+        :raises kser.errors.StoreMissing: there is no shared database.
         """
         self._open()
         assert self._keeper is not None
@@ -171,7 +171,7 @@ class OperationRegistry:
 
     @property
     def companion(self) -> Recovery | None:
-        """What is to run beside each consumer; None without a shared database."""
+        """Background service for the consumers; None without a shared database."""
         if not self.keeps:
             return None
         self._open()
@@ -181,7 +181,7 @@ class OperationRegistry:
         if self._means is None:
             with self._opening:
                 opened = self._opened = self._opened or Means(self, self._make_store())
-            # Not under the lock: in a consumer it takes as long as the database is away.
+            # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
             opened.patience.call(opened.store.check)
             with self._opening:
                 if self._means is None:
@@ -202,20 +202,19 @@ class OperationRegistry:
         return self._store
 
     def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle the message of an operation that is kept, or is to be, or of a step of it; controllers call it.
+        """Handle a message of an operation or of one of its steps. Controllers call this if there is a shared database.
 
-        :param entrypoint: the class that it names; None for one that is not known here.
-        :return: a Result; or :class:`kser.delivery.Unfinished`.
+        :param entrypoint: the class that the message names; None if it is not registered here.
+        :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         with self.context():
             return self.keeper.receive(kmsg, entrypoint)
 
     def get(self, uuid: str) -> Operation | None:
-        """A stored operation with its tasks, results, ``attempts`` and ``events``, as they are now.
+        """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
 
-        It is of its class where that is subscribed here, else a plain :class:`.Operation`.
-
-        :return: None when there is none with that uuid.
+        :return: an object of the operation's class if that is subscribed here, else a plain :class:`.Operation`; None
+            if no operation has this uuid.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         return self.keeper.get(uuid)
@@ -232,16 +231,16 @@ class OperationRegistry:
         limit: int = 50,
         after: str | None = None,
     ) -> OperationPage:
-        """Stored operations, newest first, without their tasks.
+        """Return stored operations, newest first, without their tasks.
 
-        :param status: one, or several of them.
+        :param status: one status, or several.
         :param entrypoint: a class or its path.
-        :param since: created then or later: a datetime, or seconds since 1970.
-        :param until: created before.
-        :param metadata: each of these keys has this value.
-        :param parent: those that are tasks of the operation with this uuid, which are left out otherwise.
-        :param limit: no more than that.
-        :param after: ``cursor`` of the page before.
+        :param since: earliest time of creation: a datetime, or seconds since 1970.
+        :param until: time that the creation must precede, as for ``since``.
+        :param metadata: keys and values that the metadata must contain.
+        :param parent: uuid of an operation whose nested operations are returned; by default nested ones are left out.
+        :param limit: maximum number of operations.
+        :param after: ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         found = what_to_find(status, entrypoint, since, until, metadata, parent)
@@ -250,12 +249,12 @@ class OperationRegistry:
     def purge(
         self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)
     ) -> int:
-        """Delete stored operations that have ended, with everything that belongs to them.
+        """Delete ended operations with everything that belongs to them.
 
-        :param older_than: how long ago they ended, at least: seconds, or a timedelta. It must be longer than the topics
-            keep messages: an operation that comes again is only known as long as it is stored.
-        :param status: how they ended.
-        :return: how many were deleted.
+        :param older_than: minimum time since the end: seconds, or a timedelta. Choose more than the retention time of
+            the topics, because a redelivered message of a deleted operation runs the operation again.
+        :param status: final status of the operations to delete, or several.
+        :return: number of deleted operations.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
@@ -263,11 +262,11 @@ class OperationRegistry:
 
     @property
     def settings(self) -> Settings:
-        """The settings, as the app and the environment have them now."""
+        """Current settings from the app and the environment."""
         return Settings.of(self.app)
 
     def context(self) -> AbstractContextManager[Any]:
-        """The app's context, to run something in; nothing without an app."""
+        """Return the app's context manager; one without effect if there is no app."""
         enter = getattr(self.app, "app_context", None)
         return nullcontext() if enter is None else enter()
 

@@ -1,6 +1,6 @@
-"""Running an operation in the process that has it: its tasks in order, each with the result of those before it.
+"""Runner of operations in memory: all tasks in order in one process, each with the accumulated result so far.
 
-The registry holds the runner, so that another one can take the place of this one.
+The registry holds the runner, so that a different runner can replace this one.
 """
 
 from __future__ import annotations
@@ -20,54 +20,55 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """What executes operations."""
+    """Interface of the runners that execute operations."""
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         """Execute ``operation`` to its end.
 
-        :param result: merged into the operation's own before anything else.
-        :return: what the operation's ``onsuccess`` or ``onerror`` returned.
+        :param result: merged into the operation's result first.
+        :return: the return value of the operation's ``onsuccess`` or ``onerror``.
         """
         ...
 
 
 class InProcessRunner:
-    """Keeps everything in memory. Run again, an operation goes on at its first task that is not SUCCESS.
+    """Runner without a database. A second run of an operation continues at the first task that is not SUCCESS.
 
-    The operation's result starts from what it came with, and the results of its tasks are added in order; each task
-    gets a copy of what there is so far (decisions B8 to B11).
+    The operation's result starts as its initial result, and the results of the tasks are added in order. Each task gets
+    a copy of the accumulated result (decisions B8 to B11).
     """
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         prepare(operation, result)
         delivery = CURRENT.get()
         if delivery is not None and delivery.entry is operation and is_distributed(operation):
-            # It came as a message where no database is: its tasks send themselves, or it says what is missing.
+            # A distributed operation arrived as a message and there is no database. Only tasks that override send() can
+            # run then; for others launch_next() raises StoreMissing.
             return operation.launch_next()
         for task in operation.tasks:
             outcome = task.result if task.status == status.SUCCESS else run_task(task, operation.result, operation.uuid)
-            # A task whose onsuccess returned nothing fails here, with the error that 0.8 gives.
+            # If a task's onsuccess returned None, this addition raises the same error as in kser 0.8.
             operation.result = operation.result + outcome
             if status.outcome(outcome) != status.SUCCESS:
                 return _fail(operation)
         if status.outcome(operation.result) != status.SUCCESS:
-            # No task had to run, and what came in was a failure.
+            # No task had to run and the initial result is a failure, so the operation fails.
             return _fail(operation)
         settle(operation)
-        # 0.8 says `None` where no task ran and nothing was forwarded.
+        # The Success line shows `None` if there are no tasks and no forwarded result, because kser 0.8 logs that.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
 
 def is_distributed(operation: Operation) -> bool:
-    """Whether an operation's class asks to be run over the consumers."""
-    # An attribute of that name that means something else is the user's own (decision C18).
+    """Return whether an operation runs over the consumers."""
+    # Only True counts, because a user's class may have a different attribute of this name (decision C18).
     return getattr(type(operation), "DISTRIBUTED", False) is True
 
 
 def prepare(operation: Operation, result: Result | None) -> None:
-    """Make an operation ready to run its tasks.
+    """Reset the result of an operation, call its prerun trigger and build its tasks if they were never built.
 
-    :param result: merged into what the operation came with.
+    :param result: merged into the initial result of the operation.
     """
     _restart(operation, result)
     operation._prerun()
@@ -76,12 +77,13 @@ def prepare(operation: Operation, result: Result | None) -> None:
 
 
 def run_task(task: Task, so_far: Result, operation_uuid: str) -> Any:
-    """Run a task of an operation; what it raises becomes a failed result.
+    """Run a task of an operation and turn an exception into a failed result.
 
-    :param so_far: the results of the tasks before it; the task gets a copy.
-    :return: what the task's ``onsuccess`` or ``onerror`` returned.
+    :param accumulated: the accumulated result of the earlier tasks; the task gets a copy.
+    :return: the return value of the task's ``onsuccess`` or ``onerror``.
     """
-    # Whoever wants all of it again sets the tasks back to PENDING.
+    # A task that has run before starts with a blank result. The status alone does not show that, because users set
+    # tasks back to PENDING to run the whole operation again.
     if task.status != status.PENDING or task._kser_executed:
         task.result = Result(uuid=task.uuid)
     task._kser_operation_uuid = operation_uuid
@@ -100,10 +102,11 @@ def _fail(operation: Operation) -> Any:
 
 
 def _restart(operation: Operation, result: Result | None) -> None:
-    """Set an operation's result back to what it came with, and merge ``result`` into that."""
+    """Reset an operation's result to its initial result, and merge ``result`` into it."""
     if operation._kser_incoming is None:
         operation._kser_incoming = copy_result(operation.result, uuid=operation.uuid)
-        # The message shares this object: its log records show how it ends.
+        # Change the uuid of the result in place, because the message shares this object and the controller logs it with
+        # the final result.
         operation.result.uuid = operation.uuid
     else:
         operation.result = copy_result(operation._kser_incoming)

@@ -1,4 +1,4 @@
-"""What is done in each step of a stored operation: here the code of users runs."""
+"""Step runner: runs one step of a stored operation, including the user code in it."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ logger = logging.getLogger(__name__)
 
 
 class Steps:
-    """Does what is to be done where a track stands, and tells the track what came of it.
+    """Step runner: runs the current step and updates the execution state with its outcome.
 
-    :param means: what runs share.
-    :param track: where the operation stands.
-    :param verdict: what the attempt at the current task failed with, when another thread is stuck in it.
+    :param means: the durable context of this process.
+    :param track: the execution state of the operation.
+    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
     """
 
     def __init__(self, means: Means, track: Track, verdict: Exception | None = None) -> None:
         self._means = means
         self._track = track
         self._verdict = verdict
-        #: What came of the last task or end: what whoever sent the message gets.
+        #: Outcome of the last task or end of an operation; the result of the message.
         self.answer: Any = None
-        #: Seconds until the next attempt at the task, if one is to follow.
+        #: Seconds until the next attempt at the task; None without a retry.
         self.delay: float | None = None
 
     def take(self) -> None:
-        """Take the next step."""
+        """Run the next step."""
         if not self._take_up():
             return
         self._go_in()
@@ -60,7 +60,7 @@ class Steps:
             self._end(frame)
 
     def give_up(self, error: Exception) -> None:
-        """The step fails without being taken."""
+        """Fail the current step without running it."""
         frame, task = self._track.top, self._track.claim.task
         failed = failure(error, frame.row.uuid)
         self.answer = failed
@@ -74,7 +74,10 @@ class Steps:
     # -- objects -------------------------------------------------------------------------------------------------------
 
     def _take_up(self) -> bool:
-        """Make the objects of operations that go on in this consumer, and tell them; returns whether they agree."""
+        """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
+
+        :return: False if one of them raised; that operation has failed.
+        """
         if self._track.distributed or self._verdict is not None:
             return True
         for depth, frame in enumerate(self._track.frames):
@@ -93,7 +96,7 @@ class Steps:
         return True
 
     def _go_in(self) -> None:
-        """Go down to the innermost operation whose turn it is."""
+        """Descend to the innermost operation that is current."""
         while (frame := self._track.top).phase == TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
             row = None
@@ -104,7 +107,7 @@ class Steps:
             self.adopt(self._track.enter(row), task)
 
     def adopt(self, frame: Frame, operation: Any = None) -> None:
-        """Give a frame its object."""
+        """Attach an operation object to a frame."""
         if operation is not None:
             frame.operation = operation
             frame.loaded = bool(operation.tasks) or frame.size is None
@@ -112,9 +115,9 @@ class Steps:
                 frame.total = operation.result
 
     def _load(self, frame: Frame) -> Operation:
-        """The object of a frame, with its tasks.
+        """Return the operation object of a frame, with its tasks.
 
-        :raises Exception: it could not be made, because its class is not known here, or raised.
+        :raises Exception: the object could not be built: its class is not registered here, or raised.
         """
         if frame.operation is None:
             self.adopt(frame, self._means.classes.operation(frame.row))
@@ -134,7 +137,7 @@ class Steps:
         return operation
 
     def _fail(self, frame: Frame, exc: Exception) -> None:
-        logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be begun or moved on: {exc}")
+        logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be built or advanced: {exc}")
         self.answer = failure(exc, frame.row.uuid)
         self._track.failed(self.answer)
 
@@ -159,7 +162,7 @@ class Steps:
     def _run(self, frame: Frame) -> None:
         task = self._task(frame)
         if task.status == states.SUCCESS:
-            # It was done before the operation was stored.
+            # The task was done before the operation was stored, so record its result without an attempt.
             self.answer, text = storable(task, task.result)
             self._track.ran(task.uuid, self.answer, text, 0, 0)
             return
@@ -220,7 +223,7 @@ class Steps:
                 task = operation.tasks[frame.step]
                 operation.launch_next(task=task, result=task.result)
                 if not choice.made:
-                    raise StoreError(f"launch_next of {type(operation).path} neither chose a task nor the end")
+                    raise StoreError(f"launch_next of {type(operation).path} chose neither a next task nor the end")
                 following = None if choice.following is None else _position(operation, choice.following)
         except Exception as exc:
             self._fail(frame, exc)
@@ -255,7 +258,7 @@ class Steps:
 
 
 def storable(task: Task, result: Any) -> tuple[Result, str]:
-    """A result and its JSON; a failed one in place of what is none, or has no JSON form."""
+    """Return a result and its JSON; a failed result if the value is not a Result or has no JSON form."""
     try:
         if not isinstance(result, Result):
             raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
@@ -270,11 +273,11 @@ def _position(operation: Operation, chosen: Task) -> int:
     for position, task in enumerate(operation.tasks):
         if str(task.uuid) == str(chosen.uuid):
             return position
-    raise UsageError(f"{type(operation).path} chose {chosen!r} to follow, which is no task of {operation!r}")
+    raise UsageError(f"{type(operation).path} chose {chosen!r} as the next task, which is no task of {operation!r}")
 
 
 def _policy(owner: type, outer: Delivery | None) -> Retry | None:
-    """The retry policy for tasks whose classes declare none: that of their operation, or of the consumer."""
+    """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

@@ -1,4 +1,4 @@
-"""Operations and tasks as rows of a store, and back."""
+"""Serialization of operations and tasks to rows of a store, and back."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, NewOperation, NewTask, OperationRow, Target, TaskRow
 
-#: What a class overrides, as bits: what is called at the end, and what chooses the next task.
+#: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
 ENDS: Final = 1
 CHOOSES: Final = 2
 
 _ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_status")
 _CHOOSES = ("next", "launch_next", "set_status")
 
-#: Characters of metadata that operations are found by; longer values are kept, but not found.
+#: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
 LABEL_LIMIT: Final = 200
 
 Made = TypeVar("Made", bound=Task)
 
 
 def hooks_of(cls: type) -> int:
-    """What a class of operations overrides: bits of :data:`ENDS` and :data:`CHOOSES`."""
+    """Return the :class:`Overrides` flags of an operation class."""
 
     def overrides(names: Iterable[str]) -> bool:
         return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
@@ -42,46 +42,47 @@ def hooks_of(cls: type) -> int:
 
 
 def to_json(value: Any, what: str, owner: object) -> str:
-    """A value as the JSON text of the wire.
+    """Return a value as JSON text, in the format of the wire.
 
-    :param what: what it is, and of what, for the error.
-    :raises kser.errors.UsageError: it has no JSON form.
+    :param what: name of the value, for the error text.
+    :param owner: object that the value belongs to, for the error text.
+    :raises kser.errors.UsageError: the value has no JSON form.
     """
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{what} of {owner!r} cannot be stored: {error}; only what JSON can express is stored and sent"
+            f"{what} of {owner!r} cannot be stored: {error}; only JSON values can be stored and sent"
         ) from error
 
 
 def result_to_json(result: Result, owner: object) -> str:
-    """A result as JSON text.
+    """Return a result as JSON text.
 
-    :raises kser.errors.UsageError: it has no JSON form.
+    :raises kser.errors.UsageError: the result has no JSON form.
     """
     return to_json(dump_result(result), "the result", owner)
 
 
 def result_from_json(text: str | None, uuid: str) -> Result:
-    """The result of :func:`result_to_json`; a blank one of that uuid for None."""
+    """Return the result from JSON text of :func:`result_to_json`; a blank result with this uuid for None."""
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
 
 
 def labels_of(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an operation is found by: its metadata, as far as it is short."""
+    """Return the searchable metadata of an operation: short keys and short scalar values."""
     found = [label_of(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
     return [(key, value) for key, value in found if len(key) <= LABEL_LIMIT and len(value) <= LABEL_LIMIT]
 
 
 def label_of(key: Any, value: Any) -> tuple[str, str]:
-    """One key of metadata, and its value as text: ``7`` and ``"7"`` are found alike."""
+    """Return a metadata key and its value as text, so that a search for ``7`` also matches ``"7"``."""
     return str(key), value if isinstance(value, str) else json.dumps(value)
 
 
 def same_json(one: str, other: str) -> bool:
-    """Whether two JSON texts say the same."""
-    # Not compared as objects: there, NaN differs from itself.
+    """Return whether two JSON texts have the same value."""
+    # Compare normalised texts, not objects, because as an object NaN differs from itself.
     return one == other or _sorted(one) == _sorted(other)
 
 
@@ -92,12 +93,12 @@ def _sorted(text: str) -> str:
 def new_operation(
     operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], given: str | None = None
 ) -> NewOperation:
-    """An operation with everything in it, to be stored.
+    """Return the row of a new operation, including its tasks and nested operations.
 
-    :param topic: where what concerns the whole operation is sent.
-    :param topic_of: where a task is sent.
-    :param given: JSON of the params of the message that brought it, which is known again by them.
-    :raises kser.errors.UsageError: something in it has no JSON form.
+    :param topic: topic for messages about the operation as a whole.
+    :param topic_of: function that returns the topic of a task.
+    :param original_params: params of the original message as JSON; used to recognise a redelivered message.
+    :raises kser.errors.UsageError: a value has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
     tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
@@ -130,7 +131,7 @@ def new_operation(
 
 
 def new_tasks(tasks: Sequence[Task], mode: str, topic_of: Callable[[Task], str]) -> list[NewTask]:
-    """The tasks of an operation, to be stored."""
+    """Return the rows of an operation's new tasks."""
     return [_new_task(task, mode, topic_of) for task in tasks]
 
 
@@ -139,7 +140,7 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
     child = None
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
-        # It is begun when its turn comes, also when its tasks are there already.
+        # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
         child = new_operation(task, mode, topic, topic_of)._replace(phase=START)
     return NewTask(
         uuid=task.uuid,
@@ -147,7 +148,7 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
         topic=topic,
         params=to_json(task.params, "params", task),
         metadata=to_json(task.metadata, "metadata", task),
-        # What has run before, and is to run again, begins with a blank one.
+        # A task that runs again starts without a result.
         result=result_to_json(task.result, task) if done or _brings(task) else None,
         child=child,
         status=states.SUCCESS if done else states.PENDING,
@@ -159,7 +160,7 @@ def _is_done(task: Task) -> bool:
 
 
 def _brings(task: Task) -> bool:
-    """Whether a task comes with a result of its own."""
+    """Return whether a task that has not run yet has an initial result."""
     return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
 
 
@@ -168,31 +169,31 @@ def _is_blank(result: Result) -> bool:
 
 
 class ClassFinder:
-    """Classes by the path that rows name them by, and objects of them.
+    """Loader of entrypoint classes by path, and of objects from rows.
 
-    :param find: finds one; None for one that is not known here.
+    :param lookup: returns the class with a path; None if it is not registered here.
     """
 
     def __init__(self, find: Callable[[str], type[Entrypoint] | None]) -> None:
         self.find = find
 
     def operation(self, row: OperationRow) -> Operation:
-        """An operation from its row, without its tasks; a plain one, which cannot run, where that is impossible."""
+        """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
         operation = self._make(Operation, row, row.result if states.is_final(row.status) else row.so_far)
         operation.status = row.status
         operation._kser_built = None if row.size is None else []
         return operation
 
     def task(self, row: TaskRow) -> Task:
-        """A task from its row; a plain one, which cannot run, where that is impossible."""
+        """Build a task from its row; if its class cannot be used, a plain one with a load error."""
         task = self._make(Task, row, row.result)
         task.status = row.status
         return task
 
     def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
-        """The tasks of an operation.
+        """Build the tasks of an operation from their rows.
 
-        :param children: the operations among them.
+        :param children: rows of the nested operations among the tasks.
         """
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]
@@ -212,10 +213,10 @@ class ClassFinder:
 
 
 def unknown(entrypoint: str) -> ValidationError:
-    """Why an object whose class is not known here cannot run."""
+    """Return the error for an entrypoint that is not registered here."""
     return ValidationError(
-        f"Entrypoint '{entrypoint}' not registred: import its module in this consumer, or send it to the topic of one"
-        " that knows it",
+        f"Entrypoint '{entrypoint}' not registred: import its module in this consumer, or send it to the topic of a"
+        " consumer that knows the class",
         extra={"entrypoint": entrypoint},
     )
 

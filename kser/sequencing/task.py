@@ -1,4 +1,4 @@
-"""Task: an entrypoint that knows its status. Drop-in for ``kser.sequencing.task`` of 0.8.27."""
+"""Task: an entrypoint with a status. Drop-in for ``kser.sequencing.task`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Attempt:
-    """``attempt`` on instances; no data descriptor, so that a user's attribute of that name wins (decision C18)."""
+    """``attempt`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> int:
         delivery = CURRENT.get()
@@ -30,7 +30,7 @@ class _Attempt:
 
 
 class _CancelRequested:
-    """``cancel_requested`` on instances, likewise."""
+    """``cancel_requested`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> bool:
         delivery = CURRENT.get()
@@ -38,42 +38,43 @@ class _CancelRequested:
 
 
 class _OperationUuid:
-    """``operation_uuid`` on instances, likewise."""
+    """``operation_uuid`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> str | None:
         return getattr(instance, "_kser_operation_uuid", None)
 
 
 class Task(Entrypoint):
-    """An entrypoint with a status: PENDING, RUNNING, then SUCCESS or FAILED.
+    """Entrypoint with a status: PENDING, RUNNING, then SUCCESS or FAILED.
 
     :param uuid: identifier, a new one by default.
     :param params: parameters of the task.
-    :param status: its state, stored as it is.
+    :param status: status of the task; any value is allowed.
     :param result: the forwarded result of a previous task.
-    :param metadata: context that is carried through.
+    :param metadata: context that is passed on with the message.
     :raises kser.errors.UsageError: a positional call in the order of Operation in kser 0.8 (decision B2).
     """
 
-    #: Where :meth:`send` sends to; the first of ``KSER_TOPICS`` when None.
+    #: Topic of :meth:`send`; the first of ``KSER_TOPICS`` if None.
     TOPIC: ClassVar[str | None] = None
-    #: When a message for this class that fails is tried again; the consumer's policy when None.
+    #: Retry policy for failed messages of this class; the consumer's policy if None.
     RETRY: ClassVar[Retry | None] = None
-    #: Seconds that an attempt may take in a consumer; no limit when None.
+    #: Seconds that an attempt may take in a consumer; no limit if None.
     TIMEOUT: ClassVar[float | None] = None
 
-    #: The number of the attempt from 1: at the message that is being handled, or, in a stored operation, at the task.
+    #: Number of the attempt, from 1: at the message, or in a stored operation at the task.
     attempt: ClassVar[Any] = _Attempt()
-    #: The uuid of the operation that runs this task; None for a task that is run by itself.
+    #: UUID of the operation that runs this task; None for a task outside of an operation.
     operation_uuid: ClassVar[Any] = _OperationUuid()
-    #: Whether somebody asked to cancel the stored operation that this task is run for: a long task may look at it, and
+    #: True if a cancellation of the stored operation that runs this task was requested. A long task can check it and
     #: return early.
     cancel_requested: ClassVar[Any] = _CancelRequested()
 
     _kser_registry: ClassVar[OperationRegistry | None] = None
     _kser_executed = False
     _kser_operation_uuid: str | None = None
-    #: Why an object made from a row cannot run: its class is not known here, or could not be made.
+    #: The error for which an object built from a row cannot run: its class is not registered here, or building the
+    #: object failed.
     _kser_unfit: Exception | None = None
 
     def __init__(
@@ -97,30 +98,30 @@ class Task(Entrypoint):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Self | None:
-        """To implement: load a task from your own database. Returns None here."""
+        """Load a task from your own database. To implement; this implementation returns None."""
         return None
 
     def get_attr(self, item: str) -> tuple[str, Any]:
-        """The pair ``("<item>Id", value)``, for mapping to a database.
+        """Return the pair ``("<item>Id", value)``, for mapping to a database.
 
-        The value is the attribute ``<item>Id`` of ``self.<item>`` when there is such an attribute, of this object
-        otherwise; None when neither has it.
+        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if it has no attribute ``<item>``;
+        None if the attribute ``<item>Id`` is missing.
         """
         name = f"{item}Id"
         return name, getattr(getattr(self, item, self), name, None)
 
     def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
-        """Send this task to Kafka with the producer of its registry, and wait until it is delivered.
+        """Send this task to Kafka with the producer of its registry, and wait for the delivery.
 
         :param result: forwarded to the task.
-        :param topic: where to: this argument, else :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
-        :param key: what has the same key is handled one after the other.
-        :return: the producer's Result, failed when delivery was not confirmed.
-        :raises kser.errors.ProducerMissing: the class has no registry, or that has no producer.
-        :raises kser.errors.TopicMissing: none of the three names a topic.
+        :param topic: the topic; by default :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
+        :param key: messages with the same key are handled one after the other.
+        :return: the producer's Result; a failed one if delivery was not confirmed.
+        :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
+        :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
         registry = registry_of(self)
-        # Third parties' producers may know no key.
+        # Pass no key unless there is one, because send() of a third-party producer may not support it.
         options: dict[str, Any] = {} if key is None else {"key": key}
         return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result), **options)
 
@@ -132,15 +133,16 @@ class Task(Entrypoint):
         try:
             return super().unsafe_execute(result=result)
         except BaseException:
-            # Whoever calls this gets the exception; the status must not say that it still runs.
+            # The caller gets the exception, so set the status here; otherwise it would remain RUNNING.
             self.status = states.FAILED
             raise
 
     def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
         """Log ``message``, formatted with ``args``, as ``Name.STATUS: path[uuid]: message``.
 
-        :param level: level of the record.
-        :param kwargs: what :meth:`logging.Logger.log` takes; ``extra`` gets ``kmsg``, the dumped task, added.
+        :param level: level of the log record.
+        :param kwargs: keyword arguments of :meth:`logging.Logger.log`; ``kmsg``, the dumped task, is added to
+            ``extra``.
         """
         if logger.isEnabledFor(level):
             kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": records.dump_entry(self)}
@@ -161,9 +163,9 @@ class Task(Entrypoint):
 
 
 def registry_of(task: Task) -> OperationRegistry:
-    """The registry that a task's class is subscribed to.
+    """Return the registry that a task's class is subscribed to.
 
-    :raises kser.errors.ProducerMissing: there is none.
+    :raises kser.errors.ProducerMissing: the class is not subscribed to a registry.
     """
     if task._kser_registry is None:
         raise ProducerMissing(

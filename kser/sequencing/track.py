@@ -1,4 +1,4 @@
-"""Where a stored operation stands, and what follows: pure bookkeeping, without a database and without user code."""
+"""Execution state of a stored operation: a pure state machine, without database access and without user code."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Frame:
-    """One operation on the way down from the root to what is done now.
+    """One operation on the path from the root to the current operation.
 
-    :param row: as it is stored.
+    :param row: the stored row of the operation.
     """
 
     def __init__(self, row: OperationRow) -> None:
@@ -40,42 +40,42 @@ class Frame:
         self.status = row.status
         self.step = self.old_step = row.step
         self.size = row.size
-        #: JSON of the results of the tasks that succeeded, added up, and the same as a Result.
+        #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
         self.so_far = row.so_far
         self.total = result_from_json(row.so_far, row.uuid)
-        #: JSON of what the operation ends with, once that is known.
+        #: JSON of the final result; None while it is not known.
         self.result = row.result
-        #: The object, where there is one, and whether it has its tasks.
+        #: The operation object if it was built, and whether it has its tasks.
         self.operation: Operation | None = None
         self.loaded = False
-        #: How many attempts are recorded, and how many of them a retry policy does not count, by the task's position.
+        #: By position of the task: number of recorded attempts, and how many of them a retry policy does not count.
         self.attempts: dict[int, tuple[int, int]] = {}
 
     @property
     def outcome(self) -> Result:
-        """What the operation ends with."""
+        """Final result of the operation; the accumulated result while there is none."""
         return self.total if self.result is None else result_from_json(self.result, self.row.uuid)
 
     def add(self, result: Result) -> None:
-        """A task succeeded with ``result``."""
+        """Add the result of a successful task to the accumulated result."""
         self.total = merge(self.total, result)
         self.so_far = result_to_json(self.total, self.row.uuid)
 
     def move(self) -> Move:
-        """What is to be recorded of it."""
+        """Return the update of the operation's row."""
         before = self.old_step, self.old_phase
         return Move(self.row.id, *before, self.step, self.phase, self.status, self.so_far, self.result)
 
     @property
     def target(self) -> Target:
-        """The message that asks for what is to be done with the operation itself."""
+        """Message for a step of the operation itself: its build, its choice of the next task, or its end."""
         return Target(self.row.uuid, self.row.entrypoint, self.row.topic)
 
 
 class Track:
-    """The way from the root of a claim to the operation whose turn it is, and what came of the step since.
+    """Execution state under a claim: the path from the root to the current operation, and the unrecorded outcome.
 
-    :param claim: it.
+    :param claim: the claim.
     """
 
     def __init__(self, claim: Claim) -> None:
@@ -83,9 +83,9 @@ class Track:
         self.distributed = claim.root.mode == DISTRIBUTED
         self.frames = [Frame(row) for row in claim.path]
         self.root = self.frames[0]
-        #: Operations that ended with this step, and that have no hooks of their own.
+        #: Operations without hooks of their own that ended in this step.
         self.ended: list[Frame] = []
-        #: The tasks that were built in this step.
+        #: Tasks that were built in this step.
         self.built: Built | None = None
         self._moves: dict[int, Frame] = {}
         self._ends: list[TaskEnd] = []
@@ -93,30 +93,30 @@ class Track:
 
     @property
     def top(self) -> Frame:
-        """The operation whose turn it is."""
+        """Frame of the current operation."""
         return self.frames[-1]
 
     @property
     def is_over(self) -> bool:
-        """Whether the root has ended."""
+        """True if the root has ended."""
         return states.is_final(self.root.status)
 
-    # -- what came of the step -----------------------------------------------------------------------------------------
+    # -- outcome of the step -------------------------------------------------------------------------------------------
 
     def note(self, note: Note) -> None:
-        """Record this beside what comes of the step."""
+        """Add an event to the next checkpoint."""
         self._notes.append(note)
 
     def enter(self, row: OperationRow) -> Frame:
-        """The current task is an operation: its turn comes."""
+        """Push the frame of a nested operation, which is the current task."""
         frame = Frame(row)
         self.frames.append(frame)
         return frame
 
     def begun(self, built: Built | None) -> None:
-        """The operation is ready to run its tasks.
+        """Start the current operation, whose tasks are ready to run.
 
-        :param built: the tasks, when they were built just now.
+        :param built: the tasks, if they were built in this step.
         """
         frame = self.top
         if built is not None:
@@ -125,17 +125,17 @@ class Track:
             self._notes.append(Note("built", frame.row.uuid, f"{frame.size} task(s)"))
         frame.status = states.RUNNING
         if frame.phase == START and len(self.frames) > 1:
-            # It goes on from what there is: as a task gets the results of those before it.
+            # A nested operation starts with the accumulated result of its parent, like any other task of the parent.
             frame.add(copy_result(self.frames[-2].total))
         self._go_on(frame, frame.step)
 
     def ran(self, uuid: str, result: Result, text: str, number: int, duration: float) -> None:
-        """An attempt at the current task ended for good.
+        """Finish the current task with the outcome of its last attempt.
 
-        :param uuid: the task's.
+        :param uuid: uuid of the task.
         :param text: ``result`` as JSON.
-        :param number: of the attempt; 0 when none was made.
-        :param duration: seconds that it took.
+        :param number: number of the attempt; 0 if there was no attempt.
+        :param duration: duration of the attempt in seconds.
         """
         frame = self.top
         failed = states.outcome(result) != states.SUCCESS
@@ -146,17 +146,17 @@ class Track:
         self._after(frame, status, result)
 
     def retried(self, uuid: str, error: str, number: int, duration: float) -> None:
-        """An attempt at the current task failed, and another one is to follow."""
+        """Add a failed attempt at the current task that is followed by a retry."""
         frame = self.top
         self._ends.append(TaskEnd(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
         self._notes.append(Note("task-retried", uuid, error))
         self._moves.setdefault(frame.row.id, frame)
 
     def chose(self, step: int | None, failure: Result | None) -> None:
-        """What follows the current task was chosen.
+        """Advance to the task that the operation chose as the next one.
 
-        :param step: position of the next one; None for the end.
-        :param failure: what the operation fails with, if it is to fail.
+        :param step: position of the next task; None for the end of the operation.
+        :param failure: the failed result if the operation fails, else None.
         """
         frame = self.top
         self._notes.append(Note("moved", frame.row.uuid, "to the end" if step is None else f"to task {step}"))
@@ -166,11 +166,11 @@ class Track:
             self._go_on(frame, frame.size or 0 if step is None else step)
 
     def failed(self, failure: Result) -> None:
-        """The operation could not be begun or moved on."""
+        """Fail the current operation, which could not be built, restored or advanced."""
         self._finish(self.top, states.FAILED, merge(copy_result(self.top.total), failure))
 
     def end(self, status: str, result: Result) -> None:
-        """The operation ends, and with it the task that it is."""
+        """End the current operation, and the task of its parent that it stands for."""
         frame = self.top
         frame.status = frame.phase = status
         frame.result = result_to_json(result, frame.row.entrypoint)
@@ -180,13 +180,13 @@ class Track:
             return
         self.frames.pop()
         parent = self.top
-        # It ran again and again inside: there is no attempt at the whole.
+        # Number 0 records no attempt, because attempts are recorded for the inner tasks and not for the operation.
         error = result.stderr if status == states.FAILED else None
         self._ends.append(TaskEnd(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._after(parent, status, result)
 
     def _after(self, frame: Frame, status: str, result: Result) -> None:
-        """A task of ``frame`` ended."""
+        """Apply the end of a task to its operation: choose, advance or finish."""
         if status == states.SUCCESS:
             frame.add(result)
         if self.distributed and frame.row.hooks & CHOOSES:
@@ -203,7 +203,7 @@ class Track:
         if step < (frame.size or 0):
             frame.phase = TASK
         else:
-            # What it came with may be a failure that no task has touched.
+            # The outcome may be a failure without a failed task, because the initial result may be a failed one.
             self._finish(frame, states.outcome(frame.total), frame.total)
 
     def _finish(self, frame: Frame, status: str, result: Result) -> None:
@@ -220,7 +220,7 @@ class Track:
     def checkpoint(
         self, consumer: str, keep: bool, target: Target | None, delay: float = 0, notes: tuple[Note, ...] = ()
     ) -> Checkpoint:
-        """What is to be recorded of the step."""
+        """Return the checkpoint that records the step."""
         claim = self.claim
         moved = [frame.move() for at, frame in self._moves.items() if at != claim.id]
         return Checkpoint(
@@ -238,7 +238,7 @@ class Track:
         )
 
     def recorded(self) -> None:
-        """It is: the next step begins."""
+        """Mark the step as recorded and start the next one."""
         for frame in self._moves.values():
             frame.old_step, frame.old_phase = frame.step, frame.phase
         self._moves, self._ends, self._notes, self.built, self.ended = {}, [], [], None, []

@@ -1,4 +1,4 @@
-"""The shared database: what operations survive in."""
+"""The shared database that stores operations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from kser.store.memory import MemoryStore
 
 
 def open_store(uri: str, **options: Any) -> Store:
-    """A store by its address.
+    """Return the store at an address.
 
-    :param uri: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/database`` (any form that SQLAlchemy takes for
-        these two), or ``memory://`` for one that ends with the process.
+    :param uri: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/database`` (any form that SQLAlchemy accepts for
+        these two), or ``memory://`` for a store that ends with the process.
     :param options: see :class:`kser.store.sql.SQLStore`.
-    :raises kser.errors.SettingError: it is no such address.
+    :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: SQLAlchemy or the driver is not installed.
     """
     if not isinstance(uri, str) or "://" not in uri:
-        raise SettingError(f"a database is named like 'sqlite:///shop.db' or 'postgresql+psycopg://…'; it is {uri!r}")
+        raise SettingError(
+            f"a database URI must look like 'sqlite:///shop.db' or 'postgresql+psycopg://…'; it is {uri!r}"
+        )
     if uri.partition("://")[0] == "memory":
         return MemoryStore()
     try:

@@ -1,11 +1,11 @@
-"""The tables of the shared database, from a shell.
+"""The command line that creates, upgrades and checks the tables of the shared database.
 
 ::
 
-    python -m kser.store upgrade [--uri URI]    make the tables, or bring them to this version
-    python -m kser.store status [--uri URI]     say which version there is; ends with 1 when kser cannot work with it
+    python -m kser.store upgrade [--uri URI]    create the tables, or upgrade them to this version
+    python -m kser.store status [--uri URI]     show the version; exit status 1 when kser cannot use the tables
 
-The address is that of ``KSER_DATABASE_URI`` without ``--uri``.
+Without ``--uri`` the address is the value of ``KSER_DATABASE_URI``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OK, FAILED = 0, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Run the command of the command line, and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         database = _database(options.uri)
@@ -45,27 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kser.store", description="The tables of kser in the shared database."
+        prog="python -m kser.store", description="Create, upgrade or check the tables of kser in the shared database."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("upgrade", "make the tables, or bring them to this version of kser"),
-        ("status", "say which version the tables have"),
+        ("upgrade", "create the tables, or upgrade them to this version of kser"),
+        ("status", "show the version of the tables"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--uri", help=f"where the database is (default: ${DATABASE_URI})")
+        command.add_argument("--uri", help=f"address of the database (default: ${DATABASE_URI})")
     return parser
 
 
 def _database(uri: str | None) -> Database:
     if NEEDED is not None:
         raise MissingDependency(
-            f'this needs SQLAlchemy and alembic ({NEEDED}); install them with: pip install "kser[sql]", or'
+            f'this command needs SQLAlchemy and alembic ({NEEDED}); install them with: pip install "kser[sql]", or'
             ' "kser[postgresql]" for PostgreSQL'
         )
     found = uri or Settings().get(DATABASE_URI)
     if not found:
-        raise StoreMissing(f"which database? Pass --uri, or set {DATABASE_URI}")
+        raise StoreMissing(f"no database is configured; pass --uri, or set {DATABASE_URI}")
     return database_at(found)
 
 
@@ -89,7 +89,7 @@ def _status(database: Database) -> int:
     if problem:
         _say(f"{database.name} {problem}")
         return FAILED
-    assert found is not None, "without tables there is a problem"
+    assert found is not None, "mismatch() reports missing tables"
     _say(f"{database.name} has tables of version {found.version}; this kser needs {schema.VERSION}")
     return OK
 

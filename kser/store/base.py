@@ -1,19 +1,20 @@
-"""What the shared database must offer, so that operations survive: the contract of every store.
+"""The contract of every store of operations.
 
-A store keeps rows (:mod:`kser.store.rows`) and moves them on; what a step *is*, and what follows it, is decided in
-:mod:`kser.sequencing`.
+A store holds rows (:mod:`kser.store.model`) and updates them. The steps of an operation and their order are decided in
+:mod:`kser.durable`.
 
-**Time** is the store's: every time here is seconds since 1970 by its clock, taken inside the store. Waits go in as
+**Time.** Every time is in seconds since 1970 by the store's clock, and is read inside the store. Callers pass waits in
 seconds.
 
-**Who may write.** A *claim* raises ``epoch``, and so does giving it back. Everything that a worker writes names the
-epoch that it has: after somebody else's claim it changes nothing (:class:`kser.errors.Fenced`).
+**Fencing.** A *claim* increments ``epoch``, and so does its release. Every write of a worker carries the epoch of its
+claim. After a claim by another worker such a write changes nothing (:class:`kser.errors.FencedError`).
 
-**When to look again.** ``wake_at`` is when the reaper has to look at a root: the end of the lease while it is claimed,
-else when its step is to be sent (again). It is None once the operation has ended.
+**Next check.** ``next_check_at`` is the time at which the reaper checks a root: the end of the lease while the root is
+claimed, otherwise the time at which its step must be sent (again). It is None once the operation has ended.
 
-**Again and again.** After :class:`kser.errors.StoreUnavailable` nobody knows whether the call took effect. Each call
-may be repeated with the same arguments: one that took effect answers as it did, or would have, the first time.
+**Repeated calls.** After :class:`kser.errors.StoreUnavailable` the caller cannot know whether the call took effect.
+Each call may be repeated with the same arguments: if the first call took effect, the repeated one returns the same
+value.
 """
 
 from __future__ import annotations
@@ -37,153 +38,159 @@ from kser.store.rows import (
 
 
 class Store(ABC):
-    """Operations in a database. Safe to share by threads.
+    """A database of operations. Thread-safe.
 
     Every method raises :class:`kser.errors.StoreUnavailable` when the database cannot be reached or does not work now,
-    and :class:`kser.errors.StoreError` when it refuses this one call.
+    and :class:`kser.errors.StoreError` when the database rejects this call.
     """
 
-    #: What must not be said aloud is not in it.
+    #: The address without passwords, for logs and error texts.
     name: str
 
     @abstractmethod
     def check(self) -> None:
-        """See whether the database has the schema that is needed.
+        """Check that the database has the schema that this code needs.
 
-        :raises kser.errors.SchemaMismatch: it has not; the error says what to run.
+        :raises kser.errors.SchemaMismatch: the schema is missing or incompatible; the error names the command to run.
         """
 
     @abstractmethod
     def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
-        """Store an operation with all its tasks, and claim it for ``claimant`` if there is one: one transaction.
+        """Store an operation with all its tasks, and claim it if ``claimant`` is given, in one transaction.
 
-        Its step is ready, and unsent; the reaper sends it if nobody does. ``claimant`` may be refused nothing.
+        The first step is ready and unsent; the reaper sends it unless the caller does. The claim on an operation that
+        this call stored is always granted.
 
-        :return: the claim; without a claimant its ``id``. A Refusal (``stale``) when the uuid is taken, which changes
-            nothing, also when it is the very same operation.
+        :return: the claim; without ``claimant`` the operation's ``id``. A ClaimRefused (``stale``) when the uuid is
+            already stored, even for an identical operation; then the call changes nothing.
         """
 
     @abstractmethod
     def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:
-        """Claim a root, if ``step`` is the uuid of its current :class:`kser.store.rows.Target`.
+        """Claim a root if ``step`` is the uuid of its current :class:`kser.store.model.StepMessage`.
 
-        One compare-and-set: the status is PENDING or RUNNING, nobody has it or the lease is over, and it is due. It
-        raises ``epoch`` and ``claims``, sets RUNNING, and leaves everything else as it is. One whose ``claims`` were
-        ``max_claims`` already is claimed all the same, and said to be ``exhausted``.
+        One compare-and-set: the status is PENDING or RUNNING, the root has no owner or its lease has expired, and
+        ``due_at`` has passed. The claim increments ``epoch`` and ``claim_count``, sets the status to RUNNING, and
+        changes nothing else. A root whose ``claim_count`` had reached ``max_claims`` is claimed too; its claim is
+        marked ``exhausted``.
 
-        :param uuid: the root's.
-        :return: None when there is no such root.
+        :param uuid: uuid of the root.
+        :return: None when no such root is stored.
         """
 
     @abstractmethod
     def peek(self, uuid: str) -> OperationRow | None:
-        """The row of an operation, also of an inner one; None when there is none."""
+        """Return the row of an operation, nested or not; None when it is not stored."""
 
     @abstractmethod
     def tasks(self, operation_id: int) -> Sequence[TaskRow]:
-        """The tasks of an operation, in their order."""
+        """Return the tasks of an operation, ordered by position."""
 
     @abstractmethod
     def task(self, operation_id: int, position: int) -> TaskRow | None:
-        """One task of an operation; None when there is none at that position."""
+        """Return the task of an operation at a position; None when the position is empty."""
 
     @abstractmethod
     def children(self, root_id: int) -> Sequence[OperationRow]:
-        """The rows of all operations inside a root, not in any order."""
+        """Return the rows of all operations nested in a root, in no particular order."""
 
     @abstractmethod
     def checkpoint(self, checkpoint: Checkpoint) -> str:
-        """Record what came of a step.
+        """Record the outcome of a step.
 
-        Only if the root is RUNNING, its epoch is the checkpoint's, and each move begins where the operation is. If the
-        root is to be cancelled, it is CANCELLED in the same transaction, whatever its move says: the tasks' ends are
-        recorded as they are, the other moves too, and inner operations that have not ended then are CANCELLED with
-        it; an event ``ended`` says so, in place of the one of ``notes``.
+        The checkpoint is recorded only if the root is RUNNING, its epoch is the checkpoint's, and every operation is at
+        the old step and phase that its update names. If cancellation of the root was requested, the root becomes
+        CANCELLED in the same transaction, regardless of its own update. The task outcomes and the other updates are
+        recorded unchanged, and nested operations that have not ended by then become CANCELLED too. An event ``ended``
+        replaces the one in ``notes``.
 
-        Giving the claim back, also at the end, raises ``epoch``; then the step is ready ``delay`` seconds later, and
-        the reaper looks at it then, or after :data:`kser.store.rows.UNSENT_AFTER` without a delay. ``claims`` and
-        ``sends`` begin again at 0. ``ended_at`` is set for each operation that ends. Checkpoints of several threads may
-        share a transaction: one that is refused does not touch the others.
+        Releasing the claim, also at the end of the operation, increments ``epoch``. The step is then ready after
+        ``delay`` seconds, and the reaper checks it at that time, or after
+        :data:`kser.store.model.RESEND_UNSENT_AFTER` without a delay. ``claim_count`` and ``send_count`` restart at 0.
+        ``ended_at`` is set for each operation that ends. Checkpoints of several threads may share a transaction; a
+        rejected one does not affect the others.
 
-        :return: the root's status.
-        :raises kser.errors.Fenced: nothing was recorded: somebody else has claimed it, or it has ended.
-        :raises kser.errors.StoreError: the database refuses what is to be recorded; nothing was.
+        :return: the status of the root.
+        :raises kser.errors.FencedError: another worker has claimed the root, or it has ended; nothing was recorded.
+        :raises kser.errors.StoreError: the database rejects the data; nothing was recorded.
         """
 
     @abstractmethod
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Prolong claims, each ``(root_id, epoch)``, to ``lease`` seconds from now; also one whose lease is over.
+        """Renew the leases of claims, each ``(root_id, epoch)``, to ``lease`` seconds from now; also expired ones.
 
-        :return: the ``root_id`` of each; those that are missing are not the owner's any more.
+        :return: the ``root_id`` of each renewed claim. ``owner`` has lost every claim that is missing from it.
         """
 
     @abstractmethod
     def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        """The current steps of these roots, each ``(root_id, epoch)``, were sent; changes nothing once it is claimed.
+        """Record that the current steps of roots, each ``(root_id, epoch)``, were sent. Claimed roots are unchanged.
 
-        :param resend_after: seconds until it is sent again if nobody claims it; doubled each time, to an hour.
+        :param resend_after: seconds after which an unclaimed step is sent again; doubled with each send, up to
+            :data:`kser.store.model.MAX_RESEND_DELAY`.
         """
 
     @abstractmethod
     def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
-        """Roots whose steps are to be sent now, each for one caller only, which is given
-        :data:`kser.store.rows.SENDING` for it, and then says that they are :meth:`sent`.
+        """Reserve the roots whose steps are due for sending, each for this caller only.
 
-        They are taken from an owner whose lease is over, whose epoch stays good until somebody else claims. Each gets
-        an event.
+        The caller has :data:`kser.store.model.SEND_GRACE` seconds to send a step and to record that with
+        :meth:`mark_sent`. A root with an expired lease loses its owner, but the epoch of that owner stays valid until
+        the next claim. Each root gets an event.
 
-        :param expired: whether leases that are over count.
+        :param expired: True to include roots whose lease has expired.
         """
 
     @abstractmethod
     def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """These steps, each ``(root_id, epoch)``, were not sent: they are due again in ``wait`` seconds."""
+        """Make steps that could not be sent, each ``(root_id, epoch)``, due again in ``wait`` seconds."""
 
     @abstractmethod
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
-        """Cancel a root. An ended one stays as it is.
+        """Cancel a root. A root that has ended is unchanged.
 
-        When nobody has a lease on it, it is CANCELLED at once, with all operations in it that have not ended;
-        ``epoch`` is raised and the token forgotten. Else ``cancel_requested`` is set, for the next checkpoint.
+        Without a valid lease the root becomes CANCELLED at once, with all nested operations that have not ended;
+        ``epoch`` is incremented and the token cleared. With a valid lease ``cancel_requested`` is set, for the next
+        checkpoint.
 
-        :return: its row afterwards; None when there is no such root.
+        :return: the row of the root after the call; None when no such root is stored.
         """
 
     @abstractmethod
     def resume(self, uuid: str) -> OperationRow | None:
-        """Let a FAILED or CANCELLED root go on, at the first task that is not SUCCESS, down to the innermost operation.
+        """Resume a FAILED or CANCELLED root at the first task that is not SUCCESS, down to the innermost operation.
 
-        That task is PENDING again, with a blank result and its attempts as ``resumed_after``, and current (phase TASK);
-        its operations are RUNNING; one that was never built is begun (phase START); one whose tasks are all SUCCESS is
-        ended again (phase SUCCESS).
-        ``epoch`` is raised, the token, the result, the end and the cancellation are forgotten, ``claims`` and ``sends``
-        begin again at 0, and the step is ready and unsent. Of a distributed one the target is the task, or the
-        operation that is to be begun or ended; of a local one it stays the root.
+        That task becomes PENDING and current (phase RUN_TASK), with a blank result and ``attempts_before_resume`` set
+        to its number of attempts. Its operations become RUNNING. An operation that was never built gets the phase
+        BUILD; one whose tasks are all SUCCESS gets the phase END_SUCCESS.
+        ``epoch`` is incremented; the token, the result, the end and the cancellation are cleared; ``claim_count`` and
+        ``send_count`` restart at 0; the step is ready and unsent. The step message of a distributed root is that of the
+        task, or of the operation to build or end; the step message of a local root stays that of the root.
 
-        :return: its row afterwards; None when there is no such root.
-        :raises kser.errors.StateConflict: it is neither FAILED nor CANCELLED (any more).
+        :return: the row of the root after the call; None when no such root is stored.
+        :raises kser.errors.StateConflict: the root is neither FAILED nor CANCELLED, or was resumed meanwhile.
         """
 
     @abstractmethod
     def get(self, uuid: str) -> Stored | None:
-        """Everything about one operation, also about an inner one; None when there is none."""
+        """Return the full snapshot of an operation, nested or not; None when it is not stored."""
 
     @abstractmethod
     def find(self, found: Found, limit: int, after: str | None = None) -> Page:
-        """Operations, newest first.
+        """Return a page of the operations that match a query, newest first.
 
-        :param after: the cursor of the page before.
-        :raises kser.errors.UsageError: it is none.
+        :param after: the cursor of the previous page.
+        :raises kser.errors.UsageError: ``after`` is not a cursor.
         """
 
     @abstractmethod
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
-        """Delete ended roots with everything that belongs to them, no more than ``limit`` of them.
+        """Delete at most ``limit`` ended roots, with all rows that belong to them.
 
-        :param older_than: seconds since their end.
-        :return: how many were deleted; less than ``limit`` when no more are left.
+        :param older_than: seconds that must have passed since a root ended.
+        :return: the number of deleted roots; less than ``limit`` when no more are left.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all resources."""
+        """Release all resources."""

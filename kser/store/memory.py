@@ -1,4 +1,4 @@
-"""A store that ends with its process, for tests: the contract in its shortest form."""
+"""A store in the memory of one process, for tests: the shortest implementation of the contract."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from kser.store.transitions import (
 
 
 class MemoryStore(Store):
-    """Keeps everything in this process.
+    """A store in the memory of this process.
 
-    :param clock: its time, in seconds since 1970.
+    :param clock: returns the time, in seconds since 1970.
     """
 
     name = "memory://"
@@ -72,7 +72,7 @@ class MemoryStore(Store):
         self._last_id = 0
 
     def check(self) -> None:
-        """There is nothing that could be of another version."""
+        """Do nothing: a store in memory has no schema version."""
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class MemoryStore(Store):
         uuids = [task.child.uuid for task in _all_tasks(tasks) if task.child]
         taken = [uuid for uuid, count in Counter(uuids).items() if count > 1 or uuid in self._ids]
         if taken:
-            raise StoreError(f"operations with these uuids are stored already: {', '.join(sorted(taken))}")
+            raise StoreError(f"operations with these uuids are already stored: {', '.join(sorted(taken))}")
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class MemoryStore(Store):
 
     def find(self, found: Found, limit: int, after: str | None = None) -> Page:
         if after is not None and not (after.isascii() and after.isdigit() and int(after) < 1 << 63):
-            raise UsageError(f"after must be the cursor of a page before; it is {after!r}")
+            raise UsageError(f"after must be the cursor of the previous page; it is {after!r}")
         with self._lock:
             parent = None if found.parent is None else self._ids.get(found.parent, -1)
             rows = [
@@ -197,7 +197,7 @@ class MemoryStore(Store):
                 return root.status
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
                 name = root.uuid if root else checkpoint.root_id
-                raise Fenced(f"somebody else has claimed operation {name}, or it has ended")
+                raise Fenced(f"another consumer has claimed operation {name}, or it has ended")
             places = [(self._operations[move.operation_id], move) for move in checkpoint.moves]
             if any((row.step, row.phase) != (move.old_step, move.old_phase) for row, move in places):
                 raise Fenced(f"operation {root.uuid} is at another step")
@@ -221,7 +221,7 @@ class MemoryStore(Store):
             return self._put(settled(self._operations[root.id], checkpoint, now)).status
 
     def _is_recorded(self, root: OperationRow, checkpoint: Checkpoint) -> bool:
-        """Whether this very checkpoint was recorded before."""
+        """Return whether this same checkpoint was recorded before, by a call whose response was lost."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -313,7 +313,7 @@ class MemoryStore(Store):
             if root is None or root.parent_id is not None:
                 return None
             if not states.may_follow(root.status, states.RUNNING) or not states.is_final(root.status):
-                raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one is resumed")
+                raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
             target = self._restart(root)
             root = resumed(self._operations[root.id], self._clock())
             root = root._replace(target=target if root.mode == DISTRIBUTED else root.target)
@@ -321,7 +321,7 @@ class MemoryStore(Store):
             return self._put(root)
 
     def _restart(self, row: OperationRow) -> Target:
-        """Set an operation back to its first task that is not SUCCESS; returns what is to be done then."""
+        """Set an operation back to its first task that is not SUCCESS, and return the message of that step."""
         rows = self._tasks[row.id]
         step = next((task.position for task in rows if task.status != states.SUCCESS), None)
         row = row._replace(status=states.RUNNING, result=None, ended_at=None)
@@ -357,9 +357,9 @@ class MemoryStore(Store):
             return len(old)
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: a store in memory holds no external resources."""
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _put(self, row: OperationRow) -> OperationRow:
         self._operations[row.id] = row
@@ -371,7 +371,7 @@ class MemoryStore(Store):
 
 
 def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:
-    """These tasks and those inside them."""
+    """Return tasks, including those of the operations nested in them."""
     found: list[NewTask] = []
     for task in tasks:
         found += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))

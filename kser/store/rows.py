@@ -1,12 +1,12 @@
-"""What a store keeps, and what it is asked to change, as values.
+"""The values of a store: the rows that it holds, and the requests that change them.
 
 ============== =====================================================================================================
-operation      one row each. The row of a *root* (an operation that is no task of another one) holds the one claim of
-               everything in it: owner, token, epoch and ``wake_at``
-task           the tasks of an operation, numbered from 0. One that is an operation itself has a row there too
-attempt        what came of each attempt at a task; only ever added to
-event          what happened to a root, one line each; only ever added to
-label          the operation's metadata, to be found by
+operation      one row per operation. The row of a *root* (an operation that is not a task of another one) holds the
+               one claim for itself and all operations nested in it: owner, token, epoch and ``next_check_at``
+task           the tasks of an operation, numbered from 0. A task that is an operation has an operation row too
+attempt        the outcome of each attempt at a task; append-only
+event          the history of a root, one row per event; append-only
+label          the searchable metadata of an operation
 ============== =====================================================================================================
 """
 
@@ -15,34 +15,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
-#: How an operation runs: in one consumer, or over the consumers.
+#: Mode of an operation: all steps in one consumer, or distributed over the consumers.
 LOCAL: Final = "local"
 DISTRIBUTED: Final = "distributed"
 
-#: What is to be done next in an operation: begin it (build its tasks), run the task at ``step``, choose what follows
-#: that one, or end it with one of two outcomes.
+#: Phase of an operation, which is its next action: build the tasks, run the task at ``step``, choose the task after
+#: ``step``, or end with SUCCESS or FAILED.
 START: Final = "START"
 TASK: Final = "TASK"
 NEXT: Final = "NEXT"
 END_SUCCESS: Final = "SUCCESS"
 END_FAILED: Final = "FAILED"
 
-#: Why a claim is refused: the operation has ended, somebody else has it, it is not due yet, another step is current.
+#: Why a claim is refused: the operation has ended, another owner has a valid lease, the step is not due yet, or another
+#: step is current.
 ENDED: Final = "ended"
 HELD: Final = "held"
 WAITING: Final = "waiting"
 STALE: Final = "stale"
 
-#: Seconds after which the reaper sends a step that is ready and that nobody has said to have sent.
+#: Seconds after which the reaper sends a step that is ready and not marked as sent.
 UNSENT_AFTER: Final = 3.0
-#: Seconds that a reaper is given to send what it has taken, before another one takes it.
+#: Seconds that a reaper has to send a step that it reserved, before another reaper may reserve it.
 SENDING: Final = 10.0
-#: Seconds: the longest time until a step is sent again that nobody claims.
+#: Longest delay in seconds before an unclaimed step is sent again.
 LONGEST_RESEND: Final = 3600.0
-#: Characters of an error that an attempt keeps.
+#: Maximum number of characters of an error that an attempt row stores.
 ERROR_LIMIT: Final = 2000
 
-#: Why the reaper sends a step.
+#: Why a step is due for sending by the reaper.
 EXPIRED: Final = "lease-expired"
 UNSENT: Final = "unsent"
 RETRY: Final = "retry-due"
@@ -50,7 +51,7 @@ UNCLAIMED: Final = "unclaimed"
 
 
 class Target(NamedTuple):
-    """The message that asks for a step: of a task, or of an operation that is to be begun, moved on or ended."""
+    """The message that starts a step: of a task to run, or of an operation to build, advance or end."""
 
     uuid: str
     entrypoint: str
@@ -58,60 +59,61 @@ class Target(NamedTuple):
 
 
 class OperationRow(NamedTuple):
-    """An operation as it is stored. What is called ``JSON`` is text, as on the wire: ASCII, may hold ``NaN``."""
+    """The row of an operation. JSON columns hold text in the format of messages: ASCII, and possibly ``NaN``."""
 
-    #: Rises with the time of creation.
+    #: Increases with the time of creation.
     id: int
     uuid: str
     entrypoint: str
-    #: ``id`` of the operation that it is a task of, and of the root; None and its own ``id`` for a root.
+    #: ``id`` of the parent operation, None for a root; then ``id`` of the root, which for a root is its own.
     parent_id: int | None
     root_id: int
     mode: str
     topic: str
-    #: Bits of :mod:`kser.sequencing.durable`: what its class overrides.
+    #: Bits of ``kser.durable.serialization.Overrides``: the methods that the class overrides.
     hooks: int
     #: JSON object.
     params: str
     #: JSON object.
     metadata: str
     status: str
-    #: One of START, TASK, NEXT, SUCCESS, FAILED: what is to be done next.
+    #: The next action: BUILD, RUN_TASK, CHOOSE_NEXT, END_SUCCESS or END_FAILED.
     phase: str
     #: Position of the current task.
     step: int
-    #: How many tasks there are; None as long as they are not built.
+    #: Number of tasks; None before they are built.
     size: int | None
-    #: JSON of the results up to ``step``, added up.
+    #: JSON of the accumulated result of the tasks that have run.
     so_far: str
-    #: JSON of the final result; None before that is known.
+    #: JSON of the final result; None before the operation has one.
     result: str | None
     created_at: float
-    #: When it was claimed first; None before.
+    #: Time of the first claim; None before.
     started_at: float | None
     ended_at: float | None
     cancel_requested: bool
     cancel_reason: str | None
-    # -- of a root alone --
+    # -- only used in roots --
     epoch: int
-    #: Who has claimed it; None when nobody has.
+    #: The process that has claimed the root; None when it is not claimed.
     owner: str | None
-    #: What the claim in force, or the last one, was made with.
+    #: Token of the current claim, or of the last one.
     token: str | None
+    #: Time of the reaper's next check; None once the operation has ended.
     wake_at: float | None
-    #: Before that nobody may claim it: a retry waits.
+    #: Earliest time of the next claim; in the future while a retry waits.
     due_at: float
-    #: How often the current step was claimed without a recorded end.
+    #: Number of claims of the current step without a recorded end.
     claims: int
-    #: How often the current step was sent, and when last.
+    #: Number of sends of the current step; then the time of the last one.
     sends: int
     sent_at: float | None
-    #: What is sent for the current step.
+    #: The message that is sent for the current step.
     target: Target
 
 
 class TaskRow(NamedTuple):
-    """A task as it is stored."""
+    """The row of a task."""
 
     operation_id: int
     position: int
@@ -121,64 +123,64 @@ class TaskRow(NamedTuple):
     params: str
     metadata: str
     status: str
-    #: JSON of what it came with, then of what it ended with; None for a blank one.
+    #: JSON of the initial result, later of the final result; None for a blank result.
     result: str | None
-    #: How many attempts are recorded.
+    #: Number of recorded attempts.
     attempts: int
-    #: ``id`` of the operation that it is; None for a plain task.
+    #: ``id`` of the operation, for a task that is an operation; None for a plain task.
     child_id: int | None
-    #: How many attempts were recorded when it was last resumed: a retry policy counts those behind them.
+    #: Number of recorded attempts at the last resume; a retry policy counts only the attempts after it.
     resumed_after: int
 
 
 class AttemptRow(NamedTuple):
-    """What came of one attempt at a task."""
+    """The row of one attempt at a task."""
 
     operation_id: int
     position: int
-    #: From 1.
+    #: Number of the attempt, from 1.
     number: int
     epoch: int
     #: SUCCESS or FAILED.
     status: str
-    #: ``host:process:random`` of whoever made it.
+    #: ``host:process:random`` of the consumer that made the attempt.
     consumer: str
     started_at: float
     ended_at: float
-    #: What it failed with, cut to a few lines; None for a success.
+    #: The error of a failed attempt, cut to a few lines; None for a success.
     error: str | None
 
 
 class EventRow(NamedTuple):
-    """One thing that happened to a root or in it."""
+    """The row of one event of a root, or of a task or operation nested in it."""
 
     root_id: int
     at: float
-    #: What happened: one of the words in :data:`EVENTS`.
+    #: A key of :data:`EVENTS`.
     kind: str
     epoch: int
-    #: Who did it; None for somebody who only asked for it.
+    #: The consumer that caused the event; None for a request from outside a consumer.
     consumer: str | None
-    #: Of which task or inner operation; None for the root itself.
+    #: uuid of the task or nested operation that the event is about; None for the root.
     uuid: str | None
     text: str | None
 
 
-#: Words of events, and what they say.
+#: Kinds of events, with their meanings.
 EVENTS: Final[Mapping[str, str]] = {
-    "accepted": "it was saved; from then on it will end",
-    "claimed": "a consumer took it up",
-    "built": "its tasks were built, or those of an operation in it",
+    "accepted": "the operation was saved; from then on it will end",
+    "claimed": "a consumer claimed the operation",
+    "built": "the tasks of the operation, or of a nested operation, were built",
     "task-succeeded": "an attempt at a task succeeded",
-    "task-failed": "an attempt at a task failed for good",
-    "task-retried": "an attempt at a task failed, and another one follows",
-    "moved": "what follows a task was chosen",
-    "released": "a consumer gave it back before it had ended",
-    "sent-again": "the reaper sent its step; the text says why",
-    "exhausted": "too many consumers died in a step",
-    "cancel-requested": "it is to be cancelled after the task that runs",
-    "ended": "it ended; the text says how",
-    "resumed": "it goes on after it had ended",
+    "task-failed": "an attempt at a task failed permanently",
+    "task-retried": "an attempt at a task failed, and a retry follows",
+    "moved": "the next task was chosen",
+    "released": "a consumer released the claim before the operation had ended",
+    "sent-again": "the reaper sent the current step; the text has the reason",
+    "exhausted": "too many consumers died during a step",
+    "cancel-requested": "the operation will be cancelled after the running task",
+    "ended": "the operation ended; the text has the outcome",
+    "resumed": "the operation continues after it had ended",
 }
 
 
@@ -191,9 +193,9 @@ class NewTask(NamedTuple):
     params: str
     metadata: str
     result: str | None
-    #: The operation that it is; None for a plain task.
+    #: The operation, for a task that is an operation; None for a plain task.
     child: NewOperation | None = None
-    #: PENDING, or SUCCESS for one that is done already: its ``result`` is what it gave.
+    #: PENDING, or SUCCESS for a task that has already run; ``result`` is then its final result.
     status: str = "PENDING"
 
 
@@ -208,77 +210,77 @@ class NewOperation(NamedTuple):
     params: str
     metadata: str
     so_far: str
-    #: None when they are to be built by whoever begins it.
+    #: None when the consumer that runs the phase BUILD builds them.
     tasks: Sequence[NewTask] | None
-    #: Metadata to be found by.
+    #: Searchable metadata.
     labels: Sequence[tuple[str, str]]
-    #: START or TASK, or SUCCESS for one without tasks.
+    #: BUILD or RUN_TASK, or END_SUCCESS for an operation without tasks.
     phase: str
-    #: Of a root: what is sent for its first step.
+    #: The message of the first step; only used in roots.
     target: Target
-    #: Position of the first task that is not done already.
+    #: Position of the first task that has not run yet.
     step: int = 0
 
 
 class Claimant(NamedTuple):
-    """Who claims."""
+    """A request for a claim."""
 
-    #: A process: made at its start, with something random in it.
+    #: The claiming process. The name is made when the process starts, and has a random part.
     owner: str
-    #: Of this one claim: random. A call that is repeated has the same one.
+    #: Random token of this claim. A repeated call carries the same token.
     token: str
-    #: Seconds.
+    #: Length of the lease in seconds.
     lease: float
-    #: A step that was claimed that often without a recorded end is given up.
+    #: Number of claims without a recorded end after which a step counts as failed.
     max_claims: int
 
 
 class Claim(NamedTuple):
-    """A root that is claimed."""
+    """A granted claim on a root."""
 
     id: int
     epoch: int
-    #: From the root to the operation whose turn it is.
+    #: The operations from the root down to the current one.
     path: tuple[OperationRow, ...]
-    #: The task whose turn it is; None when the operation is to be begun, moved on or ended.
+    #: The current task; None when the next action is to build, advance or end the operation.
     task: TaskRow | None
-    #: The task behind it, of the same operation; only looked for when the root is distributed.
+    #: The task after the current one in the same operation; only read for a distributed root.
     following: TaskRow | None = None
-    #: Whether too many consumers died in this step: it is to be recorded as failed, and not to be run.
+    #: True if the step was claimed too often without a recorded end: it must be recorded as failed without running.
     exhausted: bool = False
 
     @property
     def root(self) -> OperationRow:
-        """The root's row."""
+        """The row of the root."""
         return self.path[0]
 
 
 class Refusal(NamedTuple):
-    """A root that could not be claimed: ``ended``, ``held``, ``waiting`` or ``stale``."""
+    """A claim that was not granted: ``ended``, ``held``, ``waiting`` or ``stale``."""
 
     reason: str
     root: OperationRow
 
 
 class TaskEnd(NamedTuple):
-    """An attempt at a task is over, or an operation that is a task has ended."""
+    """The outcome of an attempt at a task, or of a nested operation as a task of its parent."""
 
     operation_id: int
     position: int
-    #: From 1: one more than the recorded ones. 0 when no attempt was made: nothing is added to the attempts.
+    #: Number of the attempt: the number of recorded attempts plus 1. 0 if no attempt was made; no attempt row is added.
     number: int
-    #: SUCCESS or FAILED; PENDING when another attempt is to follow (the attempt's own row says FAILED).
+    #: SUCCESS or FAILED; PENDING when the task is retried (the attempt row then has FAILED).
     status: str
-    #: JSON of what it gave; None with PENDING: what is stored stays.
+    #: JSON of the result. None with PENDING, which leaves the stored result unchanged.
     result: str | None
-    #: Seconds that it took.
+    #: Duration of the attempt in seconds.
     duration: float
-    #: What it failed with; None for a success.
+    #: The error of a failed attempt; None for a success.
     error: str | None
 
 
 class Note(NamedTuple):
-    """An event to add; the store knows the rest of it."""
+    """An event to add. The store fills in the root, the time, the epoch and the consumer."""
 
     kind: str
     uuid: str | None = None
@@ -286,57 +288,58 @@ class Note(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Where an operation is from now on."""
+    """The new position, status and results of an operation."""
 
     operation_id: int
-    #: Where it was: else nothing is recorded.
+    #: The stored step and phase must equal these two; otherwise nothing is recorded.
     old_step: int
     old_phase: str
     step: int
     phase: str
     status: str
     so_far: str
-    #: JSON of the final result; None before that is known.
+    #: JSON of the final result; None before the operation has one.
     result: str | None
 
     @property
     def leaves(self) -> bool:
-        """Whether it is elsewhere afterwards."""
+        """Whether the update changes the step or the phase."""
         return (self.old_step, self.old_phase) != (self.step, self.phase)
 
 
 class Built(NamedTuple):
-    """The tasks of an operation were built."""
+    """The newly built tasks of an operation."""
 
     operation_id: int
     tasks: Sequence[NewTask]
 
 
 class Checkpoint(NamedTuple):
-    """What came of a step; all of it is recorded in one transaction, or nothing.
+    """The outcome of a step, recorded in one transaction or not at all.
 
-    ``moves`` and ``ends`` go from the inside out. The last move is the root's, also where it stays where it is.
+    ``moves`` and ``ends`` are ordered from the innermost operation outwards. The last of ``moves`` belongs to the root,
+    even when it does not change the position of the root.
     """
 
     root_id: int
     epoch: int
-    #: What the root was claimed with.
+    #: Token of the claim.
     token: str
     consumer: str
     moves: Sequence[Move]
     ends: Sequence[TaskEnd] = ()
     built: Built | None = None
     notes: Sequence[Note] = ()
-    #: What is sent for the step that is current now; None when that stays as it is.
+    #: The message of the new current step; None to leave the stored message unchanged.
     target: Target | None = None
-    #: The claim goes on; else it is given back, and the step is ready. An end gives it back too.
+    #: True to keep the claim. False to release it, which makes the step ready. The end of the root always releases it.
     keep: bool = True
-    #: Seconds before the step may be claimed.
+    #: Seconds before the step may be claimed; only used when the claim is released.
     delay: float = 0
 
 
 class Due(NamedTuple):
-    """A root whose step the reaper has to send."""
+    """A root whose step is due for sending by the reaper."""
 
     id: int
     uuid: str
@@ -347,15 +350,15 @@ class Due(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Some of the operations that were looked for, newest first."""
+    """One page of the result of a query, newest operations first."""
 
     rows: Sequence[OperationRow]
-    #: What to pass as ``after`` for the next ones; None when there are no more.
+    #: The value of ``after`` for the next page; None on the last page.
     cursor: str | None
 
 
 class Stored(NamedTuple):
-    """Everything about one operation. Attempts are those of its own tasks, events those of its root."""
+    """A full snapshot of an operation: its row, its tasks, their attempts, and the events of its root."""
 
     operation: OperationRow
     tasks: Sequence[TaskRow]
@@ -366,14 +369,14 @@ class Stored(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What to look for; None admits everything."""
+    """A query for operations. A filter that is None matches every operation."""
 
     status: Collection[str] | None = None
     entrypoint: str | None = None
-    #: Created at that time or later, and before that time.
+    #: Lower bound (inclusive) and upper bound (exclusive) of the time of creation.
     since: float | None = None
     until: float | None = None
-    #: Each of these labels.
+    #: Labels that an operation must have, all of them.
     labels: Sequence[tuple[str, str]] = ()
-    #: Operations that are tasks of the one with this uuid; None for roots.
+    #: uuid of the parent, to match the operations that are its tasks; None to match roots.
     parent: str | None = None

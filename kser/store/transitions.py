@@ -1,4 +1,4 @@
-"""How rows change, as functions of a row and the time: the contract of stores without a database around it."""
+"""The state transitions of rows, as pure functions of a row and the time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from kser.store.rows import (
 
 
 def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
-    """The row of an operation that is stored.
+    """Return the row of a new operation.
 
-    :param at: its id.
+    :param at: id of the operation.
     :param root_id: None for a root.
     """
     return OperationRow(
@@ -69,7 +69,7 @@ def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | No
 
 
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
-    """The row of a task that is stored."""
+    """Return the row of a new task."""
     place = operation_id, position
     own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
     now = new.status, new.result
@@ -77,7 +77,7 @@ def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int |
 
 
 def refusal(row: OperationRow, step: str, now: float) -> str | None:
-    """Why a root cannot be claimed; None when it can."""
+    """Return why a claim on a root is refused; None when it is granted."""
     if states.is_final(row.status):
         return ENDED
     if row.target.uuid != step:
@@ -88,12 +88,12 @@ def refusal(row: OperationRow, step: str, now: float) -> str | None:
 
 
 def is_held(row: OperationRow, now: float) -> bool:
-    """Whether somebody has a lease on a root."""
+    """Return whether a root has an owner whose lease is valid."""
     return row.owner is not None and (row.wake_at or 0) > now
 
 
 def claimed(row: OperationRow, claimant: Claimant, now: float) -> OperationRow:
-    """A root that is claimed."""
+    """Return the row of a root after a claim."""
     return row._replace(
         status=states.RUNNING,
         epoch=row.epoch + 1,
@@ -106,7 +106,7 @@ def claimed(row: OperationRow, claimant: Claimant, now: float) -> OperationRow:
 
 
 def moved(row: OperationRow, move: Move, now: float) -> OperationRow:
-    """An operation that moved on."""
+    """Return the row of an operation after an update of its position, status and results."""
     return row._replace(
         step=move.step,
         phase=move.phase,
@@ -119,7 +119,7 @@ def moved(row: OperationRow, move: Move, now: float) -> OperationRow:
 
 
 def settled(root: OperationRow, checkpoint: Checkpoint, now: float) -> OperationRow:
-    """A root at the end of a checkpoint: who has it, and when to look again."""
+    """Return the row of a root at the end of a checkpoint: keep or release the claim, and set the next check."""
     root = root._replace(claims=0, sends=0, sent_at=None, target=checkpoint.target or root.target)
     if states.is_final(root.status):
         return root._replace(owner=None, wake_at=None, epoch=root.epoch + 1)
@@ -134,18 +134,18 @@ def settled(root: OperationRow, checkpoint: Checkpoint, now: float) -> Operation
 
 
 def cancelled(row: OperationRow, now: float) -> OperationRow:
-    """An operation that is cancelled."""
+    """Return the row of an operation after its cancellation."""
     return row._replace(status=states.CANCELLED, ended_at=now, result=row.so_far)
 
 
 def ended(task: TaskRow, end: TaskEnd) -> TaskRow:
-    """A task at the end of an attempt."""
+    """Return the row of a task after an attempt."""
     result = task.result if end.status == states.PENDING else end.result
     return task._replace(status=end.status, result=result, attempts=max(task.attempts, end.number))
 
 
 def attempt_row(end: TaskEnd, checkpoint: Checkpoint, now: float) -> AttemptRow:
-    """What is kept of an attempt."""
+    """Return the row of an attempt."""
     return AttemptRow(
         operation_id=end.operation_id,
         position=end.position,
@@ -160,7 +160,7 @@ def attempt_row(end: TaskEnd, checkpoint: Checkpoint, now: float) -> AttemptRow:
 
 
 def why_due(row: OperationRow) -> str:
-    """Why the reaper sends the step of a root."""
+    """Return why the step of a root is due for sending."""
     if row.owner is not None:
         return EXPIRED
     if row.sends:
@@ -169,18 +169,18 @@ def why_due(row: OperationRow) -> str:
 
 
 def taken_up(row: OperationRow, now: float) -> OperationRow:
-    """A root whose step a reaper is about to send."""
+    """Return the row of a root after a reaper reserved its step for sending."""
     return row._replace(owner=None, wake_at=now + SENDING)
 
 
 def sent(row: OperationRow, resend_after: float, now: float) -> OperationRow:
-    """A root whose step was sent."""
+    """Return the row of a root after its step was sent."""
     wait = min(resend_after * 2.0 ** min(row.sends, 20), LONGEST_RESEND)
     return row._replace(sends=row.sends + 1, sent_at=now, wake_at=max(now, row.due_at) + wait)
 
 
 def resumed(root: OperationRow, now: float) -> OperationRow:
-    """A root that goes on after it had ended; where it goes on is another question."""
+    """Return the row of a root after a resume; the position is set separately."""
     return root._replace(
         epoch=root.epoch + 1,
         token=None,

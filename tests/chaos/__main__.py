@@ -1,4 +1,4 @@
-"""The long run: consumers come and go, and the broker goes away about once a minute, for as long as is asked for."""
+"""Long chaos run: consumers join and die, and the broker goes down about once a minute, for a chosen time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a run when it is over: Kafka's log, the ledger, samples of committed offsets, the faults."""
+"""History of a finished run: Kafka's log, the ledger, samples of committed offsets, and the faults."""
 
 from __future__ import annotations
 

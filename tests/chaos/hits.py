@@ -1,4 +1,4 @@
-"""Which faults really hit: one that found nobody at work shows nothing."""
+"""Count of the faults that hit a process at work; a fault that hits an idle process proves nothing."""
 
 from __future__ import annotations
 

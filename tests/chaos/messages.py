@@ -1,4 +1,4 @@
-"""What is sent, made from a seed: messages that take shorter or longer or fail, and payloads that are no messages."""
+"""Messages made from a seed: short, long and failing ones, and payloads that are no messages."""
 
 from __future__ import annotations
 

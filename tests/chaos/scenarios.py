@@ -1,4 +1,4 @@
-"""What is done to consumers, one function for each kind of trouble; what must hold is the same for all."""
+"""Scenarios of the chaos tests, one function per kind of fault; all of them check the same promises."""
 
 from __future__ import annotations
 

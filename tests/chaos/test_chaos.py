@@ -1,4 +1,4 @@
-"""The short run: every kind of trouble once, with the promises checked from the ledger and from Kafka.
+"""Short chaos run: every kind of fault once, with the promises checked from the ledger and from Kafka.
 
 ``KSER_TEST_CHAOS_SEED`` replays a run; ``KSER_TEST_CHAOS_SECONDS`` says how long each churn takes; figures are added to
 the file that ``KSER_TEST_CHAOS_TABLE`` names. ``python -m tests.chaos`` is the long run.
@@ -43,38 +43,34 @@ def check(outcomes: Sequence[Outcome], *faults: str) -> None:
 
 
 @pytest.mark.parametrize("transport", scenarios.TRANSPORTS)
-def test_a_group_keeps_its_promises_while_its_consumers_come_and_go(
+def test_consumer_group_keeps_its_promises_under_churn(
     kafka: KafkaBroker, tmp_path: Path, seed: int, transport: str
 ) -> None:
     outcomes = scenarios.churn(kafka, tmp_path, seed, SECONDS, transport)
     check(outcomes, KILL, TERM, STOP, JOIN, hits.EXIT)
 
 
-def test_nothing_is_doubled_when_the_broker_is_stopped_or_killed(
-    own_kafka: KafkaBroker, tmp_path: Path, seed: int
-) -> None:
+def test_broker_outage_duplicates_no_message(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     check(scenarios.broker_away(own_kafka, tmp_path, seed), BROKER_STOP, BROKER_KILL)
 
 
-def test_nothing_is_lost_when_the_first_consumer_of_a_group_is_killed_before_it_commits(
-    kafka: KafkaBroker, tmp_path: Path, seed: int
-) -> None:
+def test_kill_before_the_first_commit_loses_no_message(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     check(scenarios.first_start_killed(kafka, tmp_path, seed), hits.FIRST)
 
 
-def test_messages_in_partitions_that_are_added_are_found(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+def test_records_in_added_partitions_are_consumed(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     check(scenarios.partitions_added(kafka, tmp_path, seed), MORE_PARTITIONS)
 
 
-def test_a_task_may_take_ten_times_as_long_as_polls_may_be_apart(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+def test_task_may_run_ten_times_longer_than_max_poll_interval(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     check(scenarios.long_task(kafka, tmp_path, seed), hits.LONG, JOIN)
 
 
-def test_random_payloads_are_dead_lettered_and_keep_nothing_up(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+def test_random_payloads_are_dead_lettered_and_block_nothing(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     outcomes = scenarios.rubbish(kafka, tmp_path, seed)
     check(outcomes, hits.RUBBISH, KILL)
     assert all(outcome.hits[hits.RUBBISH] == scenarios.PAYLOADS for outcome in outcomes)
 
 
-def test_nothing_is_doubled_when_a_leader_is_lost(cluster: Cluster, tmp_path: Path, seed: int) -> None:
+def test_leader_loss_duplicates_no_message(cluster: Cluster, tmp_path: Path, seed: int) -> None:
     check(scenarios.leader_lost(cluster, tmp_path, seed), LEADER_KILL)

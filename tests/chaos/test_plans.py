@@ -1,4 +1,4 @@
-"""What is random is made from a seed alone, and is what it is meant to be."""
+"""Tests of the seeded plans: the same seed gives the same faults, messages and payloads."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SEEDS = range(50)
 OUTAGES = (BROKER_STOP, BROKER_KILL)
 
 
-def test_a_plan_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+def test_plan_depends_on_the_seed_alone() -> None:
     assert monkey.plan(7, 60) == monkey.plan(7, 60)
     assert monkey.plan(7, 60) != monkey.plan(8, 60)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_kind_of_fault_is_in_the_shortest_plan(seed: int) -> None:
+def test_shortest_plan_contains_every_kind_of_fault(seed: int) -> None:
     assert {action.kind for action in monkey.plan(seed, 24)} == {*monkey.WEIGHTS}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_one_consumer_is_always_left_alone_and_no_two_things_are_done_to_the_same(seed: int) -> None:
+def test_plan_spares_one_consumer_and_hits_each_other_one_at_a_time(seed: int) -> None:
     actions = [action for action in monkey.plan(seed, 300) if action.kind != JOIN]
     for number, action in enumerate(actions):
         during = [other for other in actions[:number] if other.until > action.at]
@@ -35,12 +35,12 @@ def test_one_consumer_is_always_left_alone_and_no_two_things_are_done_to_the_sam
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_stop_is_longer_than_the_session(seed: int) -> None:
+def test_sigstop_lasts_longer_than_the_session(seed: int) -> None:
     assert all(action.seconds >= 9 for action in monkey.plan(seed, 100, session=6) if action.kind == STOP)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_nothing_is_done_to_consumers_while_the_broker_is_away(seed: int) -> None:
+def test_consumers_are_spared_during_a_broker_outage(seed: int) -> None:
     actions = monkey.plan(seed, 200, outages=True)
     outages = [action for action in actions if action.kind in OUTAGES]
     assert len(outages) >= 2
@@ -48,7 +48,7 @@ def test_nothing_is_done_to_consumers_while_the_broker_is_away(seed: int) -> Non
         assert action == outage or action.until < outage.at or action.at > outage.until
 
 
-def test_messages_are_the_same_for_the_same_seed_and_keys_stay_in_their_partitions() -> None:
+def test_same_seed_gives_same_messages_and_keys_stay_in_their_partitions() -> None:
     orders = [*itertools.islice(messages.work(7, 4), 500)]
     assert orders == [*itertools.islice(messages.work(7, 4), 500)]
     assert len({order.subject for order in orders}) == 500
@@ -57,7 +57,7 @@ def test_messages_are_the_same_for_the_same_seed_and_keys_stay_in_their_partitio
     assert {order.partition for order in orders} == {0, 1, 2, 3}
 
 
-def test_random_payloads_are_all_different_and_none_of_them_is_a_message_that_can_be_handled() -> None:
+def test_random_payloads_are_unique_and_all_fail_to_run() -> None:
     orders = messages.rubbish(7, 1000, 4)
     assert orders == messages.rubbish(7, 1000, 4)
     assert len({order.subject for order in orders}) == len({order.value for order in orders}) == 1000
@@ -65,7 +65,7 @@ def test_random_payloads_are_all_different_and_none_of_them_is_a_message_that_ca
     assert all(result.retcode for result in results)
 
 
-def test_a_ledger_gives_back_what_was_noted_and_leaves_out_a_line_that_is_being_written(tmp_path: Path) -> None:
+def test_ledger_returns_its_entries_and_skips_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     assert ledger.read(path) == []
     assert ledger.size(path) == 0
@@ -80,7 +80,7 @@ def test_a_ledger_gives_back_what_was_noted_and_leaves_out_a_line_that_is_being_
     assert entries[1].position == whole
 
 
-def test_a_process_is_busy_while_it_has_noted_a_beginning_and_no_end(tmp_path: Path) -> None:
+def test_process_is_busy_between_its_start_and_end_entries(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     assert not ledger.is_busy(path, "one")
     notes = ledger.Ledger(path, "one")

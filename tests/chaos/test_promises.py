@@ -1,4 +1,4 @@
-"""The checks themselves: a history in which a promise is broken is reported, one in which it is kept is not."""
+"""Tests of the promise checks: a broken promise in a history is reported, and a kept one is not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ALL_DONE = (
 )
 
 
-def test_a_run_without_faults_breaks_nothing() -> None:
+def test_run_without_faults_breaks_no_promise() -> None:
     history = told(*ALL_DONE, samples=[sample(2, 3, 6)])
     assert promises.broken(history) == []
     assert promises.doubles(history) == []
@@ -72,21 +72,21 @@ def test_a_run_without_faults_breaks_nothing() -> None:
 # -- 1: every message is done or dead-lettered -------------------------------------------------------------------------
 
 
-def test_a_message_that_nobody_began_is_missing() -> None:
+def test_message_that_never_started_is_reported_as_missing() -> None:
     (violation,) = promises.unfinished(told(*ALL_DONE[:4]))
     assert "1 of 3 messages were not finished" in str(violation)
     assert "Logged(subject='c'" in str(violation), "the evidence"
 
 
-def test_a_message_that_was_begun_and_never_ended_is_missing() -> None:
+def test_message_that_never_ended_is_reported_as_missing() -> None:
     assert promises.unfinished(told(*ALL_DONE[:5]))
 
 
-def test_a_dead_letter_finishes_a_message() -> None:
+def test_dead_letter_finishes_a_message() -> None:
     assert not promises.unfinished(told(*ALL_DONE[:4], dead=[letter("c", 2)], rules=LETTERS))
 
 
-def test_a_failed_message_is_missing_only_where_there_are_dead_letters() -> None:
+def test_failed_message_is_missing_only_with_dead_letters_enabled() -> None:
     lines = (*ALL_DONE[:5], "1.5 one fail c")
     assert not promises.unfinished(told(*lines))
     assert promises.unfinished(told(*lines, rules=LETTERS))
@@ -95,36 +95,36 @@ def test_a_failed_message_is_missing_only_where_there_are_dead_letters() -> None
 # -- 2: nothing is committed too early ---------------------------------------------------------------------------------
 
 
-def test_a_commit_that_covers_a_running_message_is_reported() -> None:
+def test_commit_that_covers_a_running_message_is_reported() -> None:
     history = told(*ALL_DONE, samples=[sample(1.25, 2, 3)])
     assert promises.covered_unfinished(history) == ["b"]
     assert "covered by a commit while they were unfinished" in str(promises.committed_too_far(history)[0])
 
 
-def test_a_commit_of_what_was_finished_before_it_was_asked_for_is_none_too_far() -> None:
+def test_commit_of_messages_finished_before_the_request_is_accepted() -> None:
     history = told(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.35, 2, 4), sample(1.6, 3, 6)])
     assert promises.committed_too_far(history) == []
 
 
-def test_a_commit_is_checked_although_an_earlier_one_was_well() -> None:
+def test_invalid_commit_after_a_valid_one_is_reported() -> None:
     history = told(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.2, 3, 2), sample(1.6, 3, 6)])
     assert promises.covered_unfinished(history) == ["b", "c"]
 
 
-def test_metadata_that_declares_a_running_message_as_finished_is_reported() -> None:
+def test_metadata_that_marks_a_running_message_as_finished_is_reported() -> None:
     above = {0: frozenset({2})}
     assert promises.covered_unfinished(told(*ALL_DONE, samples=[sample(1.45, 1, 5, above=above)])) == ["c"]
     assert promises.covered_unfinished(told(*ALL_DONE, samples=[sample(1.6, 1, 6, above=above)])) == []
 
 
-def test_a_commit_that_covers_a_message_before_its_dead_letter_is_there_is_reported() -> None:
+def test_commit_ahead_of_its_dead_letter_is_reported() -> None:
     lines = (*ALL_DONE[:5], "1.5 one fail c")
     for dead_position, found in ((0, ["c"]), (1, [])):
         samples = [sample(1.6, 3, 6, dead_position=dead_position)]
         assert promises.covered_unfinished(told(*lines, dead=[letter("c", 2)], rules=LETTERS, samples=samples)) == found
 
 
-def test_the_metadata_of_a_commit_is_read_as_documented() -> None:
+def test_commit_metadata_is_read_as_documented() -> None:
     assert finished_above(100, "kser:1,14,2,3") == {*range(101, 121), *range(123, 126)}
     assert finished_above(7, "") == finished_above(7, None) == finished_above(7, "of somebody else") == frozenset()
 
@@ -146,48 +146,48 @@ def kill(at: float, process: str = "one") -> Fault:
     return Fault(KILL, process, at, at + 0.01)
 
 
-def test_a_message_that_was_done_twice_without_a_fault_is_reported() -> None:
+def test_duplicate_message_without_a_fault_is_reported() -> None:
     (violation,) = promises.forbidden_doubles(told(*DONE_TWICE))
     assert "1 messages were doubled without cause" in str(violation)
     assert "9.000 start in two" in str(violation), "the evidence"
 
 
-def test_a_message_that_ran_when_its_process_was_killed_may_be_doubled() -> None:
+def test_message_running_at_sigkill_may_be_duplicated() -> None:
     assert cause(*CUT_OFF, faults=[kill(1.5)]) == "running at SIGKILL"
 
 
-def test_a_message_that_runs_in_two_processes_at_once_without_a_fault_is_reported() -> None:
+def test_message_running_in_two_processes_without_a_fault_is_reported() -> None:
     assert cause("1.0 one start a", "1.5 two start a", "2.0 one end a", "2.1 two end a") is None
 
 
-def test_the_kill_of_another_process_excuses_nothing() -> None:
+def test_kill_of_another_process_excuses_no_duplicate() -> None:
     assert cause(*DONE_TWICE, faults=[kill(2.1, "two"), kill(2.1, "three")]) is None
 
 
-def test_a_kill_after_the_second_execution_began_excuses_nothing() -> None:
+def test_kill_after_the_second_execution_began_excuses_no_duplicate() -> None:
     assert cause(*DONE_TWICE, faults=[kill(9.05)]) is None
 
 
-def test_a_message_that_was_finished_just_before_the_kill_may_be_doubled() -> None:
+def test_message_finished_just_before_sigkill_may_be_duplicated() -> None:
     assert cause(*DONE_TWICE, faults=[kill(2.9)]) == "not yet committed at SIGKILL"
 
 
-def test_a_message_that_was_finished_and_committed_before_the_kill_may_not() -> None:
+def test_message_committed_before_sigkill_may_not_be_duplicated() -> None:
     assert cause(*DONE_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 1, 2)]) is None
     above = {0: frozenset({0})}
     assert cause(*DONE_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 0, 2, above=above)]) is None
 
 
-def test_a_message_that_was_finished_long_before_the_kill_may_not() -> None:
+def test_message_finished_long_before_sigkill_may_not_be_duplicated() -> None:
     assert cause(*DONE_TWICE, faults=[kill(2 + 1 + promises.LATE + 0.1)]) is None
 
 
-def test_while_the_broker_was_away_nothing_could_be_committed() -> None:
+def test_broker_outage_excuses_a_missing_commit() -> None:
     faults = [Fault(BROKER_KILL, "", 2.1, 7.1), kill(8.5)]
     assert cause(*DONE_TWICE, faults=faults) == "not yet committed at SIGKILL"
 
 
-def test_each_of_several_executions_needs_a_cause_of_its_own() -> None:
+def test_each_duplicate_needs_a_cause_of_its_own() -> None:
     lines = (*CUT_OFF, "9.5 three start a", "9.6 three end a")
     found = [double.cause for double in promises.doubles(told(*lines, faults=[kill(1.5)]))]
     assert found == ["running at SIGKILL", "running at SIGKILL", None]
@@ -195,49 +195,49 @@ def test_each_of_several_executions_needs_a_cause_of_its_own() -> None:
     assert not promises.forbidden_doubles(told(*lines, faults=[kill(1.5), kill(9.2, "two")]))
 
 
-def test_a_message_that_ran_when_its_process_was_stopped_past_its_session_may_be_doubled() -> None:
+def test_message_running_at_sigstop_past_the_session_may_be_duplicated() -> None:
     lines = ("1.0 one start a", "8.0 two start a", "8.1 two end a", "10.0 one end a")
     assert cause(*lines, faults=[Fault(STOP, "one", 1.5, 9.5)]) == "running at SIGSTOP"
 
 
-def test_a_stop_that_is_shorter_than_the_session_excuses_nothing() -> None:
+def test_sigstop_shorter_than_the_session_excuses_no_duplicate() -> None:
     lines = ("1.0 one start a", "5.0 two start a", "5.1 two end a", "6.0 one end a")
     assert cause(*lines, faults=[Fault(STOP, "one", 1.5, 5.5)]) is None
 
 
-def test_what_a_stopped_process_begins_after_it_goes_on_may_not_be_doubled() -> None:
+def test_message_started_after_sigcont_may_not_be_duplicated() -> None:
     zombie = ("8.0 two start a", "8.1 two end a", "9.7 one start a", "9.8 one end a")
     assert cause(*zombie, faults=[Fault(STOP, "one", 1.5, 9.5)]) is None
     before = ("9.7 one start a", "9.8 one end a", "9.9 two start a", "9.95 two end a")
     assert cause(*before, faults=[Fault(STOP, "one", 1.5, 9.5)]) is None
 
 
-def test_what_was_being_begun_when_its_process_was_stopped_may() -> None:
+def test_message_starting_at_sigstop_may_be_duplicated() -> None:
     lines = ("8.0 two start a", "8.1 two end a", "9.501 one start a", "9.6 one end a")
     assert cause(*lines, faults=[Fault(STOP, "one", 1.5, 9.5)]) == "running at SIGSTOP"
 
 
-def test_a_message_that_outlived_the_shutdown_timeout_may_be_doubled() -> None:
+def test_message_outliving_shutdown_timeout_may_be_duplicated() -> None:
     term = [Fault(TERM, "one", 1.5, 4.6)]
     assert cause(*CUT_OFF, faults=term, rules=Rules(shutdown_timeout=3)) == "longer than shutdown_timeout"
 
 
-def test_a_message_that_ended_within_the_shutdown_timeout_may_not() -> None:
+def test_message_ending_within_shutdown_timeout_may_not_be_duplicated() -> None:
     assert cause(*DONE_TWICE, faults=[Fault(TERM, "one", 1.5, 2.1)], rules=Rules(shutdown_timeout=3)) is None
 
 
-def test_a_message_that_was_finished_just_before_sigterm_may_not() -> None:
+def test_message_finished_just_before_sigterm_may_not_be_duplicated() -> None:
     assert cause(*DONE_TWICE, faults=[Fault(TERM, "one", 2.1, 2.2)]) is None
 
 
-def test_a_message_that_outlived_the_revoke_timeout_may_be_doubled() -> None:
+def test_message_outliving_revoke_timeout_may_be_duplicated() -> None:
     joined = [Fault(JOIN, "two", 3, 3)]
     lines = ("1.0 one start a", "9.0 two start a", "9.1 two end a", "20.0 one end a")
     assert cause(*lines, faults=joined, rules=Rules(revoke_timeout=5)) == "longer than revoke_timeout"
     assert cause(*lines, faults=joined, rules=Rules(revoke_timeout=10)) is None
 
 
-def test_a_message_that_ran_when_a_hasty_client_heard_of_new_partitions_may_be_doubled() -> None:
+def test_message_running_when_partitions_are_added_may_be_duplicated() -> None:
     grown = [Fault(MORE_PARTITIONS, "", 1.5, 1.6)]
     lines = ("1.0 one start a", "2.0 two start a", "2.1 one end a", "2.2 two end a")
     assert cause(*lines, faults=grown, rules=Rules(hasty=True)) == "running when partitions added"
@@ -246,40 +246,40 @@ def test_a_message_that_ran_when_a_hasty_client_heard_of_new_partitions_may_be_d
     assert cause(*before, faults=grown, rules=Rules(hasty=True)) is None
 
 
-def test_a_long_message_may_not_be_doubled_while_nobody_comes_or_goes() -> None:
+def test_long_message_may_not_be_duplicated_without_a_rebalance() -> None:
     lines = ("1.0 one start a", "9.0 two start a", "9.1 two end a", "20.0 one end a")
     assert cause(*lines, rules=Rules(revoke_timeout=5)) is None
 
 
-def test_a_short_message_may_not_be_doubled_when_a_consumer_joins() -> None:
+def test_short_message_may_not_be_duplicated_by_a_rebalance() -> None:
     assert cause(*DONE_TWICE, faults=[Fault(JOIN, "two", 2.1, 2.1)]) is None
 
 
-def test_another_attempt_after_a_failure_is_no_double() -> None:
+def test_retry_after_a_failure_is_no_duplicate() -> None:
     lines = ("1.0 one start a", "1.1 one exit a", "1.2 one start a", "1.3 one end a")
     assert promises.doubles(told(*lines, rules=LETTERS)) == []
     assert cause(*lines) is None, "without dead letters a failure is final"
 
 
-def test_another_attempt_after_a_dead_letter_is_a_double() -> None:
+def test_retry_after_a_dead_letter_is_a_duplicate() -> None:
     lines = ("1.0 one start a", "1.1 one fail a", "9.0 two start a", "9.1 two fail a")
     letters = [letter("a", 1.2), letter("a", 9.2, 1, "two")]
     assert cause(*lines, dead=letters, rules=LETTERS) is None
     assert cause(*lines, dead=letters, rules=LETTERS, faults=[kill(1.5)]) == "not yet committed at SIGKILL"
 
 
-def test_two_dead_letters_for_one_attempt_are_a_double() -> None:
+def test_two_dead_letters_for_one_attempt_are_a_duplicate() -> None:
     letters = [letter("a", 1.2), letter("a", 1.3, 1)]
     assert cause("1.0 one start a", "1.1 one fail a", dead=letters, rules=LETTERS) is None
 
 
-def test_two_dead_letters_of_a_payload_that_nobody_can_run_are_a_double() -> None:
+def test_two_dead_letters_of_an_undecodable_payload_are_a_duplicate() -> None:
     letters = [letter("a", 1.2), letter("a", 9.2, 1, "two")]
     assert cause(dead=letters, rules=LETTERS) is None
     assert cause(dead=letters, rules=LETTERS, faults=[kill(1.5)]) == "not yet committed at SIGKILL"
 
 
-def test_doubled_messages_are_counted_once_by_cause() -> None:
+def test_duplicate_messages_are_counted_once_per_cause() -> None:
     lines = (*CUT_OFF, "9.5 three start a", "9.6 three end a")
     assert promises.caused(told(*lines, faults=[kill(1.5), kill(9.05, "two")])) == {"running at SIGKILL": 1}
 
@@ -291,19 +291,19 @@ OVERTAKEN = ("1.0 one start b", "1.1 one end b", "1.2 two start a", "1.3 two end
 OVERLAPPING = ("1.0 one start a", "1.1 one start b", "1.2 one end a", "1.3 one end b")
 
 
-def test_a_message_that_was_begun_after_one_behind_it_is_reported() -> None:
+def test_message_started_after_a_later_one_is_reported() -> None:
     assert promises.overtaken(told(*OVERTAKEN)) == ["b"]
     assert "begun after one that stands behind them" in str(promises.out_of_order(told(*OVERTAKEN))[0])
 
 
-def test_messages_of_one_key_that_overlap_are_reported() -> None:
+def test_overlapping_messages_of_one_key_are_reported() -> None:
     assert promises.overlapping(told(*OVERLAPPING)) == ["b"]
     assert "begun while the one before ran" in str(promises.out_of_order(told(*OVERLAPPING))[0])
 
 
 @pytest.mark.parametrize("lines", [OVERTAKEN, OVERLAPPING])
 @pytest.mark.parametrize("keys", [("one", "other", "third"), (None, None, None)], ids=["several keys", "no keys"])
-def test_messages_of_different_keys_and_without_one_have_no_order(
+def test_messages_of_different_keys_or_without_a_key_have_no_order(
     lines: Sequence[str], keys: Sequence[str | None]
 ) -> None:
     log = [record._replace(key=key) for record, key in zip(LOG, keys, strict=True)]
@@ -311,7 +311,7 @@ def test_messages_of_different_keys_and_without_one_have_no_order(
     assert promises.out_of_order(told(*lines, log=log, rules=Rules(ordering="partition")))
 
 
-def test_a_message_that_is_begun_again_after_those_behind_it_is_in_order() -> None:
+def test_redelivered_message_may_start_after_later_ones() -> None:
     again = ("2.0 two start a", "2.1 two end a")
     assert promises.out_of_order(told(*ALL_DONE, *again)) == []
 
@@ -319,19 +319,19 @@ def test_a_message_that_is_begun_again_after_those_behind_it_is_in_order() -> No
 # -- 5: progress -------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_that_does_nothing_although_there_is_something_to_do_is_stuck() -> None:
+def test_group_without_progress_despite_lag_is_reported_as_stalled() -> None:
     samples = [sample(second, 1, 2) for second in range(32)]
     (violation,) = promises.stalls(told(*ALL_DONE[:2], samples=samples))
     assert violation.text == "no progress for 31.0 s with a lag of 2"
     assert "partition 0: committed 1, 0 finished above, of 3" in str(violation), "the evidence"
 
 
-def test_a_group_that_has_nothing_to_do_is_not_stuck() -> None:
+def test_idle_group_is_not_stalled() -> None:
     assert promises.stalls(told(samples=[sample(second, 3, 6) for second in range(100)])) == []
 
 
 @pytest.mark.parametrize("what", ["ledger", "commits"])
-def test_a_group_that_gets_on_slowly_is_not_stuck(what: str) -> None:
+def test_slow_group_is_not_stalled(what: str) -> None:
     samples = [
         sample(second, 1 if what == "ledger" else second // 25, second // 25 if what == "ledger" else 0, logged=99)
         for second in range(100)
@@ -341,7 +341,7 @@ def test_a_group_that_gets_on_slowly_is_not_stuck(what: str) -> None:
     assert promises.longest_pause(history) == 24
 
 
-def test_a_group_is_stuck_although_kafka_does_not_answer() -> None:
+def test_group_is_stalled_although_kafka_does_not_respond() -> None:
     samples = [sample(0, 1, 2), *(sample(second, None, 2) for second in range(1, 32))]
     assert promises.stalls(told(samples=samples))
 
@@ -349,29 +349,29 @@ def test_a_group_is_stuck_although_kafka_does_not_answer() -> None:
 # -- 6: faults that hit ------------------------------------------------------------------------------------------------
 
 
-def test_a_fault_hits_only_a_process_that_is_at_work() -> None:
+def test_fault_hits_only_a_process_at_work() -> None:
     faults = [kill(1.05), kill(1.15), Fault(TERM, "one", 1.25, 2), Fault(TERM, "two", 1.25, 2)]
     assert hits.hits(told(*ALL_DONE, faults=faults)) == {KILL: 1, TERM: 1, hits.FIRST: 1}
 
 
-def test_a_stop_hits_only_when_it_is_longer_than_the_session() -> None:
+def test_sigstop_hits_only_when_longer_than_the_session() -> None:
     faults = [Fault(STOP, "one", 1.05, 8), Fault(STOP, "one", 1.05, 6)]
     assert hits.hits(told(*ALL_DONE, faults=faults)) == {STOP: 1}
 
 
-def test_a_kill_is_the_first_only_while_nothing_was_committed() -> None:
+def test_kill_counts_as_first_start_only_before_any_commit() -> None:
     assert hits.hits(told(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.1, 0)]))[hits.FIRST] == 1
     assert hits.hits(told(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.15, 1)]))[hits.FIRST] == 0
 
 
-def test_an_outage_hits_when_kafka_did_not_answer_and_there_was_work_before_and_after() -> None:
+def test_outage_hits_only_with_work_before_and_after_it() -> None:
     away = [Fault(BROKER_KILL, "", 1.15, 1.35)]
     assert hits.hits(told(*ALL_DONE, faults=away, samples=[sample(1.2, None)])) == {BROKER_KILL: 1}
     assert hits.hits(told(*ALL_DONE, faults=away, samples=[sample(1.2, 1)])) == {}
     assert hits.hits(told(*ALL_DONE[:4], faults=away, samples=[sample(1.2, None)])) == {}
 
 
-def test_what_hits_without_being_done_to_a_process_is_counted_too() -> None:
+def test_joins_exits_long_tasks_and_random_payloads_are_counted_as_hits() -> None:
     log = [LOG[0], Logged("new", 1, 0, None), Logged("x1", 0, 1, None)]
     lines = ("1 one start a", "2 one exit a", "3 two start a", "99 two end a", "4 two start new", "5 two end new")
     faults = [Fault(JOIN, "two", 2.5, 2.5), Fault(JOIN, "three", 2.5, 2.5), Fault(MORE_PARTITIONS, "", 3.5, 3.6)]

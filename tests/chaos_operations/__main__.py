@@ -1,4 +1,4 @@
-"""The long run: operations on Apache Kafka with PostgreSQL or SQLite, while everything fails now and then."""
+"""Long chaos run of operations on Apache Kafka with PostgreSQL or SQLite, with random faults."""
 
 from __future__ import annotations
 

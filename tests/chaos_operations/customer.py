@@ -1,4 +1,4 @@
-"""Who hands operations in, cancels and resumes them, and does not give up while servers are away."""
+"""Client that sends, cancels and resumes operations, and retries during outages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Databases that can be taken away from everybody, and given back."""
+"""Databases that can be made unavailable and available again."""
 
 from __future__ import annotations
 

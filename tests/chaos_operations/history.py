@@ -1,4 +1,4 @@
-"""What is known of a run when it is over: what was asked for, the ledger, the database, the faults."""
+"""History of a finished run: the orders, the ledger, the database, and the faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked for, made from a seed: operations of five tasks, and what has to come of each.
+"""Orders made from a seed: operations of five tasks, and the expected outcome of each.
 
 What a task gives is computed from what it sees of those before it, so a wrong result of one shows in all behind it.
 """

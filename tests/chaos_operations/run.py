@@ -1,4 +1,4 @@
-"""One run: operations are handed in, consumers run them, faults hit, and in the end everything is looked at."""
+"""One run: a client sends operations, consumers run them, faults hit, and the promises are checked at the end."""
 
 from __future__ import annotations
 

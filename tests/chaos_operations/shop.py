@@ -1,4 +1,4 @@
-"""The operations that are run: what the consumers and whoever hands them in have in common."""
+"""Operations of the chaos run, shared by the consumers and the client."""
 
 from __future__ import annotations
 

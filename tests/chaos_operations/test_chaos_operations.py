@@ -1,4 +1,4 @@
-"""The short run: operations on Kafka with PostgreSQL and with SQLite, with the promises checked in the end.
+"""Short chaos run of operations on Kafka with PostgreSQL and with SQLite, with the promises checked at the end.
 
 ``KSER_TEST_CHAOS_SEED`` replays a run; figures are added to the file that ``KSER_TEST_OPERATIONS_TABLE`` names.
 ``python -m tests.chaos_operations`` is the long run.
@@ -36,11 +36,11 @@ def check(kafka: KafkaBroker, database: Faulty, folder: Path, seed: int, count: 
     assert not missed, f"no {', '.join(missed)} hit, so nothing was shown; {replay}"
 
 
-def test_operations_in_sqlite_survive_everything(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+def test_operations_in_sqlite_survive_all_faults(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     check(own_kafka, LockedSqlite(tmp_path), tmp_path, seed, 60, 24)
 
 
 @pytest.mark.postgresql
-def test_operations_in_postgresql_survive_everything(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+def test_operations_in_postgresql_survive_all_faults(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     with own_postgresql() as server:
         check(own_kafka, StoppedPostgresql(server), tmp_path, seed, 120, 40)

@@ -1,4 +1,4 @@
-"""The checks themselves: a history in which a promise is broken is reported, one in which it is kept is not."""
+"""Tests of the promise checks for operations: a broken promise is reported, and a kept one is not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def texts(history: History) -> str:
     return "\n".join(f"{found.promise}: {found.text}" for found in promises.broken(history))
 
 
-def test_a_run_without_faults_breaks_nothing() -> None:
+def test_run_without_faults_breaks_no_promise() -> None:
     assert texts(told()) == ""
     assert promises.doubles(told()) == []
 
@@ -88,16 +88,16 @@ def test_a_run_without_faults_breaks_nothing() -> None:
 # -- 1: ends and results -----------------------------------------------------------------------------------------------
 
 
-def test_an_operation_that_has_not_ended_is_reported() -> None:
+def test_operation_that_has_not_ended_is_reported() -> None:
     assert "1: plain ended as RUNNING" in texts(told(ALL_RUN[:4], kept(2, "RUNNING", ended=None)))
 
 
 @pytest.mark.parametrize(("kind", "well"), [(PLAIN, False), (CANCELLED, True)])
-def test_only_what_was_to_be_cancelled_may_be(kind: str, well: bool) -> None:
+def test_cancelled_operation_without_a_cancel_request_is_reported(kind: str, well: bool) -> None:
     assert (texts(told(ALL_RUN[:4], kept(2, "CANCELLED"), made=order(kind))) == "") == well
 
 
-def test_what_was_accepted_is_stored_and_what_is_stored_was_handed_in() -> None:
+def test_difference_between_accepted_and_stored_operations_is_reported() -> None:
     assert "1: not accepted" in texts(told(accepted={}))
     history = told()
     history.kept = {"other": kept()}
@@ -107,18 +107,18 @@ def test_what_was_accepted_is_stored_and_what_is_stored_was_handed_in() -> None:
     ]
 
 
-def test_a_wrong_number_is_reported() -> None:
+def test_wrong_task_result_is_reported() -> None:
     gave = [*GAVE[:4], [7, "n4"]]
     wrong = kept(gave=gave, retval={str(position): each for position, each in enumerate(gave)})
     assert "1: a task gave something wrong" in texts(told(stored=wrong))
 
 
 @pytest.mark.parametrize("retval", [seen(4), {**seen(5), "error": "no"}, {**seen(5), "4": [GAVE[4][0], "other"]}])
-def test_a_result_that_is_not_that_of_the_tasks_is_reported(retval: Any) -> None:
+def test_operation_result_differing_from_its_tasks_is_reported(retval: Any) -> None:
     assert "1: its result is not that of its tasks" in texts(told(stored=kept(retval=retval)))
 
 
-def test_a_failing_one_must_have_been_resumed() -> None:
+def test_success_of_a_failing_operation_without_a_resume_is_reported() -> None:
     failed = run(2, 12, 12.5, outcome=ledger.FAIL, nonce="first")
     again = [line for position in (2, 3, 4) for line in run(position, 20 + position, 20.5 + position, attempt=2)]
     again = [*again[:2], *run(3, 23, 23.5), *run(4, 24, 24.5)]
@@ -144,15 +144,15 @@ def test_a_failing_one_must_have_been_resumed() -> None:
         (kept(tasks=["t0", "t1", "other", "t3", "t4"]), "another uuid"),
     ],
 )
-def test_what_is_recorded_more_or_less_often_than_it_happened_is_reported(stored: Kept, text: str) -> None:
+def test_records_that_do_not_match_the_ledger_are_reported(stored: Kept, text: str) -> None:
     assert text in texts(told(stored=stored))
 
 
-def test_a_result_that_no_run_gave_is_reported() -> None:
+def test_recorded_result_without_a_run_is_reported() -> None:
     assert "2: a result was recorded that no run gave" in texts(told(ALL_RUN[:-1]))
 
 
-def test_the_attempts_of_a_shaky_task_are_all_recorded() -> None:
+def test_missing_attempts_of_a_retried_task_are_reported() -> None:
     attempts = [*kept().attempts[:2], *((2, number, "FAILED") for number in (1, 2)), (2, 3, "SUCCESS")]
     first = run(2, 12.2, 12.3, attempt=1, nonce="x1", outcome=ledger.FAIL)
     second = run(2, 12.5, 12.6, attempt=2, nonce="x2", outcome=ledger.FAIL)
@@ -165,12 +165,12 @@ def test_the_attempts_of_a_shaky_task_are_all_recorded() -> None:
 # -- 3: order ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_that_begins_before_the_one_before_it_has_ended_is_reported() -> None:
+def test_task_starting_before_its_predecessor_ended_is_reported() -> None:
     early = [*ALL_RUN[:4], *run(2, 11.4, 12.5), *ALL_RUN[6:]]
     assert texts(told(early)) == "3: a task began before the one before it had ended: 1 operation(s)"
 
 
-def test_a_task_that_sees_something_else_than_what_is_stored_is_reported() -> None:
+def test_task_seeing_other_results_than_the_stored_ones_is_reported() -> None:
     for wrong in (seen(1), seen(3), {**seen(2), "1": [GAVE[1][0], "of another run"]}):
         lines = [*ALL_RUN[:4], *run(2, 12, 12.5, seen=wrong), *ALL_RUN[6:]]
         assert "3: a task saw something else" in texts(told(lines))
@@ -189,7 +189,7 @@ def cause(lines: Sequence[tuple[float, str, str, str]], *faults: Fault) -> str |
     return double.cause
 
 
-def test_a_task_that_is_run_again_without_a_fault_is_reported() -> None:
+def test_rerun_of_a_task_without_a_fault_is_reported() -> None:
     assert cause(CUT_OFF) is None
     assert texts(told([*DONE_TWICE, *REST], kept(ended=19.0))) == (
         "4: a task was run again without cause: 1 operation(s)"
@@ -216,18 +216,18 @@ def test_a_task_that_is_run_again_without_a_fault_is_reported() -> None:
         (DONE_TWICE, Fault("broker killed", "", 12.2, 15), None),
     ],
 )
-def test_a_task_may_be_run_again_only_when_a_rule_allows_it(
+def test_rerun_of_a_task_is_excused_only_by_a_matching_fault(
     lines: list[tuple[float, str, str, str]], fault: Fault, expected: str | None
 ) -> None:
     assert cause(lines, fault) == expected
 
 
-def test_a_task_may_be_run_again_when_the_machine_let_its_process_stand_still() -> None:
+def test_rerun_of_a_task_is_excused_when_its_process_was_starved_of_cpu() -> None:
     assert cause([*CUT_OFF, (14, "one", LATE, "1.8")]) == "did not get to run"
     assert cause([*CUT_OFF, (14, "one", LATE, "0.9")]) is None
 
 
-def test_it_is_told_how_long_what_was_killed_had_to_wait() -> None:
+def test_wait_after_a_kill_is_measured() -> None:
     events = [("claimed", None, None), ("sent-again", None, "lease-expired"), ("claimed", None, None)]
     stored = kept(events=events, marks=[(11.9, 1), (15.2, 1), (15.9, 2)])
     history = told([*CUT_OFF, *REST], stored, Fault(KILL, "one", 12.2, 12.2))
@@ -237,7 +237,7 @@ def test_it_is_told_how_long_what_was_killed_had_to_wait() -> None:
 # -- 5: nothing begins after the end -----------------------------------------------------------------------------------
 
 
-def test_a_task_that_begins_after_the_end_is_reported() -> None:
+def test_task_starting_after_the_end_is_reported() -> None:
     late = [*ALL_RUN[:4], *run(2, 18, 18.5)]
     cancelled = kept(2, "CANCELLED", ended=12.0)
     assert "5: a task was begun after the end" in texts(told(late, cancelled, made=order(CANCELLED)))
@@ -248,13 +248,13 @@ def test_a_task_that_begins_after_the_end_is_reported() -> None:
 # -- 6: progress -------------------------------------------------------------------------------------------------------
 
 
-def test_open_operations_that_do_not_move_are_stuck() -> None:
+def test_open_operations_without_progress_are_reported_as_stalled() -> None:
     still = [Look(second, 5, 1) for second in range(40)]
     assert "6: nothing moved for 39.0 s" in texts(told(looks=still))
     assert texts(told((), None, looks=[Look(second, 5, 0) for second in range(40)])).count("6:") == 0
 
 
-def test_what_moves_is_not_stuck_and_neither_is_what_was_hit_just_now() -> None:
+def test_progress_or_a_recent_fault_is_no_stall() -> None:
     assert promises.longest_pause(told(looks=[Look(second, second // 20, 1) for second in range(90)])) == 19
     still = [Look(second, 5, None if 5 < second < 30 else 1) for second in range(40)]
     away = told(ALL_RUN, None, Fault(LONG_OUTAGE, "", 5, 30), looks=still)
@@ -267,7 +267,7 @@ def test_what_moves_is_not_stuck_and_neither_is_what_was_hit_just_now() -> None:
 # -- hits --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_fault_hits_when_it_finds_a_task_running() -> None:
+def test_fault_hits_only_while_a_task_is_running() -> None:
     faults = [Fault(KILL, "one", 10.2, 10.2), Fault(KILL, "two", 10.2, 10.2), Fault(KILL, "one", 10.7, 10.7)]
     faults += [Fault(STOP, "one", 11.2, 13), Fault(STOP, "one", 11.2, 15), Fault(SHORT_OUTAGE, "", 12.2, 12.9)]
     faults += [Fault(LONG_OUTAGE, "", 12.7, 12.9), Fault(LONG_OUTAGE, "", 14.2, 16)]
@@ -278,7 +278,7 @@ def test_a_fault_hits_when_it_finds_a_task_running() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_is_asked_for_is_the_same_for_the_same_seed_and_there_is_some_of_each_kind(seed: int) -> None:
+def test_same_seed_gives_the_same_orders_with_every_kind(seed: int) -> None:
     found = orders(seed, 80, 24, long=4)
     assert found == orders(seed, 80, 24, long=4)
     assert {each.kind for each in found} == {PLAIN, SHAKY, FAILING, CANCELLED}
@@ -286,7 +286,7 @@ def test_what_is_asked_for_is_the_same_for_the_same_seed_and_there_is_some_of_ea
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_plan_leaves_one_consumer_alone_and_takes_away_both_servers(seed: int) -> None:
+def test_plan_spares_one_consumer_and_stops_both_servers(seed: int) -> None:
     actions = plan(seed, 24, lease=3)
     assert actions == plan(seed, 24, lease=3)
     consumers = [action for action in actions if action.slot >= 0]

@@ -1,4 +1,4 @@
-"""What may go wrong, and the parts of a process in which it does: each call of theirs is a point."""
+"""Faults, and wrappers of store, producer and client that inject them: each call is a crash point."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SENT: Final = "record sent"
 HOOK: Final = "ending hook"
 TERMINAL: Final = "terminal write"
 RELEASED: Final = "claim released"
-TAKE_UP: Final = "reaper takes up"
+TAKE_UP: Final = "reaper take"
 REAPER_SEND: Final = "reaper send"
 COMMIT: Final = "offset commit"
 

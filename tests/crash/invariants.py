@@ -1,4 +1,4 @@
-"""What must hold whatever happened."""
+"""Invariants that hold after every fault."""
 
 from __future__ import annotations
 

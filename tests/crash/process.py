@@ -1,4 +1,4 @@
-"""Processes that come, die, sleep and wake."""
+"""Simulated processes that start, die, sleep and wake up."""
 
 from __future__ import annotations
 

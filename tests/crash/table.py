@@ -1,4 +1,4 @@
-"""The table of crash points in the documentation, from what was seen when each point was hit."""
+"""Table of crash points in the documentation, written from the outcome at each point."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ COLUMNS = ("Point", "What goes wrong", "In the database then", "What happens nex
 
 #: What goes wrong, for readers.
 WORDS = {
-    REFUSED: "it is refused",
-    UNKNOWN: "it takes effect, and nobody is told",
-    KILLED_BEFORE: "killed before it",
-    KILLED_AFTER: "killed after it",
-    SLEPT_BEFORE: "stopped before it, goes on later",
-    SLEPT_AFTER: "stopped after it, goes on later",
+    REFUSED: "the call is rejected",
+    UNKNOWN: "the call takes effect without a confirmation",
+    KILLED_BEFORE: "killed before the call",
+    KILLED_AFTER: "killed after the call",
+    SLEPT_BEFORE: "stopped before the call, continues later",
+    SLEPT_AFTER: "stopped after the call, continues later",
 }
 
 
@@ -40,7 +40,7 @@ class Table:
             self._doubled[key] = max(self._doubled[key], doubled(world))
             for story in world.stories:
                 self._stored[key].add(story.stored)
-                self._next[key].add(story.next or "nothing: it has ended")
+                self._next[key].add(story.next or "nothing: the operation has ended")
 
     @property
     def missing(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Operations end as promised, wherever their consumers die, sleep, or are refused something."""
+"""Tests of crash points: operations end as promised when consumers die, sleep, or a call of theirs fails."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def seeded(name: str) -> random.Random:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-def test_undisturbed_nothing_is_doubled(in_memory: Go, scenario: Scenario) -> None:
+def test_undisturbed_run_duplicates_nothing(in_memory: Go, scenario: Scenario) -> None:
     world = in_memory(scenario)
     check(world)
     assert doubled(world) == 0
 
 
-def test_every_point_of_every_operation_is_survived(in_memory: Go) -> None:
+def test_every_crash_point_is_survived(in_memory: Go) -> None:
     """Also by those who go on as if they had died, and have not: in the end the table says what was seen."""
     table, wakings = Table(), Counter[str]()
     for scenario in SCENARIOS:
@@ -153,7 +153,7 @@ def test_two_faults_are_survived_with_sqlite(in_sqlite: Go) -> None:
     _pairs(in_sqlite, seeded("two faults"), PAIRS_IN_SQLITE)
 
 
-def test_every_point_is_survived_with_sqlite(in_sqlite: Go) -> None:
+def test_every_crash_point_is_survived_with_sqlite(in_sqlite: Go) -> None:
     table, seen = Table(), Counter[tuple[str, str, str]]()
     for scenario in SCENARIOS:
         world = in_sqlite(scenario)
@@ -168,8 +168,8 @@ def test_every_point_is_survived_with_sqlite(in_sqlite: Go) -> None:
     assert table.missing == []
 
 
-def test_while_everything_fails_now_and_then_nothing_is_doubled(in_memory: Go) -> None:
-    """Rule 33: whatever the database and Kafka refuse, or do without an answer, delays and no more."""
+def test_random_store_and_kafka_errors_duplicate_nothing(in_memory: Go) -> None:
+    """Rule 33: an error or a missing response of the database or Kafka delays an operation and does nothing else."""
     chance = seeded("troubles")
     for _ in range(STORMS):
         scenario = chance.choice(SCENARIOS)
@@ -180,7 +180,7 @@ def test_while_everything_fails_now_and_then_nothing_is_doubled(in_memory: Go) -
         assert doubled(world) == 0
 
 
-def test_a_consumer_that_always_dies_is_given_up(in_memory: Go) -> None:
+def test_poison_message_fails_its_operation_after_twenty_consumer_deaths(in_memory: Go) -> None:
     """Rule 22: the twentieth death in one step is the last one."""
     scenario = SCENARIOS[0]
     plan: list[Fault] = []
@@ -196,5 +196,5 @@ def test_a_consumer_that_always_dies_is_given_up(in_memory: Go) -> None:
     assert sum(event.kind == "claimed" for event in found.events) == 21
 
 
-def test_the_kinds_of_faults_are_those_that_the_points_name() -> None:
+def test_fault_kinds_match_those_of_the_crash_points() -> None:
     assert {kind for kinds in POINTS.values() for kind in kinds} == {*TROUBLES, *KILLED, *SLEPT}

@@ -1,4 +1,4 @@
-"""A consumer that ends waits for no database: what it has not begun it hands back, and what runs is given up."""
+"""Tests of shutdown during an outage: queued messages are released, and running tasks are abandoned."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Away]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_message_that_waits_for_the_database_is_handed_back_when_the_consumer_ends(store: Away, workers: int) -> None:
+def test_graceful_shutdown_releases_a_message_waiting_for_the_database(store: Away, workers: int) -> None:
     store.away = True
     put("1", cls=Order)
     began = time.monotonic()
@@ -90,7 +90,7 @@ def test_a_message_that_waits_for_the_database_is_handed_back_when_the_consumer_
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_task_that_waits_for_the_database_is_given_up_with_its_consumer(store: Away, workers: int) -> None:
+def test_graceful_shutdown_abandons_a_task_waiting_for_the_database(store: Away, workers: int) -> None:
     """Another consumer runs it again, once the lease is over."""
     Bus.at("").send("dice", message(Order, uuid="1", params={"asks": True}).dumps().encode())
     with InThread(consumer_of(workers=workers, shutdown_timeout=0.5)) as running:

@@ -1,4 +1,4 @@
-"""One database and one bus, and what becomes of an operation there as a plan says."""
+"""One database and one in-memory broker, with the outcome of an operation under a plan of faults."""
 
 from __future__ import annotations
 
@@ -314,13 +314,13 @@ class World:
                 continue
             offset = _offset_in_hand()
             if offset > story.last and offset in self._reasons:
-                story.next = f"the reaper sends it: {self._reasons[offset]}"
+                story.next = f"the reaper sends the step: {self._reasons[offset]}"
             elif story.process == process.name or offset > story.last:
-                story.next = "it goes on itself"
+                story.next = "the operation continues normally"
             elif process.consumer is None:
-                story.next = "whoever sends it was not told that it is accepted, and sends it again"
+                story.next = "the sender received no confirmation and sends it again"
             else:
-                story.next = "Kafka hands its message out again"
+                story.next = "Kafka redelivers the message"
 
 
 def _offset_in_hand() -> int:

@@ -1,4 +1,4 @@
-"""What the scenarios of the consumer's loop share: registries that end it, and the pauses of the published package."""
+"""Shared parts of the consumer loop scenarios: registries that end it, and pauses of the published package."""
 
 from __future__ import annotations
 

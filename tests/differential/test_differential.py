@@ -1,4 +1,4 @@
-"""Every scenario shows the same under the published package and under ours, but for the listed differences."""
+"""Differential tests: each scenario behaves as in the published package, except for the listed differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ELSEWHERE = {"A3", "D1", "D11", "D13", "D20", "D21", "D22", "D23", "D24"}
 
 
 @pytest.mark.parametrize("scenario", harness.scenario_names())
-def test_a_scenario_differs_where_it_is_listed_and_nowhere_else(scenario: str, oracle: Path, tmp_path: Path) -> None:
+def test_scenario_differs_exactly_where_listed(scenario: str, oracle: Path, tmp_path: Path) -> None:
     theirs, ours = harness.traces(scenario, oracle, tmp_path)
     comparison = harness.compare(theirs, ours, [entry for entry in listed() if entry.scenario == scenario])
     if problems := comparison.problems(scenario):
@@ -29,7 +29,7 @@ def test_a_scenario_differs_where_it_is_listed_and_nowhere_else(scenario: str, o
 
 
 @pytest.mark.parametrize("scenario", ["entry_life_cycle", "operation_nested"])
-def test_a_scenario_shows_the_same_each_time(scenario: str, oracle: Path, tmp_path: Path) -> None:
+def test_scenario_trace_is_reproducible(scenario: str, oracle: Path, tmp_path: Path) -> None:
     first, second = (harness.traces(scenario, oracle, tmp_path / number) for number in ("first", "second"))
     assert first == second
 
@@ -55,13 +55,13 @@ def test_every_case_names_the_rows_that_it_covers() -> None:
     assert not idle
 
 
-def test_the_list_of_rows_is_sorted_and_says_what_each_is_about() -> None:
+def test_list_of_rows_is_sorted_and_describes_each_row() -> None:
     lines = [line for line in ROWS.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     assert rows() == sorted(set(rows()))
     assert all(len(line.split()) > 1 for line in lines)
 
 
-def test_listed_differences_name_a_case_that_there_is() -> None:
+def test_listed_differences_name_existing_cases() -> None:
     places = {(name, case) for name in harness.scenario_names() for case in (*harness.rows_of(name), ANY_CASE)}
     assert not [str(entry) for entry in listed() if (entry.scenario, entry.hunk.case) not in places]
 
@@ -71,7 +71,7 @@ def test_no_difference_is_listed_twice() -> None:
     assert not [place for place, count in counts.items() if count > 1]
 
 
-def test_listed_differences_are_those_of_the_differences_page() -> None:
+def test_listed_differences_match_the_differences_page() -> None:
     page = PAGE.read_text(encoding="utf-8").partition("Kept on purpose")[0]
     on_page = set(re.findall(r"^   \* - ([A-Z]\d+[a-z]?)$", page, re.MULTILINE))
     assert {identifier for entry in listed() for identifier in entry.ids} == on_page - ELSEWHERE

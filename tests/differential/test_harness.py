@@ -1,4 +1,4 @@
-"""The harness finds what differs, and is not satisfied with less."""
+"""Tests of the differential harness: it reports every unlisted, stale or malformed difference."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def test_equal_traces_have_no_problem() -> None:
     assert compare(["a", "b"], ["a", "b"]).problems("some") == ""
 
 
-def test_a_difference_that_is_not_listed_is_a_problem() -> None:
+def test_unlisted_difference_is_a_problem() -> None:
     comparison = compare(["a", "old"], ["a", "new"])
     assert comparison.unlisted == [Hunk("first", ("old",), ("new",))]
     assert "[??] some / first\n- old\n+ new" in comparison.problems("some")
 
 
-def test_a_listed_difference_is_none() -> None:
+def test_listed_difference_is_no_problem() -> None:
     assert compare(["a", "old"], ["a", "new"], LISTED).problems("some") == ""
 
 
-def test_a_listed_difference_must_be_the_same_on_both_sides() -> None:
+def test_listed_difference_must_match_both_sides() -> None:
     comparison = compare(["a", "old"], ["a", "newer"], LISTED)
     assert len(comparison.unlisted) == len(comparison.stale) == 1
 
 
-def test_a_listed_difference_that_is_gone_is_a_problem() -> None:
+def test_stale_listed_difference_is_a_problem() -> None:
     comparison = compare(["a", "new"], ["a", "new"], LISTED)
     assert [entry.ids for entry in comparison.stale] == [("B8", "C3")]
     assert "[B8 C3] some / first" in comparison.problems("some")
 
 
-def test_a_listed_difference_counts_once_unless_it_says_otherwise() -> None:
+def test_listed_difference_counts_once_by_default() -> None:
     theirs, ours = ["old", "a", "b", "old"], ["new", "a", "b", "new"]
     assert len(compare(theirs, ours, LISTED).unlisted) == 1
     assert compare(theirs, ours, LISTED.replace("first", "first x2")).problems("some") == ""
@@ -61,33 +61,33 @@ def test_a_listed_difference_belongs_to_its_case_or_to_any() -> None:
     assert compare(["old"], ["new"], LISTED.replace("first", "*")).problems("some") == ""
 
 
-def test_differences_with_a_single_equal_line_between_them_are_one() -> None:
+def test_differences_around_a_single_equal_line_are_merged() -> None:
     assert [len(harness.hunks("c", ["1", "2", "3"], ["x", *middle, "y"])) for middle in (["2"], [])] == [1, 1]
     assert len(harness.hunks("c", ["1", "2", "2", "3"], ["x", "2", "2", "y"])) == 2
 
 
-def test_a_line_that_is_only_there_in_ours_differs() -> None:
+def test_added_line_is_a_difference() -> None:
     assert harness.hunks("c", ["a"], ["a", "b"]) == [Hunk("c", (), ("b",))]
 
 
-def test_traces_of_different_cases_are_not_compared() -> None:
+def test_traces_of_different_cases_are_rejected() -> None:
     with pytest.raises(harness.ScenarioBroken, match="the cases are not the same"):
         harness.compare(["# first", "# second"], ["# first"], [])
 
 
 @pytest.mark.parametrize("text", ["nonsense", "- a line before any heading", "[b8] some / case"])
-def test_a_list_that_cannot_be_read_is_refused(text: str) -> None:
+def test_unreadable_list_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         list(parse(text))
 
 
-def test_an_entry_without_a_difference_is_refused() -> None:
+def test_entry_without_a_difference_is_rejected() -> None:
     with pytest.raises(ValueError, match="has no difference"):
         list(parse("[B8] some / first\n- a\n+ a"))
 
 
 @pytest.mark.parametrize("code", ["raise ValueError('in the scenario')", "pass"])
-def test_a_scenario_that_breaks_or_says_nothing_is_an_error(
+def test_scenario_that_raises_or_prints_nothing_is_an_error(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text(code)
@@ -104,9 +104,7 @@ def test_a_scenario_that_does_not_end_is_an_error(tmp_path: Path, monkeypatch: p
         harness.trace("endless", Path(sys.executable), tmp_path / "run", {})
 
 
-def test_an_oracle_that_cannot_be_installed_is_said_to_be_missing_without_naming_an_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_oracle_error_names_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "ROOT", tmp_path)
     monkeypatch.setattr(oracle, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(oracle, "_PATIENCE_SECONDS", 0)
@@ -121,7 +119,7 @@ def fresh_uuids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fresh_uuids")
-def test_uuids_are_numbered_so_that_equal_ones_stay_equal() -> None:
+def test_uuids_are_numbered_and_equal_ones_stay_equal() -> None:
     assert recorder.normalise(f"{UUIDS[1]} {UUIDS[0]} {UUIDS[1]}") == "<uuid-1> <uuid-2> <uuid-1>"
 
 
@@ -139,7 +137,9 @@ def test_uuids_are_numbered_so_that_equal_ones_stay_equal() -> None:
         (str(Path.cwd() / "run.lock"), "<tmp>/run.lock"),
     ],
 )
-def test_what_changes_from_run_to_run_is_replaced(text: str, normalised: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_vary_between_runs_are_normalised(
+    text: str, normalised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DIFFERENTIAL_TMP", raising=False)
     assert recorder.normalise(text) == normalised
 
@@ -147,5 +147,5 @@ def test_what_changes_from_run_to_run_is_replaced(text: str, normalised: str, mo
 @pytest.mark.parametrize(
     "text", ["retcode 500", "12:30", "u-1", "11111111-1111", "10 task(s) found", "Traceback", "0.8.27", "5 s", "\ud800"]
 )
-def test_everything_else_is_left_alone(text: str) -> None:
+def test_other_text_is_not_normalised(text: str) -> None:
     assert recorder.normalise(text) == text

@@ -1,4 +1,4 @@
-"""Both packages take the same inputs, refuse the same ones alike, and write what they take in the same bytes.
+"""Property test: both packages accept and reject the same inputs, and write accepted ones in the same bytes.
 
 Hypothesis makes a few values and one place to damage; each of its examples becomes a batch of inputs, so that the
 many thousand cases of a run cost a few hundred examples. ``KSER_TEST_PROPERTY_CASES`` says how many cases there are to
@@ -136,7 +136,9 @@ def same_but_for_the_uuid(theirs: str, ours: str) -> bool:
     return json.dumps(first) == ours
 
 
-def test_both_packages_take_the_same_inputs_to_the_same_bytes(oracle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_packages_accept_the_same_inputs_with_the_same_bytes(
+    oracle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     count = 0
     per_example = len(list(inputs(None, None, 0, b"")))
 

@@ -1,4 +1,4 @@
-"""Serves verdicts of one package: whether it takes an input, and what it makes of it. Runs under both packages.
+"""Server of verdicts: whether a package accepts an input, and the output. Runs under both packages.
 
 The parent writes a line of JSON, a list of [kind, input in base64], and gets a line with the list of verdicts.
 """

@@ -1,4 +1,4 @@
-"""What the Kafka scenarios share: the broker that the harness started, seen through a plain kafka-python."""
+"""Shared parts of the Kafka scenarios: the broker that the harness started, seen through a plain kafka-python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests in this folder share: programs in processes of their own, ledgers, a look at Kafka from outside."""
+"""Shared parts of the Kafka tests: programs in their own processes, ledgers, and a view of Kafka from outside."""
 
 from __future__ import annotations
 

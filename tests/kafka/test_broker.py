@@ -1,4 +1,4 @@
-"""The Apache Kafka that the tests start for themselves."""
+"""Tests of the Apache Kafka broker that the test suite starts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def runs(pid: int) -> bool:
     return True
 
 
-def test_what_is_sent_to_a_topic_can_be_read(kafka: Kafka, topic: Callable[..., str]) -> None:
+def test_record_sent_to_a_topic_can_be_read(kafka: Kafka, topic: Callable[..., str]) -> None:
     name = topic(partitions=3)
     send_one(kafka.bootstrap_servers, name, b"hello")
     assert read_one(kafka.bootstrap_servers, name) == b"hello"
 
 
-def test_a_topic_that_nobody_created_is_missing(own_kafka: KafkaBroker) -> None:
+def test_topic_that_was_never_created_is_missing(own_kafka: KafkaBroker) -> None:
     producer = KafkaProducer(bootstrap_servers=own_kafka.bootstrap_servers, max_block_ms=1000)
     try:
         with pytest.raises(Exception, match=r"(?i)metadata|topic"):
@@ -53,7 +53,7 @@ def test_a_topic_that_nobody_created_is_missing(own_kafka: KafkaBroker) -> None:
         producer.close()
 
 
-def test_a_killed_broker_comes_back_at_its_address_with_its_messages(own_kafka: KafkaBroker) -> None:
+def test_restarted_broker_keeps_its_address_and_messages(own_kafka: KafkaBroker) -> None:
     own_kafka.create_topic("kept")
     send_one(own_kafka.bootstrap_servers, "kept", b"still here")
     own_kafka.kill()
@@ -65,7 +65,7 @@ def test_a_killed_broker_comes_back_at_its_address_with_its_messages(own_kafka: 
     assert read_one(own_kafka.bootstrap_servers, "kept") == b"still here"
 
 
-def test_a_broker_leaves_no_process_and_no_folder(own_kafka: KafkaBroker) -> None:
+def test_closed_broker_leaves_no_process_and_no_folder(own_kafka: KafkaBroker) -> None:
     pid, folder, port = own_kafka.pid, own_kafka.folder, own_kafka.port
     assert pid is not None and runs(pid) and folder.is_dir() and answers(port)
     own_kafka.close()
@@ -74,7 +74,7 @@ def test_a_broker_leaves_no_process_and_no_folder(own_kafka: KafkaBroker) -> Non
     assert not answers(port)
 
 
-def test_a_broker_that_cannot_start_says_what_it_wrote_and_leaves_nothing(
+def test_broker_that_cannot_start_reports_its_output_and_leaves_no_process(
     own_kafka: KafkaBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_kafka.stop()
@@ -92,7 +92,7 @@ def test_a_broker_listens_on_127_0_0_1_alone(own_kafka: KafkaBroker) -> None:
         pass
 
 
-def test_free_ports_are_different_and_outside_those_of_outgoing_connections() -> None:
+def test_free_ports_are_distinct_and_outside_the_ephemeral_range() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
     assert all(20000 <= port < 32000 for port in ports)

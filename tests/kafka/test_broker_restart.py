@@ -1,4 +1,4 @@
-"""The broker goes away and comes back in the middle of everything: nothing is lost, and answers are honest."""
+"""Tests of broker restarts: no message is lost, and results report the unsent messages."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def start_worker(broker: KafkaBroker, folder: Path, **options: Any) -> Worker:
 
 
 @END_IT
-def test_nothing_is_lost_when_the_broker_restarts_while_messages_are_sent_and_consumed(
+def test_broker_restart_while_sending_and_consuming_loses_no_message(
     broker: KafkaBroker, producer: Producer, tmp_path: Path, end: End
 ) -> None:
     messages = [message(text="x" * 200) for _ in range(1200)]
@@ -154,7 +154,9 @@ def test_nothing_is_lost_when_the_broker_restarts_while_messages_are_sent_and_co
         assert committed(broker, GROUP, TOPIC) == len(found)
 
 
-def test_bulk_send_names_what_was_not_sent_when_the_broker_stays_away(broker: KafkaBroker, producer: Producer) -> None:
+def test_bulk_send_names_the_unsent_messages_when_the_broker_stays_down(
+    broker: KafkaBroker, producer: Producer
+) -> None:
     first, second = ([message(text="x" * 200) for _ in range(500)] for _ in range(2))
 
     def with_an_end_between() -> Iterator[Message]:
@@ -174,7 +176,7 @@ def test_bulk_send_names_what_was_not_sent_when_the_broker_stays_away(broker: Ka
     _check_answer(broker, first + second, result)
 
 
-def test_sigterm_ends_a_consumer_with_offsets_to_commit_soon_after_shutdown_timeout_when_the_broker_is_away(
+def test_sigterm_ends_a_consumer_with_pending_commits_while_the_broker_is_down(
     broker: KafkaBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As long it tries to commit what is done.
@@ -194,7 +196,7 @@ def test_sigterm_ends_a_consumer_with_offsets_to_commit_soon_after_shutdown_time
         assert "Closing consumer and exiting" in worker.text
 
 
-def test_sigterm_ends_an_idle_consumer_within_5_s_while_the_broker_is_away(broker: KafkaBroker, tmp_path: Path) -> None:
+def test_sigterm_ends_an_idle_consumer_within_5_s_while_the_broker_is_down(broker: KafkaBroker, tmp_path: Path) -> None:
     with start_worker(broker, tmp_path) as worker:
         broker.stop()
         worker.wait_for_text("rror")
@@ -217,7 +219,7 @@ def _check_answer(broker: KafkaBroker, messages: list[Message], result: Result) 
     assert not repeated(found), "sent twice"
 
 
-def test_sigterm_ends_a_consumer_with_offsets_to_commit_soon_after_shutdown_timeout_while_the_broker_hangs(
+def test_sigterm_ends_a_consumer_with_pending_commits_while_the_broker_hangs(
     broker: KafkaBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As long it tries to commit what is done.

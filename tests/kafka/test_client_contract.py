@@ -1,4 +1,4 @@
-"""What every client of Kafka does, on Apache Kafka: the contract, and what only a real broker can do to it."""
+"""Tests of every Kafka client on Apache Kafka: the client contract, and faults that only a real broker shows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 
 
 @both
-class TestOnKafka(GroupContract):
+class TestClientsOnKafka(GroupContract):
     @pytest.fixture
     def world(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[World]:
         made = kind(kafka)
@@ -83,7 +83,7 @@ class TestOnKafka(GroupContract):
     # -- positions that are out of range -------------------------------------------------------------------------------
 
     @pytest.mark.parametrize(("reset", "start"), [("earliest", 5), ("latest", 8)])
-    def test_records_that_were_deleted_are_named_and_the_rest_is_handed_out(
+    def test_deleted_records_are_logged_and_the_rest_is_consumed(
         self, world: OnKafka, join: Join, key: Partition, reset: str, start: int, caplog: pytest.LogCaptureFixture
     ) -> None:
         world.send(key.topic, *map(str, range(8)))
@@ -102,7 +102,7 @@ class TestOnKafka(GroupContract):
         until(lambda: "8" in member.values(), "the last one comes", member)
         assert member.values() == [str(number) for number in range(start, 9)]
 
-    def test_a_log_that_was_cut_off_is_named_and_handed_out_from_its_beginning(
+    def test_truncated_log_is_logged_and_consumed_from_its_beginning(
         self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
     ) -> None:
         world.send(key.topic, "0", "1", "2")
@@ -113,9 +113,9 @@ class TestOnKafka(GroupContract):
         member = join(key.topic)
         until(lambda: len(member.records) == 3, "all come", member)
         assert member.starts == {key: Commit(0)}
-        assert f"{key}: the position 50 is out of range (0 to 3): offsets 3 to 49 are gone from the log" in caplog.text
+        assert f"{key}: the position 50 is out of range (0 to 3): offsets 3 to 49 are not in the log" in caplog.text
 
-    def test_records_that_are_deleted_under_way_are_named_too(
+    def test_records_deleted_while_consuming_are_logged(
         self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
     ) -> None:
         member = join(key.topic)
@@ -135,7 +135,7 @@ class TestOnKafka(GroupContract):
 
     # -- partitions go away --------------------------------------------------------------------------------------------
 
-    def test_what_is_finished_is_committed_before_what_runs_is_waited_for(
+    def test_finished_records_are_committed_before_waiting_for_running_ones(
         self, world: OnKafka, join: Join, group: str, kind: type[OnKafka]
     ) -> None:
         if kind is PythonKafka:
@@ -158,7 +158,7 @@ class TestOnKafka(GroupContract):
 
     # -- gaps ----------------------------------------------------------------------------------------------------------
 
-    def test_marks_of_transactions_are_no_lag(self, world: OnKafka, join: Join, key: Partition) -> None:
+    def test_transaction_markers_do_not_count_as_lag(self, world: OnKafka, join: Join, key: Partition) -> None:
         world.send_in_transactions(key, ["0", "1"], ["2"])
         member = join(key.topic)
         until(lambda: len(member.records) == 3, "all come", member)
@@ -167,7 +167,7 @@ class TestOnKafka(GroupContract):
 
     # -- trouble -------------------------------------------------------------------------------------------------------
 
-    def test_a_topic_that_nobody_made_is_waited_for(self, world: OnKafka, join: Join) -> None:
+    def test_missing_topic_is_awaited(self, world: OnKafka, join: Join) -> None:
         name = new_name()
         member = join(name)
         member.patient = True
@@ -179,8 +179,8 @@ class TestOnKafka(GroupContract):
 
 
 @both
-class TestTrouble:
-    """With a broker of one's own."""
+class TestBrokerFailures:
+    """Tests that stop a broker of their own."""
 
     @pytest.fixture
     def member(self, kind: type[OnKafka], own_kafka: KafkaBroker) -> Iterator[Member]:
@@ -193,7 +193,7 @@ class TestTrouble:
             member.patient = True
             yield member
 
-    def test_a_broker_that_comes_back_is_found(self, own_kafka: KafkaBroker, member: Member) -> None:
+    def test_client_reconnects_to_a_restarted_broker(self, own_kafka: KafkaBroker, member: Member) -> None:
         own_kafka.kill()
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
@@ -207,7 +207,7 @@ class TestTrouble:
         assert self.world.committed("group", Partition("work", 0)) == Commit(1, "kser:0,1")
         assert member.values() in (["0", "1"], ["0", "0", "1"])
 
-    def test_a_broker_that_hangs_holds_no_commit_and_no_close_up(self, own_kafka: KafkaBroker, member: Member) -> None:
+    def test_hanging_broker_delays_neither_commit_nor_close(self, own_kafka: KafkaBroker, member: Member) -> None:
         os.kill(own_kafka.pid or 0, signal.SIGSTOP)
         try:
             wait_until(lambda: state_of(own_kafka.pid) == "T", "it is stopped")

@@ -1,4 +1,4 @@
-"""Which offset is in Kafka at which moment."""
+"""Tests of the commit modes: which offset Kafka has at which moment."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def consumer_of(kafka: Kafka, task: type[Look], commit: str = "after", **options
     return Consumer(config(kafka, task.topic, **options), [task.topic], commit=commit)
 
 
-def test_after_at_once_a_message_is_committed_when_it_is_done_and_not_before(kafka: Kafka, look: type[Look]) -> None:
+def test_manual_commit_after_commits_each_message_when_it_finishes(kafka: Kafka, look: type[Look]) -> None:
     put(kafka, look.topic, [message("look") for _ in range(4)])
     with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
@@ -60,7 +60,7 @@ def test_after_at_once_a_message_is_committed_when_it_is_done_and_not_before(kaf
         assert look.look() == 4
 
 
-def test_before_at_once_a_message_is_committed_when_it_is_taken(kafka: Kafka, look: type[Look]) -> None:
+def test_manual_commit_before_commits_each_message_when_it_starts(kafka: Kafka, look: type[Look]) -> None:
     put(kafka, look.topic, [message("look") for _ in range(4)])
     with consuming(consumer_of(kafka, look, "before", auto_offset_reset="earliest", **AT_ONCE)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
@@ -68,7 +68,7 @@ def test_before_at_once_a_message_is_committed_when_it_is_taken(kafka: Kafka, lo
 
 
 @pytest.mark.parametrize(("commit", "expected"), [("after", 1), ("before", 2)])
-def test_an_interrupted_message_is_committed_only_in_the_published_order(
+def test_interrupted_message_is_committed_only_with_commit_before(
     kafka: Kafka, look: type[Look], commit: str, expected: int
 ) -> None:
     put(kafka, look.topic, [message("look"), message("look", then="interrupt")])
@@ -79,9 +79,7 @@ def test_an_interrupted_message_is_committed_only_in_the_published_order(
 
 
 @pytest.mark.parametrize("commit", ["after", "before"])
-def test_in_intervals_nothing_is_committed_until_one_is_over_or_the_consumer_is_closed(
-    kafka: Kafka, look: type[Look], commit: str
-) -> None:
+def test_interval_commit_waits_for_the_interval_or_the_close(kafka: Kafka, look: type[Look], commit: str) -> None:
     put(kafka, look.topic, [message("look") for _ in range(3)])
     with consuming(consumer_of(kafka, look, commit, auto_offset_reset="earliest", **NEVER)) as consumer:
         step_until(consumer, lambda: len(look.seen) == 3, "all are handled")
@@ -90,13 +88,13 @@ def test_in_intervals_nothing_is_committed_until_one_is_over_or_the_consumer_is_
     assert look.look() == 3
 
 
-def test_the_interval_is_that_of_the_client(kafka: Kafka, look: type[Look]) -> None:
+def test_commit_interval_is_that_of_the_client(kafka: Kafka, look: type[Look]) -> None:
     with consuming(consumer_of(kafka, look, auto_commit_interval_ms=100)) as consumer:
         put(kafka, look.topic, [message("look", looks=False)])
         step_until(consumer, lambda: look.look() == 1, "it is committed while the consumer goes on", 5)
 
 
-def test_a_pill_is_committed_like_any_other_message(kafka: Kafka, look: type[Look]) -> None:
+def test_poison_message_is_committed_like_any_other(kafka: Kafka, look: type[Look]) -> None:
     pills = [b"", b"\xff\xfe\xfd", b"{", b"[]", b'{"uuid": 1}', message("unknown.Entrypoint").dumps().encode()]
     put(kafka, look.topic, [*pills, message("look")])
     with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
@@ -105,7 +103,7 @@ def test_a_pill_is_committed_like_any_other_message(kafka: Kafka, look: type[Loo
         assert look.look() == len(pills) + 1
 
 
-def test_an_offset_that_changed_nothing_is_not_committed_again(
+def test_unchanged_offset_is_not_committed_again(
     kafka: Kafka, look: type[Look], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with consuming(consumer_of(kafka, look, auto_commit_interval_ms=50)) as consumer:
@@ -126,7 +124,7 @@ def test_an_offset_that_changed_nothing_is_not_committed_again(
 
 
 @pytest.mark.parametrize(("commit", "expected"), [("after", 2), ("before", 0)])
-def test_a_new_group_starts_at_the_earliest_message_only_in_the_safe_mode(
+def test_new_group_starts_at_the_earliest_message_only_with_commit_after(
     kafka: Kafka, look: type[Look], commit: str, expected: int
 ) -> None:
     put(kafka, look.topic, [message("look", looks=False)] * 2)
@@ -137,7 +135,7 @@ def test_a_new_group_starts_at_the_earliest_message_only_in_the_safe_mode(
         assert len(look.seen) == expected
 
 
-def test_without_a_group_messages_are_handled_and_nothing_is_committed(
+def test_consumer_without_a_group_handles_messages_and_commits_nothing(
     kafka: Kafka, look: type[Look], caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"bootstrap_servers": kafka.bootstrap_servers, "auto_offset_reset": "earliest"}
@@ -147,7 +145,7 @@ def test_without_a_group_messages_are_handled_and_nothing_is_committed(
     assert "without group_id no offset can be committed" in caplog.text
 
 
-def test_a_consumer_that_runs_in_another_thread_is_stopped_by_stop(kafka: Kafka, look: type[Look]) -> None:
+def test_stop_ends_a_consumer_running_in_another_thread(kafka: Kafka, look: type[Look]) -> None:
     put(kafka, look.topic, [message("look", looks=False)])
     consumer = consumer_of(kafka, look)
     ends: list[Any] = []

@@ -1,4 +1,4 @@
-"""The programs of the documentation, as they are printed there, started as their readers start them."""
+"""Tests of the documented programs: they run as printed in the documentation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(kafka: Kafka, tmp_path: Path) -> Iterator[Callable[[str], Program]]:
     kafka.delete_topic("dice")
 
 
-def test_the_dice_are_rolled_once_by_a_task_and_three_times_by_an_operation(run: Callable[[str], Program]) -> None:
+def test_dice_task_rolls_once_and_dice_operation_rolls_three_times(run: Callable[[str], Program]) -> None:
     consumer = run("consumer")
     consumer.wait_for_text("Setting newly assigned partitions")
     for name in ("producer", "launch"):
@@ -60,7 +60,7 @@ def test_the_dice_are_rolled_once_by_a_task_and_three_times_by_an_operation(run:
     assert "Traceback" not in consumer.text
 
 
-def test_it_does_not_matter_which_program_is_started_first(run: Callable[[str], Program]) -> None:
+def test_documented_programs_start_in_any_order(run: Callable[[str], Program]) -> None:
     assert run("launch").wait() == 0
     consumer = run("consumer")
     consumer.wait_for_text("DiceLaunch.Success")
@@ -68,7 +68,7 @@ def test_it_does_not_matter_which_program_is_started_first(run: Callable[[str], 
     assert consumer.wait() == 0
 
 
-def test_a_consumer_may_be_started_before_its_topic_is_made(own_kafka: KafkaBroker, tmp_path: Path) -> None:
+def test_consumer_may_start_before_its_topic_exists(own_kafka: KafkaBroker, tmp_path: Path) -> None:
     with Worker(config(own_kafka), "late", tmp_path / "ledger") as worker:
         worker.wait_for_text("Worker.Starting...")
         wait_until(lambda: "late" in worker.text, "it says that the topic is missing")
@@ -79,7 +79,7 @@ def test_a_consumer_may_be_started_before_its_topic_is_made(own_kafka: KafkaBrok
         assert worker.wait() == 0
 
 
-def test_the_producer_says_so_when_there_is_no_topic(own_kafka: KafkaBroker, tmp_path: Path) -> None:
+def test_producer_logs_a_missing_topic(own_kafka: KafkaBroker, tmp_path: Path) -> None:
     settings = {
         "PYTHONPATH": str(REPOSITORY),
         "KSER_CONFIG": json.dumps({"bootstrap_servers": own_kafka.bootstrap_servers, "max_block_ms": 1000}),

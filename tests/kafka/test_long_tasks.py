@@ -1,4 +1,4 @@
-"""What takes longer than ``max_poll_interval_ms`` as a whole does not cost the consumer its partition."""
+"""Tests of long tasks: work that exceeds ``max_poll_interval_ms`` does not cost the consumer its partition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pause_file() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-def test_many_short_tasks_that_together_take_longer_than_max_poll_interval_keep_the_partition(
+def test_short_tasks_that_together_exceed_max_poll_interval_keep_the_partition(
     kafka: Kafka, start: Callable[[], Worker]
 ) -> None:
     messages = [message(seconds=0.2) for _ in range(30)]
@@ -50,7 +50,7 @@ def test_many_short_tasks_that_together_take_longer_than_max_poll_interval_keep_
         assert committed(kafka, worker.group, worker.topic) == len(messages)
 
 
-def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_cpu(
+def test_long_pause_keeps_the_partition_and_uses_no_cpu(
     kafka: Kafka, start: Callable[[], Worker], pause_file: Path
 ) -> None:
     before = [message(seconds=0.1) for _ in range(40)]
@@ -85,7 +85,7 @@ def test_a_pause_longer_than_max_poll_interval_keeps_the_partition_and_costs_no_
         assert cpu < 1, "it does not rest while it is paused"
 
 
-def test_a_paused_consumer_that_has_nothing_in_hand_takes_nothing_and_can_be_ended(
+def test_paused_idle_consumer_takes_no_message_and_can_be_stopped(
     kafka: Kafka, start: Callable[[], Worker], pause_file: Path
 ) -> None:
     with start() as worker:

@@ -1,4 +1,4 @@
-"""What every producer does, on Apache Kafka."""
+"""Tests of every producer on Apache Kafka."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the consumer promises, with each client on Apache Kafka: rebalances, workers, retries, dead letters."""
+"""Tests of the consumer's promises with each Kafka client: rebalances, workers, retries and dead letters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def end(*workers: Worker) -> None:
         assert worker.wait() == 0
 
 
-def test_one_line_at_the_start_says_how_it_works(start: Start, topic: Callable[..., str]) -> None:
+def test_consumer_logs_its_settings_at_the_start(start: Start, topic: Callable[..., str]) -> None:
     name = topic()
     settings = {"KSER_WORKERS": "3", "KSER_ORDERING": "partition", "KSER_DEAD_LETTER": "true"}
     worker = start(name, **settings, KSER_RETRY=json.dumps({"max_attempts": 4}))
@@ -73,7 +73,7 @@ def test_one_line_at_the_start_says_how_it_works(start: Start, topic: Callable[.
 # -- rebalances --------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_three_times_as_long_as_max_poll_interval_runs_once_though_another_consumer_joins(
+def test_long_task_runs_once_through_a_rebalance_of_another_topic(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     """The other one consumes another topic: everything is taken away, and what runs comes back."""
@@ -90,7 +90,7 @@ def test_a_task_three_times_as_long_as_max_poll_interval_runs_once_though_anothe
     assert committed(kafka, first.group, name) == 2
 
 
-def test_a_long_task_is_handed_to_nobody_while_its_consumer_has_the_partition(
+def test_long_task_is_not_duplicated_while_its_consumer_owns_the_partition(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name = topic(2)
@@ -107,7 +107,7 @@ def test_a_long_task_is_handed_to_nobody_while_its_consumer_has_the_partition(
     assert committed(kafka, first.group, name, 2) == 1
 
 
-def test_a_retry_that_waits_through_a_rebalance_goes_on_counting_and_is_not_doubled(
+def test_delayed_retry_keeps_its_attempt_number_through_a_rebalance(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name, other = topic(), topic()
@@ -125,7 +125,7 @@ def test_a_retry_that_waits_through_a_rebalance_goes_on_counting_and_is_not_doub
     assert committed(kafka, first.group, name) == 1
 
 
-def test_a_cooperative_rebalance_moves_only_what_has_to_go_and_doubles_nothing(
+def test_cooperative_rebalance_moves_few_partitions_and_duplicates_nothing(
     kafka: Kafka, start: Start, topic: Callable[..., str], request: pytest.FixtureRequest
 ) -> None:
     how: dict[str, Any] = {"options": {"partition_assignment_strategy": "cooperative-sticky"}}
@@ -162,7 +162,7 @@ def _is_cooperative() -> bool:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def test_with_four_workers_messages_of_a_key_follow_each_other_and_others_run_beside_them(
+def test_four_workers_keep_the_order_per_key_and_run_keys_in_parallel(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -187,7 +187,7 @@ def test_with_four_workers_messages_of_a_key_follow_each_other_and_others_run_be
     assert committed(kafka, worker.group, name) == len(messages)
 
 
-def test_what_other_workers_finished_above_a_long_task_is_not_run_again_by_the_next_consumer(
+def test_records_finished_above_a_long_task_are_not_run_again_after_shutdown(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -210,7 +210,7 @@ def test_what_other_workers_finished_above_a_long_task_is_not_run_again_by_the_n
 # -- dead letters ------------------------------------------------------------------------------------------------------
 
 
-def test_messages_that_fail_for_good_become_dead_letters_before_their_offset_counts(
+def test_dead_letters_are_written_before_their_offset_is_committed(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name, letters = topic(), topic()
@@ -232,14 +232,15 @@ def test_messages_that_fail_for_good_become_dead_letters_before_their_offset_cou
     assert committed(kafka, worker.group, name) == 4
 
 
-def test_a_dead_letter_that_cannot_be_written_holds_its_partition_until_it_can(
+def test_unwritable_dead_letter_blocks_its_partition_until_written(
     kafka: Kafka, start: Start, topic: Callable[..., str]
 ) -> None:
     name = topic()
     put(kafka, name, [message(then="fail")])
     worker = start(name, KSER_DEAD_LETTER="true", options={"auto_commit_interval_ms": 100})
-    worker.wait_for_text("its partition waits until it can", 30)
-    assert f"offset 0 of {Partition(name, 0)} failed (failed) and cannot be written to '{name}.dlq'" in worker.text
+    worker.wait_for_text("the partition is paused until the write succeeds", 30)
+    text = f"offset 0 of {Partition(name, 0)} failed (failed) and its dead letter cannot be written to '{name}.dlq'"
+    assert text in worker.text
     # A poll that is under way may still bring some.
     time.sleep(1)
     put(kafka, name, [message()])

@@ -1,4 +1,4 @@
-"""Messages between this package and the published one, in both directions, over a real Kafka."""
+"""Tests of messages between this package and the published one, in both directions, over a real Kafka."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def peer_environment(folder: Path, options: dict[str, Any], topic: str) -> dict[
     return {"PEER_CONFIG": json.dumps(options), "TOPIC": topic, "LEDGER": str(folder / "ledger"), "PYTHONPATH": ""}
 
 
-def test_what_the_published_producer_sends_is_handled_here(
+def test_messages_of_the_published_producer_are_handled(
     kafka: Kafka, topic: Callable[..., str], published: Path, tmp_path: Path
 ) -> None:
     handled: list[tuple[str, Any, Any, Any]] = []
@@ -88,7 +88,7 @@ def test_what_the_published_producer_sends_is_handled_here(
     assert [uuid for uuid, _, _, _ in handled[3:]] == ["3", "4", "5"]
 
 
-def test_what_is_sent_here_is_handled_by_the_published_consumer(
+def test_messages_of_this_producer_are_handled_by_the_published_consumer(
     kafka: Kafka, topic: Callable[..., str], published: Path, tmp_path: Path
 ) -> None:
     name = topic()

@@ -1,4 +1,4 @@
-"""Consumers join and leave a group while messages flow: nothing is lost, and short tasks do not run twice."""
+"""Tests of rebalances under load: no message is lost, and short tasks do not run twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Flow(threading.Thread):
         self.join()
 
 
-def test_nothing_is_lost_or_doubled_when_a_second_consumer_joins_and_leaves(
+def test_rebalance_on_join_and_leave_loses_and_duplicates_nothing(
     kafka: Kafka, topic: Callable[..., str], tmp_path: Path
 ) -> None:
     name = topic(PARTITIONS)
@@ -70,7 +70,7 @@ def test_nothing_is_lost_or_doubled_when_a_second_consumer_joins_and_leaves(
         assert committed(kafka, name, name, PARTITIONS) == len(flow.sent)
 
 
-def test_nothing_is_lost_when_a_consumer_is_killed_and_another_one_has_its_partitions(
+def test_rebalance_after_a_killed_consumer_loses_nothing(
     kafka: Kafka, topic: Callable[..., str], tmp_path: Path
 ) -> None:
     name = topic(PARTITIONS)
@@ -95,7 +95,7 @@ def test_nothing_is_lost_when_a_consumer_is_killed_and_another_one_has_its_parti
         assert committed(kafka, name, name, PARTITIONS) == len(flow.sent)
 
 
-def test_a_rebalance_during_a_task_lets_it_end_and_only_that_one_may_come_again(
+def test_rebalance_lets_running_tasks_end_and_duplicates_no_other_task(
     kafka: Kafka, topic: Callable[..., str], tmp_path: Path
 ) -> None:
     name = topic(2)

@@ -1,4 +1,4 @@
-"""A message that comes again, and what a task makes of it."""
+"""Tests of redelivered messages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def consume(kafka: Kafka, name: str, condition: Callable[[], Any], **options: An
         step_until(consumer, condition, "the messages are handled")
 
 
-def test_an_interrupted_message_is_handed_to_the_next_consumer_and_no_other_one_is(
+def test_interrupted_message_alone_is_redelivered_to_the_next_consumer(
     kafka: Kafka, topic: Callable[..., str], count: type[Count]
 ) -> None:
     name = topic()
@@ -58,7 +58,7 @@ def test_an_interrupted_message_is_handed_to_the_next_consumer_and_no_other_one_
     assert committed(kafka, name, name) == 3
 
 
-def test_a_redelivered_message_runs_on_a_fresh_object_as_it_was_sent(
+def test_redelivered_message_runs_on_a_fresh_object(
     kafka: Kafka, topic: Callable[..., str], count: type[Count], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = topic()
@@ -77,14 +77,16 @@ def test_a_redelivered_message_runs_on_a_fresh_object_as_it_was_sent(
     assert results == [{"seen": ["run"]}] * 2
 
 
-def test_a_failed_message_is_done_with(kafka: Kafka, topic: Callable[..., str], count: type[Count]) -> None:
+def test_failed_message_is_committed_and_not_redelivered(
+    kafka: Kafka, topic: Callable[..., str], count: type[Count]
+) -> None:
     name = topic()
     put(kafka, name, [message("count", fail=True), message("count")])
     consume(kafka, name, lambda: len(count.runs) == 2)
     assert committed(kafka, name, name) == 2
 
 
-def test_what_was_taken_but_not_begun_when_a_consumer_closed_is_not_lost(
+def test_messages_taken_but_not_started_at_close_are_not_lost(
     kafka: Kafka, topic: Callable[..., str], count: type[Count]
 ) -> None:
     name = topic()

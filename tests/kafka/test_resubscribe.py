@@ -1,4 +1,4 @@
-"""A rebalance that gives a consumer back what it had: the records that it did not come to yet come again, once."""
+"""Tests of a rebalance that returns the same partitions: records that did not run yet are delivered again, once."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def until(done: Callable[[], bool], consumer: Consumer) -> None:
         consumer.step(timeout=0.05)
 
 
-def test_a_rebalance_commits_what_is_done_and_loses_and_doubles_nothing(
+def test_rebalance_commits_finished_records_and_loses_and_duplicates_nothing(
     kafka: Kafka, topic: Callable[..., str], consumer: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kafka-python 3 goes on behind the records that it has handed out, in partitions that it keeps."""
+    """kafka-python 3 continues behind the returned records in partitions that a rebalance did not move."""
     (old,) = consumer.client.subscription()
     try:
         until(lambda: len(Note.seen) == DONE_BEFORE, consumer)

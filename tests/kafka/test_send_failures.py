@@ -1,4 +1,4 @@
-"""What cannot be sent is answered within the timeout, by a failed Result that names the reason."""
+"""Tests of send failures: each returns a failed Result with its reason within the timeout."""
 
 from __future__ import annotations
 
@@ -71,46 +71,46 @@ def check_failed(result: Result, sent: Any, retcode: int = 500) -> None:
     assert result.retval["error"]["message"] == result.stderr
 
 
-def test_a_missing_topic_is_named_within_the_timeout(producer: Any) -> None:
+def test_send_to_a_missing_topic_fails_within_the_timeout(producer: Any) -> None:
     sent = message()
     with within(1):
         result = producer.send("nobody-made-it", sent, timeout=1)
     print(result.stderr)
     check_failed(result, sent)
-    assert "know no topic 'nobody-made-it'" in result.stderr
+    assert "have no topic 'nobody-made-it'" in result.stderr
 
 
-def test_a_bare_record_for_a_missing_topic_is_not_delivered(producer: Any) -> None:
-    with within(1), pytest.raises(NotDelivered, match="know no topic 'nobody-made-it'"):
+def test_produce_to_a_missing_topic_raises(producer: Any) -> None:
+    with within(1), pytest.raises(NotDelivered, match="have no topic 'nobody-made-it'"):
         producer.produce("nobody-made-it", b"x", timeout=1)
 
 
-def test_a_missing_topic_is_named_within_five_seconds(producer: Any) -> None:
+def test_send_to_a_missing_topic_fails_within_five_seconds_by_default(producer: Any) -> None:
     sent = message()
     with within(5):
         result = producer.send("nobody-made-it", sent)
     check_failed(result, sent)
-    assert "know no topic 'nobody-made-it'" in result.stderr
+    assert "have no topic 'nobody-made-it'" in result.stderr
 
 
-def test_many_messages_to_a_missing_topic_fail_within_the_timeout_each_with_its_reason(producer: Any) -> None:
+def test_bulk_send_to_a_missing_topic_fails_within_the_timeout(producer: Any) -> None:
     messages = [message() for _ in range(200)]
     with within(2):
         result = producer.bulk_send("nobody-made-it", messages, timeout=2)
     assert result.retcode == 500
     assert result.stdout == "0 message(s) sent"
     assert sorted(result.retval["failed"]) == sorted(uuids(messages))
-    assert all("know no topic 'nobody-made-it'" in reason for reason in result.retval["failed"].values())
+    assert all("have no topic 'nobody-made-it'" in reason for reason in result.retval["failed"].values())
 
 
-def test_many_messages_to_a_missing_topic_do_not_wait_for_it_one_after_the_other(kafka: Kafka) -> None:
+def test_bulk_send_to_a_missing_topic_waits_for_metadata_once(kafka: Kafka) -> None:
     with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers, "max_block_ms": 1000})) as producer:
         with within(1):
             result = producer.bulk_send("nobody-made-it", [message() for _ in range(6)], timeout=6)
         assert len(result.retval["failed"]) == 6
 
 
-def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Any, topic: Callable[..., str]) -> None:
+def test_topic_created_later_can_be_sent_to(kafka: Kafka, producer: Any, topic: Callable[..., str]) -> None:
     name = topic()
     kafka.delete_topic(name)
     assert producer.send(name, message(), timeout=1).retcode == 500
@@ -120,7 +120,7 @@ def test_a_topic_that_is_made_later_can_be_sent_to(kafka: Kafka, producer: Any, 
     assert stored_uuids(kafka, name) == [sent.uuid]
 
 
-def test_an_oversized_message_is_refused_at_once_and_the_others_are_sent(
+def test_oversized_message_is_rejected_at_once_and_the_others_are_sent(
     kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -140,7 +140,7 @@ def test_an_oversized_message_is_refused_at_once_and_the_others_are_sent(
 
 
 @both
-def test_a_message_that_only_the_broker_finds_too_large_is_refused(
+def test_message_too_large_for_the_broker_alone_is_rejected(
     kind: type[Any], kafka: Kafka, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -150,7 +150,7 @@ def test_a_message_that_only_the_broker_finds_too_large_is_refused(
             result = producer.send(name, large, timeout=3)
         print(result.stderr)
         check_failed(result, large, 413)
-        assert f"more than topic {name!r} at {kafka.bootstrap_servers} takes ('max.message.bytes'" in result.stderr
+        assert f"more than topic {name!r} at {kafka.bootstrap_servers} accepts ('max.message.bytes'" in result.stderr
         with pytest.raises(MessageTooLarge, match=r"'max\.message\.bytes' of the topic"):
             producer.produce(name, b"x" * 1_500_000, timeout=3)
         with within(3):
@@ -161,7 +161,7 @@ def test_a_message_that_only_the_broker_finds_too_large_is_refused(
         assert large.uuid not in found
 
 
-def test_a_message_that_has_no_json_is_refused_and_the_others_are_sent(
+def test_message_that_is_not_json_is_rejected_and_the_others_are_sent(
     kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -175,7 +175,7 @@ def test_a_message_that_has_no_json_is_refused_and_the_others_are_sent(
     assert stored_uuids(kafka, name) == [sent.uuid]
 
 
-def test_bulk_send_takes_any_iterable_and_says_how_many_were_sent(
+def test_bulk_send_accepts_any_iterable_and_counts_the_sent_messages(
     kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -187,7 +187,7 @@ def test_bulk_send_takes_any_iterable_and_says_how_many_were_sent(
 
 
 @both
-def test_a_topic_that_was_deleted_is_named_and_found_again_when_it_is_back(
+def test_deleted_topic_is_named_and_found_again_when_recreated(
     kind: type[Any], kafka: Kafka, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -201,7 +201,7 @@ def test_a_topic_that_was_deleted_is_named_and_found_again_when_it_is_back(
         assert producer.send(name, message(), timeout=15).retcode == 0
 
 
-def test_an_iterable_that_raises_fails_the_bulk_and_what_it_gave_before_is_sent(
+def test_raising_iterable_fails_the_bulk_send_after_its_earlier_messages(
     kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
@@ -217,18 +217,16 @@ def test_an_iterable_that_raises_fails_the_bulk_and_what_it_gave_before_is_sent(
 
 
 @pytest.mark.parametrize("client", [Producer, Consumer])
-def test_an_address_where_nobody_answers_is_named_at_construction(client: type[Any]) -> None:
+def test_construction_names_an_address_without_a_broker(client: type[Any]) -> None:
     (port,) = free_ports(1)
     options = {"bootstrap_servers": f"127.0.0.1:{port}", PATIENCE: 1000}
     arguments = (["work"],) if client is Consumer else ()
-    with within(2), pytest.raises(BrokerUnavailable, match=f"no Kafka broker answers at 127.0.0.1:{port}"):
+    with within(2), pytest.raises(BrokerUnavailable, match=f"no Kafka broker responds at 127.0.0.1:{port}"):
         client(options, *arguments)
 
 
 @both
-def test_a_broker_that_died_is_named_within_the_timeout_by_send_and_bulk_send(
-    kind: type[Any], own_kafka: KafkaBroker
-) -> None:
+def test_dead_broker_is_named_within_the_timeout_by_send_and_bulk_send(kind: type[Any], own_kafka: KafkaBroker) -> None:
     own_kafka.create_topic("work")
     with connected(kind, own_kafka) as producer:
         assert producer.send("work", message()).retcode == 0

@@ -1,4 +1,4 @@
-"""However a consumer ends: the offsets of what is done are in Kafka, nothing else is, and it does not take long."""
+"""Tests of the ways to end a consumer: exactly the finished offsets are committed, and the end is quick."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def running_file() -> str:
 
 
 @pytest.mark.parametrize("number", ORDERLY)
-def test_a_signal_ends_an_idle_consumer_within_a_second_with_its_offsets_committed(
+def test_graceful_shutdown_of_an_idle_consumer_commits_within_a_second(
     kafka: Kafka, start: Callable[..., Worker], number: signal.Signals
 ) -> None:
     with start() as worker:
@@ -78,7 +78,7 @@ def test_a_signal_ends_an_idle_consumer_within_a_second_with_its_offsets_committ
 
 
 @pytest.mark.parametrize("number", ORDERLY)
-def test_a_signal_lets_the_running_task_end_commits_it_and_takes_no_other(
+def test_graceful_shutdown_finishes_the_running_task_and_starts_no_other(
     kafka: Kafka, start: Callable[..., Worker], number: signal.Signals
 ) -> None:
     with start() as worker:
@@ -98,7 +98,7 @@ def test_a_signal_lets_the_running_task_end_commits_it_and_takes_no_other(
 
 @pytest.mark.parametrize("first", ORDERLY)
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_a_second_signal_aborts_the_running_task_which_is_not_committed(
+def test_second_signal_aborts_the_running_task_without_committing_it(
     kafka: Kafka, start: Callable[..., Worker], first: signal.Signals, second: signal.Signals, status: int
 ) -> None:
     with start() as worker:
@@ -120,7 +120,7 @@ def test_a_second_signal_aborts_the_running_task_which_is_not_committed(
         assert running_file() == ""
 
 
-def test_the_terminate_file_ends_a_consumer_within_a_second_of_its_task_and_stays(
+def test_terminate_file_ends_a_busy_consumer_after_its_task_and_is_kept(
     kafka: Kafka, start: Callable[..., Worker]
 ) -> None:
     terminate = Path(os.environ["TERMINATE_FILE"])
@@ -142,7 +142,7 @@ def test_the_terminate_file_ends_a_consumer_within_a_second_of_its_task_and_stay
     assert terminate.exists()
 
 
-def test_the_terminate_file_ends_an_idle_consumer(kafka: Kafka, start: Callable[..., Worker]) -> None:
+def test_terminate_file_ends_an_idle_consumer(kafka: Kafka, start: Callable[..., Worker]) -> None:
     with start() as worker:
         worker.wait_for_partitions(1)
         Path(os.environ["TERMINATE_FILE"]).touch()
@@ -154,7 +154,7 @@ def test_the_terminate_file_ends_an_idle_consumer(kafka: Kafka, start: Callable[
         assert offset(kafka, worker) == 0
 
 
-def test_a_keyboard_interrupt_in_a_task_ends_the_consumer_without_committing_that_task(
+def test_keyboard_interrupt_in_a_task_ends_the_consumer_without_committing_it(
     kafka: Kafka, start: Callable[..., Worker]
 ) -> None:
     with start() as worker:
@@ -180,7 +180,7 @@ def test_sys_exit_in_a_task_fails_that_task_alone(kafka: Kafka, start: Callable[
         assert offset(kafka, worker) == 2
 
 
-def test_what_a_killed_consumer_had_not_done_is_handed_to_the_next_one(
+def test_unfinished_messages_of_a_killed_consumer_are_redelivered_to_the_next(
     kafka: Kafka, start: Callable[..., Worker]
 ) -> None:
     with start() as killed:

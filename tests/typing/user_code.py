@@ -1,4 +1,4 @@
-"""User code that mypy checks and nobody runs: what a user writes is typed, and what is wrong is found.
+"""User code that mypy checks and that never runs: it is fully typed, and its errors are found.
 
 Each ``type: ignore`` is an error that mypy must find: one that it did not find would be reported as unused.
 """

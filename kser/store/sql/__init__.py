@@ -1,4 +1,4 @@
-"""The store in SQLite or PostgreSQL, with SQLAlchemy Core."""
+"""The store in SQLite or PostgreSQL, built with SQLAlchemy Core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adding rows: of new operations, and of events."""
+"""The insert statements for new operations and events."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kser.store.sql.rows import NewRows
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, operation, task
 
-#: What a row of a new operation has beside values of columns.
+#: Values of a new operation's row that are not columns.
 _WAIT: Final = {"wait": Double(), "started": Integer()}
 
-#: Columns that are the same in every new row.
+#: Columns with the same value in every new row.
 _BLANK: Final[Mapping[str, Any]] = {"cancel_requested": False, "sends": 0}
 
 
 class Adding:
-    """Statements that add rows.
+    """The compiled insert statements.
 
-    :param database: where.
+    :param database: the database to write to.
     """
 
     def __init__(self, database: Database) -> None:
@@ -32,14 +32,14 @@ class Adding:
         self.events = database.statement(adding_events(database))
 
     def add(self, transaction: Transaction, rows: NewRows) -> None:
-        """Add operations, their tasks and labels."""
+        """Insert operations with their tasks and labels."""
         transaction.change(self.operations, rows.operations)
         transaction.change(self.tasks, rows.tasks)
         transaction.change(self.labels, rows.labels)
 
 
 def adding_operations(database: Database, rows: str = ROWS) -> Any:
-    """A statement that adds operations."""
+    """Return a statement that inserts operations."""
     now = database.now
     types = types_of(operation)
     for name in (*_BLANK, "started_at", "ended_at", "wake_at", "due_at", "sent_at", "result", "cancel_reason"):
@@ -56,17 +56,17 @@ def adding_operations(database: Database, rows: str = ROWS) -> Any:
 
 
 def adding_tasks(database: Database, rows: str = ROWS) -> Any:
-    """A statement that adds tasks."""
+    """Return a statement that inserts tasks."""
     return _whole(database, task, rows)
 
 
 def adding_labels(database: Database, rows: str = ROWS) -> Any:
-    """A statement that adds labels."""
+    """Return a statement that inserts labels."""
     return _whole(database, label, rows)
 
 
 def adding_events(database: Database, rows: str = ROWS) -> Any:
-    """A statement that adds events."""
+    """Return a statement that inserts events."""
     types = types_of(event, "root_id", "kind", "epoch", "consumer", "uuid", "text")
     row = database.source(types, rows)
     return row.insert(event, {**{name: row[name] for name in types}, "at": database.now})
@@ -81,7 +81,7 @@ def _whole(database: Database, table: Any, rows: str) -> Any:
 def event_row(
     root_id: int, kind: str, epoch: int, consumer: str | None, *, uuid: str | None = None, text: str | None = None
 ) -> dict[str, Any]:
-    """An event to add."""
+    """Return the row of a new event."""
     return {
         "root_id": root_id,
         "kind": kind,
@@ -93,7 +93,7 @@ def event_row(
 
 
 def storable(text: str | None) -> str | None:
-    """A text that people wrote or that an exception has, without what a database does not take."""
+    """Replace the characters that a database rejects, in a text of a user or an exception."""
     if text is None:
         return None
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""What a checkpoint changes, as expressions; the rows come from one of them or from many."""
+"""The update statements of checkpoints, each for the rows of one or of many checkpoints."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kser.store.sql.tables import attempt, operation, task
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
-#: What finds a root where it is to be.
+#: Values that must match the stored root, so that an update by a stale owner changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "old_phase": Text(), "cancelled": Boolean()}
 
-#: What gives a claim back.
+#: Values of an update that may release the claim.
 _RELEASE: Final = {
     "status": Text(),
     "released": Integer(),
@@ -28,13 +28,13 @@ _RELEASE: Final = {
 
 
 def go_on(database: Database) -> Any:
-    """Roots are at another step, and their claims go on."""
+    """Return a statement that updates roots and keeps their claims."""
     row = _root_rows(database, ROWS, {})
     return _move_roots(row, {})
 
 
 def move(database: Database, rows: str = ROWS) -> Any:
-    """Roots are at another step, and their claims go on or not."""
+    """Return a statement that updates roots and keeps or releases their claims."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
     released = row["released"] == 1
@@ -74,7 +74,7 @@ def _move_roots(row: Source, more: dict[str, Any]) -> Any:
 
 
 def move_inner(database: Database) -> Any:
-    """Inner operations are at another step, or have ended."""
+    """Return a statement that updates nested operations, including those that end."""
     own, now = operation.c, database.now
     types = types_of(operation, "id", "step", "phase", "status", "so_far", "result")
     row = database.source({**types, "old_step": Integer(), "old_phase": Text(), "ended": Integer()})
@@ -86,13 +86,13 @@ def move_inner(database: Database) -> Any:
 
 
 def resize(database: Database) -> Any:
-    """Operations have tasks."""
+    """Return a statement that sets the number of tasks of operations."""
     row = database.source(types_of(operation, "id", "size"))
     return row.update(operation, {"size": row["size"]}, operation.c.id == row["id"])
 
 
 def end_tasks(database: Database, rows: str = ROWS) -> Any:
-    """Attempts at tasks are over."""
+    """Return a statement that updates tasks after their attempts."""
     types = types_of(task, "operation_id", "position", "status", "result")
     row = database.source({**types, "number": Integer()}, rows)
     values = {
@@ -104,7 +104,7 @@ def end_tasks(database: Database, rows: str = ROWS) -> Any:
 
 
 def add_attempts(database: Database, rows: str = ROWS) -> Any:
-    """Add attempts."""
+    """Return a statement that inserts attempts."""
     now = database.now
     types = types_of(attempt, "operation_id", "position", "number", "epoch", "status", "consumer", "error")
     row = database.source({**types, "duration": Double()}, rows)
@@ -113,14 +113,16 @@ def add_attempts(database: Database, rows: str = ROWS) -> Any:
 
 
 def at_once(database: Database) -> Any:
-    """All that checkpoints of roots without inner operations change, in one statement, which fails unless it changes
-    as many rows as are ``expected``."""
+    """Return a single statement for all changes of checkpoints of roots without nested operations.
+
+    The statement fails unless it changes as many rows as ``expected``.
+    """
     moved = move(database, "moves").returning(operation.c.id).cte("moved")
     ended = end_tasks(database, "ends").returning(task.c.position).cte("ended")
     parts = [add_attempts(database, "attempts").cte("attempted"), adding_events(database, "events").cte("noted")]
     moved_rows, ended_rows = (select(func.count()).select_from(part).scalar_subquery() for part in (moved, ended))
     changed = moved_rows + ended_rows
-    # What makes a statement fail, and says why in the server's log: a text that is no number.
+    # The cast of a text to a number makes the statement fail, and the server's log shows the text as the reason.
     problem = literal("not every checkpoint of kser fits: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
     return select(check).add_cte(*parts)

@@ -1,4 +1,4 @@
-"""Recording what came of steps, for many at a time."""
+"""Batched checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kser.store.sql.tables import attempt, operation
 
 
 class Place(NamedTuple):
-    """Where an operation is."""
+    """The stored position of an operation."""
 
     id: int
     step: int
@@ -30,11 +30,11 @@ class Place(NamedTuple):
 
 
 class Uneven(Exception):
-    """Not everything of a transaction found what it was to change."""
+    """A statement changed fewer rows than expected: a checkpoint does not match the stored rows."""
 
 
 class Rows:
-    """The rows of checkpoints, by what is done with them."""
+    """The rows of a batch of checkpoints, grouped by statement."""
 
     def __init__(self) -> None:
         self.going: list[dict[str, Any]] = []
@@ -47,7 +47,7 @@ class Rows:
         self.new = NewRows()
 
     def add_root(self, checkpoint: Checkpoint, cancelled: bool) -> None:
-        """Add where a root is from now on."""
+        """Add the update of a root."""
         target = checkpoint.target
         move = checkpoint.moves[-1]
         if cancelled:
@@ -76,13 +76,13 @@ class Rows:
         (self.going if kept else self.released).append(row)
 
     def in_order(self) -> list[dict[str, Any]]:
-        """All roots."""
+        """Return the updates of all roots, ordered by id."""
         return sorted((*self.going, *self.released), key=lambda row: row["id"])
 
     def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[Note]) -> None:
-        """Add everything but the root.
+        """Add all rows of a checkpoint except the update of its root.
 
-        :param first_id: from there on there are numbers for operations in tasks that were built.
+        :param first_id: first of the reserved consecutive ids for the operations nested in newly built tasks.
         """
         self.inner += (_inner_row(move) for move in checkpoint.moves[:-1])
         for end in checkpoint.ends:
@@ -99,11 +99,11 @@ class Rows:
 
 
 class Recording:
-    """Records checkpoints.
+    """The statements that record checkpoints.
 
-    :param database: where.
-    :param adding: its statements that add rows.
-    :param ids: for operations in tasks that were built.
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
+    :param ids: generates the ids of operations nested in newly built tasks.
     """
 
     def __init__(self, database: Database, adding: Adding, ids: Ids) -> None:
@@ -114,7 +114,8 @@ class Recording:
         self._make_looks(database)
 
     def _make_changes(self, database: Database) -> None:
-        # SQLite writes the entries of all indexes with a column that a statement names.
+        # SQLite rewrites the index entries of every column that an UPDATE names, even if the value is unchanged. So the
+        # statement for checkpoints that keep their claims names no indexed column.
         self._go_on = database.statement(changes.go_on(database))
         self._move = database.statement(changes.move(database))
         self._inner = database.statement(changes.move_inner(database))
@@ -139,12 +140,13 @@ class Recording:
         )
         self._cancel_inner = database.statement(row.update(operation, cancelled, *open_ones))
 
-    # -- many ----------------------------------------------------------------------------------------------------------
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     def record(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
-        """Record checkpoints of different roots; returns the root's status for each.
+        """Record checkpoints of different roots, and return the status of each root.
 
-        :raises Uneven: one of them does not fit, or its root is to be cancelled.
+        :raises RowCountMismatch: a checkpoint does not match the stored rows, or cancellation of its root was
+            requested.
         """
         rows = Rows()
         for checkpoint in checkpoints:
@@ -154,20 +156,20 @@ class Recording:
         return [each.moves[-1].status for each in checkpoints]
 
     def fits_at_once(self, checkpoints: Sequence[Checkpoint]) -> bool:
-        """Whether :meth:`record_at_once` can record them."""
+        """Return whether :meth:`record_at_once` can record the checkpoints."""
         return not any(each.built or len(each.moves) > 1 for each in checkpoints)
 
     def record_at_once(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
-        """The same in one statement: each way to a server and back takes as long as a statement.
+        """Record checkpoints as :meth:`record` does, in one statement: a round trip takes as long as a statement.
 
-        :raises kser.errors.StoreError: nothing was recorded, because not all of them fit.
+        :raises kser.errors.StoreError: a checkpoint does not match the stored rows; nothing was recorded.
         """
         rows = Rows()
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
             rows.add_rest(checkpoint, 0, checkpoint.notes)
         moves = rows.in_order()
-        assert self._at_once is not None, "fits_at_once() said so"
+        assert self._at_once is not None, "fits_at_once() allows this on PostgreSQL only"
         transaction.run(
             self._at_once,
             {
@@ -188,7 +190,8 @@ class Recording:
     def _write(self, transaction: Transaction, rows: Rows) -> None:
         moves = [(self._go_on, rows.going), (self._move, rows.released)]
         if self._at_once is not None:
-            # One statement, in one order: else it and one that renews leases could wait for each other.
+            # Update all roots in one statement, ordered by id; otherwise this transaction and one that renews leases
+            # could deadlock.
             moves = [(self._move, rows.in_order())]
         for statement, roots in moves:
             if transaction.change(statement, roots) != len(roots):
@@ -202,26 +205,29 @@ class Recording:
         self._adding.add(transaction, rows.new)
         transaction.change(self._adding.events, rows.events)
 
-    # -- one -----------------------------------------------------------------------------------------------------------
+    # -- single checkpoints --------------------------------------------------------------------------------------------
 
     def settle(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
-        """Record a checkpoint that did not fit, if it was recorded before or its root is to be cancelled.
+        """Record one checkpoint that could not be recorded with its batch.
 
-        :return: the root's status.
-        :raises kser.errors.Fenced: neither is the case.
+        A checkpoint that was recorded before changes nothing. If cancellation of the root was requested, the root
+        becomes CANCELLED.
+
+        :return: the status of the root.
+        :raises kser.errors.FencedError: the checkpoint does not match the stored rows.
         """
         found = transaction.fetch(self._lock, [{"id": checkpoint.root_id}])
         root = operation_row(found[0]) if found else None
         if root is None:
-            raise Fenced(f"there is no operation {checkpoint.root_id}: it was deleted")
+            raise Fenced(f"operation {checkpoint.root_id} is not stored: it was deleted")
         rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.moves])
         places = {row[0]: Place(*row) for row in rows}
         if len(places) < len({move.operation_id for move in checkpoint.moves}):
-            raise Fenced(f"a part of operation {root.uuid} is not there")
+            raise Fenced(f"a nested operation of operation {root.uuid} is not stored")
         if self._is_recorded(transaction, checkpoint, root, places):
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
-            raise Fenced(f"somebody else has claimed operation {root.uuid}, or it has ended: it is {root.status}")
+            raise Fenced(f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}")
         if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.moves):
             raise Fenced(f"operation {root.uuid} is at another step")
         return self._record_one(transaction, checkpoint, root)
@@ -229,7 +235,7 @@ class Recording:
     def _is_recorded(
         self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, places: Mapping[int, Place]
     ) -> bool:
-        """Whether this very checkpoint was recorded: nobody knew after its COMMIT."""
+        """Return whether this same checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -242,7 +248,7 @@ class Recording:
         ]
         if len(transaction.fetch(self._attempts, keys)) < len(keys):
             return False
-        # One that leaves no trace is recorded again, which is the same.
+        # A checkpoint that leaves no trace cannot be recognised. Recording it again has the same result.
         built = checkpoint.built is not None and places[checkpoint.built.operation_id].size is not None
         return bool(not kept or keys or built or any(move.leaves for move in checkpoint.moves))
 
@@ -258,7 +264,7 @@ class Recording:
         try:
             self._write(transaction, rows)
         except Uneven:
-            raise Fenced(f"a part of operation {root.uuid} is at another step") from None
+            raise Fenced(f"a nested operation or task of operation {root.uuid} is at another step") from None
         if not cancelled:
             return checkpoint.moves[-1].status
         transaction.change(self._cancel_inner, [{"root_id": root.id}])

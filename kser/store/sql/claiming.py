@@ -1,4 +1,4 @@
-"""Claiming, for many at a time, and reading what is claimed."""
+"""Batched claims, and the reads of claimed operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, operation_row
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import event, operation, task
 
-#: Tasks that were read, by their operation and position.
+#: Tasks by operation id and position.
 Tasks = dict[tuple[int, int], TaskRow]
 
 _OPERATION = slice(len(OPERATION_COLUMNS))
@@ -36,7 +36,7 @@ _FOLLOWING = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
 
 
 class Take:
-    """A root to claim."""
+    """A request to claim a root."""
 
     __slots__ = ("claimant", "step", "uuid")
 
@@ -47,10 +47,10 @@ class Take:
 
 
 class Claiming:
-    """Claims roots.
+    """The statements that claim roots.
 
-    :param database: where.
-    :param adding: its statements that add rows.
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
     """
 
     def __init__(self, database: Database, adding: Adding) -> None:
@@ -73,7 +73,7 @@ class Claiming:
         )
 
     def take(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | Refusal | None]:
-        """Claim roots, each for itself."""
+        """Claim roots independently of each other, and return the result for each."""
         made = transaction.fetch(self._claim, _claim_rows(takes))
         events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
         transaction.change(self._adding.events, events)
@@ -97,7 +97,10 @@ class Claiming:
         return [answers[index] for index in range(len(takes))]
 
     def take_at_once(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | None]:
-        """The same in one statement, with the tasks whose turn it is; None for what cannot be claimed like that."""
+        """Claim roots as :meth:`claim` does, in one statement that also reads their current tasks.
+
+        :return: None for each root that this statement did not claim.
+        """
         roots: dict[str, OperationRow] = {}
         tasks: Tasks = {}
         for raw in transaction.fetch(self._at_once, _claim_rows(takes)):
@@ -112,19 +115,19 @@ class Claiming:
         return [claims.get(take.claimant.token) for take in takes]
 
     def rows(self, transaction: Transaction, uuids: Sequence[str]) -> list[OperationRow]:
-        """The rows of the operations with these uuids that are there."""
+        """Return the rows of the stored operations with these uuids."""
         return [operation_row(row) for row in transaction.fetch(self._by_uuid, [{"uuid": uuid} for uuid in uuids])]
 
     def rows_of(self, transaction: Transaction, ids: Sequence[int]) -> dict[int, OperationRow]:
-        """The rows of operations, by their identifiers."""
+        """Return the rows of operations by id."""
         return {row[0]: operation_row(row) for row in transaction.fetch(self._by_id, [{"id": each} for each in ids])}
 
     def claims(
         self, transaction: Transaction, roots: Sequence[tuple[OperationRow, Claimant | None]], tasks: Tasks
     ) -> list[Claim]:
-        """What is claimed, down to the task whose turn it is.
+        """Return the claims on roots, each with its path down to the current task.
 
-        :param tasks: those that are known.
+        :param tasks: the tasks that are already read; missing ones are read and added to it.
         """
         paths = [[root] for root, _ in roots]
         deeper = paths
@@ -141,7 +144,7 @@ class Claiming:
 
 
 def _claim_of(database: Database) -> Any:
-    """What claims roots, as an expression."""
+    """Return the statement that claims roots."""
     now = database.now
     row = database.source({name: Text() for name in ("uuid", "step", "owner", "token")} | {"lease": Double()})
     return row.update(
@@ -161,19 +164,22 @@ def _claim_of(database: Database) -> Any:
         operation.c.target_uuid == row["step"],
         or_(operation.c.owner.is_(None), operation.c.wake_at <= now),
         operation.c.due_at <= now,
-        # A claim that is repeated has been made already.
+        # A root that has the token of the request is already claimed by it: the call is a repeated one.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
     )
 
 
 def _at_once(database: Database) -> Any:
-    """Claims roots, adds the events, and reads each with its current task and the one behind that."""
+    """Return a single statement that claims roots, inserts the events, and reads each root with two tasks.
+
+    The tasks are the current one and the one after it.
+    """
     made = _claim_of(database).returning(*OPERATION_COLUMNS).cte("made")
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(made.c.id, database.now, literal("claimed", Text), made.c.epoch, made.c.owner)
     noted = insert(event).from_select(list(names), values).cte("noted")
-    # A statement that waited for another one looks again at what it changes alone: where the operation has gone on
-    # meanwhile, its tasks are left to be read afterwards.
+    # After waiting for a lock, PostgreSQL reads only the updated rows again, and all others from the snapshot at the
+    # start of the statement. If the operation has advanced meanwhile, its tasks do not join here and are read later.
     before, current, following = operation.alias("before"), task.alias("current"), task.alias("following")
     unchanged = and_(
         before.c.id == made.c.id,
@@ -195,7 +201,7 @@ def _at_once(database: Database) -> Any:
 
 
 def places(path: Sequence[OperationRow]) -> list[dict[str, int]]:
-    """Which tasks to read for the operation whose turn it is."""
+    """Return the positions of the tasks to read for the current operation, which is the last of the path."""
     last = path[-1]
     steps = (last.step, last.step + 1) if path[0].mode == DISTRIBUTED else (last.step,)
     return [{"operation_id": last.id, "position": step} for step in steps]
@@ -215,7 +221,7 @@ def _claim(path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow
 
 
 def _claim_rows(takes: Sequence[Take]) -> list[dict[str, Any]]:
-    # Always in one order: else two transactions could wait for each other.
+    # All transactions lock rows in the same order; otherwise two of them could deadlock.
     return [_claim_row(take) for take in sorted(takes, key=lambda take: take.uuid)]
 
 
@@ -231,11 +237,11 @@ def _claim_row(take: Take) -> dict[str, Any]:
 
 
 def _reason(row: OperationRow, step: str, now: float) -> str:
-    """Why a root could not be claimed."""
+    """Return why a claim on a root was refused."""
     if states.is_final(row.status):
         return ENDED
     if row.target.uuid != step:
         return STALE
     held = row.owner is not None and row.wake_at is not None and row.wake_at > now
-    # Nothing else is left; or it was free only now, and the next one gets it.
+    # Either the root has a valid lease, or it became free after the claim statement and the next claim succeeds.
     return WAITING if not held and row.due_at > now else HELD

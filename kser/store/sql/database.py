@@ -1,4 +1,4 @@
-"""What SQLite and PostgreSQL have in common for us: connections, transactions, and what an error of theirs means."""
+"""The common base of SQLite and PostgreSQL: connections, transactions and the classification of errors."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.sql.statements import CLOCK, ROWS, Source, Statement, Types
 
-#: How often a transaction is run in all that another one made impossible.
+#: Maximum number of executions of a transaction that fails because of a conflict.
 ATTEMPTS: Final = 3
 
-#: What drivers raise beside their own errors: a text that is no Unicode, a number that is too large.
+#: Builtin exceptions that drivers raise for values: for a text that is not valid Unicode, for a number out of range.
 BAD_VALUES: Final = (UnicodeError, OverflowError)
 
 
 class Repeat(StoreUnavailable):
-    """Another transaction was in the way; nothing of this one took effect"""
+    """A conflict with another transaction aborted this one; nothing was written"""
 
 
 class Transaction:
-    """Runs statements.
+    """An open transaction that executes statements.
 
-    :param cursor: the driver's.
-    :param clock: what statements know the time by.
-    :param time: the time by the database's clock, or a moment before.
-    :param packed: whether a statement gets all its rows at once.
+    :param cursor: the cursor of the driver.
+    :param clock: value of the bind parameter ``clock``.
+    :param time: the time by the database's clock, or slightly earlier.
+    :param packed: True if a statement gets all its rows as one JSON text.
     """
 
     def __init__(self, cursor: Any, clock: float, time: float, packed: bool) -> None:
@@ -41,16 +41,16 @@ class Transaction:
         self.time = time
 
     def run(self, statement: Statement, values: Mapping[str, Any] | None = None, *, anew: bool = False) -> Any:
-        """Run a statement that is no matter of many rows; returns the driver's cursor.
+        """Execute a statement with one set of values, and return the cursor of the driver.
 
-        :param anew: what is the best way to run it depends on the values.
+        :param anew: True to plan the statement for these values, because the best plan depends on them.
         """
         options = {"prepare": False} if anew and self._packed else {}
         self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})}, **options)
         return self._cursor
 
     def change(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> int:
-        """Run a statement for all these rows; returns how many rows it changed."""
+        """Execute a statement for all rows, and return the number of changed table rows."""
         if not rows:
             return 0
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
@@ -61,7 +61,7 @@ class Transaction:
         return int(cursor.rowcount)
 
     def fetch(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> list[Any]:
-        """Run a statement for all these rows; returns the rows that it gives."""
+        """Execute a statement for all rows, and return the resulting rows."""
         if not rows:
             return []
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
@@ -76,75 +76,75 @@ class Transaction:
 
 
 class Database(ABC):
-    """A database of one of the two kinds.
+    """A SQLite or PostgreSQL database.
 
-    :param url: where it is.
+    :param url: its address.
     """
 
-    #: How its address begins.
+    #: Scheme of the address.
     prefix: ClassVar[str]
-    #: Whether a statement gets all its rows at once.
+    #: True if a statement gets all its rows as one JSON text.
     packed: ClassVar[bool]
-    #: How many transactions it is worth to run at the same time.
+    #: Number of concurrent write transactions that improves the throughput.
     writers: ClassVar[int]
-    #: Seconds since 1970, as an expression.
+    #: The current time in seconds since 1970, as an SQL expression.
     now: ColumnElement[float]
 
     def __init__(self, url: URL) -> None:
         self.url = url
-        #: The address without anything secret.
+        #: The address without secrets.
         self.name = url.set(drivername=self.prefix, query={}).render_as_string()
-        #: Seconds that its clock is put forward: for tests.
+        #: Seconds that are added to the clock; used by tests.
         self.shift = 0.0
         self.engine: Engine = self._engine()
 
     def statement(self, clause: Any) -> Statement:
-        """Make a statement."""
+        """Compile a statement for this database."""
         return Statement(clause, self.engine.dialect)
 
     def source(self, types: Types, name: str = ROWS) -> Source:
-        """Where the rows of a statement come from."""
+        """Return the source of the row values of a statement."""
         return Source(self.packed, types, name)
 
     @contextmanager
     def write(self, *, single: bool = False) -> Iterator[Transaction]:
-        """A transaction, committed at the end; afterwards nothing is held.
+        """Provide a transaction that is committed at the end. No locks are held afterwards.
 
-        :param single: it is one statement.
+        :param single: True if the transaction has one statement only.
         :raises kser.errors.StoreUnavailable: the database cannot be used now.
-        :raises kser.errors.StoreError: it refuses a statement.
+        :raises kser.errors.StoreError: the database rejects a statement.
         """
         with self._translated(), self._writing(single) as transaction:
             yield transaction
 
     @contextmanager
     def read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
-        """Statements that write nothing.
+        """Provide a transaction for statements that write nothing.
 
-        :param snapshot: they all see the same state.
+        :param snapshot: True if all statements must see the same state.
         """
         with self._translated(), self._reading(snapshot) as transaction:
             yield transaction
 
     @contextmanager
     def looking(self) -> Iterator[Connection]:
-        """A connection to look at tables with, as SQLAlchemy has it."""
+        """Provide an SQLAlchemy connection for inspecting tables."""
         with self._translated(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def migrating(self) -> Iterator[Connection]:
-        """A transaction that is the only one to change tables, as SQLAlchemy has it."""
+        """Provide an SQLAlchemy connection in a transaction that excludes all other migrations."""
         with self._translated(), self._migrating() as connection:
             yield connection
 
     def exists(self) -> bool:
-        """Whether there is something to connect to: else that would make it."""
+        """Return whether the database exists. Connecting to a missing SQLite file would create it."""
         return True
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
 
     @abstractmethod
     def _engine(self) -> Engine: ...
@@ -160,14 +160,14 @@ class Database(ABC):
 
     @abstractmethod
     def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
-        """What an error of the driver is for us, and what to do about it."""
+        """Return the exception class for an error of the driver, and advice for the operator."""
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
         except BAD_VALUES as error:
-            raise StoreError(f"{self.name} cannot store this: {error}") from error
+            raise StoreError(f"the database {self.name} cannot store a value: {error}") from error
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None)
             raise self._translate(cause if isinstance(cause, Exception) else error) from error
@@ -176,6 +176,6 @@ class Database(ABC):
 
     def _translate(self, error: Exception) -> KserError:
         kind, advice = self._meaning(error)
-        what = "refuses this" if issubclass(kind, StoreError) else "cannot be used now"
+        what = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
         text = " ".join(str(error).split()) or type(error).__name__
         return kind(f"the database {self.name} {what}: {text}" + (f"; {advice}" if advice else ""))

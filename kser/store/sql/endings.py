@@ -1,4 +1,4 @@
-"""Cancelling, resuming and deleting whole operations."""
+"""The life cycle of whole operations: cancel, resume and purge."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kser.store.sql.tables import attempt, event, label, operation, task
 
 
 class Endings:
-    """Statements that end operations, begin them again and delete them.
+    """The statements that cancel, resume and purge operations.
 
-    :param database: where.
-    :param adding: its statements that add rows.
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
     """
 
     def __init__(self, database: Database, adding: Adding) -> None:
@@ -76,7 +76,8 @@ class Endings:
         old = select(own.id).where(
             own.status == bindparam("status", type_=Text),
             own.parent_id.is_(None),
-            # Made before that too: an index knows.
+            # An operation that ended before that time was also created before it. Ids increase with the time of
+            # creation, so this condition limits the range of the index on status and id.
             own.id < bindparam("before"),
             own.ended_at < database.now - bindparam("seconds"),
         )
@@ -127,7 +128,7 @@ class Endings:
             return None
         root = operation_row(found)
         if not (states.is_final(root.status) and states.may_follow(root.status, states.RUNNING)):
-            raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one is resumed")
+            raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
         target = self._restart(transaction, root)
         values = target if root.mode == DISTRIBUTED else (None, None, None)
         transaction.run(self._free, {"key": root.id, **dict(zip(TARGET, values, strict=True))})
@@ -135,7 +136,7 @@ class Endings:
         return self._row(transaction, root.id)
 
     def _restart(self, transaction: Transaction, row: OperationRow) -> Target:
-        """Set an operation back to its first task that is not SUCCESS; returns what is to be done then."""
+        """Set an operation back to its first task that is not SUCCESS, and return the message of that step."""
         while True:
             first = transaction.run(self._first, {"key": row.id}).fetchone()
             if first is None:

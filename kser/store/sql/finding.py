@@ -1,4 +1,7 @@
-"""Finding operations among very many: identifiers first, and texts of no more rows than are returned."""
+"""Search over very many operations.
+
+A search selects ids first, and then reads the full rows, with their large texts, of one page only.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from kser.store.sql.statements import types_of
 from kser.store.sql.tables import label as labels
 from kser.store.sql.tables import operation
 
-#: The largest number that a column holds.
+#: The largest value of a BIGINT column.
 LARGEST: Final = (1 << 63) - 1
 
 STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, states.CANCELLED)
 
-#: Seconds by which a time in a key may differ from the one in a column, for rounding.
+#: Seconds by which the time in an id may differ from the time in a column, because of rounding.
 ROUNDING: Final = 2e-6
 
-#: So far is counted what a filter admits: beyond, it admits many.
+#: Limit for counting the operations that a filter matches; a filter that reaches it counts as unselective.
 MANY: Final = 20_000
 
 
 class Finding:
-    """Statements that find.
+    """The search for operations.
 
-    :param database: where.
+    :param database: the database to search.
     """
 
     def __init__(self, database: Database) -> None:
@@ -54,11 +57,12 @@ class Finding:
     def _driver(
         self, transaction: Transaction, found: Found, every: list[Labelled], before: int | None
     ) -> Labelled | None:
-        """The label to begin with; None to begin with the rest.
+        """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
 
-        Each of what one filter admits is looked at for the others, until a page is full: that one is to be the filter
-        that admits the fewest, which databases guess badly. Of those that admit many it is the rest, because an index
-        tells whether an operation has a label, and only its row whether the rest admits it.
+        The query walks the matches of the driving filter and tests each of them against the remaining filters until a
+        page is full. So the driver must be the filter with the fewest matches; they are counted here, because databases
+        estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters drive, if there
+        are any: an index is enough to test an operation for a label, but testing the other filters reads its row.
         """
         narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
         if not narrow and len(every) == 1:
@@ -84,7 +88,7 @@ Condition = Callable[[ColumnElement[int]], ColumnElement[bool]]
 
 
 class Labelled:
-    """One of the labels that are looked for."""
+    """The filter for one label of a query."""
 
     def __init__(self, found: Found, index: int, before: int | None) -> None:
         self._table = labels.alias(f"label_{index}")
@@ -93,22 +97,22 @@ class Labelled:
         self._bounds = _bounds(found, self._table.c.operation_id, before)
 
     def ids(self) -> Select[Any]:
-        """The operations that have it."""
+        """Return a query for the ids of the operations with the label."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
     def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
-        """Whether an operation has it."""
+        """Return the condition that an operation has the label."""
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
     def with_rest(self, found: Found, others: Sequence[Condition]) -> Select[Any]:
-        """The operations that have it and that the others admit, and the rest."""
+        """Return a query for the ids of the operations with the label that match all remaining filters."""
         key = self._table.c.operation_id
         rest = _exists(operation, operation.c.id == key, _family(found), *_filters(found), *_times(found))
         return self.ids().where(*(admits(key) for admits in others), rest).order_by(key.desc())
 
 
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
-    # The offset of nothing keeps PostgreSQL from beginning with this one.
+    # OFFSET 0 keeps PostgreSQL from merging this subquery into the outer query and driving the query by it.
     return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
 
 
@@ -116,14 +120,15 @@ def _cursor(after: str | None) -> int | None:
     if after is None:
         return None
     if not (after.isascii() and after.isdigit()) or int(after) > LARGEST:
-        raise UsageError(f"after must be the cursor of a page before; it is {after!r}")
+        raise UsageError(f"after must be the cursor of the previous page; it is {after!r}")
     return int(after)
 
 
 def _parts(found: Found, before: int | None) -> list[Select[Any]]:
-    """The operations that everything but labels admits, in parts that an index has in the order of pages.
+    """Return queries for the operations that match all filters except labels, each in the order of an index.
 
-    Each state is a range of an index in that order; all of them together are not.
+    There is one query per status: within one status an index has the operations in the order of pages, across several
+    statuses it does not.
     """
     own = operation.c
     base = select(own.id).where(_family(found), *_bounds(found, own.id, before), *_times(found))
@@ -137,7 +142,7 @@ def _parts(found: Found, before: int | None) -> list[Select[Any]]:
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
-    """The newest of all parts that meet the conditions."""
+    """Return a query for the newest operations of all parts that meet the conditions."""
     own = operation.c.id
     where = [condition(own) for condition in conditions]
     merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()
@@ -165,7 +170,7 @@ def _filters(found: Found) -> list[ColumnElement[bool]]:
 
 
 def _bounds(found: Found, key: Any, before: int | None) -> list[ColumnElement[bool]]:
-    """Bounds of an identifier, which rises with the time of creation."""
+    """Return the bounds of the id, which increases with the time of creation."""
     bounds: list[ColumnElement[bool]] = []
     if before is not None:
         bounds.append(key < before)
@@ -177,7 +182,7 @@ def _bounds(found: Found, key: Any, before: int | None) -> list[ColumnElement[bo
 
 
 def _times(found: Found) -> list[ColumnElement[bool]]:
-    """The same exactly."""
+    """Return the exact bounds of the time of creation; the bounds of the id allow for rounding."""
     times: list[ColumnElement[bool]] = []
     if found.since is not None:
         times.append(operation.c.created_at >= found.since)

@@ -1,4 +1,4 @@
-"""Group commit: what several threads want to write at the same time shares a transaction."""
+"""Leader/follower group commit: concurrent writes of several threads share a transaction."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kser.errors import StoreUnavailable
 
 Item = TypeVar("Item")
 
-#: As many share a transaction at the most.
+#: Maximum number of writes in one group.
 GROUP_LIMIT: Final = 200
 
 
 class Entry(Generic[Item]):
-    """Something to write, and what came of it.
+    """An item to write, with its result or error.
 
-    :param item: what it is.
+    :param item: the item to write.
     """
 
     __slots__ = ("error", "item", "leads", "led", "result", "wake")
@@ -27,22 +27,23 @@ class Entry(Generic[Item]):
         self.item = item
         self.result: Any = None
         self.error: BaseException | None = None
-        #: Its thread is to run the next group.
+        #: True once the thread of this entry is the leader, which writes the next group.
         self.leads = False
-        #: It has, and handed the lead over.
+        #: True once that thread has written its group and has handed the lead over.
         self.led = False
-        #: Held while its thread waits: the cheapest way to wait that there is.
+        #: Locked while the thread of this entry waits; a bare lock is the cheapest way to wait.
         self.wake = threading.Lock()
 
 
 class Group(Generic[Item]):
-    """Whoever comes while nobody leads runs everything that has come, its own included; the others wait for it.
+    """Leader/follower group commit.
 
-    A thread that is alone is never switched from. When a group has ended, one of those that came meanwhile leads the
-    next one.
+    A thread that finds fewer than ``leaders`` leaders becomes a leader: it writes its own entry and the queued ones as
+    one group, and the other threads block until theirs are written. If only one thread writes, it writes its entry
+    itself, without a thread switch. After a group, the thread of the oldest queued entry leads the next group.
 
-    :param run: writes entries and gives each a result or an error.
-    :param leaders: how many groups may be written at the same time.
+    :param run: writes a group of entries, and sets a result or an error on each.
+    :param leaders: maximum number of groups that are written at the same time.
     """
 
     def __init__(self, run: Callable[[Sequence[Entry[Item]]], None], leaders: int) -> None:
@@ -53,17 +54,18 @@ class Group(Generic[Item]):
         self._waiting: deque[Entry[Item]] = deque()
 
     def write(self, item: Item) -> Any:
-        """Write something; returns what came of it, or raises that."""
+        """Write an item with the next group; return its result or raise its error."""
         entry = Entry(item)
         try:
             self._queue(entry)
             if not entry.leads:
-                # Released by whoever has written it, or hands the lead over.
+                # Blocks until a leader has written this entry or hands the lead over to this thread.
                 entry.wake.acquire()
             if entry.leads:
                 self._lead(entry)
         except BaseException:
-            # What is raised in a thread that waits must not keep the others waiting for it.
+            # An exception in this thread, such as KeyboardInterrupt while it waits, must not block the other threads:
+            # remove the entry from the queue, and hand the lead over.
             self._forsake(entry)
             raise
         if entry.error is not None:
@@ -95,7 +97,7 @@ class Group(Generic[Item]):
             self._run(group)
         except BaseException as error:
             for entry in group:
-                entry.error = StoreUnavailable(f"the thread that wrote for several was stopped: {error!r}")
+                entry.error = StoreUnavailable(f"the thread that wrote this group commit was interrupted: {error!r}")
             raise
         finally:
             own.led = True

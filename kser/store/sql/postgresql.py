@@ -1,4 +1,4 @@
-"""PostgreSQL through psycopg 3, with a pool."""
+"""PostgreSQL through psycopg 3, with a connection pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.sql.database import Database, Repeat, Transaction
 from kser.store.sql.statements import CLOCK
 
-#: A server that is gone is noticed in seconds.
+#: Connection options. The timeouts and keepalives detect a lost server within seconds.
 CONNECT: Final = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -24,8 +24,9 @@ CONNECT: Final = {
     "application_name": "kser",
 }
 
-#: Nobody waits for long, above all not for a process that stands still in a transaction. What runs more than a few
-#: times is planned once, perhaps when tables are empty: each of our statements is one for indexes, whatever their size.
+#: Session settings. The timeouts limit how long a session waits, above all for a process that hangs inside a
+#: transaction. Prepared statements are planned once, possibly while the tables are still empty, so disable sequential
+#: scans, hash joins and merge joins: every statement is written for an index, whatever the size of the tables.
 SESSION: Final = """\
 SET statement_timeout = '30s';
 SET lock_timeout = '10s';
@@ -37,45 +38,46 @@ SET max_parallel_workers_per_gather = 0;
 SET jit = off
 """
 
-#: Seconds after which the distance between the two clocks is measured again.
+#: Seconds after which the offset between the local clock and the server's clock is measured again.
 MEASURE_SECONDS: Final = 60.0
 
-#: Classes of SQLSTATE that say that something is wrong with what is to be stored: with the data, with constraints, or
-#: beyond the server's limits. Everything else may pass.
+#: SQLSTATE classes of permanent errors: invalid data, violated constraints, exceeded limits of the server. All other
+#: errors may be temporary.
 DATA_ERRORS: Final = ("21", "22", "23", "44", "54")
-#: Another transaction was in the way.
+#: SQLSTATEs of conflicts with another transaction: a serialization failure and a deadlock.
 CONFLICTS: Final = ("40001", "40P01")
 
-#: The connection is gone, or goes now.
+#: SQLSTATE prefixes of errors after which the connection is closed.
 LOST: Final = ("08", "25P03", "57P")
 
 ADVICE: Final = {
-    "08": "see whether the server runs and can be reached",
-    "25P03": "this process stood still in a transaction for longer than 10 s",
-    "25": "the server takes no writes: it may be a standby",
-    "28": "see the user and the password in the address",
+    "08": "check that the server is running and reachable",
+    "25P03": "this process was stopped inside a transaction for longer than 10 s",
+    "25": "the server accepts no writes: it may be a standby",
+    "28": "check the user and the password in the address",
     "3D": "create the database",
-    "42": "run: python -m kser.store upgrade, or see what this user may do",
-    "53": "the server has no room: connections, memory or disk",
-    "55": "somebody holds a lock for longer than 10 s",
-    "57": "the server stops, starts, or took longer than 30 s",
+    "42": "run: python -m kser.store upgrade, or check the privileges of this user",
+    "53": "the server has run out of connections, memory or disk space",
+    "55": "another session holds a lock for longer than 10 s",
+    "57": "the server is stopping or starting, or the statement took longer than 30 s",
 }
 
 LOCK_KEY: Final = 0x6B736572  # "kser"
 
 
 class Postgresql(Database):
-    """A server."""
+    """A PostgreSQL server."""
 
     prefix = "postgresql+psycopg"
     packed = True
-    # The second one works while the first waits for the disk.
+    # While the first transaction waits for the disk at its COMMIT, the second one executes.
     writers = 2
-    # Stable within a statement: an index can be used, and what is written twice is the same.
+    # statement_timestamp() is constant within a statement, so conditions on it can use an index, and all columns that a
+    # statement sets to the current time get the same value.
     now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL) -> None:
-        #: Seconds that the server's clock is ahead of ours.
+        #: Seconds by which the server's clock is ahead of the local clock; None before the first measurement.
         self._ahead: float | None = None
         self._measured = 0.0
         super().__init__(url)
@@ -84,10 +86,10 @@ class Postgresql(Database):
         self.engine.dispose()
 
     def _time(self, connection: Any) -> float:
-        # The wall clock, not the monotonic one, which stands still while a machine is suspended.
+        # Use the wall clock: the monotonic clock stops while the machine is suspended.
         if self._ahead is None or abs(time.time() - self._measured) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-            # After the answer: our idea of the server's time is not ahead of it.
+            # Read the local clock after the response, so that the estimate of the server's time is never ahead of it.
             self._measured = time.time()
             self._ahead = there - self._measured
         return time.time() + self._ahead + self.shift
@@ -97,8 +99,8 @@ class Postgresql(Database):
             self.url,
             connect_args=self._arguments(),
             poolclass=QueuePool,
-            # Whoever waits for one of these waits shorter than the server takes to begin a session: half of its work
-            # was to begin those that were closed at once.
+            # Do not overflow the pool: waiting for a pooled connection is faster than opening one, and overflow
+            # connections, which are closed right after use, cost half of the server's time in load tests.
             pool_size=8,
             max_overflow=0,
             pool_use_lifo=True,
@@ -112,7 +114,7 @@ class Postgresql(Database):
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """A connection, which is thrown away when something goes wrong with it."""
+        """Provide a pooled connection; discard it if it is lost, broken or interrupted."""
         pooled = self.engine.raw_connection()
         connection: Any = pooled.driver_connection
         try:
@@ -123,7 +125,7 @@ class Postgresql(Database):
             lost = str(getattr(error, "sqlstate", None)).startswith(LOST)
             if lost or connection.broken or not isinstance(error, Exception):
                 pooled.invalidate()
-                # The others have most likely gone with it.
+                # The other pooled connections are most likely lost too, so replace the pool.
                 self.engine.dispose()
             raise
         finally:
@@ -134,7 +136,8 @@ class Postgresql(Database):
         with self._connection() as connection:
             now = self._time(connection)
             cursor = connection.cursor()
-            # One statement is a transaction of its own, without two more ways to the server and back.
+            # In autocommit mode a single statement is its own transaction, which saves the round trips of BEGIN and
+            # COMMIT.
             if not single:
                 cursor.execute("BEGIN")
             yield Transaction(cursor, self.shift, now, self.packed)
@@ -170,6 +173,7 @@ class Postgresql(Database):
 
 
 def _prepare(connection: Any, _record: Any) -> None:
-    # Transactions are begun and ended by hand: the driver's own cost another round trip.
+    # Transactions are started and committed by explicit statements, because the transactions of the driver cost another
+    # round trip.
     connection.autocommit = True
     connection.execute(SESSION)

@@ -1,4 +1,4 @@
-"""Reading operations that are known."""
+"""Queries for operations by uuid or id."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kser.store.sql.tables import attempt, event, operation, task
 
 
 class Reading:
-    """Statements that read.
+    """The statements that read single operations and their parts.
 
-    :param database: where.
+    :param database: the database to read from.
     """
 
     def __init__(self, database: Database) -> None:
@@ -36,25 +36,25 @@ class Reading:
         self._uuid = database.statement(select(own.uuid).where(own.id == key))
 
     def peek(self, transaction: Transaction, uuid: str) -> OperationRow | None:
-        """See :meth:`kser.store.base.Store.peek`."""
+        """See :meth:`kser.store.base.Store.get_operation`."""
         found = transaction.run(self._by_uuid, {"uuid": uuid}).fetchone()
         return None if found is None else operation_row(found)
 
     def tasks(self, transaction: Transaction, operation_id: int) -> Sequence[TaskRow]:
-        """See :meth:`kser.store.base.Store.tasks`."""
+        """See :meth:`kser.store.base.Store.get_tasks`."""
         return [TaskRow(*row) for row in transaction.run(self._tasks, {"key": operation_id}).fetchall()]
 
     def task(self, transaction: Transaction, operation_id: int, position: int) -> TaskRow | None:
-        """See :meth:`kser.store.base.Store.task`."""
+        """See :meth:`kser.store.base.Store.get_task`."""
         row = transaction.run(self._task, {"key": operation_id, "position": position}).fetchone()
         return None if row is None else TaskRow(*row)
 
     def children(self, transaction: Transaction, root_id: int) -> Sequence[OperationRow]:
-        """See :meth:`kser.store.base.Store.children`."""
+        """See :meth:`kser.store.base.Store.get_children`."""
         return [operation_row(row) for row in transaction.run(self._children, {"key": root_id}).fetchall()]
 
     def get(self, transaction: Transaction, uuid: str) -> Stored | None:
-        """See :meth:`kser.store.base.Store.get`."""
+        """See :meth:`kser.store.base.Store.snapshot`."""
         row = self.peek(transaction, uuid)
         if row is None:
             return None

@@ -1,4 +1,4 @@
-"""Leases, and what the reaper does."""
+"""Leases, due steps and sends."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kser.store.sql.tables import operation
 
 Pairs = Iterable[tuple[int, int]]
 
-#: The wait does not grow beyond this many doublings, which are past the longest one.
+#: Number of doublings after which the resend delay is ``MAX_RESEND_DELAY``; by then the doubled delay exceeds it.
 DOUBLINGS = 20
 
 
 class Reaping:
-    """Statements about leases and what is due.
+    """The statements for leases and due steps.
 
-    :param database: where.
-    :param adding: its statements that add rows.
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
     """
 
     def __init__(self, database: Database, adding: Adding) -> None:
@@ -38,12 +38,13 @@ class Reaping:
         self._renew_free = database.statement(row.update_free(operation, renewed, *mine).returning(own.id))
         unclaimed = (*_same(row), own.owner.is_(None), own.wake_at.is_not(None))
         later = bindparam("seconds", type_=Double)
-        # The later of the two.
+        # The wait starts at due_at or now, whichever is later.
         begin = case((own.due_at > now, own.due_at), else_=now)
         doubled = later * literal_column("1").op("<<")(own.sends)
         wait = case((own.sends >= DOUBLINGS, LONGEST_RESEND), (doubled > LONGEST_RESEND, LONGEST_RESEND), else_=doubled)
         sent = {"sends": own.sends + 1, "sent_at": now, "wake_at": begin + wait}
-        # Whoever holds one now claims it.
+        # Skip locked rows: the transaction that holds the lock is claiming the step, and sends of claimed steps are not
+        # recorded.
         self._sent = database.statement(row.update_free(operation, sent, *unclaimed))
         self._unsent = database.statement(row.update(operation, {"wake_at": now + later}, *unclaimed))
         self._make_due(database)
@@ -63,24 +64,26 @@ class Reaping:
         )
 
     def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
-        """Prolong claims, but for those in a transaction of somebody else's: to wait for many of them while holding
-        others could make that one wait for this one."""
+        """Renew leases, skipping rows that other transactions have locked.
+
+        Waiting for them while holding locks on the renewed rows could deadlock.
+        """
         return _ids(transaction.fetch(self._renew_free, _rows(claims), owner=owner, lease=lease))
 
     def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> set[int]:
-        """Prolong one claim, if it is there."""
+        """Renew the lease of one claim, if the claim exists; wait for its row if another transaction has locked it."""
         return _ids(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
 
     def sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:
-        """See :meth:`kser.store.base.Store.sent`."""
+        """See :meth:`kser.store.base.Store.mark_sent`."""
         transaction.change(self._sent, _rows(steps), seconds=resend_after)
 
     def unsent(self, transaction: Transaction, steps: Pairs, wait: float) -> None:
-        """See :meth:`kser.store.base.Store.unsent`."""
+        """See :meth:`kser.store.base.Store.postpone_send`."""
         transaction.change(self._unsent, _rows(steps), seconds=wait)
 
     def take_due(self, transaction: Transaction, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
-        """See :meth:`kser.store.base.Store.take_due`."""
+        """See :meth:`kser.store.base.Store.take_due_steps`."""
         rows = transaction.run(self._due, {"limit": limit, "expired": int(expired)}).fetchall()
         found: list[Due] = []
         taken: list[dict[str, Any]] = []
@@ -105,5 +108,5 @@ def _same(row: Source) -> tuple[Any, Any]:
 
 
 def _rows(pairs: Pairs) -> list[dict[str, int]]:
-    # Always in one order: else two transactions could wait for each other.
+    # All transactions lock rows in the same order; otherwise two of them could deadlock.
     return [{"id": root_id, "epoch": epoch} for root_id, epoch in sorted(pairs)]

@@ -1,4 +1,4 @@
-"""Between the rows of the contract and those of the tables."""
+"""Conversion between the rows of the contract and the rows of the tables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from kser import status as states
 from kser.store.rows import UNSENT_AFTER, Claimant, NewOperation, NewTask, OperationRow, Target, TaskRow
 from kser.store.sql.tables import operation, task
 
-#: Seconds since 1970 of the first second of 2020, from which identifiers count: with microseconds above and 12 bits of
-#: chance below, 63 bits last until 2091.
+#: Epoch of the ids: the start of 2020 in seconds since 1970. An id has microseconds in its high bits and 12 random low
+#: bits, so 63 bits last until 2091.
 BEGINNING: Final = 1_577_836_800
 CHANCE_BITS: Final = 12
 
-#: Characters of a label that are stored and looked for: PostgreSQL's indexes hold no more than some 2,700 bytes.
+#: Maximum number of characters of a label that are stored and searched, because an index entry of PostgreSQL is limited
+#: to about 2,700 bytes.
 KEY_LIMIT: Final = 128
 VALUE_LIMIT: Final = 512
 
-#: The columns of the tables in the order of the contract's rows.
+#: The columns of the tables, in the field order of the contract's rows.
 OPERATION_COLUMNS: Final = (
     *(operation.c[name] for name in OperationRow._fields if name != "target"),
     operation.c.target_uuid,
@@ -34,14 +35,14 @@ _CANCEL: Final = OperationRow._fields.index("cancel_requested")
 
 
 class Ids:
-    """Identifiers that rise with the time, in each process and nearly so among all."""
+    """A generator of ids that increase with time: strictly in one process, approximately across processes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = 0
 
     def take(self, now: float, count: int) -> int:
-        """The first of so many numbers in a row."""
+        """Reserve ``count`` consecutive ids, and return the first one."""
         with self._lock:
             first = max(id_at(now) + random.getrandbits(CHANCE_BITS), self._last + 1)
             self._last = first + count - 1
@@ -49,29 +50,29 @@ class Ids:
 
 
 def id_at(moment: float) -> int:
-    """The lowest identifier of that time."""
+    """Return the lowest id of a time."""
     return int(max(moment - BEGINNING, 0) * 1_000_000) << CHANCE_BITS
 
 
 def time_of(identifier: int) -> float:
-    """When an identifier was made."""
+    """Return the time at which an id was generated."""
     return BEGINNING + (identifier >> CHANCE_BITS) / 1_000_000
 
 
 def operation_row(row: Sequence[Any]) -> OperationRow:
-    """A row that was read with :data:`OPERATION_COLUMNS`."""
+    """Convert a row that was read with :data:`OPERATION_COLUMNS`."""
     values = [*row[:_PLAIN], Target(*row[_PLAIN : _PLAIN + 3])]
     values[_CANCEL] = bool(values[_CANCEL])
     return OperationRow._make(values)
 
 
 def label(key: str, value: str) -> tuple[str, str]:
-    """A label as it is stored and looked for."""
+    """Return a label, cut to the lengths that are stored and searched."""
     return key[:KEY_LIMIT], value[:VALUE_LIMIT]
 
 
 class NewRows:
-    """The rows of operations that are to be stored, those in them too."""
+    """The rows to insert for new operations, including nested ones."""
 
     def __init__(self) -> None:
         self.operations: list[dict[str, Any]] = []
@@ -79,9 +80,9 @@ class NewRows:
         self.labels: list[dict[str, Any]] = []
 
     def add_root(self, new: NewOperation, first_id: int, claimant: Claimant | None) -> None:
-        """Add a root, claimed by ``claimant`` if there is one.
+        """Add the rows of a root, claimed if ``claimant`` is given.
 
-        :param first_id: as many numbers from there on as there are operations in it (:func:`count`) are free.
+        :param first_id: first of the reserved consecutive ids, one per operation in the root (:func:`count`).
         """
         claimed = {} if claimant is None else {"owner": claimant.owner, "token": claimant.token}
         root = {
@@ -97,7 +98,7 @@ class NewRows:
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, new: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
-        """Add the tasks of an operation, with the operations in them."""
+        """Add the rows of the tasks of an operation, and of the operations nested in them."""
         for position, each in enumerate(new):
             child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, INNER)
             self.tasks.append(
@@ -150,7 +151,7 @@ class NewRows:
         return identifier
 
 
-#: What a new operation that is a task begins with, where a root says whose it is.
+#: Column defaults of a nested operation, for the columns that describe the claim of a root.
 INNER: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,
@@ -163,17 +164,17 @@ INNER: Final[Mapping[str, Any]] = {
 
 
 def count(new: NewOperation) -> int:
-    """How many operations there are in an operation, itself included."""
+    """Count an operation and all operations nested in it."""
     return 1 + count_in(new.tasks or ())
 
 
 def count_in(tasks: Sequence[NewTask]) -> int:
-    """How many operations there are in tasks."""
+    """Count all operations nested in tasks."""
     return sum(count(each.child) for each in tasks if each.child is not None)
 
 
 def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
-    """The uuids of the operations in tasks."""
+    """Return the uuids of all operations nested in tasks."""
     found: list[str] = []
     for each in tasks:
         if each.child is not None:

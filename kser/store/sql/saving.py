@@ -1,4 +1,4 @@
-"""Storing new operations, for many at a time."""
+"""Batched inserts of new operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kser.store.sql.rows import OPERATION_COLUMNS, Ids, NewRows, count, operatio
 
 
 class Save:
-    """An operation to store."""
+    """A request to store an operation, and to claim it if ``claimant`` is given."""
 
     __slots__ = ("claimant", "first_id", "operation")
 
@@ -35,12 +35,12 @@ class Save:
 
 
 class Saving:
-    """Stores operations.
+    """The statements that store new operations.
 
-    :param database: where.
-    :param adding: its statements that add rows.
-    :param claiming: reads what is stored and claimed at once.
-    :param ids: for new operations.
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
+    :param claiming: reads operations that are stored and claimed in the same transaction.
+    :param ids: generates the ids of new operations.
     """
 
     def __init__(self, database: Database, adding: Adding, claiming: Claiming, ids: Ids) -> None:
@@ -51,7 +51,7 @@ class Saving:
             self._at_once = database.statement(_at_once(database))
 
     def store(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | int]:
-        """Store operations, which must not be there yet; returns the claims on them, or their identifiers."""
+        """Store operations that are not stored yet, and return the claim on each, or its id without a claim."""
         rows, events = self._rows(transaction, saves)
         self._adding.add(transaction, rows)
         transaction.change(self._adding.events, events)
@@ -59,20 +59,20 @@ class Saving:
         return self._stored(transaction, saves, rows, self._claiming.rows_of(transaction, claimed))
 
     def fits_at_once(self, saves: Sequence[Save]) -> bool:
-        """Whether :meth:`store_at_once` can store them."""
+        """Return whether :meth:`store_at_once` can store the operations."""
         return all(count(save.operation) == 1 for save in saves)
 
     def store_at_once(self, transaction: Transaction, saves: Sequence[Save]) -> list[Claim | int]:
-        """The same in one statement, for operations without others in them."""
+        """Store operations as :meth:`store` does, in one statement. None of them may have nested operations."""
         rows, events = self._rows(transaction, saves)
         parts = {"operations": rows.operations, "tasks": rows.tasks, "labels": rows.labels, "events": events}
         found = transaction.run(self._at_once, {name: json.dumps(part) for name, part in parts.items()}).fetchall()
         return self._stored(transaction, saves, rows, {row[0]: operation_row(row) for row in found})
 
     def known(self, transaction: Transaction, save: Save) -> Claim | Refusal | None:
-        """What to answer if its uuid is there already; None when it is not.
+        """Return the claim or refusal for an operation that is already stored; None when it is not stored.
 
-        :raises kser.errors.StoreError: a uuid of an operation in it is there.
+        :raises kser.errors.StoreError: the uuid of a nested operation is already stored, or occurs twice.
         """
         for row in self._claiming.rows(transaction, [save.operation.uuid]):
             claimant = save.claimant
@@ -82,11 +82,11 @@ class Saving:
         inner = uuids_in(save.operation.tasks or ())
         taken = [row.uuid for row in self._claiming.rows(transaction, inner)]
         if taken or len(set(inner)) < len(inner):
-            raise StoreError(f"operations with these uuids are stored already, or twice: {', '.join(taken or inner)}")
+            raise StoreError(f"these operation uuids are already stored or not unique: {', '.join(taken or inner)}")
         return None
 
     def _rows(self, transaction: Transaction, saves: Sequence[Save]) -> tuple[NewRows, list[dict[str, Any]]]:
-        """The rows to add, and the events."""
+        """Return the rows and the events to insert."""
         rows = NewRows()
         events = []
         for save in saves:
@@ -113,7 +113,7 @@ class Saving:
 
 
 def _at_once(database: Database) -> Any:
-    """Adds all rows of operations without others in them, and reads those of the operations."""
+    """Return a statement that inserts all rows of operations without nested ones and reads the operation rows."""
     made = adding_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("made")
     tasked = adding_tasks(database, "tasks").cte("tasked")
     labelled = adding_labels(database, "labels").cte("labelled")

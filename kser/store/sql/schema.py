@@ -1,4 +1,4 @@
-"""Which version the tables of a database have, and how they get to be of this one."""
+"""The version of the tables: check and upgrade."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kser.errors import SchemaMismatch
 from kser.store.sql.database import Database
 from kser.store.sql.tables import schema
 
-#: The version that this code makes and needs.
+#: The version of the tables that this code creates and needs.
 VERSION: Final = 1
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -21,15 +21,15 @@ UPGRADE: Final = "python -m kser.store upgrade"
 
 
 class Version(NamedTuple):
-    """What a database says of its tables."""
+    """The version of the tables in a database."""
 
     version: int
-    #: The oldest version of the code that may use them.
+    #: The oldest version of the code that can use the tables.
     oldest: int
 
 
 def version_of(database: Database) -> Version | None:
-    """The version of the tables; None when there are none.
+    """Return the version of the tables; None when the tables do not exist.
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -40,16 +40,16 @@ def version_of(database: Database) -> Version | None:
 
 
 def check(database: Database, *, create: bool) -> None:
-    """See whether the tables are such that this code can use them.
+    """Check that this code can use the tables.
 
-    :param create: make them where there are none; several processes may do so at the same time.
-    :raises kser.errors.SchemaMismatch: this code cannot use them.
+    :param create: True to create missing tables; several processes may do so at the same time.
+    :raises kser.errors.SchemaMismatch: the tables are missing or incompatible.
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
     found = version_of(database)
     if found is None and create:
         with database.migrating() as connection:
-            # Somebody else may have been faster.
+            # Another process may have created the tables meanwhile.
             if _version(connection) is None:
                 _migrate(connection)
             found = _version(connection)
@@ -59,7 +59,7 @@ def check(database: Database, *, create: bool) -> None:
 
 
 def upgrade(database: Database) -> tuple[Version | None, Version]:
-    """Bring the tables to this code's version, or leave newer ones alone; returns the version before and after.
+    """Upgrade the tables to the version of this code, and return the version before and after; skip newer tables.
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -68,12 +68,12 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
         if before is None or before.version < VERSION:
             _migrate(connection)
         after = _version(connection)
-        assert after is not None, "the migrations make the table"
+        assert after is not None, "the migrations create the table"
         return before, after
 
 
 def mismatch(found: Version | None) -> str:
-    """Why this code cannot use tables of that version, and what to do; nothing when it can."""
+    """Return why this code cannot use tables of a version, and what to do; an empty text when it can."""
     if found is None:
         return f"has no tables of kser; run: {UPGRADE}"
     if found.version < VERSION:
@@ -96,14 +96,14 @@ def _version(connection: Connection) -> Version | None:
 def _migrate(connection: Connection) -> None:
     plugins = logging.getLogger("alembic.runtime.plugins")
     if plugins.level == logging.NOTSET:
-        # At INFO it lists its own parts when it is loaded.
+        # At INFO alembic logs each of its plugins while it is imported.
         plugins.setLevel(logging.WARNING)
-    # It takes longer to load than all the rest, and hardly any process needs it.
+    # Import alembic here: its import takes longer than that of all other modules, and few processes need it.
     from alembic import command
     from alembic.config import Config
 
     config = Config()
-    # Percent signs stand for something else there.
+    # alembic interpolates percent signs in options, so escape them.
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

@@ -1,4 +1,4 @@
-"""SQLite: one connection that writes, others that read what is committed and never wait for it."""
+"""SQLite with one writing connection, and with reading ones that see committed data and never wait for the writer."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from kser.errors import KserError, SettingError, StoreError, StoreUnavailable
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.statements import CLOCK
 
-#: Seconds that a statement waits for another process.
+#: Seconds that a statement waits for a lock of another process.
 BUSY_SECONDS: Final = 30.0
 
-#: What a connection keeps of the file at the most.
+#: Maximum size of the page cache of a connection, in KiB.
 CACHE_KIB: Final = 16_384
 
 SYNCHRONOUS: Final = ("FULL", "NORMAL")
 
-#: Codes of what is not the fault of what is to be stored, and what to do about it.
+#: Result codes of errors that are not caused by the data, with advice for the operator.
 TROUBLES: Final = {
-    sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: 'python -m kser.store status' tells",
-    sqlite3.SQLITE_PERM: "this process may not open it",
-    sqlite3.SQLITE_BUSY: "another process writes to it for longer than 30 s",
-    sqlite3.SQLITE_LOCKED: "another connection of this process writes to it",
+    sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: run 'python -m kser.store status'",
+    sqlite3.SQLITE_PERM: "this process is not allowed to open the file",
+    sqlite3.SQLITE_BUSY: "another process has held the write lock for longer than 30 s",
+    sqlite3.SQLITE_LOCKED: "another connection of this process is writing to the file",
     sqlite3.SQLITE_NOMEM: "there is not enough memory",
-    sqlite3.SQLITE_READONLY: "this process may not write to the file, or to its folder",
+    sqlite3.SQLITE_READONLY: "this process is not allowed to write to the file or to its folder",
     sqlite3.SQLITE_INTERRUPT: "",
-    sqlite3.SQLITE_IOERR: "the disk does not work",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it",
+    sqlite3.SQLITE_IOERR: "the disk reported an error",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
     sqlite3.SQLITE_FULL: "the disk is full: make room",
     sqlite3.SQLITE_CANTOPEN: "the folder of the file must exist, and this process must be allowed to write to it",
-    sqlite3.SQLITE_PROTOCOL: "other processes lock it",
+    sqlite3.SQLITE_PROTOCOL: "other processes hold locks on the file",
     sqlite3.SQLITE_SCHEMA: "its tables were changed",
     sqlite3.SQLITE_NOLFS: "the file is larger than the system allows",
     sqlite3.SQLITE_AUTH: "",
-    sqlite3.SQLITE_NOTADB: "the file is no SQLite database",
+    sqlite3.SQLITE_NOTADB: "the file is not a SQLite database",
 }
 
 
 class Sqlite(Database):
-    """A file.
+    """A SQLite file.
 
-    :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions with the power.
+    :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions when the power fails.
     """
 
     prefix = "sqlite"
@@ -61,7 +61,7 @@ class Sqlite(Database):
         if synchronous not in SYNCHRONOUS:
             raise SettingError(f"synchronous must be 'FULL' or 'NORMAL'; it is {synchronous!r}")
         if url.database in (None, "", ":memory:"):
-            raise SettingError("SQLite needs a file, like sqlite:///shop.db; for a store in memory say memory://")
+            raise SettingError("SQLite needs a file, like sqlite:///shop.db; for a store in memory use memory://")
         self._synchronous = synchronous
         self._lock = threading.Lock()
         self._writer: Any = None
@@ -79,7 +79,7 @@ class Sqlite(Database):
         self.engine.dispose()
 
     def _engine(self) -> Engine:
-        # The driver's own transactions are off: they begin too late, and without the right to write.
+        # Disable the implicit transactions of the driver: they start too late, and without the write lock.
         options = {"check_same_thread": False, "isolation_level": None, "timeout": BUSY_SECONDS}
         options = {name: value for name, value in options.items() if name not in self.url.query}
         engine = create_engine(
@@ -117,7 +117,8 @@ class Sqlite(Database):
                     self._drop_writer()
 
     def _transaction(self, cursor: Any) -> Transaction:
-        # Taken inside: whoever waited for the right to write is not of yesterday.
+        # Read the clock inside the transaction, after the write lock was obtained: a time from before the wait for the
+        # lock would be stale.
         now = time.time() + self.shift
         return Transaction(cursor, now, now, self.packed)
 
@@ -147,7 +148,8 @@ class Sqlite(Database):
                 connection.rollback()
             raise
         finally:
-            # A thread that nobody waits for may come after the end: no pool takes its connection back.
+            # A thread that is never joined may still read after close(). No pool takes its connection back then, so
+            # discard it.
             connection.invalidate() if self._closed else connection.close()
 
     @contextmanager
@@ -158,7 +160,7 @@ class Sqlite(Database):
             connection.commit()
 
     def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
-        # Extended codes have the plain one in their lowest byte.
+        # The lowest byte of an extended result code is the primary one.
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in TROUBLES:
             return StoreUnavailable, TROUBLES[code]
@@ -166,7 +168,10 @@ class Sqlite(Database):
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch the file to WAL if it is not, which fails at once while others use it, whatever they may be waited for."""
+    """Switch the file to WAL.
+
+    SQLite ignores the busy timeout for this pragma, so retry while another process has the file open.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:

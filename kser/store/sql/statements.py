@@ -1,7 +1,8 @@
-"""SQL made once from expressions, so that running it costs what the driver costs.
+"""SQL statements that are compiled once from SQLAlchemy expressions.
 
-One row at a time is what SQLite is fastest with; PostgreSQL gets all rows of a statement as one JSON text, which takes
-a fifth of the time that the driver takes for as many parameters.
+Executing a compiled statement costs only the time of the driver. SQLite is fastest with one row at a time. PostgreSQL
+gets all rows of a statement as one JSON text, which takes a fifth of the time that psycopg needs for the same values as
+parameters.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import ClauseElement
 
-#: What a statement knows the time by: the time itself in SQLite, what is added to the server's in PostgreSQL.
+#: Bind parameter for the time: the current time (SQLite) or an offset to the server's clock (PostgreSQL).
 CLOCK: Final = "clock"
-#: All rows of a statement as JSON.
+#: Bind parameter for all rows of a statement as one JSON text.
 ROWS: Final = "rows"
 
 Types = Mapping[str, Any]
 
 
 class Statement:
-    """A statement for one row, or for all rows at once.
+    """A compiled statement, for one row or for all rows at once.
 
-    :param dialect: whose SQL.
+    :param clause: the expression to compile.
+    :param dialect: the SQL dialect of the database.
     """
 
     __slots__ = ("constants", "sql")
@@ -51,11 +53,11 @@ class Statement:
 
 
 class Source:
-    """Where a statement has the values of its rows from.
+    """The source of the row values of a statement: bind parameters, or one JSON text with all rows.
 
-    :param packed: all rows come as one JSON text.
+    :param packed: True for one JSON text.
     :param types: names and types of the values.
-    :param name: of that text.
+    :param name: bind parameter of the JSON text.
     """
 
     def __init__(self, packed: bool, types: Types, name: str = ROWS) -> None:
@@ -74,10 +76,10 @@ class Source:
         return bindparam(name, type_=self._types[name])
 
     def _few(self) -> tuple[ColumnElement[bool], ...]:
-        """Always true, and makes the planner expect a row or so.
+        """Return a condition that is always true and makes the planner estimate about one row.
 
-        It would take a hundred for granted, and rather read the whole table while that is small; and it keeps that plan
-        when the table has grown.
+        Without it the planner estimates 100 rows and prefers to read a small table whole, and it keeps that plan after
+        the table has grown.
         """
         first = next(iter(self._types))
         kind = self._types[first]
@@ -85,17 +87,17 @@ class Source:
         return (number % literal_column("1") == literal_column("0"),)
 
     def insert(self, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
-        """A statement that adds each row."""
+        """Return a statement that inserts each row."""
         if self.packed:
             return insert(table).from_select(list(values), select(*values.values()).select_from(self._rows))
         return insert(table).values(dict(values)).inline()
 
     def update(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """A statement that changes what each row stands for."""
+        """Return a statement that updates the table rows that match each row."""
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_free(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """The same, but for rows that another transaction holds now: nobody is waited for."""
+        """Return a statement like that of :meth:`update` that skips table rows locked by other transactions."""
         if not self.packed:
             return self.update(table, values, *where)
         key = table.c.id
@@ -104,15 +106,15 @@ class Source:
         return update(table).where(key == found.c.id).values(dict(values))
 
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
-        """A statement that deletes what each row stands for."""
+        """Return a statement that deletes the table rows that match each row."""
         return delete(table).where(*where, *self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
-        """A statement that reads what each row stands for."""
+        """Return a statement that reads the table rows that match each row."""
         found = select(*columns).where(*where, *self._where)
         return found.select_from(self._rows, table) if self.packed else found.select_from(table)
 
 
 def types_of(table: Table, *names: str) -> dict[str, Any]:
-    """The types of some columns, by name; of all without names."""
+    """Return the types of the named columns by name; of all columns without names."""
     return {found.name: found.type for found in table.columns if not names or found.name in names}

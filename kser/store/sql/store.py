@@ -1,4 +1,4 @@
-"""The store in a SQL database."""
+"""The store in a SQL database, which delegates the contract to one class per kind of statement."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ EXAMPLES = "sqlite:///shop.db or postgresql+psycopg://user@host/database"
 
 
 class SQLStore(Store):
-    """Operations in a SQLite file or in PostgreSQL.
+    """A store in a SQLite file or in PostgreSQL.
 
-    A SQLite file is made with its tables when it is used first; PostgreSQL gets them from
+    A SQLite file is created with its tables at the first use. In PostgreSQL, create the tables with
     ``python -m kser.store upgrade``.
 
-    :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy takes.
+    :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy
+        accepts.
     :param synchronous: for SQLite: ``"FULL"``, or ``"NORMAL"``, which is faster and loses the last transactions when
         the power fails.
-    :raises kser.errors.SettingError: it is no such address.
+    :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
     """
 
@@ -69,7 +70,7 @@ class SQLStore(Store):
 
     @property
     def _shift(self) -> float:
-        """Seconds that the clock is put forward: for tests."""
+        """Seconds that are added to the clock; used by tests."""
         return self._database.shift
 
     @_shift.setter
@@ -122,7 +123,7 @@ class SQLStore(Store):
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
         found = self._write(lambda transaction: self._reaping.renew_free(transaction, pairs, owner, lease))
-        # SQLite has one writer: none was in anybody's hands.
+        # In SQLite there is only one writer, so no row was locked and skipped; a missing claim is really lost.
         missing = [pair for pair in pairs if pair[0] not in found] if self._database.packed else []
         for pair in missing:
             found |= self._write(partial(self._reaping.renew, claim=pair, owner=owner, lease=lease))
@@ -152,7 +153,7 @@ class SQLStore(Store):
         self._database.close()
 
     def _first(self) -> None:
-        """What is to be done once: SQLite's file is made, and tables that this code would damage are refused."""
+        """Check the schema before the first use: create a SQLite file, and reject incompatible tables."""
         if not self._checked:
             self.check()
 
@@ -173,16 +174,16 @@ class SQLStore(Store):
 
 
 def database_at(uri: str, synchronous: str = "FULL") -> Database:
-    """The database at an address; nothing is connected to.
+    """Return the database at an address, without connecting to it.
 
-    :raises kser.errors.SettingError: it is none that kser works with.
+    :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
     """
     try:
         url = make_url(uri)
     except (ArgumentError, ValueError):
         raise SettingError(
-            "this is no address of a database, such as sqlite:///shop.db or postgresql+psycopg://user@host/database"
+            "the database URI is not valid; use one like sqlite:///shop.db or postgresql+psycopg://user@host/database"
         ) from None
     try:
         if url.drivername in ("sqlite", "sqlite+pysqlite"):
@@ -193,4 +194,4 @@ def database_at(uri: str, synchronous: str = "FULL") -> Database:
         raise MissingDependency(
             f'PostgreSQL needs psycopg ({error}); install it with: pip install "kser[postgresql]"'
         ) from error
-    raise SettingError(f"kser works with {EXAMPLES}, not with {url.drivername}")
+    raise SettingError(f"kser supports databases like {EXAMPLES}, not {url.drivername}")

@@ -1,7 +1,7 @@
-"""The tables, as the newest migration leaves them.
+"""The tables after the newest migration.
 
-Large texts come last in a row, and no index has one: who looks for rows reads none of them. A checkpoint that goes on
-changes no column that an index has.
+Large text columns come last in a row and are in no index, so a search reads none of them. A checkpoint that keeps its
+claim changes no indexed column.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 metadata: Final = MetaData()
 
-#: In SQLite it is the table's own key only by that name.
+#: SQLite uses a primary key as its rowid only if the type is INTEGER.
 _KEY = BigInteger().with_variant(Integer(), "sqlite")
 
 operation: Final = Table(
@@ -145,7 +145,7 @@ label: Final = Table(
 
 Index("kser_label_operation", label.c.operation_id)
 
-#: One row: which version the tables have, and the oldest version of the code that may still use them.
+#: One row: the version of the tables, and the oldest version of the code that can use them.
 schema: Final = Table(
     "kser_schema",
     metadata,

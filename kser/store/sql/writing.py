@@ -1,4 +1,4 @@
-"""What workers write, in groups: operations to store, claims, checkpoints."""
+"""Batched writes of workers: new operations, claims and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kser.store.sql.saving import Save, Saving
 Work = Save | Take | Checkpoint
 Result = TypeVar("Result")
 
-#: Stands for a result that a group could not give: its entry is written alone.
+#: Marks an entry that was not written with its batch; it is written in a transaction of its own.
 ALONE: Final = object()
 
 
 class Sorts:
-    """Entries by what is done with them, each under its index.
+    """A batch of entries, grouped by kind of write and keyed by index.
 
-    :param entries: what is to be written.
+    :param entries: the entries to write.
     """
 
     def __init__(self, entries: Sequence[Entry[Work]]) -> None:
@@ -43,15 +43,16 @@ class Sorts:
             elif isinstance(work, Take):
                 self.takes[index] = work
             elif work.root_id not in roots:
-                # Of two for one root the second is left out, and written alone.
+                # Only the first of two checkpoints for one root joins the batch; the second is written in a transaction
+                # of its own.
                 roots.add(work.root_id)
                 self.checkpoints[index] = work
 
 
 class Writing:
-    """Writes for all threads.
+    """The writer of all threads, with a group commit.
 
-    :param database: where.
+    :param database: the database to write to.
     """
 
     def __init__(self, database: Database) -> None:
@@ -63,11 +64,12 @@ class Writing:
         self._database = database
         kinds: tuple[type[Work], ...] = (Save, Take, Checkpoint)
         one: Group[Work] = Group(self._run, database.writers)
-        # A statement is a transaction of its own where it can be: there different kinds have nothing to share.
+        # PostgreSQL writes a batch in one statement, which is its own transaction, and one statement can write only one
+        # kind. So each kind has a group there; SQLite has one group, whose transactions are shared by all kinds.
         self._groups = {kind: Group(self._run, database.writers) if database.packed else one for kind in kinds}
 
     def write(self, work: Work) -> Any:
-        """Write something, with what others write at the same time."""
+        """Write one item, batched with the concurrent writes of other threads."""
         return self._groups[type(work)].write(work)
 
     def _run(self, entries: Sequence[Entry[Work]]) -> None:
@@ -79,17 +81,20 @@ class Writing:
             trouble = error
         for entry, result in zip(entries, results, strict=True):
             if result is not ALONE:
-                # What was written before the database went away stays written.
+                # This entry was committed before the database became unavailable, so its result is valid.
                 entry.result = result
             elif trouble is None:
                 self._run_alone(entry)
             else:
-                # Each thread raises its own.
+                # Each thread raises its own object: raising one object in several threads would mix their tracebacks.
                 entry.error = type(trouble)(trouble.message)
                 entry.error.__cause__ = trouble.__cause__
 
     def _fastest(self, entries: Sequence[Entry[Work]], results: list[Any]) -> None:
-        """Write entries as they can be, in one statement or in one transaction; what is left is to be written alone."""
+        """Write entries in one statement, then the remaining ones in one transaction.
+
+        The result of an entry that was not written in either way stays ``NOT_WRITTEN``.
+        """
         left, sorts = list(range(len(entries))), Sorts(entries)
         for way in (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,):
             with suppress(StoreError, Uneven):
@@ -101,7 +106,7 @@ class Writing:
             sorts = Sorts([entries[index] for index in left])
 
     def _fits_at_once(self, sorts: Sorts) -> bool:
-        """Whether one statement can write it: on a server a group is of one kind."""
+        """Return whether one statement can write the batch. On PostgreSQL all its entries are of one kind."""
         return (
             self._database.packed
             and self.recording.fits_at_once(list(sorts.checkpoints.values()))
@@ -109,7 +114,10 @@ class Writing:
         )
 
     def _at_once(self, sorts: Sorts) -> list[Any]:
-        """Write what most likely fits in one statement; what does not is left out, or makes it fail."""
+        """Write a batch in one statement.
+
+        A claim that this statement cannot make is left out; any other entry that does not fit fails the statement.
+        """
         found: list[tuple[int, Any]] = []
         with self._database.write(single=True) as transaction:
             if sorts.checkpoints:
@@ -125,7 +133,7 @@ class Writing:
         return [results.get(index, ALONE) for index in range(sorts.count)]
 
     def _together(self, sorts: Sorts) -> list[Any]:
-        """Write entries in one transaction; what does not fit is left out."""
+        """Write a batch in one transaction. An entry that does not fit fails the whole batch."""
         results: dict[int, Any] = {}
         with self._database.write() as transaction:
             if sorts.checkpoints:
@@ -160,16 +168,17 @@ class Writing:
                     known = self.saving.known(transaction, save)
                     return self.saving.store(transaction, [save])[0] if known is None else known
             except StoreError:
-                # Another process may have stored the same, or taken the same number, in that moment.
+                # Another process may have stored the same operation, or an operation with the same id, between the
+                # check and the insert. The next try reads it.
                 if attempt == ATTEMPTS:
                     raise
         raise AssertionError("not reached")
 
 
 def repeated(call: Callable[[], Result]) -> Result:
-    """What ``call`` gives, called again when another transaction was in its way.
+    """Return the result of ``call``, which is repeated after a conflict with another transaction.
 
-    :raises kser.errors.StoreUnavailable: it always is.
+    :raises kser.errors.StoreUnavailable: every try ended with a conflict.
     """
     for _ in range(ATTEMPTS - 1):
         try:

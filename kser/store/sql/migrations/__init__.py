@@ -1,1 +1,1 @@
-"""How the tables came to be what they are, for alembic: a module for each version in ``versions``."""
+"""The alembic migrations of the tables: one module per version in ``versions``."""

@@ -1,4 +1,4 @@
-"""Run by alembic: migrates with the connection that :mod:`kser.store.sql.schema` passes."""
+"""The alembic environment, which migrates with the connection from :mod:`kser.store.sql.schema`."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ context.configure(
     target_metadata=metadata,
     version_table="kser_migration",
 )
-# The transaction is the caller's.
+# Run in the transaction of the caller.
 context.run_migrations()

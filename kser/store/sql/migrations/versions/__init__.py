@@ -1,1 +1,1 @@
-"""One module for each version of the tables: ``v0001`` and so on."""
+"""One module per version of the tables: ``v0001`` and so on."""

@@ -1,4 +1,4 @@
-"""The first tables."""
+"""Version 1 of the tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ down_revision = None
 
 KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
-#: Parts of an index, by what it is restricted to.
+#: Conditions of the partial indexes.
 ROOT, INNER, AWAKE = "parent_id IS NULL", "parent_id IS NOT NULL", "wake_at IS NOT NULL"
 
 
 def upgrade() -> None:
-    """Create them."""
+    """Create the tables."""
     _operation()
     _task()
     _attempt()
@@ -28,7 +28,8 @@ def upgrade() -> None:
     )
     op.bulk_insert(schema, [{"version": 1, "oldest": 1}])
     if op.get_bind().dialect.name == "postgresql":
-        # A checkpoint finds room for its row beside the old one, so that no index has to know.
+        # Leave free space in each page, so that the new version of an updated row fits into the page of the old one.
+        # Such an update (HOT) writes no index entries.
         op.execute("ALTER TABLE kser_operation SET (fillfactor = 60)")
         op.execute("ALTER TABLE kser_task SET (fillfactor = 80)")
 
