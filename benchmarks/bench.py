@@ -1,4 +1,4 @@
-"""What the benchmarks on a broker share: the broker, its topic, the messages, and how a ratio is printed."""
+"""Common code of the benchmarks on Apache Kafka: broker, topics, messages and ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTITIONS = 4
 
 @contextmanager
 def kafka() -> Iterator[str]:
-    """The address of an Apache Kafka: ``KSER_TEST_BOOTSTRAP_SERVERS``, or one of our own that ends with the block."""
+    """Yield the address of Apache Kafka: ``KSER_TEST_BOOTSTRAP_SERVERS``, or a broker started for the block."""
     address = os.environ.get("KSER_TEST_BOOTSTRAP_SERVERS")
     if address:
         yield address
@@ -36,7 +36,7 @@ def kafka() -> Iterator[str]:
 
 
 def new_topic(address: str) -> str:
-    """A new topic."""
+    """Create a topic and return its name."""
     name = f"benchmark-{uuid.uuid4().hex[:8]}"
     admin = KafkaAdminClient(bootstrap_servers=address)
     admin.create_topics([NewTopic(name=name, num_partitions=PARTITIONS, replication_factor=1)])
@@ -45,7 +45,7 @@ def new_topic(address: str) -> str:
 
 
 def message() -> Message:
-    """A message that is 300 bytes on the wire."""
+    """Return a message of 300 bytes on the wire."""
     kmsg = Message(uuid=str(uuid.uuid4()), entrypoint="bench.Noop", params={"order": 42, "customer": ""})
     kmsg.params["customer"] = "x" * (300 - len(kmsg.dumps()))
     assert len(json.dumps(kmsg.dump())) == 300
@@ -53,7 +53,7 @@ def message() -> Message:
 
 
 def fill(address: str, topic: str, count: int) -> None:
-    """Put that many messages on a topic."""
+    """Send ``count`` messages to a topic."""
     producer = confluent_kafka.Producer({"bootstrap.servers": address, "linger.ms": 20})
     for number in range(count):
         producer.produce(topic, message().dumps().encode(), partition=number % PARTITIONS)
@@ -65,7 +65,7 @@ def fill(address: str, topic: str, count: int) -> None:
 
 
 def compare(what: str, ours: Callable[[], float], bare: Callable[[], float]) -> None:
-    """Measure both in turn, and print the medians and their ratio."""
+    """Measure both alternately, and print the medians and their ratio."""
     pairs = [(ours(), bare()) for _ in range(ROUNDS)]
     kser, client = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"{what}: kser {kser:,.0f}/s, bare client {client:,.0f}/s, ratio {kser / client:.2f}")

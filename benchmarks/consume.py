@@ -1,7 +1,8 @@
-"""Messages a second through a consumer, on Apache Kafka: kser in its safe mode, and others beside it in one run.
+"""Messages per second through a consumer on Apache Kafka: kser with commit="after", compared with others in one run.
 
-No-op tasks, 300-byte messages, 4 partitions, logs at WARNING. Each reads the same topic from its beginning, in turn, in
-a process of its own. kafka-python is measured as it installs, without crc32c, and with it, as kser installs it.
+No-op tasks, 300-byte messages, 4 partitions, logs at WARNING. The subjects read the same topic from its beginning, one
+after the other, each in its own process. kafka-python is measured without crc32c, its default installation, and with
+it, as kser installs it.
 
 Usage: ``python benchmarks/consume.py [COUNT [ORACLE_PYTHON [FASTSTREAM_PYTHON]]]`` (100,000 messages by default).
 """
@@ -19,12 +20,12 @@ from pathlib import Path
 from bench import ROUNDS, fill, kafka, new_topic
 
 CHILDREN = Path(__file__).parent / "consumers"
-#: Messages that FastStream and 0.8.27 get: they are slow, and their rate does not depend on it.
+#: Messages for FastStream and 0.8.27, which are slow; their rate does not depend on the number.
 FEWER = 20_000
 
 
 def rate(python: str, script: str, *arguments: object) -> float:
-    """What one process prints."""
+    """Run a measurement in its own process, and return the rate that it prints."""
     command = [python, str(CHILDREN / script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600)
     return float(done.stdout.split()[-1])

@@ -1,10 +1,10 @@
-"""Milliseconds that `find` takes for a page of 50 among 1,000,000 operations, on SQLite and on PostgreSQL.
+"""Milliseconds of ``find`` for a page of 50 out of 1,000,000 operations, on SQLite and PostgreSQL.
 
-Through the registry, as users call it, for each combination of filters: status, entrypoint, since, a label of metadata,
-and the cursor of a page before. Each combination is asked for some times with values in turn; median and maximum.
+Calls go through the registry, for each combination of the filters status, entrypoint, since, one metadata key, and the
+cursor of a previous page. Each combination runs several times with different values; median and maximum are printed.
 
-Of the operations 90% are SUCCESS, 5% FAILED, 3% CANCELLED, 1% RUNNING and 1% PENDING, of 20 entrypoints over 90 days.
-Each has a customer, of 10,000, and a region, of 5, in its metadata; params and results have 300 bytes.
+90% of the operations are SUCCESS, 5% FAILED, 3% CANCELLED, 1% RUNNING and 1% PENDING, with 20 entrypoints over 90 days.
+The metadata of each has one of 10,000 customers and one of 5 regions; params and results have 300 bytes.
 
 Usage: ``python benchmarks/find.py [COUNT [sqlite | postgresql]]``.
 """
@@ -47,7 +47,7 @@ RESULT: Final = json.dumps({"uuid": "", "retcode": 0, "stdout": "x" * 220, "stde
 
 
 def operations(count: int, now: float, chance: random.Random) -> Iterator[dict[str, Any]]:
-    """Rows of operations, from the oldest on."""
+    """Generate the rows of operations, oldest first."""
     for number in range(count):
         created = now - DAYS * 86400 * (count - number) / count
         status = chance.choice(STATES)
@@ -68,21 +68,21 @@ def operations(count: int, now: float, chance: random.Random) -> Iterator[dict[s
 
 
 def labels(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    """What these operations are found by."""
+    """Generate the rows of searchable metadata for these operations."""
     for row in rows:
         for key, value in json.loads(row["metadata"]).items():
             yield key, value, row["id"]
 
 
 def values(table: Table, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """Rows in the order of the table's columns; what is not given is NULL, or 0 where that is not allowed."""
+    """Generate rows in the order of the table's columns; missing values are NULL, or 0 in a NOT NULL column."""
     columns = [(column.name, None if column.nullable else 0) for column in table.columns]
     for row in rows:
         yield tuple(row.get(name, default) for name, default in columns)
 
 
 def fill(uri: str, count: int, seed: int) -> None:
-    """Fill a database with operations and their labels, in bulk."""
+    """Fill a database in bulk with operations and their searchable metadata."""
     now = time.time()
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -106,12 +106,12 @@ def fill(uri: str, count: int, seed: int) -> None:
             for label in labels(rows()):
                 copy.write_row(label)
     with psycopg.connect(address, autocommit=True) as connection:
-        # What autovacuum does some time later.
+        # Autovacuum would do this later, and the planner needs the statistics now.
         connection.execute("VACUUM ANALYZE")
 
 
 def queries(chance: random.Random, now: float) -> dict[str, list[dict[str, Any]]]:
-    """What is looked for, by the names of the filters."""
+    """Return the queries, by the names of their filters."""
     filters: dict[str, Any] = {
         "status": lambda: {"status": chance.choice(["SUCCESS", "FAILED", "CANCELLED", "RUNNING", "PENDING"])},
         "entrypoint": lambda: {"entrypoint": chance.choice(ENTRYPOINTS)},
@@ -129,7 +129,7 @@ def queries(chance: random.Random, now: float) -> dict[str, list[dict[str, Any]]
 
 
 def measure(registry: OperationRegistry, asked: list[dict[str, Any]], cursors: bool) -> tuple[float, float, int] | None:
-    """Median and maximum in milliseconds, and the rows of all pages; None where no page has a next one."""
+    """Return median and maximum in milliseconds and the number of rows; None if no page has a next one."""
     times, rows = [], 0
     for query in asked:
         after = None
@@ -145,7 +145,7 @@ def measure(registry: OperationRegistry, asked: list[dict[str, Any]], cursors: b
 
 
 def report(name: str, uri: str, count: int, seed: int) -> None:
-    """Fill a database, ask it, and print how long that takes."""
+    """Fill a database, run the queries, and print their times."""
     store = SQLStore(uri)
     store.check()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Milliseconds from send to the start of the task on an idle consumer, against the bare client's, on Apache Kafka.
+"""Milliseconds from send to the start of the task on an idle consumer, compared with the bare client, on Apache Kafka.
 
 A bare confluent-kafka producer (linger 0) sends a message every 10 ms.
 
@@ -24,7 +24,7 @@ INTERVAL = 0.01
 
 
 def measure(kind: str, address: str, count: int) -> float:
-    """The median of one consumer, in a process of its own."""
+    """Return the median latency of one consumer, measured in its own process."""
     topic = new_topic(address)
     command = [sys.executable, str(CHILDREN / "latency.py"), kind, address, topic, str(count)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE)

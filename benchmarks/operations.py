@@ -1,11 +1,11 @@
-"""Steps a second of stored operations: against the database alone, and against peers, in one run on one machine.
+"""Steps per second of stored operations, compared with the bare database and with peers, in one run on one machine.
 
-Operations of 5 no-op tasks, 50 at the same time, through a consumer with confluent on Apache Kafka; SQLite with FULL
-and WAL, PostgreSQL on loopback as it installs. Everything is measured in turn, each in a process of its own with a
-database of its own; medians of ROUNDS (5).
+Operations of 5 no-op tasks, 50 in flight, through a confluent consumer on Apache Kafka; SQLite with FULL and WAL,
+PostgreSQL on loopback with its default settings. Subjects are measured alternately, each in its own process with its
+own database; medians of ROUNDS (5).
 
 Usage: ``python benchmarks/operations.py [--count 2000] [--peers DIR] [--only PART,...]``. DIR has the environments that
-``benchmarks/peers/setup.sh DIR`` makes. Parts: sqlite, postgresql, distributed, cost, latency, plain, and peers.
+``benchmarks/peers/setup.sh DIR`` creates. Parts: sqlite, postgresql, distributed, cost, latency, plain, and peers.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ PEERS = Path(__file__).parent / "peers"
 PARTS = ("sqlite", "postgresql", "distributed", "cost", "latency", "plain", "peers")
 IN_FLIGHT = 50
 LONG = 10_000
-#: Operations that peers get: they are slow, and their rate does not depend on it.
+#: Operations for peers, which are slow; their rate does not depend on the number.
 FEWER = 400
-#: Milliseconds between two operations where latency is measured.
+#: Seconds between two operations in the measurement of latency.
 INTERVAL = 0.05
 
 Subject = Callable[[], Sequence[float]]
 
 
 class Ratio(NamedTuple):
-    """Two figures of one run, and what is wanted of their ratio."""
+    """Two subjects of one run, and the target of their ratio."""
 
     ours: str
     other: str
@@ -51,12 +51,12 @@ class Ratio(NamedTuple):
 
 
 class World:
-    """Where everything is measured.
+    """The broker, database server and sizes of all measurements.
 
-    :param address: of Apache Kafka.
-    :param server: a PostgreSQL; None when nothing needs one.
-    :param folder: for SQLite's files, on a disk.
-    :param count: operations in a measurement.
+    :param address: the address of Apache Kafka.
+    :param server: the PostgreSQL server; None if no part needs one.
+    :param folder: the folder for SQLite's files, on a disk.
+    :param count: the number of operations per measurement.
     """
 
     def __init__(self, address: str, server: Postgresql | None, folder: Path, count: int) -> None:
@@ -67,7 +67,7 @@ class World:
 
     @contextmanager
     def database(self, kind: str) -> Iterator[str]:
-        """The address of a new database."""
+        """Yield the URI of a new database."""
         if kind == "sqlite":
             with tempfile.TemporaryDirectory(dir=self.folder) as own:
                 yield f"sqlite:///{own}/benchmark.db"
@@ -82,7 +82,7 @@ class World:
     # -- subjects ------------------------------------------------------------------------------------------------------
 
     def operations(self, kind: str, mode: str = "local", workers: int = IN_FLIGHT, steps: int = 5) -> Subject:
-        """kser."""
+        """Return the measurement of kser's stored operations."""
 
         def measure() -> Sequence[float]:
             count = max(self.count * 5 // steps, 1)
@@ -95,7 +95,7 @@ class World:
         return measure
 
     def raw(self, kind: str, together: int) -> Subject:
-        """The driver alone."""
+        """Return the measurement of the bare database driver."""
 
         def measure() -> Sequence[float]:
             with self.database(kind) as uri:
@@ -104,7 +104,7 @@ class World:
         return measure
 
     def latency(self, kind: str) -> Subject:
-        """Milliseconds to the end of the last task, and to the recorded end."""
+        """Return the measurement of milliseconds to the end of the last task, and to the recorded end."""
 
         def measure() -> Sequence[float]:
             count = 200
@@ -124,7 +124,7 @@ class World:
         return measure
 
     def plain(self, topic: str, kind: str | None) -> Subject:
-        """Plain tasks, with a store or without one, and the database calls that they made."""
+        """Return the measurement of plain tasks, with or without a store, and of their database calls."""
 
         def measure() -> Sequence[float]:
             if kind is None:
@@ -136,11 +136,11 @@ class World:
 
     @property
     def plain_count(self) -> int:
-        """Plain tasks in a measurement."""
+        """The number of plain tasks per measurement."""
         return self.count * 10
 
     def peer(self, python: Path, script: str, kind: str | None) -> Subject:
-        """A peer, in its environment."""
+        """Return the measurement of a peer in its environment."""
 
         def measure() -> Sequence[float]:
             count = min(self.count, FEWER)
@@ -153,7 +153,7 @@ class World:
         return measure
 
     def _send(self, topic: str, count: int) -> None:
-        """Put operations on a topic."""
+        """Send operations to a topic."""
         producer = confluent_kafka.Producer({"bootstrap.servers": self.address, "linger.ms": 20})
         for number in range(count):
             kmsg = Message(str(uuid.uuid4()), "__main__.Five", params={"order": number})
@@ -164,17 +164,17 @@ class World:
 
 
 def command_of(script: str, *arguments: object) -> list[str]:
-    """A program of ours."""
+    """Return the command of a program in ``consumers``."""
     return [sys.executable, str(CHILDREN / script), *map(str, arguments)]
 
 
 def child(script: str, *arguments: object) -> Sequence[float]:
-    """What a program of ours prints."""
+    """Run a program in ``consumers``, and return the numbers that it prints."""
     return run(command_of(script, *arguments))
 
 
 def run(command: list[str]) -> Sequence[float]:
-    """What a process prints in its last line."""
+    """Run a process, and return the numbers in its last line of output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -182,12 +182,12 @@ def run(command: list[str]) -> Sequence[float]:
 
 
 def numbers(text: str) -> Sequence[float]:
-    """The numbers in the last line."""
+    """Return the numbers in the last line of a text."""
     return [float(word) for word in text.strip().splitlines()[-1].split()]
 
 
 def fsync_milliseconds(folder: Path) -> float:
-    """How long the disk takes to keep 4 KiB."""
+    """Return the median time of an fsync of 4 KiB."""
     times = []
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(500):
@@ -199,11 +199,11 @@ def fsync_milliseconds(folder: Path) -> float:
     return statistics.median(times) * 1000
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- comparisons -------------------------------------------------------------------------------------------------------
 
 
 def databases(world: World, kind: str, driver: str, name: str) -> tuple[dict[str, Subject], list[Ratio]]:
-    """In one consumer, against the driver alone."""
+    """Compare operations in one consumer with the bare database driver."""
     ours = f"kser in one consumer, {name}"
     floors = {f"raw {driver}, one step a transaction": 1, f"raw {driver}, {IN_FLIGHT} steps a transaction": IN_FLIGHT}
     subjects = {ours: world.operations(kind)} | {name: world.raw(kind, number) for name, number in floors.items()}
@@ -211,7 +211,7 @@ def databases(world: World, kind: str, driver: str, name: str) -> tuple[dict[str
 
 
 def cost(world: World) -> tuple[dict[str, Subject], list[Ratio]]:
-    """A step in a long operation, one operation at a time."""
+    """Compare the cost of a step in short and long operations, one operation at a time."""
     subjects: dict[str, Subject] = {}
     ratios = []
     for kind, name in (("sqlite", "SQLite"), ("postgresql", "PostgreSQL")):
@@ -223,7 +223,7 @@ def cost(world: World) -> tuple[dict[str, Subject], list[Ratio]]:
 
 
 def plain(world: World) -> tuple[dict[str, Subject], list[Ratio]]:
-    """What a store adds to a task that is in no operation."""
+    """Compare plain tasks, which belong to no operation, with and without a store."""
     topic = new_topic(world.address)
     fill(world.address, topic, world.plain_count)
     without, beside = "plain tasks without a store", "plain tasks beside a store (SQLite)"
@@ -232,7 +232,7 @@ def plain(world: World) -> tuple[dict[str, Subject], list[Ratio]]:
 
 
 def peers(world: World, folder: Path) -> tuple[dict[str, Subject], list[Ratio]]:
-    """Peers whose environments are there."""
+    """Compare kser with the peers whose environments exist."""
     subjects: dict[str, Subject] = {}
     ratios = []
     for name, script, kind, ours, title, wanted in (
@@ -250,7 +250,7 @@ def peers(world: World, folder: Path) -> tuple[dict[str, Subject], list[Ratio]]:
 
 
 def figures(world: World, parts: Sequence[str], folder: Path | None) -> tuple[dict[str, Subject], list[Ratio]]:
-    """Everything that is to be measured."""
+    """Return the subjects and ratios of the selected parts."""
     subjects: dict[str, Subject] = {}
     ratios: list[Ratio] = []
     found: list[tuple[dict[str, Subject], list[Ratio]]] = []
@@ -276,7 +276,7 @@ def figures(world: World, parts: Sequence[str], folder: Path | None) -> tuple[di
 
 
 def report(medians: dict[str, list[float]], ratios: list[Ratio]) -> None:
-    """Print what was measured."""
+    """Print the medians and ratios."""
     for name, values in medians.items():
         if name.startswith("latency"):
             print(f"{name}: p50 {values[0]:.2f} ms to the end of its last task, {values[1]:.2f} ms to its recorded end")

@@ -1,6 +1,7 @@
-"""Messages a second: kser's producer against the bare kafka-python producer, on Apache Kafka, every delivery checked.
+"""Messages per second of kser's producer and the bare kafka-python producer, on Apache Kafka, all deliveries checked.
 
-``bulk_send`` against ``send`` of ready bytes, ``flush`` and a look at each future; ``send`` against ``send().get()``.
+``bulk_send`` is compared with ``send`` of encoded bytes, ``flush`` and a check of each future, and ``send`` with
+``send().get()``.
 
 Usage: ``python benchmarks/produce.py [COUNT]`` (50,000 messages by default; a tenth of it for single sends).
 """

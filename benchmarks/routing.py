@@ -1,8 +1,7 @@
 """Raw bytes of a 300-byte message through ``Controller.run`` to a no-op task: kser, kser 0.8.27 and the floor.
 
-The floor is what no implementation can leave out: ``json.loads``, a ``Result``, ``json.dumps``. All three run side by
-side: the rounds alternate, and each figure is the median of its rounds. Lock files are in memory, where 0.8.27 is at
-its best.
+The floor is the minimum work of any implementation: ``json.loads``, a ``Result``, ``json.dumps``. The rounds of all
+three alternate, and each figure is the median of its rounds. Lock files are in memory, where 0.8.27 is fastest.
 
 Usage: ``python benchmarks/routing.py ORACLE_PYTHON`` (the interpreter of an environment that has kser 0.8.27).
 """
@@ -25,7 +24,7 @@ ROUNDS = 7
 
 
 def message() -> bytes:
-    """A message of 300 bytes, as a producer sends it."""
+    """Return a message of 300 bytes, encoded as a producer sends it."""
     data = {
         "uuid": "872c3be0-51ac-457f-a4d9-12c2f7667b80",
         "entrypoint": "__main__.Noop",
@@ -44,7 +43,7 @@ def message() -> bytes:
 
 
 def measure(run, seconds: float = 0.4) -> float:
-    """Calls of ``run`` a second."""
+    """Return the calls of ``run`` per second."""
     raw = message()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
@@ -55,7 +54,7 @@ def measure(run, seconds: float = 0.4) -> float:
 
 
 def floor(raw: bytes) -> str:
-    """What no implementation can leave out."""
+    """Do the minimum work of any implementation."""
     from cdumay_result import Result
 
     data = json.loads(raw)
@@ -64,7 +63,7 @@ def floor(raw: bytes) -> str:
 
 
 def serve() -> None:
-    """Measure what each line of standard input asks for, in whatever environment this runs in."""
+    """Run one measurement per line of standard input, in the environment of this interpreter."""
     from kser.controller import Controller
     from kser.entry import Entrypoint
 
@@ -85,7 +84,7 @@ def serve() -> None:
 
 
 class Server:
-    """A process that measures in one environment."""
+    """A process that runs measurements in one environment."""
 
     def __init__(self, python: str, lock_path: str, **environment: str) -> None:
         self._process = subprocess.Popen(
@@ -97,13 +96,13 @@ class Server:
         )
 
     def ask(self, what: str) -> float:
-        """One round."""
+        """Run one round, and return its rate."""
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._process.stdin.close()
         self._process.wait()
 

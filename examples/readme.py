@@ -18,7 +18,7 @@ class Charge(Task):
 
 @oregistry.subscribe
 class Ship(Task):
-    def run(self):  # self.result has what Charge returned
+    def run(self):  # self.result holds the result of Charge
         return Result(stdout="shipped with receipt {receipt}".format(**self.result.retval))
 
 

@@ -1,11 +1,11 @@
-"""The examples of the documentation, from start to end; ``scripts/demo`` starts them.
+"""Runner of the documentation's examples, started by ``scripts/demo``.
 
-One process, this one, has the broker. Each program of the example runs in another one.
+This process runs the broker. Each program of the example runs in its own process.
 
-dice    the documented consumer; then the documented producer and ``launch.py`` send to it. It ends when the consumer
-        has logged the results of both; then both logs are shown.
-shop    two workers with one database; when both have joined their groups, a buyer sends two operations, resumes what
-        failed, and shows what became of each task.
+dice    Starts the documented consumer, then the documented producer and ``launch.py``, which send to it. Ends when the
+        consumer has logged the results of both, then shows both logs.
+shop    Starts two workers with one database. When both have joined their groups, a buyer sends two operations, resumes
+        them after they failed, and shows the attempts of each task.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from kser.errors import KserError
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
-#: Joining a group takes about 3 s, everything else about 2 s, or 5 s in the shop; the rest is for slow machines.
+#: Time limit of a demo. Joining a group takes about 3 s, the rest 2 s (dice) or 5 s (shop); slow machines need more.
 DEADLINE_SECONDS = 25
-#: Of a consumer that was asked to end.
+#: Time limit of a consumer's shutdown, after which it is killed.
 GRACE_SECONDS = 5
 
 DICE_RESULTS = tuple(f"Controller.Success: __main__.{name}[" for name in ("DiceRoll", "DiceLaunch"))
-#: What kafka-python logs when a consumer has its partitions.
+#: Log line of kafka-python when a consumer has joined its group.
 JOINED = "Setting newly assigned partitions"
 
-# What kser logs begins with "<Class>.<Action>" or with the registry's name. The Kafka client's lines of level INFO are
-# cut, everything else is shown as it was written: also its warnings, and tracebacks, which have no level.
-# Of these, one is cut too: a consumer that joins before it has the topic's metadata asks again, and has it then.
+# The output omits INFO lines of the Kafka client; lines of kser match KSER_MESSAGE, for example "<Class>.<Action>". All
+# other lines are shown unchanged, including warnings of the client and tracebacks, which have no level. One warning is
+# omitted: a consumer that joins before it has the topic's metadata requests it again and then succeeds.
 INFO_LINE = re.compile(r"\S+ \S+ (INFO|WARNING(?= +No partition metadata for topic)) +(?P<message>.*)")
 KSER_MESSAGE = re.compile(
     r"\w+\.\w+(\.\.\.|:| )|\w+: commit=|[\w.]+\[[\w-]+\](:| of operation )|Operation registry: |Consumer is paused"
@@ -50,11 +50,11 @@ KSER_MESSAGE = re.compile(
 
 
 class DemoError(Exception):
-    """The demo cannot go on."""
+    """A failure that ends the demo."""
 
 
 class Stopped(Exception):
-    """A signal asks the demo to end."""
+    """A stop signal for the demo."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.strsignal(number))
@@ -62,10 +62,10 @@ class Stopped(Exception):
 
 
 class Program:
-    """One of the example programs, running, with what it has written so far.
+    """A running example program and its output so far.
 
-    :param name: what the demo calls it.
-    :param path: where it is.
+    :param name: the name of the program in messages of the demo.
+    :param path: the path of the program.
     """
 
     def __init__(self, name: str, path: Path, environment: dict[str, str], news: queue.SimpleQueue[int]) -> None:
@@ -87,7 +87,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """The number of its process."""
+        """The process id."""
         return self._process.pid
 
     @property
@@ -96,17 +96,17 @@ class Program:
         return self._process.poll()
 
     def has_logged(self, text: str) -> bool:
-        """Whether some line has ``text`` in it."""
+        """Return whether a line of the output contains ``text``."""
         return any(text in line for line in self.lines)
 
     def terminate(self) -> None:
-        """Ask it to end: once, because a consumer that is asked again ends at once."""
+        """Send SIGTERM, at most once, because a second signal makes a consumer exit immediately."""
         if not self._asked:
             self._asked = True
             self._process.terminate()
 
     def stop(self) -> None:
-        """Ask it to end, see to it that it does, and read what it has left to say."""
+        """Terminate the process, kill it after ``GRACE_SECONDS``, and read the rest of its output."""
         self.terminate()
         try:
             self._process.wait(GRACE_SECONDS)
@@ -126,9 +126,9 @@ class Program:
 
 
 class Demo(ABC):
-    """An example: its programs, and the one queue that wakes the demo up: 0 for news, else a signal."""
+    """An example with its programs and the queue that wakes the demo: 0 for new output, else a signal number."""
 
-    #: Topics of the broker.
+    #: The topics of the broker.
     topics: ClassVar[tuple[str, ...]]
 
     def __init__(self, broker: EmbeddedBroker, news: queue.SimpleQueue[int]) -> None:
@@ -140,21 +140,21 @@ class Demo(ABC):
 
     @abstractmethod
     def play(self) -> None:
-        """Start the programs, and wait until there is something to show."""
+        """Start the programs, and wait until their output is complete."""
 
     @abstractmethod
     def show(self) -> None:
-        """Show what came of it."""
+        """Show the output of the programs."""
 
     def stop(self) -> None:
-        """End whatever still runs."""
+        """Stop all programs that still run."""
         for program in self.programs:
             program.terminate()
         for program in self.programs:
             program.stop()
 
     def _environment(self, **settings: str) -> dict[str, str]:
-        """The caller's environment with this demo's settings in place of the caller's own."""
+        """Return the caller's environment with this demo's kser settings instead of the caller's."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KSER_")}
         return {**environment, **settings}
 
@@ -165,13 +165,13 @@ class Demo(ABC):
         return program
 
     def _consume(self, path: Path, environment: dict[str, str], name: str = "", what: str = "") -> Program:
-        """Start a program that is to run until the end."""
+        """Start a program that must run until the end of the demo."""
         program = self._start(path, environment, name, what)
         self._consumers.append(program)
         return program
 
     def _finish(self, path: Path, environment: dict[str, str]) -> None:
-        """Run a program that ends by itself."""
+        """Run a program to its end."""
         program = self._start(path, environment)
         self._wait(f"{program.name} to end", lambda: program.status is not None)
         if program.status != 0:
@@ -186,7 +186,7 @@ class Demo(ABC):
                 raise DemoError(f"{program.name} ended with exit status {program.status} when it was asked to end")
 
     def _wait(self, what: str, condition: Callable[[], bool]) -> None:
-        """Until ``condition`` is true."""
+        """Wait until ``condition`` is true."""
         while not condition():
             for program in self._consumers:
                 if program.status is not None:
@@ -195,7 +195,7 @@ class Demo(ABC):
             try:
                 number = self._news.get(timeout=max(0.0, self._deadline - time.monotonic()))
             except queue.Empty:
-                raise DemoError(f"waited for {what}, in vain: {DEADLINE_SECONDS} s are over") from None
+                raise DemoError(f"timed out after {DEADLINE_SECONDS} s while it waited for {what}") from None
             if number:
                 raise Stopped(number)
 
@@ -233,7 +233,7 @@ class Shop(Demo):
             try:
                 self._play(Path(folder))
             finally:
-                # Nobody must write to the database when its folder goes.
+                # Stop the workers before the folder is removed, because they write to the database in it.
                 self.stop()
 
     def _play(self, folder: Path) -> None:
@@ -261,18 +261,18 @@ DEMOS: dict[str, type[Demo]] = {"dice": Dice, "shop": Shop}
 
 
 def say(text: str) -> None:
-    """Tell the reader how far it is; standard output is for the logs."""
+    """Print progress on standard error, because standard output is for the logs."""
     sys.stderr.write(f"kser: {text}\n")
 
 
 def show(heading: str, lines: list[str]) -> None:
-    """A log under its heading, indented as on the documentation's page."""
+    """Print a log under a heading, indented as on the documentation's page."""
     sys.stdout.write(f"\n{heading}::\n\n" + "".join(f"    {line}\n" for line in lines))
     sys.stdout.flush()
 
 
 def without_client_noise(lines: list[str]) -> list[str]:
-    """The lines without those of level INFO that are the Kafka client's."""
+    """Return the lines without the Kafka client's INFO lines."""
     kept = []
     for line in lines:
         info = INFO_LINE.fullmatch(line)
@@ -282,9 +282,9 @@ def without_client_noise(lines: list[str]) -> list[str]:
 
 
 def signals() -> queue.SimpleQueue[int]:
-    """Where signals arrive that ask the demo to end."""
+    """Return a queue that receives the stop signals."""
     news: queue.SimpleQueue[int] = queue.SimpleQueue()
-    # SimpleQueue.put may be called in a signal handler: nothing is interrupted, the demo ends where it waits.
+    # SimpleQueue.put is safe in a signal handler. The handler interrupts nothing: the demo ends at its next wait.
     for ending in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda number, _frame: news.put(number))
     return news

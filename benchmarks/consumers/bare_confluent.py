@@ -1,4 +1,4 @@
-"""The bare client: ``python bare_confluent.py ADDRESS TOPIC COUNT`` prints messages a second, each with json.loads."""
+"""Bare client: ``python bare_confluent.py ADDRESS TOPIC COUNT`` prints messages per second, each with json.loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ client.subscribe([topic])
 
 
 def take() -> int:
-    """One poll."""
+    """Poll once and decode the messages."""
     messages = client.consume(500, 0.5)
     for message in messages:
         json.loads(message.value())

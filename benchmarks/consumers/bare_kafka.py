@@ -1,6 +1,7 @@
-"""The bare client: ``python bare_kafka.py plain|crc32c ADDRESS TOPIC COUNT`` prints messages a second.
+"""Bare client: ``python bare_kafka.py plain|crc32c ADDRESS TOPIC COUNT`` prints messages per second.
 
-Each is read with json.loads. ``plain`` is without the package crc32c, as kafka-python installs.
+Each message is decoded with json.loads. ``plain`` measures without the package crc32c, which kafka-python does not
+install by default.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ client = KafkaConsumer(topic, bootstrap_servers=address, group_id=str(uuid.uuid4
 
 
 def take() -> int:
-    """One poll."""
+    """Poll once and decode the messages."""
     handled = 0
     for records in client.poll(timeout_ms=500).values():
         for record in records:

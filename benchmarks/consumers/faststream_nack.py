@@ -1,6 +1,7 @@
-"""FastStream: ``python faststream_nack.py ADDRESS TOPIC COUNT`` prints messages a second.
+"""FastStream: ``python faststream_nack.py ADDRESS TOPIC COUNT`` prints messages per second.
 
-Its safe mode on aiokafka: NACK_ON_ERROR commits after the handler, with ten workers. Needs ``faststream[kafka]``.
+FastStream on aiokafka with ten workers and NACK_ON_ERROR, which commits after the handler. Needs
+``faststream[kafka]``.
 """
 
 from __future__ import annotations

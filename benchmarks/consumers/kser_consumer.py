@@ -1,6 +1,6 @@
-"""kser: ``python kser_consumer.py TRANSPORT ADDRESS TOPIC COUNT [WORKERS [SLEEP]]`` prints messages a second.
+"""kser: ``python kser_consumer.py TRANSPORT ADDRESS TOPIC COUNT [WORKERS [SLEEP]]`` prints messages per second.
 
-From the first task's start to the last one's end, in the safe mode: offsets are committed after the tasks.
+Measured from the start of the first task to the end of the last task; offsets are committed after the tasks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ times: list[float] = []
 
 
 class Noop(Entrypoint):
-    """Does nothing, or sleeps."""
+    """A task that does nothing, or sleeps."""
 
     def run(self) -> None:
         if next(started) == 1:

@@ -1,7 +1,7 @@
 """``python latency.py KIND ADDRESS TOPIC COUNT`` prints the median milliseconds from send to start.
 
-KIND is ``python_kafka`` or ``confluent``, kser's consumers, or ``bare_python_kafka`` or ``bare_confluent``.
-Each message carries when it was sent, by this machine's monotonic clock.
+KIND is ``python_kafka`` or ``confluent`` for kser's consumers, or ``bare_python_kafka`` or ``bare_confluent``.
+Each message carries the time at which it was sent, by this machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ GROUP = str(uuid.uuid4())
 
 
 def arrived(sent: float) -> bool:
-    """Note a message; returns whether it was the last."""
+    """Record the latency of a message, and return whether it was the last message."""
     delays.append(time.monotonic() - sent)
     return len(delays) == count
 
 
 class Stamped(Entrypoint):
-    """Carries when it was sent."""
+    """A message with the time at which it was sent."""
 
     def run(self) -> None:
         if arrived(self.params["sent"]):
@@ -72,6 +72,6 @@ else:
     try:
         consumer.run()
     except SystemExit:
-        """It ends so."""
-# The first ones waited for the consumer to join its group.
+        """Ignore the exit: ``run`` always ends with SystemExit."""
+# Skip the first half, because these messages waited until the consumer had joined its group.
 print(statistics.median(delays[count // 2 :]) * 1000)

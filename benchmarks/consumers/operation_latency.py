@@ -1,7 +1,7 @@
 """``python operation_latency.py ADDRESS TOPIC URI COUNT`` prints two medians of milliseconds.
 
-From the sending of the message of an operation of 5 steps to the end of its last task, and to its recorded end, in one
-consumer with confluent. The message carries when it was sent, by this machine's monotonic clock.
+An operation of 5 steps in one confluent consumer: from sending its message to the end of its last task, and to its
+recorded end. The message carries the time at which it was sent, by this machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ends: list[float] = []
 
 @registry.subscribe
 class Noop(Task):
-    """Does nothing, and says so."""
+    """A task with no work and a small result."""
 
     def run(self) -> Result:
         return Result(uuid=self.uuid, retval={"done": 1})
@@ -39,7 +39,7 @@ class Noop(Task):
 
 @registry.subscribe
 class Last(Noop):
-    """The last one."""
+    """The last task, which records the latency."""
 
     def onsuccess(self, result: Result) -> Result:
         tasks.append(time.monotonic() - sent[self.operation_uuid])
@@ -48,7 +48,7 @@ class Last(Noop):
 
 @registry.subscribe
 class Five(Operation):
-    """Five steps."""
+    """An operation of five steps."""
 
     def build_tasks(self, **kwargs: object) -> list[Task]:
         sent[self.uuid] = self.params["sent"]
@@ -67,5 +67,5 @@ consumer = Consumer({"bootstrap.servers": address, "group.id": str(uuid.uuid4())
 try:
     consumer.run()
 except SystemExit:
-    # The first ones waited for the consumer to join its group.
+    # Skip the first half, because these messages waited until the consumer had joined its group.
     print(*(statistics.median(delays[count // 2 :]) * 1000 for delays in (tasks, ends)))

@@ -1,7 +1,7 @@
-"""kser: ``python operations.py TRANSPORT ADDRESS TOPIC URI COUNT [WORKERS [MODE [STEPS]]]`` prints steps a second.
+"""kser: ``python operations.py TRANSPORT ADDRESS TOPIC URI COUNT [WORKERS [MODE [STEPS]]]`` prints steps per second.
 
-Stored operations of STEPS no-op tasks each (5), up to WORKERS (50) at the same time, in MODE ``local`` or
-``distributed``. From the first operation's building to the last one's recorded end.
+Stored operations of STEPS (5) no-op tasks, up to WORKERS (50) in flight, in MODE ``local`` or ``distributed``. Measured
+from the building of the first operation to the recorded end of the last one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ times: list[float] = []
 
 @registry.subscribe
 class Noop(Task):
-    """Does nothing, and says so."""
+    """A task with no work and a small result."""
 
     TOPIC = topic
 
@@ -43,7 +43,7 @@ class Noop(Task):
 
 @registry.subscribe
 class Five(Operation):
-    """Does it some times."""
+    """An operation of ``STEPS`` no-op tasks."""
 
     DISTRIBUTED = mode == "distributed"
 
@@ -70,7 +70,7 @@ if transport == "dummy":
 elif transport == "python_kafka":
     config = {"bootstrap_servers": address, "group_id": str(uuid.uuid4())}
 else:
-    # Steps that are sent share requests, as the client does by itself: it lingers for 5 ms.
+    # No linger is set, so the messages of steps are sent with kser's default: ``linger.ms`` 0.
     config = {"bootstrap.servers": address, "group.id": str(uuid.uuid4())}
 consumer = importlib.import_module(f"kser.{transport}.consumer").Consumer(config, [topic], workers=int(workers))
 try:

@@ -1,7 +1,7 @@
-"""``python plain.py ADDRESS TOPIC COUNT [URI]`` prints plain tasks a second, and how many database calls they made.
+"""``python plain.py ADDRESS TOPIC COUNT [URI]`` prints plain tasks per second, and the number of their database calls.
 
-No-op tasks that are in no operation, in a consumer with confluent whose registry has a store at URI, or none. What the
-reaper asks the database beside them, once a second, is not counted.
+No-op tasks that belong to no operation, in a confluent consumer whose registry has a store at URI, or none. The
+reaper's queries, one a second, are not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ started, ended = itertools.count(1), itertools.count(1)
 
 
 class Counted:
-    """A store whose calls are noted while a message is handled."""
+    """A store that records its calls while a message is handled."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -54,7 +54,7 @@ registry = OperationRegistry(store=Counted(open_store(uri)) if uri else None)  #
 
 
 class Noop(Task):
-    """Does nothing."""
+    """A task that does nothing."""
 
     __module__ = "bench"
 

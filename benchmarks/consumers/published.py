@@ -1,6 +1,6 @@
-"""kser 0.8.27, in an environment that has it: ``python published.py ADDRESS TOPIC COUNT`` prints messages a second.
+"""kser 0.8.27: ``python published.py ADDRESS TOPIC COUNT`` prints messages per second.
 
-Its consumer in its default mode, which commits before it runs.
+Runs in an environment with kser 0.8.27, with its default mode, which commits before the task runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ start = 0.0
 
 
 class Noop(Entrypoint):
-    """Does nothing."""
+    """A task that does nothing."""
 
     def run(self) -> Result:
         global handled, start

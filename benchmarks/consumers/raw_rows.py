@@ -1,9 +1,8 @@
-"""``python raw_rows.py URI COUNT TOGETHER [STEPS]`` prints steps a second: the rows of kser's operations, written bare.
+"""``python raw_rows.py URI COUNT TOGETHER [STEPS]`` prints steps per second of writing kser's rows directly.
 
-COUNT operations of STEPS tasks (5), 50 at a time, with the driver alone: ``sqlite3`` or ``psycopg``. TOGETHER is how
-many steps share a transaction: 1, or the 50 that are in flight. PostgreSQL gets single steps through as many
-connections, so that it may share the writing of its log among them. Everything that is written was made before the
-clock starts.
+COUNT operations of STEPS (5) tasks, 50 in flight, written with ``sqlite3`` or ``psycopg`` alone. TOGETHER is the number
+of steps per transaction: 1, or the 50 in flight. On PostgreSQL single steps use 50 connections, so that the server can
+group their commits in its log. All rows are built before the clock starts.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Work = tuple[str, list[tuple[Any, ...]]]
 
 
 def insert(table: Table, *omitted: str) -> tuple[str, list[str]]:
-    """A statement that adds a row, and its columns."""
+    """Return an INSERT statement and the names of its columns."""
     names = [column.name for column in table.columns if column.name not in omitted]
     return f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({', '.join([mark] * len(names))})", names
 
@@ -65,18 +64,18 @@ END = (
 
 
 def row(name: str, **values: Any) -> tuple[Any, ...]:
-    """A row to add; what is not given is NULL, or 0 where that is not allowed."""
+    """Return a row to insert; missing values are NULL, or 0 in a NOT NULL column."""
     columns = getattr(tables, name).columns
     return tuple(values.get(each, None if columns[each].nullable else 0) for each in INSERTS[name][1])
 
 
 def result(identifier: str) -> str:
-    """What a step gives."""
+    """Return the result of a step as JSON."""
     return json.dumps(dump_result(Result(uuid=identifier, retval={"done": 1})))
 
 
 def begin(identifiers: Sequence[int]) -> list[Work]:
-    """Operations that are accepted and claimed."""
+    """Return the writes that accept and claim operations."""
     now, owner = time.time(), uuid.uuid4().hex
     operations, tasks, events = [], [], []
     for identifier in identifiers:
@@ -108,7 +107,7 @@ def begin(identifiers: Sequence[int]) -> list[Work]:
 
 
 def step(identifiers: Sequence[int], position: int) -> list[Work]:
-    """A step that ended, of each of these operations."""
+    """Return the writes that record a finished step of each of these operations."""
     now, owner = time.time(), uuid.uuid4().hex
     texts = [result(str(uuid.uuid4())) for _ in identifiers]
     events = [
@@ -142,7 +141,7 @@ def step(identifiers: Sequence[int], position: int) -> list[Work]:
 
 
 def transactions() -> Iterator[list[list[Work]]]:
-    """The transactions in their order; those in one list may be written at the same time."""
+    """Generate the transactions in order; transactions in one list can be written concurrently."""
     for first in range(0, count, IN_FLIGHT):
         flight = range(first + 1, min(first + IN_FLIGHT, count) + 1)
         parts = [flight[at : at + together] for at in range(0, len(flight), together)]

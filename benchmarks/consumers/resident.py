@@ -1,7 +1,7 @@
-"""``python resident.py TRANSPORT ADDRESS TOPIC COUNT STARTED`` prints what a consumer needs.
+"""``python resident.py TRANSPORT ADDRESS TOPIC COUNT STARTED`` prints the start time and memory of a consumer.
 
-Seconds from STARTED (this machine's monotonic clock) to its first poll, and resident MB when idle, after a tenth of
-the messages, and after all of them.
+The figures are the seconds from STARTED (this machine's monotonic clock) to the first poll, and the resident MB when
+idle, after a tenth of the messages, and after all messages.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ figures: list[float] = []
 
 
 def resident() -> float:
-    """Resident memory of this process, in MB."""
+    """Return the resident memory of this process in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class Noop(Entrypoint):
-    """Does nothing."""
+    """A task that does nothing but count messages."""
 
     def run(self) -> None:
         number = next(handled)
@@ -50,7 +50,7 @@ base: Any = importlib.import_module(f"kser.{transport}.consumer").Consumer
 
 
 class Consumer(base):
-    """Notes its first poll."""
+    """A consumer that records the time of its first poll."""
 
     def _connect(self) -> Any:
         client = super()._connect()

@@ -1,8 +1,8 @@
-"""``python celery_chain.py COUNT`` prints steps a second: Celery's chains of 5 no-op tasks on Redis.
+"""``python celery_chain.py COUNT`` prints steps per second of Celery's chains of 5 no-op tasks on Redis.
 
-acks_late, results kept, prefork with two processes, gossip, mingle and heartbeats off, 25 messages prefetched for each
-process. Redis is started for it on a free port of loopback, keeps everything in memory, which is its fastest way, and
-is ended. All chains are queued before the worker starts.
+acks_late, results stored, prefork with two processes, no gossip, mingle or heartbeats, 25 messages prefetched for each
+process. The script starts and stops a Redis on a free port of loopback, without persistence, its fastest mode. All
+chains are queued before the worker starts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def following(before: dict[str, int]) -> dict[str, int]:
 
 @contextmanager
 def redis_server() -> Iterator[int]:
-    """The port of a Redis of our own."""
+    """Start a Redis server, and yield its port."""
     program = shutil.which("redis-server")
     if program is None:
         raise SystemExit("there is no redis-server on the PATH; install it (Debian: redis-server)")
@@ -63,7 +63,7 @@ def redis_server() -> Iterator[int]:
 
 
 def measure(port: int, count: int) -> float:
-    """Steps a second."""
+    """Return the steps per second."""
     environment = {**os.environ, "BENCHMARK_REDIS": f"redis://127.0.0.1:{port}"}
     fill = [sys.executable, __file__, "fill", str(count)]
     subprocess.run(fill, env=environment, check=True, timeout=300)
@@ -73,7 +73,7 @@ def measure(port: int, count: int) -> float:
     folder = os.path.dirname(os.path.abspath(__file__))
     worker = subprocess.Popen([*command, *quiet], env=environment, cwd=folder, stdout=subprocess.DEVNULL)
     try:
-        # Each task leaves one key in the database of results.
+        # Each finished task adds one key to the result backend, so its size counts the steps.
         while not (at_first := results.dbsize()):
             time.sleep(0.001)
         began = time.perf_counter()

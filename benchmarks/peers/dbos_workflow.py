@@ -1,8 +1,8 @@
-"""``python dbos_workflow.py URI COUNT [KIND]`` prints steps a second: DBOS Transact, workflows of 5 no-op steps.
+"""``python dbos_workflow.py URI COUNT [KIND]`` prints steps per second of DBOS Transact: workflows of 5 no-op steps.
 
-On PostgreSQL, from a queue that is polled every 10 ms, 50 workflows at a time, with a pool of as many connections, logs
-at WARNING. KIND is ``sync`` (the default, which is the faster one here) or ``async``. All workflows are queued, by
-another process, before this one listens.
+On PostgreSQL, from a queue that is polled every 10 ms, 50 workflows at a time, with a pool of 50 connections, logs at
+WARNING. KIND is ``sync`` (the default, which was faster) or ``async``. Another process queues all workflows before
+this one listens.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run() -> None:
     DBOS(config=config)
     DBOS.listen_queues([QUEUE])
     DBOS.launch()
-    # The end of a workflow is in the database a moment after its function ended.
+    # A workflow's end is recorded shortly after its function returns, so wait for the database.
     while DBOS.list_workflows(status=["ENQUEUED", "PENDING"], limit=1, load_input=False, load_output=False):
         time.sleep(0.05)
     print(count * 5 / (time.perf_counter() - times[0]))

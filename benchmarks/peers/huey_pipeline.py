@@ -1,7 +1,7 @@
-"""``python huey_pipeline.py FILE COUNT [WORKERS]`` prints steps a second: huey's pipelines of 5 no-op tasks on SQLite.
+"""``python huey_pipeline.py FILE COUNT [WORKERS]`` prints steps per second of huey: pipelines of 5 no-op tasks.
 
-FULL (``fsync=True``), WAL, results kept. All pipelines are queued before the consumer starts. One worker is the default
-because SQLite has one writer: two, four and eight were slower.
+SQLite with FULL (``fsync=True``) and WAL, results stored. All pipelines are queued before the consumer starts. The
+default is one worker because SQLite has one writer: two, four and eight workers were slower.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/bin/sh
-# An environment for each peer: sh benchmarks/peers/setup.sh DIR [PYTHON]
-# Celery also needs redis-server (Debian's package of that name).
+# Create a virtual environment for each peer: sh benchmarks/peers/setup.sh DIR [PYTHON]
+# Celery also needs redis-server (Debian package redis-server).
 set -eu
 folder=$1
 python=${2:-python3.11}

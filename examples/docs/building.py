@@ -1,4 +1,4 @@
-"""From parameters to tasks: prebuild checks, build_tasks makes the tasks, finalize comes last."""
+"""From parameters to tasks: prebuild validates, build_tasks creates the tasks, finalize runs last."""
 
 from cdumay_error.types import ValidationError
 
@@ -20,12 +20,12 @@ class Ship(Task):
 @oregistry.subscribe
 class PlaceOrder(Operation):
     REQUIRED_FIELDS = ("items",)
-    TASKS = (Ship,)  # what Ship requires, the operation must have
+    TASKS = (Ship,)  # the operation must have all fields that Ship requires
 
     def prebuild(self, **params):
         if not params["items"]:
             raise ValidationError("the order is empty")
-        return {**params, "items": sorted(params["items"])}  # build_tasks gets this
+        return {**params, "items": sorted(params["items"])}  # the arguments of build_tasks
 
     def build_tasks(self, items, **params):
         return [*(Reserve(params={"item": item}) for item in items), Ship(params=params)]

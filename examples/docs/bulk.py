@@ -1,4 +1,4 @@
-"""Many messages at once: the Result names those that were not delivered."""
+"""Many messages in one call: the Result lists the messages that were not delivered."""
 
 from kser import Message
 from kser.embedded import EmbeddedBroker

@@ -1,4 +1,4 @@
-"""An operation is cancelled: one that waits at once, one that runs after its task, which may look and end early."""
+"""Cancel operations: a pending one ends at once, a running one after its current task, which may stop early."""
 
 import time
 
@@ -16,9 +16,9 @@ oregistry = OperationRegistry(producer=Producer(), store=open_store("memory://")
 class Pick(Task):
     def run(self):
         for number in range(1, 1000):
-            if number == 3:  # somebody does this, in any process
+            if number == 3:  # usually another process cancels
                 print("cancel:", oregistry.get("order-2").cancel(reason="the customer called"))
-            if self.cancel_requested:  # looks into the database, twice a second at most
+            if self.cancel_requested:  # reads the database, at most twice a second
                 return Result(stdout="stopped early")
             time.sleep(0.01)
         return Result(stdout="picked everything")

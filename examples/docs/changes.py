@@ -1,4 +1,4 @@
-"""Listeners of what happens to stored operations, whichever way they run."""
+"""Listeners for status changes of stored operations, in one consumer or over the consumers."""
 
 from cdumay_result import Result
 

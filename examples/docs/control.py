@@ -1,4 +1,4 @@
-"""The pause file and the terminate file, seen from the consumer, which looks at them every second."""
+"""The pause file and the terminate file, which a consumer checks every second."""
 
 import logging
 import os

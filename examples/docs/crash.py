@@ -1,4 +1,4 @@
-"""A consumer is killed in the middle of an operation; another one goes on after the last checkpoint."""
+"""A consumer is killed during an operation; another consumer continues after the last checkpoint."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ class Ship(Task):
     def run(self):
         print(f"shipping {self.uuid} with receipt {self.result.retval['receipt']}", flush=True)
         if sys.argv[1:] == ["crash"]:
-            os._exit(9)  # as if the process were killed
+            os._exit(9)  # ends the process as a kill does
 
 
 @oregistry.subscribe

@@ -1,4 +1,4 @@
-"""The tables: made, looked at, and emptied of what is old."""
+"""Create the tables, check their version, and purge old operations."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Messages that fail for good go to a topic of their own, and are sent again once the cause is gone."""
+"""Dead letters: messages that fail for good go to their own topic, and are replayed after the cause is fixed."""
 
 from kser import Message, OperationRegistry, Task
 from kser.consumer.deadletter import iter_dead_letters, replay

@@ -1,4 +1,4 @@
-"""What a crash costs: a message that is handled twice, or one that is not handled at all."""
+"""The cost of a crash: a message is handled twice, or not at all."""
 
 from kser import Message, OperationRegistry, Task
 from kser.dummy.bus import Bus
@@ -27,12 +27,12 @@ def consume(commit):
 for commit in ("after", "before"):
     attempts.clear()
     if commit == "before":
-        consume(commit)  # in this mode a group begins with what is sent from now on
+        consume(commit)  # with commit="before" a new group starts at the end of the topic
     Producer().send("orders", Message("order-1", Charge.path))
     try:
         consume(commit)
     except KeyboardInterrupt:
         print(f"commit={commit!r}: the consumer died in the task")
-        Bus.at("").groups["dummy"].members[0].expel()  # as Kafka does when a session has ended
+        Bus.at("").groups["dummy"].members[0].expel()  # as Kafka does after a session timeout
     consume(commit)  # another consumer of the same group
     print(f"commit={commit!r}: the task was started {len(attempts)} time(s)")

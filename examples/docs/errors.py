@@ -1,4 +1,4 @@
-"""Errors say what to do, and become Results with their code and identifier."""
+"""Errors contain advice, and convert to Results with their code and identifier."""
 
 from cdumay_result import Result
 

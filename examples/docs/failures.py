@@ -1,4 +1,4 @@
-"""Return code 0 is success, anything above is a failure; an exception becomes a failed Result."""
+"""Return code 0 means success, any higher code failure; an exception becomes a failed Result."""
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result

@@ -1,4 +1,4 @@
-"""Every step of a task has a hook. They are called in this order."""
+"""The hooks of a task, in the order in which they are called."""
 
 from cdumay_result import Result
 

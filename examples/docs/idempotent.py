@@ -1,4 +1,4 @@
-"""A task that may run twice and charges once: the uuid of the message is the key of the payment."""
+"""An idempotent task: it may run twice but charges once, with the uuid of the message as idempotency key."""
 
 import sqlite3
 
@@ -30,7 +30,7 @@ class Charge(Task):
 consumer = Consumer(topics=["orders"])
 consumer.REGISTRY = oregistry.controller
 order = Message("order-1", Charge.path, {"amount": 42})
-for _ in range(2):  # a redelivery looks like this
+for _ in range(2):  # the second iteration is a redelivery
     Producer().send("orders", order)
 consumer.run_until_idle()
 print(database.execute("SELECT * FROM payments").fetchall())

@@ -1,4 +1,4 @@
-"""A controller with entrypoints of its own."""
+"""A controller with its own entrypoints."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Log records as JSON, with the message and the result that kser adds to them."""
+"""Log records as JSON, with the message and the result that kser attaches to them."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Four workers: records of a key follow each other, records of different keys run side by side."""
+"""Four workers: records with the same key run one after the other, records with different keys in parallel."""
 
 import threading
 import time

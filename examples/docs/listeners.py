@@ -1,4 +1,4 @@
-"""Count what happens, without touching the classes."""
+"""Count starts, failures and rejected messages with signals, without changing the classes."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What a group remembers while messages finish out of order, and what the next consumer does with it."""
+"""The offsets that a group commits while messages finish out of order, and their use by the next consumer."""
 
 from kser import Message, OperationRegistry, Task
 from kser.dummy.bus import Bus
@@ -16,7 +16,7 @@ class Charge(Task):
     def run(self):
         print(f"{consumer_name} runs {self.uuid}")
         if consumer_name == "A" and self.uuid == "order-1":
-            raise ConnectionError("the bank does not answer")  # tried again in 10 minutes
+            raise ConnectionError("the bank does not answer")  # retried in 10 minutes
 
 
 def new_consumer():
@@ -33,7 +33,7 @@ consumer = new_consumer()
 consumer.run_until_idle()
 for commit in Bus.at("").committed.values():
     print(f"committed: offset {commit.offset}, metadata {commit.metadata!r}")
-consumer.close()  # order-1 waits for its next attempt: it is handed back
+consumer.close()  # order-1 waits for its retry and stays uncommitted
 
 consumer_name = "B"
 consumer = new_consumer()

@@ -1,6 +1,6 @@
-"""One task a message: each task sends itself with the uuid of its operation, and sends its successor when it is done.
+"""One message per task: each task sends itself with the uuid of its operation, and the next task when it has finished.
 
-What the tasks share is yours to keep; here it is a dict.
+Without a store your code keeps the state that the tasks share; here it is a dict.
 """
 
 from cdumay_result import Result

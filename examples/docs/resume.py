@@ -1,4 +1,4 @@
-"""An operation stops at the first failure; run again, it goes on there."""
+"""An operation stops at the first failed task, and continues there when it runs again."""
 
 from cdumay_result import Result
 

@@ -1,4 +1,4 @@
-"""An operation fails, somebody repairs what was broken, and it goes on where it stopped."""
+"""An operation fails, the cause is fixed, and the resumed operation continues at the failed task."""
 
 from cdumay_result import Result
 

@@ -1,4 +1,4 @@
-"""A task that is tried again: with a policy of its own, with one of the consumer, and when it asks for it."""
+"""Retries: with the policy of the task, with the policy of the consumer, and on request of the task."""
 
 import logging
 

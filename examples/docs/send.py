@@ -1,4 +1,4 @@
-"""Send a task and an operation without writing the message yourself."""
+"""Send a task and an operation without building the message."""
 
 from cdumay_result import Result
 

@@ -1,4 +1,4 @@
-"""An operation in a shared database: sent, run, and looked at afterwards."""
+"""An operation in a shared database: sent, run, and read back."""
 
 import os
 import tempfile
@@ -50,7 +50,7 @@ for event in stored.events:
     print("     ", event.kind)
 print("find:", [found.uuid for found in oregistry.find(status="SUCCESS", metadata={"customer": 7})])
 
-Producer().send("orders", order.to_Message())  # its message comes again: the same uuid and params
+Producer().send("orders", order.to_Message())  # a duplicate message: the same uuid and params
 consumer.run_until_idle()
 print("again:", len(oregistry.get("order-1").attempts), "attempts")
 oregistry.store.close()

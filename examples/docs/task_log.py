@@ -1,4 +1,4 @@
-"""What a task logs says which task it is and in which state."""
+"""Log lines of a task, which name the task and its status."""
 
 import logging
 

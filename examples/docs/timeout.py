@@ -1,4 +1,4 @@
-"""An attempt that takes too long fails; its thread goes on, and what it gives is dropped."""
+"""An attempt that exceeds its time limit fails; its thread runs on, and its late result is dropped."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ class Charge(Task):
     TIMEOUT = 0.2
 
     def run(self):
-        bank.wait()  # without a timeout of its own
+        bank.wait()  # a call without a timeout
         print("the bank has answered, too late")
         consumer.stop()
 
@@ -33,7 +33,7 @@ class Charge(Task):
 @oregistry.subscribe
 class Ship(Task):
     def run(self):
-        print("another worker goes on")
+        print("another worker runs order-2")
         bank.set()
 
 

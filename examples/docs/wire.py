@@ -1,4 +1,4 @@
-"""A message, as it is written and read."""
+"""Write and read a message."""
 
 from kser import Message
 

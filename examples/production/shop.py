@@ -1,4 +1,4 @@
-"""The consumer of the shop, as it runs in production: all settings come from the environment."""
+"""The production consumer of the shop: all settings come from the environment."""
 
 import logging
 import os

@@ -1,10 +1,10 @@
-"""The buyer: two orders that both fail for want of paper, and are resumed once there is some."""
+"""The buyer: two orders fail because the printer is out of paper, and are resumed when it has paper again."""
 
 from shop import PAPER, PlaceOrder, oregistry
 
 
 def show(order):
-    """A table of every attempt at every task."""
+    """Print a table of all attempts of all tasks."""
     print(f"\n{order.params['item']}: {order.status}, {order.result}")
     print("task      attempt  status   in process  seconds  error")
     for attempt in order.attempts:

@@ -1,4 +1,4 @@
-"""The shop: an operation of three tasks, which buyer and workers import alike."""
+"""The shop: an operation of three tasks. The buyer and the workers import this module."""
 
 import os
 import time
@@ -10,10 +10,10 @@ from kser import Operation, OperationRegistry, Task
 from kser.python_kafka.producer import Producer
 from kser.retry import Retry
 
-#: The label printer of the warehouse. As long as this file is missing, it is out of paper.
+#: The label printer of the warehouse is out of paper while this file is missing.
 PAPER = Path(os.environ["SHOP_PAPER"])
 
-oregistry = OperationRegistry(producer=Producer())  # the database is that of KSER_DATABASE_URI
+oregistry = OperationRegistry(producer=Producer())  # KSER_DATABASE_URI names the database
 
 
 @oregistry.subscribe

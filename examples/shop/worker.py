@@ -1,4 +1,4 @@
-"""A worker: it takes what is sent to the topics of KSER_TOPICS. Start as many as you like."""
+"""A worker: it consumes the topics of KSER_TOPICS. Start as many workers as you like."""
 
 import logging
 

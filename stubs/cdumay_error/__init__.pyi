@@ -1,4 +1,5 @@
-# cdumay-error 0.2 is annotated but ships no py.typed. Where an annotation is wrong, this says what happens at run time.
+# cdumay-error 0.2 has annotations but no py.typed, so type checkers ignore them without these stubs. Where an
+# annotation is wrong, these stubs describe the behaviour at run time.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class Error(Exception):
     ) -> None: ...
     def to_json(self) -> str: ...
     def to_dict(self) -> dict[str, Any]: ...
-    # Annotated as returning an Error; it returns what the schema has loaded.
+    # The package annotates this as returning an Error, but it returns the dict that the schema loads.
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> dict[str, Any]: ...
 

@@ -1,4 +1,4 @@
-# cdumay-result 0.1.12 is annotated but ships no py.typed.
+# cdumay-result 0.1.12 has annotations but no py.typed, so type checkers ignore them without these stubs.
 from typing import Any, Self
 
 from cdumay_error import Error
@@ -39,5 +39,5 @@ class Result:
     def from_error(error: Error) -> Result: ...
     def search_value(self, xpath: str, default: Any = None, fail_if_no_match: bool | None = False) -> Any: ...
 
-    # Changes the left operand and returns it, so "+=" does the same.
+    # "+" changes the left operand and returns it, so "+=" does the same.
     def __add__(self, o: Result) -> Self: ...

@@ -1,4 +1,4 @@
-"""The producer: ``python order.py`` asks the consumer for one operation."""
+"""The producer: ``python order.py`` sends one operation to the consumer."""
 
 from kser import Message
 from kser.python_kafka.producer import Producer

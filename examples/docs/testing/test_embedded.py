@@ -1,4 +1,4 @@
-"""The same shop on a real Kafka client and a broker that lives in the test."""
+"""Tests of the same shop with a real Kafka client and an embedded broker."""
 
 import pytest
 from test_shop import Charge, oregistry

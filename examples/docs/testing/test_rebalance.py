@@ -1,4 +1,4 @@
-"""What the shop does when consumers come, go and die: each step is taken by the test."""
+"""Tests of the shop when consumers join, leave and die, driven step by step."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def new_consumer(**options):
 
 
 def rebalance(*consumers):
-    """A rebalance is over when each member has polled; one more turn gives each its partitions."""
+    """Complete a rebalance: each member polls once to join, and again to get its partitions."""
     for _ in range(2):
         for consumer in consumers:
             consumer.step(timeout=0)
@@ -70,7 +70,7 @@ def test_an_order_of_a_consumer_that_dies_is_charged_by_another(bus):
     Producer().send("orders", Message("order-1", Charge.path, {"crash": True}))
     with pytest.raises(KeyboardInterrupt):
         first.run_until_idle()
-    bus.groups["shop"].members[0].expel()  # its session has ended
+    bus.groups["shop"].members[0].expel()  # its session has timed out
     second = new_consumer()
     with pytest.raises(KeyboardInterrupt):
         second.run_until_idle()

@@ -1,4 +1,4 @@
-"""Tests of the shop: they need neither a broker nor threads nor waiting."""
+"""Tests of the shop without a broker, threads or sleeps."""
 
 import pytest
 from cdumay_result import Result
@@ -25,7 +25,7 @@ class PlaceOrder(Operation):
         return [Charge(params=params)]
 
     def onsuccess(self, result):
-        Charge(uuid="tip").send()  # with the producer that the consumer lends
+        Charge(uuid="tip").send()  # uses the producer that the consumer shares
         return result
 
 
@@ -37,7 +37,7 @@ def lock_files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def consumer():
-    Bus.reset()  # no message of another test
+    Bus.reset()  # removes the messages of other tests
     consumer = Consumer(topics=["orders"])
     consumer.REGISTRY = oregistry.controller
     yield consumer
@@ -63,7 +63,7 @@ def test_an_order_is_charged_and_tipped(consumer, caplog):
 
 
 def test_what_was_sent_can_be_read_back():
-    elsewhere = {"bootstrap_servers": "elsewhere"}  # a bus of its own
+    elsewhere = {"bootstrap_servers": "elsewhere"}  # a separate in-memory broker
     Producer(elsewhere).send("orders", Message("order-2", Charge.path))
     assert [Message.loads(value).uuid for value in Bus.at("elsewhere").values("orders")] == ["order-2"]
 

@@ -1,4 +1,4 @@
-"""Tests of a stored operation: its database is in memory, and its clock is a number."""
+"""Tests of a stored operation with an in-memory database and a manual clock."""
 
 import pytest
 from cdumay_result import Result
@@ -52,7 +52,7 @@ def test_an_order_is_charged_a_minute_later(consumer):
     consumer.run_until_idle()
     assert oregistry.get("order-1").status == "RUNNING"
     now[0] += 61
-    oregistry.companion.reap()  # sends what is due; consumer.run() has a thread for it
+    oregistry.companion.reap()  # sends due steps; consumer.run() has a thread for this
     consumer.run_until_idle()
     assert oregistry.get("order-1").status == "SUCCESS"
     assert [attempt.status for attempt in oregistry.get("order-1").attempts] == ["FAILED", "SUCCESS"]
