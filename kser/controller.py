@@ -15,12 +15,21 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
-from kser.delivery import CURRENT, FAILED, UNDECODABLE, UNKNOWN, Abandoned, Failure, Unfinished, error_name
-from kser.entry import Entrypoint, Surroundings, check_entrypoint, postpone
+from kser.delivery import (
+    FAILED,
+    UNDECODABLE,
+    UNKNOWN_ENTRYPOINT,
+    AttemptAbandoned,
+    Deferred,
+    Failure,
+    current_attempt,
+    error_name,
+)
+from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, schedule_retry
 from kser.errors import StoreMissing
 from kser.lockfiles import running_file
-from kser.results import failure, merge
-from kser.schemas import OPERATION, Message, dump_result
+from kser.results import failed_result, merge
+from kser.schemas import OPERATION_KEY, Message, dump_result
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +37,13 @@ logger = logging.getLogger(__name__)
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
 #: Maximum number of unknown names that are remembered and logged. Without a limit, random names would fill the memory.
-MAX_REPORTED = 1000
+MAX_UNKNOWN_NAMES = 1000
 
 
-_NOT_CONTAINED = (Exception, KeyboardInterrupt, Abandoned)
+_PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
 
 
-class _Contained:
+class _UserCodeGuard:
     """Guard around user code that turns SystemExit, asyncio's CancelledError and the like into a RuntimeError.
 
     Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
@@ -45,11 +54,11 @@ class _Contained:
         """Do nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        if exc is not None and not isinstance(exc, _NOT_CONTAINED):
+        if exc is not None and not isinstance(exc, _PASS_THROUGH):
             raise RuntimeError(f"{exc!r} ended the task") from exc
 
 
-CONTAINED = _Contained()
+user_code_guard = _UserCodeGuard()
 
 
 class BaseController:
@@ -95,28 +104,28 @@ class BaseController:
         return result
 
     @classmethod
-    def _finish(cls, kmsg: Message, result: Any) -> Any:
+    def _kser_call_hook(cls, kmsg: Message, result: Any) -> Any:
         """Log the outcome of a message and call its hook; an exception of the hook becomes a failure (decision C13).
 
         A falsy value in place of a Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
         """
         try:
-            with CONTAINED:
-                if result and status.outcome(result) == status.SUCCESS:
-                    cls._note_success()
+            with user_code_guard:
+                if result and status.final_status(result) == status.SUCCESS:
+                    cls._kser_clear_failure()
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
         except Exception as exc:
-            return cls._hook_failed(kmsg, result, exc)
+            return cls._kser_hook_failed(kmsg, result, exc)
 
     @classmethod
-    def _note_success(cls) -> None:
+    def _kser_clear_failure(cls) -> None:
         """Do nothing: a message that a producer sends does not change the outcome of the message being handled."""
 
     @classmethod
-    def _hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
+    def _kser_hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
         logger.exception(f"{cls.__name__}.Failed: {kmsg.entrypoint}[{kmsg.uuid}]: a hook raised: {exc}")
-        failed = failure(exc, kmsg.uuid)
+        failed = failed_result(exc, kmsg.uuid)
         try:
             return merge(result, failed)
         except Exception:
@@ -174,11 +183,11 @@ class BaseProducer(BaseController):
     def close(self) -> None:
         """Close the connection, after a short wait for messages that are still in flight."""
 
-    def _sent(self, topic: str, kmsg: Message, result: Result) -> Any:
+    def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
         # Read the status before the hook runs: a raising hook makes the result a failure, but the message was sent.
-        delivered = status.outcome(result) == status.SUCCESS
-        answer = self._finish(kmsg, result)
+        delivered = status.final_status(result) == status.SUCCESS
+        answer = self._kser_call_hook(kmsg, result)
         if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
         return answer
@@ -195,7 +204,7 @@ class Controller(BaseController):
     #: Class that decodes messages: any class that has ``loads``.
     TRANSPORT: ClassVar[Any] = Message
 
-    _reported_unknown: ClassVar[set[str]] = set()
+    _kser_unknown_names: ClassVar[set[str]] = set()
 
     @classmethod
     def register(cls, name: Any, entrypoint: type[Entrypoint]) -> None:
@@ -224,27 +233,27 @@ class Controller(BaseController):
             if not _is_message(received):
                 raise TypeError(f"{cls.TRANSPORT!r} decoded {received!r}, which is not a message")
         except Exception as exc:
-            return cls._refuse(raw_data, exc)
+            return cls._kser_handle_undecodable(raw_data, exc)
         try:
-            with CONTAINED:
+            with user_code_guard:
                 kmsg = cls._onmessage(received)
         except Exception as exc:
-            return cls._reject(received, ValidationError(f"onmessage failed: {exc}"))
+            return cls._kser_fail_before_run(received, ValidationError(f"onmessage failed: {exc}"))
         if not _is_message(kmsg):
-            return cls._reject(received, ValidationError(f"onmessage returned {kmsg!r}"))
-        result = cls._process(kmsg)
-        if type(result) is Unfinished:
+            return cls._kser_fail_before_run(received, ValidationError(f"onmessage returned {kmsg!r}"))
+        result = cls._kser_process(kmsg)
+        if type(result) is Deferred:
             return result.result
-        delivery = CURRENT.get()
+        delivery = current_attempt.get()
         if delivery is None:
-            return cls._finish(kmsg, result)
-        delivery.settle(delivery.entry)
+            return cls._kser_call_hook(kmsg, result)
+        delivery.on_finished(delivery.entry)
         # Call no hook before a retry, because the outcome of the message is known only after its last attempt.
-        return result if delivery.retry_in is not None else cls._finish(kmsg, result)
+        return result if delivery.retry_in is not None else cls._kser_call_hook(kmsg, result)
 
     @classmethod
-    def _note_success(cls) -> None:
-        if (delivery := CURRENT.get()) is not None:
+    def _kser_clear_failure(cls) -> None:
+        if (delivery := current_attempt.get()) is not None:
             # A hook of the entrypoint turned a failure into a success; without this, the message would still fail.
             delivery.failure = None
 
@@ -259,109 +268,109 @@ class Controller(BaseController):
         running_file.clear()
 
     @classmethod
-    def _reject(cls, kmsg: Message, exc: ValidationError) -> Any:
-        _note_refusal(FAILED, exc)
-        return cls._finish(kmsg, failure(exc, kmsg.uuid))
+    def _kser_fail_before_run(cls, kmsg: Message, exc: ValidationError) -> Any:
+        _reject_attempt(FAILED, exc)
+        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid))
 
     @classmethod
-    def _process(cls, kmsg: Message) -> Any:
+    def _kser_process(cls, kmsg: Message) -> Any:
         try:
-            with CONTAINED:
+            with user_code_guard:
                 try:
                     cls.start_processing(kmsg)
-                    result = cls._execute(kmsg)
+                    result = cls._kser_execute(kmsg)
                 finally:
                     cls.stop_processing()
             # Later code relies on a Result. Any other type raises here, and the error text contains the type.
-            if not result or type(result) is Unfinished or status.outcome(result) == status.SUCCESS:
+            if not result or type(result) is Deferred or status.final_status(result) == status.SUCCESS:
                 return result
         except Exception as exc:
-            return cls._judge(kmsg, failure(exc, kmsg.uuid), exc)
-        return cls._judge(kmsg, result)
+            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc)
+        return cls._kser_report_failure(kmsg, result)
 
     @classmethod
-    def _judge(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
+    def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
         """Report a failure to the current attempt, if there is one and the entrypoint has not reported it yet."""
-        delivery = CURRENT.get()
-        if delivery is None or delivery.failure is not None or delivery.retry_in is not None or delivery.answered:
+        delivery = current_attempt.get()
+        if delivery is None or delivery.failure is not None or delivery.retry_in is not None or delivery.acked:
             return result
         if delivery.entry is not None:
-            postpone(delivery.entry, result, exc)
-        elif delivery.postpones(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
+            schedule_retry(delivery.entry, result, exc)
+        elif delivery.should_retry(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
             logger.warning(_line(cls, "Retry", kmsg, result), extra=_extra(kmsg, result))
         return result
 
     @classmethod
-    def _execute(cls, kmsg: Message) -> Any:
+    def _kser_execute(cls, kmsg: Message) -> Any:
         entrypoint = cls.ENTRYPOINTS.get(kmsg.entrypoint)
-        if OPERATION in (getattr(kmsg, "metadata", None) or ()):
-            return cls._keeper_of(kmsg, entrypoint).receive(kmsg, entrypoint)
+        if OPERATION_KEY in (getattr(kmsg, "metadata", None) or ()):
+            return cls._kser_registry_with_store(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
         if entrypoint is None:
-            cls._report_unknown(kmsg.entrypoint)
+            cls._kser_report_unknown(kmsg.entrypoint)
             unknown = ValidationError(
                 f"Entrypoint '{kmsg.entrypoint}' not registred",
                 extra={"uuid": kmsg.uuid, "entrypoint": kmsg.entrypoint, "allowed": list(cls.ENTRYPOINTS)},
             )
-            _note_refusal(UNKNOWN, unknown)
+            _reject_attempt(UNKNOWN_ENTRYPOINT, unknown)
             raise unknown
-        if (delivery := CURRENT.get()) is not None:
-            delivery.expected = entrypoint
+        if (delivery := current_attempt.get()) is not None:
+            delivery.entrypoint_class = entrypoint
         registry = entrypoint._kser_registry
-        if entrypoint._kser_kept and registry is not None and registry.keeps:
-            return registry.receive(kmsg, entrypoint)
+        if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
+            return registry._kser_handle_message(kmsg, entrypoint)
         return entrypoint.from_Message(kmsg).execute()
 
     @classmethod
-    def _keeper_of(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Surroundings:
+    def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
         """Return a registry with a store, for a message that is a step of a stored operation.
 
         :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
         known = [entrypoint, *list(cls.ENTRYPOINTS.values())] if entrypoint else list(cls.ENTRYPOINTS.values())
         for each in known:
-            if each._kser_registry is not None and each._kser_registry.keeps:
+            if each._kser_registry is not None and each._kser_registry._kser_has_store:
                 return each._kser_registry
         missing = StoreMissing(
-            f"the message is a step of the stored operation {kmsg.metadata[OPERATION]}, and this consumer has no shared"
+            f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no shared"
             " database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
         )
-        _note_refusal(FAILED, missing)
+        _reject_attempt(FAILED, missing)
         raise missing
 
     @classmethod
-    def _report_unknown(cls, name: str) -> None:
-        if name not in cls._reported_unknown and len(cls._reported_unknown) < MAX_REPORTED:
-            cls._reported_unknown.add(name)
+    def _kser_report_unknown(cls, name: str) -> None:
+        if name not in cls._kser_unknown_names and len(cls._kser_unknown_names) < MAX_UNKNOWN_NAMES:
+            cls._kser_unknown_names.add(name)
             logger.warning(
                 f"unknown entrypoint {name!r}: import the module that defines the class and decorate it with"
                 " @oregistry.subscribe (the path of a class in the script that was started is '__main__.ClassName')"
             )
 
     @classmethod
-    def _refuse(cls, raw_data: Any, exc: Exception) -> Any:
+    def _kser_handle_undecodable(cls, raw_data: Any, exc: Exception) -> Any:
         """Log input that is not a message and return a failed result. Call this while ``exc`` is being handled."""
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
         # Use the stack of the transport's error if it has one; None takes the traceback of the exception being handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
-        kmsg = _best_guess(raw_data)
+        kmsg = _partial_message(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
         logger.error(
             f"{cls.__name__}.ImportError: Failed to load data from kafka: {exc}",
             extra={"kafka_raw_data": raw_data, "error": error.to_dict()},
         )
-        _note_refusal(UNDECODABLE, exc)
+        _reject_attempt(UNDECODABLE, exc)
         signals.emit(signals.message_refused, cls, raw_data=raw_data, error=exc, result=result)
         try:
-            with CONTAINED:
+            with user_code_guard:
                 return cls.onerror(kmsg, result)
         except Exception as hook_exc:
-            return cls._hook_failed(kmsg, result, hook_exc)
+            return cls._kser_hook_failed(kmsg, result, hook_exc)
 
 
-def _note_refusal(reason: str, exc: Exception) -> None:
+def _reject_attempt(reason: str, exc: Exception) -> None:
     """Reject the current attempt, if there is one, because another attempt would fail as well."""
-    if (delivery := CURRENT.get()) is not None:
-        delivery.refuse(reason, exc)
+    if (delivery := current_attempt.get()) is not None:
+        delivery.reject(reason, exc)
 
 
 def _line(owner: type, tag: str, kmsg: Message, result: Any) -> str:
@@ -377,7 +386,7 @@ def _is_message(value: Any) -> bool:
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
-def _best_guess(raw_data: Any) -> Message:
+def _partial_message(raw_data: Any) -> Message:
     """Build a message for the hooks, with the uuid and entrypoint of the undecodable input where they can be read."""
     try:
         data = json.loads(raw_data)

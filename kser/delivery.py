@@ -7,20 +7,20 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from kser.errors import RetryLater
-from kser.retry import DEFAULT, Retry
+from kser.retry import DEFAULT_RETRY, Retry
 
 #: Reasons of a permanent failure.
 UNDECODABLE: Final = "undecodable"
-UNKNOWN: Final = "unknown-entrypoint"
+UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
 
 
 #: Outcomes of an attempt.
-ENDED: Final = "ended"
-GIVEN_UP: Final = "given up"
+FINISHED: Final = "ended"
+TIMED_OUT: Final = "given up"
 
 
-class Abandoned(BaseException):
+class AttemptAbandoned(BaseException):
     """Stop request to an attempt that the consumer has abandoned; its result would be dropped."""
 
 
@@ -32,7 +32,7 @@ class Failure(NamedTuple):
     message: str
 
 
-class Unfinished(NamedTuple):
+class Deferred(NamedTuple):
     """Placeholder for a result: the message is acked, and its work continues elsewhere or later or was done before.
 
     The store is responsible for the work. No hook is called, and no counter is increased.
@@ -42,30 +42,30 @@ class Unfinished(NamedTuple):
     result: Any
 
 
-class Delivery:
+class Attempt:
     """One attempt at a message.
 
     :param retry: the retry policy of the consumer, for classes that declare none.
     """
 
     #: Number of the attempt, from 1.
-    attempt = 1
+    number = 1
     #: Number of earlier attempts that do not count for the retry policy.
-    forgiven = 0
+    attempts_not_counted = 0
     #: Seconds until the next attempt, if this one has failed and another one follows.
     retry_in: float | None = None
     #: Permanent failure of the message.
     failure: Failure | None = None
     #: Timeout error to raise instead of running: this attempt records the failure of an abandoned one.
-    verdict: Exception | None = None
+    timeout_error: Exception | None = None
     #: True if the attempt was abandoned.
     abandoned = False
     #: Time limit of the attempt in seconds; None without a limit.
-    timeout: float | None = None
+    time_limit: float | None = None
     #: True if the record is acked because the store has the message: no dead letter, and no retry by this consumer.
-    answered = False
+    acked = False
     #: True if the consumer is shutting down: release work that another consumer can continue.
-    ending = False
+    shutting_down = False
 
     #: Topic of the message; empty if it has none.
     topic = ""
@@ -77,20 +77,20 @@ class Delivery:
     #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this one.
     entry: Any = None
     #: Class of the message's entrypoint, once it is known.
-    expected: type | None = None
+    entrypoint_class: type | None = None
 
     def __init__(self, retry: Retry | None = None) -> None:
         #: Retry policy for classes that declare none.
         self.retry = retry
         #: Outcome latch: the first value wins, later ones are ignored.
-        self.decision: list[str] = []
+        self.outcome: list[str] = []
 
-    def construct(self, entry: Any) -> None:
+    def on_constructed(self, entry: Any) -> None:
         """Register a constructed entrypoint; the first one of the message's class is the entrypoint of the message."""
-        if self.entry is None and type(entry) is self.expected:
+        if self.entry is None and type(entry) is self.entrypoint_class:
             self.entry = entry
 
-    def start(self, entry: Any) -> None:
+    def on_started(self, entry: Any) -> None:
         """Register an entrypoint that starts; it is the entrypoint of the message if none is known yet.
 
         :raises kser.errors.TaskTimeout: this attempt records the failure of an abandoned one.
@@ -99,103 +99,103 @@ class Delivery:
             self.entry = entry
         if self.entry is not entry:
             return
-        if self.verdict is not None:
-            raise self.verdict
-        self.timeout = timeout_of(type(entry))
+        if self.timeout_error is not None:
+            raise self.timeout_error
+        self.time_limit = time_limit_of(type(entry))
 
-    def postpones(self, exc: BaseException | None, error: Failure) -> bool:
+    def should_retry(self, exc: BaseException | None, error: Failure) -> bool:
         """Return whether another attempt follows a failure; if none follows, record the failure as permanent.
 
         :param exc: the exception of the attempt; None for a failed result.
         :param error: the failure to record.
         """
-        if self.answered:
+        if self.acked:
             return False
         declared = getattr(type(self.entry), "RETRY", None)
         policy = declared if isinstance(declared, Retry) else self.retry
         if policy is None and isinstance(exc, RetryLater):
-            policy = DEFAULT
-        self.retry_in = policy.wait_after(self.attempt - self.forgiven, exc) if policy else None
+            policy = DEFAULT_RETRY
+        self.retry_in = policy.delay_after(self.number - self.attempts_not_counted, exc) if policy else None
         if self.retry_in is None:
             self.failure = error
         return self.retry_in is not None
 
-    def refuse(self, reason: str, exc: BaseException) -> None:
+    def reject(self, reason: str, exc: BaseException) -> None:
         """Reject the message, because no attempt can handle it."""
         self.failure = Failure(reason, error_name(exc), str(exc))
 
-    def answer(self) -> None:
+    def ack(self) -> None:
         """Ack the record: the store is now responsible for the message, whatever the outcome of the attempt."""
-        self.answered = True
+        self.acked = True
 
-    def begin(self, timeout: float | None) -> None:
+    def restart_timer(self, time_limit: float | None) -> None:
         """Restart the timer for a part of the work, which can be abandoned alone.
 
         :param timeout: time limit of the part in seconds; None without a limit.
         """
-        self.timeout = None
-        self.decision = []
-        self.timeout = timeout
+        self.time_limit = None
+        self.outcome = []
+        self.time_limit = time_limit
 
-    def hand_back(self) -> None:
+    def abandon(self) -> None:
         """Abandon the attempt because the consumer is shutting down; the message stays unfinished.
 
         :raises AttemptAbandoned: always.
         """
         self.abandoned = True
-        raise Abandoned
+        raise AttemptAbandoned
 
-    def identity(self) -> str:
+    def deterministic_uuid(self) -> str:
         """Return a uuid for a message without one; an attempt at a record returns the same uuid at each redelivery."""
         return str(uuid4())
 
-    def decide(self, what: str = ENDED) -> bool:
+    def resolve(self, value: str = FINISHED) -> bool:
         """Set the outcome of the attempt unless it is set already; return whether this call has set it.
 
         :param what: :data:`FINISHED` or :data:`TIMED_OUT`.
         """
-        return decide(self.decision, what)
+        return resolve(self.outcome, value)
 
-    def check(self) -> None:
+    def raise_if_abandoned(self) -> None:
         """Raise if the attempt was abandoned.
 
         :raises AttemptAbandoned: the attempt was abandoned.
         """
-        if self.abandoned or self.decision[:1] == [GIVEN_UP]:
-            raise Abandoned
+        if self.abandoned or self.outcome[:1] == [TIMED_OUT]:
+            raise AttemptAbandoned
 
-    def settle(self, entry: Any) -> None:
+    def on_finished(self, entry: Any) -> None:
         """Register an entrypoint that has finished; the entrypoint of the message can no longer time out.
 
         :raises AttemptAbandoned: the attempt was abandoned before.
         """
         if entry is self.entry:
-            self.decide()
-        self.check()
+            self.resolve()
+        self.raise_if_abandoned()
 
 
-def decide(decision: list[str], what: str) -> bool:
+def resolve(outcome: list[str], value: str) -> bool:
     """Append ``what`` and return whether it is the first value: of two threads, exactly one appends first."""
-    decision.append(what)
-    return decision[0] == what
+    outcome.append(value)
+    return outcome[0] == value
 
 
 #: The attempt that runs in this context; None outside of a consumer.
-CURRENT: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)
+current_attempt: ContextVar[Attempt | None] = ContextVar("kser_delivery", default=None)
 
 
-def settle(entry: Any) -> None:
+def raise_if_decided(entry: Any) -> None:
     """Register an entrypoint that has finished with the current attempt, if there is one.
 
     :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
-    if (delivery := CURRENT.get()) is not None:
-        delivery.settle(entry)
+    if (delivery := current_attempt.get()) is not None:
+        delivery.on_finished(entry)
 
 
-def timeout_of(cls: type) -> float | None:
+def time_limit_of(cls: type) -> float | None:
     """Return the time limit of an attempt at a class, in seconds; None without a limit."""
-    timeout = getattr(cls, "TIMEOUT", None)
+    timeout = getattr(cls, "TIME_LIMIT", None)
     # Ignore a value of another type, as with RETRY, because the attribute is then the user's own (decision C18).
     fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
     return timeout if fits else None

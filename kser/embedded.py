@@ -28,7 +28,7 @@ from typing import Any, Self
 from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageError
 
 #: Seconds to wait for a response of the broker, which runs in this process.
-_PATIENCE_SECONDS = 10
+_START_TIMEOUT = 10
 
 # The mock cluster accepts any name. Without this check, a program that works here would fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
@@ -123,7 +123,7 @@ class EmbeddedBroker:
         from confluent_kafka import KafkaException
 
         try:
-            return self._client.list_topics(*topic, timeout=_PATIENCE_SECONDS)
+            return self._client.list_topics(*topic, timeout=_START_TIMEOUT)
         except KafkaException as error:
             raise BrokerUnavailable(
                 f"the development broker does not respond on the loopback interface ({error}); "

@@ -13,29 +13,29 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import records, signals, status
-from kser.delivery import CURRENT, FAILED, Failure, error_name, settle
-from kser.results import error_of, failure, merge
+from kser.delivery import FAILED, Failure, current_attempt, error_name, raise_if_decided
+from kser.results import error_dict, failed_result, merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
 #: Placeholder for the return value of ``onerror`` in an object whose ``postinit`` did not raise.
-NOT_REFUSED: Final = object()
+NO_INIT_FAILURE: Final = object()
 
 
-class Surroundings(Protocol):
+class RegistryProtocol(Protocol):
     """Registry that an entrypoint's class is subscribed to, as the entrypoint and the controller use it."""
 
-    def context(self) -> AbstractContextManager[Any]:
+    def _kser_app_context(self) -> AbstractContextManager[Any]:
         """Return the context manager to enter around a whole execution."""
         ...
 
     @property
-    def keeps(self) -> bool:
+    def _kser_has_store(self) -> bool:
         """True if the registry has a store for operations."""
         ...
 
-    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+    def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle the message of a durable operation, stored or not yet stored, or of one of its steps.
 
         :param entrypoint: the class that the message names; None for a class that is not known here.
@@ -77,10 +77,10 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     path: ClassVar[Any] = _InstancePath()
 
-    _kser_registry: ClassVar[Surroundings | None] = None
+    _kser_registry: ClassVar[RegistryProtocol | None] = None
     #: True if the registry handles the messages of this class, provided that it has a store.
-    _kser_kept: ClassVar[bool] = False
-    _kser_refusal: Any = NOT_REFUSED
+    _kser_is_durable: ClassVar[bool] = False
+    _kser_init_failure: Any = NO_INIT_FAILURE
 
     def __init__(
         self,
@@ -136,38 +136,38 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- triggers ------------------------------------------------------------------------------------------------------
 
     def _post_init(self) -> None:
-        if (delivery := CURRENT.get()) is not None:
-            delivery.construct(self)
+        if (delivery := current_attempt.get()) is not None:
+            delivery.on_constructed(self)
         try:
             self.postinit()
         except Exception as exc:
-            failed = failure(exc, self.uuid)
-            answer = postpone(self, failed, exc)
-            self._kser_refusal = self._onerror(failed) if answer is None else answer
+            failed = failed_result(exc, self.uuid)
+            answer = schedule_retry(self, failed, exc)
+            self._kser_init_failure = self._onerror(failed) if answer is None else answer
 
     def _prerun(self) -> None:
-        records.step(logger, self, "PreRun")
+        records.log_step(logger, self, "PreRun")
         self.check_required_params()
         self.prerun()
 
     def _run(self) -> Any:
-        records.step(logger, self, "Run")
+        records.log_step(logger, self, "Run")
         return self.run()
 
     def _postrun(self, result: Any) -> Any:
-        records.step(logger, self, "PostRun")
+        records.log_step(logger, self, "PostRun")
         return self.postrun(result)
 
     def _onsuccess(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        records.success(logger, self, self.result)
+        records.log_success(logger, self, self.result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
     def _onerror(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        records.failure(logger, self)
-        return call_onerror(self)
+        records.log_failure(logger, self)
+        return notify_failure(self)
 
     # -- execution -----------------------------------------------------------------------------------------------------
 
@@ -177,17 +177,17 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param result: a result to merge into :attr:`result` first.
         :return: the return value of :meth:`onsuccess` or, for a returned failure, of :meth:`onerror`.
         """
-        if self._kser_refusal is not NOT_REFUSED:
-            return self._kser_refusal
+        if self._kser_init_failure is not NO_INIT_FAILURE:
+            return self._kser_init_failure
         self.result = merge(self.result, result)
         signals.emit(signals.entry_started, type(self), entry=self)
         self._prerun()
         value = self._run()
-        settle(self)
+        raise_if_decided(self)
         value = self._postrun(value)
-        if status.outcome(self.result, value) == status.SUCCESS:
+        if status.final_status(self.result, value) == status.SUCCESS:
             return self._onsuccess(value)
-        if (answer := postpone(self, value)) is not None:
+        if (answer := schedule_retry(self, value)) is not None:
             return answer
         return self._onerror(value)
 
@@ -198,14 +198,14 @@ class Entrypoint(metaclass=EntrypointMeta):
         :return: the return value of :meth:`onsuccess` or :meth:`onerror`: the result, unless they are overridden.
         """
         registry = self._kser_registry
-        with nullcontext() if registry is None else registry.context():
+        with nullcontext() if registry is None else registry._kser_app_context():
             try:
-                if (delivery := CURRENT.get()) is not None:
-                    delivery.start(self)
+                if (delivery := current_attempt.get()) is not None:
+                    delivery.on_started(self)
                 return self.unsafe_execute(result=result)
             except Exception as exc:
-                failed = failure(exc, self.uuid)
-                if (answer := postpone(self, failed, exc)) is not None:
+                failed = failed_result(exc, self.uuid)
+                if (answer := schedule_retry(self, failed, exc)) is not None:
                     return answer
                 return self._onerror(failed)
 
@@ -249,10 +249,10 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param level: level of the log record.
         :param kwargs: keywords of :meth:`logging.Logger.log`: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
-        records.message(logger, self, "MESSAGE", message, level, *args, **kwargs)
+        records.log_message(logger, self, "MESSAGE", message, level, *args, **kwargs)
 
 
-def postpone(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
+def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
     """Schedule a retry of ``entry`` if its retry policy allows another attempt; no hook is called then.
 
     :param result: the failed result.
@@ -260,35 +260,35 @@ def postpone(entry: Entrypoint, result: Any, exc: Exception | None = None) -> An
     :return: the result of this attempt; None when the failure is final.
     :raises kser.attempt.AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
-    delivery = CURRENT.get()
+    delivery = current_attempt.get()
     if delivery is None:
         return None
-    delivery.settle(entry)
+    delivery.on_finished(entry)
     if entry is not delivery.entry:
         return None
     text = (result if result and result.stderr else entry.result).stderr
-    name = error_name(exc) if exc is not None else _name_of_error(result or entry.result)
-    if not delivery.postpones(exc, Failure(FAILED, name, text)):
+    name = error_name(exc) if exc is not None else _error_name(result or entry.result)
+    if not delivery.should_retry(exc, Failure(FAILED, name, text)):
         return None
     answer = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
-    records.retry(logger, entry, delivery.attempt, delivery.retry_in or 0)
-    signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.attempt)
+    records.log_retry(logger, entry, delivery.number, delivery.retry_in or 0)
+    signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.number)
     return answer
 
 
-def _name_of_error(result: Result) -> str:
-    error = error_of(result)
+def _error_name(result: Result) -> str:
+    error = error_dict(result)
     return str(error.get("name", "")) if isinstance(error, Mapping) else ""
 
 
-def call_onerror(entry: Entrypoint) -> Any:
+def notify_failure(entry: Entrypoint) -> Any:
     """Emit ``entry_failed`` and call ``onerror``; an exception of the hook adds its own error (decision C6)."""
     signals.emit(signals.entry_failed, type(entry), entry=entry, result=entry.result)
     try:
         return entry.onerror(entry.result)
     except Exception as exc:
-        logger.exception(f"{records.line(entry, 'Failed')}: onerror raised: {exc}")
-        return merge(entry.result, failure(exc, entry.uuid))
+        logger.exception(f"{records.log_prefix(entry, 'Failed')}: onerror raised: {exc}")
+        return merge(entry.result, failed_result(exc, entry.uuid))
 
 
 def check_entrypoint(name: Any, candidate: Any) -> None:

@@ -94,7 +94,7 @@ class BrokerUnavailable(KserError):
     CODE = 503
 
 
-class ClientTrouble(KserError):
+class ClientError(KserError):
     """A call of the Kafka client failed
 
     :param fatal: this client cannot recover and must be replaced by a new one.
@@ -104,20 +104,20 @@ class ClientTrouble(KserError):
     MSGID = "ERR-50309"
     CODE = 503
 
-    def __init__(self, message: str, *, fatal: bool = False, passing: bool = False) -> None:
+    def __init__(self, message: str, *, fatal: bool = False, transient: bool = False) -> None:
         super().__init__(message)
         self.fatal = fatal
-        self.passing = passing
+        self.transient = transient
 
 
-class NotDelivered(KserError):
+class DeliveryError(KserError):
     """Delivery of a record was not confirmed"""
 
     MSGID = "ERR-50310"
     CODE = 503
 
 
-class MessageTooLarge(NotDelivered):
+class MessageTooLarge(DeliveryError):
     """A record exceeds the size limit"""
 
     MSGID = "ERR-50311"
@@ -177,7 +177,7 @@ class StoreError(KserError):
     MSGID = "ERR-50316"
 
 
-class Fenced(StoreError):
+class FencedError(StoreError):
     """Another owner has claimed the operation, or it has ended: nothing was recorded"""
 
     MSGID = "ERR-50317"

@@ -37,7 +37,7 @@ class RunningFile:
         self._lock = threading.Lock()
         self._lines: dict[int, str] = {}
         #: True if the lines have changed since the last write.
-        self._stale = False
+        self._is_stale = False
         self._consumers = 0
         self._path: str | None = None
         self._descriptor: int | None = None
@@ -50,10 +50,10 @@ class RunningFile:
             self._lines[thread] = text
         else:
             self._lines.pop(thread, None)
-        self._stale = True
-        self._write_stale(2 if text else 10)
+        self._is_stale = True
+        self._flush(2 if text else 10)
 
-    def _write_stale(self, rounds: int) -> None:
+    def _flush(self, rounds: int) -> None:
         """Write the changed lines.
 
         If another thread is writing the file, let it write this line too; blocking here for each message would cost
@@ -63,9 +63,9 @@ class RunningFile:
             meanwhile; the next call writes any remaining change.
         """
         for _ in range(rounds):
-            if not self._stale or not self._lock.acquire(blocking=False):
+            if not self._is_stale or not self._lock.acquire(blocking=False):
                 return
-            self._stale = False
+            self._is_stale = False
             try:
                 self._write()
             except (OSError, KeyError) as error:
@@ -92,18 +92,18 @@ class RunningFile:
         self.clear_stale()
         with self._lock:
             self._consumers += 1
-        self._write_stale(2)
+        self._flush(2)
 
     def close(self) -> None:
         """Unregister a consumer of this process that has ended; the last one releases the file."""
         with self._lock:
             self._consumers -= 1
         if self._consumers <= 0:
-            self.clear_own()
+            self.release()
         else:
-            self._write_stale(2)
+            self._flush(2)
 
-    def clear_own(self) -> None:
+    def release(self) -> None:
         """Empty the file if this process wrote it, and close it."""
         if self._descriptor is not None:
             self._lines.clear()

@@ -12,13 +12,13 @@ from cdumay_result import Result
 from kser import signals
 from kser.config import CONFIG
 from kser.controller import BaseProducer, Headers
-from kser.errors import MessageTooLarge, NotDelivered, UsageError
-from kser.results import failure
+from kser.errors import DeliveryError, MessageTooLarge, UsageError
+from kser.results import failed_result
 from kser.schemas import Message
 
 Key = str | bytes | None
 #: Function that returns the key of each message in a bulk send.
-KeyOf = Callable[[Message], Key]
+KeyFunction = Callable[[Message], Key]
 #: Headers in the form that the Kafka clients accept.
 HeaderList = list[tuple[str, bytes | None]]
 
@@ -53,7 +53,7 @@ def header_list(headers: Headers | None) -> HeaderList:
     return found
 
 
-def beside(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
+def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
     """Return key and headers of a record in the form that the Kafka clients accept.
 
     :raises kser.errors.UsageError: the key or a header has a wrong type.
@@ -78,7 +78,7 @@ def too_large(size: int, limit: int, setting: str) -> MessageTooLarge:
     )
 
 
-def refused_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarge:
+def rejected_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarge:
     """Build the error for a record that the client sent and the broker rejected as too large."""
     return MessageTooLarge(
         f"the record has {size:,} bytes, more than topic {topic!r} at {servers} accepts ('max.message.bytes' of the"
@@ -86,13 +86,13 @@ def refused_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarge
     )
 
 
-def reason_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return the text of an error as the Result of a single message has it."""
     text = error.message if isinstance(error, Error) else str(error)
     return text or repr(error)
 
 
-def remaining(deadline: float) -> float:
+def time_left(deadline: float) -> float:
     """Return the seconds until ``deadline``, by the monotonic clock; 0 after it."""
     return max(deadline - time.monotonic(), 0.0)
 
@@ -103,10 +103,10 @@ def _function(owner: Any, name: str) -> Any:
     return getattr(found, "__func__", found)
 
 
-class OutgoingProducer(BaseProducer):
+class KafkaProducerBase(BaseProducer):
     """Base of the producers of all transports; a transport implements only the delivery of a record."""
 
-    def _deliver(
+    def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         """Send a record and wait until it is delivered.
@@ -115,8 +115,8 @@ class OutgoingProducer(BaseProducer):
         """
         raise NotImplementedError
 
-    def _begin(
-        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    def _kser_deliver_nowait(
+        self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
         """Send a record without waiting for its delivery.
 
@@ -125,20 +125,20 @@ class OutgoingProducer(BaseProducer):
         """
         raise NotImplementedError
 
-    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+    def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         """Return the Result of a delivered message."""
         raise NotImplementedError
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
         deadline = time.monotonic() + timeout
         try:
-            self._deliver(topic, self._encode(kmsg), *beside(**options), deadline)
-            result = self._delivered(topic, kmsg, timeout)
+            self._kser_deliver(topic, self._kser_encode(kmsg), *encode_key_and_headers(**options), deadline)
+            result = self._kser_success_result(topic, kmsg, timeout)
         except Exception as exc:
-            result = failure(exc, kmsg.uuid)
-        return self._sent(topic, kmsg, result)
+            result = failed_result(exc, kmsg.uuid)
+        return self._kser_after_send(topic, kmsg, result)
 
-    def post(self, topic: str, kmsg: Message, told: Callable[[Any], Any], timeout: float = 60) -> None:
+    def send_nowait(self, topic: str, kmsg: Message, on_delivered: Callable[[Any], Any], timeout: float = 60) -> None:
         """Send one message without waiting for its delivery.
 
         A producer with hooks of its own, or with receivers of ``message_sent``, waits as
@@ -151,20 +151,22 @@ class OutgoingProducer(BaseProducer):
         :param timeout: seconds until the client must have accepted the message; another setting limits the time for
             its delivery.
         """
-        if self._is_watched():
-            told(self.send(topic, kmsg, timeout))
+        if self._kser_has_user_hooks():
+            on_delivered(self.send(topic, kmsg, timeout))
             return
 
         def end(error: Exception | None) -> None:
-            result = self._delivered(topic, kmsg, timeout) if error is None else failure(error, kmsg.uuid)
-            told(self._sent(topic, kmsg, result))
+            result = (
+                self._kser_success_result(topic, kmsg, timeout) if error is None else failed_result(error, kmsg.uuid)
+            )
+            on_delivered(self._kser_after_send(topic, kmsg, result))
 
         try:
-            self._begin(topic, self._encode(kmsg), time.monotonic() + timeout, end)
+            self._kser_deliver_nowait(topic, self._kser_encode(kmsg), time.monotonic() + timeout, end)
         except Exception as exc:
             end(exc)
 
-    def _is_watched(self) -> bool:
+    def _kser_has_user_hooks(self) -> bool:
         """Return whether user code takes part in sending.
 
         User code may itself send a message and wait for it; in the client's own thread, it would wait for that same
@@ -172,7 +174,7 @@ class OutgoingProducer(BaseProducer):
         """
         if signals.message_sent.receivers:
             return True
-        return any(_function(self, name) is not ours for name, ours in _SENDING.items())
+        return any(_function(self, name) is not ours for name, ours in _HOOK_METHODS.items())
 
     def produce(
         self,
@@ -184,45 +186,54 @@ class OutgoingProducer(BaseProducer):
         timeout: float = 60,
     ) -> None:
         try:
-            self._deliver(topic, value, *beside(key, headers), time.monotonic() + timeout)
+            self._kser_deliver(topic, value, *encode_key_and_headers(key, headers), time.monotonic() + timeout)
         except MessageTooLarge:
             raise
         except Exception as exc:
-            raise NotDelivered(self._undelivered_text(topic, reason_of(exc))) from exc
+            raise DeliveryError(self._kser_undelivered_text(topic, error_text(exc))) from exc
 
-    def _undelivered_text(self, topic: str, reason: str) -> str:
+    def _kser_undelivered_text(self, topic: str, reason: str) -> str:
         return f"the record for topic {topic!r} was not delivered: {reason}"
 
-    def _announce(self, topic: str, kmsg: Message, timeout: float) -> None:
-        result = self._delivered(topic, kmsg, timeout)
+    def _kser_emit_sent(self, topic: str, kmsg: Message, timeout: float) -> None:
+        result = self._kser_success_result(topic, kmsg, timeout)
         signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
 
-    def _encode(self, kmsg: Message) -> bytes:
+    def _kser_encode(self, kmsg: Message) -> bytes:
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
 #: The implementations in this class of the methods that take part in sending, without those of the transport.
-_SENDING = {
-    name: _function(OutgoingProducer, name)
-    for name in ("send", "_send", "_sent", "_finish", "_onsuccess", "onsuccess", "_onerror", "onerror")
+_HOOK_METHODS = {
+    name: _function(KafkaProducerBase, name)
+    for name in (
+        "send",
+        "_send",
+        "_kser_after_send",
+        "_kser_call_hook",
+        "_onsuccess",
+        "onsuccess",
+        "_onerror",
+        "onerror",
+    )
 }
 
 
-class Tally:
+class BulkResult:
     """Outcome of a bulk send."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._reasons: dict[str, str] = {}
+        self._errors: dict[str, str] = {}
         self._failed = 0
 
-    def take(self) -> None:
+    def add(self) -> None:
         """Count a message."""
         self._count += 1
 
     def fail(self, kmsg: Message, error: BaseException) -> None:
         """Count a message as not sent and record the reason."""
-        self._reasons[kmsg.uuid] = reason_of(error)
+        self._errors[kmsg.uuid] = error_text(error)
         self._failed += 1
 
     def result(self, ending: str = "") -> Result:
@@ -235,10 +246,10 @@ class Tally:
         sent = f"{self._count - self._failed} message(s) sent{ending}"
         if not self._failed:
             return Result(stdout=sent)
-        reason = next(iter(self._reasons.values()))
+        reason = next(iter(self._errors.values()))
         return Result(
             retcode=500,
             stdout=sent,
             stderr=f"{self._failed} of {self._count} message(s) not sent; first error: {reason}",
-            retval={"failed": self._reasons},
+            retval={"failed": self._errors},
         )

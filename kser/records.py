@@ -10,11 +10,11 @@ from typing import Any
 
 from cdumay_result import Result
 
-from kser.results import error_of
+from kser.results import error_dict
 from kser.schemas import Message, dump_result
 
 
-def line(entry: Any, tag: str) -> str:
+def log_prefix(entry: Any, tag: str) -> str:
     """Return ``Name.Tag: path[uuid]``, the prefix of each line about an object."""
     return f"{type(entry).__name__}.{tag}: {type(entry).path}[{entry.uuid}]"
 
@@ -24,7 +24,7 @@ def dump_entry(entry: Any) -> dict[str, Any]:
     return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
 
 
-def step(
+def log_step(
     logger: logging.Logger, entry: Any, tag: str, text: str = "", *values: Any, level: int = logging.DEBUG
 ) -> None:
     """Log the phase of its life cycle that an object has reached.
@@ -32,36 +32,36 @@ def step(
     :param text: text after the prefix; ``values`` are formatted into it, and only if the level is enabled.
     """
     if logger.isEnabledFor(level):
-        logger.log(level, f"{line(entry, tag)}{text % values}", extra={"kmsg": dump_entry(entry)})
+        logger.log(level, f"{log_prefix(entry, tag)}{text % values}", extra={"kmsg": dump_entry(entry)})
 
 
-def success(logger: logging.Logger, entry: Any, result: Result | None) -> None:
+def log_success(logger: logging.Logger, entry: Any, result: Result | None) -> None:
     """Log the success of an object at INFO."""
     if logger.isEnabledFor(logging.INFO):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(result)}
-        logger.info(f"{line(entry, 'Success')}: {result}", extra=extra)
+        logger.info(f"{log_prefix(entry, 'Success')}: {result}", extra=extra)
 
 
-def failure(logger: logging.Logger, entry: Any) -> None:
+def log_failure(logger: logging.Logger, entry: Any) -> None:
     """Log the failure of an object at ERROR."""
     if logger.isEnabledFor(logging.ERROR):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
-        error = error_of(entry.result)
+        error = error_dict(entry.result)
         if error:
             extra["error"] = error
-        logger.error(f"{line(entry, 'Failed')}: {entry.result}", extra=extra)
+        logger.error(f"{log_prefix(entry, 'Failed')}: {entry.result}", extra=extra)
 
 
-def retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> None:
+def log_retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> None:
     """Log at WARNING a failed attempt that another attempt follows."""
     if logger.isEnabledFor(logging.WARNING):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
-        text = f"{line(entry, 'Retry')}: attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
+        text = f"{log_prefix(entry, 'Retry')}: attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
         logger.warning(text, extra=extra)
 
 
-def message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
+def log_message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
     """Log a text of the user after the prefix of the object."""
-    prefix = f"{line(entry, tag)}: "
+    prefix = f"{log_prefix(entry, tag)}: "
     # Escape % only if there are arguments, because logging formats the text only then.
     logger.log(level, f"{prefix.replace('%', '%%') if args else prefix}{text}", *args, **kwargs)

@@ -27,13 +27,13 @@ def copy_result(result: Result, uuid: str | None = None) -> Result:
     )
 
 
-def failure(exc: BaseException, uuid: str) -> Result:
+def failed_result(exc: BaseException, uuid: str) -> Result:
     """Return a failed Result for ``exc``; its uuid is ``uuid``, also where cdumay would use another one."""
     result = Result.from_exception(exc, uuid=uuid)
     result.uuid = uuid
     return result
 
 
-def error_of(result: Result) -> Any:
+def error_dict(result: Result) -> Any:
     """Return the error in a Result, as ``search_value("error")`` does, without its new parser of 25 ms per call."""
     return result.retval.get("error") if isinstance(result.retval, Mapping) else None

@@ -16,7 +16,7 @@ from kser.errors import RetryLater, SettingError
 Exceptions = tuple[type[BaseException], ...]
 
 #: Errors that another attempt cannot fix, because the message or the class is wrong.
-HOPELESS: Final[Exceptions] = (ValidationError, NotImplementedYet)
+NOT_RETRYABLE: Final[Exceptions] = (ValidationError, NotImplementedYet)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Retry:
             raise SettingError(f"{name} must be a Retry, or an object with some of {', '.join(known)}; it is {value!r}")
         return cls(**value)
 
-    def admits(self, exc: BaseException | None) -> bool:
+    def is_retryable(self, exc: BaseException | None) -> bool:
         """Return whether the policy retries after ``exc``; None stands for a failed result without an exception."""
         if exc is None:
             return self.on is None
@@ -80,15 +80,15 @@ class Retry:
             return True
         if isinstance(exc, self.give_up_on):
             return False
-        return not isinstance(exc, HOPELESS) if self.on is None else isinstance(exc, self.on)
+        return not isinstance(exc, NOT_RETRYABLE) if self.on is None else isinstance(exc, self.on)
 
-    def wait_after(self, attempt: int, exc: BaseException | None = None) -> float | None:
+    def delay_after(self, attempt: int, exc: BaseException | None = None) -> float | None:
         """Return the seconds until the next attempt; None when no attempt follows.
 
         :param attempt: number of the failed attempt, from 1.
         :param exc: exception of the failed attempt; None for a failed result.
         """
-        if attempt >= self.max_attempts or not self.admits(exc):
+        if attempt >= self.max_attempts or not self.is_retryable(exc):
             return None
         if isinstance(exc, RetryLater):
             return exc.seconds
@@ -116,4 +116,4 @@ def _exceptions(name: str, value: Any) -> Exceptions | None:
 
 
 #: Policy for ``Retry.later`` when neither the class nor the consumer has one.
-DEFAULT: Final = Retry()
+DEFAULT_RETRY: Final = Retry()

@@ -47,9 +47,9 @@ MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadat
 
 #: Metadata key of a message: the uuid of the stored operation that the message is a step of. Keys that begin with
 #: ``kser.`` are reserved.
-OPERATION = "kser.operation"
+OPERATION_KEY = "kser.operation"
 #: Metadata key of a stored operation: JSON of the original message's params, if user code has changed them.
-GIVEN = "kser.given"
+ORIGINAL_PARAMS_KEY = "kser.given"
 
 _MISSING = object()
 
@@ -88,7 +88,7 @@ class MessageSchema(BaseSchema.from_dict(_marshmallow_fields(MESSAGE[len(BASE) :
     """Schema of a :class:`Message`: :class:`BaseSchema`, ``result`` and ``metadata``."""
 
 
-def _read(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
+def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
     """Return the declared keys of ``data``, or None if the schema must load it."""
     if type(data) is not dict:
         return None
@@ -98,7 +98,7 @@ def _read(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, 
         if type(value) is kind:
             values[name] = value
         elif kind is Result and type(value) is dict:
-            values[name] = _read(value, RESULT)
+            values[name] = _fast_load(value, RESULT)
             if values[name] is None:
                 return None
         elif not (value is _MISSING and not required) and not (value is None and nullable):
@@ -106,7 +106,7 @@ def _read(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, 
     return values
 
 
-def _write(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
+def _fast_dump(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
     """Return the declared attributes of ``source``, or None if the schema must dump it."""
     values = vars(source)
     data: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def _write(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[st
         if type(value) is not kind:
             return None
         if kind is Result:
-            value = _write(value, RESULT)
+            value = _fast_dump(value, RESULT)
             if value is None:
                 return None
         data[name] = value
@@ -195,7 +195,7 @@ class Message(Base):
         :raises cdumay_error.types.ValidationError: JSON, but not a message; ``extra`` has the reasons by field.
         """
         data = json.loads(json_data)
-        values = _read(data) if cls.MARSHMALLOW_SCHEMA is _OWN_SCHEMA else None
+        values = _fast_load(data) if cls.MARSHMALLOW_SCHEMA is _DEFAULT_SCHEMA else None
         if values is None:
             try:
                 values = cls.MARSHMALLOW_SCHEMA.load(data)
@@ -206,7 +206,7 @@ class Message(Base):
         return cls(**values)
 
     def dump(self) -> dict[str, Any]:
-        data = _write(self) if self.MARSHMALLOW_SCHEMA is _OWN_SCHEMA else None
+        data = _fast_dump(self) if self.MARSHMALLOW_SCHEMA is _DEFAULT_SCHEMA else None
         if data is None:
             return super().dump()
         for holder, key in ((data, "params"), (data, "metadata"), (data["result"], "retval")):
@@ -214,7 +214,7 @@ class Message(Base):
         return data
 
     def dumps(self) -> str:
-        data = _write(self) if self.MARSHMALLOW_SCHEMA is _OWN_SCHEMA else None
+        data = _fast_dump(self) if self.MARSHMALLOW_SCHEMA is _DEFAULT_SCHEMA else None
         return super().dumps() if data is None else json.dumps(data)
 
     def __repr__(self) -> str:
@@ -222,14 +222,14 @@ class Message(Base):
 
 
 #: The fast load and dump replace this schema only; a class with another schema uses its own.
-_OWN_SCHEMA = Message.MARSHMALLOW_SCHEMA
+_DEFAULT_SCHEMA = Message.MARSHMALLOW_SCHEMA
 
 
 def dump_result(result: Result | None) -> dict[str, Any]:
     """Return a result as a dict, with ``retval`` copied one level deep; without a result, an empty dict."""
     if not result:
         return {}
-    data = _write(result, RESULT)
+    data = _fast_dump(result, RESULT)
     if data is None:
         return ResultSchema().dump(result)  # type: ignore[no-any-return]
     data["retval"] = dict(data["retval"])

@@ -31,7 +31,7 @@ def is_final(state: str) -> bool:
     return state in FINAL
 
 
-def may_follow(old: str, new: str) -> bool:
+def can_transition(old: str, new: str) -> bool:
     """Return whether a *stored* operation may change from ``old`` to ``new``.
 
     Operations in memory are not checked, because users set states of their own there (decision S1). A state that is
@@ -40,7 +40,7 @@ def may_follow(old: str, new: str) -> bool:
     return new in TRANSITIONS.get(old, ())
 
 
-def outcome(*results: Result | None) -> str:
+def final_status(*results: Result | None) -> str:
     """Return the final state of work with these results: SUCCESS if no return code is above zero, else FAILED.
 
     A missing result counts as a blank one. Negative return codes do not count as failures, because merging them into

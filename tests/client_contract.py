@@ -14,7 +14,7 @@ import pytest
 
 from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record
 from kser.consumer.offsets import METADATA_LIMIT, PREFIX
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 
 PATIENCE = 30
 
@@ -117,7 +117,7 @@ class Member(Listener):
         """Poll once; returns what came."""
         try:
             batches = self.client.poll(timeout, limit, held)
-        except ClientTrouble as trouble:
+        except ClientError as trouble:
             if trouble.fatal or not self.patient:
                 raise
             return []
@@ -178,7 +178,7 @@ class CoreClientContract:
         yield make
         for member in members:
             member.drained.set()
-            with suppress(ClientTrouble):
+            with suppress(ClientError):
                 member.close()
 
     @pytest.fixture

@@ -131,7 +131,7 @@ class Group(RuleBasedStateMachine):
         node = self.busy(index)
         job = node.running.pop(which % len(node.running))
         if how == "expire":
-            assert node.dispatch.expire(job, TaskTimeout("too long"), job.decision)
+            assert node.dispatch.expire(job, TaskTimeout("too long"), job.outcome)
         elif how == "bury":
             job.failure = Failure("failed", "", "")
             node.dispatch.bury_later(job, 1)

@@ -91,7 +91,7 @@ class Process:
     @property
     def companion(self) -> Recovery:
         """What runs beside its consumer."""
-        found = self.registry.companion
+        found = self.registry._kser_background_service
         assert found is not None
         return found
 

@@ -13,7 +13,7 @@ from kser.consumer.client import Commit, Listener, Partition, Record
 from kser.consumer.options import NEVER
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.consumer import Consumer
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 from kser.sequencing.task import Task
 from tests.support import Clock, message
 
@@ -122,7 +122,7 @@ class Client(DummyClient):
         if isinstance(trouble, Exception):
             raise trouble
         if trouble is not None:
-            raise ClientTrouble(trouble)
+            raise ClientError(trouble)
 
 
 class Troubled(Consumer):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kser.consumer.client import Commit, Partition
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 from tests.client_contract import ClientContract, Drain, Join, Member, World, until
 
 #: Longer than an eager rebalance takes, and shorter than a session.
@@ -132,7 +132,7 @@ class GroupContract(ClientContract):
         second.said.clear()
         self.expel(second)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
-        with pytest.raises(ClientTrouble):
+        with pytest.raises(ClientError):
             second.client.commit(dict.fromkeys(gone, Commit(0, "late")), 2)
         assert [world.committed(group, key) for key in gone] == [Commit(0)]
         self.share(first, second)

@@ -19,7 +19,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals
-from kser.errors import MessageTooLarge, NotDelivered
+from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
 from tests.engine import until
 from tests.support import UUID, lines, message, record_of
@@ -195,7 +195,7 @@ class ProducerContract:
         assert lines(caplog) == []
 
     def test_produce_of_an_invalid_record_raises(self, producer: Any, topic: str) -> None:
-        with pytest.raises(NotDelivered, match="a header must be a name and bytes"):
+        with pytest.raises(DeliveryError, match="a header must be a name and bytes"):
             producer.produce(topic, b"x", headers=[("name", "text")])
 
     # -- hooks and signals ---------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ class ProducerContract:
     ) -> None:
         told: list[Any] = []
         for number in range(20):
-            producer.post(topic, message("x", uuid=str(number)), told.append)
+            producer.send_nowait(topic, message("x", uuid=str(number)), told.append)
         until(lambda: len(told) == 20)
         results = sorted((int(result.uuid), result.retcode) for result in told)
         assert results == [(number, 0) for number in range(20)]
@@ -284,8 +284,8 @@ class ProducerContract:
     def test_send_nowait_reports_an_unsendable_message_at_once(self, transport: Transport, topic: str) -> None:
         told: list[Any] = []
         producer = self.make(transport, **{transport.limit: 5000})
-        producer.post(topic, message("x", params={"when": object()}), told.append)
-        producer.post(topic, message("x", params={"text": "x" * 6000}), told.append)
+        producer.send_nowait(topic, message("x", params={"when": object()}), told.append)
+        producer.send_nowait(topic, message("x", params={"text": "x" * 6000}), told.append)
         producer.close()
         assert [result.retcode for result in told] == [500, 413]
         assert f"{transport.limit!r} allows 5,000" in told[1].stderr
@@ -315,7 +315,7 @@ class ProducerContract:
         told: list[Any] = []
         producer = self.make(transport, Own)
         with signals.message_sent.connected_to(note) if hook == "message_sent" else nullcontext():
-            producer.post(topic, message("x"), lambda result: told.append((result.retcode, *called)))
+            producer.send_nowait(topic, message("x"), lambda result: told.append((result.retcode, *called)))
         assert told == [(0, threading.current_thread().name)]
         producer.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kser import status as states
-from kser.errors import Fenced, StateConflict, StoreError, UsageError
+from kser.errors import FencedError, StateConflict, StoreError, UsageError
 from kser.store.base import Store
 from kser.store.rows import (
     DISTRIBUTED,
@@ -472,11 +472,11 @@ class CheckpointContract:
         fresh = claimed(world.other, stale.root)
         before = world.store.get(stale.root.uuid)
         for checkpoint in (step_on(stale, 0), last_step(stale, 0), step_on(stale, 0, keep=False)):
-            with pytest.raises(Fenced):
+            with pytest.raises(FencedError):
                 world.store.checkpoint(checkpoint)
         assert world.store.get(stale.root.uuid) == before
         assert world.other.checkpoint(step_on(fresh, 0)) == states.RUNNING
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(stale, 0))
 
     def test_checkpoint_after_lease_expiry_succeeds_until_another_claim(self, world: World) -> None:
@@ -490,7 +490,7 @@ class CheckpointContract:
     def test_checkpoint_after_release_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(3))
         world.store.checkpoint(step_on(claim, 0, keep=False))
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 1))
 
     def test_checkpoint_from_wrong_step_is_fenced(self, world: World) -> None:
@@ -498,7 +498,7 @@ class CheckpointContract:
         claim = saved(world.store, new(5))
         world.store.checkpoint(step_on(claim, 0))
         before = world.store.get(claim.root.uuid)
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 3))
         assert world.store.get(claim.root.uuid) == before
 
@@ -507,7 +507,7 @@ class CheckpointContract:
         claim = saved(world.store, new(3, mode=DISTRIBUTED))
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=NEXT)]))
         before = world.store.get(claim.root.uuid)
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), keep=False))
         assert world.store.get(claim.root.uuid) == before
 
@@ -517,7 +517,7 @@ class CheckpointContract:
         child = claim.path[1]
         before = world.store.get(inner.uuid), world.store.get(claim.root.uuid)
         moves = [move_of(child._replace(step=1), 2), move_of(claim.root, 0)]
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 1)]))
         assert (world.store.get(inner.uuid), world.store.get(claim.root.uuid)) == before
 
@@ -526,7 +526,7 @@ class CheckpointContract:
         world.store.checkpoint(last_step(claim, 0))
         world.pass_by(10)
         assert world.store.purge(5, [states.SUCCESS], 10) == 1
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(last_step(claim, 0))
 
     # -- again ---------------------------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ class CheckpointContract:
         checkpoint = step_on(claim, 0, keep=False)
         world.store.checkpoint(checkpoint)
         claimed(world.other, claim.root)
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(checkpoint)
 
     def test_repeated_checkpoint_after_a_resume_is_fenced(self, world: World) -> None:
@@ -586,7 +586,7 @@ class CheckpointContract:
         checkpoint = last_step(claim, 0, states.FAILED)
         world.store.checkpoint(checkpoint)
         world.store.resume(claim.root.uuid)
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(checkpoint)
 
     # -- together ------------------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ class CheckpointContract:
             *(lambda claim=claim: world.store.checkpoint(step_on(claim, 1)) for claim in claims[::3]),
         )
         assert answers[:4] == [states.RUNNING] * 4
-        assert [type(answer) for answer in answers[4:]] == [Fenced] * 4
+        assert [type(answer) for answer in answers[4:]] == [FencedError] * 4
 
     # -- nested --------------------------------------------------------------------------------------------------------
 
@@ -871,7 +871,7 @@ class LifecycleContract:
         row = world.store.cancel(claim.root.uuid, None)
         assert row is not None
         assert row.status == states.CANCELLED
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 0))
 
     def test_cancel_of_a_running_operation_takes_effect_at_its_next_checkpoint(self, world: World) -> None:
@@ -946,7 +946,7 @@ class LifecycleContract:
         world.pass_by(LEASE + 1)
         claimed(world.other, stale.root)
         world.store.cancel(stale.root.uuid, None)
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             world.store.checkpoint(step_on(stale, 0))
         assert row_of(world.store, stale.root.uuid).status == states.RUNNING
 

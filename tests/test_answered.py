@@ -11,7 +11,7 @@ import pytest
 from kser.consumer.beside import Beside
 from kser.consumer.client import Commit
 from kser.consumer.workers import Workers
-from kser.delivery import CURRENT, GIVEN_UP, Abandoned, Delivery, Failure
+from kser.delivery import TIMED_OUT, Attempt, AttemptAbandoned, Failure, current_attempt
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing.handover import StepDelivery
@@ -100,9 +100,9 @@ def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
     job = desk.next()
     desk.answer(job)
     verdict = TimeoutError("too long")
-    assert desk.expire(job, verdict, job.decision) is True
+    assert desk.expire(job, verdict, job.outcome) is True
     (stand_in,) = desk.all()
-    assert (stand_in.verdict, stand_in.answered, stand_in.record.offset) == (verdict, True, 0)
+    assert (stand_in.timeout_error, stand_in.acked, stand_in.record.offset) == (verdict, True, 0)
     assert desk.finish(job) is True
     desk.finish(stand_in)
     assert offsets(desk.all()) == [1]
@@ -116,7 +116,7 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
     job = desk.next()
     desk.answer(job)
     desk.on_revoke([DICE])
-    desk.expire(job, TimeoutError("too long"), job.decision)
+    desk.expire(job, TimeoutError("too long"), job.outcome)
     (stand_in,) = desk.all()
     assert desk.finish(stand_in) is True
 
@@ -134,19 +134,19 @@ def test_abandoned_acked_record_is_not_redelivered() -> None:
 
 
 def test_acked_record_is_neither_retried_nor_dead_lettered() -> None:
-    delivery = Delivery(Retry(max_attempts=9))
-    delivery.answer()
-    assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is False
+    delivery = Attempt(Retry(max_attempts=9))
+    delivery.ack()
+    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
     assert (delivery.retry_in, delivery.failure) == (None, None)
 
 
 def test_attempts_before_a_resume_do_not_count_for_the_retry_policy() -> None:
-    delivery = Delivery(Retry(max_attempts=3, delay=10, backoff=2, jitter=False))
-    delivery.attempt, delivery.forgiven = 4, 3
-    assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is True
+    delivery = Attempt(Retry(max_attempts=3, delay=10, backoff=2, jitter=False))
+    delivery.number, delivery.attempts_not_counted = 4, 3
+    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is True
     assert delivery.retry_in == 10
-    delivery.attempt = 6
-    assert delivery.postpones(ConnectionError("no"), Failure("failed", "", "no")) is False
+    delivery.number = 6
+    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
 
 
 def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
@@ -155,12 +155,12 @@ def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
     seen: list[Any] = []
 
     def part() -> None:
-        job: Any = CURRENT.get()
+        job: Any = current_attempt.get()
         before = job.taken
         consumer._dispatch.clock = lambda: before + 100
-        assert job.decide(GIVEN_UP)
-        job.begin(5)
-        seen.append((job.timeout, job.taken - before, job.decide()))
+        assert job.resolve(TIMED_OUT)
+        job.restart_timer(5)
+        seen.append((job.time_limit, job.taken - before, job.resolve()))
 
     Act.acts["1"] = part
     consumer.step(timeout=0)
@@ -173,9 +173,9 @@ def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
     consumer = consumer_of()
 
     def give_back() -> None:
-        delivery = CURRENT.get()
+        delivery = current_attempt.get()
         assert delivery is not None
-        delivery.hand_back()
+        delivery.abandon()
 
     Act.acts["1"] = give_back
     consumer.step(timeout=0)
@@ -184,9 +184,9 @@ def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
 
 
 def test_abandon_outside_a_consumer_raises() -> None:
-    delivery = Delivery()
-    with pytest.raises(Abandoned):
-        delivery.hand_back()
+    delivery = Attempt()
+    with pytest.raises(AttemptAbandoned):
+        delivery.abandon()
     assert delivery.abandoned
 
 
@@ -195,7 +195,7 @@ def test_redelivered_record_has_the_same_deterministic_uuid() -> None:
     for _ in range(2):
         desk = Desk()
         desk.enter_keys("--")
-        found.append([job.identity() for job in desk.all()])
+        found.append([job.deterministic_uuid() for job in desk.all()])
     assert found[0] == found[1]
     assert len(set(found[0])) == 2
     assert {UUID(each).version for each in found[0]} == {5}
@@ -208,30 +208,30 @@ def test_deterministic_uuids_differ_between_clusters() -> None:
     crew: Any = Workers.__new__(Workers)
     crew._dispatch = desk
     job.crew = crew
-    one = job.identity()
+    one = job.deterministic_uuid()
     desk.cluster = lambda: "another"
-    assert job.identity() != one
+    assert job.deterministic_uuid() != one
 
 
 def test_message_without_a_record_has_a_unique_uuid() -> None:
-    assert Delivery().identity() != Delivery().identity()
+    assert Attempt().deterministic_uuid() != Attempt().deterministic_uuid()
 
 
 def test_step_attempt_resolves_the_outer_attempt_when_it_ends() -> None:
-    outer = Delivery()
+    outer = Attempt()
     task = Task("1")
     step = StepDelivery(outer, task, 3, None, "op", lambda: False)
-    step.settle(task)
-    assert outer.decide(GIVEN_UP) is False
-    assert (step.attempt, step.operation_uuid) == (3, "op")
+    step.on_finished(task)
+    assert outer.resolve(TIMED_OUT) is False
+    assert (step.number, step.operation_uuid) == (3, "op")
 
 
 def test_step_of_an_abandoned_attempt_raises() -> None:
-    outer = Delivery()
+    outer = Attempt()
     outer.abandoned = True
     step = StepDelivery(outer, Task("1"), 1, None, "op", lambda: False)
-    with pytest.raises(Abandoned):
-        step.settle(Task("2"))
+    with pytest.raises(AttemptAbandoned):
+        step.on_finished(Task("2"))
 
 
 def test_cancel_requests_are_looked_up_at_a_limited_rate() -> None:

@@ -23,7 +23,7 @@ from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, option
 from kser.confluent.producer import MAX_ON_THEIR_WAY, Producer
 from kser.confluent.reports import Delivery, Reports
 from kser.embedded import EmbeddedBroker
-from kser.errors import NotDelivered, SettingError
+from kser.errors import DeliveryError, SettingError
 from tests.engine import until
 from tests.support import UUID, lines, message, run_python
 
@@ -274,7 +274,7 @@ def test_raising_user_callback_is_logged_and_does_not_fail_sends(
         until(lambda: raised.count("kser-delivery-reports") > 1)
         assert producer.send("dice", message("x")).retcode == 0
         for _ in range(20):
-            producer.post("dice", message("x"), told.append)
+            producer.send_nowait("dice", message("x"), told.append)
         until(lambda: len(told) == 20)
     assert {result.retcode for result in told} == {0}
     assert len(told) == 20
@@ -300,7 +300,7 @@ def test_unreachable_broker_is_named_within_the_timeout(nobody: str, call: str) 
     with closing(Producer({"bootstrap.servers": nobody})) as producer:
         begin = time.monotonic()
         if call == "produce":
-            with pytest.raises(NotDelivered, match=f"No broker responds at {nobody}"):
+            with pytest.raises(DeliveryError, match=f"No broker responds at {nobody}"):
                 producer.produce("dice", b"x", timeout=0.3)
         else:
             argument: Any = message("x") if call == "send" else [message("x"), message("x", uuid="2")]

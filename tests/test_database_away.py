@@ -44,7 +44,7 @@ def arrive(process: Process) -> None:
 def test_consumer_started_during_a_database_outage_waits_for_the_database(workers: int) -> None:
     store = AwayStore()
     process = Process(None, Sale, workers=workers)
-    process.registry._store = store
+    process.registry._kser_store = store
     arrive(process)
     with InThread(process.consumer) as thread:
         # Those who wait, and what runs beside.
@@ -58,7 +58,7 @@ def test_consumer_started_during_a_database_outage_waits_for_the_database(worker
 
 def test_graceful_shutdown_ends_a_consumer_that_waits_for_its_database() -> None:
     process = Process(None, Sale, workers=2)
-    process.registry._store = store = AwayStore()
+    process.registry._kser_store = store = AwayStore()
     arrive(process)
     with InThread(process.consumer) as thread:
         until(lambda: store.asked > 6)
@@ -76,7 +76,7 @@ def test_database_with_another_schema_version_is_rejected_at_the_start() -> None
             raise SchemaMismatch("run something")
 
     process = Process(None, Sale, workers=2)
-    process.registry._store = Old()
+    process.registry._kser_store = Old()
     with InThread(process.consumer) as thread:
         assert isinstance(thread.join(), SchemaMismatch)
 

@@ -14,7 +14,7 @@ from kser import signals
 from kser.consumer.client import Partition
 from kser.consumer.deadletter import PREFIX, TEXT_LIMITS
 from kser.controller import BaseProducer, Controller
-from kser.delivery import CURRENT, FAILED, Delivery, Failure
+from kser.delivery import FAILED, Attempt, Failure, current_attempt
 from kser.dummy.bus import Bus, DummyRecord
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
@@ -312,11 +312,11 @@ def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(caplog: pytest.
 
 def test_send_by_user_code_does_not_change_the_failure_of_the_current_attempt() -> None:
     """A hook of a failed message may send something, and a step of another operation may be told of in its thread."""
-    delivery = Delivery()
+    delivery = Attempt()
     delivery.failure = Failure(FAILED, "ValueError", "boom")
-    before = CURRENT.set(delivery)
+    before = current_attempt.set(delivery)
     try:
         assert Producer({}).send("elsewhere", message("x")).retcode == 0
     finally:
-        CURRENT.reset(before)
+        current_attempt.reset(before)
     assert delivery.failure == Failure(FAILED, "ValueError", "boom")

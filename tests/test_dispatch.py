@@ -97,7 +97,7 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
     assert desk.all() == []
     desk.time.pass_by(0.1)
     (again,) = desk.all()
-    assert (again.record.offset, again.attempt) == (0, 2)
+    assert (again.record.offset, again.number) == (0, 2)
     desk.finish(again)
     assert offsets(desk.all()) == [1]
 
@@ -218,7 +218,7 @@ def test_unwritten_dead_letter_blocks_its_partition() -> None:
     assert offsets(desk.all()) == [1]
     desk.time.pass_by(30)
     (again,) = desk.all()
-    assert (again.failure, again.attempt, again.burials) == (Failure(FAILED, "KeyError", "x"), 1, 1)
+    assert (again.failure, again.number, again.burials) == (Failure(FAILED, "KeyError", "x"), 1, 1)
     assert set(desk.held()) == {DICE}
     desk.finish(again)
     assert set(desk.held()) == set()
@@ -249,10 +249,10 @@ def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job, verdict = desk.next(), TimeoutError("late")
-    assert desk.expire(job, verdict, job.decision)
+    assert desk.expire(job, verdict, job.outcome)
     assert job.abandoned
     (following,) = desk.all()
-    assert (following.record, following.attempt, following.verdict) == (job.record, 1, verdict)
+    assert (following.record, following.number, following.timeout_error) == (job.record, 1, verdict)
     desk.finish(job)
     assert desk.commits() == {}
     desk.finish(following)
@@ -273,7 +273,7 @@ def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
     desk.enter_keys("-")
     job = desk.next()
     desk.finish(job)
-    assert (desk.expire(job, TimeoutError(), job.decision), desk.abandon(job), job.abandoned) == (False, False, False)
+    assert (desk.expire(job, TimeoutError(), job.outcome), desk.abandon(job), job.abandoned) == (False, False, False)
 
 
 # -- pause and end -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from cdumay_result import Result
 from kser.dummy.bus import Bus
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, StateConflict, StoreMissing, StoreUnavailable, UsageError
-from kser.schemas import OPERATION
+from kser.schemas import OPERATION_KEY
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
@@ -70,7 +70,7 @@ def test_send_saves_operation_tasks_mode_and_topic_before_sending(shop: Shop) ->
     assert [(task.uuid, task.entrypoint) for task in tasks] == [(f"1.{name}", Act.path) for name in "abc"]
     assert [event.kind for event in events] == ["accepted"]
     (kmsg,) = sent("orders")
-    assert (kmsg.uuid, kmsg.entrypoint, kmsg.metadata) == ("1", Sale.path, {OPERATION: "1"})
+    assert (kmsg.uuid, kmsg.entrypoint, kmsg.metadata) == ("1", Sale.path, {OPERATION_KEY: "1"})
 
 
 def test_launch_saves_the_operation_and_sends_its_first_task(shop: Shop) -> None:
@@ -85,12 +85,12 @@ def test_operation_accepted_during_a_kafka_outage_is_sent_by_a_reaper(
     shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 1: from the commit on it is accepted."""
-    shop.registry._producer = Unsaving()  # type: ignore[assignment]
+    shop.registry._kser_producer = Unsaving()  # type: ignore[assignment]
     shop.first.known(cls)("1").build().send()
     (warning,) = lines(caplog, logging.WARNING)
     assert "could not be sent; the reaper of a consumer will send it: no broker answers" in warning
     assert (shop.status(), shop.first.handle()) == (PENDING, 0)
-    shop.registry._producer = Producer({})
+    shop.registry._kser_producer = Producer({})
     shop.live(5)
     shop.first.handle()
     assert (shop.status(), shop.tasks()) == (SUCCESS, [SUCCESS] * 3)
@@ -98,7 +98,7 @@ def test_operation_accepted_during_a_kafka_outage_is_sent_by_a_reaper(
 
 def test_launch_that_cannot_be_sent_reports_it_and_is_still_accepted(shop: Shop) -> None:
     """durability rule 1"""
-    shop.registry._producer = Unsaving()  # type: ignore[assignment]
+    shop.registry._kser_producer = Unsaving()  # type: ignore[assignment]
     answer = shop.first.known(Sale)("1").build().launch()
     assert (answer.retcode, answer.stderr) == (500, "no broker answers")
     assert shop.status() == PENDING
@@ -367,7 +367,7 @@ def test_launch_without_a_database_names_the_setting() -> None:
 @pytest.mark.parametrize("how", ["launch", "send"])
 def test_operation_without_a_producer_is_not_accepted(shop: Shop, how: str) -> None:
     """durability rule 5, decision B22"""
-    shop.registry._producer = None
+    shop.registry._kser_producer = None
     for cls in (Sale, Spread):
         operation = shop.first.known(cls)("1").build()
         with pytest.raises(ProducerMissing, match=r"OperationRegistry\(producer=Producer\(\)\)"):

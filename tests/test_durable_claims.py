@@ -12,7 +12,7 @@ from tenacity import wait_fixed
 
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
-from kser.schemas import OPERATION, Message
+from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing import patience
 from kser.sequencing.means import Terms
 from kser.sequencing.registry import OperationRegistry
@@ -42,7 +42,7 @@ def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[S
     bare(cls)
     shop.first.handle()
     (row,) = seen
-    assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry.keeper._means.owner)
+    assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry._kser_operations._means.owner)
     assert row.wake_at - shop.world.now == pytest.approx(LEASE, abs=5)
     after = shop.stored().operation
     assert (after.owner, after.wake_at) == (None, None)
@@ -51,7 +51,7 @@ def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[S
 def test_owner_differs_at_each_start_of_a_process(shop: Shop) -> None:
     """durability rule 6"""
     second = shop.process()
-    assert second.registry.keeper._means.owner != shop.registry.keeper._means.owner
+    assert second.registry._kser_operations._means.owner != shop.registry._kser_operations._means.owner
 
 
 def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> None:
@@ -67,7 +67,7 @@ def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> 
 def test_task_message_of_a_local_operation_runs_nothing(shop: Shop) -> None:
     """durability rule 6"""
     shop.first.known(Sale)("1").build().send()
-    result = shop.first.run(Message("1.b", Act.path, metadata={OPERATION: "1"}))
+    result = shop.first.run(Message("1.b", Act.path, metadata={OPERATION_KEY: "1"}))
     assert (result.retcode, Act.seen, shop.stored().operation.mode) == (0, [], LOCAL)
 
 
@@ -261,7 +261,7 @@ def test_every_outcome_releases_the_claim(shop: Shop, cls: type[Sale], end: Base
         shop.first.handle()
     except KeyboardInterrupt:
         assert isinstance(end, KeyboardInterrupt)
-    assert shop.registry.keeper._means.held() == []
+    assert shop.registry._kser_operations._means.held() == []
     assert shop.stored().operation.owner is None
 
 
@@ -275,7 +275,7 @@ def test_raising_prerun_hook_releases_the_claim(shop: Shop) -> None:
     shop.first.learn(Bad)
     bare(Bad)
     shop.first.handle()
-    assert shop.registry.keeper._means.held() == []
+    assert shop.registry._kser_operations._means.held() == []
     assert Act.seen == []
 
 
@@ -403,4 +403,4 @@ def test_invalid_durability_settings_are_rejected_at_the_start(
     """durability rule 12"""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingError, match=text):
-        _ = OperationRegistry(store=MemoryStore()).companion
+        _ = OperationRegistry(store=MemoryStore())._kser_background_service

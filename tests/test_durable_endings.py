@@ -10,11 +10,11 @@ import pytest
 from cdumay_result import Result
 
 from kser import signals
-from kser.delivery import CURRENT
+from kser.delivery import current_attempt
 from kser.errors import StateConflict, UsageError
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
-from kser.status import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCESS, TRANSITIONS, may_follow
+from kser.status import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCESS, TRANSITIONS, can_transition
 from kser.store.rows import Claim
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import PATIENCE, Act
@@ -258,7 +258,7 @@ def test_task_sees_a_cancel_request(shop: Shop, cls: type[Sale]) -> None:
             self.seen_request.append(self.cancel_requested)
             shop.store.cancel("1", None)
             # What it asks again and again is looked up now and then.
-            CURRENT.get()._looked_at = -10  # type: ignore[union-attr]
+            current_attempt.get()._looked_at = -10  # type: ignore[union-attr]
             self.seen_request.append(self.cancel_requested)
 
     class Own(cls):  # type: ignore[valid-type,misc]
@@ -492,7 +492,7 @@ def test_resume_needs_neither_the_class_nor_a_producer(shop: Shop, caplog: pytes
     bare(Sale)
     shop.first.handle()
     desk = shop.process(group="desk")
-    desk.registry._producer = None
+    desk.registry._kser_producer = None
     operation = desk.registry.get("1")
     assert type(operation) is Operation
     caplog.clear()
@@ -547,7 +547,7 @@ def test_status_transitions_match_the_table() -> None:
         (FAILED, RUNNING),
         (CANCELLED, RUNNING),
     }
-    assert not any(may_follow(SUCCESS, new) for new in TRANSITIONS)
+    assert not any(can_transition(SUCCESS, new) for new in TRANSITIONS)
     assert {state for state in TRANSITIONS if state in FINAL} == {SUCCESS, FAILED, CANCELLED}
 
 
@@ -579,4 +579,4 @@ def test_emitted_status_changes_are_transitions_of_the_table(shop: Shop, cls: ty
         "resume": [(RUNNING, FAILED), (FAILED, RUNNING), (RUNNING, SUCCESS)],
     }
     assert heard == [(None, PENDING), (PENDING, RUNNING), *ways[end]]
-    assert all(may_follow(old, new) for old, new in heard[1:])
+    assert all(can_transition(old, new) for old, new in heard[1:])

@@ -13,7 +13,7 @@ from cdumay_result import Result
 
 from kser.dummy.bus import Bus
 from kser.dummy.producer import Producer
-from kser.errors import Fenced, StoreUnavailable, TaskTimeout
+from kser.errors import FencedError, StoreUnavailable, TaskTimeout
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
@@ -45,10 +45,10 @@ def test_poison_message_with_a_pending_cancel_is_cancelled_and_not_run_again(sho
 def test_raising_producer_after_a_checkpoint_fails_no_step(shop: Shop) -> None:
     """durability rule 8: the claim was released, so nothing more is recorded under it."""
     shop.first.known(Spread)("1").build().launch()
-    good, shop.registry._producer = shop.registry._producer, Broken({})
+    good, shop.registry._kser_producer = shop.registry._kser_producer, Broken({})
     shop.first.step()
     assert (shop.stored().operation.status, shop.stored().operation.step, Act.seen) == (RUNNING, 1, ["1.a"])
-    shop.registry._producer = good
+    shop.registry._kser_producer = good
     shop.live(2 * TURN)
     shop.first.handle()
     assert shop.stored().operation.status == SUCCESS
@@ -96,7 +96,7 @@ def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
                 return Result(uuid=kmsg.uuid, retcode=500, stderr="there is no such topic")
             return super().send(topic, kmsg, timeout, **options)
 
-    shop.registry._producer = Slow({})
+    shop.registry._kser_producer = Slow({})
     shop.first.known(Sale)("dead").build().send()
     Bus.at("").topics["dice"][0].clear()
     shop.seize("dead")
@@ -125,7 +125,7 @@ def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(sho
     gates: list[Any] = []
 
     class Long(Operation):
-        TIMEOUT = 5
+        TIME_LIMIT = 5
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             if gates:
@@ -151,14 +151,14 @@ def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: S
     found: list[bool] = []
 
     class Two(Operation):
-        TIMEOUT = 5
+        TIME_LIMIT = 5
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             return [Act(f"{self.uuid}.a"), Act(f"{self.uuid}.b")]
 
     def first() -> None:
         (job,) = dispatch.running()
-        looked.extend((job, job.decision))
+        looked.extend((job, job.outcome))
         shop.first.clock.pass_by(5.1)
 
     Act.acts["1.a"] = first
@@ -212,10 +212,10 @@ def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, ca
 
         def release(self) -> None:
             if self.key[0] == 1:
-                raise Fenced("its own worker was faster")
+                raise FencedError("its own worker was faster")
             given_back.append(self.key)
 
-    means = shop.registry.keeper._means
+    means = shop.registry._kser_operations._means
     held = [Held(1), Held(2)]
     for each in held:
         means.hold(each)

@@ -302,7 +302,7 @@ def test_resume_restarts_the_retry_policy_and_continues_the_numbering(shop: Shop
 class Stuck(Task):
     """Does not return before the test lets it go, the first time."""
 
-    TIMEOUT = 5
+    TIME_LIMIT = 5
     gate: ClassVar[threading.Event]
     told: ClassVar[list[Any]] = []
 
@@ -414,7 +414,7 @@ def test_task_timeout_does_not_apply_to_its_neighbours(shop: Shop, cls: type[Hol
     gate.set()
 
     def look() -> None:
-        seen.extend(job.timeout for job in shop.first.consumer._dispatch.running())
+        seen.extend(job.time_limit for job in shop.first.consumer._dispatch.running())
 
     Act.acts["1.a"] = Act.acts["1.c"] = look
     shop.first.learn(Stuck)
@@ -433,7 +433,7 @@ def test_operation_timeout_applies_to_each_task_separately(shop: Shop, cls: type
         TIMEOUT = 7
 
     Act.acts["1.a"] = Act.acts["1.c"] = lambda: seen.extend(
-        (job.timeout, job.taken) for job in shop.first.consumer._dispatch.running()
+        (job.time_limit, job.taken) for job in shop.first.consumer._dispatch.running()
     )
     Act.acts["1.b"] = lambda: shop.pass_by(6)
     shop.first.learn(Timed)

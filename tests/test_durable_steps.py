@@ -16,7 +16,7 @@ from kser import signals
 from kser.consumer.client import Partition
 from kser.dummy.bus import Bus
 from kser.errors import StoreUnavailable
-from kser.schemas import OPERATION, Message
+from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, SUCCESS
@@ -101,7 +101,7 @@ def test_checkpoint_records_the_whole_step_before_the_next_one_starts(shop: Shop
     assert json.loads(tasks[0].result)["stdout"] == "done"
     (attempt,) = attempts
     assert (attempt.position, attempt.number, attempt.status) == (0, 1, SUCCESS)
-    assert attempt.consumer == shop.registry.keeper._means.owner
+    assert attempt.consumer == shop.registry._kser_operations._means.owner
     assert "task-succeeded" in [event.kind for event in events]
 
 
@@ -167,7 +167,7 @@ def test_step_message_contains_only_its_identity(shop: Shop) -> None:
     steps = sent()[1:]
     assert [(kmsg.uuid, kmsg.entrypoint) for kmsg in steps] == [(f"1.{by}", Adding.path) for by in (1, 10, 100)]
     for kmsg in steps:
-        assert (kmsg.params, kmsg.metadata, kmsg.result.retval) == ({}, {OPERATION: "1"}, {})
+        assert (kmsg.params, kmsg.metadata, kmsg.result.retval) == ({}, {OPERATION_KEY: "1"}, {})
     operation = shop.registry.get("1")
     assert operation is not None
     assert operation.result.retval == {"n": 116}
@@ -191,8 +191,8 @@ def test_step_counts_as_sent_after_its_delivery_report(
     """durability rule 15: the worker has gone on long before; what was not delivered is the reaper's."""
     posted: list[Callable[[Exception | None], None]] = []
     producer: Any = shop.registry.producer
-    begin = producer._begin
-    producer._begin = lambda *arguments: posted.append(arguments[-1])
+    begin = producer._kser_deliver_nowait
+    producer._kser_deliver_nowait = lambda *arguments: posted.append(arguments[-1])
     bare(Spread)
     assert shop.first.step() == 1
     shop.first.companion.mark()
@@ -202,7 +202,7 @@ def test_step_counts_as_sent_after_its_delivery_report(
     assert shop.stored().operation.sends == (0 if trouble else 1)
     said = [line for line in lines(caplog) if "could not be sent; the reaper of a consumer will send it" in line]
     assert len(said) == (1 if trouble else 0)
-    producer._begin = begin
+    producer._kser_deliver_nowait = begin
     shop.live(10)
     assert len(sent()) == (2 if trouble else 1)
 
@@ -358,7 +358,7 @@ def test_step_of_an_unknown_operation_is_logged_and_dead_lettered(shop: Shop, ca
     """durability rule 17: all consumers of a topic share one database."""
     process = shop.process(Spread, dead_letter=True, group="letters")
     put("lost", cls=Act)
-    Bus.at("").send("dice", Message("1.a", Act.path, metadata={OPERATION: "gone"}).dumps().encode())
+    Bus.at("").send("dice", Message("1.a", Act.path, metadata={OPERATION_KEY: "gone"}).dumps().encode())
     process.handle()
     assert Act.seen == ["lost"]
     assert any(
@@ -395,7 +395,7 @@ def test_message_that_fails_before_its_ack_is_not_committed(shop: Shop) -> None:
         process.consumer._workers.stopping = True
         raise StoreUnavailable("the database is away")
 
-    process.registry.keeper._store = type("Away", (), {"peek": away, "save": away})()
+    process.registry._kser_operations._store = type("Away", (), {"peek": away, "save": away})()
     bare(Sale)
     process.handle()
     assert (committed(), Act.seen) == (0, [])

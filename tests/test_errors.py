@@ -65,8 +65,8 @@ def test_retry_later_contains_its_delay() -> None:
 
 
 def test_client_error_may_be_fatal() -> None:
-    assert not errors.ClientTrouble("no").fatal
-    assert errors.ClientTrouble("no", fatal=True).fatal
+    assert not errors.ClientError("no").fatal
+    assert errors.ClientError("no", fatal=True).fatal
 
 
 def test_task_timeout_is_a_timeout_error_of_python() -> None:

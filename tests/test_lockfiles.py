@@ -19,7 +19,7 @@ from tests.support import lines
 def running() -> Iterator[RunningFile]:
     running = RunningFile()
     yield running
-    running.clear_own()
+    running.release()
 
 
 @pytest.fixture
@@ -82,14 +82,14 @@ def test_clear_creates_the_file(running: RunningFile, path: Path) -> None:
 def test_file_of_another_process_is_not_cleared_at_the_end(path: Path) -> None:
     """D9: a clean exit clears only what this process wrote."""
     path.write_text("theirs")
-    RunningFile().clear_own()
+    RunningFile().release()
     assert path.read_text() == "theirs"
     path.write_bytes(b"")
 
 
 def test_own_file_is_cleared_at_the_end_and_may_be_written_again(running: RunningFile, path: Path) -> None:
     running.show("ours")
-    running.clear_own()
+    running.release()
     assert path.read_bytes() == b""
     running.show("again")
     assert path.read_bytes() == b"again"
@@ -156,7 +156,7 @@ def test_lines_of_ended_threads_are_cleared_at_the_end(running: RunningFile, pat
     thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
     thread.start()
     thread.join()
-    running.clear_own()
+    running.release()
     assert path.read_bytes() == b""
     running.show("new")
     assert path.read_bytes() == b"new"
@@ -174,7 +174,7 @@ def test_file_of_a_live_process_is_not_cleared(running: RunningFile, path: Path)
     running.show("alive")
     RunningFile().clear_stale()
     assert path.read_bytes() == b"alive"
-    running.clear_own()
+    running.release()
     path.write_text("left")
     with path.open() as sibling:
         fcntl.flock(sibling, fcntl.LOCK_SH)

@@ -10,7 +10,7 @@ import pytest
 from kser.consumer.client import Commit, Partition
 from kser.consumer.poller import EAGER_POLL, ENDING_POLL
 from kser.dummy.bus import Bus
-from kser.errors import BrokerUnavailable, ClientTrouble
+from kser.errors import BrokerUnavailable, ClientError
 from tests.engine import AT_ONCE, DICE, Act, Client, Troubled, committed, consumer_of, put
 from tests.support import Clock, lines, records
 
@@ -257,7 +257,7 @@ def test_fatal_client_is_replaced_and_running_records_are_not_run_again(
     consumer._poller.turn(0)
     job = consumer._dispatch.take(0)
     assert job is not None
-    consumer.used.trouble = {"poll": ClientTrouble("fenced", fatal=True)}
+    consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     consumer._poller.turn(0)
     assert (consumer.assignment, consumer.used.closed) == (frozenset(), 1)
     assert consumer.run_until_idle() == 1
@@ -277,7 +277,7 @@ def test_fenced_client_commits_nothing_more() -> None:
     consumer = Troubled({"auto_commit_interval_ms": 600_000}, max_in_flight=1)
     consumer._poller.turn(0)
     consumer._workers.step()
-    consumer.used.trouble = {"poll": ClientTrouble("fenced", fatal=True)}
+    consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     consumer._poller.turn(0)
     assert committed() == 0
     consumer.used.trouble = {}
@@ -320,7 +320,7 @@ def test_client_that_cannot_be_reconnected_is_logged_once(caplog: pytest.LogCapt
             return super()._connect()
 
     consumer = Gone()
-    consumer.used.trouble = {"poll": ClientTrouble("fenced", fatal=True)}
+    consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     for _ in range(5):
         consumer._poller.turn(0)
     assert trouble_lines(caplog) == [
@@ -336,7 +336,7 @@ def test_new_client_does_not_commit_records_of_the_fenced_one() -> None:
     consumer = Troubled({"auto_commit_interval_ms": 1000}, commit="before")
     clock = Clock(consumer)
     consumer.step(timeout=0)
-    consumer.used.trouble = {"poll": ClientTrouble("fenced", fatal=True)}
+    consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     consumer._poller.turn(0)
     other = consumer_of(AT_ONCE, commit="before")
     other.step(timeout=0)
@@ -353,7 +353,7 @@ def test_failed_subscription_closes_the_client() -> None:
             made.append(super()._connect())
             return made[-1]
 
-    with pytest.raises(ClientTrouble):
+    with pytest.raises(ClientError):
         Failing(first_trouble={"subscribe": "no"})
     assert [client.closed for client in made] == [1]
 
@@ -394,7 +394,7 @@ def test_group_lease_expiry_delays_records_until_a_commit_succeeds() -> None:
     clock = Clock(consumer)
     consumer._poller.turn(0)
     clock.pass_by(3)
-    consumer.used.trouble["commit"] = ClientTrouble("no member any more", passing=True)
+    consumer.used.trouble["commit"] = ClientError("no member any more", transient=True)
     consumer._poller.turn(0)
     assert consumer._dispatch.take(0) is None
     del consumer.used.trouble["commit"]

@@ -19,7 +19,7 @@ from kser.consumer.dispatch import Dispatch
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
 from kser.entry import Entrypoint
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
@@ -160,7 +160,7 @@ def test_commit_without_a_broker_raises_client_error_within_its_timeout() -> Non
     client.subscribe(["dice"], Dispatch())
     broker.close()
     begin = time.monotonic()
-    with pytest.raises(ClientTrouble, match=f"cannot commit offsets at {broker.bootstrap_servers}"):
+    with pytest.raises(ClientError, match=f"cannot commit offsets at {broker.bootstrap_servers}"):
         client.commit({Partition("dice", 0): Commit(1)}, 0.3)
     client.close(0.3)
     assert time.monotonic() - begin < 3

@@ -55,9 +55,9 @@ def test_reaper_sends_the_step_of_a_dead_consumer_after_lease_expiry(
 @BOTH_WAYS
 def test_reaper_sends_a_step_that_was_never_sent(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 20: its consumer died between checkpoint and sending."""
-    producer, shop.registry._producer = shop.registry._producer, Producer({"max_request_size": 1})
+    producer, shop.registry._kser_producer = shop.registry._kser_producer, Producer({"max_request_size": 1})
     shop.first.known(cls)("1").build().send()
-    shop.registry._producer = producer
+    shop.registry._kser_producer = producer
     shop.live(0)
     assert reasons(shop) == []
     shop.live(TURN)
@@ -134,7 +134,7 @@ def test_reaper_sends_to_the_stored_topic_with_the_shared_producer(shop: Shop) -
     """durability rule 20: the class need not be known here."""
     shop.first.known(Sale)("1").build().send(topic="orders")
     stranger = shop.process(group="stranger")
-    stranger.registry._producer = None
+    stranger.registry._kser_producer = None
     stranger.consumer._lending.lend(stranger.registry.controller)
     shop.pass_by(RESEND + 1)
     assert stranger.companion.reap() == 1
@@ -154,11 +154,11 @@ def test_reaper_retries_a_failed_send_soon(shop: Shop) -> None:
     for number in range(3):
         shop.first.send(Sale, str(number))
     forget()
-    up = shop.registry._producer
-    shop.registry._producer = Down()  # type: ignore[assignment]
+    up = shop.registry._kser_producer
+    shop.registry._kser_producer = Down()  # type: ignore[assignment]
     shop.pass_by(RESEND + 1)
     assert shop.first.companion.reap() == 3
-    shop.registry._producer = up
+    shop.registry._kser_producer = up
     shop.live(TURN)
     assert sorted(kmsg.uuid for kmsg in sent()) == ["0", "1", "2"]
 

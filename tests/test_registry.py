@@ -177,7 +177,7 @@ def test_fallback_producer_is_created_on_first_use() -> None:
         return made[0]
 
     registry = OperationRegistry()
-    registry.borrow_producer(lend)
+    registry._kser_set_fallback_producer(lend)
     assert made == []
     assert registry.producer is made[0]
 
@@ -185,7 +185,7 @@ def test_fallback_producer_is_created_on_first_use() -> None:
 def test_given_producer_is_not_replaced_by_the_fallback_producer() -> None:
     given = Producer()
     registry = OperationRegistry(producer=given)
-    registry.borrow_producer(Producer)
+    registry._kser_set_fallback_producer(Producer)
     assert registry.producer is given
 
 
@@ -193,9 +193,9 @@ def test_last_fallback_producer_wins() -> None:
     """A consumer that has ended closed its producer; the next one lends its own."""
     first, second = Producer(), Producer()
     registry = OperationRegistry()
-    registry.borrow_producer(lambda: first)
+    registry._kser_set_fallback_producer(lambda: first)
     assert registry.producer is first
-    registry.borrow_producer(lambda: second)
+    registry._kser_set_fallback_producer(lambda: second)
     assert registry.producer is second
 
 

@@ -206,7 +206,7 @@ def kept_at(registry: OperationRegistry) -> str:
 def test_database_uri_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/from-environment.db")
     registry = OperationRegistry()
-    assert registry.keeps
+    assert registry._kser_has_store
     assert "from-environment.db" in kept_at(registry)
 
 
@@ -394,4 +394,4 @@ def test_metadata_of_operation_and_tasks_is_stored(shop: Shop) -> None:
 
 def test_registry_accepts_producer_and_store() -> None:
     registry = OperationRegistry(producer=Producer({}), store=MemoryStore())
-    assert registry.companion is registry.companion
+    assert registry._kser_background_service is registry._kser_background_service

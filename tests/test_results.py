@@ -6,7 +6,7 @@ import pytest
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
-from kser.results import copy_result, failure, merge
+from kser.results import copy_result, failed_result, merge
 from tests.support import UUID
 
 
@@ -31,6 +31,6 @@ def test_copied_result_is_independent_of_the_original() -> None:
 )
 def test_failed_result_has_the_uuid_of_its_entry(error: Exception) -> None:
     """C12: also if the error carries another uuid."""
-    result = failure(error, UUID)
+    result = failed_result(error, UUID)
     assert (result.uuid, result.stderr) == (UUID, "x")
     assert result.retval["error"]["message"] == "x"

@@ -15,7 +15,7 @@ from kser.retry import Retry
 
 def waits(policy: Retry, attempts: int, exc: BaseException | None = None) -> list[float | None]:
     """What is waited after each of the first attempts."""
-    return [policy.wait_after(attempt, exc) for attempt in range(1, attempts + 1)]
+    return [policy.delay_after(attempt, exc) for attempt in range(1, attempts + 1)]
 
 
 # -- when --------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def test_default_retry_policy_has_three_attempts_with_doubling_backoff() -> None
 
 def test_jitter_gives_half_to_all_of_the_backoff() -> None:
     policy = Retry(max_attempts=2, delay=10)
-    found = [wait for _ in range(500) if (wait := policy.wait_after(1)) is not None]
+    found = [wait for _ in range(500) if (wait := policy.delay_after(1)) is not None]
     assert len(found) == 500
     assert all(5 <= wait <= 10 for wait in found)
     assert max(found) - min(found) > 4
@@ -43,12 +43,12 @@ def test_jitter_gives_half_to_all_of_the_backoff() -> None:
 
 def test_jitter_does_not_exceed_max_delay() -> None:
     policy = Retry(max_attempts=100, delay=1, backoff=10, max_delay=30)
-    assert all(15 <= (policy.wait_after(50) or 0) <= 30 for _ in range(100))
+    assert all(15 <= (policy.delay_after(50) or 0) <= 30 for _ in range(100))
 
 
 def test_backoff_beyond_float_range_is_max_delay() -> None:
     policy = Retry(max_attempts=10**9, delay=1.5, backoff=10.0, max_delay=7, jitter=False)
-    assert policy.wait_after(100_000) == 7
+    assert policy.delay_after(100_000) == 7
 
 
 def test_retry_without_delay_is_immediate() -> None:
@@ -56,12 +56,12 @@ def test_retry_without_delay_is_immediate() -> None:
 
 
 def test_single_attempt_is_not_retried() -> None:
-    assert Retry(max_attempts=1).wait_after(1, ConnectionError()) is None
+    assert Retry(max_attempts=1).delay_after(1, ConnectionError()) is None
 
 
 def test_attempt_number_beyond_max_attempts_is_not_retried() -> None:
     """The class may have fewer attempts than it had when the message was tried first."""
-    assert Retry(max_attempts=2).wait_after(5) is None
+    assert Retry(max_attempts=2).delay_after(5) is None
 
 
 # -- after what --------------------------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ MENDED = Retry(on=(ValidationError,))
 )
 def test_retry_policy_decides_by_exception_type(policy: Retry, exc: Exception | None, admitted: bool) -> None:
     """Errors of the message or the class are not retried unless the class names them: no attempt mends them."""
-    assert policy.admits(exc) is admitted
-    assert (policy.wait_after(1, exc) is not None) is admitted
+    assert policy.is_retryable(exc) is admitted
+    assert (policy.delay_after(1, exc) is not None) is admitted
 
 
 def test_retry_later_overrides_the_backoff_within_max_attempts() -> None:

@@ -204,7 +204,7 @@ def test_user_retry_attribute_that_is_no_policy_falls_back_to_the_consumer(polic
 
     class Mine(Told):
         RETRY = policy
-        TIMEOUT = "12:00"
+        TIME_LIMIT = "12:00"
         attempt = "mine"
 
     Controller.register(Mine.path, Mine)

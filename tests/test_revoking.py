@@ -93,7 +93,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert (again.record.offset, again.attempt) == (0, 2)
+    assert (again.record.offset, again.number) == (0, 2)
     desk.finish(again)
     assert offsets(desk.all()) == [1]
 
@@ -109,7 +109,7 @@ def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> 
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert again.attempt == 2
+    assert again.number == 2
 
 
 def test_records_committed_by_another_consumer_are_not_run() -> None:

@@ -22,7 +22,7 @@ from sqlalchemy import text
 
 from kser import status as states
 from kser.errors import (
-    Fenced,
+    FencedError,
     KserError,
     MissingDependency,
     SchemaMismatch,
@@ -342,7 +342,7 @@ def test_epoch_changed_by_another_process_fences_the_checkpoint(store: SQLStore,
     with contextlib.closing(sqlite3.connect(path)) as foreign, foreign:
         foreign.execute("UPDATE kser_operation SET epoch = 9")
     assert row_of(store, claim.root.uuid).epoch == 9
-    with pytest.raises(Fenced):
+    with pytest.raises(FencedError):
         store.checkpoint(step_on(claim, 0))
 
 
@@ -537,7 +537,7 @@ def test_group_commit_fences_each_checkpoint_alone(any_store: SQLStore) -> None:
         lambda: any_store.checkpoint(step_on(cancelled, 0)),
         lambda: any_store.checkpoint(step_on(again, 0)),
     )
-    assert isinstance(answers.pop(1), Fenced)
+    assert isinstance(answers.pop(1), FencedError)
     assert answers == [states.RUNNING, states.CANCELLED, states.RUNNING]
 
 

@@ -28,26 +28,26 @@ def test_statuses_are_the_strings_of_the_wire() -> None:
 @pytest.mark.parametrize("old", STATES)
 @pytest.mark.parametrize("new", STATES)
 def test_status_transitions_are_those_of_the_table(old: str, new: str) -> None:
-    assert status.may_follow(old, new) is ((old, new) in ALLOWED)
+    assert status.can_transition(old, new) is ((old, new) in ALLOWED)
 
 
 def test_unknown_status_has_no_transitions() -> None:
-    assert not status.may_follow("HALTED", "RUNNING")
-    assert not status.may_follow("RUNNING", "HALTED")
+    assert not status.can_transition("HALTED", "RUNNING")
+    assert not status.can_transition("RUNNING", "HALTED")
 
 
 @pytest.mark.parametrize("retcode", [1, 299, 300, 500, 0.5])
 def test_every_return_code_above_zero_is_a_failure(retcode: float) -> None:
     """C3"""
-    assert status.outcome(Result(retcode=retcode)) == "FAILED"
-    assert status.outcome(Result(), Result(retcode=retcode)) == "FAILED"
-    assert status.outcome(Result(retcode=retcode), Result()) == "FAILED"
+    assert status.final_status(Result(retcode=retcode)) == "FAILED"
+    assert status.final_status(Result(), Result(retcode=retcode)) == "FAILED"
+    assert status.final_status(Result(retcode=retcode), Result()) == "FAILED"
 
 
 @pytest.mark.parametrize("results", [(), (None,), (Result(),), (None, Result()), (Result(retcode=-1),)])
 def test_results_without_a_failure_are_a_success(results: tuple[Result | None, ...]) -> None:
     """C3: merged into a blank result, a negative return code gives zero."""
-    assert status.outcome(*results) == "SUCCESS"
+    assert status.final_status(*results) == "SUCCESS"
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_results_without_a_failure_are_a_success(results: tuple[Result | None, .
 )
 def test_value_that_is_no_result_is_rejected(value: object, error: type[Exception]) -> None:
     with pytest.raises(error):
-        status.outcome(value)  # type: ignore[arg-type]
+        status.final_status(value)  # type: ignore[arg-type]

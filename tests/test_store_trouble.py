@@ -231,11 +231,11 @@ def test_consumer_rejects_an_incompatible_schema_version_at_its_start(tmp_path: 
     """durability rule 34"""
     newer(tmp_path / "kser.db", 99, 99)
     process = Process(None, Sale)
-    process.registry._store = open_store(f"sqlite:///{tmp_path}/kser.db")
+    process.registry._kser_store = open_store(f"sqlite:///{tmp_path}/kser.db")
     bare(Sale)
     with pytest.raises(SchemaMismatch, match="99"):
         process.consumer.run()
-    process.registry._store.close()
+    process.registry._kser_store.close()
     assert (Act.seen, committed()) in (([], None), ([], 0))
 
 
@@ -263,5 +263,5 @@ def test_call_without_a_database_names_the_setting() -> None:
     ):
         with pytest.raises(StoreMissing, match="there is no shared database: set KSER_DATABASE_URI in the environment"):
             call()
-    assert registry.companion is None
+    assert registry._kser_background_service is None
     assert Spread.DISTRIBUTED

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("bus")
 class Slow(Task):
     """Runs until the test lets it go, the first time; then does what the test says."""
 
-    TIMEOUT = 5
+    TIME_LIMIT = 5
     told: ClassVar[list[Any]] = []
     gate: ClassVar[threading.Event]
     ending: ClassVar[Any] = None
@@ -93,7 +93,7 @@ class Stepped:
         self.consumer._poller.turn(0)
         thread = threading.Thread(target=self.consumer._workers.step)
         thread.start()
-        until(lambda: self.consumer._dispatch.running() and self.consumer._dispatch.running()[0].timeout is not None)
+        until(lambda: self.consumer._dispatch.running() and self.consumer._dispatch.running()[0].time_limit is not None)
         return thread
 
     def expire(self, seconds: float) -> None:
@@ -205,7 +205,7 @@ def test_attempt_that_times_out_is_dead_lettered(bus: Any) -> None:
 
 def test_operation_timeout_applies_to_the_whole_operation() -> None:
     class Whole(Operation):
-        TIMEOUT = 7
+        TIME_LIMIT = 7
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             return [Slow(), Slow()]
@@ -229,11 +229,11 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
     """C18: TIMEOUT may be an attribute of the user with another meaning."""
 
     class Mine(Entrypoint):
-        TIMEOUT = value
+        TIME_LIMIT = value
         jobs: ClassVar[list[Any]] = []
 
         def run(self) -> None:
-            self.jobs.append(consumer._dispatch.running()[0].timeout)
+            self.jobs.append(consumer._dispatch.running()[0].time_limit)
 
     Controller.register(Mine.path, Mine)
     put("1", cls=Mine)
@@ -247,7 +247,7 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stuck_worker_is_replaced(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slow, "TIMEOUT", 0.2)
+    monkeypatch.setattr(Slow, "TIME_LIMIT", 0.2)
     put("1", cls=Slow)
     consumer = consumer_of(AT_ONCE, workers=workers)
     with InThread(consumer):

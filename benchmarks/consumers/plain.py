@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kser import OperationRegistry, Task
 from kser.confluent.consumer import Consumer
-from kser.delivery import CURRENT
+from kser.delivery import current_attempt
 from kser.store import open_store
 
 address, topic, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -43,7 +43,7 @@ class Counted:
     @staticmethod
     def _noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **options: Any) -> Any:
-            if CURRENT.get() is not None:
+            if current_attempt.get() is not None:
                 calls.append(name)
             return call(*args, **options)
 

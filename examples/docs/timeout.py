@@ -14,7 +14,7 @@ bank = threading.Event()
 
 @oregistry.subscribe
 class Charge(Task):
-    TIMEOUT = 0.2
+    TIME_LIMIT = 0.2
 
     def run(self):
         bank.wait()  # a call without a timeout

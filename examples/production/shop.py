@@ -17,7 +17,7 @@ oregistry = OperationRegistry()
 @oregistry.subscribe
 class Charge(Task):
     RETRY = Retry(max_attempts=5, on=(ConnectionError, TimeoutError))
-    TIMEOUT = 600
+    TIME_LIMIT = 600
 
     def run(self):
         return Result(stdout="charged")

@@ -28,7 +28,7 @@ from kser.consumer.client import (
     trouble,
 )
 from kser.consumer.offsets import Sizes, seal
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class ConfluentClient(ConsumerClient):
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._missing: set[str | None] = set()
-        self._problem: ClientTrouble | None = None
+        self._problem: ClientError | None = None
         self._begin_at = 0.0
         #: Incremented at each revocation or loss of partitions.
         self._share = 0
@@ -220,19 +220,19 @@ class ConfluentClient(ConsumerClient):
         self._new |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._problem = self._begin()
 
-    def _begin_pending(self) -> ClientTrouble | None:
+    def _begin_pending(self) -> ClientError | None:
         """Retry the start of pending partitions when it is due, and return the error if some remain."""
         if self._new and time.monotonic() >= self._begin_at:
             self._problem = self._begin()
         return self._problem if self._new else None
 
-    def _begin(self) -> ClientTrouble | None:
+    def _begin(self) -> ClientError | None:
         """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
 
         :return: the error if some partitions could not be started; the others are started all the same.
         """
         self._begin_at = time.monotonic() + BEGIN_TICK
-        problem: ClientTrouble | None = None
+        problem: ClientError | None = None
         new = [TopicPartition(*key) for key in self._new]
         try:
             found = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
@@ -247,7 +247,7 @@ class ConfluentClient(ConsumerClient):
                 self._find_start(tp, known, fresh)
             except KafkaException as error:
                 problem = self._as_trouble(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
-            except ClientTrouble as error:
+            except ClientError as error:
                 problem = error
         self._take_up(known, fresh)
         return problem
@@ -370,7 +370,7 @@ class ConfluentClient(ConsumerClient):
         if self._user_error_cb is not None:
             self._user_error_cb(error)
 
-    def _current_trouble(self) -> ClientTrouble | None:
+    def _current_trouble(self) -> ClientError | None:
         """Return the current error; after an outage it is cleared only when a broker responds."""
         error = self._trouble
         if error is None:
@@ -394,6 +394,6 @@ class ConfluentClient(ConsumerClient):
             return False
         return True
 
-    def _as_trouble(self, what: str, error: KafkaError) -> ClientTrouble:
+    def _as_trouble(self, what: str, error: KafkaError) -> ClientError:
         passing = error.code() in _PASSING
         return trouble(what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), passing=passing)

@@ -19,14 +19,14 @@ from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
 from kser.confluent.reports import SLICE, Delivery, Reports, Trouble, Waiting, guarded
 from kser.outgoing import (
+    BulkResult,
     HeaderList,
-    KeyOf,
-    OutgoingProducer,
-    Tally,
+    KafkaProducerBase,
+    KeyFunction,
     key_bytes,
-    refused_as_too_large,
-    remaining,
+    rejected_as_too_large,
     size_of,
+    time_left,
     too_large,
 )
 from kser.results import merge
@@ -51,7 +51,7 @@ _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
 _NOT_YET = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
 
 
-class Producer(OutgoingProducer):
+class Producer(KafkaProducerBase):
     """A producer on ``confluent_kafka.Producer`` that checks the delivery of every message.
 
     Threads can and should share a producer, because each one has its own connection to every broker. The defaults are
@@ -76,7 +76,7 @@ class Producer(OutgoingProducer):
         self._reports = Reports(self.client.poll)
 
     def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
     ) -> Result:
         """Send many messages, then wait until all are delivered.
 
@@ -112,7 +112,7 @@ class Producer(OutgoingProducer):
         if hasattr(self.client, "close"):
             self.client.close()
 
-    def _deliver(
+    def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         delivery = Delivery()
@@ -125,19 +125,19 @@ class Producer(OutgoingProducer):
         if delivery.error is not None:
             raise self._undelivered(delivery.error, topic, size_of(value, key, headers), began)
 
-    def _begin(
-        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    def _kser_deliver_nowait(
+        self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
         began = time.monotonic()
 
         def report(error: Any, _record: Any) -> None:
-            told(None if error is None else self._undelivered(error, topic, len(value or b""), began))
+            on_delivered(None if error is None else self._undelivered(error, topic, len(value or b""), began))
 
         self._enqueue(topic, value, {}, report, deadline)
         # Read the delivery reports of earlier messages, which are otherwise read once a second.
         self._reports.serve()
 
-    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+    def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")
 
     def _enqueue(
@@ -162,7 +162,7 @@ class Producer(OutgoingProducer):
             except KafkaException as error:
                 raise self._refused(error.args[0], topic, size) from error
             except BufferError as error:
-                left = remaining(deadline)
+                left = time_left(deadline)
                 if not left:
                     raise KafkaException(
                         f"The client's queue is full of messages that {self._servers} did not confirm yet: send slower,"
@@ -180,7 +180,7 @@ class Producer(OutgoingProducer):
         patience = min(deadline, began + MAX_BLOCK)
         question = 1.0
         known: Any = None
-        while left := remaining(patience):
+        while left := time_left(patience):
             try:
                 # Start with a short timeout, because signal handlers do not run while the request waits.
                 known = self.client.list_topics(topic, timeout=max(min(left, question), 0.001)).topics[topic].error
@@ -193,7 +193,7 @@ class Producer(OutgoingProducer):
                 return
             if known.code() not in _NOT_YET:
                 raise KafkaException(f"{known.str()}: topic {topic!r} at {self._servers}")
-            time.sleep(min(ASK_AGAIN, remaining(patience)))
+            time.sleep(min(ASK_AGAIN, time_left(patience)))
         if known is not None:
             raise KafkaException(self._no_topic(topic))
         self._reports.serve()
@@ -221,7 +221,7 @@ class Producer(OutgoingProducer):
     def _undelivered(self, error: KafkaError, topic: str, size: int, began: float) -> Exception:
         """Return the error of a failed delivery report."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            return refused_as_too_large(size, topic, self._servers)
+            return rejected_as_too_large(size, topic, self._servers)
         if error.code() in _UNKNOWN_TOPIC:
             # The topic existed before, so it was deleted: look it up again before the next message.
             self._topics.discard(topic)
@@ -237,14 +237,14 @@ class _Bulk(Waiting):
     Delivery reports arrive in the thread that polls; the thread of the bulk processes them.
     """
 
-    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
+    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
         self._producer = producer
         self._topic = topic
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._key = key
         self._began = time.monotonic()
-        self._tally = Tally()
+        self._tally = BulkResult()
         self._in_vain: Exception | None = None
         self._on_their_way: dict[int, tuple[Message, int]] = {}
         self._enough = 0
@@ -254,7 +254,7 @@ class _Bulk(Waiting):
     def send(self, kmsgs: Iterable[Message]) -> None:
         """Send each message as soon as the iterable yields it."""
         for kmsg in kmsgs:
-            self._tally.take()
+            self._tally.add()
             try:
                 self._put(kmsg)
             except Exception as exc:
@@ -282,7 +282,7 @@ class _Bulk(Waiting):
 
     def _put(self, kmsg: Message) -> None:
         producer = self._producer
-        data = producer._encode(kmsg)
+        data = producer._kser_encode(kmsg)
         options = _options(key_bytes(self._key(kmsg)), []) if self._key else {}
         if self._in_vain is not None:
             raise self._in_vain
@@ -316,7 +316,7 @@ class _Bulk(Waiting):
         while self._arrived:
             kmsg, size, error = self._arrived.popleft()
             if error is None:
-                self._producer._announce(self._topic, kmsg, self._timeout)
+                self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
             else:
                 self._tally.fail(kmsg, self._producer._undelivered(error, self._topic, size, self._began))
 

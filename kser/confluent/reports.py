@@ -11,7 +11,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
-from kser.outgoing import remaining
+from kser.outgoing import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +120,11 @@ class Reports:
     def wait(self, waiting: Waiting, deadline: float) -> None:
         """Wait until ``waiting`` is done, or until ``deadline`` by the monotonic clock."""
         try:
-            while not waiting.done() and remaining(deadline):
+            while not waiting.done() and time_left(deadline):
                 if self._take_lead(waiting):
                     self._lead(waiting, deadline)
                 elif waiting.wake is not None and not waiting.done():
-                    waiting.wake.wait(remaining(deadline))
+                    waiting.wake.wait(time_left(deadline))
         finally:
             if waiting.wake is not None:
                 self._leave(waiting)
@@ -176,7 +176,7 @@ class Reports:
 
     def _lead(self, waiting: Waiting, deadline: float) -> None:
         try:
-            while not waiting.done() and (left := remaining(deadline)):
+            while not waiting.done() and (left := time_left(deadline)):
                 self._poll(min(left, SLICE))
         finally:
             self._resign()

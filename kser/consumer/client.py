@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 
 
 class Partition(NamedTuple):
@@ -165,7 +165,7 @@ _REMEDIES = {
 }
 
 
-def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, passing: bool = False) -> ClientTrouble:
+def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, passing: bool = False) -> ClientError:
     """Build the error of a failed client operation.
 
     :param what: the operation, as an infinitive.
@@ -176,13 +176,13 @@ def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, pas
     """
     text = f"cannot {what} at {servers}: {reason}"
     remedy = next((remedy for word, remedy in _REMEDIES.items() if word in str(reason).lower()), None)
-    return ClientTrouble(f"{text}; {remedy}" if remedy else text, fatal=fatal, passing=passing)
+    return ClientError(f"{text}; {remedy}" if remedy else text, fatal=fatal, transient=passing)
 
 
-def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientTrouble:
+def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientError:
     """Build the error of a group without committed offsets whose reset policy is ``none``."""
     places = ", ".join(map(str, partitions))
-    return ClientTrouble(
+    return ClientError(
         f"the group has no committed offset in {places}, and the reset policy is 'none': commit offsets for the group,"
         " or set the policy to 'earliest' or 'latest'"
     )

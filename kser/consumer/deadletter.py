@@ -16,7 +16,7 @@ from kser.consumer.client import Partition, Record
 from kser.consumer.job import Job
 from kser.controller import BaseProducer
 from kser.delivery import Failure
-from kser.errors import BrokerUnavailable, MessageTooLarge, NotDelivered
+from kser.errors import BrokerUnavailable, DeliveryError, MessageTooLarge
 from kser.schemas import Message
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class DeadLetters:
                 return
             except MessageTooLarge as error:
                 too_large = error
-        raise NotDelivered(f"{too_large.message}; raise the limits of the producer and of the topic {topic!r}")
+        raise DeliveryError(f"{too_large.message}; raise the limits of the producer and of the topic {topic!r}")
 
     def _headers(self, record: Record, failure: Failure, attempts: int, limit: int) -> list[tuple[str, bytes | None]]:
         values = {

@@ -21,7 +21,7 @@ from kser.consumer.job import Job
 from kser.consumer.lanes import Lanes
 from kser.consumer.offsets import Progress, decode, uncommitted
 from kser.consumer.pulse import Pulse
-from kser.delivery import GIVEN_UP, decide
+from kser.delivery import TIMED_OUT, resolve
 from kser.retry import Retry
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class Dispatch(Listener):
         return progress
 
     def _stays(self, job: Job) -> bool:
-        return job.answered or (self.is_begun is not None and job.begun)
+        return job.acked or (self.is_begun is not None and job.begun)
 
     def _adopt(self, key: Partition, start: Commit, away: Progress) -> None:
         """Restore a reassigned partition, so that its running attempts and pending retries continue."""
@@ -250,7 +250,7 @@ class Dispatch(Listener):
     def _keep_lanes(self, key: Partition) -> None:
         """Occupy the lanes of running attempts that survived the revocation, so that they block their lanes again."""
         for job in self._running:
-            if job.answered and job.place == key:
+            if job.acked and job.place == key:
                 job.progress = self._partitions[key]
                 self._lanes.occupy(job)
 
@@ -309,13 +309,13 @@ class Dispatch(Listener):
                 self._work.notify()
             if self._changes.awaited:
                 self._changes.tell()
-            return job.answered or self.is_begun is not None or not progress.revoked
+            return job.acked or self.is_begun is not None or not progress.revoked
 
     def answer(self, job: Job) -> None:
         """Acknowledge a running record, which the store now guarantees; its lane stays occupied until it finishes."""
         with self._lock:
             progress = job.progress
-            job.answered = True
+            job.acked = True
             if job in self._running and progress.finished(job.record.offset) and not progress.revoked:
                 self._budget.give(job.size)
             self._changes.tell()
@@ -325,7 +325,7 @@ class Dispatch(Listener):
         with self._lock:
             if self._let_go(job):
                 following = job.following(self.clock() + seconds)
-                following.attempt += 1
+                following.number += 1
                 self._follow(job, following)
 
     def bury_later(self, job: Job, seconds: float) -> None:
@@ -345,12 +345,12 @@ class Dispatch(Listener):
         :return: False if the attempt has already ended.
         """
         with self._lock:
-            if job not in self._running or not decide(decision, GIVEN_UP):
+            if job not in self._running or not resolve(decision, TIMED_OUT):
                 return False
             self._let_go(job)
             job.abandoned = True
             following = job.following(0)
-            following.verdict = verdict
+            following.timeout_error = verdict
             self._follow(job, following)
             return True
 
@@ -371,7 +371,7 @@ class Dispatch(Listener):
         # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
         # record.
         known = job.progress.replace(job.record.offset, following)
-        goes_on = job.answered or (known and (not job.progress.revoked or self._stays(following)))
+        goes_on = job.acked or (known and (not job.progress.revoked or self._stays(following)))
         if goes_on and not self._closed:
             self._lanes.wait(following)
             self._work.notify()
@@ -404,4 +404,4 @@ class Dispatch(Listener):
     def is_running(self, partitions: Collection[Progress]) -> bool:
         """Return whether a record of these partitions is running and not acknowledged."""
         with self._lock:
-            return any(job.progress in partitions and not job.answered for job in self._running)
+            return any(job.progress in partitions and not job.acked for job in self._running)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from kser.delivery import CURRENT, Abandoned, Delivery
+from kser.delivery import Attempt, AttemptAbandoned, current_attempt
 
 #: Seconds within which a repeated signal counts as the same one, because a terminal and a wrapper may both forward it.
 SAME_SIGNAL = 0.2
@@ -45,7 +45,7 @@ class Interrupts:
         self._seen: list[int] = []
         self._last = 0.0
         self._raised = 1
-        self._out_of: Delivery | None = None
+        self._out_of: Attempt | None = None
 
     @property
     def status(self) -> int | None:
@@ -105,10 +105,10 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._look()
         if number == NUDGING:
-            delivery = CURRENT.get()
+            delivery = current_attempt.get()
             if delivery is not None and delivery.abandoned and self._out_of is None:
                 self._out_of = delivery
-                raise Abandoned
+                raise AttemptAbandoned
         elif len(self._seen) > self._raised:
             self._raised = len(self._seen)
             raise KeyboardInterrupt

@@ -7,14 +7,14 @@ from uuid import NAMESPACE_URL, uuid5
 
 from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import Progress
-from kser.delivery import Delivery
+from kser.delivery import Attempt
 from kser.retry import Retry
 
 if TYPE_CHECKING:
     from kser.consumer.workers import Workers
 
 
-class Job(Delivery):
+class Job(Attempt):
     """One attempt at a record.
 
     :param record: the Kafka record.
@@ -38,7 +38,7 @@ class Job(Delivery):
         self.lane = lane
         # The constructor of Attempt is inlined, because a call of it for each record would cost time.
         self.retry = retry
-        self.decision = []
+        self.outcome = []
         #: The bytes of the record's key and value.
         self.size = len(record.value or b"") + len(record.key or b"")
 
@@ -49,9 +49,9 @@ class Job(Delivery):
         """
         job = Job(self.record, self.progress, self.lane, self.retry)
         job.begun = True
-        job.answered = self.answered
+        job.acked = self.acked
         job.due = due
-        job.attempt = self.attempt
+        job.number = self.number
         return job
 
     @property
@@ -63,27 +63,27 @@ class Job(Delivery):
         """The partition of the record."""
         return Partition(self.record.topic, self.record.partition)
 
-    def answer(self) -> None:
-        if self.crew is not None and not self.answered:
+    def ack(self) -> None:
+        if self.crew is not None and not self.acked:
             self.crew.answer(self)
-        self.answered = True
+        self.acked = True
 
-    def begin(self, timeout: float | None) -> None:
+    def restart_timer(self, time_limit: float | None) -> None:
         if self.crew is not None:
             self.taken = self.crew.now()
-        super().begin(timeout)
+        super().restart_timer(time_limit)
 
-    def hand_back(self) -> None:
+    def abandon(self) -> None:
         if self.crew is not None:
             self.crew.hand_back(self)
-        super().hand_back()
+        super().abandon()
 
-    def identity(self) -> str:
+    def deterministic_uuid(self) -> str:
         cluster = "" if self.crew is None else self.crew.cluster()
         return str(
             uuid5(NAMESPACE_URL, f"kafka:{cluster}/{self.record.topic}/{self.record.partition}/{self.record.offset}")
         )
 
     @property
-    def ending(self) -> bool:  # type: ignore[override]  # an attribute of other attempts
+    def shutting_down(self) -> bool:  # type: ignore[override]  # an attribute of other attempts
         return self.crew is not None and self.crew.stopping

@@ -36,7 +36,7 @@ class Lending:
         """
         self._known = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):
-            registry.borrow_producer(self.producer)
+            registry._kser_set_fallback_producer(self.producer)
 
     def lend_to_new(self, controller: Any) -> bool:
         """Attach the producer if the controller or its number of classes has changed; return whether it has."""
@@ -48,13 +48,13 @@ class Lending:
     def companions(self) -> list[Companion]:
         """Return the background services of the registries that the producer is attached to, without duplicates."""
         controller, _ = self._known or (None, 0)
-        found = (getattr(registry, "companion", None) for registry in _registries(controller))
+        found = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
         return list({id(companion): companion for companion in found if companion is not None}.values())
 
     def take_back(self, controller: Any) -> None:
         """Detach the producer from the registries of a controller's classes."""
         for registry in _registries(controller):
-            registry.return_producer(self.producer)
+            registry._kser_clear_fallback_producer(self.producer)
 
     def close(self) -> None:
         """Close the producer if it was created."""

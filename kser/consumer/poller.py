@@ -15,7 +15,7 @@ from tenacity import RetryCallState, Retrying, wait_random_exponential
 from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Revocation
 from kser.consumer.dispatch import Dispatch
 from kser.consumer.options import NEVER
-from kser.errors import ClientTrouble, KserError
+from kser.errors import ClientError, KserError
 
 #: Seconds that a poll waits for records if there is no other work.
 POLL_TIMEOUT = 0.5
@@ -115,16 +115,16 @@ class Poller(Listener):
         """Call a function that uses the client. After an exception, log it, back off and return 0."""
         try:
             return what()
-        except ClientTrouble as trouble:
+        except ClientError as trouble:
             self._suffer(trouble, timeout)
         except KserError as error:
-            self._suffer(ClientTrouble(error.message), timeout)
+            self._suffer(ClientError(error.message), timeout)
         except Exception as exc:
             text = f"the Kafka client raised an unexpected error: {exc!r}"
             if text != self._trouble.get("poll"):
                 self._logger.exception(f"{self._name}: {text}")
             # The state of the client is unknown after an unexpected exception, so replace the client.
-            self._suffer(ClientTrouble(text, fatal=True), timeout)
+            self._suffer(ClientError(text, fatal=True), timeout)
         return 0
 
     def _take(self, timeout: float) -> int:
@@ -172,7 +172,7 @@ class Poller(Listener):
         """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
         try:
             return self._client.lag() if self._client else {}
-        except ClientTrouble:
+        except ClientError:
             return {}
 
     def _prove_membership(self, client: ConsumerClient) -> None:
@@ -184,7 +184,7 @@ class Poller(Listener):
         if known and self._mode != NEVER:
             try:
                 client.commit(known, CLIENT_TIMEOUT)
-            except ClientTrouble:
+            except ClientError:
                 # The client detects the lost membership by itself, but only during a poll.
                 self._dispatch.offer(client.poll(ENDING_POLL, 0, ()))
                 raise
@@ -203,7 +203,7 @@ class Poller(Listener):
             return 0
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
-        except ClientTrouble as trouble:
+        except ClientError as trouble:
             # The offsets stay pending, so the next commit includes them. Uncommitted records will be redelivered.
             self._report("commit", trouble)
             return 0
@@ -278,7 +278,7 @@ class Poller(Listener):
             raise
         return client
 
-    def _suffer(self, trouble: ClientTrouble, timeout: float) -> None:
+    def _suffer(self, trouble: ClientError, timeout: float) -> None:
         """Log the error, replace the client after a fatal one, and back off exponentially before the next poll."""
         self._report("poll", trouble)
         self._troubles += 1
@@ -296,13 +296,13 @@ class Poller(Listener):
             self._troubles = 0
             self._report("poll", None)
 
-    def _report(self, activity: str, trouble: ClientTrouble | None) -> None:
+    def _report(self, activity: str, trouble: ClientError | None) -> None:
         """Log an error of the client once, each change of the error, and the recovery."""
         text = trouble.message if trouble else ""
         if text != self._trouble.get(activity, ""):
             self._trouble[activity] = text
             if trouble:
-                level = logging.INFO if trouble.passing else logging.ERROR
+                level = logging.INFO if trouble.transient else logging.ERROR
                 self._logger.log(level, f"{self._name}: {text}; trying again")
             else:
                 self._logger.info(f"{self._name}: the Kafka client can {activity} again")

@@ -11,7 +11,7 @@ from typing import Any
 from kser.consumer.deadletter import DeadLetters
 from kser.consumer.dispatch import Dispatch
 from kser.consumer.job import Job
-from kser.delivery import CURRENT, FAILED, Abandoned
+from kser.delivery import FAILED, AttemptAbandoned, current_attempt
 from kser.errors import TaskTimeout
 
 #: Seconds that a worker waits for a record before it checks the stop flag.
@@ -105,9 +105,9 @@ class Workers:
         now = self._dispatch.clock()
         for job in self._dispatch.running():
             # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
-            decision = job.decision
-            if job.timeout is not None and now - job.taken >= job.timeout:
-                verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.timeout:g} s")
+            decision = job.outcome
+            if job.time_limit is not None and now - job.taken >= job.time_limit:
+                verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.time_limit:g} s")
                 if self._dispatch.expire(job, verdict, decision):
                     self._spawn()
 
@@ -142,25 +142,25 @@ class Workers:
         if self._begin is not None:
             self._begin(job)
         job.crew = self
-        CURRENT.set(job)
+        current_attempt.set(job)
         try:
             self._handle(job.record.value)
         except KeyboardInterrupt:
             self._dispatch.abandon(job)
             raise
-        except Abandoned:
+        except AttemptAbandoned:
             # _apply_outcome logs the abandoned attempt.
             pass
         except BaseException as exc:
             # No exception may end the worker; otherwise each redelivery of the message would end another worker.
             if job.failure is None:
-                job.refuse(FAILED, exc)
+                job.reject(FAILED, exc)
             self._logger.exception(
                 f"{self._name}: the registry raised at offset {job.record.offset} of {job.place}; the message failed"
             )
         finally:
-            CURRENT.set(None)
-            job.decide()
+            current_attempt.set(None)
+            job.resolve()
 
     def _conclude(self, job: Job) -> None:
         if job.abandoned:
@@ -183,7 +183,7 @@ class Workers:
 
     def _bury(self, job: Job, again: bool = False) -> None:
         assert job.failure is not None
-        if self._dead_letters.write(job.record, job.failure, job.attempt, again):
+        if self._dead_letters.write(job.record, job.failure, job.number, again):
             self._finish(job)
             return
         first, longest = DEAD_LETTER_DELAYS

@@ -13,7 +13,7 @@ from zlib import crc32
 
 from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record, nowhere_to_begin
 from kser.consumer.offsets import Sizes
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 
 
 class DummyRecord(NamedTuple):
@@ -151,7 +151,7 @@ class DummyClient(ConsumerClient):
         self.share: list[Partition] = []
         self._positions: dict[Partition, int] = {}
         #: Injected errors: each poll or commit raises and removes the first one.
-        self.troubles: list[ClientTrouble] = []
+        self.troubles: list[ClientError] = []
 
     def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
         self.topics = frozenset(topics)
@@ -179,7 +179,7 @@ class DummyClient(ConsumerClient):
         self._fail_if_told()
         with self._bus.arrived:
             if self not in self._group.members or not commits.keys() <= self._positions.keys():
-                raise ClientTrouble(f"the group {self._name!r} has assigned these partitions to another member")
+                raise ClientError(f"the group {self._name!r} has assigned these partitions to another member")
             self._note(commits)
 
     def lag(self) -> Mapping[Partition, int]:

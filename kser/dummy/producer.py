@@ -9,7 +9,7 @@ from cdumay_result import Result
 
 from kser.config import Settings
 from kser.dummy.bus import Bus
-from kser.outgoing import HeaderList, KeyOf, OutgoingProducer, Tally, key_bytes, size_of, too_large
+from kser.outgoing import BulkResult, HeaderList, KafkaProducerBase, KeyFunction, key_bytes, size_of, too_large
 from kser.results import merge
 from kser.schemas import Message
 
@@ -17,7 +17,7 @@ from kser.schemas import Message
 MAX_REQUEST_SIZE = 1_048_576
 
 
-class Producer(OutgoingProducer):
+class Producer(KafkaProducerBase):
     """A producer for the in-memory broker at ``config["bootstrap_servers"]``.
 
     :param config: the options ``bootstrap_servers`` and ``max_request_size`` (limit of a record in bytes); others are
@@ -30,7 +30,7 @@ class Producer(OutgoingProducer):
         self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
 
     def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
     ) -> Result:
         """Send many messages.
 
@@ -41,22 +41,22 @@ class Producer(OutgoingProducer):
         :return: a Result with the number of sent messages. If some were not sent, it is failed, and
             ``retval["failed"]`` maps their uuids to the reasons.
         """
-        tally = Tally()
+        tally = BulkResult()
         ending = f" to {topic} (timeout: {timeout})"
         try:
             for kmsg in kmsgs:
-                tally.take()
+                tally.add()
                 try:
-                    self._deliver(topic, self._encode(kmsg), key_bytes(key(kmsg)) if key else None, [], 0)
+                    self._kser_deliver(topic, self._kser_encode(kmsg), key_bytes(key(kmsg)) if key else None, [], 0)
                 except Exception as exc:
                     tally.fail(kmsg, exc)
                 else:
-                    self._announce(topic, kmsg, timeout)
+                    self._kser_emit_sent(topic, kmsg, timeout)
         except Exception as exc:
             return merge(tally.result(ending), Result.from_exception(exc))
         return tally.result(ending)
 
-    def _deliver(
+    def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         limit = int(self.config.get("max_request_size", MAX_REQUEST_SIZE))
@@ -65,15 +65,15 @@ class Producer(OutgoingProducer):
             raise too_large(size, limit, "max_request_size")
         self.client.send(topic, value, key=key, headers=headers)
 
-    def _begin(
-        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    def _kser_deliver_nowait(
+        self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
-        self._deliver(topic, value, None, [], deadline)
-        told(None)
+        self._kser_deliver(topic, value, None, [], deadline)
+        on_delivered(None)
 
-    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+    def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         text = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic} (timeout: {timeout})"
         return Result(uuid=kmsg.uuid, stdout=text)
 
-    def _undelivered_text(self, topic: str, reason: str) -> str:
+    def _kser_undelivered_text(self, topic: str, reason: str) -> str:
         return f"the record was not appended to topic {topic!r}: {reason}"

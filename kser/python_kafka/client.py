@@ -22,7 +22,7 @@ from kser.consumer.client import (
     trouble,
 )
 from kser.consumer.offsets import Sizes, unseal
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, Joining, Rebalances, client_offsets
 
@@ -78,8 +78,8 @@ class KafkaPythonClient(ConsumerClient):
         self._missing: list[str] = []
         self._look_at = self._begin_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
-        self._problem: ClientTrouble | None = None
-        self._missed: ClientTrouble | None = None
+        self._problem: ClientError | None = None
+        self._missed: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add some.
         self._new: set[TopicPartition] = set()
         self._sizes = Sizes(reset)
@@ -172,17 +172,17 @@ class KafkaPythonClient(ConsumerClient):
         self._look_at = time.monotonic() + LOOK_TICK
         self._missed = None
 
-    def _look_for_topics(self) -> ClientTrouble | None:
+    def _look_for_topics(self) -> ClientError | None:
         known = {tp.topic for tp in self._client.assignment()}
         missing = [t for t in self._topics if t not in known and not self._client.partitions_for_topic(t)]
         if not missing or not known:
-            return ClientTrouble(self._unknown(missing)) if missing else None
+            return ClientError(self._unknown(missing)) if missing else None
         if missing != self._missing:
             logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
         self._missing = missing
         return None
 
-    def _look_for_group(self) -> ClientTrouble | None:
+    def _look_for_group(self) -> ClientError | None:
         """Query a committed offset to check that the group coordinator responds."""
         tp = next(iter(self._client.assignment()), None)
         if tp is None or not self.can_commit:
@@ -259,7 +259,7 @@ class KafkaPythonClient(ConsumerClient):
                 continue
             except KafkaError as error:
                 self._problem = self._trouble(f"find the start position of {tp.topic}[{tp.partition}]", error)
-            except ClientTrouble as error:
+            except ClientError as error:
                 self._problem = error
             # Set any position, because a partition without one makes every poll of the client fail. It stays paused.
             self._client.seek(tp, 0)
@@ -328,7 +328,7 @@ class KafkaPythonClient(ConsumerClient):
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)
         self._listener.on_reset(starts)
 
-    def _trouble(self, what: str, error: KafkaError) -> ClientTrouble:
+    def _trouble(self, what: str, error: KafkaError) -> ClientError:
         return trouble(
             what,
             f"{self._servers} (bootstrap_servers)",

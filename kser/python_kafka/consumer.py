@@ -13,7 +13,7 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
 from kser.controller import BaseProducer
-from kser.delivery import CURRENT, UNDECODABLE
+from kser.delivery import UNDECODABLE, current_attempt
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect, options_for
 from kser.python_kafka.producer import Producer
@@ -86,8 +86,8 @@ class Consumer(BaseConsumer):
             try:
                 value = self._deserialize(value)
             except Exception as exc:
-                if (delivery := CURRENT.get()) is not None:
-                    delivery.refuse(UNDECODABLE, exc)
+                if (delivery := current_attempt.get()) is not None:
+                    delivery.reject(UNDECODABLE, exc)
                 raise
         super()._handle(value)
 

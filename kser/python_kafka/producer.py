@@ -16,14 +16,14 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from kser import signals
 from kser.config import CONFIG, Settings
 from kser.outgoing import (
+    BulkResult,
     HeaderList,
-    KeyOf,
-    OutgoingProducer,
-    Tally,
+    KafkaProducerBase,
+    KeyFunction,
     key_bytes,
-    refused_as_too_large,
-    remaining,
+    rejected_as_too_large,
     size_of,
+    time_left,
     too_large,
 )
 from kser.python_kafka.options import connect, options_for, servers
@@ -41,7 +41,7 @@ CHUNK = 500
 CHUNK_SECONDS = 0.05
 
 
-class Producer(OutgoingProducer):
+class Producer(KafkaProducerBase):
     """A producer on ``kafka.KafkaProducer`` that checks the delivery of every message. Threads can share it.
 
     The default of ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it. kafka-python 2 is
@@ -67,7 +67,7 @@ class Producer(OutgoingProducer):
         self.client = connect(KafkaProducer, options)
 
     def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyOf | None = None
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
     ) -> Result:
         """Send many messages, then wait until all are delivered.
 
@@ -95,7 +95,7 @@ class Producer(OutgoingProducer):
             with suppress(KafkaError):
                 self.client.close(timeout=CLOSE_TIMEOUT)
 
-    def _deliver(
+    def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
         if value is None and key is None:
@@ -107,14 +107,14 @@ class Producer(OutgoingProducer):
         except MessageSizeTooLargeError as error:
             raise self._undelivered(error, topic, size_of(value, key, headers)) from error
 
-    def _begin(
-        self, topic: str, value: bytes | None, deadline: float, told: Callable[[Exception | None], None]
+    def _kser_deliver_nowait(
+        self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
         delivery = self._enqueue(topic, value, {}, deadline)
-        delivery.add_callback(lambda _record: told(None))
-        delivery.add_errback(lambda error: told(self._undelivered(error, topic, len(value or b""))))
+        delivery.add_callback(lambda _record: on_delivered(None))
+        delivery.add_errback(lambda error: on_delivered(self._undelivered(error, topic, len(value or b""))))
 
-    def _delivered(self, topic: str, kmsg: Message, timeout: float) -> Result:
+    def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
     def _enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
@@ -124,7 +124,7 @@ class Producer(OutgoingProducer):
             raise too_large(size, self._limit, "max_request_size")
         last_answer = self._last_answer()
         try:
-            if remaining(deadline) * 1000 >= self._max_block_ms:
+            if time_left(deadline) * 1000 >= self._max_block_ms:
                 delivery = self.client.send(topic, value, **options)
             else:
                 delivery = self._send_in_time(topic, value, options, deadline)
@@ -141,7 +141,7 @@ class Producer(OutgoingProducer):
     def _confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until the record is delivered."""
         try:
-            delivery.get(timeout=remaining(deadline))
+            delivery.get(timeout=time_left(deadline))
         except KafkaTimeoutError as error:
             unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
@@ -149,7 +149,7 @@ class Producer(OutgoingProducer):
     def _undelivered(self, error: Exception, topic: str, size: int) -> Exception:
         """Return the error of a failed delivery."""
         return (
-            refused_as_too_large(size, topic, self._servers) if isinstance(error, MessageSizeTooLargeError) else error
+            rejected_as_too_large(size, topic, self._servers) if isinstance(error, MessageSizeTooLargeError) else error
         )
 
     def _send_in_time(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
@@ -158,13 +158,13 @@ class Producer(OutgoingProducer):
         The timeout is a setting of the whole client, so only one thread at a time may lower it. Another thread with
         more time may time out too early meanwhile; its Result then has this error.
         """
-        if not self._hurrying.acquire(timeout=remaining(deadline)):
+        if not self._hurrying.acquire(timeout=time_left(deadline)):
             raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._servers}.")
         try:
-            self.client.config["max_block_ms"] = remaining(deadline) * 1000
+            self.client.config["max_block_ms"] = time_left(deadline) * 1000
             return self.client.send(topic, value, **options)
         except TypeError as error:
-            if remaining(deadline):
+            if time_left(deadline):
                 raise
             # kafka-python 2.3 raises TypeError when it formats the text of its own timeout error.
             raise KafkaTimeoutError("No time was left to wait for metadata.") from error
@@ -190,13 +190,13 @@ class _Bulk:
     wake the client's own thread, and most would be sent in a request of their own.
     """
 
-    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyOf | None) -> None:
+    def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
         self._producer = producer
         self._topic = topic
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._key = key
-        self._tally = Tally()
+        self._tally = BulkResult()
         #: Deadline of the wait for metadata and for space in the client's buffer.
         self._patience = self._deadline
         self._in_vain: KafkaTimeoutError | None = None
@@ -207,10 +207,10 @@ class _Bulk:
         """Send the messages in chunks, each after ``CHUNK_SECONDS`` at the latest."""
         began = time.monotonic()
         for kmsg in kmsgs:
-            self._tally.take()
+            self._tally.add()
             try:
                 options = {} if self._key is None else _options(key_bytes(self._key(kmsg)), [])
-                self._chunk.append((kmsg, self._producer._encode(kmsg), options))
+                self._chunk.append((kmsg, self._producer._kser_encode(kmsg), options))
             except Exception as exc:
                 self._tally.fail(kmsg, exc)
             if len(self._chunk) >= CHUNK or time.monotonic() - began > CHUNK_SECONDS:
@@ -222,7 +222,7 @@ class _Bulk:
         self._send_chunk()
         # Ignore the timeout here, because ``_check`` finds every late message.
         with suppress(KafkaTimeoutError):
-            self._producer.client.flush(timeout=remaining(self._deadline))
+            self._producer.client.flush(timeout=time_left(self._deadline))
         self._check(self._unchecked)
         return self._tally.result()
 
@@ -252,7 +252,7 @@ class _Bulk:
                 self._tally.fail(kmsg, self._producer._undelivered(exc, self._topic, size))
             else:
                 if announced:
-                    self._producer._announce(self._topic, kmsg, self._timeout)
+                    self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
 
 
 def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from kser import signals
 from kser import status as states
-from kser.controller import CONTAINED
-from kser.delivery import CURRENT, Unfinished
-from kser.errors import Fenced, KserError, StoreError, StoreUnavailable
+from kser.controller import user_code_guard
+from kser.delivery import Deferred, current_attempt
+from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
 from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
@@ -42,7 +42,7 @@ class Run:
         self._means = means
         self._claim = claim
         self._verdict = verdict
-        self._delivery = CURRENT.get()
+        self._delivery = current_attempt.get()
         self._track = Track(claim)
         self._steps = Steps(means, self._track, verdict)
         self._steps.adopt(self._track.root, operation)
@@ -80,7 +80,7 @@ class Run:
             if self._claim.root.cancel_requested:
                 # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
-                self._given_back, self._steps.answer = True, Unfinished(self._track.root.total)
+                self._given_back, self._steps.answer = True, Deferred(self._track.root.total)
             elif self._claim.exhausted:
                 error = _exhausted(self._claim)
                 self._track.note(Note("exhausted", text=error.message))
@@ -88,10 +88,10 @@ class Run:
                 self._go_on(*self._commit())
             while not self._given_back:
                 self._take()
-        except Fenced as lost:
+        except FencedError as lost:
             self._given_back = True
             logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
-            return Unfinished(self._track.root.total)
+            return Deferred(self._track.root.total)
         finally:
             self._means.let_go(self)
             if not self._given_back:
@@ -121,10 +121,10 @@ class Run:
     def _take(self) -> None:
         """Run a step and record its outcome."""
         try:
-            with CONTAINED:
+            with user_code_guard:
                 self._steps.take()
                 recorded = self._commit()
-        except (Fenced, StoreUnavailable):
+        except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
             # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
@@ -165,7 +165,7 @@ class Run:
         if track.is_over:
             self._tell_operation(states.RUNNING, status)
         elif delay is not None:
-            self._steps.answer = Unfinished(self._steps.answer or track.root.total)
+            self._steps.answer = Deferred(self._steps.answer or track.root.total)
             if not delay:
                 # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
                 # send, so the reaper would wait UNSENT_AFTER seconds.
@@ -176,8 +176,8 @@ class Run:
     def _following(self) -> tuple[bool, Target | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
         track, frame = self._track, self._track.top
-        outer = CURRENT.get()
-        goes_on = self._verdict is None and not (outer is not None and outer.ending)
+        outer = current_attempt.get()
+        goes_on = self._verdict is None and not (outer is not None and outer.shutting_down)
         if track.is_over:
             return True, None
         if self._steps.delay is not None:
@@ -204,12 +204,12 @@ class Run:
     def _hand_over(self, target: Target | None) -> None:
         root = self._track.root
         if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
-            self._steps.answer = Unfinished(root.total)
+            self._steps.answer = Deferred(root.total)
         self._send(target or root.row.target)
 
     def _send(self, target: Target) -> None:
         """Send a step; during a shutdown of the consumer, wait for the delivery."""
-        ending = self._delivery is not None and self._delivery.ending
+        ending = self._delivery is not None and self._delivery.shutting_down
         send = self._means.send if ending else self._means.post
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
@@ -219,7 +219,7 @@ class Run:
         claimant = self._means.claimant()._replace(token=root.token or "")
         again = self._means.patience.call(lambda: self._means.store.claim(root.uuid, root.target.uuid, claimant))
         if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
-            raise Fenced(f"the claim on operation {root.uuid} was lost while a step was recorded")
+            raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._track.frames}
         self._claim, self._track = again, Track(again)
         self._steps = Steps(self._means, self._track, self._verdict)
@@ -238,7 +238,7 @@ class Run:
     def _cancelled(self) -> None:
         logger.info(f"{self.label}: cancelled")
         self._tell_operation(states.RUNNING, states.CANCELLED)
-        self._steps.answer = Unfinished(self._track.root.total)
+        self._steps.answer = Deferred(self._track.root.total)
 
     def _tell_end(self, frame: Frame) -> None:
         """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from kser.delivery import Abandoned, Delivery
+from kser.delivery import Attempt, AttemptAbandoned
 from kser.retry import Retry
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CANCEL_TICK = 0.5
 
 
-class StepDelivery(Delivery):
+class StepDelivery(Attempt):
     """Attempt at a task of a stored operation.
 
     :param outer: the attempt at the record whose handling runs the task; None outside of a consumer.
@@ -30,7 +30,7 @@ class StepDelivery(Delivery):
 
     def __init__(
         self,
-        outer: Delivery | None,
+        outer: Attempt | None,
         task: Any,
         number: int,
         retry: Retry | None,
@@ -40,29 +40,29 @@ class StepDelivery(Delivery):
         super().__init__(retry)
         self._outer = outer
         self.entry = task
-        self.attempt = number
+        self.number = number
         self.operation_uuid = operation_uuid
         self._is_cancelled = is_cancelled
         self._looked_at = -CANCEL_TICK
         self._cancelled = False
 
-    def settle(self, entry: Any) -> None:
+    def on_finished(self, entry: Any) -> None:
         if self._outer is None:
             return
         if entry is self.entry:
-            self._outer.decide()
-        self._outer.check()
+            self._outer.resolve()
+        self._outer.raise_if_abandoned()
 
     @property
     def abandoned(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
         return self._outer is not None and self._outer.abandoned
 
-    def hand_back(self) -> None:
+    def abandon(self) -> None:
         """Abandon the step and the attempt at the record that it runs in.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """
-        raise Abandoned
+        raise AttemptAbandoned
 
     @property
     def cancel_requested(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt

@@ -14,10 +14,10 @@ from cdumay_result import Result
 
 from kser import signals
 from kser import status as states
-from kser.delivery import CURRENT, FAILED, Delivery, Unfinished, settle
+from kser.delivery import FAILED, Attempt, Deferred, current_attempt, raise_if_decided
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
-from kser.schemas import GIVEN, OPERATION, Message
+from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
 from kser.sequencing.durable import Run
 from kser.sequencing.means import Means
 from kser.sequencing.operation import Operation
@@ -100,7 +100,7 @@ class Keeper(Runner):
         assert isinstance(known, int), "save() without a claim request returns the id"
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         answer = self._means.send(new.target, new.uuid, key=key)
-        if states.outcome(answer) == states.SUCCESS:
+        if states.final_status(answer) == states.SUCCESS:
             self._note_sent(known, 0)
         return answer
 
@@ -117,7 +117,7 @@ class Keeper(Runner):
         """
         if row.parent_id is not None:
             raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
-        given = json.loads(row.metadata).get(GIVEN, row.params)
+        given = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
         if row.entrypoint != entrypoint or not (same_json(row.params, params) or same_json(given, params)):
             raise StateConflict(
                 f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
@@ -131,11 +131,11 @@ class Keeper(Runner):
 
         :param entrypoint: the class that the message names; None if it is not registered here.
         """
-        root_uuid = kmsg.metadata.get(OPERATION)
+        root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
             return self._continue(str(root_uuid), kmsg.uuid)
         if not kmsg.uuid:
-            kmsg.uuid = (CURRENT.get() or Delivery()).identity()
+            kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
         row = self._means.patience.call(lambda: self._store.peek(kmsg.uuid))
         if row is not None:
             return self._repeat(row, kmsg.entrypoint, json.dumps(kmsg.params))
@@ -155,8 +155,8 @@ class Keeper(Runner):
             return self._runner.run(operation, result)
         prepare(operation, result)
         # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
-        settle(operation)
-        delivery = CURRENT.get()
+        raise_if_decided(operation)
+        delivery = current_attempt.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
         mode = DISTRIBUTED if is_distributed(operation) else LOCAL
         new = new_operation(operation, mode, place, self._means.topic_finder(place), arrival.params)
@@ -166,11 +166,11 @@ class Keeper(Runner):
             # Another consumer has stored the same operation in the meantime.
             return self._repeat(saved.root, new.entrypoint, arrival.params)
         if delivery is not None:
-            delivery.answer()
+            delivery.ack()
         self._tell(new.uuid, new.entrypoint, None, states.PENDING)
         if isinstance(saved, int):
             self._means.post(new.target, new.uuid, (saved, 0))
-            return Unfinished(operation.result)
+            return Deferred(operation.result)
         return Run(self._means, saved, operation).go()
 
     def _repeat(self, row: OperationRow, entrypoint: str, params: str) -> Any:
@@ -178,23 +178,23 @@ class Keeper(Runner):
         try:
             self._check_same(row, entrypoint, params)
         except StateConflict as conflict:
-            if (delivery := CURRENT.get()) is not None:
-                delivery.refuse(FAILED, conflict)
+            if (delivery := current_attempt.get()) is not None:
+                delivery.reject(FAILED, conflict)
             raise
         return self._continue(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
 
     def _continue(self, root_uuid: str, step: str) -> Any:
         """Claim and run a step of a stored operation, if it is the current one."""
-        delivery = CURRENT.get()
-        if delivery is not None and delivery.verdict is not None:
-            self._judge(root_uuid, delivery.verdict)
-            delivery.verdict = None
+        delivery = current_attempt.get()
+        if delivery is not None and delivery.timeout_error is not None:
+            self._judge(root_uuid, delivery.timeout_error)
+            delivery.timeout_error = None
         claimant = self._means.claimant()
         claim = self._means.patience.call(lambda: self._store.claim(root_uuid, step, claimant))
         if claim is None:
             return self._missing(root_uuid, step)
         if delivery is not None:
-            delivery.answer()
+            delivery.ack()
         return self._refused(claim) if isinstance(claim, Refusal) else Run(self._means, claim).go()
 
     def _judge(self, root_uuid: str, verdict: Exception) -> None:
@@ -215,15 +215,15 @@ class Keeper(Runner):
             " messages"
         )
         logger.error(error.message)
-        if (delivery := CURRENT.get()) is not None:
-            delivery.refuse(FAILED, error)
+        if (delivery := current_attempt.get()) is not None:
+            delivery.reject(FAILED, error)
         raise error
 
     @staticmethod
-    def _refused(refusal: Refusal) -> Unfinished:
+    def _refused(refusal: Refusal) -> Deferred:
         root = refusal.root
         logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
-        return Unfinished(result_from_json(root.result or root.so_far, root.uuid))
+        return Deferred(result_from_json(root.result or root.so_far, root.uuid))
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class Keeper(Runner):
         inside = any(task.child_id is not None for task in stored.tasks)
         children = self._means.patience.call(lambda: self._store.children(row.root_id)) if inside else ()
         operation.tasks = self._means.classes.tasks(stored.tasks, children)
-        operation._kser_stored = stored
+        operation._kser_snapshot = stored
         if row.status == states.RUNNING and row.phase == TASK and self._is_claimed(row, stored.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
         return operation
@@ -248,7 +248,7 @@ class Keeper(Runner):
 
     def _found(self, row: OperationRow) -> Operation:
         operation = self._means.classes.operation(row)
-        operation._kser_found_by = self._means.registry
+        operation._kser_loaded_from = self._means.registry
         return operation
 
     def find(self, found: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
@@ -272,7 +272,7 @@ class Keeper(Runner):
             logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
             answer = self._means.send(row.target, row.uuid)
-            if states.outcome(answer) == states.SUCCESS:
+            if states.final_status(answer) == states.SUCCESS:
                 self._note_sent(row.id, row.epoch)
 
     def _resume(self, uuid: str) -> OperationRow | None:

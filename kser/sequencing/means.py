@@ -17,9 +17,9 @@ from cdumay_result import Result
 from kser import status as states
 from kser.config import Settings
 from kser.errors import SettingError
-from kser.outgoing import OutgoingProducer
-from kser.results import failure
-from kser.schemas import OPERATION, Message
+from kser.outgoing import KafkaProducerBase
+from kser.results import failed_result
+from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.patience import Patience
 from kser.sequencing.stored import ClassFinder
 from kser.store.base import Store
@@ -160,7 +160,7 @@ class Means:
             answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
             # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
-            answer = failure(error, target.uuid)
+            answer = failed_result(error, target.uuid)
         return self._told(target, root_uuid, mark, answer)
 
     def post(self, target: Target, root_uuid: str, mark: tuple[int, int]) -> None:
@@ -170,26 +170,26 @@ class Means:
         """
         try:
             producer = self.producer
-            if not isinstance(producer, OutgoingProducer):
+            if not isinstance(producer, KafkaProducerBase):
                 # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, which
                 # must not be bypassed.
                 self.send(target, root_uuid, mark)
                 return
-            producer.post(
+            producer.send_nowait(
                 target.topic,
                 step_message(target, root_uuid),
                 partial(self._told, target, root_uuid, mark),
                 SEND_TIMEOUT,
             )
         except Exception as error:
-            self._told(target, root_uuid, mark, failure(error, target.uuid))
+            self._told(target, root_uuid, mark, failed_result(error, target.uuid))
 
     def _told(self, target: Target, root_uuid: str, mark: tuple[int, int] | None, answer: Any) -> Result:
         """Handle the producer's result: note a delivered step for recording, and log a failed send."""
         if not isinstance(answer, Result):
             # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
             return Result(uuid=target.uuid)
-        if states.outcome(answer) == states.SUCCESS:
+        if states.final_status(answer) == states.SUCCESS:
             if mark is not None:
                 self.sent.append(mark)
             return answer
@@ -218,4 +218,4 @@ class Means:
 
 def step_message(target: Target, root_uuid: str) -> Message:
     """Return the message for a step; params and results stay in the database."""
-    return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION: root_uuid})
+    return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION_KEY: root_uuid})

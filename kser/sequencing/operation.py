@@ -18,8 +18,8 @@ from cdumay_result import Result
 
 from kser import records, signals
 from kser import status as states
-from kser.delivery import CURRENT
-from kser.entry import NOT_REFUSED, call_onerror
+from kser.delivery import current_attempt
+from kser.entry import NO_INIT_FAILURE, notify_failure
 from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
 from kser.sequencing.handover import CHOICE
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: The runner of operations whose class has no registry.
-DEFAULT_RUNNER: Runner = InProcessRunner()
+_DEFAULT_RUNNER: Runner = InProcessRunner()
 
 
-class _Recorded:
+class _StoredAttribute:
     """List from an operation's snapshot. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, instance: Any, owner: type) -> list[Any]:
-        stored = getattr(instance, "_kser_stored", None)
+        stored = getattr(instance, "_kser_snapshot", None)
         return [] if stored is None else list(getattr(stored, self._name))
 
 
@@ -67,15 +67,15 @@ class Operation(Task):
 
     #: Recorded attempts at the tasks, oldest first: :class:`kser.store.model.AttemptRow`. Filled by
     #: :meth:`.OperationRegistry.get`, empty otherwise.
-    attempts: ClassVar[Any] = _Recorded("attempts")
+    attempts: ClassVar[Any] = _StoredAttribute("attempts")
     #: Events of the operation, oldest first: :class:`kser.store.model.EventRow`. Filled by
     #: :meth:`.OperationRegistry.get`, empty otherwise.
-    events: ClassVar[Any] = _Recorded("events")
+    events: ClassVar[Any] = _StoredAttribute("events")
 
-    _kser_kept = True
-    _kser_stored: Stored | None = None
+    _kser_is_durable = True
+    _kser_snapshot: Stored | None = None
     #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
-    _kser_found_by: OperationRegistry | None = None
+    _kser_loaded_from: OperationRegistry | None = None
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Operation(Task):
         #: The tasks, in the order in which they run.
         self.tasks: list[Task] = list(tasks or ())
         self._kser_built: list[Task] | None = None
-        self._kser_incoming: Result | None = None
+        self._kser_initial_result: Result | None = None
         super().__init__(uuid=uuid, params=params, status=status, result=result, metadata=metadata)
 
     # -- building ------------------------------------------------------------------------------------------------------
@@ -155,13 +155,13 @@ class Operation(Task):
         return self._build_tasks(**(self._prebuild(**kwargs) or kwargs))
 
     def _prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
-        accepted = _accepted(self.prebuild, kwargs)
-        records.step(logger, self, "PreBuild", ": %s", accepted)
+        accepted = _supported_kwargs(self.prebuild, kwargs)
+        records.log_step(logger, self, "PreBuild", ": %s", accepted)
         self.check_required_params()
         return self.prebuild(**accepted)
 
     def _build_tasks(self, **kwargs: Any) -> list[Task]:
-        tasks = self.build_tasks(**_accepted(self.build_tasks, kwargs))
+        tasks = self.build_tasks(**_supported_kwargs(self.build_tasks, kwargs))
         found = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(found, extra={"kmsg": records.dump_entry(self)})
@@ -197,7 +197,7 @@ class Operation(Task):
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
         moves = self.status, status
-        records.step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
+        records.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -210,23 +210,23 @@ class Operation(Task):
         :param result: merged into :attr:`result` first; the first task gets it.
         :return: :attr:`result`, unless ``onsuccess`` or ``onerror`` were overridden.
         """
-        if self._kser_refusal is not NOT_REFUSED:
-            return self._kser_refusal
+        if self._kser_init_failure is not NO_INIT_FAILURE:
+            return self._kser_init_failure
         signals.emit(signals.entry_started, type(self), entry=self)
         registry = self._kser_registry
-        return (DEFAULT_RUNNER if registry is None else registry.runner).run(self, result)
+        return (_DEFAULT_RUNNER if registry is None else registry.runner).run(self, result)
 
     def _prerun(self) -> None:
         self.check_required_params()
         self._set_status(states.RUNNING)
-        records.step(logger, self, "PreRun", ": running...")
+        records.log_step(logger, self, "PreRun", ": running...")
         self.prerun()
 
     def _onsuccess(self, result: Any) -> Any:
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.SUCCESS, self.result)
-        records.success(logger, self, result)
+        records.log_success(logger, self, result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
@@ -234,8 +234,8 @@ class Operation(Task):
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.FAILED, self.result)
-        records.failure(logger, self)
-        return call_onerror(self)
+        records.log_failure(logger, self)
+        return notify_failure(self)
 
     # -- over Kafka ----------------------------------------------------------------------------------------------------
 
@@ -256,14 +256,14 @@ class Operation(Task):
         :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
         registry = registry_of(self)
-        if registry.keeps:
-            registry.keeper.send(self, result, topic, key)
+        if registry._kser_has_store:
+            registry._kser_operations.send(self, result, topic, key)
             return self
         answer = super().send(result=result, topic=topic, key=key)
         if not answer:
             # A producer's hook returned no Result, so the delivery is unknown: treat it as failed.
             answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")
-        if isinstance(answer, Result) and states.outcome(answer) != states.SUCCESS:
+        if isinstance(answer, Result) and states.final_status(answer) != states.SUCCESS:
             raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
         return self
 
@@ -287,9 +287,9 @@ class Operation(Task):
         """
         first = _first_unfinished(self.tasks)
         registry = self._kser_registry
-        if first is None or _sends_itself(first) or registry is None or not registry.keeps:
+        if first is None or _has_own_send(first) or registry is None or not registry._kser_has_store:
             return self.launch_next()
-        return registry.keeper.launch(self)
+        return registry._kser_operations.launch(self)
 
     def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
         """Send the task after ``task``, or end the operation if there is none or if ``task`` failed.
@@ -310,10 +310,10 @@ class Operation(Task):
             raise UsageError(f"{task!r} is no task of {self!r}: pass one of the operation's own tasks")
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
-        delivery = CURRENT.get()
-        if self._kser_stored is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
+        delivery = current_attempt.get()
+        if self._kser_snapshot is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
             return Result(uuid=self.uuid, stdout=f"{self!r} is stored: its checkpoints send the next task")
-        failed = states.outcome(result) == states.FAILED or (task is not None and task.status == states.FAILED)
+        failed = states.final_status(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
         choice = CHOICE.get()
         if choice is not None and choice.uuid == self.uuid:
@@ -322,7 +322,7 @@ class Operation(Task):
         if failed or following is None:
             self._set_status(states.FAILED if failed else states.SUCCESS, result)
             return result or (task.result if failed and task is not None else self.result)
-        if not _sends_itself(following):
+        if not _has_own_send(following):
             raise StoreMissing(
                 f"{following!r} cannot be sent by {type(self).path}: running an operation over the consumers needs a"
                 " shared database: set KSER_DATABASE_URI, or pass OperationRegistry(store=...). Without one, send the"
@@ -338,7 +338,7 @@ class Operation(Task):
     def init_by_id(cls, _id: Any) -> Any:
         """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`; None without a database."""
         registry = cls._kser_registry
-        return registry.keeper.get(str(_id)) if registry is not None and registry.keeps else None
+        return registry._kser_operations.get(str(_id)) if registry is not None and registry._kser_has_store else None
 
     def resume(self) -> Self:
         """Resume this stored operation, which FAILED or was CANCELLED, at its first task that is not SUCCESS.
@@ -347,7 +347,7 @@ class Operation(Task):
         :raises kser.errors.StateConflict: the operation is in another state; of several concurrent calls one succeeds.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        (self._kser_found_by or registry_of(self)).keeper.resume(self.uuid)
+        (self._kser_loaded_from or registry_of(self))._kser_operations.resume(self.uuid)
         return self
 
     def cancel(self, reason: str | None = None) -> str:
@@ -357,7 +357,7 @@ class Operation(Task):
         :return: the status of the operation now; an ended operation does not change.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        return (self._kser_found_by or registry_of(self)).keeper.cancel(self.uuid, reason)
+        return (self._kser_loaded_from or registry_of(self))._kser_operations.cancel(self.uuid, reason)
 
     def wait(self, timeout: float | None = None) -> Result:
         """Wait for the end of this stored operation.
@@ -367,7 +367,7 @@ class Operation(Task):
         :raises kser.errors.WaitTimeout: the operation has not ended in time.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        return (self._kser_found_by or registry_of(self)).keeper.wait(self.uuid, timeout)
+        return (self._kser_loaded_from or registry_of(self))._kser_operations.wait(self.uuid, timeout)
 
     def __repr__(self) -> str:
         return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"
@@ -375,7 +375,7 @@ class Operation(Task):
     __str__ = __repr__
 
 
-def _sends_itself(task: Task) -> bool:
+def _has_own_send(task: Task) -> bool:
     """Return whether a task's ``send`` was overridden."""
     return getattr(type(task), "send", None) not in (Task.send, Operation.send) or "send" in vars(task)
 
@@ -384,15 +384,15 @@ def _first_unfinished(tasks: Iterable[Task]) -> Task | None:
     return next((task for task in tasks if task.status != states.SUCCESS), None)
 
 
-def _accepted(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _supported_kwargs(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``kwargs``, or an empty mapping for a hook without parameters (decision B21b)."""
     if isinstance(hook, MethodType) and inspect.isfunction(hook.__func__):
-        return kwargs if _takes_any(hook.__func__) else {}
+        return kwargs if _accepts_any_argument(hook.__func__) else {}
     return kwargs if inspect.signature(hook).parameters else {}
 
 
 @functools.lru_cache(maxsize=1024)
-def _takes_any(function: Callable[..., Any]) -> bool:
+def _accepts_any_argument(function: Callable[..., Any]) -> bool:
     """Return whether a method has parameters besides ``self``."""
     # The result is cached, because an inspection takes as long as a small task.
     return bool(inspect.signature(MethodType(function, object())).parameters)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from kser.delivery import CURRENT
+from kser.delivery import current_attempt
 from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Patience:
                 return self.ask(what)
             except StoreUnavailable as trouble:
                 state = state or RetryCallState(Retrying(), None, (), {})
-                if CURRENT.get() is None and state.attempt_number >= ATTEMPTS:
+                if current_attempt.get() is None and state.attempt_number >= ATTEMPTS:
                     raise
                 self.report(trouble)
                 self._wait(_BACKOFF(state))
@@ -79,10 +79,10 @@ class Patience:
 
     @staticmethod
     def _wait(seconds: float) -> None:
-        delivery = CURRENT.get()
+        delivery = current_attempt.get()
         never = threading.Event()
         while seconds > 0:
-            if delivery is not None and (delivery.abandoned or (delivery.ending and not delivery.answered)):
-                delivery.hand_back()
+            if delivery is not None and (delivery.abandoned or (delivery.shutting_down and not delivery.acked)):
+                delivery.abandon()
             never.wait(min(_TICK, seconds))
             seconds -= _TICK

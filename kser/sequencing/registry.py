@@ -64,14 +64,14 @@ class OperationRegistry:
         self.app: Any = None
         #: The runner that executes operations.
         self.runner: Runner = InProcessRunner()
-        self._producer = producer
-        self._lend: Callable[[], BaseProducer] | None = None
-        self._store = store
-        self._opened: Means | None = None
-        self._means: Means | None = None
-        self._keeper: Keeper | None = None
-        self._recovery: Recovery | None = None
-        self._opening = threading.Lock()
+        self._kser_producer = producer
+        self._kser_producer_factory: Callable[[], BaseProducer] | None = None
+        self._kser_store = store
+        self._kser_opened_context: Means | None = None
+        self._kser_context: Means | None = None
+        self._kser_manager: Keeper | None = None
+        self._kser_recovery: Recovery | None = None
+        self._kser_opening_lock = threading.Lock()
         if app:
             self.init_app(app)
 
@@ -112,23 +112,23 @@ class OperationRegistry:
 
         :raises kser.errors.ProducerMissing: neither the constructor nor a consumer has set a producer.
         """
-        if self._producer is not None:
-            return self._producer
-        if self._lend is None:
+        if self._kser_producer is not None:
+            return self._kser_producer
+        if self._kser_producer_factory is None:
             raise ProducerMissing(
                 "the registry has no producer to send with: give it one, OperationRegistry(producer=Producer()), or"
                 " send from a task that a consumer runs (Producer() reads KSER_CONFIG)"
             )
-        return self._lend()
+        return self._kser_producer_factory()
 
-    def borrow_producer(self, lend: Callable[[], BaseProducer]) -> None:
+    def _kser_set_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
         """Set a factory of the producer to use if the constructor got none; it is called for each send."""
-        self._lend = lend
+        self._kser_producer_factory = factory
 
-    def return_producer(self, lend: Callable[[], BaseProducer]) -> None:
+    def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
         """Clear the fallback producer if it is this one. The caller closes the producer."""
-        if self._lend == lend:
-            self._lend = None
+        if self._kser_producer_factory == factory:
+            self._kser_producer_factory = None
 
     def topic_for(self, task: Task, topic: str | None = None) -> str:
         """Return the topic for ``task``: ``topic``, else its class's ``TOPIC``, else the first of ``KSER_TOPICS``.
@@ -146,9 +146,9 @@ class OperationRegistry:
     # -- stored operations ---------------------------------------------------------------------------------------------
 
     @property
-    def keeps(self) -> bool:
+    def _kser_has_store(self) -> bool:
         """True if there is a shared database for operations."""
-        return self._keeper is not None or self._store is not None or bool(self.settings.get(DATABASE_URI))
+        return self._kser_manager is not None or self._kser_store is not None or bool(self.settings.get(DATABASE_URI))
 
     @property
     def store(self) -> Store:
@@ -157,58 +157,58 @@ class OperationRegistry:
         :raises kser.errors.StoreMissing: there is no shared database.
         :raises kser.errors.SchemaMismatch: the schema of the database has an incompatible version.
         """
-        return self._open().store
+        return self._kser_open().store
 
     @property
-    def keeper(self) -> Keeper:
+    def _kser_operations(self) -> Keeper:
         """Manager of the stored operations.
 
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        self._open()
-        assert self._keeper is not None
-        return self._keeper
+        self._kser_open()
+        assert self._kser_manager is not None
+        return self._kser_manager
 
     @property
-    def companion(self) -> Recovery | None:
+    def _kser_background_service(self) -> Recovery | None:
         """Background service for the consumers; None without a shared database."""
-        if not self.keeps:
+        if not self._kser_has_store:
             return None
-        self._open()
-        return self._recovery
+        self._kser_open()
+        return self._kser_recovery
 
-    def _open(self) -> Means:
-        if self._means is None:
-            with self._opening:
-                opened = self._opened = self._opened or Means(self, self._make_store())
+    def _kser_open(self) -> Means:
+        if self._kser_context is None:
+            with self._kser_opening_lock:
+                opened = self._kser_opened_context = self._kser_opened_context or Means(self, self._kser_make_store())
             # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
             opened.patience.call(opened.store.check)
-            with self._opening:
-                if self._means is None:
-                    self._recovery = Recovery(opened)
-                    self._keeper = self.runner = Keeper(opened, self.runner)
-                    self._means = opened
-        return self._means
+            with self._kser_opening_lock:
+                if self._kser_context is None:
+                    self._kser_recovery = Recovery(opened)
+                    self._kser_manager = self.runner = Keeper(opened, self.runner)
+                    self._kser_context = opened
+        return self._kser_context
 
-    def _make_store(self) -> Store:
-        if self._store is None:
+    def _kser_make_store(self) -> Store:
+        if self._kser_store is None:
             uri = self.settings.get(DATABASE_URI)
             if not uri:
                 raise StoreMissing(
                     f"there is no shared database: set {DATABASE_URI} in the environment or in the Flask app's config,"
                     " or pass OperationRegistry(store=...)"
                 )
-            self._store = open_store(uri)
-        return self._store
+            self._kser_store = open_store(uri)
+        return self._kser_store
 
-    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+    def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle a message of an operation or of one of its steps. Controllers call this if there is a shared database.
 
         :param entrypoint: the class that the message names; None if it is not registered here.
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
-        with self.context():
-            return self.keeper.receive(kmsg, entrypoint)
+        with self._kser_app_context():
+            return self._kser_operations.receive(kmsg, entrypoint)
 
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
@@ -217,7 +217,7 @@ class OperationRegistry:
             if no operation has this uuid.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        return self.keeper.get(uuid)
+        return self._kser_operations.get(uuid)
 
     def find(
         self,
@@ -244,7 +244,7 @@ class OperationRegistry:
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         found = what_to_find(status, entrypoint, since, until, metadata, parent)
-        return OperationPage(*self.keeper.find(found, limit, after))
+        return OperationPage(*self._kser_operations.find(found, limit, after))
 
     def purge(
         self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)
@@ -258,14 +258,14 @@ class OperationRegistry:
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         seconds = older_than.total_seconds() if isinstance(older_than, timedelta) else older_than
-        return self.keeper.purge(seconds, {status} if isinstance(status, str) else set(status))
+        return self._kser_operations.purge(seconds, {status} if isinstance(status, str) else set(status))
 
     @property
     def settings(self) -> Settings:
         """Current settings from the app and the environment."""
         return Settings.of(self.app)
 
-    def context(self) -> AbstractContextManager[Any]:
+    def _kser_app_context(self) -> AbstractContextManager[Any]:
         """Return the app's context manager; one without effect if there is no app."""
         enter = getattr(self.app, "app_context", None)
         return nullcontext() if enter is None else enter()

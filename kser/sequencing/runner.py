@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cdumay_result import Result
 
 from kser import status
-from kser.delivery import CURRENT, settle
-from kser.entry import postpone
-from kser.results import copy_result, failure, merge
+from kser.delivery import current_attempt, raise_if_decided
+from kser.entry import schedule_retry
+from kser.results import copy_result, failed_result, merge
 
 if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
@@ -40,7 +40,7 @@ class InProcessRunner:
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         prepare(operation, result)
-        delivery = CURRENT.get()
+        delivery = current_attempt.get()
         if delivery is not None and delivery.entry is operation and is_distributed(operation):
             # A distributed operation arrived as a message and there is no database. Only tasks that override send() can
             # run then; for others launch_next() raises StoreMissing.
@@ -49,12 +49,12 @@ class InProcessRunner:
             outcome = task.result if task.status == status.SUCCESS else run_task(task, operation.result, operation.uuid)
             # If a task's onsuccess returned None, this addition raises the same error as in kser 0.8.
             operation.result = operation.result + outcome
-            if status.outcome(outcome) != status.SUCCESS:
+            if status.final_status(outcome) != status.SUCCESS:
                 return _fail(operation)
-        if status.outcome(operation.result) != status.SUCCESS:
+        if status.final_status(operation.result) != status.SUCCESS:
             # No task had to run and the initial result is a failure, so the operation fails.
             return _fail(operation)
-        settle(operation)
+        raise_if_decided(operation)
         # The Success line shows `None` if there are no tasks and no forwarded result, because kser 0.8 logs that.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
@@ -76,7 +76,7 @@ def prepare(operation: Operation, result: Result | None) -> None:
         operation.build(**operation.params)
 
 
-def run_task(task: Task, so_far: Result, operation_uuid: str) -> Any:
+def run_task(task: Task, accumulated: Result, operation_uuid: str) -> Any:
     """Run a task of an operation and turn an exception into a failed result.
 
     :param accumulated: the accumulated result of the earlier tasks; the task gets a copy.
@@ -88,26 +88,26 @@ def run_task(task: Task, so_far: Result, operation_uuid: str) -> Any:
         task.result = Result(uuid=task.uuid)
     task._kser_operation_uuid = operation_uuid
     try:
-        return task.unsafe_execute(result=copy_result(so_far))
+        return task.unsafe_execute(result=copy_result(accumulated))
     except Exception as exc:
-        settle(task)
-        failed = failure(exc, task.uuid)
-        answer = postpone(task, failed, exc)
+        raise_if_decided(task)
+        failed = failed_result(exc, task.uuid)
+        answer = schedule_retry(task, failed, exc)
         return task._onerror(failed) if answer is None else answer
 
 
 def _fail(operation: Operation) -> Any:
-    answer = postpone(operation, operation.result)
+    answer = schedule_retry(operation, operation.result)
     return operation._onerror(operation.result) if answer is None else answer
 
 
 def _restart(operation: Operation, result: Result | None) -> None:
     """Reset an operation's result to its initial result, and merge ``result`` into it."""
-    if operation._kser_incoming is None:
-        operation._kser_incoming = copy_result(operation.result, uuid=operation.uuid)
+    if operation._kser_initial_result is None:
+        operation._kser_initial_result = copy_result(operation.result, uuid=operation.uuid)
         # Change the uuid of the result in place, because the message shares this object and the controller logs it with
         # the final result.
         operation.result.uuid = operation.uuid
     else:
-        operation.result = copy_result(operation._kser_incoming)
+        operation.result = copy_result(operation._kser_initial_result)
     operation.result = merge(operation.result, result)

@@ -9,11 +9,11 @@ from typing import Any
 from cdumay_result import Result
 
 from kser import status as states
-from kser.controller import CONTAINED
-from kser.delivery import CURRENT, Delivery, timeout_of
-from kser.entry import postpone
+from kser.controller import user_code_guard
+from kser.delivery import Attempt, current_attempt, time_limit_of
+from kser.entry import schedule_retry
 from kser.errors import StoreError, UsageError
-from kser.results import failure
+from kser.results import failed_result
 from kser.retry import Retry
 from kser.sequencing.handover import CHOICE, Choice, StepDelivery
 from kser.sequencing.means import Means
@@ -62,7 +62,7 @@ class Steps:
     def give_up(self, error: Exception) -> None:
         """Fail the current step without running it."""
         frame, task = self._track.top, self._track.claim.task
-        failed = failure(error, frame.row.uuid)
+        failed = failed_result(error, frame.row.uuid)
         self.answer = failed
         if frame.phase == TASK and task is not None:
             self._track.ran(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
@@ -83,7 +83,7 @@ class Steps:
         for depth, frame in enumerate(self._track.frames):
             if frame.operation is None and frame.phase == TASK:
                 try:
-                    with CONTAINED:
+                    with user_code_guard:
                         parent = self._track.frames[depth - 1].operation if depth else None
                         self.adopt(frame, None if parent is None else parent.tasks[self._track.frames[depth - 1].step])
                         operation = self._load(frame)
@@ -123,8 +123,8 @@ class Steps:
             self.adopt(frame, self._means.classes.operation(frame.row))
         operation = frame.operation
         assert operation is not None
-        if operation._kser_unfit is not None:
-            raise operation._kser_unfit
+        if operation._kser_load_error is not None:
+            raise operation._kser_load_error
         if not frame.loaded:
             store, row = self._means.store, frame.row
             rows = self._means.patience.call(lambda: store.tasks(row.id))
@@ -138,14 +138,14 @@ class Steps:
 
     def _fail(self, frame: Frame, exc: Exception) -> None:
         logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be built or advanced: {exc}")
-        self.answer = failure(exc, frame.row.uuid)
+        self.answer = failed_result(exc, frame.row.uuid)
         self._track.failed(self.answer)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _begin(self, frame: Frame) -> None:
         try:
-            with CONTAINED:
+            with user_code_guard:
                 operation = self._load(frame)
                 prepare(operation, None)
                 built = None
@@ -168,20 +168,20 @@ class Steps:
             return
         recorded, forgiven = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
-        outer = CURRENT.get()
+        outer = current_attempt.get()
         owner = self._means.classes.find(frame.row.entrypoint) or Operation
         step = StepDelivery(outer, task, number, _policy(owner, outer), frame.row.uuid, self._is_cancelled)
-        step.forgiven = forgiven
+        step.attempts_not_counted = forgiven
         if outer is not None:
-            outer.begin(timeout_of(type(task)) or timeout_of(owner))
+            outer.restart_timer(time_limit_of(type(task)) or time_limit_of(owner))
         began = time.monotonic()
-        before = CURRENT.set(step)
+        before = current_attempt.set(step)
         try:
             result = self._attempt(task, frame)
         finally:
-            CURRENT.reset(before)
+            current_attempt.reset(before)
             if outer is not None:
-                outer.timeout = None
+                outer.time_limit = None
         duration = time.monotonic() - began
         if step.retry_in is not None:
             self.delay = step.retry_in
@@ -200,14 +200,14 @@ class Steps:
 
     def _attempt(self, task: Task, frame: Frame) -> Any:
         try:
-            with CONTAINED:
-                unfit = self._verdict or task._kser_unfit
+            with user_code_guard:
+                unfit = self._verdict or task._kser_load_error
                 if unfit is not None:
                     raise unfit
                 return run_task(task, frame.total, frame.row.uuid)
         except Exception as exc:
-            failed = failure(exc, task.uuid)
-            answer = postpone(task, failed, exc)
+            failed = failed_result(exc, task.uuid)
+            answer = schedule_retry(task, failed, exc)
             return task._onerror(failed) if answer is None else answer
 
     def _is_cancelled(self) -> bool:
@@ -218,7 +218,7 @@ class Steps:
         choice = Choice(frame.row.uuid)
         before = CHOICE.set(choice)
         try:
-            with CONTAINED:
+            with user_code_guard:
                 operation = self._load(frame)
                 task = operation.tasks[frame.step]
                 operation.launch_next(task=task, result=task.result)
@@ -235,22 +235,22 @@ class Steps:
     def _end(self, frame: Frame) -> None:
         status = frame.phase
         try:
-            with CONTAINED:
+            with user_code_guard:
                 operation = self._load(frame)
                 operation.result = frame.outcome
         except Exception as exc:
-            self.answer = failure(exc, frame.row.uuid)
+            self.answer = failed_result(exc, frame.row.uuid)
             self._track.end(states.FAILED, self.answer)
             return
         try:
-            with CONTAINED:
+            with user_code_guard:
                 hook = operation._onsuccess if status == END_SUCCESS else operation._onerror
                 returned = hook(operation.result)
         except Exception as exc:
             status = states.FAILED
-            returned = operation._onerror(failure(exc, frame.row.uuid))
+            returned = operation._onerror(failed_result(exc, frame.row.uuid))
         result, _ = storable(operation, returned if isinstance(returned, Result) else operation.result)
-        if states.outcome(result) != states.SUCCESS:
+        if states.final_status(result) != states.SUCCESS:
             status = states.FAILED
         operation.status = status
         self.answer = returned
@@ -265,7 +265,7 @@ def storable(task: Task, result: Any) -> tuple[Result, str]:
         return result, result_to_json(result, task)
     except UsageError as error:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
-        failed = failure(error, task.uuid)
+        failed = failed_result(error, task.uuid)
         return failed, result_to_json(failed, "a failure")
 
 
@@ -276,7 +276,7 @@ def _position(operation: Operation, chosen: Task) -> int:
     raise UsageError(f"{type(operation).path} chose {chosen!r} as the next task, which is no task of {operation!r}")
 
 
-def _policy(owner: type, outer: Delivery | None) -> Retry | None:
+def _policy(owner: type, outer: Attempt | None) -> Retry | None:
     """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):

@@ -14,7 +14,7 @@ from kser import status as states
 from kser.entry import Entrypoint
 from kser.errors import UsageError
 from kser.results import copy_result, merge
-from kser.schemas import GIVEN, Message, dump_result
+from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, NewOperation, NewTask, OperationRow, Target, TaskRow
@@ -104,7 +104,7 @@ def new_operation(
     tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
     if given is not None and not same_json(given, params):
-        metadata = {**metadata, GIVEN: given}
+        metadata = {**metadata, ORIGINAL_PARAMS_KEY: given}
     done = list(itertools.takewhile(_is_done, operation.tasks))
     total = copy_result(operation.result)
     for task in done:
@@ -208,7 +208,7 @@ class ClassFinder:
         else:
             unfit = unknown(row.entrypoint)
         made = kind.from_Message(_message(row, result))
-        made._kser_unfit = unfit
+        made._kser_load_error = unfit
         return made
 
 

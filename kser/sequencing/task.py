@@ -10,8 +10,8 @@ from cdumay_result import Result
 
 from kser import records
 from kser import status as states
-from kser.delivery import CURRENT
-from kser.entry import NOT_REFUSED, Entrypoint
+from kser.delivery import current_attempt
+from kser.entry import NO_INIT_FAILURE, Entrypoint
 from kser.errors import ProducerMissing, UsageError
 from kser.retry import Retry
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Attempt:
+class _AttemptNumber:
     """``attempt`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> int:
-        delivery = CURRENT.get()
-        return 1 if delivery is None else delivery.attempt
+        delivery = current_attempt.get()
+        return 1 if delivery is None else delivery.number
 
 
 class _CancelRequested:
     """``cancel_requested`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> bool:
-        delivery = CURRENT.get()
+        delivery = current_attempt.get()
         return delivery is not None and delivery.cancel_requested
 
 
@@ -60,10 +60,10 @@ class Task(Entrypoint):
     #: Retry policy for failed messages of this class; the consumer's policy if None.
     RETRY: ClassVar[Retry | None] = None
     #: Seconds that an attempt may take in a consumer; no limit if None.
-    TIMEOUT: ClassVar[float | None] = None
+    TIME_LIMIT: ClassVar[float | None] = None
 
     #: Number of the attempt, from 1: at the message, or in a stored operation at the task.
-    attempt: ClassVar[Any] = _Attempt()
+    attempt: ClassVar[Any] = _AttemptNumber()
     #: UUID of the operation that runs this task; None for a task outside of an operation.
     operation_uuid: ClassVar[Any] = _OperationUuid()
     #: True if a cancellation of the stored operation that runs this task was requested. A long task can check it and
@@ -75,7 +75,7 @@ class Task(Entrypoint):
     _kser_operation_uuid: str | None = None
     #: The error for which an object built from a row cannot run: its class is not registered here, or building the
     #: object failed.
-    _kser_unfit: Exception | None = None
+    _kser_load_error: Exception | None = None
 
     def __init__(
         self,
@@ -126,8 +126,8 @@ class Task(Entrypoint):
         return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result), **options)
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        if self._kser_refusal is not NOT_REFUSED:
-            return self._kser_refusal
+        if self._kser_init_failure is not NO_INIT_FAILURE:
+            return self._kser_init_failure
         self.status = states.RUNNING
         self._kser_executed = True
         try:
@@ -146,7 +146,7 @@ class Task(Entrypoint):
         """
         if logger.isEnabledFor(level):
             kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": records.dump_entry(self)}
-            records.message(logger, self, self.status, message, level, *args, **kwargs)
+            records.log_message(logger, self, self.status, message, level, *args, **kwargs)
 
     def _onsuccess(self, result: Any) -> Any:
         self.status = states.SUCCESS

@@ -138,7 +138,7 @@ class Track:
         :param duration: duration of the attempt in seconds.
         """
         frame = self.top
-        failed = states.outcome(result) != states.SUCCESS
+        failed = states.final_status(result) != states.SUCCESS
         status = states.FAILED if failed else states.SUCCESS
         error = (result.stderr or f"return code {result.retcode}") if failed else None
         self._ends.append(TaskEnd(frame.row.id, frame.step, number, status, text, duration, error))
@@ -204,7 +204,7 @@ class Track:
             frame.phase = TASK
         else:
             # The outcome may be a failure without a failed task, because the initial result may be a failed one.
-            self._finish(frame, states.outcome(frame.total), frame.total)
+            self._finish(frame, states.final_status(frame.total), frame.total)
 
     def _finish(self, frame: Frame, status: str, result: Result) -> None:
         self._moves[frame.row.id] = frame

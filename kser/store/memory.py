@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from kser import status as states
-from kser.errors import Fenced, StateConflict, StoreError, UsageError
+from kser.errors import FencedError, StateConflict, StoreError, UsageError
 from kser.store.base import Store
 from kser.store.rows import (
     DISTRIBUTED,
@@ -197,10 +197,10 @@ class MemoryStore(Store):
                 return root.status
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
                 name = root.uuid if root else checkpoint.root_id
-                raise Fenced(f"another consumer has claimed operation {name}, or it has ended")
+                raise FencedError(f"another consumer has claimed operation {name}, or it has ended")
             places = [(self._operations[move.operation_id], move) for move in checkpoint.moves]
             if any((row.step, row.phase) != (move.old_step, move.old_phase) for row, move in places):
-                raise Fenced(f"operation {root.uuid} is at another step")
+                raise FencedError(f"operation {root.uuid} is at another step")
             if checkpoint.built is not None:
                 self._refuse_taken(checkpoint.built.tasks)
             now = self._clock()
@@ -312,7 +312,7 @@ class MemoryStore(Store):
             root = self.peek(uuid)
             if root is None or root.parent_id is not None:
                 return None
-            if not states.may_follow(root.status, states.RUNNING) or not states.is_final(root.status):
+            if not states.can_transition(root.status, states.RUNNING) or not states.is_final(root.status):
                 raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
             target = self._restart(root)
             root = resumed(self._operations[root.id], self._clock())

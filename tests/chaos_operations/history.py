@@ -66,7 +66,7 @@ class Kept(NamedTuple):
 
         :param offset: from the database's clock to the ledger's.
         """
-        row = operation._kser_stored.operation
+        row = operation._kser_snapshot.operation
         return cls(
             operation.uuid,
             operation.status,

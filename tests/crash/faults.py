@@ -9,7 +9,7 @@ from kser import status as states
 from kser.consumer.client import Commit, Partition, Record
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.producer import Producer
-from kser.errors import ClientTrouble, NotDelivered, StoreUnavailable
+from kser.errors import ClientError, DeliveryError, StoreUnavailable
 from kser.store.rows import Checkpoint
 
 if TYPE_CHECKING:
@@ -157,13 +157,13 @@ class FaultyProducer(Producer):
         super().__init__({})
         self._process = process
 
-    def _deliver(self, topic: str, value: bytes | None, key: bytes | None, headers: Any, deadline: float) -> None:
+    def _kser_deliver(self, topic: str, value: bytes | None, key: bytes | None, headers: Any, deadline: float) -> None:
         def act() -> None:
-            Producer._deliver(self, topic, value, key, headers, deadline)
+            Producer._kser_deliver(self, topic, value, key, headers, deadline)
             self._process.world.put(self._process)
 
         point = REAPER_SEND if self._process.reaps else SEND
-        self._process.at(point, act, lambda: NotDelivered("the test says that Kafka does not answer"))
+        self._process.at(point, act, lambda: DeliveryError("the test says that Kafka does not answer"))
 
 
 class FaultyClient(DummyClient):
@@ -185,4 +185,4 @@ class FaultyClient(DummyClient):
 
 
 def _trouble_of_client() -> Exception:
-    return ClientTrouble("the test says that Kafka does not answer")
+    return ClientError("the test says that Kafka does not answer")

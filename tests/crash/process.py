@@ -52,10 +52,10 @@ class Process:
             producer=FaultyProducer(self),
         )
         self.classes = [self.registry.subscribe(cls) for cls in classes_of(self)]
-        self.companion = self.registry.companion
+        self.companion = self.registry._kser_background_service
         assert self.companion is not None
         self.companion._clock = lambda: world.now
-        self.owner = self.registry.keeper._means.owner
+        self.owner = self.registry._kser_operations._means.owner
         if consumes:
             self.consumer = Member(self)
             self.consumer.REGISTRY = controller

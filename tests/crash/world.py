@@ -8,10 +8,10 @@ from typing import Any, Final
 from uuid import uuid4
 
 from kser.consumer.job import Job
-from kser.delivery import CURRENT
+from kser.delivery import current_attempt
 from kser.dummy.bus import Bus
 from kser.errors import StoreUnavailable
-from kser.schemas import OPERATION, Message
+from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.store.rows import Refusal, Stored
 from tests.crash.faults import (
@@ -285,7 +285,7 @@ class World:
         for (_group, place), commit in self.bus.committed.items():
             for record in self.bus.topics[place.topic][place.partition][: commit.offset]:
                 message = json.loads(record.value or b"")
-                root = message["metadata"].get(OPERATION, message["uuid"])
+                root = message["metadata"].get(OPERATION_KEY, message["uuid"])
                 if self.store.peek(root) is None:
                     self.wrong.append(f"offset {record.offset} is committed, and nobody answers for it")
 
@@ -325,5 +325,5 @@ class World:
 
 def _offset_in_hand() -> int:
     """The record that this thread handles; -1 for none."""
-    job = CURRENT.get()
+    job = current_attempt.get()
     return job.record.offset if isinstance(job, Job) else -1

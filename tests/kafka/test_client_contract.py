@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from kser.consumer.client import Commit, Partition
-from kser.errors import ClientTrouble
+from kser.errors import ClientError
 from tests.client_contract import Join, Member, World, until
 from tests.client_worlds import ConfluentWorld, KafkaWorld, PythonKafkaWorld, new_name
 from tests.group_contract import GroupContract
@@ -198,7 +198,7 @@ class TestBrokerFailures:
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
             member.poll()
-        with pytest.raises(ClientTrouble):
+        with pytest.raises(ClientError):
             member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
         own_kafka.start()
         self.world.send("work", "1")
@@ -212,7 +212,7 @@ class TestBrokerFailures:
         try:
             wait_until(lambda: state_of(own_kafka.pid) == "T", "it is stopped")
             began = time.monotonic()
-            with pytest.raises(ClientTrouble):
+            with pytest.raises(ClientError):
                 member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
             assert time.monotonic() - began < 1
             began = time.monotonic()
@@ -231,6 +231,6 @@ def state_of(pid: int | None) -> str:
 def commits(member: Member, commit: Commit) -> bool:
     try:
         member.client.commit({Partition("work", 0): commit}, 1)
-    except ClientTrouble:
+    except ClientError:
         return False
     return True

@@ -13,7 +13,7 @@ from cdumay_result import Result
 from kafka import KafkaProducer
 
 from kser.confluent.producer import Producer as ConfluentProducer
-from kser.errors import BrokerUnavailable, MessageTooLarge, NotDelivered
+from kser.errors import BrokerUnavailable, DeliveryError, MessageTooLarge
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from tests.kafka.broker import Kafka, KafkaBroker, free_ports
@@ -81,7 +81,7 @@ def test_send_to_a_missing_topic_fails_within_the_timeout(producer: Any) -> None
 
 
 def test_produce_to_a_missing_topic_raises(producer: Any) -> None:
-    with within(1), pytest.raises(NotDelivered, match="have no topic 'nobody-made-it'"):
+    with within(1), pytest.raises(DeliveryError, match="have no topic 'nobody-made-it'"):
         producer.produce("nobody-made-it", b"x", timeout=1)
 
 

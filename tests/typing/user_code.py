@@ -30,7 +30,7 @@ class Charge(Task):
     REQUIRED_FIELDS = ["amount"]  # noqa: RUF012  (as users write it)
     TOPIC = "payments"
     RETRY = Retry(max_attempts=5, delay=1, backoff=2, max_delay=60, jitter=True, on=(ConnectionError, TimeoutError))
-    TIMEOUT = 30
+    TIME_LIMIT = 30
 
     def run(self) -> Result:
         if self.attempt > 3:
@@ -106,7 +106,7 @@ with EmbeddedBroker("payments") as broker:
 
 policy = Retry(on=ConnectionError, give_up_on=(ValueError, KeyError))
 assert_type(policy.max_attempts, int)
-assert_type(policy.wait_after(1), float | None)
+assert_type(policy.delay_after(1), float | None)
 
 consumer = Consumer(
     {"bootstrap_servers": "localhost"},
@@ -184,4 +184,4 @@ Bus.at("").send("payments", "text")  # type: ignore[arg-type]
 
 class Wrong(Task):
     RETRY = 5  # type: ignore[assignment]
-    TIMEOUT = "30 s"  # type: ignore[assignment]
+    TIME_LIMIT = "30 s"  # type: ignore[assignment]

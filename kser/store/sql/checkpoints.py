@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import or_
 
 from kser import status as states
-from kser.errors import Fenced
+from kser.errors import FencedError
 from kser.store.rows import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
 from kser.store.sql import changes
 from kser.store.sql.adding import Adding, event_row, storable
@@ -219,17 +219,19 @@ class Recording:
         found = transaction.fetch(self._lock, [{"id": checkpoint.root_id}])
         root = operation_row(found[0]) if found else None
         if root is None:
-            raise Fenced(f"operation {checkpoint.root_id} is not stored: it was deleted")
+            raise FencedError(f"operation {checkpoint.root_id} is not stored: it was deleted")
         rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.moves])
         places = {row[0]: Place(*row) for row in rows}
         if len(places) < len({move.operation_id for move in checkpoint.moves}):
-            raise Fenced(f"a nested operation of operation {root.uuid} is not stored")
+            raise FencedError(f"a nested operation of operation {root.uuid} is not stored")
         if self._is_recorded(transaction, checkpoint, root, places):
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
-            raise Fenced(f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}")
+            raise FencedError(
+                f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}"
+            )
         if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.moves):
-            raise Fenced(f"operation {root.uuid} is at another step")
+            raise FencedError(f"operation {root.uuid} is at another step")
         return self._record_one(transaction, checkpoint, root)
 
     def _is_recorded(
@@ -264,7 +266,7 @@ class Recording:
         try:
             self._write(transaction, rows)
         except Uneven:
-            raise Fenced(f"a nested operation or task of operation {root.uuid} is at another step") from None
+            raise FencedError(f"a nested operation or task of operation {root.uuid} is at another step") from None
         if not cancelled:
             return checkpoint.moves[-1].status
         transaction.change(self._cancel_inner, [{"root_id": root.id}])

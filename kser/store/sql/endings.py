@@ -127,7 +127,7 @@ class Endings:
         if found is None:
             return None
         root = operation_row(found)
-        if not (states.is_final(root.status) and states.may_follow(root.status, states.RUNNING)):
+        if not (states.is_final(root.status) and states.can_transition(root.status, states.RUNNING)):
             raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
         target = self._restart(transaction, root)
         values = target if root.mode == DISTRIBUTED else (None, None, None)

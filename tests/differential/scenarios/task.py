@@ -171,7 +171,7 @@ def a_users_own_attributes_win() -> None:
     class Own(Roll):
         TOPIC = "mine"
         RETRY = 3
-        TIMEOUT = 5
+        TIME_LIMIT = 5
         DISTRIBUTED = "no"
 
         def postinit(self):
