@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record
+from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record
 from kser.consumer.offsets import METADATA_LIMIT, PREFIX
 from kser.errors import ClientError
 
@@ -67,7 +67,7 @@ class Drain:
         return {key: commit for key, commit in self._member.finished.items() if key in self._keys}
 
 
-class Member(Listener):
+class Member(RebalanceListener):
     """A client, and what it has said and handed out."""
 
     def __init__(self, client: ConsumerClient, topic: str) -> None:

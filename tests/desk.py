@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import Dispatch
-from kser.consumer.job import Job
+from kser.consumer.dispatch import WorkQueue
+from kser.consumer.job import WorkItem
 from kser.dummy.bus import DummyRecord
 from tests.engine import DICE
 from tests.support import Clock
@@ -18,7 +18,7 @@ def record(offset: int, key: bytes | None = None, value: bytes = b"", partition:
     return DummyRecord("dice", partition, offset, key, value)
 
 
-class Desk(Dispatch):
+class Desk(WorkQueue):
     """A dispatch that has the partition dice[0], whose time passes when a test says so."""
 
     def __init__(self, **options: Any) -> None:
@@ -28,21 +28,21 @@ class Desk(Dispatch):
 
     def enter(self, *records: DummyRecord) -> None:
         for each in records:
-            self.offer({Partition(each.topic, each.partition): [each]})
+            self.put({Partition(each.topic, each.partition): [each]})
 
     def enter_keys(self, keys: str) -> None:
         """A record for each letter; those of ``-`` have no key."""
-        self.offer({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
+        self.put({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
 
-    def next(self) -> Job:
-        job = self.take(0)
+    def next(self) -> WorkItem:
+        job = self.get(0)
         assert job is not None, "there is nothing to take"
         return job
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[WorkItem]:
         """What may run now at the same time."""
         jobs = []
-        while (job := self.take(0)) is not None:
+        while (job := self.get(0)) is not None:
             jobs.append(job)
         return jobs
 
@@ -52,5 +52,5 @@ class Desk(Dispatch):
         self.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
 
 
-def offsets(jobs: list[Job]) -> list[int]:
+def offsets(jobs: list[WorkItem]) -> list[int]:
     return [job.record.offset for job in jobs]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import ORDERINGS, Dispatch, Draining
-from kser.consumer.job import Job
+from kser.consumer.dispatch import ORDERINGS, Draining, WorkQueue
+from kser.consumer.job import WorkItem
 from kser.consumer.offsets import decode
 from kser.delivery import Failure
 from kser.dummy.bus import DummyRecord
@@ -32,23 +32,23 @@ class Node:
 
     def __init__(self, name: str, ordering: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.dispatch = Dispatch(
+        self.dispatch = WorkQueue(
             ordering=ordering, max_in_flight=ROOM, revoke_timeout=REVOKE_TIMEOUT, clock=clock, retry=None
         )
         #: The next offset to poll, in the partitions that it believes to have.
         self.positions: dict[Partition, int] = {}
-        self.running: list[Job] = []
+        self.running: list[WorkItem] = []
         self.finished: set[Place] = set()
         #: A revoke that is not over, and of which partitions; the thread that owns the client waits for it.
         self.draining: Draining | None = None
         self.leaving: list[Partition] = []
 
-    def runs(self, keys: list[Partition]) -> list[Job]:
-        return [job for job in self.running if job.place in keys]
+    def runs(self, keys: list[Partition]) -> list[WorkItem]:
+        return [job for job in self.running if job.partition in keys]
 
 
-def place_of(job: Job) -> Place:
-    return job.place, job.record.offset
+def place_of(job: WorkItem) -> Place:
+    return job.partition, job.record.offset
 
 
 class Group(RuleBasedStateMachine):
@@ -90,15 +90,15 @@ class Group(RuleBasedStateMachine):
 
     def poll(self, index: int, limit: int) -> None:
         node = self.nodes[index]
-        limit = min(limit, node.dispatch.room())
+        limit = min(limit, node.dispatch.capacity())
         if node.draining is not None or not limit:
             return
-        held = node.dispatch.held()
+        held = node.dispatch.blocked_partitions()
         for key, position in node.positions.items():
             found = [record for record in self.logs[key] if record.offset >= position][:limit]
             if found and key not in held:
                 node.positions[key] = found[-1].offset + 1
-                node.dispatch.offer({key: found})
+                node.dispatch.put({key: found})
                 return
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Group(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1))
     def take(self, index: int) -> None:
         node = self.nodes[index]
-        job = node.dispatch.take(0)
+        job = node.dispatch.get(0)
         if job is not None:
             self.check_start(node, job)
             node.running.append(job)
@@ -131,23 +131,23 @@ class Group(RuleBasedStateMachine):
         node = self.busy(index)
         job = node.running.pop(which % len(node.running))
         if how == "expire":
-            assert node.dispatch.expire(job, TaskTimeout("too long"), job.outcome)
+            assert node.dispatch.time_out(job, TaskTimeout("too long"), job.outcome)
         elif how == "bury":
             job.failure = Failure("failed", "", "")
-            node.dispatch.bury_later(job, 1)
+            node.dispatch.retry_dead_letter(job, 1)
         else:
-            node.dispatch.retry(job, 20 if how == "later" else 0)
+            node.dispatch.requeue(job, 20 if how == "later" else 0)
 
     def busy(self, index: int) -> Node:
         """A consumer that works on something: that one, if it does."""
         return self.nodes[index] if self.nodes[index].running else self.nodes[1 - index]
 
-    def end_job(self, node: Node, job: Job, failing: bool = False) -> None:
+    def end_job(self, node: Node, job: WorkItem, failing: bool = False) -> None:
         node.running.remove(job)
         if failing:
-            node.dispatch.retry(job, 1)
+            node.dispatch.requeue(job, 1)
             return
-        node.dispatch.finish(job)
+        node.dispatch.task_done(job)
         node.finished.add(place_of(job))
         self.finished.add(place_of(job))
 
@@ -175,7 +175,7 @@ class Group(RuleBasedStateMachine):
         if node.draining is None:
             commits = node.dispatch.commits()
             if self.accepts(node, commits):
-                node.dispatch.committed(commits)
+                node.dispatch.mark_committed(commits)
                 self.check_all_is_committed(node, list(node.positions))
 
     @rule(index=st.integers(0, 1), only=st.sampled_from([None, *PARTITIONS]))
@@ -194,7 +194,7 @@ class Group(RuleBasedStateMachine):
         draining, leaving = node.draining, node.leaving
         if draining is None:
             return
-        awaited = [job for job in node.runs(leaving) if job.progress in draining._leaving.values()]
+        awaited = [job for job in node.runs(leaving) if job.tracker in draining._leaving.values()]
         if failing is not None:
             for number, job in enumerate(awaited):
                 self.end_job(node, job, number in failing)
@@ -264,7 +264,7 @@ class Group(RuleBasedStateMachine):
         if node.draining is not None:
             return
         node.dispatch.close()
-        assert node.dispatch.take(0) is None
+        assert node.dispatch.get(0) is None
         for job in list(node.running)[hang:]:
             self.end_job(node, job)
         for job in node.running:
@@ -311,11 +311,11 @@ class Group(RuleBasedStateMachine):
         missing = {place for place in node.finished if place[0] in keys and not self.is_covered(place)}
         assert not missing, f"finished, and unknown to the next owner: {missing}"
 
-    def check_start(self, node: Node, job: Job) -> None:
+    def check_start(self, node: Node, job: WorkItem) -> None:
         place = place_of(job)
         assert place not in node.finished, "a consumer runs again what it has finished"
         assert place not in map(place_of, node.running), "a consumer runs the same record twice at once"
-        if self.owners[job.place] is not node:
+        if self.owners[job.partition] is not node:
             # It was expelled and does not know: the partition may be somebody else's already.
             self.excused.add(place)
         if place not in self.excused:
@@ -324,7 +324,7 @@ class Group(RuleBasedStateMachine):
                 assert place not in map(place_of, other.running), "runs in two consumers"
         self.check_order(node, job)
 
-    def check_order(self, node: Node, job: Job) -> None:
+    def check_order(self, node: Node, job: WorkItem) -> None:
         key, offset = place_of(job)
         lane = self.lane_of(job.record)
         if lane is None:
@@ -336,9 +336,9 @@ class Group(RuleBasedStateMachine):
         assert self.started[key, lane] == sorted(self.started[key, lane]), "not in the log's order"
         for other in self.nodes:
             for running in other.running:
-                if running.place == key and self.lane_of(running.record) == lane:
+                if running.partition == key and self.lane_of(running.record) == lane:
                     # Left over from a drain that took too long, or from before a loss.
-                    left_over = running.progress.revoked or self.owners[key] is not other
+                    left_over = running.tracker.revoked or self.owners[key] is not other
                     assert left_over or self.owners[key] is not node, "two of a lane at once"
 
     def lane_of(self, record: Any) -> Any:
@@ -347,8 +347,8 @@ class Group(RuleBasedStateMachine):
     @invariant()
     def room_is_neither_lost_nor_gained(self) -> None:
         for node in getattr(self, "nodes", ()):
-            unfinished = sum(len(node.dispatch._partitions[key].open) for key in node.dispatch.assignment)
-            assert node.dispatch.in_flight + node.dispatch._lanes.resting == unfinished
+            unfinished = sum(len(node.dispatch._partitions[key].unfinished) for key in node.dispatch.assignment)
+            assert node.dispatch.in_flight + node.dispatch._lanes.delayed_count == unfinished
             assert node.dispatch.assignment == node.positions.keys() - set(node.leaving)
 
     def teardown(self) -> None:
@@ -372,11 +372,11 @@ class Group(RuleBasedStateMachine):
                 polled
                 and not node.running
                 and not any(node.dispatch.backlog.values())
-                and not node.dispatch._lanes.resting
+                and not node.dispatch._lanes.delayed_count
             ):
                 break
         everything = {(key, record.offset) for key, log in self.logs.items() for record in log}
         assert everything <= self.finished, f"lost: {everything - self.finished}"
         self.commit(0)
         assert self.committed == {key: Commit(end) for key, end in self.ends.items()}
-        assert node.dispatch.room() == ROOM
+        assert node.dispatch.capacity() == ROOM

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from cdumay_result import Result
 
-from kser.consumer.client import Commit, Listener, Partition, Record
+from kser.consumer.client import Commit, Partition, RebalanceListener, Record
 from kser.consumer.options import NEVER
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.consumer import Consumer
@@ -94,14 +94,14 @@ class Client(DummyClient):
         self.commits: list[Mapping[Partition, Commit]] = []
         self.closed = 0
 
-    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._raise("subscribe")
         super().subscribe(topics, listener)
 
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        self.polls.append((timeout, limit, set(held)))
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        self.polls.append((timeout, limit, set(paused)))
         self._raise("poll")
-        return super().poll(timeout, limit, held)
+        return super().poll(timeout, limit, paused)
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         self._raise("commit")
@@ -134,8 +134,8 @@ class Troubled(Consumer):
         self.first_trouble: dict[str, Any] = options.pop("first_trouble", {})
         super().__init__(config or {}, ["dice"], **options)
 
-    def _connect(self) -> Client:
-        self.clients.append(Client(self.client, self._group, commits=self.options.commit != NEVER))
+    def _kser_connect(self) -> Client:
+        self.clients.append(Client(self.client, self._kser_group, commits=self.options.commit != NEVER))
         self.clients[-1].trouble = dict(self.first_trouble)
         return self.clients[-1]
 

@@ -55,9 +55,9 @@ class Clock:
     def __init__(self, consumer: Any = None) -> None:
         self.now = 1000.0
         if consumer is not None:
-            self.now = consumer._clock()
-            consumer._clock = consumer._poller._clock = consumer._dispatch.clock = self
-            consumer._dispatch.pulse._clock = self
+            self.now = consumer._kser_clock()
+            consumer._kser_clock = consumer._kser_poller._clock = consumer._kser_work_queue.clock = self
+            consumer._kser_work_queue.group_lease._clock = self
 
     def __call__(self) -> float:
         return self.now

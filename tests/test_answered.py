@@ -8,9 +8,9 @@ from uuid import UUID
 
 import pytest
 
-from kser.consumer.beside import Beside
+from kser.consumer.beside import BackgroundServices
 from kser.consumer.client import Commit
-from kser.consumer.workers import Workers
+from kser.consumer.workers import WorkerPool
 from kser.delivery import TIMED_OUT, Attempt, AttemptAbandoned, Failure, current_attempt
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
@@ -26,7 +26,7 @@ def test_acked_record_may_be_committed_while_it_runs() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first = desk.next()
-    desk.answer(first)
+    desk.ack(first)
     assert (desk.commits(), desk.in_flight) == ({DICE: Commit(1)}, 1)
     assert desk.running() == [first]
 
@@ -34,28 +34,28 @@ def test_acked_record_may_be_committed_while_it_runs() -> None:
 def test_acked_record_no_longer_counts_towards_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=2)
     desk.enter_keys("--")
-    assert desk.room() == 0
-    desk.answer(desk.next())
-    assert desk.room() == 1
+    assert desk.capacity() == 0
+    desk.ack(desk.next())
+    assert desk.capacity() == 1
 
 
 def test_ack_and_task_done_count_a_record_once() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
-    desk.answer(job)
-    desk.answer(job)
-    assert desk.finish(job) is True
-    assert (desk.in_flight, desk.settled, desk.commits()) == (1, 1, {DICE: Commit(1)})
+    desk.ack(job)
+    desk.ack(job)
+    assert desk.task_done(job) is True
+    assert (desk.in_flight, desk.finished_count, desk.commits()) == (1, 1, {DICE: Commit(1)})
 
 
 def test_lane_still_waits_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     assert desk.all() == []
-    desk.finish(job)
+    desk.task_done(job)
     assert offsets(desk.all()) == [1]
 
 
@@ -63,12 +63,12 @@ def test_revocation_does_not_wait_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     draining = desk.on_revoke([DICE])
     assert draining.drained
     assert draining.commits() == {DICE: Commit(1)}
     # It was committed, so that it is no loss either.
-    assert desk.finish(job) is True
+    assert desk.task_done(job) is True
 
 
 def test_ack_after_revocation_finishes_the_record() -> None:
@@ -77,20 +77,20 @@ def test_ack_after_revocation_finishes_the_record() -> None:
     job = desk.next()
     draining = desk.on_revoke([DICE])
     assert not draining.drained
-    desk.answer(job)
+    desk.ack(job)
     assert draining.drained
-    assert (desk.finish(job), desk.in_flight) == (True, 0)
+    assert (desk.task_done(job), desk.in_flight) == (True, 0)
 
 
 def test_acked_record_is_not_started_again_when_its_partition_returns() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     desk.come_back()
     desk.enter_keys("--")
     assert offsets(desk.all()) == [1]
-    desk.finish(job)
+    desk.task_done(job)
     assert desk.in_flight == 1
 
 
@@ -98,13 +98,13 @@ def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     verdict = TimeoutError("too long")
-    assert desk.expire(job, verdict, job.outcome) is True
+    assert desk.time_out(job, verdict, job.outcome) is True
     (stand_in,) = desk.all()
     assert (stand_in.timeout_error, stand_in.acked, stand_in.record.offset) == (verdict, True, 0)
-    assert desk.finish(job) is True
-    desk.finish(stand_in)
+    assert desk.task_done(job) is True
+    desk.task_done(stand_in)
     assert offsets(desk.all()) == [1]
     assert desk.in_flight == 1
 
@@ -114,18 +114,18 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     desk.on_revoke([DICE])
-    desk.expire(job, TimeoutError("too long"), job.outcome)
+    desk.time_out(job, TimeoutError("too long"), job.outcome)
     (stand_in,) = desk.all()
-    assert desk.finish(stand_in) is True
+    assert desk.task_done(stand_in) is True
 
 
 def test_abandoned_acked_record_is_not_redelivered() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    desk.answer(job)
+    desk.ack(job)
     assert desk.abandon(job) is True
     assert desk.commits() == {DICE: Commit(1)}
 
@@ -156,11 +156,11 @@ def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
 
     def part() -> None:
         job: Any = current_attempt.get()
-        before = job.taken
-        consumer._dispatch.clock = lambda: before + 100
+        before = job.started_at
+        consumer._kser_work_queue.clock = lambda: before + 100
         assert job.resolve(TIMED_OUT)
         job.restart_timer(5)
-        seen.append((job.time_limit, job.taken - before, job.resolve()))
+        seen.append((job.time_limit, job.started_at - before, job.resolve()))
 
     Act.acts["1"] = part
     consumer.step(timeout=0)
@@ -179,7 +179,7 @@ def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
 
     Act.acts["1"] = give_back
     consumer.step(timeout=0)
-    assert (consumer._dispatch.running(), consumer._dispatch.commits()) == ([], {})
+    assert (consumer._kser_work_queue.running(), consumer._kser_work_queue.commits()) == ([], {})
     assert consumer.counts["done"] == 0
 
 
@@ -205,9 +205,9 @@ def test_deterministic_uuids_differ_between_clusters() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    crew: Any = Workers.__new__(Workers)
-    crew._dispatch = desk
-    job.crew = crew
+    crew: Any = WorkerPool.__new__(WorkerPool)
+    crew._work_queue = desk
+    job.worker_pool = crew
     one = job.deterministic_uuid()
     desk.cluster = lambda: "another"
     assert job.deterministic_uuid() != one
@@ -263,11 +263,11 @@ class Companion:
 
 
 def is_running() -> bool:
-    return any(thread.name == "kser-beside" for thread in threading.enumerate())
+    return any(thread.name == "kser-services" for thread in threading.enumerate())
 
 
 def test_no_thread_starts_without_background_services() -> None:
-    beside = Beside(lambda: [])
+    beside = BackgroundServices(lambda: [])
     beside.start()
     assert not is_running()
     beside.close(PATIENCE)
@@ -276,7 +276,7 @@ def test_no_thread_starts_without_background_services() -> None:
 def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
     both = [Companion(), Companion()]
-    beside = Beside(lambda: both)
+    beside = BackgroundServices(lambda: both)
     beside.start()
     until(lambda: all(len(each.told) > 2 for each in both))
     beside.close(PATIENCE)
@@ -287,7 +287,7 @@ def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypa
 def test_background_services_added_later_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
     known = [Companion()]
-    beside = Beside(lambda: list(known))
+    beside = BackgroundServices(lambda: list(known))
     beside.start()
     known.append(Companion())
     until(lambda: known[1].told)
@@ -300,7 +300,7 @@ def test_misconfigured_background_service_raises_at_the_start() -> None:
         raise SettingError("KSER_LEASE must be a number above 0")
 
     with pytest.raises(SettingError, match="KSER_LEASE"):
-        Beside(find).start()
+        BackgroundServices(find).start()
     assert not is_running()
 
 
@@ -314,7 +314,7 @@ def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest
             raise trouble.pop()
         return [companion]
 
-    beside = Beside(find)
+    beside = BackgroundServices(find)
     beside.start()
     until(lambda: companion.told)
     beside.close(PATIENCE)

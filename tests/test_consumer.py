@@ -383,7 +383,7 @@ def test_unexpected_error_ends_the_loop_and_closes_the_client(monkeypatch: pytes
 
 def test_transport_must_implement_connect_and_make_producer() -> None:
     consumer = object.__new__(BaseConsumer)
-    for method in (consumer._connect, consumer.make_producer):
+    for method in (consumer._kser_connect, consumer.make_producer):
         with pytest.raises(NotImplementedError):
             method()
 

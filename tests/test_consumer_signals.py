@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kser.consumer.interrupts import SAME_SIGNAL
+from kser.consumer.interrupts import REPEATED_SIGNAL_WINDOW
 from kser.controller import Controller
 from kser.dummy.bus import Bus
 from kser.dummy.consumer import Consumer
@@ -133,7 +133,7 @@ def test_second_sigterm_ends_the_process_at_once_with_status_143(first: int) -> 
 
 
 #: Seconds after which a signal is another one.
-PAUSE = SAME_SIGNAL + 0.05
+PAUSE = REPEATED_SIGNAL_WINDOW + 0.05
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_consumer_started_during_a_database_outage_waits_for_the_database(worker
         assert store.peek("1") is None
         store.here.set()
         until(lambda: (row := store.peek("1")) is not None and row.status == "SUCCESS")
-        until(lambda: [each.name for each in threading.enumerate()].count("kser-beside") == 1)
+        until(lambda: [each.name for each in threading.enumerate()].count("kser-services") == 1)
 
 
 def test_graceful_shutdown_ends_a_consumer_that_waits_for_its_database() -> None:

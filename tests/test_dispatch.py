@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kser.consumer.client import Commit
-from kser.consumer.dispatch import Dispatch
-from kser.consumer.job import Job
+from kser.consumer.dispatch import WorkQueue
+from kser.consumer.job import WorkItem
 from kser.delivery import FAILED, Failure
 from tests.desk import OTHER, Desk, offsets, record
 from tests.engine import DICE
@@ -45,7 +45,7 @@ def test_records_of_a_key_run_in_order() -> None:
     for _ in range(3):
         (job,) = desk.all()
         seen.append(job.record.offset)
-        assert desk.finish(job)
+        assert desk.task_done(job)
     assert seen == [0, 1, 2]
     assert desk.all() == []
 
@@ -62,7 +62,7 @@ def test_later_record_joins_the_lane_of_a_running_one() -> None:
     first = desk.next()
     desk.enter(record(1, b"a"))
     assert desk.all() == []
-    desk.finish(first)
+    desk.task_done(first)
     assert offsets(desk.all()) == [1]
 
 
@@ -71,7 +71,7 @@ def test_empty_lane_is_removed() -> None:
     desk = Desk()
     desk.enter_keys("ab")
     for job in desk.all():
-        desk.finish(job)
+        desk.task_done(job)
     assert desk._lanes._lanes == {}
 
 
@@ -79,8 +79,8 @@ def test_record_finished_twice_counts_once() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    assert [desk.finish(job), desk.finish(job)] == [True, True]
-    assert (desk.settled, desk.in_flight) == (1, 0)
+    assert [desk.task_done(job), desk.task_done(job)] == [True, True]
+    assert (desk.finished_count, desk.in_flight) == (1, 0)
 
 
 # -- retries -----------------------------------------------------------------------------------------------------------
@@ -90,15 +90,15 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
     desk = Desk()
     desk.enter_keys("aab-")
     first, *others = desk.all()
-    desk.retry(first, 10)
+    desk.requeue(first, 10)
     for job in others:
-        desk.finish(job)
+        desk.task_done(job)
     desk.time.pass_by(9.9)
     assert desk.all() == []
     desk.time.pass_by(0.1)
     (again,) = desk.all()
     assert (again.record.offset, again.number) == (0, 2)
-    desk.finish(again)
+    desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
 
@@ -106,7 +106,7 @@ def test_retries_run_in_the_order_of_their_due_times() -> None:
     desk = Desk()
     desk.enter_keys("---")
     for job, seconds in zip(desk.all(), (30, 10, 20), strict=True):
-        desk.retry(job, seconds)
+        desk.requeue(job, seconds)
     desk.time.pass_by(30)
     assert offsets(desk.all()) == [1, 2, 0]
 
@@ -115,9 +115,9 @@ def test_delayed_record_blocks_the_commit_and_frees_the_in_flight_limit() -> Non
     desk = Desk(max_in_flight=3)
     desk.enter_keys("--")
     first, second = desk.all()
-    desk.retry(first, 10)
-    desk.finish(second)
-    assert desk.room() == 3
+    desk.requeue(first, 10)
+    desk.task_done(second)
+    assert desk.capacity() == 3
     assert desk.commits()[DICE] == Commit(0, "kser:1,1")
 
 
@@ -126,30 +126,30 @@ def test_delayed_record_blocks_the_commit_and_frees_the_in_flight_limit() -> Non
 
 def test_in_flight_limit_bounds_the_number_of_records() -> None:
     desk = Desk(max_in_flight=3)
-    assert desk.room() == 3
+    assert desk.capacity() == 3
     desk.enter_keys("---")
-    assert desk.room() == 0
-    desk.finish(desk.next())
-    assert desk.room() == 1
+    assert desk.capacity() == 0
+    desk.task_done(desk.next())
+    assert desk.capacity() == 1
 
 
 def test_in_flight_limit_bounds_the_bytes_as_estimated_from_the_last_fetch() -> None:
     """The size of a fetch is known only afterwards, so the size of the last fetch is the estimate."""
     desk = Desk(max_in_flight=1000, max_bytes=1000)
     desk.enter(record(0, value=b"x" * 90, key=b"k" * 10))
-    assert desk.room() == 10
+    assert desk.capacity() == 10
     desk.enter(*(record(n, value=b"x" * 100) for n in range(1, 10)))
-    assert desk.room() == 0
-    desk.finish(desk.next())
-    assert desk.room() == 2
+    assert desk.capacity() == 0
+    desk.task_done(desk.next())
+    assert desk.capacity() == 2
 
 
 def test_in_flight_limit_admits_one_record_of_any_size() -> None:
     desk = Desk(max_bytes=10)
     desk.enter(record(0, value=b"x" * 1000))
-    assert desk.room() == 0
-    desk.finish(desk.next())
-    assert desk.room() == 1
+    assert desk.capacity() == 0
+    desk.task_done(desk.next())
+    assert desk.capacity() == 1
 
 
 def test_revoked_records_free_the_in_flight_limit() -> None:
@@ -157,7 +157,7 @@ def test_revoked_records_free_the_in_flight_limit() -> None:
     desk.enter(*(record(n, value=b"x" * 40) for n in range(3)))
     desk.next()
     desk.on_revoke([DICE])
-    assert (desk.room(), desk.in_flight, desk._budget.bytes) == (3, 0, 0)
+    assert (desk.capacity(), desk.in_flight, desk._in_flight_limit.bytes) == (3, 0, 0)
 
 
 def test_in_flight_count_stays_correct_through_a_revocation() -> None:
@@ -166,11 +166,11 @@ def test_in_flight_count_stays_correct_through_a_revocation() -> None:
     first = desk.next()
     desk.come_back()
     desk.enter(*(record(n, b"a", b"xyz") for n in range(4)))
-    assert (desk.in_flight, desk._budget.bytes) == (4, 16)
-    desk.finish(first)
+    assert (desk.in_flight, desk._in_flight_limit.bytes) == (4, 16)
+    desk.task_done(first)
     for _ in range(3):
-        desk.finish(desk.next())
-    assert (desk.in_flight, desk._budget.bytes) == (0, 0)
+        desk.task_done(desk.next())
+    assert (desk.in_flight, desk._in_flight_limit.bytes) == (0, 0)
 
 
 # -- commits -----------------------------------------------------------------------------------------------------------
@@ -179,19 +179,19 @@ def test_in_flight_count_stays_correct_through_a_revocation() -> None:
 def test_committed_offset_is_not_committed_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    desk.finish(desk.next())
+    desk.task_done(desk.next())
     commits = desk.commits()
     assert commits == {DICE: Commit(1)}
-    desk.committed({**commits, OTHER: Commit(5)})
+    desk.mark_committed({**commits, OTHER: Commit(5)})
     assert desk.commits() == {}
 
 
 def test_partition_without_a_group_starts_at_its_first_record() -> None:
-    dispatch = Dispatch()
-    dispatch.offer({OTHER: [record(7, partition=1)]})
-    job = dispatch.take(0)
+    dispatch = WorkQueue()
+    dispatch.put({OTHER: [record(7, partition=1)]})
+    job = dispatch.get(0)
     assert job is not None
-    dispatch.finish(job)
+    dispatch.task_done(job)
     assert dispatch.commits() == {OTHER: Commit(8)}
 
 
@@ -205,7 +205,7 @@ def test_records_of_a_revoked_partition_are_ignored() -> None:
 # -- held --------------------------------------------------------------------------------------------------------------
 
 
-def dead(job: Job) -> Job:
+def dead(job: WorkItem) -> WorkItem:
     job.failure = Failure(FAILED, "KeyError", "x")
     return job
 
@@ -213,33 +213,33 @@ def dead(job: Job) -> Job:
 def test_unwritten_dead_letter_blocks_its_partition() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    desk.bury_later(dead(desk.next()), 30)
-    assert set(desk.held()) == {DICE}
+    desk.retry_dead_letter(dead(desk.next()), 30)
+    assert set(desk.blocked_partitions()) == {DICE}
     assert offsets(desk.all()) == [1]
     desk.time.pass_by(30)
     (again,) = desk.all()
-    assert (again.failure, again.number, again.burials) == (Failure(FAILED, "KeyError", "x"), 1, 1)
-    assert set(desk.held()) == {DICE}
-    desk.finish(again)
-    assert set(desk.held()) == set()
+    assert (again.failure, again.number, again.dead_letter_tries) == (Failure(FAILED, "KeyError", "x"), 1, 1)
+    assert set(desk.blocked_partitions()) == {DICE}
+    desk.task_done(again)
+    assert set(desk.blocked_partitions()) == set()
 
 
 def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    desk.bury_later(dead(desk.next()), 30)
+    desk.retry_dead_letter(dead(desk.next()), 30)
     desk.come_back()
-    assert set(desk.held()) == {DICE}
+    assert set(desk.blocked_partitions()) == {DICE}
 
 
 def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
     desk = Desk(ordering="none", max_in_flight=10_000)
-    desk.offer({DICE: [record(n) for n in range(4000)]})
+    desk.put({DICE: [record(n) for n in range(4000)]})
     for job in desk.all():
         if job.record.offset % 2:
-            desk.finish(job)
-    desk.committed(desk.commits())
-    assert set(desk.held()) == {DICE}
+            desk.task_done(job)
+    desk.mark_committed(desk.commits())
+    assert set(desk.blocked_partitions()) == {DICE}
 
 
 # -- attempts that are given up ----------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
     job, verdict = desk.next(), TimeoutError("late")
-    assert desk.expire(job, verdict, job.outcome)
+    assert desk.time_out(job, verdict, job.outcome)
     assert job.abandoned
     (following,) = desk.all()
     assert (following.record, following.number, following.timeout_error) == (job.record, 1, verdict)
-    desk.finish(job)
+    desk.task_done(job)
     assert desk.commits() == {}
-    desk.finish(following)
+    desk.task_done(following)
     assert desk.commits() == {DICE: Commit(1)}
 
 
@@ -263,7 +263,7 @@ def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
     desk = Desk()
     desk.enter_keys("--")
     job = desk.next()
-    desk.finish(desk.next())
+    desk.task_done(desk.next())
     assert desk.abandon(job)
     assert (desk.running(), desk.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
 
@@ -272,8 +272,8 @@ def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
     desk = Desk()
     desk.enter_keys("-")
     job = desk.next()
-    desk.finish(job)
-    assert (desk.expire(job, TimeoutError(), job.outcome), desk.abandon(job), job.abandoned) == (False, False, False)
+    desk.task_done(job)
+    assert (desk.time_out(job, TimeoutError(), job.outcome), desk.abandon(job), job.abandoned) == (False, False, False)
 
 
 # -- pause and end -----------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
 def test_paused_queue_hands_out_no_record() -> None:
     desk = Desk()
     desk.enter_keys("---")
-    desk.retry(desk.next(), 1)
+    desk.requeue(desk.next(), 1)
     desk.pause(True)
     desk.time.pass_by(1)
     assert desk.all() == []
@@ -295,9 +295,9 @@ def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> No
     desk.enter_keys("aa-b")
     first, keyless, _ = desk.all()
     desk.close()
-    assert desk.room() == 0
-    assert desk.finish(first) is True
-    desk.retry(keyless, 0)
+    assert desk.capacity() == 0
+    assert desk.task_done(first) is True
+    desk.requeue(keyless, 0)
     desk.time.pass_by(1)
     assert desk.all() == []
     assert desk.commits() == {DICE: Commit(1)}
@@ -307,9 +307,9 @@ def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> No
 
 
 def test_expired_group_lease_stops_new_attempts_until_renewed() -> None:
-    desk = Desk(fence=3)
+    desk = Desk(max_silence=3)
     desk.enter_keys("--")
     desk.time.pass_by(3)
-    assert desk.take(0) is None
-    desk.pulse.beat()
+    assert desk.get(0) is None
+    desk.group_lease.renew()
     assert desk.next().record.offset == 0

@@ -208,7 +208,7 @@ def seconds_to_end(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     """What a consumer with these settings may need to end, as the page says."""
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    options = ConsumerOptions.of(Settings(), {})
+    options = ConsumerOptions.from_settings(Settings(), {})
     return options.shutdown_timeout + options.revoke_timeout + 10
 
 

@@ -366,12 +366,12 @@ def test_timestamps_come_from_the_store(shop: Shop) -> None:
 def test_operation_continues_within_five_seconds_of_lease_expiry(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 12"""
     shop.first.known(cls)("1").build().send()
-    shop.first.consumer._dispatch.pause(True)
+    shop.first.consumer._kser_work_queue.pause(True)
     shop.live(2 * LEASE)
     shop.seize()
     shop.live(LEASE + 5 - TURN)
     assert shop.kinds().count("sent-again") >= 1
-    shop.first.consumer._dispatch.pause(False)
+    shop.first.consumer._kser_work_queue.pause(False)
     shop.first.handle()
     assert shop.status() == SUCCESS
 

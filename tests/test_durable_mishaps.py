@@ -134,19 +134,19 @@ def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(sho
 
     def gate() -> None:
         shop.first.clock.pass_by(6)
-        consumer._workers.expire()
+        consumer._kser_worker_pool.enforce_time_limits()
         until(lambda: consumer.counts.get("failed"))
 
     gates.append(gate)
     bare(shop.registry.subscribe(Long))
     consumer.step(timeout=0)
     assert (shop.store.peek("1"), Act.seen) == (None, [])
-    consumer._workers.end()
+    consumer._kser_worker_pool.shutdown()
 
 
 def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: Shop) -> None:
     """durability rule 28: the supervisor had read the time of the task before."""
-    dispatch = shop.first.consumer._dispatch
+    dispatch = shop.first.consumer._kser_work_queue
     looked: list[Any] = []
     found: list[bool] = []
 
@@ -162,7 +162,7 @@ def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: S
         shop.first.clock.pass_by(5.1)
 
     Act.acts["1.a"] = first
-    Act.acts["1.b"] = lambda: found.append(dispatch.expire(looked[0], TaskTimeout("too long"), looked[1]))
+    Act.acts["1.b"] = lambda: found.append(dispatch.time_out(looked[0], TaskTimeout("too long"), looked[1]))
     bare(shop.registry.subscribe(Two))
     shop.first.handle()
     assert (found, shop.stored().operation.status, len(shop.stored().attempts)) == ([False], SUCCESS, 2)

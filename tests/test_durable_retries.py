@@ -155,7 +155,7 @@ def test_retry_backoff_releases_the_claim_and_acks_the_message(shop: Shop, cls: 
     assert row.wake_at == row.due_at
     assert "other" in Act.seen
     assert committed() == len(Bus.at("").values("dice"))
-    assert shop.first.consumer._dispatch.running() == []
+    assert shop.first.consumer._kser_work_queue.running() == []
     assert shop.first.consumer.counts.get("retried") is None
 
 
@@ -414,7 +414,7 @@ def test_task_timeout_does_not_apply_to_its_neighbours(shop: Shop, cls: type[Hol
     gate.set()
 
     def look() -> None:
-        seen.extend(job.time_limit for job in shop.first.consumer._dispatch.running())
+        seen.extend(job.time_limit for job in shop.first.consumer._kser_work_queue.running())
 
     Act.acts["1.a"] = Act.acts["1.c"] = look
     shop.first.learn(Stuck)
@@ -433,7 +433,7 @@ def test_operation_timeout_applies_to_each_task_separately(shop: Shop, cls: type
         TIMEOUT = 7
 
     Act.acts["1.a"] = Act.acts["1.c"] = lambda: seen.extend(
-        (job.time_limit, job.taken) for job in shop.first.consumer._dispatch.running()
+        (job.time_limit, job.started_at) for job in shop.first.consumer._kser_work_queue.running()
     )
     Act.acts["1.b"] = lambda: shop.pass_by(6)
     shop.first.learn(Timed)

@@ -45,7 +45,7 @@ def test_graceful_shutdown_stops_an_operation_at_its_next_checkpoint(
     with InThread(process.consumer) as thread:
         until(lambda: "1.b" in Act.seen)
         process.consumer.stop()
-        until(lambda: process.consumer._poller.ending)
+        until(lambda: process.consumer._kser_poller.shutting_down)
         gate.set()
         assert isinstance(thread.join(), SystemExit)
     row = shop.stored().operation
@@ -65,7 +65,7 @@ def test_graceful_shutdown_sends_the_next_step_of_a_distributed_operation(shop: 
     with InThread(process.consumer) as thread:
         until(lambda: "1.b" in Act.seen)
         process.consumer.stop()
-        until(lambda: process.consumer._poller.ending)
+        until(lambda: process.consumer._kser_poller.shutting_down)
         gate.set()
         thread.join()
     assert Act.seen == ["1.a", "1.b"]
@@ -84,7 +84,7 @@ def test_graceful_shutdown_lets_the_last_task_end_its_operation(
     with InThread(process.consumer) as thread:
         until(lambda: "1.c" in Act.seen)
         process.consumer.stop()
-        until(lambda: process.consumer._poller.ending)
+        until(lambda: process.consumer._kser_poller.shutting_down)
         gate.set()
         thread.join()
     assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
@@ -106,7 +106,7 @@ def test_graceful_shutdown_leaves_the_onsuccess_hook_to_the_next_consumer(shop: 
     with InThread(process.consumer) as thread:
         until(lambda: "1.c" in Act.seen)
         process.consumer.stop()
-        until(lambda: process.consumer._poller.ending)
+        until(lambda: process.consumer._kser_poller.shutting_down)
         gate.set()
         thread.join()
     others(shop, Hooked).handle()
@@ -119,7 +119,7 @@ def test_task_exceeding_the_shutdown_timeout_releases_its_claim_at_once(
 ) -> None:
     """durability rule 30: no consumer waits for the lease expiry, and the late result is not recorded."""
     process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)
-    process.consumer._clock = time.monotonic
+    process.consumer._kser_clock = time.monotonic
     Act.acts["1.b"] = [lambda: gate.wait(PATIENCE) and Result(retval={"late": 1}), lambda: Result(retval={"b": 1})]
     bare(cls)
     with InThread(process.consumer) as thread:
@@ -160,7 +160,7 @@ def test_graceful_shutdown_releases_an_operation_waiting_for_its_database(shop: 
     bare(Sale)
     with InThread(process.consumer) as thread:
         assert tried.wait(PATIENCE)
-        until(process.consumer._dispatch.running)
+        until(process.consumer._kser_work_queue.running)
         process.consumer.stop()
         assert isinstance(thread.join(), SystemExit)
     others(shop, Sale).handle()
@@ -183,7 +183,7 @@ def test_rebalance_lets_an_operation_continue_under_its_claim(shop: Shop, cls: t
         seconds.append(shop.process(cls))
         for _ in range(4):
             seconds[0].step()
-            shop.first.consumer._poller.turn(0)
+            shop.first.consumer._kser_poller.poll_once(0)
 
     Act.acts["1.a"] = meanwhile(rebalance)
     put("1", cls=cls, partition=1)
@@ -199,9 +199,9 @@ def test_consumer_expelled_from_its_group_continues_its_operation(shop: Shop) ->
     """durability rule 30: the lease counts, not the group."""
 
     def expel() -> None:
-        client: Any = shop.first.consumer._poller._client
+        client: Any = shop.first.consumer._kser_poller._client
         client.expel()
-        shop.first.consumer._poller.turn(0)
+        shop.first.consumer._kser_poller.poll_once(0)
 
     Act.acts["1.b"] = meanwhile(expel)
     bare(Sale)
@@ -214,7 +214,7 @@ def test_shutdown_timeout_does_not_count_as_an_attempt(shop: Shop, cls: type[Sal
     """durability rule 30"""
     numbers: list[int] = []
     process = shop.process(cls, group="ending", workers=2, shutdown_timeout=0.2)
-    process.consumer._clock = time.monotonic
+    process.consumer._kser_clock = time.monotonic
     Act.acts["1.b"] = [lambda: gate.wait(PATIENCE), None]
     bare(cls)
     with InThread(process.consumer) as thread:

@@ -392,7 +392,7 @@ def test_message_that_fails_before_its_ack_is_not_committed(shop: Shop) -> None:
 
     def away(*_: Any) -> Any:
         assert committed() == 0
-        process.consumer._workers.stopping = True
+        process.consumer._kser_worker_pool.stopping = True
         raise StoreUnavailable("the database is away")
 
     process.registry._kser_operations._store = type("Away", (), {"peek": away, "save": away})()
@@ -439,7 +439,7 @@ def test_rebalance_neither_stops_nor_waits_for_a_running_operation(
         second = shop.process(Sale)
         for _ in range(4):
             second.step()
-            shop.first.consumer._poller.turn(0)
+            shop.first.consumer._kser_poller.poll_once(0)
         seen.append((set(second.consumer.assignment), second.consumer.counts["done"], committed(1)))
 
     Act.acts["1.a"] = meanwhile(rebalance)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kser.consumer.client import Commit
-from kser.consumer.offsets import METADATA_LIMIT, PREFIX, Progress, Ranges, decode
+from kser.consumer.offsets import METADATA_LIMIT, PREFIX, OffsetTracker, Ranges, decode
 
 #: Brokers refuse a commit with more, unless they are told otherwise.
 BROKER_LIMIT = 4096
@@ -22,28 +22,28 @@ edges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple)
 offsets = st.sets(st.integers(0, 80))
 
 
-def given_out(*found: int, start: Commit | None = None, **more: Any) -> Progress:
+def given_out(*found: int, start: Commit | None = None, **more: Any) -> OffsetTracker:
     """A partition of which these records were handed out; what stands for each is its offset as a text."""
-    progress = Progress(start or Commit(found[0]), **more)
+    progress = OffsetTracker(start or Commit(found[0]), **more)
     for offset in found:
-        progress.received(offset, str(offset))
+        progress.track(offset, str(offset))
     return progress
 
 
-def finish(progress: Progress, *found: int) -> Progress:
+def finish(progress: OffsetTracker, *found: int) -> OffsetTracker:
     for offset in found:
-        assert progress.finished(offset)
+        assert progress.mark_finished(offset)
     return progress
 
 
-def begun(progress: Progress, found: Iterable[int]) -> list[int]:
+def begun(progress: OffsetTracker, found: Iterable[int]) -> list[int]:
     """Hand these records out; returns those that are to be begun."""
-    return [offset for offset in found if progress.received(offset, offset) == offset]
+    return [offset for offset in found if progress.track(offset, offset) == offset]
 
 
 def runs_again(commit: Commit, end: int) -> list[int]:
     """Which offsets the next owner begins."""
-    return begun(Progress(commit), range(commit.offset, end))
+    return begun(OffsetTracker(commit), range(commit.offset, end))
 
 
 # -- ranges ------------------------------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def test_commit_without_gaps_has_no_metadata() -> None:
 @given(seen=offsets, finished=offsets, start=st.integers(0, 20))
 def test_next_owner_starts_exactly_the_unfinished_records(seen: set[int], finished: set[int], start: int) -> None:
     records = sorted(offset for offset in seen if offset >= start)
-    progress = Progress(Commit(start))
+    progress = OffsetTracker(Commit(start))
     assert begun(progress, records) == records
     for offset in finished & set(records):
-        assert progress.finished(offset)
+        assert progress.mark_finished(offset)
     unfinished = sorted(set(records) - finished)
     following = max(records, default=start - 1) + 1
     commit = progress.commit()
@@ -113,13 +113,13 @@ def test_next_owner_starts_exactly_the_unfinished_records(seen: set[int], finish
 def test_finished_records_stay_finished_from_owner_to_owner(rounds: list[tuple[int, Any]]) -> None:
     commit, finished, end = Commit(0), set[int](), 0
     for more, chance in rounds:
-        progress, end = Progress(commit), end + more
+        progress, end = OffsetTracker(commit), end + more
         given = begun(progress, range(commit.offset, end))
         assert given == [offset for offset in range(end) if offset not in finished]
         for offset in given:
             if chance.random() < 0.5:
                 finished.add(offset)
-                progress.finished(offset)
+                progress.mark_finished(offset)
         commit = progress.commit()
         assert commit.offset == min(set(range(end)) - finished, default=end)
 
@@ -129,9 +129,9 @@ def test_finished_records_stay_finished_from_owner_to_owner(rounds: list[tuple[i
 def test_owner_passes_on_metadata_of_records_it_has_not_received(finished: set[int], seen: int) -> None:
     first = given_out(*range(81))
     for offset in finished:
-        first.finished(offset)
+        first.mark_finished(offset)
     commit = first.commit()
-    second = Progress(commit)
+    second = OffsetTracker(commit)
     begun(second, range(commit.offset, seen))
     assert runs_again(second.commit(), 81) == sorted(set(range(81)) - finished)
 
@@ -149,7 +149,7 @@ def test_offsets_missing_from_the_log_are_skipped() -> None:
 # -- the limit ---------------------------------------------------------------------------------------------------------
 
 
-def every_other(count: int) -> Progress:
+def every_other(count: int) -> OffsetTracker:
     """So many gaps that they do not fit."""
     progress = given_out(*range(2 * count))
     return finish(progress, *range(1, 2 * count, 2))
@@ -183,13 +183,13 @@ def test_partition_with_few_gaps_is_not_full() -> None:
 @pytest.mark.parametrize("stride", [2, 3, 17, 40])
 def test_partition_is_full_before_metadata_would_be_cut_off(stride: int) -> None:
     """Records are taken in as long as it is not full, also between two commits; every so many stays unfinished."""
-    progress, end = Progress(Commit(0)), 0
+    progress, end = OffsetTracker(Commit(0)), 0
     while not progress.is_full and end < 100_000:
         # What is on its way may be taken in all the same.
         begun(progress, range(end, end + 10))
         for offset in range(end, end + 10):
             if offset % stride:
-                progress.finished(offset)
+                progress.mark_finished(offset)
         end += 10
     unfinished = list(range(0, end, stride))
     assert end < 100_000, "it is never full"
@@ -199,16 +199,16 @@ def test_partition_is_full_before_metadata_would_be_cut_off(stride: int) -> None
 @settings(cases, max_examples=30)
 @given(share=st.floats(0.02, 0.98), late=st.floats(0, 1), number=st.integers(0, 2**32))
 def test_metadata_is_never_cut_off_in_any_order_of_finishing(share: float, late: float, number: int) -> None:
-    progress, end, chance = Progress(Commit(0)), 0, random.Random(number)
+    progress, end, chance = OffsetTracker(Commit(0)), 0, random.Random(number)
     while not progress.is_full and end < 5_000:
         for offset in begun(progress, range(end, end + 10)):
             if chance.random() < share:
-                progress.finished(offset)
+                progress.mark_finished(offset)
         end += 10
-    for offset in list(progress.open):
+    for offset in list(progress.unfinished):
         if chance.random() < late:
-            progress.finished(offset)
-    assert runs_again(progress.commit(), end) == list(progress.open)
+            progress.mark_finished(offset)
+    assert runs_again(progress.commit(), end) == list(progress.unfinished)
 
 
 # -- a partition that comes and goes -----------------------------------------------------------------------------------
@@ -216,23 +216,23 @@ def test_metadata_is_never_cut_off_in_any_order_of_finishing(share: float, late:
 
 def test_redelivered_record_is_not_tracked_twice() -> None:
     progress = given_out(5, 6)
-    assert progress.received(5, "again") is None
-    assert progress.open == {5: "5", 6: "6"}
+    assert progress.track(5, "again") is None
+    assert progress.unfinished == {5: "5", 6: "6"}
     finish(progress, 5)
-    assert progress.received(5, "again") is None
+    assert progress.track(5, "again") is None
     assert progress.commit() == Commit(6)
 
 
 def test_untracked_offset_cannot_be_finished() -> None:
     progress = given_out(5)
-    assert not progress.finished(6)
+    assert not progress.mark_finished(6)
     finish(progress, 5)
-    assert not progress.finished(5)
+    assert not progress.mark_finished(5)
     assert progress.commit() == Commit(6)
 
 
 def test_known_finished_records_are_not_started_again() -> None:
-    progress = Progress(Commit(5, "kser:1,1"), known=[(8, 9)])
+    progress = OffsetTracker(Commit(5, "kser:1,1"), known=[(8, 9)])
     assert begun(progress, range(5, 10)) == [5, 7, 9]
     finish(progress, 5)
     assert progress.commit() == Commit(7, "kser:1,1")
@@ -240,9 +240,9 @@ def test_known_finished_records_are_not_started_again() -> None:
 
 def test_carried_over_record_is_not_started_again() -> None:
     progress = given_out(5, kept={6: "begun"})
-    assert progress.received(6, "6") == "begun"
-    assert progress.received(7, "7") == "7"
-    assert progress.open == {5: "5", 6: "begun", 7: "7"}
+    assert progress.track(6, "6") == "begun"
+    assert progress.track(7, "7") == "7"
+    assert progress.unfinished == {5: "5", 6: "begun", 7: "7"}
     finish(progress, 5)
     assert progress.commit() == Commit(6)
     finish(progress, 6)
@@ -250,8 +250,8 @@ def test_carried_over_record_is_not_started_again() -> None:
 
 
 def test_carried_over_record_finished_before_its_redelivery_stays_finished() -> None:
-    progress = Progress(Commit(5), kept={6: "begun"})
-    assert not progress.finished(6)
+    progress = OffsetTracker(Commit(5), carried_over={6: "begun"})
+    assert not progress.mark_finished(6)
     assert runs_again(progress.commit(), 8) == [5, 7]
     assert begun(progress, range(5, 8)) == [5, 7]
     finish(progress, 5)
@@ -259,20 +259,20 @@ def test_carried_over_record_finished_before_its_redelivery_stays_finished() -> 
 
 
 def test_replacement_is_accepted_only_for_unfinished_records() -> None:
-    progress = Progress(Commit(5), kept={6: "begun"})
-    progress.received(5, "first")
+    progress = OffsetTracker(Commit(5), carried_over={6: "begun"})
+    progress.track(5, "first")
     assert progress.replace(5, "second") and progress.replace(6, "retry")
     assert not progress.replace(7, "none")
-    progress.received(6, "fresh")
-    assert progress.open == {5: "second", 6: "retry"}
+    progress.track(6, "fresh")
+    assert progress.unfinished == {5: "second", 6: "retry"}
 
 
 def test_started_records_survive_a_revocation_and_others_are_forgotten() -> None:
     progress = finish(given_out(5, 6, 7, kept={7: "kept", 9: "not seen again"}), 5)
     progress.revoke(lambda item: item != "6")
     assert progress.revoked
-    assert progress.begun() == {7: "kept", 9: "not seen again"}
-    assert list(progress.open) == [6, 7], "both are unfinished all the same"
+    assert progress.started() == {7: "kept", 9: "not seen again"}
+    assert list(progress.unfinished) == [6, 7], "both are unfinished all the same"
     assert progress.commit().offset == 6
 
 
@@ -280,15 +280,15 @@ def test_record_finished_after_a_revocation_is_finished_for_the_next_tracker() -
     away = finish(given_out(5, 6, 7, 8), 6)
     away.revoke(lambda item: item in ("5", "7"))
     finish(away, 7)
-    back = Progress(Commit(5), known=away.finished_ranges(), kept=away.begun())
+    back = OffsetTracker(Commit(5), known=away.finished_ranges(), carried_over=away.started())
     assert begun(back, range(5, 10)) == [8, 9]
-    assert back.open == {5: "5", 8: 8, 9: 9}
+    assert back.unfinished == {5: "5", 8: 8, 9: 9}
 
 
 def test_pending_dead_letter_is_tracked_until_its_record_is_finished() -> None:
     progress = given_out(5, 6)
-    progress.unburied.add(5)
+    progress.dead_letter_pending.add(5)
     finish(progress, 6)
-    assert progress.unburied == {5}
+    assert progress.dead_letter_pending == {5}
     finish(progress, 5)
-    assert progress.unburied == set()
+    assert progress.dead_letter_pending == set()

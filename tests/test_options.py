@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 
 from kser.config import Settings
-from kser.consumer.options import ConsumerOptions, Given
+from kser.consumer.options import ConsumerKwargs, ConsumerOptions
 from kser.dummy.consumer import Consumer as InMemory
 from kser.errors import SettingError, UsageError
 from kser.python_kafka.consumer import Consumer as Kafka
@@ -58,8 +58,8 @@ OPTIONS: list[tuple[str, Any, str, Any]] = [
 
 
 def options_of(app: Flask | None = None, **given: Any) -> dict[str, Any]:
-    found = asdict(ConsumerOptions.of(Settings.of(app), Given(**given)))  # type: ignore[typeddict-item]
-    found["retry"] = ConsumerOptions.of(Settings.of(app), Given(**given)).retry  # type: ignore[typeddict-item]
+    found = asdict(ConsumerOptions.from_settings(Settings.of(app), ConsumerKwargs(**given)))  # type: ignore[typeddict-item]
+    found["retry"] = ConsumerOptions.from_settings(Settings.of(app), ConsumerKwargs(**given)).retry  # type: ignore[typeddict-item]
     return found
 
 
@@ -68,7 +68,7 @@ def test_options_have_defaults() -> None:
 
 
 def test_every_option_is_a_typed_argument() -> None:
-    assert set(Given.__annotations__) == {field.name for field in fields(ConsumerOptions)} == set(DEFAULTS)
+    assert set(ConsumerKwargs.__annotations__) == {field.name for field in fields(ConsumerOptions)} == set(DEFAULTS)
     assert {name for name, *_ in OPTIONS} == set(DEFAULTS)
 
 
@@ -193,7 +193,7 @@ def test_dead_letter_topic_may_not_be_consumed() -> None:
 @pytest.mark.parametrize(("interval_ms", "seconds"), [(300_000, 10), (15_000, 5), (None, 10)])
 def test_rebalance_waits_for_less_than_max_poll_interval(interval_ms: int | None, seconds: float) -> None:
     config = {} if interval_ms is None else {"max_poll_interval_ms": interval_ms}
-    assert consumer_of(config)._dispatch._revoke_timeout == seconds
+    assert consumer_of(config)._kser_work_queue._revoke_timeout == seconds
 
 
 def test_effective_options_are_logged_at_the_start(caplog: pytest.LogCaptureFixture) -> None:

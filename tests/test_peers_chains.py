@@ -26,7 +26,7 @@ ORDER = ["1.a", "1.b", "1.c"]
 
 def lose_what_is_on_its_way(shop: Shop) -> None:
     """Lose the records that the consumer has not taken yet."""
-    client: Any = shop.first.consumer._poller._client
+    client: Any = shop.first.consumer._kser_poller._client
     (log,) = Bus.at("").topics["dice"]
     del log[client._positions[DICE] :]
 
@@ -70,7 +70,7 @@ def test_killed_task_is_rerun_and_finished_one_is_not_after_a_graceful_shutdown(
         with InThread(process.consumer) as thread:
             until(lambda: "1.b" in Act.seen)
             process.consumer.stop()
-            until(lambda: process.consumer._poller.ending)
+            until(lambda: process.consumer._kser_poller.shutting_down)
             gate.set()
             thread.join()
     if how == "SystemExit":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.poller import EAGER_POLL, ENDING_POLL
+from kser.consumer.poller import BUSY_POLL_TIMEOUT, SHUTDOWN_POLL_TIMEOUT
 from kser.dummy.bus import Bus
 from kser.errors import BrokerUnavailable, ClientError
 from tests.engine import AT_ONCE, DICE, Act, Client, Troubled, committed, consumer_of, put
@@ -29,10 +29,10 @@ def trouble_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 def test_poll_fetches_no_more_than_the_in_flight_limit() -> None:
     put(*"12345")
     consumer = Troubled(max_in_flight=3)
-    poller = consumer._poller
-    assert [poller.turn(0), poller.turn(0)] == [3, 0]
-    consumer._workers.step()
-    assert poller.turn(0) == 1
+    poller = consumer._kser_poller
+    assert [poller.poll_once(0), poller.poll_once(0)] == [3, 0]
+    consumer._kser_worker_pool.step()
+    assert poller.poll_once(0) == 1
     assert [limit for _, limit, _ in consumer.used.polls] == [3, 0, 1]
 
 
@@ -41,27 +41,27 @@ def test_full_consumer_keeps_polling_without_fetching() -> None:
     put(*"123")
     consumer = Troubled({"auto_commit_interval_ms": 10}, max_in_flight=1)
     for _ in range(4):
-        consumer._poller.turn(0.05)
+        consumer._kser_poller.poll_once(0.05)
     assert [limit for _, limit, _ in consumer.used.polls] == [1, 0, 0, 0]
-    assert consumer._dispatch.in_flight == 1
+    assert consumer._kser_work_queue.in_flight == 1
 
 
 def test_paused_or_stopping_poller_fetches_nothing_and_waits() -> None:
     put("1")
     consumer = Troubled()
-    consumer._poller.paused = True
-    assert consumer._poller.turn(0.02) == 0
-    consumer._poller.paused, consumer._poller.ending = False, True
-    assert consumer._poller.turn(0.5) == 0
-    assert [(timeout, limit) for timeout, limit, _ in consumer.used.polls] == [(0.02, 0), (ENDING_POLL, 0)]
+    consumer._kser_poller.paused = True
+    assert consumer._kser_poller.poll_once(0.02) == 0
+    consumer._kser_poller.paused, consumer._kser_poller.shutting_down = False, True
+    assert consumer._kser_poller.poll_once(0.5) == 0
+    assert [(timeout, limit) for timeout, limit, _ in consumer.used.polls] == [(0.02, 0), (SHUTDOWN_POLL_TIMEOUT, 0)]
 
 
 def test_blocked_partition_is_not_fetched() -> None:
     consumer = Troubled()
-    consumer._poller.turn(0)
-    consumer._dispatch._partitions[DICE].unburied.add(0)
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_work_queue._partitions[DICE].dead_letter_pending.add(0)
     put("1")
-    assert consumer._poller.turn(0) == 0
+    assert consumer._kser_poller.poll_once(0) == 0
     assert consumer.used.polls[-1][2] == {DICE}
 
 
@@ -70,7 +70,7 @@ def test_poll_timeout_ends_at_the_next_commit() -> None:
     consumer = Troubled({"auto_commit_interval_ms": 300})
     Clock(consumer).pass_by(0.1)
     for _ in range(2):
-        consumer._poller.turn(0.5)
+        consumer._kser_poller.poll_once(0.5)
     first, second = (timeout for timeout, _, _ in consumer.used.polls)
     assert (first, second <= 0.3) == (0.5, True)
 
@@ -78,20 +78,20 @@ def test_poll_timeout_ends_at_the_next_commit() -> None:
 def test_poll_timeout_is_short_with_a_manual_commit_and_an_idle_worker() -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
-    consumer._poller.turn(0.5)
-    consumer._dispatch.take(0)
-    consumer._dispatch._idle_workers = 1
-    consumer._poller.turn(0.5)
-    assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, EAGER_POLL]
+    consumer._kser_poller.poll_once(0.5)
+    consumer._kser_work_queue.get(0)
+    consumer._kser_work_queue._idle_workers = 1
+    consumer._kser_poller.poll_once(0.5)
+    assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, BUSY_POLL_TIMEOUT]
 
 
 def test_poll_timeout_is_zero_with_a_manual_commit_and_busy_workers() -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
-    consumer._poller.turn(0.5)
+    consumer._kser_poller.poll_once(0.5)
     # What it waits for instead is that something is begun or finished.
-    consumer._dispatch.wait_for_change = lambda timeout, until: None  # type: ignore[method-assign]
-    consumer._poller.turn(0.5)
+    consumer._kser_work_queue.wait_for_change = lambda timeout, until: None  # type: ignore[method-assign]
+    consumer._kser_poller.poll_once(0.5)
     assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, 0]
 
 
@@ -113,11 +113,11 @@ def test_commit_covers_all_partitions_and_only_pending_offsets(bus: Bus) -> None
 def test_records_finished_above_the_lowest_unfinished_are_in_the_metadata() -> None:
     put("1", "2", "3")
     consumer = Troubled(AT_ONCE, ordering="none")
-    consumer._poller.turn(0)
-    first = consumer._dispatch.take(0)
+    consumer._kser_poller.poll_once(0)
+    first = consumer._kser_work_queue.get(0)
     assert first is not None
-    consumer._workers.step()
-    consumer._poller.turn(0)
+    consumer._kser_worker_pool.step()
+    consumer._kser_poller.poll_once(0)
     assert consumer.used.commits == [{DICE: Commit(0, "kser:1,1")}]
     consumer.close()
     consumer_of().run_until_idle()
@@ -127,11 +127,11 @@ def test_records_finished_above_the_lowest_unfinished_are_in_the_metadata() -> N
 def test_commit_before_commits_started_records() -> None:
     put("1", "2", "3")
     consumer = Troubled(AT_ONCE, commit="before", workers=2)
-    assert consumer._poller.turn(0) == 2
-    consumer._poller.turn(0)
+    assert consumer._kser_poller.poll_once(0) == 2
+    consumer._kser_poller.poll_once(0)
     assert committed() == 0
-    consumer._dispatch.take(0)
-    consumer._poller.turn(0)
+    consumer._kser_work_queue.get(0)
+    consumer._kser_poller.poll_once(0)
     assert (committed(), Act.seen) == (1, [])
 
 
@@ -139,23 +139,23 @@ def test_commit_before_in_intervals_commits_started_records() -> None:
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 1000}, commit="before")
     clock = Clock(consumer)
-    consumer._poller.turn(0)
-    consumer._dispatch.take(0)
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_work_queue.get(0)
     clock.pass_by(0.9)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert committed() == 0
     clock.pass_by(0.2)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert (committed(), Act.seen) == (1, [])
 
 
 def test_commit_before_commits_started_records_at_a_revocation() -> None:
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 60_000}, commit="before")
-    consumer._poller.turn(0)
-    consumer._workers.step()
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_worker_pool.step()
     Bus.at("").create_topic("dice", 2)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert (Act.seen, committed()) == (["1"], 1)
 
 
@@ -179,7 +179,7 @@ def test_consumer_without_a_group_commits_nothing_in_any_mode(commit: str, caplo
     consumer = Troubled({**AT_ONCE, "group_id": None}, commit=commit)
     consumer.run_until_idle()
     consumer.close()
-    assert (consumer._poller.mode, consumer.used.commits, Act.seen) == ("never", [], ["1", "2"])
+    assert (consumer._kser_poller.mode, consumer.used.commits, Act.seen) == ("never", [], ["1", "2"])
     assert len(lines(caplog, logging.WARNING)) == (commit != "never")
 
 
@@ -202,17 +202,17 @@ def test_client_error_is_logged_once_per_change(caplog: pytest.LogCaptureFixture
 def test_poll_backoff_grows_and_resets_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = Troubled()
     waits: list[float] = []
-    monkeypatch.setattr(consumer._poller._stop, "wait", waits.append)
+    monkeypatch.setattr(consumer._kser_poller._stop, "wait", waits.append)
     monkeypatch.setattr("random.uniform", lambda _low, high: high)
     consumer.used.trouble = {"poll": "no broker"}
     for _ in range(9):
-        consumer._poller.turn(60)
+        consumer._kser_poller.poll_once(60)
     assert waits[:3] == sorted(waits[:3])
     assert waits[0] < 1 < waits[5] <= waits[-1] <= 10
     consumer.used.trouble = {}
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     consumer.used.trouble = {"poll": "no broker"}
-    consumer._poller.turn(60)
+    consumer._kser_poller.poll_once(60)
     assert waits[-1] == waits[0]
 
 
@@ -254,15 +254,15 @@ def test_fatal_client_is_replaced_and_running_records_are_not_run_again(
 ) -> None:
     put("1", "2")
     consumer = Troubled(AT_ONCE)
-    consumer._poller.turn(0)
-    job = consumer._dispatch.take(0)
+    consumer._kser_poller.poll_once(0)
+    job = consumer._kser_work_queue.get(0)
     assert job is not None
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert (consumer.assignment, consumer.used.closed) == (frozenset(), 1)
     assert consumer.run_until_idle() == 1
     assert (len(consumer.clients), consumer.assignment, Act.seen) == (2, {DICE}, ["2"])
-    consumer._workers._attempt(job)
+    consumer._kser_worker_pool._attempt(job)
     consumer.step(timeout=0)
     assert (Act.seen, committed()) == (["2", "1"], 2)
     assert [text for _, text in trouble_lines(caplog)] == [
@@ -275,10 +275,10 @@ def test_fenced_client_commits_nothing_more() -> None:
     """The client that fenced it owns its partitions; its finished records are known when the partitions return."""
     put("1", "2")
     consumer = Troubled({"auto_commit_interval_ms": 600_000}, max_in_flight=1)
-    consumer._poller.turn(0)
-    consumer._workers.step()
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_worker_pool.step()
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert committed() == 0
     consumer.used.trouble = {}
     for _ in range(4):
@@ -293,11 +293,11 @@ def test_unexpected_client_exception_is_logged_with_traceback_and_survived(
 ) -> None:
     consumer = Troubled(AT_ONCE, max_in_flight=1, stall_timeout=0)
     put("0", "1", "2")
-    consumer._poller.turn(0)
-    consumer._workers.step()
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_worker_pool.step()
     consumer.used.trouble = {activity: RuntimeError("surprise")}
-    consumer._poller.turn(0)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_poller.poll_once(0)
     (record,) = [record for record in records(caplog, logging.ERROR) if record.exc_info]
     assert "RuntimeError('surprise')" in record.getMessage()
     consumer.run_until_idle()
@@ -308,21 +308,21 @@ def test_unexpected_client_exception_is_logged_with_traceback_and_survived(
 def test_repeated_unexpected_exception_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     consumer = Troubled(first_trouble={"poll": RuntimeError("surprise")})
     for _ in range(5):
-        consumer._poller.turn(0)
+        consumer._kser_poller.poll_once(0)
     assert len([record for record in records(caplog, logging.ERROR) if record.exc_info]) == 1
 
 
 def test_client_that_cannot_be_reconnected_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     class Gone(Troubled):
-        def _connect(self) -> Client:
+        def _kser_connect(self) -> Client:
             if len(self.clients) == 1:
                 raise BrokerUnavailable("no broker answers")
-            return super()._connect()
+            return super()._kser_connect()
 
     consumer = Gone()
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     for _ in range(5):
-        consumer._poller.turn(0)
+        consumer._kser_poller.poll_once(0)
     assert trouble_lines(caplog) == [
         ("ERROR", "Gone: fenced; trying again"),
         ("ERROR", "Gone: no broker answers; trying again"),
@@ -337,11 +337,11 @@ def test_new_client_does_not_commit_records_of_the_fenced_one() -> None:
     clock = Clock(consumer)
     consumer.step(timeout=0)
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     other = consumer_of(AT_ONCE, commit="before")
     other.step(timeout=0)
     clock.pass_by(10)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert consumer.used.commits == []
 
 
@@ -349,8 +349,8 @@ def test_failed_subscription_closes_the_client() -> None:
     made: list[Client] = []
 
     class Failing(Troubled):
-        def _connect(self) -> Client:
-            made.append(super()._connect())
+        def _kser_connect(self) -> Client:
+            made.append(super()._kser_connect())
             return made[-1]
 
     with pytest.raises(ClientError):
@@ -392,11 +392,11 @@ def test_group_lease_expiry_delays_records_until_a_commit_succeeds() -> None:
     put("1", "2")
     consumer = Troubled(SHORT_SESSION)
     clock = Clock(consumer)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     clock.pass_by(3)
     consumer.used.trouble["commit"] = ClientError("no member any more", transient=True)
-    consumer._poller.turn(0)
-    assert consumer._dispatch.take(0) is None
+    consumer._kser_poller.poll_once(0)
+    assert consumer._kser_work_queue.get(0) is None
     del consumer.used.trouble["commit"]
-    consumer._poller.turn(0)
-    assert consumer._dispatch.take(0) is not None
+    consumer._kser_poller.poll_once(0)
+    assert consumer._kser_work_queue.get(0) is not None

@@ -290,7 +290,7 @@ def test_commit_interval_and_offset_reset_follow_the_options(
     consumer.close()
     # The client neither commits nor chooses where to begin: both are decided here.
     assert (config["auto_offset_reset"], config["enable_auto_commit"]) == ("none", False)
-    assert (consumer._reset, consumer._poller._interval) == (reset, interval)
+    assert (consumer._reset, consumer._kser_poller._interval) == (reset, interval)
 
 
 def test_consumer_without_a_group_starts_at_the_latest_record(broker: EmbeddedBroker) -> None:

@@ -15,7 +15,7 @@ import pytest
 from kafka import KafkaConsumer
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import Dispatch
+from kser.consumer.dispatch import WorkQueue
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
 from kser.entry import Entrypoint
@@ -157,7 +157,7 @@ def test_commit_without_a_broker_raises_client_error_within_its_timeout() -> Non
     client = KafkaPythonClient(
         KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False, auto_offset_reset="none"), "earliest"
     )
-    client.subscribe(["dice"], Dispatch())
+    client.subscribe(["dice"], WorkQueue())
     broker.close()
     begin = time.monotonic()
     with pytest.raises(ClientError, match=f"cannot commit offsets at {broker.bootstrap_servers}"):

@@ -135,7 +135,7 @@ def test_reaper_sends_to_the_stored_topic_with_the_shared_producer(shop: Shop) -
     shop.first.known(Sale)("1").build().send(topic="orders")
     stranger = shop.process(group="stranger")
     stranger.registry._kser_producer = None
-    stranger.consumer._lending.lend(stranger.registry.controller)
+    stranger.consumer._kser_shared_producer.attach(stranger.registry.controller)
     shop.pass_by(RESEND + 1)
     assert stranger.companion.reap() == 1
     assert [kmsg.uuid for kmsg in sent("orders")] == ["1", "1"]

@@ -24,14 +24,14 @@ def settle(*consumers: Consumer) -> None:
     """Let them poll until each knows its share."""
     for _ in range(2 * len(consumers)):
         for consumer in consumers:
-            consumer._poller.turn(0)
+            consumer._kser_poller.poll_once(0)
 
 
 def test_rebalance_commits_finished_records() -> None:
     put("1", "2", "3")
     first = consumer_of(LATER)
-    first._poller.turn(0)
-    first._workers.step()
+    first._kser_poller.poll_once(0)
+    first._kser_worker_pool.step()
     assert committed() == 0
     second = consumer_of(LATER)
     settle(first, second)
@@ -47,9 +47,9 @@ def test_rebalance_continues_behind_finished_records_in_another_consumer(bus: Bu
         put(f"0/{number}", partition=0)
         put(f"1/{number}", partition=1)
     first = consumer_of(LATER)
-    first._poller.turn(0)
+    first._kser_poller.poll_once(0)
     for _ in range(7):
-        first._workers.step()
+        first._kser_worker_pool.step()
     second = consumer_of(LATER)
     settle(first, second)
     assert len(first.assignment) == len(second.assignment) == 1
@@ -99,16 +99,16 @@ def test_record_finished_after_a_lost_partition_is_logged_and_not_committed(
 ) -> None:
     put("1")
     first = Troubled(AT_ONCE, revoke_timeout=0)
-    first._poller.turn(0)
-    job = first._dispatch.take(0)
+    first._kser_poller.poll_once(0)
+    job = first._kser_work_queue.get(0)
     assert job is not None
     first.used.expel()
     second = consumer_of(AT_ONCE)
     assert second.step(timeout=0) == 1
     assert committed() == 1
-    first._poller.turn(0)
-    first._workers._attempt(job)
-    first._poller.commit()
+    first._kser_poller.poll_once(0)
+    first._kser_worker_pool._attempt(job)
+    first._kser_poller.commit()
     assert (Act.seen, committed(), first.used.commits) == (["1", "1"], 1, [])
     (line,) = [line for line in lines(caplog, logging.INFO) if "was revoked" in line]
     assert line == (
@@ -121,12 +121,12 @@ def test_records_of_a_lost_partition_are_not_committed() -> None:
     """Another consumer may be far ahead by now."""
     put("1", "2", "3")
     first = Troubled(LATER)
-    first._poller.turn(0)
-    first._workers.step()
+    first._kser_poller.poll_once(0)
+    first._kser_worker_pool.step()
     first.used.expel()
     second = consumer_of(AT_ONCE)
     assert second.step(timeout=0) == 3
-    first._poller.turn(0)
+    first._kser_poller.poll_once(0)
     first.close()
     assert (first.used.commits, committed()) == ([], 3)
     assert Act.seen == ["1", "1", "2", "3"]
@@ -164,11 +164,11 @@ def test_commit_metadata_survives_the_death_of_its_consumer() -> None:
     """Also not when the one who did it died: the commit carries it."""
     put(*"123456")
     first = Troubled(AT_ONCE, ordering="none")
-    first._poller.turn(0)
-    stuck = first._dispatch.take(0)
+    first._kser_poller.poll_once(0)
+    stuck = first._kser_work_queue.get(0)
     for _ in range(3):
-        first._workers.step()
-    first._poller.commit()
+        first._kser_worker_pool.step()
+    first._kser_poller.commit()
     first.used.expel()
     assert stuck is not None
     consumer_of(AT_ONCE).run_until_idle()
@@ -179,10 +179,10 @@ def test_commit_metadata_survives_the_death_of_its_consumer() -> None:
 def test_late_commit_is_a_logged_error_and_is_retried(caplog: pytest.LogCaptureFixture) -> None:
     put("1")
     consumer = Troubled(AT_ONCE)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     consumer.used.expel()
-    consumer._workers.step()
-    consumer._poller.commit()
+    consumer._kser_worker_pool.step()
+    consumer._kser_poller.commit()
     (line,) = lines(caplog, logging.ERROR)
     assert line == "Troubled: the group 'dummy' has assigned these partitions to another member; trying again"
     consumer.run_until_idle()
@@ -190,17 +190,17 @@ def test_late_commit_is_a_logged_error_and_is_retried(caplog: pytest.LogCaptureF
 
 
 def held(consumer: Any) -> int:
-    return consumer._dispatch.in_flight
+    return consumer._kser_work_queue.in_flight
 
 
 def test_rebalance_fetches_unstarted_records_again() -> None:
     put(*"12345")
     consumer = consumer_of(LATER)
-    consumer._poller.turn(0)
-    consumer._workers.step()
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_worker_pool.step()
     assert held(consumer) == 4
     Bus.at("").create_topic("dice", 2)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert held(consumer) == 4
     consumer.run_until_idle()
     assert Act.seen == list("12345")

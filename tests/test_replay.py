@@ -77,8 +77,8 @@ def test_empty_topic_has_no_dead_letters(bus: Bus) -> None:
 
 def test_missing_response_raises_broker_unavailable() -> None:
     class Silent(Consumer):
-        def _connect(self) -> Any:
-            client = super()._connect()
+        def _kser_connect(self) -> Any:
+            client = super()._kser_connect()
             client.poll = lambda *_: {}  # type: ignore[method-assign]
             return client
 

@@ -11,12 +11,12 @@ def test_revoked_partition_starts_no_more_records() -> None:
     desk = Desk()
     desk.enter_keys("--aa")
     first, waiting, _ = desk.all()
-    desk.retry(waiting, 5)
+    desk.requeue(waiting, 5)
     draining = desk.on_revoke([DICE])
     desk.time.pass_by(5)
     assert desk.all() == []
     assert not draining.drained
-    assert desk.finish(first) is False
+    assert desk.task_done(first) is False
     assert draining.commits() == {DICE: Commit(1)}
 
 
@@ -25,9 +25,9 @@ def test_revocation_waits_for_running_records_and_commits_them() -> None:
     desk.enter_keys("--")
     first, second = desk.all()
     draining = desk.on_revoke([DICE])
-    desk.finish(second)
+    desk.task_done(second)
     assert not draining.drained
-    desk.finish(first)
+    desk.task_done(first)
     assert draining.drained
     draining.wait()
     assert draining.commits() == {DICE: Commit(2)}
@@ -37,7 +37,7 @@ def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
     desk = Desk(revoke_timeout=10)
     desk.enter_keys("--")
     desk.next()
-    desk.finish(desk.next())
+    desk.task_done(desk.next())
     draining = desk.on_revoke([DICE])
     desk.time.pass_by(9.9)
     assert not draining.drained
@@ -55,7 +55,7 @@ def test_running_record_is_resumed_when_its_partition_returns() -> None:
     desk.enter_keys("aa-")
     (keyless,) = desk.all()
     assert keyless.record.offset == 2
-    assert desk.finish(running) is True
+    assert desk.task_done(running) is True
     assert offsets(desk.all()) == [1]
     assert desk.commits() == {DICE: Commit(1, "")}
 
@@ -65,11 +65,11 @@ def test_record_finished_while_revoked_is_not_started_again() -> None:
     desk.enter_keys("--")
     first, second = desk.all()
     desk.on_revoke([DICE])
-    assert desk.finish(second) is False
+    assert desk.task_done(second) is False
     desk.on_assign({DICE: Commit(0)})
     desk.enter_keys("--")
     assert desk.all() == []
-    desk.finish(first)
+    desk.task_done(first)
     assert desk.commits() == {DICE: Commit(2)}
 
 
@@ -78,7 +78,7 @@ def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
     desk.enter_keys("--")
     first = desk.next()
     desk.come_back()
-    assert desk.finish(first) is True
+    assert desk.task_done(first) is True
     desk.enter_keys("--")
     assert offsets(desk.all()) == [1]
     assert desk.commits() == {DICE: Commit(1)}
@@ -87,14 +87,14 @@ def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
 def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    desk.retry(desk.next(), 10)
+    desk.requeue(desk.next(), 10)
     desk.come_back()
     desk.enter_keys("aa")
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
     assert (again.record.offset, again.number) == (0, 2)
-    desk.finish(again)
+    desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
 
@@ -103,7 +103,7 @@ def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> 
     desk.enter_keys("-")
     running = desk.next()
     desk.on_revoke([DICE])
-    desk.retry(running, 10)
+    desk.requeue(running, 10)
     desk.on_assign({DICE: Commit(0)})
     desk.enter_keys("-")
     assert desk.all() == []
@@ -116,14 +116,14 @@ def test_records_committed_by_another_consumer_are_not_run() -> None:
     desk = Desk()
     desk.enter_keys("---")
     _, waiting, running = desk.all()
-    desk.retry(waiting, 1)
+    desk.requeue(waiting, 1)
     desk.on_revoke([DICE])
     desk.on_assign({DICE: Commit(2)})
     desk.time.pass_by(1)
     assert desk.all() == []
     desk.enter(record(2), record(3))
     assert offsets(desk.all()) == [3]
-    desk.finish(running)
+    desk.task_done(running)
     assert desk.commits() == {DICE: Commit(3)}
 
 
@@ -132,7 +132,7 @@ def test_offset_reset_of_the_group_starts_records_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     for job in desk.all():
-        desk.finish(job)
+        desk.task_done(job)
     commits = desk.on_revoke([DICE]).commits()
     desk.on_assign(commits)
     desk.on_revoke([DICE])
@@ -148,9 +148,9 @@ def test_new_start_position_discards_tracked_records() -> None:
     desk.on_reset({DICE: Commit(0)})
     desk.enter_keys("-")
     (new,) = desk.all()
-    assert desk.finish(old) is False
+    assert desk.task_done(old) is False
     assert desk.commits() == {}
-    assert desk.finish(new) is True
+    assert desk.task_done(new) is True
     assert desk.commits() == {DICE: Commit(1)}
 
 

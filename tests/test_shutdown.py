@@ -33,7 +33,7 @@ def test_graceful_shutdown_commits_running_records_and_starts_no_other(workers: 
     with InThread(consumer) as thread:
         until(lambda: len(Act.seen) == workers)
         consumer.stop()
-        until(lambda: consumer._poller.ending)
+        until(lambda: consumer._kser_poller.shutting_down)
         gate.set()
         ending = thread.join()
     assert isinstance(ending, SystemExit)
@@ -50,7 +50,7 @@ def test_graceful_shutdown_keeps_polling_the_group() -> None:
     with InThread(consumer):
         until(lambda: Act.seen)
         consumer.stop()
-        until(lambda: consumer._poller.ending)
+        until(lambda: consumer._kser_poller.shutting_down)
         polls = len(consumer.used.polls)
         until(lambda: len(consumer.used.polls) > polls + 2)
         assert consumer.used.closed == 0
@@ -106,7 +106,7 @@ def test_graceful_shutdown_with_commit_before_runs_every_committed_record() -> N
     with InThread(consumer):
         until(lambda: committed() and Act.seen)
         consumer.stop()
-        until(lambda: consumer._poller.ending)
+        until(lambda: consumer._kser_poller.shutting_down)
         gate.set()
     assert Act.seen == ["1", "2", "3"][: committed()]
 
@@ -159,8 +159,8 @@ def test_closing_twice_is_harmless() -> None:
 def test_dead_poller_thread_ends_the_consumer_with_an_error(workers: int) -> None:
     """An idle process would go unnoticed, and so would one that reports a regular end."""
     consumer = consumer_of(workers=workers)
-    consumer._poller.turn = lambda timeout: None  # type: ignore[method-assign,assignment,return-value]
-    consumer._poller.stop(0)
+    consumer._kser_poller.poll_once = lambda timeout: None  # type: ignore[method-assign,assignment,return-value]
+    consumer._kser_poller.stop(0)
     with InThread(consumer) as thread:
         ending = thread.join()
     assert isinstance(ending, RuntimeError)

@@ -17,7 +17,7 @@ def stalled(consumer: Consumer, clock: Clock, caplog: pytest.LogCaptureFixture, 
     """What is said of it in so many turns."""
     for wait in seconds:
         clock.pass_by(wait)
-        consumer._poller.turn(0)
+        consumer._kser_poller.poll_once(0)
     return lines(caplog, logging.ERROR)
 
 
@@ -25,8 +25,8 @@ def test_stalled_consumer_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
-    consumer._poller.turn(0)
-    consumer._dispatch.take(0)
+    consumer._kser_poller.poll_once(0)
+    consumer._kser_work_queue.get(0)
     assert stalled(consumer, clock, caplog, 30, 29.9) == []
     (line,) = stalled(consumer, clock, caplog, 0.2, 60, 60)
     assert line == (
@@ -39,9 +39,9 @@ def test_stall_after_progress_is_logged_again(caplog: pytest.LogCaptureFixture) 
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     assert len(stalled(consumer, clock, caplog, 61)) == 1
-    consumer._workers.step()
+    consumer._kser_worker_pool.step()
     assert len(stalled(consumer, clock, caplog, 1, 59)) == 1
     assert len(stalled(consumer, clock, caplog, 2)) == 2
     assert "no message is being handled" in lines(caplog, logging.ERROR)[-1]
@@ -60,8 +60,8 @@ def test_paused_or_stopping_consumer_does_not_stall(state: str, caplog: pytest.L
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
-    consumer._poller.turn(0)
-    setattr(consumer._poller, state, True)
+    consumer._kser_poller.poll_once(0)
+    setattr(consumer._kser_poller, state, True)
     assert stalled(consumer, clock, caplog, 1000, 1000) == []
 
 
@@ -69,7 +69,7 @@ def test_stall_without_a_known_lag_counts_the_queued_records(caplog: pytest.LogC
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)
     clock = Clock(consumer)
-    consumer._poller.turn(0)
+    consumer._kser_poller.poll_once(0)
     consumer.used.trouble = {"lag": "no broker"}
     (line,) = stalled(consumer, clock, caplog, 61)
     assert "partitions lag: dice[0] by 1;" in line

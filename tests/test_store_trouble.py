@@ -128,13 +128,13 @@ def test_consumer_waiting_for_the_database_keeps_polling(shop: Shop, troubled: T
     process = shop.process(Sale, store=troubled, group="troubled")
     troubled.trouble = "it does not answer"
     polls: list[int] = []
-    turn = process.consumer._poller.turn
+    turn = process.consumer._kser_poller.poll_once
 
     def counted(timeout: float) -> Any:
         polls.append(1)
         return turn(timeout)
 
-    process.consumer._poller.turn = counted  # type: ignore[method-assign]
+    process.consumer._kser_poller.poll_once = counted  # type: ignore[method-assign]
     bare(Sale)
     with InThread(process.consumer):
         until(lambda: troubled.asked > 2)

@@ -83,22 +83,27 @@ class Stepped:
         self.consumer.REGISTRY = Hooked
         self.clock = Clock(self.consumer)
         self.spawned = 0
-        self.consumer._workers._spawn = self._count  # type: ignore[method-assign]
+        self.consumer._kser_worker_pool._spawn = self._count  # type: ignore[method-assign]
 
     def _count(self) -> None:
         self.spawned += 1
 
     def begin(self) -> threading.Thread:
         """Take in what there is and begin the first of it."""
-        self.consumer._poller.turn(0)
-        thread = threading.Thread(target=self.consumer._workers.step)
+        self.consumer._kser_poller.poll_once(0)
+        thread = threading.Thread(target=self.consumer._kser_worker_pool.step)
         thread.start()
-        until(lambda: self.consumer._dispatch.running() and self.consumer._dispatch.running()[0].time_limit is not None)
+        until(
+            lambda: (
+                self.consumer._kser_work_queue.running()
+                and self.consumer._kser_work_queue.running()[0].time_limit is not None
+            )
+        )
         return thread
 
     def expire(self, seconds: float) -> None:
         self.clock.pass_by(seconds)
-        self.consumer._workers.expire()
+        self.consumer._kser_worker_pool.enforce_time_limits()
 
 
 LATE_ERROR = "the attempt took longer than TIMEOUT, 5 s"
@@ -233,7 +238,7 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
         jobs: ClassVar[list[Any]] = []
 
         def run(self) -> None:
-            self.jobs.append(consumer._dispatch.running()[0].time_limit)
+            self.jobs.append(consumer._kser_work_queue.running()[0].time_limit)
 
     Controller.register(Mine.path, Mine)
     put("1", cls=Mine)

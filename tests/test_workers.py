@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from kser.consumer.workers import Workers
+from kser.consumer.workers import WorkerPool
 from kser.controller import Controller
 from kser.retry import Retry
 from kser.sequencing.registry import OperationRegistry
@@ -160,7 +160,7 @@ def test_pause_stops_all_workers() -> None:
     with InThread(consumer):
         until(lambda: committed() == 1)
         pause.touch()
-        until(lambda: consumer._poller.paused)
+        until(lambda: consumer._kser_poller.paused)
         put("2", "3")
         threading.Event().wait(0.1)
         assert Act.seen == ["1"]
@@ -174,10 +174,10 @@ def test_arriving_record_wakes_a_worker_at_once() -> None:
     with InThread(consumer):
         until(lambda: consumer.assignment)
         for uuid in "123":
-            began = consumer._clock()
+            began = consumer._kser_clock()
             put(uuid)
             until(lambda uuid=uuid: uuid in Act.seen)
-            times.append(consumer._clock() - began)
+            times.append(consumer._kser_clock() - began)
     assert min(times) < 0.1
 
 
@@ -208,7 +208,7 @@ def test_class_subscribed_while_running_gets_the_shared_producer() -> None:
 
 def test_workers_end_at_shutdown() -> None:
     consumer = consumer_of(workers=4)
-    workers: Workers = consumer._workers
+    workers: WorkerPool = consumer._kser_worker_pool
     workers.start()
-    workers.end()
+    workers.shutdown()
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kser-worker"])

@@ -19,15 +19,15 @@ from kser.confluent.records import ConfluentRecord, commit_of
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
-    Listener,
     Partition,
+    RebalanceListener,
     Record,
-    given_up,
-    nowhere_to_begin,
-    out_of_range,
-    trouble,
+    client_error,
+    no_committed_offset,
+    out_of_range_text,
+    revoked_before_commit_text,
 )
-from kser.consumer.offsets import Sizes, seal
+from kser.consumer.offsets import PartitionCounts, add_checksum
 from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ class ConfluentClient(ConsumerClient):
         self._servers = servers(options)
         self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
         self.can_commit = commits
-        self._listener: Listener | None = None
+        self._listener: RebalanceListener | None = None
         self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
         #: Assigned partitions that have no start position yet, because the committed offsets could not be read.
         self._new: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
         self._positions: dict[Partition, int] = {}
-        self._sizes = Sizes(reset)
+        self._sizes = PartitionCounts(reset)
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._missing: set[str | None] = set()
@@ -94,14 +94,14 @@ class ConfluentClient(ConsumerClient):
     def cluster(self) -> str:
         return str(self.client.list_topics(timeout=QUERY_TIMEOUT).cluster_id or "")
 
-    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
         self.client.subscribe(list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
             problem = self._begin_pending()
-            self._pause(limit, held)
+            self._pause(limit, paused)
             found = self._sort(self._consume(timeout, limit))
         except KafkaException as error:
             raise self._as_trouble("fetch messages", error.args[0]) from error
@@ -116,7 +116,7 @@ class ConfluentClient(ConsumerClient):
         except KafkaException as error:
             raise self._as_trouble("commit offsets", error.args[0]) from error
         except TimeoutError as error:
-            raise trouble("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
+            raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
 
     def lag(self) -> Mapping[Partition, int]:
         found: dict[Partition, int] = {}
@@ -260,9 +260,9 @@ class ConfluentClient(ConsumerClient):
             known[key] = commit_of(tp)
             if self._reset == "latest":
                 self._see(key.topic)
-                self._sizes.learn(key, known[key])
+                self._sizes.restore(key, known[key])
         elif self._reset == "none":
-            raise nowhere_to_begin([key])
+            raise no_committed_offset([key])
         else:
             start = self._first_position(key)
             if self.can_commit:
@@ -298,18 +298,20 @@ class ConfluentClient(ConsumerClient):
         partitions = self._see(key.topic)
         for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
             if found.offset >= 0:
-                self._sizes.learn(key, commit_of(found))
-        return self._sizes.note(key, Commit(low if self._sizes.was_added(key) else high))
+                self._sizes.restore(key, commit_of(found))
+        return self._sizes.annotate(key, Commit(low if self._sizes.is_new_partition(key) else high))
 
     def _see(self, topic: str) -> list[int]:
         """Return the partitions of a topic, and record their number."""
         partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
-        self._sizes.see(topic, len(partitions))
+        self._sizes.observe(topic, len(partitions))
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        noted = [(key, self._sizes.note(key, commit)) for key, commit in commits.items()]
-        return [TopicPartition(key.topic, key.partition, c.offset, metadata=seal(c.metadata)) for key, c in noted]
+        noted = [(key, self._sizes.annotate(key, commit)) for key, commit in commits.items()]
+        return [
+            TopicPartition(key.topic, key.partition, c.offset, metadata=add_checksum(c.metadata)) for key, c in noted
+        ]
 
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
@@ -325,7 +327,7 @@ class ConfluentClient(ConsumerClient):
         try:
             self._commit_now(commits)
         except KafkaException as error:
-            logger.warning(given_up(commits, error))
+            logger.warning(revoked_before_commit_text(commits, error))
 
     def _commit_now(self, commits: Mapping[Partition, Commit]) -> None:
         if commits:
@@ -351,7 +353,7 @@ class ConfluentClient(ConsumerClient):
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         start = high if self._reset == "latest" else low
-        logger.error(out_of_range(key, self._positions.get(key), low, high, start))
+        logger.error(out_of_range_text(key, self._positions.get(key), low, high, start))
         self._positions[key] = start
         self._listener.on_reset({key: Commit(start)})
         # ``seek`` fails for a partition that is not being fetched, so assign the partition again instead.
@@ -396,4 +398,6 @@ class ConfluentClient(ConsumerClient):
 
     def _as_trouble(self, what: str, error: KafkaError) -> ClientError:
         passing = error.code() in _PASSING
-        return trouble(what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), passing=passing)
+        return client_error(
+            what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=passing
+        )

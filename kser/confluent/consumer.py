@@ -12,7 +12,7 @@ from kser.confluent.options import options_for, own_options
 from kser.confluent.producer import Producer
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
-from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
+from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.errors import SettingError
 
@@ -43,11 +43,11 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
-        **options: Unpack[Given],
+        **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
-        how = ConsumerOptions.of(settings, options)
+        how = ConsumerOptions.from_settings(settings, options)
         self._producer_options: Mapping[str, Any] | None = config
         self._app = app
         self._client_options = options_for("consumer", config, settings)
@@ -68,7 +68,7 @@ class Consumer(BaseConsumer):
             return Producer(app=self._app)
         return Producer(own_options("producer", self._producer_options))
 
-    def _connect(self) -> ConsumerClient:
+    def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"
         reset = reset_policy(self.RESET_OPTION, self._client_options.get(self.RESET_OPTION), default)
         client = ConfluentClient(

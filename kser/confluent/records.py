@@ -8,7 +8,7 @@ from typing import Any
 from confluent_kafka import TopicPartition
 
 from kser.consumer.client import Commit
-from kser.consumer.offsets import unseal
+from kser.consumer.offsets import strip_checksum
 
 
 class ConfluentRecord:
@@ -38,7 +38,7 @@ class ConfluentRecord:
 def commit_of(tp: TopicPartition) -> Commit:
     """Return the Commit of an offset that librdkafka has read from the group."""
     try:
-        return Commit(tp.offset, unseal(tp.metadata or ""))
+        return Commit(tp.offset, strip_checksum(tp.metadata or ""))
     except UnicodeDecodeError:
         # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past its end.
         return Commit(tp.offset)

@@ -23,25 +23,25 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.consumer.beside import Beside
+from kser.consumer.beside import BackgroundServices
 from kser.consumer.client import ConsumerClient, Partition
-from kser.consumer.deadletter import DeadLetters
-from kser.consumer.dispatch import Dispatch
-from kser.consumer.interrupts import Interrupts
-from kser.consumer.job import Job
-from kser.consumer.lending import Lending
+from kser.consumer.deadletter import DeadLetterWriter
+from kser.consumer.dispatch import WorkQueue
+from kser.consumer.interrupts import ShutdownSignals
+from kser.consumer.job import WorkItem
+from kser.consumer.lending import SharedProducer
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
-from kser.consumer.workers import Workers
+from kser.consumer.workers import WorkerPool
 from kser.controller import BaseProducer, Controller
 from kser.errors import SettingError
 
 #: Seconds between two checks of the control files, and the time limit of one :meth:`BaseConsumer.step`.
-TICK = 1.0
+CONTROL_FILE_INTERVAL = 1.0
 #: Seconds between two checks of the time limits and of the stop flag.
-WATCH = 0.1
+SUPERVISE_INTERVAL = 0.1
 #: Seconds between two warnings about a paused consumer.
-PAUSE_REMINDER = 30.0
+PAUSE_REMINDER_INTERVAL = 30.0
 #: Seconds to wait for the client thread at shutdown, in addition to the time that a rebalance can block it.
 JOIN_TIMEOUT = 5.0
 
@@ -81,11 +81,11 @@ class BaseConsumer:
     ) -> None:
         #: The options of this consumer.
         self.options = options
-        self._topics = list(topics)
-        self._group = group
-        self._commits_at_once = not interval
-        self._check_dead_letters()
-        self._dispatch = Dispatch(
+        self._kser_topics = list(topics)
+        self._kser_group = group
+        self._kser_commits_at_once = not interval
+        self._kser_check_dead_letter_topic()
+        self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
             # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
@@ -93,21 +93,21 @@ class BaseConsumer:
             revoke_timeout=min(options.revoke_timeout, poll_limit / 3),
             retry=options.retry,
             commit_before=options.commit == BEFORE,
-            fence=session / 2,
+            max_silence=session / 2,
         )
-        self._clock = self._dispatch.clock
-        self._interrupts = Interrupts(self.stop)
-        self._stopping = self._working = self._closed = False
+        self._kser_clock = self._kser_work_queue.clock
+        self._kser_shutdown_signals = ShutdownSignals(self.stop)
+        self._kser_stopping = self._kser_working = self._kser_closed = False
         #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.
-        self._end_by = 0.0
-        self._crash: Exception | None = None
-        self._client_thread: threading.Thread | None = None
-        self._watcher: threading.Thread | None = None
-        self._main: threading.Thread | None = None
-        self._lending = Lending(self.make_producer)
-        self._beside = Beside(self._lending.companions)
-        self._last_look = self._last_reminder = self._clock() - PAUSE_REMINDER
-        self._make_parts(interval)
+        self._kser_deadline = 0.0
+        self._kser_crash: Exception | None = None
+        self._kser_client_thread: threading.Thread | None = None
+        self._kser_supervisor: threading.Thread | None = None
+        self._kser_main_thread: threading.Thread | None = None
+        self._kser_shared_producer = SharedProducer(self.make_producer)
+        self._kser_services = BackgroundServices(self._kser_shared_producer.background_services)
+        self._kser_last_check = self._kser_last_reminder = self._kser_clock() - PAUSE_REMINDER_INTERVAL
+        self._kser_build(interval)
         try:
             lockfiles.running_file.open()
             self.clean_lock()
@@ -115,29 +115,33 @@ class BaseConsumer:
             self.close()
             raise
 
-    def _make_parts(self, interval: float) -> None:
+    def _kser_build(self, interval: float) -> None:
         options = self.options
         say = self.LOGGER, type(self).__name__
-        self._letters = DeadLetters(options.dead_letter_topic, self._lending.producer, type(self), self.LOGGER)
-        begin = self._commit_first if options.commit == BEFORE and self._commits_at_once else None
-        self._workers = Workers(self._dispatch, begin, self._handle, self._letters, options.workers, say)
-        self._poller = Poller(
-            self._connect,
-            self._topics,
-            self._dispatch,
+        self._kser_dead_letters = DeadLetterWriter(
+            options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self.LOGGER
+        )
+        begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        self._kser_worker_pool = WorkerPool(
+            self._kser_work_queue, begin, self._kser_handle, self._kser_dead_letters, options.workers, say
+        )
+        self._kser_poller = Poller(
+            self._kser_connect,
+            self._kser_topics,
+            self._kser_work_queue,
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
             say=say,
         )
-        if self._poller.mode == NEVER and options.commit != NEVER:
+        if self._kser_poller.mode == NEVER and options.commit != NEVER:
             self.LOGGER.warning(
                 f"{type(self).__name__}: without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
             )
 
-    def _check_dead_letters(self) -> None:
-        if self.options.dead_letter in self._topics:
+    def _kser_check_dead_letter_topic(self) -> None:
+        if self.options.dead_letter in self._kser_topics:
             raise SettingError(
                 f"dead_letter is {self.options.dead_letter!r}, a topic that this consumer reads: failed messages"
                 " would loop endlessly; choose another topic"
@@ -165,7 +169,7 @@ class BaseConsumer:
         """Create a producer for the same cluster. Called once, when a dead letter or a task first needs it."""
         raise NotImplementedError
 
-    def _connect(self) -> ConsumerClient:
+    def _kser_connect(self) -> ConsumerClient:
         """Create a client. Called again when a client failed fatally."""
         raise NotImplementedError
 
@@ -174,12 +178,16 @@ class BaseConsumer:
     @property
     def assignment(self) -> frozenset[Partition]:
         """The partitions currently assigned to this consumer."""
-        return self._dispatch.assignment
+        return self._kser_work_queue.assignment
 
     @property
     def counts(self) -> dict[str, int]:
         """Counters of messages: ``done``, ``failed``, ``retried`` and ``dead_lettered``."""
-        return {"done": self._dispatch.settled, **self._workers.counts, "dead_lettered": self._letters.written}
+        return {
+            "done": self._kser_work_queue.finished_count,
+            **self._kser_worker_pool.counts,
+            "dead_lettered": self._kser_dead_letters.written,
+        }
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -194,27 +202,27 @@ class BaseConsumer:
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
         self.LOGGER.info(
-            f"{type(self).__name__}: {self.options.describe(self._poller.mode, self._group, self._topics)}"
+            f"{type(self).__name__}: {self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)}"
         )
         try:
-            with self._interrupts.handled():
+            with self._kser_shutdown_signals.installed():
                 try:
-                    self._start()
-                    self._work()
+                    self._kser_start()
+                    self._kser_work()
                     self.LOGGER.info("Closing consumer and exiting")
-                    self._drain()
-                    if self._crash is not None:
-                        raise self._crash
+                    self._kser_wait_until_idle()
+                    if self._kser_crash is not None:
+                        raise self._kser_crash
                 finally:
                     self.close()
-                    if self._watcher is not None:
-                        self._watcher.join(JOIN_TIMEOUT)
+                    if self._kser_supervisor is not None:
+                        self._kser_supervisor.join(JOIN_TIMEOUT)
         except KeyboardInterrupt:
-            if self._interrupts.status == 128 + signal.SIGTERM:
-                sys.exit(self._interrupts.status)
+            if self._kser_shutdown_signals.status == 128 + signal.SIGTERM:
+                sys.exit(self._kser_shutdown_signals.status)
             raise
         finally:
-            self._interrupts.close()
+            self._kser_shutdown_signals.close()
         sys.exit(0)
 
     def step(self, timeout: float = POLL_TIMEOUT) -> int:
@@ -223,166 +231,168 @@ class BaseConsumer:
         :param timeout: seconds to wait if no message is available.
         :return: the number of messages handled, within about a second.
         """
-        self._look()
-        if self._stopping:
+        self._kser_check_control_files()
+        if self._kser_stopping:
             return 0
-        self._lending.lend(self.REGISTRY)
-        self._poller.turn(timeout)
+        self._kser_shared_producer.attach(self.REGISTRY)
+        self._kser_poller.poll_once(timeout)
         handled = 0
-        began = self._clock()
-        while not self._stopping and self._workers.step():
+        began = self._kser_clock()
+        while not self._kser_stopping and self._kser_worker_pool.step():
             handled += 1
-            if self._commits_at_once:
-                self._poller.commit()
-            if self._clock() - began >= TICK:
+            if self._kser_commits_at_once:
+                self._kser_poller.commit()
+            if self._kser_clock() - began >= CONTROL_FILE_INTERVAL:
                 break
-        self._poller.commit_when_due()
+        self._kser_poller.commit_when_due()
         return handled
 
     def stop(self) -> None:
         """Stop after the running messages. You may call it from any thread or signal handler."""
-        self._workers.stopping = True
-        self._stopping = True
+        self._kser_worker_pool.stopping = True
+        self._kser_stopping = True
 
     def close(self) -> None:
         """Commit finished messages, leave the group and close the client."""
         with ExitStack() as last_to_first:
-            last_to_first.callback(self._let_go)
-            self._stopping = True
-            last_to_first.callback(self._lending.close)
-            self._workers.end()
+            last_to_first.callback(self._kser_release_running_file)
+            self._kser_stopping = True
+            last_to_first.callback(self._kser_shared_producer.close)
+            self._kser_worker_pool.shutdown()
             # Background services send messages, so they close before the producer does.
-            self._beside.close(JOIN_TIMEOUT)
-            self._lending.take_back(self.REGISTRY)
-            if self._client_thread is None:
-                self._poller.close()
+            self._kser_services.close(JOIN_TIMEOUT)
+            self._kser_shared_producer.detach(self.REGISTRY)
+            if self._kser_client_thread is None:
+                self._kser_poller.close()
             else:
-                if self._interrupts.status is not None or not self._end_by:
-                    self._end_by = self._clock()
-                self._poller.stop(self._end_by)
-                self._join_client()
+                if self._kser_shutdown_signals.status is not None or not self._kser_deadline:
+                    self._kser_deadline = self._kser_clock()
+                self._kser_poller.stop(self._kser_deadline)
+                self._kser_join_client()
 
-    def _let_go(self) -> None:
-        if not self._closed:
-            self._closed = True
+    def _kser_release_running_file(self) -> None:
+        if not self._kser_closed:
+            self._kser_closed = True
             lockfiles.running_file.close()
 
-    def _join_client(self) -> None:
-        assert self._client_thread is not None
-        patience = max(self._end_by - self._clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
-        self._client_thread.join(patience)
-        if self._client_thread.is_alive():
+    def _kser_join_client(self) -> None:
+        assert self._kser_client_thread is not None
+        patience = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
+        self._kser_client_thread.join(patience)
+        if self._kser_client_thread.is_alive():
             self.LOGGER.warning(f"{type(self).__name__}: the Kafka client did not close in time; exiting without it")
 
-    def _start(self) -> None:
-        self._main = threading.current_thread()
+    def _kser_start(self) -> None:
+        self._kser_main_thread = threading.current_thread()
         # The check precedes the start of the threads, because the consumer may be paused or stopped from the beginning.
-        self._look()
-        self._lending.lend(self.REGISTRY)
-        self._client_thread = threading.Thread(target=self._poller.run, name="kser-client", daemon=True)
-        self._client_thread.start()
-        self._workers.start()
-        self._beside.start()
-        self._watcher = threading.Thread(target=self._watch, name="kser-watch", daemon=True)
-        self._watcher.start()
+        self._kser_check_control_files()
+        self._kser_shared_producer.attach(self.REGISTRY)
+        self._kser_client_thread = threading.Thread(target=self._kser_poller.run, name="kser-client", daemon=True)
+        self._kser_client_thread.start()
+        self._kser_worker_pool.start()
+        self._kser_services.start()
+        self._kser_supervisor = threading.Thread(target=self._kser_supervise, name="kser-supervisor", daemon=True)
+        self._kser_supervisor.start()
 
-    def _work(self) -> None:
-        self._working = True
+    def _kser_work(self) -> None:
+        self._kser_working = True
         try:
-            self._workers.work()
+            self._kser_worker_pool.work()
         finally:
-            self._working = False
+            self._kser_working = False
 
-    def _commit_first(self, job: Job) -> None:
+    def _kser_commit_before_run(self, job: WorkItem) -> None:
         """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
-        if self._client_thread is None:
-            self._poller.commit()
+        if self._kser_client_thread is None:
+            self._kser_poller.commit()
         else:
             # The client thread commits; the offset counts as committed when the group has confirmed it.
-            self._dispatch.wait_for_change(CLIENT_TIMEOUT, lambda: job.progress.is_committed(job.record.offset))
+            self._kser_work_queue.wait_for_change(CLIENT_TIMEOUT, lambda: job.tracker.is_committed(job.record.offset))
 
-    def _handle(self, value: Any) -> None:
+    def _kser_handle(self, value: Any) -> None:
         try:
             data: Any = value.decode("utf-8") if isinstance(value, bytes) else value
         except UnicodeDecodeError:
             # The registry rejects the undecodable value and calls its error hook.
             data = value
         registry = self.REGISTRY
-        if self._lending.lend_to_new(registry) and self._client_thread is not None:
-            self._beside.start()
+        if self._kser_shared_producer.attach_if_changed(registry) and self._kser_client_thread is not None:
+            self._kser_services.start()
         registry.run(data)
 
     # -- the supervisor thread -----------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _kser_supervise(self) -> None:
         try:
-            self._watch_until_stopped()
+            self._kser_supervise_until_stopped()
         except Exception as exc:
             # is_active and should_stop may be user code that raises. Without a supervisor no stop request would be
             # noticed, so the consumer stops and run() raises the error.
-            self._crash = exc
+            self._kser_crash = exc
             self.stop()
-        self._poller.ending = True
-        self._end_by = self._clock() + self.options.shutdown_timeout
-        self._workers.end()
-        self._wait_for_running()
-        for job in self._dispatch.running():
-            if self._dispatch.abandon(job):
+        self._kser_poller.shutting_down = True
+        self._kser_deadline = self._kser_clock() + self.options.shutdown_timeout
+        self._kser_worker_pool.shutdown()
+        self._kser_wait_for_running()
+        for job in self._kser_work_queue.running():
+            if self._kser_work_queue.abandon(job):
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
-                when = limit if self._interrupts.status is None else "at the second signal"
+                when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
                 self.LOGGER.warning(
-                    f"{type(self).__name__}: offset {job.record.offset} of {job.place} still runs {when}: it is"
+                    f"{type(self).__name__}: offset {job.record.offset} of {job.partition} still runs {when}: it is"
                     " abandoned, and will run again"
                 )
-        self._poller.stop(self._end_by)
-        self._see_main_out()
+        self._kser_poller.stop(self._kser_deadline)
+        self._kser_force_exit()
 
-    def _wait_for_running(self) -> None:
-        while self._dispatch.running() and self._clock() < self._end_by:
-            if self._interrupts.status is not None:
-                self._end_by = self._clock()
-            self._workers.expire()
-            self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())
+    def _kser_wait_for_running(self) -> None:
+        while self._kser_work_queue.running() and self._kser_clock() < self._kser_deadline:
+            if self._kser_shutdown_signals.status is not None:
+                self._kser_deadline = self._kser_clock()
+            self._kser_worker_pool.enforce_time_limits()
+            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())
 
-    def _see_main_out(self) -> None:
+    def _kser_force_exit(self) -> None:
         """Force the process to exit if a task still blocks the main thread; everything else has been shut down."""
-        if self._main is not threading.main_thread() or self._interrupts.get_out(lambda: self._working):
+        if self._kser_main_thread is not threading.main_thread() or self._kser_shutdown_signals.interrupt_main_thread(
+            lambda: self._kser_working
+        ):
             return
-        self._join_client()
-        self._let_go()
+        self._kser_join_client()
+        self._kser_release_running_file()
         self.LOGGER.warning(
             f"{type(self).__name__}: a message still blocks the main thread; forcing the process to exit"
         )
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(self._interrupts.status or 0)
+        os._exit(self._kser_shutdown_signals.status or 0)
 
-    def _watch_until_stopped(self) -> None:
-        while not self._stopping:
-            self._look()
-            self._workers.expire()
-            if not self._stopping and not self._client_thread.is_alive():  # type: ignore[union-attr]
+    def _kser_supervise_until_stopped(self) -> None:
+        while not self._kser_stopping:
+            self._kser_check_control_files()
+            self._kser_worker_pool.enforce_time_limits()
+            if not self._kser_stopping and not self._kser_client_thread.is_alive():  # type: ignore[union-attr]
                 raise RuntimeError("the Kafka client thread has ended unexpectedly; see the log for the cause")
-            self._interrupts.wait(WATCH)
+            self._kser_shutdown_signals.wait(SUPERVISE_INTERVAL)
 
-    def _look(self) -> None:
+    def _kser_check_control_files(self) -> None:
         """Check the control files, at most once per ``CONTROL_FILE_INTERVAL``."""
-        if self._clock() - self._last_look < TICK:
+        if self._kser_clock() - self._kser_last_check < CONTROL_FILE_INTERVAL:
             return
-        self._last_look = self._clock()
+        self._kser_last_check = self._kser_clock()
         # The flag is never cleared here; otherwise a signal that arrives during the check would be lost.
         if self.should_stop():
             self.stop()
         paused = not self.is_active()
-        self._poller.paused = paused
-        self._dispatch.pause(paused)
-        if paused and self._clock() - self._last_reminder >= PAUSE_REMINDER:
-            self._last_reminder = self._clock()
+        self._kser_poller.paused = paused
+        self._kser_work_queue.pause(paused)
+        if paused and self._kser_clock() - self._kser_last_reminder >= PAUSE_REMINDER_INTERVAL:
+            self._kser_last_reminder = self._kser_clock()
             self.LOGGER.warning("Consumer is paused")
-        self._lending.lend(self.REGISTRY)
+        self._kser_shared_producer.attach(self.REGISTRY)
 
-    def _drain(self) -> None:
+    def _kser_wait_until_idle(self) -> None:
         """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
-        while self._dispatch.running():
-            self._dispatch.wait_for_change(WATCH, lambda: not self._dispatch.running())
+        while self._kser_work_queue.running():
+            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())

@@ -12,10 +12,10 @@ from kser.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 #: Seconds between two ticks of each background service.
-TICK = 0.5
+TICK_INTERVAL = 0.5
 
 
-class Companion(Protocol):
+class BackgroundService(Protocol):
     """Periodic work that a registry needs while a consumer runs."""
 
     def tick(self) -> None:
@@ -25,16 +25,16 @@ class Companion(Protocol):
         """Release resources; the consumer is shutting down."""
 
 
-class Beside:
+class BackgroundServices:
     """The thread that runs the background services of a consumer.
 
     :param companions: returns the background services; called repeatedly, because services are added later.
     """
 
-    def __init__(self, companions: Callable[[], Sequence[Companion]]) -> None:
-        self._find = companions
-        self._companions: Sequence[Companion] = ()
-        self._over = threading.Event()
+    def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
+        self._find_services = find_services
+        self._services: Sequence[BackgroundService] = ()
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -46,12 +46,12 @@ class Beside:
             return
         waits = False
         try:
-            self._companions = self._find()
+            self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage. The thread starts anyway and loads the services after the outage.
             waits = True
-        if self._companions or waits:
-            self._thread = threading.Thread(target=self._run, name="kser-beside", daemon=True)
+        if self._services or waits:
+            self._thread = threading.Thread(target=self._run, name="kser-services", daemon=True)
             self._thread.start()
 
     def close(self, timeout: float) -> None:
@@ -59,23 +59,23 @@ class Beside:
 
         :param timeout: seconds to wait for the running tick.
         """
-        self._over.set()
+        self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout)
-        for companion in self._companions:
+        for companion in self._services:
             companion.close()
 
     def _run(self) -> None:
-        while not self._over.is_set():
-            for companion in self._companions:
+        while not self._stopped.is_set():
+            for companion in self._services:
                 companion.tick()
-            self._over.wait(TICK)
-            self._look_for_more()
+            self._stopped.wait(TICK_INTERVAL)
+            self._refresh()
 
-    def _look_for_more(self) -> None:
+    def _refresh(self) -> None:
         """Reload the services, because classes of further registries may have been registered."""
         try:
-            self._companions = self._find()
+            self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage; the next cycle reloads the services.
             pass

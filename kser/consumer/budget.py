@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Budget:
+class InFlightLimit:
     """Counter of the records in flight, with a limit of their number and bytes.
 
     :param max_count: the maximum number of records.
@@ -17,24 +17,24 @@ class Budget:
         #: The number of records in flight, and their bytes.
         self.count = self.bytes = 0
 
-    def take(self, count: int, size: int) -> None:
+    def acquire(self, count: int, size: int) -> None:
         """Count additional records in flight."""
         self.count += count
         self.bytes += size
         if count:
             self._average = max(size // count, 1)
 
-    def give(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Remove one record from the counters."""
         self.count -= 1
         self.bytes -= size
 
-    def room(self, resting: int) -> int:
+    def available(self, delayed: int) -> int:
         """Return how many more records may be in flight.
 
         :param resting: the number of records in flight that wait for a retry; these count by their bytes only.
         """
-        room = self._max_count - self.count + resting
+        room = self._max_count - self.count + delayed
         spare = self._max_bytes - self.bytes
         if room <= 0 or spare <= 0:
             return 0

@@ -69,7 +69,7 @@ class Revocation(Protocol):
         ...
 
 
-class Listener(Protocol):
+class RebalanceListener(Protocol):
     """The rebalance listener. A client may call it in a thread of its own."""
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
@@ -113,11 +113,11 @@ class ConsumerClient(ABC):
         return ""
 
     @abstractmethod
-    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         """Subscribe to ``topics`` and report rebalances to ``listener``."""
 
     @abstractmethod
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         """Serve the group membership and return new records, in order within a partition.
 
         :param timeout: seconds to wait if no record is available.
@@ -139,7 +139,7 @@ class ConsumerClient(ABC):
         """Leave the group without a commit and release all resources, within about ``timeout`` seconds."""
 
 
-def out_of_range(partition: Partition, was: int | None, begin: int, end: int, start: int) -> str:
+def out_of_range_text(partition: Partition, was: int | None, begin: int, end: int, start: int) -> str:
     """Return the log text for a position outside of the partition's log.
 
     :param was: the position; None if it is unknown.
@@ -165,7 +165,9 @@ _REMEDIES = {
 }
 
 
-def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, passing: bool = False) -> ClientError:
+def client_error(
+    what: str, servers: str, reason: object, *, fatal: bool = False, transient: bool = False
+) -> ClientError:
     """Build the error of a failed client operation.
 
     :param what: the operation, as an infinitive.
@@ -176,10 +178,10 @@ def trouble(what: str, servers: str, reason: object, *, fatal: bool = False, pas
     """
     text = f"cannot {what} at {servers}: {reason}"
     remedy = next((remedy for word, remedy in _REMEDIES.items() if word in str(reason).lower()), None)
-    return ClientError(f"{text}; {remedy}" if remedy else text, fatal=fatal, transient=passing)
+    return ClientError(f"{text}; {remedy}" if remedy else text, fatal=fatal, transient=transient)
 
 
-def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientError:
+def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
     """Build the error of a group without committed offsets whose reset policy is ``none``."""
     places = ", ".join(map(str, partitions))
     return ClientError(
@@ -188,7 +190,7 @@ def nowhere_to_begin(partitions: Iterable[Partition]) -> ClientError:
     )
 
 
-def given_up(commits: Mapping[Partition, Commit], error: Exception) -> str:
+def revoked_before_commit_text(commits: Mapping[Partition, Commit], error: Exception) -> str:
     """Return the log text for partitions that were revoked before their finished records were committed."""
     places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
     return f"partitions were revoked before {places} could be committed ({error}): messages will be redelivered"

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from kser import __hostname__, signals
 from kser.consumer.client import Partition, Record
-from kser.consumer.job import Job
+from kser.consumer.job import WorkItem
 from kser.controller import BaseProducer
 from kser.delivery import Failure
 from kser.errors import BrokerUnavailable, DeliveryError, MessageTooLarge
@@ -27,14 +27,14 @@ PREFIX = "kser-dlq-"
 #: Maximum characters of the error message: at the first try, and if the dead letter was too large with that.
 TEXT_LIMITS = (2000, 0)
 #: Time limit for writing a dead letter, in seconds.
-TIMEOUT = 10.0
+WRITE_TIMEOUT = 10.0
 #: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
-BATCH = 100
+READ_BATCH = 100
 #: Seconds that one poll waits for dead letters.
 POLL_TIMEOUT = 0.5
 
 
-class DeadLetters:
+class DeadLetterWriter:
     """Writer of dead letters.
 
     :param topic_for: returns the dead letter topic of a source topic; None if the source topic has no dead letters.
@@ -85,7 +85,7 @@ class DeadLetters:
         for limit in TEXT_LIMITS:
             headers = [*record.headers, *self._headers(record, failure, attempts, limit)]
             try:
-                self._producer().produce(topic, record.value, key=record.key, headers=headers, timeout=TIMEOUT)
+                self._producer().produce(topic, record.value, key=record.key, headers=headers, timeout=WRITE_TIMEOUT)
                 return
             except MessageTooLarge as error:
                 too_large = error
@@ -161,10 +161,10 @@ def iter_dead_letters(
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     """
     with closing(_reader(consumer, config, topic, f"kser-read-{uuid4()}", commit="never")) as reader:
-        for job in _jobs(reader, timeout):
-            if (letter := _letter(job.record)) is not None:
+        for job in _records(reader, timeout):
+            if (letter := _parse(job.record)) is not None:
                 yield letter
-            reader._dispatch.finish(job)
+            reader._kser_work_queue.task_done(job)
 
 
 def replay(
@@ -197,18 +197,18 @@ def replay(
     """
     sent = 0
     with closing(_reader(consumer, config, topic, group or f"kser-replay-{topic}")) as reader:
-        for job in _jobs(reader, timeout):
+        for job in _records(reader, timeout):
             if sent == limit:
                 break
-            letter = _letter(job.record)
+            letter = _parse(job.record)
             if letter is not None and (where is None or where(letter)):
-                reader._lending.producer().produce(
+                reader._kser_shared_producer.producer().produce(
                     to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
                 )
                 sent += 1
-            reader._dispatch.finish(job)
-            if reader._dispatch.settled % BATCH == 0:
-                reader._poller.commit()
+            reader._kser_work_queue.task_done(job)
+            if reader._kser_work_queue.finished_count % READ_BATCH == 0:
+                reader._kser_poller.commit()
     return sent
 
 
@@ -225,30 +225,30 @@ def _reader(
         dead_letter=False,
         workers=1,
         ordering="none",
-        max_in_flight=BATCH,
+        max_in_flight=READ_BATCH,
     )
     return found
 
 
-def _jobs(reader: BaseConsumer, timeout: float) -> Iterator[Job]:
+def _records(reader: BaseConsumer, timeout: float) -> Iterator[WorkItem]:
     """Iterate over the records of the topic, up to its current end."""
     deadline = time.monotonic() + timeout
     while True:
-        taken = reader._poller.turn(min(POLL_TIMEOUT, timeout))
-        while (job := reader._dispatch.take(0)) is not None:
+        taken = reader._kser_poller.poll_once(min(POLL_TIMEOUT, timeout))
+        while (job := reader._kser_work_queue.get(0)) is not None:
             yield job
             deadline = time.monotonic() + timeout
-        lag = reader._poller.lag()
+        lag = reader._kser_poller.lag()
         if not taken and reader.assignment and reader.assignment <= lag.keys() and max(lag.values()) <= 0:
             return
         if time.monotonic() > deadline:
             raise BrokerUnavailable(
-                f"the dead letters of {reader._topics[0]!r} could not be read: no response within {timeout:g} s;"
+                f"the dead letters of {reader._kser_topics[0]!r} could not be read: no response within {timeout:g} s;"
                 " check that the broker is reachable and that the topic exists"
             )
 
 
-def _letter(record: Record) -> DeadLetter | None:
+def _parse(record: Record) -> DeadLetter | None:
     """Parse a record into a dead letter; return None if it is not a dead letter."""
     ours = {name.removeprefix(PREFIX): value or b"" for name, value in record.headers if name.startswith(PREFIX)}
 

@@ -13,27 +13,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from kser.consumer.budget import Budget
-from kser.consumer.changes import Changes
-from kser.consumer.client import Commit, Listener, Partition, Record
-from kser.consumer.draining import Draining
-from kser.consumer.job import Job
-from kser.consumer.lanes import Lanes
-from kser.consumer.offsets import Progress, decode, uncommitted
-from kser.consumer.pulse import Pulse
+from kser.consumer.budget import InFlightLimit
+from kser.consumer.changes import ConditionWaiters
+from kser.consumer.client import Commit, Partition, RebalanceListener, Record
+from kser.consumer.draining import PendingRevocation
+from kser.consumer.job import WorkItem
+from kser.consumer.lanes import LaneQueue
+from kser.consumer.offsets import OffsetTracker, decode, pending_commits
+from kser.consumer.pulse import GroupLease
 from kser.delivery import TIMED_OUT, resolve
 from kser.retry import Retry
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two checks whether an expired group lease was renewed.
-FENCE_TICK = 0.1
+GROUP_LEASE_CHECK_INTERVAL = 0.1
 
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
-_is_begun = attrgetter("begun")
+_was_started = attrgetter("was_started")
 
 
-class Dispatch(Listener):
+class WorkQueue(RebalanceListener):
     """A queue of records in lanes that tracks which records are finished.
 
     :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
@@ -55,59 +55,61 @@ class Dispatch(Listener):
         revoke_timeout: float = 10,
         retry: Retry | None = None,
         commit_before: bool = False,
-        fence: float = math.inf,
+        max_silence: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ordering = ordering
-        self._budget = Budget(max_in_flight, max_bytes)
+        self._in_flight_limit = InFlightLimit(max_in_flight, max_bytes)
         self._revoke_timeout = revoke_timeout
         self._retry = retry
         #: With ``commit="before"``, returns whether an unfinished record counts as finished when offsets are computed.
-        self.is_begun: Callable[[Any], bool] | None = _is_begun if commit_before else None
+        self.counts_as_finished: Callable[[Any], bool] | None = _was_started if commit_before else None
         self.clock = clock
         #: The group lease; while it is expired, no attempt starts.
-        self.pulse = Pulse(clock, fence)
+        self.group_lease = GroupLease(clock, max_silence)
         # Re-entrant, because wait predicates call methods that acquire the lock.
         self._lock = threading.RLock()
         #: Condition for the workers: a record is ready.
-        self._work = threading.Condition(self._lock)
+        self._work_available = threading.Condition(self._lock)
         #: Waiters of all other threads: a record was started, finished, committed or detached.
-        self._changes = Changes(self._lock)
-        self._partitions: dict[Partition, Progress] = {}
-        self._away: dict[Partition, Progress] = {}
-        self._lanes = Lanes()
-        self._running: set[Job] = set()
+        self._waiters = ConditionWaiters(self._lock)
+        self._partitions: dict[Partition, OffsetTracker] = {}
+        self._revoked: dict[Partition, OffsetTracker] = {}
+        self._lanes = LaneQueue()
+        self._running: set[WorkItem] = set()
         self._idle_workers = 0
         #: The low-water mark of the records in flight that a waiting thread needs; -1 without such a thread.
-        self._low = -1
+        self._low_water_mark = -1
         self._closed = self._paused = self._assigned = False
         #: Returns the cluster id. The poller sets it.
         self.cluster: Callable[[], str] = str
         #: The number of records finished, and of attempts started, since the start of the consumer.
-        self.settled = self.begun = 0
+        self.finished_count = self.started_count = 0
 
     # -- for the client thread -----------------------------------------------------------------------------------------
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Return how many more records the queue accepts."""
-        return 0 if self._closed else self._budget.room(self._lanes.resting)
+        return 0 if self._closed else self._in_flight_limit.available(self._lanes.delayed_count)
 
     @property
     def in_flight(self) -> int:
         """The number of unfinished records of the assigned partitions, without those that wait for a retry."""
-        return self._budget.count - self._lanes.resting
+        return self._in_flight_limit.count - self._lanes.delayed_count
 
     @property
     def assignment(self) -> frozenset[Partition]:
         """The assigned partitions."""
         return frozenset(self._partitions)
 
-    def held(self) -> Collection[Partition]:
+    def blocked_partitions(self) -> Collection[Partition]:
         """Return the blocked partitions: a dead letter cannot be written, or the commit metadata is full."""
         with self._lock:
-            return {key for key, progress in self._partitions.items() if progress.is_full or progress.unburied}
+            return {
+                key for key, progress in self._partitions.items() if progress.is_full or progress.dead_letter_pending
+            }
 
-    def offer(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
+    def put(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
         """Queue records and return their number."""
         taken = 0
         with self._lock:
@@ -118,28 +120,28 @@ class Dispatch(Listener):
                     continue
                 if progress is None:
                     # Without a group, no assignment defines a start offset, so the first record does.
-                    progress = self._partitions[partition] = Progress(Commit(records[0].offset))
-                self._enter(progress, records)
+                    progress = self._partitions[partition] = OffsetTracker(Commit(records[0].offset))
+                self._track(progress, records)
                 taken += len(records)
             if taken and self._idle_workers:
-                self._work.notify(taken)
+                self._work_available.notify(taken)
         return taken
 
-    def _enter(self, progress: Progress, records: Sequence[Record]) -> None:
+    def _track(self, progress: OffsetTracker, records: Sequence[Record]) -> None:
         ordering, retry, lanes = self._ordering, self._retry, self._lanes
         count = size = 0
         for record in records:
             lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
-            job = Job(record, progress, lane, retry)
-            entered = progress.received(record.offset, job)
+            job = WorkItem(record, progress, lane, retry)
+            entered = progress.track(record.offset, job)
             if entered is None:
                 continue
             count += 1
             size += job.size
             # Otherwise an attempt from before the rebalance continues, and it already occupies the lane.
             if entered is job:
-                lanes.enter(job) if lane is not None else lanes.ready.append(job)
-        self._budget.take(count, size)
+                lanes.add(job) if lane is not None else lanes.ready.append(job)
+        self._in_flight_limit.acquire(count, size)
 
     @property
     def is_busy(self) -> bool:
@@ -150,43 +152,43 @@ class Dispatch(Listener):
     def backlog(self) -> dict[Partition, int]:
         """The number of unfinished records of each partition, without those that wait for a retry."""
         with self._lock:
-            counts = {key: len(progress.open) for key, progress in self._partitions.items()}
-            for job in self._lanes.waiting:
-                if job.place in counts:
-                    counts[job.place] -= 1
+            counts = {key: len(progress.unfinished) for key, progress in self._partitions.items()}
+            for job in self._lanes.delayed:
+                if job.partition in counts:
+                    counts[job.partition] -= 1
             return counts
 
     def commits(self) -> dict[Partition, Commit]:
         """Return the offsets that can be committed and are not committed yet."""
         with self._lock:
-            return uncommitted(self._partitions, self.is_begun)
+            return pending_commits(self._partitions, self.counts_as_finished)
 
-    def known(self) -> dict[Partition, Commit]:
+    def committed_offsets(self) -> dict[Partition, Commit]:
         """Return the committed offsets of the assigned partitions."""
         with self._lock:
             return {key: progress.committed for key, progress in self._partitions.items()}
 
-    def committed(self, commits: Mapping[Partition, Commit]) -> None:
+    def mark_committed(self, commits: Mapping[Partition, Commit]) -> None:
         """Store offsets that the group has confirmed."""
         with self._lock:
             for key, commit in commits.items():
                 if key in self._partitions:
                     self._partitions[key].committed = commit
-            self._changes.tell()
+            self._waiters.notify_satisfied()
 
     def wait_for_room(self, timeout: float, low: int) -> None:
         """Block until no more than ``low`` records are in flight, or until ``timeout`` seconds have passed."""
         with self._lock:
-            self._low = low
-            self._changes.wait(lambda: self.in_flight <= low or self._closed, timeout)
-            self._low = -1
+            self._low_water_mark = low
+            self._waiters.wait(lambda: self.in_flight <= low or self._closed, timeout)
+            self._low_water_mark = -1
 
-    def wait_for_change(self, timeout: float, until: Callable[[], bool]) -> None:
+    def wait_for_change(self, timeout: float, predicate: Callable[[], bool]) -> None:
         """Block until the predicate is true, or until ``timeout`` seconds have passed.
 
         The predicate is evaluated after every change of the queue, such as a finished record.
         """
-        self._changes.wait(until, timeout)
+        self._waiters.wait(predicate, timeout)
 
     # -- rebalances ----------------------------------------------------------------------------------------------------
 
@@ -194,69 +196,69 @@ class Dispatch(Listener):
         with self._lock:
             self._assigned = True
             for key, start in starts.items():
-                away = self._away.pop(key, None) or self._give_up(key)
+                away = self._revoked.pop(key, None) or self._detach(key)
                 # Committed offsets of a group decrease only if they were deleted; the old state is invalid then.
                 if away is None or start.offset < away.committed.offset:
-                    self._partitions[key] = Progress(start)
+                    self._partitions[key] = OffsetTracker(start)
                 else:
-                    self._adopt(key, start, away)
-                self._keep_lanes(key)
+                    self._resume_partition(key, start, away)
+                self._rejoin_lanes(key)
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
         with self._lock:
             self._assigned = True
             for key, start in starts.items():
-                self._give_up(key)
-                self._away.pop(key, None)
-                self._partitions[key] = Progress(start)
+                self._detach(key)
+                self._revoked.pop(key, None)
+                self._partitions[key] = OffsetTracker(start)
 
-    def on_revoke(self, partitions: Collection[Partition]) -> Draining:
+    def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
         with self._lock:
-            leaving = {key: progress for key in partitions if (progress := self._give_up(key)) is not None}
-            self._away.update(leaving)
-        return Draining(self, leaving, self.clock() + self._revoke_timeout)
+            leaving = {key: progress for key in partitions if (progress := self._detach(key)) is not None}
+            self._revoked.update(leaving)
+        return PendingRevocation(self, leaving, self.clock() + self._revoke_timeout)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
         self.on_revoke(partitions)
 
-    def _give_up(self, key: Partition) -> Progress | None:
+    def _detach(self, key: Partition) -> OffsetTracker | None:
         progress = self._partitions.pop(key, None)
         if progress is None:
             return None
-        for job in progress.open.values():
-            self._budget.give(job.size)
-        progress.revoke(_is_begun)
-        self._lanes.drop(progress, self._stays)
+        for job in progress.unfinished.values():
+            self._in_flight_limit.release(job.size)
+        progress.revoke(_was_started)
+        self._lanes.remove_partition(progress, self._survives_revocation)
         return progress
 
-    def _stays(self, job: Job) -> bool:
-        return job.acked or (self.is_begun is not None and job.begun)
+    def _survives_revocation(self, job: WorkItem) -> bool:
+        return job.acked or (self.counts_as_finished is not None and job.was_started)
 
-    def _adopt(self, key: Partition, start: Commit, away: Progress) -> None:
+    def _resume_partition(self, key: Partition, start: Commit, away: OffsetTracker) -> None:
         """Restore a reassigned partition, so that its running attempts and pending retries continue."""
         known = decode(start)
-        kept = {at: job for at, job in away.begun().items() if at >= start.offset and at not in known}
-        progress = self._partitions[key] = Progress(start, away.finished_ranges(), kept)
+        kept = {at: job for at, job in away.started().items() if at >= start.offset and at not in known}
+        progress = self._partitions[key] = OffsetTracker(start, away.finished_ranges(), kept)
         for job in kept.values():
-            job.progress = progress
+            job.tracker = progress
             if job.failure is not None:
-                progress.unburied.add(job.record.offset)
+                progress.dead_letter_pending.add(job.record.offset)
             self._lanes.occupy(job)
             if job not in self._running and not self._closed:
-                self._lanes.wait(job)
+                self._lanes.delay(job)
         if kept:
-            self._work.notify_all()
+            self._work_available.notify_all()
 
-    def _keep_lanes(self, key: Partition) -> None:
+    def _rejoin_lanes(self, key: Partition) -> None:
         """Occupy the lanes of running attempts that survived the revocation, so that they block their lanes again."""
         for job in self._running:
-            if job.acked and job.place == key:
-                job.progress = self._partitions[key]
+            if job.acked and job.partition == key:
+                job.tracker = self._partitions[key]
                 self._lanes.occupy(job)
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
-    def take(self, timeout: float) -> Job | None:
+    def get(self, timeout: float) -> WorkItem | None:
         """Return the next record to run; None if none is ready within ``timeout`` seconds or the queue is closed."""
         deadline = None
         lanes = self._lanes
@@ -264,9 +266,9 @@ class Dispatch(Listener):
             while True:
                 now = self.clock()
                 if (due := lanes.next_due) is not None:
-                    lanes.release(now)
-                if lanes.ready and not self._paused and now < self.pulse.until:
-                    return self._begin(lanes.ready.popleft(), now)
+                    lanes.promote_due(now)
+                if lanes.ready and not self._paused and now < self.group_lease.deadline:
+                    return self._start(lanes.ready.popleft(), now)
                 if deadline is None:
                     deadline = now + timeout
                 left = deadline - now
@@ -274,109 +276,109 @@ class Dispatch(Listener):
                     return None
                 if lanes.ready:
                     # The group lease has expired, and its renewal notifies no worker; so check again soon.
-                    left = min(left, FENCE_TICK)
+                    left = min(left, GROUP_LEASE_CHECK_INTERVAL)
                 if due is not None and not self._paused:
                     left = min(left, due - now)
                 self._idle_workers += 1
                 try:
-                    self._work.wait(left)
+                    self._work_available.wait(left)
                 finally:
                     self._idle_workers -= 1
 
-    def _begin(self, job: Job, now: float) -> Job:
-        job.begun = True
-        job.taken = now
+    def _start(self, job: WorkItem, now: float) -> WorkItem:
+        job.was_started = True
+        job.started_at = now
         self._running.add(job)
-        self.begun += 1
-        if self._changes.awaited:
-            self._changes.tell()
+        self.started_count += 1
+        if self._waiters.predicates:
+            self._waiters.notify_satisfied()
         return job
 
-    def finish(self, job: Job) -> bool:
+    def task_done(self, job: WorkItem) -> bool:
         """Mark a record as finished; return False if its partition was revoked, so that it is not committed."""
-        progress = job.progress
+        progress = job.tracker
         with self._lock:
             if job not in self._running:
                 # The attempt was abandoned or timed out meanwhile, so a later attempt at the record counts instead.
                 return True
             self._running.discard(job)
-            self.settled += 1
-            if progress.finished(job.record.offset) and not progress.revoked:
-                self._budget.give(job.size)
-                if self._low >= 0 and self.in_flight <= self._low:
-                    self._changes.wake()
-            if job.lane is not None and self._lanes.leave(job) and self._idle_workers:
-                self._work.notify()
-            if self._changes.awaited:
-                self._changes.tell()
-            return job.acked or self.is_begun is not None or not progress.revoked
+            self.finished_count += 1
+            if progress.mark_finished(job.record.offset) and not progress.revoked:
+                self._in_flight_limit.release(job.size)
+                if self._low_water_mark >= 0 and self.in_flight <= self._low_water_mark:
+                    self._waiters.notify_all()
+            if job.lane is not None and self._lanes.complete(job) and self._idle_workers:
+                self._work_available.notify()
+            if self._waiters.predicates:
+                self._waiters.notify_satisfied()
+            return job.acked or self.counts_as_finished is not None or not progress.revoked
 
-    def answer(self, job: Job) -> None:
+    def ack(self, job: WorkItem) -> None:
         """Acknowledge a running record, which the store now guarantees; its lane stays occupied until it finishes."""
         with self._lock:
-            progress = job.progress
+            progress = job.tracker
             job.acked = True
-            if job in self._running and progress.finished(job.record.offset) and not progress.revoked:
-                self._budget.give(job.size)
-            self._changes.tell()
+            if job in self._running and progress.mark_finished(job.record.offset) and not progress.revoked:
+                self._in_flight_limit.release(job.size)
+            self._waiters.notify_satisfied()
 
-    def retry(self, job: Job, seconds: float) -> None:
+    def requeue(self, job: WorkItem, seconds: float) -> None:
         """Schedule the next attempt at a record in ``seconds``; its lane stays occupied."""
         with self._lock:
-            if self._let_go(job):
-                following = job.following(self.clock() + seconds)
+            if self._remove_running(job):
+                following = job.next_attempt(self.clock() + seconds)
                 following.number += 1
-                self._follow(job, following)
+                self._schedule_next(job, following)
 
-    def bury_later(self, job: Job, seconds: float) -> None:
+    def retry_dead_letter(self, job: WorkItem, seconds: float) -> None:
         """Schedule another try to write the dead letter of a failed record in ``seconds``."""
         with self._lock:
-            if self._let_go(job):
-                job.progress.unburied.add(job.record.offset)
-                following = job.following(self.clock() + seconds)
+            if self._remove_running(job):
+                job.tracker.dead_letter_pending.add(job.record.offset)
+                following = job.next_attempt(self.clock() + seconds)
                 following.failure = job.failure
-                following.burials = job.burials + 1
-                self._follow(job, following)
+                following.dead_letter_tries = job.dead_letter_tries + 1
+                self._schedule_next(job, following)
 
-    def expire(self, job: Job, verdict: Exception, decision: list[str]) -> bool:
+    def time_out(self, job: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
         """Time out a running attempt: queue a replacement that fails with ``verdict``.
 
         :param decision: the outcome latch of the attempt.
         :return: False if the attempt has already ended.
         """
         with self._lock:
-            if job not in self._running or not resolve(decision, TIMED_OUT):
+            if job not in self._running or not resolve(outcome, TIMED_OUT):
                 return False
-            self._let_go(job)
+            self._remove_running(job)
             job.abandoned = True
-            following = job.following(0)
-            following.timeout_error = verdict
-            self._follow(job, following)
+            following = job.next_attempt(0)
+            following.timeout_error = timeout_error
+            self._schedule_next(job, following)
             return True
 
-    def abandon(self, job: Job) -> bool:
+    def abandon(self, job: WorkItem) -> bool:
         """Abandon a running attempt, so that its record stays unfinished; return False if it has already ended."""
         with self._lock:
-            job.abandoned = self._let_go(job)
+            job.abandoned = self._remove_running(job)
             return job.abandoned
 
-    def _let_go(self, job: Job) -> bool:
+    def _remove_running(self, job: WorkItem) -> bool:
         if job not in self._running:
             return False
         self._running.discard(job)
-        self._changes.tell()
+        self._waiters.notify_satisfied()
         return True
 
-    def _follow(self, job: Job, following: Job) -> None:
+    def _schedule_next(self, job: WorkItem, next_item: WorkItem) -> None:
         # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
         # record.
-        known = job.progress.replace(job.record.offset, following)
-        goes_on = job.acked or (known and (not job.progress.revoked or self._stays(following)))
+        known = job.tracker.replace(job.record.offset, next_item)
+        goes_on = job.acked or (known and (not job.tracker.revoked or self._survives_revocation(next_item)))
         if goes_on and not self._closed:
-            self._lanes.wait(following)
-            self._work.notify()
+            self._lanes.delay(next_item)
+            self._work_available.notify()
 
-    def running(self) -> list[Job]:
+    def running(self) -> list[WorkItem]:
         """Return the records that are running."""
         with self._lock:
             return list(self._running)
@@ -385,23 +387,23 @@ class Dispatch(Listener):
         """Pause or resume: a paused queue starts no attempts."""
         with self._lock:
             self._paused = paused
-            self._work.notify_all()
+            self._work_available.notify_all()
 
     def close(self) -> None:
         """Close the queue: drop all waiting records and start no more attempts."""
         with self._lock:
             self._closed = True
-            if self.is_begun is not None:
-                for job in self._lanes.waiting:
+            if self.counts_as_finished is not None:
+                for job in self._lanes.delayed:
                     logger.warning(
-                        f"offset {job.record.offset} of {job.place} waited for a retry and is dropped: with"
+                        f"offset {job.record.offset} of {job.partition} waited for a retry and is dropped: with"
                         " commit='before' it counts as finished"
                     )
             self._lanes.clear()
-            self._work.notify_all()
-            self._changes.wake()
+            self._work_available.notify_all()
+            self._waiters.notify_all()
 
-    def is_running(self, partitions: Collection[Progress]) -> bool:
+    def is_running(self, partitions: Collection[OffsetTracker]) -> bool:
         """Return whether a record of these partitions is running and not acknowledged."""
         with self._lock:
-            return any(job.progress in partitions and not job.acked for job in self._running)
+            return any(job.tracker in partitions and not job.acked for job in self._running)

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.offsets import Progress, uncommitted
+from kser.consumer.offsets import OffsetTracker, pending_commits
 
 if TYPE_CHECKING:
-    from kser.consumer.dispatch import Dispatch
+    from kser.consumer.dispatch import WorkQueue
 
 
-class Draining:
+class PendingRevocation:
     """A revocation that waits until the running records of its partitions finish, or until a deadline."""
 
-    def __init__(self, dispatch: Dispatch, leaving: Mapping[Partition, Progress], deadline: float) -> None:
-        self._dispatch = dispatch
+    def __init__(self, work_queue: WorkQueue, leaving: Mapping[Partition, OffsetTracker], deadline: float) -> None:
+        self._work_queue = work_queue
         self._leaving = leaving
         self._deadline = deadline
         #: Returns the offsets to commit before the revocation completes.
@@ -25,12 +25,12 @@ class Draining:
     @property
     def drained(self) -> bool:
         """Whether no record of the partitions is running, or the deadline has passed."""
-        running = self._dispatch.is_running(list(self._leaving.values()))
-        return not running or self._dispatch.clock() >= self._deadline
+        running = self._work_queue.is_running(list(self._leaving.values()))
+        return not running or self._work_queue.clock() >= self._deadline
 
     def wait(self) -> None:
         """Block until the partitions are drained."""
-        self._dispatch.wait_for_change(max(self._deadline - self._dispatch.clock(), 0), lambda: self.drained)
+        self._work_queue.wait_for_change(max(self._deadline - self._work_queue.clock(), 0), lambda: self.drained)
 
     def _finished(self) -> Mapping[Partition, Commit]:
-        return uncommitted(self._leaving, self._dispatch.is_begun)
+        return pending_commits(self._leaving, self._work_queue.counts_as_finished)

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kser.consumer.beside import Companion
+from kser.consumer.beside import BackgroundService
 from kser.controller import BaseProducer
 
 
-class Lending:
+class SharedProducer:
     """The producer of a consumer, created at its first use.
 
     :param make: creates the producer.
@@ -20,7 +20,7 @@ class Lending:
         self._make = make
         self._lock = threading.Lock()
         self._producer: BaseProducer | None = None
-        self._known: Any = None
+        self._attached_to: Any = None
 
     def producer(self) -> BaseProducer:
         """Return the producer; create it at the first call."""
@@ -29,29 +29,29 @@ class Lending:
                 self._producer = self._make()
             return self._producer
 
-    def lend(self, controller: Any) -> None:
+    def attach(self, controller: Any) -> None:
         """Attach the producer to the registries of a controller's classes, so that their tasks can send.
 
         Call it regularly: classes are registered later, and other consumers of the process attach and detach theirs.
         """
-        self._known = controller, len(getattr(controller, "ENTRYPOINTS", ()))
+        self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):
             registry._kser_set_fallback_producer(self.producer)
 
-    def lend_to_new(self, controller: Any) -> bool:
+    def attach_if_changed(self, controller: Any) -> bool:
         """Attach the producer if the controller or its number of classes has changed; return whether it has."""
-        if self._known == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
+        if self._attached_to == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
             return False
-        self.lend(controller)
+        self.attach(controller)
         return True
 
-    def companions(self) -> list[Companion]:
+    def background_services(self) -> list[BackgroundService]:
         """Return the background services of the registries that the producer is attached to, without duplicates."""
-        controller, _ = self._known or (None, 0)
+        controller, _ = self._attached_to or (None, 0)
         found = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
         return list({id(companion): companion for companion in found if companion is not None}.values())
 
-    def take_back(self, controller: Any) -> None:
+    def detach(self, controller: Any) -> None:
         """Detach the producer from the registries of a controller's classes."""
         for registry in _registries(controller):
             registry._kser_clear_fallback_producer(self.producer)

@@ -18,21 +18,21 @@ from zlib import crc32
 from kser.consumer.client import Commit, Partition
 
 PREFIX = "kser:"
-SIZE_PREFIX = "of:"
+COUNT_PREFIX = "of:"
 #: Maximum characters of the metadata; brokers accept 4096 bytes (``offset.metadata.max.bytes``).
 METADATA_LIMIT = 4000
 
 
-def seal(metadata: str) -> str:
+def add_checksum(metadata: str) -> str:
     """Add the checksum to metadata, as written to Kafka."""
     return f"{metadata};{crc32(metadata.encode()):08x};" if metadata else ""
 
 
-def unseal(written: str) -> str:
+def strip_checksum(written: str) -> str:
     """Verify and remove the checksum of metadata read from Kafka; return "" if it is foreign or damaged."""
     metadata, _, rest = written.partition(";")
     # confluent-kafka may read past the end of the metadata, so text behind the checksum is ignored.
-    return metadata if written.startswith(seal(metadata)) and rest else ""
+    return metadata if written.startswith(add_checksum(metadata)) and rest else ""
 
 
 class Ranges:
@@ -76,7 +76,7 @@ def decode(commit: Commit) -> Ranges:
     return Ranges(zip(edges[1::2], edges[2::2], strict=False))
 
 
-class Sizes:
+class PartitionCounts:
     """The partition counts of topics, used to recognise partitions added after the group had subscribed.
 
     Partitions added later were empty when the group subscribed, so the group starts at their beginning even with
@@ -88,29 +88,29 @@ class Sizes:
 
     def __init__(self, reset: str) -> None:
         self._in_commits = reset == "latest"
-        self._sizes: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
 
-    def see(self, topic: str, size: int) -> None:
+    def observe(self, topic: str, count: int) -> None:
         """Record the current partition count of a topic, at the first call for the topic."""
-        self._sizes.setdefault(topic, size)
+        self._counts.setdefault(topic, count)
 
-    def note(self, key: Partition, commit: Commit) -> Commit:
+    def annotate(self, key: Partition, commit: Commit) -> Commit:
         """Return the commit with the partition count of the topic in its metadata."""
-        size = self._sizes.get(key.topic) if self._in_commits else None
-        return commit if size is None else Commit(commit.offset, f"{SIZE_PREFIX}{size} {commit.metadata}".rstrip())
+        size = self._counts.get(key.topic) if self._in_commits else None
+        return commit if size is None else Commit(commit.offset, f"{COUNT_PREFIX}{size} {commit.metadata}".rstrip())
 
-    def learn(self, key: Partition, commit: Commit) -> None:
+    def restore(self, key: Partition, commit: Commit) -> None:
         """Restore the partition count of a topic from a commit of the group; the smallest count applies."""
-        word = commit.metadata.partition(" ")[0].removeprefix(SIZE_PREFIX)
-        if commit.metadata.startswith(SIZE_PREFIX) and word.isdigit():
-            self._sizes[key.topic] = min(int(word), self._sizes.get(key.topic, int(word)))
+        word = commit.metadata.partition(" ")[0].removeprefix(COUNT_PREFIX)
+        if commit.metadata.startswith(COUNT_PREFIX) and word.isdigit():
+            self._counts[key.topic] = min(int(word), self._counts.get(key.topic, int(word)))
 
-    def was_added(self, key: Partition) -> bool:
+    def is_new_partition(self, key: Partition) -> bool:
         """Return whether a partition was added after the group had subscribed."""
-        return key.partition >= self._sizes[key.topic]
+        return key.partition >= self._counts[key.topic]
 
 
-class Progress:
+class OffsetTracker:
     """The offset tracker of one assigned partition: which records were received, and which of them are unfinished.
 
     :param start: the committed offset of the group.
@@ -120,54 +120,54 @@ class Progress:
     """
 
     def __init__(
-        self, start: Commit, known: Iterable[tuple[int, int]] = (), kept: dict[int, Any] | None = None
+        self, start: Commit, known: Iterable[tuple[int, int]] = (), carried_over: dict[int, Any] | None = None
     ) -> None:
         #: The items of the unfinished records by offset, in order.
-        self.open: dict[int, Any] = {}
+        self.unfinished: dict[int, Any] = {}
         #: The offset behind the last received record.
-        self.following = start.offset
+        self.next_offset = start.offset
         #: The last confirmed commit.
         self.committed = start
         #: Whether the partition is revoked; no record of a revoked partition starts.
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
-        self.unburied: set[int] = set()
+        self.dead_letter_pending: set[int] = set()
         self._finished = Ranges((*decode(start), *known))
-        self._kept = kept or {}
-        self._early: set[int] = set()
-        self._new_from = max((self._finished.end, *(offset + 1 for offset in self._kept)))
+        self._carried_over = carried_over or {}
+        self._finished_early: set[int] = set()
+        self._first_unseen = max((self._finished.end, *(offset + 1 for offset in self._carried_over)))
 
-    def received(self, offset: int, item: Any) -> Any:
+    def track(self, offset: int, item: Any) -> Any:
         """Track a received record. Records of a partition must arrive in order.
 
         :return: ``item`` if the record is new and must start, an earlier item if an attempt at the record already
             exists, and None if the record is already finished.
         """
-        if offset < self.following:
+        if offset < self.next_offset:
             return None
-        self.following = offset + 1
-        if offset < self._new_from:
-            if offset in self._finished or offset in self._early:
-                self._early.discard(offset)
+        self.next_offset = offset + 1
+        if offset < self._first_unseen:
+            if offset in self._finished or offset in self._finished_early:
+                self._finished_early.discard(offset)
                 return None
-            item = self._kept.pop(offset, item)
-        self.open[offset] = item
+            item = self._carried_over.pop(offset, item)
+        self.unfinished[offset] = item
         return item
 
-    def finished(self, offset: int) -> bool:
+    def mark_finished(self, offset: int) -> bool:
         """Mark a record as finished; return whether it was received during this assignment and unfinished."""
-        self.unburied.discard(offset)
-        if offset in self.open:
-            del self.open[offset]
+        self.dead_letter_pending.discard(offset)
+        if offset in self.unfinished:
+            del self.unfinished[offset]
             return True
-        if self._kept.pop(offset, None) is not None:
+        if self._carried_over.pop(offset, None) is not None:
             # The record finished before the client returned it again, so its redelivery must be dropped.
-            self._early.add(offset)
+            self._finished_early.add(offset)
         return False
 
     def replace(self, offset: int, item: Any) -> bool:
         """Replace the item of an unfinished record; return False if the tracker does not contain the record."""
-        place = self.open if offset in self.open else self._kept
+        place = self.unfinished if offset in self.unfinished else self._carried_over
         if offset in place:
             place[offset] = item
             return True
@@ -179,40 +179,40 @@ class Progress:
         :param unfinished: the unfinished offsets of the received records, in order; defaults to all tracked ones.
         """
         start = self.committed.offset
-        for offset in self.open if unfinished is None else unfinished:
+        for offset in self.unfinished if unfinished is None else unfinished:
             if start < offset:
                 yield start, offset
             start = offset + 1
-        if start < self.following:
-            yield start, self.following
-        for offset in self._early:
+        if start < self.next_offset:
+            yield start, self.next_offset
+        for offset in self._finished_early:
             yield offset, offset + 1
         for start, end in self._finished:
-            if end > self.following:
-                yield max(start, self.following), end
+            if end > self.next_offset:
+                yield max(start, self.next_offset), end
 
-    def revoke(self, is_begun: Callable[[Any], bool]) -> None:
+    def revoke(self, was_started: Callable[[Any], bool]) -> None:
         """Mark the partition as revoked: discard the items that have not started. Their records stay unfinished."""
         self.revoked = True
-        for offset, item in self.open.items():
-            if not is_begun(item):
-                self.open[offset] = None
+        for offset, item in self.unfinished.items():
+            if not was_started(item):
+                self.unfinished[offset] = None
 
-    def begun(self) -> dict[int, Any]:
+    def started(self) -> dict[int, Any]:
         """Return the started and unfinished items. Call it after :meth:`revoke`."""
-        return {**{offset: item for offset, item in self.open.items() if item is not None}, **self._kept}
+        return {**{offset: item for offset, item in self.unfinished.items() if item is not None}, **self._carried_over}
 
-    def commit(self, is_begun: Callable[[Any], bool] | None = None) -> Commit:
+    def commit(self, counts_as_finished: Callable[[Any], bool] | None = None) -> Commit:
         """Return the commit for the current state.
 
         :param is_begun: returns whether an unfinished item counts as finished because it has started; None if no item
             does.
         """
-        unfinished: Collection[int] = self.open
-        if is_begun is not None:
-            unfinished = [at for at, item in self.open.items() if item is None or not is_begun(item)]
-        offset = next(iter(unfinished), self.following)
-        if self.following - offset == len(unfinished) and self.following >= self._new_from:
+        unfinished: Collection[int] = self.unfinished
+        if counts_as_finished is not None:
+            unfinished = [at for at, item in self.unfinished.items() if item is None or not counts_as_finished(item)]
+        offset = next(iter(unfinished), self.next_offset)
+        if self.next_offset - offset == len(unfinished) and self.next_offset >= self._first_unseen:
             return Commit(offset)
         finished = Ranges(self.finished_ranges(unfinished))
         if not unfinished:
@@ -227,23 +227,27 @@ class Progress:
     @property
     def is_full(self) -> bool:
         """Whether the metadata could exceed its limit, for the worst order in which the open records finish."""
-        if not self.open:
+        if not self.unfinished:
             return False
-        span = self.following - next(iter(self.open))
-        gaps: int = min(len(self.open), (span + 1) // 2)
+        span = self.next_offset - next(iter(self.unfinished))
+        gaps: int = min(len(self.unfinished), (span + 1) // 2)
         # Each gap takes the digits of its length and of the finished range behind it, and two commas.
-        above = sum(1 for _, end in self._finished if end > self.following) if self.following < self._new_from else 0
+        above = (
+            sum(1 for _, end in self._finished if end > self.next_offset)
+            if self.next_offset < self._first_unseen
+            else 0
+        )
         return gaps * (4 + len(f"{span // gaps:x}")) + above * 10 > METADATA_LIMIT
 
 
-def uncommitted(
-    partitions: Mapping[Partition, Progress], is_begun: Callable[[Any], bool] | None
+def pending_commits(
+    partitions: Mapping[Partition, OffsetTracker], counts_as_finished: Callable[[Any], bool] | None
 ) -> dict[Partition, Commit]:
     """Return the offsets of these partitions that can be committed and are not committed yet.
 
     :param is_begun: see :meth:`OffsetTracker.commit`.
     """
-    found = ((key, progress, progress.commit(is_begun)) for key, progress in partitions.items())
+    found = ((key, progress, progress.commit(counts_as_finished)) for key, progress in partitions.items())
     return {key: commit for key, progress, commit in found if commit != progress.committed}
 
 

@@ -26,7 +26,7 @@ _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
 _LOWEST: Mapping[str, float] = {"workers": 1, "max_in_flight": 1, "max_buffered_bytes": 1}
 
 
-class Given(TypedDict, total=False):
+class ConsumerKwargs(TypedDict, total=False):
     """The options as keyword arguments; None has the same effect as no argument."""
 
     workers: int | None
@@ -72,7 +72,7 @@ class ConsumerOptions:
     stall_timeout: float = 300
 
     @classmethod
-    def of(cls, settings: Settings, given: Given) -> Self:
+    def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
         """Create the options from ``given``; take missing ones from the settings.
 
         :raises kser.errors.UsageError: ``given`` has an unknown option.
@@ -83,7 +83,7 @@ class ConsumerOptions:
             if name not in names:
                 nearest = difflib.get_close_matches(name, [*names, "config", "topics", "app"], n=1, cutoff=0)[0]
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
-        found = {name: _found(name, given.get(name), settings) for name in names}
+        found = {name: _resolve(name, given.get(name), settings) for name in names}
         return cls(**{name: value for name, value in found.items() if value is not None})
 
     def dead_letter_topic(self, topic: str) -> str | None:
@@ -123,7 +123,7 @@ def reset_policy(option: str, value: Any, default: str) -> str:
     return _RESETS[value]
 
 
-def _found(name: str, given: Any, settings: Settings) -> Any:
+def _resolve(name: str, given: Any, settings: Settings) -> Any:
     setting = f"KSER_{name.upper()}"
     source = name if given is not None else setting
     value = given if given is not None else settings.get(setting)

@@ -12,26 +12,26 @@ from contextlib import suppress
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Revocation
-from kser.consumer.dispatch import Dispatch
+from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Revocation
+from kser.consumer.dispatch import WorkQueue
 from kser.consumer.options import NEVER
 from kser.errors import ClientError, KserError
 
 #: Seconds that a poll waits for records if there is no other work.
 POLL_TIMEOUT = 0.5
 #: Longest time in seconds between two polls while the work queue is full, because the group membership needs polls.
-KEEP_ALIVE = 1.0
+MAX_POLL_GAP = 1.0
 #: Seconds that a poll waits while a message runs whose offset must be committed immediately.
-EAGER_POLL = 0.05
+BUSY_POLL_TIMEOUT = 0.05
 #: Seconds that a poll waits during the shutdown, when polls only serve the group membership.
-ENDING_POLL = 0.05
+SHUTDOWN_POLL_TIMEOUT = 0.05
 #: Time limit in seconds of a commit and of closing the client, so that an unreachable broker cannot block the shutdown.
 CLIENT_TIMEOUT = 1.2
 
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
 
 
-class Poller(Listener):
+class Poller(RebalanceListener):
     """The poll loop: moves records from the client to the work queue and commits the finished ones.
 
     :param connect: creates a client; called again after a fatal error of the client.
@@ -47,7 +47,7 @@ class Poller(Listener):
         self,
         connect: Callable[[], ConsumerClient],
         topics: Iterable[str],
-        dispatch: Dispatch,
+        work_queue: WorkQueue,
         *,
         commit: str,
         interval: float,
@@ -56,25 +56,25 @@ class Poller(Listener):
     ) -> None:
         self._connect = connect
         self._topics = topics
-        self._dispatch = dispatch
+        self._work_queue = work_queue
         self._interval = interval
         self._stall_timeout = stall_timeout
         self._logger, self._name = say
-        self._clock = dispatch.clock
+        self._clock = work_queue.clock
         #: Whether fetching is paused.
         self.paused = False
         #: Whether the consumer is shutting down: no records are fetched, but finished records are still committed.
-        self.ending = False
+        self.shutting_down = False
         self._closing = False
         self._stop = threading.Event()
-        self._until = 0.0
-        self._troubles = 0
-        self._trouble: dict[str, str] = {}
+        self._deadline = 0.0
+        self._error_count = 0
+        self._errors: dict[str, str] = {}
         self._last_commit = self._last_progress = self._clock()
-        self._settled = 0
+        self._seen_finished = 0
         self._stalled = False
-        self._client: ConsumerClient | None = self._subscribed()
-        dispatch.cluster = lambda: self._client.cluster if self._client is not None else ""
+        self._client: ConsumerClient | None = self._connect_and_subscribe()
+        work_queue.cluster = lambda: self._client.cluster if self._client is not None else ""
         self._mode = commit if self._client.can_commit else NEVER
 
     @property
@@ -88,85 +88,89 @@ class Poller(Listener):
         """Poll until :meth:`stop` is called, then :meth:`close`."""
         try:
             while not self._stop.is_set():
-                self.turn(POLL_TIMEOUT)
+                self.poll_once(POLL_TIMEOUT)
         finally:
             self.close()
 
-    def stop(self, until: float) -> None:
+    def stop(self, deadline: float) -> None:
         """Stop the loop after the current poll.
 
         :param until: the deadline for retrying the final commit, by the clock of the work queue.
         """
-        self._until = until
+        self._deadline = deadline
         self._stop.set()
 
-    def turn(self, timeout: float) -> int:
+    def poll_once(self, timeout: float) -> int:
         """Poll once, queue the received records and commit if a commit is due.
 
         :param timeout: the longest time in seconds to wait for records.
         :return: the number of records queued.
         """
-        taken = self._guard(lambda: self._take(timeout), timeout)
+        taken = self._guard(lambda: self._fetch(timeout), timeout)
         self._guard(self.commit_when_due, timeout)
-        self._guard(lambda: self._look_for_stall(taken), timeout)
+        self._guard(lambda: self._check_stall(taken), timeout)
         return taken
 
-    def _guard(self, what: Callable[[], int], timeout: float) -> int:
+    def _guard(self, call: Callable[[], int], timeout: float) -> int:
         """Call a function that uses the client. After an exception, log it, back off and return 0."""
         try:
-            return what()
+            return call()
         except ClientError as trouble:
-            self._suffer(trouble, timeout)
+            self._back_off(trouble, timeout)
         except KserError as error:
-            self._suffer(ClientError(error.message), timeout)
+            self._back_off(ClientError(error.message), timeout)
         except Exception as exc:
             text = f"the Kafka client raised an unexpected error: {exc!r}"
-            if text != self._trouble.get("poll"):
+            if text != self._errors.get("poll"):
                 self._logger.exception(f"{self._name}: {text}")
             # The state of the client is unknown after an unexpected exception, so replace the client.
-            self._suffer(ClientError(text, fatal=True), timeout)
+            self._back_off(ClientError(text, fatal=True), timeout)
         return 0
 
-    def _take(self, timeout: float) -> int:
+    def _fetch(self, timeout: float) -> int:
         if self._client is None:
-            self._client = self._subscribed()
-        if self._dispatch.pulse.is_weak:
+            self._client = self._connect_and_subscribe()
+        if self._work_queue.group_lease.is_expired:
             self._prove_membership(self._client)
-        self._dispatch.pulse.beat()
+        self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
-        batches = self._client.poll(self._patience(timeout, limit), limit, self._dispatch.held())
+        batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._work_queue.blocked_partitions())
         self._recover()
-        return self._dispatch.offer(batches) if batches else 0
+        return self._work_queue.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
         """Return how many records to fetch; wait for capacity first, but poll in time for the group membership."""
-        if self.paused or self.ending:
+        if self.paused or self.shutting_down:
             return 0
-        room = self._dispatch.room()
-        enough = self._dispatch.in_flight // 2
+        room = self._work_queue.capacity()
+        enough = self._work_queue.in_flight // 2
         # Wait for capacity, because fetching a few records at a time would cost one poll each. With interval 0, wait
         # for a finished record too, because no offset can be committed while a poll blocks.
-        if timeout and (room <= enough or (not self._interval and self._dispatch.in_flight and self._dispatch.is_busy)):
-            wait = min(KEEP_ALIVE, self._until_commit())
-            seen = self._dispatch.settled + self._dispatch.begun
+        if timeout and (
+            room <= enough or (not self._interval and self._work_queue.in_flight and self._work_queue.is_busy)
+        ):
+            wait = min(MAX_POLL_GAP, self._until_commit())
+            seen = self._work_queue.finished_count + self._work_queue.started_count
             if self._interval:
-                self._dispatch.wait_for_room(wait, enough)
+                self._work_queue.wait_for_room(wait, enough)
             else:
-                self._dispatch.wait_for_change(wait, lambda: self._dispatch.settled + self._dispatch.begun != seen)
-            room = self._dispatch.room()
+                self._work_queue.wait_for_change(
+                    wait, lambda: self._work_queue.finished_count + self._work_queue.started_count != seen
+                )
+            room = self._work_queue.capacity()
         return room
 
-    def _patience(self, timeout: float, limit: int) -> float:
-        if self.ending:
-            return min(timeout, ENDING_POLL)
+    def _poll_timeout(self, timeout: float, limit: int) -> float:
+        if self.shutting_down:
+            return min(timeout, SHUTDOWN_POLL_TIMEOUT)
         if not limit and not self.paused:
             return 0
-        if not self._interval and self._dispatch.in_flight:
-            return 0 if self._dispatch.is_busy else min(timeout, EAGER_POLL)
-        return min(timeout, max(self._until_commit(), EAGER_POLL)) if self._dispatch.in_flight else timeout
+        if not self._interval and self._work_queue.in_flight:
+            return 0 if self._work_queue.is_busy else min(timeout, BUSY_POLL_TIMEOUT)
+        return min(timeout, max(self._until_commit(), BUSY_POLL_TIMEOUT)) if self._work_queue.in_flight else timeout
 
     def _until_commit(self) -> float:
-        return max(self._last_commit + self._interval - self._clock(), 0) if self._interval else KEEP_ALIVE
+        return max(self._last_commit + self._interval - self._clock(), 0) if self._interval else MAX_POLL_GAP
 
     def lag(self) -> Mapping[Partition, int]:
         """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
@@ -180,13 +184,13 @@ class Poller(Listener):
 
         :raises kser.errors.ClientError: this client is no member, or the group does not respond.
         """
-        known = self._dispatch.known()
+        known = self._work_queue.committed_offsets()
         if known and self._mode != NEVER:
             try:
                 client.commit(known, CLIENT_TIMEOUT)
             except ClientError:
                 # The client detects the lost membership by itself, but only during a poll.
-                self._dispatch.offer(client.poll(ENDING_POLL, 0, ()))
+                self._work_queue.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
                 raise
 
     # -- commits -------------------------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ class Poller(Listener):
     def commit(self) -> int:
         """Commit finished records; return the number of partitions committed."""
         self._last_commit = self._clock()
-        commits = {} if self._mode == NEVER else self._dispatch.commits()
+        commits = {} if self._mode == NEVER else self._work_queue.commits()
         if not commits or self._client is None:
             return 0
         try:
@@ -208,7 +212,7 @@ class Poller(Listener):
             self._report("commit", trouble)
             return 0
         self._report("commit", None)
-        self._dispatch.committed(commits)
+        self._work_queue.mark_committed(commits)
         if not self._interval:
             self._logger.debug(f"{self._name}: Manual commit done.")
         return len(commits)
@@ -216,29 +220,29 @@ class Poller(Listener):
     # -- rebalances ----------------------------------------------------------------------------------------------------
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        self._dispatch.on_assign(starts)
+        self._work_queue.on_assign(starts)
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        self._dispatch.on_reset(starts)
+        self._work_queue.on_reset(starts)
 
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
         if self._closing:
             # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good.
             # So return an empty revocation, which commits nothing.
-            return self._dispatch.on_revoke(())
-        draining = self._dispatch.on_revoke(partitions)
+            return self._work_queue.on_revoke(())
+        draining = self._work_queue.on_revoke(partitions)
         if self._mode == NEVER:
             draining.commits = dict
         return draining
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
-        self._dispatch.on_lost(partitions)
+        self._work_queue.on_lost(partitions)
 
     # -- the client ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Commit finished records, leave the group and close the client."""
-        self._commit_the_rest()
+        self._final_commit()
         client, self._client = self._client, None
         if client is not None:
             self._closing = True
@@ -247,29 +251,29 @@ class Poller(Listener):
             except Exception:
                 self._logger.exception(f"{self._name}: the Kafka client could not be closed cleanly")
 
-    def _commit_the_rest(self) -> None:
+    def _final_commit(self) -> None:
         """Commit finished records and retry until the deadline, because uncommitted records will run again."""
-        while rest := {} if self._mode == NEVER else self._dispatch.commits():
+        while rest := {} if self._mode == NEVER else self._work_queue.commits():
             self._guard(self.commit, 0)
-            done = not self._dispatch.commits() and self._client is not None
+            done = not self._work_queue.commits() and self._client is not None
             if done:
                 return
-            if self._client is None or self._clock() >= self._until:
+            if self._client is None or self._clock() >= self._deadline:
                 places = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
                 self._logger.warning(
                     f"{self._name}: finished messages could not be committed and will be redelivered: {places}"
                 )
                 return
             # A client that lost its membership rejoins the group only during a poll.
-            self._guard(self._keep_place, 0)
-            threading.Event().wait(ENDING_POLL)
+            self._guard(self._stay_in_group, 0)
+            threading.Event().wait(SHUTDOWN_POLL_TIMEOUT)
 
-    def _keep_place(self) -> int:
+    def _stay_in_group(self) -> int:
         if self._client is not None:
-            self._dispatch.offer(self._client.poll(ENDING_POLL, 0, ()))
+            self._work_queue.put(self._client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
         return 0
 
-    def _subscribed(self) -> ConsumerClient:
+    def _connect_and_subscribe(self) -> ConsumerClient:
         client = self._connect()
         try:
             client.subscribe(self._topics, self)
@@ -278,47 +282,47 @@ class Poller(Listener):
             raise
         return client
 
-    def _suffer(self, trouble: ClientError, timeout: float) -> None:
+    def _back_off(self, error: ClientError, timeout: float) -> None:
         """Log the error, replace the client after a fatal one, and back off exponentially before the next poll."""
-        self._report("poll", trouble)
-        self._troubles += 1
-        if trouble.fatal and self._client is not None:
+        self._report("poll", error)
+        self._error_count += 1
+        if error.fatal and self._client is not None:
             client, self._client = self._client, None
-            self.on_lost(self._dispatch.assignment)
+            self.on_lost(self._work_queue.assignment)
             with suppress(Exception):
                 client.close(0)
         state = RetryCallState(Retrying(), None, (), {})
-        state.attempt_number = self._troubles
+        state.attempt_number = self._error_count
         self._stop.wait(min(_BACKOFF(state), timeout))
 
     def _recover(self) -> None:
-        if self._troubles:
-            self._troubles = 0
+        if self._error_count:
+            self._error_count = 0
             self._report("poll", None)
 
-    def _report(self, activity: str, trouble: ClientError | None) -> None:
+    def _report(self, activity: str, error: ClientError | None) -> None:
         """Log an error of the client once, each change of the error, and the recovery."""
-        text = trouble.message if trouble else ""
-        if text != self._trouble.get(activity, ""):
-            self._trouble[activity] = text
-            if trouble:
-                level = logging.INFO if trouble.transient else logging.ERROR
+        text = error.message if error else ""
+        if text != self._errors.get(activity, ""):
+            self._errors[activity] = text
+            if error:
+                level = logging.INFO if error.transient else logging.ERROR
                 self._logger.log(level, f"{self._name}: {text}; trying again")
             else:
                 self._logger.info(f"{self._name}: the Kafka client can {activity} again")
 
     # -- stalls --------------------------------------------------------------------------------------------------------
 
-    def _look_for_stall(self, taken: int) -> int:
+    def _check_stall(self, taken: int) -> int:
         """Log a stall once: lag without progress. Return the number of stalled partitions."""
-        settled, now = self._dispatch.settled, self._clock()
-        if taken or settled != self._settled or self.paused or self.ending:
-            self._settled, self._last_progress, self._stalled = settled, now, False
+        settled, now = self._work_queue.finished_count, self._clock()
+        if taken or settled != self._seen_finished or self.paused or self.shutting_down:
+            self._seen_finished, self._last_progress, self._stalled = settled, now, False
             return 0
         lag: dict[Partition, int] = {}
         if not self._stalled and now - self._last_progress >= self._stall_timeout:
             self._last_progress = now
-            here = self._dispatch.backlog
+            here = self._work_queue.backlog
             lag = {key: count + here.pop(key, 0) for key, count in self.lag().items()}
             lag = {key: count for key, count in {**here, **lag}.items() if count > 0}
             if lag:
@@ -326,17 +330,17 @@ class Poller(Listener):
                 places = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
                 self._logger.error(
                     f"{self._name}: no message was finished for {self._stall_timeout:g} s, but partitions lag:"
-                    f" {places}; {self._running()}"
+                    f" {places}; {self._describe_running()}"
                 )
         return len(lag)
 
-    def _running(self) -> str:
-        jobs = self._dispatch.running()
+    def _describe_running(self) -> str:
+        jobs = self._work_queue.running()
         if not jobs:
             return "no message is being handled: check that the group is stable and that dead letters can be written"
-        oldest = min(jobs, key=lambda job: job.taken)
-        age = self._clock() - oldest.taken
+        oldest = min(jobs, key=lambda job: job.started_at)
+        age = self._clock() - oldest.started_at
         return (
             f"{len(jobs)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.place}; set TIMEOUT on its class, or add workers"
+            f" {oldest.partition}; set TIMEOUT on its class, or add workers"
         )

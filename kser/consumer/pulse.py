@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 
-class Pulse:
+class GroupLease:
     """A lease on the group membership, renewed by each poll of the client.
 
     If the process was stopped or starved and did not poll for a long time, the group may have reassigned its
@@ -16,17 +16,17 @@ class Pulse:
     :param fence: the duration of the lease, in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float], fence: float = math.inf) -> None:
+    def __init__(self, clock: Callable[[], float], max_silence: float = math.inf) -> None:
         self._clock = clock
-        self._fence = fence
+        self._max_silence = max_silence
         #: The time at which the lease expires, by the clock.
-        self.until = clock() + fence
+        self.deadline = clock() + max_silence
 
-    def beat(self) -> None:
+    def renew(self) -> None:
         """Renew the lease; call it while the client is in its group."""
-        self.until = self._clock() + self._fence
+        self.deadline = self._clock() + self._max_silence
 
     @property
-    def is_weak(self) -> bool:
+    def is_expired(self) -> bool:
         """Whether the lease has expired."""
-        return self._clock() >= self.until
+        return self._clock() >= self.deadline

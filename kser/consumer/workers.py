@@ -8,19 +8,19 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from kser.consumer.deadletter import DeadLetters
-from kser.consumer.dispatch import Dispatch
-from kser.consumer.job import Job
+from kser.consumer.deadletter import DeadLetterWriter
+from kser.consumer.dispatch import WorkQueue
+from kser.consumer.job import WorkItem
 from kser.delivery import FAILED, AttemptAbandoned, current_attempt
 from kser.errors import TaskTimeout
 
 #: Seconds that a worker waits for a record before it checks the stop flag.
-IDLE = 0.5
+IDLE_WAIT = 0.5
 #: The first and the longest back-off, in seconds, after a failed write of a dead letter.
 DEAD_LETTER_DELAYS = (1.0, 30.0)
 
 
-class Workers:
+class WorkerPool:
     """A pool of workers: each takes items from the work queue, runs the registry and applies the outcome.
 
     :param dispatch: the work queue.
@@ -33,18 +33,18 @@ class Workers:
 
     def __init__(
         self,
-        dispatch: Dispatch,
-        begin: Callable[[Job], None] | None,
+        work_queue: WorkQueue,
+        before_attempt: Callable[[WorkItem], None] | None,
         handle: Callable[[Any], Any],
-        dead_letters: DeadLetters,
-        count: int,
+        dead_letters: DeadLetterWriter,
+        size: int,
         say: tuple[logging.Logger, str],
     ) -> None:
-        self._dispatch = dispatch
-        self._begin = begin
+        self._work_queue = work_queue
+        self._before_attempt = before_attempt
         self._handle = handle
         self._dead_letters = dead_letters
-        self._threads = count
+        self._size = size
         self._logger, self._name = say
         #: Counters of permanently failed records (``failed``) and of retries (``retried``).
         self.counts: Counter[str] = Counter()
@@ -53,62 +53,62 @@ class Workers:
         self.interrupt: KeyboardInterrupt | None = None
         #: Set, possibly by a signal handler, to start no more attempts; a call of :meth:`shutdown` follows.
         self.stopping = False
-        self._ended = threading.Event()
+        self._shut_down = threading.Event()
 
     def start(self) -> None:
         """Start the threads if there is more than one worker."""
-        if self._threads > 1:
-            for _ in range(self._threads):
+        if self._size > 1:
+            for _ in range(self._size):
                 self._spawn()
 
     def work(self) -> None:
         """Run the only worker in this thread, or wait for the worker threads; return after :meth:`shutdown`."""
-        if self._threads == 1:
+        if self._size == 1:
             self._work()
-        while not self._ended.wait(IDLE):
+        while not self._shut_down.wait(IDLE_WAIT):
             # The wait has a timeout, because a wait without one would block signal handlers.
             pass
         if self.interrupt is not None:
             raise self.interrupt
 
-    def end(self) -> None:
+    def shutdown(self) -> None:
         """Stop the workers after their running attempts and close the work queue."""
         self.stopping = True
-        self._dispatch.close()
-        self._ended.set()
+        self._work_queue.close()
+        self._shut_down.set()
 
     def step(self, timeout: float = 0) -> bool:
         """Run one item in this thread; return False if none is ready within ``timeout`` seconds."""
-        job = self._dispatch.take(timeout)
+        job = self._work_queue.get(timeout)
         if job is not None:
             self._attempt(job)
         return job is not None
 
-    def answer(self, job: Job) -> None:
+    def ack(self, job: WorkItem) -> None:
         """Acknowledge a running item, which the store now guarantees."""
-        self._dispatch.answer(job)
+        self._work_queue.ack(job)
 
-    def hand_back(self, job: Job) -> None:
+    def abandon(self, job: WorkItem) -> None:
         """Abandon a running item, so that its record stays unfinished."""
-        self._dispatch.abandon(job)
+        self._work_queue.abandon(job)
 
     def now(self) -> float:
         """Return the time by the clock of the work queue."""
-        return self._dispatch.clock()
+        return self._work_queue.clock()
 
     def cluster(self) -> str:
         """Return the cluster id."""
-        return self._dispatch.cluster()
+        return self._work_queue.cluster()
 
-    def expire(self) -> None:
+    def enforce_time_limits(self) -> None:
         """Time out attempts that exceed the TIMEOUT of their class, and start a replacement for each stuck worker."""
-        now = self._dispatch.clock()
-        for job in self._dispatch.running():
+        now = self._work_queue.clock()
+        for job in self._work_queue.running():
             # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
             decision = job.outcome
-            if job.time_limit is not None and now - job.taken >= job.time_limit:
+            if job.time_limit is not None and now - job.started_at >= job.time_limit:
                 verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.time_limit:g} s")
-                if self._dispatch.expire(job, verdict, decision):
+                if self._work_queue.time_out(job, verdict, decision):
                     self._spawn()
 
     def _spawn(self) -> None:
@@ -119,34 +119,34 @@ class Workers:
             self._work()
         except KeyboardInterrupt as exc:
             self.interrupt = exc
-            self.end()
+            self.shutdown()
 
     def _work(self) -> None:
         """Run items until the shutdown, or until another worker has replaced this one."""
-        dispatch = self._dispatch
+        dispatch = self._work_queue
         while not self.stopping:
-            job = dispatch.take(IDLE)
+            job = dispatch.get(IDLE_WAIT)
             if job is not None:
                 self._attempt(job)
                 if job.abandoned:
                     return
 
-    def _attempt(self, job: Job) -> None:
+    def _attempt(self, job: WorkItem) -> None:
         if job.failure is not None:
-            self._bury(job, again=True)
+            self._dead_letter(job, again=True)
             return
         self._run(job)
-        self._conclude(job)
+        self._apply_outcome(job)
 
-    def _run(self, job: Job) -> None:
-        if self._begin is not None:
-            self._begin(job)
-        job.crew = self
+    def _run(self, job: WorkItem) -> None:
+        if self._before_attempt is not None:
+            self._before_attempt(job)
+        job.worker_pool = self
         current_attempt.set(job)
         try:
             self._handle(job.record.value)
         except KeyboardInterrupt:
-            self._dispatch.abandon(job)
+            self._work_queue.abandon(job)
             raise
         except AttemptAbandoned:
             # _apply_outcome logs the abandoned attempt.
@@ -156,42 +156,42 @@ class Workers:
             if job.failure is None:
                 job.reject(FAILED, exc)
             self._logger.exception(
-                f"{self._name}: the registry raised at offset {job.record.offset} of {job.place}; the message failed"
+                f"{self._name}: the registry raised at offset {job.record.offset} of {job.partition}; the message failed"
             )
         finally:
             current_attempt.set(None)
             job.resolve()
 
-    def _conclude(self, job: Job) -> None:
+    def _apply_outcome(self, job: WorkItem) -> None:
         if job.abandoned:
             self._logger.warning(
-                f"{self._name}: the attempt at offset {job.record.offset} of {job.place} was abandoned; its late result"
+                f"{self._name}: the attempt at offset {job.record.offset} of {job.partition} was abandoned; its late result"
                 " is dropped"
             )
         elif job.retry_in is not None:
-            self._count_up("retried")
-            self._dispatch.retry(job, job.retry_in)
+            self._increment("retried")
+            self._work_queue.requeue(job, job.retry_in)
         elif job.failure is not None:
-            self._count_up("failed")
-            self._bury(job)
+            self._increment("failed")
+            self._dead_letter(job)
         else:
-            self._finish(job)
+            self._task_done(job)
 
-    def _count_up(self, what: str) -> None:
+    def _increment(self, counter: str) -> None:
         with self._counting:
-            self.counts[what] += 1
+            self.counts[counter] += 1
 
-    def _bury(self, job: Job, again: bool = False) -> None:
+    def _dead_letter(self, job: WorkItem, again: bool = False) -> None:
         assert job.failure is not None
         if self._dead_letters.write(job.record, job.failure, job.number, again):
-            self._finish(job)
+            self._task_done(job)
             return
         first, longest = DEAD_LETTER_DELAYS
-        self._dispatch.bury_later(job, min(first * 2 ** min(job.burials, 10), longest))
+        self._work_queue.retry_dead_letter(job, min(first * 2 ** min(job.dead_letter_tries, 10), longest))
 
-    def _finish(self, job: Job) -> None:
-        if not self._dispatch.finish(job):
+    def _task_done(self, job: WorkItem) -> None:
+        if not self._work_queue.task_done(job):
             self._logger.info(
-                f"{self._name}: offset {job.record.offset} of {job.place} was finished after the partition was"
+                f"{self._name}: offset {job.record.offset} of {job.partition} was finished after the partition was"
                 " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
             )

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
-from kser.consumer.client import Commit, ConsumerClient, Listener, Partition, Record, nowhere_to_begin
-from kser.consumer.offsets import Sizes
+from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record, no_committed_offset
+from kser.consumer.offsets import PartitionCounts
 from kser.errors import ClientError
 
 
@@ -145,31 +145,31 @@ class DummyClient(ConsumerClient):
         self._name = group or ""
         self._group = bus.groups.setdefault(group, Group(bus)) if group is not None else Group(bus)
         self._reset = reset
-        self._sizes = Sizes(reset)
-        self._listener: Listener | None = None
+        self._sizes = PartitionCounts(reset)
+        self._listener: RebalanceListener | None = None
         self.topics: frozenset[str] = frozenset()
         self.share: list[Partition] = []
         self._positions: dict[Partition, int] = {}
         #: Injected errors: each poll or commit raises and removes the first one.
         self.troubles: list[ClientError] = []
 
-    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self.topics = frozenset(topics)
         self._listener = listener
         self._bus.partitions_of(self.topics)
         self._group.members.append(self)
         self._group.rebalance()
 
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         self._fail_if_told()
         with self._bus.arrived:
             if not self._take_part():
                 return {}
-            self._bus.arrived.wait_for(lambda: self._group.in_rebalance or self._has_any(limit, held), timeout)
+            self._bus.arrived.wait_for(lambda: self._group.in_rebalance or self._has_any(limit, paused), timeout)
             found: dict[Partition, Sequence[Record]] = {}
             for key, position in self._positions.items():
                 log = self._log(key)
-                if limit > 0 and key not in held and position < len(log):
+                if limit > 0 and key not in paused and position < len(log):
                     found[key] = log[position : position + limit]
                     self._positions[key] += len(found[key])
                     limit -= len(found[key])
@@ -215,11 +215,11 @@ class DummyClient(ConsumerClient):
         assert self._listener is not None
         known = {key: commit for key in share if (commit := self._bus.committed.get((self._name, key))) is not None}
         for key, commit in known.items():
-            self._sizes.see(key.topic, len(self._bus.topics[key.topic]))
-            self._sizes.learn(key, commit)
+            self._sizes.observe(key.topic, len(self._bus.topics[key.topic]))
+            self._sizes.restore(key, commit)
         new = {key: self._first_position(key) for key in share if key not in known}
         if new and self._reset == "none":
-            raise nowhere_to_begin(new)
+            raise no_committed_offset(new)
         if self.can_commit:
             self._note(new)
         self._positions = {key: commit.offset for key, commit in (known | new).items()}
@@ -230,15 +230,15 @@ class DummyClient(ConsumerClient):
     def _first_position(self, key: Partition) -> Commit:
         if self._reset != "latest":
             return Commit(0)
-        self._sizes.see(key.topic, len(self._bus.topics[key.topic]))
+        self._sizes.observe(key.topic, len(self._bus.topics[key.topic]))
         for (group, place), commit in self._bus.committed.items():
             if (group, place.topic) == (self._name, key.topic):
-                self._sizes.learn(place, commit)
-        return self._sizes.note(key, Commit(0 if self._sizes.was_added(key) else len(self._log(key))))
+                self._sizes.restore(place, commit)
+        return self._sizes.annotate(key, Commit(0 if self._sizes.is_new_partition(key) else len(self._log(key))))
 
     def _note(self, commits: Mapping[Partition, Commit]) -> None:
         self._bus.committed.update(
-            {(self._name, key): self._sizes.note(key, commit) for key, commit in commits.items()}
+            {(self._name, key): self._sizes.annotate(key, commit) for key, commit in commits.items()}
         )
 
     def _revoke(self) -> None:

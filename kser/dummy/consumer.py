@@ -10,7 +10,7 @@ from kser import lockfiles
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
-from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
+from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.dummy.bus import Bus, DummyClient
 from kser.dummy.producer import Producer
@@ -38,7 +38,7 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
-        **options: Unpack[Given],
+        **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
         self.config = dict((settings.client if config is None else config) or {})
@@ -46,7 +46,7 @@ class Consumer(BaseConsumer):
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(
             settings.consumed_topics(topics),
-            ConsumerOptions.of(settings, options),
+            ConsumerOptions.from_settings(settings, options),
             group=self.config.get("group_id", "dummy"),
             interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
             poll_limit=self.config.get("max_poll_interval_ms", 300_000) / 1000,
@@ -61,7 +61,7 @@ class Consumer(BaseConsumer):
         handled = 0
         while count := self.step(timeout=0):
             handled += count
-        self._poller.commit()
+        self._kser_poller.commit()
         return handled
 
     @classmethod
@@ -73,7 +73,7 @@ class Consumer(BaseConsumer):
     def make_producer(self) -> BaseProducer:
         return Producer(self.config)
 
-    def _connect(self) -> ConsumerClient:
+    def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"
         reset = reset_policy(self.RESET_OPTION, self.config.get(self.RESET_OPTION), default)
-        return DummyClient(self.client, self._group, reset, commits=self.options.commit != NEVER)
+        return DummyClient(self.client, self._kser_group, reset, commits=self.options.commit != NEVER)

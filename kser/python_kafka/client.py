@@ -14,14 +14,14 @@ from kafka.errors import KafkaError
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
-    Listener,
     Partition,
+    RebalanceListener,
     Record,
-    nowhere_to_begin,
-    out_of_range,
-    trouble,
+    client_error,
+    no_committed_offset,
+    out_of_range_text,
 )
-from kser.consumer.offsets import Sizes, unseal
+from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.errors import ClientError
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, Joining, Rebalances, client_offsets
@@ -72,7 +72,7 @@ class KafkaPythonClient(ConsumerClient):
         self._reset = reset
         self._servers = servers(client.config)
         self.can_commit = commits and client.config["group_id"] is not None
-        self._listener: Listener | None = None
+        self._listener: RebalanceListener | None = None
         self._rebalances: Rebalances | None = None
         self._topics: list[str] = []
         self._missing: list[str] = []
@@ -82,23 +82,23 @@ class KafkaPythonClient(ConsumerClient):
         self._missed: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add some.
         self._new: set[TopicPartition] = set()
-        self._sizes = Sizes(reset)
+        self._sizes = PartitionCounts(reset)
 
     @property
     def cluster(self) -> str:
         # The cluster id is part of the metadata, which the client has before it returns the first record.
         return getattr(getattr(getattr(self._client, "_client", None), "cluster", None), "cluster_id", None) or ""
 
-    def subscribe(self, topics: Iterable[str], listener: Listener) -> None:
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
         self._topics = sorted(topics)
         self._look_at = time.monotonic() + LOOK_TICK
-        self._rebalances = Rebalances(self._client, listener, self._new, self._sizes.note)
+        self._rebalances = Rebalances(self._client, listener, self._new, self._sizes.annotate)
         self._client.subscribe(self._topics, listener=self._rebalances)
 
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            self._pause(limit, held)
+            self._pause(limit, paused)
             self._keep_joining()
             self._unpark()
             batches = self._poll(timeout, limit)
@@ -199,7 +199,7 @@ class KafkaPythonClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            noted = {key: self._sizes.note(key, commit) for key, commit in commits.items()}
+            noted = {key: self._sizes.annotate(key, commit) for key, commit in commits.items()}
             self._client.commit(client_offsets(noted), timeout_ms=int(timeout * 1000))
         except KafkaError as error:
             raise self._trouble("commit offsets", error) from error
@@ -273,11 +273,11 @@ class KafkaPythonClient(ConsumerClient):
         key = Partition(*tp)
         start = self._committed(tp)
         if start is not None:
-            self._sizes.see(tp.topic, len(self._client.partitions_for_topic(tp.topic) or ()))
-            self._sizes.learn(key, start)
+            self._sizes.observe(tp.topic, len(self._client.partitions_for_topic(tp.topic) or ()))
+            self._sizes.restore(key, start)
             known[key] = start
         elif self._reset == "none":
-            raise nowhere_to_begin([key])
+            raise no_committed_offset([key])
         else:
             start = fresh[key] = self._first_position(tp)
             if self.can_commit:
@@ -289,19 +289,19 @@ class KafkaPythonClient(ConsumerClient):
         """Return the start position of a partition without a committed offset."""
         at_end = self._reset == "latest" and not self._was_added(tp)
         offset = (self._ends if at_end else self._begins)([tp])[tp]
-        return self._sizes.note(Partition(*tp), Commit(offset))
+        return self._sizes.annotate(Partition(*tp), Commit(offset))
 
     def _was_added(self, tp: TopicPartition) -> bool:
         others = self._client.partitions_for_topic(tp.topic) or {tp.partition}
-        self._sizes.see(tp.topic, len(others))
+        self._sizes.observe(tp.topic, len(others))
         for number in others:
             if (commit := self._committed(TopicPartition(tp.topic, number))) is not None:
-                self._sizes.learn(Partition(*tp), commit)
-        return self._sizes.was_added(Partition(*tp))
+                self._sizes.restore(Partition(*tp), commit)
+        return self._sizes.is_new_partition(Partition(*tp))
 
     def _committed(self, tp: TopicPartition) -> Commit | None:
         found = self._client.committed(tp, metadata=True, timeout_ms=QUERY_TIMEOUT_MS)
-        return None if found is None else Commit(found.offset, unseal(found.metadata or ""))
+        return None if found is None else Commit(found.offset, strip_checksum(found.metadata or ""))
 
     def _begins(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         # ``KafkaConsumer.beginning_offsets`` of kafka-python 2 accepts no timeout and can block for minutes.
@@ -321,7 +321,7 @@ class KafkaPythonClient(ConsumerClient):
         for tp in partitions:
             was = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
             start = ends[tp] if self._reset == "latest" else begins[tp]
-            logger.error(out_of_range(Partition(*tp), was, begins[tp], ends[tp], start))
+            logger.error(out_of_range_text(Partition(*tp), was, begins[tp], ends[tp], start))
             self._client.seek(tp, start)
             starts[Partition(*tp)] = Commit(start)
         if starts and self.can_commit:
@@ -329,10 +329,10 @@ class KafkaPythonClient(ConsumerClient):
         self._listener.on_reset(starts)
 
     def _trouble(self, what: str, error: KafkaError) -> ClientError:
-        return trouble(
+        return client_error(
             what,
             f"{self._servers} (bootstrap_servers)",
             error if any(error.args) else "no response in time",
             fatal=isinstance(error, _FATAL),
-            passing=isinstance(error, _PASSING),
+            transient=isinstance(error, _PASSING),
         )

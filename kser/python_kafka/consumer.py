@@ -11,7 +11,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
-from kser.consumer.options import BEFORE, NEVER, ConsumerOptions, Given, reset_policy
+from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.delivery import UNDECODABLE, current_attempt
 from kser.python_kafka.client import KafkaPythonClient
@@ -44,11 +44,11 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
-        **options: Unpack[Given],
+        **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
-        how = ConsumerOptions.of(settings, options)
+        how = ConsumerOptions.from_settings(settings, options)
         self._producer_options: Mapping[str, Any] | None = config
         self._app = app
         self._client_options = options_for(KafkaConsumer, config, settings)
@@ -76,12 +76,12 @@ class Consumer(BaseConsumer):
         options = self._producer_options.items()
         return Producer({key: value for key, value in options if key in KafkaProducer.DEFAULT_CONFIG})
 
-    def _connect(self) -> ConsumerClient:
+    def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.
         self.client = connect(KafkaConsumer, self._client_options)
         return KafkaPythonClient(self.client, self._reset, commits=self.options.commit != NEVER)
 
-    def _handle(self, value: Any) -> None:
+    def _kser_handle(self, value: Any) -> None:
         if self._deserialize is not None:
             try:
                 value = self._deserialize(value)
@@ -89,7 +89,7 @@ class Consumer(BaseConsumer):
                 if (delivery := current_attempt.get()) is not None:
                     delivery.reject(UNDECODABLE, exc)
                 raise
-        super()._handle(value)
+        super()._kser_handle(value)
 
     def _taken_over(self, name: str) -> Callable[[Any], Any] | None:
         return self._client_options.pop(name) if callable(self._client_options.get(name)) else None

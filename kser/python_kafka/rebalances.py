@@ -12,8 +12,8 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
-from kser.consumer.client import Commit, Listener, Partition, given_up
-from kser.consumer.offsets import seal
+from kser.consumer.client import Commit, Partition, RebalanceListener, revoked_before_commit_text
+from kser.consumer.offsets import add_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
     """Return commits in the form that kafka-python takes."""
     # Terminate the metadata, because librdkafka's Python client reads it up to a NUL.
     return {
-        TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{seal(commit.metadata)}\0", -1)
+        TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{add_checksum(commit.metadata)}\0", -1)
         for key, commit in commits.items()
     }
 
@@ -74,7 +74,9 @@ if ASYNC:
     class Rebalances(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc]
         """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
 
-        def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
+        def __init__(
+            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: Noted
+        ) -> None:
             self._client = client
             self._listener = listener
             self._new = new
@@ -93,7 +95,7 @@ if ASYNC:
                 try:
                     await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
                 except KafkaError as error:
-                    logger.warning(given_up(commits, error))
+                    logger.warning(revoked_before_commit_text(commits, error))
 
         async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
             self._new.difference_update(lost)
@@ -109,7 +111,9 @@ else:
     class Rebalances(kafka.ConsumerRebalanceListener):  # type: ignore[misc,no-redef]
         """The listener of kafka-python 2, which calls it in the thread that polls."""
 
-        def __init__(self, client: KafkaConsumer, listener: Listener, new: set[TopicPartition], noted: Noted) -> None:
+        def __init__(
+            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: Noted
+        ) -> None:
             self._client = client
             self._listener = listener
             self._new = new
@@ -126,7 +130,7 @@ else:
                 try:
                     self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
                 except KafkaError as error:
-                    logger.warning(given_up(commits, error))
+                    logger.warning(revoked_before_commit_text(commits, error))
 
         def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
             self._new.update(assigned)

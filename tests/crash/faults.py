@@ -173,8 +173,8 @@ class FaultyClient(DummyClient):
         super().__init__(bus, "dummy")
         self._process = process
 
-    def poll(self, timeout: float, limit: int, held: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        return self._process.at(POLL, lambda: DummyClient.poll(self, timeout, limit, held), _trouble_of_client)
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        return self._process.at(POLL, lambda: DummyClient.poll(self, timeout, limit, paused), _trouble_of_client)
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         def act() -> None:

@@ -25,7 +25,7 @@ class Member(Consumer):
         self._process = process
         super().__init__(AT_ONCE, [TOPIC])
 
-    def _connect(self) -> ConsumerClient:
+    def _kser_connect(self) -> ConsumerClient:
         self.member = FaultyClient(self._process, self.client)
         return self.member
 
@@ -76,7 +76,7 @@ class Process:
         consumer = self.consumer
         assert consumer is not None
         handled = consumer.step(timeout=0)
-        if consumer._stopping:
+        if consumer._kser_stopping:
             # It was told to end: what it has given back is sent, and it is gone.
             self.beside()
             raise Killed
@@ -155,7 +155,7 @@ class Process:
         self.is_dead = True
         self.expel()
         if self.consumer is not None:
-            self.consumer._let_go()
+            self.consumer._kser_release_running_file()
 
     def expel(self) -> None:
         """The group has not heard of it for too long."""

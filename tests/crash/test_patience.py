@@ -33,7 +33,7 @@ class Away(MemoryStore):
         self.asked = threading.Event()
 
     def peek(self, uuid: str) -> Any:
-        if self.away and threading.current_thread().name != "kser-beside":
+        if self.away and threading.current_thread().name != "kser-services":
             self.asked.set()
             raise StoreUnavailable("it is away")
         return super().peek(uuid)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
-from kser.consumer.job import Job
+from kser.consumer.job import WorkItem
 from kser.delivery import current_attempt
 from kser.dummy.bus import Bus
 from kser.errors import StoreUnavailable
@@ -326,4 +326,4 @@ class World:
 def _offset_in_hand() -> int:
     """The record that this thread handles; -1 for none."""
     job = current_attempt.get()
-    return job.record.offset if isinstance(job, Job) else -1
+    return job.record.offset if isinstance(job, WorkItem) else -1

@@ -73,13 +73,13 @@ def test_rebalance_commits_finished_records_and_loses_and_duplicates_nothing(
     (old,) = consumer.client.subscription()
     try:
         until(lambda: len(Note.seen) == DONE_BEFORE, consumer)
-        assert consumer._dispatch.in_flight, "nothing was in hand: the test shows nothing"
+        assert consumer._kser_work_queue.in_flight, "nothing was in hand: the test shows nothing"
         assert committed(kafka, old, old, PARTITIONS) == 0
-        consumer._poller._client.subscribe([old, topic(PARTITIONS)], consumer._poller)  # type: ignore[union-attr]
+        consumer._kser_poller._client.subscribe([old, topic(PARTITIONS)], consumer._kser_poller)  # type: ignore[union-attr]
         until(lambda: len(consumer.client.assignment()) == 2 * PARTITIONS, consumer)
         assert committed(kafka, old, old, PARTITIONS) == DONE_BEFORE
         monkeypatch.setattr(Gated, "limit", 10 * COUNT)
-        consumer._clock.pass_by(2)  # type: ignore[attr-defined]
+        consumer._kser_clock.pass_by(2)  # type: ignore[attr-defined]
         until(lambda: len(Note.seen) >= COUNT, consumer)
         for _ in range(5):
             consumer.step(timeout=0.05)
