@@ -18,7 +18,7 @@ from kser.dummy.bus import Bus
 from kser.dummy.producer import Producer
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
-from kser.sequencing.recovery import Recovery
+from kser.sequencing.recovery import RecoveryService
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import is_final
@@ -89,7 +89,7 @@ class Process:
         del self.registry.controller.ENTRYPOINTS[cls.path]
 
     @property
-    def companion(self) -> Recovery:
+    def companion(self) -> RecoveryService:
         """What runs beside its consumer."""
         found = self.registry._kser_background_service
         assert found is not None

@@ -14,7 +14,7 @@ from kser.consumer.workers import WorkerPool
 from kser.delivery import TIMED_OUT, Attempt, AttemptAbandoned, Failure, current_attempt
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
-from kser.sequencing.handover import StepDelivery
+from kser.sequencing.handover import TaskAttempt
 from kser.sequencing.task import Task
 from tests.desk import Desk, offsets
 from tests.engine import DICE, PATIENCE, Act, consumer_of, put, until
@@ -220,7 +220,7 @@ def test_message_without_a_record_has_a_unique_uuid() -> None:
 def test_step_attempt_resolves_the_outer_attempt_when_it_ends() -> None:
     outer = Attempt()
     task = Task("1")
-    step = StepDelivery(outer, task, 3, None, "op", lambda: False)
+    step = TaskAttempt(outer, task, 3, None, "op", lambda: False)
     step.on_finished(task)
     assert outer.resolve(TIMED_OUT) is False
     assert (step.number, step.operation_uuid) == (3, "op")
@@ -229,7 +229,7 @@ def test_step_attempt_resolves_the_outer_attempt_when_it_ends() -> None:
 def test_step_of_an_abandoned_attempt_raises() -> None:
     outer = Attempt()
     outer.abandoned = True
-    step = StepDelivery(outer, Task("1"), 1, None, "op", lambda: False)
+    step = TaskAttempt(outer, Task("1"), 1, None, "op", lambda: False)
     with pytest.raises(AttemptAbandoned):
         step.on_finished(Task("2"))
 
@@ -241,7 +241,7 @@ def test_cancel_requests_are_looked_up_at_a_limited_rate() -> None:
         looks.append(1)
         return False
 
-    step = StepDelivery(None, Task("1"), 1, None, "op", look)
+    step = TaskAttempt(None, Task("1"), 1, None, "op", look)
     assert [step.cancel_requested for _ in range(100)] == [False] * 100
     assert len(looks) == 1
 

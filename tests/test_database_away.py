@@ -126,7 +126,7 @@ def test_lease_expiry_after_a_database_delay_frees_the_claim_of_a_dead_owner(
 
 def test_lost_claim_is_logged_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     second = shop.process(Sale, group="second")
-    beats = [shop.first.companion.beat] * 3
+    beats = [shop.first.companion.renew_leases] * 3
     Act.acts["1.b"] = [meanwhile(lambda: shop.pass_by(LEASE + 1), second.handle, *beats), None]
     shop.first.send(Sale)
     shop.first.handle()
@@ -144,7 +144,7 @@ def test_released_claim_is_not_logged_as_lost_while_the_next_step_is_sent(
     send = shop.registry.producer.send
 
     def slowly(*given: Any, **options: Any) -> Any:
-        shop.first.companion.beat()
+        shop.first.companion.renew_leases()
         return send(*given, **options)
 
     monkeypatch.setattr(shop.registry.producer, "send", slowly)

@@ -14,7 +14,7 @@ from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing import patience
-from kser.sequencing.means import Terms
+from kser.sequencing.means import DurabilitySettings
 from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
 from kser.store.base import Store
@@ -42,7 +42,7 @@ def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[S
     bare(cls)
     shop.first.handle()
     (row,) = seen
-    assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry._kser_operations._means.owner)
+    assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry._kser_operations._context.owner)
     assert row.wake_at - shop.world.now == pytest.approx(LEASE, abs=5)
     after = shop.stored().operation
     assert (after.owner, after.wake_at) == (None, None)
@@ -51,7 +51,7 @@ def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[S
 def test_owner_differs_at_each_start_of_a_process(shop: Shop) -> None:
     """durability rule 6"""
     second = shop.process()
-    assert second.registry._kser_operations._means.owner != shop.registry._kser_operations._means.owner
+    assert second.registry._kser_operations._context.owner != shop.registry._kser_operations._context.owner
 
 
 def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> None:
@@ -193,7 +193,7 @@ def test_heartbeat_renews_the_claim_while_its_task_runs(shop: Shop, cls: type[Sa
     def long() -> None:
         for _ in range(10):
             shop.pass_by(LEASE / 3)
-            shop.first.companion.beat()
+            shop.first.companion.renew_leases()
 
     Act.acts["1.b"] = meanwhile(long, second.handle)
     bare(cls)
@@ -211,13 +211,13 @@ def test_heartbeat_renews_only_active_claims(shop: Shop) -> None:
             return self._store.renew(claims, owner, lease)
 
     process = shop.process(Sale, store=Asked(shop.store))
-    Act.acts["1.b"] = meanwhile(process.companion.beat)
+    Act.acts["1.b"] = meanwhile(process.companion.renew_leases)
     shop.first.send(Sale, "other")
     shop.seize("other")
     bare(Sale)
-    process.companion.beat()
+    process.companion.renew_leases()
     process.consumer.REGISTRY.run(Message("1", Sale.path).dumps())
-    process.companion.beat()
+    process.companion.renew_leases()
     row = shop.stored().operation
     assert asked == [[(row.id, 1)]]
 
@@ -226,7 +226,10 @@ def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(sho
     """durability rule 9: a process that was stopped for long continues."""
     second = shop.process(Sale, group="second")
     Act.acts["1.b"] = meanwhile(
-        lambda: shop.pass_by(5 * LEASE), shop.first.companion.beat, lambda: shop.pass_by(LEASE - 5), second.handle
+        lambda: shop.pass_by(5 * LEASE),
+        shop.first.companion.renew_leases,
+        lambda: shop.pass_by(LEASE - 5),
+        second.handle,
     )
     bare(Sale)
     shop.first.handle()
@@ -237,7 +240,7 @@ def test_lost_claim_is_logged_at_the_next_heartbeat(shop: Shop, caplog: pytest.L
     """durability rule 9"""
     second = shop.process(Sale, group="second")
     Act.acts["1.b"] = [
-        meanwhile(lambda: shop.pass_by(expire()), second.handle, shop.first.companion.beat),
+        meanwhile(lambda: shop.pass_by(expire()), second.handle, shop.first.companion.renew_leases),
         None,
     ]
     bare(Sale)
@@ -261,7 +264,7 @@ def test_every_outcome_releases_the_claim(shop: Shop, cls: type[Sale], end: Base
         shop.first.handle()
     except KeyboardInterrupt:
         assert isinstance(end, KeyboardInterrupt)
-    assert shop.registry._kser_operations._means.held() == []
+    assert shop.registry._kser_operations._context.active_claims() == []
     assert shop.stored().operation.owner is None
 
 
@@ -275,7 +278,7 @@ def test_raising_prerun_hook_releases_the_claim(shop: Shop) -> None:
     shop.first.learn(Bad)
     bare(Bad)
     shop.first.handle()
-    assert shop.registry._kser_operations._means.held() == []
+    assert shop.registry._kser_operations._context.active_claims() == []
     assert Act.seen == []
 
 
@@ -378,11 +381,11 @@ def test_operation_continues_within_five_seconds_of_lease_expiry(shop: Shop, cls
 
 def test_durability_settings_have_defaults_and_are_configurable(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 12"""
-    terms = Terms(shop.registry.settings)
+    terms = DurabilitySettings(shop.registry.settings)
     assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (30, 10, 1, 60, 20)
     for name, value in {"LEASE": "60", "REAPER": "0.5", "RESEND": "90", "MAX_CLAIMS": "3"}.items():
         monkeypatch.setenv(f"KSER_{name}", value)
-    terms = Terms(shop.registry.settings)
+    terms = DurabilitySettings(shop.registry.settings)
     assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (60, 20, 0.5, 90, 3)
 
 

@@ -103,14 +103,14 @@ def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
     for number in range(6):
         shop.first.known(Sale)(f"lost {number}").build().send(topic=f"gone {number}")
     companion, beats, began = shop.first.companion, [0.0], shop.world.now
-    beat = companion.beat
+    beat = companion.renew_leases
 
     def noted() -> None:
         beats.append(shop.world.now - began)
         beat()
 
     noted.__name__ = "beat"
-    monkeypatch.setattr(companion, "beat", noted)
+    monkeypatch.setattr(companion, "renew_leases", noted)
     while shop.world.now - began < 600:
         companion.tick()
         shop.pass_by(0.5)
@@ -215,15 +215,15 @@ def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, ca
                 raise FencedError("its own worker was faster")
             given_back.append(self.key)
 
-    means = shop.registry._kser_operations._means
+    means = shop.registry._kser_operations._context
     held = [Held(1), Held(2)]
     for each in held:
-        means.hold(each)
+        means.register_claim(each)
     with caplog.at_level(logging.WARNING, "kser"):
         shop.first.companion.close()
     assert given_back == [(2, 1)]
     for each in held:
-        means.let_go(each)
+        means.release_claim(each)
 
 
 def test_group_commit_continues_after_an_interrupted_follower() -> None:

@@ -101,7 +101,7 @@ def test_checkpoint_records_the_whole_step_before_the_next_one_starts(shop: Shop
     assert json.loads(tasks[0].result)["stdout"] == "done"
     (attempt,) = attempts
     assert (attempt.position, attempt.number, attempt.status) == (0, 1, SUCCESS)
-    assert attempt.consumer == shop.registry._kser_operations._means.owner
+    assert attempt.consumer == shop.registry._kser_operations._context.owner
     assert "task-succeeded" in [event.kind for event in events]
 
 
@@ -178,7 +178,7 @@ def test_mark_sent_records_time_and_count_later(shop: Shop) -> None:
     bare(Spread)
     shop.first.step()
     assert (shop.stored().operation.sends, len(sent())) == (0, 2)
-    shop.first.companion.mark()
+    shop.first.companion.record_sends()
     row = shop.stored().operation
     assert (row.sends, row.sent_at) == (1, pytest.approx(shop.world.now, abs=5))
     assert row.wake_at == pytest.approx(shop.world.now + 60, abs=5)
@@ -195,10 +195,10 @@ def test_step_counts_as_sent_after_its_delivery_report(
     producer._kser_deliver_nowait = lambda *arguments: posted.append(arguments[-1])
     bare(Spread)
     assert shop.first.step() == 1
-    shop.first.companion.mark()
+    shop.first.companion.record_sends()
     assert (shop.stored().operation.sends, len(posted)) == (0, 1)
     posted[0](trouble)
-    shop.first.companion.mark()
+    shop.first.companion.record_sends()
     assert shop.stored().operation.sends == (0 if trouble else 1)
     said = [line for line in lines(caplog) if "could not be sent; the reaper of a consumer will send it" in line]
     assert len(said) == (1 if trouble else 0)

@@ -88,7 +88,7 @@ def test_reaper_resends_an_unclaimed_step_with_growing_backoff(shop: Shop, cls: 
     for _ in range(700):
         shop.pass_by(30)
         times += [shop.world.now - began] * shop.first.companion.reap()
-        shop.first.companion.mark()
+        shop.first.companion.record_sends()
     gaps = [round((later - earlier) / RESEND) for earlier, later in zip([0.0, *times], times, strict=False)]
     assert gaps[:6] == [1, 2, 4, 8, 16, 32]
     assert set(gaps[6:]) == {60}

@@ -96,15 +96,15 @@ def test_late_response_from_before_an_outage_does_not_end_it(
 ) -> None:
     """durability rule 33: of many threads some are answered later than they asked."""
     caplog.set_level(logging.INFO, "kser")
-    asked = patience.Patience()
+    asked = patience.StoreRetry()
 
     def slow() -> str:
-        asked.report(StoreUnavailable("it does not answer"))
+        asked.report_outage(StoreUnavailable("it does not answer"))
         return "an answer"
 
-    assert asked.call(slow) == "an answer"
+    assert asked.retry(slow) == "an answer"
     assert told(caplog) == ["Store: it does not answer; work in flight waits, and the call is retried"]
-    assert asked.call(lambda: "another") == "another"
+    assert asked.retry(lambda: "another") == "another"
     assert told(caplog)[1:] == ["Store: the database works again"]
 
 

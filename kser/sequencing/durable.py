@@ -17,16 +17,16 @@ from kser.controller import user_code_guard
 from kser.delivery import Deferred, current_attempt
 from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
-from kser.sequencing.means import Means
+from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
-from kser.sequencing.steps import Steps
-from kser.sequencing.track import Frame, Track
+from kser.sequencing.steps import StepRunner
+from kser.sequencing.track import ExecutionState, OperationFrame
 from kser.store.rows import START, TASK, Checkpoint, Claim, Move, Note, Target
 
 logger = logging.getLogger(__name__)
 
 
-class Run:
+class Execution:
     """Execution of an operation under one claim.
 
     :param means: the durable context of this process.
@@ -37,16 +37,20 @@ class Run:
     """
 
     def __init__(
-        self, means: Means, claim: Claim, operation: Operation | None = None, verdict: Exception | None = None
+        self,
+        context: DurableContext,
+        claim: Claim,
+        operation: Operation | None = None,
+        timeout_error: Exception | None = None,
     ) -> None:
-        self._means = means
+        self._context = context
         self._claim = claim
-        self._verdict = verdict
-        self._delivery = current_attempt.get()
-        self._track = Track(claim)
-        self._steps = Steps(means, self._track, verdict)
-        self._steps.adopt(self._track.root, operation)
-        self._given_back = False
+        self._timeout_error = timeout_error
+        self._attempt = current_attempt.get()
+        self._state = ExecutionState(claim)
+        self._step_runner = StepRunner(context, self._state, timeout_error)
+        self._step_runner.attach(self._state.root, operation)
+        self._released = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -61,171 +65,173 @@ class Run:
     @property
     def is_abandoned(self) -> bool:
         """True if the consumer has abandoned the attempt that this execution runs in."""
-        return self._delivery is not None and self._delivery.abandoned
+        return self._attempt is not None and self._attempt.abandoned
 
     @property
     def claim(self) -> Claim:
         """The claim of this execution."""
         return self._claim
 
-    def go(self) -> Any:
+    def run(self) -> Any:
         """Run steps until the claim is released.
 
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
-        self._means.hold(self)
+        self._context.register_claim(self)
         try:
             if self._claim.epoch == 1:
-                self._tell_operation(states.PENDING, states.RUNNING)
+                self._emit_operation(states.PENDING, states.RUNNING)
             if self._claim.root.cancel_requested:
                 # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
-                self._given_back, self._steps.answer = True, Deferred(self._track.root.total)
+                self._released, self._step_runner.reply = True, Deferred(self._state.root.accumulated)
             elif self._claim.exhausted:
-                error = _exhausted(self._claim)
-                self._track.note(Note("exhausted", text=error.message))
-                self._steps.give_up(error)
-                self._go_on(*self._commit())
-            while not self._given_back:
-                self._take()
+                error = _retries_exhausted(self._claim)
+                self._state.add_event(Note("exhausted", text=error.message))
+                self._step_runner.fail_step(error)
+                self._after_checkpoint(*self._checkpoint())
+            while not self._released:
+                self._run_step()
         except FencedError as lost:
-            self._given_back = True
+            self._released = True
             logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
-            return Deferred(self._track.root.total)
+            return Deferred(self._state.root.accumulated)
         finally:
-            self._means.let_go(self)
-            if not self._given_back:
+            self._context.release_claim(self)
+            if not self._released:
                 with suppress(KserError):
                     self.release()
-        return self._steps.answer
+        return self._step_runner.reply
 
     def release(self) -> None:
         """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
         root, epoch = self._claim.root, self._claim.epoch
-        row = self._means.store.peek(root.uuid)
+        row = self._context.store.peek(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
         stay = Move(row.id, row.step, row.phase, row.step, row.phase, row.status, row.so_far, row.result)
         token, notes = root.token or "", (Note("released"),)
-        status = self._means.store.checkpoint(
-            Checkpoint(row.id, epoch, token, self._means.owner, (stay,), notes=notes, keep=False)
+        status = self._context.store.checkpoint(
+            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), notes=notes, keep=False)
         )
         if status == states.CANCELLED:
-            self._cancelled()
+            self._on_cancelled()
             return
         # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
-        self._means.send(row.target, row.uuid, (row.id, epoch + 1))
+        self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
-    def _take(self) -> None:
+    def _run_step(self) -> None:
         """Run a step and record its outcome."""
         try:
             with user_code_guard:
-                self._steps.take()
-                recorded = self._commit()
+                self._step_runner.run_next()
+                recorded = self._checkpoint()
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
             # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
             # retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
-            self._start_over(exc)
-            recorded = self._commit()
-        self._go_on(*recorded)
+            self._reload_and_fail(exc)
+            recorded = self._checkpoint()
+        self._after_checkpoint(*recorded)
 
-    def _commit(self) -> tuple[Checkpoint, str, Target | None]:
+    def _checkpoint(self) -> tuple[Checkpoint, str, Target | None]:
         """Record the outcome of the step.
 
         :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
         """
-        track, delay = self._track, self._steps.delay
-        keep, target = self._following()
+        track, delay = self._state, self._step_runner.retry_in
+        keep, target = self._next_hop()
         stays = not keep and target is None and delay is None
-        checkpoint = track.checkpoint(self._means.owner, keep, target, delay or 0, (Note("released"),) if stays else ())
-        status = self._means.patience.call(lambda: self._means.store.checkpoint(checkpoint))
+        checkpoint = track.checkpoint(
+            self._context.owner, keep, target, delay or 0, (Note("released"),) if stays else ()
+        )
+        status = self._context.retrying.retry(lambda: self._context.store.checkpoint(checkpoint))
         return checkpoint, status, target
 
-    def _go_on(self, checkpoint: Checkpoint, status: str, target: Target | None) -> None:
+    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: Target | None) -> None:
         """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
-        track, delay, keep = self._track, self._steps.delay, checkpoint.keep
-        self._given_back = track.is_over or status == states.CANCELLED or not keep
-        if self._given_back:
+        track, delay, keep = self._state, self._step_runner.retry_in, checkpoint.keep
+        self._released = track.is_finished or status == states.CANCELLED or not keep
+        if self._released:
             # Unregister the claim before sending the next step. The store has released it, so during a slow send the
             # heartbeat would report the claim as lost.
-            self._means.let_go(self)
+            self._context.release_claim(self)
         ended = list(track.ended)
-        track.recorded()
-        self._tell_tasks(checkpoint)
+        track.mark_flushed()
+        self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
-            self._cancelled()
+            self._on_cancelled()
             return
         for frame in ended:
-            self._tell_end(frame)
-        if track.is_over:
-            self._tell_operation(states.RUNNING, status)
+            self._emit_end(frame)
+        if track.is_finished:
+            self._emit_operation(states.RUNNING, status)
         elif delay is not None:
-            self._steps.answer = Deferred(self._steps.answer or track.root.total)
+            self._step_runner.reply = Deferred(self._step_runner.reply or track.root.accumulated)
             if not delay:
                 # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
                 # send, so the reaper would wait UNSENT_AFTER seconds.
                 self._send(track.root.row.target)
-        elif self._given_back:
-            self._hand_over(target)
+        elif self._released:
+            self._dispatch_next(target)
 
-    def _following(self) -> tuple[bool, Target | None]:
+    def _next_hop(self) -> tuple[bool, Target | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
-        track, frame = self._track, self._track.top
+        track, frame = self._state, self._state.top
         outer = current_attempt.get()
-        goes_on = self._verdict is None and not (outer is not None and outer.shutting_down)
-        if track.is_over:
+        goes_on = self._timeout_error is None and not (outer is not None and outer.shutting_down)
+        if track.is_finished:
             return True, None
-        if self._steps.delay is not None:
+        if self._step_runner.retry_in is not None:
             return False, None
         if not track.distributed:
             return goes_on, None
         if frame.phase == TASK:
             return False, self._target_of_task(frame)
-        known = self._means.classes.find(frame.row.entrypoint) is not None
+        known = self._context.loader.lookup(frame.row.entrypoint) is not None
         return goes_on and known and frame.phase != START, frame.target
 
-    def _target_of_task(self, frame: Frame) -> Target:
+    def _target_of_task(self, frame: OperationFrame) -> Target:
         place = frame.row.id, frame.step
-        built = self._track.built
+        built = self._state.built
         if built is not None and built.operation_id == frame.row.id:
             new = built.tasks[frame.step]
             return Target(new.uuid, new.entrypoint, new.topic)
         row = self._claim.following
         if row is None or (row.operation_id, row.position) != place:
-            row = self._means.patience.call(lambda: self._means.store.task(*place))
+            row = self._context.retrying.retry(lambda: self._context.store.task(*place))
         assert row is not None, "the step is below the number of tasks"
         return Target(row.uuid, row.entrypoint, row.topic)
 
-    def _hand_over(self, target: Target | None) -> None:
-        root = self._track.root
-        if not self._track.distributed or self._steps.answer is None or self._verdict is not None:
-            self._steps.answer = Deferred(root.total)
+    def _dispatch_next(self, target: Target | None) -> None:
+        root = self._state.root
+        if not self._state.distributed or self._step_runner.reply is None or self._timeout_error is not None:
+            self._step_runner.reply = Deferred(root.accumulated)
         self._send(target or root.row.target)
 
     def _send(self, target: Target) -> None:
         """Send a step; during a shutdown of the consumer, wait for the delivery."""
-        ending = self._delivery is not None and self._delivery.shutting_down
-        send = self._means.send if ending else self._means.post
+        ending = self._attempt is not None and self._attempt.shutting_down
+        send = self._context.send if ending else self._context.send_nowait
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
-    def _start_over(self, error: Exception) -> None:
+    def _reload_and_fail(self, error: Exception) -> None:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
         root = self._claim.root
-        claimant = self._means.claimant()._replace(token=root.token or "")
-        again = self._means.patience.call(lambda: self._means.store.claim(root.uuid, root.target.uuid, claimant))
+        claimant = self._context.new_claim_request()._replace(token=root.token or "")
+        again = self._context.retrying.retry(lambda: self._context.store.claim(root.uuid, root.target.uuid, claimant))
         if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
             raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
-        objects = {frame.row.id: frame.operation for frame in self._track.frames}
-        self._claim, self._track = again, Track(again)
-        self._steps = Steps(self._means, self._track, self._verdict)
-        for frame in self._track.frames:
-            self._steps.adopt(frame, objects.get(frame.row.id))
-        self._steps.give_up(error)
+        objects = {frame.row.id: frame.operation for frame in self._state.frames}
+        self._claim, self._state = again, ExecutionState(again)
+        self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
+        for frame in self._state.frames:
+            self._step_runner.attach(frame, objects.get(frame.row.id))
+        self._step_runner.fail_step(error)
 
     # -- logs and signals ----------------------------------------------------------------------------------------------
 
@@ -235,12 +241,12 @@ class Run:
         root = self._claim.root
         return f"{root.entrypoint}[{root.uuid}]"
 
-    def _cancelled(self) -> None:
+    def _on_cancelled(self) -> None:
         logger.info(f"{self.label}: cancelled")
-        self._tell_operation(states.RUNNING, states.CANCELLED)
-        self._steps.answer = Deferred(self._track.root.total)
+        self._emit_operation(states.RUNNING, states.CANCELLED)
+        self._step_runner.reply = Deferred(self._state.root.accumulated)
 
-    def _tell_end(self, frame: Frame) -> None:
+    def _emit_end(self, frame: OperationFrame) -> None:
         """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
@@ -251,28 +257,28 @@ class Run:
         operation.result = outcome
         hook = operation._onsuccess if frame.status == states.SUCCESS else operation._onerror
         returned = hook(operation.result)
-        if frame is self._track.root:
-            self._steps.answer = returned
+        if frame is self._state.root:
+            self._step_runner.reply = returned
 
-    def _tell_operation(self, old: str, new: str) -> None:
+    def _emit_operation(self, old: str, new: str) -> None:
         root = self._claim.root
         signals.emit(
             signals.operation_changed,
-            self._means.registry,
+            self._context.registry,
             uuid=root.uuid,
             entrypoint=root.entrypoint,
             old=old,
             new=new,
-            result=None if new == states.RUNNING else copy_result(self._track.root.outcome),
+            result=None if new == states.RUNNING else copy_result(self._state.root.outcome),
         )
 
-    def _tell_tasks(self, checkpoint: Checkpoint) -> None:
+    def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:
             return
         for end in checkpoint.ends:
             signals.emit(
                 signals.task_changed,
-                self._means.registry,
+                self._context.registry,
                 operation=self._claim.root.uuid,
                 position=end.position,
                 new=end.status,
@@ -281,6 +287,6 @@ class Run:
             )
 
 
-def _exhausted(claim: Claim) -> StoreError:
+def _retries_exhausted(claim: Claim) -> StoreError:
     died = claim.root.claims - 1
     return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from kser.sequencing.task import Task
 
 #: Minimum seconds between two database reads of ``cancel_requested``, for a task that polls it in a loop.
-CANCEL_TICK = 0.5
+CANCEL_CHECK_INTERVAL = 0.5
 
 
-class StepDelivery(Attempt):
+class TaskAttempt(Attempt):
     """Attempt at a task of a stored operation.
 
     :param outer: the attempt at the record whose handling runs the task; None outside of a consumer.
@@ -43,7 +43,7 @@ class StepDelivery(Attempt):
         self.number = number
         self.operation_uuid = operation_uuid
         self._is_cancelled = is_cancelled
-        self._looked_at = -CANCEL_TICK
+        self._checked_at = -CANCEL_CHECK_INTERVAL
         self._cancelled = False
 
     def on_finished(self, entry: Any) -> None:
@@ -67,13 +67,13 @@ class StepDelivery(Attempt):
     @property
     def cancel_requested(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
         now = time.monotonic()
-        if not self._cancelled and now - self._looked_at >= CANCEL_TICK:
-            self._looked_at = now
+        if not self._cancelled and now - self._checked_at >= CANCEL_CHECK_INTERVAL:
+            self._checked_at = now
             self._cancelled = self._is_cancelled()
         return self._cancelled
 
 
-class Choice:
+class NextTaskChoice:
     """Choice of the next task by an operation's own ``launch_next``. The first choice counts.
 
     :param uuid: uuid of the operation.
@@ -81,17 +81,17 @@ class Choice:
 
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
-        self.made = False
+        self.is_made = False
         #: The next task; None for the end of the operation.
-        self.following: Task | None = None
+        self.next_task: Task | None = None
         #: True if the operation fails.
-        self.failed = False
+        self.is_failed = False
 
-    def make(self, following: Task | None, failed: bool = False) -> None:
+    def choose(self, next_task: Task | None, is_failed: bool = False) -> None:
         """Choose the next task; None ends the operation."""
-        if not self.made:
-            self.made, self.following, self.failed = True, following, failed
+        if not self.is_made:
+            self.is_made, self.next_task, self.is_failed = True, next_task, is_failed
 
 
 #: The choice that ``launch_next`` makes in this context; None while no next task is chosen.
-CHOICE: ContextVar[Choice | None] = ContextVar("kser_choice", default=None)
+current_choice: ContextVar[NextTaskChoice | None] = ContextVar("kser_choice", default=None)

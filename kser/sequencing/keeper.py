@@ -18,17 +18,17 @@ from kser.delivery import FAILED, Attempt, Deferred, current_attempt, raise_if_d
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
 from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
-from kser.sequencing.durable import Run
-from kser.sequencing.means import Means
+from kser.sequencing.durable import Execution
+from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import Runner, is_distributed, prepare
-from kser.sequencing.stored import label_of, new_operation, result_from_json, same_json
+from kser.sequencing.runner import Runner, is_distributed, prepare_operation
+from kser.sequencing.stored import json_equal, new_operation, result_from_json, searchable_pair
 from kser.store.rows import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two polls for the end of an operation in ``wait()``: the first interval and the longest one.
-_LOOKS = (0.01, 0.25)
+_POLL_INTERVALS = (0.01, 0.25)
 #: Maximum number of operations deleted per transaction.
 PURGE_BATCH = 500
 
@@ -45,16 +45,16 @@ class Arrival(NamedTuple):
 _ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None)
 
 
-class Keeper(Runner):
+class OperationManager(Runner):
     """Manager of a registry's stored operations.
 
     :param means: the durable context of this process.
     :param runner: runs operations that were never sent and therefore are not stored.
     """
 
-    def __init__(self, means: Means, runner: Runner) -> None:
-        self._means = means
-        self._store = means.store
+    def __init__(self, context: DurableContext, runner: Runner) -> None:
+        self._context = context
+        self._store = context.store
         self._runner = runner
 
     # -- accepting -----------------------------------------------------------------------------------------------------
@@ -67,12 +67,12 @@ class Keeper(Runner):
         """
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
-        _ = self._means.producer
-        place = self._means.registry.topic_for(operation, topic)
+        _ = self._context.producer
+        place = self._context.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
         mode = DISTRIBUTED if is_distributed(operation) else LOCAL
-        self._accept(new_operation(operation, mode, place, self._means.topic_finder(place)), key)
+        self._save_intent(new_operation(operation, mode, place, self._context.topic_resolver(place)), key)
 
     def launch(self, operation: Operation) -> Result:
         """Accept an operation that runs over the consumers, and send its first task.
@@ -82,15 +82,17 @@ class Keeper(Runner):
         """
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
-        _ = self._means.producer
-        place = self._means.registry.topic_for(operation)
-        return self._accept(new_operation(operation, DISTRIBUTED, place, self._means.topic_finder(place)), None)
+        _ = self._context.producer
+        place = self._context.registry.topic_for(operation)
+        return self._save_intent(
+            new_operation(operation, DISTRIBUTED, place, self._context.topic_resolver(place)), None
+        )
 
-    def _accept(self, new: NewOperation, key: str | bytes | None) -> Result:
-        known = self._means.patience.call(lambda: self._store.save(new))
+    def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
+        known = self._context.retrying.retry(lambda: self._store.save(new))
         if isinstance(known, Refusal):
             row = known.root
-            self._check_same(row, new.entrypoint, new.params)
+            self._check_same_operation(row, new.entrypoint, new.params)
             if states.is_final(row.status):
                 raise StateConflict(
                     f"operation {row.uuid} was sent before, and is {row.status}: use a new uuid, or resume() if it"
@@ -98,19 +100,19 @@ class Keeper(Runner):
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
         assert isinstance(known, int), "save() without a claim request returns the id"
-        self._tell(new.uuid, new.entrypoint, None, states.PENDING)
-        answer = self._means.send(new.target, new.uuid, key=key)
+        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
+        answer = self._context.send(new.target, new.uuid, key=key)
         if states.final_status(answer) == states.SUCCESS:
-            self._note_sent(known, 0)
+            self._record_sent(known, 0)
         return answer
 
-    def _note_sent(self, root_id: int, epoch: int) -> None:
+    def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
-            self._store.sent([(root_id, epoch)], self._means.terms.resend)
+            self._store.sent([(root_id, epoch)], self._context.settings.resend)
 
     @staticmethod
-    def _check_same(row: OperationRow, entrypoint: str, params: str) -> None:
+    def _check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
         """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
 
         :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
@@ -118,7 +120,7 @@ class Keeper(Runner):
         if row.parent_id is not None:
             raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
         given = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
-        if row.entrypoint != entrypoint or not (same_json(row.params, params) or same_json(given, params)):
+        if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(given, params)):
             raise StateConflict(
                 f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
                 f" params {params} is another operation, and needs a uuid of its own"
@@ -126,19 +128,19 @@ class Keeper(Runner):
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def receive(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
+    def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle a message of a stored operation, or of one that is stored on arrival.
 
         :param entrypoint: the class that the message names; None if it is not registered here.
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
-            return self._continue(str(root_uuid), kmsg.uuid)
+            return self._claim_and_run(str(root_uuid), kmsg.uuid)
         if not kmsg.uuid:
             kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
-        row = self._means.patience.call(lambda: self._store.peek(kmsg.uuid))
+        row = self._context.retrying.retry(lambda: self._store.peek(kmsg.uuid))
         if row is not None:
-            return self._repeat(row, kmsg.entrypoint, json.dumps(kmsg.params))
+            return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
@@ -153,62 +155,64 @@ class Keeper(Runner):
         arrival = _ACCEPTED.get()
         if arrival is None or arrival.operation is not operation:
             return self._runner.run(operation, result)
-        prepare(operation, result)
+        prepare_operation(operation, result)
         # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
         raise_if_decided(operation)
         delivery = current_attempt.get()
-        place = operation.TOPIC or (delivery.topic if delivery else "") or self._means.registry.topic_for(operation)
+        place = operation.TOPIC or (delivery.topic if delivery else "") or self._context.registry.topic_for(operation)
         mode = DISTRIBUTED if is_distributed(operation) else LOCAL
-        new = new_operation(operation, mode, place, self._means.topic_finder(place), arrival.params)
-        claimant = self._means.claimant() if mode == LOCAL else None
-        saved = self._means.patience.call(lambda: self._store.save(new, claimant))
+        new = new_operation(operation, mode, place, self._context.topic_resolver(place), arrival.params)
+        claimant = self._context.new_claim_request() if mode == LOCAL else None
+        saved = self._context.retrying.retry(lambda: self._store.save(new, claimant))
         if isinstance(saved, Refusal):
             # Another consumer has stored the same operation in the meantime.
-            return self._repeat(saved.root, new.entrypoint, arrival.params)
+            return self._handle_duplicate(saved.root, new.entrypoint, arrival.params)
         if delivery is not None:
             delivery.ack()
-        self._tell(new.uuid, new.entrypoint, None, states.PENDING)
+        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
         if isinstance(saved, int):
-            self._means.post(new.target, new.uuid, (saved, 0))
+            self._context.send_nowait(new.target, new.uuid, (saved, 0))
             return Deferred(operation.result)
-        return Run(self._means, saved, operation).go()
+        return Execution(self._context, saved, operation).run()
 
-    def _repeat(self, row: OperationRow, entrypoint: str, params: str) -> Any:
+    def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
         """Handle a message for an operation that is already stored, if both describe the same operation."""
         try:
-            self._check_same(row, entrypoint, params)
+            self._check_same_operation(row, entrypoint, params)
         except StateConflict as conflict:
             if (delivery := current_attempt.get()) is not None:
                 delivery.reject(FAILED, conflict)
             raise
-        return self._continue(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
+        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
 
-    def _continue(self, root_uuid: str, step: str) -> Any:
+    def _claim_and_run(self, root_uuid: str, step: str) -> Any:
         """Claim and run a step of a stored operation, if it is the current one."""
         delivery = current_attempt.get()
         if delivery is not None and delivery.timeout_error is not None:
-            self._judge(root_uuid, delivery.timeout_error)
+            self._record_timeout(root_uuid, delivery.timeout_error)
             delivery.timeout_error = None
-        claimant = self._means.claimant()
-        claim = self._means.patience.call(lambda: self._store.claim(root_uuid, step, claimant))
+        claimant = self._context.new_claim_request()
+        claim = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
         if claim is None:
-            return self._missing(root_uuid, step)
+            return self._unknown_operation(root_uuid, step)
         if delivery is not None:
             delivery.ack()
-        return self._refused(claim) if isinstance(claim, Refusal) else Run(self._means, claim).go()
+        return self._claim_refused(claim) if isinstance(claim, Refusal) else Execution(self._context, claim).run()
 
-    def _judge(self, root_uuid: str, verdict: Exception) -> None:
+    def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
         """Record the timeout of an attempt in which another thread is still stuck."""
-        stuck = next((run for run in self._means.held() if isinstance(run, Run) and run.uuid == root_uuid), None)
+        stuck = next(
+            (run for run in self._context.active_claims() if isinstance(run, Execution) and run.uuid == root_uuid), None
+        )
         if stuck is None:
             return
-        claimant = self._means.claimant()._replace(token=stuck.claim.root.token or "")
+        claimant = self._context.new_claim_request()._replace(token=stuck.claim.root.token or "")
         step = stuck.claim.root.target.uuid
-        again = self._means.patience.call(lambda: self._store.claim(root_uuid, step, claimant))
+        again = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
         if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
-            Run(self._means, again, verdict=verdict).go()
+            Execution(self._context, again, timeout_error=timeout_error).run()
 
-    def _missing(self, root_uuid: str, step: str) -> Any:
+    def _unknown_operation(self, root_uuid: str, step: str) -> Any:
         error = StoreError(
             f"step {step} belongs to operation {root_uuid}, which {self._store.name} does not know: all consumers of a"
             " topic must share one database, and operations must be stored for longer than the topic retains its"
@@ -220,7 +224,7 @@ class Keeper(Runner):
         raise error
 
     @staticmethod
-    def _refused(refusal: Refusal) -> Deferred:
+    def _claim_refused(refusal: Refusal) -> Deferred:
         root = refusal.root
         logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
         return Deferred(result_from_json(root.result or root.so_far, root.uuid))
@@ -229,32 +233,32 @@ class Keeper(Runner):
 
     def get(self, uuid: str) -> Operation | None:
         """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
-        stored = self._means.patience.call(lambda: self._store.get(uuid))
+        stored = self._context.retrying.retry(lambda: self._store.get(uuid))
         if stored is None:
             return None
         row = stored.operation
-        operation = self._found(row)
+        operation = self._load(row)
         inside = any(task.child_id is not None for task in stored.tasks)
-        children = self._means.patience.call(lambda: self._store.children(row.root_id)) if inside else ()
-        operation.tasks = self._means.classes.tasks(stored.tasks, children)
+        children = self._context.retrying.retry(lambda: self._store.children(row.root_id)) if inside else ()
+        operation.tasks = self._context.loader.tasks(stored.tasks, children)
         operation._kser_snapshot = stored
         if row.status == states.RUNNING and row.phase == TASK and self._is_claimed(row, stored.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
         return operation
 
     def _is_claimed(self, row: OperationRow, root_uuid: str) -> bool:
-        root = row if row.parent_id is None else self._means.patience.call(lambda: self._store.peek(root_uuid))
+        root = row if row.parent_id is None else self._context.retrying.retry(lambda: self._store.peek(root_uuid))
         return root is not None and root.owner is not None
 
-    def _found(self, row: OperationRow) -> Operation:
-        operation = self._means.classes.operation(row)
-        operation._kser_loaded_from = self._means.registry
+    def _load(self, row: OperationRow) -> Operation:
+        operation = self._context.loader.operation(row)
+        operation._kser_loaded_from = self._context.registry
         return operation
 
-    def find(self, found: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
+    def find(self, query: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Return a page of operations without their tasks, newest first, and the cursor of the next page."""
-        page = self._means.patience.call(lambda: self._store.find(found, limit, after))
-        return [self._found(row) for row in page.rows], page.cursor
+        page = self._context.retrying.retry(lambda: self._store.find(query, limit, after))
+        return [self._load(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
@@ -262,18 +266,18 @@ class Keeper(Runner):
         :raises kser.errors.StateConflict: the operation is in another state.
         :raises kser.errors.UsageError: there is no such operation.
         """
-        before = self._row(uuid)
-        row = _existing(uuid, self._resume(uuid))
-        self._tell(row.uuid, row.entrypoint, before.status, row.status)
+        before = self._require(uuid)
+        row = _require_row(uuid, self._resume(uuid))
+        self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
-            _ = self._means.producer
+            _ = self._context.producer
         except ProducerMissing as missing:
             # A client needs no producer, because the reaper of a consumer sends the step with its own.
             logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
-            answer = self._means.send(row.target, row.uuid)
+            answer = self._context.send(row.target, row.uuid)
             if states.final_status(answer) == states.SUCCESS:
-                self._note_sent(row.id, row.epoch)
+                self._record_sent(row.id, row.epoch)
 
     def _resume(self, uuid: str) -> OperationRow | None:
         asked = False
@@ -290,7 +294,7 @@ class Keeper(Runner):
             finally:
                 asked = True
 
-        return self._means.patience.call(ask)
+        return self._context.retrying.retry(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation, at once or after its running task.
@@ -298,14 +302,14 @@ class Keeper(Runner):
         :return: the status of the operation now.
         :raises kser.errors.UsageError: there is no such operation.
         """
-        before = self._row(uuid)
-        row = _existing(uuid, self._means.patience.call(lambda: self._store.cancel(uuid, reason)))
+        before = self._require(uuid)
+        row = _require_row(uuid, self._context.retrying.retry(lambda: self._store.cancel(uuid, reason)))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._tell(row.uuid, row.entrypoint, before.status, row.status)
+            self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
 
-    def _row(self, uuid: str) -> OperationRow:
-        return _existing(uuid, self._means.patience.call(lambda: self._store.peek(uuid)))
+    def _require(self, uuid: str) -> OperationRow:
+        return _require_row(uuid, self._context.retrying.retry(lambda: self._store.peek(uuid)))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """Wait for the end of an operation and return its result.
@@ -315,11 +319,11 @@ class Keeper(Runner):
         :raises kser.errors.UsageError: there is no such operation.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        look, slowest = _LOOKS
+        look, slowest = _POLL_INTERVALS
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
-                row = self._row(uuid)
+                row = self._require(uuid)
             except StoreUnavailable:
                 # Poll until the deadline, because the outage may end before it.
                 if left is not None and left <= 0:
@@ -339,19 +343,19 @@ class Keeper(Runner):
             raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
         total = 0
         while True:
-            count = self._means.patience.call(lambda: self._store.purge(older_than, status, PURGE_BATCH))
+            count = self._context.retrying.retry(lambda: self._store.purge(older_than, status, PURGE_BATCH))
             total += count
             if count < PURGE_BATCH:
                 return total
 
-    def _tell(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
-        registry = self._means.registry
+    def _emit_changed(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
+        registry = self._context.registry
         signals.emit(
             signals.operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=None
         )
 
 
-def what_to_find(
+def build_query(
     status: str | Collection[str] | None,
     entrypoint: Any,
     since: Any,
@@ -365,7 +369,7 @@ def what_to_find(
         entrypoint=getattr(entrypoint, "path", entrypoint),
         since=_timestamp("since", since),
         until=_timestamp("until", until),
-        labels=[label_of(key, value) for key, value in (metadata or {}).items()],
+        labels=[searchable_pair(key, value) for key, value in (metadata or {}).items()],
         parent=parent,
     )
 
@@ -378,7 +382,7 @@ def _timestamp(name: str, value: Any) -> float | None:
     return float(value.timestamp())
 
 
-def _existing(uuid: str, row: OperationRow | None) -> OperationRow:
+def _require_row(uuid: str, row: OperationRow | None) -> OperationRow:
     if row is None:
         raise UsageError(
             f"there is no stored operation {uuid!r}: it was never sent, was purged, or is nested in another operation"

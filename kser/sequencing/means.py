@@ -20,8 +20,8 @@ from kser.errors import SettingError
 from kser.outgoing import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
-from kser.sequencing.patience import Patience
-from kser.sequencing.stored import ClassFinder
+from kser.sequencing.patience import StoreRetry
+from kser.sequencing.stored import EntrypointLoader
 from kser.store.base import Store
 from kser.store.rows import Claimant, Target
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SEND_TIMEOUT = 10.0
 
 
-class Held(Protocol):
+class ActiveClaim(Protocol):
     """Claim that this process holds."""
 
     @property
@@ -58,7 +58,7 @@ class Held(Protocol):
         """Release the claim."""
 
 
-class Terms:
+class DurabilitySettings:
     """Settings of leases, heartbeat and reaper.
 
     =================== ======= ====================================================================================
@@ -97,7 +97,7 @@ def _number(settings: Settings, name: str, default: float, *, whole: bool = Fals
     return number
 
 
-class Means:
+class DurableContext:
     """Durable context that all executions of a process share.
 
     :param registry: the registry with the classes, the producer and the settings.
@@ -107,46 +107,46 @@ class Means:
     def __init__(self, registry: OperationRegistry, store: Store) -> None:
         self.registry = registry
         self.store = store
-        self.patience = Patience()
-        self.terms = Terms(registry.settings)
+        self.retrying = StoreRetry()
+        self.settings = DurabilitySettings(registry.settings)
         #: Owner name of this process in claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
-        self.classes = ClassFinder(lambda path: registry.controller.ENTRYPOINTS.get(path))
+        self.loader = EntrypointLoader(lambda path: registry.controller.ENTRYPOINTS.get(path))
         self._lock = threading.Lock()
-        self._held: dict[int, Held] = {}
+        self._active_claims: dict[int, ActiveClaim] = {}
         #: Steps that were sent but are not recorded as sent yet, each ``(root_id, epoch)``.
-        self.sent: deque[tuple[int, int]] = deque()
+        self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
-    def claimant(self) -> Claimant:
+    def new_claim_request(self) -> Claimant:
         """Return a new claim request with a random token."""
-        return Claimant(self.owner, uuid4().hex, self.terms.lease, self.terms.max_claims)
+        return Claimant(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
 
-    def hold(self, run: Held) -> None:
+    def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim."""
         with self._lock:
-            self._held[run.key[0]] = run
+            self._active_claims[claim.key[0]] = claim
 
-    def let_go(self, run: Held) -> None:
+    def release_claim(self, claim: ActiveClaim) -> None:
         """Unregister a claim."""
         with self._lock:
-            if self._held.get(run.key[0]) is run:
-                del self._held[run.key[0]]
+            if self._active_claims.get(claim.key[0]) is claim:
+                del self._active_claims[claim.key[0]]
 
-    def held(self) -> list[Held]:
+    def active_claims(self) -> list[ActiveClaim]:
         """Return the active claims."""
         with self._lock:
-            return list(self._held.values())
+            return list(self._active_claims.values())
 
-    def holder(self, root_id: int) -> Held | None:
+    def claim_for(self, root_id: int) -> ActiveClaim | None:
         """Return the active claim on a root; None if this process has none."""
         with self._lock:
-            return self._held.get(root_id)
+            return self._active_claims.get(root_id)
 
     def send(
         self,
         target: Target,
         root_uuid: str,
-        mark: tuple[int, int] | None = None,
+        step_key: tuple[int, int] | None = None,
         key: str | bytes | None = None,
         timeout: float = SEND_TIMEOUT,
     ) -> Result:
@@ -161,9 +161,9 @@ class Means:
         except Exception as error:
             # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
             answer = failed_result(error, target.uuid)
-        return self._told(target, root_uuid, mark, answer)
+        return self._on_sent(target, root_uuid, step_key, answer)
 
-    def post(self, target: Target, root_uuid: str, mark: tuple[int, int]) -> None:
+    def send_nowait(self, target: Target, root_uuid: str, step_key: tuple[int, int]) -> None:
         """Send a step without waiting for its delivery, if the producer supports that.
 
         :param step_key: id and epoch of the root, to record the step as sent.
@@ -173,33 +173,33 @@ class Means:
             if not isinstance(producer, KafkaProducerBase):
                 # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, which
                 # must not be bypassed.
-                self.send(target, root_uuid, mark)
+                self.send(target, root_uuid, step_key)
                 return
             producer.send_nowait(
                 target.topic,
                 step_message(target, root_uuid),
-                partial(self._told, target, root_uuid, mark),
+                partial(self._on_sent, target, root_uuid, step_key),
                 SEND_TIMEOUT,
             )
         except Exception as error:
-            self._told(target, root_uuid, mark, failed_result(error, target.uuid))
+            self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
 
-    def _told(self, target: Target, root_uuid: str, mark: tuple[int, int] | None, answer: Any) -> Result:
+    def _on_sent(self, target: Target, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
         """Handle the producer's result: note a delivered step for recording, and log a failed send."""
-        if not isinstance(answer, Result):
+        if not isinstance(result, Result):
             # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
             return Result(uuid=target.uuid)
-        if states.final_status(answer) == states.SUCCESS:
-            if mark is not None:
-                self.sent.append(mark)
-            return answer
+        if states.final_status(result) == states.SUCCESS:
+            if step_key is not None:
+                self.unrecorded_sends.append(step_key)
+            return result
         logger.warning(
             f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent; the reaper of a consumer"
-            f" will send it: {answer.stderr}"
+            f" will send it: {result.stderr}"
         )
-        return answer
+        return result
 
-    def topic_finder(self, fallback: str) -> Callable[[Task], str]:
+    def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
         """Return a function that resolves the topic of a task.
 
         :param fallback: the topic if neither the task's class nor ``KSER_TOPICS`` names one.

@@ -22,8 +22,8 @@ from kser.delivery import current_attempt
 from kser.entry import NO_INIT_FAILURE, notify_failure
 from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
-from kser.sequencing.handover import CHOICE
-from kser.sequencing.runner import InProcessRunner, Runner
+from kser.sequencing.handover import current_choice
+from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: The runner of operations whose class has no registry.
-_DEFAULT_RUNNER: Runner = InProcessRunner()
+_DEFAULT_RUNNER: Runner = InMemoryRunner()
 
 
 class _StoredAttribute:
@@ -315,9 +315,9 @@ class Operation(Task):
             return Result(uuid=self.uuid, stdout=f"{self!r} is stored: its checkpoints send the next task")
         failed = states.final_status(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
-        choice = CHOICE.get()
+        choice = current_choice.get()
         if choice is not None and choice.uuid == self.uuid:
-            choice.make(None if failed else following, failed)
+            choice.choose(None if failed else following, failed)
             return result or self.result
         if failed or following is None:
             self._set_status(states.FAILED if failed else states.SUCCESS, result)

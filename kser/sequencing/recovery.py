@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kser.errors import KserError, StoreUnavailable
-from kser.sequencing.means import SEND_TIMEOUT, Held, Means, step_message
+from kser.sequencing.means import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
 from kser.store.rows import EXPIRED, UNSENT_AFTER, Due
 
 logger = logging.getLogger(__name__)
@@ -21,111 +21,111 @@ logger = logging.getLogger(__name__)
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 #: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
-MARK_EVERY = UNSENT_AFTER / 3
+RECORD_SENDS_INTERVAL = UNSENT_AFTER / 3
 #: Seconds that the shutdown of a consumer waits for the current tick.
 CLOSE_TIMEOUT = 5.0
 
 
-class Recovery:
+class RecoveryService:
     """Background service that renews the leases of this process and sends due steps.
 
     :param means: the durable context of this process.
     """
 
-    def __init__(self, means: Means, clock: Callable[[], float] = time.monotonic) -> None:
-        self._means = means
-        self._terms = means.terms
+    def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._settings = context.settings
         self._clock = clock
-        self._busy = threading.Lock()
+        self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
         #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
-        self._reached_since = self._reached = -float("inf")
+        self._contact_since = self._last_contact = -float("inf")
         #: Lost claims that workers of this process still work under.
-        self._lost: set[tuple[int, int]] = set()
+        self._lost_claims: set[tuple[int, int]] = set()
         #: Consecutive failed sends per topic.
-        self._vain: Counter[str] = Counter()
+        self._failed_sends: Counter[str] = Counter()
 
     def tick(self) -> None:
         """Run the jobs whose interval has passed. Call this about every second, from a dedicated thread."""
-        if not self._busy.acquire(blocking=False):
+        if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
         try:
             for what, interval in (
-                (self.beat, self._terms.heartbeat),
-                (self.mark, MARK_EVERY),
-                (self.reap, self._terms.reaper),
+                (self.renew_leases, self._settings.heartbeat),
+                (self.record_sends, RECORD_SENDS_INTERVAL),
+                (self.reap, self._settings.reaper),
             ):
                 now = self._clock()
                 if now - self._last.get(what.__name__, -float("inf")) >= interval:
                     what()
                     self._last[what.__name__] = now
         except StoreUnavailable as trouble:
-            self._reached = -float("inf")
-            self._means.patience.report(trouble)
+            self._last_contact = -float("inf")
+            self._context.retrying.report_outage(trouble)
         except Exception:
             # Never let this thread die: leases would expire. The next tick may succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
-            self._busy.release()
+            self._tick_lock.release()
 
-    def beat(self) -> None:
+    def renew_leases(self) -> None:
         """Renew the leases of the claims that workers hold now."""
-        held = {run.key for run in self._means.held()}
+        held = {run.key for run in self._context.active_claims()}
         if not held:
             return
-        known = self._means.store.renew(held, self._means.owner, self._terms.lease)
+        known = self._context.store.renew(held, self._context.owner, self._settings.lease)
         lost = {key for key in held if key[0] not in known}
-        for root_id, epoch in lost - self._lost:
-            run = self._means.holder(root_id)
+        for root_id, epoch in lost - self._lost_claims:
+            run = self._context.claim_for(root_id)
             if run is not None and run.key == (root_id, epoch):
                 logger.warning(f"{run.label}: the claim was lost; the result of the running task will not be recorded")
-        self._lost = lost
+        self._lost_claims = lost
 
-    def mark(self) -> None:
+    def record_sends(self) -> None:
         """Record the sent steps in the store."""
-        steps = list(self._means.sent)
+        steps = list(self._context.unrecorded_sends)
         if steps:
-            self._means.store.sent(steps, self._terms.resend)
+            self._context.store.sent(steps, self._settings.resend)
         # Other threads only append, so the first entries are the recorded ones.
         for _ in steps:
-            self._means.sent.popleft()
+            self._context.unrecorded_sends.popleft()
 
     def reap(self) -> int:
         """Send the due steps that no consumer works on, and return their number."""
         total = 0
-        until = self._clock() + self._terms.heartbeat / 2
+        until = self._clock() + self._settings.heartbeat / 2
         while True:
             asked = self._clock()
-            due = self._means.patience.ask(self._take_due)
+            due = self._context.retrying.once(self._take_due_steps)
             # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
-            waited = self._clock() - asked > self._terms.lease / 3
-            sent = self._hold_back(due) if waited else due
+            waited = self._clock() - asked > self._settings.lease / 3
+            sent = self._defer_expired(due) if waited else due
             total += len(sent)
             self._send(sent)
             if len(due) < BATCH or self._clock() >= until:
                 return total
 
-    def _take_due(self) -> Sequence[Due]:
-        return self._means.store.take_due(BATCH, self._means.owner, expired=self._may_judge())
+    def _take_due_steps(self) -> Sequence[Due]:
+        return self._context.store.take_due(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
 
-    def _hold_back(self, due: Sequence[Due]) -> Sequence[Due]:
+    def _defer_expired(self, due: Sequence[Due]) -> Sequence[Due]:
         """Postpone steps with an expired lease by one more lease, and return the other steps."""
-        self._reached = -float("inf")
+        self._last_contact = -float("inf")
         held = [(each.id, each.epoch) for each in due if each.reason == EXPIRED]
         if held:
-            self._means.store.unsent(held, self._terms.lease)
+            self._context.store.unsent(held, self._settings.lease)
         return [each for each in due if each.reason != EXPIRED]
 
-    def _may_judge(self) -> bool:
+    def _leases_are_trustworthy(self) -> bool:
         """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
         now = self._clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
         # count as an interruption.
-        if now - self._reached > max(self._terms.lease / 2, self._terms.reaper * 2 + 1):
-            self._reached_since = now
-        self._reached = now
-        return now - self._reached_since >= self._terms.lease
+        if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
+            self._contact_since = now
+        self._last_contact = now
+        return now - self._contact_since >= self._settings.lease
 
     def _send(self, due: Sequence[Due]) -> None:
         by_topic = defaultdict(list)
@@ -133,67 +133,67 @@ class Recovery:
             logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
             by_topic[each.target.topic].append(each)
         # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
-        until = self._clock() + self._terms.heartbeat / 2
+        until = self._clock() + self._settings.heartbeat / 2
         # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
-        for topic, steps in sorted(by_topic.items(), key=lambda item: self._vain[item[0]]):
+        for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
             late = self._time_left(until) <= 0
             failed = {each.id for each in (steps if late else self._send_to(topic, steps, until))}
             keys = [(each.id, each.epoch) for each in steps]
-            self._means.sent.extend(key for key in keys if key[0] not in failed)
+            self._context.unrecorded_sends.extend(key for key in keys if key[0] not in failed)
             if not failed:
-                del self._vain[topic]
+                del self._failed_sends[topic]
                 continue
-            self._vain[topic] += not late
-            wait = min(UNSENT_AFTER * 2.0 ** min(max(self._vain[topic] - 1, 0), 10), self._terms.resend)
-            self._means.store.unsent([key for key in keys if key[0] in failed], wait)
-        if self._reached > self._reached_since:
+            self._failed_sends[topic] += not late
+            wait = min(UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend)
+            self._context.store.unsent([key for key in keys if key[0] in failed], wait)
+        if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
-            self._reached = self._clock()
+            self._last_contact = self._clock()
 
-    def _send_to(self, topic: str, steps: Sequence[Due], until: float) -> Sequence[Due]:
+    def _send_to(self, topic: str, steps: Sequence[Due], deadline: float) -> Sequence[Due]:
         """Send steps to a topic, and return the steps that were not delivered.
 
         :param until: deadline on this service's clock.
         """
         try:
-            producer: Any = self._means.producer
+            producer: Any = self._context.producer
             if len(steps) > 1 and hasattr(producer, "bulk_send"):
                 messages = [step_message(each.target, each.uuid) for each in steps]
-                result = producer.bulk_send(topic, messages, self._time_left(until))
+                result = producer.bulk_send(topic, messages, self._time_left(deadline))
                 undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
                 return [each for each in steps if each.target.uuid in undelivered]
         except Exception as error:
             # A third-party producer may raise anything; the steps of other topics must still be sent.
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
-        return [each for each in steps if not self._send_one(each, until)]
+        return [each for each in steps if not self._send_one(each, deadline)]
 
-    def _send_one(self, due: Due, until: float) -> bool:
-        left = self._time_left(until)
-        return left > 0 and not self._means.send(due.target, due.uuid, timeout=left).retcode
+    def _send_one(self, due: Due, deadline: float) -> bool:
+        left = self._time_left(deadline)
+        return left > 0 and not self._context.send(due.target, due.uuid, timeout=left).retcode
 
-    def _time_left(self, until: float) -> float:
-        return min(SEND_TIMEOUT, max(until - self._clock(), 0))
+    def _time_left(self, deadline: float) -> float:
+        return min(SEND_TIMEOUT, max(deadline - self._clock(), 0))
 
     def close(self) -> None:
         """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""
-        if not self._busy.acquire(timeout=CLOSE_TIMEOUT):
+        if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
             # A tick hangs. The remaining claims expire with their leases.
             return
         try:
-            for run in self._means.held():
+            for run in self._context.active_claims():
                 if run.is_abandoned:
                     self._release(run)
-            self.mark()
+            self.record_sends()
         except StoreUnavailable as trouble:
-            self._means.patience.report(trouble)
+            self._context.retrying.report_outage(trouble)
         finally:
-            self._busy.release()
+            self._tick_lock.release()
 
-    def _release(self, run: Held) -> None:
+    def _release(self, claim: ActiveClaim) -> None:
         try:
-            run.release()
+            claim.release()
         except StoreUnavailable:
             raise
         except KserError as error:

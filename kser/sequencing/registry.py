@@ -17,11 +17,11 @@ from kser.controller import BaseProducer, Controller
 from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, StoreMissing, TopicMissing
 from kser.schemas import Message
-from kser.sequencing.keeper import Keeper, what_to_find
-from kser.sequencing.means import Means
+from kser.sequencing.keeper import OperationManager, build_query
+from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
-from kser.sequencing.recovery import Recovery
-from kser.sequencing.runner import InProcessRunner, Runner
+from kser.sequencing.recovery import RecoveryService
+from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, SUCCESS
 from kser.store import open_store
@@ -63,14 +63,14 @@ class OperationRegistry:
         self.controller = controller_class()
         self.app: Any = None
         #: The runner that executes operations.
-        self.runner: Runner = InProcessRunner()
+        self.runner: Runner = InMemoryRunner()
         self._kser_producer = producer
         self._kser_producer_factory: Callable[[], BaseProducer] | None = None
         self._kser_store = store
-        self._kser_opened_context: Means | None = None
-        self._kser_context: Means | None = None
-        self._kser_manager: Keeper | None = None
-        self._kser_recovery: Recovery | None = None
+        self._kser_opened_context: DurableContext | None = None
+        self._kser_context: DurableContext | None = None
+        self._kser_manager: OperationManager | None = None
+        self._kser_recovery: RecoveryService | None = None
         self._kser_opening_lock = threading.Lock()
         if app:
             self.init_app(app)
@@ -160,7 +160,7 @@ class OperationRegistry:
         return self._kser_open().store
 
     @property
-    def _kser_operations(self) -> Keeper:
+    def _kser_operations(self) -> OperationManager:
         """Manager of the stored operations.
 
         :raises kser.errors.StoreMissing: there is no shared database.
@@ -170,23 +170,25 @@ class OperationRegistry:
         return self._kser_manager
 
     @property
-    def _kser_background_service(self) -> Recovery | None:
+    def _kser_background_service(self) -> RecoveryService | None:
         """Background service for the consumers; None without a shared database."""
         if not self._kser_has_store:
             return None
         self._kser_open()
         return self._kser_recovery
 
-    def _kser_open(self) -> Means:
+    def _kser_open(self) -> DurableContext:
         if self._kser_context is None:
             with self._kser_opening_lock:
-                opened = self._kser_opened_context = self._kser_opened_context or Means(self, self._kser_make_store())
+                opened = self._kser_opened_context = self._kser_opened_context or DurableContext(
+                    self, self._kser_make_store()
+                )
             # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
-            opened.patience.call(opened.store.check)
+            opened.retrying.retry(opened.store.check)
             with self._kser_opening_lock:
                 if self._kser_context is None:
-                    self._kser_recovery = Recovery(opened)
-                    self._kser_manager = self.runner = Keeper(opened, self.runner)
+                    self._kser_recovery = RecoveryService(opened)
+                    self._kser_manager = self.runner = OperationManager(opened, self.runner)
                     self._kser_context = opened
         return self._kser_context
 
@@ -208,7 +210,7 @@ class OperationRegistry:
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         with self._kser_app_context():
-            return self._kser_operations.receive(kmsg, entrypoint)
+            return self._kser_operations.handle_message(kmsg, entrypoint)
 
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
@@ -243,7 +245,7 @@ class OperationRegistry:
         :param after: ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        found = what_to_find(status, entrypoint, since, until, metadata, parent)
+        found = build_query(status, entrypoint, since, until, metadata, parent)
         return OperationPage(*self._kser_operations.find(found, limit, after))
 
     def purge(

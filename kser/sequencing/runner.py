@@ -31,7 +31,7 @@ class Runner(Protocol):
         ...
 
 
-class InProcessRunner:
+class InMemoryRunner:
     """Runner without a database. A second run of an operation continues at the first task that is not SUCCESS.
 
     The operation's result starts as its initial result, and the results of the tasks are added in order. Each task gets
@@ -39,7 +39,7 @@ class InProcessRunner:
     """
 
     def run(self, operation: Operation, result: Result | None) -> Any:
-        prepare(operation, result)
+        prepare_operation(operation, result)
         delivery = current_attempt.get()
         if delivery is not None and delivery.entry is operation and is_distributed(operation):
             # A distributed operation arrived as a message and there is no database. Only tasks that override send() can
@@ -50,10 +50,10 @@ class InProcessRunner:
             # If a task's onsuccess returned None, this addition raises the same error as in kser 0.8.
             operation.result = operation.result + outcome
             if status.final_status(outcome) != status.SUCCESS:
-                return _fail(operation)
+                return _fail_operation(operation)
         if status.final_status(operation.result) != status.SUCCESS:
             # No task had to run and the initial result is a failure, so the operation fails.
-            return _fail(operation)
+            return _fail_operation(operation)
         raise_if_decided(operation)
         # The Success line shows `None` if there are no tasks and no forwarded result, because kser 0.8 logs that.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
@@ -65,12 +65,12 @@ def is_distributed(operation: Operation) -> bool:
     return getattr(type(operation), "DISTRIBUTED", False) is True
 
 
-def prepare(operation: Operation, result: Result | None) -> None:
+def prepare_operation(operation: Operation, result: Result | None) -> None:
     """Reset the result of an operation, call its prerun trigger and build its tasks if they were never built.
 
     :param result: merged into the initial result of the operation.
     """
-    _restart(operation, result)
+    _reset_result(operation, result)
     operation._prerun()
     if not operation.tasks and operation._kser_built is None:
         operation.build(**operation.params)
@@ -96,12 +96,12 @@ def run_task(task: Task, accumulated: Result, operation_uuid: str) -> Any:
         return task._onerror(failed) if answer is None else answer
 
 
-def _fail(operation: Operation) -> Any:
+def _fail_operation(operation: Operation) -> Any:
     answer = schedule_retry(operation, operation.result)
     return operation._onerror(operation.result) if answer is None else answer
 
 
-def _restart(operation: Operation, result: Result | None) -> None:
+def _reset_result(operation: Operation, result: Result | None) -> None:
     """Reset an operation's result to its initial result, and merge ``result`` into it."""
     if operation._kser_initial_result is None:
         operation._kser_initial_result = copy_result(operation.result, uuid=operation.uuid)

@@ -27,12 +27,12 @@ _ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_s
 _CHOOSES = ("next", "launch_next", "set_status")
 
 #: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
-LABEL_LIMIT: Final = 200
+MAX_SEARCHABLE_VALUE: Final = 200
 
-Made = TypeVar("Made", bound=Task)
+T = TypeVar("T", bound=Task)
 
 
-def hooks_of(cls: type) -> int:
+def overrides_of(cls: type) -> int:
     """Return the :class:`Overrides` flags of an operation class."""
 
     def overrides(names: Iterable[str]) -> bool:
@@ -41,7 +41,7 @@ def hooks_of(cls: type) -> int:
     return ENDS * overrides(_ENDS) | CHOOSES * overrides(_CHOOSES)
 
 
-def to_json(value: Any, what: str, owner: object) -> str:
+def to_json(value: Any, subject: str, owner: object) -> str:
     """Return a value as JSON text, in the format of the wire.
 
     :param what: name of the value, for the error text.
@@ -52,7 +52,7 @@ def to_json(value: Any, what: str, owner: object) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{what} of {owner!r} cannot be stored: {error}; only JSON values can be stored and sent"
+            f"{subject} of {owner!r} cannot be stored: {error}; only JSON values can be stored and sent"
         ) from error
 
 
@@ -69,18 +69,20 @@ def result_from_json(text: str | None, uuid: str) -> Result:
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
 
 
-def labels_of(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the searchable metadata of an operation: short keys and short scalar values."""
-    found = [label_of(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
-    return [(key, value) for key, value in found if len(key) <= LABEL_LIMIT and len(value) <= LABEL_LIMIT]
+    found = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
+    return [
+        (key, value) for key, value in found if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
+    ]
 
 
-def label_of(key: Any, value: Any) -> tuple[str, str]:
+def searchable_pair(key: Any, value: Any) -> tuple[str, str]:
     """Return a metadata key and its value as text, so that a search for ``7`` also matches ``"7"``."""
     return str(key), value if isinstance(value, str) else json.dumps(value)
 
 
-def same_json(one: str, other: str) -> bool:
+def json_equal(one: str, other: str) -> bool:
     """Return whether two JSON texts have the same value."""
     # Compare normalised texts, not objects, because as an object NaN differs from itself.
     return one == other or _sorted(one) == _sorted(other)
@@ -91,7 +93,7 @@ def _sorted(text: str) -> str:
 
 
 def new_operation(
-    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], given: str | None = None
+    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], original_params: str | None = None
 ) -> NewOperation:
     """Return the row of a new operation, including its tasks and nested operations.
 
@@ -103,8 +105,8 @@ def new_operation(
     built = operation._kser_built is not None or bool(operation.tasks)
     tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
-    if given is not None and not same_json(given, params):
-        metadata = {**metadata, ORIGINAL_PARAMS_KEY: given}
+    if original_params is not None and not json_equal(original_params, params):
+        metadata = {**metadata, ORIGINAL_PARAMS_KEY: original_params}
     done = list(itertools.takewhile(_is_done, operation.tasks))
     total = copy_result(operation.result)
     for task in done:
@@ -116,12 +118,12 @@ def new_operation(
         entrypoint=type(operation).path,
         mode=mode,
         topic=topic,
-        hooks=hooks_of(type(operation)),
+        hooks=overrides_of(type(operation)),
         params=params,
         metadata=to_json(metadata, "metadata", operation),
         so_far=result_to_json(total, operation),
         tasks=tasks,
-        labels=labels_of(operation.metadata),
+        labels=searchable_metadata(operation.metadata),
         phase=START if tasks is None else TASK if ahead else END_SUCCESS,
         target=Target(first.uuid, first.entrypoint, first.topic)
         if first
@@ -149,7 +151,7 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
         params=to_json(task.params, "params", task),
         metadata=to_json(task.metadata, "metadata", task),
         # A task that runs again starts without a result.
-        result=result_to_json(task.result, task) if done or _brings(task) else None,
+        result=result_to_json(task.result, task) if done or _has_initial_result(task) else None,
         child=child,
         status=states.SUCCESS if done else states.PENDING,
     )
@@ -159,7 +161,7 @@ def _is_done(task: Task) -> bool:
     return task.status == states.SUCCESS
 
 
-def _brings(task: Task) -> bool:
+def _has_initial_result(task: Task) -> bool:
     """Return whether a task that has not run yet has an initial result."""
     return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
 
@@ -168,25 +170,25 @@ def _is_blank(result: Result) -> bool:
     return not (result.retcode or result.stdout or result.stderr or result.retval)
 
 
-class ClassFinder:
+class EntrypointLoader:
     """Loader of entrypoint classes by path, and of objects from rows.
 
     :param lookup: returns the class with a path; None if it is not registered here.
     """
 
     def __init__(self, find: Callable[[str], type[Entrypoint] | None]) -> None:
-        self.find = find
+        self.lookup = find
 
     def operation(self, row: OperationRow) -> Operation:
         """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
-        operation = self._make(Operation, row, row.result if states.is_final(row.status) else row.so_far)
+        operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.so_far)
         operation.status = row.status
         operation._kser_built = None if row.size is None else []
         return operation
 
     def task(self, row: TaskRow) -> Task:
         """Build a task from its row; if its class cannot be used, a plain one with a load error."""
-        task = self._make(Task, row, row.result)
+        task = self._construct(Task, row, row.result)
         task.status = row.status
         return task
 
@@ -198,21 +200,21 @@ class ClassFinder:
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]
 
-    def _make(self, kind: type[Made], row: OperationRow | TaskRow, result: str | None) -> Made:
-        cls = self.find(row.entrypoint)
+    def _construct(self, kind: type[T], row: OperationRow | TaskRow, result: str | None) -> T:
+        cls = self.lookup(row.entrypoint)
         if cls is not None and issubclass(cls, kind):
             try:
                 return cls.from_Message(_message(row, result))
             except Exception as exc:
                 unfit = exc
         else:
-            unfit = unknown(row.entrypoint)
+            unfit = unknown_entrypoint_error(row.entrypoint)
         made = kind.from_Message(_message(row, result))
         made._kser_load_error = unfit
         return made
 
 
-def unknown(entrypoint: str) -> ValidationError:
+def unknown_entrypoint_error(entrypoint: str) -> ValidationError:
     """Return the error for an entrypoint that is not registered here."""
     return ValidationError(
         f"Entrypoint '{entrypoint}' not registred: import its module in this consumer, or send it to the topic of a"

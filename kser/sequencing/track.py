@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
 
 
-class Frame:
+class OperationFrame:
     """One operation on the path from the root to the current operation.
 
     :param row: the stored row of the operation.
@@ -36,35 +36,35 @@ class Frame:
 
     def __init__(self, row: OperationRow) -> None:
         self.row = row
-        self.phase = self.old_phase = row.phase
+        self.phase = self.stored_phase = row.phase
         self.status = row.status
-        self.step = self.old_step = row.step
-        self.size = row.size
+        self.step = self.stored_step = row.step
+        self.task_count = row.size
         #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
-        self.so_far = row.so_far
-        self.total = result_from_json(row.so_far, row.uuid)
+        self.accumulated_json = row.so_far
+        self.accumulated = result_from_json(row.so_far, row.uuid)
         #: JSON of the final result; None while it is not known.
         self.result = row.result
         #: The operation object if it was built, and whether it has its tasks.
         self.operation: Operation | None = None
-        self.loaded = False
+        self.is_loaded = False
         #: By position of the task: number of recorded attempts, and how many of them a retry policy does not count.
         self.attempts: dict[int, tuple[int, int]] = {}
 
     @property
     def outcome(self) -> Result:
         """Final result of the operation; the accumulated result while there is none."""
-        return self.total if self.result is None else result_from_json(self.result, self.row.uuid)
+        return self.accumulated if self.result is None else result_from_json(self.result, self.row.uuid)
 
-    def add(self, result: Result) -> None:
+    def add_result(self, result: Result) -> None:
         """Add the result of a successful task to the accumulated result."""
-        self.total = merge(self.total, result)
-        self.so_far = result_to_json(self.total, self.row.uuid)
+        self.accumulated = merge(self.accumulated, result)
+        self.accumulated_json = result_to_json(self.accumulated, self.row.uuid)
 
-    def move(self) -> Move:
+    def to_update(self) -> Move:
         """Return the update of the operation's row."""
-        before = self.old_step, self.old_phase
-        return Move(self.row.id, *before, self.step, self.phase, self.status, self.so_far, self.result)
+        before = self.stored_step, self.stored_phase
+        return Move(self.row.id, *before, self.step, self.phase, self.status, self.accumulated_json, self.result)
 
     @property
     def target(self) -> Target:
@@ -72,7 +72,7 @@ class Frame:
         return Target(self.row.uuid, self.row.entrypoint, self.row.topic)
 
 
-class Track:
+class ExecutionState:
     """Execution state under a claim: the path from the root to the current operation, and the unrecorded outcome.
 
     :param claim: the claim.
@@ -81,39 +81,39 @@ class Track:
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.distributed = claim.root.mode == DISTRIBUTED
-        self.frames = [Frame(row) for row in claim.path]
+        self.frames = [OperationFrame(row) for row in claim.path]
         self.root = self.frames[0]
         #: Operations without hooks of their own that ended in this step.
-        self.ended: list[Frame] = []
+        self.ended: list[OperationFrame] = []
         #: Tasks that were built in this step.
         self.built: Built | None = None
-        self._moves: dict[int, Frame] = {}
-        self._ends: list[TaskEnd] = []
-        self._notes: list[Note] = []
+        self._updates: dict[int, OperationFrame] = {}
+        self._outcomes: list[TaskEnd] = []
+        self._events: list[Note] = []
 
     @property
-    def top(self) -> Frame:
+    def top(self) -> OperationFrame:
         """Frame of the current operation."""
         return self.frames[-1]
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """True if the root has ended."""
         return states.is_final(self.root.status)
 
     # -- outcome of the step -------------------------------------------------------------------------------------------
 
-    def note(self, note: Note) -> None:
+    def add_event(self, note: Note) -> None:
         """Add an event to the next checkpoint."""
-        self._notes.append(note)
+        self._events.append(note)
 
-    def enter(self, row: OperationRow) -> Frame:
+    def push(self, row: OperationRow) -> OperationFrame:
         """Push the frame of a nested operation, which is the current task."""
-        frame = Frame(row)
+        frame = OperationFrame(row)
         self.frames.append(frame)
         return frame
 
-    def begun(self, built: Built | None) -> None:
+    def on_built(self, built: Built | None) -> None:
         """Start the current operation, whose tasks are ready to run.
 
         :param built: the tasks, if they were built in this step.
@@ -121,15 +121,15 @@ class Track:
         frame = self.top
         if built is not None:
             self.built = built
-            frame.size = len(built.tasks)
-            self._notes.append(Note("built", frame.row.uuid, f"{frame.size} task(s)"))
+            frame.task_count = len(built.tasks)
+            self._events.append(Note("built", frame.row.uuid, f"{frame.task_count} task(s)"))
         frame.status = states.RUNNING
         if frame.phase == START and len(self.frames) > 1:
             # A nested operation starts with the accumulated result of its parent, like any other task of the parent.
-            frame.add(copy_result(self.frames[-2].total))
-        self._go_on(frame, frame.step)
+            frame.add_result(copy_result(self.frames[-2].accumulated))
+        self._advance(frame, frame.step)
 
-    def ran(self, uuid: str, result: Result, text: str, number: int, duration: float) -> None:
+    def on_task_finished(self, uuid: str, result: Result, text: str, number: int, duration: float) -> None:
         """Finish the current task with the outcome of its last attempt.
 
         :param uuid: uuid of the task.
@@ -141,79 +141,79 @@ class Track:
         failed = states.final_status(result) != states.SUCCESS
         status = states.FAILED if failed else states.SUCCESS
         error = (result.stderr or f"return code {result.retcode}") if failed else None
-        self._ends.append(TaskEnd(frame.row.id, frame.step, number, status, text, duration, error))
-        self._notes.append(Note("task-failed" if failed else "task-succeeded", uuid, error))
-        self._after(frame, status, result)
+        self._outcomes.append(TaskEnd(frame.row.id, frame.step, number, status, text, duration, error))
+        self._events.append(Note("task-failed" if failed else "task-succeeded", uuid, error))
+        self._pop_into_parent(frame, status, result)
 
-    def retried(self, uuid: str, error: str, number: int, duration: float) -> None:
+    def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> None:
         """Add a failed attempt at the current task that is followed by a retry."""
         frame = self.top
-        self._ends.append(TaskEnd(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
-        self._notes.append(Note("task-retried", uuid, error))
-        self._moves.setdefault(frame.row.id, frame)
+        self._outcomes.append(TaskEnd(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
+        self._events.append(Note("task-retried", uuid, error))
+        self._updates.setdefault(frame.row.id, frame)
 
-    def chose(self, step: int | None, failure: Result | None) -> None:
+    def on_next_chosen(self, step: int | None, failure: Result | None) -> None:
         """Advance to the task that the operation chose as the next one.
 
         :param step: position of the next task; None for the end of the operation.
         :param failure: the failed result if the operation fails, else None.
         """
         frame = self.top
-        self._notes.append(Note("moved", frame.row.uuid, "to the end" if step is None else f"to task {step}"))
+        self._events.append(Note("moved", frame.row.uuid, "to the end" if step is None else f"to task {step}"))
         if failure is not None:
-            self._finish(frame, states.FAILED, merge(copy_result(frame.total), failure))
+            self._finish(frame, states.FAILED, merge(copy_result(frame.accumulated), failure))
         else:
-            self._go_on(frame, frame.size or 0 if step is None else step)
+            self._advance(frame, frame.task_count or 0 if step is None else step)
 
-    def failed(self, failure: Result) -> None:
+    def on_failed(self, failure: Result) -> None:
         """Fail the current operation, which could not be built, restored or advanced."""
-        self._finish(self.top, states.FAILED, merge(copy_result(self.top.total), failure))
+        self._finish(self.top, states.FAILED, merge(copy_result(self.top.accumulated), failure))
 
-    def end(self, status: str, result: Result) -> None:
+    def on_ended(self, status: str, result: Result) -> None:
         """End the current operation, and the task of its parent that it stands for."""
         frame = self.top
         frame.status = frame.phase = status
         frame.result = result_to_json(result, frame.row.entrypoint)
-        self._moves[frame.row.id] = frame
+        self._updates[frame.row.id] = frame
         if len(self.frames) == 1:
-            self._notes.append(Note("ended", text=status))
+            self._events.append(Note("ended", text=status))
             return
         self.frames.pop()
         parent = self.top
         # Number 0 records no attempt, because attempts are recorded for the inner tasks and not for the operation.
         error = result.stderr if status == states.FAILED else None
-        self._ends.append(TaskEnd(parent.row.id, parent.step, 0, status, frame.result, 0, error))
-        self._after(parent, status, result)
+        self._outcomes.append(TaskEnd(parent.row.id, parent.step, 0, status, frame.result, 0, error))
+        self._pop_into_parent(parent, status, result)
 
-    def _after(self, frame: Frame, status: str, result: Result) -> None:
+    def _pop_into_parent(self, frame: OperationFrame, status: str, result: Result) -> None:
         """Apply the end of a task to its operation: choose, advance or finish."""
         if status == states.SUCCESS:
-            frame.add(result)
+            frame.add_result(result)
         if self.distributed and frame.row.hooks & CHOOSES:
             frame.phase = NEXT
-            self._moves[frame.row.id] = frame
+            self._updates[frame.row.id] = frame
         elif status == states.SUCCESS:
-            self._go_on(frame, frame.step + 1)
+            self._advance(frame, frame.step + 1)
         else:
-            self._finish(frame, states.FAILED, merge(copy_result(frame.total), result))
+            self._finish(frame, states.FAILED, merge(copy_result(frame.accumulated), result))
 
-    def _go_on(self, frame: Frame, step: int) -> None:
+    def _advance(self, frame: OperationFrame, step: int) -> None:
         frame.step = step
-        self._moves[frame.row.id] = frame
-        if step < (frame.size or 0):
+        self._updates[frame.row.id] = frame
+        if step < (frame.task_count or 0):
             frame.phase = TASK
         else:
             # The outcome may be a failure without a failed task, because the initial result may be a failed one.
-            self._finish(frame, states.final_status(frame.total), frame.total)
+            self._finish(frame, states.final_status(frame.accumulated), frame.accumulated)
 
-    def _finish(self, frame: Frame, status: str, result: Result) -> None:
-        self._moves[frame.row.id] = frame
+    def _finish(self, frame: OperationFrame, status: str, result: Result) -> None:
+        self._updates[frame.row.id] = frame
         if frame.row.hooks & ENDS:
             frame.phase = status
             frame.result = result_to_json(result, frame.row.entrypoint)
         else:
             self.ended.append(frame)
-            self.end(status, result)
+            self.on_ended(status, result)
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -222,23 +222,23 @@ class Track:
     ) -> Checkpoint:
         """Return the checkpoint that records the step."""
         claim = self.claim
-        moved = [frame.move() for at, frame in self._moves.items() if at != claim.id]
+        moved = [frame.to_update() for at, frame in self._updates.items() if at != claim.id]
         return Checkpoint(
             claim.id,
             claim.epoch,
             claim.root.token or "",
             consumer,
-            (*moved, self.root.move()),
-            self._ends,
+            (*moved, self.root.to_update()),
+            self._outcomes,
             self.built,
-            (*self._notes, *notes),
+            (*self._events, *notes),
             target,
             keep,
             delay,
         )
 
-    def recorded(self) -> None:
+    def mark_flushed(self) -> None:
         """Mark the step as recorded and start the next one."""
-        for frame in self._moves.values():
-            frame.old_step, frame.old_phase = frame.step, frame.phase
-        self._moves, self._ends, self._notes, self.built, self.ended = {}, [], [], None, []
+        for frame in self._updates.values():
+            frame.stored_step, frame.stored_phase = frame.step, frame.phase
+        self._updates, self._outcomes, self._events, self.built, self.ended = {}, [], [], None, []

@@ -55,7 +55,7 @@ class Process:
         self.companion = self.registry._kser_background_service
         assert self.companion is not None
         self.companion._clock = lambda: world.now
-        self.owner = self.registry._kser_operations._means.owner
+        self.owner = self.registry._kser_operations._context.owner
         if consumes:
             self.consumer = Member(self)
             self.consumer.REGISTRY = controller
@@ -94,7 +94,7 @@ class Process:
 
     def beat(self) -> None:
         """Time passes while a task runs, and the claim is kept alive."""
-        self.world.now += self.companion._terms.heartbeat
+        self.world.now += self.companion._settings.heartbeat
         self.beside()
 
     # -- how it ends ---------------------------------------------------------------------------------------------------

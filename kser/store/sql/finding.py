@@ -48,8 +48,8 @@ class Finding:
         every = [Labelled(found, index, before) for index in range(len(found.labels))]
         driver = self._driver(transaction, found, every, before)
         others = [each.admits for each in every if each is not driver]
-        query = _merged(_parts(found, before), limit + 1, others) if driver is None else driver.with_rest(found, others)
-        ids = self._ids(transaction, query.limit(limit + 1))
+        statement = _merged(_parts(found, before), limit + 1, others) if driver is None else driver.with_rest(found, others)
+        ids = self._ids(transaction, statement.limit(limit + 1))
         rows = transaction.fetch(self._by_id, [{"id": each} for each in ids[:limit]])
         newest_first = sorted((operation_row(row) for row in rows), reverse=True)
         return Page(newest_first, str(ids[limit - 1]) if len(ids) > limit else None)
