@@ -56,13 +56,13 @@ def operations(count: int, now: float, chance: random.Random) -> Iterator[dict[s
         entrypoint = chance.choice(ENTRYPOINTS)
         yield {
             **{"id": identifier, "root_id": identifier, "uuid": name, "entrypoint": entrypoint, "mode": "local"},
-            **{"topic": "shop", "hooks": 0, "status": status, "phase": status if final else "TASK"},
-            **{"step": 5 if final else 1, "size": 5, "created_at": created, "started_at": created, "epoch": 2},
-            **{"cancel_requested": False, "due_at": created, "claims": 0, "sends": 0, "target_uuid": name},
-            **{"target_entrypoint": entrypoint, "target_topic": "shop", "params": TEXT, "so_far": RESULT},
+            **{"topic": "shop", "overrides": 0, "status": status, "phase": status if final else "TASK"},
+            **{"step": 5 if final else 1, "task_count": 5, "created_at": created, "started_at": created, "epoch": 2},
+            **{"cancel_requested": False, "due_at": created, "claim_count": 0, "send_count": 0, "target_uuid": name},
+            **{"target_entrypoint": entrypoint, "target_topic": "shop", "params": TEXT, "accumulated": RESULT},
             "metadata": json.dumps({"customer": str(number % CUSTOMERS), "region": str(chance.randrange(REGIONS))}),
             "ended_at": created + 1 if final else None,
-            "wake_at": None if final else now + 3600,
+            "next_check_at": None if final else now + 3600,
             "result": RESULT if final else None,
         }
 

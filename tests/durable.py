@@ -23,7 +23,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
-from kser.store.rows import Claim, Stored
+from kser.store.rows import Claim, OperationSnapshot
 from tests.engine import AT_ONCE, PATIENCE, Act, consumer_of
 from tests.store_world import LEASE, World, me
 from tests.support import Clock, message
@@ -156,9 +156,9 @@ class Shop:
             passed += TURN
         (process or self.first).companion.tick()
 
-    def stored(self, uuid: str = "1") -> Stored:
+    def stored(self, uuid: str = "1") -> OperationSnapshot:
         """What is stored of an operation."""
-        found = self.store.get(uuid)
+        found = self.store.snapshot(uuid)
         assert found is not None
         return found
 
@@ -168,7 +168,7 @@ class Shop:
 
     def has_ended(self, uuid: str = "1") -> bool:
         """Whether an operation has ended; also for one that is not there yet."""
-        row = self.store.peek(uuid)
+        row = self.store.get_operation(uuid)
         return row is not None and is_final(row.status)
 
     def tasks(self, uuid: str = "1") -> list[str]:

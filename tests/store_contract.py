@@ -15,31 +15,22 @@ from kser import status as states
 from kser.errors import FencedError, StateConflict, StoreError, UsageError
 from kser.store.base import Store
 from kser.store.rows import (
-    DISTRIBUTED,
-    END_SUCCESS,
-    ENDED,
-    ERROR_LIMIT,
     EVENTS,
-    EXPIRED,
-    HELD,
-    LONGEST_RESEND,
-    NEXT,
-    RETRY,
-    SENDING,
-    STALE,
-    START,
-    TASK,
-    UNCLAIMED,
-    UNSENT,
-    UNSENT_AFTER,
-    WAITING,
-    Built,
+    MAX_ERROR_LENGTH,
+    MAX_RESEND_DELAY,
+    RESEND_UNSENT_AFTER,
+    SEND_GRACE,
+    BuiltTasks,
     Claim,
-    Found,
-    Note,
+    ClaimRefused,
+    DueReason,
+    Mode,
+    NewEvent,
+    OperationQuery,
     OperationRow,
-    Refusal,
-    Target,
+    Phase,
+    RefusalReason,
+    StepMessage,
 )
 from tests.store_world import (
     CLOSE,
@@ -62,14 +53,14 @@ from tests.store_world import (
 
 def kinds(store: Store, uuid: str) -> list[str]:
     """What happened to an operation."""
-    stored = store.get(uuid)
+    stored = store.snapshot(uuid)
     assert stored is not None
     return [event.kind for event in stored.events]
 
 
 def due(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
     """What the reaper takes: uuids, and why."""
-    return [(each.uuid, each.reason) for each in store.take_due(limit, "reaper", expired=expired)]
+    return [(each.uuid, each.reason) for each in store.take_due_steps(limit, "reaper", expired=expired)]
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -105,15 +96,15 @@ class SaveAndClaimContract:
             *(operation.uuid, "shop.PlaceOrder", None, row.id, "local", "orders", 3),
             *('{"order": 42, "nan": NaN}', '{"text": "\\u0000 \\ud800"}', states.PENDING),
         )
-        assert row[11:16] == (TASK, 0, 2, '{"retval": {}}', None)
+        assert row[11:16] == (Phase.RUN_TASK, 0, 2, '{"retval": {}}', None)
         assert row.created_at == pytest.approx(world.now, abs=CLOSE)
         assert row[17:21] == (None, None, False, None)
         assert row[21:24] == (0, None, None)
-        assert row.wake_at == pytest.approx(row.created_at + UNSENT_AFTER, abs=0.5)
+        assert row.next_check_at == pytest.approx(row.created_at + RESEND_UNSENT_AFTER, abs=0.5)
         assert row.due_at <= world.now
         assert row[26:] == (0, 0, None, operation.target)
         assert operation.tasks is not None
-        assert [task[1:] for task in world.store.tasks(row.id)] == [
+        assert [task[1:] for task in world.store.get_tasks(row.id)] == [
             (*(at, task.uuid, "shop.Charge", "gpu", task.params, task.metadata), states.PENDING, None, 0, None, 0)
             for at, task in enumerate(operation.tasks)
         ]
@@ -122,11 +113,11 @@ class SaveAndClaimContract:
         operation = new(None)
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
-        assert (row.size, row.phase, world.store.tasks(row.id)) == (None, START, [])
+        assert (row.task_count, row.phase, world.store.get_tasks(row.id)) == (None, Phase.BUILD, [])
 
     def test_operation_built_without_tasks_has_no_task_rows(self, world: World) -> None:
         claim = saved(world.store, new(0))
-        assert (claim.root.size, claim.root.phase, claim.task) == (0, END_SUCCESS, None)
+        assert (claim.root.task_count, claim.root.phase, claim.task) == (0, Phase.END_SUCCESS, None)
 
     def test_task_may_be_saved_with_a_result(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"retval": 1}')]))
@@ -138,27 +129,27 @@ class SaveAndClaimContract:
         operation, claimant = new(2), me()
         claim = saved(world.store, operation, claimant)
         root = claim.root
-        assert (claim.epoch, root.epoch, root.status, root.claims) == (1, 1, states.RUNNING, 1)
+        assert (claim.epoch, root.epoch, root.status, root.claim_count) == (1, 1, states.RUNNING, 1)
         assert (root.owner, root.token) == (claimant.owner, claimant.token)
-        assert root.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert root.next_check_at == pytest.approx(world.now + LEASE, abs=CLOSE)
         assert root.started_at == pytest.approx(world.now, abs=CLOSE)
         assert root == row_of(world.other, operation.uuid)
         assert claim.path == (root,)
-        assert claim.task == world.store.task(root.id, 0)
+        assert claim.task == world.store.get_task(root.id, 0)
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_duplicate_save_of_a_uuid_is_rejected_and_changes_nothing(self, world: World) -> None:
         """Rule 3: the stored state stays untouched, also when it is the very same operation."""
         operation = new(2)
         world.store.save(operation)
-        before = world.store.get(operation.uuid)
+        before = world.store.snapshot(operation.uuid)
         for again in (operation, new(5, uuid=operation.uuid, params="{}")):
             for claimant in (None, me()):
                 refusal = world.other.save(again, claimant)
-                assert isinstance(refusal, Refusal)
+                assert isinstance(refusal, ClaimRefused)
                 assert before is not None
-                assert refusal == (STALE, before.operation)
-        assert world.store.get(operation.uuid) == before
+                assert refusal == (RefusalReason.STALE, before.operation)
+        assert world.store.snapshot(operation.uuid) == before
 
     def test_repeated_save_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
         """Rule 10: the outcome of the first save is unknown to its caller."""
@@ -181,7 +172,7 @@ class SaveAndClaimContract:
         outer = new([new_task(inner)])
         with pytest.raises(StoreError):
             world.store.save(outer)
-        assert world.store.peek(outer.uuid) is None
+        assert world.store.get_operation(outer.uuid) is None
 
     def test_operation_with_a_duplicate_nested_operation_is_rejected(self, world: World) -> None:
         inner = new(1)
@@ -209,14 +200,14 @@ class SaveAndClaimContract:
             epoch=1,
             owner="consumer-b",
             token=claimant.token,
-            claims=1,
-            wake_at=claim.root.wake_at,
+            claim_count=1,
+            next_check_at=claim.root.next_check_at,
             started_at=claim.root.started_at,
         )
-        assert claim.root.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert claim.root.next_check_at == pytest.approx(world.now + LEASE, abs=CLOSE)
         assert claim.root.started_at == pytest.approx(world.now, abs=CLOSE)
-        assert claim.task == world.store.task(claim.id, 0)
-        assert (claim.exhausted, claim.following) == (False, None)
+        assert claim.task == world.store.get_task(claim.id, 0)
+        assert (claim.exhausted, claim.next_task) == (False, None)
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_claim_of_an_unknown_operation_returns_none(self, world: World) -> None:
@@ -232,10 +223,10 @@ class SaveAndClaimContract:
         """Rule 7."""
         claim = saved(world.store, new(2))
         refusal = world.other.claim(claim.root.uuid, claim.root.target.uuid, me())
-        assert refusal == Refusal(HELD, claim.root)
+        assert refusal == ClaimRefused(RefusalReason.HELD, claim.root)
         world.pass_by(LEASE + 1)
         other = claimed(world.other, claim.root, me("consumer-b"))
-        assert (other.epoch, other.root.owner, other.root.claims) == (2, "consumer-b", 2)
+        assert (other.epoch, other.root.owner, other.root.claim_count) == (2, "consumer-b", 2)
         assert other.root.started_at == claim.root.started_at
 
     def test_concurrent_claims_have_one_winner(self, world: World) -> None:
@@ -245,20 +236,20 @@ class SaveAndClaimContract:
         row = row_of(world.store, operation.uuid)
         stores = [world.store, world.other] * 4
         answers = at_once(*(lambda store=store: store.claim(row.uuid, row.target.uuid, me()) for store in stores))
-        assert [answer.reason for answer in answers if isinstance(answer, Refusal)] == [HELD] * 7
+        assert [answer.reason for answer in answers if isinstance(answer, ClaimRefused)] == [RefusalReason.HELD] * 7
         assert row_of(world.store, row.uuid).epoch == 1
 
     def test_claim_of_another_step_is_stale(self, world: World) -> None:
         operation = new(2)
         world.store.save(operation)
         refusal = world.store.claim(operation.uuid, name(), me())
-        assert refusal == Refusal(STALE, row_of(world.store, operation.uuid))
+        assert refusal == ClaimRefused(RefusalReason.STALE, row_of(world.store, operation.uuid))
 
     def test_ended_operation_cannot_be_claimed(self, world: World) -> None:
         claim = saved(world.store, new(1))
         world.store.checkpoint(last_step(claim, 0))
         refusal = world.store.claim(claim.root.uuid, claim.root.target.uuid, me())
-        assert refusal == Refusal(ENDED, row_of(world.store, claim.root.uuid))
+        assert refusal == ClaimRefused(RefusalReason.ENDED, row_of(world.store, claim.root.uuid))
 
     def test_repeated_claim_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
         """Rule 10."""
@@ -285,16 +276,16 @@ class SaveAndClaimContract:
         token = claims[-1].root.token or ""
         assert claimed(world.store, row, me(max_claims=3, token=token)).exhausted
         world.store.checkpoint(step_on(claims[-1], 0))
-        assert row_of(world.store, row.uuid).claims == 0
+        assert row_of(world.store, row.uuid).claim_count == 0
 
     def test_claim_of_a_distributed_operation_includes_the_next_task(self, world: World) -> None:
-        operation = new(3, mode=DISTRIBUTED)
+        operation = new(3, mode=Mode.DISTRIBUTED)
         claim = saved(world.store, operation)
-        assert claim.following == world.store.task(claim.id, 1)
+        assert claim.next_task == world.store.get_task(claim.id, 1)
         world.store.checkpoint(step_on(claim, 0))
         world.store.checkpoint(step_on(claim, 1, keep=False))
         last = claimed(world.store, row_of(world.store, operation.uuid))
-        assert (last.task, last.following) == (world.store.task(claim.id, 2), None)
+        assert (last.task, last.next_task) == (world.store.get_task(claim.id, 2), None)
 
     def test_claim_path_leads_to_the_innermost_operation(self, world: World) -> None:
         """Rule 31."""
@@ -302,11 +293,11 @@ class SaveAndClaimContract:
         middle = new([new_task(leaf)])
         claim = saved(world.store, new([new_task(middle), new_task()]))
         assert [row.uuid for row in claim.path] == [claim.root.uuid, middle.uuid, leaf.uuid]
-        assert claim.task == world.store.task(claim.path[-1].id, 0)
+        assert claim.task == world.store.get_task(claim.path[-1].id, 0)
         assert [row.parent_id for row in claim.path] == [None, claim.path[0].id, claim.path[1].id]
         assert {row.root_id for row in claim.path} == {claim.id}
         assert [row.status for row in claim.path] == [states.RUNNING, states.PENDING, states.PENDING]
-        task = world.store.task(claim.id, 0)
+        task = world.store.get_task(claim.id, 0)
         assert task is not None
         assert (task.child_id, task.uuid) == (claim.path[1].id, middle.uuid)
 
@@ -320,16 +311,16 @@ class SaveAndClaimContract:
         inner = new(1)
         claim = saved(world.store, new([new_task(inner)]))
         assert row_of(world.store, inner.uuid).parent_id == claim.id
-        assert world.store.peek(name()) is None
-        assert world.store.task(claim.id, 1) is None
-        assert world.store.task(claim.id, -1) is None
+        assert world.store.get_operation(name()) is None
+        assert world.store.get_task(claim.id, 1) is None
+        assert world.store.get_task(claim.id, -1) is None
 
     def test_children_include_all_nested_operations(self, world: World) -> None:
         leaf, sibling = new(1), new(1)
         middle = new([new_task(leaf)])
         claim = saved(world.store, new([new_task(middle), new_task(sibling)]))
         saved(world.store, new([new_task(new(1))]))
-        assert {row.uuid for row in world.store.children(claim.id)} == {leaf.uuid, middle.uuid, sibling.uuid}
+        assert {row.uuid for row in world.store.get_children(claim.id)} == {leaf.uuid, middle.uuid, sibling.uuid}
 
 
 class CheckpointContract:
@@ -339,9 +330,9 @@ class CheckpointContract:
         """Rule 13: the task's result, the operation's, attempt, events, and which step is current."""
         claim = saved(world.store, new(3))
         assert world.store.checkpoint(step_on(claim, 0)) == states.RUNNING
-        stored = world.other.get(claim.root.uuid)
+        stored = world.other.snapshot(claim.root.uuid)
         assert stored is not None
-        assert stored.operation == claim.root._replace(step=1, so_far='{"up to": 1}', claims=0)
+        assert stored.operation == claim.root._replace(step=1, accumulated='{"up to": 1}', claim_count=0)
         task = stored.tasks[0]
         assert (task.status, task.result, task.attempts) == (states.SUCCESS, '{"of": 0}', 1)
         (attempt,) = stored.attempts
@@ -359,14 +350,14 @@ class CheckpointContract:
         claim = saved(world.store, new(1))
         assert world.store.checkpoint(last_step(claim, 0)) == states.SUCCESS
         row = row_of(world.store, claim.root.uuid)
-        assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"all": "over"}', END_SUCCESS)
-        assert (row.epoch, row.owner, row.wake_at) == (2, None, None)
+        assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"all": "over"}', Phase.END_SUCCESS)
+        assert (row.epoch, row.owner, row.next_check_at) == (2, None, None)
         assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert kinds(world.store, row.uuid) == ["accepted", "claimed", "ended"]
 
     def test_checkpoint_may_record_the_result_before_the_end(self, world: World) -> None:
         claim = saved(world.store, new(1))
-        move = move_of(claim.root, 0, phase=END_SUCCESS, result='{"nearly": 1}')
+        move = move_of(claim.root, 0, phase=Phase.END_SUCCESS, result='{"nearly": 1}')
         world.store.checkpoint(step_on(claim, 0, moves=[move], keep=False))
         row = row_of(world.store, claim.root.uuid)
         assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
@@ -374,11 +365,18 @@ class CheckpointContract:
     def test_released_claim_can_be_claimed_by_any_consumer(self, world: World) -> None:
         """Rule 30."""
         claim = saved(world.store, new(3))
-        target = Target("task-1", "shop.Ship", "gpu")
+        target = StepMessage("task-1", "shop.Ship", "gpu")
         assert world.store.checkpoint(step_on(claim, 0, keep=False, target=target)) == states.RUNNING
         row = row_of(world.store, claim.root.uuid)
-        assert (row.epoch, row.owner, row.target, row.claims, row.sends, row.sent_at) == (2, None, target, 0, 0, None)
-        assert row.wake_at == pytest.approx(world.now + UNSENT_AFTER, abs=CLOSE)
+        assert (row.epoch, row.owner, row.target, row.claim_count, row.send_count, row.sent_at) == (
+            2,
+            None,
+            target,
+            0,
+            0,
+            None,
+        )
+        assert row.next_check_at == pytest.approx(world.now + RESEND_UNSENT_AFTER, abs=CLOSE)
         assert row.due_at <= world.now
         assert claimed(world.other, row).epoch == 3
 
@@ -394,23 +392,23 @@ class CheckpointContract:
         retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False, delay=50)
         world.store.checkpoint(retry)
         row = row_of(world.store, claim.root.uuid)
-        assert row.due_at == row.wake_at == pytest.approx(world.now + 50, abs=CLOSE)
+        assert row.due_at == row.next_check_at == pytest.approx(world.now + 50, abs=CLOSE)
         refusal = world.store.claim(row.uuid, row.target.uuid, me())
-        assert refusal == Refusal(WAITING, row)
-        stored = world.store.get(row.uuid)
+        assert refusal == ClaimRefused(RefusalReason.WAITING, row)
+        stored = world.store.snapshot(row.uuid)
         assert stored is not None
         assert (stored.tasks[0].status, stored.tasks[0].attempts) == (states.PENDING, 1)
         assert (stored.attempts[0].status, stored.attempts[0].error) == (states.FAILED, "ConnectionError: later")
         assert due(world.store) == []
         world.pass_by(51)
-        assert due(world.store) == [(row.uuid, RETRY)]
+        assert due(world.store) == [(row.uuid, DueReason.RETRY)]
         assert claimed(world.store, row).epoch == 3
 
     def test_retry_keeps_the_result_saved_with_the_task(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"came": "with"}')]))
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
-        assert world.store.tasks(claim.id)[0].result == '{"came": "with"}'
+        assert world.store.get_tasks(claim.id)[0].result == '{"came": "with"}'
 
     def test_attempts_are_appended_and_never_replaced(self, world: World) -> None:
         claim = saved(world.store, new(2))
@@ -418,16 +416,16 @@ class CheckpointContract:
             failed = end_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
             world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
             claim = claimed(world.store, claim.root)
-        stored = world.store.get(claim.root.uuid)
+        stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert [(each.number, each.epoch) for each in stored.attempts] == [(1, 1), (2, 3), (3, 5)]
         assert stored.tasks[0].attempts == 3
-        assert {len(each.error or "") for each in stored.attempts} == {ERROR_LIMIT}
+        assert {len(each.error or "") for each in stored.attempts} == {MAX_ERROR_LENGTH}
 
     def test_task_end_without_an_attempt_adds_no_attempt(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0, ends=[end_of(claim.root, 0, 0)]))
-        stored = world.store.get(claim.root.uuid)
+        stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert (stored.attempts, stored.tasks[0].attempts, stored.tasks[0].status) == ([], 0, states.SUCCESS)
 
@@ -435,8 +433,8 @@ class CheckpointContract:
         claim = saved(world.store, new(2))
         error = "nul \0, a lone \ud800, and \N{SNOWMAN}"
         failed = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0, status=states.FAILED, error=error)])
-        world.store.checkpoint(failed._replace(notes=[Note("ended", text=error)]))
-        stored = world.store.get(claim.root.uuid)
+        world.store.checkpoint(failed._replace(events=[NewEvent("ended", text=error)]))
+        stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert "\N{SNOWMAN}" in (stored.attempts[0].error or "")
         assert "\N{SNOWMAN}" in (stored.events[-1].text or "")
@@ -444,24 +442,24 @@ class CheckpointContract:
     def test_built_tasks_are_stored_with_their_nested_operations(self, world: World) -> None:
         claim = saved(world.store, new(None))
         inner = new(2, labels=[("inner", "1")])
-        built = Built(claim.id, [new_task(), new_task(inner)])
-        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built, notes=[Note("built")])
+        built = BuiltTasks(claim.id, [new_task(), new_task(inner)])
+        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built, notes=[NewEvent("built")])
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         row = row_of(world.store, claim.root.uuid)
-        assert (row.size, row.phase, row.step) == (2, TASK, 0)
-        first, second = world.store.tasks(claim.id)
+        assert (row.task_count, row.phase, row.step) == (2, Phase.RUN_TASK, 0)
+        first, second = world.store.get_tasks(claim.id)
         child = row_of(world.store, inner.uuid)
         assert (first.child_id, second.child_id) == (None, child.id)
         assert (child.parent_id, child.root_id, child.status) == (claim.id, claim.id, states.PENDING)
         assert child.id > claim.id
-        assert len(world.store.tasks(child.id)) == 2
-        assert world.store.find(Found(labels=[("inner", "1")], parent=row.uuid), 5).rows == [child]
+        assert len(world.store.get_tasks(child.id)) == 2
+        assert world.store.find(OperationQuery(labels=[("inner", "1")], parent=row.uuid), 5).rows == [child]
 
     def test_ten_thousand_built_tasks_are_stored(self, world: World) -> None:
         claim = saved(world.store, new(None))
-        built = Built(claim.id, [new_task() for _ in range(10_000)])
+        built = BuiltTasks(claim.id, [new_task() for _ in range(10_000)])
         world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built))
-        assert [task.position for task in world.store.tasks(claim.id)] == list(range(10_000))
+        assert [task.position for task in world.store.get_tasks(claim.id)] == list(range(10_000))
 
     # -- fences --------------------------------------------------------------------------------------------------------
 
@@ -470,11 +468,11 @@ class CheckpointContract:
         stale = saved(world.store, new(3))
         world.pass_by(LEASE + 1)
         fresh = claimed(world.other, stale.root)
-        before = world.store.get(stale.root.uuid)
+        before = world.store.snapshot(stale.root.uuid)
         for checkpoint in (step_on(stale, 0), last_step(stale, 0), step_on(stale, 0, keep=False)):
             with pytest.raises(FencedError):
                 world.store.checkpoint(checkpoint)
-        assert world.store.get(stale.root.uuid) == before
+        assert world.store.snapshot(stale.root.uuid) == before
         assert world.other.checkpoint(step_on(fresh, 0)) == states.RUNNING
         with pytest.raises(FencedError):
             world.store.checkpoint(step_on(stale, 0))
@@ -484,7 +482,7 @@ class CheckpointContract:
         claim = saved(world.store, new(3))
         world.pass_by(LEASE + 1)
         assert world.store.checkpoint(step_on(claim, 0)) == states.RUNNING
-        assert due(world.store) == [(claim.root.uuid, EXPIRED)]
+        assert due(world.store) == [(claim.root.uuid, DueReason.EXPIRED)]
         assert world.store.checkpoint(step_on(claim, 1)) == states.RUNNING
 
     def test_checkpoint_after_release_is_fenced(self, world: World) -> None:
@@ -497,29 +495,29 @@ class CheckpointContract:
         """Rule 8: the step is current."""
         claim = saved(world.store, new(5))
         world.store.checkpoint(step_on(claim, 0))
-        before = world.store.get(claim.root.uuid)
+        before = world.store.snapshot(claim.root.uuid)
         with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 3))
-        assert world.store.get(claim.root.uuid) == before
+        assert world.store.snapshot(claim.root.uuid) == before
 
     def test_checkpoint_from_wrong_phase_is_fenced(self, world: World) -> None:
         """Rule 8: releasing a step must not undo a checkpoint that was recorded meanwhile."""
-        claim = saved(world.store, new(3, mode=DISTRIBUTED))
-        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=NEXT)]))
-        before = world.store.get(claim.root.uuid)
+        claim = saved(world.store, new(3, mode=Mode.DISTRIBUTED))
+        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
+        before = world.store.snapshot(claim.root.uuid)
         with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), keep=False))
-        assert world.store.get(claim.root.uuid) == before
+        assert world.store.snapshot(claim.root.uuid) == before
 
     def test_checkpoint_from_wrong_step_of_a_nested_operation_is_fenced(self, world: World) -> None:
         inner = new(3)
         claim = saved(world.store, new([new_task(inner)]))
         child = claim.path[1]
-        before = world.store.get(inner.uuid), world.store.get(claim.root.uuid)
+        before = world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)
         moves = [move_of(child._replace(step=1), 2), move_of(claim.root, 0)]
         with pytest.raises(FencedError):
             world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 1)]))
-        assert (world.store.get(inner.uuid), world.store.get(claim.root.uuid)) == before
+        assert (world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)) == before
 
     def test_checkpoint_of_a_purged_operation_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(1))
@@ -537,9 +535,9 @@ class CheckpointContract:
         claim = saved(world.store, new(3))
         checkpoint = step_on(claim, 0, keep=keep)
         assert world.store.checkpoint(checkpoint) == states.RUNNING
-        before = world.store.get(claim.root.uuid)
+        before = world.store.snapshot(claim.root.uuid)
         assert world.other.checkpoint(checkpoint) == states.RUNNING
-        assert world.store.get(claim.root.uuid) == before
+        assert world.store.snapshot(claim.root.uuid) == before
 
     def test_repeated_ending_checkpoint_returns_the_same_status(self, world: World) -> None:
         """Rule 10."""
@@ -547,9 +545,9 @@ class CheckpointContract:
             claim = saved(world.store, new(1))
             checkpoint = last_step(claim, 0, status)
             assert world.store.checkpoint(checkpoint) == status
-            before = world.store.get(claim.root.uuid)
+            before = world.store.snapshot(claim.root.uuid)
             assert world.store.checkpoint(checkpoint) == status
-            assert world.store.get(claim.root.uuid) == before
+            assert world.store.snapshot(claim.root.uuid) == before
 
     def test_repeated_retry_checkpoint_counts_one_attempt(self, world: World) -> None:
         """Rule 10: the step is the same before and after."""
@@ -558,19 +556,19 @@ class CheckpointContract:
             failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
             retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=keep)
             world.store.checkpoint(retry)
-            before = world.store.get(claim.root.uuid)
+            before = world.store.snapshot(claim.root.uuid)
             assert world.store.checkpoint(retry) == states.RUNNING
-            assert world.store.get(claim.root.uuid) == before
+            assert world.store.snapshot(claim.root.uuid) == before
 
     def test_repeated_checkpoint_builds_tasks_once(self, world: World) -> None:
         """Rule 10."""
         claim = saved(world.store, new(None))
-        built = Built(claim.id, [new_task(), new_task(new(1))])
+        built = BuiltTasks(claim.id, [new_task(), new_task(new(1))])
         checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built)
         world.store.checkpoint(checkpoint)
-        before = world.store.get(claim.root.uuid)
+        before = world.store.snapshot(claim.root.uuid)
         assert world.store.checkpoint(checkpoint) == states.RUNNING
-        assert world.store.get(claim.root.uuid) == before
+        assert world.store.snapshot(claim.root.uuid) == before
 
     def test_repeated_checkpoint_after_another_claim_is_fenced(self, world: World) -> None:
         claim = saved(world.store, new(3))
@@ -603,7 +601,7 @@ class CheckpointContract:
         answers = at_once(*(lambda claim=claim: run(claim) for claim in claims))
         assert answers == [[states.RUNNING] * 3 + [states.SUCCESS]] * 20
         for claim in claims:
-            stored = world.store.get(claim.root.uuid)
+            stored = world.store.snapshot(claim.root.uuid)
             assert stored is not None
             assert (stored.operation.status, len(stored.attempts), len(stored.events)) == (states.SUCCESS, 4, 6)
             assert {task.status for task in stored.tasks} == {states.SUCCESS}
@@ -628,7 +626,7 @@ class CheckpointContract:
         middle = new([new_task(leaf)])
         claim = saved(world.store, new([new_task(middle), new_task()]))
         root, two, three = claim.path
-        done = {"status": states.SUCCESS, "phase": END_SUCCESS, "result": '{"inner": 1}'}
+        done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": '{"inner": 1}'}
         checkpoint = step_on(
             claim,
             0,
@@ -638,15 +636,15 @@ class CheckpointContract:
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         for row in (two, three):
             now = row_of(world.store, row.uuid)
-            assert (now.status, now.result, now.phase) == (states.SUCCESS, '{"inner": 1}', END_SUCCESS)
+            assert (now.status, now.result, now.phase) == (states.SUCCESS, '{"inner": 1}', Phase.END_SUCCESS)
             assert now.started_at is not None
             assert now.ended_at == pytest.approx(world.now, abs=CLOSE)
         now = row_of(world.store, root.uuid)
         assert (now.step, now.status, now.ended_at, now.epoch) == (1, states.RUNNING, None, 1)
-        assert [task.status for task in world.store.tasks(root.id)] == [states.SUCCESS, states.PENDING]
-        before = world.store.get(root.uuid)
+        assert [task.status for task in world.store.get_tasks(root.id)] == [states.SUCCESS, states.PENDING]
+        before = world.store.snapshot(root.uuid)
         assert world.store.checkpoint(checkpoint) == states.RUNNING
-        assert world.store.get(root.uuid) == before
+        assert world.store.snapshot(root.uuid) == before
 
     def test_checkpoint_of_a_nested_step_keeps_the_root_step(self, world: World) -> None:
         inner = new(2)
@@ -657,7 +655,7 @@ class CheckpointContract:
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         now = row_of(world.store, inner.uuid)
         assert (now.step, now.status) == (1, states.RUNNING)
-        stored = world.store.get(inner.uuid)
+        stored = world.store.snapshot(inner.uuid)
         assert stored is not None
         assert (len(stored.attempts), stored.root_uuid) == (1, root.uuid)
         assert [event.kind for event in stored.events] == ["accepted", "claimed", "task-succeeded"]
@@ -673,20 +671,20 @@ class ReaperContract:
         renewed = world.store.renew([(claim.id, claim.epoch) for claim in claims[:2]], "consumer-a", LEASE)
         assert renewed == {claims[0].id, claims[1].id}
         world.pass_by(10)
-        assert due(world.store) == [(claims[2].root.uuid, EXPIRED)]
+        assert due(world.store) == [(claims[2].root.uuid, DueReason.EXPIRED)]
         assert world.store.renew([], "consumer-a", LEASE) == set()
 
     def test_heartbeat_renews_an_expired_lease_until_another_claim(self, world: World) -> None:
         """Rule 9."""
         claim = saved(world.store, new(1))
         world.pass_by(LEASE + 10)
-        assert due(world.store) == [(claim.root.uuid, EXPIRED)]
+        assert due(world.store) == [(claim.root.uuid, DueReason.EXPIRED)]
         assert row_of(world.store, claim.root.uuid).owner is None
         assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {claim.id}
         row = row_of(world.store, claim.root.uuid)
         assert row.owner == "consumer-a"
-        assert row.wake_at == pytest.approx(world.now + LEASE, abs=CLOSE)
-        assert isinstance(world.other.claim(row.uuid, row.target.uuid, me()), Refusal)
+        assert row.next_check_at == pytest.approx(world.now + LEASE, abs=CLOSE)
+        assert isinstance(world.other.claim(row.uuid, row.target.uuid, me()), ClaimRefused)
         world.pass_by(LEASE + 10)
         other = claimed(world.other, row)
         assert world.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == set()
@@ -703,25 +701,25 @@ class ReaperContract:
         operation = new(2)
         world.store.save(operation)
         assert due(world.store) == []
-        world.pass_by(UNSENT_AFTER + 1)
+        world.pass_by(RESEND_UNSENT_AFTER + 1)
         row = row_of(world.store, operation.uuid)
-        found = world.store.take_due(5, "reaper", expired=True)
-        assert found == [(row.id, row.uuid, 0, operation.target, UNSENT)]
+        found = world.store.take_due_steps(5, "reaper", expired=True)
+        assert found == [(row.id, row.uuid, 0, operation.target, DueReason.UNSENT)]
         now = row_of(world.store, operation.uuid)
-        assert (now.sends, now.sent_at) == (0, None)
-        assert now.wake_at == pytest.approx(world.now + SENDING, abs=CLOSE)
-        stored = world.store.get(operation.uuid)
+        assert (now.send_count, now.sent_at) == (0, None)
+        assert now.next_check_at == pytest.approx(world.now + SEND_GRACE, abs=CLOSE)
+        stored = world.store.snapshot(operation.uuid)
         assert stored is not None
-        assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, UNSENT)
+        assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, DueReason.UNSENT)
 
     def test_sent_step_is_due_again_with_doubling_backoff(self, world: World) -> None:
         """Rule 20: ``resend_after``, doubling to an hour."""
         operation = new(2)
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
-        world.store.sent([(row.id, row.epoch)], RESEND)
+        world.store.mark_sent([(row.id, row.epoch)], RESEND)
         row = row_of(world.store, operation.uuid)
-        assert row.sends == 1
+        assert row.send_count == 1
         assert row.sent_at == pytest.approx(world.now, abs=CLOSE)
         waits = [RESEND]
         for _ in range(8):
@@ -729,12 +727,12 @@ class ReaperContract:
             assert due(world.store) == []
             world.pass_by(20)
             before = world.now
-            assert due(world.store) == [(row.uuid, UNCLAIMED)]
-            world.store.sent([(row.id, row.epoch)], RESEND)
-            wake_at = row_of(world.store, row.uuid).wake_at
+            assert due(world.store) == [(row.uuid, DueReason.UNCLAIMED)]
+            world.store.mark_sent([(row.id, row.epoch)], RESEND)
+            wake_at = row_of(world.store, row.uuid).next_check_at
             assert wake_at is not None
             waits.append(wake_at - before)
-        assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[LONGEST_RESEND] * 3], abs=CLOSE)
+        assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[MAX_RESEND_DELAY] * 3], abs=CLOSE)
 
     def test_claim_counts_as_successful_send(self, world: World) -> None:
         """Rule 15: a send is recorded lazily, and recording it changes nothing after the claim."""
@@ -742,40 +740,40 @@ class ReaperContract:
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
         claim = claimed(world.store, row)
-        world.store.sent([(row.id, 0), (row.id, 1)], RESEND)
+        world.store.mark_sent([(row.id, 0), (row.id, 1)], RESEND)
         assert row_of(world.store, row.uuid) == claim.root
         world.store.checkpoint(last_step(claim, 0))
         ended = row_of(world.store, row.uuid)
-        world.store.sent([(row.id, ended.epoch)], RESEND)
+        world.store.mark_sent([(row.id, ended.epoch)], RESEND)
         assert row_of(world.store, row.uuid) == ended
-        world.store.sent([], RESEND)
+        world.store.mark_sent([], RESEND)
 
     def test_delayed_retry_is_not_due_before_due_at(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0, keep=False, delay=500))
-        world.store.sent([(claim.id, 2)], RESEND)
+        world.store.mark_sent([(claim.id, 2)], RESEND)
         world.pass_by(RESEND + 10)
         assert due(world.store) == []
         world.pass_by(500)
-        assert due(world.store) == [(claim.root.uuid, UNCLAIMED)]
+        assert due(world.store) == [(claim.root.uuid, DueReason.UNCLAIMED)]
 
     def test_step_of_a_dead_reaper_is_due_for_another_reaper(self, world: World) -> None:
         """Rule 20: a reaper may die as any other process."""
         operation = new(1)
         world.store.save(operation)
-        world.pass_by(UNSENT_AFTER + 1)
-        assert due(world.store) == [(operation.uuid, UNSENT)]
-        world.pass_by(SENDING - 1)
+        world.pass_by(RESEND_UNSENT_AFTER + 1)
+        assert due(world.store) == [(operation.uuid, DueReason.UNSENT)]
+        world.pass_by(SEND_GRACE - 1)
         assert due(world.other) == []
         world.pass_by(2)
-        assert due(world.other) == [(operation.uuid, UNSENT)]
+        assert due(world.other) == [(operation.uuid, DueReason.UNSENT)]
 
     def test_each_due_step_is_taken_by_one_reaper(self, world: World) -> None:
         """Rule 20: N reapers act once."""
         rows = [new(1) for _ in range(30)]
         for operation in rows:
             world.store.save(operation)
-        world.pass_by(UNSENT_AFTER + 1)
+        world.pass_by(RESEND_UNSENT_AFTER + 1)
         answers = at_once(*(lambda store=store: due(store, 30) for store in (world.store, world.other) * 3))
         taken = [uuid for answer in answers for uuid, _ in answer]
         assert sorted(taken) == sorted(operation.uuid for operation in rows)
@@ -785,7 +783,7 @@ class ReaperContract:
         for operation in operations:
             world.store.save(operation)
             world.pass_by(1)
-        world.pass_by(UNSENT_AFTER + 1)
+        world.pass_by(RESEND_UNSENT_AFTER + 1)
         found = [due(world.store, 2), due(world.store, 2), due(world.store, 2)]
         assert [[uuid for uuid, _ in part] for part in found] == [
             [operation.uuid for operation in operations[:2]],
@@ -798,34 +796,34 @@ class ReaperContract:
         claim, operation = saved(world.store, new(1)), new(1)
         world.store.save(operation)
         world.pass_by(LEASE + 1)
-        assert due(world.store, expired=False) == [(operation.uuid, UNSENT)]
+        assert due(world.store, expired=False) == [(operation.uuid, DueReason.UNSENT)]
         assert due(world.store, expired=False) == []
-        assert due(world.store, 1) == [(claim.root.uuid, EXPIRED)]
+        assert due(world.store, 1) == [(claim.root.uuid, DueReason.EXPIRED)]
         row = row_of(world.store, claim.root.uuid)
-        assert (row.owner, row.epoch, row.token, row.sends) == (None, 1, claim.root.token, 0)
+        assert (row.owner, row.epoch, row.token, row.send_count) == (None, 1, claim.root.token, 0)
         assert claimed(world.other, row).epoch == 2
 
     def test_step_that_could_not_be_sent_is_due_again(self, world: World) -> None:
         operation = new(1)
         world.store.save(operation)
-        world.pass_by(UNSENT_AFTER + 1)
-        (taken,) = world.store.take_due(5, "reaper", expired=True)
-        world.store.unsent([(taken.id, taken.epoch)], 5)
+        world.pass_by(RESEND_UNSENT_AFTER + 1)
+        (taken,) = world.store.take_due_steps(5, "reaper", expired=True)
+        world.store.postpone_send([(taken.id, taken.epoch)], 5)
         assert due(world.store) == []
         world.pass_by(6)
-        assert due(world.store) == [(operation.uuid, UNSENT)]
+        assert due(world.store) == [(operation.uuid, DueReason.UNSENT)]
 
     def test_postponed_send_does_not_affect_a_claimed_step(self, world: World) -> None:
         operation = new(1)
         world.store.save(operation)
         claim = claimed(world.store, row_of(world.store, operation.uuid))
-        world.store.unsent([(claim.id, 0), (claim.id, 1)], 5)
+        world.store.postpone_send([(claim.id, 0), (claim.id, 1)], 5)
         assert row_of(world.store, operation.uuid) == claim.root
 
     def test_ended_operation_is_never_due(self, world: World) -> None:
         claim = saved(world.store, new(1))
         world.store.checkpoint(last_step(claim, 0))
-        world.store.unsent([(claim.id, 2)], 0)
+        world.store.postpone_send([(claim.id, 2)], 0)
         world.pass_by(100_000)
         assert due(world.store) == []
 
@@ -838,7 +836,7 @@ class LifecycleContract:
         done, never = new(1), new([new_task(new(1))])
         claim = saved(world.store, new([new_task(done), new_task(never)]))
         root, first = claim.path
-        ended = move_of(first, 0, status=states.SUCCESS, phase=END_SUCCESS, result="{}")
+        ended = move_of(first, 0, status=states.SUCCESS, phase=Phase.END_SUCCESS, result="{}")
         ends = [end_of(first, 0), end_of(root, 0, 0)]
         world.store.checkpoint(step_on(claim, 0, moves=[ended, move_of(root, 1)], ends=ends, keep=False))
         before = row_of(world.store, root.uuid)
@@ -849,10 +847,12 @@ class LifecycleContract:
             *(states.CANCELLED, "changed my mind"),
             *(None, None),
         )
-        assert (row.epoch, row.wake_at) == (before.epoch + 1, None)
+        assert (row.epoch, row.next_check_at) == (before.epoch + 1, None)
         assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert row_of(world.store, done.uuid).status == states.SUCCESS
-        assert {each.status for each in world.store.children(root.id) if each.uuid != done.uuid} == {states.CANCELLED}
+        assert {each.status for each in world.store.get_children(root.id) if each.uuid != done.uuid} == {
+            states.CANCELLED
+        }
         assert kinds(world.store, root.uuid)[-1] == "ended"
         assert world.store.cancel(root.uuid, "again") == row
 
@@ -863,7 +863,7 @@ class LifecycleContract:
         assert row is not None
         assert (row.status, row.cancel_reason, row.started_at) == (states.CANCELLED, None, None)
         refusal = world.store.claim(row.uuid, row.target.uuid, me())
-        assert refusal == Refusal(ENDED, row)
+        assert refusal == ClaimRefused(RefusalReason.ENDED, row)
 
     def test_cancel_after_lease_expiry_takes_effect_at_once(self, world: World) -> None:
         claim = saved(world.store, new(2))
@@ -881,15 +881,15 @@ class LifecycleContract:
         row = world.other.cancel(claim.root.uuid, "why \0")
         assert row is not None
         assert (row.status, row.cancel_requested, row.epoch) == (states.RUNNING, True, 1)
-        assert (row.owner, row.wake_at) == (claim.root.owner, claim.root.wake_at)
+        assert (row.owner, row.next_check_at) == (claim.root.owner, claim.root.next_check_at)
         assert (row.cancel_reason or "").startswith("why")
         assert kinds(world.store, row.uuid)[-1] == "cancel-requested"
         assert world.store.checkpoint(step_on(claim, 0)) == states.CANCELLED
-        stored = world.store.get(row.uuid)
+        stored = world.store.snapshot(row.uuid)
         assert stored is not None
         row = stored.operation
-        assert (row.status, row.step, row.so_far, row.epoch) == (states.CANCELLED, 1, '{"up to": 1}', 2)
-        assert (row.owner, row.wake_at) == (None, None)
+        assert (row.status, row.step, row.accumulated, row.epoch) == (states.CANCELLED, 1, '{"up to": 1}', 2)
+        assert (row.owner, row.next_check_at) == (None, None)
         assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert (stored.tasks[0].status, stored.tasks[0].result) == (states.SUCCESS, '{"of": 0}')
         assert row_of(world.store, inner.uuid).status == states.CANCELLED
@@ -912,7 +912,7 @@ class LifecycleContract:
         claim = saved(world.store, new(1))
         world.store.cancel(claim.root.uuid, None)
         assert world.store.checkpoint(last_step(claim, 0, status)) == states.CANCELLED
-        stored = world.store.get(claim.root.uuid)
+        stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert stored.tasks[0].status == status
         assert [event.text for event in stored.events if event.kind == "ended"] == [states.CANCELLED]
@@ -926,7 +926,7 @@ class LifecycleContract:
         assert world.store.checkpoint(retry) == states.CANCELLED
         assert world.store.checkpoint(retry) == states.CANCELLED
         row = row_of(world.store, claim.root.uuid)
-        assert (row.status, row.wake_at) == (states.CANCELLED, None)
+        assert (row.status, row.next_check_at) == (states.CANCELLED, None)
 
     def test_cancel_during_a_nested_step_cancels_all_outer_operations(self, world: World) -> None:
         """Rule 31: cancel goes through the root."""
@@ -939,7 +939,7 @@ class LifecycleContract:
         now = row_of(world.store, inner.uuid)
         assert (now.status, now.step) == (states.CANCELLED, 1)
         assert now.ended_at == pytest.approx(world.now, abs=CLOSE)
-        assert world.store.tasks(child.id)[0].status == states.SUCCESS
+        assert world.store.get_tasks(child.id)[0].status == states.SUCCESS
 
     def test_stale_owner_of_a_cancelled_operation_is_fenced(self, world: World) -> None:
         stale = saved(world.store, new(3))
@@ -955,10 +955,10 @@ class LifecycleContract:
         for status in (states.SUCCESS, states.FAILED):
             claim = saved(world.store, new(1))
             world.store.checkpoint(last_step(claim, 0, status))
-            before = world.store.get(claim.root.uuid)
+            before = world.store.snapshot(claim.root.uuid)
             assert before is not None
             assert world.store.cancel(claim.root.uuid, "late") == before.operation
-            assert world.store.get(claim.root.uuid) == before
+            assert world.store.snapshot(claim.root.uuid) == before
 
     def test_cancel_and_resume_accept_only_root_operations(self, world: World) -> None:
         """Rule 31."""
@@ -983,15 +983,15 @@ class LifecycleContract:
         row = world.other.resume(failed.uuid)
         assert row is not None
         assert row == row_of(world.store, failed.uuid)
-        assert (row.status, row.phase, row.step, row.epoch) == (states.RUNNING, TASK, 1, failed.epoch + 1)
+        assert (row.status, row.phase, row.step, row.epoch) == (states.RUNNING, Phase.RUN_TASK, 1, failed.epoch + 1)
         assert (row.owner, row.token, row.result, row.ended_at) == (None, None, None, None)
         assert (row.cancel_requested, row.cancel_reason) == (False, None)
-        assert (row.claims, row.sends, row.sent_at) == (0, 0, None)
-        assert row.wake_at == pytest.approx(world.now + UNSENT_AFTER, abs=CLOSE)
+        assert (row.claim_count, row.send_count, row.sent_at) == (0, 0, None)
+        assert row.next_check_at == pytest.approx(world.now + RESEND_UNSENT_AFTER, abs=CLOSE)
         assert row.due_at <= world.now
         assert row.target == failed.target
         assert row.started_at == failed.started_at
-        task = world.store.tasks(row.id)[1]
+        task = world.store.get_tasks(row.id)[1]
         assert (task.status, task.result, task.attempts) == (states.PENDING, None, 1)
         assert kinds(world.store, row.uuid)[-1] == "resumed"
         claim = claimed(world.store, row)
@@ -999,11 +999,11 @@ class LifecycleContract:
         assert world.store.checkpoint(step_on(claim, 1, ends=[end_of(row, 1, 2)])) == states.RUNNING
 
     def test_resume_of_a_distributed_operation_targets_the_failed_task(self, world: World) -> None:
-        failed = self._failed(world.store, mode=DISTRIBUTED)
+        failed = self._failed(world.store, mode=Mode.DISTRIBUTED)
         row = world.store.resume(failed.uuid)
         assert row is not None
-        task = world.store.tasks(row.id)[1]
-        assert row.target == Target(task.uuid, task.entrypoint, task.topic)
+        task = world.store.get_tasks(row.id)[1]
+        assert row.target == StepMessage(task.uuid, task.entrypoint, task.topic)
 
     def test_resume_of_a_cancelled_operation_continues_it(self, world: World) -> None:
         """Rule 26."""
@@ -1017,30 +1017,30 @@ class LifecycleContract:
         assert world.store.checkpoint(last_step(claim, 1)) == states.SUCCESS
 
     def test_resume_of_an_operation_with_unbuilt_tasks_starts_it(self, world: World) -> None:
-        for mode in ("local", DISTRIBUTED):
+        for mode in ("local", Mode.DISTRIBUTED):
             operation = new(None, mode=mode)
             world.store.save(operation)
             world.store.cancel(operation.uuid, None)
             row = world.store.resume(operation.uuid)
             assert row is not None
-            assert (row.phase, row.step, row.status) == (START, 0, states.RUNNING)
+            assert (row.phase, row.step, row.status) == (Phase.BUILD, 0, states.RUNNING)
             assert row.target == operation.target
 
     def test_resume_after_all_tasks_succeeded_repeats_only_the_end(self, world: World) -> None:
         """Rule 23: a raising ``onsuccess`` made it FAILED."""
-        claim = saved(world.store, new(1, mode=DISTRIBUTED))
+        claim = saved(world.store, new(1, mode=Mode.DISTRIBUTED))
         end = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0)])
-        world.store.checkpoint(end._replace(target=Target("else", "shop.Else", "else")))
+        world.store.checkpoint(end._replace(target=StepMessage("else", "shop.Else", "else")))
         row = world.store.resume(claim.root.uuid)
         assert row is not None
-        assert (row.phase, row.status) == (END_SUCCESS, states.RUNNING)
-        assert row.target == Target(row.uuid, row.entrypoint, row.topic)
+        assert (row.phase, row.status) == (Phase.END_SUCCESS, states.RUNNING)
+        assert row.target == StepMessage(row.uuid, row.entrypoint, row.topic)
 
     def test_resume_descends_to_the_innermost_operation(self, world: World) -> None:
         """Rules 25 and 31."""
         leaf = new(2)
         middle = new([new_task(leaf)])
-        claim = saved(world.store, new([new_task(), new_task(middle)], mode=DISTRIBUTED))
+        claim = saved(world.store, new([new_task(), new_task(middle)], mode=Mode.DISTRIBUTED))
         world.store.checkpoint(step_on(claim, 0, keep=False))
         claim = claimed(world.store, row_of(world.store, claim.root.uuid))
         root, two, three = claim.path
@@ -1060,14 +1060,14 @@ class LifecycleContract:
         row = world.store.resume(root.uuid)
         assert row is not None
         assert [row_of(world.store, each.uuid).status for each in claim.path] == [states.RUNNING] * 3
-        task = world.store.tasks(three.id)[1]
-        assert row.target == Target(task.uuid, task.entrypoint, task.topic)
-        assert [world.store.tasks(each.id)[-1].status for each in claim.path] == [states.PENDING] * 3
+        task = world.store.get_tasks(three.id)[1]
+        assert row.target == StepMessage(task.uuid, task.entrypoint, task.topic)
+        assert [world.store.get_tasks(each.id)[-1].status for each in claim.path] == [states.PENDING] * 3
         again = claimed(world.store, row)
         assert [each.uuid for each in again.path] == [root.uuid, middle.uuid, leaf.uuid]
         assert again.task == task
         inner = row_of(world.store, leaf.uuid)
-        assert (inner.ended_at, inner.result, inner.step, inner.phase) == (None, None, 1, TASK)
+        assert (inner.ended_at, inner.result, inner.step, inner.phase) == (None, None, 1, Phase.RUN_TASK)
 
     def test_resume_of_an_operation_that_did_not_fail_is_rejected(self, world: World) -> None:
         """Rule 26."""
@@ -1075,10 +1075,10 @@ class LifecycleContract:
         world.store.save(waiting)
         world.store.checkpoint(last_step(done, 0))
         for uuid in (waiting.uuid, running.root.uuid, done.root.uuid):
-            before = world.store.get(uuid)
+            before = world.store.snapshot(uuid)
             with pytest.raises(StateConflict):
                 world.store.resume(uuid)
-            assert world.store.get(uuid) == before
+            assert world.store.snapshot(uuid) == before
 
     def test_concurrent_resumes_have_one_winner(self, world: World) -> None:
         """Rule 25."""
@@ -1093,7 +1093,7 @@ class LifecycleContract:
         inner = new(1, labels=[("a", "1")])
         claim = saved(world.store, new([new_task(inner)], labels=[("a", "1")]))
         root, child = claim.path
-        done = {"status": states.SUCCESS, "phase": END_SUCCESS, "result": "{}"}
+        done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": "{}"}
         moves = [move_of(child, 0, **done), move_of(root, 0, **done)]
         world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 0), end_of(root, 0, 0)]))
         young = saved(world.store, new(1))
@@ -1102,14 +1102,18 @@ class LifecycleContract:
         world.store.checkpoint(last_step(young, 0))
         assert world.store.purge(60, [states.FAILED], 10) == 0
         assert world.store.purge(60, [states.SUCCESS, states.FAILED], 10) == 1
-        assert world.store.get(root.uuid) is None
-        assert world.store.get(inner.uuid) is None
-        assert (world.store.tasks(root.id), world.store.tasks(child.id), world.store.children(root.id)) == ([], [], [])
-        assert world.store.find(Found(labels=[("a", "1")]), 5).rows == []
-        assert world.store.peek(young.root.uuid) is not None
+        assert world.store.snapshot(root.uuid) is None
+        assert world.store.snapshot(inner.uuid) is None
+        assert (world.store.get_tasks(root.id), world.store.get_tasks(child.id), world.store.get_children(root.id)) == (
+            [],
+            [],
+            [],
+        )
+        assert world.store.find(OperationQuery(labels=[("a", "1")]), 5).rows == []
+        assert world.store.get_operation(young.root.uuid) is not None
         # The uuid is free again, with nothing left of before.
         again = saved(world.store, new([new_task(inner)], uuid=root.uuid))
-        stored = world.store.get(again.root.uuid)
+        stored = world.store.snapshot(again.root.uuid)
         assert stored is not None
         assert (len(stored.events), stored.attempts) == (2, [])
 
@@ -1133,13 +1137,13 @@ class FindContract:
     def test_snapshot_contains_operation_tasks_attempts_and_events(self, world: World) -> None:
         claim = saved(world.store, new(2))
         world.store.checkpoint(step_on(claim, 0))
-        stored = world.other.get(claim.root.uuid)
+        stored = world.other.snapshot(claim.root.uuid)
         assert stored is not None
         assert stored.operation == row_of(world.store, claim.root.uuid)
-        assert list(stored.tasks) == list(world.store.tasks(claim.id))
+        assert list(stored.tasks) == list(world.store.get_tasks(claim.id))
         assert {event.kind for event in stored.events} <= EVENTS.keys()
         assert {event.root_id for event in stored.events} == {claim.id}
-        assert world.store.get(name()) is None
+        assert world.store.snapshot(name()) is None
 
     def test_find_returns_the_newest_first_page_by_page(self, world: World) -> None:
         operations = [new(1) for _ in range(7)]
@@ -1149,7 +1153,7 @@ class FindContract:
         sizes = []
         cursor = None
         while True:
-            page = world.other.find(Found(), 3, cursor)
+            page = world.other.find(OperationQuery(), 3, cursor)
             found += (row.uuid for row in page.rows)
             sizes.append(len(page.rows))
             cursor = page.cursor
@@ -1163,12 +1167,12 @@ class FindContract:
     def test_full_last_page_has_no_cursor(self, world: World) -> None:
         for _ in range(3):
             world.store.save(new(1))
-        assert world.store.find(Found(), 3).cursor is None
+        assert world.store.find(OperationQuery(), 3).cursor is None
 
     @pytest.mark.parametrize("after", ["", "x", "-1", "1.5", str(1 << 63), "²"])
     def test_find_rejects_an_invalid_cursor(self, world: World, after: str) -> None:
         with pytest.raises(UsageError, match="cursor"):
-            world.store.find(Found(), 3, after)
+            world.store.find(OperationQuery(), 3, after)
 
     def _some(self, world: World) -> dict[str, OperationRow]:
         """Operations of all kinds, one a minute."""
@@ -1195,26 +1199,26 @@ class FindContract:
     @pytest.mark.parametrize(
         ("found", "expected"),
         [
-            (Found(), "refund success failed running pending"),
-            (Found(status=["FAILED"]), "refund failed"),
-            (Found(status={"PENDING", "SUCCESS"}), "success pending"),
-            (Found(status=[]), ""),
-            (Found(status=["UNHEARD"]), ""),
-            (Found(entrypoint="shop.Refund"), "refund"),
-            (Found(entrypoint="shop.PlaceOrder"), "success failed running pending"),
-            (Found(entrypoint="shop.PlaceOrder", status=["FAILED"]), "failed"),
-            (Found(entrypoint="shop.Other"), ""),
-            (Found(labels=[("customer", "7")]), "refund failed"),
-            (Found(labels=[("customer", "7"), ("which", "failed")]), "failed"),
-            (Found(labels=[("customer", "7"), ("which", "running")]), ""),
-            (Found(labels=[("customer", "7")], entrypoint="shop.Refund"), "refund"),
-            (Found(labels=[("customer", "8")], status=["RUNNING", "PENDING"]), "running pending"),
-            (Found(labels=[("customer", "8")], status=[]), ""),
-            (Found(labels=[("customer", "%")]), ""),
-            (Found(parent="nobody"), ""),
+            (OperationQuery(), "refund success failed running pending"),
+            (OperationQuery(status=["FAILED"]), "refund failed"),
+            (OperationQuery(status={"PENDING", "SUCCESS"}), "success pending"),
+            (OperationQuery(status=[]), ""),
+            (OperationQuery(status=["UNHEARD"]), ""),
+            (OperationQuery(entrypoint="shop.Refund"), "refund"),
+            (OperationQuery(entrypoint="shop.PlaceOrder"), "success failed running pending"),
+            (OperationQuery(entrypoint="shop.PlaceOrder", status=["FAILED"]), "failed"),
+            (OperationQuery(entrypoint="shop.Other"), ""),
+            (OperationQuery(labels=[("customer", "7")]), "refund failed"),
+            (OperationQuery(labels=[("customer", "7"), ("which", "failed")]), "failed"),
+            (OperationQuery(labels=[("customer", "7"), ("which", "running")]), ""),
+            (OperationQuery(labels=[("customer", "7")], entrypoint="shop.Refund"), "refund"),
+            (OperationQuery(labels=[("customer", "8")], status=["RUNNING", "PENDING"]), "running pending"),
+            (OperationQuery(labels=[("customer", "8")], status=[]), ""),
+            (OperationQuery(labels=[("customer", "%")]), ""),
+            (OperationQuery(parent="nobody"), ""),
         ],
     )
-    def test_find_applies_every_filter(self, world: World, found: Found, expected: str) -> None:
+    def test_find_applies_every_filter(self, world: World, found: OperationQuery, expected: str) -> None:
         """Every filter admits what it says, and all of them together."""
         rows = self._some(world)
         assert world.store.find(found, 10).rows == [rows[which] for which in expected.split()]
@@ -1225,7 +1229,7 @@ class FindContract:
         since, until = rows["running"].created_at, rows["success"].created_at
 
         def found(**values: Any) -> list[OperationRow]:
-            return list(world.store.find(Found(**values), 10).rows)
+            return list(world.store.find(OperationQuery(**values), 10).rows)
 
         assert found(since=since) == [rows[which] for which in ("refund", "success", "failed", "running")]
         assert found(until=until) == [rows[which] for which in ("failed", "running", "pending")]
@@ -1245,7 +1249,7 @@ class FindContract:
         saved_row = row_of(world.store, outer.uuid)
 
         def found(**values: Any) -> list[str]:
-            return [row.uuid for row in world.store.find(Found(**values), 10).rows]
+            return [row.uuid for row in world.store.find(OperationQuery(**values), 10).rows]
 
         assert found() == [outer.uuid]
         assert found(labels=[("a", "1")]) == [outer.uuid]
@@ -1256,14 +1260,16 @@ class FindContract:
         assert found(parent=outer.uuid, status=["FAILED"]) == []
         assert found(parent=outer.uuid, labels=[("a", "1")]) == [two.uuid]
         assert found(parent=outer.uuid, since=saved_row.created_at - 5) == [two.uuid, one.uuid]
-        page = world.store.find(Found(parent=outer.uuid), 1)
-        assert world.store.find(Found(parent=outer.uuid), 1, page.cursor).rows == [row_of(world.store, one.uuid)]
+        page = world.store.find(OperationQuery(parent=outer.uuid), 1)
+        assert world.store.find(OperationQuery(parent=outer.uuid), 1, page.cursor).rows == [
+            row_of(world.store, one.uuid)
+        ]
 
     def test_label_may_have_any_length(self, world: World) -> None:
         operation = new(1, labels=[("k" * 1000, "\N{SNOWMAN}" * 20_000), ("k", "")])
         world.store.save(operation)
         for pair in operation.labels:
-            assert [row.uuid for row in world.store.find(Found(labels=[pair]), 5).rows] == [operation.uuid]
+            assert [row.uuid for row in world.store.find(OperationQuery(labels=[pair]), 5).rows] == [operation.uuid]
 
     def test_special_characters_are_stored_as_plain_text(self, world: World) -> None:
         """Quotes, percent signs, colons and question marks are what they are."""
@@ -1271,7 +1277,7 @@ class FindContract:
         operation = new(1, uuid=text, entrypoint=text, labels=[(text, text)])
         world.store.save(operation)
         assert row_of(world.store, text).entrypoint == text
-        found = Found(entrypoint=text, labels=[(text, text)], status=["PENDING"])
+        found = OperationQuery(entrypoint=text, labels=[(text, text)], status=["PENDING"])
         assert [row.uuid for row in world.store.find(found, 5).rows] == [text]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from kser.store.rows import Claim, Found
+from kser.store.rows import Claim, OperationQuery
 from kser.store.sql import SQLStore
 from tests.store_world import last_step, me, name, new, saved, step_on
 
@@ -18,7 +18,7 @@ def make(store: SQLStore) -> int:
 def work(store: SQLStore) -> int:
     """Take what is free and run it."""
     done = 0
-    for row in store.find(Found(), 1000).rows:
+    for row in store.find(OperationQuery(), 1000).rows:
         claim = store.claim(row.uuid, row.target.uuid, me(name()))
         if isinstance(claim, Claim):
             store.checkpoint(step_on(claim, 0))

@@ -12,20 +12,18 @@ from kser import status as states
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
 from kser.store.rows import (
-    END_FAILED,
-    END_SUCCESS,
-    LOCAL,
-    TASK,
     Checkpoint,
     Claim,
-    Claimant,
-    Move,
+    ClaimRequest,
+    Mode,
+    NewEvent,
     NewOperation,
     NewTask,
-    Note,
     OperationRow,
-    Target,
-    TaskEnd,
+    OperationUpdate,
+    Phase,
+    StepMessage,
+    TaskOutcome,
 )
 
 LEASE = 30.0
@@ -106,11 +104,11 @@ class SqlWorld(World):
 
     @property
     def now(self) -> float:
-        return time.time() + self._stores[0]._shift
+        return time.time() + self._stores[0]._clock_offset
 
     def pass_by(self, seconds: float) -> None:
         for store in self._stores:
-            store._shift += seconds
+            store._clock_offset += seconds
 
     def close(self) -> None:
         for store in self._stores:
@@ -135,39 +133,39 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
     """An operation with so many tasks, or with these; with None they are not built."""
     built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
     own = name()
-    phase = "START" if built is None else TASK if built else END_SUCCESS
+    phase = "START" if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
     made = NewOperation(
         uuid=own,
         entrypoint="shop.PlaceOrder",
-        mode=LOCAL,
+        mode=Mode.LOCAL,
         topic="orders",
-        hooks=3,
+        overrides=3,
         params='{"order": 42, "nan": NaN}',
         metadata='{"customer": "7"}',
-        so_far='{"retval": {}}',
+        accumulated='{"retval": {}}',
         tasks=built,
         labels=[],
         phase=phase,
-        target=Target(own, "shop.PlaceOrder", "orders"),
+        target=StepMessage(own, "shop.PlaceOrder", "orders"),
     )
     made = made._replace(**values)
     # The target is the operation itself unless the test says another one.
-    return made if "target" in values else made._replace(target=Target(made.uuid, made.entrypoint, made.topic))
+    return made if "target" in values else made._replace(target=StepMessage(made.uuid, made.entrypoint, made.topic))
 
 
-def me(owner: str = "consumer-a", **values: Any) -> Claimant:
+def me(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
     """Somebody who claims, with a token of this one claim."""
-    return Claimant(owner, name("token-"), LEASE, 20)._replace(**values)
+    return ClaimRequest(owner, name("token-"), LEASE, 20)._replace(**values)
 
 
-def saved(store: Store, new_operation: NewOperation, claimant: Claimant | None = None) -> Claim:
+def saved(store: Store, new_operation: NewOperation, claimant: ClaimRequest | None = None) -> Claim:
     """Save and claim an operation."""
     claim = store.save(new_operation, claimant or me())
     assert isinstance(claim, Claim)
     return claim
 
 
-def claimed(store: Store, row: OperationRow, claimant: Claimant | None = None) -> Claim:
+def claimed(store: Store, row: OperationRow, claimant: ClaimRequest | None = None) -> Claim:
     """Claim a root that is free."""
     claim = store.claim(row.uuid, row.target.uuid, claimant or me())
     assert isinstance(claim, Claim)
@@ -176,20 +174,22 @@ def claimed(store: Store, row: OperationRow, claimant: Claimant | None = None) -
 
 def row_of(store: Store, uuid_or_id: str) -> OperationRow:
     """The row of an operation that is there."""
-    row = store.peek(uuid_or_id)
+    row = store.get_operation(uuid_or_id)
     assert row is not None
     return row
 
 
-def move_of(row: OperationRow, step: int, **values: Any) -> Move:
+def move_of(row: OperationRow, step: int, **values: Any) -> OperationUpdate:
     """An operation goes on to a step."""
-    made = Move(row.id, row.step, row.phase, step, TASK, states.RUNNING, f'{{"up to": {step}}}', None)
+    made = OperationUpdate(
+        row.id, row.step, row.phase, step, Phase.RUN_TASK, states.RUNNING, f'{{"up to": {step}}}', None
+    )
     return made._replace(**values)
 
 
-def end_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskEnd:
+def end_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskOutcome:
     """An attempt at a task succeeded."""
-    return TaskEnd(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
+    return TaskOutcome(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
 
 
 def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
@@ -201,9 +201,9 @@ def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
         epoch=claim.epoch,
         token=root.token,
         consumer="consumer-a",
-        moves=[move_of(root, step + 1)],
-        ends=[end_of(root, step)],
-        notes=[Note("task-succeeded", f"task {step}")],
+        updates=[move_of(root, step + 1)],
+        outcomes=[end_of(root, step)],
+        events=[NewEvent("task-succeeded", f"task {step}")],
     )
     return made._replace(**values)
 
@@ -211,7 +211,7 @@ def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
 def last_step(claim: Claim, step: int, status: str = states.SUCCESS, **values: Any) -> Checkpoint:
     """The task at ``step`` was the last one, and the operation ends."""
     root = claim.root._replace(step=step)
-    phase = END_SUCCESS if status == states.SUCCESS else END_FAILED
+    phase = Phase.END_SUCCESS if status == states.SUCCESS else Phase.END_FAILED
     move = move_of(root, step, phase=phase, status=status, result='{"all": "over"}')
     ends = [end_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
-    return step_on(claim, step, moves=[move], ends=ends, notes=[Note("ended", text=status)])._replace(**values)
+    return step_on(claim, step, moves=[move], ends=ends, notes=[NewEvent("ended", text=status)])._replace(**values)

@@ -11,7 +11,7 @@ import pytest
 from kser.errors import SchemaMismatch, StoreUnavailable
 from kser.status import SUCCESS
 from kser.store.memory import MemoryStore
-from kser.store.rows import Refusal
+from kser.store.rows import ClaimRefused
 from tests.durable import TURN, Process, Sale, Shop, Spread, meanwhile, sent
 from tests.engine import Act, InThread, until
 from tests.store_world import LEASE, me
@@ -50,9 +50,9 @@ def test_consumer_started_during_a_database_outage_waits_for_the_database(worker
         # Those who wait, and what runs beside.
         until(lambda: store.asked > 6)
         assert thread.ending is None
-        assert store.peek("1") is None
+        assert store.get_operation("1") is None
         store.here.set()
-        until(lambda: (row := store.peek("1")) is not None and row.status == "SUCCESS")
+        until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
         until(lambda: [each.name for each in threading.enumerate()].count("kser-services") == 1)
 
 
@@ -87,14 +87,14 @@ def test_database_with_another_schema_version_is_rejected_at_the_start() -> None
 def hold_up(shop: Shop, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the next question for what is due wait, soon: somebody has locked the database."""
     shop.pass_by(TURN)
-    take_due = shop.store.take_due
+    take_due = shop.store.take_due_steps
 
     def wait(*given: Any, **options: Any) -> Any:
-        monkeypatch.setattr(shop.store, "take_due", take_due)
+        monkeypatch.setattr(shop.store, "take_due_steps", take_due)
         shop.pass_by(seconds)
         return take_due(*given, **options)
 
-    monkeypatch.setattr(shop.store, "take_due", wait)
+    monkeypatch.setattr(shop.store, "take_due_steps", wait)
 
 
 def test_reaper_takes_no_expired_leases_after_a_database_delay(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_reaper_takes_no_expired_leases_after_a_database_delay(shop: Shop, monke
     shop.first.companion.tick()
     assert len(sent()) == before
     assert shop.store.renew([(claim.id, claim.epoch)], "the dead", LEASE) == {claim.id}
-    assert isinstance(shop.store.claim("1", "1", me("other")), Refusal)
+    assert isinstance(shop.store.claim("1", "1", me("other")), ClaimRefused)
 
 
 def test_lease_expiry_after_a_database_delay_frees_the_claim_of_a_dead_owner(

@@ -19,7 +19,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import DISTRIBUTED, LOCAL
+from kser.store.rows import Mode
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
 from tests.engine import Act, committed
 from tests.store_world import MemoryWorld
@@ -65,7 +65,7 @@ def test_send_saves_operation_tasks_mode_and_topic_before_sending(shop: Shop) ->
     operation = cls("1", {"order": 42}, metadata={"customer": "7"}).build()
     assert operation.send(topic="orders") is operation
     row, tasks, _, events, _ = shop.stored()
-    assert (row.mode, row.topic, row.status, row.size) == (LOCAL, "orders", PENDING, 3)
+    assert (row.mode, row.topic, row.status, row.task_count) == (Mode.LOCAL, "orders", PENDING, 3)
     assert (json.loads(row.params), json.loads(row.metadata)) == ({"order": 42}, {"customer": "7"})
     assert [(task.uuid, task.entrypoint) for task in tasks] == [(f"1.{name}", Act.path) for name in "abc"]
     assert [event.kind for event in events] == ["accepted"]
@@ -76,7 +76,7 @@ def test_send_saves_operation_tasks_mode_and_topic_before_sending(shop: Shop) ->
 def test_launch_saves_the_operation_and_sends_its_first_task(shop: Shop) -> None:
     """durability rule 1"""
     assert shop.first.known(Sale)("1").build().launch().retcode == 0
-    assert (shop.stored().operation.mode, shop.stored().operation.topic) == (DISTRIBUTED, "dice")
+    assert (shop.stored().operation.mode, shop.stored().operation.topic) == (Mode.DISTRIBUTED, "dice")
     assert [(kmsg.uuid, kmsg.entrypoint) for kmsg in sent()] == [("1.a", Act.path)]
 
 
@@ -170,7 +170,7 @@ def test_operation_received_as_a_message_is_built_saved_and_run(shop: Shop, cls:
     assert (row.status, json.loads(row.params), row.mode) == (
         SUCCESS,
         {"order": 42},
-        DISTRIBUTED if cls is Spread else LOCAL,
+        Mode.DISTRIBUTED if cls is Spread else Mode.LOCAL,
     )
     assert Act.seen == ["1.a", "1.b", "1.c"]
     assert [found.uuid for found in shop.registry.find(metadata={"customer": 7})] == ["1"]
@@ -331,7 +331,7 @@ class Overridden(Sale):
 
 
 class OverriddenSpread(Overridden):
-    DISTRIBUTED = True
+    Mode.DISTRIBUTED = True
 
 
 @pytest.mark.parametrize("cls", [Overridden, OverriddenSpread])
@@ -398,7 +398,7 @@ def test_tasks_with_their_own_send_need_no_database() -> None:
             return Result(uuid=self.uuid)
 
     class Game(Operation):
-        DISTRIBUTED = True
+        Mode.DISTRIBUTED = True
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             return [Own("a"), Own("b")]

@@ -19,7 +19,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.rows import DISTRIBUTED, LOCAL, Refusal
+from kser.store.rows import ClaimRefused, Mode
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, expire, meanwhile
 from tests.engine import Act, committed
 from tests.store_world import LEASE, me
@@ -43,9 +43,9 @@ def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[S
     shop.first.handle()
     (row,) = seen
     assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry._kser_operations._context.owner)
-    assert row.wake_at - shop.world.now == pytest.approx(LEASE, abs=5)
+    assert row.next_check_at - shop.world.now == pytest.approx(LEASE, abs=5)
     after = shop.stored().operation
-    assert (after.owner, after.wake_at) == (None, None)
+    assert (after.owner, after.next_check_at) == (None, None)
 
 
 def test_owner_differs_at_each_start_of_a_process(shop: Shop) -> None:
@@ -59,7 +59,7 @@ def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> 
     shop.first.known(Sale)("1").build().launch()
     bare(Sale)
     assert shop.first.step() == 2
-    assert (shop.stored().operation.mode, Act.seen) == (DISTRIBUTED, ["1.a"])
+    assert (shop.stored().operation.mode, Act.seen) == (Mode.DISTRIBUTED, ["1.a"])
     shop.first.handle()
     assert Act.seen == ["1.a", "1.b", "1.c"]
 
@@ -68,7 +68,7 @@ def test_task_message_of_a_local_operation_runs_nothing(shop: Shop) -> None:
     """durability rule 6"""
     shop.first.known(Sale)("1").build().send()
     result = shop.first.run(Message("1.b", Act.path, metadata={OPERATION_KEY: "1"}))
-    assert (result.retcode, Act.seen, shop.stored().operation.mode) == (0, [], LOCAL)
+    assert (result.retcode, Act.seen, shop.stored().operation.mode) == (0, [], Mode.LOCAL)
 
 
 # -- one compare-and-set -------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_claimed_operation_is_not_claimed_by_another_consumer(shop: Shop, cls: t
     shop.first.handle()
     assert Act.seen == ["1.a", "1.b", "1.c"]
     claim = shop.store.claim("1", "1", me())
-    assert isinstance(claim, Refusal)
+    assert isinstance(claim, ClaimRefused)
 
 
 @BOTH_WAYS

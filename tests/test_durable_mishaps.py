@@ -18,7 +18,7 @@ from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, RUNNING, SUCCESS
-from kser.store.sql.group import Entry, Group
+from kser.store.sql.group import GroupCommit, PendingWrite
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, sent
 from tests.engine import PATIENCE, Act, until
 from tests.store_world import LEASE
@@ -140,7 +140,7 @@ def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(sho
     gates.append(gate)
     bare(shop.registry.subscribe(Long))
     consumer.step(timeout=0)
-    assert (shop.store.peek("1"), Act.seen) == (None, [])
+    assert (shop.store.get_operation("1"), Act.seen) == (None, [])
     consumer._kser_worker_pool.shutdown()
 
 
@@ -179,7 +179,7 @@ def test_resume_in_a_process_without_a_consumer_sends_once(shop: Shop) -> None:
     found.resume()
     before = len(sent())
     shop.live(2 * TURN)
-    assert (len(sent()), shop.stored().operation.sends) == (before, 1)
+    assert (len(sent()), shop.stored().operation.send_count) == (before, 1)
 
 
 def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyP
     shop.first.handle()
     found = shop.registry.get("1")
     assert found is not None
-    peek, asked = shop.store.peek, []
+    peek, asked = shop.store.get_operation, []
 
     def away(uuid: str) -> Any:
         asked.append(uuid)
@@ -196,7 +196,7 @@ def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyP
             raise StoreUnavailable("the database restarts")
         return peek(uuid)
 
-    monkeypatch.setattr(shop.store, "peek", away)
+    monkeypatch.setattr(shop.store, "get_operation", away)
     assert found.wait(timeout=PATIENCE).retcode == 0
 
 
@@ -237,7 +237,7 @@ def test_group_commit_continues_after_an_interrupted_follower() -> None:
         for entry in entries:
             entry.result = entry.item
 
-    group: Group[str] = Group(run, 1)
+    group: GroupCommit[str] = GroupCommit(run, 1)
     slow = threading.Thread(target=group.write, args=("slow",))
     slow.start()
     assert entered.wait(PATIENCE)
@@ -263,9 +263,9 @@ def test_group_commit_lead_is_handed_over_by_an_interrupted_leader(monkeypatch: 
         for entry in entries:
             entry.result = entry.item
 
-    group: Group[str] = Group(run, 1)
+    group: GroupCommit[str] = GroupCommit(run, 1)
 
-    def stopped(own: Entry[str]) -> None:
+    def stopped(own: PendingWrite[str]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -117,7 +117,7 @@ def test_claim_belongs_to_the_root_alone(shop: Shop, cls: type[Outer]) -> None:
 
     def look() -> None:
         root, inner, deep = (shop.stored(uuid).operation for uuid in ("1", "1.in", "1.in.deep"))
-        seen.append((root.owner is not None, inner.owner, deep.owner, inner.wake_at, deep.wake_at))
+        seen.append((root.owner is not None, inner.owner, deep.owner, inner.next_check_at, deep.next_check_at))
         assert (root.parent_id, inner.parent_id, deep.parent_id) == (None, root.id, inner.id)
         assert {root.root_id, inner.root_id, deep.root_id} == {root.id}
 
@@ -158,8 +158,8 @@ def test_nested_end_and_outer_step_are_recorded_in_one_transaction(shop: Shop) -
     bare(Short)
     process.handle()
     last = store.checkpoints[-1]
-    assert [move.status for move in last.moves] == [SUCCESS] * 3
-    assert len(last.ends) == 3
+    assert [move.status for move in last.updates] == [SUCCESS] * 3
+    assert len(last.outcomes) == 3
     assert shop.status() == SUCCESS
 
 

@@ -10,7 +10,7 @@ from cdumay_result import Result
 
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
-from kser.store.rows import DISTRIBUTED, LOCAL
+from kser.store.rows import Mode
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, sent
 from tests.engine import Act
 
@@ -239,7 +239,7 @@ class Driven(Sale):
 
 
 class DrivenSpread(Driven):
-    DISTRIBUTED = True
+    Mode.DISTRIBUTED = True
 
 
 @pytest.mark.parametrize("cls", [Driven, DrivenSpread])
@@ -256,7 +256,7 @@ def test_launch_next_in_a_running_task_is_deferred_to_its_checkpoint(shop: Shop,
     operation = shop.registry.get("1")
     assert operation is not None
     assert operation.result.retval == {"1.a": 1, "1.b": 1, "1.c": 1}
-    assert shop.stored().operation.mode == (DISTRIBUTED if way == "launch" or cls is DrivenSpread else LOCAL)
+    assert shop.stored().operation.mode == (Mode.DISTRIBUTED if way == "launch" or cls is DrivenSpread else Mode.LOCAL)
 
 
 # -- the load hook -----------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_retry_backoff_releases_the_claim_and_acks_the_message(shop: Shop, cls: 
     row = shop.stored().operation
     assert (row.status, row.owner, row.step) == (RUNNING, None, 1)
     assert row.due_at == pytest.approx(shop.world.now + 10, abs=3)
-    assert row.wake_at == row.due_at
+    assert row.next_check_at == row.due_at
     assert "other" in Act.seen
     assert committed() == len(Bus.at("").values("dice"))
     assert shop.first.consumer._kser_work_queue.running() == []

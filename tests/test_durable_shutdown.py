@@ -51,7 +51,7 @@ def test_graceful_shutdown_stops_an_operation_at_its_next_checkpoint(
     row = shop.stored().operation
     assert (Act.seen, row.status, row.step, row.owner) == (["1.a", "1.b"], RUNNING, 2, None)
     assert shop.tasks()[:2] == [SUCCESS, SUCCESS]
-    assert (len(sent()), row.sends, row.due_at <= shop.world.now) == (2, 1, True)
+    assert (len(sent()), row.send_count, row.due_at <= shop.world.now) == (2, 1, True)
     others(shop, Sale).handle()
     assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
     assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
@@ -232,4 +232,4 @@ def test_shutdown_timeout_does_not_count_as_an_attempt(shop: Shop, cls: type[Sal
         other.handle()
         gate.set()
     assert numbers == [1, 1]
-    assert shop.stored().operation.claims == 0
+    assert shop.stored().operation.claim_count == 0

@@ -96,7 +96,7 @@ def test_checkpoint_records_the_whole_step_before_the_next_one_starts(shop: Shop
     bare(cls)
     shop.first.handle()
     ((row, tasks, attempts, events, _),) = seen
-    assert (row.step, json.loads(row.so_far)["retval"]) == (1, {"a": 1})
+    assert (row.step, json.loads(row.accumulated)["retval"]) == (1, {"a": 1})
     assert [task.status for task in tasks] == [SUCCESS, PENDING, PENDING]
     assert json.loads(tasks[0].result)["stdout"] == "done"
     (attempt,) = attempts
@@ -177,11 +177,11 @@ def test_mark_sent_records_time_and_count_later(shop: Shop) -> None:
     """durability rule 15"""
     bare(Spread)
     shop.first.step()
-    assert (shop.stored().operation.sends, len(sent())) == (0, 2)
+    assert (shop.stored().operation.send_count, len(sent())) == (0, 2)
     shop.first.companion.record_sends()
     row = shop.stored().operation
-    assert (row.sends, row.sent_at) == (1, pytest.approx(shop.world.now, abs=5))
-    assert row.wake_at == pytest.approx(shop.world.now + 60, abs=5)
+    assert (row.send_count, row.sent_at) == (1, pytest.approx(shop.world.now, abs=5))
+    assert row.next_check_at == pytest.approx(shop.world.now + 60, abs=5)
 
 
 @pytest.mark.parametrize("trouble", [None, ConnectionError("the broker is gone")])
@@ -196,10 +196,10 @@ def test_step_counts_as_sent_after_its_delivery_report(
     bare(Spread)
     assert shop.first.step() == 1
     shop.first.companion.record_sends()
-    assert (shop.stored().operation.sends, len(posted)) == (0, 1)
+    assert (shop.stored().operation.send_count, len(posted)) == (0, 1)
     posted[0](trouble)
     shop.first.companion.record_sends()
-    assert shop.stored().operation.sends == (0 if trouble else 1)
+    assert shop.stored().operation.send_count == (0 if trouble else 1)
     said = [line for line in lines(caplog) if "could not be sent; the reaper of a consumer will send it" in line]
     assert len(said) == (1 if trouble else 0)
     producer._kser_deliver_nowait = begin

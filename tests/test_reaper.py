@@ -16,7 +16,7 @@ from kser.retry import Retry
 from kser.sequencing import recovery
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import EXPIRED, RETRY, UNCLAIMED, UNSENT
+from kser.store.rows import DueReason
 from tests.durable import BOTH_WAYS, TURN, Process, Sale, Shop, Spread, bare, expire, sent
 from tests.engine import PATIENCE, Act, InThread, until
 from tests.store_world import LEASE, RESEND
@@ -48,8 +48,8 @@ def test_reaper_sends_the_step_of_a_dead_consumer_after_lease_expiry(
     shop.live(LEASE - TURN)
     assert sent() == []
     shop.live(2 * TURN)
-    assert (reasons(shop), len(sent())) == ([EXPIRED], 1)
-    assert any(f"of operation 1 is sent: {EXPIRED}" in line for line in lines(caplog, logging.INFO))
+    assert (reasons(shop), len(sent())) == ([DueReason.EXPIRED], 1)
+    assert any(f"of operation 1 is sent: {DueReason.EXPIRED}" in line for line in lines(caplog, logging.INFO))
 
 
 @BOTH_WAYS
@@ -61,7 +61,7 @@ def test_reaper_sends_a_step_that_was_never_sent(shop: Shop, cls: type[Sale]) ->
     shop.live(0)
     assert reasons(shop) == []
     shop.live(TURN)
-    assert (reasons(shop), len(sent())) == ([UNSENT], 1)
+    assert (reasons(shop), len(sent())) == ([DueReason.UNSENT], 1)
 
 
 @BOTH_WAYS
@@ -73,7 +73,7 @@ def test_reaper_sends_a_retry_at_due_at(shop: Shop, cls: type[Sale]) -> None:
     shop.live(95)
     assert reasons(shop) == []
     shop.live(10)
-    assert reasons(shop) == [RETRY]
+    assert reasons(shop) == [DueReason.RETRY]
     shop.first.handle()
     assert shop.status() == SUCCESS
 
@@ -92,7 +92,7 @@ def test_reaper_resends_an_unclaimed_step_with_growing_backoff(shop: Shop, cls: 
     gaps = [round((later - earlier) / RESEND) for earlier, later in zip([0.0, *times], times, strict=False)]
     assert gaps[:6] == [1, 2, 4, 8, 16, 32]
     assert set(gaps[6:]) == {60}
-    assert set(reasons(shop)) == {UNCLAIMED}
+    assert set(reasons(shop)) == {DueReason.UNCLAIMED}
 
 
 @BOTH_WAYS
@@ -176,16 +176,16 @@ def test_reaper_survives_an_unexpected_exception(shop: Shop, caplog: pytest.LogC
     """durability rule 20"""
     shop.first.send(Sale)
     forget()
-    take_due = shop.store.take_due
+    take_due = shop.store.take_due_steps
 
     def unknown(*given: object, **options: object) -> object:
         raise RuntimeError("what no database says")
 
-    shop.store.take_due = unknown  # type: ignore[method-assign, assignment]
+    shop.store.take_due_steps = unknown  # type: ignore[method-assign, assignment]
     shop.pass_by(RESEND + 1)
     shop.first.companion.tick()
     assert any("unexpected error in the heartbeat or the reaper" in line for line in lines(caplog))
-    shop.store.take_due = take_due  # type: ignore[method-assign]
+    shop.store.take_due_steps = take_due  # type: ignore[method-assign]
     shop.live(3 * RESEND)
     assert len(sent()) >= 1
 
@@ -197,7 +197,7 @@ def test_running_consumer_has_a_reaper(shop: Shop) -> None:
     shop.world.pass_by(RESEND + 1)
     with InThread(shop.first.consumer):
         until(lambda: shop.status() == SUCCESS)
-    assert reasons(shop) == [UNCLAIMED]
+    assert reasons(shop) == [DueReason.UNCLAIMED]
 
 
 # -- whom it believes dead ---------------------------------------------------------------------------------------------
@@ -227,11 +227,11 @@ def test_reaper_waits_a_lease_after_an_outage_before_lease_expiry_counts(shop: S
     shop.live(2 * LEASE, process)
     away.away = False
     process.companion.tick()
-    assert EXPIRED not in reasons(shop)
+    assert DueReason.EXPIRED not in reasons(shop)
     shop.live(LEASE - TURN, process)
-    assert EXPIRED not in reasons(shop)
+    assert DueReason.EXPIRED not in reasons(shop)
     shop.live(2 * TURN, process)
-    assert EXPIRED in reasons(shop)
+    assert DueReason.EXPIRED in reasons(shop)
 
 
 def test_reaper_that_just_started_takes_no_expired_leases(shop: Shop) -> None:
@@ -250,7 +250,7 @@ def test_reaper_that_was_stopped_itself_takes_no_expired_leases(shop: Shop) -> N
     shop.seize()
     shop.pass_by(2 * LEASE)
     shop.first.companion.tick()
-    assert EXPIRED not in reasons(shop)
+    assert DueReason.EXPIRED not in reasons(shop)
 
 
 # -- those that kill their consumer ------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ from kser.errors import (
 from kser.store import open_store
 from kser.store.__main__ import main
 from kser.store.memory import MemoryStore
-from kser.store.rows import Claim, Found, Refusal
+from kser.store.rows import Claim, ClaimRefused, OperationQuery
 from kser.store.sql import SQLStore, schema
-from kser.store.sql.database import Repeat, Transaction
-from kser.store.sql.group import Entry, Group
-from kser.store.sql.rows import BEGINNING, Ids, id_at, time_of
+from kser.store.sql.database import SerializationConflict, Transaction
+from kser.store.sql.group import GroupCommit, PendingWrite
+from kser.store.sql.rows import ID_EPOCH, IdGenerator, id_at, time_of
 from kser.store.sql.store import database_at
 from kser.store.sql.tables import metadata, operation
 from tests.conftest import own_postgresql
@@ -161,7 +161,7 @@ def test_import_without_a_database_loads_no_sqlalchemy() -> None:
 def test_sqlite_file_is_created_with_its_tables_on_first_use(path: Path) -> None:
     with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
         assert not path.exists()
-        assert store.peek(name()) is None
+        assert store.get_operation(name()) is None
         assert path.exists()
         store.check()
 
@@ -169,7 +169,7 @@ def test_sqlite_file_is_created_with_its_tables_on_first_use(path: Path) -> None
 def test_concurrent_processes_create_one_sqlite_file(path: Path) -> None:
     assert _in_processes(6, "make", f"sqlite:///{path}") == [1] * 6
     with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
-        assert len(store.find(Found(status=["SUCCESS"]), 10).rows) == 6
+        assert len(store.find(OperationQuery(status=["SUCCESS"]), 10).rows) == 6
 
 
 def _in_processes(count: int, what: str, uri: str) -> list[int]:
@@ -202,7 +202,7 @@ def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Dat
     database.run("ALTER TABLE kser_schema RENAME TO gone")
     try:
         with contextlib.closing(SQLStore(database.uri)) as store:
-            for call in (store.check, lambda: store.peek(name()), lambda: store.save(new(1))):
+            for call in (store.check, lambda: store.get_operation(name()), lambda: store.save(new(1))):
                 with pytest.raises(SchemaMismatch, match=r"no tables of kser; run: python -m kser\.store upgrade"):
                     call()
     finally:
@@ -241,7 +241,7 @@ def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
 
 def test_migrations_create_the_tables_that_the_code_declares(any_store: SQLStore) -> None:
     any_store.check()
-    with any_store._database.looking() as connection:
+    with any_store._database.inspect_connection() as connection:
         context = MigrationContext.configure(
             connection, opts={"version_table": "kser_migration", "compare_type": True, "include_object": _is_ours}
         )
@@ -320,7 +320,7 @@ def test_concurrent_processes_claim_each_operation_once(any_store: SQLStore) -> 
     # With the password, if there is one.
     uri = any_store._database.url.render_as_string(hide_password=False)
     assert sum(_in_processes(4, "work", uri)) == 40
-    rows = any_store.find(Found(), 100).rows
+    rows = any_store.find(OperationQuery(), 100).rows
     assert {(row.status, row.epoch) for row in rows} == {(states.SUCCESS, 2)}
 
 
@@ -331,7 +331,7 @@ def test_sqlite_readers_do_not_wait_for_a_writer(store: SQLStore, path: Path) ->
         foreign.execute("UPDATE kser_operation SET step = 5")
         begun = time.monotonic()
         assert row_of(store, claim.root.uuid).step == 0
-        assert len(store.find(Found(), 5).rows) == 1
+        assert len(store.find(OperationQuery(), 5).rows) == 1
         assert time.monotonic() - begun < 5
         foreign.execute("ROLLBACK")
 
@@ -352,7 +352,7 @@ def test_take_due_skips_rows_locked_by_another_transaction(in_postgresql: SQLSto
     operations = [new(1), new(1)]
     for each in operations:
         in_postgresql.save(each)
-    in_postgresql._shift = 10
+    in_postgresql._clock_offset = 10
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute("SELECT 1 FROM kser_operation WHERE uuid = %s FOR UPDATE", [operations[0].uuid])
         assert due(in_postgresql) == [(operations[1].uuid, "unsent")]
@@ -373,7 +373,7 @@ def test_heartbeat_renews_locked_claims_after_the_other_ones(in_postgresql: SQLS
         assert answers == []
     thread.join()
     assert answers == [{claim.id for claim in claims}]
-    assert {row.owner for row in in_postgresql.find(Found(), 5).rows} == {"consumer-b"}
+    assert {row.owner for row in in_postgresql.find(OperationQuery(), 5).rows} == {"consumer-b"}
 
 
 @pytest.mark.postgresql
@@ -418,7 +418,7 @@ class Held:
     """Holds up the writing of a store until as many wait as a test wants to come together."""
 
     def __init__(self, store: SQLStore) -> None:
-        self._groups: set[Group[Any]] = set(store._writing._groups.values())
+        self._groups: set[GroupCommit[Any]] = set(store._writer._groups.values())
         self.sizes: list[int] = []
         for group in self._groups:
             group._run = self._counted(group._run)
@@ -470,7 +470,7 @@ def test_group_commit_writes_concurrent_calls_in_one_transaction(any_store: SQLS
     )
     assert answers[:8] == [states.RUNNING] * 5 + [1] * 3
     assert [type(answer) for answer in answers[8:]] == [int, int]
-    sizes = [2, 3, 5] if any_store._database.packed else [10]
+    sizes = [2, 3, 5] if any_store._database.json_batches else [10]
     assert (sorted(held.sizes), len(commits)) == (sizes, len(sizes))
 
 
@@ -485,8 +485,8 @@ def test_group_commit_includes_refused_claims(any_store: SQLStore) -> None:
     answers = Held(any_store).together(
         *(lambda each=each: any_store.claim(each.uuid, each.uuid, me()) for each in operations)
     )
-    assert [type(answer) for answer in answers] == [Claim, Claim, Refusal, Refusal, Refusal]
-    assert len(commits) == (2 if any_store._database.packed else 1)
+    assert [type(answer) for answer in answers] == [Claim, Claim, ClaimRefused, ClaimRefused, ClaimRefused]
+    assert len(commits) == (2 if any_store._database.json_batches else 1)
 
 
 def _count(store: SQLStore, what: str) -> list[str]:
@@ -549,7 +549,7 @@ def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLSto
         lambda: any_store.checkpoint(step_on(claim, 0)), lambda: any_store.checkpoint(other)
     )
     assert sorted(type(answer).__name__ for answer in answers) == ["Fenced", "str"]
-    stored = any_store.get(claim.root.uuid)
+    stored = any_store.snapshot(claim.root.uuid)
     assert stored is not None
     assert len(stored.attempts) == 1
 
@@ -581,7 +581,7 @@ def _unavailable(*_: Any) -> Iterator[Any]:
 
 
 def test_serialization_conflict_is_retried(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    writing, failures = store._database._writing, iter([Repeat("deadlock")] * 4)
+    writing, failures = store._database._writing, iter([SerializationConflict("deadlock")] * 4)
     claim = saved(store, new(3))
 
     @contextlib.contextmanager
@@ -595,7 +595,7 @@ def test_serialization_conflict_is_retried(store: SQLStore, monkeypatch: pytest.
     with pytest.raises(StoreUnavailable, match="deadlock"):
         store.checkpoint(step_on(claim, 0))
     assert store.checkpoint(step_on(claim, 0)) == states.RUNNING
-    failures = iter([Repeat("deadlock")])
+    failures = iter([SerializationConflict("deadlock")])
     assert store.renew([(claim.id, 1)], "consumer-a", 30) == {claim.id}
 
 
@@ -611,7 +611,7 @@ def test_group_commit_continues_after_an_interrupted_leader() -> None:
         for entry in entries:
             entry.result = entry.item
 
-    group: Group[int] = Group(run, 1)
+    group: GroupCommit[int] = GroupCommit(run, 1)
     others: list[Any] = []
     threads = [threading.Thread(target=lambda n=n: others.append(group.write(n))) for n in range(3)]
 
@@ -633,14 +633,14 @@ def test_group_commit_continues_after_an_interrupted_leader() -> None:
 def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def run(entries: list[Entry[int]]) -> None:
+    def run(entries: list[PendingWrite[int]]) -> None:
         begun.set()
         go_on.wait(10)
         if len(entries) > 1:
             raise KeyboardInterrupt
         entries[0].result = entries[0].item
 
-    group: Group[int] = Group(run, 1)
+    group: GroupCommit[int] = GroupCommit(run, 1)
     answers: list[str] = []
 
     def write(number: int) -> None:
@@ -674,25 +674,25 @@ def wait_until(done: Callable[[], object]) -> None:
 
 def test_ids_contain_their_time_and_fit_until_2091() -> None:
     now = time.time()
-    ids = Ids()
-    found = [ids.take(now, 3) for _ in range(5)]
+    ids = IdGenerator()
+    found = [ids.next_ids(now, 3) for _ in range(5)]
     assert found == sorted(set(found))
     assert all(time_of(each) == pytest.approx(now, abs=1e-3) for each in found)
     assert found[1] >= found[0] + 3
-    assert id_at(BEGINNING + 71 * 365 * 86400).bit_length() <= 63
+    assert id_at(ID_EPOCH + 71 * 365 * 86400).bit_length() <= 63
 
 
 def test_ids_increase_even_when_the_clock_steps_back() -> None:
-    ids = Ids()
-    assert ids.take(BEGINNING + 1000, 1) < ids.take(BEGINNING + 10, 1) < ids.take(0, 1)
+    ids = IdGenerator()
+    assert ids.next_ids(ID_EPOCH + 1000, 1) < ids.next_ids(ID_EPOCH + 10, 1) < ids.next_ids(0, 1)
 
 
 def test_id_that_is_taken_is_replaced(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes may come upon the same one."""
     taken = saved(any_store, new(1)).id
-    ids = any_store._writing.saving._ids
-    take, first = ids.take, iter([taken])
-    monkeypatch.setattr(ids, "take", lambda now, count: next(first, None) or take(now, count))
+    ids = any_store._writer.saves._ids
+    take, first = ids.next_ids, iter([taken])
+    monkeypatch.setattr(ids, "next_ids", lambda now, count: next(first, None) or take(now, count))
     each = new(1)
     claim = saved(any_store, each)
     assert (claim.root.uuid, claim.epoch) == (each.uuid, 1)
@@ -702,17 +702,17 @@ def test_id_that_is_taken_is_replaced(any_store: SQLStore, monkeypatch: pytest.M
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 FILTERS = [
-    Found(),
-    Found(status=["FAILED"]),
-    Found(status=["FAILED", "RUNNING"]),
-    Found(entrypoint="shop.PlaceOrder"),
-    Found(entrypoint="shop.PlaceOrder", status=["FAILED"]),
-    Found(since=1.7e9),
-    Found(since=1.7e9, until=1.9e9, status=["SUCCESS"]),
-    Found(labels=[("customer", "7")]),
-    Found(labels=[("customer", "7"), ("shop", "1")], status=["FAILED"]),
-    Found(parent="somebody"),
-    Found(parent="somebody", status=["FAILED"], entrypoint="x"),
+    OperationQuery(),
+    OperationQuery(status=["FAILED"]),
+    OperationQuery(status=["FAILED", "RUNNING"]),
+    OperationQuery(entrypoint="shop.PlaceOrder"),
+    OperationQuery(entrypoint="shop.PlaceOrder", status=["FAILED"]),
+    OperationQuery(since=1.7e9),
+    OperationQuery(since=1.7e9, until=1.9e9, status=["SUCCESS"]),
+    OperationQuery(labels=[("customer", "7")]),
+    OperationQuery(labels=[("customer", "7"), ("shop", "1")], status=["FAILED"]),
+    OperationQuery(parent="somebody"),
+    OperationQuery(parent="somebody", status=["FAILED"], entrypoint="x"),
 ]
 
 
@@ -720,8 +720,8 @@ def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
     """How a database does what ``call`` asks it for, statement by statement."""
     explained: list[str] = []
     database = store._database
-    word = "EXPLAIN" if database.packed else "EXPLAIN QUERY PLAN"
-    original = Transaction.run, Transaction.fetch, Transaction.change
+    word = "EXPLAIN" if database.json_batches else "EXPLAIN QUERY PLAN"
+    original = Transaction.execute, Transaction.fetch, Transaction.execute_many
 
     def explain(transaction: Transaction, statement: Any, values: Any) -> None:
         cursor = transaction._cursor
@@ -735,15 +735,15 @@ def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
     def many(which: int) -> Any:
         def made(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
             if rows:
-                explain(self, statement, {**values, **({"rows": "[]"} if database.packed else rows[0])})
+                explain(self, statement, {**values, **({"rows": "[]"} if database.json_batches else rows[0])})
             return original[which](self, statement, rows, **values)
 
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Transaction, "run", run)
+        patch.setattr(Transaction, "execute", run)
         patch.setattr(Transaction, "fetch", many(1))
-        patch.setattr(Transaction, "change", many(2))
+        patch.setattr(Transaction, "execute_many", many(2))
         call()
     assert explained
     return explained
@@ -759,7 +759,7 @@ def _no_whole_table(plans: list[str]) -> None:
 
 
 @pytest.mark.parametrize("found", FILTERS, ids=str)
-def test_find_uses_an_index_in_page_order(any_store: SQLStore, found: Found) -> None:
+def test_find_uses_an_index_in_page_order(any_store: SQLStore, found: OperationQuery) -> None:
     """No whole table is read, and nothing but a few identifiers is sorted."""
     any_store.save(new(1))
     plans = _plans(any_store, lambda: any_store.find(found, 50))
@@ -771,14 +771,14 @@ def test_find_uses_an_index_in_page_order(any_store: SQLStore, found: Found) -> 
 
 @pytest.mark.parametrize("found", FILTERS, ids=str)
 def test_large_columns_are_read_only_for_returned_rows(
-    store: SQLStore, found: Found, monkeypatch: pytest.MonkeyPatch
+    store: SQLStore, found: OperationQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The statements that look for rows name no text, and no index holds one."""
-    large = {"params", "metadata", "so_far", "result"}
+    large = {"params", "metadata", "accumulated", "result"}
     said: list[str] = []
-    run = Transaction.run
+    run = Transaction.execute
     monkeypatch.setattr(
-        Transaction, "run", lambda self, one, *more, **how: said.append(one.sql) or run(self, one, *more, **how)
+        Transaction, "execute", lambda self, one, *more, **how: said.append(one.sql) or run(self, one, *more, **how)
     )
     store.find(found, 50)
     assert said
@@ -788,8 +788,8 @@ def test_large_columns_are_read_only_for_returned_rows(
 
 def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
     any_store.save(new(1))
-    any_store._shift = 10
-    plans = _plans(any_store, lambda: any_store.take_due(10, "reaper", expired=True))
+    any_store._clock_offset = 10
+    plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
     _no_whole_table(plans)
     assert "kser_operation_wake" in plans[0]
     assert "TEMP B-TREE" not in plans[0]
@@ -809,14 +809,14 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.checkpoint(step_on(claim, 1, moves=[move_of(claim.root._replace(step=1), 1)], ends=()))
         row = any_store.resume(claim.root.uuid)
         assert row is not None
-        any_store.sent([(row.id, row.epoch)], 60)
-        any_store.unsent([(row.id, row.epoch)], 60)
+        any_store.mark_sent([(row.id, row.epoch)], 60)
+        any_store.postpone_send([(row.id, row.epoch)], 60)
         claim = claimed(any_store, row)
-        any_store.get(inner.uuid)
-        any_store.task(claim.id, 0)
-        any_store.children(claim.id)
+        any_store.snapshot(inner.uuid)
+        any_store.get_task(claim.id, 0)
+        any_store.get_children(claim.id)
         any_store.checkpoint(last_step(claim, 1, ends=()))
-        any_store._shift = 100
+        any_store._clock_offset = 100
         assert any_store.purge(10, [states.SUCCESS], 10) == 1
 
     _no_whole_table(_plans(any_store, everything))
@@ -837,7 +837,7 @@ def test_checkpoint_of_a_step_is_a_heap_only_update_in_postgresql(in_postgresql:
 
 def test_checkpoint_of_a_step_changes_no_indexed_column(store: SQLStore) -> None:
     """SQLite writes the entries of every index with a column that a statement names."""
-    changed = re.search(r"SET (.*) WHERE", store._writing.recording._go_on.sql)
+    changed = re.search(r"SET (.*) WHERE", store._writer.checkpoints._keep_claim.sql)
     assert changed
     indexed = {column.name for index in operation.indexes for column in index.columns}
     assert not indexed & set(re.findall(r"(\w+)=", changed[1]))
@@ -916,10 +916,10 @@ def test_missing_table_raises_store_unavailable(any_store: SQLStore) -> None:
 def test_text_that_no_column_accepts_is_rejected_alone(any_store: SQLStore, bad: str) -> None:
     """And what is asked for with it is not there."""
     any_store.save(new(1))
-    if any_store._database.packed or bad != "nul \0":
+    if any_store._database.json_batches or bad != "nul \0":
         with pytest.raises(StoreError):
             any_store.save(new(1, entrypoint=bad))
-    for call in (lambda: any_store.peek(bad), lambda: any_store.claim(bad, bad, me())):
+    for call in (lambda: any_store.get_operation(bad), lambda: any_store.claim(bad, bad, me())):
         with contextlib.suppress(StoreError):
             assert call() is None
     assert isinstance(any_store.save(new(1)), int)
@@ -930,7 +930,7 @@ def test_close_releases_the_sqlite_file(store: SQLStore, path: Path) -> None:
     store.close()
     assert not path.with_name("kser.db-wal").exists()
     # And it can be used again.
-    assert len(store.find(Found(), 5).rows) == 1
+    assert len(store.find(OperationQuery(), 5).rows) == 1
 
 
 @pytest.mark.postgresql
@@ -945,7 +945,11 @@ def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.
             at_once(*(lambda each=each: store.checkpoint(each) for each in checkpoints))
             server.stop("immediate")
             calls: list[Callable[[], Any]] = [lambda each=each: store.checkpoint(each) for each in checkpoints]
-            calls += [lambda: store.peek("x"), lambda: store.renew([(1, 1)], "a", 30), lambda: store.save(new(1))]
+            calls += [
+                lambda: store.get_operation("x"),
+                lambda: store.renew([(1, 1)], "a", 30),
+                lambda: store.save(new(1)),
+            ]
             begun = time.monotonic()
             assert {type(answer) for answer in at_once(*calls)} == {StoreUnavailable}
             assert time.monotonic() - begun < 10
@@ -957,7 +961,7 @@ def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.
                 answers = at_once(*calls)
             assert answers[:8] == [states.RUNNING] * 8
             for claim in claims:
-                stored = store.get(claim.root.uuid)
+                stored = store.snapshot(claim.root.uuid)
                 assert stored is not None
                 assert (stored.operation.step, len(stored.attempts)) == (1, 1)
 
@@ -996,14 +1000,14 @@ def test_group_commit_returns_claims_granted_before_a_lost_connection(
     for each in operations:
         in_postgresql.save(each)
     in_postgresql.claim(operations[2].uuid, operations[2].uuid, me("another"))
-    writing, at_once = in_postgresql._writing, in_postgresql._writing._at_once
+    writing, at_once = in_postgresql._writer, in_postgresql._writer._in_one_statement
 
     def and_away(sorts: Any) -> list[Any]:
         found = at_once(sorts)
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
         return found
 
-    writing._at_once = and_away  # type: ignore[method-assign]
+    writing._in_one_statement = and_away  # type: ignore[method-assign]
     answers = Held(in_postgresql).together(
         *(lambda each=each: in_postgresql.claim(each.uuid, each.uuid, me()) for each in operations)
     )
@@ -1038,5 +1042,5 @@ def test_timestamps_come_from_the_postgresql_clock(in_postgresql: SQLStore, monk
 
 def test_sqlalchemy_errors_are_wrapped(any_store: SQLStore) -> None:
     any_store.check()
-    with pytest.raises(StoreUnavailable), any_store._database.looking() as connection:
+    with pytest.raises(StoreUnavailable), any_store._database.inspect_connection() as connection:
         connection.execute(text("SELECT no_such_column FROM kser_operation"))

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from kser.schemas import Message
-from kser.store.rows import Stored
+from kser.store.rows import OperationSnapshot
 from tests.engine import until
 from tests.support import ROOT
 
@@ -121,7 +121,7 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
     stale.send_signal(signal.SIGSTOP)
     other = consumers.start("other")
     consumers.wait_for("other waits for first of other")
-    claimed: Stored = store.get(uuid)
+    claimed: OperationSnapshot = store.snapshot(uuid)
     assert claimed.operation.epoch == 2
     # Now both are in the first task, each under a claim of its own.
     consumers.let("first of stale")
@@ -129,13 +129,13 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
     consumers.wait_for("stale ran first")
     logged = consumers.end(stale)
     assert "the outcome of its step is dropped" in logged
-    after: Stored = store.get(uuid)
+    after: OperationSnapshot = store.snapshot(uuid)
     assert _without_lease(after) == _without_lease(claimed)
     consumers.let("first of other")
     consumers.let("second")
-    until(lambda: store.peek(uuid).ended_at is not None)
+    until(lambda: store.get_operation(uuid).ended_at is not None)
     consumers.end(other)
-    found: Stored = store.get(uuid)
+    found: OperationSnapshot = store.snapshot(uuid)
     store.close()
     assert found.operation.status == "SUCCESS"
     assert '"first": "other"' in (found.operation.result or "")
@@ -143,6 +143,6 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
     assert [(row.position, row.number, row.epoch) for row in found.attempts] == [(0, 1, 2), (1, 1, 2)]
 
 
-def _without_lease(found: Stored) -> Stored:
+def _without_lease(found: OperationSnapshot) -> OperationSnapshot:
     """What its owner prolongs all the time left out."""
-    return found._replace(operation=found.operation._replace(wake_at=None))
+    return found._replace(operation=found.operation._replace(next_check_at=None))

@@ -210,7 +210,7 @@ def test_locked_sqlite_file_is_awaited(tmp_path: Path, bus: Any, monkeypatch: py
         assert locked.wait(PATIENCE)
         until(lambda: Act.seen == ["1.a", "1.b"])
         other.execute("ROLLBACK")
-        until(lambda: (row := store.peek("1")) is not None and row.status == SUCCESS)
+        until(lambda: (row := store.get_operation("1")) is not None and row.status == SUCCESS)
     other.close()
     store.close()
 

@@ -21,7 +21,7 @@ from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
 from kser.sequencing.steps import StepRunner
 from kser.sequencing.track import ExecutionState, OperationFrame
-from kser.store.rows import START, TASK, Checkpoint, Claim, Move, Note, Target
+from kser.store.rows import Checkpoint, Claim, NewEvent, OperationUpdate, Phase, StepMessage
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Execution:
                 self._released, self._step_runner.reply = True, Deferred(self._state.root.accumulated)
             elif self._claim.exhausted:
                 error = _retries_exhausted(self._claim)
-                self._state.add_event(Note("exhausted", text=error.message))
+                self._state.add_event(NewEvent("exhausted", text=error.message))
                 self._step_runner.fail_step(error)
                 self._after_checkpoint(*self._checkpoint())
             while not self._released:
@@ -106,13 +106,15 @@ class Execution:
     def release(self) -> None:
         """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
         root, epoch = self._claim.root, self._claim.epoch
-        row = self._context.store.peek(root.uuid)
+        row = self._context.store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
-        stay = Move(row.id, row.step, row.phase, row.step, row.phase, row.status, row.so_far, row.result)
-        token, notes = root.token or "", (Note("released"),)
+        stay = OperationUpdate(
+            row.id, row.step, row.phase, row.step, row.phase, row.status, row.accumulated, row.result
+        )
+        token, notes = root.token or "", (NewEvent("released"),)
         status = self._context.store.checkpoint(
-            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), notes=notes, keep=False)
+            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), events=notes, keep=False)
         )
         if status == states.CANCELLED:
             self._on_cancelled()
@@ -138,7 +140,7 @@ class Execution:
             recorded = self._checkpoint()
         self._after_checkpoint(*recorded)
 
-    def _checkpoint(self) -> tuple[Checkpoint, str, Target | None]:
+    def _checkpoint(self) -> tuple[Checkpoint, str, StepMessage | None]:
         """Record the outcome of the step.
 
         :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
@@ -147,12 +149,12 @@ class Execution:
         keep, target = self._next_hop()
         stays = not keep and target is None and delay is None
         checkpoint = track.checkpoint(
-            self._context.owner, keep, target, delay or 0, (Note("released"),) if stays else ()
+            self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
         )
         status = self._context.retrying.retry(lambda: self._context.store.checkpoint(checkpoint))
         return checkpoint, status, target
 
-    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: Target | None) -> None:
+    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: StepMessage | None) -> None:
         """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
         track, delay, keep = self._state, self._step_runner.retry_in, checkpoint.keep
         self._released = track.is_finished or status == states.CANCELLED or not keep
@@ -179,7 +181,7 @@ class Execution:
         elif self._released:
             self._dispatch_next(target)
 
-    def _next_hop(self) -> tuple[bool, Target | None]:
+    def _next_hop(self) -> tuple[bool, StepMessage | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
         track, frame = self._state, self._state.top
         outer = current_attempt.get()
@@ -190,30 +192,30 @@ class Execution:
             return False, None
         if not track.distributed:
             return goes_on, None
-        if frame.phase == TASK:
+        if frame.phase == Phase.RUN_TASK:
             return False, self._target_of_task(frame)
         known = self._context.loader.lookup(frame.row.entrypoint) is not None
-        return goes_on and known and frame.phase != START, frame.target
+        return goes_on and known and frame.phase != Phase.BUILD, frame.target
 
-    def _target_of_task(self, frame: OperationFrame) -> Target:
+    def _target_of_task(self, frame: OperationFrame) -> StepMessage:
         place = frame.row.id, frame.step
         built = self._state.built
         if built is not None and built.operation_id == frame.row.id:
             new = built.tasks[frame.step]
-            return Target(new.uuid, new.entrypoint, new.topic)
-        row = self._claim.following
+            return StepMessage(new.uuid, new.entrypoint, new.topic)
+        row = self._claim.next_task
         if row is None or (row.operation_id, row.position) != place:
-            row = self._context.retrying.retry(lambda: self._context.store.task(*place))
+            row = self._context.retrying.retry(lambda: self._context.store.get_task(*place))
         assert row is not None, "the step is below the number of tasks"
-        return Target(row.uuid, row.entrypoint, row.topic)
+        return StepMessage(row.uuid, row.entrypoint, row.topic)
 
-    def _dispatch_next(self, target: Target | None) -> None:
+    def _dispatch_next(self, target: StepMessage | None) -> None:
         root = self._state.root
         if not self._state.distributed or self._step_runner.reply is None or self._timeout_error is not None:
             self._step_runner.reply = Deferred(root.accumulated)
         self._send(target or root.row.target)
 
-    def _send(self, target: Target) -> None:
+    def _send(self, target: StepMessage) -> None:
         """Send a step; during a shutdown of the consumer, wait for the delivery."""
         ending = self._attempt is not None and self._attempt.shutting_down
         send = self._context.send if ending else self._context.send_nowait
@@ -275,7 +277,7 @@ class Execution:
     def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:
             return
-        for end in checkpoint.ends:
+        for end in checkpoint.outcomes:
             signals.emit(
                 signals.task_changed,
                 self._context.registry,
@@ -288,5 +290,5 @@ class Execution:
 
 
 def _retries_exhausted(claim: Claim) -> StoreError:
-    died = claim.root.claims - 1
+    died = claim.root.claim_count - 1
     return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")

@@ -23,7 +23,7 @@ from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import Runner, is_distributed, prepare_operation
 from kser.sequencing.stored import json_equal, new_operation, result_from_json, searchable_pair
-from kser.store.rows import DISTRIBUTED, LOCAL, TASK, Claim, Found, NewOperation, OperationRow, Refusal
+from kser.store.rows import Claim, ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class OperationManager(Runner):
         place = self._context.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
-        mode = DISTRIBUTED if is_distributed(operation) else LOCAL
+        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
         self._save_intent(new_operation(operation, mode, place, self._context.topic_resolver(place)), key)
 
     def launch(self, operation: Operation) -> Result:
@@ -85,12 +85,12 @@ class OperationManager(Runner):
         _ = self._context.producer
         place = self._context.registry.topic_for(operation)
         return self._save_intent(
-            new_operation(operation, DISTRIBUTED, place, self._context.topic_resolver(place)), None
+            new_operation(operation, Mode.DISTRIBUTED, place, self._context.topic_resolver(place)), None
         )
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
         known = self._context.retrying.retry(lambda: self._store.save(new))
-        if isinstance(known, Refusal):
+        if isinstance(known, ClaimRefused):
             row = known.root
             self._check_same_operation(row, new.entrypoint, new.params)
             if states.is_final(row.status):
@@ -109,7 +109,7 @@ class OperationManager(Runner):
     def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
-            self._store.sent([(root_id, epoch)], self._context.settings.resend)
+            self._store.mark_sent([(root_id, epoch)], self._context.settings.resend)
 
     @staticmethod
     def _check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
@@ -138,7 +138,7 @@ class OperationManager(Runner):
             return self._claim_and_run(str(root_uuid), kmsg.uuid)
         if not kmsg.uuid:
             kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
-        row = self._context.retrying.retry(lambda: self._store.peek(kmsg.uuid))
+        row = self._context.retrying.retry(lambda: self._store.get_operation(kmsg.uuid))
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
@@ -160,11 +160,11 @@ class OperationManager(Runner):
         raise_if_decided(operation)
         delivery = current_attempt.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._context.registry.topic_for(operation)
-        mode = DISTRIBUTED if is_distributed(operation) else LOCAL
+        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
         new = new_operation(operation, mode, place, self._context.topic_resolver(place), arrival.params)
-        claimant = self._context.new_claim_request() if mode == LOCAL else None
+        claimant = self._context.new_claim_request() if mode == Mode.LOCAL else None
         saved = self._context.retrying.retry(lambda: self._store.save(new, claimant))
-        if isinstance(saved, Refusal):
+        if isinstance(saved, ClaimRefused):
             # Another consumer has stored the same operation in the meantime.
             return self._handle_duplicate(saved.root, new.entrypoint, arrival.params)
         if delivery is not None:
@@ -183,7 +183,7 @@ class OperationManager(Runner):
             if (delivery := current_attempt.get()) is not None:
                 delivery.reject(FAILED, conflict)
             raise
-        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == LOCAL else row.uuid)
+        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
         """Claim and run a step of a stored operation, if it is the current one."""
@@ -197,7 +197,7 @@ class OperationManager(Runner):
             return self._unknown_operation(root_uuid, step)
         if delivery is not None:
             delivery.ack()
-        return self._claim_refused(claim) if isinstance(claim, Refusal) else Execution(self._context, claim).run()
+        return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else Execution(self._context, claim).run()
 
     def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
         """Record the timeout of an attempt in which another thread is still stuck."""
@@ -224,30 +224,32 @@ class OperationManager(Runner):
         raise error
 
     @staticmethod
-    def _claim_refused(refusal: Refusal) -> Deferred:
+    def _claim_refused(refusal: ClaimRefused) -> Deferred:
         root = refusal.root
         logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
-        return Deferred(result_from_json(root.result or root.so_far, root.uuid))
+        return Deferred(result_from_json(root.result or root.accumulated, root.uuid))
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
     def get(self, uuid: str) -> Operation | None:
         """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
-        stored = self._context.retrying.retry(lambda: self._store.get(uuid))
+        stored = self._context.retrying.retry(lambda: self._store.snapshot(uuid))
         if stored is None:
             return None
         row = stored.operation
         operation = self._load(row)
         inside = any(task.child_id is not None for task in stored.tasks)
-        children = self._context.retrying.retry(lambda: self._store.children(row.root_id)) if inside else ()
+        children = self._context.retrying.retry(lambda: self._store.get_children(row.root_id)) if inside else ()
         operation.tasks = self._context.loader.tasks(stored.tasks, children)
         operation._kser_snapshot = stored
-        if row.status == states.RUNNING and row.phase == TASK and self._is_claimed(row, stored.root_uuid):
+        if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, stored.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
         return operation
 
     def _is_claimed(self, row: OperationRow, root_uuid: str) -> bool:
-        root = row if row.parent_id is None else self._context.retrying.retry(lambda: self._store.peek(root_uuid))
+        root = (
+            row if row.parent_id is None else self._context.retrying.retry(lambda: self._store.get_operation(root_uuid))
+        )
         return root is not None and root.owner is not None
 
     def _load(self, row: OperationRow) -> Operation:
@@ -255,7 +257,7 @@ class OperationManager(Runner):
         operation._kser_loaded_from = self._context.registry
         return operation
 
-    def find(self, query: Found, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
+    def find(self, query: OperationQuery, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Return a page of operations without their tasks, newest first, and the cursor of the next page."""
         page = self._context.retrying.retry(lambda: self._store.find(query, limit, after))
         return [self._load(row) for row in page.rows], page.cursor
@@ -290,7 +292,7 @@ class OperationManager(Runner):
                 if not asked:
                     raise
                 # The first call took effect and its reply was lost.
-                return self._store.peek(uuid)
+                return self._store.get_operation(uuid)
             finally:
                 asked = True
 
@@ -309,7 +311,7 @@ class OperationManager(Runner):
         return row.status
 
     def _require(self, uuid: str) -> OperationRow:
-        return _require_row(uuid, self._context.retrying.retry(lambda: self._store.peek(uuid)))
+        return _require_row(uuid, self._context.retrying.retry(lambda: self._store.get_operation(uuid)))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """Wait for the end of an operation and return its result.
@@ -330,7 +332,7 @@ class OperationManager(Runner):
                     raise
             else:
                 if states.is_final(row.status):
-                    return result_from_json(row.result or row.so_far, row.uuid)
+                    return result_from_json(row.result or row.accumulated, row.uuid)
                 if left is not None and left <= 0:
                     raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
             time.sleep(look if left is None else max(min(look, left), 0))
@@ -362,9 +364,9 @@ def build_query(
     until: Any,
     metadata: Mapping[str, Any] | None,
     parent: str | None,
-) -> Found:
+) -> OperationQuery:
     """Build the store's query from the arguments of ``find()``."""
-    return Found(
+    return OperationQuery(
         status={status} if isinstance(status, str) else status,
         entrypoint=getattr(entrypoint, "path", entrypoint),
         since=_timestamp("since", since),

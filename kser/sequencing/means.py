@@ -23,7 +23,7 @@ from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.patience import StoreRetry
 from kser.sequencing.stored import EntrypointLoader
 from kser.store.base import Store
-from kser.store.rows import Claimant, Target
+from kser.store.rows import ClaimRequest, StepMessage
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
@@ -117,9 +117,9 @@ class DurableContext:
         #: Steps that were sent but are not recorded as sent yet, each ``(root_id, epoch)``.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
-    def new_claim_request(self) -> Claimant:
+    def new_claim_request(self) -> ClaimRequest:
         """Return a new claim request with a random token."""
-        return Claimant(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
+        return ClaimRequest(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
 
     def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim."""
@@ -144,7 +144,7 @@ class DurableContext:
 
     def send(
         self,
-        target: Target,
+        target: StepMessage,
         root_uuid: str,
         step_key: tuple[int, int] | None = None,
         key: str | bytes | None = None,
@@ -163,7 +163,7 @@ class DurableContext:
             answer = failed_result(error, target.uuid)
         return self._on_sent(target, root_uuid, step_key, answer)
 
-    def send_nowait(self, target: Target, root_uuid: str, step_key: tuple[int, int]) -> None:
+    def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
         """Send a step without waiting for its delivery, if the producer supports that.
 
         :param step_key: id and epoch of the root, to record the step as sent.
@@ -184,7 +184,7 @@ class DurableContext:
         except Exception as error:
             self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
 
-    def _on_sent(self, target: Target, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
+    def _on_sent(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
         """Handle the producer's result: note a delivered step for recording, and log a failed send."""
         if not isinstance(result, Result):
             # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
@@ -216,6 +216,6 @@ class DurableContext:
         return self.registry.producer
 
 
-def step_message(target: Target, root_uuid: str) -> Message:
+def step_message(target: StepMessage, root_uuid: str) -> Message:
     """Return the message for a step; params and results stay in the database."""
     return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION_KEY: root_uuid})

@@ -28,7 +28,7 @@ from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
     from kser.sequencing.registry import OperationRegistry
-    from kser.store.rows import Stored
+    from kser.store.rows import OperationSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Operation(Task):
     events: ClassVar[Any] = _StoredAttribute("events")
 
     _kser_is_durable = True
-    _kser_snapshot: Stored | None = None
+    _kser_snapshot: OperationSnapshot | None = None
     #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
     _kser_loaded_from: OperationRegistry | None = None
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from kser.errors import KserError, StoreUnavailable
 from kser.sequencing.means import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
-from kser.store.rows import EXPIRED, UNSENT_AFTER, Due
+from kser.store.rows import RESEND_UNSENT_AFTER, DueReason, DueStep
 
 logger = logging.getLogger(__name__)
 
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 #: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
-RECORD_SENDS_INTERVAL = UNSENT_AFTER / 3
+RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 #: Seconds that the shutdown of a consumer waits for the current tick.
 CLOSE_TIMEOUT = 5.0
 
@@ -86,7 +86,7 @@ class RecoveryService:
         """Record the sent steps in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
-            self._context.store.sent(steps, self._settings.resend)
+            self._context.store.mark_sent(steps, self._settings.resend)
         # Other threads only append, so the first entries are the recorded ones.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
@@ -106,16 +106,16 @@ class RecoveryService:
             if len(due) < BATCH or self._clock() >= until:
                 return total
 
-    def _take_due_steps(self) -> Sequence[Due]:
-        return self._context.store.take_due(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
+    def _take_due_steps(self) -> Sequence[DueStep]:
+        return self._context.store.take_due_steps(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
 
-    def _defer_expired(self, due: Sequence[Due]) -> Sequence[Due]:
+    def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
         """Postpone steps with an expired lease by one more lease, and return the other steps."""
         self._last_contact = -float("inf")
-        held = [(each.id, each.epoch) for each in due if each.reason == EXPIRED]
+        held = [(each.id, each.epoch) for each in due if each.reason == DueReason.EXPIRED]
         if held:
-            self._context.store.unsent(held, self._settings.lease)
-        return [each for each in due if each.reason != EXPIRED]
+            self._context.store.postpone_send(held, self._settings.lease)
+        return [each for each in due if each.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
         """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
@@ -127,7 +127,7 @@ class RecoveryService:
         self._last_contact = now
         return now - self._contact_since >= self._settings.lease
 
-    def _send(self, due: Sequence[Due]) -> None:
+    def _send(self, due: Sequence[DueStep]) -> None:
         by_topic = defaultdict(list)
         for each in due:
             logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
@@ -144,14 +144,16 @@ class RecoveryService:
                 del self._failed_sends[topic]
                 continue
             self._failed_sends[topic] += not late
-            wait = min(UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend)
-            self._context.store.unsent([key for key in keys if key[0] in failed], wait)
+            wait = min(
+                RESEND_UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend
+            )
+            self._context.store.postpone_send([key for key in keys if key[0] in failed], wait)
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
             self._last_contact = self._clock()
 
-    def _send_to(self, topic: str, steps: Sequence[Due], deadline: float) -> Sequence[Due]:
+    def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send steps to a topic, and return the steps that were not delivered.
 
         :param until: deadline on this service's clock.
@@ -169,7 +171,7 @@ class RecoveryService:
             return steps
         return [each for each in steps if not self._send_one(each, deadline)]
 
-    def _send_one(self, due: Due, deadline: float) -> bool:
+    def _send_one(self, due: DueStep, deadline: float) -> bool:
         left = self._time_left(deadline)
         return left > 0 and not self._context.send(due.target, due.uuid, timeout=left).retcode
 

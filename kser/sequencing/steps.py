@@ -22,7 +22,7 @@ from kser.sequencing.runner import prepare_operation, run_task
 from kser.sequencing.stored import new_tasks, result_to_json
 from kser.sequencing.task import Task
 from kser.sequencing.track import ExecutionState, OperationFrame
-from kser.store.rows import END_SUCCESS, NEXT, START, TASK, Built
+from kser.store.rows import BuiltTasks, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class StepRunner:
             return
         self._descend()
         frame = self._state.top
-        if frame.phase == START:
+        if frame.phase == Phase.BUILD:
             self._build_operation(frame)
-        elif frame.phase == TASK:
+        elif frame.phase == Phase.RUN_TASK:
             self._run_task(frame)
-        elif frame.phase == NEXT:
+        elif frame.phase == Phase.CHOOSE_NEXT:
             self._choose_next(frame)
         else:
             self._end_operation(frame)
@@ -64,9 +64,9 @@ class StepRunner:
         frame, task = self._state.top, self._state.claim.task
         failed = failed_result(error, frame.row.uuid)
         self.reply = failed
-        if frame.phase == TASK and task is not None:
+        if frame.phase == Phase.RUN_TASK and task is not None:
             self._state.on_task_finished(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
-        elif frame.phase in (START, NEXT):
+        elif frame.phase in (Phase.BUILD, Phase.CHOOSE_NEXT):
             self._state.on_failed(failed)
         else:
             self._state.on_ended(states.FAILED, failed)
@@ -81,7 +81,7 @@ class StepRunner:
         if self._state.distributed or self._timeout_error is not None:
             return True
         for depth, frame in enumerate(self._state.frames):
-            if frame.operation is None and frame.phase == TASK:
+            if frame.operation is None and frame.phase == Phase.RUN_TASK:
                 try:
                     with user_code_guard:
                         parent = self._state.frames[depth - 1].operation if depth else None
@@ -97,11 +97,11 @@ class StepRunner:
 
     def _descend(self) -> None:
         """Descend to the innermost operation that is current."""
-        while (frame := self._state.top).phase == TASK and frame.operation is not None:
+        while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
             row = None
             if isinstance(task, Operation):
-                row = self._context.retrying.retry(lambda uuid=task.uuid: self._context.store.peek(uuid))  # type: ignore[misc]
+                row = self._context.retrying.retry(lambda uuid=task.uuid: self._context.store.get_operation(uuid))  # type: ignore[misc]
             if row is None:
                 break
             self.attach(self._state.push(row), task)
@@ -111,7 +111,7 @@ class StepRunner:
         if operation is not None:
             frame.operation = operation
             frame.is_loaded = bool(operation.tasks) or frame.task_count is None
-            if frame.phase == TASK:
+            if frame.phase == Phase.RUN_TASK:
                 frame.accumulated = operation.result
 
     def _load(self, frame: OperationFrame) -> Operation:
@@ -127,12 +127,12 @@ class StepRunner:
             raise operation._kser_load_error
         if not frame.is_loaded:
             store, row = self._context.store, frame.row
-            rows = self._context.retrying.retry(lambda: store.tasks(row.id))
+            rows = self._context.retrying.retry(lambda: store.get_tasks(row.id))
             children = ()
             if any(task.child_id is not None for task in rows):
-                children = self._context.retrying.retry(lambda: store.children(row.root_id))  # type: ignore[assignment]
+                children = self._context.retrying.retry(lambda: store.get_children(row.root_id))  # type: ignore[assignment]
             operation.tasks = self._context.loader.tasks(rows, children)
-            frame.attempts = {task.position: (task.attempts, task.resumed_after) for task in rows}
+            frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
             frame.is_loaded = True
         return operation
 
@@ -151,7 +151,7 @@ class StepRunner:
                 built = None
                 if frame.task_count is None:
                     tasks = new_tasks(operation.tasks, frame.row.mode, self._context.topic_resolver(frame.row.topic))
-                    built = Built(frame.row.id, tasks)
+                    built = BuiltTasks(frame.row.id, tasks)
         except Exception as exc:
             self._fail(frame, exc)
             return
@@ -195,7 +195,7 @@ class StepRunner:
             return frame.operation.tasks[frame.step]
         row = self._state.claim.task
         assert row is not None, "a task is current, so it was claimed"
-        frame.attempts[row.position] = row.attempts, row.resumed_after
+        frame.attempts[row.position] = row.attempts, row.attempts_before_resume
         return self._context.loader.task(row)
 
     def _attempt_task(self, task: Task, frame: OperationFrame) -> Any:
@@ -211,7 +211,7 @@ class StepRunner:
             return task._onerror(failed) if answer is None else answer
 
     def _is_cancelled(self) -> bool:
-        row = self._context.retrying.retry(lambda: self._context.store.peek(self._state.claim.root.uuid))
+        row = self._context.retrying.retry(lambda: self._context.store.get_operation(self._state.claim.root.uuid))
         return row is not None and (row.cancel_requested or row.epoch != self._state.claim.epoch)
 
     def _choose_next(self, frame: OperationFrame) -> None:
@@ -244,7 +244,7 @@ class StepRunner:
             return
         try:
             with user_code_guard:
-                hook = operation._onsuccess if status == END_SUCCESS else operation._onerror
+                hook = operation._onsuccess if status == Phase.END_SUCCESS else operation._onerror
                 returned = hook(operation.result)
         except Exception as exc:
             status = states.FAILED

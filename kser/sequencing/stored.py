@@ -17,7 +17,7 @@ from kser.results import copy_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from kser.store.rows import DISTRIBUTED, END_SUCCESS, START, TASK, NewOperation, NewTask, OperationRow, Target, TaskRow
+from kser.store.rows import Mode, NewOperation, NewTask, OperationRow, Phase, StepMessage, TaskRow
 
 #: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
 ENDS: Final = 1
@@ -112,22 +112,22 @@ def new_operation(
     for task in done:
         total = merge(total, task.result)
     ahead = (tasks or [])[len(done) :]
-    first = ahead[0] if ahead and mode == DISTRIBUTED else None
+    first = ahead[0] if ahead and mode == Mode.DISTRIBUTED else None
     return NewOperation(
         uuid=operation.uuid,
         entrypoint=type(operation).path,
         mode=mode,
         topic=topic,
-        hooks=overrides_of(type(operation)),
+        overrides=overrides_of(type(operation)),
         params=params,
         metadata=to_json(metadata, "metadata", operation),
-        so_far=result_to_json(total, operation),
+        accumulated=result_to_json(total, operation),
         tasks=tasks,
         labels=searchable_metadata(operation.metadata),
-        phase=START if tasks is None else TASK if ahead else END_SUCCESS,
-        target=Target(first.uuid, first.entrypoint, first.topic)
+        phase=Phase.BUILD if tasks is None else Phase.RUN_TASK if ahead else Phase.END_SUCCESS,
+        target=StepMessage(first.uuid, first.entrypoint, first.topic)
         if first
-        else Target(operation.uuid, type(operation).path, topic),
+        else StepMessage(operation.uuid, type(operation).path, topic),
         step=len(done),
     )
 
@@ -143,7 +143,7 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
         # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
-        child = new_operation(task, mode, topic, topic_of)._replace(phase=START)
+        child = new_operation(task, mode, topic, topic_of)._replace(phase=Phase.BUILD)
     return NewTask(
         uuid=task.uuid,
         entrypoint=type(task).path,
@@ -181,9 +181,9 @@ class EntrypointLoader:
 
     def operation(self, row: OperationRow) -> Operation:
         """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
-        operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.so_far)
+        operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
         operation.status = row.status
-        operation._kser_built = None if row.size is None else []
+        operation._kser_built = None if row.task_count is None else []
         return operation
 
     def task(self, row: TaskRow) -> Task:

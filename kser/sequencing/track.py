@@ -10,18 +10,16 @@ from kser import status as states
 from kser.results import copy_result, merge
 from kser.sequencing.stored import CHOOSES, ENDS, result_from_json, result_to_json
 from kser.store.rows import (
-    DISTRIBUTED,
-    NEXT,
-    START,
-    TASK,
-    Built,
+    BuiltTasks,
     Checkpoint,
     Claim,
-    Move,
-    Note,
+    Mode,
+    NewEvent,
     OperationRow,
-    Target,
-    TaskEnd,
+    OperationUpdate,
+    Phase,
+    StepMessage,
+    TaskOutcome,
 )
 
 if TYPE_CHECKING:
@@ -39,10 +37,10 @@ class OperationFrame:
         self.phase = self.stored_phase = row.phase
         self.status = row.status
         self.step = self.stored_step = row.step
-        self.task_count = row.size
+        self.task_count = row.task_count
         #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
-        self.accumulated_json = row.so_far
-        self.accumulated = result_from_json(row.so_far, row.uuid)
+        self.accumulated_json = row.accumulated
+        self.accumulated = result_from_json(row.accumulated, row.uuid)
         #: JSON of the final result; None while it is not known.
         self.result = row.result
         #: The operation object if it was built, and whether it has its tasks.
@@ -61,15 +59,17 @@ class OperationFrame:
         self.accumulated = merge(self.accumulated, result)
         self.accumulated_json = result_to_json(self.accumulated, self.row.uuid)
 
-    def to_update(self) -> Move:
+    def to_update(self) -> OperationUpdate:
         """Return the update of the operation's row."""
         before = self.stored_step, self.stored_phase
-        return Move(self.row.id, *before, self.step, self.phase, self.status, self.accumulated_json, self.result)
+        return OperationUpdate(
+            self.row.id, *before, self.step, self.phase, self.status, self.accumulated_json, self.result
+        )
 
     @property
-    def target(self) -> Target:
+    def target(self) -> StepMessage:
         """Message for a step of the operation itself: its build, its choice of the next task, or its end."""
-        return Target(self.row.uuid, self.row.entrypoint, self.row.topic)
+        return StepMessage(self.row.uuid, self.row.entrypoint, self.row.topic)
 
 
 class ExecutionState:
@@ -80,16 +80,16 @@ class ExecutionState:
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.distributed = claim.root.mode == DISTRIBUTED
+        self.distributed = claim.root.mode == Mode.DISTRIBUTED
         self.frames = [OperationFrame(row) for row in claim.path]
         self.root = self.frames[0]
         #: Operations without hooks of their own that ended in this step.
         self.ended: list[OperationFrame] = []
         #: Tasks that were built in this step.
-        self.built: Built | None = None
+        self.built: BuiltTasks | None = None
         self._updates: dict[int, OperationFrame] = {}
-        self._outcomes: list[TaskEnd] = []
-        self._events: list[Note] = []
+        self._outcomes: list[TaskOutcome] = []
+        self._events: list[NewEvent] = []
 
     @property
     def top(self) -> OperationFrame:
@@ -103,7 +103,7 @@ class ExecutionState:
 
     # -- outcome of the step -------------------------------------------------------------------------------------------
 
-    def add_event(self, note: Note) -> None:
+    def add_event(self, note: NewEvent) -> None:
         """Add an event to the next checkpoint."""
         self._events.append(note)
 
@@ -113,7 +113,7 @@ class ExecutionState:
         self.frames.append(frame)
         return frame
 
-    def on_built(self, built: Built | None) -> None:
+    def on_built(self, built: BuiltTasks | None) -> None:
         """Start the current operation, whose tasks are ready to run.
 
         :param built: the tasks, if they were built in this step.
@@ -122,9 +122,9 @@ class ExecutionState:
         if built is not None:
             self.built = built
             frame.task_count = len(built.tasks)
-            self._events.append(Note("built", frame.row.uuid, f"{frame.task_count} task(s)"))
+            self._events.append(NewEvent("built", frame.row.uuid, f"{frame.task_count} task(s)"))
         frame.status = states.RUNNING
-        if frame.phase == START and len(self.frames) > 1:
+        if frame.phase == Phase.BUILD and len(self.frames) > 1:
             # A nested operation starts with the accumulated result of its parent, like any other task of the parent.
             frame.add_result(copy_result(self.frames[-2].accumulated))
         self._advance(frame, frame.step)
@@ -141,15 +141,15 @@ class ExecutionState:
         failed = states.final_status(result) != states.SUCCESS
         status = states.FAILED if failed else states.SUCCESS
         error = (result.stderr or f"return code {result.retcode}") if failed else None
-        self._outcomes.append(TaskEnd(frame.row.id, frame.step, number, status, text, duration, error))
-        self._events.append(Note("task-failed" if failed else "task-succeeded", uuid, error))
+        self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, status, text, duration, error))
+        self._events.append(NewEvent("task-failed" if failed else "task-succeeded", uuid, error))
         self._pop_into_parent(frame, status, result)
 
     def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> None:
         """Add a failed attempt at the current task that is followed by a retry."""
         frame = self.top
-        self._outcomes.append(TaskEnd(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
-        self._events.append(Note("task-retried", uuid, error))
+        self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
+        self._events.append(NewEvent("task-retried", uuid, error))
         self._updates.setdefault(frame.row.id, frame)
 
     def on_next_chosen(self, step: int | None, failure: Result | None) -> None:
@@ -159,7 +159,7 @@ class ExecutionState:
         :param failure: the failed result if the operation fails, else None.
         """
         frame = self.top
-        self._events.append(Note("moved", frame.row.uuid, "to the end" if step is None else f"to task {step}"))
+        self._events.append(NewEvent("moved", frame.row.uuid, "to the end" if step is None else f"to task {step}"))
         if failure is not None:
             self._finish(frame, states.FAILED, merge(copy_result(frame.accumulated), failure))
         else:
@@ -176,21 +176,21 @@ class ExecutionState:
         frame.result = result_to_json(result, frame.row.entrypoint)
         self._updates[frame.row.id] = frame
         if len(self.frames) == 1:
-            self._events.append(Note("ended", text=status))
+            self._events.append(NewEvent("ended", text=status))
             return
         self.frames.pop()
         parent = self.top
         # Number 0 records no attempt, because attempts are recorded for the inner tasks and not for the operation.
         error = result.stderr if status == states.FAILED else None
-        self._outcomes.append(TaskEnd(parent.row.id, parent.step, 0, status, frame.result, 0, error))
+        self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._pop_into_parent(parent, status, result)
 
     def _pop_into_parent(self, frame: OperationFrame, status: str, result: Result) -> None:
         """Apply the end of a task to its operation: choose, advance or finish."""
         if status == states.SUCCESS:
             frame.add_result(result)
-        if self.distributed and frame.row.hooks & CHOOSES:
-            frame.phase = NEXT
+        if self.distributed and frame.row.overrides & CHOOSES:
+            frame.phase = Phase.CHOOSE_NEXT
             self._updates[frame.row.id] = frame
         elif status == states.SUCCESS:
             self._advance(frame, frame.step + 1)
@@ -201,14 +201,14 @@ class ExecutionState:
         frame.step = step
         self._updates[frame.row.id] = frame
         if step < (frame.task_count or 0):
-            frame.phase = TASK
+            frame.phase = Phase.RUN_TASK
         else:
             # The outcome may be a failure without a failed task, because the initial result may be a failed one.
             self._finish(frame, states.final_status(frame.accumulated), frame.accumulated)
 
     def _finish(self, frame: OperationFrame, status: str, result: Result) -> None:
         self._updates[frame.row.id] = frame
-        if frame.row.hooks & ENDS:
+        if frame.row.overrides & ENDS:
             frame.phase = status
             frame.result = result_to_json(result, frame.row.entrypoint)
         else:
@@ -218,7 +218,7 @@ class ExecutionState:
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def checkpoint(
-        self, consumer: str, keep: bool, target: Target | None, delay: float = 0, notes: tuple[Note, ...] = ()
+        self, consumer: str, keep: bool, target: StepMessage | None, delay: float = 0, notes: tuple[NewEvent, ...] = ()
     ) -> Checkpoint:
         """Return the checkpoint that records the step."""
         claim = self.claim

@@ -76,10 +76,10 @@ def _upgrade(database: Database) -> int:
         sys.stderr.write(f"kser: the database {database.name} {problem}\n")
         return FAILED
     if before == after:
-        _say(f"{database.name} has tables of version {after.version} already: nothing to do")
+        _print(f"{database.name} has tables of version {after.version} already: nothing to do")
     else:
         was = "none" if before is None else f"version {before.version}"
-        _say(f"{database.name} has tables of version {after.version} now; there were {was} before")
+        _print(f"{database.name} has tables of version {after.version} now; there were {was} before")
     return OK
 
 
@@ -87,14 +87,14 @@ def _status(database: Database) -> int:
     found = schema.version_of(database)
     problem = schema.mismatch(found)
     if problem:
-        _say(f"{database.name} {problem}")
+        _print(f"{database.name} {problem}")
         return FAILED
     assert found is not None, "mismatch() reports missing tables"
-    _say(f"{database.name} has tables of version {found.version}; this kser needs {schema.VERSION}")
+    _print(f"{database.name} has tables of version {found.version}; this kser needs {schema.VERSION}")
     return OK
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 

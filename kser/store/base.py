@@ -25,14 +25,14 @@ from collections.abc import Collection, Iterable, Sequence
 from kser.store.rows import (
     Checkpoint,
     Claim,
-    Claimant,
-    Due,
-    Found,
+    ClaimRefused,
+    ClaimRequest,
+    DueStep,
     NewOperation,
+    OperationQuery,
     OperationRow,
+    OperationSnapshot,
     Page,
-    Refusal,
-    Stored,
     TaskRow,
 )
 
@@ -55,7 +55,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
+    def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
         """Store an operation with all its tasks, and claim it if ``claimant`` is given, in one transaction.
 
         The first step is ready and unsent; the reaper sends it unless the caller does. The claim on an operation that
@@ -66,7 +66,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:
+    def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
         """Claim a root if ``step`` is the uuid of its current :class:`kser.store.model.StepMessage`.
 
         One compare-and-set: the status is PENDING or RUNNING, the root has no owner or its lease has expired, and
@@ -79,19 +79,19 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def peek(self, uuid: str) -> OperationRow | None:
+    def get_operation(self, uuid: str) -> OperationRow | None:
         """Return the row of an operation, nested or not; None when it is not stored."""
 
     @abstractmethod
-    def tasks(self, operation_id: int) -> Sequence[TaskRow]:
+    def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
         """Return the tasks of an operation, ordered by position."""
 
     @abstractmethod
-    def task(self, operation_id: int, position: int) -> TaskRow | None:
+    def get_task(self, operation_id: int, position: int) -> TaskRow | None:
         """Return the task of an operation at a position; None when the position is empty."""
 
     @abstractmethod
-    def children(self, root_id: int) -> Sequence[OperationRow]:
+    def get_children(self, root_id: int) -> Sequence[OperationRow]:
         """Return the rows of all operations nested in a root, in no particular order."""
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         """Record that the current steps of roots, each ``(root_id, epoch)``, were sent. Claimed roots are unchanged.
 
         :param resend_after: seconds after which an unclaimed step is sent again; doubled with each send, up to
@@ -131,7 +131,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
+    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
         """Reserve the roots whose steps are due for sending, each for this caller only.
 
         The caller has :data:`kser.store.model.SEND_GRACE` seconds to send a step and to record that with
@@ -142,7 +142,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+    def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         """Make steps that could not be sent, each ``(root_id, epoch)``, due again in ``wait`` seconds."""
 
     @abstractmethod
@@ -172,11 +172,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get(self, uuid: str) -> Stored | None:
+    def snapshot(self, uuid: str) -> OperationSnapshot | None:
         """Return the full snapshot of an operation, nested or not; None when it is not stored."""
 
     @abstractmethod
-    def find(self, found: Found, limit: int, after: str | None = None) -> Page:
+    def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
         """Return a page of the operations that match a query, newest first.
 
         :param after: the cursor of the previous page.

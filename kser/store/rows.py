@@ -13,44 +13,71 @@ label          the searchable metadata of an operation
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from typing import Final, NamedTuple
 
-#: Mode of an operation: all steps in one consumer, or distributed over the consumers.
-LOCAL: Final = "local"
-DISTRIBUTED: Final = "distributed"
 
-#: Phase of an operation, which is its next action: build the tasks, run the task at ``step``, choose the task after
-#: ``step``, or end with SUCCESS or FAILED.
-START: Final = "START"
-TASK: Final = "TASK"
-NEXT: Final = "NEXT"
-END_SUCCESS: Final = "SUCCESS"
-END_FAILED: Final = "FAILED"
+class Mode(StrEnum):
+    """How an operation runs."""
 
-#: Why a claim is refused: the operation has ended, another owner has a valid lease, the step is not due yet, or another
-#: step is current.
-ENDED: Final = "ended"
-HELD: Final = "held"
-WAITING: Final = "waiting"
-STALE: Final = "stale"
+    #: All steps run in one consumer.
+    LOCAL = "local"
+    #: Each step is sent as a message, to any consumer that knows its class.
+    DISTRIBUTED = "distributed"
+
+
+class Phase(StrEnum):
+    """Next action of an operation. The two ends have the values of the final statuses."""
+
+    #: Build the tasks.
+    BUILD = "START"
+    #: Run the task at ``step``.
+    RUN_TASK = "TASK"
+    #: Choose the task that follows ``step``.
+    CHOOSE_NEXT = "NEXT"
+    #: End with SUCCESS.
+    END_SUCCESS = "SUCCESS"
+    #: End with FAILED.
+    END_FAILED = "FAILED"
+
+
+class RefusalReason(StrEnum):
+    """Why a claim is refused."""
+
+    #: The operation has ended.
+    ENDED = "ended"
+    #: Another owner has a valid lease.
+    HELD = "held"
+    #: The step is not due yet.
+    WAITING = "waiting"
+    #: Another step is current.
+    STALE = "stale"
+
 
 #: Seconds after which the reaper sends a step that is ready and not marked as sent.
-UNSENT_AFTER: Final = 3.0
+RESEND_UNSENT_AFTER: Final = 3.0
 #: Seconds that a reaper has to send a step that it reserved, before another reaper may reserve it.
-SENDING: Final = 10.0
+SEND_GRACE: Final = 10.0
 #: Longest delay in seconds before an unclaimed step is sent again.
-LONGEST_RESEND: Final = 3600.0
+MAX_RESEND_DELAY: Final = 3600.0
 #: Maximum number of characters of an error that an attempt row stores.
-ERROR_LIMIT: Final = 2000
-
-#: Why a step is due for sending by the reaper.
-EXPIRED: Final = "lease-expired"
-UNSENT: Final = "unsent"
-RETRY: Final = "retry-due"
-UNCLAIMED: Final = "unclaimed"
+MAX_ERROR_LENGTH: Final = 2000
 
 
-class Target(NamedTuple):
+class DueReason(StrEnum):
+    """Why a step is due for sending by the reaper."""
+
+    #: The lease of its owner expired.
+    EXPIRED = "lease-expired"
+    #: It is ready and was not marked as sent.
+    UNSENT = "unsent"
+    #: The delay of a retry is over.
+    RETRY = "retry-due"
+    #: It was sent, and no consumer claimed it.
+    UNCLAIMED = "unclaimed"
+
+
+class StepMessage(NamedTuple):
     """The message that starts a step: of a task to run, or of an operation to build, advance or end."""
 
     uuid: str
@@ -71,7 +98,7 @@ class OperationRow(NamedTuple):
     mode: str
     topic: str
     #: Bits of ``kser.durable.serialization.Overrides``: the methods that the class overrides.
-    hooks: int
+    overrides: int
     #: JSON object.
     params: str
     #: JSON object.
@@ -82,9 +109,9 @@ class OperationRow(NamedTuple):
     #: Position of the current task.
     step: int
     #: Number of tasks; None before they are built.
-    size: int | None
+    task_count: int | None
     #: JSON of the accumulated result of the tasks that have run.
-    so_far: str
+    accumulated: str
     #: JSON of the final result; None before the operation has one.
     result: str | None
     created_at: float
@@ -100,16 +127,16 @@ class OperationRow(NamedTuple):
     #: Token of the current claim, or of the last one.
     token: str | None
     #: Time of the reaper's next check; None once the operation has ended.
-    wake_at: float | None
+    next_check_at: float | None
     #: Earliest time of the next claim; in the future while a retry waits.
     due_at: float
     #: Number of claims of the current step without a recorded end.
-    claims: int
+    claim_count: int
     #: Number of sends of the current step; then the time of the last one.
-    sends: int
+    send_count: int
     sent_at: float | None
     #: The message that is sent for the current step.
-    target: Target
+    target: StepMessage
 
 
 class TaskRow(NamedTuple):
@@ -130,7 +157,7 @@ class TaskRow(NamedTuple):
     #: ``id`` of the operation, for a task that is an operation; None for a plain task.
     child_id: int | None
     #: Number of recorded attempts at the last resume; a retry policy counts only the attempts after it.
-    resumed_after: int
+    attempts_before_resume: int
 
 
 class AttemptRow(NamedTuple):
@@ -206,10 +233,10 @@ class NewOperation(NamedTuple):
     entrypoint: str
     mode: str
     topic: str
-    hooks: int
+    overrides: int
     params: str
     metadata: str
-    so_far: str
+    accumulated: str
     #: None when the consumer that runs the phase BUILD builds them.
     tasks: Sequence[NewTask] | None
     #: Searchable metadata.
@@ -217,12 +244,12 @@ class NewOperation(NamedTuple):
     #: BUILD or RUN_TASK, or END_SUCCESS for an operation without tasks.
     phase: str
     #: The message of the first step; only used in roots.
-    target: Target
+    target: StepMessage
     #: Position of the first task that has not run yet.
     step: int = 0
 
 
-class Claimant(NamedTuple):
+class ClaimRequest(NamedTuple):
     """A request for a claim."""
 
     #: The claiming process. The name is made when the process starts, and has a random part.
@@ -245,7 +272,7 @@ class Claim(NamedTuple):
     #: The current task; None when the next action is to build, advance or end the operation.
     task: TaskRow | None
     #: The task after the current one in the same operation; only read for a distributed root.
-    following: TaskRow | None = None
+    next_task: TaskRow | None = None
     #: True if the step was claimed too often without a recorded end: it must be recorded as failed without running.
     exhausted: bool = False
 
@@ -255,14 +282,14 @@ class Claim(NamedTuple):
         return self.path[0]
 
 
-class Refusal(NamedTuple):
+class ClaimRefused(NamedTuple):
     """A claim that was not granted: ``ended``, ``held``, ``waiting`` or ``stale``."""
 
     reason: str
     root: OperationRow
 
 
-class TaskEnd(NamedTuple):
+class TaskOutcome(NamedTuple):
     """The outcome of an attempt at a task, or of a nested operation as a task of its parent."""
 
     operation_id: int
@@ -279,7 +306,7 @@ class TaskEnd(NamedTuple):
     error: str | None
 
 
-class Note(NamedTuple):
+class NewEvent(NamedTuple):
     """An event to add. The store fills in the root, the time, the epoch and the consumer."""
 
     kind: str
@@ -287,7 +314,7 @@ class Note(NamedTuple):
     text: str | None = None
 
 
-class Move(NamedTuple):
+class OperationUpdate(NamedTuple):
     """The new position, status and results of an operation."""
 
     operation_id: int
@@ -297,17 +324,17 @@ class Move(NamedTuple):
     step: int
     phase: str
     status: str
-    so_far: str
+    accumulated: str
     #: JSON of the final result; None before the operation has one.
     result: str | None
 
     @property
-    def leaves(self) -> bool:
+    def changes_position(self) -> bool:
         """Whether the update changes the step or the phase."""
         return (self.old_step, self.old_phase) != (self.step, self.phase)
 
 
-class Built(NamedTuple):
+class BuiltTasks(NamedTuple):
     """The newly built tasks of an operation."""
 
     operation_id: int
@@ -326,25 +353,25 @@ class Checkpoint(NamedTuple):
     #: Token of the claim.
     token: str
     consumer: str
-    moves: Sequence[Move]
-    ends: Sequence[TaskEnd] = ()
-    built: Built | None = None
-    notes: Sequence[Note] = ()
+    updates: Sequence[OperationUpdate]
+    outcomes: Sequence[TaskOutcome] = ()
+    built: BuiltTasks | None = None
+    events: Sequence[NewEvent] = ()
     #: The message of the new current step; None to leave the stored message unchanged.
-    target: Target | None = None
+    target: StepMessage | None = None
     #: True to keep the claim. False to release it, which makes the step ready. The end of the root always releases it.
     keep: bool = True
     #: Seconds before the step may be claimed; only used when the claim is released.
     delay: float = 0
 
 
-class Due(NamedTuple):
+class DueStep(NamedTuple):
     """A root whose step is due for sending by the reaper."""
 
     id: int
     uuid: str
     epoch: int
-    target: Target
+    target: StepMessage
     #: ``lease-expired``, ``unsent``, ``retry-due`` or ``unclaimed``.
     reason: str
 
@@ -357,7 +384,7 @@ class Page(NamedTuple):
     cursor: str | None
 
 
-class Stored(NamedTuple):
+class OperationSnapshot(NamedTuple):
     """A full snapshot of an operation: its row, its tasks, their attempts, and the events of its root."""
 
     operation: OperationRow
@@ -368,7 +395,7 @@ class Stored(NamedTuple):
     root_uuid: str
 
 
-class Found(NamedTuple):
+class OperationQuery(NamedTuple):
     """A query for operations. A filter that is None matches every operation."""
 
     status: Collection[str] | None = None

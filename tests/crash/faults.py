@@ -103,11 +103,11 @@ class Call(NamedTuple):
 
 def point_of(checkpoint: Checkpoint) -> str:
     """Which of the points a checkpoint is."""
-    if any(end.status == states.PENDING for end in checkpoint.ends):
+    if any(end.status == states.PENDING for end in checkpoint.outcomes):
         return RETRY
-    if states.is_final(checkpoint.moves[-1].status):
+    if states.is_final(checkpoint.updates[-1].status):
         return TERMINAL
-    return RELEASED if any(note.kind == "released" for note in checkpoint.notes) else CHECKPOINT
+    return RELEASED if any(note.kind == "released" for note in checkpoint.events) else CHECKPOINT
 
 
 def _trouble_of_store() -> Exception:

@@ -35,7 +35,7 @@ def _end(world: World, found: Any) -> Iterator[str]:
     row, scenario = found.operation, world.scenario
     if row.status != scenario.status:
         yield f"it ended {row.status}: {row.result}"
-    if row.owner is not None or row.wake_at is not None:
+    if row.owner is not None or row.next_check_at is not None:
         yield f"it has ended, and is not let go: {row}"
     succeeded = STEPS[:-1] if scenario.fails else STEPS
     given = json.loads(row.result or "{}").get("retval", {})

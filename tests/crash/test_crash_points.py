@@ -67,10 +67,10 @@ def in_sqlite(tmp_path: Path) -> Iterator[Go]:
     store = sql.SQLStore(f"sqlite:///{tmp_path / 'shop.db'}", synchronous="NORMAL")
 
     def go(scenario: Scenario, *plan: Fault) -> World:
-        start = store._shift
+        start = store._clock_offset
 
         def set_clock(now: float) -> None:
-            store._shift = start + now
+            store._clock_offset = start + now
 
         Bus.reset()
         return World(store, set_clock, scenario, plan).run()

@@ -32,11 +32,11 @@ class Away(MemoryStore):
         #: Who asked in vain.
         self.asked = threading.Event()
 
-    def peek(self, uuid: str) -> Any:
+    def get_operation(self, uuid: str) -> Any:
         if self.away and threading.current_thread().name != "kser-services":
             self.asked.set()
             raise StoreUnavailable("it is away")
-        return super().peek(uuid)
+        return super().get_operation(uuid)
 
 
 class Asking(Task):
@@ -84,7 +84,7 @@ def test_graceful_shutdown_releases_a_message_waiting_for_the_database(store: Aw
     assert (committed(), Asking.runs, time.monotonic() - began < 10) == (0, [], True)
     store.away = False
     consumer_of().run_until_idle()
-    row = store.peek("1")
+    row = store.get_operation("1")
     assert row is not None
     assert (row.status, committed(), len(Asking.runs)) == ("SUCCESS", 1, 1)
 
@@ -101,6 +101,6 @@ def test_graceful_shutdown_abandons_a_task_waiting_for_the_database(store: Away,
     assert committed() == 1
     store.away = False
     with InThread(consumer_of()):
-        until(lambda: (row := store.peek("1")) is not None and row.status == "SUCCESS")
+        until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
     assert len(Asking.runs) == 2
     assert len(set(Asking.runs)) == 1

@@ -13,7 +13,7 @@ from kser.dummy.bus import Bus
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.rows import Refusal, Stored
+from kser.store.rows import ClaimRefused, OperationSnapshot
 from tests.crash.faults import (
     BEFORE,
     CHECKPOINT,
@@ -161,7 +161,7 @@ class World:
             message = Message(uuid=self.uuid, entrypoint=process.classes[-1].path, params={"order": 42})
             self.bus.send(TOPIC, message.dumps().encode())
             return
-        while self.store.peek(self.uuid) is None:
+        while self.store.get_operation(self.uuid) is None:
             process = self._new(consumes=False)
             try:
                 process.do(lambda: self._send(process))  # noqa: B023  it is called at once
@@ -177,12 +177,12 @@ class World:
         operation.send() if self.scenario.way == "send" else operation.launch()
 
     def _has_ended(self) -> bool:
-        row = self.store.peek(self.uuid)
+        row = self.store.get_operation(self.uuid)
         return row is not None and row.ended_at is not None
 
-    def look(self) -> Stored | None:
+    def look(self) -> OperationSnapshot | None:
         """What is stored."""
-        found: Stored | None = self.store.get(self.uuid)
+        found: OperationSnapshot | None = self.store.snapshot(self.uuid)
         return found
 
     # -- points --------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class World:
 
     def _done(self, process: Process, point: str, answer: Any) -> Any:
         """A call of a process took effect: those wake who wait for that."""
-        if point in (CLAIM, SAVE) and not isinstance(answer, Refusal):
+        if point in (CLAIM, SAVE) and not isinstance(answer, ClaimRefused):
             self._continue(process)
             if answer is not None:
                 self._rouse("claimed", but=process)
@@ -253,7 +253,7 @@ class World:
                 process.wake()
                 self._check_zombie(process, before)
 
-    def _check_zombie(self, process: Process, before: Stored | None) -> None:
+    def _check_zombie(self, process: Process, before: OperationSnapshot | None) -> None:
         """What nobody but its owner may change, a process that has just woken up has not changed."""
         held = before is not None and before.operation.owner not in (None, process.owner)
         ended = before is not None and before.operation.ended_at is not None
@@ -286,12 +286,12 @@ class World:
             for record in self.bus.topics[place.topic][place.partition][: commit.offset]:
                 message = json.loads(record.value or b"")
                 root = message["metadata"].get(OPERATION_KEY, message["uuid"])
-                if self.store.peek(root) is None:
+                if self.store.get_operation(root) is None:
                     self.wrong.append(f"offset {record.offset} is committed, and nobody answers for it")
 
     def _tell(self, process: Process, fault: Fault) -> None:
         """Begin the story of a fault: what is stored now."""
-        row = self.store.peek(self.uuid)
+        row = self.store.get_operation(self.uuid)
         if row is None:
             text = "nothing"
         elif row.ended_at is not None:
@@ -305,7 +305,7 @@ class World:
 
     def _clock_of_store(self, row: Any) -> float:
         # Nobody is told the time of the store: a step that waits is looked at when it is due.
-        return -1.0 if row.wake_at == row.due_at else row.due_at
+        return -1.0 if row.next_check_at == row.due_at else row.due_at
 
     def _continue(self, process: Process) -> None:
         """Somebody goes on: that is what came of all faults that were waiting for it."""

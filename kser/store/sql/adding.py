@@ -8,71 +8,80 @@ from typing import Any, Final
 from sqlalchemy import Double, Integer, case, literal
 
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.rows import NewRows
+from kser.store.sql.rows import InsertRows
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, operation, task
 
 #: Values of a new operation's row that are not columns.
-_WAIT: Final = {"wait": Double(), "started": Integer()}
+_RESEND_WAIT: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns with the same value in every new row.
-_BLANK: Final[Mapping[str, Any]] = {"cancel_requested": False, "sends": 0}
+_BLANK_RESULT: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
 
 
-class Adding:
+class Inserts:
     """The compiled insert statements.
 
     :param database: the database to write to.
     """
 
     def __init__(self, database: Database) -> None:
-        self.operations = database.statement(adding_operations(database))
-        self.tasks = database.statement(adding_tasks(database))
-        self.labels = database.statement(adding_labels(database))
-        self.events = database.statement(adding_events(database))
+        self.operations = database.statement(insert_operations(database))
+        self.tasks = database.statement(insert_tasks(database))
+        self.labels = database.statement(insert_labels(database))
+        self.events = database.statement(insert_events(database))
 
-    def add(self, transaction: Transaction, rows: NewRows) -> None:
+    def insert(self, transaction: Transaction, rows: InsertRows) -> None:
         """Insert operations with their tasks and labels."""
-        transaction.change(self.operations, rows.operations)
-        transaction.change(self.tasks, rows.tasks)
-        transaction.change(self.labels, rows.labels)
+        transaction.execute_many(self.operations, rows.operations)
+        transaction.execute_many(self.tasks, rows.tasks)
+        transaction.execute_many(self.labels, rows.labels)
 
 
-def adding_operations(database: Database, rows: str = ROWS) -> Any:
+def insert_operations(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts operations."""
     now = database.now
     types = types_of(operation)
-    for name in (*_BLANK, "started_at", "ended_at", "wake_at", "due_at", "sent_at", "result", "cancel_reason"):
+    for name in (
+        *_BLANK_RESULT,
+        "started_at",
+        "ended_at",
+        "next_check_at",
+        "due_at",
+        "sent_at",
+        "result",
+        "cancel_reason",
+    ):
         del types[name]
-    row = database.source({**types, **_WAIT}, rows)
+    row = database.source({**types, **_RESEND_WAIT}, rows)
     values = {name: row[name] for name in types}
-    values |= {name: literal(value) for name, value in _BLANK.items()}
+    values |= {name: literal(value) for name, value in _BLANK_RESULT.items()}
     values |= {
         "started_at": case((row["started"] == 1, now), else_=None),
-        "wake_at": now + row["wait"],
+        "next_check_at": now + row["wait"],
         "due_at": now,
     }
     return row.insert(operation, values)
 
 
-def adding_tasks(database: Database, rows: str = ROWS) -> Any:
+def insert_tasks(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts tasks."""
-    return _whole(database, task, rows)
+    return _insert_whole_rows(database, task, rows)
 
 
-def adding_labels(database: Database, rows: str = ROWS) -> Any:
+def insert_labels(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts labels."""
-    return _whole(database, label, rows)
+    return _insert_whole_rows(database, label, rows)
 
 
-def adding_events(database: Database, rows: str = ROWS) -> Any:
+def insert_events(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts events."""
     types = types_of(event, "root_id", "kind", "epoch", "consumer", "uuid", "text")
     row = database.source(types, rows)
     return row.insert(event, {**{name: row[name] for name in types}, "at": database.now})
 
 
-def _whole(database: Database, table: Any, rows: str) -> Any:
+def _insert_whole_rows(database: Database, table: Any, rows: str) -> Any:
     types = types_of(table)
     row = database.source(types, rows)
     return row.insert(table, {name: row[name] for name in types})
@@ -88,11 +97,11 @@ def event_row(
         "epoch": epoch,
         "consumer": consumer,
         "uuid": uuid,
-        "text": storable(text),
+        "text": without_nul(text),
     }
 
 
-def storable(text: str | None) -> str | None:
+def without_nul(text: str | None) -> str | None:
     """Replace the characters that a database rejects, in a text of a user or an exception."""
     if text is None:
         return None

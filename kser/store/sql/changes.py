@@ -7,9 +7,9 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, bindparam, case, cast, func, literal, select
 
 from kser import status as states
-from kser.store.sql.adding import adding_events
+from kser.store.sql.adding import insert_events
 from kser.store.sql.database import Database
-from kser.store.sql.statements import ROWS, Source, types_of
+from kser.store.sql.statements import ROWS, RowSource, types_of
 from kser.store.sql.tables import attempt, operation, task
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
@@ -27,40 +27,40 @@ _RELEASE: Final = {
 }
 
 
-def go_on(database: Database) -> Any:
+def keep_claim(database: Database) -> Any:
     """Return a statement that updates roots and keeps their claims."""
     row = _root_rows(database, ROWS, {})
-    return _move_roots(row, {})
+    return _update_values(row, {})
 
 
-def move(database: Database, rows: str = ROWS) -> Any:
+def update_roots(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that updates roots and keeps or releases their claims."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
     released = row["released"] == 1
-    return _move_roots(
+    return _update_values(
         row,
         {
             "status": row["status"],
             "epoch": own.epoch + row["released"],
             "owner": case((released, None), else_=own.owner),
-            "wake_at": case((released, now + row["wait"]), else_=own.wake_at),
+            "next_check_at": case((released, now + row["wait"]), else_=own.next_check_at),
             "due_at": func.coalesce(now + row["delay"], own.due_at),
             "ended_at": case((row["ended"] == 1, now), else_=None),
         },
     )
 
 
-def _root_rows(database: Database, rows: str, more: dict[str, Any]) -> Source:
-    types = types_of(operation, "id", "step", "phase", "so_far", "result", *_TARGET)
+def _root_rows(database: Database, rows: str, more: dict[str, Any]) -> RowSource:
+    types = types_of(operation, "id", "step", "phase", "accumulated", "result", *_TARGET)
     return database.source({**types, **_FENCE, **more}, rows)
 
 
-def _move_roots(row: Source, more: dict[str, Any]) -> Any:
+def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
     own = operation.c
-    changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "so_far", "result")}
+    changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "accumulated", "result")}
     changed |= {name: func.coalesce(row[name], own[name]) for name in _TARGET}
-    changed |= {"claims": 0, "sends": 0, "sent_at": None, **more}
+    changed |= {"claim_count": 0, "send_count": 0, "sent_at": None, **more}
     return row.update(
         operation,
         changed,
@@ -73,10 +73,10 @@ def _move_roots(row: Source, more: dict[str, Any]) -> Any:
     )
 
 
-def move_inner(database: Database) -> Any:
+def update_children(database: Database) -> Any:
     """Return a statement that updates nested operations, including those that end."""
     own, now = operation.c, database.now
-    types = types_of(operation, "id", "step", "phase", "status", "so_far", "result")
+    types = types_of(operation, "id", "step", "phase", "status", "accumulated", "result")
     row = database.source({**types, "old_step": Integer(), "old_phase": Text(), "ended": Integer()})
     values = {name: row[name] for name in types if name != "id"}
     values["started_at"] = func.coalesce(own.started_at, now)
@@ -85,10 +85,10 @@ def move_inner(database: Database) -> Any:
     return row.update(operation, values, *where)
 
 
-def resize(database: Database) -> Any:
+def set_task_count(database: Database) -> Any:
     """Return a statement that sets the number of tasks of operations."""
-    row = database.source(types_of(operation, "id", "size"))
-    return row.update(operation, {"size": row["size"]}, operation.c.id == row["id"])
+    row = database.source(types_of(operation, "id", "task_count"))
+    return row.update(operation, {"task_count": row["task_count"]}, operation.c.id == row["id"])
 
 
 def end_tasks(database: Database, rows: str = ROWS) -> Any:
@@ -112,14 +112,14 @@ def add_attempts(database: Database, rows: str = ROWS) -> Any:
     return row.insert(attempt, values)
 
 
-def at_once(database: Database) -> Any:
+def single_statement(database: Database) -> Any:
     """Return a single statement for all changes of checkpoints of roots without nested operations.
 
     The statement fails unless it changes as many rows as ``expected``.
     """
-    moved = move(database, "moves").returning(operation.c.id).cte("moved")
+    moved = update_roots(database, "moves").returning(operation.c.id).cte("moved")
     ended = end_tasks(database, "ends").returning(task.c.position).cte("ended")
-    parts = [add_attempts(database, "attempts").cte("attempted"), adding_events(database, "events").cte("noted")]
+    parts = [add_attempts(database, "attempts").cte("attempted"), insert_events(database, "events").cte("noted")]
     moved_rows, ended_rows = (select(func.count()).select_from(part).scalar_subquery() for part in (moved, ended))
     changed = moved_rows + ended_rows
     # The cast of a text to a number makes the statement fail, and the server's log shows the text as the reason.

@@ -11,47 +11,55 @@ from sqlalchemy import or_
 
 from kser import status as states
 from kser.errors import FencedError
-from kser.store.rows import ERROR_LIMIT, UNSENT_AFTER, Checkpoint, Move, Note, OperationRow, TaskEnd
+from kser.store.rows import (
+    MAX_ERROR_LENGTH,
+    RESEND_UNSENT_AFTER,
+    Checkpoint,
+    NewEvent,
+    OperationRow,
+    OperationUpdate,
+    TaskOutcome,
+)
 from kser.store.sql import changes
-from kser.store.sql.adding import Adding, event_row, storable
+from kser.store.sql.adding import Inserts, event_row, without_nul
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.rows import OPERATION_COLUMNS, Ids, NewRows, count_in, operation_row
+from kser.store.sql.rows import OPERATION_COLUMNS, IdGenerator, InsertRows, count_in, operation_row
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import attempt, operation
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The stored position of an operation."""
 
     id: int
     step: int
     phase: str
-    size: int | None
+    task_count: int | None
 
 
-class Uneven(Exception):
+class RowCountMismatch(Exception):
     """A statement changed fewer rows than expected: a checkpoint does not match the stored rows."""
 
 
-class Rows:
+class CheckpointRows:
     """The rows of a batch of checkpoints, grouped by statement."""
 
     def __init__(self) -> None:
-        self.going: list[dict[str, Any]] = []
+        self.kept: list[dict[str, Any]] = []
         self.released: list[dict[str, Any]] = []
-        self.inner: list[dict[str, Any]] = []
-        self.ends: list[dict[str, Any]] = []
+        self.children: list[dict[str, Any]] = []
+        self.outcomes: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
-        self.sizes: list[dict[str, Any]] = []
-        self.new = NewRows()
+        self.task_counts: list[dict[str, Any]] = []
+        self.inserts = InsertRows()
 
     def add_root(self, checkpoint: Checkpoint, cancelled: bool) -> None:
         """Add the update of a root."""
         target = checkpoint.target
-        move = checkpoint.moves[-1]
+        move = checkpoint.updates[-1]
         if cancelled:
-            move = move._replace(status=states.CANCELLED, result=move.so_far)
+            move = move._replace(status=states.CANCELLED, result=move.accumulated)
         final = states.is_final(move.status)
         kept = checkpoint.keep and not final
         row = {
@@ -62,7 +70,7 @@ class Rows:
             "cancelled": cancelled,
             "step": move.step,
             "phase": move.phase,
-            "so_far": move.so_far,
+            "accumulated": move.accumulated,
             "result": move.result,
             "target_uuid": target and target.uuid,
             "target_entrypoint": target and target.entrypoint,
@@ -70,23 +78,23 @@ class Rows:
             "status": move.status,
             "released": int(not kept),
             "ended": int(final),
-            "wait": None if final else checkpoint.delay or UNSENT_AFTER,
+            "wait": None if final else checkpoint.delay or RESEND_UNSENT_AFTER,
             "delay": None if kept or final else checkpoint.delay,
         }
-        (self.going if kept else self.released).append(row)
+        (self.kept if kept else self.released).append(row)
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the updates of all roots, ordered by id."""
-        return sorted((*self.going, *self.released), key=lambda row: row["id"])
+        return sorted((*self.kept, *self.released), key=lambda row: row["id"])
 
-    def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[Note]) -> None:
+    def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[NewEvent]) -> None:
         """Add all rows of a checkpoint except the update of its root.
 
         :param first_id: first of the reserved consecutive ids for the operations nested in newly built tasks.
         """
-        self.inner += (_inner_row(move) for move in checkpoint.moves[:-1])
-        for end in checkpoint.ends:
-            self.ends.append(_end_row(end))
+        self.children += (_child_row(move) for move in checkpoint.updates[:-1])
+        for end in checkpoint.outcomes:
+            self.outcomes.append(_outcome_row(end))
             if end.number:
                 self.attempts.append(_attempt_row(end, checkpoint))
         for note in notes:
@@ -94,11 +102,11 @@ class Rows:
             self.events.append(event_row(*about, uuid=note.uuid, text=note.text))
         built = checkpoint.built
         if built is not None:
-            self.sizes.append({"id": built.operation_id, "size": len(built.tasks)})
-            self.new.add_tasks(built.tasks, built.operation_id, checkpoint.root_id, itertools.count(first_id))
+            self.task_counts.append({"id": built.operation_id, "task_count": len(built.tasks)})
+            self.inserts.add_tasks(built.tasks, built.operation_id, checkpoint.root_id, itertools.count(first_id))
 
 
-class Recording:
+class CheckpointWriter:
     """The statements that record checkpoints.
 
     :param database: the database to write to.
@@ -106,32 +114,34 @@ class Recording:
     :param ids: generates the ids of operations nested in newly built tasks.
     """
 
-    def __init__(self, database: Database, adding: Adding, ids: Ids) -> None:
-        self._adding = adding
+    def __init__(self, database: Database, adding: Inserts, ids: IdGenerator) -> None:
+        self._inserts = adding
         self._ids = ids
-        self._at_once = database.statement(changes.at_once(database)) if database.packed else None
+        self._single_statement = (
+            database.statement(changes.single_statement(database)) if database.json_batches else None
+        )
         self._make_changes(database)
         self._make_looks(database)
 
     def _make_changes(self, database: Database) -> None:
         # SQLite rewrites the index entries of every column that an UPDATE names, even if the value is unchanged. So the
         # statement for checkpoints that keep their claims names no indexed column.
-        self._go_on = database.statement(changes.go_on(database))
-        self._move = database.statement(changes.move(database))
-        self._inner = database.statement(changes.move_inner(database))
-        self._size = database.statement(changes.resize(database))
-        self._end = database.statement(changes.end_tasks(database))
-        self._attempt = database.statement(changes.add_attempts(database))
+        self._keep_claim = database.statement(changes.keep_claim(database))
+        self._update_roots = database.statement(changes.update_roots(database))
+        self._update_children = database.statement(changes.update_children(database))
+        self._set_task_count = database.statement(changes.set_task_count(database))
+        self._end_tasks = database.statement(changes.end_tasks(database))
+        self._add_attempts = database.statement(changes.add_attempts(database))
 
     def _make_looks(self, database: Database) -> None:
         row = database.source(types_of(operation, "id"))
         this = operation.c.id == row["id"]
         self._lock = database.statement(row.select(OPERATION_COLUMNS, operation, this).with_for_update(of=operation))
-        self._place = database.statement(row.select([operation.c[name] for name in Place._fields], operation, this))
+        self._place = database.statement(row.select([operation.c[name] for name in Position._fields], operation, this))
         row = database.source(types_of(attempt, "operation_id", "position", "number"))
         key = [attempt.c[name] == row[name] for name in ("operation_id", "position", "number")]
         self._attempts = database.statement(row.select([attempt.c.number], attempt, *key))
-        cancelled = {"status": states.CANCELLED, "ended_at": database.now, "result": operation.c.so_far}
+        cancelled = {"status": states.CANCELLED, "ended_at": database.now, "result": operation.c.accumulated}
         row = database.source(types_of(operation, "root_id"))
         open_ones = (
             operation.c.root_id == row["root_id"],
@@ -148,66 +158,68 @@ class Recording:
         :raises RowCountMismatch: a checkpoint does not match the stored rows, or cancellation of its root was
             requested.
         """
-        rows = Rows()
+        rows = CheckpointRows()
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
-            self._add_rest(transaction, rows, checkpoint, checkpoint.notes)
+            self._add_rest(transaction, rows, checkpoint, checkpoint.events)
         self._write(transaction, rows)
-        return [each.moves[-1].status for each in checkpoints]
+        return [each.updates[-1].status for each in checkpoints]
 
-    def fits_at_once(self, checkpoints: Sequence[Checkpoint]) -> bool:
+    def fits_one_statement(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Return whether :meth:`record_at_once` can record the checkpoints."""
-        return not any(each.built or len(each.moves) > 1 for each in checkpoints)
+        return not any(each.built or len(each.updates) > 1 for each in checkpoints)
 
-    def record_at_once(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    def record_in_one_statement(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """Record checkpoints as :meth:`record` does, in one statement: a round trip takes as long as a statement.
 
         :raises kser.errors.StoreError: a checkpoint does not match the stored rows; nothing was recorded.
         """
-        rows = Rows()
+        rows = CheckpointRows()
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
-            rows.add_rest(checkpoint, 0, checkpoint.notes)
+            rows.add_rest(checkpoint, 0, checkpoint.events)
         moves = rows.in_order()
-        assert self._at_once is not None, "fits_at_once() allows this on PostgreSQL only"
-        transaction.run(
-            self._at_once,
+        assert self._single_statement is not None, "fits_at_once() allows this on PostgreSQL only"
+        transaction.execute(
+            self._single_statement,
             {
                 "moves": json.dumps(moves),
-                "ends": json.dumps(rows.ends),
+                "ends": json.dumps(rows.outcomes),
                 "attempts": json.dumps(rows.attempts),
                 "events": json.dumps(rows.events),
-                "expected": len(moves) + len(rows.ends),
+                "expected": len(moves) + len(rows.outcomes),
             },
         )
-        return [each.moves[-1].status for each in checkpoints]
+        return [each.updates[-1].status for each in checkpoints]
 
-    def _add_rest(self, transaction: Transaction, rows: Rows, checkpoint: Checkpoint, notes: Sequence[Note]) -> None:
+    def _add_rest(
+        self, transaction: Transaction, rows: CheckpointRows, checkpoint: Checkpoint, notes: Sequence[NewEvent]
+    ) -> None:
         built = checkpoint.built
         count = 0 if built is None else count_in(built.tasks)
-        rows.add_rest(checkpoint, self._ids.take(transaction.time, count) if count else 0, notes)
+        rows.add_rest(checkpoint, self._ids.next_ids(transaction.time, count) if count else 0, notes)
 
-    def _write(self, transaction: Transaction, rows: Rows) -> None:
-        moves = [(self._go_on, rows.going), (self._move, rows.released)]
-        if self._at_once is not None:
+    def _write(self, transaction: Transaction, rows: CheckpointRows) -> None:
+        moves = [(self._keep_claim, rows.kept), (self._update_roots, rows.released)]
+        if self._single_statement is not None:
             # Update all roots in one statement, ordered by id; otherwise this transaction and one that renews leases
             # could deadlock.
-            moves = [(self._move, rows.in_order())]
+            moves = [(self._update_roots, rows.in_order())]
         for statement, roots in moves:
-            if transaction.change(statement, roots) != len(roots):
-                raise Uneven
-        if transaction.change(self._inner, rows.inner) != len(rows.inner):
-            raise Uneven
-        if transaction.change(self._end, rows.ends) != len(rows.ends):
-            raise Uneven
-        transaction.change(self._attempt, rows.attempts)
-        transaction.change(self._size, rows.sizes)
-        self._adding.add(transaction, rows.new)
-        transaction.change(self._adding.events, rows.events)
+            if transaction.execute_many(statement, roots) != len(roots):
+                raise RowCountMismatch
+        if transaction.execute_many(self._update_children, rows.children) != len(rows.children):
+            raise RowCountMismatch
+        if transaction.execute_many(self._end_tasks, rows.outcomes) != len(rows.outcomes):
+            raise RowCountMismatch
+        transaction.execute_many(self._add_attempts, rows.attempts)
+        transaction.execute_many(self._set_task_count, rows.task_counts)
+        self._inserts.insert(transaction, rows.inserts)
+        transaction.execute_many(self._inserts.events, rows.events)
 
     # -- single checkpoints --------------------------------------------------------------------------------------------
 
-    def settle(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
+    def resolve_mismatch(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
         """Record one checkpoint that could not be recorded with its batch.
 
         A checkpoint that was recorded before changes nothing. If cancellation of the root was requested, the root
@@ -220,9 +232,9 @@ class Recording:
         root = operation_row(found[0]) if found else None
         if root is None:
             raise FencedError(f"operation {checkpoint.root_id} is not stored: it was deleted")
-        rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.moves])
-        places = {row[0]: Place(*row) for row in rows}
-        if len(places) < len({move.operation_id for move in checkpoint.moves}):
+        rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.updates])
+        places = {row[0]: Position(*row) for row in rows}
+        if len(places) < len({move.operation_id for move in checkpoint.updates}):
             raise FencedError(f"a nested operation of operation {root.uuid} is not stored")
         if self._is_recorded(transaction, checkpoint, root, places):
             return root.status
@@ -230,50 +242,50 @@ class Recording:
             raise FencedError(
                 f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}"
             )
-        if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.moves):
+        if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.updates):
             raise FencedError(f"operation {root.uuid} is at another step")
         return self._record_one(transaction, checkpoint, root)
 
     def _is_recorded(
-        self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, places: Mapping[int, Place]
+        self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, places: Mapping[int, Position]
     ) -> bool:
         """Return whether this same checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
-        if any(places[move.operation_id][1:3] != (move.step, move.phase) for move in checkpoint.moves):
+        if any(places[move.operation_id][1:3] != (move.step, move.phase) for move in checkpoint.updates):
             return False
         keys = [
             {"operation_id": end.operation_id, "position": end.position, "number": end.number}
-            for end in checkpoint.ends
+            for end in checkpoint.outcomes
             if end.number
         ]
         if len(transaction.fetch(self._attempts, keys)) < len(keys):
             return False
         # A checkpoint that leaves no trace cannot be recognised. Recording it again has the same result.
-        built = checkpoint.built is not None and places[checkpoint.built.operation_id].size is not None
-        return bool(not kept or keys or built or any(move.leaves for move in checkpoint.moves))
+        built = checkpoint.built is not None and places[checkpoint.built.operation_id].task_count is not None
+        return bool(not kept or keys or built or any(move.changes_position for move in checkpoint.updates))
 
     def _record_one(self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow) -> str:
         cancelled = root.cancel_requested
-        rows = Rows()
+        rows = CheckpointRows()
         rows.add_root(checkpoint, cancelled)
-        notes = checkpoint.notes
+        notes = checkpoint.events
         if cancelled:
             ended = [note for note in notes if note.kind == "ended" and note.uuid in (None, root.uuid)]
-            notes = [*(note for note in notes if note not in ended), Note("ended", text=states.CANCELLED)]
+            notes = [*(note for note in notes if note not in ended), NewEvent("ended", text=states.CANCELLED)]
         self._add_rest(transaction, rows, checkpoint, notes)
         try:
             self._write(transaction, rows)
-        except Uneven:
+        except RowCountMismatch:
             raise FencedError(f"a nested operation or task of operation {root.uuid} is at another step") from None
         if not cancelled:
-            return checkpoint.moves[-1].status
-        transaction.change(self._cancel_inner, [{"root_id": root.id}])
+            return checkpoint.updates[-1].status
+        transaction.execute_many(self._cancel_inner, [{"root_id": root.id}])
         return states.CANCELLED
 
 
-def _inner_row(move: Move) -> dict[str, Any]:
+def _child_row(move: OperationUpdate) -> dict[str, Any]:
     return {
         "id": move.operation_id,
         "old_step": move.old_step,
@@ -281,13 +293,13 @@ def _inner_row(move: Move) -> dict[str, Any]:
         "step": move.step,
         "phase": move.phase,
         "status": move.status,
-        "so_far": move.so_far,
+        "accumulated": move.accumulated,
         "result": move.result,
         "ended": int(states.is_final(move.status)),
     }
 
 
-def _end_row(end: TaskEnd) -> dict[str, Any]:
+def _outcome_row(end: TaskOutcome) -> dict[str, Any]:
     return {
         "operation_id": end.operation_id,
         "position": end.position,
@@ -297,7 +309,7 @@ def _end_row(end: TaskEnd) -> dict[str, Any]:
     }
 
 
-def _attempt_row(end: TaskEnd, checkpoint: Checkpoint) -> dict[str, Any]:
+def _attempt_row(end: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "operation_id": end.operation_id,
         "position": end.position,
@@ -305,6 +317,6 @@ def _attempt_row(end: TaskEnd, checkpoint: Checkpoint) -> dict[str, Any]:
         "epoch": checkpoint.epoch,
         "status": states.SUCCESS if end.status == states.SUCCESS else states.FAILED,
         "consumer": checkpoint.consumer,
-        "error": storable(end.error and end.error[:ERROR_LIMIT]),
+        "error": without_nul(end.error and end.error[:MAX_ERROR_LENGTH]),
         "duration": end.duration,
     }

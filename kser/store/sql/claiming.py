@@ -8,20 +8,8 @@ from typing import Any
 from sqlalchemy import Double, Text, and_, case, insert, literal, or_, select
 
 from kser import status as states
-from kser.store.rows import (
-    DISTRIBUTED,
-    ENDED,
-    HELD,
-    STALE,
-    TASK,
-    WAITING,
-    Claim,
-    Claimant,
-    OperationRow,
-    Refusal,
-    TaskRow,
-)
-from kser.store.sql.adding import Adding, event_row
+from kser.store.rows import Claim, ClaimRefused, ClaimRequest, Mode, OperationRow, Phase, RefusalReason, TaskRow
+from kser.store.sql.adding import Inserts, event_row
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, operation_row
 from kser.store.sql.statements import types_of
@@ -32,34 +20,34 @@ Tasks = dict[tuple[int, int], TaskRow]
 
 _OPERATION = slice(len(OPERATION_COLUMNS))
 _CURRENT = slice(len(OPERATION_COLUMNS), len(OPERATION_COLUMNS) + len(TASK_COLUMNS))
-_FOLLOWING = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
+_NEXT = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
 
 
-class Take:
+class ClaimCommand:
     """A request to claim a root."""
 
-    __slots__ = ("claimant", "step", "uuid")
+    __slots__ = ("request", "step", "uuid")
 
-    def __init__(self, uuid: str, step: str, claimant: Claimant) -> None:
+    def __init__(self, uuid: str, step: str, request: ClaimRequest) -> None:
         self.uuid = uuid
         self.step = step
-        self.claimant = claimant
+        self.request = request
 
 
-class Claiming:
+class Claims:
     """The statements that claim roots.
 
     :param database: the database to write to.
     :param adding: the insert statements of this database.
     """
 
-    def __init__(self, database: Database, adding: Adding) -> None:
+    def __init__(self, database: Database, adding: Inserts) -> None:
         self._database = database
-        self._adding = adding
+        self._inserts = adding
         claim = _claim_of(database)
         self._claim = database.statement(claim.returning(operation.c.id, operation.c.epoch, operation.c.owner))
-        if database.packed:
-            self._at_once = database.statement(_at_once(database))
+        if database.json_batches:
+            self._single_statement = database.statement(_single_statement(database))
         self._by_uuid = self._reading({"uuid": Text()}, operation.c.uuid)
         self._by_id = self._reading({"id": operation.c.id.type}, operation.c.id)
         row = database.source(types_of(task, "operation_id", "position"))
@@ -72,14 +60,14 @@ class Claiming:
             row.select((*OPERATION_COLUMNS, self._database.now), operation, key == row[key.name])
         )
 
-    def take(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | Refusal | None]:
+    def claim(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
         """Claim roots independently of each other, and return the result for each."""
         made = transaction.fetch(self._claim, _claim_rows(takes))
         events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
-        transaction.change(self._adding.events, events)
+        transaction.execute_many(self._inserts.events, events)
         found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in takes])}
-        answers: dict[int, Claim | Refusal | None] = {}
-        mine: list[tuple[int, OperationRow, Claimant]] = []
+        answers: dict[int, Claim | ClaimRefused | None] = {}
+        mine: list[tuple[int, OperationRow, ClaimRequest]] = []
         for index, take in enumerate(takes):
             raw = found.get(take.uuid)
             if raw is None:
@@ -88,31 +76,31 @@ class Claiming:
             row = operation_row(raw)
             if row.parent_id is not None:
                 answers[index] = None
-            elif row.token == take.claimant.token:
-                mine.append((index, row, take.claimant))
+            elif row.token == take.request.token:
+                mine.append((index, row, take.request))
             else:
-                answers[index] = Refusal(_reason(row, take.step, raw[-1]), row)
+                answers[index] = ClaimRefused(_refusal_reason(row, take.step, raw[-1]), row)
         claims = self.claims(transaction, [(row, claimant) for _, row, claimant in mine], {})
         answers.update(zip((index for index, _, _ in mine), claims, strict=True))
         return [answers[index] for index in range(len(takes))]
 
-    def take_at_once(self, transaction: Transaction, takes: Sequence[Take]) -> list[Claim | None]:
+    def claim_in_one_statement(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | None]:
         """Claim roots as :meth:`claim` does, in one statement that also reads their current tasks.
 
         :return: None for each root that this statement did not claim.
         """
         roots: dict[str, OperationRow] = {}
         tasks: Tasks = {}
-        for raw in transaction.fetch(self._at_once, _claim_rows(takes)):
+        for raw in transaction.fetch(self._single_statement, _claim_rows(takes)):
             row = operation_row(raw[_OPERATION])
             roots[row.token or ""] = row
-            for part in (raw[_CURRENT], raw[_FOLLOWING]):
+            for part in (raw[_CURRENT], raw[_NEXT]):
                 if part[0] is not None:
                     tasks[part[0], part[1]] = TaskRow(*part)
-        mine = [take for take in takes if take.claimant.token in roots]
-        made = self.claims(transaction, [(roots[take.claimant.token], take.claimant) for take in mine], tasks)
+        mine = [take for take in takes if take.request.token in roots]
+        made = self.claims(transaction, [(roots[take.request.token], take.request) for take in mine], tasks)
         claims = {claim.root.token: claim for claim in made}
-        return [claims.get(take.claimant.token) for take in takes]
+        return [claims.get(take.request.token) for take in takes]
 
     def rows(self, transaction: Transaction, uuids: Sequence[str]) -> list[OperationRow]:
         """Return the rows of the stored operations with these uuids."""
@@ -123,7 +111,7 @@ class Claiming:
         return {row[0]: operation_row(row) for row in transaction.fetch(self._by_id, [{"id": each} for each in ids])}
 
     def claims(
-        self, transaction: Transaction, roots: Sequence[tuple[OperationRow, Claimant | None]], tasks: Tasks
+        self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
     ) -> list[Claim]:
         """Return the claims on roots, each with its path down to the current task.
 
@@ -131,9 +119,9 @@ class Claiming:
         """
         paths = [[root] for root, _ in roots]
         deeper = paths
-        while deeper := [path for path in deeper if path[-1].phase == TASK]:
+        while deeper := [path for path in deeper if path[-1].phase == Phase.RUN_TASK]:
             missing = [path for path in deeper if (path[-1].id, path[-1].step) not in tasks]
-            wanted = [place for path in missing for place in places(path)]
+            wanted = [place for path in missing for place in positions(path)]
             tasks.update(((row[0], row[1]), TaskRow(*row)) for row in transaction.fetch(self._tasks, wanted))
             children = {path[-1].id: tasks[path[-1].id, path[-1].step].child_id for path in deeper}
             deeper = [path for path in deeper if children[path[-1].id] is not None]
@@ -154,22 +142,22 @@ def _claim_of(database: Database) -> Any:
             "epoch": operation.c.epoch + 1,
             "owner": row["owner"],
             "token": row["token"],
-            "claims": operation.c.claims + 1,
-            "wake_at": now + row["lease"],
+            "claim_count": operation.c.claim_count + 1,
+            "next_check_at": now + row["lease"],
             "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
         },
         operation.c.uuid == row["uuid"],
         operation.c.parent_id.is_(None),
         or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
         operation.c.target_uuid == row["step"],
-        or_(operation.c.owner.is_(None), operation.c.wake_at <= now),
+        or_(operation.c.owner.is_(None), operation.c.next_check_at <= now),
         operation.c.due_at <= now,
         # A root that has the token of the request is already claimed by it: the call is a repeated one.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
     )
 
 
-def _at_once(database: Database) -> Any:
+def _single_statement(database: Database) -> Any:
     """Return a single statement that claims roots, inserts the events, and reads each root with two tasks.
 
     The tasks are the current one and the one after it.
@@ -186,12 +174,12 @@ def _at_once(database: Database) -> Any:
         before.c.epoch == made.c.epoch - 1,
         before.c.step == made.c.step,
         before.c.phase == made.c.phase,
-        before.c.phase == TASK,
+        before.c.phase == Phase.RUN_TASK,
     )
     has_task = and_(current.c.operation_id == before.c.id, current.c.position == before.c.step)
     follows = and_(
         current.c.operation_id.is_not(None),
-        made.c.mode == DISTRIBUTED,
+        made.c.mode == Mode.DISTRIBUTED,
         following.c.operation_id == made.c.id,
         following.c.position == made.c.step + 1,
     )
@@ -200,33 +188,35 @@ def _at_once(database: Database) -> Any:
     return select(*made.c, *columns).select_from(places).add_cte(noted)
 
 
-def places(path: Sequence[OperationRow]) -> list[dict[str, int]]:
+def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
     """Return the positions of the tasks to read for the current operation, which is the last of the path."""
     last = path[-1]
-    steps = (last.step, last.step + 1) if path[0].mode == DISTRIBUTED else (last.step,)
+    steps = (last.step, last.step + 1) if path[0].mode == Mode.DISTRIBUTED else (last.step,)
     return [{"operation_id": last.id, "position": step} for step in steps]
 
 
-def _claim(path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow], claimant: Claimant | None) -> Claim:
+def _claim(
+    path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow], request: ClaimRequest | None
+) -> Claim:
     root, last = path[0], path[-1]
-    is_task = last.phase == TASK
+    is_task = last.phase == Phase.RUN_TASK
     return Claim(
         root.id,
         root.epoch,
         tuple(path),
         tasks[last.id, last.step] if is_task else None,
         tasks.get((last.id, last.step + 1)) if is_task else None,
-        exhausted=claimant is not None and root.claims > claimant.max_claims,
+        exhausted=request is not None and root.claim_count > request.max_claims,
     )
 
 
-def _claim_rows(takes: Sequence[Take]) -> list[dict[str, Any]]:
+def _claim_rows(takes: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
     # All transactions lock rows in the same order; otherwise two of them could deadlock.
     return [_claim_row(take) for take in sorted(takes, key=lambda take: take.uuid)]
 
 
-def _claim_row(take: Take) -> dict[str, Any]:
-    claimant = take.claimant
+def _claim_row(take: ClaimCommand) -> dict[str, Any]:
+    claimant = take.request
     return {
         "uuid": take.uuid,
         "step": take.step,
@@ -236,12 +226,12 @@ def _claim_row(take: Take) -> dict[str, Any]:
     }
 
 
-def _reason(row: OperationRow, step: str, now: float) -> str:
+def _refusal_reason(row: OperationRow, step: str, now: float) -> str:
     """Return why a claim on a root was refused."""
     if states.is_final(row.status):
-        return ENDED
+        return RefusalReason.ENDED
     if row.target.uuid != step:
-        return STALE
-    held = row.owner is not None and row.wake_at is not None and row.wake_at > now
+        return RefusalReason.STALE
+    held = row.owner is not None and row.next_check_at is not None and row.next_check_at > now
     # Either the root has a valid lease, or it became free after the claim statement and the next claim succeeds.
-    return WAITING if not held and row.due_at > now else HELD
+    return RefusalReason.WAITING if not held and row.due_at > now else RefusalReason.HELD

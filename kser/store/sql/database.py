@@ -12,16 +12,16 @@ from sqlalchemy import URL, ColumnElement, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.sql.statements import CLOCK, ROWS, Source, Statement, Types
+from kser.store.sql.statements import CLOCK, ROWS, RowSource, Statement, Types
 
 #: Maximum number of executions of a transaction that fails because of a conflict.
-ATTEMPTS: Final = 3
+CONFLICT_ATTEMPTS: Final = 3
 
 #: Builtin exceptions that drivers raise for values: for a text that is not valid Unicode, for a number out of range.
 BAD_VALUES: Final = (UnicodeError, OverflowError)
 
 
-class Repeat(StoreUnavailable):
+class SerializationConflict(StoreUnavailable):
     """A conflict with another transaction aborted this one; nothing was written"""
 
 
@@ -37,24 +37,24 @@ class Transaction:
     def __init__(self, cursor: Any, clock: float, time: float, packed: bool) -> None:
         self._cursor = cursor
         self._clock = clock
-        self._packed = packed
+        self._json_batches = packed
         self.time = time
 
-    def run(self, statement: Statement, values: Mapping[str, Any] | None = None, *, anew: bool = False) -> Any:
+    def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
         """Execute a statement with one set of values, and return the cursor of the driver.
 
         :param anew: True to plan the statement for these values, because the best plan depends on them.
         """
-        options = {"prepare": False} if anew and self._packed else {}
+        options = {"prepare": False} if replan and self._json_batches else {}
         self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})}, **options)
         return self._cursor
 
-    def change(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> int:
+    def execute_many(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> int:
         """Execute a statement for all rows, and return the number of changed table rows."""
         if not rows:
             return 0
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
-        if self._packed:
+        if self._json_batches:
             cursor.execute(statement.sql, {**base, ROWS: json.dumps(rows)})
             return int(cursor.rowcount)
         cursor.executemany(statement.sql, ({**base, **row} for row in rows))
@@ -65,7 +65,7 @@ class Transaction:
         if not rows:
             return []
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
-        if self._packed:
+        if self._json_batches:
             cursor.execute(statement.sql, {**base, ROWS: json.dumps(rows)})
             return list(cursor.fetchall())
         found: list[Any] = []
@@ -84,9 +84,9 @@ class Database(ABC):
     #: Scheme of the address.
     prefix: ClassVar[str]
     #: True if a statement gets all its rows as one JSON text.
-    packed: ClassVar[bool]
+    json_batches: ClassVar[bool]
     #: Number of concurrent write transactions that improves the throughput.
-    writers: ClassVar[int]
+    max_concurrent_writers: ClassVar[int]
     #: The current time in seconds since 1970, as an SQL expression.
     now: ColumnElement[float]
 
@@ -95,16 +95,16 @@ class Database(ABC):
         #: The address without secrets.
         self.name = url.set(drivername=self.prefix, query={}).render_as_string()
         #: Seconds that are added to the clock; used by tests.
-        self.shift = 0.0
+        self.clock_offset = 0.0
         self.engine: Engine = self._engine()
 
     def statement(self, clause: Any) -> Statement:
         """Compile a statement for this database."""
         return Statement(clause, self.engine.dialect)
 
-    def source(self, types: Types, name: str = ROWS) -> Source:
+    def source(self, types: Types, name: str = ROWS) -> RowSource:
         """Return the source of the row values of a statement."""
-        return Source(self.packed, types, name)
+        return RowSource(self.json_batches, types, name)
 
     @contextmanager
     def write(self, *, single: bool = False) -> Iterator[Transaction]:
@@ -127,13 +127,13 @@ class Database(ABC):
             yield transaction
 
     @contextmanager
-    def looking(self) -> Iterator[Connection]:
+    def inspect_connection(self) -> Iterator[Connection]:
         """Provide an SQLAlchemy connection for inspecting tables."""
         with self._translated(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
-    def migrating(self) -> Iterator[Connection]:
+    def migration_transaction(self) -> Iterator[Connection]:
         """Provide an SQLAlchemy connection in a transaction that excludes all other migrations."""
         with self._translated(), self._migrating() as connection:
             yield connection
@@ -159,7 +159,7 @@ class Database(ABC):
     def _migrating(self) -> AbstractContextManager[Connection]: ...
 
     @abstractmethod
-    def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
+    def _classify_error(self, error: Exception) -> tuple[type[KserError], str]:
         """Return the exception class for an error of the driver, and advice for the operator."""
 
     @contextmanager
@@ -175,7 +175,7 @@ class Database(ABC):
             raise self._translate(error) from error
 
     def _translate(self, error: Exception) -> KserError:
-        kind, advice = self._meaning(error)
+        kind, advice = self._classify_error(error)
         what = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
         text = " ".join(str(error).split()) or type(error).__name__
         return kind(f"the database {self.name} {what}: {text}" + (f"; {advice}" if advice else ""))

@@ -12,15 +12,15 @@ from sqlalchemy import ColumnElement, Select, exists, false, func, literal_colum
 
 from kser import status as states
 from kser.errors import UsageError
-from kser.store.rows import Found, Page
+from kser.store.rows import OperationQuery, Page
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.rows import OPERATION_COLUMNS, id_at, label, operation_row
+from kser.store.sql.rows import OPERATION_COLUMNS, id_at, label_row, operation_row
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import label as labels
 from kser.store.sql.tables import operation
 
 #: The largest value of a BIGINT column.
-LARGEST: Final = (1 << 63) - 1
+MAX_ID: Final = (1 << 63) - 1
 
 STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, states.CANCELLED)
 
@@ -28,10 +28,10 @@ STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, 
 ROUNDING: Final = 2e-6
 
 #: Limit for counting the operations that a filter matches; a filter that reaches it counts as unselective.
-MANY: Final = 20_000
+COUNT_LIMIT: Final = 20_000
 
 
-class Finding:
+class OperationSearch:
     """The search for operations.
 
     :param database: the database to search.
@@ -42,21 +42,23 @@ class Finding:
         row = database.source(types_of(operation, "id"))
         self._by_id = database.statement(row.select(OPERATION_COLUMNS, operation, operation.c.id == row["id"]))
 
-    def find(self, transaction: Transaction, found: Found, limit: int, after: str | None) -> Page:
+    def find(self, transaction: Transaction, query: OperationQuery, limit: int, after: str | None) -> Page:
         """See :meth:`kser.store.base.Store.find`."""
         before = _cursor(after)
-        every = [Labelled(found, index, before) for index in range(len(found.labels))]
-        driver = self._driver(transaction, found, every, before)
-        others = [each.admits for each in every if each is not driver]
-        statement = _merged(_parts(found, before), limit + 1, others) if driver is None else driver.with_rest(found, others)
+        every = [LabelFilter(query, index, before) for index in range(len(query.labels))]
+        driver = self._most_selective(transaction, query, every, before)
+        others = [each.matches for each in every if each is not driver]
+        statement = (
+            _merged(_parts(query, before), limit + 1, others) if driver is None else driver.with_rest(query, others)
+        )
         ids = self._ids(transaction, statement.limit(limit + 1))
         rows = transaction.fetch(self._by_id, [{"id": each} for each in ids[:limit]])
         newest_first = sorted((operation_row(row) for row in rows), reverse=True)
         return Page(newest_first, str(ids[limit - 1]) if len(ids) > limit else None)
 
-    def _driver(
-        self, transaction: Transaction, found: Found, every: list[Labelled], before: int | None
-    ) -> Labelled | None:
+    def _most_selective(
+        self, transaction: Transaction, found: OperationQuery, every: list[LabelFilter], before: int | None
+    ) -> LabelFilter | None:
         """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
 
         The query walks the matches of the driving filter and tests each of them against the remaining filters until a
@@ -67,7 +69,7 @@ class Finding:
         narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
         if not narrow and len(every) == 1:
             return every[0]
-        driver, fewest = None if narrow or not every else every[0], MANY
+        driver, fewest = None if narrow or not every else every[0], COUNT_LIMIT
         for each in every:
             count = self._count(transaction, [each.ids()], fewest)
             if count < fewest:
@@ -81,18 +83,18 @@ class Finding:
         return self._ids(transaction, select(func.count()).select_from(some))[0]
 
     def _ids(self, transaction: Transaction, query: Select[Any]) -> list[int]:
-        return [row[0] for row in transaction.run(self._database.statement(query), anew=True).fetchall()]
+        return [row[0] for row in transaction.execute(self._database.statement(query), replan=True).fetchall()]
 
 
 Condition = Callable[[ColumnElement[int]], ColumnElement[bool]]
 
 
-class Labelled:
+class LabelFilter:
     """The filter for one label of a query."""
 
-    def __init__(self, found: Found, index: int, before: int | None) -> None:
+    def __init__(self, found: OperationQuery, index: int, before: int | None) -> None:
         self._table = labels.alias(f"label_{index}")
-        key, value = label(*found.labels[index])
+        key, value = label_row(*found.labels[index])
         self._where = (self._table.c.key == key, self._table.c.value == value)
         self._bounds = _bounds(found, self._table.c.operation_id, before)
 
@@ -100,14 +102,14 @@ class Labelled:
         """Return a query for the ids of the operations with the label."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
-    def admits(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
+    def matches(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
         """Return the condition that an operation has the label."""
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
-    def with_rest(self, found: Found, others: Sequence[Condition]) -> Select[Any]:
+    def with_rest(self, found: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
         """Return a query for the ids of the operations with the label that match all remaining filters."""
         key = self._table.c.operation_id
-        rest = _exists(operation, operation.c.id == key, _family(found), *_filters(found), *_times(found))
+        rest = _exists(operation, operation.c.id == key, _root_or_parent(found), *_filters(found), *_times(found))
         return self.ids().where(*(admits(key) for admits in others), rest).order_by(key.desc())
 
 
@@ -119,19 +121,19 @@ def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
 def _cursor(after: str | None) -> int | None:
     if after is None:
         return None
-    if not (after.isascii() and after.isdigit()) or int(after) > LARGEST:
+    if not (after.isascii() and after.isdigit()) or int(after) > MAX_ID:
         raise UsageError(f"after must be the cursor of the previous page; it is {after!r}")
     return int(after)
 
 
-def _parts(found: Found, before: int | None) -> list[Select[Any]]:
+def _parts(found: OperationQuery, before: int | None) -> list[Select[Any]]:
     """Return queries for the operations that match all filters except labels, each in the order of an index.
 
     There is one query per status: within one status an index has the operations in the order of pages, across several
     statuses it does not.
     """
     own = operation.c
-    base = select(own.id).where(_family(found), *_bounds(found, own.id, before), *_times(found))
+    base = select(own.id).where(_root_or_parent(found), *_bounds(found, own.id, before), *_times(found))
     if found.parent is not None:
         return [base.where(*_filters(found))]
     if found.entrypoint is not None:
@@ -153,14 +155,14 @@ def _union(parts: list[Select[Any]]) -> Any:
     return union_all(*(select(part.subquery().c.id) for part in parts))
 
 
-def _family(found: Found) -> ColumnElement[bool]:
+def _root_or_parent(found: OperationQuery) -> ColumnElement[bool]:
     if found.parent is None:
         return operation.c.parent_id.is_(None)
     other = operation.alias("parent")
     return operation.c.parent_id == select(other.c.id).where(other.c.uuid == found.parent).scalar_subquery()
 
 
-def _filters(found: Found) -> list[ColumnElement[bool]]:
+def _filters(found: OperationQuery) -> list[ColumnElement[bool]]:
     filters: list[ColumnElement[bool]] = []
     if found.status is not None:
         filters.append(or_(false(), *(operation.c.status == each for each in sorted(set(found.status)))))
@@ -169,7 +171,7 @@ def _filters(found: Found) -> list[ColumnElement[bool]]:
     return filters
 
 
-def _bounds(found: Found, key: Any, before: int | None) -> list[ColumnElement[bool]]:
+def _bounds(found: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
     """Return the bounds of the id, which increases with the time of creation."""
     bounds: list[ColumnElement[bool]] = []
     if before is not None:
@@ -181,7 +183,7 @@ def _bounds(found: Found, key: Any, before: int | None) -> list[ColumnElement[bo
     return bounds
 
 
-def _times(found: Found) -> list[ColumnElement[bool]]:
+def _times(found: OperationQuery) -> list[ColumnElement[bool]]:
     """Return the exact bounds of the time of creation; the bounds of the id allow for rounding."""
     times: list[ColumnElement[bool]] = []
     if found.since is not None:

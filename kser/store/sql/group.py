@@ -15,27 +15,27 @@ Item = TypeVar("Item")
 GROUP_LIMIT: Final = 200
 
 
-class Entry(Generic[Item]):
+class PendingWrite(Generic[Item]):
     """An item to write, with its result or error.
 
     :param item: the item to write.
     """
 
-    __slots__ = ("error", "item", "leads", "led", "result", "wake")
+    __slots__ = ("error", "item", "has_leader", "is_leader", "result", "wake")
 
     def __init__(self, item: Item) -> None:
         self.item = item
         self.result: Any = None
         self.error: BaseException | None = None
         #: True once the thread of this entry is the leader, which writes the next group.
-        self.leads = False
+        self.is_leader = False
         #: True once that thread has written its group and has handed the lead over.
-        self.led = False
+        self.has_leader = False
         #: Locked while the thread of this entry waits; a bare lock is the cheapest way to wait.
         self.wake = threading.Lock()
 
 
-class Group(Generic[Item]):
+class GroupCommit(Generic[Item]):
     """Leader/follower group commit.
 
     A thread that finds fewer than ``leaders`` leaders becomes a leader: it writes its own entry and the queued ones as
@@ -46,49 +46,49 @@ class Group(Generic[Item]):
     :param leaders: maximum number of groups that are written at the same time.
     """
 
-    def __init__(self, run: Callable[[Sequence[Entry[Item]]], None], leaders: int) -> None:
+    def __init__(self, run: Callable[[Sequence[PendingWrite[Item]]], None], leaders: int) -> None:
         self._run = run
         self._leaders = leaders
         self._leading = 0
         self._lock = threading.Lock()
-        self._waiting: deque[Entry[Item]] = deque()
+        self._waiting: deque[PendingWrite[Item]] = deque()
 
     def write(self, item: Item) -> Any:
         """Write an item with the next group; return its result or raise its error."""
-        entry = Entry(item)
+        entry = PendingWrite(item)
         try:
             self._queue(entry)
-            if not entry.leads:
+            if not entry.is_leader:
                 # Blocks until a leader has written this entry or hands the lead over to this thread.
                 entry.wake.acquire()
-            if entry.leads:
+            if entry.is_leader:
                 self._lead(entry)
         except BaseException:
             # An exception in this thread, such as KeyboardInterrupt while it waits, must not block the other threads:
             # remove the entry from the queue, and hand the lead over.
-            self._forsake(entry)
+            self._abandon(entry)
             raise
         if entry.error is not None:
             raise entry.error
         return entry.result
 
-    def _queue(self, entry: Entry[Item]) -> None:
+    def _queue(self, entry: PendingWrite[Item]) -> None:
         with self._lock:
-            entry.leads = self._leading < self._leaders
-            if entry.leads:
+            entry.is_leader = self._leading < self._leaders
+            if entry.is_leader:
                 self._leading += 1
             else:
                 entry.wake.acquire()
                 self._waiting.append(entry)
 
-    def _forsake(self, entry: Entry[Item]) -> None:
+    def _abandon(self, entry: PendingWrite[Item]) -> None:
         with self._lock:
             if entry in self._waiting:
                 self._waiting.remove(entry)
-        if entry.leads and not entry.led:
+        if entry.is_leader and not entry.has_leader:
             self._hand_over()
 
-    def _lead(self, own: Entry[Item]) -> None:
+    def _lead(self, own: PendingWrite[Item]) -> None:
         group = [own]
         try:
             with self._lock:
@@ -100,7 +100,7 @@ class Group(Generic[Item]):
                 entry.error = StoreUnavailable(f"the thread that wrote this group commit was interrupted: {error!r}")
             raise
         finally:
-            own.led = True
+            own.has_leader = True
             self._hand_over()
             for entry in group:
                 if entry is not own:
@@ -112,5 +112,5 @@ class Group(Generic[Item]):
                 self._leading -= 1
                 return
             following = self._waiting.popleft()
-            following.leads = True
+            following.is_leader = True
         following.wake.release()

@@ -11,7 +11,7 @@ from sqlalchemy import URL, Connection, Double, Engine, NullPool, bindparam, cre
 from sqlalchemy.pool import QueuePool
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.sql.database import Database, Repeat, Transaction
+from kser.store.sql.database import Database, SerializationConflict, Transaction
 from kser.store.sql.statements import CLOCK
 
 #: Connection options. The timeouts and keepalives detect a lost server within seconds.
@@ -48,9 +48,9 @@ DATA_ERRORS: Final = ("21", "22", "23", "44", "54")
 CONFLICTS: Final = ("40001", "40P01")
 
 #: SQLSTATE prefixes of errors after which the connection is closed.
-LOST: Final = ("08", "25P03", "57P")
+CONNECTION_LOST: Final = ("08", "25P03", "57P")
 
-ADVICE: Final = {
+ERROR_TEXTS: Final = {
     "08": "check that the server is running and reachable",
     "25P03": "this process was stopped inside a transaction for longer than 10 s",
     "25": "the server accepts no writes: it may be a standby",
@@ -69,17 +69,17 @@ class Postgresql(Database):
     """A PostgreSQL server."""
 
     prefix = "postgresql+psycopg"
-    packed = True
+    json_batches = True
     # While the first transaction waits for the disk at its COMMIT, the second one executes.
-    writers = 2
+    max_concurrent_writers = 2
     # statement_timestamp() is constant within a statement, so conditions on it can use an index, and all columns that a
     # statement sets to the current time get the same value.
     now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL) -> None:
         #: Seconds by which the server's clock is ahead of the local clock; None before the first measurement.
-        self._ahead: float | None = None
-        self._measured = 0.0
+        self._clock_offset: float | None = None
+        self._measured_at = 0.0
         super().__init__(url)
 
     def close(self) -> None:
@@ -87,12 +87,12 @@ class Postgresql(Database):
 
     def _time(self, connection: Any) -> float:
         # Use the wall clock: the monotonic clock stops while the machine is suspended.
-        if self._ahead is None or abs(time.time() - self._measured) > MEASURE_SECONDS:
+        if self._clock_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
             # Read the local clock after the response, so that the estimate of the server's time is never ahead of it.
-            self._measured = time.time()
-            self._ahead = there - self._measured
-        return time.time() + self._ahead + self.shift
+            self._measured_at = time.time()
+            self._clock_offset = there - self._measured_at
+        return time.time() + self._clock_offset + self.clock_offset
 
     def _engine(self) -> Engine:
         engine = create_engine(
@@ -122,7 +122,7 @@ class Postgresql(Database):
         except BaseException as error:
             with suppress(Exception):
                 connection.rollback()
-            lost = str(getattr(error, "sqlstate", None)).startswith(LOST)
+            lost = str(getattr(error, "sqlstate", None)).startswith(CONNECTION_LOST)
             if lost or connection.broken or not isinstance(error, Exception):
                 pooled.invalidate()
                 # The other pooled connections are most likely lost too, so replace the pool.
@@ -140,7 +140,7 @@ class Postgresql(Database):
             # COMMIT.
             if not single:
                 cursor.execute("BEGIN")
-            yield Transaction(cursor, self.shift, now, self.packed)
+            yield Transaction(cursor, self.clock_offset, now, self.json_batches)
             if not single:
                 cursor.execute("COMMIT")
 
@@ -150,7 +150,7 @@ class Postgresql(Database):
             cursor = connection.cursor()
             if snapshot:
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            yield Transaction(cursor, self.shift, time.time() + self.shift, self.packed)
+            yield Transaction(cursor, self.clock_offset, time.time() + self.clock_offset, self.json_batches)
             if snapshot:
                 cursor.execute("COMMIT")
 
@@ -161,15 +161,15 @@ class Postgresql(Database):
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
             yield connection
 
-    def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
+    def _classify_error(self, error: Exception) -> tuple[type[KserError], str]:
         state = getattr(error, "sqlstate", None)
         if state is None:
             bad = isinstance(error, self.engine.dialect.loaded_dbapi.DataError)
-            return (StoreError, "") if bad else (StoreUnavailable, ADVICE["08"])
+            return (StoreError, "") if bad else (StoreUnavailable, ERROR_TEXTS["08"])
         if state in CONFLICTS:
-            return Repeat, ""
+            return SerializationConflict, ""
         kind = StoreError if state[:2] in DATA_ERRORS else StoreUnavailable
-        return kind, ADVICE.get(state) or ADVICE.get(state[:2], "")
+        return kind, ERROR_TEXTS.get(state) or ERROR_TEXTS.get(state[:2], "")
 
 
 def _prepare(connection: Any, _record: Any) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from sqlalchemy import BigInteger, Text, bindparam, select
 
-from kser.store.rows import AttemptRow, EventRow, OperationRow, Stored, TaskRow
+from kser.store.rows import AttemptRow, EventRow, OperationRow, OperationSnapshot, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.rows import OPERATION_COLUMNS, TASK_COLUMNS, operation_row
 from kser.store.sql.tables import attempt, event, operation, task
 
 
-class Reading:
+class Queries:
     """The statements that read single operations and their parts.
 
     :param database: the database to read from.
@@ -35,31 +35,31 @@ class Reading:
         self._events = database.statement(events.order_by(event.c.id))
         self._uuid = database.statement(select(own.uuid).where(own.id == key))
 
-    def peek(self, transaction: Transaction, uuid: str) -> OperationRow | None:
+    def get_operation(self, transaction: Transaction, uuid: str) -> OperationRow | None:
         """See :meth:`kser.store.base.Store.get_operation`."""
-        found = transaction.run(self._by_uuid, {"uuid": uuid}).fetchone()
+        found = transaction.execute(self._by_uuid, {"uuid": uuid}).fetchone()
         return None if found is None else operation_row(found)
 
-    def tasks(self, transaction: Transaction, operation_id: int) -> Sequence[TaskRow]:
+    def get_tasks(self, transaction: Transaction, operation_id: int) -> Sequence[TaskRow]:
         """See :meth:`kser.store.base.Store.get_tasks`."""
-        return [TaskRow(*row) for row in transaction.run(self._tasks, {"key": operation_id}).fetchall()]
+        return [TaskRow(*row) for row in transaction.execute(self._tasks, {"key": operation_id}).fetchall()]
 
-    def task(self, transaction: Transaction, operation_id: int, position: int) -> TaskRow | None:
+    def get_task(self, transaction: Transaction, operation_id: int, position: int) -> TaskRow | None:
         """See :meth:`kser.store.base.Store.get_task`."""
-        row = transaction.run(self._task, {"key": operation_id, "position": position}).fetchone()
+        row = transaction.execute(self._task, {"key": operation_id, "position": position}).fetchone()
         return None if row is None else TaskRow(*row)
 
-    def children(self, transaction: Transaction, root_id: int) -> Sequence[OperationRow]:
+    def get_children(self, transaction: Transaction, root_id: int) -> Sequence[OperationRow]:
         """See :meth:`kser.store.base.Store.get_children`."""
-        return [operation_row(row) for row in transaction.run(self._children, {"key": root_id}).fetchall()]
+        return [operation_row(row) for row in transaction.execute(self._children, {"key": root_id}).fetchall()]
 
-    def get(self, transaction: Transaction, uuid: str) -> Stored | None:
+    def snapshot(self, transaction: Transaction, uuid: str) -> OperationSnapshot | None:
         """See :meth:`kser.store.base.Store.snapshot`."""
-        row = self.peek(transaction, uuid)
+        row = self.get_operation(transaction, uuid)
         if row is None:
             return None
-        tasks = self.tasks(transaction, row.id)
-        attempts = [AttemptRow(*found) for found in transaction.run(self._attempts, {"key": row.id}).fetchall()]
-        events = [EventRow(*found) for found in transaction.run(self._events, {"key": row.root_id}).fetchall()]
-        (root_uuid,) = transaction.run(self._uuid, {"key": row.root_id}).fetchone()
-        return Stored(row, tasks, attempts, events, root_uuid)
+        tasks = self.get_tasks(transaction, row.id)
+        attempts = [AttemptRow(*found) for found in transaction.execute(self._attempts, {"key": row.id}).fetchall()]
+        events = [EventRow(*found) for found in transaction.execute(self._events, {"key": row.root_id}).fetchall()]
+        (root_uuid,) = transaction.execute(self._uuid, {"key": row.root_id}).fetchone()
+        return OperationSnapshot(row, tasks, attempts, events, root_uuid)

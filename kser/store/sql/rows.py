@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kser import status as states
-from kser.store.rows import UNSENT_AFTER, Claimant, NewOperation, NewTask, OperationRow, Target, TaskRow
+from kser.store.rows import RESEND_UNSENT_AFTER, ClaimRequest, NewOperation, NewTask, OperationRow, StepMessage, TaskRow
 from kser.store.sql.tables import operation, task
 
 #: Epoch of the ids: the start of 2020 in seconds since 1970. An id has microseconds in its high bits and 12 random low
 #: bits, so 63 bits last until 2091.
-BEGINNING: Final = 1_577_836_800
-CHANCE_BITS: Final = 12
+ID_EPOCH: Final = 1_577_836_800
+RANDOM_BITS: Final = 12
 
 #: Maximum number of characters of a label that are stored and searched, because an index entry of PostgreSQL is limited
 #: to about 2,700 bytes.
-KEY_LIMIT: Final = 128
-VALUE_LIMIT: Final = 512
+MAX_LABEL_KEY: Final = 128
+MAX_LABEL_VALUE: Final = 512
 
 #: The columns of the tables, in the field order of the contract's rows.
 OPERATION_COLUMNS: Final = (
@@ -34,44 +34,44 @@ _PLAIN: Final = len(OperationRow._fields) - 1
 _CANCEL: Final = OperationRow._fields.index("cancel_requested")
 
 
-class Ids:
+class IdGenerator:
     """A generator of ids that increase with time: strictly in one process, approximately across processes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = 0
 
-    def take(self, now: float, count: int) -> int:
+    def next_ids(self, now: float, count: int) -> int:
         """Reserve ``count`` consecutive ids, and return the first one."""
         with self._lock:
-            first = max(id_at(now) + random.getrandbits(CHANCE_BITS), self._last + 1)
+            first = max(id_at(now) + random.getrandbits(RANDOM_BITS), self._last + 1)
             self._last = first + count - 1
             return first
 
 
 def id_at(moment: float) -> int:
     """Return the lowest id of a time."""
-    return int(max(moment - BEGINNING, 0) * 1_000_000) << CHANCE_BITS
+    return int(max(moment - ID_EPOCH, 0) * 1_000_000) << RANDOM_BITS
 
 
 def time_of(identifier: int) -> float:
     """Return the time at which an id was generated."""
-    return BEGINNING + (identifier >> CHANCE_BITS) / 1_000_000
+    return ID_EPOCH + (identifier >> RANDOM_BITS) / 1_000_000
 
 
 def operation_row(row: Sequence[Any]) -> OperationRow:
     """Convert a row that was read with :data:`OPERATION_COLUMNS`."""
-    values = [*row[:_PLAIN], Target(*row[_PLAIN : _PLAIN + 3])]
+    values = [*row[:_PLAIN], StepMessage(*row[_PLAIN : _PLAIN + 3])]
     values[_CANCEL] = bool(values[_CANCEL])
     return OperationRow._make(values)
 
 
-def label(key: str, value: str) -> tuple[str, str]:
+def label_row(key: str, value: str) -> tuple[str, str]:
     """Return a label, cut to the lengths that are stored and searched."""
-    return key[:KEY_LIMIT], value[:VALUE_LIMIT]
+    return key[:MAX_LABEL_KEY], value[:MAX_LABEL_VALUE]
 
 
-class NewRows:
+class InsertRows:
     """The rows to insert for new operations, including nested ones."""
 
     def __init__(self) -> None:
@@ -79,18 +79,18 @@ class NewRows:
         self.tasks: list[dict[str, Any]] = []
         self.labels: list[dict[str, Any]] = []
 
-    def add_root(self, new: NewOperation, first_id: int, claimant: Claimant | None) -> None:
+    def add_root(self, new: NewOperation, first_id: int, request: ClaimRequest | None) -> None:
         """Add the rows of a root, claimed if ``claimant`` is given.
 
         :param first_id: first of the reserved consecutive ids, one per operation in the root (:func:`count`).
         """
-        claimed = {} if claimant is None else {"owner": claimant.owner, "token": claimant.token}
+        claimed = {} if request is None else {"owner": request.owner, "token": request.token}
         root = {
-            "status": states.PENDING if claimant is None else states.RUNNING,
-            "epoch": int(claimant is not None),
-            "claims": int(claimant is not None),
-            "wait": UNSENT_AFTER if claimant is None else claimant.lease,
-            "started": int(claimant is not None),
+            "status": states.PENDING if request is None else states.RUNNING,
+            "epoch": int(request is not None),
+            "claim_count": int(request is not None),
+            "wait": RESEND_UNSENT_AFTER if request is None else request.lease,
+            "started": int(request is not None),
             "owner": None,
             "token": None,
             **claimed,
@@ -100,7 +100,7 @@ class NewRows:
     def add_tasks(self, new: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
         """Add the rows of the tasks of an operation, and of the operations nested in them."""
         for position, each in enumerate(new):
-            child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, INNER)
+            child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, CHILD_DEFAULTS)
             self.tasks.append(
                 {
                     "operation_id": operation_id,
@@ -110,7 +110,7 @@ class NewRows:
                     "topic": each.topic,
                     "status": each.status,
                     "attempts": 0,
-                    "resumed_after": 0,
+                    "attempts_before_resume": 0,
                     "child_id": child,
                     "params": each.params,
                     "metadata": each.metadata,
@@ -131,13 +131,13 @@ class NewRows:
                 "root_id": root_id,
                 "mode": new.mode,
                 "topic": new.topic,
-                "hooks": new.hooks,
+                "overrides": new.overrides,
                 "params": new.params,
                 "metadata": new.metadata,
                 "phase": new.phase,
                 "step": new.step,
-                "size": None if new.tasks is None else len(new.tasks),
-                "so_far": new.so_far,
+                "task_count": None if new.tasks is None else len(new.tasks),
+                "accumulated": new.accumulated,
                 "created_at": time_of(identifier),
                 "target_uuid": new.target.uuid,
                 "target_entrypoint": new.target.entrypoint,
@@ -145,17 +145,17 @@ class NewRows:
                 **own,
             }
         )
-        labels = {label(key, value) for key, value in new.labels}
+        labels = {label_row(key, value) for key, value in new.labels}
         self.labels += ({"key": key, "value": value, "operation_id": identifier} for key, value in labels)
         self.add_tasks(new.tasks or (), identifier, root_id, ids)
         return identifier
 
 
 #: Column defaults of a nested operation, for the columns that describe the claim of a root.
-INNER: Final[Mapping[str, Any]] = {
+CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,
-    "claims": 0,
+    "claim_count": 0,
     "wait": None,
     "started": 0,
     "owner": None,

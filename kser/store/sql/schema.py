@@ -35,7 +35,7 @@ def version_of(database: Database) -> Version | None:
     """
     if not database.exists():
         return None
-    with database.looking() as connection:
+    with database.inspect_connection() as connection:
         return _version(connection)
 
 
@@ -48,7 +48,7 @@ def check(database: Database, *, create: bool) -> None:
     """
     found = version_of(database)
     if found is None and create:
-        with database.migrating() as connection:
+        with database.migration_transaction() as connection:
             # Another process may have created the tables meanwhile.
             if _version(connection) is None:
                 _migrate(connection)
@@ -63,7 +63,7 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
-    with database.migrating() as connection:
+    with database.migration_transaction() as connection:
         before = _version(connection)
         if before is None or before.version < VERSION:
             _migrate(connection)

@@ -26,7 +26,7 @@ CACHE_KIB: Final = 16_384
 SYNCHRONOUS: Final = ("FULL", "NORMAL")
 
 #: Result codes of errors that are not caused by the data, with advice for the operator.
-TROUBLES: Final = {
+ERROR_TEXTS: Final = {
     sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: run 'python -m kser.store status'",
     sqlite3.SQLITE_PERM: "this process is not allowed to open the file",
     sqlite3.SQLITE_BUSY: "another process has held the write lock for longer than 30 s",
@@ -53,8 +53,8 @@ class Sqlite(Database):
     """
 
     prefix = "sqlite"
-    packed = False
-    writers = 1
+    json_batches = False
+    max_concurrent_writers = 1
     now = bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL, synchronous: str = "FULL") -> None:
@@ -119,8 +119,8 @@ class Sqlite(Database):
     def _transaction(self, cursor: Any) -> Transaction:
         # Read the clock inside the transaction, after the write lock was obtained: a time from before the wait for the
         # lock would be stale.
-        now = time.time() + self.shift
-        return Transaction(cursor, now, now, self.packed)
+        now = time.time() + self.clock_offset
+        return Transaction(cursor, now, now, self.json_batches)
 
     def _roll_back(self) -> None:
         try:
@@ -159,11 +159,11 @@ class Sqlite(Database):
             yield connection
             connection.commit()
 
-    def _meaning(self, error: Exception) -> tuple[type[KserError], str]:
+    def _classify_error(self, error: Exception) -> tuple[type[KserError], str]:
         # The lowest byte of an extended result code is the primary one.
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in TROUBLES:
-            return StoreUnavailable, TROUBLES[code]
+        if code in ERROR_TEXTS:
+            return StoreUnavailable, ERROR_TEXTS[code]
         return StoreError, ""
 
 

@@ -52,7 +52,7 @@ class Statement:
         self.constants: dict[str, Any] = {name: b.value for name, b in compiled.binds.items() if not b.required}
 
 
-class Source:
+class RowSource:
     """The source of the row values of a statement: bind parameters, or one JSON text with all rows.
 
     :param packed: True for one JSON text.
@@ -60,22 +60,22 @@ class Source:
     :param name: bind parameter of the JSON text.
     """
 
-    def __init__(self, packed: bool, types: Types, name: str = ROWS) -> None:
-        self.packed = packed
-        if packed:
+    def __init__(self, json_batches: bool, types: Types, name: str = ROWS) -> None:
+        self.json_batches = json_batches
+        if json_batches:
             text = cast(bindparam(name, type_=Text), JSON)
             columns = [column(name, kind) for name, kind in types.items()]
             self._rows = func.json_to_recordset(text).table_valued(*columns).render_derived(with_types=True)
         self._types = types
-        self._where = self._few() if packed else ()
+        self._where = self._row_estimate_hint() if json_batches else ()
 
     def __getitem__(self, name: str) -> ColumnElement[Any]:
-        if self.packed:
+        if self.json_batches:
             found: ColumnElement[Any] = self._rows.c[name]
             return found
         return bindparam(name, type_=self._types[name])
 
-    def _few(self) -> tuple[ColumnElement[bool], ...]:
+    def _row_estimate_hint(self) -> tuple[ColumnElement[bool], ...]:
         """Return a condition that is always true and makes the planner estimate about one row.
 
         Without it the planner estimates 100 rows and prefers to read a small table whole, and it keeps that plan after
@@ -88,7 +88,7 @@ class Source:
 
     def insert(self, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
         """Return a statement that inserts each row."""
-        if self.packed:
+        if self.json_batches:
             return insert(table).from_select(list(values), select(*values.values()).select_from(self._rows))
         return insert(table).values(dict(values)).inline()
 
@@ -96,9 +96,9 @@ class Source:
         """Return a statement that updates the table rows that match each row."""
         return update(table).where(*where, *self._where).values(dict(values))
 
-    def update_free(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
+    def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
         """Return a statement like that of :meth:`update` that skips table rows locked by other transactions."""
-        if not self.packed:
+        if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id
         free = select(key).select_from(self._rows, table).where(*where, *self._where)
@@ -112,7 +112,7 @@ class Source:
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that reads the table rows that match each row."""
         found = select(*columns).where(*where, *self._where)
-        return found.select_from(self._rows, table) if self.packed else found.select_from(table)
+        return found.select_from(self._rows, table) if self.json_batches else found.select_from(table)
 
 
 def types_of(table: Table, *names: str) -> dict[str, Any]:

@@ -16,29 +16,29 @@ from kser.store.base import Store
 from kser.store.rows import (
     Checkpoint,
     Claim,
-    Claimant,
-    Due,
-    Found,
+    ClaimRefused,
+    ClaimRequest,
+    DueStep,
     NewOperation,
+    OperationQuery,
     OperationRow,
+    OperationSnapshot,
     Page,
-    Refusal,
-    Stored,
     TaskRow,
 )
 from kser.store.sql import schema
-from kser.store.sql.claiming import Take
+from kser.store.sql.claiming import ClaimCommand
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.endings import Endings
-from kser.store.sql.finding import Finding
+from kser.store.sql.endings import Lifecycle
+from kser.store.sql.finding import OperationSearch
 from kser.store.sql.postgresql import Postgresql
-from kser.store.sql.reading import Reading
-from kser.store.sql.reaping import Reaping
-from kser.store.sql.saving import Save
+from kser.store.sql.reading import Queries
+from kser.store.sql.reaping import Leases
+from kser.store.sql.saving import SaveRequest
 from kser.store.sql.sqlite import Sqlite
-from kser.store.sql.writing import Writing, repeated
+from kser.store.sql.writing import BatchWriter, retry_on_conflict
 
-Result = TypeVar("Result")
+R = TypeVar("R")
 
 EXAMPLES = "sqlite:///shop.db or postgresql+psycopg://user@host/database"
 
@@ -60,117 +60,119 @@ class SQLStore(Store):
     def __init__(self, uri: str, *, synchronous: str = "FULL") -> None:
         self._database = database_at(uri, synchronous)
         self.name = self._database.name
-        self._writing = Writing(self._database)
-        self._reading = Reading(self._database)
-        self._finding = Finding(self._database)
-        self._reaping = Reaping(self._database, self._writing.adding)
-        self._endings = Endings(self._database, self._writing.adding)
+        self._writer = BatchWriter(self._database)
+        self._queries = Queries(self._database)
+        self._search = OperationSearch(self._database)
+        self._leases = Leases(self._database, self._writer.inserts)
+        self._lifecycle = Lifecycle(self._database, self._writer.inserts)
         self._checked = False
         self._lock = threading.Lock()
 
     @property
-    def _shift(self) -> float:
+    def _clock_offset(self) -> float:
         """Seconds that are added to the clock; used by tests."""
-        return self._database.shift
+        return self._database.clock_offset
 
-    @_shift.setter
-    def _shift(self, seconds: float) -> None:
-        self._database.shift = seconds
+    @_clock_offset.setter
+    def _clock_offset(self, seconds: float) -> None:
+        self._database.clock_offset = seconds
 
     def check(self) -> None:
         with self._lock:
             schema.check(self._database, create=isinstance(self._database, Sqlite))
             self._checked = True
 
-    def save(self, operation: NewOperation, claimant: Claimant | None = None) -> Claim | Refusal | int:
-        self._first()
-        found: Claim | Refusal | int = self._writing.write(Save(operation, claimant))
+    def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
+        self._ensure_schema()
+        found: Claim | ClaimRefused | int = self._writer.write(SaveRequest(operation, request))
         return found
 
-    def claim(self, uuid: str, step: str, claimant: Claimant) -> Claim | Refusal | None:
-        self._first()
-        found: Claim | Refusal | None = self._writing.write(Take(uuid, step, claimant))
+    def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
+        self._ensure_schema()
+        found: Claim | ClaimRefused | None = self._writer.write(ClaimCommand(uuid, step, request))
         return found
 
     def checkpoint(self, checkpoint: Checkpoint) -> str:
-        self._first()
-        return str(self._writing.write(checkpoint))
+        self._ensure_schema()
+        return str(self._writer.write(checkpoint))
 
-    def peek(self, uuid: str) -> OperationRow | None:
+    def get_operation(self, uuid: str) -> OperationRow | None:
         with self._read() as transaction:
-            return self._reading.peek(transaction, uuid)
+            return self._queries.get_operation(transaction, uuid)
 
-    def tasks(self, operation_id: int) -> Sequence[TaskRow]:
+    def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
         with self._read() as transaction:
-            return self._reading.tasks(transaction, operation_id)
+            return self._queries.get_tasks(transaction, operation_id)
 
-    def task(self, operation_id: int, position: int) -> TaskRow | None:
+    def get_task(self, operation_id: int, position: int) -> TaskRow | None:
         with self._read() as transaction:
-            return self._reading.task(transaction, operation_id, position)
+            return self._queries.get_task(transaction, operation_id, position)
 
-    def children(self, root_id: int) -> Sequence[OperationRow]:
+    def get_children(self, root_id: int) -> Sequence[OperationRow]:
         with self._read() as transaction:
-            return self._reading.children(transaction, root_id)
+            return self._queries.get_children(transaction, root_id)
 
-    def get(self, uuid: str) -> Stored | None:
+    def snapshot(self, uuid: str) -> OperationSnapshot | None:
         with self._read(snapshot=True) as transaction:
-            return self._reading.get(transaction, uuid)
+            return self._queries.snapshot(transaction, uuid)
 
-    def find(self, found: Found, limit: int, after: str | None = None) -> Page:
+    def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
         with self._read(snapshot=True) as transaction:
-            return self._finding.find(transaction, found, limit, after)
+            return self._search.find(transaction, query, limit, after)
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
-        found = self._write(lambda transaction: self._reaping.renew_free(transaction, pairs, owner, lease))
+        found = self._write(lambda transaction: self._leases.renew_free(transaction, pairs, owner, lease))
         # In SQLite there is only one writer, so no row was locked and skipped; a missing claim is really lost.
-        missing = [pair for pair in pairs if pair[0] not in found] if self._database.packed else []
+        missing = [pair for pair in pairs if pair[0] not in found] if self._database.json_batches else []
         for pair in missing:
-            found |= self._write(partial(self._reaping.renew, claim=pair, owner=owner, lease=lease))
+            found |= self._write(partial(self._leases.renew, claim=pair, owner=owner, lease=lease))
         return found
 
-    def sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         pairs = list(steps)
-        self._write(lambda transaction: self._reaping.sent(transaction, pairs, resend_after))
+        self._write(lambda transaction: self._leases.mark_sent(transaction, pairs, resend_after))
 
-    def take_due(self, limit: int, consumer: str, *, expired: bool) -> Sequence[Due]:
-        return self._write(lambda transaction: self._reaping.take_due(transaction, limit, consumer, expired=expired))
+    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
+        return self._write(
+            lambda transaction: self._leases.take_due_steps(transaction, limit, consumer, expired=expired)
+        )
 
-    def unsent(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+    def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         pairs = list(steps)
-        self._write(lambda transaction: self._reaping.unsent(transaction, pairs, wait))
+        self._write(lambda transaction: self._leases.postpone_send(transaction, pairs, wait))
 
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
-        return self._write(lambda transaction: self._endings.cancel(transaction, uuid, reason))
+        return self._write(lambda transaction: self._lifecycle.cancel(transaction, uuid, reason))
 
     def resume(self, uuid: str) -> OperationRow | None:
-        return self._write(lambda transaction: self._endings.resume(transaction, uuid))
+        return self._write(lambda transaction: self._lifecycle.resume(transaction, uuid))
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
-        return self._write(lambda transaction: self._endings.purge(transaction, older_than, status, limit))
+        return self._write(lambda transaction: self._lifecycle.purge(transaction, older_than, status, limit))
 
     def close(self) -> None:
         self._database.close()
 
-    def _first(self) -> None:
+    def _ensure_schema(self) -> None:
         """Check the schema before the first use: create a SQLite file, and reject incompatible tables."""
         if not self._checked:
             self.check()
 
     @contextmanager
     def _read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
-        self._first()
+        self._ensure_schema()
         with self._database.read(snapshot=snapshot) as transaction:
             yield transaction
 
-    def _write(self, work: Callable[[Transaction], Result]) -> Result:
-        self._first()
+    def _write(self, work: Callable[[Transaction], R]) -> R:
+        self._ensure_schema()
 
-        def run() -> Result:
+        def run() -> R:
             with self._database.write() as transaction:
                 return work(transaction)
 
-        return repeated(run)
+        return retry_on_conflict(run)
 
 
 def database_at(uri: str, synchronous: str = "FULL") -> Database:

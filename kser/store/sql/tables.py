@@ -38,11 +38,11 @@ operation: Final = Table(
     Column("root_id", BigInteger, nullable=False),
     Column("mode", Text, nullable=False),
     Column("topic", Text, nullable=False),
-    Column("hooks", Integer, nullable=False),
+    Column("overrides", Integer, nullable=False),
     Column("status", Text, nullable=False),
     Column("phase", Text, nullable=False),
     Column("step", Integer, nullable=False),
-    Column("size", Integer),
+    Column("task_count", Integer),
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("ended_at", Double),
@@ -51,17 +51,17 @@ operation: Final = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("owner", Text),
     Column("token", Text),
-    Column("wake_at", Double),
+    Column("next_check_at", Double),
     Column("due_at", Double, nullable=False),
-    Column("claims", Integer, nullable=False),
-    Column("sends", Integer, nullable=False),
+    Column("claim_count", Integer, nullable=False),
+    Column("send_count", Integer, nullable=False),
     Column("sent_at", Double),
     Column("target_uuid", Text, nullable=False),
     Column("target_entrypoint", Text, nullable=False),
     Column("target_topic", Text, nullable=False),
     Column("params", Text, nullable=False),
     Column("metadata", Text, nullable=False),
-    Column("so_far", Text, nullable=False),
+    Column("accumulated", Text, nullable=False),
     Column("result", Text),
     UniqueConstraint("uuid", name="kser_operation_uuid"),
 )
@@ -70,7 +70,7 @@ _ROOT = text("parent_id IS NULL")
 _INNER = text("parent_id IS NOT NULL")
 _AWAKE = text("wake_at IS NOT NULL")
 
-Index("kser_operation_wake", operation.c.wake_at, sqlite_where=_AWAKE, postgresql_where=_AWAKE)
+Index("kser_operation_wake", operation.c.next_check_at, sqlite_where=_AWAKE, postgresql_where=_AWAKE)
 Index("kser_operation_status", operation.c.status, operation.c.id, sqlite_where=_ROOT, postgresql_where=_ROOT)
 Index(
     "kser_operation_entrypoint",
@@ -93,7 +93,7 @@ task: Final = Table(
     Column("topic", Text, nullable=False),
     Column("status", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
-    Column("resumed_after", Integer, nullable=False),
+    Column("attempts_before_resume", Integer, nullable=False),
     Column("child_id", BigInteger),
     Column("params", Text, nullable=False),
     Column("metadata", Text, nullable=False),

@@ -9,39 +9,39 @@ from typing import Any, Final, TypeVar
 
 from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.rows import Checkpoint
-from kser.store.sql.adding import Adding
-from kser.store.sql.checkpoints import Recording, Uneven
-from kser.store.sql.claiming import Claiming, Take
-from kser.store.sql.database import ATTEMPTS, Database, Repeat
-from kser.store.sql.group import Entry, Group
-from kser.store.sql.rows import Ids
-from kser.store.sql.saving import Save, Saving
+from kser.store.sql.adding import Inserts
+from kser.store.sql.checkpoints import CheckpointWriter, RowCountMismatch
+from kser.store.sql.claiming import ClaimCommand, Claims
+from kser.store.sql.database import CONFLICT_ATTEMPTS, Database, SerializationConflict
+from kser.store.sql.group import GroupCommit, PendingWrite
+from kser.store.sql.rows import IdGenerator
+from kser.store.sql.saving import OperationInserts, SaveRequest
 
-Work = Save | Take | Checkpoint
-Result = TypeVar("Result")
+Work = SaveRequest | ClaimCommand | Checkpoint
+R = TypeVar("R")
 
 #: Marks an entry that was not written with its batch; it is written in a transaction of its own.
-ALONE: Final = object()
+NOT_WRITTEN: Final = object()
 
 
-class Sorts:
+class Batch:
     """A batch of entries, grouped by kind of write and keyed by index.
 
     :param entries: the entries to write.
     """
 
-    def __init__(self, entries: Sequence[Entry[Work]]) -> None:
+    def __init__(self, entries: Sequence[PendingWrite[Work]]) -> None:
         self.count = len(entries)
-        self.saves: dict[int, Save] = {}
-        self.takes: dict[int, Take] = {}
+        self.saves: dict[int, SaveRequest] = {}
+        self.claims: dict[int, ClaimCommand] = {}
         self.checkpoints: dict[int, Checkpoint] = {}
         roots: set[int] = set()
         for index, entry in enumerate(entries):
             work = entry.item
-            if isinstance(work, Save):
+            if isinstance(work, SaveRequest):
                 self.saves[index] = work
-            elif isinstance(work, Take):
-                self.takes[index] = work
+            elif isinstance(work, ClaimCommand):
+                self.claims[index] = work
             elif work.root_id not in roots:
                 # Only the first of two checkpoints for one root joins the batch; the second is written in a transaction
                 # of its own.
@@ -49,71 +49,78 @@ class Sorts:
                 self.checkpoints[index] = work
 
 
-class Writing:
+class BatchWriter:
     """The writer of all threads, with a group commit.
 
     :param database: the database to write to.
     """
 
     def __init__(self, database: Database) -> None:
-        ids = Ids()
-        self.adding = Adding(database)
-        self.claiming = Claiming(database, self.adding)
-        self.saving = Saving(database, self.adding, self.claiming, ids)
-        self.recording = Recording(database, self.adding, ids)
+        ids = IdGenerator()
+        self.inserts = Inserts(database)
+        self.claims = Claims(database, self.inserts)
+        self.saves = OperationInserts(database, self.inserts, self.claims, ids)
+        self.checkpoints = CheckpointWriter(database, self.inserts, ids)
         self._database = database
-        kinds: tuple[type[Work], ...] = (Save, Take, Checkpoint)
-        one: Group[Work] = Group(self._run, database.writers)
+        kinds: tuple[type[Work], ...] = (SaveRequest, ClaimCommand, Checkpoint)
+        one: GroupCommit[Work] = GroupCommit(self._run, database.max_concurrent_writers)
         # PostgreSQL writes a batch in one statement, which is its own transaction, and one statement can write only one
         # kind. So each kind has a group there; SQLite has one group, whose transactions are shared by all kinds.
-        self._groups = {kind: Group(self._run, database.writers) if database.packed else one for kind in kinds}
+        self._groups = {
+            kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else one
+            for kind in kinds
+        }
 
     def write(self, work: Work) -> Any:
         """Write one item, batched with the concurrent writes of other threads."""
         return self._groups[type(work)].write(work)
 
-    def _run(self, entries: Sequence[Entry[Work]]) -> None:
-        results: list[Any] = [ALONE] * len(entries)
+    def _run(self, entries: Sequence[PendingWrite[Work]]) -> None:
+        results: list[Any] = [NOT_WRITTEN] * len(entries)
         trouble: StoreUnavailable | None = None
         try:
-            self._fastest(entries, results)
+            self._write_batch(entries, results)
         except StoreUnavailable as error:
             trouble = error
         for entry, result in zip(entries, results, strict=True):
-            if result is not ALONE:
+            if result is not NOT_WRITTEN:
                 # This entry was committed before the database became unavailable, so its result is valid.
                 entry.result = result
             elif trouble is None:
-                self._run_alone(entry)
+                self._run_single(entry)
             else:
                 # Each thread raises its own object: raising one object in several threads would mix their tracebacks.
                 entry.error = type(trouble)(trouble.message)
                 entry.error.__cause__ = trouble.__cause__
 
-    def _fastest(self, entries: Sequence[Entry[Work]], results: list[Any]) -> None:
+    def _write_batch(self, entries: Sequence[PendingWrite[Work]], results: list[Any]) -> None:
         """Write entries in one statement, then the remaining ones in one transaction.
 
         The result of an entry that was not written in either way stays ``NOT_WRITTEN``.
         """
-        left, sorts = list(range(len(entries))), Sorts(entries)
-        for way in (self._at_once, self._together) if self._fits_at_once(sorts) else (self._together,):
-            with suppress(StoreError, Uneven):
-                for index, result in zip(left, repeated(partial(way, sorts)), strict=True):
+        left, sorts = list(range(len(entries))), Batch(entries)
+        for way in (
+            (self._in_one_statement, self._in_one_transaction)
+            if self._fits_one_statement(sorts)
+            else (self._in_one_transaction,)
+        ):
+            with suppress(StoreError, RowCountMismatch):
+                for index, result in zip(left, retry_on_conflict(partial(way, sorts)), strict=True):
                     results[index] = result
-            left = [index for index in left if results[index] is ALONE]
+            left = [index for index in left if results[index] is NOT_WRITTEN]
             if not left:
                 break
-            sorts = Sorts([entries[index] for index in left])
+            sorts = Batch([entries[index] for index in left])
 
-    def _fits_at_once(self, sorts: Sorts) -> bool:
+    def _fits_one_statement(self, sorts: Batch) -> bool:
         """Return whether one statement can write the batch. On PostgreSQL all its entries are of one kind."""
         return (
-            self._database.packed
-            and self.recording.fits_at_once(list(sorts.checkpoints.values()))
-            and self.saving.fits_at_once(list(sorts.saves.values()))
+            self._database.json_batches
+            and self.checkpoints.fits_one_statement(list(sorts.checkpoints.values()))
+            and self.saves.fits_one_statement(list(sorts.saves.values()))
         )
 
-    def _at_once(self, sorts: Sorts) -> list[Any]:
+    def _in_one_statement(self, sorts: Batch) -> list[Any]:
         """Write a batch in one statement.
 
         A claim that this statement cannot make is left out; any other entry that does not fit fails the statement.
@@ -121,68 +128,68 @@ class Writing:
         found: list[tuple[int, Any]] = []
         with self._database.write(single=True) as transaction:
             if sorts.checkpoints:
-                statuses = self.recording.record_at_once(transaction, list(sorts.checkpoints.values()))
+                statuses = self.checkpoints.record_in_one_statement(transaction, list(sorts.checkpoints.values()))
                 found += zip(sorts.checkpoints, statuses, strict=True)
-            if sorts.takes:
-                claims = self.claiming.take_at_once(transaction, list(sorts.takes.values()))
-                found += zip(sorts.takes, claims, strict=True)
+            if sorts.claims:
+                claims = self.claims.claim_in_one_statement(transaction, list(sorts.claims.values()))
+                found += zip(sorts.claims, claims, strict=True)
             if sorts.saves:
-                saved = self.saving.store_at_once(transaction, list(sorts.saves.values()))
+                saved = self.saves.store_in_one_statement(transaction, list(sorts.saves.values()))
                 found += zip(sorts.saves, saved, strict=True)
         results = {at: result for at, result in found if result is not None}
-        return [results.get(index, ALONE) for index in range(sorts.count)]
+        return [results.get(index, NOT_WRITTEN) for index in range(sorts.count)]
 
-    def _together(self, sorts: Sorts) -> list[Any]:
+    def _in_one_transaction(self, sorts: Batch) -> list[Any]:
         """Write a batch in one transaction. An entry that does not fit fails the whole batch."""
         results: dict[int, Any] = {}
         with self._database.write() as transaction:
             if sorts.checkpoints:
-                statuses = self.recording.record(transaction, list(sorts.checkpoints.values()))
+                statuses = self.checkpoints.record(transaction, list(sorts.checkpoints.values()))
                 results.update(zip(sorts.checkpoints, statuses, strict=True))
-            if sorts.takes:
-                claims = self.claiming.take(transaction, list(sorts.takes.values()))
-                results.update(zip(sorts.takes, claims, strict=True))
+            if sorts.claims:
+                claims = self.claims.claim(transaction, list(sorts.claims.values()))
+                results.update(zip(sorts.claims, claims, strict=True))
             if sorts.saves:
-                saved = self.saving.store(transaction, list(sorts.saves.values()))
+                saved = self.saves.store(transaction, list(sorts.saves.values()))
                 results.update(zip(sorts.saves, saved, strict=True))
-        return [results.get(index, ALONE) for index in range(sorts.count)]
+        return [results.get(index, NOT_WRITTEN) for index in range(sorts.count)]
 
-    def _run_alone(self, entry: Entry[Work]) -> None:
+    def _run_single(self, entry: PendingWrite[Work]) -> None:
         try:
-            entry.result = repeated(lambda: self._alone(entry.item))
+            entry.result = retry_on_conflict(lambda: self._single(entry.item))
         except KserError as error:
             entry.error = error
 
-    def _alone(self, work: Work) -> Any:
-        if isinstance(work, Save):
-            return self._save_alone(work)
+    def _single(self, work: Work) -> Any:
+        if isinstance(work, SaveRequest):
+            return self._save_single(work)
         with self._database.write() as transaction:
-            if isinstance(work, Take):
-                return self.claiming.take(transaction, [work])[0]
-            return self.recording.settle(transaction, work)
+            if isinstance(work, ClaimCommand):
+                return self.claims.claim(transaction, [work])[0]
+            return self.checkpoints.resolve_mismatch(transaction, work)
 
-    def _save_alone(self, save: Save) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
+    def _save_single(self, save: SaveRequest) -> Any:
+        for attempt in range(1, CONFLICT_ATTEMPTS + 1):
             try:
                 with self._database.write() as transaction:
-                    known = self.saving.known(transaction, save)
-                    return self.saving.store(transaction, [save])[0] if known is None else known
+                    known = self.saves.known(transaction, save)
+                    return self.saves.store(transaction, [save])[0] if known is None else known
             except StoreError:
                 # Another process may have stored the same operation, or an operation with the same id, between the
                 # check and the insert. The next try reads it.
-                if attempt == ATTEMPTS:
+                if attempt == CONFLICT_ATTEMPTS:
                     raise
         raise AssertionError("not reached")
 
 
-def repeated(call: Callable[[], Result]) -> Result:
+def retry_on_conflict(call: Callable[[], R]) -> R:
     """Return the result of ``call``, which is repeated after a conflict with another transaction.
 
     :raises kser.errors.StoreUnavailable: every try ended with a conflict.
     """
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(CONFLICT_ATTEMPTS - 1):
         try:
             return call()
-        except Repeat:
+        except SerializationConflict:
             pass
     return call()
