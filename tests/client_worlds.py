@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from kser.confluent.client import ConfluentClient
 from kser.consumer.client import Commit, ConsumerClient, Partition
-from kser.dummy.bus import Bus, DummyClient
+from kser.dummy.bus import DummyClient, InMemoryBroker
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect
 from tests.client_contract import PATIENCE, World, plain
@@ -25,7 +25,7 @@ class DummyWorld(World):
     """The in-memory bus."""
 
     def __init__(self) -> None:
-        self.bus = Bus()
+        self.bus = InMemoryBroker()
 
     def new_topic(self, partitions: int = 1) -> str:
         name = f"topic-{next(NUMBERS)}"

@@ -21,7 +21,7 @@ import pytest
 
 import kser.signals
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from tests.engine import Act
 
 if TYPE_CHECKING:
@@ -140,18 +140,20 @@ def database(postgresql: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[Bus]:
+def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[InMemoryBroker]:
     """A bus of this test's own, and on it a task that does what the test says. Everything is logged."""
     Controller.register(Act.path, Act)
     caplog.set_level(logging.DEBUG, "kser")
-    yield Bus.at("")
-    Bus.reset()
+    yield InMemoryBroker.at("")
+    InMemoryBroker.reset()
     Act.acts.clear()
     Act.seen.clear()
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def shop(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(
+    request: pytest.FixtureRequest, bus: InMemoryBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shop]:
     """A shared database and a process that runs operations; see :mod:`tests.durable`."""
     # Whoever tests without it needs none of what it needs.
     from tests.durable import shops

@@ -14,7 +14,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
@@ -222,12 +222,12 @@ def meanwhile(*calls: Callable[[], Any]) -> Callable[[], None]:
 
 def bare(cls: type[Task], uuid: str = "1", **arguments: Any) -> None:
     """Send a message as a script does that knows no class and has no database."""
-    Bus.at("").send("dice", message(cls, uuid=uuid, **arguments).dumps().encode())
+    InMemoryBroker.at("").send("dice", message(cls, uuid=uuid, **arguments).dumps().encode())
 
 
 def sent(topic: str = "dice") -> list[Message]:
     """What was sent to a topic."""
-    return [Message.loads(value) for value in Bus.at("").values(topic)]
+    return [Message.loads(value) for value in InMemoryBroker.at("").values(topic)]
 
 
 def expire() -> float:

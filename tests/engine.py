@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
 from kser.consumer.options import NEVER
-from kser.dummy.bus import Bus, DummyClient
+from kser.dummy.bus import DummyClient, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import ClientError
 from kser.sequencing.task import Task
@@ -45,7 +45,7 @@ class Act(Task):
 def put(*uuids: str, cls: Any = Act, key: bytes | None = None, partition: int | None = None) -> None:
     """Send a message for each uuid."""
     for uuid in uuids:
-        Bus.at("").send("dice", message(cls, uuid=uuid).dumps().encode(), key=key, partition=partition)
+        InMemoryBroker.at("").send("dice", message(cls, uuid=uuid).dumps().encode(), key=key, partition=partition)
 
 
 def consumer_of(config: Mapping[str, Any] | None = None, **options: Any) -> Consumer:
@@ -55,7 +55,7 @@ def consumer_of(config: Mapping[str, Any] | None = None, **options: Any) -> Cons
 
 def committed(partition: int = 0) -> int | None:
     """Where the group is in the topic ``dice``; None when it has not begun there."""
-    commit = Bus.at("").committed.get(("dummy", Partition("dice", partition)))
+    commit = InMemoryBroker.at("").committed.get(("dummy", Partition("dice", partition)))
     return None if commit is None else commit.offset
 
 
@@ -86,8 +86,8 @@ class Running:
 class Client(DummyClient):
     """A member of the group that gets into the trouble that a test names, by what it is doing then."""
 
-    def __init__(self, bus: Bus, group: str | None, *, commits: bool = True) -> None:
-        super().__init__(bus, group, commits=commits)
+    def __init__(self, broker: InMemoryBroker, group: str | None, *, commits: bool = True) -> None:
+        super().__init__(broker, group, commits=commits)
         self.trouble: dict[str, Any] = {}
         #: The timeout, the limit and the held partitions of each poll.
         self.polls: list[tuple[float, int, Collection[Partition]]] = []

@@ -426,7 +426,7 @@ class KafkaContract(ProducerContract):
 
     def test_key_partitioning_matches_other_clients(self, transport: Transport, producer: Any, topic: str) -> None:
         """Java's, as every other client has them: a task's messages stay together whatever sends them."""
-        config = {"bootstrap.servers": producer._servers, "partitioner": "murmur2_random"}
+        config = {"bootstrap.servers": producer._kser_servers, "partitioner": "murmur2_random"}
         other = confluent_kafka.Producer(config)
         keys = [uuid.uuid4().hex for _ in range(20)]
         for key in keys:

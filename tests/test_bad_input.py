@@ -17,7 +17,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
@@ -67,14 +67,14 @@ def registered(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         Controller.register(cls.path, cls)
     caplog.set_level(logging.INFO, "kser")
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
     Good.handled.clear()
     Hooked.errors.clear()
 
 
 def consume(*values: Any, registry: Any = Hooked) -> int | None:
     """Have a consumer handle ``values`` and a good message behind them; returns the offset that it committed."""
-    bus = Bus.at("")
+    bus = InMemoryBroker.at("")
     for value in (*values, message(Good, uuid="next").dumps().encode()):
         bus.send("dice", value)
     consumer = Consumer({"enable_auto_commit": False}, ["dice"])

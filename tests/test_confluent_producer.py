@@ -20,8 +20,8 @@ from flask import Flask
 from kser.config import Settings
 from kser.confluent import reports as reports_module
 from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, options_for, own_options, servers
-from kser.confluent.producer import MAX_ON_THEIR_WAY, Producer
-from kser.confluent.reports import Delivery, Reports
+from kser.confluent.producer import MAX_IN_FLIGHT, Producer
+from kser.confluent.reports import DeliveryReportPoller, DeliveryWaiter
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError, SettingError
 from tests.engine import until
@@ -252,7 +252,7 @@ def test_logger_and_error_callback_of_the_user_are_called(nobody: str, caplog: p
 def test_client_errors_are_reported_while_the_producer_is_idle(
     nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
+    monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     told = threading.Event()
     with closing(Producer({"bootstrap.servers": nobody, "error_cb": lambda error: told.set()})):
         assert told.wait(PATIENCE)
@@ -261,7 +261,7 @@ def test_client_errors_are_reported_while_the_producer_is_idle(
 def test_raising_user_callback_is_logged_and_does_not_fail_sends(
     broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
+    monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     raised: list[str] = []
 
     def broken(text: str) -> None:
@@ -283,7 +283,7 @@ def test_raising_user_callback_is_logged_and_does_not_fail_sends(
 
 def test_unreferenced_producer_leaves_no_thread(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector of leaks looks for it when the test has ended."""
-    monkeypatch.setattr(reports_module, "HOUSEKEEPING", 0.01)
+    monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
     forgotten = weakref.ref(producer)
     del producer
@@ -347,7 +347,7 @@ def test_queue_that_stays_full_is_named_within_the_timeout() -> None:
 def test_bulk_send_may_exceed_the_in_flight_limit(broker: EmbeddedBroker) -> None:
     broker.create_topic("more")
     with producer_for(broker) as producer:
-        count = MAX_ON_THEIR_WAY + 1000
+        count = MAX_IN_FLIGHT + 1000
         result = producer.bulk_send("more", (message("x", uuid=str(n)) for n in range(count)), timeout=60)
     assert result.stdout == f"{count} message(s) sent"
 
@@ -392,7 +392,7 @@ class Client:
     """What polls: it reports what a test puts in, and counts who polls at once."""
 
     def __init__(self) -> None:
-        self.deliveries: list[Delivery] = []
+        self.deliveries: list[DeliveryWaiter] = []
         self.news = threading.Condition()
         self.polling = 0
         self.most = 0
@@ -408,7 +408,7 @@ class Client:
         if found is not None:
             found(None, None)
 
-    def report(self, delivery: Delivery) -> None:
+    def report(self, delivery: DeliveryWaiter) -> None:
         with self.news:
             self.deliveries.append(delivery)
             self.news.notify_all()
@@ -422,8 +422,8 @@ class Client:
 def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[int, ...]) -> None:
     """The first that waits leads. Whichever report comes first, the others get theirs before their time is over."""
     client = Client()
-    reports = Reports(client.poll)
-    deliveries = [Delivery() for _ in order]
+    reports = DeliveryReportPoller(client.poll)
+    deliveries = [DeliveryWaiter() for _ in order]
     begin = time.monotonic()
     threads = []
     for delivery in deliveries:
@@ -442,8 +442,8 @@ def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[
 
 def test_polling_thread_hands_over_the_lead_after_its_timeout() -> None:
     client = Client()
-    reports = Reports(client.poll)
-    late, waits = Delivery(), Delivery()
+    reports = DeliveryReportPoller(client.poll)
+    late, waits = DeliveryWaiter(), DeliveryWaiter()
     leader = threading.Thread(target=reports.wait, args=(late, time.monotonic() + 0.2))
     leader.start()
     client.wait_until_polled()
@@ -465,19 +465,19 @@ def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
         if threading.current_thread().name == "interrupted":
             raise KeyboardInterrupt
 
-    reports = Reports(poll)
+    reports = DeliveryReportPoller(poll)
     caught: list[BaseException] = []
 
     def wait() -> None:
         try:
-            reports.wait(Delivery(), time.monotonic() + PATIENCE)
+            reports.wait(DeliveryWaiter(), time.monotonic() + PATIENCE)
         except KeyboardInterrupt as error:
             caught.append(error)
 
     interrupted = threading.Thread(target=wait, name="interrupted")
     interrupted.start()
     interrupted.join()
-    waits = Delivery()
+    waits = DeliveryWaiter()
     client.report(waits)
     reports.wait(waits, time.monotonic() + PATIENCE)
     reports.close()
@@ -486,12 +486,12 @@ def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
 
 def test_idle_poller_leaves_delivery_reports_to_senders() -> None:
     client = Client()
-    reports = Reports(client.poll)
-    delivery = Delivery()
+    reports = DeliveryReportPoller(client.poll)
+    delivery = DeliveryWaiter()
     client.report(delivery)
     with reports:
-        reports.keep_house()
+        reports.poll_if_idle()
         assert not delivery.done()
-    reports.keep_house()
+    reports.poll_if_idle()
     assert delivery.done()
     reports.close()

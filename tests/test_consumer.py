@@ -12,7 +12,7 @@ import pytest
 
 from kser import lockfiles
 from kser.consumer.base import BaseConsumer
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import SettingError
 from tests.engine import AT_ONCE, Act, Troubled, committed, consumer_of, put
@@ -92,7 +92,7 @@ def test_restarted_consumer_continues_behind_the_committed_offset() -> None:
 
 
 def test_consumer_without_a_group_commits_nothing_and_logs_a_warning(
-    caplog: pytest.LogCaptureFixture, bus: Bus
+    caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
 ) -> None:
     """D18"""
     put("1")
@@ -111,7 +111,7 @@ def test_new_group_commits_its_start_position_at_the_assignment() -> None:
     consumer_of().step(timeout=0)
     assert committed() == 0
     consumer_of({"group_id": "other"}, commit="before").step(timeout=0)
-    assert Bus.at("").committed["other", ("dice", 0)].offset == 1
+    assert InMemoryBroker.at("").committed["other", ("dice", 0)].offset == 1
 
 
 # -- what tasks do to the loop -----------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def test_registry_receives_text_or_undecodable_bytes() -> None:
         def run(data: Any) -> None:
             got.append(data)
 
-    Bus.at("").send("dice", "é".encode())
-    Bus.at("").send("dice", b"\xff")
+    InMemoryBroker.at("").send("dice", "é".encode())
+    InMemoryBroker.at("").send("dice", b"\xff")
     consumer = consumer_of()
     consumer.REGISTRY = Collect
     consumer.step(timeout=0)
@@ -391,4 +391,4 @@ def test_transport_must_implement_connect_and_make_producer() -> None:
 def test_invalid_option_is_rejected_before_a_client_is_created() -> None:
     with pytest.raises(SettingError, match="commit must be one of 'after', 'before', 'never'; it is 'sometimes'"):
         consumer_of(commit="sometimes")
-    assert Bus.at("").groups == {}
+    assert InMemoryBroker.at("").groups == {}

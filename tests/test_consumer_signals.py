@@ -14,7 +14,7 @@ import pytest
 
 from kser.consumer.interrupts import REPEATED_SIGNAL_WINDOW
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from tests.engine import committed
@@ -155,12 +155,14 @@ class Raise(Entrypoint):
 def registered() -> Iterator[None]:
     Controller.register(Raise.path, Raise)
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
     Raise.handlers.clear()
 
 
 def consumer_with(*numbers: int, pause: float = PAUSE) -> Consumer:
-    Bus.at("").send("dice", message(Raise, params={"signals": list(numbers), "pause": pause}).dumps().encode())
+    InMemoryBroker.at("").send(
+        "dice", message(Raise, params={"signals": list(numbers), "pause": pause}).dumps().encode()
+    )
     return Consumer({}, ["dice"])
 
 

@@ -15,7 +15,7 @@ from kser.consumer.client import Partition
 from kser.consumer.deadletter import PREFIX, TEXT_LIMITS
 from kser.controller import BaseProducer, Controller
 from kser.delivery import FAILED, Attempt, Failure, current_attempt
-from kser.dummy.bus import Bus, DummyRecord
+from kser.dummy.bus import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
@@ -28,7 +28,7 @@ NOW = Retry(max_attempts=3, delay=0)
 
 
 def letters(topic: str = "dice.dlq") -> list[DummyRecord]:
-    return [record for log in Bus.at("").topics.get(topic, []) for record in log]
+    return [record for log in InMemoryBroker.at("").topics.get(topic, []) for record in log]
 
 
 def told(record: DummyRecord) -> dict[str, str]:
@@ -47,7 +47,7 @@ def consume(**options: Any) -> Consumer:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def test_undecodable_record_is_dead_lettered_unchanged(bus: Bus) -> None:
+def test_undecodable_record_is_dead_lettered_unchanged(bus: InMemoryBroker) -> None:
     headers = (("trace", b"\x00\xff"), ("empty", None), ("trace", b"again"))
     bus.create_topic("dice", 2)
     bus.send("dice", b"good bytes", partition=1)
@@ -62,7 +62,7 @@ def test_undecodable_record_is_dead_lettered_unchanged(bus: Bus) -> None:
     assert said["error-message"]
 
 
-def test_null_value_is_dead_lettered_as_null(bus: Bus) -> None:
+def test_null_value_is_dead_lettered_as_null(bus: InMemoryBroker) -> None:
     bus.send("dice", None, key=b"k")
     consume()
     (letter,) = letters()
@@ -176,19 +176,19 @@ def test_failed_message_is_committed_without_a_dead_letter_by_default(caplog: py
     """As published: it is logged and counted."""
     put("1", cls="shop.Unknown")
     consumer = consume(dead_letter=None)
-    assert (set(Bus.at("").topics), committed()) == ({"dice"}, 1)
+    assert (set(InMemoryBroker.at("").topics), committed()) == ({"dice"}, 1)
     assert consumer.counts == {"done": 1, "failed": 1, "dead_lettered": 0}
     assert record_of(caplog, "Controller.Failed: ")
 
 
-def test_each_topic_has_its_own_dead_letter_topic(bus: Bus) -> None:
+def test_each_topic_has_its_own_dead_letter_topic(bus: InMemoryBroker) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter=True).run_until_idle()
     assert (len(letters("dice.dlq")), len(letters("cards.dlq"))) == (1, 1)
 
 
-def test_dead_letters_of_all_topics_may_share_a_named_topic(bus: Bus) -> None:
+def test_dead_letters_of_all_topics_may_share_a_named_topic(bus: InMemoryBroker) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter="broken").run_until_idle()
@@ -232,7 +232,9 @@ class Stuck(Consumer):
         return self.made
 
 
-def test_unwritten_dead_letter_blocks_its_partition_alone(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+def test_unwritten_dead_letter_blocks_its_partition_alone(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
     bus.create_topic("dice", 2)
     Act.acts["bad"] = KeyError("x")
     put("bad", partition=0)
@@ -299,7 +301,9 @@ def test_dead_letter_of_a_nearly_oversized_message_omits_the_error_text() -> Non
     assert (told(without)["reason"], told(without)["error-class"]) == ("failed", "ValueError")
 
 
-def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(caplog: pytest.LogCaptureFixture, bus: Bus) -> None:
+def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
+    caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
+) -> None:
     bus.send("dice", b"x" * 5000)
     consumer = consumer_of({**AT_ONCE, "max_request_size": 5000}, dead_letter=True)
     consumer.step(timeout=0)

@@ -16,7 +16,7 @@ from flask import Flask
 from kser import signals
 from kser.consumer.client import Partition
 from kser.controller import BaseProducer, Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
@@ -32,7 +32,7 @@ TEXT = f"Message shop.Pay[{UUID}] sent in shop (timeout: 60)"
 @pytest.fixture(autouse=True)
 def reset() -> Iterator[None]:
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 def test_send_logs_the_published_text_and_appends_to_the_topic(caplog: pytest.LogCaptureFixture) -> None:
@@ -40,7 +40,7 @@ def test_send_logs_the_published_text_and_appends_to_the_topic(caplog: pytest.Lo
     kmsg = message("shop.Pay", params={"a": 1})
     result = Producer({}).send("shop", kmsg)
     assert (result.uuid, result.retcode, result.stdout) == (UUID, 0, TEXT)
-    assert Bus.at("").values("shop") == [kmsg.dumps().encode()]
+    assert InMemoryBroker.at("").values("shop") == [kmsg.dumps().encode()]
     assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {TEXT}"]
 
 
@@ -49,7 +49,7 @@ def test_message_that_is_not_json_gives_a_failed_result_and_is_not_sent(caplog: 
     result = Producer({}).send("shop", message("shop.Pay", params={"when": object()}))
     assert (result.uuid, result.retcode) == (UUID, 500)
     assert result.stderr == "Object of type object is not JSON serializable"
-    assert Bus.at("").values("shop") == []
+    assert InMemoryBroker.at("").values("shop") == []
     assert lines(caplog) == [f"Producer.Failed: shop.Pay[{UUID}]: {result.stderr}"]
 
 
@@ -69,7 +69,7 @@ def test_hooks_of_producers_are_called() -> None:
 
     producer = Hooked()
     assert producer.send("shop", message("shop.Pay")) == ("hook", "shop.Pay")
-    assert Message.loads(Bus.at("").values("shop")[0]).entrypoint == "other"
+    assert Message.loads(InMemoryBroker.at("").values("shop")[0]).entrypoint == "other"
     assert Producer().send("shop", message("shop.Pay", params={"a": object()})).retcode == 500
 
 
@@ -89,7 +89,7 @@ def test_bulk_send_accepts_any_iterable() -> None:
     """D14"""
     result = Producer().bulk_send("shop", (message("shop.Pay", uuid=str(number)) for number in range(3)), timeout=5)
     assert (result.retcode, result.stdout) == (0, "3 message(s) sent to shop (timeout: 5)")
-    assert len(Bus.at("").values("shop")) == 3
+    assert len(InMemoryBroker.at("").values("shop")) == 3
 
 
 def test_bulk_send_with_a_message_that_is_not_json_gives_a_failed_result() -> None:
@@ -118,15 +118,15 @@ def test_closing_a_producer_is_harmless() -> None:
 
 
 def test_producers_and_consumers_share_a_broker_by_address() -> None:
-    assert Producer({"bootstrap_servers": "a"}).client is Bus.at("a")
-    assert Consumer({"bootstrap_servers": ["a", "b"]}, ["x"]).client is Bus.at("['a', 'b']")
-    assert Bus.at("a") is not Bus.at("b")
+    assert Producer({"bootstrap_servers": "a"}).client is InMemoryBroker.at("a")
+    assert Consumer({"bootstrap_servers": ["a", "b"]}, ["x"]).client is InMemoryBroker.at("['a', 'b']")
+    assert InMemoryBroker.at("a") is not InMemoryBroker.at("b")
 
 
 def test_reset_forgets_every_broker() -> None:
-    bus = Bus.at("a")
-    Bus.reset()
-    assert Bus.at("a") is not bus
+    bus = InMemoryBroker.at("a")
+    InMemoryBroker.reset()
+    assert InMemoryBroker.at("a") is not bus
 
 
 def test_consumer_groups_are_independent() -> None:
@@ -141,11 +141,11 @@ def test_consumer_groups_are_independent() -> None:
         assert consumer.run_until_idle() == 1
         consumer.close()
     place = Partition("shop", 0)
-    assert [Bus.at("").committed[group, place].offset for group in ("one", "two")] == [1, 1]
+    assert [InMemoryBroker.at("").committed[group, place].offset for group in ("one", "two")] == [1, 1]
 
 
 def test_keyed_records_share_a_partition_and_others_are_spread() -> None:
-    bus = Bus.at("a")
+    bus = InMemoryBroker.at("a")
     bus.create_topic("shop", 3)
     for number in range(6):
         bus.send("shop", b"%d" % number, key=b"key")
@@ -156,7 +156,7 @@ def test_keyed_records_share_a_partition_and_others_are_spread() -> None:
 
 
 def test_record_may_be_sent_to_a_chosen_partition() -> None:
-    bus = Bus.at("a")
+    bus = InMemoryBroker.at("a")
     bus.create_topic("shop", 2)
     bus.send("shop", b"text", headers=[("trace", b"1")], partition=1)
     (record,) = bus.topics["shop"][1]
@@ -167,7 +167,7 @@ def test_record_may_be_sent_to_a_chosen_partition() -> None:
 
 def test_keys_and_headers_are_sent_with_a_message() -> None:
     Producer({}).send("shop", message("shop.Pay"), key="customer", headers={"trace": b"1"})
-    ((record,),) = Bus.at("").topics["shop"]
+    ((record,),) = InMemoryBroker.at("").topics["shop"]
     assert (record.key, record.headers) == (b"customer", (("trace", b"1"),))
 
 
@@ -182,7 +182,7 @@ def test_producer_of_a_consumer_uses_the_same_broker() -> None:
     consumer = Consumer({"bootstrap_servers": "a"}, ["shop"])
     producer = consumer.make_producer()
     assert isinstance(producer, Producer)
-    assert producer.client is Bus.at("a")
+    assert producer.client is InMemoryBroker.at("a")
 
 
 def test_step_returns_when_a_message_arrives() -> None:
@@ -221,16 +221,16 @@ def test_settings_of_an_app_are_read() -> None:
     app = Flask("shop")
     app.config.update(KSER_TOPICS="shop", KSER_CONFIG={"bootstrap_servers": "a"})
     Producer(app=app).send("shop", message("x"))
-    assert len(Bus.at("a").values("shop")) == 1
+    assert len(InMemoryBroker.at("a").values("shop")) == 1
     assert Consumer(app=app).run_until_idle() == 1
 
 
 def test_empty_config_dict_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """D12: arguments win over the environment, with this transport as with the real one."""
     monkeypatch.setenv("KSER_CONFIG", '{"bootstrap_servers": "environment"}')
-    assert Producer({}).client is Bus.at("")
-    assert Consumer({}, ["shop"]).client is Bus.at("")
-    assert Producer().client is Bus.at("environment")
+    assert Producer({}).client is InMemoryBroker.at("")
+    assert Consumer({}, ["shop"]).client is InMemoryBroker.at("")
+    assert Producer().client is InMemoryBroker.at("environment")
 
 
 def test_producers_of_all_transports_have_the_same_methods() -> None:

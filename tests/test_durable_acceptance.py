@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, StateConflict, StoreMissing, StoreUnavailable, UsageError
 from kser.schemas import OPERATION_KEY
@@ -424,7 +424,7 @@ def test_operation_of_ten_thousand_tasks_is_stored_and_runs() -> None:
     shop.first.handle()
     assert (shop.status(), len(shop.tasks()), set(shop.tasks())) == (SUCCESS, 10_000, {SUCCESS})
     shop.close()
-    Bus.reset()
+    InMemoryBroker.reset()
     Act.seen.clear()
 
 

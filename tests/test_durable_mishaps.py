@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import FencedError, StoreUnavailable, TaskTimeout
 from kser.schemas import Message
@@ -98,7 +98,7 @@ def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
 
     shop.registry._kser_producer = Slow({})
     shop.first.known(Sale)("dead").build().send()
-    Bus.at("").topics["dice"][0].clear()
+    InMemoryBroker.at("").topics["dice"][0].clear()
     shop.seize("dead")
     for number in range(6):
         shop.first.known(Sale)(f"lost {number}").build().send(topic=f"gone {number}")

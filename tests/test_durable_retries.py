@@ -11,7 +11,7 @@ import pytest
 from cdumay_result import Result
 
 from kser import signals
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.retry import Retry
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
@@ -154,7 +154,7 @@ def test_retry_backoff_releases_the_claim_and_acks_the_message(shop: Shop, cls: 
     assert row.due_at == pytest.approx(shop.world.now + 10, abs=3)
     assert row.next_check_at == row.due_at
     assert "other" in Act.seen
-    assert committed() == len(Bus.at("").values("dice"))
+    assert committed() == len(InMemoryBroker.at("").values("dice"))
     assert shop.first.consumer._kser_work_queue.running() == []
     assert shop.first.consumer.counts.get("retried") is None
 
@@ -456,7 +456,7 @@ def test_recorded_failure_is_not_dead_lettered(shop: Shop, cls: type[Sale]) -> N
     bare(cls)
     process.handle()
     assert shop.status() == FAILED
-    assert Bus.at("").topics.get("dice.dlq", [[]]) == [[]]
+    assert InMemoryBroker.at("").topics.get("dice.dlq", [[]]) == [[]]
     assert (process.consumer.counts["dead_lettered"], process.consumer.counts.get("failed")) == (0, None)
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.status import RUNNING, SUCCESS
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
@@ -167,7 +167,7 @@ def test_graceful_shutdown_releases_an_operation_waiting_for_its_database(shop: 
     again = shop.process(Sale, group="ending")
     again.handle()
     assert (Act.seen, shop.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
-    assert Bus.at("").committed[("ending", DICE)].offset == 1
+    assert InMemoryBroker.at("").committed[("ending", DICE)].offset == 1
 
 
 # -- on revoke ---------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_graceful_shutdown_releases_an_operation_waiting_for_its_database(shop: 
 @BOTH_WAYS
 def test_rebalance_lets_an_operation_continue_under_its_claim(shop: Shop, cls: type[Sale]) -> None:
     """durability rule 30"""
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     seconds: list[Process] = []
 
     def rebalance() -> None:

@@ -14,7 +14,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.consumer.client import Partition
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
@@ -349,7 +349,7 @@ def test_consumer_without_a_database_rejects_a_step(shop: Shop, caplog: pytest.L
     poor.handle()
     assert (Act.seen, shop.status()) == ([], PENDING)
     assert any("this consumer has no shared database: set KSER_DATABASE_URI" in line for line in lines(caplog))
-    ((letter,),) = Bus.at("").topics["dice.dlq"]
+    ((letter,),) = InMemoryBroker.at("").topics["dice.dlq"]
     assert dict(letter.headers)["kser-dlq-error-class"] == b"kser.errors.StoreMissing"
     poor.consumer.close()
 
@@ -358,14 +358,14 @@ def test_step_of_an_unknown_operation_is_logged_and_dead_lettered(shop: Shop, ca
     """durability rule 17: all consumers of a topic share one database."""
     process = shop.process(Spread, dead_letter=True, group="letters")
     put("lost", cls=Act)
-    Bus.at("").send("dice", Message("1.a", Act.path, metadata={OPERATION_KEY: "gone"}).dumps().encode())
+    InMemoryBroker.at("").send("dice", Message("1.a", Act.path, metadata={OPERATION_KEY: "gone"}).dumps().encode())
     process.handle()
     assert Act.seen == ["lost"]
     assert any(
         "step 1.a belongs to operation gone, which" in line and "must share one database" in line
         for line in lines(caplog, logging.ERROR)
     )
-    ((letter,),) = Bus.at("").topics["dice.dlq"]
+    ((letter,),) = InMemoryBroker.at("").topics["dice.dlq"]
     assert dict(letter.headers)["kser-dlq-error-class"] == b"kser.errors.StoreError"
 
 
@@ -421,7 +421,7 @@ def test_records_of_the_same_key_wait_for_an_operation_to_end(shop: Shop) -> Non
     put("other", key=b"o")
     with InThread(process.consumer):
         until(lambda: {"1.a", "other"} <= set(Act.seen))
-        until(lambda: Bus.at("").committed[("keys", DICE)].offset == 1)
+        until(lambda: InMemoryBroker.at("").committed[("keys", DICE)].offset == 1)
         assert "plain" not in Act.seen
         gate.set()
         until(lambda: "plain" in Act.seen)
@@ -432,7 +432,7 @@ def test_rebalance_neither_stops_nor_waits_for_a_running_operation(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rules 18 and 30: the operation continues under its claim, and no other consumer runs it."""
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     seen: list[Any] = []
 
     def rebalance() -> None:

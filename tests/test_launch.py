@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, SendError, StoreMissing, TopicMissing
@@ -33,7 +33,7 @@ class Own(Task):
 @pytest.fixture
 def registry() -> Any:
     yield OperationRegistry(producer=Producer({"bootstrap_servers": "launch"}))
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 def operation(*statuses: str) -> Operation:
@@ -52,7 +52,7 @@ def test_operation_is_sent_as_one_message_and_returned(registry: OperationRegist
 
     game = Game(UUID, {"a": 1})
     assert game.send(result=said("before")) is game
-    (raw,) = Bus.at("launch").values("games")
+    (raw,) = InMemoryBroker.at("launch").values("games")
     kmsg = Message.loads(raw)
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Game.path, {"a": 1}, "before")
 

@@ -9,7 +9,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing
@@ -29,7 +29,7 @@ class Act(Entrypoint):
 def registered() -> Iterator[None]:
     Controller.register(Act.path, Act)
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
     Act.seen.clear()
 
 
@@ -49,7 +49,7 @@ def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
 
 def test_tasks_send_with_the_producer_of_their_consumer() -> None:
     cls = sending(OperationRegistry())
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     consumer = consumer_of()
     assert consumer.run_until_idle() == 2
     consumer.close()
@@ -67,7 +67,7 @@ def test_registry_replaced_later_gets_the_shared_producer() -> None:
     with pytest.raises(ProducerMissing):
         _ = registry.producer
     consumer.REGISTRY = registry.controller
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     assert consumer.run_until_idle() == 2
 
 
@@ -76,7 +76,7 @@ def test_classes_subscribed_later_get_the_shared_producer() -> None:
     consumer = consumer_of()
     consumer.step(timeout=0)
     cls = sending(OperationRegistry(), "Late")
-    Bus.at("").send("dice", message(cls, uuid="1").dumps().encode())
+    InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     assert consumer.run_until_idle() == 2
 
 
@@ -84,8 +84,8 @@ def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
     """Tests of users make one consumer after the other, on a bus that is new each time."""
     cls = sending(OperationRegistry())
     for number in ("1", "2"):
-        Bus.reset()
-        Bus.at("").send("dice", message(cls, uuid=number).dumps().encode())
+        InMemoryBroker.reset()
+        InMemoryBroker.at("").send("dice", message(cls, uuid=number).dumps().encode())
         consumer = consumer_of()
         consumer.run_until_idle()
         consumer.close()
@@ -93,7 +93,7 @@ def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
 
 
 def test_entrypoint_without_a_registry_gets_no_producer() -> None:
-    Bus.at("").send("dice", message(Act, uuid="1").dumps().encode())
+    InMemoryBroker.at("").send("dice", message(Act, uuid="1").dumps().encode())
     assert consumer_of().run_until_idle() == 1
 
 
@@ -107,6 +107,6 @@ def test_registry_that_is_no_controller_gets_no_producer() -> None:
 
     consumer = consumer_of()
     consumer.REGISTRY = Anything
-    Bus.at("").send("dice", b"text")
+    InMemoryBroker.at("").send("dice", b"text")
     assert consumer.step(timeout=0) == 1
     assert Anything.seen == ["text"]

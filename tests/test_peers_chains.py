@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
@@ -27,7 +27,7 @@ ORDER = ["1.a", "1.b", "1.c"]
 def lose_what_is_on_its_way(shop: Shop) -> None:
     """Lose the records that the consumer has not taken yet."""
     client: Any = shop.first.consumer._kser_poller._client
-    (log,) = Bus.at("").topics["dice"]
+    (log,) = InMemoryBroker.at("").topics["dice"]
     del log[client._positions[DICE] :]
 
 
@@ -42,7 +42,7 @@ def test_chain_is_neither_lost_nor_duplicated_around_a_crash(shop: Shop, cls: ty
     shop.first.step()
     if when == "the message comes again":
         for kmsg in sent():
-            Bus.at("").send("dice", kmsg.dumps().encode())
+            InMemoryBroker.at("").send("dice", kmsg.dumps().encode())
     else:
         lose_what_is_on_its_way(shop)
     shop.live(70)
@@ -114,7 +114,7 @@ def test_retry_delayed_for_hours_runs_once_despite_redelivered_messages(shop: Sh
         shop.pass_by(600)
         shop.first.companion.tick()
         for kmsg in sent()[:3]:
-            Bus.at("").send("dice", kmsg.dumps().encode())
+            InMemoryBroker.at("").send("dice", kmsg.dumps().encode())
         shop.first.handle()
     assert Act.seen == ["1.a", "1.b"]
     shop.pass_by(700)
@@ -141,7 +141,7 @@ def test_recovery_continues_after_a_database_restart_at_the_start(shop: Shop, cl
     for number in range(5):
         shop.first.known(cls)(str(number)).build().send()
         shop.seize(str(number))
-    for log in Bus.at("").topics["dice"]:
+    for log in InMemoryBroker.at("").topics["dice"]:
         log.clear()
     store = Restarting(shop.store)
     process = shop.process(cls, store=store, group="restarted")
@@ -154,7 +154,7 @@ def test_recovery_continues_after_a_database_restart_at_the_start(shop: Shop, cl
 
 def test_concurrent_writers_record_each_task_once(shop: Shop) -> None:
     """getsentry/taskbroker PR#17, PR#487: many workers of two consumers write; each task is recorded once."""
-    Bus.at("").create_topic("dice", 8)
+    InMemoryBroker.at("").create_topic("dice", 8)
     processes = [shop.process(Sale, Spread, workers=8) for _ in range(2)]
     shop.first.consumer.close()
     for number in range(60):
@@ -255,4 +255,4 @@ def test_long_chain_needs_no_recursion_and_only_small_messages(shop: Shop) -> No
     operation.launch()
     shop.first.handle()
     assert (shop.status(), Act.seen) == (SUCCESS, uuids)
-    assert max(len(value or b"") for value in Bus.at("").values("dice")) < 400
+    assert max(len(value or b"") for value in InMemoryBroker.at("").values("dice")) < 400

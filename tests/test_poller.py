@@ -9,7 +9,7 @@ import pytest
 
 from kser.consumer.client import Commit, Partition
 from kser.consumer.poller import BUSY_POLL_TIMEOUT, SHUTDOWN_POLL_TIMEOUT
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import BrokerUnavailable, ClientError
 from tests.engine import AT_ONCE, DICE, Act, Client, Troubled, committed, consumer_of, put
 from tests.support import Clock, lines, records
@@ -98,7 +98,7 @@ def test_poll_timeout_is_zero_with_a_manual_commit_and_busy_workers() -> None:
 # -- commits -----------------------------------------------------------------------------------------------------------
 
 
-def test_commit_covers_all_partitions_and_only_pending_offsets(bus: Bus) -> None:
+def test_commit_covers_all_partitions_and_only_pending_offsets(bus: InMemoryBroker) -> None:
     bus.create_topic("dice", 2)
     consumer = Troubled({"auto_commit_interval_ms": 1000})
     clock = Clock(consumer)
@@ -154,7 +154,7 @@ def test_commit_before_commits_started_records_at_a_revocation() -> None:
     consumer = Troubled({"auto_commit_interval_ms": 60_000}, commit="before")
     consumer._kser_poller.poll_once(0)
     consumer._kser_worker_pool.step()
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     consumer._kser_poller.poll_once(0)
     assert (Act.seen, committed()) == (["1"], 1)
 
@@ -166,7 +166,7 @@ def test_commit_never_commits_nothing(config: dict[str, Any], caplog: pytest.Log
     clock = Clock(consumer)
     consumer.run_until_idle()
     clock.pass_by(1)
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     consumer.step(timeout=0)
     consumer.close()
     assert (consumer.used.commits, committed(), Act.seen) == ([], None, ["1", "2"])

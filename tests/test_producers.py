@@ -12,7 +12,7 @@ import pytest
 
 from kser.confluent.producer import Producer as ConfluentProducer
 from kser.controller import BaseProducer
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer as DummyProducer
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError
@@ -34,11 +34,11 @@ class Dummy(Transport):
 
     def new_topic(self) -> str:
         name = f"topic-{next(NUMBERS)}"
-        Bus.at("contract").create_topic(name, 4)
+        InMemoryBroker.at("contract").create_topic(name, 4)
         return name
 
     def records(self, topic: str, count: int) -> list[Sent]:
-        found = [record for log in Bus.at("contract").topics[topic] for record in log]
+        found = [record for log in InMemoryBroker.at("contract").topics[topic] for record in log]
         assert len(found) == count
         return [Sent(record.value, record.key, list(record.headers), record.partition) for record in found]
 
@@ -84,7 +84,7 @@ class TestDummy(ProducerContract):
     @pytest.fixture
     def transport(self) -> Iterator[Transport]:
         yield Dummy()
-        Bus.reset()
+        InMemoryBroker.reset()
 
 
 @pytest.mark.parametrize("kind", [PythonKafka, Confluent])

@@ -28,7 +28,7 @@ from kser.errors import SettingError
 from kser.python_kafka import rebalances
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import CHUNK, Producer
-from kser.python_kafka.rebalances import Joining
+from kser.python_kafka.rebalances import PendingJoin
 from kser.schemas import Message
 from tests.support import UUID, lines, message, record_of
 
@@ -290,7 +290,7 @@ def test_commit_interval_and_offset_reset_follow_the_options(
     consumer.close()
     # The client neither commits nor chooses where to begin: both are decided here.
     assert (config["auto_offset_reset"], config["enable_auto_commit"]) == ("none", False)
-    assert (consumer._reset, consumer._kser_poller._interval) == (reset, interval)
+    assert (consumer._kser_reset, consumer._kser_poller._interval) == (reset, interval)
 
 
 def test_consumer_without_a_group_starts_at_the_latest_record(broker: EmbeddedBroker) -> None:
@@ -421,17 +421,17 @@ def test_pending_join_is_usable_while_running_and_for_a_session_afterwards(monke
     now = 100.0
     monkeypatch.setattr(rebalances.time, "monotonic", lambda: now)
     task = Future()
-    joining = Joining(task, polled=99.0)
-    assert joining.is_of_use(3)
+    joining = PendingJoin(task, polled=99.0)
+    assert joining.is_usable(3)
     now = 200.0
-    assert joining.is_of_use(3), "a group may wait for long for its other members"
+    assert joining.is_usable(3), "a group may wait for long for its other members"
     task.success(b"")
     now = 202.9
-    assert joining.is_of_use(3)
+    assert joining.is_usable(3)
     now = 203.1
-    assert not joining.is_of_use(3)
-    assert Joining(task, polled=201.0).is_of_use(3)
-    assert not Joining(task, polled=199.0).is_of_use(3)
+    assert not joining.is_usable(3)
+    assert PendingJoin(task, polled=201.0).is_usable(3)
+    assert not PendingJoin(task, polled=199.0).is_usable(3)
 
 
 @pytest.mark.parametrize(
@@ -440,4 +440,4 @@ def test_pending_join_is_usable_while_running_and_for_a_session_afterwards(monke
 def test_pending_join_with_an_unexpected_error_is_not_usable(error: Exception, of_use: bool) -> None:
     task = Future()
     task.failure(error)
-    assert Joining(task, time.monotonic()).is_of_use(3) == of_use
+    assert PendingJoin(task, time.monotonic()).is_usable(3) == of_use

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
@@ -30,7 +30,7 @@ def reasons(shop: Shop, uuid: str = "1") -> list[str | None]:
 
 def forget(topic: str = "dice") -> None:
     """Lose everything that was sent to a topic."""
-    for log in Bus.at("").topics.get(topic, []):
+    for log in InMemoryBroker.at("").topics.get(topic, []):
         log.clear()
 
 

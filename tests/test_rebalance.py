@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.retry import Retry
 from tests.engine import AT_ONCE, PATIENCE, Act, InThread, Troubled, committed, consumer_of, put, until
@@ -41,7 +41,7 @@ def test_rebalance_commits_finished_records() -> None:
     assert Act.seen == ["1", "2", "3"]
 
 
-def test_rebalance_continues_behind_finished_records_in_another_consumer(bus: Bus) -> None:
+def test_rebalance_continues_behind_finished_records_in_another_consumer(bus: InMemoryBroker) -> None:
     bus.create_topic("dice", 2)
     for number in range(10):
         put(f"0/{number}", partition=0)
@@ -85,7 +85,7 @@ def test_rebalance_resumes_a_running_record_when_its_partition_returns(caplog: p
     first = Troubled(LATER, revoke_timeout=0.05, workers=2)
     with InThread(first):
         until(lambda: len(Act.seen) == 2 and first.counts["done"] == 1)
-        Bus.at("").create_topic("dice", 2)
+        InMemoryBroker.at("").create_topic("dice", 2)
         until(lambda: len(first.assignment) == 2)
         assert committed() == 0
         gate.set()
@@ -144,7 +144,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_record() -> None:
     clock = Clock(consumer)
     for _ in range(3):
         attempts.append(consumer.step(timeout=0))
-        Bus.at("").create_topic("dice", len(Bus.at("").topics["dice"]) + 1)
+        InMemoryBroker.at("").create_topic("dice", len(InMemoryBroker.at("").topics["dice"]) + 1)
         consumer.step(timeout=0)
         clock.pass_by(10)
     assert (attempts, len(Act.seen)) == ([1, 1, 1], 3)
@@ -154,7 +154,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_record() -> None:
 def test_added_partitions_start_at_their_beginning() -> None:
     consumer = consumer_of(AT_ONCE)
     consumer.step(timeout=0)
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     put("1", partition=1)
     consumer.run_until_idle()
     assert (Act.seen, committed(1)) == (["1"], 1)
@@ -199,7 +199,7 @@ def test_rebalance_fetches_unstarted_records_again() -> None:
     consumer._kser_poller.poll_once(0)
     consumer._kser_worker_pool.step()
     assert held(consumer) == 4
-    Bus.at("").create_topic("dice", 2)
+    InMemoryBroker.at("").create_topic("dice", 2)
     consumer._kser_poller.poll_once(0)
     assert held(consumer) == 4
     consumer.run_until_idle()

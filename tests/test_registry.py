@@ -11,7 +11,7 @@ from cdumay_result import Result
 from flask import Flask, current_app, has_app_context
 
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, SettingError, TopicMissing
@@ -27,7 +27,7 @@ MODULE = "tests.test_registry"
 def everything_is_logged(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.DEBUG, "kser")
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 # -- subscribing -------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_class_sends_with_its_first_registry() -> None:
         TOPIC = "t"
 
     Sent().send()
-    assert (len(Bus.at("first").values("t")), len(Bus.at("second").values("t"))) == (1, 0)
+    assert (len(InMemoryBroker.at("first").values("t")), len(InMemoryBroker.at("second").values("t"))) == (1, 0)
 
 
 def test_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> None:
@@ -131,7 +131,7 @@ def test_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> No
     Child().send()
     own.subscribe(Child)
     Child().send()
-    assert (len(Bus.at("parent").values("t")), len(Bus.at("own").values("t"))) == (1, 1)
+    assert (len(InMemoryBroker.at("parent").values("t")), len(InMemoryBroker.at("own").values("t"))) == (1, 1)
 
 
 # -- controllers -------------------------------------------------------------------------------------------------------

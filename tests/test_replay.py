@@ -10,7 +10,7 @@ import pytest
 
 from kser.consumer import deadletter
 from kser.consumer.deadletter import DeadLetter, iter_dead_letters, replay
-from kser.dummy.bus import Bus, DummyRecord
+from kser.dummy.bus import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import BrokerUnavailable
 from tests.engine import consumer_of, put
@@ -21,7 +21,7 @@ TIMEOUT = 2
 
 
 @pytest.fixture(autouse=True)
-def broken(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def broken(bus: InMemoryBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three dead letters: one that is no message, and two that ask for what nobody knows."""
     monkeypatch.setattr(deadletter, "POLL_TIMEOUT", 0.01)
     bus.send("dice", b"no message", key=b"k", headers=HEADERS)
@@ -41,7 +41,7 @@ def sent_again(**options: Any) -> int:
 
 def arrived(topic: str = "dice", behind: int = 3) -> list[DummyRecord]:
     """What is in a topic behind what was there."""
-    return Bus.at("").topics[topic][0][behind:]
+    return InMemoryBroker.at("").topics[topic][0][behind:]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -59,18 +59,18 @@ def test_dead_letter_contains_its_record_and_reason() -> None:
 
 
 def test_reading_dead_letters_commits_nothing() -> None:
-    before = dict(Bus.at("").committed)
+    before = dict(InMemoryBroker.at("").committed)
     assert len(found()) == len(found()) == 3
-    assert {key: value for key, value in Bus.at("").committed.items() if key in before} == before
+    assert {key: value for key, value in InMemoryBroker.at("").committed.items() if key in before} == before
     assert sent_again() == 3
 
 
-def test_record_that_is_no_dead_letter_is_skipped(bus: Bus) -> None:
+def test_record_that_is_no_dead_letter_is_skipped(bus: InMemoryBroker) -> None:
     bus.send("broken", b"somebody else's", headers=[("kser-dlq-reason", b"failed")])
     assert (len(found()), sent_again()) == (3, 3)
 
 
-def test_empty_topic_has_no_dead_letters(bus: Bus) -> None:
+def test_empty_topic_has_no_dead_letters(bus: InMemoryBroker) -> None:
     bus.create_topic("empty")
     assert list(iter_dead_letters(Consumer, {}, "empty", timeout=TIMEOUT)) == []
 
@@ -95,7 +95,7 @@ def test_replayed_dead_letters_equal_their_original_records() -> None:
     assert sent_again() == 3
     first, second, third = arrived()
     assert (first.value, first.key, first.headers) == (b"no message", b"k", HEADERS)
-    assert (second.value, third.value) == tuple(Bus.at("").values("dice")[1:3])
+    assert (second.value, third.value) == tuple(InMemoryBroker.at("").values("dice")[1:3])
     assert second.headers == ()
 
 

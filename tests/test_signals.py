@@ -10,7 +10,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.sequencing.operation import Operation
@@ -137,14 +137,14 @@ def test_sent_message_emits_message_sent() -> None:
     kmsg = message("some.Task")
     with Witness(signals.message_sent) as witness:
         result = Producer({"bootstrap_servers": "signals"}).send("dice", kmsg)
-    Bus.reset()
+    InMemoryBroker.reset()
     assert witness.heard == [("message-sent", Producer, {"topic": "dice", "kmsg": kmsg, "result": result})]
 
 
 def test_unsent_message_emits_no_signal() -> None:
     with Witness(signals.message_sent) as witness:
         Producer().send("dice", message("some.Task", params={"when": object()}))
-    Bus.reset()
+    InMemoryBroker.reset()
     assert witness.heard == []
 
 

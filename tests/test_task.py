@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, TopicMissing, UsageError
 from kser.schemas import Message
@@ -31,7 +31,7 @@ class Roll(Task):
 def registry() -> Any:
     """A registry with a producer, that knows a class of this test's own."""
     yield OperationRegistry(producer=Producer({"bootstrap_servers": "tasks"}))
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 def test_constructor_arguments_follow_the_documented_order() -> None:
@@ -171,7 +171,7 @@ def test_task_sends_itself_with_the_producer_of_its_registry(registry: Operation
 
     result = Sent(UUID, {"a": 1}).send(result=Result(stdout="before"))
     assert (result.uuid, result.retcode) == (UUID, 0)
-    kmsg = Message.loads(Bus.at("tasks").values("dice")[0])
+    kmsg = Message.loads(InMemoryBroker.at("tasks").values("dice")[0])
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Sent.path, {"a": 1}, "before")
 
 
@@ -190,7 +190,7 @@ def test_topic_is_the_argument_then_the_class_then_the_setting(
     Plain().send()
     Placed().send()
     Placed().send(topic="argument")
-    assert {topic: len(values) for topic, values in Bus.at("tasks").topics.items()} == {
+    assert {topic: len(values) for topic, values in InMemoryBroker.at("tasks").topics.items()} == {
         "first": 1,
         "placed": 1,
         "argument": 1,

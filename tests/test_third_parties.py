@@ -16,7 +16,7 @@ from marshmallow import fields, post_dump, pre_load
 from kser.controller import Controller
 from kser.dummy import consumer as dummy_consumer
 from kser.dummy import producer as dummy_producer
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.entry import Entrypoint
 from kser.python_kafka.consumer import Consumer as KafkaConsumer
 from kser.python_kafka.producer import Producer as KafkaProducer
@@ -36,7 +36,7 @@ class Greet(Entrypoint):
 def registered() -> Iterator[None]:
     Controller.register(Greet.path, Greet)
     yield
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 # -- shaped like kser-crypto -------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class SecretConsumer(dummy_consumer.Consumer):
 def test_overridden_transport_and_producer_understand_each_other() -> None:
     kmsg = message(Greet, params={"name": "world"}, result=said("before"), metadata={"from": "me"})
     assert SecretProducer({}).send("dice", kmsg).retcode == 0
-    (raw,) = Bus.at("").values("dice")
+    (raw,) = InMemoryBroker.at("").values("dice")
     assert list(json.loads(raw)) == ["secret"]
     assert SecretController.run(raw).stdout == "hello world, me, before"
     assert SecretConsumer({}, ["dice"]).run_until_idle() == 1
@@ -102,7 +102,7 @@ def test_overridden_transport_and_producer_understand_each_other() -> None:
 
 def test_plain_controller_rejects_a_message_of_an_overridden_transport() -> None:
     SecretProducer({}).send("dice", message(Greet, params={"name": "world"}))
-    assert Controller.run(Bus.at("").values("dice")[0]).stderr == "Failed to load message"
+    assert Controller.run(InMemoryBroker.at("").values("dice")[0]).stderr == "Failed to load message"
 
 
 def test_overridden_schema_replaces_the_fast_path() -> None:
@@ -140,8 +140,8 @@ def test_task_with_an_overridden_producer_is_sent_encrypted() -> None:
 
     Sent().send()
     Order().send()
-    assert [list(json.loads(raw)) for raw in Bus.at("").values("dice")] == [["secret"], ["secret"]]
-    assert SecretController.run(Bus.at("").values("dice")[1]).stdout == "ran"
+    assert [list(json.loads(raw)) for raw in InMemoryBroker.at("").values("dice")] == [["secret"], ["secret"]]
+    assert SecretController.run(InMemoryBroker.at("").values("dice")[1]).stdout == "ran"
 
 
 def test_triggers_of_a_controller_are_called_by_keyword() -> None:

@@ -61,11 +61,11 @@ def note(sender: object, **change: object) -> None:
 
 signals.operation_changed.connect(note)
 if transport == "dummy":
-    from kser.dummy.bus import Bus
+    from kser.dummy.bus import InMemoryBroker
 
     for _ in range(count):
         kmsg = Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42})
-        Bus.at("").send(topic, kmsg.dumps().encode())
+        InMemoryBroker.at("").send(topic, kmsg.dumps().encode())
     config = {}
 elif transport == "python_kafka":
     config = {"bootstrap_servers": address, "group_id": str(uuid.uuid4())}

@@ -2,7 +2,7 @@
 
 from kser import Message, OperationRegistry, Task
 from kser.consumer.deadletter import iter_dead_letters, replay
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 
@@ -25,7 +25,7 @@ consumer.REGISTRY = oregistry.controller
 Producer().send("orders", Message("order-1", Charge.path, {"amount": 42}), key="ann")
 Producer().send("orders", Message("order-2", Charge.path, {"amount": 7}), key="bob")
 Producer().send("orders", Message("order-3", Charge.path))
-Bus.at("").send("orders", b"no message")
+InMemoryBroker.at("").send("orders", b"no message")
 consumer.run_until_idle()
 
 for letter in iter_dead_letters(Consumer, {}, "orders.dlq"):

@@ -1,7 +1,7 @@
 """The cost of a crash: a message is handled twice, or not at all."""
 
 from kser import Message, OperationRegistry, Task
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 
@@ -33,6 +33,6 @@ for commit in ("after", "before"):
         consume(commit)
     except KeyboardInterrupt:
         print(f"commit={commit!r}: the consumer died in the task")
-        Bus.at("").groups["dummy"].members[0].expel()  # as Kafka does after a session timeout
+        InMemoryBroker.at("").groups["dummy"].members[0].expel()  # as Kafka does after a session timeout
     consume(commit)  # another consumer of the same group
     print(f"commit={commit!r}: the task was started {len(attempts)} time(s)")

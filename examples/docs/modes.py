@@ -3,7 +3,7 @@
 from cdumay_result import Result
 
 from kser import Operation, OperationRegistry, Task
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.store import open_store
@@ -50,10 +50,10 @@ def run():
 PlaceOrder(uuid="order-1").build().send()
 run()
 print(oregistry.get("order-1").result)
-print({topic: len(Bus.at("").values(topic)) for topic in ("orders", "bank", "warehouse")})
+print({topic: len(InMemoryBroker.at("").values(topic)) for topic in ("orders", "bank", "warehouse")})
 
 PlaceOrder(uuid="order-2").build().launch()
 run()
 print(oregistry.get("order-2").result)
-print({topic: len(Bus.at("").values(topic)) for topic in ("orders", "bank", "warehouse")})
-print(Bus.at("").values("warehouse")[0])
+print({topic: len(InMemoryBroker.at("").values(topic)) for topic in ("orders", "bank", "warehouse")})
+print(InMemoryBroker.at("").values("warehouse")[0])

@@ -1,7 +1,7 @@
 """The offsets that a group commits while messages finish out of order, and their use by the next consumer."""
 
 from kser import Message, OperationRegistry, Task
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
@@ -31,13 +31,13 @@ for number in range(4):
 consumer_name = "A"
 consumer = new_consumer()
 consumer.run_until_idle()
-for commit in Bus.at("").committed.values():
+for commit in InMemoryBroker.at("").committed.values():
     print(f"committed: offset {commit.offset}, metadata {commit.metadata!r}")
 consumer.close()  # order-1 waits for its retry and stays uncommitted
 
 consumer_name = "B"
 consumer = new_consumer()
 consumer.run_until_idle()
-for commit in Bus.at("").committed.values():
+for commit in InMemoryBroker.at("").committed.values():
     print(f"committed: offset {commit.offset}, metadata {commit.metadata!r}")
 consumer.close()

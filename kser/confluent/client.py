@@ -37,12 +37,12 @@ QUERY_TIMEOUT = 5.0
 #: Timeout in seconds of the metadata request that probes the brokers after an outage.
 PROBE_TIMEOUT = 0.5
 #: Seconds between two probes.
-PROBE_TICK = 2.0
+PROBE_INTERVAL = 2.0
 #: Seconds between two attempts to start partitions.
-BEGIN_TICK = 1.0
+START_RETRY_INTERVAL = 1.0
 
 #: Transient errors: commits fail with them during a rebalance.
-_PASSING = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
+_TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
 
 
 class ConfluentClient(ConsumerClient):
@@ -62,18 +62,18 @@ class ConfluentClient(ConsumerClient):
         self._listener: RebalanceListener | None = None
         self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
         #: Assigned partitions that have no start position yet, because the committed offsets could not be read.
-        self._new: set[Partition] = set()
+        self._unstarted: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
         self._positions: dict[Partition, int] = {}
-        self._sizes = PartitionCounts(reset)
+        self._partition_counts = PartitionCounts(reset)
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._missing: set[str | None] = set()
-        self._problem: ClientError | None = None
-        self._begin_at = 0.0
+        self._pending_error: ClientError | None = None
+        self._start_at = 0.0
         #: Incremented at each revocation or loss of partitions.
-        self._share = 0
-        self._trouble: KafkaError | None = None
+        self._assignment_epoch = 0
+        self._last_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
@@ -100,13 +100,13 @@ class ConfluentClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            problem = self._begin_pending()
+            problem = self._start_pending()
             self._pause(limit, paused)
-            found = self._sort(self._consume(timeout, limit))
+            found = self._group_by_partition(self._consume(timeout, limit))
         except KafkaException as error:
-            raise self._as_trouble("fetch messages", error.args[0]) from error
+            raise self._as_client_error("fetch messages", error.args[0]) from error
         # Raise an error only when there are no records: they would be lost with it.
-        if not found and (problem := problem or self._current_trouble()):
+        if not found and (problem := problem or self._current_error()):
             raise problem
         return found
 
@@ -114,7 +114,7 @@ class ConfluentClient(ConsumerClient):
         try:
             self._committer.commit(self._offsets(commits), timeout)
         except KafkaException as error:
-            raise self._as_trouble("commit offsets", error.args[0]) from error
+            raise self._as_client_error("commit offsets", error.args[0]) from error
         except TimeoutError as error:
             raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
 
@@ -148,17 +148,17 @@ class ConfluentClient(ConsumerClient):
         first = self.client.poll(timeout)
         if first is None:
             return []
-        share = self._share
+        share = self._assignment_epoch
         try:
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
             # The next poll raises this error: raising it here would lose the first message.
-            self._trouble = error.args[0]
+            self._last_error = error.args[0]
             more = []
         # If ``consume`` ran a rebalance callback, the first message may be of a revoked partition: drop it.
-        return [first, *more] if share == self._share else more
+        return [first, *more] if share == self._assignment_epoch else more
 
-    def _sort(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
+    def _group_by_partition(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
         batches: dict[tuple[str, int], list[Record]] = {}
         self._out_of_range.clear()
         for message in messages:
@@ -194,12 +194,12 @@ class ConfluentClient(ConsumerClient):
             self._out_of_range.add(key)
         elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
             # Only log a missing topic, because the other topics can be consumed.
-            self._miss(message.topic(), error)
+            self._report_missing_topic(message.topic(), error)
         else:
             # The next poll raises this error: the records that were fetched with it are returned first.
-            self._trouble = error
+            self._last_error = error
 
-    def _miss(self, topic: str | None, error: KafkaError) -> None:
+    def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:
         if topic not in self._missing:
             self._missing.add(topic)
             logger.error(f"{error.str()} at {self._servers}: create it, or correct its name; the consumer waits for it")
@@ -217,39 +217,39 @@ class ConfluentClient(ConsumerClient):
     # -- assignment and revocation -------------------------------------------------------------------------------------
 
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
-        self._new |= {Partition(tp.topic, tp.partition) for tp in partitions}
-        self._problem = self._begin()
+        self._unstarted |= {Partition(tp.topic, tp.partition) for tp in partitions}
+        self._pending_error = self._start_partitions()
 
-    def _begin_pending(self) -> ClientError | None:
+    def _start_pending(self) -> ClientError | None:
         """Retry the start of pending partitions when it is due, and return the error if some remain."""
-        if self._new and time.monotonic() >= self._begin_at:
-            self._problem = self._begin()
-        return self._problem if self._new else None
+        if self._unstarted and time.monotonic() >= self._start_at:
+            self._pending_error = self._start_partitions()
+        return self._pending_error if self._unstarted else None
 
-    def _begin(self) -> ClientError | None:
+    def _start_partitions(self) -> ClientError | None:
         """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
 
         :return: the error if some partitions could not be started; the others are started all the same.
         """
-        self._begin_at = time.monotonic() + BEGIN_TICK
+        self._start_at = time.monotonic() + START_RETRY_INTERVAL
         problem: ClientError | None = None
-        new = [TopicPartition(*key) for key in self._new]
+        new = [TopicPartition(*key) for key in self._unstarted]
         try:
             found = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
         except KafkaException as error:
             # librdkafka assigns the partitions by itself if the callback returns without calling ``assign``.
             self._assign({})
-            return self._as_trouble("read the committed offsets of the group", error.args[0])
+            return self._as_client_error("read the committed offsets of the group", error.args[0])
         known: dict[Partition, Commit] = {}
         fresh: dict[Partition, Commit] = {}
         for tp in found:
             try:
                 self._find_start(tp, known, fresh)
             except KafkaException as error:
-                problem = self._as_trouble(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
+                problem = self._as_client_error(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
             except ClientError as error:
                 problem = error
-        self._take_up(known, fresh)
+        self._assign_started(known, fresh)
         return problem
 
     def _find_start(self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]) -> None:
@@ -259,8 +259,8 @@ class ConfluentClient(ConsumerClient):
         if tp.offset >= 0:
             known[key] = commit_of(tp)
             if self._reset == "latest":
-                self._see(key.topic)
-                self._sizes.restore(key, known[key])
+                self._partitions_of(key.topic)
+                self._partition_counts.restore(key, known[key])
         elif self._reset == "none":
             raise no_committed_offset([key])
         else:
@@ -269,10 +269,10 @@ class ConfluentClient(ConsumerClient):
                 self._commit_now({key: start})
             fresh[key] = start
 
-    def _take_up(self, known: Mapping[Partition, Commit], fresh: Mapping[Partition, Commit]) -> None:
+    def _assign_started(self, known: Mapping[Partition, Commit], fresh: Mapping[Partition, Commit]) -> None:
         assert self._listener is not None
         starts = {**known, **fresh}
-        self._new -= starts.keys()
+        self._unstarted -= starts.keys()
         self._missing -= {key.topic for key in starts}
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
@@ -295,20 +295,22 @@ class ConfluentClient(ConsumerClient):
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         if self._reset == "earliest":
             return Commit(low)
-        partitions = self._see(key.topic)
+        partitions = self._partitions_of(key.topic)
         for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
             if found.offset >= 0:
-                self._sizes.restore(key, commit_of(found))
-        return self._sizes.annotate(key, Commit(low if self._sizes.is_new_partition(key) else high))
+                self._partition_counts.restore(key, commit_of(found))
+        return self._partition_counts.annotate(
+            key, Commit(low if self._partition_counts.is_new_partition(key) else high)
+        )
 
-    def _see(self, topic: str) -> list[int]:
+    def _partitions_of(self, topic: str) -> list[int]:
         """Return the partitions of a topic, and record their number."""
         partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
-        self._sizes.observe(topic, len(partitions))
+        self._partition_counts.observe(topic, len(partitions))
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        noted = [(key, self._sizes.annotate(key, commit)) for key, commit in commits.items()]
+        noted = [(key, self._partition_counts.annotate(key, commit)) for key, commit in commits.items()]
         return [
             TopicPartition(key.topic, key.partition, c.offset, metadata=add_checksum(c.metadata)) for key, c in noted
         ]
@@ -340,12 +342,12 @@ class ConfluentClient(ConsumerClient):
 
     def _forget(self, partitions: list[TopicPartition]) -> list[Partition]:
         keys = [Partition(tp.topic, tp.partition) for tp in partitions]
-        self._share += 1
+        self._assignment_epoch += 1
         for key in keys:
             self._keys.pop((key.topic, key.partition), None)
             self._positions.pop(key, None)
             self._paused.discard(key)
-            self._new.discard(key)
+            self._unstarted.discard(key)
         return keys
 
     def _recover(self, key: Partition) -> None:
@@ -367,37 +369,37 @@ class ConfluentClient(ConsumerClient):
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in (KafkaError._AUTHENTICATION, KafkaError._ALL_BROKERS_DOWN):
-            self._trouble = error
+            self._last_error = error
             self._down = True
         if self._user_error_cb is not None:
             self._user_error_cb(error)
 
-    def _current_trouble(self) -> ClientError | None:
+    def _current_error(self) -> ClientError | None:
         """Return the current error; after an outage it is cleared only when a broker responds."""
-        error = self._trouble
+        error = self._last_error
         if error is None:
             return None
         if not self._down or error.fatal():
-            self._trouble = None
-        elif self._answers():
-            self._trouble = None
+            self._last_error = None
+        elif self._broker_responds():
+            self._last_error = None
             self._down = False
             return None
-        return self._as_trouble("fetch messages", error)
+        return self._as_client_error("fetch messages", error)
 
-    def _answers(self) -> bool:
+    def _broker_responds(self) -> bool:
         """Return whether a broker responds, probing at most once in ``PROBE_TICK`` seconds."""
         if time.monotonic() < self._probe_at:
             return False
         try:
             self.client.list_topics(timeout=PROBE_TIMEOUT)
         except KafkaException:
-            self._probe_at = time.monotonic() + PROBE_TICK
+            self._probe_at = time.monotonic() + PROBE_INTERVAL
             return False
         return True
 
-    def _as_trouble(self, what: str, error: KafkaError) -> ClientError:
-        passing = error.code() in _PASSING
+    def _as_client_error(self, what: str, error: KafkaError) -> ClientError:
+        passing = error.code() in _TRANSIENT
         return client_error(
             what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=passing
         )

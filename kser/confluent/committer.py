@@ -17,9 +17,9 @@ class Committer:
 
     def __init__(self, client: Consumer) -> None:
         self._client = client
-        self._orders: queue.SimpleQueue[list[TopicPartition] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._unanswered = 0
+        self._requests: queue.SimpleQueue[list[TopicPartition] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._pending = 0
         self._thread: threading.Thread | None = None
 
     def commit(self, offsets: list[TopicPartition], timeout: float) -> None:
@@ -31,31 +31,31 @@ class Committer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kser-commit", daemon=True)
             self._thread.start()
-        if not self._unanswered:
-            self._orders.put(offsets)
-            self._unanswered = 1
+        if not self._pending:
+            self._requests.put(offsets)
+            self._pending = 1
         else:
             # The result is of the previous commit, with other offsets. Fail: the caller then commits the current ones.
-            self._answer(timeout)
+            self._result(timeout)
             raise TimeoutError("the previous commit has only finished now")
-        if (error := self._answer(timeout)) is not None:
+        if (error := self._result(timeout)) is not None:
             raise error
 
     def close(self) -> None:
         """Stop the thread after its current commit."""
-        self._orders.put(None)
+        self._requests.put(None)
 
-    def _answer(self, timeout: float) -> Exception | None:
+    def _result(self, timeout: float) -> Exception | None:
         try:
-            answer = self._answers.get(timeout=timeout)
+            answer = self._results.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError(f"no response within {timeout:g} s") from None
-        self._unanswered = 0
+        self._pending = 0
         return answer
 
     def _run(self) -> None:
-        while (offsets := self._orders.get()) is not None:
-            self._answers.put(self._commit(offsets))
+        while (offsets := self._requests.get()) is not None:
+            self._results.put(self._commit(offsets))
 
     def _commit(self, offsets: list[TopicPartition]) -> Exception | None:
         try:

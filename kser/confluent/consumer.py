@@ -48,38 +48,38 @@ class Consumer(BaseConsumer):
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         how = ConsumerOptions.from_settings(settings, options)
-        self._producer_options: Mapping[str, Any] | None = config
-        self._app = app
-        self._client_options = options_for("consumer", config, settings)
-        group = self._client_options.get("group.id")
+        self._kser_producer_options: Mapping[str, Any] | None = config
+        self._kser_app = app
+        self._kser_client_options = options_for("consumer", config, settings)
+        group = self._kser_client_options.get("group.id")
         if not group:
             raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka requires a group")
         super().__init__(
             topics,
             how,
             group=group,
-            interval=self._interval(),
-            poll_limit=float(self._client_options.get("max.poll.interval.ms", 300_000)) / 1000,
-            session=float(self._client_options.get("session.timeout.ms", 45_000)) / 1000,
+            interval=self._kser_commit_interval(),
+            poll_limit=float(self._kser_client_options.get("max.poll.interval.ms", 300_000)) / 1000,
+            session=float(self._kser_client_options.get("session.timeout.ms", 45_000)) / 1000,
         )
 
     def make_producer(self) -> BaseProducer:
-        if self._producer_options is None:
-            return Producer(app=self._app)
-        return Producer(own_options("producer", self._producer_options))
+        if self._kser_producer_options is None:
+            return Producer(app=self._kser_app)
+        return Producer(own_options("producer", self._kser_producer_options))
 
     def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"
-        reset = reset_policy(self.RESET_OPTION, self._client_options.get(self.RESET_OPTION), default)
+        reset = reset_policy(self.RESET_OPTION, self._kser_client_options.get(self.RESET_OPTION), default)
         client = ConfluentClient(
-            self._client_options, reset, self.options.max_buffered_bytes, commits=self.options.commit != NEVER
+            self._kser_client_options, reset, self.options.max_buffered_bytes, commits=self.options.commit != NEVER
         )
         #: The current client of librdkafka.
         self.client = client.client
         return client
 
-    def _interval(self) -> float:
+    def _kser_commit_interval(self) -> float:
         """Return the seconds between commits; 0 commits at once."""
-        if str(self._client_options.get("enable.auto.commit", True)).lower() in ("false", "0"):
+        if str(self._kser_client_options.get("enable.auto.commit", True)).lower() in ("false", "0"):
             return 0
-        return float(self._client_options.get("auto.commit.interval.ms", 5000)) / 1000
+        return float(self._kser_client_options.get("auto.commit.interval.ms", 5000)) / 1000

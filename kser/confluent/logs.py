@@ -7,14 +7,14 @@ import re
 import time
 
 #: Seconds in which the same line is logged once: librdkafka emits dozens of each a second while a broker is down.
-REPEAT = 30.0
+INTERVAL = 30.0
 #: Limit of distinct lines that the filter remembers.
 MAX_LINES = 100
 
 _NUMBERS = re.compile(r"\d+(?:ms|s)? in state|, \d+ identical error\(s\) suppressed|\[rdkafka#\S+\]")
 
 
-class OnceInAWhile(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """A rate limit on lines about failed connections; lines that differ only in their numbers count as the same."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class OnceInAWhile(logging.Filter):
         if not text.startswith("FAIL"):
             return True
         now = time.monotonic()
-        if now - self._last.get(text, -REPEAT) < REPEAT:
+        if now - self._last.get(text, -INTERVAL) < INTERVAL:
             return False
         if len(self._last) >= MAX_LINES:
             self._last.clear()
@@ -37,4 +37,4 @@ class OnceInAWhile(logging.Filter):
 
 #: The logger of librdkafka's lines, unless the option ``logger`` is set.
 CLIENT_LOGGER = logging.getLogger("confluent_kafka")
-CLIENT_LOGGER.addFilter(OnceInAWhile())
+CLIENT_LOGGER.addFilter(RateLimitFilter())

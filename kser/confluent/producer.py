@@ -17,7 +17,7 @@ from kser import signals
 from kser.config import CONFIG, Settings
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
-from kser.confluent.reports import SLICE, Delivery, Reports, Trouble, Waiting, guarded
+from kser.confluent.reports import MAX_POLL, DeliveryReportPoller, DeliveryWaiter, LastError, Waiter, guarded
 from kser.outgoing import (
     BulkResult,
     HeaderList,
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 #: Timeout in seconds of the metadata lookup for a topic that is new to the client.
 MAX_BLOCK = 5.0
 #: Seconds between two metadata requests for an unknown topic: one that was just created appears with a delay.
-ASK_AGAIN = 0.1
+TOPIC_POLL_INTERVAL = 0.1
 #: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
 #: librdkafka's default of ``message.max.bytes``.
@@ -45,10 +45,10 @@ MESSAGE_MAX_BYTES = 1_000_000
 #: Messages of a bulk between two reads of delivery reports.
 CHUNK = 500
 #: Messages of a bulk that may be in flight before ``send`` waits for delivery reports.
-MAX_ON_THEIR_WAY = 20_000
+MAX_IN_FLIGHT = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
-_NOT_YET = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
+_NOT_READY = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
 
 
 class Producer(KafkaProducerBase):
@@ -65,15 +65,15 @@ class Producer(KafkaProducerBase):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = with_defaults(options_for("producer", config, Settings.of(app)))
-        self._servers = servers(options)
-        self._trouble = Trouble(options.get("error_cb"))
+        self._kser_servers = servers(options)
+        self._kser_last_error = LastError(options.get("error_cb"))
         options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}
-        self._topics: set[str] = set()
-        self._closed = False
+        self._kser_topics: set[str] = set()
+        self._kser_closed = False
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
-        self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._trouble}, **keywords)
-        self._limit = int(options.get("message.max.bytes", MESSAGE_MAX_BYTES))
-        self._reports = Reports(self.client.poll)
+        self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
+        self._kser_size_limit = int(options.get("message.max.bytes", MESSAGE_MAX_BYTES))
+        self._kser_report_poller = DeliveryReportPoller(self.client.poll)
 
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
@@ -88,7 +88,7 @@ class Producer(KafkaProducerBase):
             ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
         """
         bulk = _Bulk(self, topic, timeout, key)
-        with self._reports:
+        with self._kser_report_poller:
             try:
                 bulk.send(kmsgs)
             except Exception as exc:
@@ -96,14 +96,14 @@ class Producer(KafkaProducerBase):
             return bulk.finish()
 
     def close(self) -> None:
-        if self._closed:
+        if self._kser_closed:
             return
-        self._closed = True
-        self._reports.close()
+        self._kser_closed = True
+        self._kser_report_poller.close()
         left = self.client.flush(CLOSE_TIMEOUT)
         if left:
             logger.warning(
-                f"{type(self).__name__}: closed with messages in flight to {self._servers}: {left} not confirmed"
+                f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {left} not confirmed"
             )
             # Purge the queue, because librdkafka would retry these messages as long as the client is referenced.
             self.client.purge()
@@ -115,15 +115,15 @@ class Producer(KafkaProducerBase):
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        delivery = Delivery()
+        delivery = DeliveryWaiter()
         began = time.monotonic()
-        with self._reports:
-            self._enqueue(topic, value, _options(key, headers), delivery, deadline)
-            self._reports.wait(delivery, deadline)
+        with self._kser_report_poller:
+            self._kser_enqueue(topic, value, _options(key, headers), delivery, deadline)
+            self._kser_report_poller.wait(delivery, deadline)
         if not delivery.done():
-            raise self._unconfirmed(began)
+            raise self._kser_unconfirmed_error(began)
         if delivery.error is not None:
-            raise self._undelivered(delivery.error, topic, size_of(value, key, headers), began)
+            raise self._kser_undelivered_error(delivery.error, topic, size_of(value, key, headers), began)
 
     def _kser_deliver_nowait(
         self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
@@ -131,16 +131,18 @@ class Producer(KafkaProducerBase):
         began = time.monotonic()
 
         def report(error: Any, _record: Any) -> None:
-            on_delivered(None if error is None else self._undelivered(error, topic, len(value or b""), began))
+            on_delivered(
+                None if error is None else self._kser_undelivered_error(error, topic, len(value or b""), began)
+            )
 
-        self._enqueue(topic, value, {}, report, deadline)
+        self._kser_enqueue(topic, value, {}, report, deadline)
         # Read the delivery reports of earlier messages, which are otherwise read once a second.
-        self._reports.serve()
+        self._kser_report_poller.poll()
 
     def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")
 
-    def _enqueue(
+    def _kser_enqueue(
         self,
         topic: str,
         value: bytes | None,
@@ -149,29 +151,29 @@ class Producer(KafkaProducerBase):
         deadline: float,
     ) -> None:
         """Queue a record in the client, after waiting for the topic's metadata and for space in the queue."""
-        if self._closed:
+        if self._kser_closed:
             raise KafkaException("This producer is closed: create a new one")
         size = size_of(value, options.get("key"), options.get("headers", []))
-        if size > self._limit:
-            raise too_large(size, self._limit, "message.max.bytes")
-        if topic not in self._topics:
-            self._look_up(topic, deadline)
+        if size > self._kser_size_limit:
+            raise too_large(size, self._kser_size_limit, "message.max.bytes")
+        if topic not in self._kser_topics:
+            self._kser_look_up_topic(topic, deadline)
         while True:
             try:
                 return self.client.produce(topic, value, on_delivery=on_delivery, **options)
             except KafkaException as error:
-                raise self._refused(error.args[0], topic, size) from error
+                raise self._kser_rejected_error(error.args[0], topic, size) from error
             except BufferError as error:
                 left = time_left(deadline)
                 if not left:
                     raise KafkaException(
-                        f"The client's queue is full of messages that {self._servers} did not confirm yet: send slower,"
+                        f"The client's queue is full of messages that {self._kser_servers} did not confirm yet: send slower,"
                         f" or raise 'queue.buffering.max.messages' in {CONFIG}"
                     ) from error
-            if not self._reports.serve(min(left, SLICE)):
-                time.sleep(min(left, SLICE / 10))
+            if not self._kser_report_poller.poll(min(left, MAX_POLL)):
+                time.sleep(min(left, MAX_POLL / 10))
 
-    def _look_up(self, topic: str, deadline: float) -> None:
+    def _kser_look_up_topic(self, topic: str, deadline: float) -> None:
         """Check that the topic exists.
 
         Without this check librdkafka holds a message for a missing topic for half a minute before it reports the error.
@@ -185,53 +187,53 @@ class Producer(KafkaProducerBase):
                 # Start with a short timeout, because signal handlers do not run while the request waits.
                 known = self.client.list_topics(topic, timeout=max(min(left, question), 0.001)).topics[topic].error
             except KafkaException as error:
-                self._trouble.note(error.args[0])
+                self._kser_last_error.remember(error.args[0])
                 question *= 2
                 continue
             if known is None:
-                self._topics.add(topic)
+                self._kser_topics.add(topic)
                 return
-            if known.code() not in _NOT_YET:
-                raise KafkaException(f"{known.str()}: topic {topic!r} at {self._servers}")
-            time.sleep(min(ASK_AGAIN, time_left(patience)))
+            if known.code() not in _NOT_READY:
+                raise KafkaException(f"{known.str()}: topic {topic!r} at {self._kser_servers}")
+            time.sleep(min(TOPIC_POLL_INTERVAL, time_left(patience)))
         if known is not None:
-            raise KafkaException(self._no_topic(topic))
-        self._reports.serve()
+            raise KafkaException(self._kser_missing_topic_error(topic))
+        self._kser_report_poller.poll()
         raise KafkaException(
-            f"No broker responds at {self._servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
-            f"{self._trouble.since(began)}"
+            f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
+            f"{self._kser_last_error.text_since(began)}"
         )
 
-    def _no_topic(self, topic: str) -> str:
-        return f"The brokers at {self._servers} have no topic {topic!r}: create it, or correct its name"
+    def _kser_missing_topic_error(self, topic: str) -> str:
+        return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
 
-    def _unconfirmed(self, began: float) -> KafkaException:
+    def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(
-            f"{self._servers} did not confirm the message, which may still arrive: check that the brokers run there,"
-            f" or correct 'bootstrap.servers' in {CONFIG}{self._trouble.since(began)}"
+            f"{self._kser_servers} did not confirm the message, which may still arrive: check that the brokers run there,"
+            f" or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_error.text_since(began)}"
         )
 
-    def _refused(self, error: KafkaError, topic: str, size: int) -> Exception:
+    def _kser_rejected_error(self, error: KafkaError, topic: str, size: int) -> Exception:
         """Return the error of a record that the client rejected."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            return too_large(size, self._limit, "message.max.bytes")
+            return too_large(size, self._kser_size_limit, "message.max.bytes")
         advice = "; this producer cannot send any more: create a new one" if error.code() == KafkaError._FATAL else ""
-        return KafkaException(f"{error.str()}: topic {topic!r} at {self._servers}{advice}")
+        return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}{advice}")
 
-    def _undelivered(self, error: KafkaError, topic: str, size: int, began: float) -> Exception:
+    def _kser_undelivered_error(self, error: KafkaError, topic: str, size: int, began: float) -> Exception:
         """Return the error of a failed delivery report."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            return rejected_as_too_large(size, topic, self._servers)
+            return rejected_as_too_large(size, topic, self._kser_servers)
         if error.code() in _UNKNOWN_TOPIC:
             # The topic existed before, so it was deleted: look it up again before the next message.
-            self._topics.discard(topic)
-            return KafkaException(self._no_topic(topic))
+            self._kser_topics.discard(topic)
+            return KafkaException(self._kser_missing_topic_error(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
-            return self._unconfirmed(began)
-        return KafkaException(f"{error.str()}: topic {topic!r} at {self._servers}")
+            return self._kser_unconfirmed_error(began)
+        return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}")
 
 
-class _Bulk(Waiting):
+class _Bulk(Waiter):
     """The messages of one ``bulk_send``.
 
     Delivery reports arrive in the thread that polls; the thread of the bulk processes them.
@@ -244,81 +246,81 @@ class _Bulk(Waiting):
         self._deadline = time.monotonic() + timeout
         self._key = key
         self._began = time.monotonic()
-        self._tally = BulkResult()
-        self._in_vain: Exception | None = None
-        self._on_their_way: dict[int, tuple[Message, int]] = {}
+        self._results = BulkResult()
+        self._first_error: Exception | None = None
+        self._in_flight: dict[int, tuple[Message, int]] = {}
         self._enough = 0
         self._number = 0
-        self._arrived: collections.deque[tuple[Message, int, Any]] = collections.deque()
+        self._reported: collections.deque[tuple[Message, int, Any]] = collections.deque()
 
     def send(self, kmsgs: Iterable[Message]) -> None:
         """Send each message as soon as the iterable yields it."""
         for kmsg in kmsgs:
-            self._tally.add()
+            self._results.add()
             try:
                 self._put(kmsg)
             except Exception as exc:
-                self._tally.fail(kmsg, exc)
+                self._results.fail(kmsg, exc)
             self._number += 1
             if not self._number % CHUNK:
-                self._look()
+                self._drain_reports()
 
     def finish(self) -> Result:
         """Wait until all messages are delivered or the deadline passes, and return the Result."""
         self._enough = 0
-        self._producer._reports.wait(self, self._deadline)
+        self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
-        while self._on_their_way:
+        while self._in_flight:
             # A late report removes its message in another thread, so pop messages instead of iterating over them.
-            _, (kmsg, _) = self._on_their_way.popitem()
+            _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
-        self._settle()
+        self._wait_for_reports()
         for kmsg in reversed(late):
-            self._tally.fail(kmsg, self._producer._unconfirmed(self._began))
-        return self._tally.result()
+            self._results.fail(kmsg, self._producer._kser_unconfirmed_error(self._began))
+        return self._results.result()
 
     def done(self) -> bool:
-        return len(self._on_their_way) <= self._enough
+        return len(self._in_flight) <= self._enough
 
     def _put(self, kmsg: Message) -> None:
         producer = self._producer
         data = producer._kser_encode(kmsg)
         options = _options(key_bytes(self._key(kmsg)), []) if self._key else {}
-        if self._in_vain is not None:
-            raise self._in_vain
+        if self._first_error is not None:
+            raise self._first_error
         number = self._number
-        self._on_their_way[number] = (kmsg, len(data))
+        self._in_flight[number] = (kmsg, len(data))
         try:
-            producer._enqueue(self._topic, data, options, functools.partial(self._report, number), self._deadline)
+            producer._kser_enqueue(self._topic, data, options, functools.partial(self._report, number), self._deadline)
         except Exception as exc:
-            del self._on_their_way[number]
+            del self._in_flight[number]
             if isinstance(exc, KafkaException):
                 # Fail the rest of the bulk with this error: each message would wait for the same cause.
-                self._in_vain = exc
+                self._first_error = exc
             raise
 
     def _report(self, number: int, error: Any, _record: Any) -> None:
         """Handle a delivery report; called by librdkafka."""
-        found = self._on_their_way.pop(number, None)
+        found = self._in_flight.pop(number, None)
         if found is not None and (error is not None or signals.message_sent.receivers):
-            self._arrived.append((*found, error))
+            self._reported.append((*found, error))
         self.reported()
 
-    def _look(self) -> None:
+    def _drain_reports(self) -> None:
         """Read delivery reports, and wait while too many messages are in flight."""
-        self._producer._reports.serve()
-        if len(self._on_their_way) > MAX_ON_THEIR_WAY:
-            self._enough = MAX_ON_THEIR_WAY // 2
-            self._producer._reports.wait(self, self._deadline)
-        self._settle()
+        self._producer._kser_report_poller.poll()
+        if len(self._in_flight) > MAX_IN_FLIGHT:
+            self._enough = MAX_IN_FLIGHT // 2
+            self._producer._kser_report_poller.wait(self, self._deadline)
+        self._wait_for_reports()
 
-    def _settle(self) -> None:
-        while self._arrived:
-            kmsg, size, error = self._arrived.popleft()
+    def _wait_for_reports(self) -> None:
+        while self._reported:
+            kmsg, size, error = self._reported.popleft()
             if error is None:
                 self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
             else:
-                self._tally.fail(kmsg, self._producer._undelivered(error, self._topic, size, self._began))
+                self._results.fail(kmsg, self._producer._kser_undelivered_error(error, self._topic, size, self._began))
 
 
 def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:

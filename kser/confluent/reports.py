@@ -16,9 +16,9 @@ from kser.outgoing import time_left
 logger = logging.getLogger(__name__)
 
 #: Maximum seconds of one poll: signal handlers do not run while a thread polls.
-SLICE = 0.1
+MAX_POLL = 0.1
 #: Seconds between two polls of an idle producer.
-HOUSEKEEPING = 1.0
+IDLE_POLL_INTERVAL = 1.0
 
 
 def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -37,32 +37,32 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
     return call
 
 
-class Trouble:
+class LastError:
     """The last error that the client reported, and the user's ``error_cb``."""
 
     def __init__(self, told: Callable[[Any], Any] | None) -> None:
-        self._told = None if told is None else guarded(told)
+        self._forward = None if told is None else guarded(told)
         self._text = ""
         self._at = 0.0
 
     def __call__(self, error: Any) -> None:
         """Record the error and call the user's ``error_cb``; called by librdkafka."""
-        self.note(error)
-        if self._told is not None:
-            self._told(error)
+        self.remember(error)
+        if self._forward is not None:
+            self._forward(error)
 
-    def note(self, error: Any) -> None:
+    def remember(self, error: Any) -> None:
         """Record the last error, except ALL_BROKERS_DOWN and TIMED_OUT, which hide the cause."""
         if error.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
             self._text = error.str()
             self._at = time.monotonic()
 
-    def since(self, began: float) -> str:
+    def text_since(self, began: float) -> str:
         """Return the last error as the end of an error text, or ``""`` if it is older than ``began``."""
         return f" (last error of the client: {self._text})" if self._text and self._at >= began else ""
 
 
-class Waiting:
+class Waiter:
     """A condition that a thread waits for while delivery reports arrive."""
 
     #: Set to wake the thread while another one polls.
@@ -78,7 +78,7 @@ class Waiting:
             self.wake.set()
 
 
-class Delivery(Waiting):
+class DeliveryWaiter(Waiter):
     """The delivery report of one record."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Delivery(Waiting):
         return self._arrived
 
 
-class Reports:
+class DeliveryReportPoller:
     """Leader/follower polling: one of the waiting threads polls for all, and passes the lead on after its own report.
 
     A sender that polls for itself gets its report without a thread switch; a dedicated polling thread would add two
@@ -106,18 +106,18 @@ class Reports:
     """
 
     def __init__(self, poll: Callable[[float], Any]) -> None:
-        self._poll = poll
+        self._poll_client = poll
         self._mutex = threading.Lock()
-        self._led = False
-        self._followers: dict[int, Waiting] = {}
+        self._has_leader = False
+        self._followers: dict[int, Waiter] = {}
         self._busy = 0
         self._closed = threading.Event()
-        self._housekeeper = threading.Thread(
-            target=_keep_house, args=(weakref.ref(self), self._closed), name="kser-delivery-reports", daemon=True
+        self._idle_thread = threading.Thread(
+            target=_poll_while_idle, args=(weakref.ref(self), self._closed), name="kser-delivery-reports", daemon=True
         )
-        self._housekeeper.start()
+        self._idle_thread.start()
 
-    def wait(self, waiting: Waiting, deadline: float) -> None:
+    def wait(self, waiting: Waiter, deadline: float) -> None:
         """Wait until ``waiting`` is done, or until ``deadline`` by the monotonic clock."""
         try:
             while not waiting.done() and time_left(deadline):
@@ -127,18 +127,18 @@ class Reports:
                     waiting.wake.wait(time_left(deadline))
         finally:
             if waiting.wake is not None:
-                self._leave(waiting)
+                self._remove(waiting)
 
-    def serve(self, seconds: float = 0) -> bool:
+    def poll(self, seconds: float = 0) -> bool:
         """Poll for up to ``seconds``; return False without polling if another thread polls already."""
         with self._mutex:
-            if self._led:
+            if self._has_leader:
                 return False
-            self._led = True
+            self._has_leader = True
         try:
-            self._poll(seconds)
+            self._poll_client(seconds)
         finally:
-            self._resign()
+            self._release_lead()
         return True
 
     def __enter__(self) -> None:
@@ -153,47 +153,47 @@ class Reports:
         with self._mutex:
             self._busy -= 1
 
-    def keep_house(self) -> None:
+    def poll_if_idle(self) -> None:
         """Poll once, unless a thread sends."""
         if not self._busy:
-            self.serve()
+            self.poll()
 
     def close(self) -> None:
         """Stop the housekeeping thread."""
         self._closed.set()
         # A user callback that closes the producer may run in the housekeeping thread, which cannot join itself.
-        if threading.current_thread() is not self._housekeeper:
-            self._housekeeper.join()
+        if threading.current_thread() is not self._idle_thread:
+            self._idle_thread.join()
 
-    def _take_lead(self, waiting: Waiting) -> bool:
+    def _take_lead(self, waiting: Waiter) -> bool:
         with self._mutex:
-            if not self._led:
-                self._led = True
+            if not self._has_leader:
+                self._has_leader = True
                 return True
             waiting.wake = threading.Event()
             self._followers[id(waiting)] = waiting
         return False
 
-    def _lead(self, waiting: Waiting, deadline: float) -> None:
+    def _lead(self, waiting: Waiter, deadline: float) -> None:
         try:
             while not waiting.done() and (left := time_left(deadline)):
-                self._poll(min(left, SLICE))
+                self._poll_client(min(left, MAX_POLL))
         finally:
-            self._resign()
+            self._release_lead()
 
-    def _resign(self) -> None:
+    def _release_lead(self) -> None:
         with self._mutex:
-            self._led = False
+            self._has_leader = False
             self._call_next()
 
-    def _leave(self, waiting: Waiting) -> None:
+    def _remove(self, waiting: Waiter) -> None:
         """Stop waiting, and wake the next follower if no thread polls.
 
         A follower that was woken to lead may have its own report already; the lead would be lost otherwise.
         """
         with self._mutex:
             self._followers.pop(id(waiting), None)
-            if not self._led:
+            if not self._has_leader:
                 self._call_next()
 
     def _call_next(self) -> None:
@@ -203,15 +203,15 @@ class Reports:
             follower.wake.set()
 
 
-def _keep_house(reports: weakref.ref[Reports], closed: threading.Event) -> None:
+def _poll_while_idle(reports: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
     """Poll once a second while the producer is idle.
 
     Only a weak reference is held between polls, so that an unclosed producer can be garbage-collected and its thread
     ends.
     """
-    while not closed.wait(HOUSEKEEPING):
+    while not closed.wait(IDLE_POLL_INTERVAL):
         found = reports()
         if found is None:
             return
-        found.keep_house()
+        found.poll_if_idle()
         del found

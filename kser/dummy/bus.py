@@ -28,36 +28,36 @@ class DummyRecord(NamedTuple):
     timestamp: int = 0
 
 
-class Bus:
+class InMemoryBroker:
     """The broker of all producers and consumers with the same ``bootstrap_servers``."""
 
-    _all: dict[str, Bus] = {}  # noqa: RUF012  the brokers of this process
+    _brokers: dict[str, InMemoryBroker] = {}  # noqa: RUF012  the brokers of this process
 
     def __init__(self) -> None:
         #: The partitions of each topic; a partition is a list of records.
         self.topics: dict[str, list[list[DummyRecord]]] = {}
         #: The committed offsets, by group and partition.
         self.committed: dict[tuple[str, Partition], Commit] = {}
-        self.groups: dict[str, Group] = {}
-        self.arrived = threading.Condition(threading.RLock())
-        self._turn = 0
+        self.groups: dict[str, ConsumerGroup] = {}
+        self.message_arrived = threading.Condition(threading.RLock())
+        self._round_robin = 0
 
     @classmethod
-    def at(cls, address: str) -> Bus:
+    def at(cls, address: str) -> InMemoryBroker:
         """Return the broker at an address, which the first call creates."""
-        return cls._all.setdefault(address, cls())
+        return cls._brokers.setdefault(address, cls())
 
     @classmethod
     def reset(cls) -> None:
         """Remove all brokers, between two tests."""
-        cls._all.clear()
+        cls._brokers.clear()
 
     def create_topic(self, topic: str, partitions: int = 1) -> None:
         """Create a topic, or add partitions to an existing one.
 
         A topic that is used without being created has one partition.
         """
-        with self.arrived:
+        with self.message_arrived:
             logs = self.topics.setdefault(topic, [])
             logs += [[] for _ in range(partitions - len(logs))]
             for group in self.groups.values():
@@ -73,14 +73,14 @@ class Bus:
         partition: int | None = None,
     ) -> None:
         """Append a record to a partition: the given one, else that of its key, else the next in turn."""
-        with self.arrived:
+        with self.message_arrived:
             logs = self.topics.setdefault(topic, [[]])
             if partition is None:
-                self._turn += key is None
-                partition = (self._turn if key is None else crc32(key)) % len(logs)
+                self._round_robin += key is None
+                partition = (self._round_robin if key is None else crc32(key)) % len(logs)
             log = logs[partition]
             log.append(DummyRecord(topic, partition, len(log), key, value, tuple(headers)))
-            self.arrived.notify_all()
+            self.message_arrived.notify_all()
 
     def values(self, topic: str) -> list[bytes | None]:
         """Return the values of a topic, partition by partition."""
@@ -91,11 +91,11 @@ class Bus:
         return [Partition(topic, n) for topic in topics for n in range(len(self.topics.setdefault(topic, [[]])))]
 
 
-class Group:
+class ConsumerGroup:
     """A consumer group. A rebalance first revokes all partitions of all members, as Kafka's default assignors do."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, broker: InMemoryBroker) -> None:
+        self._broker = broker
         self.members: list[DummyClient] = []
         self._rejoined: set[DummyClient] = set()
         self.in_rebalance = False
@@ -104,14 +104,14 @@ class Group:
         """Start a rebalance, which ends when each member has polled."""
         self.in_rebalance = bool(self.members)
         self._rejoined = set()
-        with self._bus.arrived:
-            self._bus.arrived.notify_all()
+        with self._broker.message_arrived:
+            self._broker.message_arrived.notify_all()
 
     def join(self, member: DummyClient) -> bool:
         """Add a member whose partitions are revoked to the rebalance, and return whether it has ended."""
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
-            self._share_out()
+            self._assign()
         return not self.in_rebalance
 
     def leave(self, member: DummyClient) -> None:
@@ -120,14 +120,14 @@ class Group:
             self.members.remove(member)
             self.rebalance()
 
-    def _share_out(self) -> None:
+    def _assign(self) -> None:
         self.in_rebalance = False
         for member in self.members:
-            member.share = []
+            member.pending_assignment = []
         topics = sorted(frozenset().union(*(member.topics for member in self.members)))
-        for number, partition in enumerate(self._bus.partitions_of(topics)):
+        for number, partition in enumerate(self._broker.partitions_of(topics)):
             takers = [member for member in self.members if partition.topic in member.topics]
-            takers[number % len(takers)].share.append(partition)
+            takers[number % len(takers)].pending_assignment.append(partition)
 
 
 class DummyClient(ConsumerClient):
@@ -139,36 +139,42 @@ class DummyClient(ConsumerClient):
     :param commits: False if the client must not commit offsets.
     """
 
-    def __init__(self, bus: Bus, group: str | None, reset: str = "earliest", *, commits: bool = True) -> None:
-        self._bus = bus
+    def __init__(
+        self, broker: InMemoryBroker, group: str | None, reset: str = "earliest", *, commits: bool = True
+    ) -> None:
+        self._broker = broker
         self.can_commit = commits and group is not None
         self._name = group or ""
-        self._group = bus.groups.setdefault(group, Group(bus)) if group is not None else Group(bus)
+        self._group = (
+            broker.groups.setdefault(group, ConsumerGroup(broker)) if group is not None else ConsumerGroup(broker)
+        )
         self._reset = reset
-        self._sizes = PartitionCounts(reset)
+        self._partition_counts = PartitionCounts(reset)
         self._listener: RebalanceListener | None = None
         self.topics: frozenset[str] = frozenset()
-        self.share: list[Partition] = []
+        self.pending_assignment: list[Partition] = []
         self._positions: dict[Partition, int] = {}
         #: Injected errors: each poll or commit raises and removes the first one.
-        self.troubles: list[ClientError] = []
+        self.injected_errors: list[ClientError] = []
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self.topics = frozenset(topics)
         self._listener = listener
-        self._bus.partitions_of(self.topics)
+        self._broker.partitions_of(self.topics)
         self._group.members.append(self)
         self._group.rebalance()
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        self._fail_if_told()
-        with self._bus.arrived:
-            if not self._take_part():
+        self._raise_injected()
+        with self._broker.message_arrived:
+            if not self._rejoin_if_needed():
                 return {}
-            self._bus.arrived.wait_for(lambda: self._group.in_rebalance or self._has_any(limit, paused), timeout)
+            self._broker.message_arrived.wait_for(
+                lambda: self._group.in_rebalance or self._has_records(limit, paused), timeout
+            )
             found: dict[Partition, Sequence[Record]] = {}
             for key, position in self._positions.items():
-                log = self._log(key)
+                log = self._records_of(key)
                 if limit > 0 and key not in paused and position < len(log):
                     found[key] = log[position : position + limit]
                     self._positions[key] += len(found[key])
@@ -176,26 +182,26 @@ class DummyClient(ConsumerClient):
             return found
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
-        self._fail_if_told()
-        with self._bus.arrived:
+        self._raise_injected()
+        with self._broker.message_arrived:
             if self not in self._group.members or not commits.keys() <= self._positions.keys():
                 raise ClientError(f"the group {self._name!r} has assigned these partitions to another member")
-            self._note(commits)
+            self._record_commits(commits)
 
     def lag(self) -> Mapping[Partition, int]:
-        return {key: len(self._log(key)) - position for key, position in self._positions.items()}
+        return {key: len(self._records_of(key)) - position for key, position in self._positions.items()}
 
     def close(self, timeout: float) -> None:
-        with self._bus.arrived:
+        with self._broker.message_arrived:
             self._revoke()
             self._group.leave(self)
 
     def expel(self) -> None:
         """Expel this member from the group, as Kafka does after a session timeout."""
-        with self._bus.arrived:
+        with self._broker.message_arrived:
             self._group.leave(self)
 
-    def _take_part(self) -> bool:
+    def _rejoin_if_needed(self) -> bool:
         """Take part in a rebalance if there is one, and return whether records can be fetched."""
         assert self._listener is not None
         if self not in self._group.members:
@@ -206,22 +212,22 @@ class DummyClient(ConsumerClient):
         if self._group.in_rebalance:
             self._revoke()
             self._group.join(self)
-        if not self._group.in_rebalance and self.share:
-            self._begin(self.share)
-            self.share = []
+        if not self._group.in_rebalance and self.pending_assignment:
+            self._start_partitions(self.pending_assignment)
+            self.pending_assignment = []
         return not self._group.in_rebalance
 
-    def _begin(self, share: list[Partition]) -> None:
+    def _start_partitions(self, share: list[Partition]) -> None:
         assert self._listener is not None
-        known = {key: commit for key in share if (commit := self._bus.committed.get((self._name, key))) is not None}
+        known = {key: commit for key in share if (commit := self._broker.committed.get((self._name, key))) is not None}
         for key, commit in known.items():
-            self._sizes.observe(key.topic, len(self._bus.topics[key.topic]))
-            self._sizes.restore(key, commit)
+            self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
+            self._partition_counts.restore(key, commit)
         new = {key: self._first_position(key) for key in share if key not in known}
         if new and self._reset == "none":
             raise no_committed_offset(new)
         if self.can_commit:
-            self._note(new)
+            self._record_commits(new)
         self._positions = {key: commit.offset for key, commit in (known | new).items()}
         self._listener.on_assign(known)
         # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
@@ -230,15 +236,17 @@ class DummyClient(ConsumerClient):
     def _first_position(self, key: Partition) -> Commit:
         if self._reset != "latest":
             return Commit(0)
-        self._sizes.observe(key.topic, len(self._bus.topics[key.topic]))
-        for (group, place), commit in self._bus.committed.items():
+        self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
+        for (group, place), commit in self._broker.committed.items():
             if (group, place.topic) == (self._name, key.topic):
-                self._sizes.restore(place, commit)
-        return self._sizes.annotate(key, Commit(0 if self._sizes.is_new_partition(key) else len(self._log(key))))
+                self._partition_counts.restore(place, commit)
+        return self._partition_counts.annotate(
+            key, Commit(0 if self._partition_counts.is_new_partition(key) else len(self._records_of(key)))
+        )
 
-    def _note(self, commits: Mapping[Partition, Commit]) -> None:
-        self._bus.committed.update(
-            {(self._name, key): self._sizes.annotate(key, commit) for key, commit in commits.items()}
+    def _record_commits(self, commits: Mapping[Partition, Commit]) -> None:
+        self._broker.committed.update(
+            {(self._name, key): self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
         )
 
     def _revoke(self) -> None:
@@ -247,23 +255,23 @@ class DummyClient(ConsumerClient):
             return
         draining = self._listener.on_revoke(list(self._positions))
         # Release the lock while waiting, because running attempts may need the broker to finish.
-        self._bus.arrived.release()
+        self._broker.message_arrived.release()
         try:
             draining.wait()
         finally:
-            self._bus.arrived.acquire()
+            self._broker.message_arrived.acquire()
         if self.can_commit and self in self._group.members:
-            self._note(draining.commits())
+            self._record_commits(draining.commits())
         self._positions = {}
 
-    def _has_any(self, limit: int, held: Collection[Partition]) -> bool:
+    def _has_records(self, limit: int, held: Collection[Partition]) -> bool:
         return limit > 0 and any(
-            position < len(self._log(key)) for key, position in self._positions.items() if key not in held
+            position < len(self._records_of(key)) for key, position in self._positions.items() if key not in held
         )
 
-    def _log(self, key: Partition) -> list[DummyRecord]:
-        return self._bus.topics[key.topic][key.partition]
+    def _records_of(self, key: Partition) -> list[DummyRecord]:
+        return self._broker.topics[key.topic][key.partition]
 
-    def _fail_if_told(self) -> None:
-        if self.troubles:
-            raise self.troubles.pop(0)
+    def _raise_injected(self) -> None:
+        if self.injected_errors:
+            raise self.injected_errors.pop(0)

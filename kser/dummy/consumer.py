@@ -12,7 +12,7 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
-from kser.dummy.bus import Bus, DummyClient
+from kser.dummy.bus import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         settings = Settings.of(app)
         self.config = dict((settings.client if config is None else config) or {})
-        self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
+        self.client = InMemoryBroker.at(str(self.config.get("bootstrap_servers", "")))
         at_once = not self.config.get("enable_auto_commit", True)
         super().__init__(
             settings.consumed_topics(topics),

@@ -8,7 +8,7 @@ from typing import Any
 from cdumay_result import Result
 
 from kser.config import Settings
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.outgoing import BulkResult, HeaderList, KafkaProducerBase, KeyFunction, key_bytes, size_of, too_large
 from kser.results import merge
 from kser.schemas import Message
@@ -27,7 +27,7 @@ class Producer(KafkaProducerBase):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         self.config = dict((Settings.of(app).client if config is None else config) or {})
-        self.client = Bus.at(str(self.config.get("bootstrap_servers", "")))
+        self.client = InMemoryBroker.at(str(self.config.get("bootstrap_servers", "")))
 
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None

@@ -24,7 +24,7 @@ from kser.consumer.client import (
 from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.errors import ClientError
 from kser.python_kafka.options import servers
-from kser.python_kafka.rebalances import ASYNC, Joining, Rebalances, client_offsets
+from kser.python_kafka.rebalances import ASYNC, PendingJoin, Rebalances, client_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ QUERY_TIMEOUT_MS = 5000
 #: Timeout in milliseconds of the query that checks whether the group coordinator responds.
 PROBE_TIMEOUT_MS = 1000
 #: Seconds without records between two health checks of topics and group coordinator.
-LOOK_TICK = 5.0
+HEALTH_CHECK_INTERVAL = 5.0
 #: Seconds between two attempts to start partitions.
-BEGIN_TICK = 1.0
+START_RETRY_INTERVAL = 1.0
 
 #: Errors of a position that is not, or no longer, in the log.
 _OUT_OF_RANGE = tuple(
@@ -47,7 +47,7 @@ _NO_POSITION = (
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
 #: Transient errors: commits fail with them during a rebalance.
-_PASSING = (
+_TRANSIENT = (
     errors.RebalanceInProgressError,
     errors.IllegalGenerationError,
     errors.UnknownMemberIdError,
@@ -76,13 +76,13 @@ class KafkaPythonClient(ConsumerClient):
         self._rebalances: Rebalances | None = None
         self._topics: list[str] = []
         self._missing: list[str] = []
-        self._look_at = self._begin_at = self._polled_at = 0.0
+        self._check_at = self._start_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
-        self._problem: ClientError | None = None
-        self._missed: ClientError | None = None
+        self._pending_error: ClientError | None = None
+        self._missed_partitions: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add some.
-        self._new: set[TopicPartition] = set()
-        self._sizes = PartitionCounts(reset)
+        self._unstarted: set[TopicPartition] = set()
+        self._partition_counts = PartitionCounts(reset)
 
     @property
     def cluster(self) -> str:
@@ -92,30 +92,30 @@ class KafkaPythonClient(ConsumerClient):
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
         self._topics = sorted(topics)
-        self._look_at = time.monotonic() + LOOK_TICK
-        self._rebalances = Rebalances(self._client, listener, self._new, self._sizes.annotate)
+        self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+        self._rebalances = Rebalances(self._client, listener, self._unstarted, self._partition_counts.annotate)
         self._client.subscribe(self._topics, listener=self._rebalances)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
             self._pause(limit, paused)
-            self._keep_joining()
-            self._unpark()
+            self._resume_join()
+            self._requeue_parked_records()
             batches = self._poll(timeout, limit)
-            if new := set(self._new):
+            if new := set(self._unstarted):
                 # Drop the records of new partitions: they may be from another position than the committed offset.
                 batches = {key: records for key, records in batches.items() if key not in new}
-                self._begin_new()
+                self._start_new_partitions()
             # Check for errors only when there are no records: they would be lost with an error.
             if batches:
-                self._answered()
+                self._group_responds()
             else:
-                self._look_around()
+                self._health_check()
             return batches
         except KafkaError as error:
-            raise self._trouble("fetch messages", error) from error
+            raise self._as_client_error("fetch messages", error) from error
 
-    def _keep_joining(self) -> None:
+    def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
 
         If the join started because the partitions of a topic changed, the client would never read its result. If the
@@ -128,10 +128,10 @@ class KafkaPythonClient(ConsumerClient):
         coordinator.rejoin_needed = True
         task = coordinator._join_task
         if task is not None:
-            joining = task if isinstance(task, Joining) else Joining(task, self._polled_at)
-            coordinator._join_task = joining if joining.is_of_use(self._session / 2) else None
+            joining = task if isinstance(task, PendingJoin) else PendingJoin(task, self._polled_at)
+            coordinator._join_task = joining if joining.is_usable(self._session / 2) else None
 
-    def _unpark(self) -> None:
+    def _requeue_parked_records(self) -> None:
         """Make kafka-python 3 return the records that it set aside while their partition was paused.
 
         The client does so only when its slot for the current partition is None, and leaves an exhausted batch in there.
@@ -155,24 +155,24 @@ class KafkaPythonClient(ConsumerClient):
         finally:
             self._polled_at = time.monotonic()
 
-    def _look_around(self) -> None:
+    def _health_check(self) -> None:
         """Check for errors that kafka-python retries silently: missing topics and unreachable brokers.
 
         :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """
-        if self._new and self._problem is not None:
-            raise self._problem
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + LOOK_TICK
-            self._missed = self._look_for_topics() or self._look_for_group()
-        if self._missed is not None:
-            raise self._missed
+        if self._unstarted and self._pending_error is not None:
+            raise self._pending_error
+        if time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+            self._missed_partitions = self._check_topics() or self._check_group()
+        if self._missed_partitions is not None:
+            raise self._missed_partitions
 
-    def _answered(self) -> None:
-        self._look_at = time.monotonic() + LOOK_TICK
-        self._missed = None
+    def _group_responds(self) -> None:
+        self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+        self._missed_partitions = None
 
-    def _look_for_topics(self) -> ClientError | None:
+    def _check_topics(self) -> ClientError | None:
         known = {tp.topic for tp in self._client.assignment()}
         missing = [t for t in self._topics if t not in known and not self._client.partitions_for_topic(t)]
         if not missing or not known:
@@ -182,7 +182,7 @@ class KafkaPythonClient(ConsumerClient):
         self._missing = missing
         return None
 
-    def _look_for_group(self) -> ClientError | None:
+    def _check_group(self) -> ClientError | None:
         """Query a committed offset to check that the group coordinator responds."""
         tp = next(iter(self._client.assignment()), None)
         if tp is None or not self.can_commit:
@@ -190,7 +190,7 @@ class KafkaPythonClient(ConsumerClient):
         try:
             self._client.committed(tp, timeout_ms=PROBE_TIMEOUT_MS)
         except KafkaError as error:
-            return self._trouble("fetch messages", error)
+            return self._as_client_error("fetch messages", error)
         return None
 
     def _unknown(self, topics: list[str]) -> str:
@@ -199,21 +199,21 @@ class KafkaPythonClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            noted = {key: self._sizes.annotate(key, commit) for key, commit in commits.items()}
+            noted = {key: self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
             self._client.commit(client_offsets(noted), timeout_ms=int(timeout * 1000))
         except KafkaError as error:
-            raise self._trouble("commit offsets", error) from error
+            raise self._as_client_error("commit offsets", error) from error
 
     def lag(self) -> Mapping[Partition, int]:
         found: dict[Partition, int] = {}
         try:
-            for tp in self._client.assignment() - self._new:
+            for tp in self._client.assignment() - self._unstarted:
                 end, position = self._client.highwater(tp), self._client.position(tp, timeout_ms=100)
                 if end is not None and position is not None:
                     found[Partition(*tp)] = end - position
             return found
         except KafkaError as error:
-            raise self._trouble("read the lag", error) from error
+            raise self._as_client_error("read the lag", error) from error
 
     def close(self, timeout: float) -> None:
         # kafka-python revokes the partitions during close, when a new client of this process may own them already.
@@ -230,51 +230,55 @@ class KafkaPythonClient(ConsumerClient):
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         # A rebalance resets the paused partitions, so set them again before each poll.
-        if limit and not held and not self._new:
+        if limit and not held and not self._unstarted:
             if paused := self._client.paused():
                 self._client.resume(*paused)
             return
         assigned = self._client.assignment()
-        wanted = {tp for tp in assigned if not limit or tp in held or tp in self._new}
+        wanted = {tp for tp in assigned if not limit or tp in held or tp in self._unstarted}
         self._client.pause(*wanted)
         self._client.resume(*(self._client.paused() - wanted))
 
     # -- start positions -----------------------------------------------------------------------------------------------
 
-    def _begin_new(self) -> None:
+    def _start_new_partitions(self) -> None:
         """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
 
         Partitions that cannot be started stay paused until a retry succeeds; the others are consumed meanwhile.
         """
-        if time.monotonic() < self._begin_at:
+        if time.monotonic() < self._start_at:
             return
         assert self._listener is not None
-        self._begin_at = time.monotonic() + BEGIN_TICK
+        self._start_at = time.monotonic() + START_RETRY_INTERVAL
         known: dict[Partition, Commit] = {}
         fresh: dict[Partition, Commit] = {}
-        self._problem = None
-        for tp in self._new & self._client.assignment():
+        self._pending_error = None
+        for tp in self._unstarted & self._client.assignment():
             try:
-                self._begin(tp, known, fresh)
+                self._start_partition(tp, known, fresh)
                 continue
             except KafkaError as error:
-                self._problem = self._trouble(f"find the start position of {tp.topic}[{tp.partition}]", error)
+                self._pending_error = self._as_client_error(
+                    f"find the start position of {tp.topic}[{tp.partition}]", error
+                )
             except ClientError as error:
-                self._problem = error
+                self._pending_error = error
             # Set any position, because a partition without one makes every poll of the client fail. It stays paused.
             self._client.seek(tp, 0)
-        if not (self._new & self._client.assignment()):
-            self._begin_at = 0.0
+        if not (self._unstarted & self._client.assignment()):
+            self._start_at = 0.0
         self._listener.on_assign(known)
         # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
 
-    def _begin(self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]) -> None:
+    def _start_partition(
+        self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]
+    ) -> None:
         key = Partition(*tp)
         start = self._committed(tp)
         if start is not None:
-            self._sizes.observe(tp.topic, len(self._client.partitions_for_topic(tp.topic) or ()))
-            self._sizes.restore(key, start)
+            self._partition_counts.observe(tp.topic, len(self._client.partitions_for_topic(tp.topic) or ()))
+            self._partition_counts.restore(key, start)
             known[key] = start
         elif self._reset == "none":
             raise no_committed_offset([key])
@@ -283,31 +287,31 @@ class KafkaPythonClient(ConsumerClient):
             if self.can_commit:
                 self._client.commit(client_offsets({key: start}), timeout_ms=QUERY_TIMEOUT_MS)
         self._client.seek(tp, start.offset)
-        self._new.discard(tp)
+        self._unstarted.discard(tp)
 
     def _first_position(self, tp: TopicPartition) -> Commit:
         """Return the start position of a partition without a committed offset."""
         at_end = self._reset == "latest" and not self._was_added(tp)
-        offset = (self._ends if at_end else self._begins)([tp])[tp]
-        return self._sizes.annotate(Partition(*tp), Commit(offset))
+        offset = (self._end_offsets if at_end else self._beginning_offsets)([tp])[tp]
+        return self._partition_counts.annotate(Partition(*tp), Commit(offset))
 
     def _was_added(self, tp: TopicPartition) -> bool:
         others = self._client.partitions_for_topic(tp.topic) or {tp.partition}
-        self._sizes.observe(tp.topic, len(others))
+        self._partition_counts.observe(tp.topic, len(others))
         for number in others:
             if (commit := self._committed(TopicPartition(tp.topic, number))) is not None:
-                self._sizes.restore(Partition(*tp), commit)
-        return self._sizes.is_new_partition(Partition(*tp))
+                self._partition_counts.restore(Partition(*tp), commit)
+        return self._partition_counts.is_new_partition(Partition(*tp))
 
     def _committed(self, tp: TopicPartition) -> Commit | None:
         found = self._client.committed(tp, metadata=True, timeout_ms=QUERY_TIMEOUT_MS)
         return None if found is None else Commit(found.offset, strip_checksum(found.metadata or ""))
 
-    def _begins(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    def _beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         # ``KafkaConsumer.beginning_offsets`` of kafka-python 2 accepts no timeout and can block for minutes.
         return dict(self._client._fetcher.beginning_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
-    def _ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    def _end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _recover_from(self, error: KafkaError) -> None:
@@ -315,8 +319,8 @@ class KafkaPythonClient(ConsumerClient):
         assert self._listener is not None
         positions: Mapping[TopicPartition, Any] = getattr(error, "divergent_offsets", None) or error.args[0]
         # Skip new partitions: they are started at their committed offset, and fail again if it is out of range.
-        partitions = [tp for tp in positions if tp in self._client.assignment() and tp not in self._new]
-        begins, ends = self._begins(partitions), self._ends(partitions)
+        partitions = [tp for tp in positions if tp in self._client.assignment() and tp not in self._unstarted]
+        begins, ends = self._beginning_offsets(partitions), self._end_offsets(partitions)
         starts: dict[Partition, Commit] = {}
         for tp in partitions:
             was = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
@@ -328,11 +332,11 @@ class KafkaPythonClient(ConsumerClient):
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)
         self._listener.on_reset(starts)
 
-    def _trouble(self, what: str, error: KafkaError) -> ClientError:
+    def _as_client_error(self, what: str, error: KafkaError) -> ClientError:
         return client_error(
             what,
             f"{self._servers} (bootstrap_servers)",
             error if any(error.args) else "no response in time",
             fatal=isinstance(error, _FATAL),
-            transient=isinstance(error, _PASSING),
+            transient=isinstance(error, _TRANSIENT),
         )

@@ -49,55 +49,58 @@ class Consumer(BaseConsumer):
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         how = ConsumerOptions.from_settings(settings, options)
-        self._producer_options: Mapping[str, Any] | None = config
-        self._app = app
-        self._client_options = options_for(KafkaConsumer, config, settings)
-        at_once = not self._client_options.get("enable_auto_commit", True)
-        group = self._client_options.get("group_id")
-        self._reset = self._choose_reset(how.commit, group)
-        self._client_options |= {"enable_auto_commit": False, "auto_offset_reset": "none" if group else self._reset}
-        self._client_options.setdefault("fetch_max_bytes", how.max_buffered_bytes)
+        self._kser_producer_options: Mapping[str, Any] | None = config
+        self._kser_app = app
+        self._kser_client_options = options_for(KafkaConsumer, config, settings)
+        at_once = not self._kser_client_options.get("enable_auto_commit", True)
+        group = self._kser_client_options.get("group_id")
+        self._kser_reset = self._kser_resolve_reset(how.commit, group)
+        self._kser_client_options |= {
+            "enable_auto_commit": False,
+            "auto_offset_reset": "none" if group else self._kser_reset,
+        }
+        self._kser_client_options.setdefault("fetch_max_bytes", how.max_buffered_bytes)
         # Run the value deserializer per record, because an exception in it would stop the client. Ignore the key
         # deserializer: keys are only compared, as bytes.
-        self._deserialize = self._taken_over("value_deserializer")
-        self._taken_over("key_deserializer")
+        self._kser_deserialize = self._kser_check_renamed_option("value_deserializer")
+        self._kser_check_renamed_option("key_deserializer")
         super().__init__(
             topics,
             how,
             group=group,
-            interval=0 if at_once else self._option("auto_commit_interval_ms") / 1000,
-            poll_limit=self._option("max_poll_interval_ms") / 1000,
-            session=self._option("session_timeout_ms") / 1000,
+            interval=0 if at_once else self._kser_option("auto_commit_interval_ms") / 1000,
+            poll_limit=self._kser_option("max_poll_interval_ms") / 1000,
+            session=self._kser_option("session_timeout_ms") / 1000,
         )
 
     def make_producer(self) -> BaseProducer:
-        if self._producer_options is None:
-            return Producer(app=self._app)
-        options = self._producer_options.items()
+        if self._kser_producer_options is None:
+            return Producer(app=self._kser_app)
+        options = self._kser_producer_options.items()
         return Producer({key: value for key, value in options if key in KafkaProducer.DEFAULT_CONFIG})
 
     def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.
-        self.client = connect(KafkaConsumer, self._client_options)
-        return KafkaPythonClient(self.client, self._reset, commits=self.options.commit != NEVER)
+        self.client = connect(KafkaConsumer, self._kser_client_options)
+        return KafkaPythonClient(self.client, self._kser_reset, commits=self.options.commit != NEVER)
 
     def _kser_handle(self, value: Any) -> None:
-        if self._deserialize is not None:
+        if self._kser_deserialize is not None:
             try:
-                value = self._deserialize(value)
+                value = self._kser_deserialize(value)
             except Exception as exc:
                 if (delivery := current_attempt.get()) is not None:
                     delivery.reject(UNDECODABLE, exc)
                 raise
         super()._kser_handle(value)
 
-    def _taken_over(self, name: str) -> Callable[[Any], Any] | None:
-        return self._client_options.pop(name) if callable(self._client_options.get(name)) else None
+    def _kser_check_renamed_option(self, name: str) -> Callable[[Any], Any] | None:
+        return self._kser_client_options.pop(name) if callable(self._kser_client_options.get(name)) else None
 
-    def _choose_reset(self, commit: str, group: str | None) -> str:
+    def _kser_resolve_reset(self, commit: str, group: str | None) -> str:
         # Without a group no offset is committed, so "earliest" would handle the whole topic again at every start.
         default = "earliest" if group is not None and commit != BEFORE else "latest"
-        return reset_policy(self.RESET_OPTION, self._client_options.get(self.RESET_OPTION), default)
+        return reset_policy(self.RESET_OPTION, self._kser_client_options.get(self.RESET_OPTION), default)
 
-    def _option(self, name: str) -> Any:
-        return self._client_options.get(name, KafkaConsumer.DEFAULT_CONFIG[name])
+    def _kser_option(self, name: str) -> Any:
+        return self._kser_client_options.get(name, KafkaConsumer.DEFAULT_CONFIG[name])

@@ -60,10 +60,10 @@ class Producer(KafkaProducerBase):
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = options_for(KafkaProducer, config, Settings.of(app))
         options.setdefault("acks", "all")
-        self._max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
-        self._servers = servers(options)
-        self._hurrying = threading.Lock()
-        self._limit = options.get("max_request_size", KafkaProducer.DEFAULT_CONFIG["max_request_size"])
+        self._kser_max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
+        self._kser_servers = servers(options)
+        self._kser_max_block_lock = threading.Lock()
+        self._kser_size_limit = options.get("max_request_size", KafkaProducer.DEFAULT_CONFIG["max_request_size"])
         self.client = connect(KafkaProducer, options)
 
     def bulk_send(
@@ -89,7 +89,7 @@ class Producer(KafkaProducerBase):
         try:
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
-            logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._servers}: {error}")
+            logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {error}")
             # ``close`` timed out before it stopped the client's thread, which would otherwise retry without end.
             self.client._sender.force_close()
             with suppress(KafkaError):
@@ -101,65 +101,67 @@ class Producer(KafkaProducerBase):
         if value is None and key is None:
             # The client cannot write a record with neither key nor value, so send an empty value.
             value = b""
-        delivery = self._enqueue(topic, value, _options(key, headers), deadline)
+        delivery = self._kser_enqueue(topic, value, _options(key, headers), deadline)
         try:
-            self._confirm(delivery, deadline)
+            self._kser_confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
-            raise self._undelivered(error, topic, size_of(value, key, headers)) from error
+            raise self._kser_undelivered_error(error, topic, size_of(value, key, headers)) from error
 
     def _kser_deliver_nowait(
         self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
-        delivery = self._enqueue(topic, value, {}, deadline)
+        delivery = self._kser_enqueue(topic, value, {}, deadline)
         delivery.add_callback(lambda _record: on_delivered(None))
-        delivery.add_errback(lambda error: on_delivered(self._undelivered(error, topic, len(value or b""))))
+        delivery.add_errback(lambda error: on_delivered(self._kser_undelivered_error(error, topic, len(value or b""))))
 
     def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
-    def _enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
+    def _kser_enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Queue a record in the client, which may wait for metadata first, and return the future of its delivery."""
         size = size_of(value, options.get("key"), options.get("headers", []))
-        if size > self._limit:
-            raise too_large(size, self._limit, "max_request_size")
-        last_answer = self._last_answer()
+        if size > self._kser_size_limit:
+            raise too_large(size, self._kser_size_limit, "max_request_size")
+        last_answer = self._kser_last_response()
         try:
-            if time_left(deadline) * 1000 >= self._max_block_ms:
+            if time_left(deadline) * 1000 >= self._kser_max_block_ms:
                 delivery = self.client.send(topic, value, **options)
             else:
-                delivery = self._send_in_time(topic, value, options, deadline)
+                delivery = self._kser_send_before(topic, value, options, deadline)
             # The client checks the size with the protocol's overhead: kafka-python 3 raises the error, kafka-python 2
             # stores it in the future.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
-            raise too_large(size, self._limit, "max_request_size") from error
+            raise too_large(size, self._kser_size_limit, "max_request_size") from error
         except KafkaTimeoutError as error:
-            raise KafkaTimeoutError(f"{_text(error)} {self._explain(topic, last_answer)}") from error
+            raise KafkaTimeoutError(f"{_text(error)} {self._kser_explain(topic, last_answer)}") from error
         return delivery
 
-    def _confirm(self, delivery: Any, deadline: float) -> None:
+    def _kser_confirm(self, delivery: Any, deadline: float) -> None:
         """Wait until the record is delivered."""
         try:
             delivery.get(timeout=time_left(deadline))
         except KafkaTimeoutError as error:
-            unconfirmed = f"{self._servers} did not confirm the message, which may still arrive"
+            unconfirmed = f"{self._kser_servers} did not confirm the message, which may still arrive"
             raise KafkaTimeoutError(f"{_text(error).rstrip('.')}: {unconfirmed}") from error
 
-    def _undelivered(self, error: Exception, topic: str, size: int) -> Exception:
+    def _kser_undelivered_error(self, error: Exception, topic: str, size: int) -> Exception:
         """Return the error of a failed delivery."""
         return (
-            rejected_as_too_large(size, topic, self._servers) if isinstance(error, MessageSizeTooLargeError) else error
+            rejected_as_too_large(size, topic, self._kser_servers)
+            if isinstance(error, MessageSizeTooLargeError)
+            else error
         )
 
-    def _send_in_time(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
+    def _kser_send_before(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Send with a shorter timeout than ``max_block_ms``.
 
         The timeout is a setting of the whole client, so only one thread at a time may lower it. Another thread with
         more time may time out too early meanwhile; its Result then has this error.
         """
-        if not self._hurrying.acquire(timeout=time_left(deadline)):
-            raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._servers}.")
+        if not self._kser_max_block_lock.acquire(timeout=time_left(deadline)):
+            raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._kser_servers}.")
         try:
             self.client.config["max_block_ms"] = time_left(deadline) * 1000
             return self.client.send(topic, value, **options)
@@ -169,18 +171,20 @@ class Producer(KafkaProducerBase):
             # kafka-python 2.3 raises TypeError when it formats the text of its own timeout error.
             raise KafkaTimeoutError("No time was left to wait for metadata.") from error
         finally:
-            self.client.config["max_block_ms"] = self._max_block_ms
-            self._hurrying.release()
+            self.client.config["max_block_ms"] = self._kser_max_block_ms
+            self._kser_max_block_lock.release()
 
-    def _last_answer(self) -> float:
+    def _kser_last_response(self) -> float:
         """Return the time of the last successful metadata response, by the client's clock."""
         return float(self.client._metadata._last_successful_refresh_ms)
 
-    def _explain(self, topic: str, last_answer: float) -> str:
+    def _kser_explain(self, topic: str, last_answer: float) -> str:
         # Only a new metadata response distinguishes an unknown topic from a broker that does not respond.
-        if self._last_answer() != last_answer:
-            return f"The brokers at {self._servers} have no topic {topic!r}: create it, or correct its name"
-        return f"No broker responds at {self._servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
+        if self._kser_last_response() != last_answer:
+            return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
+        return (
+            f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
+        )
 
 
 class _Bulk:
@@ -196,10 +200,10 @@ class _Bulk:
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._key = key
-        self._tally = BulkResult()
+        self._results = BulkResult()
         #: Deadline of the wait for metadata and for space in the client's buffer.
-        self._patience = self._deadline
-        self._in_vain: KafkaTimeoutError | None = None
+        self._metadata_deadline = self._deadline
+        self._first_error: KafkaTimeoutError | None = None
         self._chunk: list[tuple[Message, bytes, dict[str, Any]]] = []
         self._unchecked: list[tuple[Message, int, Any]] = []
 
@@ -207,12 +211,12 @@ class _Bulk:
         """Send the messages in chunks, each after ``CHUNK_SECONDS`` at the latest."""
         began = time.monotonic()
         for kmsg in kmsgs:
-            self._tally.add()
+            self._results.add()
             try:
                 options = {} if self._key is None else _options(key_bytes(self._key(kmsg)), [])
                 self._chunk.append((kmsg, self._producer._kser_encode(kmsg), options))
             except Exception as exc:
-                self._tally.fail(kmsg, exc)
+                self._results.fail(kmsg, exc)
             if len(self._chunk) >= CHUNK or time.monotonic() - began > CHUNK_SECONDS:
                 self._send_chunk()
                 began = time.monotonic()
@@ -224,22 +228,22 @@ class _Bulk:
         with suppress(KafkaTimeoutError):
             self._producer.client.flush(timeout=time_left(self._deadline))
         self._check(self._unchecked)
-        return self._tally.result()
+        return self._results.result()
 
     def _send_chunk(self) -> None:
         # The earlier chunks are delivered by now, or almost: check them and release their futures.
         checkable, self._unchecked = self._unchecked, []
         for kmsg, data, options in self._chunk:
             try:
-                delivery = self._producer._enqueue(self._topic, data, options, self._patience)
+                delivery = self._producer._kser_enqueue(self._topic, data, options, self._metadata_deadline)
                 self._unchecked.append((kmsg, len(data), delivery))
             except KafkaTimeoutError as exc:
                 # Fail the rest of the bulk without waiting, and with this first error: only it has the cause.
-                self._patience = time.monotonic()
-                self._in_vain = self._in_vain or exc
-                self._tally.fail(kmsg, self._in_vain)
+                self._metadata_deadline = time.monotonic()
+                self._first_error = self._first_error or exc
+                self._results.fail(kmsg, self._first_error)
             except Exception as exc:
-                self._tally.fail(kmsg, exc)
+                self._results.fail(kmsg, exc)
         self._chunk = []
         self._check(checkable)
 
@@ -247,9 +251,9 @@ class _Bulk:
         announced = bool(signals.message_sent.receivers)
         for kmsg, size, delivery in deliveries:
             try:
-                self._producer._confirm(delivery, self._deadline)
+                self._producer._kser_confirm(delivery, self._deadline)
             except Exception as exc:
-                self._tally.fail(kmsg, self._producer._undelivered(exc, self._topic, size))
+                self._results.fail(kmsg, self._producer._kser_undelivered_error(exc, self._topic, size))
             else:
                 if announced:
                     self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)

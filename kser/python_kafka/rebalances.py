@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 #: Timeout in milliseconds of the commit before a rebalance, because the whole group waits for it.
 REVOKE_TIMEOUT_MS = 2000
 #: Seconds between two checks for attempts that still run, in the client's thread, where nothing may block.
-DRAIN_TICK = 0.01
+REVOKE_WAIT_INTERVAL = 0.01
 #: True with kafka-python 3, which works in a thread of its own.
 ASYNC = hasattr(kafka, "AsyncConsumerRebalanceListener")
 
 #: A function that adds the topic's number of partitions to the metadata of a commit.
-Noted = Callable[[Partition, Commit], Commit]
+CommitAnnotator = Callable[[Partition, Commit], Commit]
 
 
 def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -37,7 +37,7 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
     }
 
 
-class Joining:
+class PendingJoin:
     """A join that was pending at the end of a poll, in a form that makes the next poll await it even if it is done.
 
     :param task: kafka-python's future of the join.
@@ -52,7 +52,7 @@ class Joining:
         self._task = task
         self._pending = polled
 
-    def is_of_use(self, patience: float) -> bool:
+    def is_usable(self, max_age: float) -> bool:
         """Return whether the client can still use the result of the join.
 
         A result older than ``patience`` seconds is void, because this member sends no heartbeats between the end of the
@@ -62,7 +62,7 @@ class Joining:
         if not self._task.is_done:
             self._pending = now
         known = self._task.exception is None or isinstance(self._task.exception, KafkaError)
-        return known and now - self._pending < patience
+        return known and now - self._pending < max_age
 
 
 def _partitions(given: Collection[TopicPartition]) -> set[Partition]:
@@ -75,7 +75,7 @@ if ASYNC:
         """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
 
         def __init__(
-            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: Noted
+            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: CommitAnnotator
         ) -> None:
             self._client = client
             self._listener = listener
@@ -89,7 +89,7 @@ if ASYNC:
             self._new.difference_update(revoked)
             draining = self._listener.on_revoke(_partitions(revoked))
             while not draining.drained:
-                await self._client._coordinator._net.sleep(DRAIN_TICK)
+                await self._client._coordinator._net.sleep(REVOKE_WAIT_INTERVAL)
             if commits := {key: self._noted(key, commit) for key, commit in draining.commits().items()}:
                 commit = self._client.commit_async(client_offsets(commits))
                 try:
@@ -112,7 +112,7 @@ else:
         """The listener of kafka-python 2, which calls it in the thread that polls."""
 
         def __init__(
-            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: Noted
+            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: CommitAnnotator
         ) -> None:
             self._client = client
             self._listener = listener

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kser import status as states
 from kser.consumer.client import Commit, Partition, Record
-from kser.dummy.bus import Bus, DummyClient
+from kser.dummy.bus import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ClientError, DeliveryError, StoreUnavailable
 from kser.store.rows import Checkpoint
@@ -169,8 +169,8 @@ class FaultyProducer(Producer):
 class FaultyClient(DummyClient):
     """A client of one process."""
 
-    def __init__(self, process: Process, bus: Bus) -> None:
-        super().__init__(bus, "dummy")
+    def __init__(self, process: Process, broker: InMemoryBroker) -> None:
+        super().__init__(broker, "dummy")
         self._process = process
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.sequencing import patience
 from kser.store.memory import MemoryStore
 from tests.crash.faults import KILLED, MOMENTS, POINTS, REFUSED, RUN, SLEPT, TROUBLES, UNKNOWN, Fault
@@ -45,7 +45,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(patience, "_BACKOFF", lambda state: 0)
     yield
     logger.setLevel(before)
-    Bus.reset()
+    InMemoryBroker.reset()
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def in_memory() -> Go:
 
     def go(scenario: Scenario, *plan: Fault) -> World:
         clock = [0.0]
-        Bus.reset()
+        InMemoryBroker.reset()
         return World(MemoryStore(lambda: clock[0]), lambda now: clock.__setitem__(0, now), scenario, plan).run()
 
     return go
@@ -72,7 +72,7 @@ def in_sqlite(tmp_path: Path) -> Iterator[Go]:
         def set_clock(now: float) -> None:
             store._clock_offset = start + now
 
-        Bus.reset()
+        InMemoryBroker.reset()
         return World(store, set_clock, scenario, plan).run()
 
     yield go

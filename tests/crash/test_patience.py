@@ -11,7 +11,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
@@ -92,7 +92,7 @@ def test_graceful_shutdown_releases_a_message_waiting_for_the_database(store: Aw
 @pytest.mark.parametrize("workers", [1, 2])
 def test_graceful_shutdown_abandons_a_task_waiting_for_the_database(store: Away, workers: int) -> None:
     """Another consumer runs it again, once the lease is over."""
-    Bus.at("").send("dice", message(Order, uuid="1", params={"asks": True}).dumps().encode())
+    InMemoryBroker.at("").send("dice", message(Order, uuid="1", params={"asks": True}).dumps().encode())
     with InThread(consumer_of(workers=workers, shutdown_timeout=0.5)) as running:
         until(store.asked.is_set)
         running.consumer.stop()

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from kser.consumer.job import WorkItem
 from kser.delivery import current_attempt
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
@@ -99,7 +99,7 @@ class World:
         self._reason = ""
         self._reasons: dict[int, str] = {}
         self._count = 0
-        self.bus = Bus.at("")
+        self.bus = InMemoryBroker.at("")
 
     @property
     def may_sleep_soon(self) -> bool:

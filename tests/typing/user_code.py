@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
 from kser.consumer.deadletter import DeadLetter, iter_dead_letters, replay
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer as InMemoryConsumer
 from kser.embedded import EmbeddedBroker
 from kser.errors import KserError, SendError
@@ -125,8 +125,8 @@ consumer = Consumer(
 assert_type(consumer.counts, dict[str, int])
 assert_type(consumer.step(timeout=0.1), int)
 assert_type(InMemoryConsumer({}, ["payments"], dead_letter="broken").run_until_idle(), int)
-assert_type(Bus.at("").values("payments"), list[bytes | None])
-Bus.at("").send("payments", b"{}", key=b"customer", headers=[("trace", b"1"), ("empty", None)])
+assert_type(InMemoryBroker.at("").values("payments"), list[bytes | None])
+InMemoryBroker.at("").send("payments", b"{}", key=b"customer", headers=[("trace", b"1"), ("empty", None)])
 Producer().send("payments", charge.to_Message(), key="customer", headers={"trace": b"1"})
 Producer().bulk_send("payments", [charge.to_Message()], key=lambda kmsg: kmsg.uuid)
 
@@ -179,7 +179,7 @@ Retry(attempts=5)  # type: ignore[call-arg]
 Consumer({}, ["payments"], worker=8)  # type: ignore[call-arg]
 Consumer({}, ["payments"], workers="8")  # type: ignore[arg-type]
 Consumer({}, ["payments"], retry=5)  # type: ignore[arg-type]
-Bus.at("").send("payments", "text")  # type: ignore[arg-type]
+InMemoryBroker.at("").send("payments", "text")  # type: ignore[arg-type]
 
 
 class Wrong(Task):

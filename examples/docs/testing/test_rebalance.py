@@ -4,7 +4,7 @@ import pytest
 
 from kser import Message, OperationRegistry, Task
 from kser.consumer.client import Partition
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 
@@ -24,9 +24,9 @@ class Charge(Task):
 def bus(tmp_path, monkeypatch):
     for name in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    Bus.reset()
+    InMemoryBroker.reset()
     charged.clear()
-    bus = Bus.at("")
+    bus = InMemoryBroker.at("")
     bus.create_topic("orders", partitions=2)
     return bus
 

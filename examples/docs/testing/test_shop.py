@@ -4,7 +4,7 @@ import pytest
 from cdumay_result import Result
 
 from kser import Message, Operation, OperationRegistry, Task
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 
@@ -37,7 +37,7 @@ def lock_files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def consumer():
-    Bus.reset()  # removes the messages of other tests
+    InMemoryBroker.reset()  # removes the messages of other tests
     consumer = Consumer(topics=["orders"])
     consumer.REGISTRY = oregistry.controller
     yield consumer
@@ -65,15 +65,15 @@ def test_an_order_is_charged_and_tipped(consumer, caplog):
 def test_what_was_sent_can_be_read_back():
     elsewhere = {"bootstrap_servers": "elsewhere"}  # a separate in-memory broker
     Producer(elsewhere).send("orders", Message("order-2", Charge.path))
-    assert [Message.loads(value).uuid for value in Bus.at("elsewhere").values("orders")] == ["order-2"]
+    assert [Message.loads(value).uuid for value in InMemoryBroker.at("elsewhere").values("orders")] == ["order-2"]
 
 
 def test_a_message_that_fails_becomes_a_dead_letter():
-    Bus.reset()
+    InMemoryBroker.reset()
     consumer = Consumer(topics=["orders"], dead_letter=True)
     consumer.REGISTRY = oregistry.controller
     Producer().send("orders", Message("order-3", "shop.Nothing"))
     consumer.run_until_idle()
-    (letter,) = Bus.at("").topics["orders.dlq"][0]
+    (letter,) = InMemoryBroker.at("").topics["orders.dlq"][0]
     assert dict(letter.headers)["kser-dlq-reason"] == b"unknown-entrypoint"
     assert Message.loads(letter.value).uuid == "order-3"

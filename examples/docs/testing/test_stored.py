@@ -4,7 +4,7 @@ import pytest
 from cdumay_result import Result
 
 from kser import Operation, OperationRegistry, Task
-from kser.dummy.bus import Bus
+from kser.dummy.bus import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
@@ -40,7 +40,7 @@ def lock_files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def consumer():
-    Bus.reset()
+    InMemoryBroker.reset()
     consumer = Consumer(topics=["orders"])
     consumer.REGISTRY = oregistry.controller
     yield consumer
