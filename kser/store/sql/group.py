@@ -21,7 +21,7 @@ class PendingWrite(Generic[Item]):
     :param item: the item to write.
     """
 
-    __slots__ = ("error", "item", "has_leader", "is_leader", "result", "wake")
+    __slots__ = ("error", "has_leader", "is_leader", "item", "result", "wake")
 
     def __init__(self, item: Item) -> None:
         self.item = item
