@@ -33,7 +33,7 @@ from sqlalchemy import Table, make_url  # noqa: E402
 
 from kser import OperationRegistry  # noqa: E402
 from kser.store.sql import SQLStore, tables  # noqa: E402
-from kser.store.sql.rows import id_at  # noqa: E402
+from kser.store.sql.ids import id_at  # noqa: E402
 from tests.postgres import Database, Postgresql  # noqa: E402
 
 TIMES = 25

@@ -35,8 +35,8 @@ nitpick_ignore = [
     ("py:class", "kser.consumer.options.Given"),
     # What is internal, and named in a signature.
     ("py:exc", "Abandoned"),
-    ("py:exc", "kser.delivery.Abandoned"),
-    ("py:class", "kser.confluent.reports.Waiting"),
+    ("py:exc", "kser.attempt.Abandoned"),
+    ("py:class", "kser.confluent.delivery_reports.Waiting"),
 ]
 
 autodoc_member_order = "bysource"

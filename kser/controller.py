@@ -15,7 +15,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals, status
-from kser.delivery import (
+from kser.attempt import (
     FAILED,
     UNDECODABLE,
     UNKNOWN_ENTRYPOINT,

@@ -12,8 +12,8 @@ from cdumay_error.types import NotImplemented as NotImplementedYet
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
-from kser import records, signals, status
-from kser.delivery import FAILED, Failure, current_attempt, error_name, raise_if_decided
+from kser import log_lines, signals, status
+from kser.attempt import FAILED, Failure, current_attempt, error_name, raise_if_decided
 from kser.results import error_dict, failed_result, merge
 from kser.schemas import Message
 
@@ -146,27 +146,27 @@ class Entrypoint(metaclass=EntrypointMeta):
             self._kser_init_failure = self._onerror(failed) if answer is None else answer
 
     def _prerun(self) -> None:
-        records.log_step(logger, self, "PreRun")
+        log_lines.log_step(logger, self, "PreRun")
         self.check_required_params()
         self.prerun()
 
     def _run(self) -> Any:
-        records.log_step(logger, self, "Run")
+        log_lines.log_step(logger, self, "Run")
         return self.run()
 
     def _postrun(self, result: Any) -> Any:
-        records.log_step(logger, self, "PostRun")
+        log_lines.log_step(logger, self, "PostRun")
         return self.postrun(result)
 
     def _onsuccess(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        records.log_success(logger, self, self.result)
+        log_lines.log_success(logger, self, self.result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
     def _onerror(self, result: Any) -> Any:
         self.result = merge(self.result, result)
-        records.log_failure(logger, self)
+        log_lines.log_failure(logger, self)
         return notify_failure(self)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param level: level of the log record.
         :param kwargs: keywords of :meth:`logging.Logger.log`: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
-        records.log_message(logger, self, "MESSAGE", message, level, *args, **kwargs)
+        log_lines.log_message(logger, self, "MESSAGE", message, level, *args, **kwargs)
 
 
 def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
@@ -271,7 +271,7 @@ def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None)
     if not delivery.should_retry(exc, Failure(FAILED, name, text)):
         return None
     answer = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
-    records.log_retry(logger, entry, delivery.number, delivery.retry_in or 0)
+    log_lines.log_retry(logger, entry, delivery.number, delivery.retry_in or 0)
     signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.number)
     return answer
 
@@ -287,7 +287,7 @@ def notify_failure(entry: Entrypoint) -> Any:
     try:
         return entry.onerror(entry.result)
     except Exception as exc:
-        logger.exception(f"{records.log_prefix(entry, 'Failed')}: onerror raised: {exc}")
+        logger.exception(f"{log_lines.log_prefix(entry, 'Failed')}: onerror raised: {exc}")
         return merge(entry.result, failed_result(exc, entry.uuid))
 
 

@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from kser.confluent.client import ConfluentClient
 from kser.consumer.client import Commit, ConsumerClient, Partition
-from kser.dummy.bus import DummyClient, InMemoryBroker
+from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect
 from tests.client_contract import PATIENCE, World, plain

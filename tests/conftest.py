@@ -21,7 +21,7 @@ import pytest
 
 import kser.signals
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from tests.engine import Act
 
 if TYPE_CHECKING:

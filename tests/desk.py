@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import WorkQueue
-from kser.consumer.job import WorkItem
-from kser.dummy.bus import DummyRecord
+from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import WorkQueue
+from kser.dummy.broker import DummyRecord
 from tests.engine import DICE
 from tests.support import Clock
 

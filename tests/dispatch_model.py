@@ -9,12 +9,12 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kser.attempt import Failure
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import ORDERINGS, Draining, WorkQueue
-from kser.consumer.job import WorkItem
 from kser.consumer.offsets import decode
-from kser.delivery import Failure
-from kser.dummy.bus import DummyRecord
+from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import ORDERINGS, PendingRevocation, WorkQueue
+from kser.dummy.broker import DummyRecord
 from kser.errors import TaskTimeout
 
 PARTITIONS = [Partition("dice", number) for number in range(2)]
@@ -40,7 +40,7 @@ class Node:
         self.running: list[WorkItem] = []
         self.finished: set[Place] = set()
         #: A revoke that is not over, and of which partitions; the thread that owns the client waits for it.
-        self.draining: Draining | None = None
+        self.draining: PendingRevocation | None = None
         self.leaving: list[Partition] = []
 
     def runs(self, keys: list[Partition]) -> list[WorkItem]:

@@ -14,16 +14,16 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
+from kser.durable.recovery import RecoveryService
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
-from kser.sequencing.recovery import RecoveryService
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
-from kser.store.rows import Claim, OperationSnapshot
+from kser.store.model import Claim, OperationSnapshot
 from tests.engine import AT_ONCE, PATIENCE, Act, consumer_of
 from tests.store_world import LEASE, World, me
 from tests.support import Clock, message

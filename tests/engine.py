@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
 from kser.consumer.options import NEVER
-from kser.dummy.bus import DummyClient, InMemoryBroker
+from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import ClientError
 from kser.sequencing.task import Task

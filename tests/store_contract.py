@@ -14,7 +14,7 @@ import pytest
 from kser import status as states
 from kser.errors import FencedError, StateConflict, StoreError, UsageError
 from kser.store.base import Store
-from kser.store.rows import (
+from kser.store.model import (
     EVENTS,
     MAX_ERROR_LENGTH,
     MAX_RESEND_DELAY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from kser.store.rows import Claim, OperationQuery
+from kser.store.model import Claim, OperationQuery
 from kser.store.sql import SQLStore
 from tests.store_world import last_step, me, name, new, saved, step_on
 

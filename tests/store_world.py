@@ -11,7 +11,7 @@ from typing import Any
 from kser import status as states
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.rows import (
+from kser.store.model import (
     Checkpoint,
     Claim,
     ClaimRequest,

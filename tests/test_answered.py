@@ -8,13 +8,12 @@ from uuid import UUID
 
 import pytest
 
-from kser.consumer.beside import BackgroundServices
+from kser.attempt import TIMED_OUT, Attempt, AttemptAbandoned, Failure, TaskAttempt, current_attempt
 from kser.consumer.client import Commit
-from kser.consumer.workers import WorkerPool
-from kser.delivery import TIMED_OUT, Attempt, AttemptAbandoned, Failure, current_attempt
+from kser.consumer.services import BackgroundServices
+from kser.consumer.worker_pool import WorkerPool
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
-from kser.sequencing.handover import TaskAttempt
 from kser.sequencing.task import Task
 from tests.desk import Desk, offsets
 from tests.engine import DICE, PATIENCE, Act, consumer_of, put, until
@@ -274,7 +273,7 @@ def test_no_thread_starts_without_background_services() -> None:
 
 
 def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
     both = [Companion(), Companion()]
     beside = BackgroundServices(lambda: both)
     beside.start()
@@ -285,7 +284,7 @@ def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypa
 
 
 def test_background_services_added_later_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
     known = [Companion()]
     beside = BackgroundServices(lambda: list(known))
     beside.start()
@@ -305,7 +304,7 @@ def test_misconfigured_background_service_raises_at_the_start() -> None:
 
 
 def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.beside.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
     companion = Companion()
     trouble: list[Exception] = [StoreUnavailable("it does not answer")] * 3
 

@@ -17,7 +17,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
@@ -341,7 +341,7 @@ def test_invalid_lock_path_is_logged_once_and_messages_are_handled(
 NOBODY = """
 import logging, os, sys
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-from kser.dummy.bus import Bus
+from kser.dummy.broker import Bus
 from kser.dummy.consumer import Consumer
 from tests.test_bad_input import Good, Controller, wire
 Controller.register(Good.path, Good)

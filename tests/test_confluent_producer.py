@@ -18,10 +18,10 @@ import pytest
 from flask import Flask
 
 from kser.config import Settings
-from kser.confluent import reports as reports_module
+from kser.confluent import delivery_reports as reports_module
+from kser.confluent.delivery_reports import DeliveryReportPoller, DeliveryWaiter
 from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, options_for, own_options, servers
 from kser.confluent.producer import MAX_IN_FLIGHT, Producer
-from kser.confluent.reports import DeliveryReportPoller, DeliveryWaiter
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError, SettingError
 from tests.engine import until

@@ -12,7 +12,7 @@ import pytest
 
 from kser import lockfiles
 from kser.consumer.base import BaseConsumer
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import SettingError
 from tests.engine import AT_ONCE, Act, Troubled, committed, consumer_of, put

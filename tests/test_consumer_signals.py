@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from kser.consumer.interrupts import REPEATED_SIGNAL_WINDOW
+from kser.consumer.shutdown_signals import REPEATED_SIGNAL_WINDOW
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from tests.engine import committed
@@ -23,7 +23,7 @@ from tests.support import ROOT, message
 PROGRAM = """
 import os, sys, threading
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.broker import Bus
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message

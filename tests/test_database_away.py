@@ -11,7 +11,7 @@ import pytest
 from kser.errors import SchemaMismatch, StoreUnavailable
 from kser.status import SUCCESS
 from kser.store.memory import MemoryStore
-from kser.store.rows import ClaimRefused
+from kser.store.model import ClaimRefused
 from tests.durable import TURN, Process, Sale, Shop, Spread, meanwhile, sent
 from tests.engine import Act, InThread, until
 from tests.store_world import LEASE, me

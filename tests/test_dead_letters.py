@@ -11,11 +11,11 @@ import pytest
 from cdumay_result import Result
 
 from kser import signals
+from kser.attempt import FAILED, Attempt, Failure, current_attempt
 from kser.consumer.client import Partition
-from kser.consumer.deadletter import PREFIX, TEXT_LIMITS
+from kser.consumer.dead_letters import PREFIX, TEXT_LIMITS
 from kser.controller import BaseProducer, Controller
-from kser.delivery import FAILED, Attempt, Failure, current_attempt
-from kser.dummy.bus import DummyRecord, InMemoryBroker
+from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kser.attempt import FAILED, Failure
 from kser.consumer.client import Commit
-from kser.consumer.dispatch import WorkQueue
-from kser.consumer.job import WorkItem
-from kser.delivery import FAILED, Failure
+from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import WorkQueue
 from tests.desk import OTHER, Desk, offsets, record
 from tests.engine import DICE
 

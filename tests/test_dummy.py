@@ -16,7 +16,7 @@ from flask import Flask
 from kser import signals
 from kser.consumer.client import Partition
 from kser.controller import BaseProducer, Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint

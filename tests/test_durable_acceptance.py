@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, StateConflict, StoreMissing, StoreUnavailable, UsageError
 from kser.schemas import OPERATION_KEY
@@ -19,7 +19,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import Mode
+from kser.store.model import Mode
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
 from tests.engine import Act, committed
 from tests.store_world import MemoryWorld
@@ -331,7 +331,7 @@ class Overridden(Sale):
 
 
 class OverriddenSpread(Overridden):
-    Mode.DISTRIBUTED = True
+    DISTRIBUTED = True
 
 
 @pytest.mark.parametrize("cls", [Overridden, OverriddenSpread])
@@ -398,7 +398,7 @@ def test_tasks_with_their_own_send_need_no_database() -> None:
             return Result(uuid=self.uuid)
 
     class Game(Operation):
-        Mode.DISTRIBUTED = True
+        DISTRIBUTED = True
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             return [Own("a"), Own("b")]

@@ -10,16 +10,16 @@ import pytest
 from cdumay_result import Result
 from tenacity import wait_fixed
 
+from kser.durable.context import DurabilitySettings
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import OPERATION_KEY, Message
-from kser.sequencing import patience
-from kser.sequencing.means import DurabilitySettings
 from kser.sequencing.registry import OperationRegistry
 from kser.status import FAILED, RUNNING, SUCCESS
+from kser.store import retrying
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.rows import ClaimRefused, Mode
+from kser.store.model import ClaimRefused, Mode
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, expire, meanwhile
 from tests.engine import Act, committed
 from tests.store_world import LEASE, me
@@ -328,7 +328,7 @@ def test_store_call_with_unknown_outcome_is_repeated_and_applied_once(
     shop: Shop, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 10: the call is repeated with the same arguments and returns the same value."""
-    monkeypatch.setattr(patience, "_BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr(retrying, "_BACKOFF", wait_fixed(0.01))
     process = shop.process(cls, store=Unsure(shop.store, method, number, before), group="unsure")
     bare(cls)
     process.handle()

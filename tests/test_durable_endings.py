@@ -10,12 +10,12 @@ import pytest
 from cdumay_result import Result
 
 from kser import signals
-from kser.delivery import current_attempt
+from kser.attempt import current_attempt
 from kser.errors import StateConflict, UsageError
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.status import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCESS, TRANSITIONS, can_transition
-from kser.store.rows import Claim
+from kser.store.model import Claim
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import PATIENCE, Act
 from tests.store_world import me

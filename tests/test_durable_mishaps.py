@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import FencedError, StoreUnavailable, TaskTimeout
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, RUNNING, SUCCESS
-from kser.store.sql.group import GroupCommit, PendingWrite
+from kser.store.sql.group_commit import GroupCommit, PendingWrite
 from tests.durable import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, sent
 from tests.engine import PATIENCE, Act, until
 from tests.store_world import LEASE

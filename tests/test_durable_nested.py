@@ -14,7 +14,7 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import Checkpoint
+from kser.store.model import Checkpoint
 from tests.durable import Shop, bare, expire, meanwhile
 from tests.engine import Act
 

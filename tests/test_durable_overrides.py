@@ -10,7 +10,7 @@ from cdumay_result import Result
 
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
-from kser.store.rows import Mode
+from kser.store.model import Mode
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, sent
 from tests.engine import Act
 
@@ -239,7 +239,7 @@ class Driven(Sale):
 
 
 class DrivenSpread(Driven):
-    Mode.DISTRIBUTED = True
+    DISTRIBUTED = True
 
 
 @pytest.mark.parametrize("cls", [Driven, DrivenSpread])

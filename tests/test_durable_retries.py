@@ -11,7 +11,7 @@ import pytest
 from cdumay_result import Result
 
 from kser import signals
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.retry import Retry
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS

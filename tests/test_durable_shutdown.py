@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.status import RUNNING, SUCCESS
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent

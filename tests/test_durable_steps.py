@@ -14,14 +14,14 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.consumer.client import Partition
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED, PENDING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import Checkpoint
+from kser.store.model import Checkpoint
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import DICE, PATIENCE, Act, InThread, committed, put, until
 from tests.support import lines

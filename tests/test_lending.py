@@ -9,7 +9,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing

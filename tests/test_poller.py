@@ -9,7 +9,7 @@ import pytest
 
 from kser.consumer.client import Commit, Partition
 from kser.consumer.poller import BUSY_POLL_TIMEOUT, SHUTDOWN_POLL_TIMEOUT
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.errors import BrokerUnavailable, ClientError
 from tests.engine import AT_ONCE, DICE, Act, Client, Troubled, committed, consumer_of, put
 from tests.support import Clock, lines, records

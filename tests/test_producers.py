@@ -12,7 +12,7 @@ import pytest
 
 from kser.confluent.producer import Producer as ConfluentProducer
 from kser.controller import BaseProducer
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer as DummyProducer
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError

@@ -15,7 +15,7 @@ import pytest
 from kafka import KafkaConsumer
 
 from kser.consumer.client import Commit, Partition
-from kser.consumer.dispatch import WorkQueue
+from kser.consumer.work_queue import WorkQueue
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
 from kser.entry import Entrypoint

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
+from kser.durable import recovery
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
-from kser.sequencing import recovery
 from kser.status import FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.base import Store
-from kser.store.rows import DueReason
+from kser.store.model import DueReason
 from tests.durable import BOTH_WAYS, TURN, Process, Sale, Shop, Spread, bare, expire, sent
 from tests.engine import PATIENCE, Act, InThread, until
 from tests.store_world import LEASE, RESEND

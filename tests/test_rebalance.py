@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.retry import Retry
 from tests.engine import AT_ONCE, PATIENCE, Act, InThread, Troubled, committed, consumer_of, put, until

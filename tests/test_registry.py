@@ -11,7 +11,7 @@ from cdumay_result import Result
 from flask import Flask, current_app, has_app_context
 
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, SettingError, TopicMissing

@@ -22,7 +22,7 @@ from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
 from kser.store import open_store
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.rows import EVENTS
+from kser.store.model import EVENTS
 from tests.durable import BOTH_WAYS, Sale, Shop, bare, meanwhile
 from tests.engine import Act, put
 from tests.support import lines

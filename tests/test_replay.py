@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kser.consumer import deadletter
-from kser.consumer.deadletter import DeadLetter, iter_dead_letters, replay
-from kser.dummy.bus import DummyRecord, InMemoryBroker
+from kser.consumer import replay as replaying
+from kser.consumer.dead_letters import DeadLetter
+from kser.consumer.replay import iter_dead_letters, replay
+from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import BrokerUnavailable
 from tests.engine import consumer_of, put
@@ -23,7 +24,7 @@ TIMEOUT = 2
 @pytest.fixture(autouse=True)
 def broken(bus: InMemoryBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three dead letters: one that is no message, and two that ask for what nobody knows."""
-    monkeypatch.setattr(deadletter, "POLL_TIMEOUT", 0.01)
+    monkeypatch.setattr(replaying, "POLL_TIMEOUT", 0.01)
     bus.send("dice", b"no message", key=b"k", headers=HEADERS)
     put("1", "2", cls="shop.Unknown")
     consumer = consumer_of(dead_letter="broken")

@@ -198,7 +198,7 @@ def test_terminate_file_ends_several_workers(monkeypatch: pytest.MonkeyPatch) ->
 PROGRAM = """
 import os, sys, threading, time
 from kser.controller import Controller
-from kser.dummy.bus import Bus
+from kser.dummy.broker import Bus
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message

@@ -10,7 +10,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.sequencing.operation import Operation

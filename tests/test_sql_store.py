@@ -33,11 +33,11 @@ from kser.errors import (
 from kser.store import open_store
 from kser.store.__main__ import main
 from kser.store.memory import MemoryStore
-from kser.store.rows import Claim, ClaimRefused, OperationQuery
+from kser.store.model import Claim, ClaimRefused, OperationQuery
 from kser.store.sql import SQLStore, schema
 from kser.store.sql.database import SerializationConflict, Transaction
-from kser.store.sql.group import GroupCommit, PendingWrite
-from kser.store.sql.rows import ID_EPOCH, IdGenerator, id_at, time_of
+from kser.store.sql.group_commit import GroupCommit, PendingWrite
+from kser.store.sql.ids import ID_EPOCH, IdGenerator, id_at, time_of
 from kser.store.sql.store import database_at
 from kser.store.sql.tables import metadata, operation
 from tests.conftest import own_postgresql

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from kser.schemas import Message
-from kser.store.rows import OperationSnapshot
+from kser.store.model import OperationSnapshot
 from tests.engine import until
 from tests.support import ROOT
 
@@ -22,7 +22,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from cdumay_result import Result
-from kser.dummy.bus import Bus
+from kser.dummy.broker import Bus
 from kser.dummy.consumer import Consumer
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry

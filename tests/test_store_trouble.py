@@ -13,10 +13,9 @@ import pytest
 from tenacity import wait_fixed
 
 from kser.errors import SchemaMismatch, StoreMissing, StoreUnavailable
-from kser.sequencing import patience
 from kser.sequencing.registry import OperationRegistry
 from kser.status import SUCCESS
-from kser.store import open_store
+from kser.store import open_store, retrying
 from kser.store.base import Store
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
 from tests.engine import PATIENCE, Act, InThread, committed, put, until
@@ -48,7 +47,7 @@ class Troubled:
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr(retrying, "_BACKOFF", wait_fixed(0.01))
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def test_late_response_from_before_an_outage_does_not_end_it(
 ) -> None:
     """durability rule 33: of many threads some are answered later than they asked."""
     caplog.set_level(logging.INFO, "kser")
-    asked = patience.StoreRetry()
+    asked = retrying.StoreRetry()
 
     def slow() -> str:
         asked.report_outage(StoreUnavailable("it does not answer"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ProducerMissing, TopicMissing, UsageError
 from kser.schemas import Message

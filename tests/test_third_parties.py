@@ -16,7 +16,7 @@ from marshmallow import fields, post_dump, pre_load
 from kser.controller import Controller
 from kser.dummy import consumer as dummy_consumer
 from kser.dummy import producer as dummy_producer
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.entry import Entrypoint
 from kser.python_kafka.consumer import Consumer as KafkaConsumer
 from kser.python_kafka.producer import Producer as KafkaProducer

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from kser.consumer.workers import WorkerPool
+from kser.consumer.worker_pool import WorkerPool
 from kser.controller import Controller
 from kser.retry import Retry
 from kser.sequencing.registry import OperationRegistry

@@ -61,7 +61,7 @@ def note(sender: object, **change: object) -> None:
 
 signals.operation_changed.connect(note)
 if transport == "dummy":
-    from kser.dummy.bus import InMemoryBroker
+    from kser.dummy.broker import InMemoryBroker
 
     for _ in range(count):
         kmsg = Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42})

@@ -18,8 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kser import OperationRegistry, Task
+from kser.attempt import current_attempt
 from kser.confluent.consumer import Consumer
-from kser.delivery import current_attempt
 from kser.store import open_store
 
 address, topic, count = sys.argv[1], sys.argv[2], int(sys.argv[3])

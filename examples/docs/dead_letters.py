@@ -1,8 +1,8 @@
 """Dead letters: messages that fail for good go to their own topic, and are replayed after the cause is fixed."""
 
 from kser import Message, OperationRegistry, Task
-from kser.consumer.deadletter import iter_dead_letters, replay
-from kser.dummy.bus import InMemoryBroker
+from kser.consumer.replay import iter_dead_letters, replay
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 

@@ -1,7 +1,7 @@
 """The cost of a crash: a message is handled twice, or not at all."""
 
 from kser import Message, OperationRegistry, Task
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 

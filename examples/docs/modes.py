@@ -3,7 +3,7 @@
 from cdumay_result import Result
 
 from kser import Operation, OperationRegistry, Task
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.store import open_store

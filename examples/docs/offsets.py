@@ -1,7 +1,7 @@
 """The offsets that a group commits while messages finish out of order, and their use by the next consumer."""
 
 from kser import Message, OperationRegistry, Task
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry

@@ -15,7 +15,6 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from kser.confluent.committer import Committer
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, servers
-from kser.confluent.records import ConfluentRecord, commit_of
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -27,19 +26,27 @@ from kser.consumer.client import (
     out_of_range_text,
     revoked_before_commit_text,
 )
-from kser.consumer.offsets import PartitionCounts, add_checksum
+from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
 from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
 
+
 #: Timeout in seconds of queries for committed offsets and for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0
+
+
 #: Timeout in seconds of the metadata request that probes the brokers after an outage.
 PROBE_TIMEOUT = 0.5
+
+
 #: Seconds between two probes.
 PROBE_INTERVAL = 2.0
+
+
 #: Seconds between two attempts to start partitions.
 START_RETRY_INTERVAL = 1.0
+
 
 #: Transient errors: commits fail with them during a rebalance.
 _TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
@@ -403,3 +410,36 @@ class ConfluentClient(ConsumerClient):
         return client_error(
             what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=passing
         )
+
+
+class ConfluentRecord:
+    """A record that wraps a message of librdkafka."""
+
+    __slots__ = ("key", "message", "offset", "partition", "topic", "value")
+
+    def __init__(self, message: Any, topic: str, partition: int) -> None:
+        self.message = message
+        self.topic = topic
+        self.partition = partition
+        self.offset: int = message.offset()
+        self.key: bytes | None = message.key()
+        self.value: bytes | None = message.value()
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds since 1970."""
+        return int(self.message.timestamp()[1])
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]:
+        """The names and values of the headers."""
+        return self.message.headers() or ()
+
+
+def commit_of(tp: TopicPartition) -> Commit:
+    """Return the Commit of an offset that librdkafka has read from the group."""
+    try:
+        return Commit(tp.offset, strip_checksum(tp.metadata or ""))
+    except UnicodeDecodeError:
+        # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past its end.
+        return Commit(tp.offset)

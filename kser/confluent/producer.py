@@ -15,10 +15,10 @@ from confluent_kafka import KafkaError, KafkaException
 
 from kser import signals
 from kser.config import CONFIG, Settings
+from kser.confluent.delivery_reports import MAX_POLL, DeliveryReportPoller, DeliveryWaiter, LastError, Waiter, guarded
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
-from kser.confluent.reports import MAX_POLL, DeliveryReportPoller, DeliveryWaiter, LastError, Waiter, guarded
-from kser.outgoing import (
+from kser.producer import (
     BulkResult,
     HeaderList,
     KafkaProducerBase,

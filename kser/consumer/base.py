@@ -23,16 +23,15 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.consumer.beside import BackgroundServices
 from kser.consumer.client import ConsumerClient, Partition
-from kser.consumer.deadletter import DeadLetterWriter
-from kser.consumer.dispatch import WorkQueue
-from kser.consumer.interrupts import ShutdownSignals
-from kser.consumer.job import WorkItem
-from kser.consumer.lending import SharedProducer
+from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
-from kser.consumer.workers import WorkerPool
+from kser.consumer.services import BackgroundServices, SharedProducer
+from kser.consumer.shutdown_signals import ShutdownSignals
+from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import WorkQueue
+from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
 from kser.errors import SettingError
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from itertools import count
 
-from kser.consumer.job import WorkItem
 from kser.consumer.offsets import OffsetTracker
+from kser.consumer.work_item import WorkItem
 
 
 class LaneQueue:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
 from kser.config import Settings
-from kser.consumer.dispatch import ORDERINGS
+from kser.consumer.work_queue import ORDERINGS
 from kser.errors import SettingError, UsageError
 from kser.retry import Retry
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Revocation
-from kser.consumer.dispatch import WorkQueue
 from kser.consumer.options import NEVER
+from kser.consumer.work_queue import WorkQueue
 from kser.errors import ClientError, KserError
 
 #: Seconds that a poll waits for records if there is no other work.

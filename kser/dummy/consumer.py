@@ -12,7 +12,7 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
-from kser.dummy.bus import DummyClient, InMemoryBroker
+from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 
 logger = logging.getLogger(__name__)

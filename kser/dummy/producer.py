@@ -8,8 +8,8 @@ from typing import Any
 from cdumay_result import Result
 
 from kser.config import Settings
-from kser.dummy.bus import InMemoryBroker
-from kser.outgoing import BulkResult, HeaderList, KafkaProducerBase, KeyFunction, key_bytes, size_of, too_large
+from kser.dummy.broker import InMemoryBroker
+from kser.producer import BulkResult, HeaderList, KafkaProducerBase, KeyFunction, key_bytes, size_of, too_large
 from kser.results import merge
 from kser.schemas import Message
 

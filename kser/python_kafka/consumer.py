@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Unpack
 
 from kafka import KafkaConsumer, KafkaProducer
 
+from kser.attempt import UNDECODABLE, current_attempt
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
-from kser.delivery import UNDECODABLE, current_attempt
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect, options_for
 from kser.python_kafka.producer import Producer

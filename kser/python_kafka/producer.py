@@ -15,7 +15,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from kser import signals
 from kser.config import CONFIG, Settings
-from kser.outgoing import (
+from kser.producer import (
     BulkResult,
     HeaderList,
     KafkaProducerBase,

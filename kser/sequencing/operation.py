@@ -10,27 +10,28 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
-from kser import records, signals
+from kser import log_lines, signals
 from kser import status as states
-from kser.delivery import current_attempt
+from kser.attempt import current_attempt
 from kser.entry import NO_INIT_FAILURE, notify_failure
 from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
-from kser.sequencing.handover import current_choice
 from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
     from kser.sequencing.registry import OperationRegistry
-    from kser.store.rows import OperationSnapshot
+    from kser.store.model import OperationSnapshot
 
 logger = logging.getLogger(__name__)
+
 
 #: The runner of operations whose class has no registry.
 _DEFAULT_RUNNER: Runner = InMemoryRunner()
@@ -156,7 +157,7 @@ class Operation(Task):
 
     def _prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
         accepted = _supported_kwargs(self.prebuild, kwargs)
-        records.log_step(logger, self, "PreBuild", ": %s", accepted)
+        log_lines.log_step(logger, self, "PreBuild", ": %s", accepted)
         self.check_required_params()
         return self.prebuild(**accepted)
 
@@ -164,7 +165,7 @@ class Operation(Task):
         tasks = self.build_tasks(**_supported_kwargs(self.build_tasks, kwargs))
         found = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(found, extra={"kmsg": records.dump_entry(self)})
+            logger.debug(found, extra={"kmsg": log_lines.dump_entry(self)})
         return tasks
 
     def add_task(self, task: Task) -> None:
@@ -197,7 +198,7 @@ class Operation(Task):
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
         moves = self.status, status
-        records.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
+        log_lines.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -219,14 +220,14 @@ class Operation(Task):
     def _prerun(self) -> None:
         self.check_required_params()
         self._set_status(states.RUNNING)
-        records.log_step(logger, self, "PreRun", ": running...")
+        log_lines.log_step(logger, self, "PreRun", ": running...")
         self.prerun()
 
     def _onsuccess(self, result: Any) -> Any:
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.SUCCESS, self.result)
-        records.log_success(logger, self, result)
+        log_lines.log_success(logger, self, result)
         signals.emit(signals.entry_succeeded, type(self), entry=self, result=self.result)
         return self.onsuccess(self.result)
 
@@ -234,7 +235,7 @@ class Operation(Task):
         if result is not self.result:
             self.result = merge(self.result, result)
         self._set_status(states.FAILED, self.result)
-        records.log_failure(logger, self)
+        log_lines.log_failure(logger, self)
         return notify_failure(self)
 
     # -- over Kafka ----------------------------------------------------------------------------------------------------
@@ -396,3 +397,27 @@ def _accepts_any_argument(function: Callable[..., Any]) -> bool:
     """Return whether a method has parameters besides ``self``."""
     # The result is cached, because an inspection takes as long as a small task.
     return bool(inspect.signature(MethodType(function, object())).parameters)
+
+
+class NextTaskChoice:
+    """Choice of the next task by an operation's own ``launch_next``. The first choice counts.
+
+    :param uuid: uuid of the operation.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+        self.is_made = False
+        #: The next task; None for the end of the operation.
+        self.next_task: Task | None = None
+        #: True if the operation fails.
+        self.is_failed = False
+
+    def choose(self, next_task: Task | None, is_failed: bool = False) -> None:
+        """Choose the next task; None ends the operation."""
+        if not self.is_made:
+            self.is_made, self.next_task, self.is_failed = True, next_task, is_failed
+
+
+#: The choice that ``launch_next`` makes in this context; None while no next task is chosen.
+current_choice: ContextVar[NextTaskChoice | None] = ContextVar("kser_choice", default=None)

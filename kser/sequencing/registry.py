@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from kser.config import DATABASE_URI, TOPICS, Settings
 from kser.controller import BaseProducer, Controller
+from kser.durable.context import DurableContext
+from kser.durable.manager import OperationManager, build_query
+from kser.durable.recovery import RecoveryService
 from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, StoreMissing, TopicMissing
 from kser.schemas import Message
-from kser.sequencing.keeper import OperationManager, build_query
-from kser.sequencing.means import DurableContext
 from kser.sequencing.operation import Operation
-from kser.sequencing.recovery import RecoveryService
 from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, SUCCESS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cdumay_result import Result
 
 from kser import status
-from kser.delivery import current_attempt, raise_if_decided
+from kser.attempt import current_attempt, raise_if_decided
 from kser.entry import schedule_retry
 from kser.results import copy_result, failed_result, merge
 

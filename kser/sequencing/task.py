@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cdumay_result import Result
 
-from kser import records
+from kser import log_lines
 from kser import status as states
-from kser.delivery import current_attempt
+from kser.attempt import current_attempt
 from kser.entry import NO_INIT_FAILURE, Entrypoint
 from kser.errors import ProducerMissing, UsageError
 from kser.retry import Retry
@@ -145,8 +145,8 @@ class Task(Entrypoint):
             ``extra``.
         """
         if logger.isEnabledFor(level):
-            kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": records.dump_entry(self)}
-            records.log_message(logger, self, self.status, message, level, *args, **kwargs)
+            kwargs["extra"] = {**(kwargs.get("extra") or {}), "kmsg": log_lines.dump_entry(self)}
+            log_lines.log_message(logger, self, self.status, message, level, *args, **kwargs)
 
     def _onsuccess(self, result: Any) -> Any:
         self.status = states.SUCCESS

@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
-from kser.store.rows import (
+from kser.store.model import (
     Checkpoint,
     Claim,
     ClaimRefused,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from kser import status as states
 from kser.errors import FencedError, StateConflict, StoreError, UsageError
 from kser.store.base import Store
-from kser.store.rows import (
+from kser.store.model import (
     AttemptRow,
     Checkpoint,
     Claim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kser import status as states
-from kser.store.rows import (
+from kser.store.model import (
     MAX_ERROR_LENGTH,
     MAX_RESEND_DELAY,
     RESEND_UNSENT_AFTER,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kser import status as states
 from kser.consumer.client import Commit, Partition, Record
-from kser.dummy.bus import DummyClient, InMemoryBroker
+from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ClientError, DeliveryError, StoreUnavailable
-from kser.store.rows import Checkpoint
+from kser.store.model import Checkpoint
 
 if TYPE_CHECKING:
     from tests.crash.process import Process

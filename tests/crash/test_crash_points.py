@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kser.dummy.bus import InMemoryBroker
-from kser.sequencing import patience
+from kser.dummy.broker import InMemoryBroker
+from kser.store import retrying
 from kser.store.memory import MemoryStore
 from tests.crash.faults import KILLED, MOMENTS, POINTS, REFUSED, RUN, SLEPT, TROUBLES, UNKNOWN, Fault
 from tests.crash.invariants import broken, doubled
@@ -42,7 +42,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger = logging.getLogger("kser")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
-    monkeypatch.setattr(patience, "_BACKOFF", lambda state: 0)
+    monkeypatch.setattr(retrying, "_BACKOFF", lambda state: 0)
     yield
     logger.setLevel(before)
     InMemoryBroker.reset()

@@ -11,7 +11,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.controller import Controller
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry

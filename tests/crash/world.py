@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
-from kser.consumer.job import WorkItem
-from kser.delivery import current_attempt
-from kser.dummy.bus import InMemoryBroker
+from kser.attempt import current_attempt
+from kser.consumer.work_item import WorkItem
+from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.rows import ClaimRefused, OperationSnapshot
+from kser.store.model import ClaimRefused, OperationSnapshot
 from tests.crash.faults import (
     BEFORE,
     CHECKPOINT,

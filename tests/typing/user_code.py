@@ -10,8 +10,9 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
-from kser.consumer.deadletter import DeadLetter, iter_dead_letters, replay
-from kser.dummy.bus import InMemoryBroker
+from kser.consumer.dead_letters import DeadLetter
+from kser.consumer.replay import iter_dead_letters, replay
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer as InMemoryConsumer
 from kser.embedded import EmbeddedBroker
 from kser.errors import KserError, SendError

@@ -4,7 +4,7 @@ import pytest
 
 from kser import Message, OperationRegistry, Task
 from kser.consumer.client import Partition
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 

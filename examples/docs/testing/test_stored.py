@@ -4,7 +4,7 @@ import pytest
 from cdumay_result import Result
 
 from kser import Operation, OperationRegistry, Task
-from kser.dummy.bus import InMemoryBroker
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError
 
 from kser.errors import MissingDependency, SettingError
 from kser.store.base import Store
-from kser.store.rows import (
+from kser.store.model import (
     Checkpoint,
     Claim,
     ClaimRefused,
@@ -27,16 +27,15 @@ from kser.store.rows import (
     TaskRow,
 )
 from kser.store.sql import schema
-from kser.store.sql.claiming import ClaimCommand
+from kser.store.sql.claims import ClaimCommand
 from kser.store.sql.database import Database, Transaction
-from kser.store.sql.endings import Lifecycle
-from kser.store.sql.finding import OperationSearch
+from kser.store.sql.leases import Leases
+from kser.store.sql.lifecycle import Lifecycle
 from kser.store.sql.postgresql import Postgresql
-from kser.store.sql.reading import Queries
-from kser.store.sql.reaping import Leases
-from kser.store.sql.saving import SaveRequest
+from kser.store.sql.queries import OperationSearch, Queries
+from kser.store.sql.saves import SaveRequest
 from kser.store.sql.sqlite import Sqlite
-from kser.store.sql.writing import BatchWriter, retry_on_conflict
+from kser.store.sql.writer import BatchWriter, retry_on_conflict
 
 R = TypeVar("R")
 

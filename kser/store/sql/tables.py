@@ -6,7 +6,8 @@ claim changes no indexed column.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -23,10 +24,18 @@ from sqlalchemy import (
     text,
 )
 
+from kser.store.model import (
+    OperationRow,
+    StepMessage,
+    TaskRow,
+)
+
 metadata: Final = MetaData()
+
 
 #: SQLite uses a primary key as its rowid only if the type is INTEGER.
 _KEY = BigInteger().with_variant(Integer(), "sqlite")
+
 
 operation: Final = Table(
     "kser_operation",
@@ -66,12 +75,22 @@ operation: Final = Table(
     UniqueConstraint("uuid", name="kser_operation_uuid"),
 )
 
+
 _ROOT = text("parent_id IS NULL")
+
+
 _INNER = text("parent_id IS NOT NULL")
+
+
 _AWAKE = text("wake_at IS NOT NULL")
 
+
 Index("kser_operation_wake", operation.c.next_check_at, sqlite_where=_AWAKE, postgresql_where=_AWAKE)
+
+
 Index("kser_operation_status", operation.c.status, operation.c.id, sqlite_where=_ROOT, postgresql_where=_ROOT)
+
+
 Index(
     "kser_operation_entrypoint",
     operation.c.entrypoint,
@@ -80,8 +99,13 @@ Index(
     sqlite_where=_ROOT,
     postgresql_where=_ROOT,
 )
+
+
 Index("kser_operation_parent", operation.c.parent_id, operation.c.id, sqlite_where=_INNER, postgresql_where=_INNER)
+
+
 Index("kser_operation_root", operation.c.root_id, sqlite_where=_INNER, postgresql_where=_INNER)
+
 
 task: Final = Table(
     "kser_task",
@@ -102,6 +126,7 @@ task: Final = Table(
     sqlite_with_rowid=False,
 )
 
+
 attempt: Final = Table(
     "kser_attempt",
     metadata,
@@ -118,6 +143,7 @@ attempt: Final = Table(
     sqlite_with_rowid=False,
 )
 
+
 event: Final = Table(
     "kser_event",
     metadata,
@@ -131,7 +157,9 @@ event: Final = Table(
     Column("text", Text),
 )
 
+
 Index("kser_event_root", event.c.root_id)
+
 
 label: Final = Table(
     "kser_label",
@@ -143,7 +171,9 @@ label: Final = Table(
     sqlite_with_rowid=False,
 )
 
+
 Index("kser_label_operation", label.c.operation_id)
+
 
 #: One row: the version of the tables, and the oldest version of the code that can use them.
 schema: Final = Table(
@@ -152,3 +182,41 @@ schema: Final = Table(
     Column("version", Integer, nullable=False),
     Column("oldest", Integer, nullable=False),
 )
+
+
+#: Maximum number of characters of a label that are stored and searched, because an index entry of PostgreSQL is limited
+#: to about 2,700 bytes.
+MAX_LABEL_KEY: Final = 128
+
+
+MAX_LABEL_VALUE: Final = 512
+
+
+#: The columns of the tables, in the field order of the contract's rows.
+OPERATION_COLUMNS: Final = (
+    *(operation.c[name] for name in OperationRow._fields if name != "target"),
+    operation.c.target_uuid,
+    operation.c.target_entrypoint,
+    operation.c.target_topic,
+)
+
+
+TASK_COLUMNS: Final = tuple(task.c[name] for name in TaskRow._fields)
+
+
+_PLAIN: Final = len(OperationRow._fields) - 1
+
+
+_CANCEL: Final = OperationRow._fields.index("cancel_requested")
+
+
+def operation_row(row: Sequence[Any]) -> OperationRow:
+    """Convert a row that was read with :data:`OPERATION_COLUMNS`."""
+    values = [*row[:_PLAIN], StepMessage(*row[_PLAIN : _PLAIN + 3])]
+    values[_CANCEL] = bool(values[_CANCEL])
+    return OperationRow._make(values)
+
+
+def label_row(key: str, value: str) -> tuple[str, str]:
+    """Return a label, cut to the lengths that are stored and searched."""
+    return key[:MAX_LABEL_KEY], value[:MAX_LABEL_VALUE]

@@ -1,0 +1,275 @@
+"""Attempt: one run of a message, shared by the consumer that makes it and the entrypoint that runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+from uuid import uuid4
+
+from kser.errors import RetryLater
+from kser.retry import DEFAULT_RETRY, Retry
+
+#: Reasons of a permanent failure.
+UNDECODABLE: Final = "undecodable"
+
+
+UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
+
+
+FAILED: Final = "failed"
+
+
+#: Outcomes of an attempt.
+FINISHED: Final = "ended"
+
+
+TIMED_OUT: Final = "given up"
+
+
+class AttemptAbandoned(BaseException):
+    """Stop request to an attempt that the consumer has abandoned; its result would be dropped."""
+
+
+class Failure(NamedTuple):
+    """Permanent failure of a message: ``undecodable``, ``unknown-entrypoint`` or ``failed``, and its error."""
+
+    reason: str
+    error_class: str
+    message: str
+
+
+class Deferred(NamedTuple):
+    """Placeholder for a result: the message is acked, and its work continues elsewhere or later or was done before.
+
+    The store is responsible for the work. No hook is called, and no counter is increased.
+    """
+
+    #: The stored result, as far as it is known.
+    result: Any
+
+
+class Attempt:
+    """One attempt at a message.
+
+    :param retry: the retry policy of the consumer, for classes that declare none.
+    """
+
+    #: Number of the attempt, from 1.
+    number = 1
+    #: Number of earlier attempts that do not count for the retry policy.
+    attempts_not_counted = 0
+    #: Seconds until the next attempt, if this one has failed and another one follows.
+    retry_in: float | None = None
+    #: Permanent failure of the message.
+    failure: Failure | None = None
+    #: Timeout error to raise instead of running: this attempt records the failure of an abandoned one.
+    timeout_error: Exception | None = None
+    #: True if the attempt was abandoned.
+    abandoned = False
+    #: Time limit of the attempt in seconds; None without a limit.
+    time_limit: float | None = None
+    #: True if the record is acked because the store has the message: no dead letter, and no retry by this consumer.
+    acked = False
+    #: True if the consumer is shutting down: release work that another consumer can continue.
+    shutting_down = False
+
+    #: Topic of the message; empty if it has none.
+    topic = ""
+    #: uuid of the stored operation whose task is run; None for any other attempt.
+    operation_uuid: str | None = None
+    #: True if a cancel of that operation was requested.
+    cancel_requested = False
+
+    #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this one.
+    entry: Any = None
+    #: Class of the message's entrypoint, once it is known.
+    entrypoint_class: type | None = None
+
+    def __init__(self, retry: Retry | None = None) -> None:
+        #: Retry policy for classes that declare none.
+        self.retry = retry
+        #: Outcome latch: the first value wins, later ones are ignored.
+        self.outcome: list[str] = []
+
+    def on_constructed(self, entry: Any) -> None:
+        """Register a constructed entrypoint; the first one of the message's class is the entrypoint of the message."""
+        if self.entry is None and type(entry) is self.entrypoint_class:
+            self.entry = entry
+
+    def on_started(self, entry: Any) -> None:
+        """Register an entrypoint that starts; it is the entrypoint of the message if none is known yet.
+
+        :raises kser.errors.TaskTimeout: this attempt records the failure of an abandoned one.
+        """
+        if self.entry is None:
+            self.entry = entry
+        if self.entry is not entry:
+            return
+        if self.timeout_error is not None:
+            raise self.timeout_error
+        self.time_limit = time_limit_of(type(entry))
+
+    def should_retry(self, exc: BaseException | None, error: Failure) -> bool:
+        """Return whether another attempt follows a failure; if none follows, record the failure as permanent.
+
+        :param exc: the exception of the attempt; None for a failed result.
+        :param error: the failure to record.
+        """
+        if self.acked:
+            return False
+        declared = getattr(type(self.entry), "RETRY", None)
+        policy = declared if isinstance(declared, Retry) else self.retry
+        if policy is None and isinstance(exc, RetryLater):
+            policy = DEFAULT_RETRY
+        self.retry_in = policy.delay_after(self.number - self.attempts_not_counted, exc) if policy else None
+        if self.retry_in is None:
+            self.failure = error
+        return self.retry_in is not None
+
+    def reject(self, reason: str, exc: BaseException) -> None:
+        """Reject the message, because no attempt can handle it."""
+        self.failure = Failure(reason, error_name(exc), str(exc))
+
+    def ack(self) -> None:
+        """Ack the record: the store is now responsible for the message, whatever the outcome of the attempt."""
+        self.acked = True
+
+    def restart_timer(self, time_limit: float | None) -> None:
+        """Restart the timer for a part of the work, which can be abandoned alone.
+
+        :param timeout: time limit of the part in seconds; None without a limit.
+        """
+        self.time_limit = None
+        self.outcome = []
+        self.time_limit = time_limit
+
+    def abandon(self) -> None:
+        """Abandon the attempt because the consumer is shutting down; the message stays unfinished.
+
+        :raises AttemptAbandoned: always.
+        """
+        self.abandoned = True
+        raise AttemptAbandoned
+
+    def deterministic_uuid(self) -> str:
+        """Return a uuid for a message without one; an attempt at a record returns the same uuid at each redelivery."""
+        return str(uuid4())
+
+    def resolve(self, value: str = FINISHED) -> bool:
+        """Set the outcome of the attempt unless it is set already; return whether this call has set it.
+
+        :param what: :data:`FINISHED` or :data:`TIMED_OUT`.
+        """
+        return resolve(self.outcome, value)
+
+    def raise_if_abandoned(self) -> None:
+        """Raise if the attempt was abandoned.
+
+        :raises AttemptAbandoned: the attempt was abandoned.
+        """
+        if self.abandoned or self.outcome[:1] == [TIMED_OUT]:
+            raise AttemptAbandoned
+
+    def on_finished(self, entry: Any) -> None:
+        """Register an entrypoint that has finished; the entrypoint of the message can no longer time out.
+
+        :raises AttemptAbandoned: the attempt was abandoned before.
+        """
+        if entry is self.entry:
+            self.resolve()
+        self.raise_if_abandoned()
+
+
+def resolve(outcome: list[str], value: str) -> bool:
+    """Append ``what`` and return whether it is the first value: of two threads, exactly one appends first."""
+    outcome.append(value)
+    return outcome[0] == value
+
+
+#: The attempt that runs in this context; None outside of a consumer.
+current_attempt: ContextVar[Attempt | None] = ContextVar("kser_delivery", default=None)
+
+
+def raise_if_decided(entry: Any) -> None:
+    """Register an entrypoint that has finished with the current attempt, if there is one.
+
+    :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
+    """
+    if (delivery := current_attempt.get()) is not None:
+        delivery.on_finished(entry)
+
+
+def time_limit_of(cls: type) -> float | None:
+    """Return the time limit of an attempt at a class, in seconds; None without a limit."""
+    timeout = getattr(cls, "TIME_LIMIT", None)
+    # Ignore a value of another type, as with RETRY, because the attribute is then the user's own (decision C18).
+    fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
+    return timeout if fits else None
+
+
+def error_name(exc: BaseException) -> str:
+    """Return the full name of an exception's class."""
+    cls = type(exc)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+#: Minimum seconds between two database reads of ``cancel_requested``, for a task that polls it in a loop.
+CANCEL_CHECK_INTERVAL = 0.5
+
+
+class TaskAttempt(Attempt):
+    """Attempt at a task of a stored operation.
+
+    :param outer: the attempt at the record whose handling runs the task; None outside of a consumer.
+    :param task: the task.
+    :param number: number of the attempt, from 1: one more than the recorded attempts.
+    :param retry: the retry policy for a class that declares none.
+    :param operation_uuid: uuid of the operation that the task belongs to.
+    :param is_cancelled: reads from the database whether the task should stop.
+    """
+
+    def __init__(
+        self,
+        outer: Attempt | None,
+        task: Any,
+        number: int,
+        retry: Retry | None,
+        operation_uuid: str,
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        super().__init__(retry)
+        self._outer = outer
+        self.entry = task
+        self.number = number
+        self.operation_uuid = operation_uuid
+        self._is_cancelled = is_cancelled
+        self._checked_at = -CANCEL_CHECK_INTERVAL
+        self._cancelled = False
+
+    def on_finished(self, entry: Any) -> None:
+        if self._outer is None:
+            return
+        if entry is self.entry:
+            self._outer.resolve()
+        self._outer.raise_if_abandoned()
+
+    @property
+    def abandoned(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
+        return self._outer is not None and self._outer.abandoned
+
+    def abandon(self) -> None:
+        """Abandon the step and the attempt at the record that it runs in.
+
+        :raises kser.attempt.AttemptAbandoned: always.
+        """
+        raise AttemptAbandoned
+
+    @property
+    def cancel_requested(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
+        now = time.monotonic()
+        if not self._cancelled and now - self._checked_at >= CANCEL_CHECK_INTERVAL:
+            self._checked_at = now
+            self._cancelled = self._is_cancelled()
+        return self._cancelled

@@ -1,0 +1,220 @@
+"""Delivery reports: librdkafka passes them to the thread that polls, while each sender waits for its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import KafkaError
+
+from kser.producer import time_left
+
+logger = logging.getLogger(__name__)
+
+
+#: Maximum seconds of one poll: signal handlers do not run while a thread polls.
+MAX_POLL = 0.1
+
+
+#: Seconds between two polls of an idle producer.
+IDLE_POLL_INTERVAL = 1.0
+
+
+def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Wrap a user callback so that its exceptions are logged instead of raised.
+
+    librdkafka runs callbacks in whichever thread polls: an exception must neither fail that thread's send nor stop the
+    housekeeping thread.
+    """
+
+    def call(told: Any) -> None:
+        try:
+            callback(told)
+        except Exception:
+            logger.exception("a callback in the producer's configuration raised an exception")
+
+    return call
+
+
+class LastError:
+    """The last error that the client reported, and the user's ``error_cb``."""
+
+    def __init__(self, told: Callable[[Any], Any] | None) -> None:
+        self._forward = None if told is None else guarded(told)
+        self._text = ""
+        self._at = 0.0
+
+    def __call__(self, error: Any) -> None:
+        """Record the error and call the user's ``error_cb``; called by librdkafka."""
+        self.remember(error)
+        if self._forward is not None:
+            self._forward(error)
+
+    def remember(self, error: Any) -> None:
+        """Record the last error, except ALL_BROKERS_DOWN and TIMED_OUT, which hide the cause."""
+        if error.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
+            self._text = error.str()
+            self._at = time.monotonic()
+
+    def text_since(self, began: float) -> str:
+        """Return the last error as the end of an error text, or ``""`` if it is older than ``began``."""
+        return f" (last error of the client: {self._text})" if self._text and self._at >= began else ""
+
+
+class Waiter:
+    """A condition that a thread waits for while delivery reports arrive."""
+
+    #: Set to wake the thread while another one polls.
+    wake: threading.Event | None = None
+
+    def done(self) -> bool:
+        """Return whether the wait is over."""
+        raise NotImplementedError
+
+    def reported(self) -> None:
+        """Wake the thread if the wait is over; called after each report."""
+        if self.wake is not None and self.done():
+            self.wake.set()
+
+
+class DeliveryWaiter(Waiter):
+    """The delivery report of one record."""
+
+    def __init__(self) -> None:
+        self.error: Any = None
+        self._arrived = False
+
+    def __call__(self, error: Any, _record: Any) -> None:
+        """Store the report; called by librdkafka."""
+        self.error = error
+        self._arrived = True
+        self.reported()
+
+    def done(self) -> bool:
+        return self._arrived
+
+
+class DeliveryReportPoller:
+    """Leader/follower polling: one of the waiting threads polls for all, and passes the lead on after its own report.
+
+    A sender that polls for itself gets its report without a thread switch; a dedicated polling thread would add two
+    switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
+    delivers its events (for example that a broker is down) only during a poll.
+
+    :param poll: the client's ``poll``: takes a timeout in seconds and calls back for each report.
+    """
+
+    def __init__(self, poll: Callable[[float], Any]) -> None:
+        self._poll_client = poll
+        self._mutex = threading.Lock()
+        self._has_leader = False
+        self._followers: dict[int, Waiter] = {}
+        self._busy = 0
+        self._closed = threading.Event()
+        self._idle_thread = threading.Thread(
+            target=_poll_while_idle, args=(weakref.ref(self), self._closed), name="kser-delivery-reports", daemon=True
+        )
+        self._idle_thread.start()
+
+    def wait(self, waiting: Waiter, deadline: float) -> None:
+        """Wait until ``waiting`` is done, or until ``deadline`` by the monotonic clock."""
+        try:
+            while not waiting.done() and time_left(deadline):
+                if self._take_lead(waiting):
+                    self._lead(waiting, deadline)
+                elif waiting.wake is not None and not waiting.done():
+                    waiting.wake.wait(time_left(deadline))
+        finally:
+            if waiting.wake is not None:
+                self._remove(waiting)
+
+    def poll(self, seconds: float = 0) -> bool:
+        """Poll for up to ``seconds``; return False without polling if another thread polls already."""
+        with self._mutex:
+            if self._has_leader:
+                return False
+            self._has_leader = True
+        try:
+            self._poll_client(seconds)
+        finally:
+            self._release_lead()
+        return True
+
+    def __enter__(self) -> None:
+        """Register a sender, which polls for itself.
+
+        If the housekeeping thread polled too, it would compete with the sender for the GIL at each report.
+        """
+        with self._mutex:
+            self._busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._mutex:
+            self._busy -= 1
+
+    def poll_if_idle(self) -> None:
+        """Poll once, unless a thread sends."""
+        if not self._busy:
+            self.poll()
+
+    def close(self) -> None:
+        """Stop the housekeeping thread."""
+        self._closed.set()
+        # A user callback that closes the producer may run in the housekeeping thread, which cannot join itself.
+        if threading.current_thread() is not self._idle_thread:
+            self._idle_thread.join()
+
+    def _take_lead(self, waiting: Waiter) -> bool:
+        with self._mutex:
+            if not self._has_leader:
+                self._has_leader = True
+                return True
+            waiting.wake = threading.Event()
+            self._followers[id(waiting)] = waiting
+        return False
+
+    def _lead(self, waiting: Waiter, deadline: float) -> None:
+        try:
+            while not waiting.done() and (left := time_left(deadline)):
+                self._poll_client(min(left, MAX_POLL))
+        finally:
+            self._release_lead()
+
+    def _release_lead(self) -> None:
+        with self._mutex:
+            self._has_leader = False
+            self._call_next()
+
+    def _remove(self, waiting: Waiter) -> None:
+        """Stop waiting, and wake the next follower if no thread polls.
+
+        A follower that was woken to lead may have its own report already; the lead would be lost otherwise.
+        """
+        with self._mutex:
+            self._followers.pop(id(waiting), None)
+            if not self._has_leader:
+                self._call_next()
+
+    def _call_next(self) -> None:
+        if self._followers:
+            follower = self._followers.pop(next(iter(self._followers)))
+            assert follower.wake is not None
+            follower.wake.set()
+
+
+def _poll_while_idle(reports: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
+    """Poll once a second while the producer is idle.
+
+    Only a weak reference is held between polls, so that an unclosed producer can be garbage-collected and its thread
+    ends.
+    """
+    while not closed.wait(IDLE_POLL_INTERVAL):
+        found = reports()
+        if found is None:
+            return
+        found.poll_if_idle()
+        del found

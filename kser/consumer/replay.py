@@ -1,0 +1,122 @@
+"""Reading dead letters back, and replaying them to their original topics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
+from kser.consumer.work_item import WorkItem
+from kser.errors import BrokerUnavailable
+
+if TYPE_CHECKING:
+    from kser.consumer.base import BaseConsumer
+
+#: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
+READ_BATCH = 100
+
+
+#: Seconds that one poll waits for dead letters.
+POLL_TIMEOUT = 0.5
+
+
+def iter_dead_letters(
+    consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, *, timeout: float = 10
+) -> Iterator[DeadLetter]:
+    """Iterate over the dead letters currently on a topic, oldest first within a partition. It commits no offsets.
+
+    :param consumer: the consumer class of the transport: ``kser.python_kafka.consumer.Consumer`` or another one.
+    :param config: options of its client; the group in it is ignored.
+    :param topic: the topic of the dead letters.
+    :param timeout: seconds to wait for a response of the broker.
+    :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
+    """
+    with closing(_reader(consumer, config, topic, f"kser-read-{uuid4()}", commit="never")) as reader:
+        for job in _records(reader, timeout):
+            if (letter := parse_dead_letter(job.record)) is not None:
+                yield letter
+            reader._kser_work_queue.task_done(job)
+
+
+def replay(
+    consumer: type[BaseConsumer],
+    config: Mapping[str, Any],
+    topic: str,
+    *,
+    where: Callable[[DeadLetter], bool] | None = None,
+    limit: int | None = None,
+    to: str | None = None,
+    group: str | None = None,
+    timeout: float = 10,
+) -> int:
+    """Send dead letters back to their original topics, unchanged; skip those that ``where`` does not select.
+
+    Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
+    sent twice, with the same uuids.
+
+    :param consumer: the consumer class of the transport.
+    :param config: options of its client; the group in it is replaced by ``group``.
+    :param topic: the topic of the dead letters.
+    :param where: selects the dead letters to send; None sends all of them.
+    :param limit: the maximum number of messages to send.
+    :param to: a topic to send all messages to, instead of their original topics.
+    :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
+    :param timeout: seconds to wait for a response of the broker, and for each delivery.
+    :return: the number of messages sent.
+    :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
+    :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
+    """
+    sent = 0
+    with closing(_reader(consumer, config, topic, group or f"kser-replay-{topic}")) as reader:
+        for job in _records(reader, timeout):
+            if sent == limit:
+                break
+            letter = parse_dead_letter(job.record)
+            if letter is not None and (where is None or where(letter)):
+                reader._kser_shared_producer.producer().produce(
+                    to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
+                )
+                sent += 1
+            reader._kser_work_queue.task_done(job)
+            if reader._kser_work_queue.finished_count % READ_BATCH == 0:
+                reader._kser_poller.commit()
+    return sent
+
+
+def _reader(
+    consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, group: str, commit: str = "after"
+) -> BaseConsumer:
+    # The reader must not remove the pause file, because the file belongs to the other consumers of this host.
+    reader: Any = type("DeadLetterReader", (consumer,), {"clean_lock": classmethod(lambda cls: None)})
+    # The reader sets these options itself, because the settings of this process are meant for its regular consumers.
+    found: BaseConsumer = reader(
+        {**config, consumer.GROUP_OPTION: group, consumer.RESET_OPTION: "earliest"},
+        [topic],
+        commit=commit,
+        dead_letter=False,
+        workers=1,
+        ordering="none",
+        max_in_flight=READ_BATCH,
+    )
+    return found
+
+
+def _records(reader: BaseConsumer, timeout: float) -> Iterator[WorkItem]:
+    """Iterate over the records of the topic, up to its current end."""
+    deadline = time.monotonic() + timeout
+    while True:
+        taken = reader._kser_poller.poll_once(min(POLL_TIMEOUT, timeout))
+        while (job := reader._kser_work_queue.get(0)) is not None:
+            yield job
+            deadline = time.monotonic() + timeout
+        lag = reader._kser_poller.lag()
+        if not taken and reader.assignment and reader.assignment <= lag.keys() and max(lag.values()) <= 0:
+            return
+        if time.monotonic() > deadline:
+            raise BrokerUnavailable(
+                f"the dead letters of {reader._kser_topics[0]!r} could not be read: no response within {timeout:g} s;"
+                " check that the broker is reachable and that the topic exists"
+            )

@@ -1,0 +1,146 @@
+"""What a consumer offers to the registries of its classes: background services and a shared producer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from kser.controller import BaseProducer
+from kser.errors import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+#: Seconds between two ticks of each background service.
+TICK_INTERVAL = 0.5
+
+
+class BackgroundService(Protocol):
+    """Periodic work that a registry needs while a consumer runs."""
+
+    def tick(self) -> None:
+        """Run the work that is due."""
+
+    def close(self) -> None:
+        """Release resources; the consumer is shutting down."""
+
+
+class BackgroundServices:
+    """The thread that runs the background services of a consumer.
+
+    :param companions: returns the background services; called repeatedly, because services are added later.
+    """
+
+    def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
+        self._find_services = find_services
+        self._services: Sequence[BackgroundService] = ()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread if it is not running and there are services; services without a database start later.
+
+        :raises kser.errors.KserError: a service cannot run in this consumer.
+        """
+        if self._thread is not None:
+            return
+        waits = False
+        try:
+            self._services = self._find_services()
+        except StoreUnavailable:
+            # The store has logged the outage. The thread starts anyway and loads the services after the outage.
+            waits = True
+        if self._services or waits:
+            self._thread = threading.Thread(target=self._run, name="kser-services", daemon=True)
+            self._thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Stop the thread and close the services.
+
+        :param timeout: seconds to wait for the running tick.
+        """
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        for companion in self._services:
+            companion.close()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            for companion in self._services:
+                companion.tick()
+            self._stopped.wait(TICK_INTERVAL)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Reload the services, because classes of further registries may have been registered."""
+        try:
+            self._services = self._find_services()
+        except StoreUnavailable:
+            # The store has logged the outage; the next cycle reloads the services.
+            pass
+        except Exception:
+            # Never let this thread die: leases would expire. Services call user and driver code that may raise
+            # anything.
+            logger.exception("background services could not be loaded; trying again")
+
+
+class SharedProducer:
+    """The producer of a consumer, created at its first use.
+
+    :param make: creates the producer.
+    """
+
+    def __init__(self, make: Callable[[], BaseProducer]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._producer: BaseProducer | None = None
+        self._attached_to: Any = None
+
+    def producer(self) -> BaseProducer:
+        """Return the producer; create it at the first call."""
+        with self._lock:
+            if self._producer is None:
+                self._producer = self._make()
+            return self._producer
+
+    def attach(self, controller: Any) -> None:
+        """Attach the producer to the registries of a controller's classes, so that their tasks can send.
+
+        Call it regularly: classes are registered later, and other consumers of the process attach and detach theirs.
+        """
+        self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
+        for registry in _registries(controller):
+            registry._kser_set_fallback_producer(self.producer)
+
+    def attach_if_changed(self, controller: Any) -> bool:
+        """Attach the producer if the controller or its number of classes has changed; return whether it has."""
+        if self._attached_to == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
+            return False
+        self.attach(controller)
+        return True
+
+    def background_services(self) -> list[BackgroundService]:
+        """Return the background services of the registries that the producer is attached to, without duplicates."""
+        controller, _ = self._attached_to or (None, 0)
+        found = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
+        return list({id(companion): companion for companion in found if companion is not None}.values())
+
+    def detach(self, controller: Any) -> None:
+        """Detach the producer from the registries of a controller's classes."""
+        for registry in _registries(controller):
+            registry._kser_clear_fallback_producer(self.producer)
+
+    def close(self) -> None:
+        """Close the producer if it was created."""
+        if self._producer is not None:
+            self._producer.close()
+
+
+def _registries(controller: Any) -> Iterator[Any]:
+    for entrypoint in list(getattr(controller, "ENTRYPOINTS", {}).values()):
+        registry = getattr(entrypoint, "_kser_registry", None)
+        if registry is not None:
+            yield registry

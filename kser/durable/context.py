@@ -1,0 +1,222 @@
+"""Durable context: store, classes, producer and active claims that the executions of one process share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
+
+from cdumay_result import Result
+
+from kser import status as states
+from kser.config import Settings
+from kser.durable.serialization import EntrypointLoader
+from kser.errors import SettingError
+from kser.producer import KafkaProducerBase
+from kser.results import failed_result
+from kser.schemas import OPERATION_KEY, Message
+from kser.store.base import Store
+from kser.store.model import ClaimRequest, StepMessage
+from kser.store.retrying import StoreRetry
+
+if TYPE_CHECKING:
+    from kser.controller import BaseProducer
+    from kser.sequencing.registry import OperationRegistry
+    from kser.sequencing.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+#: Seconds that sending a step may take; the reaper sends a step that was not delivered in this time.
+SEND_TIMEOUT = 10.0
+
+
+class ActiveClaim(Protocol):
+    """Claim that this process holds."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Id of the root and epoch of the claim."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Label of the root operation for log lines."""
+        ...
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True if the attempt that runs under the claim was abandoned."""
+        ...
+
+    def release(self) -> None:
+        """Release the claim."""
+
+
+class DurabilitySettings:
+    """Settings of leases, heartbeat and reaper.
+
+    =================== ======= ====================================================================================
+    setting             default meaning
+    =================== ======= ====================================================================================
+    ``KSER_LEASE``      30      seconds after which a claim expires if no heartbeat renews it
+    ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
+    ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
+    ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
+    ``KSER_MAX_CLAIMS`` 20      claims of one step without a recorded end, after which the step fails
+    =================== ======= ====================================================================================
+
+    :raises kser.errors.SettingError: a setting has an invalid value.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.lease = _number(settings, "KSER_LEASE", 30)
+        self.heartbeat = _number(settings, "KSER_HEARTBEAT", self.lease / 3)
+        self.reaper = _number(settings, "KSER_REAPER", 1)
+        self.resend = _number(settings, "KSER_RESEND", 60)
+        self.max_claims = int(_number(settings, "KSER_MAX_CLAIMS", 20, whole=True))
+        if self.heartbeat * 2 >= self.lease:
+            raise SettingError(
+                f"KSER_HEARTBEAT must be less than half of KSER_LEASE ({self.lease:g} s); it is {self.heartbeat:g} s"
+            )
+
+
+def _number(settings: Settings, name: str, default: float, *, whole: bool = False) -> float:
+    value = settings.get(name)
+    try:
+        number = float(default if value is None else value)
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(value, bool) or not 0 < number < float("inf") or (whole and number % 1):
+        raise SettingError(f"{name} must be a {'whole ' * whole}number above 0; it is {value!r}")
+    return number
+
+
+class DurableContext:
+    """Durable context that all executions of a process share.
+
+    :param registry: the registry with the classes, the producer and the settings.
+    :param store: the shared database.
+    """
+
+    def __init__(self, registry: OperationRegistry, store: Store) -> None:
+        self.registry = registry
+        self.store = store
+        self.retrying = StoreRetry()
+        self.settings = DurabilitySettings(registry.settings)
+        #: Owner name of this process in claims: host and process id for operators, and a random part.
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
+        self.loader = EntrypointLoader(lambda path: registry.controller.ENTRYPOINTS.get(path))
+        self._lock = threading.Lock()
+        self._active_claims: dict[int, ActiveClaim] = {}
+        #: Steps that were sent but are not recorded as sent yet, each ``(root_id, epoch)``.
+        self.unrecorded_sends: deque[tuple[int, int]] = deque()
+
+    def new_claim_request(self) -> ClaimRequest:
+        """Return a new claim request with a random token."""
+        return ClaimRequest(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
+
+    def register_claim(self, claim: ActiveClaim) -> None:
+        """Register an active claim."""
+        with self._lock:
+            self._active_claims[claim.key[0]] = claim
+
+    def release_claim(self, claim: ActiveClaim) -> None:
+        """Unregister a claim."""
+        with self._lock:
+            if self._active_claims.get(claim.key[0]) is claim:
+                del self._active_claims[claim.key[0]]
+
+    def active_claims(self) -> list[ActiveClaim]:
+        """Return the active claims."""
+        with self._lock:
+            return list(self._active_claims.values())
+
+    def claim_for(self, root_id: int) -> ActiveClaim | None:
+        """Return the active claim on a root; None if this process has none."""
+        with self._lock:
+            return self._active_claims.get(root_id)
+
+    def send(
+        self,
+        target: StepMessage,
+        root_uuid: str,
+        step_key: tuple[int, int] | None = None,
+        key: str | bytes | None = None,
+        timeout: float = SEND_TIMEOUT,
+    ) -> Result:
+        """Send a step and wait for its delivery.
+
+        :param step_key: id and epoch of the root, to record the step as sent.
+        :return: the producer's result; if it is a failed one, the reaper sends the step.
+        """
+        options: dict[str, Any] = {} if key is None else {"key": key}
+        try:
+            answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
+        except Exception as error:
+            # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
+            answer = failed_result(error, target.uuid)
+        return self._on_sent(target, root_uuid, step_key, answer)
+
+    def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
+        """Send a step without waiting for its delivery, if the producer supports that.
+
+        :param step_key: id and epoch of the root, to record the step as sent.
+        """
+        try:
+            producer = self.producer
+            if not isinstance(producer, KafkaProducerBase):
+                # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, which
+                # must not be bypassed.
+                self.send(target, root_uuid, step_key)
+                return
+            producer.send_nowait(
+                target.topic,
+                step_message(target, root_uuid),
+                partial(self._on_sent, target, root_uuid, step_key),
+                SEND_TIMEOUT,
+            )
+        except Exception as error:
+            self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
+
+    def _on_sent(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
+        """Handle the producer's result: note a delivered step for recording, and log a failed send."""
+        if not isinstance(result, Result):
+            # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
+            return Result(uuid=target.uuid)
+        if states.final_status(result) == states.SUCCESS:
+            if step_key is not None:
+                self.unrecorded_sends.append(step_key)
+            return result
+        logger.warning(
+            f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent; the reaper of a consumer"
+            f" will send it: {result.stderr}"
+        )
+        return result
+
+    def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
+        """Return a function that resolves the topic of a task.
+
+        :param fallback: the topic if neither the task's class nor ``KSER_TOPICS`` names one.
+        """
+        default = next(iter(self.registry.settings.topics), fallback)
+        return lambda task: task.TOPIC or default
+
+    @property
+    def producer(self) -> BaseProducer:
+        """Producer that sends steps.
+
+        :raises kser.errors.ProducerMissing: the registry has no producer.
+        """
+        return self.registry.producer
+
+
+def step_message(target: StepMessage, root_uuid: str) -> Message:
+    """Return the message for a step; params and results stay in the database."""
+    return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION_KEY: root_uuid})

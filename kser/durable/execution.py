@@ -1,0 +1,294 @@
+"""Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
+
+A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
+(:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
+step is sent to a consumer that knows its class.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+from kser import signals
+from kser import status as states
+from kser.attempt import Deferred, current_attempt
+from kser.controller import user_code_guard
+from kser.durable.context import DurableContext
+from kser.durable.execution_state import ExecutionState, OperationFrame
+from kser.durable.step_runner import StepRunner
+from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
+from kser.results import copy_result
+from kser.sequencing.operation import Operation
+from kser.store.model import Checkpoint, Claim, NewEvent, OperationUpdate, Phase, StepMessage
+
+logger = logging.getLogger(__name__)
+
+
+class Execution:
+    """Execution of an operation under one claim.
+
+    :param means: the durable context of this process.
+    :param claim: the claim to work under.
+    :param operation: the root's object, if it was just built.
+    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+        The execution records this error and releases the claim.
+    """
+
+    def __init__(
+        self,
+        context: DurableContext,
+        claim: Claim,
+        operation: Operation | None = None,
+        timeout_error: Exception | None = None,
+    ) -> None:
+        self._context = context
+        self._claim = claim
+        self._timeout_error = timeout_error
+        self._attempt = current_attempt.get()
+        self._state = ExecutionState(claim)
+        self._step_runner = StepRunner(context, self._state, timeout_error)
+        self._step_runner.attach(self._state.root, operation)
+        self._released = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Id of the root and epoch of the claim."""
+        return self._claim.id, self._claim.epoch
+
+    @property
+    def uuid(self) -> str:
+        """UUID of the root operation."""
+        return self._claim.root.uuid
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True if the consumer has abandoned the attempt that this execution runs in."""
+        return self._attempt is not None and self._attempt.abandoned
+
+    @property
+    def claim(self) -> Claim:
+        """The claim of this execution."""
+        return self._claim
+
+    def run(self) -> Any:
+        """Run steps until the claim is released.
+
+        :return: a Result, or :class:`kser.attempt.Deferred`.
+        """
+        self._context.register_claim(self)
+        try:
+            if self._claim.epoch == 1:
+                self._emit_operation(states.PENDING, states.RUNNING)
+            if self._claim.root.cancel_requested:
+                # The previous owner died before cancelling. Releasing the claim cancels the operation.
+                self.release()
+                self._released, self._step_runner.reply = True, Deferred(self._state.root.accumulated)
+            elif self._claim.exhausted:
+                error = _retries_exhausted(self._claim)
+                self._state.add_event(NewEvent("exhausted", text=error.message))
+                self._step_runner.fail_step(error)
+                self._after_checkpoint(*self._checkpoint())
+            while not self._released:
+                self._run_step()
+        except FencedError as lost:
+            self._released = True
+            logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
+            return Deferred(self._state.root.accumulated)
+        finally:
+            self._context.release_claim(self)
+            if not self._released:
+                with suppress(KserError):
+                    self.release()
+        return self._step_runner.reply
+
+    def release(self) -> None:
+        """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
+        root, epoch = self._claim.root, self._claim.epoch
+        row = self._context.store.get_operation(root.uuid)
+        if row is None or row.status != states.RUNNING or row.epoch != epoch:
+            return
+        stay = OperationUpdate(
+            row.id, row.step, row.phase, row.step, row.phase, row.status, row.accumulated, row.result
+        )
+        token, notes = root.token or "", (NewEvent("released"),)
+        status = self._context.store.checkpoint(
+            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), events=notes, keep=False)
+        )
+        if status == states.CANCELLED:
+            self._on_cancelled()
+            return
+        # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
+        self._context.send(row.target, row.uuid, (row.id, epoch + 1))
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+
+    def _run_step(self) -> None:
+        """Run a step and record its outcome."""
+        try:
+            with user_code_guard:
+                self._step_runner.run_next()
+                recorded = self._checkpoint()
+        except (FencedError, StoreUnavailable):
+            raise
+        except Exception as exc:
+            # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
+            # retrying it.
+            logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
+            self._reload_and_fail(exc)
+            recorded = self._checkpoint()
+        self._after_checkpoint(*recorded)
+
+    def _checkpoint(self) -> tuple[Checkpoint, str, StepMessage | None]:
+        """Record the outcome of the step.
+
+        :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
+        """
+        track, delay = self._state, self._step_runner.retry_in
+        keep, target = self._next_hop()
+        stays = not keep and target is None and delay is None
+        checkpoint = track.checkpoint(
+            self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
+        )
+        status = self._context.retrying.retry(lambda: self._context.store.checkpoint(checkpoint))
+        return checkpoint, status, target
+
+    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: StepMessage | None) -> None:
+        """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
+        track, delay, keep = self._state, self._step_runner.retry_in, checkpoint.keep
+        self._released = track.is_finished or status == states.CANCELLED or not keep
+        if self._released:
+            # Unregister the claim before sending the next step. The store has released it, so during a slow send the
+            # heartbeat would report the claim as lost.
+            self._context.release_claim(self)
+        ended = list(track.ended)
+        track.mark_flushed()
+        self._emit_tasks(checkpoint)
+        if status == states.CANCELLED:
+            self._on_cancelled()
+            return
+        for frame in ended:
+            self._emit_end(frame)
+        if track.is_finished:
+            self._emit_operation(states.RUNNING, status)
+        elif delay is not None:
+            self._step_runner.reply = Deferred(self._step_runner.reply or track.root.accumulated)
+            if not delay:
+                # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
+                # send, so the reaper would wait UNSENT_AFTER seconds.
+                self._send(track.root.row.target)
+        elif self._released:
+            self._dispatch_next(target)
+
+    def _next_hop(self) -> tuple[bool, StepMessage | None]:
+        """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
+        track, frame = self._state, self._state.top
+        outer = current_attempt.get()
+        goes_on = self._timeout_error is None and not (outer is not None and outer.shutting_down)
+        if track.is_finished:
+            return True, None
+        if self._step_runner.retry_in is not None:
+            return False, None
+        if not track.distributed:
+            return goes_on, None
+        if frame.phase == Phase.RUN_TASK:
+            return False, self._target_of_task(frame)
+        known = self._context.loader.lookup(frame.row.entrypoint) is not None
+        return goes_on and known and frame.phase != Phase.BUILD, frame.target
+
+    def _target_of_task(self, frame: OperationFrame) -> StepMessage:
+        place = frame.row.id, frame.step
+        built = self._state.built
+        if built is not None and built.operation_id == frame.row.id:
+            new = built.tasks[frame.step]
+            return StepMessage(new.uuid, new.entrypoint, new.topic)
+        row = self._claim.next_task
+        if row is None or (row.operation_id, row.position) != place:
+            row = self._context.retrying.retry(lambda: self._context.store.get_task(*place))
+        assert row is not None, "the step is below the number of tasks"
+        return StepMessage(row.uuid, row.entrypoint, row.topic)
+
+    def _dispatch_next(self, target: StepMessage | None) -> None:
+        root = self._state.root
+        if not self._state.distributed or self._step_runner.reply is None or self._timeout_error is not None:
+            self._step_runner.reply = Deferred(root.accumulated)
+        self._send(target or root.row.target)
+
+    def _send(self, target: StepMessage) -> None:
+        """Send a step; during a shutdown of the consumer, wait for the delivery."""
+        ending = self._attempt is not None and self._attempt.shutting_down
+        send = self._context.send if ending else self._context.send_nowait
+        send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
+
+    def _reload_and_fail(self, error: Exception) -> None:
+        """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
+        root = self._claim.root
+        claimant = self._context.new_claim_request()._replace(token=root.token or "")
+        again = self._context.retrying.retry(lambda: self._context.store.claim(root.uuid, root.target.uuid, claimant))
+        if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
+            raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
+        objects = {frame.row.id: frame.operation for frame in self._state.frames}
+        self._claim, self._state = again, ExecutionState(again)
+        self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
+        for frame in self._state.frames:
+            self._step_runner.attach(frame, objects.get(frame.row.id))
+        self._step_runner.fail_step(error)
+
+    # -- logs and signals ----------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Label of the root operation for log lines."""
+        root = self._claim.root
+        return f"{root.entrypoint}[{root.uuid}]"
+
+    def _on_cancelled(self) -> None:
+        logger.info(f"{self.label}: cancelled")
+        self._emit_operation(states.RUNNING, states.CANCELLED)
+        self._step_runner.reply = Deferred(self._state.root.accumulated)
+
+    def _emit_end(self, frame: OperationFrame) -> None:
+        """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
+        operation, outcome = frame.operation, frame.outcome
+        if operation is None:
+            old, new = states.RUNNING, frame.status
+            name = frame.row.entrypoint.rpartition(".")[2]
+            logger.info(f"{name}.SetStatus: {frame.row.entrypoint}[{frame.row.uuid}] status update '{old}' -> '{new}'")
+            return
+        operation.result = outcome
+        hook = operation._onsuccess if frame.status == states.SUCCESS else operation._onerror
+        returned = hook(operation.result)
+        if frame is self._state.root:
+            self._step_runner.reply = returned
+
+    def _emit_operation(self, old: str, new: str) -> None:
+        root = self._claim.root
+        signals.emit(
+            signals.operation_changed,
+            self._context.registry,
+            uuid=root.uuid,
+            entrypoint=root.entrypoint,
+            old=old,
+            new=new,
+            result=None if new == states.RUNNING else copy_result(self._state.root.outcome),
+        )
+
+    def _emit_tasks(self, checkpoint: Checkpoint) -> None:
+        if not signals.task_changed.receivers:
+            return
+        for end in checkpoint.outcomes:
+            signals.emit(
+                signals.task_changed,
+                self._context.registry,
+                operation=self._claim.root.uuid,
+                position=end.position,
+                new=end.status,
+                attempt=end.number,
+                error=end.error,
+            )
+
+
+def _retries_exhausted(claim: Claim) -> StoreError:
+    died = claim.root.claim_count - 1
+    return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")

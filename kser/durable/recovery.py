@@ -1,0 +1,207 @@
+"""Background service of each consumer that has a database: the heartbeat of its claims, and the reaper.
+
+Every consumer runs a reaper, so that another consumer continues the operations that a dead one has left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kser.durable.context import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
+from kser.errors import KserError, StoreUnavailable
+from kser.store.model import RESEND_UNSENT_AFTER, DueReason, DueStep
+
+logger = logging.getLogger(__name__)
+
+
+#: Maximum number of due steps that the reaper fetches per call.
+BATCH = 500
+
+
+#: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
+RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
+
+
+#: Seconds that the shutdown of a consumer waits for the current tick.
+CLOSE_TIMEOUT = 5.0
+
+
+class RecoveryService:
+    """Background service that renews the leases of this process and sends due steps.
+
+    :param means: the durable context of this process.
+    """
+
+    def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._clock = clock
+        self._tick_lock = threading.Lock()
+        self._last: dict[str, float] = {}
+        #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
+        self._contact_since = self._last_contact = -float("inf")
+        #: Lost claims that workers of this process still work under.
+        self._lost_claims: set[tuple[int, int]] = set()
+        #: Consecutive failed sends per topic.
+        self._failed_sends: Counter[str] = Counter()
+
+    def tick(self) -> None:
+        """Run the jobs whose interval has passed. Call this about every second, from a dedicated thread."""
+        if not self._tick_lock.acquire(blocking=False):
+            # Another consumer of this process is running a tick.
+            return
+        try:
+            for what, interval in (
+                (self.renew_leases, self._settings.heartbeat),
+                (self.record_sends, RECORD_SENDS_INTERVAL),
+                (self.reap, self._settings.reaper),
+            ):
+                now = self._clock()
+                if now - self._last.get(what.__name__, -float("inf")) >= interval:
+                    what()
+                    self._last[what.__name__] = now
+        except StoreUnavailable as trouble:
+            self._last_contact = -float("inf")
+            self._context.retrying.report_outage(trouble)
+        except Exception:
+            # Never let this thread die: leases would expire. The next tick may succeed.
+            logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
+        finally:
+            self._tick_lock.release()
+
+    def renew_leases(self) -> None:
+        """Renew the leases of the claims that workers hold now."""
+        held = {run.key for run in self._context.active_claims()}
+        if not held:
+            return
+        known = self._context.store.renew(held, self._context.owner, self._settings.lease)
+        lost = {key for key in held if key[0] not in known}
+        for root_id, epoch in lost - self._lost_claims:
+            run = self._context.claim_for(root_id)
+            if run is not None and run.key == (root_id, epoch):
+                logger.warning(f"{run.label}: the claim was lost; the result of the running task will not be recorded")
+        self._lost_claims = lost
+
+    def record_sends(self) -> None:
+        """Record the sent steps in the store."""
+        steps = list(self._context.unrecorded_sends)
+        if steps:
+            self._context.store.mark_sent(steps, self._settings.resend)
+        # Other threads only append, so the first entries are the recorded ones.
+        for _ in steps:
+            self._context.unrecorded_sends.popleft()
+
+    def reap(self) -> int:
+        """Send the due steps that no consumer works on, and return their number."""
+        total = 0
+        until = self._clock() + self._settings.heartbeat / 2
+        while True:
+            asked = self._clock()
+            due = self._context.retrying.once(self._take_due_steps)
+            # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
+            waited = self._clock() - asked > self._settings.lease / 3
+            sent = self._defer_expired(due) if waited else due
+            total += len(sent)
+            self._send(sent)
+            if len(due) < BATCH or self._clock() >= until:
+                return total
+
+    def _take_due_steps(self) -> Sequence[DueStep]:
+        return self._context.store.take_due_steps(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
+
+    def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
+        """Postpone steps with an expired lease by one more lease, and return the other steps."""
+        self._last_contact = -float("inf")
+        held = [(each.id, each.epoch) for each in due if each.reason == DueReason.EXPIRED]
+        if held:
+            self._context.store.postpone_send(held, self._settings.lease)
+        return [each for each in due if each.reason != DueReason.EXPIRED]
+
+    def _leases_are_trustworthy(self) -> bool:
+        """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
+        now = self._clock()
+        # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
+        # count as an interruption.
+        if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
+            self._contact_since = now
+        self._last_contact = now
+        return now - self._contact_since >= self._settings.lease
+
+    def _send(self, due: Sequence[DueStep]) -> None:
+        by_topic = defaultdict(list)
+        for each in due:
+            logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
+            by_topic[each.target.topic].append(each)
+        # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
+        until = self._clock() + self._settings.heartbeat / 2
+        # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
+        for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
+            late = self._time_left(until) <= 0
+            failed = {each.id for each in (steps if late else self._send_to(topic, steps, until))}
+            keys = [(each.id, each.epoch) for each in steps]
+            self._context.unrecorded_sends.extend(key for key in keys if key[0] not in failed)
+            if not failed:
+                del self._failed_sends[topic]
+                continue
+            self._failed_sends[topic] += not late
+            wait = min(
+                RESEND_UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend
+            )
+            self._context.store.postpone_send([key for key in keys if key[0] in failed], wait)
+        if self._last_contact > self._contact_since:
+            # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
+            # with the store.
+            self._last_contact = self._clock()
+
+    def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
+        """Send steps to a topic, and return the steps that were not delivered.
+
+        :param until: deadline on this service's clock.
+        """
+        try:
+            producer: Any = self._context.producer
+            if len(steps) > 1 and hasattr(producer, "bulk_send"):
+                messages = [step_message(each.target, each.uuid) for each in steps]
+                result = producer.bulk_send(topic, messages, self._time_left(deadline))
+                undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
+                return [each for each in steps if each.target.uuid in undelivered]
+        except Exception as error:
+            # A third-party producer may raise anything; the steps of other topics must still be sent.
+            logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
+            return steps
+        return [each for each in steps if not self._send_one(each, deadline)]
+
+    def _send_one(self, due: DueStep, deadline: float) -> bool:
+        left = self._time_left(deadline)
+        return left > 0 and not self._context.send(due.target, due.uuid, timeout=left).retcode
+
+    def _time_left(self, deadline: float) -> float:
+        return min(SEND_TIMEOUT, max(deadline - self._clock(), 0))
+
+    def close(self) -> None:
+        """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""
+        if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
+            # A tick hangs. The remaining claims expire with their leases.
+            return
+        try:
+            for run in self._context.active_claims():
+                if run.is_abandoned:
+                    self._release(run)
+            self.record_sends()
+        except StoreUnavailable as trouble:
+            self._context.retrying.report_outage(trouble)
+        finally:
+            self._tick_lock.release()
+
+    def _release(self, claim: ActiveClaim) -> None:
+        try:
+            claim.release()
+        except StoreUnavailable:
+            raise
+        except KserError as error:
+            logger.warning(f"a claim could not be released, and expires with its lease: {error.message}")

@@ -1,0 +1,240 @@
+"""Serialization of operations and tasks to rows of a store, and back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from cdumay_error.types import ValidationError
+from cdumay_result import Result
+
+from kser import status as states
+from kser.entry import Entrypoint
+from kser.errors import UsageError
+from kser.results import copy_result, merge
+from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
+from kser.sequencing.operation import Operation
+from kser.sequencing.task import Task
+from kser.store.model import Mode, NewOperation, NewTask, OperationRow, Phase, StepMessage, TaskRow
+
+#: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
+ENDS: Final = 1
+
+
+CHOOSES: Final = 2
+
+
+_ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_status")
+
+
+_CHOOSES = ("next", "launch_next", "set_status")
+
+
+#: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
+MAX_SEARCHABLE_VALUE: Final = 200
+
+
+T = TypeVar("T", bound=Task)
+
+
+def overrides_of(cls: type) -> int:
+    """Return the :class:`Overrides` flags of an operation class."""
+
+    def overrides(names: Iterable[str]) -> bool:
+        return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
+
+    return ENDS * overrides(_ENDS) | CHOOSES * overrides(_CHOOSES)
+
+
+def to_json(value: Any, subject: str, owner: object) -> str:
+    """Return a value as JSON text, in the format of the wire.
+
+    :param what: name of the value, for the error text.
+    :param owner: object that the value belongs to, for the error text.
+    :raises kser.errors.UsageError: the value has no JSON form.
+    """
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{subject} of {owner!r} cannot be stored: {error}; only JSON values can be stored and sent"
+        ) from error
+
+
+def result_to_json(result: Result, owner: object) -> str:
+    """Return a result as JSON text.
+
+    :raises kser.errors.UsageError: the result has no JSON form.
+    """
+    return to_json(dump_result(result), "the result", owner)
+
+
+def result_from_json(text: str | None, uuid: str) -> Result:
+    """Return the result from JSON text of :func:`result_to_json`; a blank result with this uuid for None."""
+    return Result(uuid=uuid) if text is None else Result(**json.loads(text))
+
+
+def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the searchable metadata of an operation: short keys and short scalar values."""
+    found = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
+    return [
+        (key, value) for key, value in found if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
+    ]
+
+
+def searchable_pair(key: Any, value: Any) -> tuple[str, str]:
+    """Return a metadata key and its value as text, so that a search for ``7`` also matches ``"7"``."""
+    return str(key), value if isinstance(value, str) else json.dumps(value)
+
+
+def json_equal(one: str, other: str) -> bool:
+    """Return whether two JSON texts have the same value."""
+    # Compare normalised texts, not objects, because as an object NaN differs from itself.
+    return one == other or _sorted(one) == _sorted(other)
+
+
+def _sorted(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+def new_operation(
+    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], original_params: str | None = None
+) -> NewOperation:
+    """Return the row of a new operation, including its tasks and nested operations.
+
+    :param topic: topic for messages about the operation as a whole.
+    :param topic_of: function that returns the topic of a task.
+    :param original_params: params of the original message as JSON; used to recognise a redelivered message.
+    :raises kser.errors.UsageError: a value has no JSON form.
+    """
+    built = operation._kser_built is not None or bool(operation.tasks)
+    tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
+    params, metadata = to_json(operation.params, "params", operation), operation.metadata
+    if original_params is not None and not json_equal(original_params, params):
+        metadata = {**metadata, ORIGINAL_PARAMS_KEY: original_params}
+    done = list(itertools.takewhile(_is_done, operation.tasks))
+    total = copy_result(operation.result)
+    for task in done:
+        total = merge(total, task.result)
+    ahead = (tasks or [])[len(done) :]
+    first = ahead[0] if ahead and mode == Mode.DISTRIBUTED else None
+    return NewOperation(
+        uuid=operation.uuid,
+        entrypoint=type(operation).path,
+        mode=mode,
+        topic=topic,
+        overrides=overrides_of(type(operation)),
+        params=params,
+        metadata=to_json(metadata, "metadata", operation),
+        accumulated=result_to_json(total, operation),
+        tasks=tasks,
+        labels=searchable_metadata(operation.metadata),
+        phase=Phase.BUILD if tasks is None else Phase.RUN_TASK if ahead else Phase.END_SUCCESS,
+        target=StepMessage(first.uuid, first.entrypoint, first.topic)
+        if first
+        else StepMessage(operation.uuid, type(operation).path, topic),
+        step=len(done),
+    )
+
+
+def new_tasks(tasks: Sequence[Task], mode: str, topic_of: Callable[[Task], str]) -> list[NewTask]:
+    """Return the rows of an operation's new tasks."""
+    return [_new_task(task, mode, topic_of) for task in tasks]
+
+
+def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask:
+    topic = topic_of(task)
+    child = None
+    done = _is_done(task)
+    if isinstance(task, Operation) and not done:
+        # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
+        child = new_operation(task, mode, topic, topic_of)._replace(phase=Phase.BUILD)
+    return NewTask(
+        uuid=task.uuid,
+        entrypoint=type(task).path,
+        topic=topic,
+        params=to_json(task.params, "params", task),
+        metadata=to_json(task.metadata, "metadata", task),
+        # A task that runs again starts without a result.
+        result=result_to_json(task.result, task) if done or _has_initial_result(task) else None,
+        child=child,
+        status=states.SUCCESS if done else states.PENDING,
+    )
+
+
+def _is_done(task: Task) -> bool:
+    return task.status == states.SUCCESS
+
+
+def _has_initial_result(task: Task) -> bool:
+    """Return whether a task that has not run yet has an initial result."""
+    return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
+
+
+def _is_blank(result: Result) -> bool:
+    return not (result.retcode or result.stdout or result.stderr or result.retval)
+
+
+class EntrypointLoader:
+    """Loader of entrypoint classes by path, and of objects from rows.
+
+    :param lookup: returns the class with a path; None if it is not registered here.
+    """
+
+    def __init__(self, find: Callable[[str], type[Entrypoint] | None]) -> None:
+        self.lookup = find
+
+    def operation(self, row: OperationRow) -> Operation:
+        """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
+        operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
+        operation.status = row.status
+        operation._kser_built = None if row.task_count is None else []
+        return operation
+
+    def task(self, row: TaskRow) -> Task:
+        """Build a task from its row; if its class cannot be used, a plain one with a load error."""
+        task = self._construct(Task, row, row.result)
+        task.status = row.status
+        return task
+
+    def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
+        """Build the tasks of an operation from their rows.
+
+        :param children: rows of the nested operations among the tasks.
+        """
+        by_id = {child.id: child for child in children}
+        return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]
+
+    def _construct(self, kind: type[T], row: OperationRow | TaskRow, result: str | None) -> T:
+        cls = self.lookup(row.entrypoint)
+        if cls is not None and issubclass(cls, kind):
+            try:
+                return cls.from_Message(_message(row, result))
+            except Exception as exc:
+                unfit = exc
+        else:
+            unfit = unknown_entrypoint_error(row.entrypoint)
+        made = kind.from_Message(_message(row, result))
+        made._kser_load_error = unfit
+        return made
+
+
+def unknown_entrypoint_error(entrypoint: str) -> ValidationError:
+    """Return the error for an entrypoint that is not registered here."""
+    return ValidationError(
+        f"Entrypoint '{entrypoint}' not registred: import its module in this consumer, or send it to the topic of a"
+        " consumer that knows the class",
+        extra={"entrypoint": entrypoint},
+    )
+
+
+def _message(row: OperationRow | TaskRow, result: str | None) -> Message:
+    return Message(
+        uuid=row.uuid,
+        entrypoint=row.entrypoint,
+        params=json.loads(row.params),
+        result=result_from_json(result, row.uuid),
+        metadata=json.loads(row.metadata),
+    )

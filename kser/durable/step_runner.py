@@ -1,0 +1,283 @@
+"""Step runner: runs one step of a stored operation, including the user code in it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from cdumay_result import Result
+
+from kser import status as states
+from kser.attempt import Attempt, TaskAttempt, current_attempt, time_limit_of
+from kser.controller import user_code_guard
+from kser.durable.context import DurableContext
+from kser.durable.execution_state import ExecutionState, OperationFrame
+from kser.durable.serialization import new_tasks, result_to_json
+from kser.entry import schedule_retry
+from kser.errors import StoreError, UsageError
+from kser.results import failed_result
+from kser.retry import Retry
+from kser.sequencing.operation import NextTaskChoice, Operation, current_choice
+from kser.sequencing.runner import prepare_operation, run_task
+from kser.sequencing.task import Task
+from kser.store.model import BuiltTasks, Phase
+
+logger = logging.getLogger(__name__)
+
+
+class StepRunner:
+    """Step runner: runs the current step and updates the execution state with its outcome.
+
+    :param means: the durable context of this process.
+    :param track: the execution state of the operation.
+    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+    """
+
+    def __init__(self, context: DurableContext, state: ExecutionState, timeout_error: Exception | None = None) -> None:
+        self._context = context
+        self._state = state
+        self._timeout_error = timeout_error
+        #: Outcome of the last task or end of an operation; the result of the message.
+        self.reply: Any = None
+        #: Seconds until the next attempt at the task; None without a retry.
+        self.retry_in: float | None = None
+
+    def run_next(self) -> None:
+        """Run the next step."""
+        if not self._restore_operations():
+            return
+        self._descend()
+        frame = self._state.top
+        if frame.phase == Phase.BUILD:
+            self._build_operation(frame)
+        elif frame.phase == Phase.RUN_TASK:
+            self._run_task(frame)
+        elif frame.phase == Phase.CHOOSE_NEXT:
+            self._choose_next(frame)
+        else:
+            self._end_operation(frame)
+
+    def fail_step(self, error: Exception) -> None:
+        """Fail the current step without running it."""
+        frame, task = self._state.top, self._state.claim.task
+        failed = failed_result(error, frame.row.uuid)
+        self.reply = failed
+        if frame.phase == Phase.RUN_TASK and task is not None:
+            self._state.on_task_finished(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
+        elif frame.phase in (Phase.BUILD, Phase.CHOOSE_NEXT):
+            self._state.on_failed(failed)
+        else:
+            self._state.on_ended(states.FAILED, failed)
+
+    # -- objects -------------------------------------------------------------------------------------------------------
+
+    def _restore_operations(self) -> bool:
+        """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
+
+        :return: False if one of them raised; that operation has failed.
+        """
+        if self._state.distributed or self._timeout_error is not None:
+            return True
+        for depth, frame in enumerate(self._state.frames):
+            if frame.operation is None and frame.phase == Phase.RUN_TASK:
+                try:
+                    with user_code_guard:
+                        parent = self._state.frames[depth - 1].operation if depth else None
+                        self.attach(frame, None if parent is None else parent.tasks[self._state.frames[depth - 1].step])
+                        operation = self._load(frame)
+                        operation.status = states.PENDING
+                        operation._prerun()
+                except Exception as exc:
+                    del self._state.frames[depth + 1 :]
+                    self._fail(frame, exc)
+                    return False
+        return True
+
+    def _descend(self) -> None:
+        """Descend to the innermost operation that is current."""
+        while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
+            task = frame.operation.tasks[frame.step]
+            row = None
+            if isinstance(task, Operation):
+                row = self._context.retrying.retry(lambda uuid=task.uuid: self._context.store.get_operation(uuid))  # type: ignore[misc]
+            if row is None:
+                break
+            self.attach(self._state.push(row), task)
+
+    def attach(self, frame: OperationFrame, operation: Any = None) -> None:
+        """Attach an operation object to a frame."""
+        if operation is not None:
+            frame.operation = operation
+            frame.is_loaded = bool(operation.tasks) or frame.task_count is None
+            if frame.phase == Phase.RUN_TASK:
+                frame.accumulated = operation.result
+
+    def _load(self, frame: OperationFrame) -> Operation:
+        """Return the operation object of a frame, with its tasks.
+
+        :raises Exception: the object could not be built: its class is not registered here, or raised.
+        """
+        if frame.operation is None:
+            self.attach(frame, self._context.loader.operation(frame.row))
+        operation = frame.operation
+        assert operation is not None
+        if operation._kser_load_error is not None:
+            raise operation._kser_load_error
+        if not frame.is_loaded:
+            store, row = self._context.store, frame.row
+            rows = self._context.retrying.retry(lambda: store.get_tasks(row.id))
+            children = ()
+            if any(task.child_id is not None for task in rows):
+                children = self._context.retrying.retry(lambda: store.get_children(row.root_id))  # type: ignore[assignment]
+            operation.tasks = self._context.loader.tasks(rows, children)
+            frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
+            frame.is_loaded = True
+        return operation
+
+    def _fail(self, frame: OperationFrame, exc: Exception) -> None:
+        logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be built or advanced: {exc}")
+        self.reply = failed_result(exc, frame.row.uuid)
+        self._state.on_failed(self.reply)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _build_operation(self, frame: OperationFrame) -> None:
+        try:
+            with user_code_guard:
+                operation = self._load(frame)
+                prepare_operation(operation, None)
+                built = None
+                if frame.task_count is None:
+                    tasks = new_tasks(operation.tasks, frame.row.mode, self._context.topic_resolver(frame.row.topic))
+                    built = BuiltTasks(frame.row.id, tasks)
+        except Exception as exc:
+            self._fail(frame, exc)
+            return
+        frame.accumulated = operation.result
+        frame.is_loaded = True
+        self._state.on_built(built)
+
+    def _run_task(self, frame: OperationFrame) -> None:
+        task = self._current_task(frame)
+        if task.status == states.SUCCESS:
+            # The task was done before the operation was stored, so record its result without an attempt.
+            self.reply, text = serializable_result(task, task.result)
+            self._state.on_task_finished(task.uuid, self.reply, text, 0, 0)
+            return
+        recorded, forgiven = frame.attempts.get(frame.step, (0, 0))
+        number = recorded + 1
+        outer = current_attempt.get()
+        owner = self._context.loader.lookup(frame.row.entrypoint) or Operation
+        step = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
+        step.attempts_not_counted = forgiven
+        if outer is not None:
+            outer.restart_timer(time_limit_of(type(task)) or time_limit_of(owner))
+        began = time.monotonic()
+        before = current_attempt.set(step)
+        try:
+            result = self._attempt_task(task, frame)
+        finally:
+            current_attempt.reset(before)
+            if outer is not None:
+                outer.time_limit = None
+        duration = time.monotonic() - began
+        if step.retry_in is not None:
+            self.retry_in = step.retry_in
+            self._state.on_task_retried(task.uuid, result.stderr, number, duration)
+            return
+        self.reply, text = serializable_result(task, result)
+        self._state.on_task_finished(task.uuid, self.reply, text, number, duration)
+
+    def _current_task(self, frame: OperationFrame) -> Task:
+        if frame.operation is not None:
+            return frame.operation.tasks[frame.step]
+        row = self._state.claim.task
+        assert row is not None, "a task is current, so it was claimed"
+        frame.attempts[row.position] = row.attempts, row.attempts_before_resume
+        return self._context.loader.task(row)
+
+    def _attempt_task(self, task: Task, frame: OperationFrame) -> Any:
+        try:
+            with user_code_guard:
+                unfit = self._timeout_error or task._kser_load_error
+                if unfit is not None:
+                    raise unfit
+                return run_task(task, frame.accumulated, frame.row.uuid)
+        except Exception as exc:
+            failed = failed_result(exc, task.uuid)
+            answer = schedule_retry(task, failed, exc)
+            return task._onerror(failed) if answer is None else answer
+
+    def _is_cancelled(self) -> bool:
+        row = self._context.retrying.retry(lambda: self._context.store.get_operation(self._state.claim.root.uuid))
+        return row is not None and (row.cancel_requested or row.epoch != self._state.claim.epoch)
+
+    def _choose_next(self, frame: OperationFrame) -> None:
+        choice = NextTaskChoice(frame.row.uuid)
+        before = current_choice.set(choice)
+        try:
+            with user_code_guard:
+                operation = self._load(frame)
+                task = operation.tasks[frame.step]
+                operation.launch_next(task=task, result=task.result)
+                if not choice.is_made:
+                    raise StoreError(f"launch_next of {type(operation).path} chose neither a next task nor the end")
+                following = None if choice.next_task is None else _position(operation, choice.next_task)
+        except Exception as exc:
+            self._fail(frame, exc)
+        else:
+            self._state.on_next_chosen(following, task.result if choice.is_failed else None)
+        finally:
+            current_choice.reset(before)
+
+    def _end_operation(self, frame: OperationFrame) -> None:
+        status = frame.phase
+        try:
+            with user_code_guard:
+                operation = self._load(frame)
+                operation.result = frame.outcome
+        except Exception as exc:
+            self.reply = failed_result(exc, frame.row.uuid)
+            self._state.on_ended(states.FAILED, self.reply)
+            return
+        try:
+            with user_code_guard:
+                hook = operation._onsuccess if status == Phase.END_SUCCESS else operation._onerror
+                returned = hook(operation.result)
+        except Exception as exc:
+            status = states.FAILED
+            returned = operation._onerror(failed_result(exc, frame.row.uuid))
+        result, _ = serializable_result(operation, returned if isinstance(returned, Result) else operation.result)
+        if states.final_status(result) != states.SUCCESS:
+            status = states.FAILED
+        operation.status = status
+        self.reply = returned
+        self._state.on_ended(status, result)
+
+
+def serializable_result(task: Task, result: Any) -> tuple[Result, str]:
+    """Return a result and its JSON; a failed result if the value is not a Result or has no JSON form."""
+    try:
+        if not isinstance(result, Result):
+            raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
+        return result, result_to_json(result, task)
+    except UsageError as error:
+        logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
+        failed = failed_result(error, task.uuid)
+        return failed, result_to_json(failed, "a failure")
+
+
+def _position(operation: Operation, chosen: Task) -> int:
+    for position, task in enumerate(operation.tasks):
+        if str(task.uuid) == str(chosen.uuid):
+            return position
+    raise UsageError(f"{type(operation).path} chose {chosen!r} as the next task, which is no task of {operation!r}")
+
+
+def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
+    """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
+    declared = getattr(owner, "RETRY", None)
+    if isinstance(declared, Retry):
+        return declared
+    return None if outer is None else outer.retry

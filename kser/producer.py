@@ -1,0 +1,259 @@
+"""Shared parts of all producers: keys, headers and sizes of records, and the result of a bulk send."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cdumay_error import Error
+from cdumay_result import Result
+
+from kser import signals
+from kser.config import CONFIG
+from kser.controller import BaseProducer, Headers
+from kser.errors import DeliveryError, MessageTooLarge, UsageError
+from kser.results import failed_result
+from kser.schemas import Message
+
+Key = str | bytes | None
+
+
+#: Function that returns the key of each message in a bulk send.
+KeyFunction = Callable[[Message], Key]
+
+
+#: Headers in the form that the Kafka clients accept.
+HeaderList = list[tuple[str, bytes | None]]
+
+
+def key_bytes(key: Key) -> bytes | None:
+    """Return a key as bytes; text is encoded as UTF-8.
+
+    :raises kser.errors.UsageError: the key is neither text nor bytes.
+    """
+    if isinstance(key, str):
+        return key.encode("utf-8")
+    if key is None or isinstance(key, bytes):
+        return key
+    raise UsageError(f"a key must be a str or bytes, not {key!r}: convert it")
+
+
+def header_list(headers: Headers | None) -> HeaderList:
+    """Return headers in the form that the Kafka clients accept.
+
+    :raises kser.errors.UsageError: a header is not a pair of a name and bytes.
+    """
+    if not headers:
+        return []
+    pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
+    found: HeaderList = []
+    for pair in pairs:
+        match pair:
+            case (str() as name, (bytes() | None) as value):
+                found.append((name, value))
+            case _:
+                raise UsageError(f"a header must be a name and bytes, not {pair!r}: encode its value")
+    return found
+
+
+def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
+    """Return key and headers of a record in the form that the Kafka clients accept.
+
+    :raises kser.errors.UsageError: the key or a header has a wrong type.
+    """
+    return key_bytes(key), header_list(headers)
+
+
+def size_of(value: bytes | None, key: bytes | None, headers: HeaderList) -> int:
+    """Return the size of a record in bytes, without the overhead of the protocol."""
+    size = len(value or b"") + len(key or b"")
+    return size + sum(len(name.encode("utf-8")) + len(data or b"") for name, data in headers) if headers else size
+
+
+def too_large(size: int, limit: int, setting: str) -> MessageTooLarge:
+    """Build the error for a record that exceeds the limit of the client.
+
+    :param setting: name of the client's option for this limit.
+    """
+    return MessageTooLarge(
+        f"the record has {size:,} bytes, and {setting!r} allows {limit:,} including protocol overhead: send a reference"
+        f" instead of the data, or raise {setting!r} in {CONFIG} and 'max.message.bytes' of the topic"
+    )
+
+
+def rejected_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarge:
+    """Build the error for a record that the client sent and the broker rejected as too large."""
+    return MessageTooLarge(
+        f"the record has {size:,} bytes, more than topic {topic!r} at {servers} accepts ('max.message.bytes' of the"
+        " topic, else 'message.max.bytes' of the brokers): send a reference instead of the data, or raise that limit"
+    )
+
+
+def error_text(error: BaseException) -> str:
+    """Return the text of an error as the Result of a single message has it."""
+    text = error.message if isinstance(error, Error) else str(error)
+    return text or repr(error)
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until ``deadline``, by the monotonic clock; 0 after it."""
+    return max(deadline - time.monotonic(), 0.0)
+
+
+def _function(owner: Any, name: str) -> Any:
+    """Return the plain function of a method, without its binding."""
+    found = getattr(owner, name)
+    return getattr(found, "__func__", found)
+
+
+class KafkaProducerBase(BaseProducer):
+    """Base of the producers of all transports; a transport implements only the delivery of a record."""
+
+    def _kser_deliver(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
+    ) -> None:
+        """Send a record and wait until it is delivered.
+
+        :param deadline: end of the wait, by the monotonic clock.
+        """
+        raise NotImplementedError
+
+    def _kser_deliver_nowait(
+        self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
+    ) -> None:
+        """Send a record without waiting for its delivery.
+
+        :param deadline: time by which the client must have accepted the record, by the monotonic clock.
+        :param on_delivered: called with None after the delivery or with the error, in any thread.
+        """
+        raise NotImplementedError
+
+    def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
+        """Return the Result of a delivered message."""
+        raise NotImplementedError
+
+    def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
+        deadline = time.monotonic() + timeout
+        try:
+            self._kser_deliver(topic, self._kser_encode(kmsg), *encode_key_and_headers(**options), deadline)
+            result = self._kser_success_result(topic, kmsg, timeout)
+        except Exception as exc:
+            result = failed_result(exc, kmsg.uuid)
+        return self._kser_after_send(topic, kmsg, result)
+
+    def send_nowait(self, topic: str, kmsg: Message, on_delivered: Callable[[Any], Any], timeout: float = 60) -> None:
+        """Send one message without waiting for its delivery.
+
+        A producer with hooks of its own, or with receivers of ``message_sent``, waits as
+        :meth:`~kser.controller.BaseProducer.send` does, because hooks and receivers are called in this thread.
+
+        :param topic: the topic to send to.
+        :param kmsg: the message.
+        :param on_delivered: called with the value that :meth:`~kser.controller.BaseProducer.send` would return, in the
+            thread that receives the delivery report; the function must be quick.
+        :param timeout: seconds until the client must have accepted the message; another setting limits the time for
+            its delivery.
+        """
+        if self._kser_has_user_hooks():
+            on_delivered(self.send(topic, kmsg, timeout))
+            return
+
+        def end(error: Exception | None) -> None:
+            result = (
+                self._kser_success_result(topic, kmsg, timeout) if error is None else failed_result(error, kmsg.uuid)
+            )
+            on_delivered(self._kser_after_send(topic, kmsg, result))
+
+        try:
+            self._kser_deliver_nowait(topic, self._kser_encode(kmsg), time.monotonic() + timeout, end)
+        except Exception as exc:
+            end(exc)
+
+    def _kser_has_user_hooks(self) -> bool:
+        """Return whether user code takes part in sending.
+
+        User code may itself send a message and wait for it; in the client's own thread, it would wait for that same
+        thread forever.
+        """
+        if signals.message_sent.receivers:
+            return True
+        return any(_function(self, name) is not ours for name, ours in _HOOK_METHODS.items())
+
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        timeout: float = 60,
+    ) -> None:
+        try:
+            self._kser_deliver(topic, value, *encode_key_and_headers(key, headers), time.monotonic() + timeout)
+        except MessageTooLarge:
+            raise
+        except Exception as exc:
+            raise DeliveryError(self._kser_undelivered_text(topic, error_text(exc))) from exc
+
+    def _kser_undelivered_text(self, topic: str, reason: str) -> str:
+        return f"the record for topic {topic!r} was not delivered: {reason}"
+
+    def _kser_emit_sent(self, topic: str, kmsg: Message, timeout: float) -> None:
+        result = self._kser_success_result(topic, kmsg, timeout)
+        signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
+
+    def _kser_encode(self, kmsg: Message) -> bytes:
+        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
+
+
+#: The implementations in this class of the methods that take part in sending, without those of the transport.
+_HOOK_METHODS = {
+    name: _function(KafkaProducerBase, name)
+    for name in (
+        "send",
+        "_send",
+        "_kser_after_send",
+        "_kser_call_hook",
+        "_onsuccess",
+        "onsuccess",
+        "_onerror",
+        "onerror",
+    )
+}
+
+
+class BulkResult:
+    """Outcome of a bulk send."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._errors: dict[str, str] = {}
+        self._failed = 0
+
+    def add(self) -> None:
+        """Count a message."""
+        self._count += 1
+
+    def fail(self, kmsg: Message, error: BaseException) -> None:
+        """Count a message as not sent and record the reason."""
+        self._errors[kmsg.uuid] = error_text(error)
+        self._failed += 1
+
+    def result(self, ending: str = "") -> Result:
+        """Return one Result for all: the number of sent messages and, for failed ones, reasons in ``retval["failed"]``.
+
+        ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
+
+        :param ending: text to append after the number of sent messages.
+        """
+        sent = f"{self._count - self._failed} message(s) sent{ending}"
+        if not self._failed:
+            return Result(stdout=sent)
+        reason = next(iter(self._errors.values()))
+        return Result(
+            retcode=500,
+            stdout=sent,
+            stderr=f"{self._failed} of {self._count} message(s) not sent; first error: {reason}",
+            retval={"failed": self._errors},
+        )

@@ -1,0 +1,241 @@
+"""Batched claims, and the reads of claimed operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Double, Text, and_, case, insert, literal, or_, select
+
+from kser import status as states
+from kser.store.model import Claim, ClaimRefused, ClaimRequest, Mode, OperationRow, Phase, RefusalReason, TaskRow
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.inserts import Inserts, event_row
+from kser.store.sql.statements import types_of
+from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
+
+#: Tasks by operation id and position.
+Tasks = dict[tuple[int, int], TaskRow]
+
+
+_OPERATION = slice(len(OPERATION_COLUMNS))
+
+
+_CURRENT = slice(len(OPERATION_COLUMNS), len(OPERATION_COLUMNS) + len(TASK_COLUMNS))
+
+
+_NEXT = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
+
+
+class ClaimCommand:
+    """A request to claim a root."""
+
+    __slots__ = ("request", "step", "uuid")
+
+    def __init__(self, uuid: str, step: str, request: ClaimRequest) -> None:
+        self.uuid = uuid
+        self.step = step
+        self.request = request
+
+
+class Claims:
+    """The statements that claim roots.
+
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
+    """
+
+    def __init__(self, database: Database, adding: Inserts) -> None:
+        self._database = database
+        self._inserts = adding
+        claim = _claim_of(database)
+        self._claim = database.statement(claim.returning(operation.c.id, operation.c.epoch, operation.c.owner))
+        if database.json_batches:
+            self._single_statement = database.statement(_single_statement(database))
+        self._by_uuid = self._reading({"uuid": Text()}, operation.c.uuid)
+        self._by_id = self._reading({"id": operation.c.id.type}, operation.c.id)
+        row = database.source(types_of(task, "operation_id", "position"))
+        place = and_(task.c.operation_id == row["operation_id"], task.c.position == row["position"])
+        self._tasks = database.statement(row.select(TASK_COLUMNS, task, place))
+
+    def _reading(self, types: Mapping[str, Any], key: Any) -> Any:
+        row = self._database.source(types)
+        return self._database.statement(
+            row.select((*OPERATION_COLUMNS, self._database.now), operation, key == row[key.name])
+        )
+
+    def claim(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
+        """Claim roots independently of each other, and return the result for each."""
+        made = transaction.fetch(self._claim, _claim_rows(takes))
+        events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
+        transaction.execute_many(self._inserts.events, events)
+        found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in takes])}
+        answers: dict[int, Claim | ClaimRefused | None] = {}
+        mine: list[tuple[int, OperationRow, ClaimRequest]] = []
+        for index, take in enumerate(takes):
+            raw = found.get(take.uuid)
+            if raw is None:
+                answers[index] = None
+                continue
+            row = operation_row(raw)
+            if row.parent_id is not None:
+                answers[index] = None
+            elif row.token == take.request.token:
+                mine.append((index, row, take.request))
+            else:
+                answers[index] = ClaimRefused(_refusal_reason(row, take.step, raw[-1]), row)
+        claims = self.claims(transaction, [(row, claimant) for _, row, claimant in mine], {})
+        answers.update(zip((index for index, _, _ in mine), claims, strict=True))
+        return [answers[index] for index in range(len(takes))]
+
+    def claim_in_one_statement(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | None]:
+        """Claim roots as :meth:`claim` does, in one statement that also reads their current tasks.
+
+        :return: None for each root that this statement did not claim.
+        """
+        roots: dict[str, OperationRow] = {}
+        tasks: Tasks = {}
+        for raw in transaction.fetch(self._single_statement, _claim_rows(takes)):
+            row = operation_row(raw[_OPERATION])
+            roots[row.token or ""] = row
+            for part in (raw[_CURRENT], raw[_NEXT]):
+                if part[0] is not None:
+                    tasks[part[0], part[1]] = TaskRow(*part)
+        mine = [take for take in takes if take.request.token in roots]
+        made = self.claims(transaction, [(roots[take.request.token], take.request) for take in mine], tasks)
+        claims = {claim.root.token: claim for claim in made}
+        return [claims.get(take.request.token) for take in takes]
+
+    def rows(self, transaction: Transaction, uuids: Sequence[str]) -> list[OperationRow]:
+        """Return the rows of the stored operations with these uuids."""
+        return [operation_row(row) for row in transaction.fetch(self._by_uuid, [{"uuid": uuid} for uuid in uuids])]
+
+    def rows_of(self, transaction: Transaction, ids: Sequence[int]) -> dict[int, OperationRow]:
+        """Return the rows of operations by id."""
+        return {row[0]: operation_row(row) for row in transaction.fetch(self._by_id, [{"id": each} for each in ids])}
+
+    def claims(
+        self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
+    ) -> list[Claim]:
+        """Return the claims on roots, each with its path down to the current task.
+
+        :param tasks: the tasks that are already read; missing ones are read and added to it.
+        """
+        paths = [[root] for root, _ in roots]
+        deeper = paths
+        while deeper := [path for path in deeper if path[-1].phase == Phase.RUN_TASK]:
+            missing = [path for path in deeper if (path[-1].id, path[-1].step) not in tasks]
+            wanted = [place for path in missing for place in positions(path)]
+            tasks.update(((row[0], row[1]), TaskRow(*row)) for row in transaction.fetch(self._tasks, wanted))
+            children = {path[-1].id: tasks[path[-1].id, path[-1].step].child_id for path in deeper}
+            deeper = [path for path in deeper if children[path[-1].id] is not None]
+            rows = self.rows_of(transaction, [children[path[-1].id] or 0 for path in deeper])
+            for path in deeper:
+                path.append(rows[children[path[-1].id] or 0])
+        return [_claim(path, tasks, claimant) for path, (_, claimant) in zip(paths, roots, strict=True)]
+
+
+def _claim_of(database: Database) -> Any:
+    """Return the statement that claims roots."""
+    now = database.now
+    row = database.source({name: Text() for name in ("uuid", "step", "owner", "token")} | {"lease": Double()})
+    return row.update(
+        operation,
+        {
+            "status": states.RUNNING,
+            "epoch": operation.c.epoch + 1,
+            "owner": row["owner"],
+            "token": row["token"],
+            "claim_count": operation.c.claim_count + 1,
+            "next_check_at": now + row["lease"],
+            "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
+        },
+        operation.c.uuid == row["uuid"],
+        operation.c.parent_id.is_(None),
+        or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
+        operation.c.target_uuid == row["step"],
+        or_(operation.c.owner.is_(None), operation.c.next_check_at <= now),
+        operation.c.due_at <= now,
+        # A root that has the token of the request is already claimed by it: the call is a repeated one.
+        or_(operation.c.token.is_(None), operation.c.token != row["token"]),
+    )
+
+
+def _single_statement(database: Database) -> Any:
+    """Return a single statement that claims roots, inserts the events, and reads each root with two tasks.
+
+    The tasks are the current one and the one after it.
+    """
+    made = _claim_of(database).returning(*OPERATION_COLUMNS).cte("made")
+    names = ("root_id", "at", "kind", "epoch", "consumer")
+    values = select(made.c.id, database.now, literal("claimed", Text), made.c.epoch, made.c.owner)
+    noted = insert(event).from_select(list(names), values).cte("noted")
+    # After waiting for a lock, PostgreSQL reads only the updated rows again, and all others from the snapshot at the
+    # start of the statement. If the operation has advanced meanwhile, its tasks do not join here and are read later.
+    before, current, following = operation.alias("before"), task.alias("current"), task.alias("following")
+    unchanged = and_(
+        before.c.id == made.c.id,
+        before.c.epoch == made.c.epoch - 1,
+        before.c.step == made.c.step,
+        before.c.phase == made.c.phase,
+        before.c.phase == Phase.RUN_TASK,
+    )
+    has_task = and_(current.c.operation_id == before.c.id, current.c.position == before.c.step)
+    follows = and_(
+        current.c.operation_id.is_not(None),
+        made.c.mode == Mode.DISTRIBUTED,
+        following.c.operation_id == made.c.id,
+        following.c.position == made.c.step + 1,
+    )
+    columns = [each.c[name] for each in (current, following) for name in TaskRow._fields]
+    places = made.outerjoin(before, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
+    return select(*made.c, *columns).select_from(places).add_cte(noted)
+
+
+def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
+    """Return the positions of the tasks to read for the current operation, which is the last of the path."""
+    last = path[-1]
+    steps = (last.step, last.step + 1) if path[0].mode == Mode.DISTRIBUTED else (last.step,)
+    return [{"operation_id": last.id, "position": step} for step in steps]
+
+
+def _claim(
+    path: Sequence[OperationRow], tasks: Mapping[tuple[int, int], TaskRow], request: ClaimRequest | None
+) -> Claim:
+    root, last = path[0], path[-1]
+    is_task = last.phase == Phase.RUN_TASK
+    return Claim(
+        root.id,
+        root.epoch,
+        tuple(path),
+        tasks[last.id, last.step] if is_task else None,
+        tasks.get((last.id, last.step + 1)) if is_task else None,
+        exhausted=request is not None and root.claim_count > request.max_claims,
+    )
+
+
+def _claim_rows(takes: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
+    # All transactions lock rows in the same order; otherwise two of them could deadlock.
+    return [_claim_row(take) for take in sorted(takes, key=lambda take: take.uuid)]
+
+
+def _claim_row(take: ClaimCommand) -> dict[str, Any]:
+    claimant = take.request
+    return {
+        "uuid": take.uuid,
+        "step": take.step,
+        "owner": claimant.owner,
+        "token": claimant.token,
+        "lease": claimant.lease,
+    }
+
+
+def _refusal_reason(row: OperationRow, step: str, now: float) -> str:
+    """Return why a claim on a root was refused."""
+    if states.is_final(row.status):
+        return RefusalReason.ENDED
+    if row.target.uuid != step:
+        return RefusalReason.STALE
+    held = row.owner is not None and row.next_check_at is not None and row.next_check_at > now
+    # Either the root has a valid lease, or it became free after the claim statement and the next claim succeeds.
+    return RefusalReason.WAITING if not held and row.due_at > now else RefusalReason.HELD

@@ -1,0 +1,117 @@
+"""Leader/follower group commit: concurrent writes of several threads share a transaction."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from kser.errors import StoreUnavailable
+
+Item = TypeVar("Item")
+
+
+#: Maximum number of writes in one group.
+GROUP_LIMIT: Final = 200
+
+
+class PendingWrite(Generic[Item]):
+    """An item to write, with its result or error.
+
+    :param item: the item to write.
+    """
+
+    __slots__ = ("error", "has_leader", "is_leader", "item", "result", "wake")
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.result: Any = None
+        self.error: BaseException | None = None
+        #: True once the thread of this entry is the leader, which writes the next group.
+        self.is_leader = False
+        #: True once that thread has written its group and has handed the lead over.
+        self.has_leader = False
+        #: Locked while the thread of this entry waits; a bare lock is the cheapest way to wait.
+        self.wake = threading.Lock()
+
+
+class GroupCommit(Generic[Item]):
+    """Leader/follower group commit.
+
+    A thread that finds fewer than ``leaders`` leaders becomes a leader: it writes its own entry and the queued ones as
+    one group, and the other threads block until theirs are written. If only one thread writes, it writes its entry
+    itself, without a thread switch. After a group, the thread of the oldest queued entry leads the next group.
+
+    :param run: writes a group of entries, and sets a result or an error on each.
+    :param leaders: maximum number of groups that are written at the same time.
+    """
+
+    def __init__(self, run: Callable[[Sequence[PendingWrite[Item]]], None], leaders: int) -> None:
+        self._run = run
+        self._leaders = leaders
+        self._leading = 0
+        self._lock = threading.Lock()
+        self._waiting: deque[PendingWrite[Item]] = deque()
+
+    def write(self, item: Item) -> Any:
+        """Write an item with the next group; return its result or raise its error."""
+        entry = PendingWrite(item)
+        try:
+            self._queue(entry)
+            if not entry.is_leader:
+                # Blocks until a leader has written this entry or hands the lead over to this thread.
+                entry.wake.acquire()
+            if entry.is_leader:
+                self._lead(entry)
+        except BaseException:
+            # An exception in this thread, such as KeyboardInterrupt while it waits, must not block the other threads:
+            # remove the entry from the queue, and hand the lead over.
+            self._abandon(entry)
+            raise
+        if entry.error is not None:
+            raise entry.error
+        return entry.result
+
+    def _queue(self, entry: PendingWrite[Item]) -> None:
+        with self._lock:
+            entry.is_leader = self._leading < self._leaders
+            if entry.is_leader:
+                self._leading += 1
+            else:
+                entry.wake.acquire()
+                self._waiting.append(entry)
+
+    def _abandon(self, entry: PendingWrite[Item]) -> None:
+        with self._lock:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        if entry.is_leader and not entry.has_leader:
+            self._hand_over()
+
+    def _lead(self, own: PendingWrite[Item]) -> None:
+        group = [own]
+        try:
+            with self._lock:
+                waiting = self._waiting
+                group += (waiting.popleft() for _ in range(min(len(waiting), GROUP_LIMIT - 1)))
+            self._run(group)
+        except BaseException as error:
+            for entry in group:
+                entry.error = StoreUnavailable(f"the thread that wrote this group commit was interrupted: {error!r}")
+            raise
+        finally:
+            own.has_leader = True
+            self._hand_over()
+            for entry in group:
+                if entry is not own:
+                    entry.wake.release()
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._leading -= 1
+                return
+            following = self._waiting.popleft()
+            following.is_leader = True
+        following.wake.release()

@@ -1,0 +1,227 @@
+"""The insert statements for new operations and events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Double, Integer, case, literal
+
+from kser import status as states
+from kser.store.model import (
+    RESEND_UNSENT_AFTER,
+    ClaimRequest,
+    NewOperation,
+    NewTask,
+)
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.ids import time_of
+from kser.store.sql.statements import ROWS, types_of
+from kser.store.sql.tables import event, label, label_row, operation, task
+
+#: Values of a new operation's row that are not columns.
+_RESEND_WAIT: Final = {"wait": Double(), "started": Integer()}
+
+
+#: Columns with the same value in every new row.
+_BLANK_RESULT: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
+
+
+class Inserts:
+    """The compiled insert statements.
+
+    :param database: the database to write to.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.operations = database.statement(insert_operations(database))
+        self.tasks = database.statement(insert_tasks(database))
+        self.labels = database.statement(insert_labels(database))
+        self.events = database.statement(insert_events(database))
+
+    def insert(self, transaction: Transaction, rows: InsertRows) -> None:
+        """Insert operations with their tasks and labels."""
+        transaction.execute_many(self.operations, rows.operations)
+        transaction.execute_many(self.tasks, rows.tasks)
+        transaction.execute_many(self.labels, rows.labels)
+
+
+def insert_operations(database: Database, rows: str = ROWS) -> Any:
+    """Return a statement that inserts operations."""
+    now = database.now
+    types = types_of(operation)
+    for name in (
+        *_BLANK_RESULT,
+        "started_at",
+        "ended_at",
+        "next_check_at",
+        "due_at",
+        "sent_at",
+        "result",
+        "cancel_reason",
+    ):
+        del types[name]
+    row = database.source({**types, **_RESEND_WAIT}, rows)
+    values = {name: row[name] for name in types}
+    values |= {name: literal(value) for name, value in _BLANK_RESULT.items()}
+    values |= {
+        "started_at": case((row["started"] == 1, now), else_=None),
+        "next_check_at": now + row["wait"],
+        "due_at": now,
+    }
+    return row.insert(operation, values)
+
+
+def insert_tasks(database: Database, rows: str = ROWS) -> Any:
+    """Return a statement that inserts tasks."""
+    return _insert_whole_rows(database, task, rows)
+
+
+def insert_labels(database: Database, rows: str = ROWS) -> Any:
+    """Return a statement that inserts labels."""
+    return _insert_whole_rows(database, label, rows)
+
+
+def insert_events(database: Database, rows: str = ROWS) -> Any:
+    """Return a statement that inserts events."""
+    types = types_of(event, "root_id", "kind", "epoch", "consumer", "uuid", "text")
+    row = database.source(types, rows)
+    return row.insert(event, {**{name: row[name] for name in types}, "at": database.now})
+
+
+def _insert_whole_rows(database: Database, table: Any, rows: str) -> Any:
+    types = types_of(table)
+    row = database.source(types, rows)
+    return row.insert(table, {name: row[name] for name in types})
+
+
+def event_row(
+    root_id: int, kind: str, epoch: int, consumer: str | None, *, uuid: str | None = None, text: str | None = None
+) -> dict[str, Any]:
+    """Return the row of a new event."""
+    return {
+        "root_id": root_id,
+        "kind": kind,
+        "epoch": epoch,
+        "consumer": consumer,
+        "uuid": uuid,
+        "text": without_nul(text),
+    }
+
+
+def without_nul(text: str | None) -> str | None:
+    """Replace the characters that a database rejects, in a text of a user or an exception."""
+    if text is None:
+        return None
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+
+
+class InsertRows:
+    """The rows to insert for new operations, including nested ones."""
+
+    def __init__(self) -> None:
+        self.operations: list[dict[str, Any]] = []
+        self.tasks: list[dict[str, Any]] = []
+        self.labels: list[dict[str, Any]] = []
+
+    def add_root(self, new: NewOperation, first_id: int, request: ClaimRequest | None) -> None:
+        """Add the rows of a root, claimed if ``claimant`` is given.
+
+        :param first_id: first of the reserved consecutive ids, one per operation in the root (:func:`count`).
+        """
+        claimed = {} if request is None else {"owner": request.owner, "token": request.token}
+        root = {
+            "status": states.PENDING if request is None else states.RUNNING,
+            "epoch": int(request is not None),
+            "claim_count": int(request is not None),
+            "wait": RESEND_UNSENT_AFTER if request is None else request.lease,
+            "started": int(request is not None),
+            "owner": None,
+            "token": None,
+            **claimed,
+        }
+        self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
+
+    def add_tasks(self, new: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
+        """Add the rows of the tasks of an operation, and of the operations nested in them."""
+        for position, each in enumerate(new):
+            child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, CHILD_DEFAULTS)
+            self.tasks.append(
+                {
+                    "operation_id": operation_id,
+                    "position": position,
+                    "uuid": each.uuid,
+                    "entrypoint": each.entrypoint,
+                    "topic": each.topic,
+                    "status": each.status,
+                    "attempts": 0,
+                    "attempts_before_resume": 0,
+                    "child_id": child,
+                    "params": each.params,
+                    "metadata": each.metadata,
+                    "result": each.result,
+                }
+            )
+
+    def _add(
+        self, new: NewOperation, ids: Iterator[int], parent_id: int | None, root_id: int, own: Mapping[str, Any]
+    ) -> int:
+        identifier = next(ids)
+        self.operations.append(
+            {
+                "id": identifier,
+                "uuid": new.uuid,
+                "entrypoint": new.entrypoint,
+                "parent_id": parent_id,
+                "root_id": root_id,
+                "mode": new.mode,
+                "topic": new.topic,
+                "overrides": new.overrides,
+                "params": new.params,
+                "metadata": new.metadata,
+                "phase": new.phase,
+                "step": new.step,
+                "task_count": None if new.tasks is None else len(new.tasks),
+                "accumulated": new.accumulated,
+                "created_at": time_of(identifier),
+                "target_uuid": new.target.uuid,
+                "target_entrypoint": new.target.entrypoint,
+                "target_topic": new.target.topic,
+                **own,
+            }
+        )
+        labels = {label_row(key, value) for key, value in new.labels}
+        self.labels += ({"key": key, "value": value, "operation_id": identifier} for key, value in labels)
+        self.add_tasks(new.tasks or (), identifier, root_id, ids)
+        return identifier
+
+
+#: Column defaults of a nested operation, for the columns that describe the claim of a root.
+CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
+    "status": states.PENDING,
+    "epoch": 0,
+    "claim_count": 0,
+    "wait": None,
+    "started": 0,
+    "owner": None,
+    "token": None,
+}
+
+
+def count(new: NewOperation) -> int:
+    """Count an operation and all operations nested in it."""
+    return 1 + count_in(new.tasks or ())
+
+
+def count_in(tasks: Sequence[NewTask]) -> int:
+    """Count all operations nested in tasks."""
+    return sum(count(each.child) for each in tasks if each.child is not None)
+
+
+def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
+    """Return the uuids of all operations nested in tasks."""
+    found: list[str] = []
+    for each in tasks:
+        if each.child is not None:
+            found += (each.child.uuid, *uuids_in(each.child.tasks or ()))
+    return found

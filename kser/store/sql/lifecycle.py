@@ -1,0 +1,172 @@
+"""The life cycle of whole operations: cancel, resume and purge."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import Text, bindparam, func, or_, select, update
+
+from kser import status as states
+from kser.errors import StateConflict
+from kser.store.model import RESEND_UNSENT_AFTER, Mode, OperationRow, Phase, StepMessage, TaskRow
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.ids import id_at
+from kser.store.sql.inserts import Inserts, event_row, without_nul
+from kser.store.sql.statements import types_of
+from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, attempt, event, label, operation, operation_row, task
+
+
+class Lifecycle:
+    """The statements that cancel, resume and purge operations.
+
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
+    """
+
+    def __init__(self, database: Database, adding: Inserts) -> None:
+        self._inserts = adding
+        own = operation.c
+        locked = select(*OPERATION_COLUMNS, own.next_check_at > database.now)
+        self._lock = database.statement(
+            locked.where(own.uuid == bindparam("uuid", type_=Text), own.parent_id.is_(None)).with_for_update()
+        )
+        self._by_id = database.statement(select(*OPERATION_COLUMNS).where(own.id == bindparam("key")))
+        self._make_cancel(database)
+        self._make_resume(database)
+        self._make_purge(database)
+
+    def _make_cancel(self, database: Database) -> None:
+        own = operation.c
+        now = database.now
+        this = update(operation).where(own.id == bindparam("key"))
+        reason = bindparam("reason", type_=Text)
+        self._request = database.statement(this.values(cancel_requested=True, cancel_reason=reason))
+        ended: dict[str, Any] = {"status": states.CANCELLED, "ended_at": now, "result": own.accumulated}
+        given = {"epoch": own.epoch + 1, "owner": None, "token": None, "next_check_at": None, "cancel_reason": reason}
+        self._cancel = database.statement(this.values({**ended, **given}))
+        inner = update(operation).where(
+            own.root_id == bindparam("key"),
+            own.parent_id.is_not(None),
+            or_(own.status == states.PENDING, own.status == states.RUNNING),
+        )
+        self._cancel_children = database.statement(inner.values(ended))
+
+    def _make_resume(self, database: Database) -> None:
+        own = operation.c
+        now = database.now
+        this = update(operation).where(own.id == bindparam("key"))
+        free: dict[str, Any] = {"epoch": own.epoch + 1, "owner": None, "token": None, "cancel_requested": False}
+        free |= {"cancel_reason": None, "claim_count": 0, "send_count": 0, "sent_at": None}
+        free |= {"due_at": now, "next_check_at": now + RESEND_UNSENT_AFTER}
+        free |= {name: func.coalesce(bindparam(name, type_=Text), own[name]) for name in TARGET}
+        self._release = database.statement(this.values(free))
+        again = {"status": states.RUNNING, "result": None, "ended_at": None}
+        self._run_again = database.statement(
+            this.values({**again, "phase": bindparam("next_phase", type_=Text), "step": bindparam("next_step")})
+        )
+        first = select(*TASK_COLUMNS).where(task.c.operation_id == bindparam("key"), task.c.status != states.SUCCESS)
+        self._first = database.statement(first.order_by(task.c.position).limit(1))
+        place = (task.c.operation_id == bindparam("key"), task.c.position == bindparam("at"))
+        pending = {"status": states.PENDING, "result": None, "attempts_before_resume": task.c.attempts}
+        self._pending = database.statement(update(task).where(*place).values(pending))
+
+    def _make_purge(self, database: Database) -> None:
+        own = operation.c
+        old = select(own.id).where(
+            own.status == bindparam("status", type_=Text),
+            own.parent_id.is_(None),
+            # An operation that ended before that time was also created before it. Ids increase with the time of
+            # creation, so this condition limits the range of the index on status and id.
+            own.id < bindparam("before"),
+            own.ended_at < database.now - bindparam("seconds"),
+        )
+        old = old.order_by(own.id).limit(bindparam("limit")).with_for_update(skip_locked=True)
+        self._expired = database.statement(old)
+        row = database.source(types_of(operation, "root_id"))
+        inner = row.select([own.id], operation, own.root_id == row["root_id"], own.parent_id.is_not(None))
+        self._children = database.statement(inner)
+        self._deletions = [
+            database.statement(row.delete(table, table.c[name] == row["root_id"]))
+            for table, name in ((task, "operation_id"), (attempt, "operation_id"), (label, "operation_id"))
+        ]
+        self._delete_operation = database.statement(row.delete(operation, own.id == row["root_id"]))
+        self._delete_events = database.statement(row.delete(event, event.c.root_id == row["root_id"]))
+
+    # -- cancel --------------------------------------------------------------------------------------------------------
+
+    def cancel(self, transaction: Transaction, uuid: str, reason: str | None) -> OperationRow | None:
+        """See :meth:`kser.store.base.Store.cancel`."""
+        found = transaction.execute(self._lock, {"uuid": uuid}).fetchone()
+        if found is None:
+            return None
+        row = operation_row(found)
+        if states.is_final(row.status):
+            return row
+        values = {"key": row.id, "reason": without_nul(reason)}
+        if row.owner is not None and found[-1]:
+            if row.cancel_requested:
+                return row
+            transaction.execute(self._request, values)
+            events = [event_row(row.id, "cancel-requested", row.epoch, None, text=reason)]
+        else:
+            transaction.execute(self._cancel, values)
+            transaction.execute(self._cancel_children, {"key": row.id})
+            events = [event_row(row.id, "ended", row.epoch, None, text=states.CANCELLED)]
+        transaction.execute_many(self._inserts.events, events)
+        return self._row(transaction, row.id)
+
+    def _row(self, transaction: Transaction, identifier: int) -> OperationRow:
+        return operation_row(transaction.execute(self._by_id, {"key": identifier}).fetchone())
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def resume(self, transaction: Transaction, uuid: str) -> OperationRow | None:
+        """See :meth:`kser.store.base.Store.resume`."""
+        found = transaction.execute(self._lock, {"uuid": uuid}).fetchone()
+        if found is None:
+            return None
+        root = operation_row(found)
+        if not (states.is_final(root.status) and states.can_transition(root.status, states.RUNNING)):
+            raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
+        target = self._resume_task(transaction, root)
+        values = target if root.mode == Mode.DISTRIBUTED else (None, None, None)
+        transaction.execute(self._release, {"key": root.id, **dict(zip(TARGET, values, strict=True))})
+        transaction.execute_many(self._inserts.events, [event_row(root.id, "resumed", root.epoch + 1, None)])
+        return self._row(transaction, root.id)
+
+    def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
+        """Set an operation back to its first task that is not SUCCESS, and return the message of that step."""
+        while True:
+            first = transaction.execute(self._first, {"key": row.id}).fetchone()
+            if first is None:
+                phase, step = (Phase.BUILD, row.step) if row.task_count is None else (Phase.END_SUCCESS, row.task_count)
+                transaction.execute(self._run_again, {"key": row.id, "next_phase": phase, "next_step": step})
+                return StepMessage(row.uuid, row.entrypoint, row.topic)
+            current = TaskRow(*first)
+            transaction.execute(
+                self._run_again, {"key": row.id, "next_phase": Phase.RUN_TASK, "next_step": current.position}
+            )
+            transaction.execute(self._pending, {"key": row.id, "at": current.position})
+            child = None if current.child_id is None else self._row(transaction, current.child_id)
+            if child is None or child.started_at is None:
+                return StepMessage(current.uuid, current.entrypoint, current.topic)
+            row = child
+
+    # -- purge ---------------------------------------------------------------------------------------------------------
+
+    def purge(self, transaction: Transaction, older_than: float, status: Collection[str], limit: int) -> int:
+        """See :meth:`kser.store.base.Store.purge`."""
+        before = id_at(transaction.time - older_than)
+        roots: list[dict[str, int]] = []
+        for each in sorted(set(status)):
+            values = {"status": each, "before": before, "seconds": older_than, "limit": limit - len(roots)}
+            roots += ({"root_id": found} for (found,) in transaction.execute(self._expired, values).fetchall())
+        every = [*roots, *({"root_id": found} for (found,) in transaction.fetch(self._children, roots))]
+        for deletion in (*self._deletions, self._delete_operation):
+            transaction.execute_many(deletion, every)
+        transaction.execute_many(self._delete_events, roots)
+        return len(roots)
+
+
+TARGET = ("target_uuid", "target_entrypoint", "target_topic")

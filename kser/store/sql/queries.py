@@ -1,0 +1,269 @@
+"""Queries: read an operation, its tasks and its events, and search for operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    Text,
+    bindparam,
+    exists,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    union_all,
+)
+
+from kser import status as states
+from kser.errors import UsageError
+from kser.store.model import AttemptRow, EventRow, OperationQuery, OperationRow, OperationSnapshot, Page, TaskRow
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.ids import id_at
+from kser.store.sql.statements import types_of
+from kser.store.sql.tables import (
+    OPERATION_COLUMNS,
+    TASK_COLUMNS,
+    attempt,
+    event,
+    label_row,
+    operation,
+    operation_row,
+    task,
+)
+from kser.store.sql.tables import label as labels
+
+
+class Queries:
+    """The statements that read single operations and their parts.
+
+    :param database: the database to read from.
+    """
+
+    def __init__(self, database: Database) -> None:
+        own = operation.c
+        uuid = bindparam("uuid", type_=Text)
+        key = bindparam("key", type_=BigInteger)
+        self._by_uuid = database.statement(select(*OPERATION_COLUMNS).where(own.uuid == uuid))
+        inner = (own.root_id == key, own.parent_id.is_not(None))
+        self._children = database.statement(select(*OPERATION_COLUMNS).where(*inner))
+        tasks = select(*TASK_COLUMNS).where(task.c.operation_id == key)
+        self._tasks = database.statement(tasks.order_by(task.c.position))
+        self._task = database.statement(tasks.where(task.c.position == bindparam("position", type_=BigInteger)))
+        columns = [attempt.c[name] for name in AttemptRow._fields]
+        attempts = select(*columns).where(attempt.c.operation_id == key)
+        self._attempts = database.statement(attempts.order_by(attempt.c.position, attempt.c.number))
+        events = select(*(event.c[name] for name in EventRow._fields)).where(event.c.root_id == key)
+        self._events = database.statement(events.order_by(event.c.id))
+        self._uuid = database.statement(select(own.uuid).where(own.id == key))
+
+    def get_operation(self, transaction: Transaction, uuid: str) -> OperationRow | None:
+        """See :meth:`kser.store.base.Store.get_operation`."""
+        found = transaction.execute(self._by_uuid, {"uuid": uuid}).fetchone()
+        return None if found is None else operation_row(found)
+
+    def get_tasks(self, transaction: Transaction, operation_id: int) -> Sequence[TaskRow]:
+        """See :meth:`kser.store.base.Store.get_tasks`."""
+        return [TaskRow(*row) for row in transaction.execute(self._tasks, {"key": operation_id}).fetchall()]
+
+    def get_task(self, transaction: Transaction, operation_id: int, position: int) -> TaskRow | None:
+        """See :meth:`kser.store.base.Store.get_task`."""
+        row = transaction.execute(self._task, {"key": operation_id, "position": position}).fetchone()
+        return None if row is None else TaskRow(*row)
+
+    def get_children(self, transaction: Transaction, root_id: int) -> Sequence[OperationRow]:
+        """See :meth:`kser.store.base.Store.get_children`."""
+        return [operation_row(row) for row in transaction.execute(self._children, {"key": root_id}).fetchall()]
+
+    def snapshot(self, transaction: Transaction, uuid: str) -> OperationSnapshot | None:
+        """See :meth:`kser.store.base.Store.snapshot`."""
+        row = self.get_operation(transaction, uuid)
+        if row is None:
+            return None
+        tasks = self.get_tasks(transaction, row.id)
+        attempts = [AttemptRow(*found) for found in transaction.execute(self._attempts, {"key": row.id}).fetchall()]
+        events = [EventRow(*found) for found in transaction.execute(self._events, {"key": row.root_id}).fetchall()]
+        (root_uuid,) = transaction.execute(self._uuid, {"key": row.root_id}).fetchone()
+        return OperationSnapshot(row, tasks, attempts, events, root_uuid)
+
+
+#: The largest value of a BIGINT column.
+MAX_ID: Final = (1 << 63) - 1
+
+
+STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, states.CANCELLED)
+
+
+#: Seconds by which the time in an id may differ from the time in a column, because of rounding.
+ROUNDING: Final = 2e-6
+
+
+#: Limit for counting the operations that a filter matches; a filter that reaches it counts as unselective.
+COUNT_LIMIT: Final = 20_000
+
+
+class OperationSearch:
+    """The search for operations.
+
+    :param database: the database to search.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        row = database.source(types_of(operation, "id"))
+        self._by_id = database.statement(row.select(OPERATION_COLUMNS, operation, operation.c.id == row["id"]))
+
+    def find(self, transaction: Transaction, query: OperationQuery, limit: int, after: str | None) -> Page:
+        """See :meth:`kser.store.base.Store.find`."""
+        before = _cursor(after)
+        every = [LabelFilter(query, index, before) for index in range(len(query.labels))]
+        driver = self._most_selective(transaction, query, every, before)
+        others = [each.matches for each in every if each is not driver]
+        statement = (
+            _merged(_parts(query, before), limit + 1, others) if driver is None else driver.with_rest(query, others)
+        )
+        ids = self._ids(transaction, statement.limit(limit + 1))
+        rows = transaction.fetch(self._by_id, [{"id": each} for each in ids[:limit]])
+        newest_first = sorted((operation_row(row) for row in rows), reverse=True)
+        return Page(newest_first, str(ids[limit - 1]) if len(ids) > limit else None)
+
+    def _most_selective(
+        self, transaction: Transaction, found: OperationQuery, every: list[LabelFilter], before: int | None
+    ) -> LabelFilter | None:
+        """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
+
+        The query walks the matches of the driving filter and tests each of them against the remaining filters until a
+        page is full. So the driver must be the filter with the fewest matches; they are counted here, because databases
+        estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters drive, if there
+        are any: an index is enough to test an operation for a label, but testing the other filters reads its row.
+        """
+        narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
+        if not narrow and len(every) == 1:
+            return every[0]
+        driver, fewest = None if narrow or not every else every[0], COUNT_LIMIT
+        for each in every:
+            count = self._count(transaction, [each.ids()], fewest)
+            if count < fewest:
+                driver, fewest = each, count
+        if driver is not None and narrow and self._count(transaction, _parts(found, before), fewest) < fewest:
+            return None
+        return driver
+
+    def _count(self, transaction: Transaction, parts: list[Select[Any]], limit: int) -> int:
+        some = _union([part.limit(limit) for part in parts]).limit(limit).subquery()
+        return self._ids(transaction, select(func.count()).select_from(some))[0]
+
+    def _ids(self, transaction: Transaction, query: Select[Any]) -> list[int]:
+        return [row[0] for row in transaction.execute(self._database.statement(query), replan=True).fetchall()]
+
+
+Condition = Callable[[ColumnElement[int]], ColumnElement[bool]]
+
+
+class LabelFilter:
+    """The filter for one label of a query."""
+
+    def __init__(self, found: OperationQuery, index: int, before: int | None) -> None:
+        self._table = labels.alias(f"label_{index}")
+        key, value = label_row(*found.labels[index])
+        self._where = (self._table.c.key == key, self._table.c.value == value)
+        self._bounds = _bounds(found, self._table.c.operation_id, before)
+
+    def ids(self) -> Select[Any]:
+        """Return a query for the ids of the operations with the label."""
+        return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
+
+    def matches(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
+        """Return the condition that an operation has the label."""
+        return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
+
+    def with_rest(self, found: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
+        """Return a query for the ids of the operations with the label that match all remaining filters."""
+        key = self._table.c.operation_id
+        rest = _exists(operation, operation.c.id == key, _root_or_parent(found), *_filters(found), *_times(found))
+        return self.ids().where(*(admits(key) for admits in others), rest).order_by(key.desc())
+
+
+def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
+    # OFFSET 0 keeps PostgreSQL from merging this subquery into the outer query and driving the query by it.
+    return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
+
+
+def _cursor(after: str | None) -> int | None:
+    if after is None:
+        return None
+    if not (after.isascii() and after.isdigit()) or int(after) > MAX_ID:
+        raise UsageError(f"after must be the cursor of the previous page; it is {after!r}")
+    return int(after)
+
+
+def _parts(found: OperationQuery, before: int | None) -> list[Select[Any]]:
+    """Return queries for the operations that match all filters except labels, each in the order of an index.
+
+    There is one query per status: within one status an index has the operations in the order of pages, across several
+    statuses it does not.
+    """
+    own = operation.c
+    base = select(own.id).where(_root_or_parent(found), *_bounds(found, own.id, before), *_times(found))
+    if found.parent is not None:
+        return [base.where(*_filters(found))]
+    if found.entrypoint is not None:
+        base = base.where(own.entrypoint == found.entrypoint)
+    return [
+        base.where(own.status == each) for each in sorted(set(STATES if found.status is None else found.status)) or [""]
+    ]
+
+
+def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
+    """Return a query for the newest operations of all parts that meet the conditions."""
+    own = operation.c.id
+    where = [condition(own) for condition in conditions]
+    merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()
+    return select(merged.c.id).order_by(merged.c.id.desc())
+
+
+def _union(parts: list[Select[Any]]) -> Any:
+    return union_all(*(select(part.subquery().c.id) for part in parts))
+
+
+def _root_or_parent(found: OperationQuery) -> ColumnElement[bool]:
+    if found.parent is None:
+        return operation.c.parent_id.is_(None)
+    other = operation.alias("parent")
+    return operation.c.parent_id == select(other.c.id).where(other.c.uuid == found.parent).scalar_subquery()
+
+
+def _filters(found: OperationQuery) -> list[ColumnElement[bool]]:
+    filters: list[ColumnElement[bool]] = []
+    if found.status is not None:
+        filters.append(or_(false(), *(operation.c.status == each for each in sorted(set(found.status)))))
+    if found.entrypoint is not None:
+        filters.append(operation.c.entrypoint == found.entrypoint)
+    return filters
+
+
+def _bounds(found: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
+    """Return the bounds of the id, which increases with the time of creation."""
+    bounds: list[ColumnElement[bool]] = []
+    if before is not None:
+        bounds.append(key < before)
+    if found.since is not None:
+        bounds.append(key >= id_at(found.since - ROUNDING))
+    if found.until is not None:
+        bounds.append(key < id_at(found.until + ROUNDING))
+    return bounds
+
+
+def _times(found: OperationQuery) -> list[ColumnElement[bool]]:
+    """Return the exact bounds of the time of creation; the bounds of the id allow for rounding."""
+    times: list[ColumnElement[bool]] = []
+    if found.since is not None:
+        times.append(operation.c.created_at >= found.since)
+    if found.until is not None:
+        times.append(operation.c.created_at < found.until)
+    return times

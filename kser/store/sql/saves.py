@@ -1,0 +1,127 @@
+"""Batched inserts of new operations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select
+
+from kser.errors import StoreError
+from kser.store.model import Claim, ClaimRefused, ClaimRequest, NewOperation, OperationRow, RefusalReason, TaskRow
+from kser.store.sql.claims import Claims, positions
+from kser.store.sql.database import Database, Transaction
+from kser.store.sql.ids import IdGenerator
+from kser.store.sql.inserts import (
+    InsertRows,
+    Inserts,
+    count,
+    event_row,
+    insert_events,
+    insert_labels,
+    insert_operations,
+    insert_tasks,
+    uuids_in,
+)
+from kser.store.sql.tables import OPERATION_COLUMNS, operation_row
+
+
+class SaveRequest:
+    """A request to store an operation, and to claim it if ``claimant`` is given."""
+
+    __slots__ = ("first_id", "operation", "request")
+
+    def __init__(self, new: NewOperation, request: ClaimRequest | None) -> None:
+        self.operation = new
+        self.request = request
+        self.first_id = 0
+
+
+class OperationInserts:
+    """The statements that store new operations.
+
+    :param database: the database to write to.
+    :param adding: the insert statements of this database.
+    :param claiming: reads operations that are stored and claimed in the same transaction.
+    :param ids: generates the ids of new operations.
+    """
+
+    def __init__(self, database: Database, adding: Inserts, claiming: Claims, ids: IdGenerator) -> None:
+        self._inserts = adding
+        self._claims = claiming
+        self._ids = ids
+        if database.json_batches:
+            self._single_statement = database.statement(_single_statement(database))
+
+    def store(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
+        """Store operations that are not stored yet, and return the claim on each, or its id without a claim."""
+        rows, events = self._rows(transaction, saves)
+        self._inserts.insert(transaction, rows)
+        transaction.execute_many(self._inserts.events, events)
+        claimed = [save.first_id for save in saves if save.request is not None]
+        return self._stored(transaction, saves, rows, self._claims.rows_of(transaction, claimed))
+
+    def fits_one_statement(self, saves: Sequence[SaveRequest]) -> bool:
+        """Return whether :meth:`store_at_once` can store the operations."""
+        return all(count(save.operation) == 1 for save in saves)
+
+    def store_in_one_statement(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
+        """Store operations as :meth:`store` does, in one statement. None of them may have nested operations."""
+        rows, events = self._rows(transaction, saves)
+        parts = {"operations": rows.operations, "tasks": rows.tasks, "labels": rows.labels, "events": events}
+        found = transaction.execute(
+            self._single_statement, {name: json.dumps(part) for name, part in parts.items()}
+        ).fetchall()
+        return self._stored(transaction, saves, rows, {row[0]: operation_row(row) for row in found})
+
+    def known(self, transaction: Transaction, save: SaveRequest) -> Claim | ClaimRefused | None:
+        """Return the claim or refusal for an operation that is already stored; None when it is not stored.
+
+        :raises kser.errors.StoreError: the uuid of a nested operation is already stored, or occurs twice.
+        """
+        for row in self._claims.rows(transaction, [save.operation.uuid]):
+            claimant = save.request
+            if claimant is not None and row.token == claimant.token:
+                return self._claims.claims(transaction, [(row, claimant)], {})[0]
+            return ClaimRefused(RefusalReason.STALE, row)
+        inner = uuids_in(save.operation.tasks or ())
+        taken = [row.uuid for row in self._claims.rows(transaction, inner)]
+        if taken or len(set(inner)) < len(inner):
+            raise StoreError(f"these operation uuids are already stored or not unique: {', '.join(taken or inner)}")
+        return None
+
+    def _rows(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> tuple[InsertRows, list[dict[str, Any]]]:
+        """Return the rows and the events to insert."""
+        rows = InsertRows()
+        events = []
+        for save in saves:
+            new, claimant = save.operation, save.request
+            save.first_id = self._ids.next_ids(transaction.time, count(new))
+            rows.add_root(new, save.first_id, claimant)
+            events.append(event_row(save.first_id, "accepted", 0, None))
+            if claimant is not None:
+                events.append(event_row(save.first_id, "claimed", 1, claimant.owner))
+        return rows, events
+
+    def _stored(
+        self, transaction: Transaction, saves: Sequence[SaveRequest], rows: InsertRows, roots: dict[int, OperationRow]
+    ) -> list[Claim | int]:
+        claimed = [(roots[save.first_id], save.request) for save in saves if save.request is not None]
+        turns = [place for root, _ in claimed for place in positions([root])]
+        by_place = {(row["operation_id"], row["position"]): row for row in rows.tasks} if turns else {}
+        found = (by_place.get((turn["operation_id"], turn["position"])) for turn in turns)
+        tasks = [TaskRow(*(row[name] for name in TaskRow._fields)) for row in found if row is not None]
+        claims = {
+            claim.id: claim for claim in self._claims.claims(transaction, claimed, {row[:2]: row for row in tasks})
+        }
+        return [claims.get(save.first_id, save.first_id) for save in saves]
+
+
+def _single_statement(database: Database) -> Any:
+    """Return a statement that inserts all rows of operations without nested ones and reads the operation rows."""
+    made = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("made")
+    tasked = insert_tasks(database, "tasks").cte("tasked")
+    labelled = insert_labels(database, "labels").cte("labelled")
+    noted = insert_events(database, "events").cte("noted")
+    return select(*made.c).add_cte(tasked, labelled, noted)
