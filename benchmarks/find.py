@@ -56,7 +56,7 @@ def operations(count: int, now: float, chance: random.Random) -> Iterator[dict[s
         entrypoint = chance.choice(ENTRYPOINTS)
         yield {
             **{"id": identifier, "root_id": identifier, "uuid": name, "entrypoint": entrypoint, "mode": "local"},
-            **{"topic": "shop", "overrides": 0, "status": status, "phase": status if final else "TASK"},
+            **{"topic": "shop", "overrides": 0, "status": status, "phase": status if final else "RUN_TASK"},
             **{"step": 5 if final else 1, "task_count": 5, "created_at": created, "started_at": created, "epoch": 2},
             **{"cancel_requested": False, "due_at": created, "claim_count": 0, "send_count": 0, "target_uuid": name},
             **{"target_entrypoint": entrypoint, "target_topic": "shop", "params": TEXT, "accumulated": RESULT},

@@ -32,11 +32,11 @@ nitpick_ignore = [
     ("py:class", "Result"),
     ("py:class", "ContextVar"),
     ("py:attr", "REGISTRY"),
-    ("py:class", "kser.consumer.options.Given"),
-    # What is internal, and named in a signature.
-    ("py:exc", "Abandoned"),
-    ("py:exc", "kser.attempt.Abandoned"),
-    ("py:class", "kser.confluent.delivery_reports.Waiting"),
+    ("py:class", "kser.consumer.options.ConsumerKwargs"),
+    # Internal classes that signatures name.
+    ("py:exc", "AttemptAbandoned"),
+    ("py:exc", "kser.attempt.AttemptAbandoned"),
+    ("py:class", "kser.confluent.delivery_reports.Waiter"),
 ]
 
 autodoc_member_order = "bysource"

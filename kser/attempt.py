@@ -13,18 +13,11 @@ from kser.retry import DEFAULT_RETRY, Retry
 
 #: Reasons of a permanent failure.
 UNDECODABLE: Final = "undecodable"
-
-
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
-
-
 FAILED: Final = "failed"
-
 
 #: Outcomes of an attempt.
 FINISHED: Final = "ended"
-
-
 TIMED_OUT: Final = "given up"
 
 
@@ -160,7 +153,7 @@ class Attempt:
     def resolve(self, value: str = FINISHED) -> bool:
         """Set the outcome of the attempt unless it is set already; return whether this call has set it.
 
-        :param what: :data:`FINISHED` or :data:`TIMED_OUT`.
+        :param value: ``FINISHED`` or ``TIMED_OUT``.
         """
         return resolve(self.outcome, value)
 

@@ -38,8 +38,6 @@ Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
 #: Maximum number of unknown names that are remembered and logged. Without a limit, random names would fill the memory.
 MAX_UNKNOWN_NAMES = 1000
-
-
 _PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
 
 
@@ -47,7 +45,7 @@ class _UserCodeGuard:
     """Guard around user code that turns SystemExit, asyncio's CancelledError and the like into a RuntimeError.
 
     Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
-    the consumer's own :class:`kser.attempt.AttemptAbandoned` pass unchanged, because user code did not raise them.
+    the consumer's own :exc:`kser.attempt.AttemptAbandoned` pass unchanged, because user code did not raise them.
     """
 
     def __enter__(self) -> None:
@@ -221,7 +219,7 @@ class Controller(BaseController):
         """Handle one raw message and return its result.
 
         SystemExit in a task is a failure of that task (decision C8). Only KeyboardInterrupt is raised and, in a
-        consumer, :class:`kser.attempt.AttemptAbandoned`.
+        consumer, :exc:`kser.attempt.AttemptAbandoned`.
 
         :param raw_data: the input of :attr:`TRANSPORT`: JSON, as text or bytes.
         :return: the return value of the hook: the Result, unless hooks are overridden.
@@ -331,8 +329,8 @@ class Controller(BaseController):
             if each._kser_registry is not None and each._kser_registry._kser_has_store:
                 return each._kser_registry
         missing = StoreMissing(
-            f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no shared"
-            " database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
+            f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no"
+            " shared database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
         )
         _reject_attempt(FAILED, missing)
         raise missing

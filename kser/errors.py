@@ -16,7 +16,7 @@
     │   └── MessageTooLarge      the record exceeds the size limit
     ├── SendError                an operation was not delivered
     ├── RetryLater               a task requests another attempt
-    ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIMEOUT
+    ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIME_LIMIT
     ├── StoreUnavailable         the shared database is unavailable; consumers retry the call
     ├── StoreError               the shared database rejects the call
     │   └── FencedError          another owner has claimed the operation

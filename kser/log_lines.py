@@ -56,7 +56,8 @@ def log_retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) 
     """Log at WARNING a failed attempt that another attempt follows."""
     if logger.isEnabledFor(logging.WARNING):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
-        text = f"{log_prefix(entry, 'Retry')}: attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
+        outcome = f"attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"
+        text = f"{log_prefix(entry, 'Retry')}: {outcome}"
         logger.warning(text, extra=extra)
 
 

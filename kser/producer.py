@@ -18,10 +18,8 @@ from kser.schemas import Message
 
 Key = str | bytes | None
 
-
 #: Function that returns the key of each message in a bulk send.
 KeyFunction = Callable[[Message], Key]
-
 
 #: Headers in the form that the Kafka clients accept.
 HeaderList = list[tuple[str, bytes | None]]

@@ -38,11 +38,13 @@ RESULT = (
     WireField("stderr", str, nullable=True, default=""),
     WireField("retval", dict, nullable=True),
 )
+
 BASE = (
     WireField("uuid", str, required=True),
     WireField("entrypoint", str, required=True),
     WireField("params", dict, default={}),
 )
+
 MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadata", dict))
 
 #: Metadata key of a message: the uuid of the stored operation that the message is a step of. Keys that begin with

@@ -21,7 +21,6 @@ TRANSITIONS: Final[dict[str, frozenset[str]]] = {
     CANCELLED: frozenset({RUNNING}),
 }
 
-
 #: Final states of an operation.
 FINAL: Final = frozenset({SUCCESS, FAILED, CANCELLED})
 

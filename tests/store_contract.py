@@ -729,9 +729,9 @@ class ReaperContract:
             before = world.now
             assert due(world.store) == [(row.uuid, DueReason.UNCLAIMED)]
             world.store.mark_sent([(row.id, row.epoch)], RESEND)
-            wake_at = row_of(world.store, row.uuid).next_check_at
-            assert wake_at is not None
-            waits.append(wake_at - before)
+            next_check_at = row_of(world.store, row.uuid).next_check_at
+            assert next_check_at is not None
+            waits.append(next_check_at - before)
         assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[MAX_RESEND_DELAY] * 3], abs=CLOSE)
 
     def test_claim_counts_as_successful_send(self, world: World) -> None:

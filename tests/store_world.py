@@ -133,7 +133,7 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
     """An operation with so many tasks, or with these; with None they are not built."""
     built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
     own = name()
-    phase = "START" if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
+    phase = Phase.BUILD if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
     made = NewOperation(
         uuid=own,
         entrypoint="shop.PlaceOrder",

@@ -273,7 +273,7 @@ def test_no_thread_starts_without_background_services() -> None:
 
 
 def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK_INTERVAL", 0.01)
     both = [Companion(), Companion()]
     beside = BackgroundServices(lambda: both)
     beside.start()
@@ -284,7 +284,7 @@ def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypa
 
 
 def test_background_services_added_later_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK_INTERVAL", 0.01)
     known = [Companion()]
     beside = BackgroundServices(lambda: list(known))
     beside.start()
@@ -304,7 +304,7 @@ def test_misconfigured_background_service_raises_at_the_start() -> None:
 
 
 def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kser.consumer.services.TICK", 0.01)
+    monkeypatch.setattr("kser.consumer.services.TICK_INTERVAL", 0.01)
     companion = Companion()
     trouble: list[Exception] = [StoreUnavailable("it does not answer")] * 3
 

@@ -341,14 +341,14 @@ def test_invalid_lock_path_is_logged_once_and_messages_are_handled(
 NOBODY = """
 import logging, os, sys
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-from kser.dummy.broker import Bus
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from tests.test_bad_input import Good, Controller, wire
 Controller.register(Good.path, Good)
 if os.geteuid() == 0:
     os.setuid(65534)
-Bus.at("").send("dice", wire())
-Bus.at("").send("dice", wire())
+InMemoryBroker.at("").send("dice", wire())
+InMemoryBroker.at("").send("dice", wire())
 consumer = Consumer({}, ["dice"])
 print(consumer.run_until_idle(), len(Good.handled))
 consumer.close()

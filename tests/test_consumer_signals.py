@@ -23,7 +23,7 @@ from tests.support import ROOT, message
 PROGRAM = """
 import os, sys, threading
 from kser.controller import Controller
-from kser.dummy.broker import Bus
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
@@ -37,7 +37,7 @@ def say(*words):
 class Busy(Entrypoint):
     def run(self):
         say("busy")
-        while not consumer._stopping:
+        while not consumer._kser_stopping:
             never.wait(0.01)
         say("stopping")
         if self.uuid == "endless":
@@ -55,12 +55,12 @@ class Told(Consumer):
 
 Controller.register(Busy.path, Busy)
 for uuid in sys.argv[1:]:
-    Bus.at("").send("dice", Message(uuid, Busy.path).dumps().encode())
+    InMemoryBroker.at("").send("dice", Message(uuid, Busy.path).dumps().encode())
 consumer = Told({}, ["dice"])
 try:
     consumer.run()
 finally:
-    commit = Bus.at("").committed.get(("dummy", ("dice", 0)))
+    commit = InMemoryBroker.at("").committed.get(("dummy", ("dice", 0)))
     say("committed", commit.offset if commit else 0)
 """
 

@@ -1,9 +1,9 @@
 """Property test of the work queue: two consumers of a group never lose, reorder or needlessly repeat a record.
 
 Hypothesis makes up what happens: records arrive, are polled, taken, finished, tried again, given up after their
-TIMEOUT; offsets are committed or not; partitions are revoked, return, move to the other consumer, are lost; consumers
-are killed and started again. ``KSER_TEST_PROPERTY_CASES`` says how much of it, ``KSER_TEST_PROPERTY_SEED`` repeats a
-run.
+TIME_LIMIT; offsets are committed or not; partitions are revoked, return, move to the other consumer, are lost;
+consumers are killed and started again. ``KSER_TEST_PROPERTY_CASES`` says how much of it,
+``KSER_TEST_PROPERTY_SEED`` repeats a run.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def test_task_sees_a_cancel_request(shop: Shop, cls: type[Sale]) -> None:
             self.seen_request.append(self.cancel_requested)
             shop.store.cancel("1", None)
             # What it asks again and again is looked up now and then.
-            current_attempt.get()._looked_at = -10  # type: ignore[union-attr]
+            current_attempt.get()._checked_at = -10  # type: ignore[union-attr]
             self.seen_request.append(self.cancel_requested)
 
     class Own(cls):  # type: ignore[valid-type,misc]

@@ -359,8 +359,8 @@ def test_timed_out_attempt_is_recorded_as_failed_and_its_worker_is_replaced(
         until(lambda: len([t for t in threading.enumerate() if t.name == "kser-worker"]) == max(workers, 1))
     assert shop.stored() == before
     (attempt,) = [each for each in before.attempts if each.position == 1]
-    assert (attempt.status, attempt.error) == (FAILED, "the attempt took longer than TIMEOUT, 5 s")
-    assert Stuck.told == [("run", 1), ("onerror", "the attempt took longer than TIMEOUT, 5 s")]
+    assert (attempt.status, attempt.error) == (FAILED, "the attempt took longer than TIME_LIMIT, 5 s")
+    assert Stuck.told == [("run", 1), ("onerror", "the attempt took longer than TIME_LIMIT, 5 s")]
     assert "1.c" not in Act.seen
 
 
@@ -430,7 +430,7 @@ def test_operation_timeout_applies_to_each_task_separately(shop: Shop, cls: type
     seen: list[Any] = []
 
     class Timed(cls):  # type: ignore[valid-type,misc]
-        TIMEOUT = 7
+        TIME_LIMIT = 7
 
     Act.acts["1.a"] = Act.acts["1.c"] = lambda: seen.extend(
         (job.time_limit, job.started_at) for job in shop.first.consumer._kser_work_queue.running()

@@ -239,7 +239,7 @@ def test_known_finished_records_are_not_started_again() -> None:
 
 
 def test_carried_over_record_is_not_started_again() -> None:
-    progress = given_out(5, kept={6: "begun"})
+    progress = given_out(5, carried_over={6: "begun"})
     assert progress.track(6, "6") == "begun"
     assert progress.track(7, "7") == "7"
     assert progress.unfinished == {5: "5", 6: "begun", 7: "7"}
@@ -268,7 +268,7 @@ def test_replacement_is_accepted_only_for_unfinished_records() -> None:
 
 
 def test_started_records_survive_a_revocation_and_others_are_forgotten() -> None:
-    progress = finish(given_out(5, 6, 7, kept={7: "kept", 9: "not seen again"}), 5)
+    progress = finish(given_out(5, 6, 7, carried_over={7: "kept", 9: "not seen again"}), 5)
     progress.revoke(lambda item: item != "6")
     assert progress.revoked
     assert progress.started() == {7: "kept", 9: "not seen again"}

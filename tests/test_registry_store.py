@@ -377,7 +377,7 @@ def test_local_step_makes_one_store_call(shop: Shop) -> None:
     del store.asked[:]
     bare(Sale)
     process.handle()
-    assert store.asked == ["peek", "save", "checkpoint", "checkpoint", "checkpoint"]
+    assert store.asked == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
 
 
 def test_metadata_of_operation_and_tasks_is_stored(shop: Shop) -> None:

@@ -198,7 +198,7 @@ def test_terminate_file_ends_several_workers(monkeypatch: pytest.MonkeyPatch) ->
 PROGRAM = """
 import os, sys, threading, time
 from kser.controller import Controller
-from kser.dummy.broker import Bus
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
@@ -211,7 +211,7 @@ class Say(Entrypoint):
     def run(self):
         say("begins", self.uuid)
         if self.uuid == "short":
-            while not consumer._stopping:
+            while not consumer._kser_stopping:
                 time.sleep(0.01)
             time.sleep(0.2)
         elif self.uuid == "stuck":
@@ -232,12 +232,12 @@ class Say(Entrypoint):
 
 Controller.register(Say.path, Say)
 for uuid in sys.argv[3:]:
-    Bus.at("").send("dice", Message(uuid, Say.path).dumps().encode())
+    InMemoryBroker.at("").send("dice", Message(uuid, Say.path).dumps().encode())
 consumer = Consumer({}, ["dice"], workers=int(sys.argv[1]), shutdown_timeout=float(sys.argv[2]))
 try:
     consumer.run()
 finally:
-    say("committed", Bus.at("").committed["dummy", ("dice", 0)])
+    say("committed", InMemoryBroker.at("").committed["dummy", ("dice", 0)])
 """
 
 

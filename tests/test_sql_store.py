@@ -385,7 +385,7 @@ def test_claim_that_waited_for_another_claim_is_refused(in_postgresql: SQLStore,
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute(
             "UPDATE kser_operation SET status = 'RUNNING', owner = 'other', token = 'other', epoch = 1,"
-            " wake_at = wake_at + 100 WHERE uuid = %s",
+            " next_check_at = next_check_at + 100 WHERE uuid = %s",
             [each.uuid],
         )
         thread = threading.Thread(target=lambda: answers.append(in_postgresql.claim(each.uuid, each.uuid, me())))
@@ -791,7 +791,7 @@ def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
     any_store._clock_offset = 10
     plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
     _no_whole_table(plans)
-    assert "kser_operation_wake" in plans[0]
+    assert "kser_operation_next_check" in plans[0]
     assert "TEMP B-TREE" not in plans[0]
     assert "Sort" not in plans[0]
 

@@ -22,7 +22,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from cdumay_result import Result
-from kser.dummy.broker import Bus
+from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
@@ -54,7 +54,7 @@ class Order(Operation):
 for each in (First, Second, Order):
     oregistry.subscribe(each)
 if message:
-    Bus.at("").send("orders", message.encode())
+    InMemoryBroker.at("").send("orders", message.encode())
 Consumer({}, ["orders"]).run()
 """
 

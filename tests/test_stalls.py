@@ -30,8 +30,8 @@ def test_stalled_consumer_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     assert stalled(consumer, clock, caplog, 30, 29.9) == []
     (line,) = stalled(consumer, clock, caplog, 0.2, 60, 60)
     assert line == (
-        "Troubled: no message was finished for 60 s, but partitions lag: dice[0] by 3; 1 message(s) are being handled, the"
-        " longest for 60 s: offset 0 of dice[0]; set TIMEOUT on its class, or add workers"
+        "Troubled: no message was finished for 60 s, but partitions lag: dice[0] by 3; 1 message(s) are being handled,"
+        " the longest for 60 s: offset 0 of dice[0]; set TIME_LIMIT on its class, or add workers"
     )
 
 

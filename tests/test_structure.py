@@ -28,7 +28,7 @@ ORDER = (
     {"kser.store.sql.database", "kser.store.sql.ids", "kser.store.sql.migrations.env"},
     {"kser.store.sql.sqlite", "kser.store.sql.postgresql", "kser.store.sql.schema"},
     {"kser.store.sql.inserts", "kser.store.sql.queries"},
-    {"kser.store.sql.claims", "kser.store.sql.checkpoints", "kser.store.sql.leases", "kser.store.sql.lifecycle"},
+    {"kser.store.sql.claims", "kser.store.sql.leases", "kser.store.sql.lifecycle"},
     {"kser.store.sql.saves", "kser.store.sql.checkpoints"},
     {"kser.store.sql.writer"},
     {"kser.store.sql.store"},
@@ -40,35 +40,30 @@ ORDER = (
     {"kser.log_lines"},
     {"kser.lockfiles"},
     {"kser.attempt"},
+    {"kser.store.retrying"},
     {"kser.entry"},
     {"kser.controller"},
     {"kser.producer"},
     {"kser.consumer", "kser.consumer.client", "kser.consumer.services"},
-    {"kser.consumer.offsets", "kser.consumer.work_queue"},
-    {"kser.consumer.work_item", "kser.consumer.work_queue", "kser.consumer.shutdown_signals"},
+    {"kser.consumer.offsets", "kser.consumer.shutdown_signals"},
+    {"kser.consumer.work_item"},
     {"kser.consumer.lanes"},
     {"kser.consumer.work_queue"},
-    {"kser.consumer.options", "kser.consumer.services"},
-    {"kser.consumer.dead_letters"},
+    {"kser.consumer.options", "kser.consumer.dead_letters"},
     {"kser.consumer.poller", "kser.consumer.worker_pool"},
     {"kser.consumer.base"},
-    {"kser.sequencing", "kser.sequencing.task", "kser.store.retrying"},
-    {"kser.sequencing.runner", "kser.attempt"},
+    {"kser.consumer.replay"},
+    {"kser.sequencing", "kser.sequencing.task"},
+    {"kser.sequencing.runner"},
     {"kser.sequencing.operation"},
-    {"kser.durable.serialization"},
+    {"kser.durable", "kser.durable.serialization"},
     {"kser.durable.execution_state", "kser.durable.context"},
     {"kser.durable.step_runner"},
     {"kser.durable.execution"},
     {"kser.durable.manager", "kser.durable.recovery"},
     {"kser.sequencing.registry"},
     {"kser.python_kafka", "kser.python_kafka.options", "kser.dummy", "kser.dummy.broker"},
-    {
-        "kser.confluent",
-        "kser.confluent.logs",
-        "kser.confluent.options",
-        "kser.confluent.client",
-        "kser.confluent.delivery_reports",
-    },
+    {"kser.confluent", "kser.confluent.logs", "kser.confluent.options", "kser.confluent.delivery_reports"},
     {"kser.confluent.committer", "kser.python_kafka.rebalances"},
     {"kser.python_kafka.client", "kser.confluent.client"},
     {"kser.python_kafka.producer", "kser.confluent.producer", "kser.dummy.producer"},
@@ -89,7 +84,13 @@ APART = (
     ("kser.python_kafka", "kser.sequencing"),
     ("kser.confluent", "kser.sequencing"),
     ("kser.dummy", "kser.sequencing"),
+    ("kser.consumer", "kser.durable"),
+    ("kser.python_kafka", "kser.durable"),
+    ("kser.confluent", "kser.durable"),
+    ("kser.dummy", "kser.durable"),
     ("kser.sequencing", "kser.consumer"),
+    ("kser.durable", "kser.consumer"),
+    ("kser.store", "kser.durable"),
     ("kser.store", "kser.sequencing"),
 )
 
@@ -160,12 +161,42 @@ def test_functions_import_only_optional_dependencies(module: str) -> None:
     assert found <= OPTIONAL.get(module, set())
 
 
+#: Pairs of modules that import each other for annotations alone. Every other cycle is a fault.
+PAIRS: frozenset[frozenset[str]] = frozenset({frozenset({"kser.sequencing.operation", "kser.sequencing.runner"})})
+
+
+def _typing_imports(module: str) -> set[str]:
+    """Return every kser module that a module names in an import, also those for annotations alone."""
+    statements = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name for statement in statements for name in _targets(statement) if name in MODULES}
+
+
+def _cycles() -> list[list[str]]:
+    """Return the strongly connected components of the import graph with more than one module."""
+    graph = {module: _typing_imports(module) for module in MODULES}
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        reached[module] = seen
+    groups = {frozenset(other for other in seen if module in reached[other]) for module, seen in reached.items()}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_import_cycles_for_annotations_are_the_known_ones() -> None:
+    assert [cycle for cycle in _cycles() if frozenset(cycle) not in PAIRS] == []
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_and_functions_are_short(module: str) -> None:
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < 400
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 600
     long = [
         node.name
         for node in ast.walk(_tree(module))
-        if isinstance(node, FUNCTION) and (node.end_lineno or 0) - node.lineno + 1 >= 50
+        if isinstance(node, FUNCTION) and (node.end_lineno or 0) - node.lineno + 1 > 50
     ]
     assert long == []

@@ -1,4 +1,4 @@
-"""Tests of TIMEOUT: an attempt that takes too long fails, and its late result is dropped."""
+"""Tests of TIME_LIMIT: an attempt that takes too long fails, and its late result is dropped."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Stepped:
         self.consumer._kser_worker_pool.enforce_time_limits()
 
 
-LATE_ERROR = "the attempt took longer than TIMEOUT, 5 s"
+LATE_ERROR = "the attempt took longer than TIME_LIMIT, 5 s"
 
 
 def test_attempt_within_its_timeout_is_not_affected() -> None:
@@ -231,7 +231,7 @@ def test_operation_timeout_applies_to_the_whole_operation() -> None:
 
 @pytest.mark.parametrize("value", [None, 0, -1, "5", True, float("nan"), object()])
 def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
-    """C18: TIMEOUT may be an attribute of the user with another meaning."""
+    """C18: TIME_LIMIT may be an attribute of the user with another meaning."""
 
     class Mine(Entrypoint):
         TIME_LIMIT = value

@@ -49,12 +49,12 @@ INSERTS = {
     for name in ("operation", "task", "attempt", "event")
 }
 GO_ON = (
-    f"UPDATE kser_operation SET step = {mark}, so_far = {mark}, claims = 0, sends = 0, sent_at = NULL"
+    f"UPDATE kser_operation SET step = {mark}, accumulated = {mark}, claim_count = 0, send_count = 0, sent_at = NULL"
     f" WHERE id = {mark} AND epoch = {mark} AND step = {mark} AND status = 'RUNNING'"
 )
 FINISH = (
-    f"UPDATE kser_operation SET step = {mark}, so_far = {mark}, claims = 0, sends = 0, sent_at = NULL,"
-    f" phase = 'SUCCESS', status = 'SUCCESS', epoch = 2, owner = NULL, wake_at = NULL, result = {mark},"
+    f"UPDATE kser_operation SET step = {mark}, accumulated = {mark}, claim_count = 0, send_count = 0, sent_at = NULL,"
+    f" phase = 'SUCCESS', status = 'SUCCESS', epoch = 2, owner = NULL, next_check_at = NULL, result = {mark},"
     f" ended_at = {mark} WHERE id = {mark} AND epoch = {mark} AND step = {mark} AND status = 'RUNNING'"
 )
 END = (
@@ -84,12 +84,19 @@ def begin(identifiers: Sequence[int]) -> list[Work]:
             row(
                 "operation",
                 **{"id": identifier, "uuid": name, "entrypoint": "__main__.Five", "root_id": identifier},
-                **{"mode": "local", "topic": "benchmark-0123abcd", "hooks": 0, "status": "RUNNING", "phase": "TASK"},
-                **{"step": 0, "size": steps, "created_at": now, "started_at": now, "cancel_requested": False},
-                **{"epoch": 1, "owner": owner, "token": uuid.uuid4().hex, "wake_at": now + 30, "due_at": now},
-                **{"claims": 1, "sends": 0, "target_uuid": name, "target_entrypoint": "__main__.Five"},
+                **{"mode": "local", "topic": "benchmark-0123abcd", "overrides": 0, "status": "RUNNING"},
+                **{
+                    "phase": "RUN_TASK",
+                    "step": 0,
+                    "task_count": steps,
+                    "created_at": now,
+                    "started_at": now,
+                    "cancel_requested": False,
+                },
+                **{"epoch": 1, "owner": owner, "token": uuid.uuid4().hex, "next_check_at": now + 30, "due_at": now},
+                **{"claim_count": 1, "send_count": 0, "target_uuid": name, "target_entrypoint": "__main__.Five"},
                 **{"target_topic": "benchmark-0123abcd", "params": '{"order": 42}', "metadata": "{}"},
-                so_far=result(name),
+                accumulated=result(name),
             )
         )
         tasks += [

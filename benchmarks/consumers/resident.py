@@ -52,8 +52,8 @@ base: Any = importlib.import_module(f"kser.{transport}.consumer").Consumer
 class Consumer(base):
     """A consumer that records the time of its first poll."""
 
-    def _connect(self) -> Any:
-        client = super()._connect()
+    def _kser_connect(self) -> Any:
+        client = super()._kser_connect()
         poll = client.poll
 
         def noted(*arguments: Any) -> Any:

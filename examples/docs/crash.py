@@ -50,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     print("the first consumer ends with", subprocess.run([sys.executable, __file__, "crash"]).returncode)
     while oregistry.get("order-1").status == "RUNNING":
         consumer.step(timeout=0.1)
-        oregistry._kser_background_service.tick()  # consumer.run() does this in a thread of its own
+        oregistry.background_service.tick()  # consumer.run() does this in a thread of its own
     for event in oregistry.get("order-1").events:
         print("  ", event.kind, *filter(None, [event.text]))
     oregistry.store.close()

@@ -31,22 +31,17 @@ from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
 
-
 #: Timeout in seconds of queries for committed offsets and for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0
-
 
 #: Timeout in seconds of the metadata request that probes the brokers after an outage.
 PROBE_TIMEOUT = 0.5
 
-
 #: Seconds between two probes.
 PROBE_INTERVAL = 2.0
 
-
 #: Seconds between two attempts to start partitions.
 START_RETRY_INTERVAL = 1.0
-
 
 #: Transient errors: commits fail with them during a rebalance.
 _TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)

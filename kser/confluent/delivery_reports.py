@@ -15,10 +15,8 @@ from kser.producer import time_left
 
 logger = logging.getLogger(__name__)
 
-
 #: Maximum seconds of one poll: signal handlers do not run while a thread polls.
 MAX_POLL = 0.1
-
 
 #: Seconds between two polls of an idle producer.
 IDLE_POLL_INTERVAL = 1.0

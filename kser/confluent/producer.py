@@ -167,8 +167,8 @@ class Producer(KafkaProducerBase):
                 left = time_left(deadline)
                 if not left:
                     raise KafkaException(
-                        f"The client's queue is full of messages that {self._kser_servers} did not confirm yet: send slower,"
-                        f" or raise 'queue.buffering.max.messages' in {CONFIG}"
+                        f"The client's queue is full of messages that {self._kser_servers} did not confirm yet:"
+                        f" send slower, or raise 'queue.buffering.max.messages' in {CONFIG}"
                     ) from error
             if not self._kser_report_poller.poll(min(left, MAX_POLL)):
                 time.sleep(min(left, MAX_POLL / 10))
@@ -209,8 +209,8 @@ class Producer(KafkaProducerBase):
 
     def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(
-            f"{self._kser_servers} did not confirm the message, which may still arrive: check that the brokers run there,"
-            f" or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_error.text_since(began)}"
+            f"{self._kser_servers} did not confirm the message, which may still arrive: check that the brokers"
+            f" run there, or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_error.text_since(began)}"
         )
 
     def _kser_rejected_error(self, error: KafkaError, topic: str, size: int) -> Exception:

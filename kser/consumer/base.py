@@ -200,9 +200,8 @@ class BaseConsumer:
         :raises KeyboardInterrupt: after a second SIGINT, or if a task raised it; its message is not committed.
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
-        self.LOGGER.info(
-            f"{type(self).__name__}: {self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)}"
-        )
+        description = self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)
+        self.LOGGER.info(f"{type(self).__name__}: {description}")
         try:
             with self._kser_shutdown_signals.installed():
                 try:

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 #: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
 PREFIX = "kser-dlq-"
 
-
 #: Maximum characters of the error message: at the first try, and if the dead letter was too large with that.
 TEXT_LIMITS = (2000, 0)
-
 
 #: Time limit for writing a dead letter, in seconds.
 WRITE_TIMEOUT = 10.0

@@ -342,5 +342,5 @@ class Poller(RebalanceListener):
         age = self._clock() - oldest.started_at
         return (
             f"{len(jobs)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.partition}; set TIMEOUT on its class, or add workers"
+            f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
         )

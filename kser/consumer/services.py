@@ -12,7 +12,6 @@ from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-
 #: Seconds between two ticks of each background service.
 TICK_INTERVAL = 0.5
 

@@ -18,19 +18,14 @@ from kser.attempt import Attempt, AttemptAbandoned, current_attempt
 #: Seconds within which a repeated signal counts as the same one, because a terminal and a wrapper may both forward it.
 REPEATED_SIGNAL_WINDOW = 0.2
 
-
 #: Seconds between two wake-up signals to the main thread.
 WAKEUP_INTERVAL = 0.1
-
 
 #: Seconds that the main thread has to leave an abandoned attempt, clean-up included.
 CLEANUP_GRACE = 5.0
 
-
 #: The wake-up signal. SIGURG has no other use here, and a process without a handler ignores it.
 WAKEUP_SIGNAL = signal.SIGURG
-
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -116,11 +116,7 @@ class GroupLease:
 
 #: Seconds between two checks whether an expired group lease was renewed.
 GROUP_LEASE_CHECK_INTERVAL = 0.1
-
-
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
-
-
 _was_started = attrgetter("was_started")
 
 

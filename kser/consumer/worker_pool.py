@@ -17,7 +17,6 @@ from kser.errors import TaskTimeout
 #: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE_WAIT = 0.5
 
-
 #: The first and the longest back-off, in seconds, after a failed write of a dead letter.
 DEAD_LETTER_DELAYS = (1.0, 30.0)
 
@@ -103,13 +102,13 @@ class WorkerPool:
         return self._work_queue.cluster()
 
     def enforce_time_limits(self) -> None:
-        """Time out attempts that exceed the TIMEOUT of their class, and start a replacement for each stuck worker."""
+        """Time out attempts that exceed the time limit of their class, and start a worker for each stuck one."""
         now = self._work_queue.clock()
         for job in self._work_queue.running():
             # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
             decision = job.outcome
             if job.time_limit is not None and now - job.started_at >= job.time_limit:
-                verdict = TaskTimeout(f"the attempt took longer than TIMEOUT, {job.time_limit:g} s")
+                verdict = TaskTimeout(f"the attempt took longer than TIME_LIMIT, {job.time_limit:g} s")
                 if self._work_queue.time_out(job, verdict, decision):
                     self._spawn()
 
@@ -158,7 +157,8 @@ class WorkerPool:
             if job.failure is None:
                 job.reject(FAILED, exc)
             self._logger.exception(
-                f"{self._name}: the registry raised at offset {job.record.offset} of {job.partition}; the message failed"
+                f"{self._name}: the registry raised at offset {job.record.offset} of {job.partition};"
+                " the message failed"
             )
         finally:
             current_attempt.set(None)
@@ -167,8 +167,8 @@ class WorkerPool:
     def _apply_outcome(self, job: WorkItem) -> None:
         if job.abandoned:
             self._logger.warning(
-                f"{self._name}: the attempt at offset {job.record.offset} of {job.partition} was abandoned; its late result"
-                " is dropped"
+                f"{self._name}: the attempt at offset {job.record.offset} of {job.partition} was abandoned;"
+                " its late result is dropped"
             )
         elif job.retry_in is not None:
             self._increment("retried")

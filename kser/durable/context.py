@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 #: Seconds that sending a step may take; the reaper sends a step that was not delivered in this time.
 SEND_TIMEOUT = 10.0
 

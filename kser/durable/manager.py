@@ -27,10 +27,8 @@ from kser.store.model import Claim, ClaimRefused, Mode, NewOperation, OperationQ
 
 logger = logging.getLogger(__name__)
 
-
 #: Seconds between two polls for the end of an operation in ``wait()``: the first interval and the longest one.
 _POLL_INTERVALS = (0.01, 0.25)
-
 
 #: Maximum number of operations deleted per transaction.
 PURGE_BATCH = 500

@@ -18,14 +18,11 @@ from kser.store.model import RESEND_UNSENT_AFTER, DueReason, DueStep
 
 logger = logging.getLogger(__name__)
 
-
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 
-
 #: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
-
 
 #: Seconds that the shutdown of a consumer waits for the current tick.
 CLOSE_TIMEOUT = 5.0

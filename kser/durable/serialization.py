@@ -21,21 +21,12 @@ from kser.store.model import Mode, NewOperation, NewTask, OperationRow, Phase, S
 
 #: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
 ENDS: Final = 1
-
-
 CHOOSES: Final = 2
-
-
 _ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_status")
-
-
 _CHOOSES = ("next", "launch_next", "set_status")
-
 
 #: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
 MAX_SEARCHABLE_VALUE: Final = 200
-
-
 T = TypeVar("T", bound=Task)
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 #: The runner of operations whose class has no registry.
 _DEFAULT_RUNNER: Runner = InMemoryRunner()
 

@@ -170,6 +170,14 @@ class OperationRegistry:
         return self._kser_manager
 
     @property
+    def background_service(self) -> RecoveryService | None:
+        """The heartbeat and the reaper, which ``Consumer.run()`` calls in a thread; None without a database.
+
+        A test that calls ``Consumer.step()`` calls its ``tick()`` or ``reap()`` itself.
+        """
+        return self._kser_background_service
+
+    @property
     def _kser_background_service(self) -> RecoveryService | None:
         """Background service for the consumers; None without a shared database."""
         if not self._kser_has_store:

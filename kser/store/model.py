@@ -30,11 +30,11 @@ class Phase(StrEnum):
     """Next action of an operation. The two ends have the values of the final statuses."""
 
     #: Build the tasks.
-    BUILD = "START"
+    BUILD = "BUILD"
     #: Run the task at ``step``.
-    RUN_TASK = "TASK"
+    RUN_TASK = "RUN_TASK"
     #: Choose the task that follows ``step``.
-    CHOOSE_NEXT = "NEXT"
+    CHOOSE_NEXT = "CHOOSE_NEXT"
     #: End with SUCCESS.
     END_SUCCESS = "SUCCESS"
     #: End with FAILED.
@@ -57,14 +57,11 @@ class RefusalReason(StrEnum):
 #: Seconds after which the reaper sends a step that is ready and not marked as sent.
 RESEND_UNSENT_AFTER: Final = 3.0
 
-
 #: Seconds that a reaper has to send a step that it reserved, before another reaper may reserve it.
 SEND_GRACE: Final = 10.0
 
-
 #: Longest delay in seconds before an unclaimed step is sent again.
 MAX_RESEND_DELAY: Final = 3600.0
-
 
 #: Maximum number of characters of an error that an attempt row stores.
 MAX_ERROR_LENGTH: Final = 2000

@@ -14,17 +14,13 @@ from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
-
 
 #: Back-off between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
 _BACKOFF = wait_random_exponential(multiplier=0.1, max=2, min=0.05)
 
-
 #: Seconds between two checks for a shutdown of the consumer during the back-off.
 _CHECK_INTERVAL = 0.1
-
 
 #: Number of attempts outside of a consumer; after the last one the caller gets the error.
 ATTEMPTS = 3

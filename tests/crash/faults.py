@@ -120,14 +120,14 @@ class FaultyStore:
     _POINTS: Final = {
         "save": SAVE,
         "claim": CLAIM,
-        "sent": SENT,
+        "mark_sent": SENT,
         "renew": HEARTBEAT,
-        "take_due": TAKE_UP,
-        "unsent": REAPER_SEND,
-        "peek": READ,
-        "task": READ,
-        "tasks": READ,
-        "children": READ,
+        "take_due_steps": TAKE_UP,
+        "postpone_send": REAPER_SEND,
+        "get_operation": READ,
+        "get_task": READ,
+        "get_tasks": READ,
+        "get_children": READ,
     }
 
     def __init__(self, process: Process, store: Any) -> None:

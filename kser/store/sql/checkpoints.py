@@ -321,10 +321,8 @@ def _attempt_row(end: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]:
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
-
 #: Values that must match the stored root, so that an update by a stale owner changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "old_phase": Text(), "cancelled": Boolean()}
-
 
 #: Values of an update that may release the claim.
 _RELEASE: Final = {

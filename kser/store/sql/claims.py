@@ -16,14 +16,8 @@ from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operat
 
 #: Tasks by operation id and position.
 Tasks = dict[tuple[int, int], TaskRow]
-
-
 _OPERATION = slice(len(OPERATION_COLUMNS))
-
-
 _CURRENT = slice(len(OPERATION_COLUMNS), len(OPERATION_COLUMNS) + len(TASK_COLUMNS))
-
-
 _NEXT = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
 
 

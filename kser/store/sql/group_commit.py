@@ -11,7 +11,6 @@ from kser.errors import StoreUnavailable
 
 Item = TypeVar("Item")
 
-
 #: Maximum number of writes in one group.
 GROUP_LIMIT: Final = 200
 

@@ -9,8 +9,6 @@ from typing import Final
 #: Epoch of the ids: the start of 2020 in seconds since 1970. An id has microseconds in its high bits and 12 random low
 #: bits, so 63 bits last until 2091.
 ID_EPOCH: Final = 1_577_836_800
-
-
 RANDOM_BITS: Final = 12
 
 

@@ -22,7 +22,6 @@ from kser.store.sql.tables import event, label, label_row, operation, task
 #: Values of a new operation's row that are not columns.
 _RESEND_WAIT: Final = {"wait": Double(), "started": Integer()}
 
-
 #: Columns with the same value in every new row.
 _BLANK_RESULT: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
 

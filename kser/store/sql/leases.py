@@ -16,7 +16,6 @@ from kser.store.sql.tables import operation
 
 Pairs = Iterable[tuple[int, int]]
 
-
 #: Number of doublings after which the resend delay is ``MAX_RESEND_DELAY``; by then the doubled delay exceeds it.
 MAX_DOUBLINGS = 20
 

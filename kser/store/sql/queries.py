@@ -94,14 +94,10 @@ class Queries:
 
 #: The largest value of a BIGINT column.
 MAX_ID: Final = (1 << 63) - 1
-
-
 STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, states.CANCELLED)
-
 
 #: Seconds by which the time in an id may differ from the time in a column, because of rounding.
 ROUNDING: Final = 2e-6
-
 
 #: Limit for counting the operations that a filter matches; a filter that reaches it counts as unselective.
 COUNT_LIMIT: Final = 20_000

@@ -32,10 +32,8 @@ from kser.store.model import (
 
 metadata: Final = MetaData()
 
-
 #: SQLite uses a primary key as its rowid only if the type is INTEGER.
 _KEY = BigInteger().with_variant(Integer(), "sqlite")
-
 
 operation: Final = Table(
     "kser_operation",
@@ -75,21 +73,12 @@ operation: Final = Table(
     UniqueConstraint("uuid", name="kser_operation_uuid"),
 )
 
-
 _ROOT = text("parent_id IS NULL")
-
-
 _INNER = text("parent_id IS NOT NULL")
-
-
-_AWAKE = text("wake_at IS NOT NULL")
-
-
-Index("kser_operation_wake", operation.c.next_check_at, sqlite_where=_AWAKE, postgresql_where=_AWAKE)
-
+_SCHEDULED = text("next_check_at IS NOT NULL")
+Index("kser_operation_next_check", operation.c.next_check_at, sqlite_where=_SCHEDULED, postgresql_where=_SCHEDULED)
 
 Index("kser_operation_status", operation.c.status, operation.c.id, sqlite_where=_ROOT, postgresql_where=_ROOT)
-
 
 Index(
     "kser_operation_entrypoint",
@@ -100,12 +89,9 @@ Index(
     postgresql_where=_ROOT,
 )
 
-
 Index("kser_operation_parent", operation.c.parent_id, operation.c.id, sqlite_where=_INNER, postgresql_where=_INNER)
 
-
 Index("kser_operation_root", operation.c.root_id, sqlite_where=_INNER, postgresql_where=_INNER)
-
 
 task: Final = Table(
     "kser_task",
@@ -126,7 +112,6 @@ task: Final = Table(
     sqlite_with_rowid=False,
 )
 
-
 attempt: Final = Table(
     "kser_attempt",
     metadata,
@@ -143,7 +128,6 @@ attempt: Final = Table(
     sqlite_with_rowid=False,
 )
 
-
 event: Final = Table(
     "kser_event",
     metadata,
@@ -156,10 +140,7 @@ event: Final = Table(
     Column("uuid", Text),
     Column("text", Text),
 )
-
-
 Index("kser_event_root", event.c.root_id)
-
 
 label: Final = Table(
     "kser_label",
@@ -170,10 +151,7 @@ label: Final = Table(
     PrimaryKeyConstraint("key", "value", "operation_id", name="kser_label_pkey"),
     sqlite_with_rowid=False,
 )
-
-
 Index("kser_label_operation", label.c.operation_id)
-
 
 #: One row: the version of the tables, and the oldest version of the code that can use them.
 schema: Final = Table(
@@ -183,14 +161,10 @@ schema: Final = Table(
     Column("oldest", Integer, nullable=False),
 )
 
-
 #: Maximum number of characters of a label that are stored and searched, because an index entry of PostgreSQL is limited
 #: to about 2,700 bytes.
 MAX_LABEL_KEY: Final = 128
-
-
 MAX_LABEL_VALUE: Final = 512
-
 
 #: The columns of the tables, in the field order of the contract's rows.
 OPERATION_COLUMNS: Final = (
@@ -200,13 +174,8 @@ OPERATION_COLUMNS: Final = (
     operation.c.target_topic,
 )
 
-
 TASK_COLUMNS: Final = tuple(task.c[name] for name in TaskRow._fields)
-
-
 _PLAIN: Final = len(OperationRow._fields) - 1
-
-
 _CANCEL: Final = OperationRow._fields.index("cancel_requested")
 
 

@@ -18,10 +18,7 @@ from kser.store.sql.inserts import Inserts
 from kser.store.sql.saves import OperationInserts, SaveRequest
 
 Work = SaveRequest | ClaimCommand | Checkpoint
-
-
 R = TypeVar("R")
-
 
 #: Marks an entry that was not written with its batch; it is written in a transaction of its own.
 NOT_WRITTEN: Final = object()

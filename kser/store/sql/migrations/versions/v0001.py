@@ -11,7 +11,7 @@ down_revision = None
 KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 #: Conditions of the partial indexes.
-ROOT, INNER, AWAKE = "parent_id IS NULL", "parent_id IS NOT NULL", "wake_at IS NOT NULL"
+ROOT, INNER, SCHEDULED = "parent_id IS NULL", "parent_id IS NOT NULL", "next_check_at IS NOT NULL"
 
 
 def upgrade() -> None:
@@ -71,7 +71,7 @@ def _operation() -> None:
         sa.Column("result", sa.Text),
         sa.UniqueConstraint("uuid", name="kser_operation_uuid"),
     )
-    _index("kser_operation_wake", ["next_check_at"], AWAKE)
+    _index("kser_operation_next_check", ["next_check_at"], SCHEDULED)
     _index("kser_operation_status", ["status", "id"], ROOT)
     _index("kser_operation_entrypoint", ["entrypoint", "status", "id"], ROOT)
     _index("kser_operation_parent", ["parent_id", "id"], INNER)
