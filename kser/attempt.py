@@ -132,7 +132,7 @@ class Attempt:
     def restart_timer(self, time_limit: float | None) -> None:
         """Restart the timer for a part of the work, which can be abandoned alone.
 
-        :param timeout: time limit of the part in seconds; None without a limit.
+        :param time_limit: time limit of the part in seconds; None without a limit.
         """
         self.time_limit = None
         self.outcome = []

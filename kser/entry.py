@@ -14,6 +14,7 @@ from cdumay_result import Result
 
 from kser import log_lines, signals, status
 from kser.attempt import FAILED, Failure, current_attempt, error_name, raise_if_decided
+from kser.config import Settings
 from kser.results import error_dict, failed_result, merge
 from kser.schemas import Message
 
@@ -23,8 +24,54 @@ logger = logging.getLogger(__name__)
 NO_INIT_FAILURE: Final = object()
 
 
+class OperationsProtocol(Protocol):
+    """Client of stored operations, as operations use it."""
+
+    def send(self, operation: Any, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
+        """Save an operation and send it."""
+
+    def launch(self, operation: Any) -> Result:
+        """Save a distributed operation and send its first task."""
+        ...
+
+    def get(self, uuid: str) -> Any:
+        """Return a stored operation; None if there is none."""
+        ...
+
+    def resume(self, uuid: str) -> None:
+        """Resume a FAILED or CANCELLED operation."""
+
+    def cancel(self, uuid: str, reason: str | None) -> str:
+        """Cancel an operation and return its status."""
+        ...
+
+    def wait(self, uuid: str, timeout: float | None) -> Result:
+        """Wait for the end of an operation and return its result."""
+        ...
+
+
 class RegistryProtocol(Protocol):
-    """Registry that an entrypoint's class is subscribed to, as the entrypoint and the controller use it."""
+    """Registry that an entrypoint's class is subscribed to, as entrypoints, controllers and durable operations use it.
+
+    The classes of users run below the registry, so they know this protocol and not the class.
+    """
+
+    controller: Any
+    runner: Any
+
+    @property
+    def producer(self) -> Any:
+        """The producer of tasks and operations."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the app and the environment."""
+        ...
+
+    def topic_for(self, task: Any, topic: str | None = None) -> str:
+        """Return the topic that a task is sent to."""
+        ...
 
     def _kser_app_context(self) -> AbstractContextManager[Any]:
         """Return the context manager to enter around a whole execution."""
@@ -33,6 +80,11 @@ class RegistryProtocol(Protocol):
     @property
     def _kser_has_store(self) -> bool:
         """True if the registry has a store for operations."""
+        ...
+
+    @property
+    def _kser_operations(self) -> OperationsProtocol:
+        """The client of the stored operations."""
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:

@@ -163,7 +163,7 @@ class SaveAndClaimContract:
         operation = new(2)
         stores = [world.store, world.other] * 3
         answers = at_once(*(lambda store=store: store.save(operation, me()) for store in stores))
-        assert sorted(type(answer).__name__ for answer in answers) == ["Claim"] + ["Refusal"] * 5
+        assert sorted(type(answer).__name__ for answer in answers) == ["Claim"] + ["ClaimRefused"] * 5
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_operation_with_an_already_stored_nested_operation_is_rejected(self, world: World) -> None:
@@ -358,7 +358,7 @@ class CheckpointContract:
     def test_checkpoint_may_record_the_result_before_the_end(self, world: World) -> None:
         claim = saved(world.store, new(1))
         move = move_of(claim.root, 0, phase=Phase.END_SUCCESS, result='{"nearly": 1}')
-        world.store.checkpoint(step_on(claim, 0, moves=[move], keep=False))
+        world.store.checkpoint(step_on(claim, 0, updates=[move], keep=False))
         row = row_of(world.store, claim.root.uuid)
         assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
 
@@ -389,7 +389,7 @@ class CheckpointContract:
         """Rule 27: a retry releases the claim with ``due_at``, and counts as an attempt."""
         claim = saved(world.store, new(2))
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
-        retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False, delay=50)
+        retry = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False, delay=50)
         world.store.checkpoint(retry)
         row = row_of(world.store, claim.root.uuid)
         assert row.due_at == row.next_check_at == pytest.approx(world.now + 50, abs=CLOSE)
@@ -407,14 +407,14 @@ class CheckpointContract:
     def test_retry_keeps_the_result_saved_with_the_task(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"came": "with"}')]))
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
+        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False))
         assert world.store.get_tasks(claim.id)[0].result == '{"came": "with"}'
 
     def test_attempts_are_appended_and_never_replaced(self, world: World) -> None:
         claim = saved(world.store, new(2))
         for number in (1, 2, 3):
             failed = end_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
-            world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=False))
+            world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False))
             claim = claimed(world.store, claim.root)
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
@@ -424,7 +424,7 @@ class CheckpointContract:
 
     def test_task_end_without_an_attempt_adds_no_attempt(self, world: World) -> None:
         claim = saved(world.store, new(2))
-        world.store.checkpoint(step_on(claim, 0, ends=[end_of(claim.root, 0, 0)]))
+        world.store.checkpoint(step_on(claim, 0, outcomes=[end_of(claim.root, 0, 0)]))
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert (stored.attempts, stored.tasks[0].attempts, stored.tasks[0].status) == ([], 0, states.SUCCESS)
@@ -432,7 +432,7 @@ class CheckpointContract:
     def test_error_may_contain_any_character(self, world: World) -> None:
         claim = saved(world.store, new(2))
         error = "nul \0, a lone \ud800, and \N{SNOWMAN}"
-        failed = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0, status=states.FAILED, error=error)])
+        failed = last_step(claim, 0, states.FAILED, outcomes=[end_of(claim.root, 0, status=states.FAILED, error=error)])
         world.store.checkpoint(failed._replace(events=[NewEvent("ended", text=error)]))
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
@@ -443,7 +443,9 @@ class CheckpointContract:
         claim = saved(world.store, new(None))
         inner = new(2, labels=[("inner", "1")])
         built = BuiltTasks(claim.id, [new_task(), new_task(inner)])
-        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built, notes=[NewEvent("built")])
+        checkpoint = step_on(
+            claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built, events=[NewEvent("built")]
+        )
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         row = row_of(world.store, claim.root.uuid)
         assert (row.task_count, row.phase, row.step) == (2, Phase.RUN_TASK, 0)
@@ -458,7 +460,7 @@ class CheckpointContract:
     def test_ten_thousand_built_tasks_are_stored(self, world: World) -> None:
         claim = saved(world.store, new(None))
         built = BuiltTasks(claim.id, [new_task() for _ in range(10_000)])
-        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built))
+        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built))
         assert [task.position for task in world.store.get_tasks(claim.id)] == list(range(10_000))
 
     # -- fences --------------------------------------------------------------------------------------------------------
@@ -503,10 +505,10 @@ class CheckpointContract:
     def test_checkpoint_from_wrong_phase_is_fenced(self, world: World) -> None:
         """Rule 8: releasing a step must not undo a checkpoint that was recorded meanwhile."""
         claim = saved(world.store, new(3, mode=Mode.DISTRIBUTED))
-        world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
+        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
         before = world.store.snapshot(claim.root.uuid)
         with pytest.raises(FencedError):
-            world.store.checkpoint(step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), keep=False))
+            world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), keep=False))
         assert world.store.snapshot(claim.root.uuid) == before
 
     def test_checkpoint_from_wrong_step_of_a_nested_operation_is_fenced(self, world: World) -> None:
@@ -516,7 +518,7 @@ class CheckpointContract:
         before = world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)
         moves = [move_of(child._replace(step=1), 2), move_of(claim.root, 0)]
         with pytest.raises(FencedError):
-            world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 1)]))
+            world.store.checkpoint(step_on(claim, 0, updates=moves, outcomes=[end_of(child, 1)]))
         assert (world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)) == before
 
     def test_checkpoint_of_a_purged_operation_is_fenced(self, world: World) -> None:
@@ -554,7 +556,7 @@ class CheckpointContract:
         for keep in (False, True):
             claim = saved(world.store, new(2))
             failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-            retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=keep)
+            retry = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=keep)
             world.store.checkpoint(retry)
             before = world.store.snapshot(claim.root.uuid)
             assert world.store.checkpoint(retry) == states.RUNNING
@@ -564,7 +566,7 @@ class CheckpointContract:
         """Rule 10."""
         claim = saved(world.store, new(None))
         built = BuiltTasks(claim.id, [new_task(), new_task(new(1))])
-        checkpoint = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=(), built=built)
+        checkpoint = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built)
         world.store.checkpoint(checkpoint)
         before = world.store.snapshot(claim.root.uuid)
         assert world.store.checkpoint(checkpoint) == states.RUNNING
@@ -630,8 +632,8 @@ class CheckpointContract:
         checkpoint = step_on(
             claim,
             0,
-            moves=[move_of(three, 0, **done), move_of(two, 0, **done), move_of(root, 1)],
-            ends=[end_of(three, 0), end_of(two, 0, 0), end_of(root, 0, 0)],
+            updates=[move_of(three, 0, **done), move_of(two, 0, **done), move_of(root, 1)],
+            outcomes=[end_of(three, 0), end_of(two, 0, 0), end_of(root, 0, 0)],
         )
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         for row in (two, three):
@@ -650,7 +652,7 @@ class CheckpointContract:
         inner = new(2)
         claim = saved(world.store, new([new_task(inner)]))
         root, child = claim.path
-        checkpoint = step_on(claim, 0, moves=[move_of(child, 1), move_of(root, 0)], ends=[end_of(child, 0)])
+        checkpoint = step_on(claim, 0, updates=[move_of(child, 1), move_of(root, 0)], outcomes=[end_of(child, 0)])
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         now = row_of(world.store, inner.uuid)
@@ -838,7 +840,7 @@ class LifecycleContract:
         root, first = claim.path
         ended = move_of(first, 0, status=states.SUCCESS, phase=Phase.END_SUCCESS, result="{}")
         ends = [end_of(first, 0), end_of(root, 0, 0)]
-        world.store.checkpoint(step_on(claim, 0, moves=[ended, move_of(root, 1)], ends=ends, keep=False))
+        world.store.checkpoint(step_on(claim, 0, updates=[ended, move_of(root, 1)], outcomes=ends, keep=False))
         before = row_of(world.store, root.uuid)
         row = world.other.cancel(root.uuid, "changed my mind")
         assert row is not None
@@ -922,7 +924,9 @@ class LifecycleContract:
         claim = saved(world.store, new(1))
         world.store.cancel(claim.root.uuid, None)
         failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-        retry = step_on(claim, 0, moves=[move_of(claim.root, 0)], ends=[failed], keep=keep, delay=0 if keep else 60)
+        retry = step_on(
+            claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=keep, delay=0 if keep else 60
+        )
         assert world.store.checkpoint(retry) == states.CANCELLED
         assert world.store.checkpoint(retry) == states.CANCELLED
         row = row_of(world.store, claim.root.uuid)
@@ -934,7 +938,7 @@ class LifecycleContract:
         claim = saved(world.store, new([new_task(inner)]))
         root, child = claim.path
         world.store.cancel(root.uuid, None)
-        checkpoint = step_on(claim, 0, moves=[move_of(child, 1), move_of(root, 0)], ends=[end_of(child, 0)])
+        checkpoint = step_on(claim, 0, updates=[move_of(child, 1), move_of(root, 0)], outcomes=[end_of(child, 0)])
         assert world.store.checkpoint(checkpoint) == states.CANCELLED
         now = row_of(world.store, inner.uuid)
         assert (now.status, now.step) == (states.CANCELLED, 1)
@@ -996,7 +1000,7 @@ class LifecycleContract:
         assert kinds(world.store, row.uuid)[-1] == "resumed"
         claim = claimed(world.store, row)
         assert (claim.task, claim.epoch) == (task, row.epoch + 1)
-        assert world.store.checkpoint(step_on(claim, 1, ends=[end_of(row, 1, 2)])) == states.RUNNING
+        assert world.store.checkpoint(step_on(claim, 1, outcomes=[end_of(row, 1, 2)])) == states.RUNNING
 
     def test_resume_of_a_distributed_operation_targets_the_failed_task(self, world: World) -> None:
         failed = self._failed(world.store, mode=Mode.DISTRIBUTED)
@@ -1029,7 +1033,7 @@ class LifecycleContract:
     def test_resume_after_all_tasks_succeeded_repeats_only_the_end(self, world: World) -> None:
         """Rule 23: a raising ``onsuccess`` made it FAILED."""
         claim = saved(world.store, new(1, mode=Mode.DISTRIBUTED))
-        end = last_step(claim, 0, states.FAILED, ends=[end_of(claim.root, 0)])
+        end = last_step(claim, 0, states.FAILED, outcomes=[end_of(claim.root, 0)])
         world.store.checkpoint(end._replace(target=StepMessage("else", "shop.Else", "else")))
         row = world.store.resume(claim.root.uuid)
         assert row is not None
@@ -1048,15 +1052,15 @@ class LifecycleContract:
             step_on(
                 claim,
                 1,
-                moves=[move_of(three, 1), move_of(two, 0), move_of(root, 1)],
-                ends=[end_of(three, 0)],
+                updates=[move_of(three, 1), move_of(two, 0), move_of(root, 1)],
+                outcomes=[end_of(three, 0)],
             )
         )
         failed: dict[str, Any] = {"status": states.FAILED, "phase": "FAILED", "result": "{}"}
         moves = [move_of(three._replace(step=1), 1, **failed), move_of(two, 0, **failed), move_of(root, 1, **failed)]
         broken = {"status": states.FAILED, "error": "no"}
         ends = [end_of(three, 1, **broken), end_of(two, 0, 0, **broken), end_of(root, 1, 0, **broken)]
-        assert world.store.checkpoint(step_on(claim, 1, moves=moves, ends=ends)) == states.FAILED
+        assert world.store.checkpoint(step_on(claim, 1, updates=moves, outcomes=ends)) == states.FAILED
         row = world.store.resume(root.uuid)
         assert row is not None
         assert [row_of(world.store, each.uuid).status for each in claim.path] == [states.RUNNING] * 3
@@ -1095,7 +1099,7 @@ class LifecycleContract:
         root, child = claim.path
         done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": "{}"}
         moves = [move_of(child, 0, **done), move_of(root, 0, **done)]
-        world.store.checkpoint(step_on(claim, 0, moves=moves, ends=[end_of(child, 0), end_of(root, 0, 0)]))
+        world.store.checkpoint(step_on(claim, 0, updates=moves, outcomes=[end_of(child, 0), end_of(root, 0, 0)]))
         young = saved(world.store, new(1))
         assert world.store.purge(60, [states.SUCCESS], 10) == 0
         world.pass_by(100)

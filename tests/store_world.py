@@ -214,4 +214,6 @@ def last_step(claim: Claim, step: int, status: str = states.SUCCESS, **values: A
     phase = Phase.END_SUCCESS if status == states.SUCCESS else Phase.END_FAILED
     move = move_of(root, step, phase=phase, status=status, result='{"all": "over"}')
     ends = [end_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
-    return step_on(claim, step, moves=[move], ends=ends, notes=[NewEvent("ended", text=status)])._replace(**values)
+    return step_on(claim, step, updates=[move], outcomes=ends, events=[NewEvent("ended", text=status)])._replace(
+        **values
+    )

@@ -509,7 +509,7 @@ def test_group_commit_rejects_an_invalid_value_alone(any_store: SQLStore) -> Non
     """Rule 14: the group is split."""
     claims = [saved(any_store, new(3)) for _ in range(6)]
     offender = claims[2]
-    bad = step_on(offender, 0, ends=[end_of(offender.root, 0, status=None)])
+    bad = step_on(offender, 0, outcomes=[end_of(offender.root, 0, status=None)])
     answers = Held(any_store).together(
         *(
             lambda claim=claim: any_store.checkpoint(bad if claim is offender else step_on(claim, 0))
@@ -544,11 +544,11 @@ def test_group_commit_fences_each_checkpoint_alone(any_store: SQLStore) -> None:
 def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLStore) -> None:
     """Rule 8: as when an attempt that was given up comes back."""
     claim = saved(any_store, new(3))
-    other = step_on(claim, 0, moves=[move_of(claim.root, 2)], ends=[end_of(claim.root, 0, result='{"other": 1}')])
+    other = step_on(claim, 0, updates=[move_of(claim.root, 2)], outcomes=[end_of(claim.root, 0, result='{"other": 1}')])
     answers = Held(any_store).together(
         lambda: any_store.checkpoint(step_on(claim, 0)), lambda: any_store.checkpoint(other)
     )
-    assert sorted(type(answer).__name__ for answer in answers) == ["Fenced", "str"]
+    assert sorted(type(answer).__name__ for answer in answers) == ["FencedError", "str"]
     stored = any_store.snapshot(claim.root.uuid)
     assert stored is not None
     assert len(stored.attempts) == 1
@@ -558,7 +558,7 @@ def test_group_commit_stores_a_duplicate_operation_once(any_store: SQLStore) -> 
     """Rule 3."""
     each = new(2)
     answers = Held(any_store).together(*[lambda: any_store.save(each, me())] * 2, lambda: any_store.save(new(1), me()))
-    assert sorted(type(answer).__name__ for answer in answers) == ["Claim", "Claim", "Refusal"]
+    assert sorted(type(answer).__name__ for answer in answers) == ["Claim", "Claim", "ClaimRefused"]
 
 
 def test_group_commit_reports_a_database_error_to_every_caller(
@@ -806,7 +806,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.checkpoint(step_on(claim, 0))
         any_store.checkpoint(step_on(claim, 0))
         any_store.cancel(claim.root.uuid, None)
-        any_store.checkpoint(step_on(claim, 1, moves=[move_of(claim.root._replace(step=1), 1)], ends=()))
+        any_store.checkpoint(step_on(claim, 1, updates=[move_of(claim.root._replace(step=1), 1)], outcomes=()))
         row = any_store.resume(claim.root.uuid)
         assert row is not None
         any_store.mark_sent([(row.id, row.epoch)], 60)
@@ -815,7 +815,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.snapshot(inner.uuid)
         any_store.get_task(claim.id, 0)
         any_store.get_children(claim.id)
-        any_store.checkpoint(last_step(claim, 1, ends=()))
+        any_store.checkpoint(last_step(claim, 1, outcomes=()))
         any_store._clock_offset = 100
         assert any_store.purge(10, [states.SUCCESS], 10) == 1
 
@@ -875,7 +875,7 @@ def test_full_disk_raises_store_unavailable(store: SQLStore) -> None:
     writer = store._database._writer  # type: ignore[attr-defined]
     (pages,) = writer.execute("PRAGMA page_count").fetchone()
     writer.execute(f"PRAGMA max_page_count = {pages}")
-    large = step_on(claim, 0, ends=[end_of(claim.root, 0, result="x" * 1_000_000)])
+    large = step_on(claim, 0, outcomes=[end_of(claim.root, 0, result="x" * 1_000_000)])
     with pytest.raises(StoreUnavailable, match="disk is full: make room"):
         store.checkpoint(large)
     assert row_of(store, claim.root.uuid).step == 0

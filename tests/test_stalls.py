@@ -55,7 +55,7 @@ def test_idle_consumer_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
     assert stalled(consumer, clock, caplog, 1000, 1000) == []
 
 
-@pytest.mark.parametrize("state", ["paused", "ending"])
+@pytest.mark.parametrize("state", ["paused", "shutting_down"])
 def test_paused_or_stopping_consumer_does_not_stall(state: str, caplog: pytest.LogCaptureFixture) -> None:
     put(*"123")
     consumer = Troubled(max_in_flight=1, stall_timeout=60)

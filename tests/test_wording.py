@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from tests.support import ROOT
 
-#: Lower it with every hit that goes; it never rises.
-LIMIT = 24
+#: The number of hits that are allowed. It may only fall.
+LIMIT = 0
 
 DOCUMENTS = (
     *("docs/*.rst", "docs/logs.csv", "README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"),

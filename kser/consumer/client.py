@@ -57,7 +57,7 @@ class Revocation(Protocol):
 
     @property
     def drained(self) -> bool:
-        """Whether no record of the partitions is running, or the time limit is over."""
+        """True when no record of the partitions is running, or the time limit is over."""
         ...
 
     def wait(self) -> None:
@@ -101,7 +101,7 @@ class ConsumerClient(ABC):
     :class:`kser.errors.ClientError` if it fails; the caller retries.
     """
 
-    #: Whether the client can commit offsets; False without a consumer group.
+    #: True if the client can commit offsets; False without a consumer group.
     can_commit: bool
 
     @property
@@ -123,7 +123,7 @@ class ConsumerClient(ABC):
         :param timeout: seconds to wait if no record is available.
         :param limit: the maximum number of records. With 0, the call may still return records of partitions that are
             assigned during the call.
-        :param held: paused partitions, of which the call returns no records.
+        :param paused: paused partitions, of which the call returns no records.
         """
 
     @abstractmethod
@@ -174,7 +174,7 @@ def client_error(
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
-    :param passing: whether the error is transient, and so logged at INFO.
+    :param transient: whether the error is transient, and so logged at INFO.
     """
     text = f"cannot {what} at {servers}: {reason}"
     remedy = next((remedy for word, remedy in _REMEDIES.items() if word in str(reason).lower()), None)

@@ -115,8 +115,8 @@ class OffsetTracker:
 
     :param start: the committed offset of the group.
     :param known: additional finished ranges, from an earlier assignment of the partition.
-    :param kept: items of records that were started during an earlier assignment and are unfinished; they do not start
-        a second time.
+    :param carried_over: items of records that were started during an earlier assignment and are unfinished;
+        they do not start a second time.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class OffsetTracker:
         self.next_offset = start.offset
         #: The last confirmed commit.
         self.committed = start
-        #: Whether the partition is revoked; no record of a revoked partition starts.
+        #: True once the partition is revoked; no record of a revoked partition starts.
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
         self.dead_letter_pending: set[int] = set()
@@ -205,8 +205,8 @@ class OffsetTracker:
     def commit(self, counts_as_finished: Callable[[Any], bool] | None = None) -> Commit:
         """Return the commit for the current state.
 
-        :param is_begun: returns whether an unfinished item counts as finished because it has started; None if no item
-            does.
+        :param counts_as_finished: returns whether an unfinished item counts as finished because it has started;
+            None if no item does.
         """
         unfinished: Collection[int] = self.unfinished
         if counts_as_finished is not None:
@@ -226,7 +226,7 @@ class OffsetTracker:
 
     @property
     def is_full(self) -> bool:
-        """Whether the metadata could exceed its limit, for the worst order in which the open records finish."""
+        """True if the metadata could exceed its limit, for the worst order in which the open records finish."""
         if not self.unfinished:
             return False
         span = self.next_offset - next(iter(self.unfinished))
@@ -245,7 +245,7 @@ def pending_commits(
 ) -> dict[Partition, Commit]:
     """Return the offsets of these partitions that can be committed and are not committed yet.
 
-    :param is_begun: see :meth:`OffsetTracker.commit`.
+    :param counts_as_finished: see :meth:`OffsetTracker.commit`.
     """
     found = ((key, progress, progress.commit(counts_as_finished)) for key, progress in partitions.items())
     return {key: commit for key, progress, commit in found if commit != progress.committed}

@@ -36,7 +36,7 @@ class Poller(RebalanceListener):
 
     :param connect: creates a client; called again after a fatal error of the client.
     :param topics: the topics to consume.
-    :param dispatch: the work queue.
+    :param work_queue: the work queue.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
     :param stall_timeout: seconds without progress after which lag is logged as an error.
@@ -61,9 +61,9 @@ class Poller(RebalanceListener):
         self._stall_timeout = stall_timeout
         self._logger, self._name = say
         self._clock = work_queue.clock
-        #: Whether fetching is paused.
+        #: True while fetching is paused.
         self.paused = False
-        #: Whether the consumer is shutting down: no records are fetched, but finished records are still committed.
+        #: True during a shutdown: no records are fetched, but finished records are still committed.
         self.shutting_down = False
         self._closing = False
         self._stop = threading.Event()
@@ -95,7 +95,7 @@ class Poller(RebalanceListener):
     def stop(self, deadline: float) -> None:
         """Stop the loop after the current poll.
 
-        :param until: the deadline for retrying the final commit, by the clock of the work queue.
+        :param deadline: the deadline for retrying the final commit, by the clock of the work queue.
         """
         self._deadline = deadline
         self._stop.set()

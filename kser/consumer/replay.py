@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
 READ_BATCH = 100
 
-#: Seconds that one poll waits for dead letters.
+#: Time limit of one poll for dead letters, in seconds.
 POLL_TIMEOUT = 0.5
 
 

@@ -1,4 +1,4 @@
-"""What a consumer offers to the registries of its classes: background services and a shared producer."""
+"""Services that a consumer offers to the registries of its classes: background services and a shared producer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BackgroundService(Protocol):
 class BackgroundServices:
     """The thread that runs the background services of a consumer.
 
-    :param companions: returns the background services; called repeatedly, because services are added later.
+    :param find_services: returns the background services; called repeatedly, because services are added later.
     """
 
     def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:

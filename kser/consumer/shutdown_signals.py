@@ -95,7 +95,7 @@ class ShutdownSignals:
 
         Only a signal handler can raise in the main thread, and it raises only once per attempt.
 
-        :param is_in: returns whether the main thread still runs tasks.
+        :param is_running: returns whether the main thread still runs tasks.
         :return: whether the main thread has left within a few seconds, clean-up included.
         """
         deadline = time.monotonic() + CLEANUP_GRACE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from uuid import NAMESPACE_URL, uuid5
 
 from kser.attempt import Attempt
@@ -10,27 +10,44 @@ from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import OffsetTracker
 from kser.retry import Retry
 
-if TYPE_CHECKING:
-    from kser.consumer.worker_pool import WorkerPool
+
+class AttemptOwner(Protocol):
+    """Worker pool that runs an attempt, as its work item uses it."""
+
+    stopping: bool
+
+    def ack(self, job: WorkItem) -> None:
+        """Ack a running item."""
+
+    def abandon(self, job: WorkItem) -> None:
+        """Abandon a running item."""
+
+    def now(self) -> float:
+        """Return the time by the clock of the work queue."""
+        ...
+
+    def cluster(self) -> str:
+        """Return the id of the Kafka cluster."""
+        ...
 
 
 class WorkItem(Attempt):
     """One attempt at a record.
 
     :param record: the Kafka record.
-    :param progress: the offset tracker of its partition.
+    :param tracker: the offset tracker of its partition.
     :param lane: the lane, whose items run one after another in order; None if the item is in no lane.
     :param retry: the retry policy of the consumer, for classes that declare none.
     """
 
-    #: Whether an attempt at the record was ever started.
+    #: True once an attempt at the record was started.
     was_started = False
     #: The times at which a retry is due and at which the attempt started, by the clock of the work queue.
     due_at = started_at = 0.0
     #: The number of failed tries to write the dead letter.
     dead_letter_tries = 0
     #: The worker pool that runs the attempt; None before the start.
-    worker_pool: WorkerPool | None = None
+    worker_pool: AttemptOwner | None = None
 
     def __init__(self, record: Record, tracker: OffsetTracker, lane: Any, retry: Retry | None) -> None:
         self.record = record
@@ -45,7 +62,7 @@ class WorkItem(Attempt):
     def next_attempt(self, due_at: float) -> WorkItem:
         """Create the item that replaces this one, with the same attempt number; a retry increments the number.
 
-        :param due: the time at which the new item is due.
+        :param due_at: the time at which the new item is due.
         """
         job = WorkItem(self.record, self.tracker, self.lane, self.retry)
         job.was_started = True

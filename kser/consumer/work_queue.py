@@ -49,7 +49,7 @@ class InFlightLimit:
     def available(self, delayed: int) -> int:
         """Return how many more records may be in flight.
 
-        :param resting: the number of records in flight that wait for a retry; these count by their bytes only.
+        :param delayed: the number of records in flight that wait for a retry; these count by their bytes only.
         """
         room = self._max_count - self.count + delayed
         spare = self._max_bytes - self.bytes
@@ -95,7 +95,7 @@ class GroupLease:
     partitions. While the lease is expired, no attempt starts.
 
     :param clock: returns the time in seconds.
-    :param fence: the duration of the lease, in seconds.
+    :param max_silence: the duration of the lease, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float], max_silence: float = math.inf) -> None:
@@ -110,7 +110,7 @@ class GroupLease:
 
     @property
     def is_expired(self) -> bool:
-        """Whether the lease has expired."""
+        """True if the lease has expired."""
         return self._clock() >= self.deadline
 
 
@@ -128,7 +128,7 @@ class WorkQueue(RebalanceListener):
     :param max_bytes: the maximum number of bytes of their keys and values.
     :param revoke_timeout: seconds to wait for the running records of a partition before it is revoked.
     :param retry: the retry policy for classes that declare none.
-    :param fence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
+    :param max_silence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
     :param commit_before: whether a record counts as finished for its group as soon as its attempt has started.
     :param clock: returns the time in seconds.
     """
@@ -232,7 +232,7 @@ class WorkQueue(RebalanceListener):
 
     @property
     def is_busy(self) -> bool:
-        """Whether all workers are busy."""
+        """True if all workers are busy."""
         return not self._idle_workers
 
     @property
@@ -430,7 +430,7 @@ class WorkQueue(RebalanceListener):
     def time_out(self, job: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
         """Time out a running attempt: queue a replacement that fails with ``verdict``.
 
-        :param decision: the outcome latch of the attempt.
+        :param outcome: the outcome latch of the attempt.
         :return: False if the attempt has already ended.
         """
         with self._lock:
@@ -508,7 +508,7 @@ class PendingRevocation:
 
     @property
     def drained(self) -> bool:
-        """Whether no record of the partitions is running, or the deadline has passed."""
+        """True when no record of the partitions is running, or the deadline has passed."""
         running = self._work_queue.is_running(list(self._leaving.values()))
         return not running or self._work_queue.clock() >= self._deadline
 

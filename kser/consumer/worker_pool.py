@@ -24,11 +24,11 @@ DEAD_LETTER_DELAYS = (1.0, 30.0)
 class WorkerPool:
     """A pool of workers: each takes items from the work queue, runs the registry and applies the outcome.
 
-    :param dispatch: the work queue.
-    :param begin: called with each item before its attempt starts; None for no call.
+    :param work_queue: the work queue.
+    :param before_attempt: called with each item before its attempt starts; None for no call.
     :param handle: runs the registry with the value of a record.
     :param dead_letters: the writer of dead letters.
-    :param count: the number of workers.
+    :param size: the number of workers.
     :param say: the consumer's logger and name.
     """
 

@@ -17,6 +17,7 @@ from cdumay_result import Result
 from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
+from kser.entry import RegistryProtocol
 from kser.errors import SettingError
 from kser.producer import KafkaProducerBase
 from kser.results import failed_result
@@ -27,7 +28,6 @@ from kser.store.retrying import StoreRetry
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
-    from kser.sequencing.registry import OperationRegistry
     from kser.sequencing.task import Task
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class DurableContext:
     :param store: the shared database.
     """
 
-    def __init__(self, registry: OperationRegistry, store: Store) -> None:
+    def __init__(self, registry: RegistryProtocol, store: Store) -> None:
         self.registry = registry
         self.store = store
         self.retrying = StoreRetry()
@@ -213,7 +213,8 @@ class DurableContext:
 
         :raises kser.errors.ProducerMissing: the registry has no producer.
         """
-        return self.registry.producer
+        producer: BaseProducer = self.registry.producer
+        return producer
 
 
 def step_message(target: StepMessage, root_uuid: str) -> Message:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Execution:
     """Execution of an operation under one claim.
 
-    :param means: the durable context of this process.
+    :param context: the durable context of this process.
     :param claim: the claim to work under.
     :param operation: the root's object, if it was just built.
     :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.

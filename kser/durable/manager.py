@@ -49,7 +49,7 @@ _ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None
 class OperationManager(Runner):
     """Manager of a registry's stored operations.
 
-    :param means: the durable context of this process.
+    :param context: the durable context of this process.
     :param runner: runs operations that were never sent and therefore are not stored.
     """
 

@@ -31,7 +31,7 @@ CLOSE_TIMEOUT = 5.0
 class RecoveryService:
     """Background service that renews the leases of this process and sends due steps.
 
-    :param means: the durable context of this process.
+    :param context: the durable context of this process.
     """
 
     def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
@@ -158,7 +158,7 @@ class RecoveryService:
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send steps to a topic, and return the steps that were not delivered.
 
-        :param until: deadline on this service's clock.
+        :param deadline: deadline on this service's clock.
         """
         try:
             producer: Any = self._context.producer

@@ -42,7 +42,7 @@ def overrides_of(cls: type) -> int:
 def to_json(value: Any, subject: str, owner: object) -> str:
     """Return a value as JSON text, in the format of the wire.
 
-    :param what: name of the value, for the error text.
+    :param subject: name of the value, for the error text.
     :param owner: object that the value belongs to, for the error text.
     :raises kser.errors.UsageError: the value has no JSON form.
     """
@@ -174,8 +174,8 @@ class EntrypointLoader:
     :param lookup: returns the class with a path; None if it is not registered here.
     """
 
-    def __init__(self, find: Callable[[str], type[Entrypoint] | None]) -> None:
-        self.lookup = find
+    def __init__(self, lookup: Callable[[str], type[Entrypoint] | None]) -> None:
+        self.lookup = lookup
 
     def operation(self, row: OperationRow) -> Operation:
         """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class StepRunner:
     """Step runner: runs the current step and updates the execution state with its outcome.
 
-    :param means: the durable context of this process.
-    :param track: the execution state of the operation.
+    :param context: the durable context of this process.
+    :param state: the execution state of the operation.
     :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
     """
 

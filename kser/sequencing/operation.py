@@ -20,14 +20,13 @@ from cdumay_result import Result
 from kser import log_lines, signals
 from kser import status as states
 from kser.attempt import current_attempt
-from kser.entry import NO_INIT_FAILURE, notify_failure
+from kser.entry import NO_INIT_FAILURE, RegistryProtocol, notify_failure
 from kser.errors import SendError, StoreMissing, UsageError
 from kser.results import merge
 from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task, registry_of
 
 if TYPE_CHECKING:
-    from kser.sequencing.registry import OperationRegistry
     from kser.store.model import OperationSnapshot
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class Operation(Task):
     _kser_is_durable = True
     _kser_snapshot: OperationSnapshot | None = None
     #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
-    _kser_loaded_from: OperationRegistry | None = None
+    _kser_loaded_from: RegistryProtocol | None = None
 
     def __init__(
         self,

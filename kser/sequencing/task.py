@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from cdumay_result import Result
 
 from kser import log_lines
 from kser import status as states
 from kser.attempt import current_attempt
-from kser.entry import NO_INIT_FAILURE, Entrypoint
+from kser.entry import NO_INIT_FAILURE, Entrypoint, RegistryProtocol
 from kser.errors import ProducerMissing, UsageError
 from kser.retry import Retry
-
-if TYPE_CHECKING:
-    from kser.sequencing.registry import OperationRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,6 @@ class Task(Entrypoint):
     #: return early.
     cancel_requested: ClassVar[Any] = _CancelRequested()
 
-    _kser_registry: ClassVar[OperationRegistry | None] = None
     _kser_executed = False
     _kser_operation_uuid: str | None = None
     #: The error for which an object built from a row cannot run: its class is not registered here, or building the
@@ -162,7 +158,7 @@ class Task(Entrypoint):
     __str__ = __repr__
 
 
-def registry_of(task: Task) -> OperationRegistry:
+def registry_of(task: Task) -> RegistryProtocol:
     """Return the registry that a task's class is subscribed to.
 
     :raises kser.errors.ProducerMissing: the class is not subscribed to a registry.

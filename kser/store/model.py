@@ -333,7 +333,7 @@ class OperationUpdate(NamedTuple):
 
     @property
     def changes_position(self) -> bool:
-        """Whether the update changes the step or the phase."""
+        """True if the update changes the step or the phase."""
         return (self.old_step, self.old_phase) != (self.step, self.phase)
 
 

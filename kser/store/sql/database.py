@@ -43,7 +43,7 @@ class Transaction:
     def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
         """Execute a statement with one set of values, and return the cursor of the driver.
 
-        :param anew: True to plan the statement for these values, because the best plan depends on them.
+        :param replan: True to plan the statement for these values, because the best plan depends on them.
         """
         options = {"prepare": False} if replan and self._json_batches else {}
         self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})}, **options)

@@ -55,7 +55,7 @@ class Statement:
 class RowSource:
     """The source of the row values of a statement: bind parameters, or one JSON text with all rows.
 
-    :param packed: True for one JSON text.
+    :param json_batches: True for one JSON text.
     :param types: names and types of the values.
     :param name: bind parameter of the JSON text.
     """
