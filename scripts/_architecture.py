@@ -45,7 +45,7 @@ ROOMS = (
     Room("store", "contract, rules, memory", ("kser.store",), 2, 0),
     Room("consumer", "records to attempts to commits", ("kser.consumer",), 2, 2),
     Room("producer", "messages to records", ("kser.producer",), 2, 3),
-    Room("store/sql", "SQLite and PostgreSQL", ("kser.store.sql",), 3, 0),
+    Room("store/sql", "SQLite and PostgreSQL", ("kser.store.sql", "kser.store.__main__"), 3, 0),
     Room("sequencing", "tasks and operations", ("kser.sequencing",), 3, 1),
     Room("transports", "one package per client", TRANSPORTS, 3, 2.5),
     Room("durable", "stored operations", ("kser.durable",), 4, 1),
@@ -78,11 +78,13 @@ def room_of(module: str) -> Room:
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
-    """Yield the modules that ``node`` imports at run time."""
+    """Yield the modules that ``node`` imports when it is loaded: functions import optional dependencies alone."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ImportFrom) and child.module:
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+        elif not isinstance(child, ast.FunctionDef) and not (
+            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        ):
             yield from _imports(child)
 
 
