@@ -35,16 +35,16 @@ class Desk(WorkQueue):
         self.put({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
 
     def next(self) -> WorkItem:
-        job = self.get(0)
-        assert job is not None, "there is nothing to take"
-        return job
+        item = self.get(0)
+        assert item is not None, "there is nothing to take"
+        return item
 
     def all(self) -> list[WorkItem]:
         """What may run now at the same time."""
-        jobs = []
-        while (job := self.get(0)) is not None:
-            jobs.append(job)
-        return jobs
+        items = []
+        while (item := self.get(0)) is not None:
+            items.append(item)
+        return items
 
     def come_back(self, commit: Commit | None = None) -> None:
         """The partition is given up, with everything committed that may be, and assigned again."""
@@ -52,5 +52,5 @@ class Desk(WorkQueue):
         self.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
 
 
-def offsets(jobs: list[WorkItem]) -> list[int]:
-    return [job.record.offset for job in jobs]
+def offsets(items: list[WorkItem]) -> list[int]:
+    return [item.record.offset for item in items]

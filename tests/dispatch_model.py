@@ -44,11 +44,11 @@ class Node:
         self.leaving: list[Partition] = []
 
     def runs(self, keys: list[Partition]) -> list[WorkItem]:
-        return [job for job in self.running if job.partition in keys]
+        return [item for item in self.running if item.partition in keys]
 
 
-def place_of(job: WorkItem) -> Place:
-    return job.partition, job.record.offset
+def place_of(item: WorkItem) -> Place:
+    return item.partition, item.record.offset
 
 
 class Group(RuleBasedStateMachine):
@@ -112,44 +112,44 @@ class Group(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1))
     def take(self, index: int) -> None:
         node = self.nodes[index]
-        job = node.dispatch.get(0)
-        if job is not None:
-            self.check_start(node, job)
-            node.running.append(job)
+        item = node.dispatch.get(0)
+        if item is not None:
+            self.check_start(node, item)
+            node.running.append(item)
 
     @precondition(lambda self: any(node.running for node in self.nodes))
     @rule(index=st.integers(0, 1), which=FEW)
     def finish(self, index: int, which: set[int]) -> None:
         node = self.busy(index)
-        for job in [job for number, job in enumerate(node.running) if number in which]:
-            self.end_job(node, job)
+        for item in [item for number, item in enumerate(node.running) if number in which]:
+            self.end_item(node, item)
 
     @precondition(lambda self: any(node.running for node in self.nodes))
     @rule(index=st.integers(0, 1), which=st.integers(0, 5), how=st.sampled_from(["later", "soon", "bury", "expire"]))
     def fail(self, index: int, which: int, how: str) -> None:
         """It is tried again, or its dead letter cannot be written for now, or it takes too long."""
         node = self.busy(index)
-        job = node.running.pop(which % len(node.running))
+        item = node.running.pop(which % len(node.running))
         if how == "expire":
-            assert node.dispatch.time_out(job, TaskTimeout("too long"), job.outcome)
+            assert node.dispatch.time_out(item, TaskTimeout("too long"), item.attempt.outcome)
         elif how == "bury":
-            job.failure = Failure("failed", "", "")
-            node.dispatch.retry_dead_letter(job, 1)
+            item.attempt.failure = Failure("failed", "", "")
+            node.dispatch.retry_dead_letter(item, 1)
         else:
-            node.dispatch.requeue(job, 20 if how == "later" else 0)
+            node.dispatch.requeue(item, 20 if how == "later" else 0)
 
     def busy(self, index: int) -> Node:
         """A consumer that works on something: that one, if it does."""
         return self.nodes[index] if self.nodes[index].running else self.nodes[1 - index]
 
-    def end_job(self, node: Node, job: WorkItem, failing: bool = False) -> None:
-        node.running.remove(job)
+    def end_item(self, node: Node, item: WorkItem, failing: bool = False) -> None:
+        node.running.remove(item)
         if failing:
-            node.dispatch.requeue(job, 1)
+            node.dispatch.requeue(item, 1)
             return
-        node.dispatch.task_done(job)
-        node.finished.add(place_of(job))
-        self.finished.add(place_of(job))
+        node.dispatch.task_done(item)
+        node.finished.add(place_of(item))
+        self.finished.add(place_of(item))
 
     @rule(seconds=st.sampled_from([2, 11, 30]))
     def pass_time(self, seconds: float) -> None:
@@ -194,10 +194,10 @@ class Group(RuleBasedStateMachine):
         draining, leaving = node.draining, node.leaving
         if draining is None:
             return
-        awaited = [job for job in node.runs(leaving) if job.tracker in draining._leaving.values()]
+        awaited = [item for item in node.runs(leaving) if item.tracker in draining._leaving.values()]
         if failing is not None:
-            for number, job in enumerate(awaited):
-                self.end_job(node, job, number in failing)
+            for number, item in enumerate(awaited):
+                self.end_item(node, item, number in failing)
         elif not draining.drained:
             return
         else:
@@ -209,7 +209,7 @@ class Group(RuleBasedStateMachine):
             self.check_all_is_committed(node, leaving)
         else:
             self.excuse_uncommitted(node, leaving)
-        self.excused |= {place_of(job) for job in node.runs(leaving)}
+        self.excused |= {place_of(item) for item in node.runs(leaving)}
         self.forget(node, leaving)
 
     @rule(
@@ -239,7 +239,7 @@ class Group(RuleBasedStateMachine):
         node = self.nodes[index]
         gone = [key for key, owner in self.owners.items() if owner is node]
         self.excuse_uncommitted(node, gone)
-        self.excused |= {place_of(job) for job in node.runs(gone)}
+        self.excused |= {place_of(item) for item in node.runs(gone)}
         for key in gone:
             self.owners[key] = None
 
@@ -265,10 +265,10 @@ class Group(RuleBasedStateMachine):
             return
         node.dispatch.close()
         assert node.dispatch.get(0) is None
-        for job in list(node.running)[hang:]:
-            self.end_job(node, job)
-        for job in node.running:
-            assert node.dispatch.abandon(job)
+        for item in list(node.running)[hang:]:
+            self.end_item(node, item)
+        for item in node.running:
+            assert node.dispatch.abandon(item.attempt)
         commits = node.dispatch.commits()
         if self.accepts(node, commits):
             self.check_all_is_committed(node, list(node.positions))
@@ -311,22 +311,22 @@ class Group(RuleBasedStateMachine):
         missing = {place for place in node.finished if place[0] in keys and not self.is_covered(place)}
         assert not missing, f"finished, and unknown to the next owner: {missing}"
 
-    def check_start(self, node: Node, job: WorkItem) -> None:
-        place = place_of(job)
+    def check_start(self, node: Node, item: WorkItem) -> None:
+        place = place_of(item)
         assert place not in node.finished, "a consumer runs again what it has finished"
         assert place not in map(place_of, node.running), "a consumer runs the same record twice at once"
-        if self.owners[job.partition] is not node:
+        if self.owners[item.partition] is not node:
             # It was expelled and does not know: the partition may be somebody else's already.
             self.excused.add(place)
         if place not in self.excused:
             assert place not in self.finished, "finished twice"
             for other in self.nodes:
                 assert place not in map(place_of, other.running), "runs in two consumers"
-        self.check_order(node, job)
+        self.check_order(node, item)
 
-    def check_order(self, node: Node, job: WorkItem) -> None:
-        key, offset = place_of(job)
-        lane = self.lane_of(job.record)
+    def check_order(self, node: Node, item: WorkItem) -> None:
+        key, offset = place_of(item)
+        lane = self.lane_of(item.record)
         if lane is None:
             return
         before = [r.offset for r in self.logs[key] if r.offset < offset and self.lane_of(r) == lane]

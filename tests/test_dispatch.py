@@ -43,9 +43,9 @@ def test_records_of_a_key_run_in_order() -> None:
     desk.enter_keys("aaa")
     seen = []
     for _ in range(3):
-        (job,) = desk.all()
-        seen.append(job.record.offset)
-        assert desk.task_done(job)
+        (item,) = desk.all()
+        seen.append(item.record.offset)
+        assert desk.task_done(item)
     assert seen == [0, 1, 2]
     assert desk.all() == []
 
@@ -70,16 +70,16 @@ def test_empty_lane_is_removed() -> None:
     """There may be as many keys as there are records."""
     desk = Desk()
     desk.enter_keys("ab")
-    for job in desk.all():
-        desk.task_done(job)
+    for item in desk.all():
+        desk.task_done(item)
     assert desk._lanes._lanes == {}
 
 
 def test_record_finished_twice_counts_once() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    assert [desk.task_done(job), desk.task_done(job)] == [True, True]
+    item = desk.next()
+    assert [desk.task_done(item), desk.task_done(item)] == [True, True]
     assert (desk.finished_count, desk.in_flight) == (1, 0)
 
 
@@ -91,13 +91,13 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
     desk.enter_keys("aab-")
     first, *others = desk.all()
     desk.requeue(first, 10)
-    for job in others:
-        desk.task_done(job)
+    for item in others:
+        desk.task_done(item)
     desk.time.pass_by(9.9)
     assert desk.all() == []
     desk.time.pass_by(0.1)
     (again,) = desk.all()
-    assert (again.record.offset, again.number) == (0, 2)
+    assert (again.record.offset, again.attempt.number) == (0, 2)
     desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
@@ -105,8 +105,8 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
 def test_retries_run_in_the_order_of_their_due_times() -> None:
     desk = Desk()
     desk.enter_keys("---")
-    for job, seconds in zip(desk.all(), (30, 10, 20), strict=True):
-        desk.requeue(job, seconds)
+    for item, seconds in zip(desk.all(), (30, 10, 20), strict=True):
+        desk.requeue(item, seconds)
     desk.time.pass_by(30)
     assert offsets(desk.all()) == [1, 2, 0]
 
@@ -189,9 +189,9 @@ def test_committed_offset_is_not_committed_again() -> None:
 def test_partition_without_a_group_starts_at_its_first_record() -> None:
     dispatch = WorkQueue()
     dispatch.put({OTHER: [record(7, partition=1)]})
-    job = dispatch.get(0)
-    assert job is not None
-    dispatch.task_done(job)
+    item = dispatch.get(0)
+    assert item is not None
+    dispatch.task_done(item)
     assert dispatch.commits() == {OTHER: Commit(8)}
 
 
@@ -205,9 +205,9 @@ def test_records_of_a_revoked_partition_are_ignored() -> None:
 # -- held --------------------------------------------------------------------------------------------------------------
 
 
-def dead(job: WorkItem) -> WorkItem:
-    job.failure = Failure(FAILED, "KeyError", "x")
-    return job
+def dead(item: WorkItem) -> WorkItem:
+    item.attempt.failure = Failure(FAILED, "KeyError", "x")
+    return item
 
 
 def test_unwritten_dead_letter_blocks_its_partition() -> None:
@@ -218,7 +218,11 @@ def test_unwritten_dead_letter_blocks_its_partition() -> None:
     assert offsets(desk.all()) == [1]
     desk.time.pass_by(30)
     (again,) = desk.all()
-    assert (again.failure, again.number, again.dead_letter_tries) == (Failure(FAILED, "KeyError", "x"), 1, 1)
+    assert (again.attempt.failure, again.attempt.number, again.dead_letter_tries) == (
+        Failure(FAILED, "KeyError", "x"),
+        1,
+        1,
+    )
     assert set(desk.blocked_partitions()) == {DICE}
     desk.task_done(again)
     assert set(desk.blocked_partitions()) == set()
@@ -235,9 +239,9 @@ def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> Non
 def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
     desk = Desk(ordering="none", max_in_flight=10_000)
     desk.put({DICE: [record(n) for n in range(4000)]})
-    for job in desk.all():
-        if job.record.offset % 2:
-            desk.task_done(job)
+    for item in desk.all():
+        if item.record.offset % 2:
+            desk.task_done(item)
     desk.mark_committed(desk.commits())
     assert set(desk.blocked_partitions()) == {DICE}
 
@@ -248,12 +252,12 @@ def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
 def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    job, verdict = desk.next(), TimeoutError("late")
-    assert desk.time_out(job, verdict, job.outcome)
-    assert job.abandoned
+    item, verdict = desk.next(), TimeoutError("late")
+    assert desk.time_out(item, verdict, item.attempt.outcome)
+    assert item.attempt.abandoned
     (following,) = desk.all()
-    assert (following.record, following.number, following.timeout_error) == (job.record, 1, verdict)
-    desk.task_done(job)
+    assert (following.record, following.attempt.number, following.attempt.timeout_error) == (item.record, 1, verdict)
+    desk.task_done(item)
     assert desk.commits() == {}
     desk.task_done(following)
     assert desk.commits() == {DICE: Commit(1)}
@@ -262,18 +266,22 @@ def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
 def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    job = desk.next()
+    item = desk.next()
     desk.task_done(desk.next())
-    assert desk.abandon(job)
+    assert desk.abandon(item.attempt)
     assert (desk.running(), desk.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
 
 
 def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    desk.task_done(job)
-    assert (desk.time_out(job, TimeoutError(), job.outcome), desk.abandon(job), job.abandoned) == (False, False, False)
+    item = desk.next()
+    desk.task_done(item)
+    assert (
+        desk.time_out(item, TimeoutError(), item.attempt.outcome),
+        desk.abandon(item.attempt),
+        item.attempt.abandoned,
+    ) == (False, False, False)
 
 
 # -- pause and end -----------------------------------------------------------------------------------------------------

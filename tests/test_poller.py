@@ -255,14 +255,14 @@ def test_fatal_client_is_replaced_and_running_records_are_not_run_again(
     put("1", "2")
     consumer = Troubled(AT_ONCE)
     consumer._kser_poller.poll_once(0)
-    job = consumer._kser_work_queue.get(0)
-    assert job is not None
+    item = consumer._kser_work_queue.get(0)
+    assert item is not None
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     consumer._kser_poller.poll_once(0)
     assert (consumer.assignment, consumer.used.closed) == (frozenset(), 1)
     assert consumer.run_until_idle() == 1
     assert (len(consumer.clients), consumer.assignment, Act.seen) == (2, {DICE}, ["2"])
-    consumer._kser_worker_pool._attempt(job)
+    consumer._kser_worker_pool._attempt(item)
     consumer.step(timeout=0)
     assert (Act.seen, committed()) == (["2", "1"], 2)
     assert [text for _, text in trouble_lines(caplog)] == [

@@ -93,7 +93,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert (again.record.offset, again.number) == (0, 2)
+    assert (again.record.offset, again.attempt.number) == (0, 2)
     desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
@@ -109,7 +109,7 @@ def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> 
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert again.number == 2
+    assert again.attempt.number == 2
 
 
 def test_records_committed_by_another_consumer_are_not_run() -> None:
@@ -131,8 +131,8 @@ def test_offset_reset_of_the_group_starts_records_again() -> None:
     """The committed offset was deleted or reset, so its records are requested again."""
     desk = Desk()
     desk.enter_keys("--")
-    for job in desk.all():
-        desk.task_done(job)
+    for item in desk.all():
+        desk.task_done(item)
     commits = desk.on_revoke([DICE]).commits()
     desk.on_assign(commits)
     desk.on_revoke([DICE])

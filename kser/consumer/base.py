@@ -120,10 +120,6 @@ class BaseConsumer:
         self._kser_dead_letters = DeadLetterWriter(
             options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self.LOGGER
         )
-        begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
-        self._kser_worker_pool = WorkerPool(
-            self._kser_work_queue, begin, self._kser_handle, self._kser_dead_letters, options.workers, say
-        )
         self._kser_poller = Poller(
             self._kser_connect,
             self._kser_topics,
@@ -131,6 +127,16 @@ class BaseConsumer:
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
+            say=say,
+        )
+        begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        self._kser_worker_pool = WorkerPool(
+            self._kser_work_queue,
+            begin,
+            self._kser_handle,
+            self._kser_dead_letters,
+            options.workers,
+            cluster=self._kser_poller.cluster,
             say=say,
         )
         if self._kser_poller.mode == NEVER and options.commit != NEVER:
@@ -299,13 +305,13 @@ class BaseConsumer:
         finally:
             self._kser_working = False
 
-    def _kser_commit_before_run(self, job: WorkItem) -> None:
+    def _kser_commit_before_run(self, item: WorkItem) -> None:
         """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
         if self._kser_client_thread is None:
             self._kser_poller.commit()
         else:
             # The client thread commits; the offset counts as committed when the group has confirmed it.
-            self._kser_work_queue.wait_for_change(CLIENT_TIMEOUT, lambda: job.tracker.is_committed(job.record.offset))
+            self._kser_work_queue.wait_for_change(CLIENT_TIMEOUT, lambda: item.tracker.is_committed(item.record.offset))
 
     def _kser_handle(self, value: Any) -> None:
         try:
@@ -332,12 +338,12 @@ class BaseConsumer:
         self._kser_deadline = self._kser_clock() + self.options.shutdown_timeout
         self._kser_worker_pool.shutdown()
         self._kser_wait_for_running()
-        for job in self._kser_work_queue.running():
-            if self._kser_work_queue.abandon(job):
+        for item in self._kser_work_queue.running():
+            if self._kser_work_queue.abandon(item.attempt):
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
                 self.LOGGER.warning(
-                    f"{type(self).__name__}: offset {job.record.offset} of {job.partition} still runs {when}: it is"
+                    f"{type(self).__name__}: offset {item.record.offset} of {item.partition} still runs {when}: it is"
                     " abandoned, and will run again"
                 )
         self._kser_poller.stop(self._kser_deadline)

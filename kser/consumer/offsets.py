@@ -156,7 +156,8 @@ class OffsetTracker:
 
     def mark_finished(self, offset: int) -> bool:
         """Mark a record as finished; return whether it was received during this assignment and unfinished."""
-        self.dead_letter_pending.discard(offset)
+        if self.dead_letter_pending:
+            self.dead_letter_pending.discard(offset)
         if offset in self.unfinished:
             del self.unfinished[offset]
             return True

@@ -74,13 +74,17 @@ class Poller(RebalanceListener):
         self._seen_finished = 0
         self._stalled = False
         self._client: ConsumerClient | None = self._connect_and_subscribe()
-        work_queue.cluster = lambda: self._client.cluster if self._client is not None else ""
         self._mode = commit if self._client.can_commit else NEVER
 
     @property
     def mode(self) -> str:
         """The effective commit mode, which is ``"never"`` without a group."""
         return self._mode
+
+    def cluster(self) -> str:
+        """Return the id of the Kafka cluster; empty if it is unknown or without a client. Any thread may call it."""
+        client = self._client
+        return "" if client is None else client.cluster
 
     # -- the client thread ---------------------------------------------------------------------------------------------
 
@@ -115,8 +119,8 @@ class Poller(RebalanceListener):
         """Call a function that uses the client. After an exception, log it, back off and return 0."""
         try:
             return call()
-        except ClientError as trouble:
-            self._back_off(trouble, timeout)
+        except ClientError as error:
+            self._back_off(error, timeout)
         except KserError as error:
             self._back_off(ClientError(error.message), timeout)
         except Exception as exc:
@@ -207,9 +211,9 @@ class Poller(RebalanceListener):
             return 0
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
-        except ClientError as trouble:
+        except ClientError as error:
             # The offsets stay pending, so the next commit includes them. Uncommitted records will be redelivered.
-            self._report("commit", trouble)
+            self._report("commit", error)
             return 0
         self._report("commit", None)
         self._work_queue.mark_committed(commits)
@@ -230,10 +234,10 @@ class Poller(RebalanceListener):
             # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good.
             # So return an empty revocation, which commits nothing.
             return self._work_queue.on_revoke(())
-        draining = self._work_queue.on_revoke(partitions)
+        revocation = self._work_queue.on_revoke(partitions)
         if self._mode == NEVER:
-            draining.commits = dict
-        return draining
+            revocation.commits = dict
+        return revocation
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
         self._work_queue.on_lost(partitions)
@@ -259,9 +263,9 @@ class Poller(RebalanceListener):
             if done:
                 return
             if self._client is None or self._clock() >= self._deadline:
-                places = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
+                partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
                 self._logger.warning(
-                    f"{self._name}: finished messages could not be committed and will be redelivered: {places}"
+                    f"{self._name}: finished messages could not be committed and will be redelivered: {partitions}"
                 )
                 return
             # A client that lost its membership rejoins the group only during a poll.
@@ -327,20 +331,20 @@ class Poller(RebalanceListener):
             lag = {key: count for key, count in {**here, **lag}.items() if count > 0}
             if lag:
                 self._stalled = True
-                places = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
+                partitions = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
                 self._logger.error(
                     f"{self._name}: no message was finished for {self._stall_timeout:g} s, but partitions lag:"
-                    f" {places}; {self._describe_running()}"
+                    f" {partitions}; {self._describe_running()}"
                 )
         return len(lag)
 
     def _describe_running(self) -> str:
-        jobs = self._work_queue.running()
-        if not jobs:
+        items = self._work_queue.running()
+        if not items:
             return "no message is being handled: check that the group is stable and that dead letters can be written"
-        oldest = min(jobs, key=lambda job: job.started_at)
-        age = self._clock() - oldest.started_at
+        oldest = min(items, key=lambda item: item.attempt.started_at)
+        age = self._clock() - oldest.attempt.started_at
         return (
-            f"{len(jobs)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
+            f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
             f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
         )

@@ -34,10 +34,10 @@ def iter_dead_letters(
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     """
     with closing(_reader(consumer, config, topic, f"kser-read-{uuid4()}", commit="never")) as reader:
-        for job in _records(reader, timeout):
-            if (letter := parse_dead_letter(job.record)) is not None:
+        for item in _records(reader, timeout):
+            if (letter := parse_dead_letter(item.record)) is not None:
                 yield letter
-            reader._kser_work_queue.task_done(job)
+            reader._kser_work_queue.task_done(item)
 
 
 def replay(
@@ -70,16 +70,16 @@ def replay(
     """
     sent = 0
     with closing(_reader(consumer, config, topic, group or f"kser-replay-{topic}")) as reader:
-        for job in _records(reader, timeout):
+        for item in _records(reader, timeout):
             if sent == limit:
                 break
-            letter = parse_dead_letter(job.record)
+            letter = parse_dead_letter(item.record)
             if letter is not None and (where is None or where(letter)):
                 reader._kser_shared_producer.producer().produce(
                     to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
                 )
                 sent += 1
-            reader._kser_work_queue.task_done(job)
+            reader._kser_work_queue.task_done(item)
             if reader._kser_work_queue.finished_count % READ_BATCH == 0:
                 reader._kser_poller.commit()
     return sent
@@ -108,8 +108,8 @@ def _records(reader: BaseConsumer, timeout: float) -> Iterator[WorkItem]:
     deadline = time.monotonic() + timeout
     while True:
         taken = reader._kser_poller.poll_once(min(POLL_TIMEOUT, timeout))
-        while (job := reader._kser_work_queue.get(0)) is not None:
-            yield job
+        while (item := reader._kser_work_queue.get(0)) is not None:
+            yield item
             deadline = time.monotonic() + timeout
         lag = reader._kser_poller.lag()
         if not taken and reader.assignment and reader.assignment <= lag.keys() and max(lag.values()) <= 0:

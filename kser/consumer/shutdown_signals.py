@@ -108,9 +108,9 @@ class ShutdownSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._read_pending()
         if number == WAKEUP_SIGNAL:
-            delivery = current_attempt.get()
-            if delivery is not None and delivery.abandoned and self._interrupted is None:
-                self._interrupted = delivery
+            attempt = current_attempt.get()
+            if attempt is not None and attempt.abandoned and self._interrupted is None:
+                self._interrupted = attempt
                 raise AttemptAbandoned
         elif len(self._received) > self._raised:
             self._raised = len(self._received)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from kser.attempt import TIMED_OUT, resolve
+from kser.attempt import TIMED_OUT, Attempt
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker, decode, pending_commits
@@ -163,13 +163,11 @@ class WorkQueue(RebalanceListener):
         self._partitions: dict[Partition, OffsetTracker] = {}
         self._revoked: dict[Partition, OffsetTracker] = {}
         self._lanes = LaneQueue()
-        self._running: set[WorkItem] = set()
+        self._running: dict[Attempt, WorkItem] = {}
         self._idle_workers = 0
         #: The low-water mark of the records in flight that a waiting thread needs; -1 without such a thread.
         self._low_water_mark = -1
         self._closed = self._paused = self._assigned = False
-        #: Returns the cluster id. The poller sets it.
-        self.cluster: Callable[[], str] = str
         #: The number of records finished, and of attempts started, since the start of the consumer.
         self.finished_count = self.started_count = 0
 
@@ -192,42 +190,40 @@ class WorkQueue(RebalanceListener):
     def blocked_partitions(self) -> Collection[Partition]:
         """Return the blocked partitions: a dead letter cannot be written, or the commit metadata is full."""
         with self._lock:
-            return {
-                key for key, progress in self._partitions.items() if progress.is_full or progress.dead_letter_pending
-            }
+            return {key for key, tracker in self._partitions.items() if tracker.is_full or tracker.dead_letter_pending}
 
     def put(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
         """Queue records and return their number."""
         taken = 0
         with self._lock:
             for partition, records in batches.items():
-                progress = self._partitions.get(partition)
-                if progress is None and self._assigned:
+                tracker = self._partitions.get(partition)
+                if tracker is None and self._assigned:
                     # The partition was revoked after the client had fetched these records, so drop them.
                     continue
-                if progress is None:
+                if tracker is None:
                     # Without a group, no assignment defines a start offset, so the first record does.
-                    progress = self._partitions[partition] = OffsetTracker(Commit(records[0].offset))
-                self._track(progress, records)
+                    tracker = self._partitions[partition] = OffsetTracker(Commit(records[0].offset))
+                self._track(tracker, records)
                 taken += len(records)
             if taken and self._idle_workers:
                 self._work_available.notify(taken)
         return taken
 
-    def _track(self, progress: OffsetTracker, records: Sequence[Record]) -> None:
+    def _track(self, tracker: OffsetTracker, records: Sequence[Record]) -> None:
         ordering, retry, lanes = self._ordering, self._retry, self._lanes
         count = size = 0
         for record in records:
             lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
-            job = WorkItem(record, progress, lane, retry)
-            entered = progress.track(record.offset, job)
+            item = WorkItem(record, tracker, lane, retry)
+            entered = tracker.track(record.offset, item)
             if entered is None:
                 continue
             count += 1
-            size += job.size
+            size += item.size
             # Otherwise an attempt from before the rebalance continues, and it already occupies the lane.
-            if entered is job:
-                lanes.add(job) if lane is not None else lanes.ready.append(job)
+            if entered is item:
+                lanes.add(item) if lane is not None else lanes.ready.append(item)
         self._in_flight_limit.acquire(count, size)
 
     @property
@@ -239,10 +235,10 @@ class WorkQueue(RebalanceListener):
     def backlog(self) -> dict[Partition, int]:
         """The number of unfinished records of each partition, without those that wait for a retry."""
         with self._lock:
-            counts = {key: len(progress.unfinished) for key, progress in self._partitions.items()}
-            for job in self._lanes.delayed:
-                if job.partition in counts:
-                    counts[job.partition] -= 1
+            counts = {key: len(tracker.unfinished) for key, tracker in self._partitions.items()}
+            for item in self._lanes.delayed:
+                if item.partition in counts:
+                    counts[item.partition] -= 1
             return counts
 
     def commits(self) -> dict[Partition, Commit]:
@@ -253,7 +249,7 @@ class WorkQueue(RebalanceListener):
     def committed_offsets(self) -> dict[Partition, Commit]:
         """Return the committed offsets of the assigned partitions."""
         with self._lock:
-            return {key: progress.committed for key, progress in self._partitions.items()}
+            return {key: tracker.committed for key, tracker in self._partitions.items()}
 
     def mark_committed(self, commits: Mapping[Partition, Commit]) -> None:
         """Store offsets that the group has confirmed."""
@@ -301,7 +297,7 @@ class WorkQueue(RebalanceListener):
 
     def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
         with self._lock:
-            leaving = {key: progress for key in partitions if (progress := self._detach(key)) is not None}
+            leaving = {key: tracker for key in partitions if (tracker := self._detach(key)) is not None}
             self._revoked.update(leaving)
         return PendingRevocation(self, leaving, self.clock() + self._revoke_timeout)
 
@@ -309,39 +305,39 @@ class WorkQueue(RebalanceListener):
         self.on_revoke(partitions)
 
     def _detach(self, key: Partition) -> OffsetTracker | None:
-        progress = self._partitions.pop(key, None)
-        if progress is None:
+        tracker = self._partitions.pop(key, None)
+        if tracker is None:
             return None
-        for job in progress.unfinished.values():
-            self._in_flight_limit.release(job.size)
-        progress.revoke(_was_started)
-        self._lanes.remove_partition(progress, self._survives_revocation)
-        return progress
+        for item in tracker.unfinished.values():
+            self._in_flight_limit.release(item.size)
+        tracker.revoke(_was_started)
+        self._lanes.remove_partition(tracker, self._survives_revocation)
+        return tracker
 
-    def _survives_revocation(self, job: WorkItem) -> bool:
-        return job.acked or (self.counts_as_finished is not None and job.was_started)
+    def _survives_revocation(self, item: WorkItem) -> bool:
+        return item.attempt.acked or (self.counts_as_finished is not None and item.was_started)
 
     def _resume_partition(self, key: Partition, start: Commit, away: OffsetTracker) -> None:
         """Restore a reassigned partition, so that its running attempts and pending retries continue."""
         known = decode(start)
-        kept = {at: job for at, job in away.started().items() if at >= start.offset and at not in known}
-        progress = self._partitions[key] = OffsetTracker(start, away.finished_ranges(), kept)
-        for job in kept.values():
-            job.tracker = progress
-            if job.failure is not None:
-                progress.dead_letter_pending.add(job.record.offset)
-            self._lanes.occupy(job)
-            if job not in self._running and not self._closed:
-                self._lanes.delay(job)
+        kept = {at: item for at, item in away.started().items() if at >= start.offset and at not in known}
+        tracker = self._partitions[key] = OffsetTracker(start, away.finished_ranges(), kept)
+        for item in kept.values():
+            item.tracker = tracker
+            if item.attempt.failure is not None:
+                tracker.dead_letter_pending.add(item.record.offset)
+            self._lanes.occupy(item)
+            if item.attempt not in self._running and not self._closed:
+                self._lanes.delay(item)
         if kept:
             self._work_available.notify_all()
 
     def _rejoin_lanes(self, key: Partition) -> None:
         """Occupy the lanes of running attempts that survived the revocation, so that they block their lanes again."""
-        for job in self._running:
-            if job.acked and job.partition == key:
-                job.tracker = self._partitions[key]
-                self._lanes.occupy(job)
+        for item in self._running.values():
+            if item.attempt.acked and item.partition == key:
+                item.tracker = self._partitions[key]
+                self._lanes.occupy(item)
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
@@ -355,7 +351,14 @@ class WorkQueue(RebalanceListener):
                 if (due := lanes.next_due) is not None:
                     lanes.promote_due(now)
                 if lanes.ready and not self._paused and now < self.group_lease.deadline:
-                    return self._start(lanes.ready.popleft(), now)
+                    item = lanes.ready.popleft()
+                    item.was_started = True
+                    item.attempt.started_at = now
+                    self._running[item.attempt] = item
+                    self.started_count += 1
+                    if self._waiters.predicates:
+                        self._waiters.notify_satisfied()
+                    return item
                 if deadline is None:
                     deadline = now + timeout
                 left = deadline - now
@@ -372,103 +375,97 @@ class WorkQueue(RebalanceListener):
                 finally:
                     self._idle_workers -= 1
 
-    def _start(self, job: WorkItem, now: float) -> WorkItem:
-        job.was_started = True
-        job.started_at = now
-        self._running.add(job)
-        self.started_count += 1
-        if self._waiters.predicates:
-            self._waiters.notify_satisfied()
-        return job
-
-    def task_done(self, job: WorkItem) -> bool:
+    def task_done(self, item: WorkItem) -> bool:
         """Mark a record as finished; return False if its partition was revoked, so that it is not committed."""
-        progress = job.tracker
+        tracker = item.tracker
         with self._lock:
-            if job not in self._running:
+            if self._running.pop(item.attempt, None) is None:
                 # The attempt was abandoned or timed out meanwhile, so a later attempt at the record counts instead.
                 return True
-            self._running.discard(job)
             self.finished_count += 1
-            if progress.mark_finished(job.record.offset) and not progress.revoked:
-                self._in_flight_limit.release(job.size)
+            if tracker.mark_finished(item.record.offset) and not tracker.revoked:
+                self._in_flight_limit.release(item.size)
                 if self._low_water_mark >= 0 and self.in_flight <= self._low_water_mark:
                     self._waiters.notify_all()
-            if job.lane is not None and self._lanes.complete(job) and self._idle_workers:
+            if item.lane is not None and self._lanes.complete(item) and self._idle_workers:
                 self._work_available.notify()
             if self._waiters.predicates:
                 self._waiters.notify_satisfied()
-            return job.acked or self.counts_as_finished is not None or not progress.revoked
+            return not tracker.revoked or item.attempt.acked or self.counts_as_finished is not None
 
-    def ack(self, job: WorkItem) -> None:
-        """Acknowledge a running record, which the store now guarantees; its lane stays occupied until it finishes."""
+    def ack(self, attempt: Attempt) -> None:
+        """Ack the record of a running attempt; its lane stays occupied until the attempt finishes."""
         with self._lock:
-            progress = job.tracker
-            job.acked = True
-            if job in self._running and progress.mark_finished(job.record.offset) and not progress.revoked:
-                self._in_flight_limit.release(job.size)
+            attempt.acked = True
+            item = self._running.get(attempt)
+            if item is not None and item.tracker.mark_finished(item.record.offset) and not item.tracker.revoked:
+                self._in_flight_limit.release(item.size)
             self._waiters.notify_satisfied()
 
-    def requeue(self, job: WorkItem, seconds: float) -> None:
+    def requeue(self, item: WorkItem, seconds: float) -> None:
         """Schedule the next attempt at a record in ``seconds``; its lane stays occupied."""
         with self._lock:
-            if self._remove_running(job):
-                following = job.next_attempt(self.clock() + seconds)
-                following.number += 1
-                self._schedule_next(job, following)
+            if self._remove_running(item.attempt):
+                following = item.next_attempt(self.clock() + seconds)
+                following.attempt.number += 1
+                self._schedule_next(item, following)
 
-    def retry_dead_letter(self, job: WorkItem, seconds: float) -> None:
+    def retry_dead_letter(self, item: WorkItem, seconds: float) -> None:
         """Schedule another try to write the dead letter of a failed record in ``seconds``."""
         with self._lock:
-            if self._remove_running(job):
-                job.tracker.dead_letter_pending.add(job.record.offset)
-                following = job.next_attempt(self.clock() + seconds)
-                following.failure = job.failure
-                following.dead_letter_tries = job.dead_letter_tries + 1
-                self._schedule_next(job, following)
+            if self._remove_running(item.attempt):
+                item.tracker.dead_letter_pending.add(item.record.offset)
+                following = item.next_attempt(self.clock() + seconds)
+                following.attempt.failure = item.attempt.failure
+                following.dead_letter_tries = item.dead_letter_tries + 1
+                self._schedule_next(item, following)
 
-    def time_out(self, job: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
-        """Time out a running attempt: queue a replacement that fails with ``verdict``.
+    def time_out(self, item: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
+        """Time out a running attempt: queue a replacement that fails with ``timeout_error``.
 
         :param outcome: the outcome latch of the attempt.
         :return: False if the attempt has already ended.
         """
         with self._lock:
-            if job not in self._running or not resolve(outcome, TIMED_OUT):
+            if item.attempt not in self._running:
                 return False
-            self._remove_running(job)
-            job.abandoned = True
-            following = job.next_attempt(0)
-            following.timeout_error = timeout_error
-            self._schedule_next(job, following)
+            outcome.append(TIMED_OUT)
+            if outcome[0] != TIMED_OUT:
+                return False
+            self._remove_running(item.attempt)
+            item.attempt.mark_abandoned()
+            following = item.next_attempt(0)
+            following.attempt.timeout_error = timeout_error
+            self._schedule_next(item, following)
             return True
 
-    def abandon(self, job: WorkItem) -> bool:
+    def abandon(self, attempt: Attempt) -> bool:
         """Abandon a running attempt, so that its record stays unfinished; return False if it has already ended."""
         with self._lock:
-            job.abandoned = self._remove_running(job)
-            return job.abandoned
+            was_running = self._remove_running(attempt)
+            if was_running:
+                attempt.mark_abandoned()
+            return was_running
 
-    def _remove_running(self, job: WorkItem) -> bool:
-        if job not in self._running:
+    def _remove_running(self, attempt: Attempt) -> bool:
+        if self._running.pop(attempt, None) is None:
             return False
-        self._running.discard(job)
         self._waiters.notify_satisfied()
         return True
 
-    def _schedule_next(self, job: WorkItem, next_item: WorkItem) -> None:
+    def _schedule_next(self, item: WorkItem, next_item: WorkItem) -> None:
         # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
         # record.
-        known = job.tracker.replace(job.record.offset, next_item)
-        goes_on = job.acked or (known and (not job.tracker.revoked or self._survives_revocation(next_item)))
-        if goes_on and not self._closed:
+        known = item.tracker.replace(item.record.offset, next_item)
+        continues = item.attempt.acked or (known and (not item.tracker.revoked or self._survives_revocation(next_item)))
+        if continues and not self._closed:
             self._lanes.delay(next_item)
             self._work_available.notify()
 
     def running(self) -> list[WorkItem]:
-        """Return the records that are running."""
+        """Return the items whose attempts are running."""
         with self._lock:
-            return list(self._running)
+            return list(self._running.values())
 
     def pause(self, paused: bool) -> None:
         """Pause or resume: a paused queue starts no attempts."""
@@ -481,9 +478,9 @@ class WorkQueue(RebalanceListener):
         with self._lock:
             self._closed = True
             if self.counts_as_finished is not None:
-                for job in self._lanes.delayed:
+                for item in self._lanes.delayed:
                     logger.warning(
-                        f"offset {job.record.offset} of {job.partition} waited for a retry and is dropped: with"
+                        f"offset {item.record.offset} of {item.partition} waited for a retry and is dropped: with"
                         " commit='before' it counts as finished"
                     )
             self._lanes.clear()
@@ -493,7 +490,7 @@ class WorkQueue(RebalanceListener):
     def is_running(self, partitions: Collection[OffsetTracker]) -> bool:
         """Return whether a record of these partitions is running and not acknowledged."""
         with self._lock:
-            return any(job.tracker in partitions and not job.acked for job in self._running)
+            return any(item.tracker in partitions and not item.attempt.acked for item in self._running.values())
 
 
 class PendingRevocation:
