@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kser.attempt import Failure
 from kser.consumer.client import Commit, Partition
 from kser.consumer.offsets import decode
+from kser.consumer.partition_table import PartitionTable, PendingRevocation
 from kser.consumer.work_item import WorkItem
-from kser.consumer.work_queue import ORDERINGS, PendingRevocation, WorkQueue
+from kser.consumer.work_queue import ORDERINGS, WorkQueue
 from kser.dummy.broker import DummyRecord
 from kser.errors import TaskTimeout
 
@@ -32,9 +33,8 @@ class Node:
 
     def __init__(self, name: str, ordering: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.dispatch = WorkQueue(
-            ordering=ordering, max_in_flight=ROOM, revoke_timeout=REVOKE_TIMEOUT, clock=clock, retry=None
-        )
+        self.dispatch = WorkQueue(ordering=ordering, max_in_flight=ROOM, clock=clock, retry=None)
+        self.partitions = PartitionTable(self.dispatch, REVOKE_TIMEOUT)
         #: The next offset to poll, in the partitions that it believes to have.
         self.positions: dict[Partition, int] = {}
         self.running: list[WorkItem] = []
@@ -93,12 +93,12 @@ class Group(RuleBasedStateMachine):
         limit = min(limit, node.dispatch.capacity())
         if node.draining is not None or not limit:
             return
-        held = node.dispatch.blocked_partitions()
+        held = node.partitions.blocked_partitions()
         for key, position in node.positions.items():
             found = [record for record in self.logs[key] if record.offset >= position][:limit]
             if found and key not in held:
                 node.positions[key] = found[-1].offset + 1
-                node.dispatch.put({key: found})
+                node.partitions.put({key: found})
                 return
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -167,15 +167,15 @@ class Group(RuleBasedStateMachine):
             for key in free:
                 self.owners[key] = node
                 node.positions[key] = self.committed[key].offset
-            node.dispatch.on_assign({key: self.committed[key] for key in free})
+            node.partitions.on_assign({key: self.committed[key] for key in free})
 
     @rule(index=st.integers(0, 1))
     def commit(self, index: int) -> None:
         node = self.nodes[index]
         if node.draining is None:
-            commits = node.dispatch.commits()
+            commits = node.partitions.commits()
             if self.accepts(node, commits):
-                node.dispatch.mark_committed(commits)
+                node.partitions.mark_committed(commits)
                 self.check_all_is_committed(node, list(node.positions))
 
     @rule(index=st.integers(0, 1), only=st.sampled_from([None, *PARTITIONS]))
@@ -184,7 +184,7 @@ class Group(RuleBasedStateMachine):
         node = self.nodes[index]
         if node.draining is None and node.positions:
             node.leaving = [key for key in node.positions if only in (None, key)]
-            node.draining = node.dispatch.on_revoke(node.leaving)
+            node.draining = node.partitions.on_revoke(node.leaving)
 
     @precondition(lambda self: any(node.draining for node in self.nodes))
     @rule(index=st.integers(0, 1), acknowledged=st.booleans(), failing=st.none() | FEW)
@@ -250,7 +250,7 @@ class Group(RuleBasedStateMachine):
         node = self.nodes[index]
         lost = [key for key in node.positions if self.owners[key] is not node]
         if lost and node.draining is None:
-            node.dispatch.on_lost(lost)
+            node.partitions.on_lost(lost)
             self.forget(node, lost)
 
     def kill(self, index: int) -> None:
@@ -269,7 +269,7 @@ class Group(RuleBasedStateMachine):
             self.end_item(node, item)
         for item in node.running:
             assert node.dispatch.abandon(item.attempt)
-        commits = node.dispatch.commits()
+        commits = node.partitions.commits()
         if self.accepts(node, commits):
             self.check_all_is_committed(node, list(node.positions))
         self.forget(node, list(node.positions))
@@ -347,9 +347,9 @@ class Group(RuleBasedStateMachine):
     @invariant()
     def room_is_neither_lost_nor_gained(self) -> None:
         for node in getattr(self, "nodes", ()):
-            unfinished = sum(len(node.dispatch._partitions[key].unfinished) for key in node.dispatch.assignment)
-            assert node.dispatch.in_flight + node.dispatch._lanes.delayed_count == unfinished
-            assert node.dispatch.assignment == node.positions.keys() - set(node.leaving)
+            unfinished = sum(len(node.partitions._trackers[key].unfinished) for key in node.partitions.assignment)
+            assert node.dispatch.in_flight + node.dispatch.lanes.delayed_count == unfinished
+            assert node.partitions.assignment == node.positions.keys() - set(node.leaving)
 
     def teardown(self) -> None:
         """In the end one consumer has everything, and time to finish it."""
@@ -371,8 +371,8 @@ class Group(RuleBasedStateMachine):
             if (
                 polled
                 and not node.running
-                and not any(node.dispatch.backlog.values())
-                and not node.dispatch._lanes.delayed_count
+                and not any(node.partitions.backlog.values())
+                and not node.dispatch.lanes.delayed_count
             ):
                 break
         everything = {(key, record.offset) for key, log in self.logs.items() for record in log}

@@ -25,7 +25,7 @@ def test_acked_record_may_be_committed_while_it_runs() -> None:
     desk.enter_keys("--")
     first = desk.next()
     desk.ack(first.attempt)
-    assert (desk.commits(), desk.in_flight) == ({DICE: Commit(1)}, 1)
+    assert (desk.partitions.commits(), desk.in_flight) == ({DICE: Commit(1)}, 1)
     assert desk.running() == [first]
 
 
@@ -44,7 +44,7 @@ def test_ack_and_task_done_count_a_record_once() -> None:
     desk.ack(item.attempt)
     desk.ack(item.attempt)
     assert desk.task_done(item) is True
-    assert (desk.in_flight, desk.finished_count, desk.commits()) == (1, 1, {DICE: Commit(1)})
+    assert (desk.in_flight, desk.finished_count, desk.partitions.commits()) == (1, 1, {DICE: Commit(1)})
 
 
 def test_lane_still_waits_for_an_acked_record() -> None:
@@ -62,7 +62,7 @@ def test_revocation_does_not_wait_for_an_acked_record() -> None:
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
-    draining = desk.on_revoke([DICE])
+    draining = desk.partitions.on_revoke([DICE])
     assert draining.drained
     assert draining.commits() == {DICE: Commit(1)}
     # It was committed, so that it is no loss either.
@@ -73,7 +73,7 @@ def test_ack_after_revocation_finishes_the_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
     item = desk.next()
-    draining = desk.on_revoke([DICE])
+    draining = desk.partitions.on_revoke([DICE])
     assert not draining.drained
     desk.ack(item.attempt)
     assert draining.drained
@@ -113,7 +113,7 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     desk.time_out(item, TimeoutError("too long"), item.attempt.outcome)
     (stand_in,) = desk.all()
     assert desk.task_done(stand_in) is True
@@ -125,7 +125,7 @@ def test_abandoned_acked_record_is_not_redelivered() -> None:
     item = desk.next()
     desk.ack(item.attempt)
     assert desk.abandon(item.attempt) is True
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 # -- the attempt ------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
 
     Act.acts["1"] = give_back
     consumer.step(timeout=0)
-    assert (consumer._kser_work_queue.running(), consumer._kser_work_queue.commits()) == ([], {})
+    assert (consumer._kser_work_queue.running(), consumer._kser_partitions.commits()) == ([], {})
     assert consumer.counts["done"] == 0
 
 

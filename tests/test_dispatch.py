@@ -6,6 +6,7 @@ import pytest
 
 from kser.attempt import FAILED, Failure
 from kser.consumer.client import Commit
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from tests.desk import OTHER, Desk, offsets, record
@@ -33,7 +34,7 @@ def test_ordering_decides_which_records_run_concurrently(ordering: str, keys: st
 @pytest.mark.parametrize("ordering", ["key", "partition"])
 def test_partitions_run_independently(ordering: str) -> None:
     desk = Desk(ordering=ordering)
-    desk.on_assign({OTHER: Commit(0)})
+    desk.partitions.on_assign({OTHER: Commit(0)})
     desk.enter(record(0, b"a"), record(0, b"a", partition=1))
     assert len(desk.all()) == 2
 
@@ -72,7 +73,7 @@ def test_empty_lane_is_removed() -> None:
     desk.enter_keys("ab")
     for item in desk.all():
         desk.task_done(item)
-    assert desk._lanes._lanes == {}
+    assert desk.lanes._lanes == {}
 
 
 def test_record_finished_twice_counts_once() -> None:
@@ -118,7 +119,7 @@ def test_delayed_record_blocks_the_commit_and_frees_the_in_flight_limit() -> Non
     desk.requeue(first, 10)
     desk.task_done(second)
     assert desk.capacity() == 3
-    assert desk.commits()[DICE] == Commit(0, "kser:1,1")
+    assert desk.partitions.commits()[DICE] == Commit(0, "kser:1,1")
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_revoked_records_free_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=3, max_bytes=100)
     desk.enter(*(record(n, value=b"x" * 40) for n in range(3)))
     desk.next()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     assert (desk.capacity(), desk.in_flight, desk._in_flight_limit.bytes) == (3, 0, 0)
 
 
@@ -180,26 +181,27 @@ def test_committed_offset_is_not_committed_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.task_done(desk.next())
-    commits = desk.commits()
+    commits = desk.partitions.commits()
     assert commits == {DICE: Commit(1)}
-    desk.mark_committed({**commits, OTHER: Commit(5)})
-    assert desk.commits() == {}
+    desk.partitions.mark_committed({**commits, OTHER: Commit(5)})
+    assert desk.partitions.commits() == {}
 
 
 def test_partition_without_a_group_starts_at_its_first_record() -> None:
-    dispatch = WorkQueue()
-    dispatch.put({OTHER: [record(7, partition=1)]})
-    item = dispatch.get(0)
+    queue = WorkQueue()
+    partitions = PartitionTable(queue)
+    partitions.put({OTHER: [record(7, partition=1)]})
+    item = queue.get(0)
     assert item is not None
-    dispatch.task_done(item)
-    assert dispatch.commits() == {OTHER: Commit(8)}
+    queue.task_done(item)
+    assert partitions.commits() == {OTHER: Commit(8)}
 
 
 def test_records_of_a_revoked_partition_are_ignored() -> None:
     desk = Desk()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     desk.enter_keys("--")
-    assert (desk.all(), desk.in_flight, desk.assignment) == ([], 0, frozenset())
+    assert (desk.all(), desk.in_flight, desk.partitions.assignment) == ([], 0, frozenset())
 
 
 # -- held --------------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def test_unwritten_dead_letter_blocks_its_partition() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.retry_dead_letter(dead(desk.next()), 30)
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
     assert offsets(desk.all()) == [1]
     desk.time.pass_by(30)
     (again,) = desk.all()
@@ -223,9 +225,9 @@ def test_unwritten_dead_letter_blocks_its_partition() -> None:
         1,
         1,
     )
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
     desk.task_done(again)
-    assert set(desk.blocked_partitions()) == set()
+    assert set(desk.partitions.blocked_partitions()) == set()
 
 
 def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> None:
@@ -233,17 +235,17 @@ def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> Non
     desk.enter_keys("--")
     desk.retry_dead_letter(dead(desk.next()), 30)
     desk.come_back()
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
 
 
 def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
     desk = Desk(ordering="none", max_in_flight=10_000)
-    desk.put({DICE: [record(n) for n in range(4000)]})
+    desk.partitions.put({DICE: [record(n) for n in range(4000)]})
     for item in desk.all():
         if item.record.offset % 2:
             desk.task_done(item)
-    desk.mark_committed(desk.commits())
-    assert set(desk.blocked_partitions()) == {DICE}
+    desk.partitions.mark_committed(desk.partitions.commits())
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
 
 
 # -- attempts that are given up ----------------------------------------------------------------------------------------
@@ -258,9 +260,9 @@ def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     (following,) = desk.all()
     assert (following.record, following.attempt.number, following.attempt.timeout_error) == (item.record, 1, verdict)
     desk.task_done(item)
-    assert desk.commits() == {}
+    assert desk.partitions.commits() == {}
     desk.task_done(following)
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
@@ -269,7 +271,7 @@ def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
     item = desk.next()
     desk.task_done(desk.next())
     assert desk.abandon(item.attempt)
-    assert (desk.running(), desk.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
+    assert (desk.running(), desk.partitions.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
 
 
 def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
@@ -308,7 +310,7 @@ def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> No
     desk.requeue(keyless, 0)
     desk.time.pass_by(1)
     assert desk.all() == []
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 # -- signs of life -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_paused_or_stopping_poller_fetches_nothing_and_waits() -> None:
 def test_blocked_partition_is_not_fetched() -> None:
     consumer = Troubled()
     consumer._kser_poller.poll_once(0)
-    consumer._kser_work_queue._partitions[DICE].dead_letter_pending.add(0)
+    consumer._kser_partitions._trackers[DICE].dead_letter_pending.add(0)
     put("1")
     assert consumer._kser_poller.poll_once(0) == 0
     assert consumer.used.polls[-1][2] == {DICE}
@@ -90,7 +90,7 @@ def test_poll_timeout_is_zero_with_a_manual_commit_and_busy_workers() -> None:
     consumer = Troubled(AT_ONCE)
     consumer._kser_poller.poll_once(0.5)
     # What it waits for instead is that something is begun or finished.
-    consumer._kser_work_queue.wait_for_change = lambda timeout, until: None  # type: ignore[method-assign]
+    consumer._kser_work_queue.waiters.wait = lambda predicate, timeout: None  # type: ignore[method-assign]
     consumer._kser_poller.poll_once(0.5)
     assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, 0]
 

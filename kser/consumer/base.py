@@ -26,6 +26,7 @@ from kser import lockfiles
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
 from kser.consumer.services import BackgroundServices, SharedProducer
 from kser.consumer.shutdown_signals import ShutdownSignals
@@ -89,11 +90,11 @@ class BaseConsumer:
             # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
-            revoke_timeout=min(options.revoke_timeout, poll_limit / 3),
             retry=options.retry,
             commit_before=options.commit == BEFORE,
             max_silence=session / 2,
         )
+        self._kser_partitions = PartitionTable(self._kser_work_queue, min(options.revoke_timeout, poll_limit / 3))
         self._kser_clock = self._kser_work_queue.clock
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
         self._kser_stopping = self._kser_working = self._kser_closed = False
@@ -124,6 +125,7 @@ class BaseConsumer:
             self._kser_connect,
             self._kser_topics,
             self._kser_work_queue,
+            self._kser_partitions,
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
@@ -183,7 +185,7 @@ class BaseConsumer:
     @property
     def assignment(self) -> frozenset[Partition]:
         """The partitions currently assigned to this consumer."""
-        return self._kser_work_queue.assignment
+        return self._kser_partitions.assignment
 
     @property
     def counts(self) -> dict[str, int]:
@@ -311,7 +313,7 @@ class BaseConsumer:
             self._kser_poller.commit()
         else:
             # The client thread commits; the offset counts as committed when the group has confirmed it.
-            self._kser_work_queue.wait_for_change(CLIENT_TIMEOUT, lambda: item.tracker.is_committed(item.record.offset))
+            self._kser_work_queue.waiters.wait(lambda: item.tracker.is_committed(item.record.offset), CLIENT_TIMEOUT)
 
     def _kser_handle(self, value: Any) -> None:
         try:
@@ -354,7 +356,7 @@ class BaseConsumer:
             if self._kser_shutdown_signals.status is not None:
                 self._kser_deadline = self._kser_clock()
             self._kser_worker_pool.enforce_time_limits()
-            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())
+            self._kser_work_queue.waiters.wait(lambda: not self._kser_work_queue.running(), SUPERVISE_INTERVAL)
 
     def _kser_force_exit(self) -> None:
         """Force the process to exit if a task still blocks the main thread; everything else has been shut down."""
@@ -399,4 +401,4 @@ class BaseConsumer:
     def _kser_wait_until_idle(self) -> None:
         """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
         while self._kser_work_queue.running():
-            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())
+            self._kser_work_queue.waiters.wait(lambda: not self._kser_work_queue.running(), SUPERVISE_INTERVAL)

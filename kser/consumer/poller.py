@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Revocation
+from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.options import NEVER
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import ClientError, KserError
 
@@ -31,12 +32,13 @@ CLIENT_TIMEOUT = 1.2
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
 
 
-class Poller(RebalanceListener):
+class Poller:
     """The poll loop: moves records from the client to the work queue and commits the finished ones.
 
     :param connect: creates a client; called again after a fatal error of the client.
     :param topics: the topics to consume.
     :param work_queue: the work queue.
+    :param partitions: the partitions of the work queue.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
     :param stall_timeout: seconds without progress after which lag is logged as an error.
@@ -48,6 +50,7 @@ class Poller(RebalanceListener):
         connect: Callable[[], ConsumerClient],
         topics: Iterable[str],
         work_queue: WorkQueue,
+        partitions: PartitionTable,
         *,
         commit: str,
         interval: float,
@@ -57,6 +60,7 @@ class Poller(RebalanceListener):
         self._connect = connect
         self._topics = topics
         self._work_queue = work_queue
+        self._partitions = partitions
         self._interval = interval
         self._stall_timeout = stall_timeout
         self._logger, self._name = say
@@ -65,7 +69,6 @@ class Poller(RebalanceListener):
         self.paused = False
         #: True during a shutdown: no records are fetched, but finished records are still committed.
         self.shutting_down = False
-        self._closing = False
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
@@ -74,12 +77,9 @@ class Poller(RebalanceListener):
         self._seen_finished = 0
         self._stalled = False
         self._client: ConsumerClient | None = self._connect_and_subscribe()
-        self._mode = commit if self._client.can_commit else NEVER
-
-    @property
-    def mode(self) -> str:
-        """The effective commit mode, which is ``"never"`` without a group."""
-        return self._mode
+        #: The effective commit mode, which is ``"never"`` without a group.
+        self.mode = commit if self._client.can_commit else NEVER
+        partitions.commit_enabled = self.mode != NEVER
 
     def cluster(self) -> str:
         """Return the id of the Kafka cluster; empty if it is unknown or without a client. Any thread may call it."""
@@ -138,9 +138,9 @@ class Poller(RebalanceListener):
             self._prove_membership(self._client)
         self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
-        batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._work_queue.blocked_partitions())
+        batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
         self._recover()
-        return self._work_queue.put(batches) if batches else 0
+        return self._partitions.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
         """Return how many records to fetch; wait for capacity first, but poll in time for the group membership."""
@@ -158,8 +158,8 @@ class Poller(RebalanceListener):
             if self._interval:
                 self._work_queue.wait_for_room(wait, enough)
             else:
-                self._work_queue.wait_for_change(
-                    wait, lambda: self._work_queue.finished_count + self._work_queue.started_count != seen
+                self._work_queue.waiters.wait(
+                    lambda: self._work_queue.finished_count + self._work_queue.started_count != seen, wait
                 )
             room = self._work_queue.capacity()
         return room
@@ -188,13 +188,13 @@ class Poller(RebalanceListener):
 
         :raises kser.errors.ClientError: this client is no member, or the group does not respond.
         """
-        known = self._work_queue.committed_offsets()
-        if known and self._mode != NEVER:
+        known = self._partitions.committed_offsets()
+        if known and self.mode != NEVER:
             try:
                 client.commit(known, CLIENT_TIMEOUT)
             except ClientError:
                 # The client detects the lost membership by itself, but only during a poll.
-                self._work_queue.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
+                self._partitions.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
                 raise
 
     # -- commits -------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Poller(RebalanceListener):
     def commit(self) -> int:
         """Commit finished records; return the number of partitions committed."""
         self._last_commit = self._clock()
-        commits = {} if self._mode == NEVER else self._work_queue.commits()
+        commits = self._partitions.commits()
         if not commits or self._client is None:
             return 0
         try:
@@ -216,31 +216,10 @@ class Poller(RebalanceListener):
             self._report("commit", error)
             return 0
         self._report("commit", None)
-        self._work_queue.mark_committed(commits)
+        self._partitions.mark_committed(commits)
         if not self._interval:
             self._logger.debug(f"{self._name}: Manual commit done.")
         return len(commits)
-
-    # -- rebalances ----------------------------------------------------------------------------------------------------
-
-    def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        self._work_queue.on_assign(starts)
-
-    def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        self._work_queue.on_reset(starts)
-
-    def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
-        if self._closing:
-            # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good.
-            # So return an empty revocation, which commits nothing.
-            return self._work_queue.on_revoke(())
-        revocation = self._work_queue.on_revoke(partitions)
-        if self._mode == NEVER:
-            revocation.commits = dict
-        return revocation
-
-    def on_lost(self, partitions: Collection[Partition]) -> None:
-        self._work_queue.on_lost(partitions)
 
     # -- the client ----------------------------------------------------------------------------------------------------
 
@@ -249,7 +228,7 @@ class Poller(RebalanceListener):
         self._final_commit()
         client, self._client = self._client, None
         if client is not None:
-            self._closing = True
+            self._partitions.close()
             try:
                 client.close(CLIENT_TIMEOUT)
             except Exception:
@@ -257,9 +236,9 @@ class Poller(RebalanceListener):
 
     def _final_commit(self) -> None:
         """Commit finished records and retry until the deadline, because uncommitted records will run again."""
-        while rest := {} if self._mode == NEVER else self._work_queue.commits():
+        while rest := self._partitions.commits():
             self._guard(self.commit, 0)
-            done = not self._work_queue.commits() and self._client is not None
+            done = not self._partitions.commits() and self._client is not None
             if done:
                 return
             if self._client is None or self._clock() >= self._deadline:
@@ -274,13 +253,13 @@ class Poller(RebalanceListener):
 
     def _stay_in_group(self) -> int:
         if self._client is not None:
-            self._work_queue.put(self._client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
+            self._partitions.put(self._client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
         return 0
 
     def _connect_and_subscribe(self) -> ConsumerClient:
         client = self._connect()
         try:
-            client.subscribe(self._topics, self)
+            client.subscribe(self._topics, self._partitions)
         except BaseException:
             client.close(0)
             raise
@@ -292,7 +271,7 @@ class Poller(RebalanceListener):
         self._error_count += 1
         if error.fatal and self._client is not None:
             client, self._client = self._client, None
-            self.on_lost(self._work_queue.assignment)
+            self._partitions.on_lost(self._partitions.assignment)
             with suppress(Exception):
                 client.close(0)
         state = RetryCallState(Retrying(), None, (), {})
@@ -326,7 +305,7 @@ class Poller(RebalanceListener):
         lag: dict[Partition, int] = {}
         if not self._stalled and now - self._last_progress >= self._stall_timeout:
             self._last_progress = now
-            here = self._work_queue.backlog
+            here = self._partitions.backlog
             lag = {key: count + here.pop(key, 0) for key, count in self.lag().items()}
             lag = {key: count for key, count in {**here, **lag}.items() if count > 0}
             if lag:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from kser.attempt import Attempt
 from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import OffsetTracker
 from kser.retry import Retry
+
+#: Returns whether an attempt at the record of an item was started.
+was_started = attrgetter("was_started")
 
 
 class WorkItem:
@@ -35,6 +39,13 @@ class WorkItem:
         key, value = record.key, record.value
         #: The bytes of the record's key and value.
         self.size = (len(key) if key else 0) + (len(value) if value else 0)
+
+    def survives_revocation(self, commit_before: bool) -> bool:
+        """Return whether the item continues after its partition was revoked, because its record is not redelivered.
+
+        :param commit_before: whether a record counts as finished as soon as its attempt has started.
+        """
+        return self.attempt.acked or (commit_before and self.was_started)
 
     def next_attempt(self, due_at: float) -> WorkItem:
         """Create the item that replaces this one, with the same attempt number; a retry increments the number.
