@@ -44,7 +44,7 @@ ORDER = (
     {"kser.entry"},
     {"kser.controller"},
     {"kser.producer"},
-    {"kser.consumer", "kser.consumer.client", "kser.consumer.services"},
+    {"kser.consumer", "kser.consumer.client", "kser.consumer.logs", "kser.consumer.services"},
     {"kser.consumer.offsets", "kser.consumer.shutdown_signals"},
     {"kser.consumer.work_item"},
     {"kser.consumer.lanes"},

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from kser import lockfiles
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.dead_letters import DeadLetterWriter
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
 from kser.consumer.partition_table import PartitionTable
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
@@ -81,6 +82,7 @@ class BaseConsumer:
     ) -> None:
         #: The options of this consumer.
         self.options = options
+        self._kser_log = ConsumerLogger(self.LOGGER, type(self).__name__)
         self._kser_topics = list(topics)
         self._kser_group = group
         self._kser_commits_at_once = not interval
@@ -117,9 +119,8 @@ class BaseConsumer:
 
     def _kser_build(self, interval: float) -> None:
         options = self.options
-        say = self.LOGGER, type(self).__name__
         self._kser_dead_letters = DeadLetterWriter(
-            options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self.LOGGER
+            options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self._kser_log
         )
         self._kser_poller = Poller(
             self._kser_connect,
@@ -129,7 +130,7 @@ class BaseConsumer:
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
-            say=say,
+            log=self._kser_log,
         )
         begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
         self._kser_worker_pool = WorkerPool(
@@ -139,11 +140,11 @@ class BaseConsumer:
             self._kser_dead_letters,
             options.workers,
             cluster=self._kser_poller.cluster,
-            say=say,
+            log=self._kser_log,
         )
         if self._kser_poller.mode == NEVER and options.commit != NEVER:
-            self.LOGGER.warning(
-                f"{type(self).__name__}: without group_id no offset can be committed: after a restart, the"
+            self._kser_log.warning(
+                "without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
             )
 
@@ -209,7 +210,7 @@ class BaseConsumer:
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
         description = self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)
-        self.LOGGER.info(f"{type(self).__name__}: {description}")
+        self._kser_log.info(description)
         try:
             with self._kser_shutdown_signals.installed():
                 try:
@@ -286,7 +287,7 @@ class BaseConsumer:
         patience = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
         self._kser_client_thread.join(patience)
         if self._kser_client_thread.is_alive():
-            self.LOGGER.warning(f"{type(self).__name__}: the Kafka client did not close in time; exiting without it")
+            self._kser_log.warning("the Kafka client did not close in time; exiting without it")
 
     def _kser_start(self) -> None:
         self._kser_main_thread = threading.current_thread()
@@ -344,8 +345,8 @@ class BaseConsumer:
             if self._kser_work_queue.abandon(item.attempt):
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
-                self.LOGGER.warning(
-                    f"{type(self).__name__}: offset {item.record.offset} of {item.partition} still runs {when}: it is"
+                self._kser_log.warning(
+                    f"offset {item.record.offset} of {item.partition} still runs {when}: it is"
                     " abandoned, and will run again"
                 )
         self._kser_poller.stop(self._kser_deadline)
@@ -366,9 +367,7 @@ class BaseConsumer:
             return
         self._kser_join_client()
         self._kser_release_running_file()
-        self.LOGGER.warning(
-            f"{type(self).__name__}: a message still blocks the main thread; forcing the process to exit"
-        )
+        self._kser_log.warning("a message still blocks the main thread; forcing the process to exit")
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

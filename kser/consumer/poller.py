@@ -13,6 +13,7 @@ from contextlib import suppress
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import NEVER
 from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_queue import WorkQueue
@@ -42,7 +43,7 @@ class Poller:
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
     :param stall_timeout: seconds without progress after which lag is logged as an error.
-    :param say: the consumer's logger and name.
+    :param log: the logger of the consumer.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Poller:
         commit: str,
         interval: float,
         stall_timeout: float,
-        say: tuple[logging.Logger, str],
+        log: ConsumerLogger,
     ) -> None:
         self._connect = connect
         self._topics = topics
@@ -63,7 +64,7 @@ class Poller:
         self._partitions = partitions
         self._interval = interval
         self._stall_timeout = stall_timeout
-        self._logger, self._name = say
+        self._log = log
         self._clock = work_queue.clock
         #: True while fetching is paused.
         self.paused = False
@@ -126,7 +127,7 @@ class Poller:
         except Exception as exc:
             text = f"the Kafka client raised an unexpected error: {exc!r}"
             if text != self._errors.get("poll"):
-                self._logger.exception(f"{self._name}: {text}")
+                self._log.exception(text)
             # The state of the client is unknown after an unexpected exception, so replace the client.
             self._back_off(ClientError(text, fatal=True), timeout)
         return 0
@@ -218,7 +219,7 @@ class Poller:
         self._report("commit", None)
         self._partitions.mark_committed(commits)
         if not self._interval:
-            self._logger.debug(f"{self._name}: Manual commit done.")
+            self._log.debug("Manual commit done.")
         return len(commits)
 
     # -- the client ----------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class Poller:
             try:
                 client.close(CLIENT_TIMEOUT)
             except Exception:
-                self._logger.exception(f"{self._name}: the Kafka client could not be closed cleanly")
+                self._log.exception("the Kafka client could not be closed cleanly")
 
     def _final_commit(self) -> None:
         """Commit finished records and retry until the deadline, because uncommitted records will run again."""
@@ -243,9 +244,7 @@ class Poller:
                 return
             if self._client is None or self._clock() >= self._deadline:
                 partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
-                self._logger.warning(
-                    f"{self._name}: finished messages could not be committed and will be redelivered: {partitions}"
-                )
+                self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
                 return
             # A client that lost its membership rejoins the group only during a poll.
             self._guard(self._stay_in_group, 0)
@@ -290,9 +289,9 @@ class Poller:
             self._errors[activity] = text
             if error:
                 level = logging.INFO if error.transient else logging.ERROR
-                self._logger.log(level, f"{self._name}: {text}; trying again")
+                self._log.log(level, f"{text}; trying again")
             else:
-                self._logger.info(f"{self._name}: the Kafka client can {activity} again")
+                self._log.info(f"the Kafka client can {activity} again")
 
     # -- stalls --------------------------------------------------------------------------------------------------------
 
@@ -311,8 +310,8 @@ class Poller:
             if lag:
                 self._stalled = True
                 partitions = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
-                self._logger.error(
-                    f"{self._name}: no message was finished for {self._stall_timeout:g} s, but partitions lag:"
+                self._log.error(
+                    f"no message was finished for {self._stall_timeout:g} s, but partitions lag:"
                     f" {partitions}; {self._describe_running()}"
                 )
         return len(lag)

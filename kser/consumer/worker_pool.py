@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 from kser.attempt import FAILED, Attempt, AttemptAbandoned, ConsumerCallbacks, current_attempt
 from kser.consumer.dead_letters import DeadLetterWriter
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
@@ -30,7 +30,7 @@ class WorkerPool:
     :param dead_letters: the writer of dead letters.
     :param size: the number of workers.
     :param cluster: returns the id of the Kafka cluster.
-    :param say: the consumer's logger and name.
+    :param log: the logger of the consumer.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class WorkerPool:
         size: int,
         *,
         cluster: Callable[[], str],
-        say: tuple[logging.Logger, str],
+        log: ConsumerLogger,
     ) -> None:
         self._work_queue = work_queue
         self._before_attempt = before_attempt
         self._handle = handle
         self._dead_letters = dead_letters
         self._size = size
-        self._logger, self._name = say
+        self._log = log
         #: Counters of permanently failed records (``failed``) and of retries (``retried``).
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -151,9 +151,8 @@ class WorkerPool:
             # No exception may end the worker; otherwise each redelivery of the message would end another worker.
             if attempt.failure is None:
                 attempt.reject(FAILED, exc)
-            self._logger.exception(
-                f"{self._name}: the registry raised at offset {item.record.offset} of {item.partition};"
-                " the message failed"
+            self._log.exception(
+                f"the registry raised at offset {item.record.offset} of {item.partition}; the message failed"
             )
         finally:
             current_attempt.set(None)
@@ -161,8 +160,8 @@ class WorkerPool:
 
     def _apply_outcome(self, item: WorkItem, attempt: Attempt) -> None:
         if attempt.abandoned:
-            self._logger.warning(
-                f"{self._name}: the attempt at offset {item.record.offset} of {item.partition} was abandoned;"
+            self._log.warning(
+                f"the attempt at offset {item.record.offset} of {item.partition} was abandoned;"
                 " its late result is dropped"
             )
         elif attempt.retry_in is not None:
@@ -189,7 +188,7 @@ class WorkerPool:
         self._work_queue.retry_dead_letter(item, min(first * 2 ** min(item.dead_letter_tries, 10), longest))
 
     def _log_revoked(self, item: WorkItem) -> None:
-        self._logger.info(
-            f"{self._name}: offset {item.record.offset} of {item.partition} was finished after the partition was"
+        self._log.info(
+            f"offset {item.record.offset} of {item.partition} was finished after the partition was"
             " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
         )
