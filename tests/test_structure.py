@@ -50,6 +50,7 @@ ORDER = (
     {"kser.consumer.lanes"},
     {"kser.consumer.work_queue"},
     {"kser.consumer.options", "kser.consumer.dead_letters", "kser.consumer.partition_table"},
+    {"kser.consumer.stalls"},
     {"kser.consumer.poller", "kser.consumer.worker_pool"},
     {"kser.consumer.base"},
     {"kser.consumer.replay"},

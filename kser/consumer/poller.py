@@ -16,6 +16,7 @@ from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import NEVER
 from kser.consumer.partition_table import PartitionTable
+from kser.consumer.stalls import StallDetector
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import ClientError, KserError
 
@@ -63,9 +64,8 @@ class Poller:
         self._work_queue = work_queue
         self._partitions = partitions
         self._interval = interval
-        self._stall_timeout = stall_timeout
         self._log = log
-        self._clock = work_queue.clock
+        self._stalls = StallDetector(work_queue, partitions, stall_timeout, log)
         #: True while fetching is paused.
         self.paused = False
         #: True during a shutdown: no records are fetched, but finished records are still committed.
@@ -74,9 +74,7 @@ class Poller:
         self._deadline = 0.0
         self._error_count = 0
         self._errors: dict[str, str] = {}
-        self._last_commit = self._last_progress = self._clock()
-        self._seen_finished = 0
-        self._stalled = False
+        self._last_commit = work_queue.clock()
         self._client: ConsumerClient | None = self._connect_and_subscribe()
         #: The effective commit mode, which is ``"never"`` without a group.
         self.mode = commit if self._client.can_commit else NEVER
@@ -111,10 +109,10 @@ class Poller:
         :param timeout: the longest time in seconds to wait for records.
         :return: the number of records queued.
         """
-        taken = self._guard(lambda: self._fetch(timeout), timeout)
+        queued = self._guard(lambda: self._fetch(timeout), timeout)
         self._guard(self.commit_when_due, timeout)
-        self._guard(lambda: self._check_stall(taken), timeout)
-        return taken
+        self._guard(lambda: self._stalls.check(bool(queued) or self.paused or self.shutting_down, self.lag), timeout)
+        return queued
 
     def _guard(self, call: Callable[[], int], timeout: float) -> int:
         """Call a function that uses the client. After an exception, log it, back off and return 0."""
@@ -140,7 +138,9 @@ class Poller:
         self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
         batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
-        self._recover()
+        if self._error_count:
+            self._error_count = 0
+            self._report("poll", None)
         return self._partitions.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
@@ -175,7 +175,7 @@ class Poller:
         return min(timeout, max(self._until_commit(), BUSY_POLL_TIMEOUT)) if self._work_queue.in_flight else timeout
 
     def _until_commit(self) -> float:
-        return max(self._last_commit + self._interval - self._clock(), 0) if self._interval else MAX_POLL_GAP
+        return max(self._last_commit + self._interval - self._work_queue.clock(), 0) if self._interval else MAX_POLL_GAP
 
     def lag(self) -> Mapping[Partition, int]:
         """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
@@ -202,11 +202,11 @@ class Poller:
 
     def commit_when_due(self) -> int:
         """Commit finished records if the commit interval has passed; return the number of partitions committed."""
-        return self.commit() if self._clock() - self._last_commit >= self._interval else 0
+        return self.commit() if self._work_queue.clock() - self._last_commit >= self._interval else 0
 
     def commit(self) -> int:
         """Commit finished records; return the number of partitions committed."""
-        self._last_commit = self._clock()
+        self._last_commit = self._work_queue.clock()
         commits = self._partitions.commits()
         if not commits or self._client is None:
             return 0
@@ -242,7 +242,7 @@ class Poller:
             done = not self._partitions.commits() and self._client is not None
             if done:
                 return
-            if self._client is None or self._clock() >= self._deadline:
+            if self._client is None or self._work_queue.clock() >= self._deadline:
                 partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
                 self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
                 return
@@ -277,11 +277,6 @@ class Poller:
         state.attempt_number = self._error_count
         self._stop.wait(min(_BACKOFF(state), timeout))
 
-    def _recover(self) -> None:
-        if self._error_count:
-            self._error_count = 0
-            self._report("poll", None)
-
     def _report(self, activity: str, error: ClientError | None) -> None:
         """Log an error of the client once, each change of the error, and the recovery."""
         text = error.message if error else ""
@@ -292,37 +287,3 @@ class Poller:
                 self._log.log(level, f"{text}; trying again")
             else:
                 self._log.info(f"the Kafka client can {activity} again")
-
-    # -- stalls --------------------------------------------------------------------------------------------------------
-
-    def _check_stall(self, taken: int) -> int:
-        """Log a stall once: lag without progress. Return the number of stalled partitions."""
-        settled, now = self._work_queue.finished_count, self._clock()
-        if taken or settled != self._seen_finished or self.paused or self.shutting_down:
-            self._seen_finished, self._last_progress, self._stalled = settled, now, False
-            return 0
-        lag: dict[Partition, int] = {}
-        if not self._stalled and now - self._last_progress >= self._stall_timeout:
-            self._last_progress = now
-            here = self._partitions.backlog
-            lag = {key: count + here.pop(key, 0) for key, count in self.lag().items()}
-            lag = {key: count for key, count in {**here, **lag}.items() if count > 0}
-            if lag:
-                self._stalled = True
-                partitions = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
-                self._log.error(
-                    f"no message was finished for {self._stall_timeout:g} s, but partitions lag:"
-                    f" {partitions}; {self._describe_running()}"
-                )
-        return len(lag)
-
-    def _describe_running(self) -> str:
-        items = self._work_queue.running()
-        if not items:
-            return "no message is being handled: check that the group is stable and that dead letters can be written"
-        oldest = min(items, key=lambda item: item.attempt.started_at)
-        age = self._clock() - oldest.attempt.started_at
-        return (
-            f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
-        )
