@@ -18,12 +18,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.client import ConsumerClient, Partition, Record
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
@@ -253,6 +254,32 @@ class BaseConsumer:
                 break
         self._kser_poller.commit_when_due()
         return handled
+
+    def _kser_read(self, timeout: float, poll_timeout: float, batch: int) -> Iterator[Record]:
+        """Iterate over the records of the topics, up to their current ends, instead of running their messages.
+
+        A record counts as finished when the next one is requested.
+
+        :param timeout: seconds to wait for a record or for the end offsets of the topics.
+        :param poll_timeout: the longest time of one poll, in seconds.
+        :param batch: the number of records between two commits.
+        :raises TimeoutError: the broker did not respond in time.
+        """
+        work_queue, poller = self._kser_work_queue, self._kser_poller
+        deadline = time.monotonic() + timeout
+        while True:
+            queued = poller.poll_once(min(poll_timeout, timeout))
+            while (item := work_queue.get(0)) is not None:
+                yield item.record
+                work_queue.task_done(item)
+                if work_queue.finished_count % batch == 0:
+                    poller.commit()
+                deadline = time.monotonic() + timeout
+            lag = poller.lag()
+            if not queued and self.assignment and self.assignment <= lag.keys() and max(lag.values()) <= 0:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
     def stop(self) -> None:
         """Stop after the running messages. You may call it from any thread or signal handler."""
