@@ -40,7 +40,7 @@ class Node:
         self.running: list[WorkItem] = []
         self.finished: set[Place] = set()
         #: A revoke that is not over, and of which partitions; the thread that owns the client waits for it.
-        self.draining: PendingRevocation | None = None
+        self.revocation: PendingRevocation | None = None
         self.leaving: list[Partition] = []
 
     def runs(self, keys: list[Partition]) -> list[WorkItem]:
@@ -91,7 +91,7 @@ class Group(RuleBasedStateMachine):
     def poll(self, index: int, limit: int) -> None:
         node = self.nodes[index]
         limit = min(limit, node.dispatch.capacity())
-        if node.draining is not None or not limit:
+        if node.revocation is not None or not limit:
             return
         held = node.partitions.blocked_partitions()
         for key, position in node.positions.items():
@@ -163,7 +163,7 @@ class Group(RuleBasedStateMachine):
         """Partitions that nobody has go to a consumer: to the one that had them, or to the other one."""
         node = self.nodes[index]
         free = [key for key, owner in self.owners.items() if owner is None and only in (None, key)]
-        if node.draining is None and self.is_member(node):
+        if node.revocation is None and self.is_member(node):
             for key in free:
                 self.owners[key] = node
                 node.positions[key] = self.committed[key].offset
@@ -172,7 +172,7 @@ class Group(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1))
     def commit(self, index: int) -> None:
         node = self.nodes[index]
-        if node.draining is None:
+        if node.revocation is None:
             commits = node.partitions.commits()
             if self.accepts(node, commits):
                 node.partitions.mark_committed(commits)
@@ -182,29 +182,29 @@ class Group(RuleBasedStateMachine):
     def revoke(self, index: int, only: Partition | None) -> None:
         """All partitions, as an eager rebalance does, or one, as a cooperative one does."""
         node = self.nodes[index]
-        if node.draining is None and node.positions:
+        if node.revocation is None and node.positions:
             node.leaving = [key for key in node.positions if only in (None, key)]
-            node.draining = node.partitions.on_revoke(node.leaving)
+            node.revocation = node.partitions.on_revoke(node.leaving)
 
-    @precondition(lambda self: any(node.draining for node in self.nodes))
+    @precondition(lambda self: any(node.revocation for node in self.nodes))
     @rule(index=st.integers(0, 1), acknowledged=st.booleans(), failing=st.none() | FEW)
     def end_revoke(self, index: int, acknowledged: bool, failing: set[int] | None) -> None:
         """The drain is over, if it is, or because all that runs ends: some of it is to be tried again."""
         node = self.nodes[index]
-        draining, leaving = node.draining, node.leaving
-        if draining is None:
+        revocation, leaving = node.revocation, node.leaving
+        if revocation is None:
             return
-        awaited = [item for item in node.runs(leaving) if item.tracker in draining._leaving.values()]
+        awaited = [item for item in node.runs(leaving) if item.tracker in revocation._leaving.values()]
         if failing is not None:
             for number, item in enumerate(awaited):
                 self.end_item(node, item, number in failing)
-        elif not draining.drained:
+        elif not revocation.drained:
             return
         else:
-            assert not awaited or self.now >= draining._deadline
-        assert draining.drained
-        commits = dict(draining.commits())
-        node.draining, node.leaving = None, []
+            assert not awaited or self.now >= revocation._deadline
+        assert revocation.drained
+        commits = dict(revocation.commits())
+        node.revocation, node.leaving = None, []
         if acknowledged and self.accepts(node, commits):
             self.check_all_is_committed(node, leaving)
         else:
@@ -249,7 +249,7 @@ class Group(RuleBasedStateMachine):
         """It learns that it was expelled."""
         node = self.nodes[index]
         lost = [key for key in node.positions if self.owners[key] is not node]
-        if lost and node.draining is None:
+        if lost and node.revocation is None:
             node.partitions.on_lost(lost)
             self.forget(node, lost)
 
@@ -261,7 +261,7 @@ class Group(RuleBasedStateMachine):
     def stop(self, index: int, hang: bool) -> None:
         """A consumer ends in order; what hangs is handed back after a while."""
         node = self.nodes[index]
-        if node.draining is not None:
+        if node.revocation is not None:
             return
         node.dispatch.close()
         assert node.dispatch.get(0) is None

@@ -62,9 +62,9 @@ def test_revocation_does_not_wait_for_an_acked_record() -> None:
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
-    draining = desk.partitions.on_revoke([DICE])
-    assert draining.drained
-    assert draining.commits() == {DICE: Commit(1)}
+    revocation = desk.partitions.on_revoke([DICE])
+    assert revocation.drained
+    assert revocation.commits() == {DICE: Commit(1)}
     # It was committed, so that it is no loss either.
     assert desk.task_done(item) is True
 
@@ -73,10 +73,10 @@ def test_ack_after_revocation_finishes_the_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
     item = desk.next()
-    draining = desk.partitions.on_revoke([DICE])
-    assert not draining.drained
+    revocation = desk.partitions.on_revoke([DICE])
+    assert not revocation.drained
     desk.ack(item.attempt)
-    assert draining.drained
+    assert revocation.drained
     assert (desk.task_done(item), desk.in_flight) == (True, 0)
 
 

@@ -254,11 +254,15 @@ def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
 def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    item, verdict = desk.next(), TimeoutError("late")
-    assert desk.time_out(item, verdict, item.attempt.outcome)
+    item, timeout_error = desk.next(), TimeoutError("late")
+    assert desk.time_out(item, timeout_error, item.attempt.outcome)
     assert item.attempt.abandoned
     (following,) = desk.all()
-    assert (following.record, following.attempt.number, following.attempt.timeout_error) == (item.record, 1, verdict)
+    assert (following.record, following.attempt.number, following.attempt.timeout_error) == (
+        item.record,
+        1,
+        timeout_error,
+    )
     desk.task_done(item)
     assert desk.partitions.commits() == {}
     desk.task_done(following)

@@ -12,25 +12,25 @@ def test_revoked_partition_starts_no_more_records() -> None:
     desk.enter_keys("--aa")
     first, waiting, _ = desk.all()
     desk.requeue(waiting, 5)
-    draining = desk.partitions.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.time.pass_by(5)
     assert desk.all() == []
-    assert not draining.drained
+    assert not revocation.drained
     assert desk.task_done(first) is False
-    assert draining.commits() == {DICE: Commit(1)}
+    assert revocation.commits() == {DICE: Commit(1)}
 
 
 def test_revocation_waits_for_running_records_and_commits_them() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first, second = desk.all()
-    draining = desk.partitions.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.task_done(second)
-    assert not draining.drained
+    assert not revocation.drained
     desk.task_done(first)
-    assert draining.drained
-    draining.wait()
-    assert draining.commits() == {DICE: Commit(2)}
+    assert revocation.drained
+    revocation.wait()
+    assert revocation.commits() == {DICE: Commit(2)}
 
 
 def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
@@ -38,13 +38,13 @@ def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
     desk.enter_keys("--")
     desk.next()
     desk.task_done(desk.next())
-    draining = desk.partitions.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.time.pass_by(9.9)
-    assert not draining.drained
+    assert not revocation.drained
     desk.time.pass_by(0.1)
-    assert draining.drained
-    draining.wait()
-    assert draining.commits() == {DICE: Commit(0, "kser:1,1")}
+    assert revocation.drained
+    revocation.wait()
+    assert revocation.commits() == {DICE: Commit(0, "kser:1,1")}
 
 
 def test_running_record_is_resumed_when_its_partition_returns() -> None:
@@ -174,6 +174,6 @@ def test_records_finished_in_the_commit_metadata_are_not_started() -> None:
 
 def test_revocation_of_an_unassigned_partition_does_nothing() -> None:
     desk = Desk()
-    draining = desk.partitions.on_revoke([OTHER])
-    assert draining.drained
-    assert draining.commits() == {}
+    revocation = desk.partitions.on_revoke([OTHER])
+    assert revocation.drained
+    assert revocation.commits() == {}

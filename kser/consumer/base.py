@@ -133,10 +133,12 @@ class BaseConsumer:
             stall_timeout=options.stall_timeout,
             log=self._kser_log,
         )
-        begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        before_attempt = (
+            self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        )
         self._kser_worker_pool = WorkerPool(
             self._kser_work_queue,
-            begin,
+            before_attempt,
             self._kser_handle,
             self._kser_dead_letters,
             options.workers,
@@ -245,12 +247,12 @@ class BaseConsumer:
         self._kser_shared_producer.attach(self.REGISTRY)
         self._kser_poller.poll_once(timeout)
         handled = 0
-        began = self._kser_clock()
+        started_at = self._kser_clock()
         while not self._kser_stopping and self._kser_worker_pool.step():
             handled += 1
             if self._kser_commits_at_once:
                 self._kser_poller.commit()
-            if self._kser_clock() - began >= CONTROL_FILE_INTERVAL:
+            if self._kser_clock() - started_at >= CONTROL_FILE_INTERVAL:
                 break
         self._kser_poller.commit_when_due()
         return handled
@@ -311,8 +313,8 @@ class BaseConsumer:
 
     def _kser_join_client(self) -> None:
         assert self._kser_client_thread is not None
-        patience = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
-        self._kser_client_thread.join(patience)
+        timeout = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
+        self._kser_client_thread.join(timeout)
         if self._kser_client_thread.is_alive():
             self._kser_log.warning("the Kafka client did not close in time; exiting without it")
 

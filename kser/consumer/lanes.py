@@ -77,11 +77,11 @@ class LaneQueue:
     def remove_partition(self, tracker: OffsetTracker, survives: Callable[[WorkItem], bool]) -> None:
         """Remove the items of a partition, except those for which ``survives`` returns True."""
 
-        def kept(item: WorkItem) -> bool:
+        def remains(item: WorkItem) -> bool:
             return item.tracker is not tracker or survives(item)
 
-        self.ready = deque(filter(kept, self.ready))
-        self._delayed = [entry for entry in self._delayed if kept(entry[2])]
+        self.ready = deque(filter(remains, self.ready))
+        self._delayed = [entry for entry in self._delayed if remains(entry[2])]
         heapq.heapify(self._delayed)
         self._lanes = {lane: queue for lane, queue in self._lanes.items() if lane[0] is not tracker}
 

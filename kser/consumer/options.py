@@ -83,8 +83,8 @@ class ConsumerOptions:
             if name not in names:
                 nearest = difflib.get_close_matches(name, [*names, "config", "topics", "app"], n=1, cutoff=0)[0]
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
-        found = {name: _resolve(name, given.get(name), settings) for name in names}
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        values = {name: _resolve(name, given.get(name), settings) for name in names}
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead letter topic for messages of ``topic``; None if dead letters are disabled."""

@@ -189,10 +189,10 @@ class Poller:
 
         :raises kser.errors.ClientError: this client is no member, or the group does not respond.
         """
-        known = self._partitions.committed_offsets()
-        if known and self.mode != NEVER:
+        committed = self._partitions.committed_offsets()
+        if committed and self.mode != NEVER:
             try:
-                client.commit(known, CLIENT_TIMEOUT)
+                client.commit(committed, CLIENT_TIMEOUT)
             except ClientError:
                 # The client detects the lost membership by itself, but only during a poll.
                 self._partitions.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))

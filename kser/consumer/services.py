@@ -45,13 +45,13 @@ class BackgroundServices:
         """
         if self._thread is not None:
             return
-        waits = False
+        is_unavailable = False
         try:
             self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage. The thread starts anyway and loads the services after the outage.
-            waits = True
-        if self._services or waits:
+            is_unavailable = True
+        if self._services or is_unavailable:
             self._thread = threading.Thread(target=self._run, name="kser-services", daemon=True)
             self._thread.start()
 

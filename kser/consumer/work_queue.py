@@ -362,9 +362,9 @@ class WorkQueue:
     def _schedule_next(self, item: WorkItem, next_item: WorkItem) -> None:
         # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
         # record.
-        known = item.tracker.replace(item.record.offset, next_item)
+        is_tracked = item.tracker.replace(item.record.offset, next_item)
         continues = item.attempt.acked or (
-            known and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
+            is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
         )
         if continues and not self._closed:
             self.lanes.delay(next_item)
