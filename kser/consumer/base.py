@@ -36,7 +36,6 @@ from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
-from kser.errors import SettingError
 
 #: Seconds between two checks of the control files, and the time limit of one :meth:`BaseConsumer.step`.
 CONTROL_FILE_INTERVAL = 1.0
@@ -87,7 +86,7 @@ class BaseConsumer:
         self._kser_topics = list(topics)
         self._kser_group = group
         self._kser_commits_at_once = not interval
-        self._kser_check_dead_letter_topic()
+        options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
             # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
@@ -100,7 +99,7 @@ class BaseConsumer:
         self._kser_partitions = PartitionTable(self._kser_work_queue, min(options.revoke_timeout, poll_limit / 3))
         self._kser_clock = self._kser_work_queue.clock
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
-        self._kser_stopping = self._kser_working = self._kser_closed = False
+        self._kser_stopping = self._kser_closed = False
         #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.
         self._kser_deadline = 0.0
         self._kser_crash: Exception | None = None
@@ -149,13 +148,6 @@ class BaseConsumer:
             self._kser_log.warning(
                 "without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
-            )
-
-    def _kser_check_dead_letter_topic(self) -> None:
-        if self.options.dead_letter in self._kser_topics:
-            raise SettingError(
-                f"dead_letter is {self.options.dead_letter!r}, a topic that this consumer reads: failed messages"
-                " would loop endlessly; choose another topic"
             )
 
     # -- override points -----------------------------------------------------------------------------------------------
@@ -218,9 +210,9 @@ class BaseConsumer:
             with self._kser_shutdown_signals.installed():
                 try:
                     self._kser_start()
-                    self._kser_work()
+                    self._kser_worker_pool.work()
                     self.LOGGER.info("Closing consumer and exiting")
-                    self._kser_wait_until_idle()
+                    self._kser_worker_pool.wait_until_idle()
                     if self._kser_crash is not None:
                         raise self._kser_crash
                 finally:
@@ -330,13 +322,6 @@ class BaseConsumer:
         self._kser_supervisor = threading.Thread(target=self._kser_supervise, name="kser-supervisor", daemon=True)
         self._kser_supervisor.start()
 
-    def _kser_work(self) -> None:
-        self._kser_working = True
-        try:
-            self._kser_worker_pool.work()
-        finally:
-            self._kser_working = False
-
     def _kser_commit_before_run(self, item: WorkItem) -> None:
         """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
         if self._kser_client_thread is None:
@@ -391,7 +376,7 @@ class BaseConsumer:
     def _kser_force_exit(self) -> None:
         """Force the process to exit if a task still blocks the main thread; everything else has been shut down."""
         if self._kser_main_thread is not threading.main_thread() or self._kser_shutdown_signals.interrupt_main_thread(
-            lambda: self._kser_working
+            lambda: self._kser_worker_pool.is_working
         ):
             return
         self._kser_join_client()
@@ -403,10 +388,12 @@ class BaseConsumer:
         os._exit(self._kser_shutdown_signals.status or 0)
 
     def _kser_supervise_until_stopped(self) -> None:
+        client_thread = self._kser_client_thread
+        assert client_thread is not None
         while not self._kser_stopping:
             self._kser_check_control_files()
             self._kser_worker_pool.enforce_time_limits()
-            if not self._kser_stopping and not self._kser_client_thread.is_alive():  # type: ignore[union-attr]
+            if not self._kser_stopping and not client_thread.is_alive():
                 raise RuntimeError("the Kafka client thread has ended unexpectedly; see the log for the cause")
             self._kser_shutdown_signals.wait(SUPERVISE_INTERVAL)
 
@@ -425,8 +412,3 @@ class BaseConsumer:
             self._kser_last_reminder = self._kser_clock()
             self.LOGGER.warning("Consumer is paused")
         self._kser_shared_producer.attach(self.REGISTRY)
-
-    def _kser_wait_until_idle(self) -> None:
-        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
-        while self._kser_work_queue.running():
-            self._kser_work_queue.waiters.wait(lambda: not self._kser_work_queue.running(), SUPERVISE_INTERVAL)

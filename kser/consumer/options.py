@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
@@ -91,6 +91,18 @@ class ConsumerOptions:
         if isinstance(self.dead_letter, str):
             return self.dead_letter
         return f"{topic}.dlq" if self.dead_letter else None
+
+    def check_topics(self, topics: Collection[str]) -> None:
+        """Check that a consumer does not read its own dead letters.
+
+        :param topics: the consumed topics.
+        :raises kser.errors.SettingError: the dead letter topic is one of them.
+        """
+        if self.dead_letter in topics:
+            raise SettingError(
+                f"dead_letter is {self.dead_letter!r}, a topic that this consumer reads: failed messages"
+                " would loop endlessly; choose another topic"
+            )
 
     def describe(self, mode: str, group: str | None, topics: Iterable[str]) -> str:
         """Return a summary of the options for the log.

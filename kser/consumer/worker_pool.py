@@ -17,6 +17,9 @@ from kser.errors import TaskTimeout
 #: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE_WAIT = 0.5
 
+#: Seconds between two checks whether attempts still run, because a longer wait would delay signal handlers.
+IDLE_CHECK_INTERVAL = 0.1
+
 #: The first and the longest back-off, in seconds, after a failed write of a dead letter.
 DEAD_LETTER_DELAYS = (1.0, 30.0)
 
@@ -57,6 +60,8 @@ class WorkerPool:
         self.interrupt: KeyboardInterrupt | None = None
         #: Set, possibly by a signal handler, to start no more attempts; a call of :meth:`shutdown` follows.
         self.stopping = False
+        #: True while a thread is inside of :meth:`work`.
+        self.is_working = False
         self._shut_down = threading.Event()
         self._callbacks = ConsumerCallbacks(
             ack=work_queue.ack,
@@ -74,13 +79,22 @@ class WorkerPool:
 
     def work(self) -> None:
         """Run the only worker in this thread, or wait for the worker threads; return after :meth:`shutdown`."""
-        if self._size == 1:
-            self._work()
-        while not self._shut_down.wait(IDLE_WAIT):
-            # The wait has a timeout, because a wait without one would block signal handlers.
-            pass
-        if self.interrupt is not None:
-            raise self.interrupt
+        self.is_working = True
+        try:
+            if self._size == 1:
+                self._work()
+            while not self._shut_down.wait(IDLE_WAIT):
+                # The wait has a timeout, because a wait without one would block signal handlers.
+                pass
+            if self.interrupt is not None:
+                raise self.interrupt
+        finally:
+            self.is_working = False
+
+    def wait_until_idle(self) -> None:
+        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
+        while self._work_queue.running():
+            self._work_queue.waiters.wait(lambda: not self._work_queue.running(), IDLE_CHECK_INTERVAL)
 
     def shutdown(self) -> None:
         """Stop the workers after their running attempts and close the work queue."""
