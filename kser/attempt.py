@@ -233,7 +233,7 @@ class Attempt:
 
 
 #: The attempt that runs in this context; None outside of a consumer.
-current_attempt: ContextVar[Attempt | None] = ContextVar("kser_delivery", default=None)
+current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default=None)
 
 
 def raise_if_decided(entry: Any) -> None:

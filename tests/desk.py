@@ -20,7 +20,7 @@ def record(offset: int, key: bytes | None = None, value: bytes = b"", partition:
 
 
 class Desk(WorkQueue):
-    """A dispatch that has the partition dice[0], whose time passes when a test says so."""
+    """A work queue with the partition dice[0], whose time passes when a test says so."""
 
     def __init__(self, *, revoke_timeout: float = 10, **options: Any) -> None:
         self.time = Clock()

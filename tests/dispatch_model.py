@@ -29,12 +29,12 @@ Place = tuple[Partition, int]
 
 
 class Node:
-    """A process with a consumer: what is asked of its dispatch, and what it knows."""
+    """A process with a consumer: its work queue, its partitions, and its knowledge."""
 
     def __init__(self, name: str, ordering: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.dispatch = WorkQueue(ordering=ordering, max_in_flight=ROOM, clock=clock, retry=None)
-        self.partitions = PartitionTable(self.dispatch, REVOKE_TIMEOUT)
+        self.work_queue = WorkQueue(ordering=ordering, max_in_flight=ROOM, clock=clock, retry=None)
+        self.partitions = PartitionTable(self.work_queue, REVOKE_TIMEOUT)
         #: The next offset to poll, in the partitions that it believes to have.
         self.positions: dict[Partition, int] = {}
         self.running: list[WorkItem] = []
@@ -90,7 +90,7 @@ class Group(RuleBasedStateMachine):
 
     def poll(self, index: int, limit: int) -> None:
         node = self.nodes[index]
-        limit = min(limit, node.dispatch.capacity())
+        limit = min(limit, node.work_queue.capacity())
         if node.revocation is not None or not limit:
             return
         held = node.partitions.blocked_partitions()
@@ -112,7 +112,7 @@ class Group(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1))
     def take(self, index: int) -> None:
         node = self.nodes[index]
-        item = node.dispatch.get(0)
+        item = node.work_queue.get(0)
         if item is not None:
             self.check_start(node, item)
             node.running.append(item)
@@ -131,12 +131,12 @@ class Group(RuleBasedStateMachine):
         node = self.busy(index)
         item = node.running.pop(which % len(node.running))
         if how == "expire":
-            assert node.dispatch.time_out(item, TaskTimeout("too long"), item.attempt.outcome)
+            assert node.work_queue.time_out(item, TaskTimeout("too long"), item.attempt.outcome)
         elif how == "bury":
             item.attempt.failure = Failure("failed", "", "")
-            node.dispatch.retry_dead_letter(item, 1)
+            node.work_queue.retry_dead_letter(item, 1)
         else:
-            node.dispatch.requeue(item, 20 if how == "later" else 0)
+            node.work_queue.requeue(item, 20 if how == "later" else 0)
 
     def busy(self, index: int) -> Node:
         """A consumer that works on something: that one, if it does."""
@@ -145,9 +145,9 @@ class Group(RuleBasedStateMachine):
     def end_item(self, node: Node, item: WorkItem, failing: bool = False) -> None:
         node.running.remove(item)
         if failing:
-            node.dispatch.requeue(item, 1)
+            node.work_queue.requeue(item, 1)
             return
-        node.dispatch.task_done(item)
+        node.work_queue.task_done(item)
         node.finished.add(place_of(item))
         self.finished.add(place_of(item))
 
@@ -263,12 +263,12 @@ class Group(RuleBasedStateMachine):
         node = self.nodes[index]
         if node.revocation is not None:
             return
-        node.dispatch.close()
-        assert node.dispatch.get(0) is None
+        node.work_queue.close()
+        assert node.work_queue.get(0) is None
         for item in list(node.running)[hang:]:
             self.end_item(node, item)
         for item in node.running:
-            assert node.dispatch.abandon(item.attempt)
+            assert node.work_queue.abandon(item.attempt)
         commits = node.partitions.commits()
         if self.accepts(node, commits):
             self.check_all_is_committed(node, list(node.positions))
@@ -348,7 +348,7 @@ class Group(RuleBasedStateMachine):
     def room_is_neither_lost_nor_gained(self) -> None:
         for node in getattr(self, "nodes", ()):
             unfinished = sum(len(node.partitions._trackers[key].unfinished) for key in node.partitions.assignment)
-            assert node.dispatch.in_flight + node.dispatch.lanes.delayed_count == unfinished
+            assert node.work_queue.in_flight + node.work_queue.lanes.delayed_count == unfinished
             assert node.partitions.assignment == node.positions.keys() - set(node.leaving)
 
     def teardown(self) -> None:
@@ -372,11 +372,11 @@ class Group(RuleBasedStateMachine):
                 polled
                 and not node.running
                 and not any(node.partitions.backlog.values())
-                and not node.dispatch.lanes.delayed_count
+                and not node.work_queue.lanes.delayed_count
             ):
                 break
         everything = {(key, record.offset) for key, log in self.logs.items() for record in log}
         assert everything <= self.finished, f"lost: {everything - self.finished}"
         self.commit(0)
         assert self.committed == {key: Commit(end) for key, end in self.ends.items()}
-        assert node.dispatch.capacity() == ROOM
+        assert node.work_queue.capacity() == ROOM

@@ -17,7 +17,7 @@ from kser.sequencing.task import Task
 from tests.desk import Desk, offsets, record
 from tests.engine import DICE, PATIENCE, Act, consumer_of, put, until
 
-# -- the dispatch ------------------------------------------------------------------------------------------------------
+# -- the work queue ----------------------------------------------------------------------------------------------------
 
 
 def test_acked_record_may_be_committed_while_it_runs() -> None:
@@ -128,7 +128,7 @@ def test_abandoned_acked_record_is_not_redelivered() -> None:
     assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
-# -- the attempt ------------------------------------------------------------------------------------------------------
+# -- the attempt -------------------------------------------------------------------------------------------------------
 
 
 def test_acked_record_is_neither_retried_nor_dead_lettered() -> None:
