@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-from uuid import uuid4
+from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from kser.errors import RetryLater
 from kser.retry import DEFAULT_RETRY, Retry
@@ -43,12 +44,33 @@ class Deferred(NamedTuple):
     result: Any
 
 
+@dataclass(frozen=True)
+class ConsumerCallbacks:
+    """The functions that an attempt calls in the consumer that runs it.
+
+    :param ack: acks the attempt.
+    :param abandon: abandons the attempt.
+    :param clock: returns the time by which the consumer enforces time limits.
+    :param cluster: returns the id of the Kafka cluster; empty if it is unknown.
+    :param is_stopping: returns whether the consumer is shutting down.
+    """
+
+    ack: Callable[[Attempt], object]
+    abandon: Callable[[Attempt], object]
+    clock: Callable[[], float]
+    cluster: Callable[[], str]
+    is_stopping: Callable[[], bool]
+
+
 class Attempt:
     """One attempt at a message.
 
     :param retry: the retry policy of the consumer, for classes that declare none.
+    :param record: the Kafka record of the message; None if the message has no record.
     """
 
+    #: Callbacks of the consumer that runs the attempt; None before the start and outside of a consumer.
+    callbacks: ConsumerCallbacks | None = None
     #: Number of the attempt, from 1.
     number = 1
     #: Number of earlier attempts that do not count for the retry policy.
@@ -59,32 +81,49 @@ class Attempt:
     failure: Failure | None = None
     #: Timeout error to raise instead of running: this attempt records the failure of an abandoned one.
     timeout_error: Exception | None = None
-    #: True if the attempt was abandoned.
-    abandoned = False
+    #: Time at which the attempt started, by the clock of the consumer.
+    started_at = 0.0
     #: Time limit of the attempt in seconds; None without a limit.
     time_limit: float | None = None
     #: True if the record is acked because the store has the message: no dead letter, and no retry by this consumer.
     acked = False
-    #: True if the consumer is shutting down: release work that another consumer can continue.
-    shutting_down = False
-
-    #: Topic of the message; empty if it has none.
-    topic = ""
     #: uuid of the stored operation whose task is run; None for any other attempt.
     operation_uuid: str | None = None
-    #: True if a cancel of that operation was requested.
-    cancel_requested = False
 
     #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this one.
     entry: Any = None
     #: Class of the message's entrypoint, once it is known.
     entrypoint_class: type | None = None
 
-    def __init__(self, retry: Retry | None = None) -> None:
+    _abandoned = False
+
+    def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
         #: Retry policy for classes that declare none.
         self.retry = retry
+        #: The record; None if the message has none.
+        self.record = record
         #: Outcome latch: the first value wins, later ones are ignored.
         self.outcome: list[str] = []
+
+    @property
+    def topic(self) -> str:
+        """Topic of the message; empty if it has none."""
+        return "" if self.record is None else str(self.record.topic)
+
+    @property
+    def abandoned(self) -> bool:
+        """True if the attempt was abandoned."""
+        return self._abandoned
+
+    @property
+    def cancel_requested(self) -> bool:
+        """True if a cancel of the stored operation whose task is run was requested."""
+        return False
+
+    @property
+    def shutting_down(self) -> bool:
+        """True if the consumer is shutting down: release work that another consumer can continue."""
+        return self.callbacks is not None and self.callbacks.is_stopping()
 
     def on_constructed(self, entry: Any) -> None:
         """Register a constructed entrypoint; the first one of the message's class is the entrypoint of the message."""
@@ -127,6 +166,8 @@ class Attempt:
 
     def ack(self) -> None:
         """Ack the record: the store is now responsible for the message, whatever the outcome of the attempt."""
+        if self.callbacks is not None and not self.acked:
+            self.callbacks.ack(self)
         self.acked = True
 
     def restart_timer(self, time_limit: float | None) -> None:
@@ -134,6 +175,9 @@ class Attempt:
 
         :param time_limit: time limit of the part in seconds; None without a limit.
         """
+        if self.callbacks is not None:
+            self.started_at = self.callbacks.clock()
+        # Between the two assignments no time limit applies, because the supervisor reads the latch before the limit.
         self.time_limit = None
         self.outcome = []
         self.time_limit = time_limit
@@ -143,26 +187,39 @@ class Attempt:
 
         :raises AttemptAbandoned: always.
         """
-        self.abandoned = True
+        if self.callbacks is not None:
+            self.callbacks.abandon(self)
+        self.mark_abandoned()
         raise AttemptAbandoned
+
+    def mark_abandoned(self) -> None:
+        """Mark the attempt as abandoned, so that its next check raises."""
+        self._abandoned = True
 
     def deterministic_uuid(self) -> str:
         """Return a uuid for a message without one; an attempt at a record returns the same uuid at each redelivery."""
-        return str(uuid4())
+        if self.record is None:
+            return str(uuid4())
+        cluster = "" if self.callbacks is None else self.callbacks.cluster()
+        record = self.record
+        return str(uuid5(NAMESPACE_URL, f"kafka:{cluster}/{record.topic}/{record.partition}/{record.offset}"))
 
     def resolve(self, value: str = FINISHED) -> bool:
         """Set the outcome of the attempt unless it is set already; return whether this call has set it.
 
         :param value: ``FINISHED`` or ``TIMED_OUT``.
         """
-        return resolve(self.outcome, value)
+        outcome = self.outcome
+        # Of two threads exactly one appends first, because an append is atomic.
+        outcome.append(value)
+        return outcome[0] == value
 
     def raise_if_abandoned(self) -> None:
         """Raise if the attempt was abandoned.
 
         :raises AttemptAbandoned: the attempt was abandoned.
         """
-        if self.abandoned or self.outcome[:1] == [TIMED_OUT]:
+        if self.abandoned or (self.outcome and self.outcome[0] == TIMED_OUT):
             raise AttemptAbandoned
 
     def on_finished(self, entry: Any) -> None:
@@ -175,14 +232,8 @@ class Attempt:
         self.raise_if_abandoned()
 
 
-def resolve(outcome: list[str], value: str) -> bool:
-    """Append ``what`` and return whether it is the first value: of two threads, exactly one appends first."""
-    outcome.append(value)
-    return outcome[0] == value
-
-
 #: The attempt that runs in this context; None outside of a consumer.
-current_attempt: ContextVar[Attempt | None] = ContextVar("kser_delivery", default=None)
+current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default=None)
 
 
 def raise_if_decided(entry: Any) -> None:
@@ -190,8 +241,8 @@ def raise_if_decided(entry: Any) -> None:
 
     :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
-    if (delivery := current_attempt.get()) is not None:
-        delivery.on_finished(entry)
+    if (attempt := current_attempt.get()) is not None:
+        attempt.on_finished(entry)
 
 
 def time_limit_of(cls: type) -> float | None:
@@ -215,7 +266,7 @@ CANCEL_CHECK_INTERVAL = 0.5
 class TaskAttempt(Attempt):
     """Attempt at a task of a stored operation.
 
-    :param outer: the attempt at the record whose handling runs the task; None outside of a consumer.
+    :param parent: the attempt at the record whose handling runs the task; None outside of a consumer.
     :param task: the task.
     :param number: number of the attempt, from 1: one more than the recorded attempts.
     :param retry: the retry policy for a class that declares none.
@@ -225,7 +276,7 @@ class TaskAttempt(Attempt):
 
     def __init__(
         self,
-        outer: Attempt | None,
+        parent: Attempt | None,
         task: Any,
         number: int,
         retry: Retry | None,
@@ -233,7 +284,7 @@ class TaskAttempt(Attempt):
         is_cancelled: Callable[[], bool],
     ) -> None:
         super().__init__(retry)
-        self._outer = outer
+        self.parent = parent
         self.entry = task
         self.number = number
         self.operation_uuid = operation_uuid
@@ -242,15 +293,15 @@ class TaskAttempt(Attempt):
         self._cancelled = False
 
     def on_finished(self, entry: Any) -> None:
-        if self._outer is None:
+        if self.parent is None:
             return
         if entry is self.entry:
-            self._outer.resolve()
-        self._outer.raise_if_abandoned()
+            self.parent.resolve()
+        self.parent.raise_if_abandoned()
 
     @property
-    def abandoned(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
-        return self._outer is not None and self._outer.abandoned
+    def abandoned(self) -> bool:
+        return self.parent is not None and self.parent.abandoned
 
     def abandon(self) -> None:
         """Abandon the step and the attempt at the record that it runs in.
@@ -260,7 +311,7 @@ class TaskAttempt(Attempt):
         raise AttemptAbandoned
 
     @property
-    def cancel_requested(self) -> bool:  # type: ignore[override]  # a plain attribute in Attempt
+    def cancel_requested(self) -> bool:
         now = time.monotonic()
         if not self._cancelled and now - self._checked_at >= CANCEL_CHECK_INTERVAL:
             self._checked_at = now

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kser.consumer.client import Commit, Partition
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.dummy.broker import DummyRecord
@@ -19,38 +20,39 @@ def record(offset: int, key: bytes | None = None, value: bytes = b"", partition:
 
 
 class Desk(WorkQueue):
-    """A dispatch that has the partition dice[0], whose time passes when a test says so."""
+    """A work queue with the partition dice[0], whose time passes when a test says so."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, revoke_timeout: float = 10, **options: Any) -> None:
         self.time = Clock()
         super().__init__(**options, clock=self.time)
-        self.on_assign({DICE: Commit(0)})
+        self.partitions = PartitionTable(self, revoke_timeout)
+        self.partitions.on_assign({DICE: Commit(0)})
 
     def enter(self, *records: DummyRecord) -> None:
         for each in records:
-            self.put({Partition(each.topic, each.partition): [each]})
+            self.partitions.put({Partition(each.topic, each.partition): [each]})
 
     def enter_keys(self, keys: str) -> None:
         """A record for each letter; those of ``-`` have no key."""
-        self.put({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
+        self.partitions.put({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
 
     def next(self) -> WorkItem:
-        job = self.get(0)
-        assert job is not None, "there is nothing to take"
-        return job
+        item = self.get(0)
+        assert item is not None, "there is nothing to take"
+        return item
 
     def all(self) -> list[WorkItem]:
         """What may run now at the same time."""
-        jobs = []
-        while (job := self.get(0)) is not None:
-            jobs.append(job)
-        return jobs
+        items = []
+        while (item := self.get(0)) is not None:
+            items.append(item)
+        return items
 
     def come_back(self, commit: Commit | None = None) -> None:
         """The partition is given up, with everything committed that may be, and assigned again."""
-        commits = self.on_revoke([DICE]).commits()
-        self.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
+        commits = self.partitions.on_revoke([DICE]).commits()
+        self.partitions.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
 
 
-def offsets(jobs: list[WorkItem]) -> list[int]:
-    return [job.record.offset for job in jobs]
+def offsets(items: list[WorkItem]) -> list[int]:
+    return [item.record.offset for item in items]

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kser.attempt import Failure
 from kser.consumer.client import Commit, Partition
 from kser.consumer.offsets import decode
+from kser.consumer.partition_table import PartitionTable, PendingRevocation
 from kser.consumer.work_item import WorkItem
-from kser.consumer.work_queue import ORDERINGS, PendingRevocation, WorkQueue
+from kser.consumer.work_queue import ORDERINGS, WorkQueue
 from kser.dummy.broker import DummyRecord
 from kser.errors import TaskTimeout
 
@@ -28,27 +29,26 @@ Place = tuple[Partition, int]
 
 
 class Node:
-    """A process with a consumer: what is asked of its dispatch, and what it knows."""
+    """A process with a consumer: its work queue, its partitions, and its knowledge."""
 
     def __init__(self, name: str, ordering: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.dispatch = WorkQueue(
-            ordering=ordering, max_in_flight=ROOM, revoke_timeout=REVOKE_TIMEOUT, clock=clock, retry=None
-        )
+        self.work_queue = WorkQueue(ordering=ordering, max_in_flight=ROOM, clock=clock, retry=None)
+        self.partitions = PartitionTable(self.work_queue, REVOKE_TIMEOUT)
         #: The next offset to poll, in the partitions that it believes to have.
         self.positions: dict[Partition, int] = {}
         self.running: list[WorkItem] = []
         self.finished: set[Place] = set()
         #: A revoke that is not over, and of which partitions; the thread that owns the client waits for it.
-        self.draining: PendingRevocation | None = None
+        self.revocation: PendingRevocation | None = None
         self.leaving: list[Partition] = []
 
     def runs(self, keys: list[Partition]) -> list[WorkItem]:
-        return [job for job in self.running if job.partition in keys]
+        return [item for item in self.running if item.partition in keys]
 
 
-def place_of(job: WorkItem) -> Place:
-    return job.partition, job.record.offset
+def place_of(item: WorkItem) -> Place:
+    return item.partition, item.record.offset
 
 
 class Group(RuleBasedStateMachine):
@@ -90,15 +90,15 @@ class Group(RuleBasedStateMachine):
 
     def poll(self, index: int, limit: int) -> None:
         node = self.nodes[index]
-        limit = min(limit, node.dispatch.capacity())
-        if node.draining is not None or not limit:
+        limit = min(limit, node.work_queue.capacity())
+        if node.revocation is not None or not limit:
             return
-        held = node.dispatch.blocked_partitions()
+        held = node.partitions.blocked_partitions()
         for key, position in node.positions.items():
             found = [record for record in self.logs[key] if record.offset >= position][:limit]
             if found and key not in held:
                 node.positions[key] = found[-1].offset + 1
-                node.dispatch.put({key: found})
+                node.partitions.put({key: found})
                 return
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -112,44 +112,44 @@ class Group(RuleBasedStateMachine):
     @rule(index=st.integers(0, 1))
     def take(self, index: int) -> None:
         node = self.nodes[index]
-        job = node.dispatch.get(0)
-        if job is not None:
-            self.check_start(node, job)
-            node.running.append(job)
+        item = node.work_queue.get(0)
+        if item is not None:
+            self.check_start(node, item)
+            node.running.append(item)
 
     @precondition(lambda self: any(node.running for node in self.nodes))
     @rule(index=st.integers(0, 1), which=FEW)
     def finish(self, index: int, which: set[int]) -> None:
         node = self.busy(index)
-        for job in [job for number, job in enumerate(node.running) if number in which]:
-            self.end_job(node, job)
+        for item in [item for number, item in enumerate(node.running) if number in which]:
+            self.end_item(node, item)
 
     @precondition(lambda self: any(node.running for node in self.nodes))
     @rule(index=st.integers(0, 1), which=st.integers(0, 5), how=st.sampled_from(["later", "soon", "bury", "expire"]))
     def fail(self, index: int, which: int, how: str) -> None:
         """It is tried again, or its dead letter cannot be written for now, or it takes too long."""
         node = self.busy(index)
-        job = node.running.pop(which % len(node.running))
+        item = node.running.pop(which % len(node.running))
         if how == "expire":
-            assert node.dispatch.time_out(job, TaskTimeout("too long"), job.outcome)
+            assert node.work_queue.time_out(item, TaskTimeout("too long"), item.attempt.outcome)
         elif how == "bury":
-            job.failure = Failure("failed", "", "")
-            node.dispatch.retry_dead_letter(job, 1)
+            item.attempt.failure = Failure("failed", "", "")
+            node.work_queue.retry_dead_letter(item, 1)
         else:
-            node.dispatch.requeue(job, 20 if how == "later" else 0)
+            node.work_queue.requeue(item, 20 if how == "later" else 0)
 
     def busy(self, index: int) -> Node:
         """A consumer that works on something: that one, if it does."""
         return self.nodes[index] if self.nodes[index].running else self.nodes[1 - index]
 
-    def end_job(self, node: Node, job: WorkItem, failing: bool = False) -> None:
-        node.running.remove(job)
+    def end_item(self, node: Node, item: WorkItem, failing: bool = False) -> None:
+        node.running.remove(item)
         if failing:
-            node.dispatch.requeue(job, 1)
+            node.work_queue.requeue(item, 1)
             return
-        node.dispatch.task_done(job)
-        node.finished.add(place_of(job))
-        self.finished.add(place_of(job))
+        node.work_queue.task_done(item)
+        node.finished.add(place_of(item))
+        self.finished.add(place_of(item))
 
     @rule(seconds=st.sampled_from([2, 11, 30]))
     def pass_time(self, seconds: float) -> None:
@@ -163,53 +163,53 @@ class Group(RuleBasedStateMachine):
         """Partitions that nobody has go to a consumer: to the one that had them, or to the other one."""
         node = self.nodes[index]
         free = [key for key, owner in self.owners.items() if owner is None and only in (None, key)]
-        if node.draining is None and self.is_member(node):
+        if node.revocation is None and self.is_member(node):
             for key in free:
                 self.owners[key] = node
                 node.positions[key] = self.committed[key].offset
-            node.dispatch.on_assign({key: self.committed[key] for key in free})
+            node.partitions.on_assign({key: self.committed[key] for key in free})
 
     @rule(index=st.integers(0, 1))
     def commit(self, index: int) -> None:
         node = self.nodes[index]
-        if node.draining is None:
-            commits = node.dispatch.commits()
+        if node.revocation is None:
+            commits = node.partitions.commits()
             if self.accepts(node, commits):
-                node.dispatch.mark_committed(commits)
+                node.partitions.mark_committed(commits)
                 self.check_all_is_committed(node, list(node.positions))
 
     @rule(index=st.integers(0, 1), only=st.sampled_from([None, *PARTITIONS]))
     def revoke(self, index: int, only: Partition | None) -> None:
         """All partitions, as an eager rebalance does, or one, as a cooperative one does."""
         node = self.nodes[index]
-        if node.draining is None and node.positions:
+        if node.revocation is None and node.positions:
             node.leaving = [key for key in node.positions if only in (None, key)]
-            node.draining = node.dispatch.on_revoke(node.leaving)
+            node.revocation = node.partitions.on_revoke(node.leaving)
 
-    @precondition(lambda self: any(node.draining for node in self.nodes))
+    @precondition(lambda self: any(node.revocation for node in self.nodes))
     @rule(index=st.integers(0, 1), acknowledged=st.booleans(), failing=st.none() | FEW)
     def end_revoke(self, index: int, acknowledged: bool, failing: set[int] | None) -> None:
         """The drain is over, if it is, or because all that runs ends: some of it is to be tried again."""
         node = self.nodes[index]
-        draining, leaving = node.draining, node.leaving
-        if draining is None:
+        revocation, leaving = node.revocation, node.leaving
+        if revocation is None:
             return
-        awaited = [job for job in node.runs(leaving) if job.tracker in draining._leaving.values()]
+        awaited = [item for item in node.runs(leaving) if item.tracker in revocation._leaving.values()]
         if failing is not None:
-            for number, job in enumerate(awaited):
-                self.end_job(node, job, number in failing)
-        elif not draining.drained:
+            for number, item in enumerate(awaited):
+                self.end_item(node, item, number in failing)
+        elif not revocation.drained:
             return
         else:
-            assert not awaited or self.now >= draining._deadline
-        assert draining.drained
-        commits = dict(draining.commits())
-        node.draining, node.leaving = None, []
+            assert not awaited or self.now >= revocation._deadline
+        assert revocation.drained
+        commits = dict(revocation.commits())
+        node.revocation, node.leaving = None, []
         if acknowledged and self.accepts(node, commits):
             self.check_all_is_committed(node, leaving)
         else:
             self.excuse_uncommitted(node, leaving)
-        self.excused |= {place_of(job) for job in node.runs(leaving)}
+        self.excused |= {place_of(item) for item in node.runs(leaving)}
         self.forget(node, leaving)
 
     @rule(
@@ -239,7 +239,7 @@ class Group(RuleBasedStateMachine):
         node = self.nodes[index]
         gone = [key for key, owner in self.owners.items() if owner is node]
         self.excuse_uncommitted(node, gone)
-        self.excused |= {place_of(job) for job in node.runs(gone)}
+        self.excused |= {place_of(item) for item in node.runs(gone)}
         for key in gone:
             self.owners[key] = None
 
@@ -249,8 +249,8 @@ class Group(RuleBasedStateMachine):
         """It learns that it was expelled."""
         node = self.nodes[index]
         lost = [key for key in node.positions if self.owners[key] is not node]
-        if lost and node.draining is None:
-            node.dispatch.on_lost(lost)
+        if lost and node.revocation is None:
+            node.partitions.on_lost(lost)
             self.forget(node, lost)
 
     def kill(self, index: int) -> None:
@@ -261,15 +261,15 @@ class Group(RuleBasedStateMachine):
     def stop(self, index: int, hang: bool) -> None:
         """A consumer ends in order; what hangs is handed back after a while."""
         node = self.nodes[index]
-        if node.draining is not None:
+        if node.revocation is not None:
             return
-        node.dispatch.close()
-        assert node.dispatch.get(0) is None
-        for job in list(node.running)[hang:]:
-            self.end_job(node, job)
-        for job in node.running:
-            assert node.dispatch.abandon(job)
-        commits = node.dispatch.commits()
+        node.work_queue.close()
+        assert node.work_queue.get(0) is None
+        for item in list(node.running)[hang:]:
+            self.end_item(node, item)
+        for item in node.running:
+            assert node.work_queue.abandon(item.attempt)
+        commits = node.partitions.commits()
         if self.accepts(node, commits):
             self.check_all_is_committed(node, list(node.positions))
         self.forget(node, list(node.positions))
@@ -311,22 +311,22 @@ class Group(RuleBasedStateMachine):
         missing = {place for place in node.finished if place[0] in keys and not self.is_covered(place)}
         assert not missing, f"finished, and unknown to the next owner: {missing}"
 
-    def check_start(self, node: Node, job: WorkItem) -> None:
-        place = place_of(job)
+    def check_start(self, node: Node, item: WorkItem) -> None:
+        place = place_of(item)
         assert place not in node.finished, "a consumer runs again what it has finished"
         assert place not in map(place_of, node.running), "a consumer runs the same record twice at once"
-        if self.owners[job.partition] is not node:
+        if self.owners[item.partition] is not node:
             # It was expelled and does not know: the partition may be somebody else's already.
             self.excused.add(place)
         if place not in self.excused:
             assert place not in self.finished, "finished twice"
             for other in self.nodes:
                 assert place not in map(place_of, other.running), "runs in two consumers"
-        self.check_order(node, job)
+        self.check_order(node, item)
 
-    def check_order(self, node: Node, job: WorkItem) -> None:
-        key, offset = place_of(job)
-        lane = self.lane_of(job.record)
+    def check_order(self, node: Node, item: WorkItem) -> None:
+        key, offset = place_of(item)
+        lane = self.lane_of(item.record)
         if lane is None:
             return
         before = [r.offset for r in self.logs[key] if r.offset < offset and self.lane_of(r) == lane]
@@ -347,9 +347,9 @@ class Group(RuleBasedStateMachine):
     @invariant()
     def room_is_neither_lost_nor_gained(self) -> None:
         for node in getattr(self, "nodes", ()):
-            unfinished = sum(len(node.dispatch._partitions[key].unfinished) for key in node.dispatch.assignment)
-            assert node.dispatch.in_flight + node.dispatch._lanes.delayed_count == unfinished
-            assert node.dispatch.assignment == node.positions.keys() - set(node.leaving)
+            unfinished = sum(len(node.partitions._trackers[key].unfinished) for key in node.partitions.assignment)
+            assert node.work_queue.in_flight + node.work_queue.lanes.delayed_count == unfinished
+            assert node.partitions.assignment == node.positions.keys() - set(node.leaving)
 
     def teardown(self) -> None:
         """In the end one consumer has everything, and time to finish it."""
@@ -371,12 +371,12 @@ class Group(RuleBasedStateMachine):
             if (
                 polled
                 and not node.running
-                and not any(node.dispatch.backlog.values())
-                and not node.dispatch._lanes.delayed_count
+                and not any(node.partitions.backlog.values())
+                and not node.work_queue.lanes.delayed_count
             ):
                 break
         everything = {(key, record.offset) for key, log in self.logs.items() for record in log}
         assert everything <= self.finished, f"lost: {everything - self.finished}"
         self.commit(0)
         assert self.committed == {key: Commit(end) for key, end in self.ends.items()}
-        assert node.dispatch.capacity() == ROOM
+        assert node.work_queue.capacity() == ROOM

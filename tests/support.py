@@ -56,7 +56,7 @@ class Clock:
         self.now = 1000.0
         if consumer is not None:
             self.now = consumer._kser_clock()
-            consumer._kser_clock = consumer._kser_poller._clock = consumer._kser_work_queue.clock = self
+            consumer._kser_clock = consumer._kser_work_queue.clock = self
             consumer._kser_work_queue.group_lease._clock = self
 
     def __call__(self) -> float:

@@ -8,25 +8,24 @@ from uuid import UUID
 
 import pytest
 
-from kser.attempt import TIMED_OUT, Attempt, AttemptAbandoned, Failure, TaskAttempt, current_attempt
+from kser.attempt import TIMED_OUT, Attempt, AttemptAbandoned, ConsumerCallbacks, Failure, TaskAttempt, current_attempt
 from kser.consumer.client import Commit
 from kser.consumer.services import BackgroundServices
-from kser.consumer.worker_pool import WorkerPool
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing.task import Task
-from tests.desk import Desk, offsets
+from tests.desk import Desk, offsets, record
 from tests.engine import DICE, PATIENCE, Act, consumer_of, put, until
 
-# -- the dispatch ------------------------------------------------------------------------------------------------------
+# -- the work queue ----------------------------------------------------------------------------------------------------
 
 
 def test_acked_record_may_be_committed_while_it_runs() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first = desk.next()
-    desk.ack(first)
-    assert (desk.commits(), desk.in_flight) == ({DICE: Commit(1)}, 1)
+    desk.ack(first.attempt)
+    assert (desk.partitions.commits(), desk.in_flight) == ({DICE: Commit(1)}, 1)
     assert desk.running() == [first]
 
 
@@ -34,75 +33,75 @@ def test_acked_record_no_longer_counts_towards_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=2)
     desk.enter_keys("--")
     assert desk.capacity() == 0
-    desk.ack(desk.next())
+    desk.ack(desk.next().attempt)
     assert desk.capacity() == 1
 
 
 def test_ack_and_task_done_count_a_record_once() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    job = desk.next()
-    desk.ack(job)
-    desk.ack(job)
-    assert desk.task_done(job) is True
-    assert (desk.in_flight, desk.finished_count, desk.commits()) == (1, 1, {DICE: Commit(1)})
+    item = desk.next()
+    desk.ack(item.attempt)
+    desk.ack(item.attempt)
+    assert desk.task_done(item) is True
+    assert (desk.in_flight, desk.finished_count, desk.partitions.commits()) == (1, 1, {DICE: Commit(1)})
 
 
 def test_lane_still_waits_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    job = desk.next()
-    desk.ack(job)
+    item = desk.next()
+    desk.ack(item.attempt)
     assert desk.all() == []
-    desk.task_done(job)
+    desk.task_done(item)
     assert offsets(desk.all()) == [1]
 
 
 def test_revocation_does_not_wait_for_an_acked_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    desk.ack(job)
-    draining = desk.on_revoke([DICE])
-    assert draining.drained
-    assert draining.commits() == {DICE: Commit(1)}
+    item = desk.next()
+    desk.ack(item.attempt)
+    revocation = desk.partitions.on_revoke([DICE])
+    assert revocation.drained
+    assert revocation.commits() == {DICE: Commit(1)}
     # It was committed, so that it is no loss either.
-    assert desk.task_done(job) is True
+    assert desk.task_done(item) is True
 
 
 def test_ack_after_revocation_finishes_the_record() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    draining = desk.on_revoke([DICE])
-    assert not draining.drained
-    desk.ack(job)
-    assert draining.drained
-    assert (desk.task_done(job), desk.in_flight) == (True, 0)
+    item = desk.next()
+    revocation = desk.partitions.on_revoke([DICE])
+    assert not revocation.drained
+    desk.ack(item.attempt)
+    assert revocation.drained
+    assert (desk.task_done(item), desk.in_flight) == (True, 0)
 
 
 def test_acked_record_is_not_started_again_when_its_partition_returns() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    job = desk.next()
-    desk.ack(job)
+    item = desk.next()
+    desk.ack(item.attempt)
     desk.come_back()
     desk.enter_keys("--")
     assert offsets(desk.all()) == [1]
-    desk.task_done(job)
+    desk.task_done(item)
     assert desk.in_flight == 1
 
 
 def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    job = desk.next()
-    desk.ack(job)
-    verdict = TimeoutError("too long")
-    assert desk.time_out(job, verdict, job.outcome) is True
+    item = desk.next()
+    desk.ack(item.attempt)
+    timeout_error = TimeoutError("too long")
+    assert desk.time_out(item, timeout_error, item.attempt.outcome) is True
     (stand_in,) = desk.all()
-    assert (stand_in.timeout_error, stand_in.acked, stand_in.record.offset) == (verdict, True, 0)
-    assert desk.task_done(job) is True
+    assert (stand_in.attempt.timeout_error, stand_in.attempt.acked, stand_in.record.offset) == (timeout_error, True, 0)
+    assert desk.task_done(item) is True
     desk.task_done(stand_in)
     assert offsets(desk.all()) == [1]
     assert desk.in_flight == 1
@@ -112,10 +111,10 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
     """The replacement has to record the timeout in the database, even if another consumer owns the partition."""
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    desk.ack(job)
-    desk.on_revoke([DICE])
-    desk.time_out(job, TimeoutError("too long"), job.outcome)
+    item = desk.next()
+    desk.ack(item.attempt)
+    desk.partitions.on_revoke([DICE])
+    desk.time_out(item, TimeoutError("too long"), item.attempt.outcome)
     (stand_in,) = desk.all()
     assert desk.task_done(stand_in) is True
 
@@ -123,29 +122,29 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
 def test_abandoned_acked_record_is_not_redelivered() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    desk.ack(job)
-    assert desk.abandon(job) is True
-    assert desk.commits() == {DICE: Commit(1)}
+    item = desk.next()
+    desk.ack(item.attempt)
+    assert desk.abandon(item.attempt) is True
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
-# -- the delivery ------------------------------------------------------------------------------------------------------
+# -- the attempt -------------------------------------------------------------------------------------------------------
 
 
 def test_acked_record_is_neither_retried_nor_dead_lettered() -> None:
-    delivery = Attempt(Retry(max_attempts=9))
-    delivery.ack()
-    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
-    assert (delivery.retry_in, delivery.failure) == (None, None)
+    attempt = Attempt(Retry(max_attempts=9))
+    attempt.ack()
+    assert attempt.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
+    assert (attempt.retry_in, attempt.failure) == (None, None)
 
 
 def test_attempts_before_a_resume_do_not_count_for_the_retry_policy() -> None:
-    delivery = Attempt(Retry(max_attempts=3, delay=10, backoff=2, jitter=False))
-    delivery.number, delivery.attempts_not_counted = 4, 3
-    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is True
-    assert delivery.retry_in == 10
-    delivery.number = 6
-    assert delivery.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
+    attempt = Attempt(Retry(max_attempts=3, delay=10, backoff=2, jitter=False))
+    attempt.number, attempt.attempts_not_counted = 4, 3
+    assert attempt.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is True
+    assert attempt.retry_in == 10
+    attempt.number = 6
+    assert attempt.should_retry(ConnectionError("no"), Failure("failed", "", "no")) is False
 
 
 def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
@@ -154,12 +153,12 @@ def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
     seen: list[Any] = []
 
     def part() -> None:
-        job: Any = current_attempt.get()
-        before = job.started_at
+        attempt: Any = current_attempt.get()
+        before = attempt.started_at
         consumer._kser_work_queue.clock = lambda: before + 100
-        assert job.resolve(TIMED_OUT)
-        job.restart_timer(5)
-        seen.append((job.time_limit, job.started_at - before, job.resolve()))
+        assert attempt.resolve(TIMED_OUT)
+        attempt.restart_timer(5)
+        seen.append((attempt.time_limit, attempt.started_at - before, attempt.resolve()))
 
     Act.acts["1"] = part
     consumer.step(timeout=0)
@@ -172,21 +171,21 @@ def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
     consumer = consumer_of()
 
     def give_back() -> None:
-        delivery = current_attempt.get()
-        assert delivery is not None
-        delivery.abandon()
+        attempt = current_attempt.get()
+        assert attempt is not None
+        attempt.abandon()
 
     Act.acts["1"] = give_back
     consumer.step(timeout=0)
-    assert (consumer._kser_work_queue.running(), consumer._kser_work_queue.commits()) == ([], {})
+    assert (consumer._kser_work_queue.running(), consumer._kser_partitions.commits()) == ([], {})
     assert consumer.counts["done"] == 0
 
 
 def test_abandon_outside_a_consumer_raises() -> None:
-    delivery = Attempt()
+    attempt = Attempt()
     with pytest.raises(AttemptAbandoned):
-        delivery.abandon()
-    assert delivery.abandoned
+        attempt.abandon()
+    assert attempt.abandoned
 
 
 def test_redelivered_record_has_the_same_deterministic_uuid() -> None:
@@ -194,22 +193,22 @@ def test_redelivered_record_has_the_same_deterministic_uuid() -> None:
     for _ in range(2):
         desk = Desk()
         desk.enter_keys("--")
-        found.append([job.deterministic_uuid() for job in desk.all()])
+        found.append([item.attempt.deterministic_uuid() for item in desk.all()])
     assert found[0] == found[1]
     assert len(set(found[0])) == 2
     assert {UUID(each).version for each in found[0]} == {5}
 
 
 def test_deterministic_uuids_differ_between_clusters() -> None:
-    desk = Desk()
-    desk.enter_keys("-")
-    job = desk.next()
-    crew: Any = WorkerPool.__new__(WorkerPool)
-    crew._work_queue = desk
-    job.worker_pool = crew
-    one = job.deterministic_uuid()
-    desk.cluster = lambda: "another"
-    assert job.deterministic_uuid() != one
+    def uuid_in(cluster: str) -> str:
+        attempt = Attempt(record=record(0))
+        attempt.callbacks = ConsumerCallbacks(ignore, ignore, float, lambda: cluster, bool)
+        return attempt.deterministic_uuid()
+
+    def ignore(_: Attempt) -> None: ...
+
+    assert uuid_in("") == Attempt(record=record(0)).deterministic_uuid()
+    assert uuid_in("another") != uuid_in("")
 
 
 def test_message_without_a_record_has_a_unique_uuid() -> None:
@@ -227,7 +226,7 @@ def test_step_attempt_resolves_the_outer_attempt_when_it_ends() -> None:
 
 def test_step_of_an_abandoned_attempt_raises() -> None:
     outer = Attempt()
-    outer.abandoned = True
+    outer.mark_abandoned()
     step = TaskAttempt(outer, Task("1"), 1, None, "op", lambda: False)
     with pytest.raises(AttemptAbandoned):
         step.on_finished(Task("2"))

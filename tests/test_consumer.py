@@ -12,6 +12,7 @@ import pytest
 
 from kser import lockfiles
 from kser.consumer.base import BaseConsumer
+from kser.consumer.logs import ConsumerLogger
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import SettingError
@@ -392,3 +393,16 @@ def test_invalid_option_is_rejected_before_a_client_is_created() -> None:
     with pytest.raises(SettingError, match="commit must be one of 'after', 'before', 'never'; it is 'sometimes'"):
         consumer_of(commit="sometimes")
     assert InMemoryBroker.at("").groups == {}
+
+
+# -- the logger --------------------------------------------------------------------------------------------------------
+
+
+def test_log_line_begins_with_the_consumer_and_names_the_calling_function(caplog: pytest.LogCaptureFixture) -> None:
+    log = ConsumerLogger(logging.getLogger("kser.dummy.consumer"), "Consumer")
+    with caplog.at_level(logging.INFO, "kser"):
+        log.info("100 % of it", extra={"kmsg": {}})
+    (line,) = caplog.records
+    caller = "test_log_line_begins_with_the_consumer_and_names_the_calling_function"
+    assert (line.getMessage(), line.module, line.funcName) == ("Consumer: 100 % of it", "test_consumer", caller)
+    assert line.kmsg == {}  # type: ignore[attr-defined]

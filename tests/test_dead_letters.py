@@ -310,7 +310,7 @@ def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
     (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Consumer: ")]
     assert "'max_request_size' allows 5,000" in line
     assert "raise the limits of the producer and of the topic 'dice.dlq'" in line
-    assert set(consumer._kser_work_queue.blocked_partitions()) == {DICE} == {Partition("dice", 0)}
+    assert set(consumer._kser_partitions.blocked_partitions()) == {DICE} == {Partition("dice", 0)}
     assert committed() == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from kser.attempt import FAILED, Failure
 from kser.consumer.client import Commit
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from tests.desk import OTHER, Desk, offsets, record
@@ -33,7 +34,7 @@ def test_ordering_decides_which_records_run_concurrently(ordering: str, keys: st
 @pytest.mark.parametrize("ordering", ["key", "partition"])
 def test_partitions_run_independently(ordering: str) -> None:
     desk = Desk(ordering=ordering)
-    desk.on_assign({OTHER: Commit(0)})
+    desk.partitions.on_assign({OTHER: Commit(0)})
     desk.enter(record(0, b"a"), record(0, b"a", partition=1))
     assert len(desk.all()) == 2
 
@@ -43,9 +44,9 @@ def test_records_of_a_key_run_in_order() -> None:
     desk.enter_keys("aaa")
     seen = []
     for _ in range(3):
-        (job,) = desk.all()
-        seen.append(job.record.offset)
-        assert desk.task_done(job)
+        (item,) = desk.all()
+        seen.append(item.record.offset)
+        assert desk.task_done(item)
     assert seen == [0, 1, 2]
     assert desk.all() == []
 
@@ -70,16 +71,16 @@ def test_empty_lane_is_removed() -> None:
     """There may be as many keys as there are records."""
     desk = Desk()
     desk.enter_keys("ab")
-    for job in desk.all():
-        desk.task_done(job)
-    assert desk._lanes._lanes == {}
+    for item in desk.all():
+        desk.task_done(item)
+    assert desk.lanes._lanes == {}
 
 
 def test_record_finished_twice_counts_once() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    assert [desk.task_done(job), desk.task_done(job)] == [True, True]
+    item = desk.next()
+    assert [desk.task_done(item), desk.task_done(item)] == [True, True]
     assert (desk.finished_count, desk.in_flight) == (1, 0)
 
 
@@ -91,13 +92,13 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
     desk.enter_keys("aab-")
     first, *others = desk.all()
     desk.requeue(first, 10)
-    for job in others:
-        desk.task_done(job)
+    for item in others:
+        desk.task_done(item)
     desk.time.pass_by(9.9)
     assert desk.all() == []
     desk.time.pass_by(0.1)
     (again,) = desk.all()
-    assert (again.record.offset, again.number) == (0, 2)
+    assert (again.record.offset, again.attempt.number) == (0, 2)
     desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
@@ -105,8 +106,8 @@ def test_retry_backoff_delays_the_record_and_its_lane() -> None:
 def test_retries_run_in_the_order_of_their_due_times() -> None:
     desk = Desk()
     desk.enter_keys("---")
-    for job, seconds in zip(desk.all(), (30, 10, 20), strict=True):
-        desk.requeue(job, seconds)
+    for item, seconds in zip(desk.all(), (30, 10, 20), strict=True):
+        desk.requeue(item, seconds)
     desk.time.pass_by(30)
     assert offsets(desk.all()) == [1, 2, 0]
 
@@ -118,7 +119,7 @@ def test_delayed_record_blocks_the_commit_and_frees_the_in_flight_limit() -> Non
     desk.requeue(first, 10)
     desk.task_done(second)
     assert desk.capacity() == 3
-    assert desk.commits()[DICE] == Commit(0, "kser:1,1")
+    assert desk.partitions.commits()[DICE] == Commit(0, "kser:1,1")
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_revoked_records_free_the_in_flight_limit() -> None:
     desk = Desk(max_in_flight=3, max_bytes=100)
     desk.enter(*(record(n, value=b"x" * 40) for n in range(3)))
     desk.next()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     assert (desk.capacity(), desk.in_flight, desk._in_flight_limit.bytes) == (3, 0, 0)
 
 
@@ -180,48 +181,53 @@ def test_committed_offset_is_not_committed_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.task_done(desk.next())
-    commits = desk.commits()
+    commits = desk.partitions.commits()
     assert commits == {DICE: Commit(1)}
-    desk.mark_committed({**commits, OTHER: Commit(5)})
-    assert desk.commits() == {}
+    desk.partitions.mark_committed({**commits, OTHER: Commit(5)})
+    assert desk.partitions.commits() == {}
 
 
 def test_partition_without_a_group_starts_at_its_first_record() -> None:
-    dispatch = WorkQueue()
-    dispatch.put({OTHER: [record(7, partition=1)]})
-    job = dispatch.get(0)
-    assert job is not None
-    dispatch.task_done(job)
-    assert dispatch.commits() == {OTHER: Commit(8)}
+    queue = WorkQueue()
+    partitions = PartitionTable(queue)
+    partitions.put({OTHER: [record(7, partition=1)]})
+    item = queue.get(0)
+    assert item is not None
+    queue.task_done(item)
+    assert partitions.commits() == {OTHER: Commit(8)}
 
 
 def test_records_of_a_revoked_partition_are_ignored() -> None:
     desk = Desk()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     desk.enter_keys("--")
-    assert (desk.all(), desk.in_flight, desk.assignment) == ([], 0, frozenset())
+    assert (desk.all(), desk.in_flight, desk.partitions.assignment) == ([], 0, frozenset())
 
 
 # -- held --------------------------------------------------------------------------------------------------------------
 
 
-def dead(job: WorkItem) -> WorkItem:
-    job.failure = Failure(FAILED, "KeyError", "x")
-    return job
+def dead(item: WorkItem) -> WorkItem:
+    item.attempt.failure = Failure(FAILED, "KeyError", "x")
+    return item
 
 
 def test_unwritten_dead_letter_blocks_its_partition() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.retry_dead_letter(dead(desk.next()), 30)
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
     assert offsets(desk.all()) == [1]
     desk.time.pass_by(30)
     (again,) = desk.all()
-    assert (again.failure, again.number, again.dead_letter_tries) == (Failure(FAILED, "KeyError", "x"), 1, 1)
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert (again.attempt.failure, again.attempt.number, again.dead_letter_tries) == (
+        Failure(FAILED, "KeyError", "x"),
+        1,
+        1,
+    )
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
     desk.task_done(again)
-    assert set(desk.blocked_partitions()) == set()
+    assert set(desk.partitions.blocked_partitions()) == set()
 
 
 def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> None:
@@ -229,17 +235,17 @@ def test_unwritten_dead_letter_blocks_its_partition_through_a_rebalance() -> Non
     desk.enter_keys("--")
     desk.retry_dead_letter(dead(desk.next()), 30)
     desk.come_back()
-    assert set(desk.blocked_partitions()) == {DICE}
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
 
 
 def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
     desk = Desk(ordering="none", max_in_flight=10_000)
-    desk.put({DICE: [record(n) for n in range(4000)]})
-    for job in desk.all():
-        if job.record.offset % 2:
-            desk.task_done(job)
-    desk.mark_committed(desk.commits())
-    assert set(desk.blocked_partitions()) == {DICE}
+    desk.partitions.put({DICE: [record(n) for n in range(4000)]})
+    for item in desk.all():
+        if item.record.offset % 2:
+            desk.task_done(item)
+    desk.partitions.mark_committed(desk.partitions.commits())
+    assert set(desk.partitions.blocked_partitions()) == {DICE}
 
 
 # -- attempts that are given up ----------------------------------------------------------------------------------------
@@ -248,32 +254,40 @@ def test_partition_is_blocked_when_its_commit_metadata_is_nearly_full() -> None:
 def test_timed_out_attempt_is_followed_by_its_timeout_error() -> None:
     desk = Desk()
     desk.enter_keys("aa")
-    job, verdict = desk.next(), TimeoutError("late")
-    assert desk.time_out(job, verdict, job.outcome)
-    assert job.abandoned
+    item, timeout_error = desk.next(), TimeoutError("late")
+    assert desk.time_out(item, timeout_error, item.attempt.outcome)
+    assert item.attempt.abandoned
     (following,) = desk.all()
-    assert (following.record, following.number, following.timeout_error) == (job.record, 1, verdict)
-    desk.task_done(job)
-    assert desk.commits() == {}
+    assert (following.record, following.attempt.number, following.attempt.timeout_error) == (
+        item.record,
+        1,
+        timeout_error,
+    )
+    desk.task_done(item)
+    assert desk.partitions.commits() == {}
     desk.task_done(following)
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 def test_abandoned_attempt_leaves_its_record_unfinished() -> None:
     desk = Desk()
     desk.enter_keys("--")
-    job = desk.next()
+    item = desk.next()
     desk.task_done(desk.next())
-    assert desk.abandon(job)
-    assert (desk.running(), desk.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
+    assert desk.abandon(item.attempt)
+    assert (desk.running(), desk.partitions.commits()) == ([], {DICE: Commit(0, "kser:1,1")})
 
 
 def test_finished_attempt_can_neither_time_out_nor_be_abandoned() -> None:
     desk = Desk()
     desk.enter_keys("-")
-    job = desk.next()
-    desk.task_done(job)
-    assert (desk.time_out(job, TimeoutError(), job.outcome), desk.abandon(job), job.abandoned) == (False, False, False)
+    item = desk.next()
+    desk.task_done(item)
+    assert (
+        desk.time_out(item, TimeoutError(), item.attempt.outcome),
+        desk.abandon(item.attempt),
+        item.attempt.abandoned,
+    ) == (False, False, False)
 
 
 # -- pause and end -----------------------------------------------------------------------------------------------------
@@ -300,7 +314,7 @@ def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> No
     desk.requeue(keyless, 0)
     desk.time.pass_by(1)
     assert desk.all() == []
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 # -- signs of life -----------------------------------------------------------------------------------------------------

@@ -157,8 +157,8 @@ def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: S
             return [Act(f"{self.uuid}.a"), Act(f"{self.uuid}.b")]
 
     def first() -> None:
-        (job,) = dispatch.running()
-        looked.extend((job, job.outcome))
+        (item,) = dispatch.running()
+        looked.extend((item, item.attempt.outcome))
         shop.first.clock.pass_by(5.1)
 
     Act.acts["1.a"] = first

@@ -414,7 +414,7 @@ def test_task_timeout_does_not_apply_to_its_neighbours(shop: Shop, cls: type[Hol
     gate.set()
 
     def look() -> None:
-        seen.extend(job.time_limit for job in shop.first.consumer._kser_work_queue.running())
+        seen.extend(item.attempt.time_limit for item in shop.first.consumer._kser_work_queue.running())
 
     Act.acts["1.a"] = Act.acts["1.c"] = look
     shop.first.learn(Stuck)
@@ -433,7 +433,7 @@ def test_operation_timeout_applies_to_each_task_separately(shop: Shop, cls: type
         TIME_LIMIT = 7
 
     Act.acts["1.a"] = Act.acts["1.c"] = lambda: seen.extend(
-        (job.time_limit, job.started_at) for job in shop.first.consumer._kser_work_queue.running()
+        (item.attempt.time_limit, item.attempt.started_at) for item in shop.first.consumer._kser_work_queue.running()
     )
     Act.acts["1.b"] = lambda: shop.pass_by(6)
     shop.first.learn(Timed)

@@ -193,7 +193,7 @@ def test_dead_letter_topic_may_not_be_consumed() -> None:
 @pytest.mark.parametrize(("interval_ms", "seconds"), [(300_000, 10), (15_000, 5), (None, 10)])
 def test_rebalance_waits_for_less_than_max_poll_interval(interval_ms: int | None, seconds: float) -> None:
     config = {} if interval_ms is None else {"max_poll_interval_ms": interval_ms}
-    assert consumer_of(config)._kser_work_queue._revoke_timeout == seconds
+    assert consumer_of(config)._kser_partitions._revoke_timeout == seconds
 
 
 def test_effective_options_are_logged_at_the_start(caplog: pytest.LogCaptureFixture) -> None:

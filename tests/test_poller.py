@@ -59,7 +59,7 @@ def test_paused_or_stopping_poller_fetches_nothing_and_waits() -> None:
 def test_blocked_partition_is_not_fetched() -> None:
     consumer = Troubled()
     consumer._kser_poller.poll_once(0)
-    consumer._kser_work_queue._partitions[DICE].dead_letter_pending.add(0)
+    consumer._kser_partitions._trackers[DICE].dead_letter_pending.add(0)
     put("1")
     assert consumer._kser_poller.poll_once(0) == 0
     assert consumer.used.polls[-1][2] == {DICE}
@@ -90,7 +90,7 @@ def test_poll_timeout_is_zero_with_a_manual_commit_and_busy_workers() -> None:
     consumer = Troubled(AT_ONCE)
     consumer._kser_poller.poll_once(0.5)
     # What it waits for instead is that something is begun or finished.
-    consumer._kser_work_queue.wait_for_change = lambda timeout, until: None  # type: ignore[method-assign]
+    consumer._kser_work_queue.waiters.wait = lambda predicate, timeout: None  # type: ignore[method-assign]
     consumer._kser_poller.poll_once(0.5)
     assert [timeout for timeout, _, _ in consumer.used.polls] == [0.5, 0]
 
@@ -255,14 +255,14 @@ def test_fatal_client_is_replaced_and_running_records_are_not_run_again(
     put("1", "2")
     consumer = Troubled(AT_ONCE)
     consumer._kser_poller.poll_once(0)
-    job = consumer._kser_work_queue.get(0)
-    assert job is not None
+    item = consumer._kser_work_queue.get(0)
+    assert item is not None
     consumer.used.trouble = {"poll": ClientError("fenced", fatal=True)}
     consumer._kser_poller.poll_once(0)
     assert (consumer.assignment, consumer.used.closed) == (frozenset(), 1)
     assert consumer.run_until_idle() == 1
     assert (len(consumer.clients), consumer.assignment, Act.seen) == (2, {DICE}, ["2"])
-    consumer._kser_worker_pool._attempt(job)
+    consumer._kser_worker_pool._attempt(item)
     consumer.step(timeout=0)
     assert (Act.seen, committed()) == (["2", "1"], 2)
     assert [text for _, text in trouble_lines(caplog)] == [

@@ -15,6 +15,7 @@ import pytest
 from kafka import KafkaConsumer
 
 from kser.consumer.client import Commit, Partition
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_queue import WorkQueue
 from kser.controller import Controller
 from kser.embedded import EmbeddedBroker
@@ -157,7 +158,7 @@ def test_commit_without_a_broker_raises_client_error_within_its_timeout() -> Non
     client = KafkaPythonClient(
         KafkaConsumer(**broker.config, group_id="gone", enable_auto_commit=False, auto_offset_reset="none"), "earliest"
     )
-    client.subscribe(["dice"], WorkQueue())
+    client.subscribe(["dice"], PartitionTable(WorkQueue()))
     broker.close()
     begin = time.monotonic()
     with pytest.raises(ClientError, match=f"cannot commit offsets at {broker.bootstrap_servers}"):

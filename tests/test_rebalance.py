@@ -100,14 +100,14 @@ def test_record_finished_after_a_lost_partition_is_logged_and_not_committed(
     put("1")
     first = Troubled(AT_ONCE, revoke_timeout=0)
     first._kser_poller.poll_once(0)
-    job = first._kser_work_queue.get(0)
-    assert job is not None
+    item = first._kser_work_queue.get(0)
+    assert item is not None
     first.used.expel()
     second = consumer_of(AT_ONCE)
     assert second.step(timeout=0) == 1
     assert committed() == 1
     first._kser_poller.poll_once(0)
-    first._kser_worker_pool._attempt(job)
+    first._kser_worker_pool._attempt(item)
     first._kser_poller.commit()
     assert (Act.seen, committed(), first.used.commits) == (["1", "1"], 1, [])
     (line,) = [line for line in lines(caplog, logging.INFO) if "was revoked" in line]

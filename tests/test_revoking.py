@@ -12,25 +12,25 @@ def test_revoked_partition_starts_no_more_records() -> None:
     desk.enter_keys("--aa")
     first, waiting, _ = desk.all()
     desk.requeue(waiting, 5)
-    draining = desk.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.time.pass_by(5)
     assert desk.all() == []
-    assert not draining.drained
+    assert not revocation.drained
     assert desk.task_done(first) is False
-    assert draining.commits() == {DICE: Commit(1)}
+    assert revocation.commits() == {DICE: Commit(1)}
 
 
 def test_revocation_waits_for_running_records_and_commits_them() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first, second = desk.all()
-    draining = desk.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.task_done(second)
-    assert not draining.drained
+    assert not revocation.drained
     desk.task_done(first)
-    assert draining.drained
-    draining.wait()
-    assert draining.commits() == {DICE: Commit(2)}
+    assert revocation.drained
+    revocation.wait()
+    assert revocation.commits() == {DICE: Commit(2)}
 
 
 def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
@@ -38,13 +38,13 @@ def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
     desk.enter_keys("--")
     desk.next()
     desk.task_done(desk.next())
-    draining = desk.on_revoke([DICE])
+    revocation = desk.partitions.on_revoke([DICE])
     desk.time.pass_by(9.9)
-    assert not draining.drained
+    assert not revocation.drained
     desk.time.pass_by(0.1)
-    assert draining.drained
-    draining.wait()
-    assert draining.commits() == {DICE: Commit(0, "kser:1,1")}
+    assert revocation.drained
+    revocation.wait()
+    assert revocation.commits() == {DICE: Commit(0, "kser:1,1")}
 
 
 def test_running_record_is_resumed_when_its_partition_returns() -> None:
@@ -57,20 +57,20 @@ def test_running_record_is_resumed_when_its_partition_returns() -> None:
     assert keyless.record.offset == 2
     assert desk.task_done(running) is True
     assert offsets(desk.all()) == [1]
-    assert desk.commits() == {DICE: Commit(1, "")}
+    assert desk.partitions.commits() == {DICE: Commit(1, "")}
 
 
 def test_record_finished_while_revoked_is_not_started_again() -> None:
     desk = Desk()
     desk.enter_keys("--")
     first, second = desk.all()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     assert desk.task_done(second) is False
-    desk.on_assign({DICE: Commit(0)})
+    desk.partitions.on_assign({DICE: Commit(0)})
     desk.enter_keys("--")
     assert desk.all() == []
     desk.task_done(first)
-    assert desk.commits() == {DICE: Commit(2)}
+    assert desk.partitions.commits() == {DICE: Commit(2)}
 
 
 def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
@@ -81,7 +81,7 @@ def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
     assert desk.task_done(first) is True
     desk.enter_keys("--")
     assert offsets(desk.all()) == [1]
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
@@ -93,7 +93,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert (again.record.offset, again.number) == (0, 2)
+    assert (again.record.offset, again.attempt.number) == (0, 2)
     desk.task_done(again)
     assert offsets(desk.all()) == [1]
 
@@ -102,14 +102,14 @@ def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> 
     desk = Desk()
     desk.enter_keys("-")
     running = desk.next()
-    desk.on_revoke([DICE])
+    desk.partitions.on_revoke([DICE])
     desk.requeue(running, 10)
-    desk.on_assign({DICE: Commit(0)})
+    desk.partitions.on_assign({DICE: Commit(0)})
     desk.enter_keys("-")
     assert desk.all() == []
     desk.time.pass_by(10)
     (again,) = desk.all()
-    assert again.number == 2
+    assert again.attempt.number == 2
 
 
 def test_records_committed_by_another_consumer_are_not_run() -> None:
@@ -117,26 +117,26 @@ def test_records_committed_by_another_consumer_are_not_run() -> None:
     desk.enter_keys("---")
     _, waiting, running = desk.all()
     desk.requeue(waiting, 1)
-    desk.on_revoke([DICE])
-    desk.on_assign({DICE: Commit(2)})
+    desk.partitions.on_revoke([DICE])
+    desk.partitions.on_assign({DICE: Commit(2)})
     desk.time.pass_by(1)
     assert desk.all() == []
     desk.enter(record(2), record(3))
     assert offsets(desk.all()) == [3]
     desk.task_done(running)
-    assert desk.commits() == {DICE: Commit(3)}
+    assert desk.partitions.commits() == {DICE: Commit(3)}
 
 
 def test_offset_reset_of_the_group_starts_records_again() -> None:
     """The committed offset was deleted or reset, so its records are requested again."""
     desk = Desk()
     desk.enter_keys("--")
-    for job in desk.all():
-        desk.task_done(job)
-    commits = desk.on_revoke([DICE]).commits()
-    desk.on_assign(commits)
-    desk.on_revoke([DICE])
-    desk.on_assign({DICE: Commit(0)})
+    for item in desk.all():
+        desk.task_done(item)
+    commits = desk.partitions.on_revoke([DICE]).commits()
+    desk.partitions.on_assign(commits)
+    desk.partitions.on_revoke([DICE])
+    desk.partitions.on_assign({DICE: Commit(0)})
     desk.enter_keys("--")
     assert offsets(desk.all()) == [0, 1]
 
@@ -145,35 +145,35 @@ def test_new_start_position_discards_tracked_records() -> None:
     desk = Desk()
     desk.enter_keys("-")
     old = desk.next()
-    desk.on_reset({DICE: Commit(0)})
+    desk.partitions.on_reset({DICE: Commit(0)})
     desk.enter_keys("-")
     (new,) = desk.all()
     assert desk.task_done(old) is False
-    assert desk.commits() == {}
+    assert desk.partitions.commits() == {}
     assert desk.task_done(new) is True
-    assert desk.commits() == {DICE: Commit(1)}
+    assert desk.partitions.commits() == {DICE: Commit(1)}
 
 
 def test_running_record_of_a_lost_partition_is_resumed_when_it_returns() -> None:
     desk = Desk()
     desk.enter_keys("--")
     desk.next()
-    desk.on_lost([DICE])
-    assert desk.assignment == frozenset()
-    desk.on_assign({DICE: Commit(0)})
+    desk.partitions.on_lost([DICE])
+    assert desk.partitions.assignment == frozenset()
+    desk.partitions.on_assign({DICE: Commit(0)})
     desk.enter_keys("--")
     assert offsets(desk.all()) == [1]
 
 
 def test_records_finished_in_the_commit_metadata_are_not_started() -> None:
     desk = Desk()
-    desk.on_assign({OTHER: Commit(0, "kser:1,2")})
+    desk.partitions.on_assign({OTHER: Commit(0, "kser:1,2")})
     desk.enter(*(record(n, partition=1) for n in range(4)))
     assert offsets(desk.all()) == [0, 3]
 
 
 def test_revocation_of_an_unassigned_partition_does_nothing() -> None:
     desk = Desk()
-    draining = desk.on_revoke([OTHER])
-    assert draining.drained
-    assert draining.commits() == {}
+    revocation = desk.partitions.on_revoke([OTHER])
+    assert revocation.drained
+    assert revocation.commits() == {}

@@ -96,7 +96,7 @@ class Stepped:
         until(
             lambda: (
                 self.consumer._kser_work_queue.running()
-                and self.consumer._kser_work_queue.running()[0].time_limit is not None
+                and self.consumer._kser_work_queue.running()[0].attempt.time_limit is not None
             )
         )
         return thread
@@ -235,16 +235,16 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
 
     class Mine(Entrypoint):
         TIME_LIMIT = value
-        jobs: ClassVar[list[Any]] = []
+        items: ClassVar[list[Any]] = []
 
         def run(self) -> None:
-            self.jobs.append(consumer._kser_work_queue.running()[0].time_limit)
+            self.items.append(consumer._kser_work_queue.running()[0].attempt.time_limit)
 
     Controller.register(Mine.path, Mine)
     put("1", cls=Mine)
     consumer = consumer_of()
     consumer.step(timeout=0)
-    assert Mine.jobs == [None]
+    assert Mine.items == [None]
 
 
 # -- with threads ------------------------------------------------------------------------------------------------------

@@ -18,14 +18,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
-from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.client import ConsumerClient, Partition, Record
 from kser.consumer.dead_letters import DeadLetterWriter
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
+from kser.consumer.partition_table import PartitionTable
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
 from kser.consumer.services import BackgroundServices, SharedProducer
 from kser.consumer.shutdown_signals import ShutdownSignals
@@ -33,7 +36,6 @@ from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
-from kser.errors import SettingError
 
 #: Seconds between two checks of the control files, and the time limit of one :meth:`BaseConsumer.step`.
 CONTROL_FILE_INTERVAL = 1.0
@@ -80,23 +82,24 @@ class BaseConsumer:
     ) -> None:
         #: The options of this consumer.
         self.options = options
+        self._kser_log = ConsumerLogger(self.LOGGER, type(self).__name__)
         self._kser_topics = list(topics)
         self._kser_group = group
         self._kser_commits_at_once = not interval
-        self._kser_check_dead_letter_topic()
+        options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
             # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
-            revoke_timeout=min(options.revoke_timeout, poll_limit / 3),
             retry=options.retry,
             commit_before=options.commit == BEFORE,
             max_silence=session / 2,
         )
+        self._kser_partitions = PartitionTable(self._kser_work_queue, min(options.revoke_timeout, poll_limit / 3))
         self._kser_clock = self._kser_work_queue.clock
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
-        self._kser_stopping = self._kser_working = self._kser_closed = False
+        self._kser_stopping = self._kser_closed = False
         #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.
         self._kser_deadline = 0.0
         self._kser_crash: Exception | None = None
@@ -116,34 +119,35 @@ class BaseConsumer:
 
     def _kser_build(self, interval: float) -> None:
         options = self.options
-        say = self.LOGGER, type(self).__name__
         self._kser_dead_letters = DeadLetterWriter(
-            options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self.LOGGER
-        )
-        begin = self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
-        self._kser_worker_pool = WorkerPool(
-            self._kser_work_queue, begin, self._kser_handle, self._kser_dead_letters, options.workers, say
+            options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self._kser_log
         )
         self._kser_poller = Poller(
             self._kser_connect,
             self._kser_topics,
             self._kser_work_queue,
+            self._kser_partitions,
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
-            say=say,
+            log=self._kser_log,
+        )
+        before_attempt = (
+            self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        )
+        self._kser_worker_pool = WorkerPool(
+            self._kser_work_queue,
+            before_attempt,
+            self._kser_handle,
+            self._kser_dead_letters,
+            options.workers,
+            cluster=self._kser_poller.cluster,
+            log=self._kser_log,
         )
         if self._kser_poller.mode == NEVER and options.commit != NEVER:
-            self.LOGGER.warning(
-                f"{type(self).__name__}: without group_id no offset can be committed: after a restart, the"
+            self._kser_log.warning(
+                "without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
-            )
-
-    def _kser_check_dead_letter_topic(self) -> None:
-        if self.options.dead_letter in self._kser_topics:
-            raise SettingError(
-                f"dead_letter is {self.options.dead_letter!r}, a topic that this consumer reads: failed messages"
-                " would loop endlessly; choose another topic"
             )
 
     # -- override points -----------------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ class BaseConsumer:
     @property
     def assignment(self) -> frozenset[Partition]:
         """The partitions currently assigned to this consumer."""
-        return self._kser_work_queue.assignment
+        return self._kser_partitions.assignment
 
     @property
     def counts(self) -> dict[str, int]:
@@ -201,14 +205,14 @@ class BaseConsumer:
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
         description = self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)
-        self.LOGGER.info(f"{type(self).__name__}: {description}")
+        self._kser_log.info(description)
         try:
             with self._kser_shutdown_signals.installed():
                 try:
                     self._kser_start()
-                    self._kser_work()
+                    self._kser_worker_pool.work()
                     self.LOGGER.info("Closing consumer and exiting")
-                    self._kser_wait_until_idle()
+                    self._kser_worker_pool.wait_until_idle()
                     if self._kser_crash is not None:
                         raise self._kser_crash
                 finally:
@@ -235,15 +239,41 @@ class BaseConsumer:
         self._kser_shared_producer.attach(self.REGISTRY)
         self._kser_poller.poll_once(timeout)
         handled = 0
-        began = self._kser_clock()
+        started_at = self._kser_clock()
         while not self._kser_stopping and self._kser_worker_pool.step():
             handled += 1
             if self._kser_commits_at_once:
                 self._kser_poller.commit()
-            if self._kser_clock() - began >= CONTROL_FILE_INTERVAL:
+            if self._kser_clock() - started_at >= CONTROL_FILE_INTERVAL:
                 break
         self._kser_poller.commit_when_due()
         return handled
+
+    def _kser_read(self, timeout: float, poll_timeout: float, batch: int) -> Iterator[Record]:
+        """Iterate over the records of the topics, up to their current ends, instead of running their messages.
+
+        A record counts as finished when the next one is requested.
+
+        :param timeout: seconds to wait for a record or for the end offsets of the topics.
+        :param poll_timeout: the longest time of one poll, in seconds.
+        :param batch: the number of records between two commits.
+        :raises TimeoutError: the broker did not respond in time.
+        """
+        work_queue, poller = self._kser_work_queue, self._kser_poller
+        deadline = time.monotonic() + timeout
+        while True:
+            queued = poller.poll_once(min(poll_timeout, timeout))
+            while (item := work_queue.get(0)) is not None:
+                yield item.record
+                work_queue.task_done(item)
+                if work_queue.finished_count % batch == 0:
+                    poller.commit()
+                deadline = time.monotonic() + timeout
+            lag = poller.lag()
+            if not queued and self.assignment and self.assignment <= lag.keys() and max(lag.values()) <= 0:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
     def stop(self) -> None:
         """Stop after the running messages. You may call it from any thread or signal handler."""
@@ -275,10 +305,10 @@ class BaseConsumer:
 
     def _kser_join_client(self) -> None:
         assert self._kser_client_thread is not None
-        patience = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
-        self._kser_client_thread.join(patience)
+        timeout = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
+        self._kser_client_thread.join(timeout)
         if self._kser_client_thread.is_alive():
-            self.LOGGER.warning(f"{type(self).__name__}: the Kafka client did not close in time; exiting without it")
+            self._kser_log.warning("the Kafka client did not close in time; exiting without it")
 
     def _kser_start(self) -> None:
         self._kser_main_thread = threading.current_thread()
@@ -292,20 +322,13 @@ class BaseConsumer:
         self._kser_supervisor = threading.Thread(target=self._kser_supervise, name="kser-supervisor", daemon=True)
         self._kser_supervisor.start()
 
-    def _kser_work(self) -> None:
-        self._kser_working = True
-        try:
-            self._kser_worker_pool.work()
-        finally:
-            self._kser_working = False
-
-    def _kser_commit_before_run(self, job: WorkItem) -> None:
+    def _kser_commit_before_run(self, item: WorkItem) -> None:
         """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
         if self._kser_client_thread is None:
             self._kser_poller.commit()
         else:
             # The client thread commits; the offset counts as committed when the group has confirmed it.
-            self._kser_work_queue.wait_for_change(CLIENT_TIMEOUT, lambda: job.tracker.is_committed(job.record.offset))
+            self._kser_work_queue.waiters.wait(lambda: item.tracker.is_committed(item.record.offset), CLIENT_TIMEOUT)
 
     def _kser_handle(self, value: Any) -> None:
         try:
@@ -332,12 +355,12 @@ class BaseConsumer:
         self._kser_deadline = self._kser_clock() + self.options.shutdown_timeout
         self._kser_worker_pool.shutdown()
         self._kser_wait_for_running()
-        for job in self._kser_work_queue.running():
-            if self._kser_work_queue.abandon(job):
+        for item in self._kser_work_queue.running():
+            if self._kser_work_queue.abandon(item.attempt):
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
-                self.LOGGER.warning(
-                    f"{type(self).__name__}: offset {job.record.offset} of {job.partition} still runs {when}: it is"
+                self._kser_log.warning(
+                    f"offset {item.record.offset} of {item.partition} still runs {when}: it is"
                     " abandoned, and will run again"
                 )
         self._kser_poller.stop(self._kser_deadline)
@@ -348,29 +371,29 @@ class BaseConsumer:
             if self._kser_shutdown_signals.status is not None:
                 self._kser_deadline = self._kser_clock()
             self._kser_worker_pool.enforce_time_limits()
-            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())
+            self._kser_work_queue.waiters.wait(lambda: not self._kser_work_queue.running(), SUPERVISE_INTERVAL)
 
     def _kser_force_exit(self) -> None:
         """Force the process to exit if a task still blocks the main thread; everything else has been shut down."""
         if self._kser_main_thread is not threading.main_thread() or self._kser_shutdown_signals.interrupt_main_thread(
-            lambda: self._kser_working
+            lambda: self._kser_worker_pool.is_working
         ):
             return
         self._kser_join_client()
         self._kser_release_running_file()
-        self.LOGGER.warning(
-            f"{type(self).__name__}: a message still blocks the main thread; forcing the process to exit"
-        )
+        self._kser_log.warning("a message still blocks the main thread; forcing the process to exit")
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(self._kser_shutdown_signals.status or 0)
 
     def _kser_supervise_until_stopped(self) -> None:
+        client_thread = self._kser_client_thread
+        assert client_thread is not None
         while not self._kser_stopping:
             self._kser_check_control_files()
             self._kser_worker_pool.enforce_time_limits()
-            if not self._kser_stopping and not self._kser_client_thread.is_alive():  # type: ignore[union-attr]
+            if not self._kser_stopping and not client_thread.is_alive():
                 raise RuntimeError("the Kafka client thread has ended unexpectedly; see the log for the cause")
             self._kser_shutdown_signals.wait(SUPERVISE_INTERVAL)
 
@@ -389,8 +412,3 @@ class BaseConsumer:
             self._kser_last_reminder = self._kser_clock()
             self.LOGGER.warning("Consumer is paused")
         self._kser_shared_producer.attach(self.REGISTRY)
-
-    def _kser_wait_until_idle(self) -> None:
-        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
-        while self._kser_work_queue.running():
-            self._kser_work_queue.wait_for_change(SUPERVISE_INTERVAL, lambda: not self._kser_work_queue.running())

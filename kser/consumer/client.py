@@ -166,31 +166,31 @@ _REMEDIES = {
 
 
 def client_error(
-    what: str, servers: str, reason: object, *, fatal: bool = False, transient: bool = False
+    activity: str, servers: str, reason: object, *, fatal: bool = False, transient: bool = False
 ) -> ClientError:
     """Build the error of a failed client operation.
 
-    :param what: the operation, as an infinitive.
+    :param activity: the operation, as an infinitive.
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
     :param transient: whether the error is transient, and so logged at INFO.
     """
-    text = f"cannot {what} at {servers}: {reason}"
-    remedy = next((remedy for word, remedy in _REMEDIES.items() if word in str(reason).lower()), None)
+    text = f"cannot {activity} at {servers}: {reason}"
+    remedy = next((advice for word, advice in _REMEDIES.items() if word in str(reason).lower()), None)
     return ClientError(f"{text}; {remedy}" if remedy else text, fatal=fatal, transient=transient)
 
 
 def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
     """Build the error of a group without committed offsets whose reset policy is ``none``."""
-    places = ", ".join(map(str, partitions))
+    names = ", ".join(map(str, partitions))
     return ClientError(
-        f"the group has no committed offset in {places}, and the reset policy is 'none': commit offsets for the group,"
+        f"the group has no committed offset in {names}, and the reset policy is 'none': commit offsets for the group,"
         " or set the policy to 'earliest' or 'latest'"
     )
 
 
 def revoked_before_commit_text(commits: Mapping[Partition, Commit], error: Exception) -> str:
     """Return the log text for partitions that were revoked before their finished records were committed."""
-    places = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
-    return f"partitions were revoked before {places} could be committed ({error}): messages will be redelivered"
+    offsets = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
+    return f"partitions were revoked before {offsets} could be committed ({error}): messages will be redelivered"

@@ -7,17 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kser import __hostname__, signals
 from kser.attempt import Failure
 from kser.consumer.client import Partition, Record
+from kser.consumer.logs import ConsumerLogger
 from kser.controller import BaseProducer
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
-
-if TYPE_CHECKING:
-    pass
 
 #: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
 PREFIX = "kser-dlq-"
@@ -35,7 +32,7 @@ class DeadLetterWriter:
     :param topic_for: returns the dead letter topic of a source topic; None if the source topic has no dead letters.
     :param producer: returns the producer.
     :param sender: the consumer class; its name is stored in the dead letters, and it is the sender of the signal.
-    :param logger: the logger of the consumer.
+    :param log: the logger of the consumer.
     """
 
     def __init__(
@@ -43,12 +40,12 @@ class DeadLetterWriter:
         topic_for: Callable[[str], str | None],
         producer: Callable[[], BaseProducer],
         sender: type,
-        logger: logging.Logger,
+        log: ConsumerLogger,
     ) -> None:
         self._topic_for = topic_for
         self._producer = producer
         self._sender = sender
-        self._logger = logger
+        self._log = log
         #: The number of dead letters written.
         self.written = 0
 
@@ -65,9 +62,9 @@ class DeadLetterWriter:
         try:
             self._produce(topic, record, failure, attempts)
         except Exception as error:
-            self._logger.log(
+            self._log.log(
                 logging.DEBUG if again else logging.ERROR,
-                f"{self._sender.__name__}: offset {record.offset} of {Partition(record.topic, record.partition)} failed"
+                f"offset {record.offset} of {Partition(record.topic, record.partition)} failed"
                 f" ({failure.reason}) and its dead letter cannot be written to {topic!r}: {error}; the partition is"
                 " paused until the write succeeds",
             )

@@ -25,34 +25,34 @@ class LaneQueue:
         self._delayed: list[tuple[float, int, WorkItem]] = []
         self._ticket = count()
 
-    def add(self, job: WorkItem) -> None:
+    def add(self, item: WorkItem) -> None:
         """Add a new item behind the other items of its lane."""
-        if job.lane is None:
-            self.ready.append(job)
-        elif (queue := self._lanes.get((job.tracker, job.lane))) is None:
-            self.occupy(job)
-            self.ready.append(job)
+        if item.lane is None:
+            self.ready.append(item)
+        elif (queue := self._lanes.get((item.tracker, item.lane))) is None:
+            self.occupy(item)
+            self.ready.append(item)
         else:
-            queue.append(job)
+            queue.append(item)
 
-    def occupy(self, job: WorkItem) -> None:
+    def occupy(self, item: WorkItem) -> None:
         """Occupy the lane of a started item."""
-        if job.lane is not None:
-            self._lanes[job.tracker, job.lane] = deque()
+        if item.lane is not None:
+            self._lanes[item.tracker, item.lane] = deque()
 
-    def complete(self, job: WorkItem) -> bool:
+    def complete(self, item: WorkItem) -> bool:
         """Free the lane of a finished item; return whether the next item of the lane became ready."""
-        place = job.tracker, job.lane
-        queue = self._lanes.get(place)
+        lane = item.tracker, item.lane
+        queue = self._lanes.get(lane)
         if queue:
             self.ready.append(queue.popleft())
             return True
-        self._lanes.pop(place, None)
+        self._lanes.pop(lane, None)
         return False
 
-    def delay(self, job: WorkItem) -> None:
+    def delay(self, item: WorkItem) -> None:
         """Delay an item until it is due."""
-        heapq.heappush(self._delayed, (job.due_at, next(self._ticket), job))
+        heapq.heappush(self._delayed, (item.due_at, next(self._ticket), item))
 
     def promote_due(self, now: float) -> None:
         """Move the due items to the ready queue."""
@@ -72,18 +72,18 @@ class LaneQueue:
     @property
     def delayed(self) -> list[WorkItem]:
         """The delayed items."""
-        return [job for _, _, job in self._delayed]
+        return [item for _, _, item in self._delayed]
 
     def remove_partition(self, tracker: OffsetTracker, survives: Callable[[WorkItem], bool]) -> None:
-        """Remove the items of a partition, except those for which ``stays`` returns True."""
+        """Remove the items of a partition, except those for which ``survives`` returns True."""
 
-        def kept(job: WorkItem) -> bool:
-            return job.tracker is not tracker or survives(job)
+        def remains(item: WorkItem) -> bool:
+            return item.tracker is not tracker or survives(item)
 
-        self.ready = deque(filter(kept, self.ready))
-        self._delayed = [entry for entry in self._delayed if kept(entry[2])]
+        self.ready = deque(filter(remains, self.ready))
+        self._delayed = [entry for entry in self._delayed if remains(entry[2])]
         heapq.heapify(self._delayed)
-        self._lanes = {place: jobs for place, jobs in self._lanes.items() if place[0] is not tracker}
+        self._lanes = {lane: queue for lane, queue in self._lanes.items() if lane[0] is not tracker}
 
     def clear(self) -> None:
         """Remove all items."""

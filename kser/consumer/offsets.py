@@ -49,8 +49,8 @@ class Ranges:
                 self._ends.append(end)
 
     def __contains__(self, offset: int) -> bool:
-        place = bisect_right(self._starts, offset) - 1
-        return place >= 0 and offset < self._ends[place]
+        index = bisect_right(self._starts, offset) - 1
+        return index >= 0 and offset < self._ends[index]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(self._starts, self._ends, strict=True)
@@ -114,13 +114,13 @@ class OffsetTracker:
     """The offset tracker of one assigned partition: which records were received, and which of them are unfinished.
 
     :param start: the committed offset of the group.
-    :param known: additional finished ranges, from an earlier assignment of the partition.
+    :param finished: additional finished ranges, from an earlier assignment of the partition.
     :param carried_over: items of records that were started during an earlier assignment and are unfinished;
         they do not start a second time.
     """
 
     def __init__(
-        self, start: Commit, known: Iterable[tuple[int, int]] = (), carried_over: dict[int, Any] | None = None
+        self, start: Commit, finished: Iterable[tuple[int, int]] = (), carried_over: dict[int, Any] | None = None
     ) -> None:
         #: The items of the unfinished records by offset, in order.
         self.unfinished: dict[int, Any] = {}
@@ -132,7 +132,7 @@ class OffsetTracker:
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
         self.dead_letter_pending: set[int] = set()
-        self._finished = Ranges((*decode(start), *known))
+        self._finished = Ranges((*decode(start), *finished))
         self._carried_over = carried_over or {}
         self._finished_early: set[int] = set()
         self._first_unseen = max((self._finished.end, *(offset + 1 for offset in self._carried_over)))
@@ -156,7 +156,8 @@ class OffsetTracker:
 
     def mark_finished(self, offset: int) -> bool:
         """Mark a record as finished; return whether it was received during this assignment and unfinished."""
-        self.dead_letter_pending.discard(offset)
+        if self.dead_letter_pending:
+            self.dead_letter_pending.discard(offset)
         if offset in self.unfinished:
             del self.unfinished[offset]
             return True
@@ -167,9 +168,9 @@ class OffsetTracker:
 
     def replace(self, offset: int, item: Any) -> bool:
         """Replace the item of an unfinished record; return False if the tracker does not contain the record."""
-        place = self.unfinished if offset in self.unfinished else self._carried_over
-        if offset in place:
-            place[offset] = item
+        items = self.unfinished if offset in self.unfinished else self._carried_over
+        if offset in items:
+            items[offset] = item
             return True
         return False
 
@@ -247,17 +248,17 @@ def pending_commits(
 
     :param counts_as_finished: see :meth:`OffsetTracker.commit`.
     """
-    found = ((key, progress, progress.commit(counts_as_finished)) for key, progress in partitions.items())
-    return {key: commit for key, progress, commit in found if commit != progress.committed}
+    commits = ((key, tracker, tracker.commit(counts_as_finished)) for key, tracker in partitions.items())
+    return {key: commit for key, tracker, commit in commits if commit != tracker.committed}
 
 
 def _encode(offset: int, finished: Ranges) -> str:
     runs: list[int] = []
-    place = offset
+    last = offset
     for start, end in finished:
         if end > offset:
-            runs += (max(start, offset) - place, end - max(start, offset))
-            place = end
+            runs += (max(start, offset) - last, end - max(start, offset))
+            last = end
     text = PREFIX + ",".join(format(run, "x") for run in runs) if runs else ""
     # Ranges beyond the metadata limit are dropped and would run again after a crash, so ``is_full`` pauses the
     # partition before that.

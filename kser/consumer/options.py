@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
@@ -83,14 +83,26 @@ class ConsumerOptions:
             if name not in names:
                 nearest = difflib.get_close_matches(name, [*names, "config", "topics", "app"], n=1, cutoff=0)[0]
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
-        found = {name: _resolve(name, given.get(name), settings) for name in names}
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        values = {name: _resolve(name, given.get(name), settings) for name in names}
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead letter topic for messages of ``topic``; None if dead letters are disabled."""
         if isinstance(self.dead_letter, str):
             return self.dead_letter
         return f"{topic}.dlq" if self.dead_letter else None
+
+    def check_topics(self, topics: Collection[str]) -> None:
+        """Check that a consumer does not read its own dead letters.
+
+        :param topics: the consumed topics.
+        :raises kser.errors.SettingError: the dead letter topic is one of them.
+        """
+        if self.dead_letter in topics:
+            raise SettingError(
+                f"dead_letter is {self.dead_letter!r}, a topic that this consumer reads: failed messages"
+                " would loop endlessly; choose another topic"
+            )
 
     def describe(self, mode: str, group: str | None, topics: Iterable[str]) -> str:
         """Return a summary of the options for the log.

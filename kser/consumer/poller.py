@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Revocation
+from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import NEVER
+from kser.consumer.partition_table import PartitionTable
+from kser.consumer.stalls import StallDetector
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import ClientError, KserError
 
@@ -31,16 +34,17 @@ CLIENT_TIMEOUT = 1.2
 _BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
 
 
-class Poller(RebalanceListener):
+class Poller:
     """The poll loop: moves records from the client to the work queue and commits the finished ones.
 
     :param connect: creates a client; called again after a fatal error of the client.
     :param topics: the topics to consume.
     :param work_queue: the work queue.
+    :param partitions: the partitions of the work queue.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
     :param stall_timeout: seconds without progress after which lag is logged as an error.
-    :param say: the consumer's logger and name.
+    :param log: the logger of the consumer.
     """
 
     def __init__(
@@ -48,39 +52,38 @@ class Poller(RebalanceListener):
         connect: Callable[[], ConsumerClient],
         topics: Iterable[str],
         work_queue: WorkQueue,
+        partitions: PartitionTable,
         *,
         commit: str,
         interval: float,
         stall_timeout: float,
-        say: tuple[logging.Logger, str],
+        log: ConsumerLogger,
     ) -> None:
         self._connect = connect
         self._topics = topics
         self._work_queue = work_queue
+        self._partitions = partitions
         self._interval = interval
-        self._stall_timeout = stall_timeout
-        self._logger, self._name = say
-        self._clock = work_queue.clock
+        self._log = log
+        self._stalls = StallDetector(work_queue, partitions, stall_timeout, log)
         #: True while fetching is paused.
         self.paused = False
         #: True during a shutdown: no records are fetched, but finished records are still committed.
         self.shutting_down = False
-        self._closing = False
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
         self._errors: dict[str, str] = {}
-        self._last_commit = self._last_progress = self._clock()
-        self._seen_finished = 0
-        self._stalled = False
+        self._last_commit = work_queue.clock()
         self._client: ConsumerClient | None = self._connect_and_subscribe()
-        work_queue.cluster = lambda: self._client.cluster if self._client is not None else ""
-        self._mode = commit if self._client.can_commit else NEVER
+        #: The effective commit mode, which is ``"never"`` without a group.
+        self.mode = commit if self._client.can_commit else NEVER
+        partitions.commit_enabled = self.mode != NEVER
 
-    @property
-    def mode(self) -> str:
-        """The effective commit mode, which is ``"never"`` without a group."""
-        return self._mode
+    def cluster(self) -> str:
+        """Return the id of the Kafka cluster; empty if it is unknown or without a client. Any thread may call it."""
+        client = self._client
+        return "" if client is None else client.cluster
 
     # -- the client thread ---------------------------------------------------------------------------------------------
 
@@ -106,23 +109,23 @@ class Poller(RebalanceListener):
         :param timeout: the longest time in seconds to wait for records.
         :return: the number of records queued.
         """
-        taken = self._guard(lambda: self._fetch(timeout), timeout)
+        queued = self._guard(lambda: self._fetch(timeout), timeout)
         self._guard(self.commit_when_due, timeout)
-        self._guard(lambda: self._check_stall(taken), timeout)
-        return taken
+        self._guard(lambda: self._stalls.check(bool(queued) or self.paused or self.shutting_down, self.lag), timeout)
+        return queued
 
     def _guard(self, call: Callable[[], int], timeout: float) -> int:
         """Call a function that uses the client. After an exception, log it, back off and return 0."""
         try:
             return call()
-        except ClientError as trouble:
-            self._back_off(trouble, timeout)
+        except ClientError as error:
+            self._back_off(error, timeout)
         except KserError as error:
             self._back_off(ClientError(error.message), timeout)
         except Exception as exc:
             text = f"the Kafka client raised an unexpected error: {exc!r}"
             if text != self._errors.get("poll"):
-                self._logger.exception(f"{self._name}: {text}")
+                self._log.exception(text)
             # The state of the client is unknown after an unexpected exception, so replace the client.
             self._back_off(ClientError(text, fatal=True), timeout)
         return 0
@@ -134,9 +137,11 @@ class Poller(RebalanceListener):
             self._prove_membership(self._client)
         self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
-        batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._work_queue.blocked_partitions())
-        self._recover()
-        return self._work_queue.put(batches) if batches else 0
+        batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
+        if self._error_count:
+            self._error_count = 0
+            self._report("poll", None)
+        return self._partitions.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
         """Return how many records to fetch; wait for capacity first, but poll in time for the group membership."""
@@ -154,8 +159,8 @@ class Poller(RebalanceListener):
             if self._interval:
                 self._work_queue.wait_for_room(wait, enough)
             else:
-                self._work_queue.wait_for_change(
-                    wait, lambda: self._work_queue.finished_count + self._work_queue.started_count != seen
+                self._work_queue.waiters.wait(
+                    lambda: self._work_queue.finished_count + self._work_queue.started_count != seen, wait
                 )
             room = self._work_queue.capacity()
         return room
@@ -170,7 +175,7 @@ class Poller(RebalanceListener):
         return min(timeout, max(self._until_commit(), BUSY_POLL_TIMEOUT)) if self._work_queue.in_flight else timeout
 
     def _until_commit(self) -> float:
-        return max(self._last_commit + self._interval - self._clock(), 0) if self._interval else MAX_POLL_GAP
+        return max(self._last_commit + self._interval - self._work_queue.clock(), 0) if self._interval else MAX_POLL_GAP
 
     def lag(self) -> Mapping[Partition, int]:
         """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
@@ -184,59 +189,38 @@ class Poller(RebalanceListener):
 
         :raises kser.errors.ClientError: this client is no member, or the group does not respond.
         """
-        known = self._work_queue.committed_offsets()
-        if known and self._mode != NEVER:
+        committed = self._partitions.committed_offsets()
+        if committed and self.mode != NEVER:
             try:
-                client.commit(known, CLIENT_TIMEOUT)
+                client.commit(committed, CLIENT_TIMEOUT)
             except ClientError:
                 # The client detects the lost membership by itself, but only during a poll.
-                self._work_queue.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
+                self._partitions.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
                 raise
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
     def commit_when_due(self) -> int:
         """Commit finished records if the commit interval has passed; return the number of partitions committed."""
-        return self.commit() if self._clock() - self._last_commit >= self._interval else 0
+        return self.commit() if self._work_queue.clock() - self._last_commit >= self._interval else 0
 
     def commit(self) -> int:
         """Commit finished records; return the number of partitions committed."""
-        self._last_commit = self._clock()
-        commits = {} if self._mode == NEVER else self._work_queue.commits()
+        self._last_commit = self._work_queue.clock()
+        commits = self._partitions.commits()
         if not commits or self._client is None:
             return 0
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
-        except ClientError as trouble:
+        except ClientError as error:
             # The offsets stay pending, so the next commit includes them. Uncommitted records will be redelivered.
-            self._report("commit", trouble)
+            self._report("commit", error)
             return 0
         self._report("commit", None)
-        self._work_queue.mark_committed(commits)
+        self._partitions.mark_committed(commits)
         if not self._interval:
-            self._logger.debug(f"{self._name}: Manual commit done.")
+            self._log.debug("Manual commit done.")
         return len(commits)
-
-    # -- rebalances ----------------------------------------------------------------------------------------------------
-
-    def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        self._work_queue.on_assign(starts)
-
-    def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        self._work_queue.on_reset(starts)
-
-    def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
-        if self._closing:
-            # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good.
-            # So return an empty revocation, which commits nothing.
-            return self._work_queue.on_revoke(())
-        draining = self._work_queue.on_revoke(partitions)
-        if self._mode == NEVER:
-            draining.commits = dict
-        return draining
-
-    def on_lost(self, partitions: Collection[Partition]) -> None:
-        self._work_queue.on_lost(partitions)
 
     # -- the client ----------------------------------------------------------------------------------------------------
 
@@ -245,24 +229,22 @@ class Poller(RebalanceListener):
         self._final_commit()
         client, self._client = self._client, None
         if client is not None:
-            self._closing = True
+            self._partitions.close()
             try:
                 client.close(CLIENT_TIMEOUT)
             except Exception:
-                self._logger.exception(f"{self._name}: the Kafka client could not be closed cleanly")
+                self._log.exception("the Kafka client could not be closed cleanly")
 
     def _final_commit(self) -> None:
         """Commit finished records and retry until the deadline, because uncommitted records will run again."""
-        while rest := {} if self._mode == NEVER else self._work_queue.commits():
+        while rest := self._partitions.commits():
             self._guard(self.commit, 0)
-            done = not self._work_queue.commits() and self._client is not None
+            done = not self._partitions.commits() and self._client is not None
             if done:
                 return
-            if self._client is None or self._clock() >= self._deadline:
-                places = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
-                self._logger.warning(
-                    f"{self._name}: finished messages could not be committed and will be redelivered: {places}"
-                )
+            if self._client is None or self._work_queue.clock() >= self._deadline:
+                partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
+                self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
                 return
             # A client that lost its membership rejoins the group only during a poll.
             self._guard(self._stay_in_group, 0)
@@ -270,13 +252,13 @@ class Poller(RebalanceListener):
 
     def _stay_in_group(self) -> int:
         if self._client is not None:
-            self._work_queue.put(self._client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
+            self._partitions.put(self._client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
         return 0
 
     def _connect_and_subscribe(self) -> ConsumerClient:
         client = self._connect()
         try:
-            client.subscribe(self._topics, self)
+            client.subscribe(self._topics, self._partitions)
         except BaseException:
             client.close(0)
             raise
@@ -288,17 +270,12 @@ class Poller(RebalanceListener):
         self._error_count += 1
         if error.fatal and self._client is not None:
             client, self._client = self._client, None
-            self.on_lost(self._work_queue.assignment)
+            self._partitions.on_lost(self._partitions.assignment)
             with suppress(Exception):
                 client.close(0)
         state = RetryCallState(Retrying(), None, (), {})
         state.attempt_number = self._error_count
         self._stop.wait(min(_BACKOFF(state), timeout))
-
-    def _recover(self) -> None:
-        if self._error_count:
-            self._error_count = 0
-            self._report("poll", None)
 
     def _report(self, activity: str, error: ClientError | None) -> None:
         """Log an error of the client once, each change of the error, and the recovery."""
@@ -307,40 +284,6 @@ class Poller(RebalanceListener):
             self._errors[activity] = text
             if error:
                 level = logging.INFO if error.transient else logging.ERROR
-                self._logger.log(level, f"{self._name}: {text}; trying again")
+                self._log.log(level, f"{text}; trying again")
             else:
-                self._logger.info(f"{self._name}: the Kafka client can {activity} again")
-
-    # -- stalls --------------------------------------------------------------------------------------------------------
-
-    def _check_stall(self, taken: int) -> int:
-        """Log a stall once: lag without progress. Return the number of stalled partitions."""
-        settled, now = self._work_queue.finished_count, self._clock()
-        if taken or settled != self._seen_finished or self.paused or self.shutting_down:
-            self._seen_finished, self._last_progress, self._stalled = settled, now, False
-            return 0
-        lag: dict[Partition, int] = {}
-        if not self._stalled and now - self._last_progress >= self._stall_timeout:
-            self._last_progress = now
-            here = self._work_queue.backlog
-            lag = {key: count + here.pop(key, 0) for key, count in self.lag().items()}
-            lag = {key: count for key, count in {**here, **lag}.items() if count > 0}
-            if lag:
-                self._stalled = True
-                places = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
-                self._logger.error(
-                    f"{self._name}: no message was finished for {self._stall_timeout:g} s, but partitions lag:"
-                    f" {places}; {self._describe_running()}"
-                )
-        return len(lag)
-
-    def _describe_running(self) -> str:
-        jobs = self._work_queue.running()
-        if not jobs:
-            return "no message is being handled: check that the group is stable and that dead letters can be written"
-        oldest = min(jobs, key=lambda job: job.started_at)
-        age = self._clock() - oldest.started_at
-        return (
-            f"{len(jobs)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
-        )
+                self._log.info(f"the Kafka client can {activity} again")

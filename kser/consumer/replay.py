@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, closing
+from typing import Any
 from uuid import uuid4
 
+from kser.consumer.base import BaseConsumer
+from kser.consumer.client import Record
 from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
-from kser.consumer.work_item import WorkItem
+from kser.consumer.services import SharedProducer
 from kser.errors import BrokerUnavailable
-
-if TYPE_CHECKING:
-    from kser.consumer.base import BaseConsumer
 
 #: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
 READ_BATCH = 100
@@ -34,10 +32,9 @@ def iter_dead_letters(
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     """
     with closing(_reader(consumer, config, topic, f"kser-read-{uuid4()}", commit="never")) as reader:
-        for job in _records(reader, timeout):
-            if (letter := parse_dead_letter(job.record)) is not None:
+        for record in _records(reader, topic, timeout):
+            if (letter := parse_dead_letter(record)) is not None:
                 yield letter
-            reader._kser_work_queue.task_done(job)
 
 
 def replay(
@@ -69,19 +66,20 @@ def replay(
     :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
     """
     sent = 0
-    with closing(_reader(consumer, config, topic, group or f"kser-replay-{topic}")) as reader:
-        for job in _records(reader, timeout):
+    with ExitStack() as last_to_first:
+        reader = _reader(consumer, config, topic, group or f"kser-replay-{topic}")
+        sender = SharedProducer(reader.make_producer)
+        last_to_first.callback(sender.close)
+        last_to_first.callback(reader.close)
+        for record in _records(reader, topic, timeout):
             if sent == limit:
                 break
-            letter = parse_dead_letter(job.record)
+            letter = parse_dead_letter(record)
             if letter is not None and (where is None or where(letter)):
-                reader._kser_shared_producer.producer().produce(
+                sender.producer().produce(
                     to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
                 )
                 sent += 1
-            reader._kser_work_queue.task_done(job)
-            if reader._kser_work_queue.finished_count % READ_BATCH == 0:
-                reader._kser_poller.commit()
     return sent
 
 
@@ -91,7 +89,7 @@ def _reader(
     # The reader must not remove the pause file, because the file belongs to the other consumers of this host.
     reader: Any = type("DeadLetterReader", (consumer,), {"clean_lock": classmethod(lambda cls: None)})
     # The reader sets these options itself, because the settings of this process are meant for its regular consumers.
-    found: BaseConsumer = reader(
+    instance: BaseConsumer = reader(
         {**config, consumer.GROUP_OPTION: group, consumer.RESET_OPTION: "earliest"},
         [topic],
         commit=commit,
@@ -100,22 +98,15 @@ def _reader(
         ordering="none",
         max_in_flight=READ_BATCH,
     )
-    return found
+    return instance
 
 
-def _records(reader: BaseConsumer, timeout: float) -> Iterator[WorkItem]:
+def _records(reader: BaseConsumer, topic: str, timeout: float) -> Iterator[Record]:
     """Iterate over the records of the topic, up to its current end."""
-    deadline = time.monotonic() + timeout
-    while True:
-        taken = reader._kser_poller.poll_once(min(POLL_TIMEOUT, timeout))
-        while (job := reader._kser_work_queue.get(0)) is not None:
-            yield job
-            deadline = time.monotonic() + timeout
-        lag = reader._kser_poller.lag()
-        if not taken and reader.assignment and reader.assignment <= lag.keys() and max(lag.values()) <= 0:
-            return
-        if time.monotonic() > deadline:
-            raise BrokerUnavailable(
-                f"the dead letters of {reader._kser_topics[0]!r} could not be read: no response within {timeout:g} s;"
-                " check that the broker is reachable and that the topic exists"
-            )
+    try:
+        yield from reader._kser_read(timeout, POLL_TIMEOUT, READ_BATCH)
+    except TimeoutError:
+        raise BrokerUnavailable(
+            f"the dead letters of {topic!r} could not be read: no response within {timeout:g} s;"
+            " check that the broker is reachable and that the topic exists"
+        ) from None

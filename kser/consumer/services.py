@@ -45,13 +45,13 @@ class BackgroundServices:
         """
         if self._thread is not None:
             return
-        waits = False
+        is_unavailable = False
         try:
             self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage. The thread starts anyway and loads the services after the outage.
-            waits = True
-        if self._services or waits:
+            is_unavailable = True
+        if self._services or is_unavailable:
             self._thread = threading.Thread(target=self._run, name="kser-services", daemon=True)
             self._thread.start()
 
@@ -63,13 +63,13 @@ class BackgroundServices:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout)
-        for companion in self._services:
-            companion.close()
+        for service in self._services:
+            service.close()
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            for companion in self._services:
-                companion.tick()
+            for service in self._services:
+                service.tick()
             self._stopped.wait(TICK_INTERVAL)
             self._refresh()
 
@@ -124,8 +124,8 @@ class SharedProducer:
     def background_services(self) -> list[BackgroundService]:
         """Return the background services of the registries that the producer is attached to, without duplicates."""
         controller, _ = self._attached_to or (None, 0)
-        found = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
-        return list({id(companion): companion for companion in found if companion is not None}.values())
+        services = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
+        return list({id(service): service for service in services if service is not None}.values())
 
     def detach(self, controller: Any) -> None:
         """Detach the producer from the registries of a controller's classes."""

@@ -62,8 +62,8 @@ class ShutdownSignals:
             yield
             return
         self._sockets = _, write = socket.socketpair()
-        for end in self._sockets:
-            end.setblocking(False)
+        for connection in self._sockets:
+            connection.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._handle) for number in (*STOP_SIGNALS, WAKEUP_SIGNAL)}
         _installed.append(self)
@@ -81,9 +81,9 @@ class ShutdownSignals:
 
     def close(self) -> None:
         """Close the sockets. Call it when no thread waits for a signal."""
-        ends, self._sockets = self._sockets, None
-        for end in ends or ():
-            end.close()
+        connections, self._sockets = self._sockets, None
+        for connection in connections or ():
+            connection.close()
 
     def wait(self, timeout: float) -> None:
         """Wait for a signal, up to ``timeout`` seconds. Any thread may call it."""
@@ -108,9 +108,9 @@ class ShutdownSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._read_pending()
         if number == WAKEUP_SIGNAL:
-            delivery = current_attempt.get()
-            if delivery is not None and delivery.abandoned and self._interrupted is None:
-                self._interrupted = delivery
+            attempt = current_attempt.get()
+            if attempt is not None and attempt.abandoned and self._interrupted is None:
+                self._interrupted = attempt
                 raise AttemptAbandoned
         elif len(self._received) > self._raised:
             self._raised = len(self._received)

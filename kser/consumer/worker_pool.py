@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from kser.attempt import FAILED, AttemptAbandoned, current_attempt
+from kser.attempt import FAILED, Attempt, AttemptAbandoned, ConsumerCallbacks, current_attempt
 from kser.consumer.dead_letters import DeadLetterWriter
+from kser.consumer.logs import ConsumerLogger
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
 
 #: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE_WAIT = 0.5
+
+#: Seconds between two checks whether attempts still run, because a longer wait would delay signal handlers.
+IDLE_CHECK_INTERVAL = 0.1
 
 #: The first and the longest back-off, in seconds, after a failed write of a dead letter.
 DEAD_LETTER_DELAYS = (1.0, 30.0)
@@ -29,7 +32,8 @@ class WorkerPool:
     :param handle: runs the registry with the value of a record.
     :param dead_letters: the writer of dead letters.
     :param size: the number of workers.
-    :param say: the consumer's logger and name.
+    :param cluster: returns the id of the Kafka cluster.
+    :param log: the logger of the consumer.
     """
 
     def __init__(
@@ -39,14 +43,16 @@ class WorkerPool:
         handle: Callable[[Any], Any],
         dead_letters: DeadLetterWriter,
         size: int,
-        say: tuple[logging.Logger, str],
+        *,
+        cluster: Callable[[], str],
+        log: ConsumerLogger,
     ) -> None:
         self._work_queue = work_queue
         self._before_attempt = before_attempt
         self._handle = handle
         self._dead_letters = dead_letters
         self._size = size
-        self._logger, self._name = say
+        self._log = log
         #: Counters of permanently failed records (``failed``) and of retries (``retried``).
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -54,7 +60,16 @@ class WorkerPool:
         self.interrupt: KeyboardInterrupt | None = None
         #: Set, possibly by a signal handler, to start no more attempts; a call of :meth:`shutdown` follows.
         self.stopping = False
+        #: True while a thread is inside of :meth:`work`.
+        self.is_working = False
         self._shut_down = threading.Event()
+        self._callbacks = ConsumerCallbacks(
+            ack=work_queue.ack,
+            abandon=work_queue.abandon,
+            clock=lambda: work_queue.clock(),
+            cluster=cluster,
+            is_stopping=lambda: self.stopping,
+        )
 
     def start(self) -> None:
         """Start the threads if there is more than one worker."""
@@ -64,13 +79,22 @@ class WorkerPool:
 
     def work(self) -> None:
         """Run the only worker in this thread, or wait for the worker threads; return after :meth:`shutdown`."""
-        if self._size == 1:
-            self._work()
-        while not self._shut_down.wait(IDLE_WAIT):
-            # The wait has a timeout, because a wait without one would block signal handlers.
-            pass
-        if self.interrupt is not None:
-            raise self.interrupt
+        self.is_working = True
+        try:
+            if self._size == 1:
+                self._work()
+            while not self._shut_down.wait(IDLE_WAIT):
+                # The wait has a timeout, because a wait without one would block signal handlers.
+                pass
+            if self.interrupt is not None:
+                raise self.interrupt
+        finally:
+            self.is_working = False
+
+    def wait_until_idle(self) -> None:
+        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
+        while self._work_queue.running():
+            self._work_queue.waiters.wait(lambda: not self._work_queue.running(), IDLE_CHECK_INTERVAL)
 
     def shutdown(self) -> None:
         """Stop the workers after their running attempts and close the work queue."""
@@ -80,36 +104,21 @@ class WorkerPool:
 
     def step(self, timeout: float = 0) -> bool:
         """Run one item in this thread; return False if none is ready within ``timeout`` seconds."""
-        job = self._work_queue.get(timeout)
-        if job is not None:
-            self._attempt(job)
-        return job is not None
-
-    def ack(self, job: WorkItem) -> None:
-        """Acknowledge a running item, which the store now guarantees."""
-        self._work_queue.ack(job)
-
-    def abandon(self, job: WorkItem) -> None:
-        """Abandon a running item, so that its record stays unfinished."""
-        self._work_queue.abandon(job)
-
-    def now(self) -> float:
-        """Return the time by the clock of the work queue."""
-        return self._work_queue.clock()
-
-    def cluster(self) -> str:
-        """Return the cluster id."""
-        return self._work_queue.cluster()
+        item = self._work_queue.get(timeout)
+        if item is not None:
+            self._attempt(item)
+        return item is not None
 
     def enforce_time_limits(self) -> None:
         """Time out attempts that exceed the time limit of their class, and start a worker for each stuck one."""
         now = self._work_queue.clock()
-        for job in self._work_queue.running():
+        for item in self._work_queue.running():
+            attempt = item.attempt
             # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
-            decision = job.outcome
-            if job.time_limit is not None and now - job.started_at >= job.time_limit:
-                verdict = TaskTimeout(f"the attempt took longer than TIME_LIMIT, {job.time_limit:g} s")
-                if self._work_queue.time_out(job, verdict, decision):
+            outcome = attempt.outcome
+            if attempt.time_limit is not None and now - attempt.started_at >= attempt.time_limit:
+                timeout_error = TaskTimeout(f"the attempt took longer than TIME_LIMIT, {attempt.time_limit:g} s")
+                if self._work_queue.time_out(item, timeout_error, outcome):
                     self._spawn()
 
     def _spawn(self) -> None:
@@ -124,76 +133,76 @@ class WorkerPool:
 
     def _work(self) -> None:
         """Run items until the shutdown, or until another worker has replaced this one."""
-        dispatch = self._work_queue
+        work_queue = self._work_queue
         while not self.stopping:
-            job = dispatch.get(IDLE_WAIT)
-            if job is not None:
-                self._attempt(job)
-                if job.abandoned:
+            item = work_queue.get(IDLE_WAIT)
+            if item is not None:
+                self._attempt(item)
+                if item.attempt.abandoned:
                     return
 
-    def _attempt(self, job: WorkItem) -> None:
-        if job.failure is not None:
-            self._dead_letter(job, again=True)
+    def _attempt(self, item: WorkItem) -> None:
+        if item.attempt.failure is not None:
+            self._dead_letter(item, again=True)
             return
-        self._run(job)
-        self._apply_outcome(job)
+        self._run(item, item.attempt)
+        self._apply_outcome(item, item.attempt)
 
-    def _run(self, job: WorkItem) -> None:
+    def _run(self, item: WorkItem, attempt: Attempt) -> None:
         if self._before_attempt is not None:
-            self._before_attempt(job)
-        job.worker_pool = self
-        current_attempt.set(job)
+            self._before_attempt(item)
+        attempt.callbacks = self._callbacks
+        current_attempt.set(attempt)
         try:
-            self._handle(job.record.value)
+            self._handle(item.record.value)
         except KeyboardInterrupt:
-            self._work_queue.abandon(job)
+            self._work_queue.abandon(attempt)
             raise
         except AttemptAbandoned:
             # _apply_outcome logs the abandoned attempt.
             pass
         except BaseException as exc:
             # No exception may end the worker; otherwise each redelivery of the message would end another worker.
-            if job.failure is None:
-                job.reject(FAILED, exc)
-            self._logger.exception(
-                f"{self._name}: the registry raised at offset {job.record.offset} of {job.partition};"
-                " the message failed"
+            if attempt.failure is None:
+                attempt.reject(FAILED, exc)
+            self._log.exception(
+                f"the registry raised at offset {item.record.offset} of {item.partition}; the message failed"
             )
         finally:
             current_attempt.set(None)
-            job.resolve()
+            attempt.resolve()
 
-    def _apply_outcome(self, job: WorkItem) -> None:
-        if job.abandoned:
-            self._logger.warning(
-                f"{self._name}: the attempt at offset {job.record.offset} of {job.partition} was abandoned;"
+    def _apply_outcome(self, item: WorkItem, attempt: Attempt) -> None:
+        if attempt.abandoned:
+            self._log.warning(
+                f"the attempt at offset {item.record.offset} of {item.partition} was abandoned;"
                 " its late result is dropped"
             )
-        elif job.retry_in is not None:
+        elif attempt.retry_in is not None:
             self._increment("retried")
-            self._work_queue.requeue(job, job.retry_in)
-        elif job.failure is not None:
+            self._work_queue.requeue(item, attempt.retry_in)
+        elif attempt.failure is not None:
             self._increment("failed")
-            self._dead_letter(job)
-        else:
-            self._task_done(job)
+            self._dead_letter(item)
+        elif not self._work_queue.task_done(item):
+            self._log_revoked(item)
 
     def _increment(self, counter: str) -> None:
         with self._counting:
             self.counts[counter] += 1
 
-    def _dead_letter(self, job: WorkItem, again: bool = False) -> None:
-        assert job.failure is not None
-        if self._dead_letters.write(job.record, job.failure, job.number, again):
-            self._task_done(job)
+    def _dead_letter(self, item: WorkItem, again: bool = False) -> None:
+        failure = item.attempt.failure
+        assert failure is not None
+        if self._dead_letters.write(item.record, failure, item.attempt.number, again):
+            if not self._work_queue.task_done(item):
+                self._log_revoked(item)
             return
         first, longest = DEAD_LETTER_DELAYS
-        self._work_queue.retry_dead_letter(job, min(first * 2 ** min(job.dead_letter_tries, 10), longest))
+        self._work_queue.retry_dead_letter(item, min(first * 2 ** min(item.dead_letter_tries, 10), longest))
 
-    def _task_done(self, job: WorkItem) -> None:
-        if not self._work_queue.task_done(job):
-            self._logger.info(
-                f"{self._name}: offset {job.record.offset} of {job.partition} was finished after the partition was"
-                " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
-            )
+    def _log_revoked(self, item: WorkItem) -> None:
+        self._log.info(
+            f"offset {item.record.offset} of {item.partition} was finished after the partition was"
+            " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
+        )

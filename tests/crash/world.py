@@ -8,7 +8,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 from kser.attempt import current_attempt
-from kser.consumer.work_item import WorkItem
 from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
@@ -325,5 +324,5 @@ class World:
 
 def _offset_in_hand() -> int:
     """The record that this thread handles; -1 for none."""
-    job = current_attempt.get()
-    return job.record.offset if isinstance(job, WorkItem) else -1
+    attempt = current_attempt.get()
+    return -1 if attempt is None or attempt.record is None else int(attempt.record.offset)

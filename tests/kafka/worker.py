@@ -72,13 +72,13 @@ class Worker(Consumer):  # type: ignore[misc]
     def run(self) -> None:
         threading.Thread(target=self._note_assignments, daemon=True).start()
         # What is taken away may be back at once, and is not seen by looking now and then.
-        revoke = self._kser_poller.on_revoke
+        revoke = self._kser_partitions.on_revoke
 
         def noted(partitions: Any) -> Any:
             note("revoked", len(partitions))
             return revoke(partitions)
 
-        self._kser_poller.on_revoke = noted  # type: ignore[method-assign]
+        self._kser_partitions.on_revoke = noted  # type: ignore[method-assign]
         super().run()
 
     def _note_assignments(self) -> None:

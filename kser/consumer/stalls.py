@@ -1,0 +1,65 @@
+"""Detection of a stalled consumer: records are left, and none is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from kser.consumer.client import Partition
+from kser.consumer.logs import ConsumerLogger
+from kser.consumer.partition_table import PartitionTable
+from kser.consumer.work_queue import WorkQueue
+
+
+class StallDetector:
+    """A detector of stalls: lag without progress. It logs each stall once.
+
+    :param work_queue: the work queue.
+    :param partitions: the partitions of the work queue.
+    :param timeout: seconds without progress after which lag is a stall.
+    :param log: the logger of the consumer.
+    """
+
+    def __init__(self, work_queue: WorkQueue, partitions: PartitionTable, timeout: float, log: ConsumerLogger) -> None:
+        self._work_queue = work_queue
+        self._partitions = partitions
+        self._timeout = timeout
+        self._log = log
+        self._last_progress = work_queue.clock()
+        self._seen_finished = 0
+        self._stalled = False
+
+    def check(self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]]) -> int:
+        """Log a stall at its begin and return the number of stalled partitions.
+
+        :param no_stall: True if records were fetched, or if the consumer fetches none on purpose.
+        :param client_lag: returns how many records of each partition are not fetched yet.
+        """
+        finished, now = self._work_queue.finished_count, self._work_queue.clock()
+        if no_stall or finished != self._seen_finished:
+            self._seen_finished, self._last_progress, self._stalled = finished, now, False
+            return 0
+        if self._stalled or now - self._last_progress < self._timeout:
+            return 0
+        self._last_progress = now
+        backlog = self._partitions.backlog
+        lag = {key: count + backlog.pop(key, 0) for key, count in client_lag().items()}
+        lag = {key: count for key, count in {**backlog, **lag}.items() if count > 0}
+        if lag:
+            self._stalled = True
+            partitions = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
+            self._log.error(
+                f"no message was finished for {self._timeout:g} s, but partitions lag:"
+                f" {partitions}; {self._describe_running(now)}"
+            )
+        return len(lag)
+
+    def _describe_running(self, now: float) -> str:
+        items = self._work_queue.running()
+        if not items:
+            return "no message is being handled: check that the group is stable and that dead letters can be written"
+        oldest = min(items, key=lambda item: item.attempt.started_at)
+        age = now - oldest.attempt.started_at
+        return (
+            f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
+            f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
+        )
