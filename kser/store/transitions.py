@@ -22,18 +22,18 @@ from kser.store.model import (
 )
 
 
-def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
+def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
     """Return the row of a new operation.
 
-    :param at: id of the operation.
+    :param identifier: id of the operation.
     :param root_id: None for a root.
     """
     return OperationRow(
-        id=at,
+        id=identifier,
         uuid=new.uuid,
         entrypoint=new.entrypoint,
         parent_id=parent_id,
-        root_id=root_id or at,
+        root_id=root_id or identifier,
         mode=new.mode,
         topic=new.topic,
         overrides=new.overrides,
@@ -64,10 +64,20 @@ def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | No
 
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
     """Return the row of a new task."""
-    place = operation_id, position
-    own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
-    now = new.status, new.result
-    return TaskRow(*place, *own, *now, attempts=0, child_id=child_id, attempts_before_resume=0)
+    return TaskRow(
+        operation_id=operation_id,
+        position=position,
+        uuid=new.uuid,
+        entrypoint=new.entrypoint,
+        topic=new.topic,
+        params=new.params,
+        metadata=new.metadata,
+        status=new.status,
+        result=new.result,
+        attempts=0,
+        child_id=child_id,
+        attempts_before_resume=0,
+    )
 
 
 def claim_refusal(row: OperationRow, step: str, now: float) -> str | None:

@@ -31,13 +31,13 @@ class Transaction:
     :param cursor: the cursor of the driver.
     :param clock: value of the bind parameter ``clock``.
     :param time: the time by the database's clock, or slightly earlier.
-    :param packed: True if a statement gets all its rows as one JSON text.
+    :param json_batches: True if a statement gets all its rows as one JSON text.
     """
 
-    def __init__(self, cursor: Any, clock: float, time: float, packed: bool) -> None:
+    def __init__(self, cursor: Any, clock: float, time: float, json_batches: bool) -> None:
         self._cursor = cursor
         self._clock = clock
-        self._json_batches = packed
+        self._json_batches = json_batches
         self.time = time
 
     def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
@@ -68,11 +68,11 @@ class Transaction:
         if self._json_batches:
             cursor.execute(statement.sql, {**base, ROWS: json.dumps(rows)})
             return list(cursor.fetchall())
-        found: list[Any] = []
+        fetched: list[Any] = []
         for row in rows:
             cursor.execute(statement.sql, {**base, **row})
-            found += cursor.fetchall()
-        return found
+            fetched += cursor.fetchall()
+        return fetched
 
 
 class Database(ABC):
@@ -176,6 +176,6 @@ class Database(ABC):
 
     def _translate(self, error: Exception) -> KserError:
         kind, advice = self._classify_error(error)
-        what = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
+        problem = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
         text = " ".join(str(error).split()) or type(error).__name__
-        return kind(f"the database {self.name} {what}: {text}" + (f"; {advice}" if advice else ""))
+        return kind(f"the database {self.name} {problem}: {text}" + (f"; {advice}" if advice else ""))

@@ -121,7 +121,7 @@ class SQLStore(Store):
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
-        found = self._write(lambda transaction: self._leases.renew_free(transaction, pairs, owner, lease))
+        found = self._write(lambda transaction: self._leases.renew_unlocked(transaction, pairs, owner, lease))
         # In SQLite there is only one writer, so no row was locked and skipped; a missing claim is really lost.
         missing = [pair for pair in pairs if pair[0] not in found] if self._database.json_batches else []
         for pair in missing:
