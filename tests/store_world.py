@@ -92,7 +92,8 @@ class SqlWorld(World):
         # SQLAlchemy is optional, and only tests of SQL need it.
         from kser.store.sql import SQLStore
 
-        self._stores = [SQLStore(uri), SQLStore(uri)]
+        self._shift = 0.0
+        self._stores = [SQLStore(uri, clock_offset=lambda: self._shift) for _ in range(2)]
 
     @property
     def store(self) -> Any:
@@ -104,11 +105,10 @@ class SqlWorld(World):
 
     @property
     def now(self) -> float:
-        return time.time() + self._stores[0]._clock_offset
+        return time.time() + self._shift
 
     def pass_by(self, seconds: float) -> None:
-        for store in self._stores:
-            store._clock_offset += seconds
+        self._shift += seconds
 
     def close(self) -> None:
         for store in self._stores:

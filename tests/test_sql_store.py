@@ -63,16 +63,30 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "kser.db"
 
 
+class ClockOffset:
+    """Seconds that a test adds to the clock of its store."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 @pytest.fixture
-def store(path: Path) -> Iterator[SQLStore]:
-    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+def clock_offset() -> ClockOffset:
+    return ClockOffset()
+
+
+@pytest.fixture
+def store(path: Path, clock_offset: ClockOffset) -> Iterator[SQLStore]:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}", clock_offset=clock_offset)) as store:
         yield store
 
 
 @pytest.fixture
-def in_postgresql(database: Database) -> Iterator[SQLStore]:
+def in_postgresql(database: Database, clock_offset: ClockOffset) -> Iterator[SQLStore]:
     database.empty()
-    with contextlib.closing(SQLStore(database.uri)) as store:
+    with contextlib.closing(SQLStore(database.uri, clock_offset=clock_offset)) as store:
         yield store
 
 
@@ -347,12 +361,14 @@ def test_epoch_changed_by_another_process_fences_the_checkpoint(store: SQLStore,
 
 
 @pytest.mark.postgresql
-def test_take_due_skips_rows_locked_by_another_transaction(in_postgresql: SQLStore, database: Database) -> None:
+def test_take_due_skips_rows_locked_by_another_transaction(
+    in_postgresql: SQLStore, database: Database, clock_offset: ClockOffset
+) -> None:
     """Rule 20: the reaper does not wait for a locked row."""
     operations = [new(1), new(1)]
     for new_operation in operations:
         in_postgresql.save(new_operation)
-    in_postgresql._clock_offset = 10
+    clock_offset.seconds = 10
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute("SELECT 1 FROM kser_operation WHERE uuid = %s FOR UPDATE", [operations[0].uuid])
         assert due(in_postgresql) == [(operations[1].uuid, "unsent")]
@@ -792,9 +808,9 @@ def test_large_columns_are_read_only_for_returned_rows(
     assert not large & {column.name for index in operation.indexes for column in index.columns}
 
 
-def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
+def test_take_due_uses_an_index_range(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     any_store.save(new(1))
-    any_store._clock_offset = 10
+    clock_offset.seconds = 10
     plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
     _no_whole_table(plans)
     assert "kser_operation_next_check" in plans[0]
@@ -802,7 +818,7 @@ def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
     assert "Sort" not in plans[0]
 
 
-def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -> None:
+def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     inner = new(1)
 
     def everything() -> None:
@@ -822,7 +838,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.get_task(claim.id, 0)
         any_store.get_children(claim.id)
         any_store.checkpoint(last_step(claim, 1, outcomes=()))
-        any_store._clock_offset = 100
+        clock_offset.seconds = 100
         assert any_store.purge(10, [states.SUCCESS], 10) == 1
 
     _no_whole_table(_plans(any_store, everything))

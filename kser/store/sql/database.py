@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Final
 
@@ -75,10 +75,16 @@ class Transaction:
         return fetched
 
 
+def no_offset() -> float:
+    """Return 0: the clock of the database is used as it is."""
+    return 0.0
+
+
 class Database(ABC):
     """A SQLite or PostgreSQL database.
 
     :param url: its address.
+    :param clock_offset: returns the seconds to add to the clock.
     """
 
     #: Scheme of the address.
@@ -90,12 +96,11 @@ class Database(ABC):
     #: The current time in seconds since 1970, as an SQL expression.
     now: ColumnElement[float]
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         self.url = url
         #: The address without secrets.
         self.name = url.set(drivername=self.prefix, query={}).render_as_string()
-        #: Seconds that are added to the clock; used by tests.
-        self.clock_offset = 0.0
+        self._clock_offset = clock_offset
         self.engine: Engine = self._engine()
 
     def statement(self, clause: Any) -> Statement:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.model import Checkpoint
+from kser.store.model import Checkpoint, Claim, ClaimRefused
 from kser.store.sql.checkpoints import CheckpointWriter, RowCountMismatch
 from kser.store.sql.claims import ClaimCommand, Claims
 from kser.store.sql.database import CONFLICT_ATTEMPTS, Database, SerializationConflict
@@ -70,6 +70,15 @@ class BatchWriter:
             kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else shared
             for kind in kinds
         }
+
+    @overload
+    def write(self, item: SaveRequest) -> Claim | ClaimRefused | int: ...
+
+    @overload
+    def write(self, item: ClaimCommand) -> Claim | ClaimRefused | None: ...
+
+    @overload
+    def write(self, item: Checkpoint) -> str: ...
 
     def write(self, item: Item) -> Any:
         """Write one item, batched with the concurrent writes of other threads."""
