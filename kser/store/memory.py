@@ -40,6 +40,7 @@ from kser.store.transitions import (
     apply_sent,
     apply_update,
     attempt_row,
+    cancelled_events,
     claim_refusal,
     due_reason,
     finish_checkpoint,
@@ -213,7 +214,7 @@ class MemoryStore(Store):
             events = checkpoint.events
             if root.cancel_requested:
                 self._cancel_all(root.id)
-                events = [*(new for new in events if new.kind != "ended"), NewEvent("ended", text=states.CANCELLED)]
+                events = cancelled_events(root, events)
             for event in events:
                 self._add_event(root, checkpoint.consumer, event)
             return self._store(finish_checkpoint(self._operations[root.id], checkpoint, now)).status
@@ -279,7 +280,7 @@ class MemoryStore(Store):
             ]
 
     def _take_due(self, row: OperationRow, consumer: str) -> DueStep:
-        reason = due_reason(row)
+        reason = due_reason(row.owner, row.send_count, is_retry=row.next_check_at == row.due_at)
         self._store(mark_taken(row, self._clock()))
         self._add_event(row, consumer, NewEvent("sent-again", text=reason))
         return DueStep(row.id, row.uuid, row.epoch, row.target, reason)

@@ -25,6 +25,7 @@ from kser.store.sql.ids import IdGenerator
 from kser.store.sql.inserts import InsertRows, Inserts, count_in, event_row, insert_events, without_nul
 from kser.store.sql.statements import ROWS, RowSource, types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, attempt, operation, operation_row, task
+from kser.store.transitions import cancelled_events
 
 
 class Position(NamedTuple):
@@ -285,10 +286,7 @@ class CheckpointWriter:
         cancelled = root.cancel_requested
         rows = CheckpointRows()
         rows.add_root(checkpoint, cancelled)
-        events = checkpoint.events
-        if cancelled:
-            ends = [event for event in events if event.kind == "ended" and event.uuid in (None, root.uuid)]
-            events = [*(event for event in events if event not in ends), NewEvent("ended", text=states.CANCELLED)]
+        events = cancelled_events(root, checkpoint.events) if cancelled else checkpoint.events
         self._add_rest(transaction, rows, checkpoint, events)
         try:
             self._write(transaction, rows)

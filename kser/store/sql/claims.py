@@ -13,6 +13,7 @@ from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
+from kser.store.transitions import claim_refusal
 
 #: Tasks by operation id and position.
 Tasks = dict[tuple[int, int], TaskRow]
@@ -79,7 +80,9 @@ class Claims:
             elif row.token == command.request.token:
                 own.append((index, row, command.request))
             else:
-                results[index] = ClaimRefused(_refusal_reason(row, command.step, raw[-1]), row)
+                # A root that no rule refuses became free after the claim statement; the next claim succeeds.
+                reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
+                results[index] = ClaimRefused(reason, row)
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
         results.update(zip((index for index, _, _ in own), claims, strict=True))
         return [results[index] for index in range(len(commands))]
@@ -231,14 +234,3 @@ def _claim_row(command: ClaimCommand) -> dict[str, Any]:
         "token": request.token,
         "lease": request.lease,
     }
-
-
-def _refusal_reason(row: OperationRow, step: str, now: float) -> str:
-    """Return why a claim on a root was refused."""
-    if states.is_final(row.status):
-        return RefusalReason.ENDED
-    if row.target.uuid != step:
-        return RefusalReason.STALE
-    held = row.owner is not None and row.next_check_at is not None and row.next_check_at > now
-    # Either the root has a valid lease, or it became free after the claim statement and the next claim succeeds.
-    return RefusalReason.WAITING if not held and row.due_at > now else RefusalReason.HELD

@@ -8,11 +8,12 @@ from typing import Any
 from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, literal_column, or_, select
 
 from kser import status as states
-from kser.store.model import MAX_RESEND_DELAY, SEND_GRACE, DueReason, DueStep, StepMessage
+from kser.store.model import MAX_RESEND_DELAY, SEND_GRACE, DueStep, StepMessage
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.statements import RowSource, types_of
 from kser.store.sql.tables import operation
+from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
@@ -97,8 +98,7 @@ class Leases:
         taken: list[dict[str, Any]] = []
         events: list[dict[str, Any]] = []
         for root_id, uuid, epoch, *target, owner, send_count, is_retry in rows:
-            unsent = DueReason.RETRY if is_retry else DueReason.UNSENT
-            reason = DueReason.EXPIRED if owner is not None else DueReason.UNCLAIMED if send_count else unsent
+            reason = due_reason(owner, send_count, is_retry=bool(is_retry))
             steps.append(DueStep(root_id, uuid, epoch, StepMessage(*target), reason))
             taken.append({"id": root_id})
             events.append(event_row(root_id, "sent-again", epoch, consumer, text=reason))
