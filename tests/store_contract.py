@@ -20,10 +20,13 @@ from kser.store.model import (
     MAX_RESEND_DELAY,
     RESEND_UNSENT_AFTER,
     SEND_GRACE,
+    AttemptRow,
     BuiltTasks,
     Claim,
     ClaimRefused,
     DueReason,
+    DueStep,
+    EventRow,
     Mode,
     NewEvent,
     OperationQuery,
@@ -31,6 +34,7 @@ from kser.store.model import (
     Phase,
     RefusalReason,
     StepMessage,
+    TaskRow,
 )
 from tests.store_world import (
     CLOSE,
@@ -38,49 +42,49 @@ from tests.store_world import (
     RESEND,
     World,
     claimed,
-    end_of,
     last_step,
     me,
-    move_of,
     name,
     new,
     new_task,
+    outcome_of,
     row_of,
     saved,
     step_on,
+    update_of,
 )
 
 
 def kinds(store: Store, uuid: str) -> list[str]:
-    """What happened to an operation."""
+    """Return the kinds of the events of an operation."""
     stored = store.snapshot(uuid)
     assert stored is not None
     return [event.kind for event in stored.events]
 
 
 def due(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
-    """What the reaper takes: uuids, and why."""
-    return [(each.uuid, each.reason) for each in store.take_due_steps(limit, "reaper", expired=expired)]
+    """Let a reaper take due steps, and return their uuids and reasons."""
+    return [(step.uuid, step.reason) for step in store.take_due_steps(limit, "reaper", expired=expired)]
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """What these calls give or raise that threads make at the same time."""
-    answers: list[Any] = [None] * len(calls)
+    """Run calls in threads at the same time, and return the result or exception of each."""
+    results: list[Any] = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
     def run(index: int) -> None:
         barrier.wait()
         try:
-            answers[index] = calls[index]()
+            results[index] = calls[index]()
         except Exception as error:
-            answers[index] = error
+            results[index] = error
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return answers
+    return results
 
 
 class SaveAndClaimContract:
@@ -89,24 +93,61 @@ class SaveAndClaimContract:
     def test_saved_operation_is_read_back_unchanged(self, world: World) -> None:
         """Rules 1 and 16: texts stay what they were, NaN included."""
         operation = new(2, metadata='{"text": "\\u0000 \\ud800"}')
-        found = world.store.save(operation)
+        operation_id = world.store.save(operation)
         row = row_of(world.other, operation.uuid)
-        assert found == row.id
-        assert row[1:11] == (
-            *(operation.uuid, "shop.PlaceOrder", None, row.id, "local", "orders", 3),
-            *('{"order": 42, "nan": NaN}', '{"text": "\\u0000 \\ud800"}', states.PENDING),
+        assert operation_id == row.id
+        assert row == OperationRow(
+            id=row.id,
+            uuid=operation.uuid,
+            entrypoint="shop.PlaceOrder",
+            parent_id=None,
+            root_id=row.id,
+            mode="local",
+            topic="orders",
+            overrides=3,
+            params='{"order": 42, "nan": NaN}',
+            metadata='{"text": "\\u0000 \\ud800"}',
+            status=states.PENDING,
+            phase=Phase.RUN_TASK,
+            step=0,
+            task_count=2,
+            accumulated='{"retval": {}}',
+            result=None,
+            created_at=row.created_at,
+            started_at=None,
+            ended_at=None,
+            cancel_requested=False,
+            cancel_reason=None,
+            epoch=0,
+            owner=None,
+            token=None,
+            next_check_at=row.next_check_at,
+            due_at=row.due_at,
+            claim_count=0,
+            send_count=0,
+            sent_at=None,
+            target=operation.target,
         )
-        assert row[11:16] == (Phase.RUN_TASK, 0, 2, '{"retval": {}}', None)
         assert row.created_at == pytest.approx(world.now, abs=CLOSE)
-        assert row[17:21] == (None, None, False, None)
-        assert row[21:24] == (0, None, None)
         assert row.next_check_at == pytest.approx(row.created_at + RESEND_UNSENT_AFTER, abs=0.5)
         assert row.due_at <= world.now
-        assert row[26:] == (0, 0, None, operation.target)
         assert operation.tasks is not None
-        assert [task[1:] for task in world.store.get_tasks(row.id)] == [
-            (*(at, task.uuid, "shop.Charge", "gpu", task.params, task.metadata), states.PENDING, None, 0, None, 0)
-            for at, task in enumerate(operation.tasks)
+        assert world.store.get_tasks(row.id) == [
+            TaskRow(
+                operation_id=row.id,
+                position=position,
+                uuid=task.uuid,
+                entrypoint="shop.Charge",
+                topic="gpu",
+                params=task.params,
+                metadata=task.metadata,
+                status=states.PENDING,
+                result=None,
+                attempts=0,
+                child_id=None,
+                attempts_before_resume=0,
+            )
+            for position, task in enumerate(operation.tasks)
         ]
 
     def test_operation_with_unbuilt_tasks_has_no_task_rows(self, world: World) -> None:
@@ -126,11 +167,11 @@ class SaveAndClaimContract:
 
     def test_save_with_a_claim_request_claims_the_operation(self, world: World) -> None:
         """Rule 2: saved and claimed in one transaction."""
-        operation, claimant = new(2), me()
-        claim = saved(world.store, operation, claimant)
+        operation, request = new(2), me()
+        claim = saved(world.store, operation, request)
         root = claim.root
         assert (claim.epoch, root.epoch, root.status, root.claim_count) == (1, 1, states.RUNNING, 1)
-        assert (root.owner, root.token) == (claimant.owner, claimant.token)
+        assert (root.owner, root.token) == (request.owner, request.token)
         assert root.next_check_at == pytest.approx(world.now + LEASE, abs=CLOSE)
         assert root.started_at == pytest.approx(world.now, abs=CLOSE)
         assert root == row_of(world.other, operation.uuid)
@@ -144,26 +185,26 @@ class SaveAndClaimContract:
         world.store.save(operation)
         before = world.store.snapshot(operation.uuid)
         for again in (operation, new(5, uuid=operation.uuid, params="{}")):
-            for claimant in (None, me()):
-                refusal = world.other.save(again, claimant)
+            for request in (None, me()):
+                refusal = world.other.save(again, request)
                 assert isinstance(refusal, ClaimRefused)
                 assert before is not None
-                assert refusal == (RefusalReason.STALE, before.operation)
+                assert refusal == ClaimRefused(reason=RefusalReason.STALE, root=before.operation)
         assert world.store.snapshot(operation.uuid) == before
 
     def test_repeated_save_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
         """Rule 10: the outcome of the first save is unknown to its caller."""
-        operation, claimant = new(2), me()
-        first = saved(world.store, operation, claimant)
-        assert world.other.save(operation, claimant) == first
+        operation, request = new(2), me()
+        first = saved(world.store, operation, request)
+        assert world.other.save(operation, request) == first
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_concurrent_saves_of_one_operation_give_one_claim(self, world: World) -> None:
         """Rule 3."""
         operation = new(2)
         stores = [world.store, world.other] * 3
-        answers = at_once(*(lambda store=store: store.save(operation, me()) for store in stores))
-        assert sorted(type(answer).__name__ for answer in answers) == ["Claim"] + ["ClaimRefused"] * 5
+        results = at_once(*(lambda store=store: store.save(operation, me()) for store in stores))
+        assert sorted(type(result).__name__ for result in results) == ["Claim"] + ["ClaimRefused"] * 5
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_operation_with_an_already_stored_nested_operation_is_rejected(self, world: World) -> None:
@@ -191,15 +232,15 @@ class SaveAndClaimContract:
 
     def test_claim_returns_the_updated_row_and_its_task(self, world: World) -> None:
         """Rule 7: owner, token, epoch + 1 and lease; everything else stays."""
-        operation, claimant = new(2), me("consumer-b")
+        operation, request = new(2), me("consumer-b")
         world.store.save(operation)
         before = row_of(world.store, operation.uuid)
-        claim = claimed(world.other, before, claimant)
+        claim = claimed(world.other, before, request)
         assert claim.root == before._replace(
             status=states.RUNNING,
             epoch=1,
             owner="consumer-b",
-            token=claimant.token,
+            token=request.token,
             claim_count=1,
             next_check_at=claim.root.next_check_at,
             started_at=claim.root.started_at,
@@ -235,8 +276,8 @@ class SaveAndClaimContract:
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
         stores = [world.store, world.other] * 4
-        answers = at_once(*(lambda store=store: store.claim(row.uuid, row.target.uuid, me()) for store in stores))
-        assert [answer.reason for answer in answers if isinstance(answer, ClaimRefused)] == [RefusalReason.HELD] * 7
+        results = at_once(*(lambda store=store: store.claim(row.uuid, row.target.uuid, me()) for store in stores))
+        assert [result.reason for result in results if isinstance(result, ClaimRefused)] == [RefusalReason.HELD] * 7
         assert row_of(world.store, row.uuid).epoch == 1
 
     def test_claim_of_another_step_is_stale(self, world: World) -> None:
@@ -253,13 +294,13 @@ class SaveAndClaimContract:
 
     def test_repeated_claim_with_the_same_token_returns_the_same_claim(self, world: World) -> None:
         """Rule 10."""
-        operation, claimant = new(2), me()
+        operation, request = new(2), me()
         world.store.save(operation)
         row = row_of(world.store, operation.uuid)
-        first = claimed(world.store, row, claimant)
-        assert claimed(world.other, row, claimant) == first
+        first = claimed(world.store, row, request)
+        assert claimed(world.other, row, request) == first
         world.pass_by(LEASE + 1)
-        assert claimed(world.other, row, claimant) == first
+        assert claimed(world.other, row, request) == first
         assert kinds(world.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_too_many_claims_without_a_checkpoint_exhaust_a_step(self, world: World) -> None:
@@ -336,14 +377,30 @@ class CheckpointContract:
         task = stored.tasks[0]
         assert (task.status, task.result, task.attempts) == (states.SUCCESS, '{"of": 0}', 1)
         (attempt,) = stored.attempts
-        assert attempt[:6] == (claim.id, 0, 1, 1, states.SUCCESS, "consumer-a")
+        assert attempt == AttemptRow(
+            operation_id=claim.id,
+            position=0,
+            number=1,
+            epoch=1,
+            status=states.SUCCESS,
+            consumer="consumer-a",
+            started_at=attempt.started_at,
+            ended_at=attempt.ended_at,
+            error=None,
+        )
         assert attempt.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert attempt.ended_at - attempt.started_at == pytest.approx(0.25)
-        assert attempt.error is None
         event = stored.events[-1]
-        assert event[0] == claim.id
+        assert event == EventRow(
+            root_id=claim.id,
+            at=event.at,
+            kind="task-succeeded",
+            epoch=1,
+            consumer="consumer-a",
+            uuid="task 0",
+            text=None,
+        )
         assert event.at == pytest.approx(world.now, abs=CLOSE)
-        assert event[2:] == ("task-succeeded", 1, "consumer-a", "task 0", None)
         assert stored.root_uuid == claim.root.uuid
 
     def test_ending_checkpoint_releases_the_claim(self, world: World) -> None:
@@ -357,8 +414,8 @@ class CheckpointContract:
 
     def test_checkpoint_may_record_the_result_before_the_end(self, world: World) -> None:
         claim = saved(world.store, new(1))
-        move = move_of(claim.root, 0, phase=Phase.END_SUCCESS, result='{"nearly": 1}')
-        world.store.checkpoint(step_on(claim, 0, updates=[move], keep=False))
+        update = update_of(claim.root, 0, phase=Phase.END_SUCCESS, result='{"nearly": 1}')
+        world.store.checkpoint(step_on(claim, 0, updates=[update], keep=False))
         row = row_of(world.store, claim.root.uuid)
         assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
 
@@ -388,8 +445,8 @@ class CheckpointContract:
     def test_retry_backoff_blocks_the_claim_until_due_at(self, world: World) -> None:
         """Rule 27: a retry releases the claim with ``due_at``, and counts as an attempt."""
         claim = saved(world.store, new(2))
-        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
-        retry = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False, delay=50)
+        failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
+        retry = step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False, delay=50)
         world.store.checkpoint(retry)
         row = row_of(world.store, claim.root.uuid)
         assert row.due_at == row.next_check_at == pytest.approx(world.now + 50, abs=CLOSE)
@@ -406,25 +463,25 @@ class CheckpointContract:
 
     def test_retry_keeps_the_result_saved_with_the_task(self, world: World) -> None:
         claim = saved(world.store, new([new_task(result='{"came": "with"}')]))
-        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False))
+        failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+        world.store.checkpoint(step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False))
         assert world.store.get_tasks(claim.id)[0].result == '{"came": "with"}'
 
     def test_attempts_are_appended_and_never_replaced(self, world: World) -> None:
         claim = saved(world.store, new(2))
         for number in (1, 2, 3):
-            failed = end_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
-            world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=False))
+            failed = outcome_of(claim.root, 0, number, status=states.PENDING, result=None, error="x" * 3000)
+            world.store.checkpoint(step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False))
             claim = claimed(world.store, claim.root)
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
-        assert [(each.number, each.epoch) for each in stored.attempts] == [(1, 1), (2, 3), (3, 5)]
+        assert [(attempt.number, attempt.epoch) for attempt in stored.attempts] == [(1, 1), (2, 3), (3, 5)]
         assert stored.tasks[0].attempts == 3
-        assert {len(each.error or "") for each in stored.attempts} == {MAX_ERROR_LENGTH}
+        assert {len(attempt.error or "") for attempt in stored.attempts} == {MAX_ERROR_LENGTH}
 
     def test_task_end_without_an_attempt_adds_no_attempt(self, world: World) -> None:
         claim = saved(world.store, new(2))
-        world.store.checkpoint(step_on(claim, 0, outcomes=[end_of(claim.root, 0, 0)]))
+        world.store.checkpoint(step_on(claim, 0, outcomes=[outcome_of(claim.root, 0, 0)]))
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
         assert (stored.attempts, stored.tasks[0].attempts, stored.tasks[0].status) == ([], 0, states.SUCCESS)
@@ -432,7 +489,9 @@ class CheckpointContract:
     def test_error_may_contain_any_character(self, world: World) -> None:
         claim = saved(world.store, new(2))
         error = "nul \0, a lone \ud800, and \N{SNOWMAN}"
-        failed = last_step(claim, 0, states.FAILED, outcomes=[end_of(claim.root, 0, status=states.FAILED, error=error)])
+        failed = last_step(
+            claim, 0, states.FAILED, outcomes=[outcome_of(claim.root, 0, status=states.FAILED, error=error)]
+        )
         world.store.checkpoint(failed._replace(events=[NewEvent("ended", text=error)]))
         stored = world.store.snapshot(claim.root.uuid)
         assert stored is not None
@@ -444,7 +503,7 @@ class CheckpointContract:
         inner = new(2, labels=[("inner", "1")])
         built = BuiltTasks(claim.id, [new_task(), new_task(inner)])
         checkpoint = step_on(
-            claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built, events=[NewEvent("built")]
+            claim, 0, updates=[update_of(claim.root, 0)], outcomes=(), built=built, events=[NewEvent("built")]
         )
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         row = row_of(world.store, claim.root.uuid)
@@ -460,7 +519,7 @@ class CheckpointContract:
     def test_ten_thousand_built_tasks_are_stored(self, world: World) -> None:
         claim = saved(world.store, new(None))
         built = BuiltTasks(claim.id, [new_task() for _ in range(10_000)])
-        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built))
+        world.store.checkpoint(step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=(), built=built))
         assert [task.position for task in world.store.get_tasks(claim.id)] == list(range(10_000))
 
     # -- fences --------------------------------------------------------------------------------------------------------
@@ -505,10 +564,10 @@ class CheckpointContract:
     def test_checkpoint_from_wrong_phase_is_fenced(self, world: World) -> None:
         """Rule 8: releasing a step must not undo a checkpoint that was recorded meanwhile."""
         claim = saved(world.store, new(3, mode=Mode.DISTRIBUTED))
-        world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
+        world.store.checkpoint(step_on(claim, 0, updates=[update_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
         before = world.store.snapshot(claim.root.uuid)
         with pytest.raises(FencedError):
-            world.store.checkpoint(step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), keep=False))
+            world.store.checkpoint(step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=(), keep=False))
         assert world.store.snapshot(claim.root.uuid) == before
 
     def test_checkpoint_from_wrong_step_of_a_nested_operation_is_fenced(self, world: World) -> None:
@@ -516,9 +575,9 @@ class CheckpointContract:
         claim = saved(world.store, new([new_task(inner)]))
         child = claim.path[1]
         before = world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)
-        moves = [move_of(child._replace(step=1), 2), move_of(claim.root, 0)]
+        updates = [update_of(child._replace(step=1), 2), update_of(claim.root, 0)]
         with pytest.raises(FencedError):
-            world.store.checkpoint(step_on(claim, 0, updates=moves, outcomes=[end_of(child, 1)]))
+            world.store.checkpoint(step_on(claim, 0, updates=updates, outcomes=[outcome_of(child, 1)]))
         assert (world.store.snapshot(inner.uuid), world.store.snapshot(claim.root.uuid)) == before
 
     def test_checkpoint_of_a_purged_operation_is_fenced(self, world: World) -> None:
@@ -555,8 +614,8 @@ class CheckpointContract:
         """Rule 10: the step is the same before and after."""
         for keep in (False, True):
             claim = saved(world.store, new(2))
-            failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-            retry = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=keep)
+            failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+            retry = step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=keep)
             world.store.checkpoint(retry)
             before = world.store.snapshot(claim.root.uuid)
             assert world.store.checkpoint(retry) == states.RUNNING
@@ -566,7 +625,7 @@ class CheckpointContract:
         """Rule 10."""
         claim = saved(world.store, new(None))
         built = BuiltTasks(claim.id, [new_task(), new_task(new(1))])
-        checkpoint = step_on(claim, 0, updates=[move_of(claim.root, 0)], outcomes=(), built=built)
+        checkpoint = step_on(claim, 0, updates=[update_of(claim.root, 0)], outcomes=(), built=built)
         world.store.checkpoint(checkpoint)
         before = world.store.snapshot(claim.root.uuid)
         assert world.store.checkpoint(checkpoint) == states.RUNNING
@@ -600,8 +659,8 @@ class CheckpointContract:
                 world.store.checkpoint(last_step(claim, 3))
             ]
 
-        answers = at_once(*(lambda claim=claim: run(claim) for claim in claims))
-        assert answers == [[states.RUNNING] * 3 + [states.SUCCESS]] * 20
+        results = at_once(*(lambda claim=claim: run(claim) for claim in claims))
+        assert results == [[states.RUNNING] * 3 + [states.SUCCESS]] * 20
         for claim in claims:
             stored = world.store.snapshot(claim.root.uuid)
             assert stored is not None
@@ -613,12 +672,12 @@ class CheckpointContract:
         claims = [saved(world.store, new(3)) for _ in range(12)]
         for stale in claims[::3]:
             world.store.checkpoint(step_on(stale, 0, keep=False))
-        answers = at_once(
+        results = at_once(
             *(lambda claim=claim: world.store.checkpoint(step_on(claim, 0)) for claim in claims[1::3]),
             *(lambda claim=claim: world.store.checkpoint(step_on(claim, 1)) for claim in claims[::3]),
         )
-        assert answers[:4] == [states.RUNNING] * 4
-        assert [type(answer) for answer in answers[4:]] == [FencedError] * 4
+        assert results[:4] == [states.RUNNING] * 4
+        assert [type(result) for result in results[4:]] == [FencedError] * 4
 
     # -- nested --------------------------------------------------------------------------------------------------------
 
@@ -632,8 +691,8 @@ class CheckpointContract:
         checkpoint = step_on(
             claim,
             0,
-            updates=[move_of(three, 0, **done), move_of(two, 0, **done), move_of(root, 1)],
-            outcomes=[end_of(three, 0), end_of(two, 0, 0), end_of(root, 0, 0)],
+            updates=[update_of(three, 0, **done), update_of(two, 0, **done), update_of(root, 1)],
+            outcomes=[outcome_of(three, 0), outcome_of(two, 0, 0), outcome_of(root, 0, 0)],
         )
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         for row in (two, three):
@@ -652,7 +711,9 @@ class CheckpointContract:
         inner = new(2)
         claim = saved(world.store, new([new_task(inner)]))
         root, child = claim.path
-        checkpoint = step_on(claim, 0, updates=[move_of(child, 1), move_of(root, 0)], outcomes=[end_of(child, 0)])
+        checkpoint = step_on(
+            claim, 0, updates=[update_of(child, 1), update_of(root, 0)], outcomes=[outcome_of(child, 0)]
+        )
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         assert world.store.checkpoint(checkpoint) == states.RUNNING
         now = row_of(world.store, inner.uuid)
@@ -705,14 +766,23 @@ class ReaperContract:
         assert due(world.store) == []
         world.pass_by(RESEND_UNSENT_AFTER + 1)
         row = row_of(world.store, operation.uuid)
-        found = world.store.take_due_steps(5, "reaper", expired=True)
-        assert found == [(row.id, row.uuid, 0, operation.target, DueReason.UNSENT)]
+        steps = world.store.take_due_steps(5, "reaper", expired=True)
+        assert steps == [DueStep(id=row.id, uuid=row.uuid, epoch=0, target=operation.target, reason=DueReason.UNSENT)]
         now = row_of(world.store, operation.uuid)
         assert (now.send_count, now.sent_at) == (0, None)
         assert now.next_check_at == pytest.approx(world.now + SEND_GRACE, abs=CLOSE)
         stored = world.store.snapshot(operation.uuid)
         assert stored is not None
-        assert stored.events[-1][2:] == ("sent-again", 0, "reaper", None, DueReason.UNSENT)
+        event = stored.events[-1]
+        assert event == EventRow(
+            root_id=row.id,
+            at=event.at,
+            kind="sent-again",
+            epoch=0,
+            consumer="reaper",
+            uuid=None,
+            text=DueReason.UNSENT,
+        )
 
     def test_sent_step_is_due_again_with_doubling_backoff(self, world: World) -> None:
         """Rule 20: ``resend_after``, doubling to an hour."""
@@ -776,8 +846,8 @@ class ReaperContract:
         for operation in rows:
             world.store.save(operation)
         world.pass_by(RESEND_UNSENT_AFTER + 1)
-        answers = at_once(*(lambda store=store: due(store, 30) for store in (world.store, world.other) * 3))
-        taken = [uuid for answer in answers for uuid, _ in answer]
+        results = at_once(*(lambda store=store: due(store, 30) for store in (world.store, world.other) * 3))
+        taken = [uuid for result in results for uuid, _ in result]
         assert sorted(taken) == sorted(operation.uuid for operation in rows)
 
     def test_take_due_respects_its_limit_and_takes_the_longest_due_first(self, world: World) -> None:
@@ -786,8 +856,8 @@ class ReaperContract:
             world.store.save(operation)
             world.pass_by(1)
         world.pass_by(RESEND_UNSENT_AFTER + 1)
-        found = [due(world.store, 2), due(world.store, 2), due(world.store, 2)]
-        assert [[uuid for uuid, _ in part] for part in found] == [
+        parts = [due(world.store, 2), due(world.store, 2), due(world.store, 2)]
+        assert [[uuid for uuid, _ in part] for part in parts] == [
             [operation.uuid for operation in operations[:2]],
             [operation.uuid for operation in operations[2:4]],
             [operations[4].uuid],
@@ -838,9 +908,9 @@ class LifecycleContract:
         done, never = new(1), new([new_task(new(1))])
         claim = saved(world.store, new([new_task(done), new_task(never)]))
         root, first = claim.path
-        ended = move_of(first, 0, status=states.SUCCESS, phase=Phase.END_SUCCESS, result="{}")
-        ends = [end_of(first, 0), end_of(root, 0, 0)]
-        world.store.checkpoint(step_on(claim, 0, updates=[ended, move_of(root, 1)], outcomes=ends, keep=False))
+        ended = update_of(first, 0, status=states.SUCCESS, phase=Phase.END_SUCCESS, result="{}")
+        outcomes = [outcome_of(first, 0), outcome_of(root, 0, 0)]
+        world.store.checkpoint(step_on(claim, 0, updates=[ended, update_of(root, 1)], outcomes=outcomes, keep=False))
         before = row_of(world.store, root.uuid)
         row = world.other.cancel(root.uuid, "changed my mind")
         assert row is not None
@@ -852,9 +922,8 @@ class LifecycleContract:
         assert (row.epoch, row.next_check_at) == (before.epoch + 1, None)
         assert row.ended_at == pytest.approx(world.now, abs=CLOSE)
         assert row_of(world.store, done.uuid).status == states.SUCCESS
-        assert {each.status for each in world.store.get_children(root.id) if each.uuid != done.uuid} == {
-            states.CANCELLED
-        }
+        children = [row for row in world.store.get_children(root.id) if row.uuid != done.uuid]
+        assert {row.status for row in children} == {states.CANCELLED}
         assert kinds(world.store, root.uuid)[-1] == "ended"
         assert world.store.cancel(root.uuid, "again") == row
 
@@ -923,9 +992,9 @@ class LifecycleContract:
     def test_retry_of_a_cancelled_operation_returns_cancelled(self, world: World, keep: bool) -> None:
         claim = saved(world.store, new(1))
         world.store.cancel(claim.root.uuid, None)
-        failed = end_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+        failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
         retry = step_on(
-            claim, 0, updates=[move_of(claim.root, 0)], outcomes=[failed], keep=keep, delay=0 if keep else 60
+            claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=keep, delay=0 if keep else 60
         )
         assert world.store.checkpoint(retry) == states.CANCELLED
         assert world.store.checkpoint(retry) == states.CANCELLED
@@ -938,7 +1007,9 @@ class LifecycleContract:
         claim = saved(world.store, new([new_task(inner)]))
         root, child = claim.path
         world.store.cancel(root.uuid, None)
-        checkpoint = step_on(claim, 0, updates=[move_of(child, 1), move_of(root, 0)], outcomes=[end_of(child, 0)])
+        checkpoint = step_on(
+            claim, 0, updates=[update_of(child, 1), update_of(root, 0)], outcomes=[outcome_of(child, 0)]
+        )
         assert world.store.checkpoint(checkpoint) == states.CANCELLED
         now = row_of(world.store, inner.uuid)
         assert (now.status, now.step) == (states.CANCELLED, 1)
@@ -1000,7 +1071,7 @@ class LifecycleContract:
         assert kinds(world.store, row.uuid)[-1] == "resumed"
         claim = claimed(world.store, row)
         assert (claim.task, claim.epoch) == (task, row.epoch + 1)
-        assert world.store.checkpoint(step_on(claim, 1, outcomes=[end_of(row, 1, 2)])) == states.RUNNING
+        assert world.store.checkpoint(step_on(claim, 1, outcomes=[outcome_of(row, 1, 2)])) == states.RUNNING
 
     def test_resume_of_a_distributed_operation_targets_the_failed_task(self, world: World) -> None:
         failed = self._failed(world.store, mode=Mode.DISTRIBUTED)
@@ -1033,7 +1104,7 @@ class LifecycleContract:
     def test_resume_after_all_tasks_succeeded_repeats_only_the_end(self, world: World) -> None:
         """Rule 23: a raising ``onsuccess`` made it FAILED."""
         claim = saved(world.store, new(1, mode=Mode.DISTRIBUTED))
-        end = last_step(claim, 0, states.FAILED, outcomes=[end_of(claim.root, 0)])
+        end = last_step(claim, 0, states.FAILED, outcomes=[outcome_of(claim.root, 0)])
         world.store.checkpoint(end._replace(target=StepMessage("else", "shop.Else", "else")))
         row = world.store.resume(claim.root.uuid)
         assert row is not None
@@ -1052,14 +1123,18 @@ class LifecycleContract:
             step_on(
                 claim,
                 1,
-                updates=[move_of(three, 1), move_of(two, 0), move_of(root, 1)],
-                outcomes=[end_of(three, 0)],
+                updates=[update_of(three, 1), update_of(two, 0), update_of(root, 1)],
+                outcomes=[outcome_of(three, 0)],
             )
         )
         failed: dict[str, Any] = {"status": states.FAILED, "phase": "FAILED", "result": "{}"}
-        moves = [move_of(three._replace(step=1), 1, **failed), move_of(two, 0, **failed), move_of(root, 1, **failed)]
+        moves = [
+            update_of(three._replace(step=1), 1, **failed),
+            update_of(two, 0, **failed),
+            update_of(root, 1, **failed),
+        ]
         broken = {"status": states.FAILED, "error": "no"}
-        ends = [end_of(three, 1, **broken), end_of(two, 0, 0, **broken), end_of(root, 1, 0, **broken)]
+        ends = [outcome_of(three, 1, **broken), outcome_of(two, 0, 0, **broken), outcome_of(root, 1, 0, **broken)]
         assert world.store.checkpoint(step_on(claim, 1, updates=moves, outcomes=ends)) == states.FAILED
         row = world.store.resume(root.uuid)
         assert row is not None
@@ -1098,8 +1173,10 @@ class LifecycleContract:
         claim = saved(world.store, new([new_task(inner)], labels=[("a", "1")]))
         root, child = claim.path
         done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": "{}"}
-        moves = [move_of(child, 0, **done), move_of(root, 0, **done)]
-        world.store.checkpoint(step_on(claim, 0, updates=moves, outcomes=[end_of(child, 0), end_of(root, 0, 0)]))
+        updates = [update_of(child, 0, **done), update_of(root, 0, **done)]
+        world.store.checkpoint(
+            step_on(claim, 0, updates=updates, outcomes=[outcome_of(child, 0), outcome_of(root, 0, 0)])
+        )
         young = saved(world.store, new(1))
         assert world.store.purge(60, [states.SUCCESS], 10) == 0
         world.pass_by(100)
@@ -1153,19 +1230,19 @@ class FindContract:
         operations = [new(1) for _ in range(7)]
         for operation in operations:
             world.store.save(operation)
-        found: list[str] = []
+        uuids: list[str] = []
         sizes = []
         cursor = None
         while True:
             page = world.other.find(OperationQuery(), 3, cursor)
-            found += (row.uuid for row in page.rows)
+            uuids += (row.uuid for row in page.rows)
             sizes.append(len(page.rows))
             cursor = page.cursor
-            # What comes meanwhile does not move the pages.
+            # A later operation does not change the pages that follow.
             world.store.save(new(1, entrypoint="shop.Late"))
             if cursor is None:
                 break
-        assert found == [operation.uuid for operation in reversed(operations)]
+        assert uuids == [operation.uuid for operation in reversed(operations)]
         assert sizes == [3, 3, 1]
 
     def test_full_last_page_has_no_cursor(self, world: World) -> None:
@@ -1201,7 +1278,7 @@ class FindContract:
         return rows
 
     @pytest.mark.parametrize(
-        ("found", "expected"),
+        ("query", "expected"),
         [
             (OperationQuery(), "refund success failed running pending"),
             (OperationQuery(status=["FAILED"]), "refund failed"),
@@ -1222,27 +1299,27 @@ class FindContract:
             (OperationQuery(parent="nobody"), ""),
         ],
     )
-    def test_find_applies_every_filter(self, world: World, found: OperationQuery, expected: str) -> None:
-        """Every filter admits what it says, and all of them together."""
+    def test_find_applies_every_filter(self, world: World, query: OperationQuery, expected: str) -> None:
+        """An operation must match every filter of the query."""
         rows = self._some(world)
-        assert world.store.find(found, 10).rows == [rows[which] for which in expected.split()]
+        assert world.store.find(query, 10).rows == [rows[which] for which in expected.split()]
 
     def test_find_filters_by_creation_time(self, world: World) -> None:
         """From ``since`` on, and before ``until``, exactly."""
         rows = self._some(world)
         since, until = rows["running"].created_at, rows["success"].created_at
 
-        def found(**values: Any) -> list[OperationRow]:
+        def find(**values: Any) -> list[OperationRow]:
             return list(world.store.find(OperationQuery(**values), 10).rows)
 
-        assert found(since=since) == [rows[which] for which in ("refund", "success", "failed", "running")]
-        assert found(until=until) == [rows[which] for which in ("failed", "running", "pending")]
-        assert found(since=since, until=until) == [rows["failed"], rows["running"]]
-        assert found(since=since, until=until, status=["FAILED"]) == [rows["failed"]]
-        assert found(since=since, until=until, labels=[("customer", "8")]) == [rows["running"]]
-        assert found(since=until, until=since) == []
-        assert found(since=world.now + 60) == []
-        assert found(until=0) == []
+        assert find(since=since) == [rows[which] for which in ("refund", "success", "failed", "running")]
+        assert find(until=until) == [rows[which] for which in ("failed", "running", "pending")]
+        assert find(since=since, until=until) == [rows["failed"], rows["running"]]
+        assert find(since=since, until=until, status=["FAILED"]) == [rows["failed"]]
+        assert find(since=since, until=until, labels=[("customer", "8")]) == [rows["running"]]
+        assert find(since=until, until=since) == []
+        assert find(since=world.now + 60) == []
+        assert find(until=0) == []
 
     def test_find_returns_roots_unless_a_parent_is_given(self, world: World) -> None:
         """Rule 31."""
@@ -1252,18 +1329,18 @@ class FindContract:
         world.store.save(outer)
         saved_row = row_of(world.store, outer.uuid)
 
-        def found(**values: Any) -> list[str]:
+        def find(**values: Any) -> list[str]:
             return [row.uuid for row in world.store.find(OperationQuery(**values), 10).rows]
 
-        assert found() == [outer.uuid]
-        assert found(labels=[("a", "1")]) == [outer.uuid]
-        assert found(parent=outer.uuid) == [two.uuid, one.uuid]
-        assert found(parent=one.uuid) == [leaf.uuid]
-        assert found(parent=leaf.uuid) == []
-        assert found(parent=outer.uuid, entrypoint="shop.One") == [one.uuid]
-        assert found(parent=outer.uuid, status=["FAILED"]) == []
-        assert found(parent=outer.uuid, labels=[("a", "1")]) == [two.uuid]
-        assert found(parent=outer.uuid, since=saved_row.created_at - 5) == [two.uuid, one.uuid]
+        assert find() == [outer.uuid]
+        assert find(labels=[("a", "1")]) == [outer.uuid]
+        assert find(parent=outer.uuid) == [two.uuid, one.uuid]
+        assert find(parent=one.uuid) == [leaf.uuid]
+        assert find(parent=leaf.uuid) == []
+        assert find(parent=outer.uuid, entrypoint="shop.One") == [one.uuid]
+        assert find(parent=outer.uuid, status=["FAILED"]) == []
+        assert find(parent=outer.uuid, labels=[("a", "1")]) == [two.uuid]
+        assert find(parent=outer.uuid, since=saved_row.created_at - 5) == [two.uuid, one.uuid]
         page = world.store.find(OperationQuery(parent=outer.uuid), 1)
         assert world.store.find(OperationQuery(parent=outer.uuid), 1, page.cursor).rows == [
             row_of(world.store, one.uuid)
@@ -1276,13 +1353,13 @@ class FindContract:
             assert [row.uuid for row in world.store.find(OperationQuery(labels=[pair]), 5).rows] == [operation.uuid]
 
     def test_special_characters_are_stored_as_plain_text(self, world: World) -> None:
-        """Quotes, percent signs, colons and question marks are what they are."""
+        """Quotes, percent signs, colons and question marks have no special meaning."""
         text = "'; DROP TABLE kser_operation; -- %s %(x)s :x ? $1 \\ \""
         operation = new(1, uuid=text, entrypoint=text, labels=[(text, text)])
         world.store.save(operation)
         assert row_of(world.store, text).entrypoint == text
-        found = OperationQuery(entrypoint=text, labels=[(text, text)], status=["PENDING"])
-        assert [row.uuid for row in world.store.find(found, 5).rows] == [text]
+        query = OperationQuery(entrypoint=text, labels=[(text, text)], status=["PENDING"])
+        assert [row.uuid for row in world.store.find(query, 5).rows] == [text]
 
 
 class StoreContract(SaveAndClaimContract, CheckpointContract, ReaperContract, LifecycleContract, FindContract):

@@ -11,12 +11,12 @@ from tests.store_world import last_step, me, name, new, saved, step_on
 
 
 def make(store: SQLStore) -> int:
-    """Save an operation and run it."""
+    """Save an operation and run it; return 1."""
     return int(store.checkpoint(last_step(saved(store, new(1)), 0)) == "SUCCESS")
 
 
 def work(store: SQLStore) -> int:
-    """Take what is free and run it."""
+    """Claim and run every operation that is free; return their number."""
     done = 0
     for row in store.find(OperationQuery(), 1000).rows:
         claim = store.claim(row.uuid, row.target.uuid, me(name()))
@@ -28,8 +28,8 @@ def work(store: SQLStore) -> int:
 
 
 if __name__ == "__main__":
-    what, uri = sys.argv[1:]
+    command, uri = sys.argv[1:]
     print("ready", flush=True)
     sys.stdin.readline()
-    with contextlib.closing(SQLStore(uri)) as here:
-        print({"make": make, "work": work}[what](here), flush=True)
+    with contextlib.closing(SQLStore(uri)) as store:
+        print({"make": make, "work": work}[command](store), flush=True)

@@ -89,10 +89,11 @@ class SqlWorld(World):
     """A database at an address, whose clock is this machine's."""
 
     def __init__(self, uri: str) -> None:
-        # Only who tests SQL needs it.
+        # SQLAlchemy is optional, and only tests of SQL need it.
         from kser.store.sql import SQLStore
 
-        self._stores = [SQLStore(uri), SQLStore(uri)]
+        self._shift = 0.0
+        self._stores = [SQLStore(uri, clock_offset=lambda: self._shift) for _ in range(2)]
 
     @property
     def store(self) -> Any:
@@ -104,11 +105,10 @@ class SqlWorld(World):
 
     @property
     def now(self) -> float:
-        return time.time() + self._stores[0]._clock_offset
+        return time.time() + self._shift
 
     def pass_by(self, seconds: float) -> None:
-        for store in self._stores:
-            store._clock_offset += seconds
+        self._shift += seconds
 
     def close(self) -> None:
         for store in self._stores:
@@ -134,7 +134,7 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
     built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
     own = name()
     phase = Phase.BUILD if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
-    made = NewOperation(
+    operation = NewOperation(
         uuid=own,
         entrypoint="shop.PlaceOrder",
         mode=Mode.LOCAL,
@@ -148,26 +148,28 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
         phase=phase,
         target=StepMessage(own, "shop.PlaceOrder", "orders"),
     )
-    made = made._replace(**values)
-    # The target is the operation itself unless the test says another one.
-    return made if "target" in values else made._replace(target=StepMessage(made.uuid, made.entrypoint, made.topic))
+    operation = operation._replace(**values)
+    if "target" in values:
+        return operation
+    # Without another target the first step is the operation itself.
+    return operation._replace(target=StepMessage(operation.uuid, operation.entrypoint, operation.topic))
 
 
 def me(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
-    """Somebody who claims, with a token of this one claim."""
+    """Return a request for a claim, with a token of its own."""
     return ClaimRequest(owner, name("token-"), LEASE, 20)._replace(**values)
 
 
-def saved(store: Store, new_operation: NewOperation, claimant: ClaimRequest | None = None) -> Claim:
+def saved(store: Store, new_operation: NewOperation, request: ClaimRequest | None = None) -> Claim:
     """Save and claim an operation."""
-    claim = store.save(new_operation, claimant or me())
+    claim = store.save(new_operation, request or me())
     assert isinstance(claim, Claim)
     return claim
 
 
-def claimed(store: Store, row: OperationRow, claimant: ClaimRequest | None = None) -> Claim:
+def claimed(store: Store, row: OperationRow, request: ClaimRequest | None = None) -> Claim:
     """Claim a root that is free."""
-    claim = store.claim(row.uuid, row.target.uuid, claimant or me())
+    claim = store.claim(row.uuid, row.target.uuid, request or me())
     assert isinstance(claim, Claim)
     return claim
 
@@ -179,41 +181,41 @@ def row_of(store: Store, uuid_or_id: str) -> OperationRow:
     return row
 
 
-def move_of(row: OperationRow, step: int, **values: Any) -> OperationUpdate:
-    """An operation goes on to a step."""
-    made = OperationUpdate(
+def update_of(row: OperationRow, step: int, **values: Any) -> OperationUpdate:
+    """Return the update that makes a task the current one."""
+    update = OperationUpdate(
         row.id, row.step, row.phase, step, Phase.RUN_TASK, states.RUNNING, f'{{"up to": {step}}}', None
     )
-    return made._replace(**values)
+    return update._replace(**values)
 
 
-def end_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskOutcome:
-    """An attempt at a task succeeded."""
+def outcome_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskOutcome:
+    """Return the outcome of a successful attempt at a task."""
     return TaskOutcome(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
 
 
 def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
-    """The task at ``step`` of a root without inner operations succeeded, and the next one is current."""
+    """Return the checkpoint after the task at ``step`` of a root without nested operations: the next one is current."""
     root = claim.root._replace(step=step)
     assert root.token is not None
-    made = Checkpoint(
+    checkpoint = Checkpoint(
         root_id=claim.id,
         epoch=claim.epoch,
         token=root.token,
         consumer="consumer-a",
-        updates=[move_of(root, step + 1)],
-        outcomes=[end_of(root, step)],
+        updates=[update_of(root, step + 1)],
+        outcomes=[outcome_of(root, step)],
         events=[NewEvent("task-succeeded", f"task {step}")],
     )
-    return made._replace(**values)
+    return checkpoint._replace(**values)
 
 
 def last_step(claim: Claim, step: int, status: str = states.SUCCESS, **values: Any) -> Checkpoint:
-    """The task at ``step`` was the last one, and the operation ends."""
+    """Return the checkpoint that ends the operation after its last task, at ``step``."""
     root = claim.root._replace(step=step)
     phase = Phase.END_SUCCESS if status == states.SUCCESS else Phase.END_FAILED
-    move = move_of(root, step, phase=phase, status=status, result='{"all": "over"}')
-    ends = [end_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
-    return step_on(claim, step, updates=[move], outcomes=ends, events=[NewEvent("ended", text=status)])._replace(
+    update = update_of(root, step, phase=phase, status=status, result='{"all": "over"}')
+    outcomes = [outcome_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
+    return step_on(claim, step, updates=[update], outcomes=outcomes, events=[NewEvent("ended", text=status)])._replace(
         **values
     )

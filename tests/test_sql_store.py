@@ -43,7 +43,7 @@ from kser.store.sql.tables import metadata, operation
 from tests.conftest import own_postgresql
 from tests.postgres import Database
 from tests.store_contract import at_once, due
-from tests.store_world import claimed, end_of, last_step, me, move_of, name, new, new_task, row_of, saved, step_on
+from tests.store_world import claimed, last_step, me, name, new, new_task, outcome_of, row_of, saved, step_on, update_of
 from tests.support import ROOT
 
 SECRET = "not-to-be-said"
@@ -63,16 +63,30 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "kser.db"
 
 
+class ClockOffset:
+    """Seconds that a test adds to the clock of its store."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 @pytest.fixture
-def store(path: Path) -> Iterator[SQLStore]:
-    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+def clock_offset() -> ClockOffset:
+    return ClockOffset()
+
+
+@pytest.fixture
+def store(path: Path, clock_offset: ClockOffset) -> Iterator[SQLStore]:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}", clock_offset=clock_offset)) as store:
         yield store
 
 
 @pytest.fixture
-def in_postgresql(database: Database) -> Iterator[SQLStore]:
+def in_postgresql(database: Database, clock_offset: ClockOffset) -> Iterator[SQLStore]:
     database.empty()
-    with contextlib.closing(SQLStore(database.uri)) as store:
+    with contextlib.closing(SQLStore(database.uri, clock_offset=clock_offset)) as store:
         yield store
 
 
@@ -172,9 +186,9 @@ def test_concurrent_processes_create_one_sqlite_file(path: Path) -> None:
         assert len(store.find(OperationQuery(status=["SUCCESS"]), 10).rows) == 6
 
 
-def _in_processes(count: int, what: str, uri: str) -> list[int]:
-    """What as many processes print that do something at the same time."""
-    command = [sys.executable, "-m", "tests.store_worker", what, uri]
+def _in_processes(count: int, work: str, uri: str) -> list[int]:
+    """Run a command of ``tests.store_worker`` in several processes at the same time; return their numbers."""
+    command = [sys.executable, "-m", "tests.store_worker", work, uri]
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -264,9 +278,9 @@ def test_upgrade_command_creates_tables_and_reports_it(path: Path, capsys: pytes
         ("upgrade", 0, f"{uri} has tables of version 1 already: nothing to do\n"),
         ("status", 0, f"{uri} has tables of version 1; this kser needs 1\n"),
     ]
-    for command, status, said in steps:
+    for command, status, output in steps:
         assert main([command, "--uri", uri]) == status
-        assert capsys.readouterr() == (said, "")
+        assert capsys.readouterr() == (output, "")
         assert command == "upgrade" or status == 0 or not path.exists()
 
 
@@ -347,12 +361,14 @@ def test_epoch_changed_by_another_process_fences_the_checkpoint(store: SQLStore,
 
 
 @pytest.mark.postgresql
-def test_take_due_skips_rows_locked_by_another_transaction(in_postgresql: SQLStore, database: Database) -> None:
+def test_take_due_skips_rows_locked_by_another_transaction(
+    in_postgresql: SQLStore, database: Database, clock_offset: ClockOffset
+) -> None:
     """Rule 20: the reaper does not wait for a locked row."""
     operations = [new(1), new(1)]
-    for each in operations:
-        in_postgresql.save(each)
-    in_postgresql._clock_offset = 10
+    for new_operation in operations:
+        in_postgresql.save(new_operation)
+    clock_offset.seconds = 10
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute("SELECT 1 FROM kser_operation WHERE uuid = %s FOR UPDATE", [operations[0].uuid])
         assert due(in_postgresql) == [(operations[1].uuid, "unsent")]
@@ -363,59 +379,59 @@ def test_take_due_skips_rows_locked_by_another_transaction(in_postgresql: SQLSto
 def test_heartbeat_renews_locked_claims_after_the_other_ones(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 9: and those that are not are not waited with."""
     claims = [saved(in_postgresql, new(1)) for _ in range(3)]
-    answers: list[Any] = []
+    results: list[Any] = []
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute("SELECT 1 FROM kser_operation WHERE id = %s FOR UPDATE", [claims[1].id])
         pairs = [(claim.id, 1) for claim in claims]
-        thread = threading.Thread(target=lambda: answers.append(in_postgresql.renew(pairs, "consumer-b", 300)))
+        thread = threading.Thread(target=lambda: results.append(in_postgresql.renew(pairs, "consumer-b", 300)))
         thread.start()
         wait_until(lambda: row_of(in_postgresql, claims[2].root.uuid).owner == "consumer-b")
-        assert answers == []
+        assert results == []
     thread.join()
-    assert answers == [{claim.id for claim in claims}]
+    assert results == [{claim.id for claim in claims}]
     assert {row.owner for row in in_postgresql.find(OperationQuery(), 5).rows} == {"consumer-b"}
 
 
 @pytest.mark.postgresql
 def test_claim_that_waited_for_another_claim_is_refused(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 7: a compare-and-set, also where a statement sees rows as they were when it began."""
-    each = new(1)
-    in_postgresql.save(each)
-    answers: list[Any] = []
+    root = new(1)
+    in_postgresql.save(root)
+    results: list[Any] = []
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
         foreign.execute(
             "UPDATE kser_operation SET status = 'RUNNING', owner = 'other', token = 'other', epoch = 1,"
             " next_check_at = next_check_at + 100 WHERE uuid = %s",
-            [each.uuid],
+            [root.uuid],
         )
-        thread = threading.Thread(target=lambda: answers.append(in_postgresql.claim(each.uuid, each.uuid, me())))
+        thread = threading.Thread(target=lambda: results.append(in_postgresql.claim(root.uuid, root.uuid, me())))
         thread.start()
         time.sleep(0.3)
     thread.join()
-    assert answers[0].reason == "held"
+    assert results[0].reason == "held"
 
 
 @pytest.mark.postgresql
 def test_claim_that_waited_for_a_checkpoint_sees_its_changes(in_postgresql: SQLStore, database: Database) -> None:
     """Rule 7: only what a statement changes is looked at again after it waited; the rest is as it was when it began."""
-    each = new(1)
-    in_postgresql.save(each)
-    answers: list[Any] = []
+    root = new(1)
+    in_postgresql.save(root)
+    results: list[Any] = []
     with psycopg.connect(database.uri.replace("+psycopg", "")) as foreign:
-        foreign.execute("UPDATE kser_operation SET epoch = epoch + 2 WHERE uuid = %s", [each.uuid])
+        foreign.execute("UPDATE kser_operation SET epoch = epoch + 2 WHERE uuid = %s", [root.uuid])
         foreign.execute("UPDATE kser_task SET attempts = 1")
-        thread = threading.Thread(target=lambda: answers.append(in_postgresql.claim(each.uuid, each.uuid, me())))
+        thread = threading.Thread(target=lambda: results.append(in_postgresql.claim(root.uuid, root.uuid, me())))
         thread.start()
         time.sleep(0.3)
     thread.join()
-    assert (answers[0].epoch, answers[0].task.attempts) == (3, 1)
+    assert (results[0].epoch, results[0].task.attempts) == (3, 1)
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
 class Held:
-    """Holds up the writing of a store until as many wait as a test wants to come together."""
+    """Holds up the group commit of a store until all calls of a test are queued."""
 
     def __init__(self, store: SQLStore) -> None:
         self._groups: set[GroupCommit[Any]] = set(store._writer._groups.values())
@@ -431,17 +447,17 @@ class Held:
         return counted
 
     def together(self, *calls: Callable[[], Any]) -> list[Any]:
-        """What these calls give or raise that are written as one group, or as one group of each kind."""
+        """Return the results or errors of calls that are written as one group, or as one group of each kind."""
         leaders = {group: group._leaders for group in self._groups}
         for group in self._groups:
             group._leaders = 0
-        answers: list[Any] = [None] * len(calls)
+        results: list[Any] = [None] * len(calls)
 
         def run(index: int) -> None:
             try:
-                answers[index] = calls[index]()
+                results[index] = calls[index]()
             except KserError as error:
-                answers[index] = error
+                results[index] = error
 
         threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
         for thread in threads:
@@ -452,24 +468,24 @@ class Held:
             group._hand_over()
         for thread in threads:
             thread.join()
-        return answers
+        return results
 
 
 def test_group_commit_writes_concurrent_calls_in_one_transaction(any_store: SQLStore) -> None:
     """Rule 14: saving, claiming and checkpoints, all in one; or each in one where one statement is a transaction."""
     claims = [saved(any_store, new(2)) for _ in range(5)]
     free = [new(1) for _ in range(3)]
-    for each in free:
-        any_store.save(each)
+    for new_operation in free:
+        any_store.save(new_operation)
     held = Held(any_store)
-    commits = _count(any_store, "COMMIT")
-    answers = held.together(
+    commits = _count_commits(any_store)
+    results = held.together(
         *(lambda claim=claim: any_store.checkpoint(step_on(claim, 0)) for claim in claims),
-        *(lambda each=each: any_store.claim(each.uuid, each.uuid, me()).epoch for each in free),
+        *(lambda uuid=root.uuid: any_store.claim(uuid, uuid, me()).epoch for root in free),
         *[lambda: any_store.save(new(2))] * 2,
     )
-    assert answers[:8] == [states.RUNNING] * 5 + [1] * 3
-    assert [type(answer) for answer in answers[8:]] == [int, int]
+    assert results[:8] == [states.RUNNING] * 5 + [1] * 3
+    assert [type(result) for result in results[8:]] == [int, int]
     sizes = [2, 3, 5] if any_store._database.json_batches else [10]
     assert (sorted(held.sizes), len(commits)) == (sizes, len(sizes))
 
@@ -477,21 +493,21 @@ def test_group_commit_writes_concurrent_calls_in_one_transaction(any_store: SQLS
 def test_group_commit_includes_refused_claims(any_store: SQLStore) -> None:
     """Typical after a crash: the reaper has sent steps that other consumers have claimed."""
     operations = [new(1) for _ in range(5)]
-    for each in operations:
-        any_store.save(each)
-    for each in operations[2:]:
-        any_store.claim(each.uuid, each.uuid, me("another"))
-    commits = _count(any_store, "COMMIT")
-    answers = Held(any_store).together(
-        *(lambda each=each: any_store.claim(each.uuid, each.uuid, me()) for each in operations)
+    for new_operation in operations:
+        any_store.save(new_operation)
+    for new_operation in operations[2:]:
+        any_store.claim(new_operation.uuid, new_operation.uuid, me("another"))
+    commits = _count_commits(any_store)
+    results = Held(any_store).together(
+        *(lambda uuid=root.uuid: any_store.claim(uuid, uuid, me()) for root in operations)
     )
-    assert [type(answer) for answer in answers] == [Claim, Claim, ClaimRefused, ClaimRefused, ClaimRefused]
+    assert [type(result) for result in results] == [Claim, Claim, ClaimRefused, ClaimRefused, ClaimRefused]
     assert len(commits) == (2 if any_store._database.json_batches else 1)
 
 
-def _count(store: SQLStore, what: str) -> list[str]:
-    """Statements that begin with a word, as they are run."""
-    found: list[str] = []
+def _count_commits(store: SQLStore) -> list[None]:
+    """Return a list that gets an element for each transaction that the store commits."""
+    commits: list[None] = []
     database = store._database
     writing = database._writing
 
@@ -499,18 +515,18 @@ def _count(store: SQLStore, what: str) -> list[str]:
     def counted(*arguments: Any) -> Iterator[Transaction]:
         with writing(*arguments) as transaction:
             yield transaction
-        found.append(what)
+        commits.append(None)
 
     database._writing = counted  # type: ignore[method-assign]
-    return found
+    return commits
 
 
 def test_group_commit_rejects_an_invalid_value_alone(any_store: SQLStore) -> None:
     """Rule 14: the group is split."""
     claims = [saved(any_store, new(3)) for _ in range(6)]
     offender = claims[2]
-    bad = step_on(offender, 0, outcomes=[end_of(offender.root, 0, status=None)])
-    answers = Held(any_store).together(
+    bad = step_on(offender, 0, outcomes=[outcome_of(offender.root, 0, status=None)])
+    results = Held(any_store).together(
         *(
             lambda claim=claim: any_store.checkpoint(bad if claim is offender else step_on(claim, 0))
             for claim in claims
@@ -518,8 +534,8 @@ def test_group_commit_rejects_an_invalid_value_alone(any_store: SQLStore) -> Non
         lambda: any_store.save(new(1, params=None)),
         lambda: any_store.save(new(1)),
     )
-    assert [type(answer) for answer in answers] == [str, str, StoreError, str, str, str, StoreError, int]
-    assert "rejects the statement" in str(answers[2])
+    assert [type(result) for result in results] == [str, str, StoreError, str, str, str, StoreError, int]
+    assert "rejects the statement" in str(results[2])
     for claim in claims:
         assert row_of(any_store, claim.root.uuid).step == (0 if claim is offender else 1)
     assert any_store.checkpoint(step_on(offender, 0)) == states.RUNNING
@@ -531,24 +547,26 @@ def test_group_commit_fences_each_checkpoint_alone(any_store: SQLStore) -> None:
     any_store.checkpoint(step_on(stale, 0, keep=False))
     any_store.cancel(cancelled.root.uuid, None)
     any_store.checkpoint(step_on(again, 0))
-    answers = Held(any_store).together(
+    results = Held(any_store).together(
         lambda: any_store.checkpoint(step_on(good, 0)),
         lambda: any_store.checkpoint(step_on(stale, 0, token="another")),
         lambda: any_store.checkpoint(step_on(cancelled, 0)),
         lambda: any_store.checkpoint(step_on(again, 0)),
     )
-    assert isinstance(answers.pop(1), FencedError)
-    assert answers == [states.RUNNING, states.CANCELLED, states.RUNNING]
+    assert isinstance(results.pop(1), FencedError)
+    assert results == [states.RUNNING, states.CANCELLED, states.RUNNING]
 
 
 def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLStore) -> None:
     """Rule 8: as when an attempt that was given up comes back."""
     claim = saved(any_store, new(3))
-    other = step_on(claim, 0, updates=[move_of(claim.root, 2)], outcomes=[end_of(claim.root, 0, result='{"other": 1}')])
-    answers = Held(any_store).together(
+    other = step_on(
+        claim, 0, updates=[update_of(claim.root, 2)], outcomes=[outcome_of(claim.root, 0, result='{"other": 1}')]
+    )
+    results = Held(any_store).together(
         lambda: any_store.checkpoint(step_on(claim, 0)), lambda: any_store.checkpoint(other)
     )
-    assert sorted(type(answer).__name__ for answer in answers) == ["FencedError", "str"]
+    assert sorted(type(result).__name__ for result in results) == ["FencedError", "str"]
     stored = any_store.snapshot(claim.root.uuid)
     assert stored is not None
     assert len(stored.attempts) == 1
@@ -556,9 +574,9 @@ def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLSto
 
 def test_group_commit_stores_a_duplicate_operation_once(any_store: SQLStore) -> None:
     """Rule 3."""
-    each = new(2)
-    answers = Held(any_store).together(*[lambda: any_store.save(each, me())] * 2, lambda: any_store.save(new(1), me()))
-    assert sorted(type(answer).__name__ for answer in answers) == ["Claim", "Claim", "ClaimRefused"]
+    root = new(2)
+    results = Held(any_store).together(*[lambda: any_store.save(root, me())] * 2, lambda: any_store.save(new(1), me()))
+    assert sorted(type(result).__name__ for result in results) == ["Claim", "Claim", "ClaimRefused"]
 
 
 def test_group_commit_reports_a_database_error_to_every_caller(
@@ -567,9 +585,9 @@ def test_group_commit_reports_a_database_error_to_every_caller(
     claims = [saved(store, new(2)) for _ in range(3)]
     monkeypatch.setattr(store._database, "_writing", _unavailable)
     calls = [lambda claim=claim: store.checkpoint(step_on(claim, 0)) for claim in claims]
-    answers = Held(store).together(*calls)
-    assert [type(answer) for answer in answers] == [StoreUnavailable] * 3
-    assert len({id(answer) for answer in answers}) == 3
+    results = Held(store).together(*calls)
+    assert [type(result) for result in results] == [StoreUnavailable] * 3
+    assert len({id(result) for result in results}) == 3
     monkeypatch.undo()
     assert Held(store).together(*calls) == [states.RUNNING] * 3
 
@@ -641,13 +659,13 @@ def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
         entries[0].result = entries[0].item
 
     group: GroupCommit[int] = GroupCommit(run, 1)
-    answers: list[str] = []
+    results: list[str] = []
 
     def write(number: int) -> None:
         try:
-            answers.append(str(group.write(number)))
+            results.append(str(group.write(number)))
         except (KeyboardInterrupt, StoreUnavailable) as error:
-            answers.append(type(error).__name__)
+            results.append(type(error).__name__)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     threads[0].start()
@@ -658,14 +676,14 @@ def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
     go_on.set()
     for thread in threads:
         thread.join(10)
-    assert sorted(answers) == ["0", "KeyboardInterrupt", "StoreUnavailable", "StoreUnavailable"]
+    assert sorted(results) == ["0", "KeyboardInterrupt", "StoreUnavailable", "StoreUnavailable"]
 
 
 def wait_until(done: Callable[[], object]) -> None:
-    """Return when something is so."""
+    """Wait until ``done`` returns something true."""
     deadline = time.monotonic() + 30
     while not done():
-        assert time.monotonic() < deadline, "it does not come to that"
+        assert time.monotonic() < deadline, "the condition is not met within 30 s"
         time.sleep(0.001)
 
 
@@ -675,10 +693,10 @@ def wait_until(done: Callable[[], object]) -> None:
 def test_ids_contain_their_time_and_fit_until_2091() -> None:
     now = time.time()
     ids = IdGenerator()
-    found = [ids.next_ids(now, 3) for _ in range(5)]
-    assert found == sorted(set(found))
-    assert all(time_of(each) == pytest.approx(now, abs=1e-3) for each in found)
-    assert found[1] >= found[0] + 3
+    first_ids = [ids.next_ids(now, 3) for _ in range(5)]
+    assert first_ids == sorted(set(first_ids))
+    assert all(time_of(first) == pytest.approx(now, abs=1e-3) for first in first_ids)
+    assert first_ids[1] >= first_ids[0] + 3
     assert id_at(ID_EPOCH + 71 * 365 * 86400).bit_length() <= 63
 
 
@@ -693,9 +711,9 @@ def test_id_that_is_taken_is_replaced(any_store: SQLStore, monkeypatch: pytest.M
     ids = any_store._writer.saves._ids
     take, first = ids.next_ids, iter([taken])
     monkeypatch.setattr(ids, "next_ids", lambda now, count: next(first, None) or take(now, count))
-    each = new(1)
-    claim = saved(any_store, each)
-    assert (claim.root.uuid, claim.epoch) == (each.uuid, 1)
+    root = new(1)
+    claim = saved(any_store, root)
+    assert (claim.root.uuid, claim.epoch) == (root.uuid, 1)
     assert claim.id != taken
 
 
@@ -717,7 +735,7 @@ FILTERS = [
 
 
 def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
-    """How a database does what ``call`` asks it for, statement by statement."""
+    """Return the query plans of the statements that ``call`` executes."""
     explained: list[str] = []
     database = store._database
     word = "EXPLAIN" if database.json_batches else "EXPLAIN QUERY PLAN"
@@ -733,12 +751,12 @@ def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
         return original[0](self, statement, values, **options)
 
     def many(which: int) -> Any:
-        def made(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
+        def explained_first(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
             if rows:
                 explain(self, statement, {**values, **({"rows": "[]"} if database.json_batches else rows[0])})
             return original[which](self, statement, rows, **values)
 
-        return made
+        return explained_first
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transaction, "execute", run)
@@ -749,7 +767,7 @@ def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
     return explained
 
 
-#: What reads a whole table, in the words of either.
+#: A scan of a whole table, in a plan of SQLite or PostgreSQL.
 WHOLE = re.compile(r"SCAN (kser_|label_)|Seq Scan on kser_")
 
 
@@ -758,37 +776,41 @@ def _no_whole_table(plans: list[str]) -> None:
         assert not WHOLE.search(plan), plan
 
 
-@pytest.mark.parametrize("found", FILTERS, ids=str)
-def test_find_uses_an_index_in_page_order(any_store: SQLStore, found: OperationQuery) -> None:
+@pytest.mark.parametrize("query", FILTERS, ids=str)
+def test_find_uses_an_index_in_page_order(any_store: SQLStore, query: OperationQuery) -> None:
     """No whole table is read, and nothing but a few identifiers is sorted."""
     any_store.save(new(1))
-    plans = _plans(any_store, lambda: any_store.find(found, 50))
+    plans = _plans(any_store, lambda: any_store.find(query, 50))
     _no_whole_table(plans)
     for plan in plans:
         # SQLite sorts what is below in the tree, or was said right before.
         assert not re.search(r"SEARCH .*\n *USE TEMP B-TREE|\bSort  \(", plan), plan
 
 
-@pytest.mark.parametrize("found", FILTERS, ids=str)
+@pytest.mark.parametrize("query", FILTERS, ids=str)
 def test_large_columns_are_read_only_for_returned_rows(
-    store: SQLStore, found: OperationQuery, monkeypatch: pytest.MonkeyPatch
+    store: SQLStore, query: OperationQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The statements that look for rows name no text, and no index holds one."""
     large = {"params", "metadata", "accumulated", "result"}
-    said: list[str] = []
+    statements: list[str] = []
     run = Transaction.execute
     monkeypatch.setattr(
-        Transaction, "execute", lambda self, one, *more, **how: said.append(one.sql) or run(self, one, *more, **how)
+        Transaction,
+        "execute",
+        lambda self, statement, *values, **options: (
+            statements.append(statement.sql) or run(self, statement, *values, **options)
+        ),
     )
-    store.find(found, 50)
-    assert said
-    assert not large & set(re.findall(r"\w+", " ".join(said)))
+    store.find(query, 50)
+    assert statements
+    assert not large & set(re.findall(r"\w+", " ".join(statements)))
     assert not large & {column.name for index in operation.indexes for column in index.columns}
 
 
-def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
+def test_take_due_uses_an_index_range(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     any_store.save(new(1))
-    any_store._clock_offset = 10
+    clock_offset.seconds = 10
     plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
     _no_whole_table(plans)
     assert "kser_operation_next_check" in plans[0]
@@ -796,7 +818,7 @@ def test_take_due_uses_an_index_range(any_store: SQLStore) -> None:
     assert "Sort" not in plans[0]
 
 
-def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -> None:
+def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     inner = new(1)
 
     def everything() -> None:
@@ -806,7 +828,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.checkpoint(step_on(claim, 0))
         any_store.checkpoint(step_on(claim, 0))
         any_store.cancel(claim.root.uuid, None)
-        any_store.checkpoint(step_on(claim, 1, updates=[move_of(claim.root._replace(step=1), 1)], outcomes=()))
+        any_store.checkpoint(step_on(claim, 1, updates=[update_of(claim.root._replace(step=1), 1)], outcomes=()))
         row = any_store.resume(claim.root.uuid)
         assert row is not None
         any_store.mark_sent([(row.id, row.epoch)], 60)
@@ -816,7 +838,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore) -
         any_store.get_task(claim.id, 0)
         any_store.get_children(claim.id)
         any_store.checkpoint(last_step(claim, 1, outcomes=()))
-        any_store._clock_offset = 100
+        clock_offset.seconds = 100
         assert any_store.purge(10, [states.SUCCESS], 10) == 1
 
     _no_whole_table(_plans(any_store, everything))
@@ -875,7 +897,7 @@ def test_full_disk_raises_store_unavailable(store: SQLStore) -> None:
     writer = store._database._writer  # type: ignore[attr-defined]
     (pages,) = writer.execute("PRAGMA page_count").fetchone()
     writer.execute(f"PRAGMA max_page_count = {pages}")
-    large = step_on(claim, 0, outcomes=[end_of(claim.root, 0, result="x" * 1_000_000)])
+    large = step_on(claim, 0, outcomes=[outcome_of(claim.root, 0, result="x" * 1_000_000)])
     with pytest.raises(StoreUnavailable, match="disk is full: make room"):
         store.checkpoint(large)
     assert row_of(store, claim.root.uuid).step == 0
@@ -942,24 +964,24 @@ def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.
         with contextlib.closing(SQLStore(server.uri)) as store:
             claims = [saved(store, new(3)) for _ in range(8)]
             checkpoints = [step_on(claim, 0) for claim in claims]
-            at_once(*(lambda each=each: store.checkpoint(each) for each in checkpoints))
+            at_once(*(lambda item=item: store.checkpoint(item) for item in checkpoints))
             server.stop("immediate")
-            calls: list[Callable[[], Any]] = [lambda each=each: store.checkpoint(each) for each in checkpoints]
+            calls: list[Callable[[], Any]] = [lambda item=item: store.checkpoint(item) for item in checkpoints]
             calls += [
                 lambda: store.get_operation("x"),
                 lambda: store.renew([(1, 1)], "a", 30),
                 lambda: store.save(new(1)),
             ]
             begun = time.monotonic()
-            assert {type(answer) for answer in at_once(*calls)} == {StoreUnavailable}
+            assert {type(result) for result in at_once(*calls)} == {StoreUnavailable}
             assert time.monotonic() - begun < 10
             server.start()
-            # One connection may still not know.
+            # One pooled connection may still be broken.
             deadline = time.monotonic() + 10
-            answers = at_once(*calls)
-            while {type(answer) for answer in answers} & {StoreUnavailable} and time.monotonic() < deadline:
-                answers = at_once(*calls)
-            assert answers[:8] == [states.RUNNING] * 8
+            results = at_once(*calls)
+            while {type(result) for result in results} & {StoreUnavailable} and time.monotonic() < deadline:
+                results = at_once(*calls)
+            assert results[:8] == [states.RUNNING] * 8
             for claim in claims:
                 stored = store.snapshot(claim.root.uuid)
                 assert stored is not None
@@ -971,8 +993,8 @@ def test_postgresql_session_has_statement_lock_and_idle_timeouts(in_postgresql: 
     """Its locks are given up, as those of a process that was stopped must be."""
     with in_postgresql._database.write() as transaction:
         timeouts = {
-            which: transaction._cursor.execute(f"SHOW {which}").fetchone()[0]
-            for which in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+            name: transaction._cursor.execute(f"SHOW {name}").fetchone()[0]
+            for name in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
         }
     assert timeouts == {
         "statement_timeout": "30s",
@@ -997,21 +1019,21 @@ def test_group_commit_returns_claims_granted_before_a_lost_connection(
 ) -> None:
     """A second query reads the reasons of refused claims, and may find the connection lost."""
     operations = [new(1) for _ in range(3)]
-    for each in operations:
-        in_postgresql.save(each)
+    for new_operation in operations:
+        in_postgresql.save(new_operation)
     in_postgresql.claim(operations[2].uuid, operations[2].uuid, me("another"))
-    writing, at_once = in_postgresql._writer, in_postgresql._writer._in_one_statement
+    writer, in_one_statement = in_postgresql._writer, in_postgresql._writer._in_one_statement
 
-    def and_away(sorts: Any) -> list[Any]:
-        found = at_once(sorts)
+    def lose_connection_afterwards(batch: Any) -> list[Any]:
+        results = in_one_statement(batch)
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
-        return found
+        return results
 
-    writing._in_one_statement = and_away  # type: ignore[method-assign]
-    answers = Held(in_postgresql).together(
-        *(lambda each=each: in_postgresql.claim(each.uuid, each.uuid, me()) for each in operations)
+    writer._in_one_statement = lose_connection_afterwards  # type: ignore[method-assign]
+    results = Held(in_postgresql).together(
+        *(lambda uuid=root.uuid: in_postgresql.claim(uuid, uuid, me()) for root in operations)
     )
-    assert [type(answer) for answer in answers] == [Claim, Claim, StoreUnavailable]
+    assert [type(result) for result in results] == [Claim, Claim, StoreUnavailable]
 
 
 @pytest.mark.postgresql

@@ -22,9 +22,9 @@ try:
     from kser.store.sql.database import Database
     from kser.store.sql.store import database_at
 except ImportError as missing:
-    NEEDED: ImportError | None = missing
+    IMPORT_ERROR: ImportError | None = missing
 else:
-    NEEDED = None
+    IMPORT_ERROR = None
 
 OK, FAILED = 0, 1
 
@@ -58,15 +58,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _database(uri: str | None) -> Database:
-    if NEEDED is not None:
+    if IMPORT_ERROR is not None:
         raise MissingDependency(
-            f'this command needs SQLAlchemy and alembic ({NEEDED}); install them with: pip install "kser[sql]", or'
-            ' "kser[postgresql]" for PostgreSQL'
+            f"this command needs SQLAlchemy and alembic ({IMPORT_ERROR}); install them with:"
+            ' pip install "kser[sql]", or "kser[postgresql]" for PostgreSQL'
         )
-    found = uri or Settings().get(DATABASE_URI)
-    if not found:
+    uri = uri or Settings().get(DATABASE_URI)
+    if not uri:
         raise StoreMissing(f"no database is configured; pass --uri, or set {DATABASE_URI}")
-    return database_at(found)
+    return database_at(uri)
 
 
 def _upgrade(database: Database) -> int:
@@ -78,19 +78,19 @@ def _upgrade(database: Database) -> int:
     if before == after:
         _print(f"{database.name} has tables of version {after.version} already: nothing to do")
     else:
-        was = "none" if before is None else f"version {before.version}"
-        _print(f"{database.name} has tables of version {after.version} now; there were {was} before")
+        previous = "none" if before is None else f"version {before.version}"
+        _print(f"{database.name} has tables of version {after.version} now; there were {previous} before")
     return OK
 
 
 def _status(database: Database) -> int:
-    found = schema.version_of(database)
-    problem = schema.mismatch(found)
+    version = schema.version_of(database)
+    problem = schema.mismatch(version)
     if problem:
         _print(f"{database.name} {problem}")
         return FAILED
-    assert found is not None, "mismatch() reports missing tables"
-    _print(f"{database.name} has tables of version {found.version}; this kser needs {schema.VERSION}")
+    assert version is not None, "mismatch() reports missing tables"
+    _print(f"{database.name} has tables of version {version.version}; this kser needs {schema.VERSION}")
     return OK
 
 

@@ -56,12 +56,12 @@ class Store(ABC):
 
     @abstractmethod
     def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
-        """Store an operation with all its tasks, and claim it if ``claimant`` is given, in one transaction.
+        """Store an operation with all its tasks, and claim it if ``request`` is given, in one transaction.
 
         The first step is ready and unsent; the reaper sends it unless the caller does. The claim on an operation that
         this call stored is always granted.
 
-        :return: the claim; without ``claimant`` the operation's ``id``. A ClaimRefused (``stale``) when the uuid is
+        :return: the claim; without ``request`` the operation's ``id``. A ClaimRefused (``stale``) when the uuid is
             already stored, even for an identical operation; then the call changes nothing.
         """
 
@@ -99,10 +99,10 @@ class Store(ABC):
         """Record the outcome of a step.
 
         The checkpoint is recorded only if the root is RUNNING, its epoch is the checkpoint's, and every operation is at
-        the old step and phase that its update names. If cancellation of the root was requested, the root becomes
+        the stored step and phase that its update names. If cancellation of the root was requested, the root becomes
         CANCELLED in the same transaction, regardless of its own update. The task outcomes and the other updates are
         recorded unchanged, and nested operations that have not ended by then become CANCELLED too. An event ``ended``
-        replaces the one in ``notes``.
+        replaces the one in ``events``.
 
         Releasing the claim, also at the end of the operation, increments ``epoch``. The step is then ready after
         ``delay`` seconds, and the reaper checks it at that time, or after

@@ -40,6 +40,7 @@ from kser.store.transitions import (
     apply_sent,
     apply_update,
     attempt_row,
+    cancelled_events,
     claim_refusal,
     due_reason,
     finish_checkpoint,
@@ -123,7 +124,7 @@ class MemoryStore(Store):
         self._add_event(row, request.owner, NewEvent("claimed"))
         return self._claim_of(row, request)
 
-    def _claim_of(self, root: OperationRow, claimant: ClaimRequest) -> Claim:
+    def _claim_of(self, root: OperationRow, request: ClaimRequest) -> Claim:
         path = [root]
         task = self._current(root)
         while task is not None and task.child_id is not None:
@@ -131,7 +132,7 @@ class MemoryStore(Store):
             task = self._current(path[-1])
         last = path[-1]
         following = self.get_task(last.id, last.step + 1) if task and root.mode == Mode.DISTRIBUTED else None
-        return Claim(root.id, root.epoch, tuple(path), task, following, root.claim_count > claimant.max_claims)
+        return Claim(root.id, root.epoch, tuple(path), task, following, root.claim_count > request.max_claims)
 
     def _current(self, row: OperationRow) -> TaskRow | None:
         return self._tasks[row.id][row.step] if row.phase == Phase.RUN_TASK else None
@@ -140,8 +141,8 @@ class MemoryStore(Store):
 
     def get_operation(self, uuid: str) -> OperationRow | None:
         with self._lock:
-            found = self._ids.get(uuid)
-            return None if found is None else self._operations[found]
+            operation_id = self._ids.get(uuid)
+            return None if operation_id is None else self._operations[operation_id]
 
     def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
         with self._lock:
@@ -161,7 +162,7 @@ class MemoryStore(Store):
             row = self.get_operation(uuid)
             if row is None:
                 return None
-            attempts = sorted(self._attempts.get(row.id, ()))
+            attempts = sorted(self._attempts.get(row.id, ()), key=lambda attempt: (attempt.position, attempt.number))
             root = self._operations[row.root_id]
             return OperationSnapshot(row, self.get_tasks(row.id), attempts, list(self._events[root.id]), root.uuid)
 
@@ -172,18 +173,18 @@ class MemoryStore(Store):
             parent = None if query.parent is None else self._ids.get(query.parent, -1)
             rows = [
                 row
-                for row in sorted(self._operations.values(), reverse=True)
+                for row in sorted(self._operations.values(), key=lambda row: row.id, reverse=True)
                 if row.parent_id == parent and self._matches(row, query) and (after is None or row.id < int(after))
             ]
         return Page(rows[:limit], str(rows[limit - 1].id) if len(rows) > limit else None)
 
-    def _matches(self, row: OperationRow, found: OperationQuery) -> bool:
+    def _matches(self, row: OperationRow, query: OperationQuery) -> bool:
         return (
-            (found.status is None or row.status in found.status)
-            and found.entrypoint in (None, row.entrypoint)
-            and (found.since is None or row.created_at >= found.since)
-            and (found.until is None or row.created_at < found.until)
-            and self._labels[row.id].issuperset(found.labels)
+            (query.status is None or row.status in query.status)
+            and query.entrypoint in (None, row.entrypoint)
+            and (query.since is None or row.created_at >= query.since)
+            and (query.until is None or row.created_at < query.until)
+            and self._labels[row.id].issuperset(query.labels)
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -196,26 +197,26 @@ class MemoryStore(Store):
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
                 name = root.uuid if root else checkpoint.root_id
                 raise FencedError(f"another consumer has claimed operation {name}, or it has ended")
-            places = [(self._operations[move.operation_id], move) for move in checkpoint.updates]
-            if any((row.step, row.phase) != (move.old_step, move.old_phase) for row, move in places):
+            positions = [(self._operations[update.operation_id], update) for update in checkpoint.updates]
+            if any((row.step, row.phase) != (update.stored_step, update.stored_phase) for row, update in positions):
                 raise FencedError(f"operation {root.uuid} is at another step")
             if checkpoint.built is not None:
                 self._reject_taken_uuids(checkpoint.built.tasks)
             now = self._clock()
-            for move in checkpoint.updates:
-                self._store(apply_update(self._operations[move.operation_id], move, now))
-            for end in checkpoint.outcomes:
-                self._apply_outcome(end, checkpoint)
+            for update in checkpoint.updates:
+                self._store(apply_update(self._operations[update.operation_id], update, now))
+            for outcome in checkpoint.outcomes:
+                self._apply_outcome(outcome, checkpoint)
             if checkpoint.built is not None:
                 built = self._operations[checkpoint.built.operation_id]
                 self._insert_tasks(built, checkpoint.built.tasks)
                 self._store(built._replace(task_count=len(checkpoint.built.tasks)))
-            notes = checkpoint.events
+            events = checkpoint.events
             if root.cancel_requested:
                 self._cancel_all(root.id)
-                notes = [*(note for note in notes if note.kind != "ended"), NewEvent("ended", text=states.CANCELLED)]
-            for note in notes:
-                self._add_event(root, checkpoint.consumer, note)
+                events = cancelled_events(root, events)
+            for event in events:
+                self._add_event(root, checkpoint.consumer, event)
             return self._store(finish_checkpoint(self._operations[root.id], checkpoint, now)).status
 
     def _is_recorded(self, root: OperationRow, checkpoint: Checkpoint) -> bool:
@@ -223,21 +224,29 @@ class MemoryStore(Store):
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
-        places = [(self._operations[move.operation_id], move) for move in checkpoint.updates]
-        if any((row.step, row.phase) != (move.step, move.phase) for row, move in places):
+        positions = [(self._operations[update.operation_id], update) for update in checkpoint.updates]
+        if any((row.step, row.phase) != (update.step, update.phase) for row, update in positions):
             return False
-        attempts = [(end.operation_id, end.position, end.number) for end in checkpoint.outcomes if end.number]
-        known = {row[:3] for at, *_ in attempts for row in self._attempts.get(at, ())}
+        attempts = [
+            (outcome.operation_id, outcome.position, outcome.number)
+            for outcome in checkpoint.outcomes
+            if outcome.number
+        ]
+        known = {
+            (row.operation_id, row.position, row.number)
+            for operation_id, *_ in attempts
+            for row in self._attempts.get(operation_id, ())
+        }
         built = checkpoint.built is not None and self._operations[checkpoint.built.operation_id].task_count is not None
-        traces = not kept or attempts or built or any(move.changes_position for move in checkpoint.updates)
+        traces = not kept or attempts or built or any(update.changes_position for update in checkpoint.updates)
         return bool(traces) and known.issuperset(attempts)
 
-    def _apply_outcome(self, end: TaskOutcome, checkpoint: Checkpoint) -> None:
-        rows = self._tasks[end.operation_id]
-        rows[end.position] = apply_outcome(rows[end.position], end)
-        if end.number:
-            row = attempt_row(end, checkpoint, self._clock())
-            self._attempts.setdefault(end.operation_id, []).append(row)
+    def _apply_outcome(self, outcome: TaskOutcome, checkpoint: Checkpoint) -> None:
+        rows = self._tasks[outcome.operation_id]
+        rows[outcome.position] = apply_outcome(rows[outcome.position], outcome)
+        if outcome.number:
+            row = attempt_row(outcome, checkpoint, self._clock())
+            self._attempts.setdefault(outcome.operation_id, []).append(row)
 
     def _cancel_all(self, root_id: int) -> None:
         for row in (self._operations[root_id], *self.get_children(root_id)):
@@ -248,10 +257,10 @@ class MemoryStore(Store):
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         with self._lock:
-            mine = [row for row in self._roots_at(claims) if row.status == states.RUNNING]
-            for row in mine:
+            running = [row for row in self._roots_at(claims) if row.status == states.RUNNING]
+            for row in running:
                 self._store(row._replace(owner=owner, next_check_at=self._clock() + lease))
-            return {row.id for row in mine}
+            return {row.id for row in running}
 
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         with self._lock:
@@ -271,7 +280,7 @@ class MemoryStore(Store):
             ]
 
     def _take_due(self, row: OperationRow, consumer: str) -> DueStep:
-        reason = due_reason(row)
+        reason = due_reason(row.owner, row.send_count, is_retry=row.next_check_at == row.due_at)
         self._store(mark_taken(row, self._clock()))
         self._add_event(row, consumer, NewEvent("sent-again", text=reason))
         return DueStep(row.id, row.uuid, row.epoch, row.target, reason)
@@ -343,11 +352,14 @@ class MemoryStore(Store):
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
         with self._lock:
-            until = self._clock() - older_than
+            ended_before = self._clock() - older_than
             old = [
                 row.id
                 for row in self._operations.values()
-                if row.parent_id is None and row.status in status and row.ended_at is not None and row.ended_at < until
+                if row.parent_id is None
+                and row.status in status
+                and row.ended_at is not None
+                and row.ended_at < ended_before
             ][:limit]
             for root_id in old:
                 for row in (self._operations[root_id], *self.get_children(root_id)):
@@ -365,14 +377,14 @@ class MemoryStore(Store):
         self._operations[row.id] = row
         return row
 
-    def _add_event(self, root: OperationRow, consumer: str | None, note: NewEvent) -> None:
-        event = EventRow(root.id, self._clock(), note.kind, root.epoch, consumer, note.uuid, note.text)
-        self._events.setdefault(root.id, []).append(event)
+    def _add_event(self, root: OperationRow, consumer: str | None, event: NewEvent) -> None:
+        row = EventRow(root.id, self._clock(), event.kind, root.epoch, consumer, event.uuid, event.text)
+        self._events.setdefault(root.id, []).append(row)
 
 
 def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:
     """Return tasks, including those of the operations nested in them."""
-    found: list[NewTask] = []
+    every: list[NewTask] = []
     for task in tasks:
-        found += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))
-    return found
+        every += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))
+    return every

@@ -322,8 +322,8 @@ class OperationUpdate(NamedTuple):
 
     operation_id: int
     #: The stored step and phase must equal these two; otherwise nothing is recorded.
-    old_step: int
-    old_phase: str
+    stored_step: int
+    stored_phase: str
     step: int
     phase: str
     status: str
@@ -334,7 +334,7 @@ class OperationUpdate(NamedTuple):
     @property
     def changes_position(self) -> bool:
         """True if the update changes the step or the phase."""
-        return (self.old_step, self.old_phase) != (self.step, self.phase)
+        return (self.stored_step, self.stored_phase) != (self.step, self.phase)
 
 
 class BuiltTasks(NamedTuple):
@@ -347,8 +347,8 @@ class BuiltTasks(NamedTuple):
 class Checkpoint(NamedTuple):
     """The outcome of a step, recorded in one transaction or not at all.
 
-    ``moves`` and ``ends`` are ordered from the innermost operation outwards. The last of ``moves`` belongs to the root,
-    even when it does not change the position of the root.
+    ``updates`` and ``outcomes`` are ordered from the innermost operation outwards. The last of ``updates`` belongs to
+    the root, even when it does not change the position of the root.
     """
 
     root_id: int

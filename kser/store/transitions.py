@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kser import status as states
 from kser.store.model import (
     MAX_ERROR_LENGTH,
@@ -12,6 +14,7 @@ from kser.store.model import (
     Checkpoint,
     ClaimRequest,
     DueReason,
+    NewEvent,
     NewOperation,
     NewTask,
     OperationRow,
@@ -22,18 +25,18 @@ from kser.store.model import (
 )
 
 
-def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
+def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
     """Return the row of a new operation.
 
-    :param at: id of the operation.
+    :param identifier: id of the operation.
     :param root_id: None for a root.
     """
     return OperationRow(
-        id=at,
+        id=identifier,
         uuid=new.uuid,
         entrypoint=new.entrypoint,
         parent_id=parent_id,
-        root_id=root_id or at,
+        root_id=root_id or identifier,
         mode=new.mode,
         topic=new.topic,
         overrides=new.overrides,
@@ -64,10 +67,20 @@ def new_row(new: NewOperation, at: int, parent_id: int | None, root_id: int | No
 
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
     """Return the row of a new task."""
-    place = operation_id, position
-    own = new.uuid, new.entrypoint, new.topic, new.params, new.metadata
-    now = new.status, new.result
-    return TaskRow(*place, *own, *now, attempts=0, child_id=child_id, attempts_before_resume=0)
+    return TaskRow(
+        operation_id=operation_id,
+        position=position,
+        uuid=new.uuid,
+        entrypoint=new.entrypoint,
+        topic=new.topic,
+        params=new.params,
+        metadata=new.metadata,
+        status=new.status,
+        result=new.result,
+        attempts=0,
+        child_id=child_id,
+        attempts_before_resume=0,
+    )
 
 
 def claim_refusal(row: OperationRow, step: str, now: float) -> str | None:
@@ -132,6 +145,12 @@ def apply_cancel(row: OperationRow, now: float) -> OperationRow:
     return row._replace(status=states.CANCELLED, ended_at=now, result=row.accumulated)
 
 
+def cancelled_events(root: OperationRow, events: Sequence[NewEvent]) -> Sequence[NewEvent]:
+    """Return the events of a checkpoint, with the cancellation of the root in place of another end."""
+    kept = (event for event in events if event.kind != "ended" or event.uuid not in (None, root.uuid))
+    return [*kept, NewEvent("ended", text=states.CANCELLED)]
+
+
 def apply_outcome(task: TaskRow, outcome: TaskOutcome) -> TaskRow:
     """Return the row of a task after an attempt."""
     result = task.result if outcome.status == states.PENDING else outcome.result
@@ -153,13 +172,16 @@ def attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint, now: float) -> Att
     )
 
 
-def due_reason(row: OperationRow) -> str:
-    """Return why the step of a root is due for sending."""
-    if row.owner is not None:
+def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
+    """Return why the step of a root is due for sending.
+
+    :param is_retry: True if ``next_check_at`` is ``due_at``.
+    """
+    if owner is not None:
         return DueReason.EXPIRED
-    if row.send_count:
+    if send_count:
         return DueReason.UNCLAIMED
-    return DueReason.RETRY if row.next_check_at == row.due_at else DueReason.UNSENT
+    return DueReason.RETRY if is_retry else DueReason.UNSENT
 
 
 def mark_taken(row: OperationRow, now: float) -> OperationRow:

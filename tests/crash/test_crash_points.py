@@ -64,13 +64,15 @@ def in_memory() -> Go:
 def in_sqlite(tmp_path: Path) -> Iterator[Go]:
     """Runs scenarios in one SQLite file, one after the other."""
     sql = pytest.importorskip("kser.store.sql")
-    store = sql.SQLStore(f"sqlite:///{tmp_path / 'shop.db'}", synchronous="NORMAL")
+    offset = 0.0
+    store = sql.SQLStore(f"sqlite:///{tmp_path / 'shop.db'}", synchronous="NORMAL", clock_offset=lambda: offset)
 
     def go(scenario: Scenario, *plan: Fault) -> World:
-        start = store._clock_offset
+        start = offset
 
         def set_clock(now: float) -> None:
-            store._clock_offset = start + now
+            nonlocal offset
+            offset = start + now
 
         InMemoryBroker.reset()
         return World(store, set_clock, scenario, plan).run()

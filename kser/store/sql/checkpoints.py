@@ -25,6 +25,7 @@ from kser.store.sql.ids import IdGenerator
 from kser.store.sql.inserts import InsertRows, Inserts, count_in, event_row, insert_events, without_nul
 from kser.store.sql.statements import ROWS, RowSource, types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, attempt, operation, operation_row, task
+from kser.store.transitions import cancelled_events
 
 
 class Position(NamedTuple):
@@ -34,6 +35,10 @@ class Position(NamedTuple):
     step: int
     phase: str
     task_count: int | None
+
+    def differs_from(self, step: int, phase: str) -> bool:
+        """Return whether the operation is at another step or phase."""
+        return (self.step, self.phase) != (step, phase)
 
 
 class RowCountMismatch(Exception):
@@ -56,25 +61,25 @@ class CheckpointRows:
     def add_root(self, checkpoint: Checkpoint, cancelled: bool) -> None:
         """Add the update of a root."""
         target = checkpoint.target
-        move = checkpoint.updates[-1]
+        update = checkpoint.updates[-1]
         if cancelled:
-            move = move._replace(status=states.CANCELLED, result=move.accumulated)
-        final = states.is_final(move.status)
+            update = update._replace(status=states.CANCELLED, result=update.accumulated)
+        final = states.is_final(update.status)
         kept = checkpoint.keep and not final
         row = {
-            "id": move.operation_id,
+            "id": update.operation_id,
             "epoch": checkpoint.epoch,
-            "old_step": move.old_step,
-            "old_phase": move.old_phase,
+            "stored_step": update.stored_step,
+            "stored_phase": update.stored_phase,
             "cancelled": cancelled,
-            "step": move.step,
-            "phase": move.phase,
-            "accumulated": move.accumulated,
-            "result": move.result,
+            "step": update.step,
+            "phase": update.phase,
+            "accumulated": update.accumulated,
+            "result": update.result,
             "target_uuid": target and target.uuid,
             "target_entrypoint": target and target.entrypoint,
             "target_topic": target and target.topic,
-            "status": move.status,
+            "status": update.status,
             "released": int(not kept),
             "ended": int(final),
             "wait": None if final else checkpoint.delay or RESEND_UNSENT_AFTER,
@@ -86,19 +91,27 @@ class CheckpointRows:
         """Return the updates of all roots, ordered by id."""
         return sorted((*self.kept, *self.released), key=lambda row: row["id"])
 
-    def add_rest(self, checkpoint: Checkpoint, first_id: int, notes: Sequence[NewEvent]) -> None:
+    def add_rest(self, checkpoint: Checkpoint, first_id: int, events: Sequence[NewEvent]) -> None:
         """Add all rows of a checkpoint except the update of its root.
 
         :param first_id: first of the reserved consecutive ids for the operations nested in newly built tasks.
         """
-        self.children += (_child_row(move) for move in checkpoint.updates[:-1])
-        for end in checkpoint.outcomes:
-            self.outcomes.append(_outcome_row(end))
-            if end.number:
-                self.attempts.append(_attempt_row(end, checkpoint))
-        for note in notes:
-            about = (checkpoint.root_id, note.kind, checkpoint.epoch, checkpoint.consumer)
-            self.events.append(event_row(*about, uuid=note.uuid, text=note.text))
+        self.children += (_child_row(update) for update in checkpoint.updates[:-1])
+        for outcome in checkpoint.outcomes:
+            self.outcomes.append(_outcome_row(outcome))
+            if outcome.number:
+                self.attempts.append(_attempt_row(outcome, checkpoint))
+        for event in events:
+            self.events.append(
+                event_row(
+                    checkpoint.root_id,
+                    event.kind,
+                    checkpoint.epoch,
+                    checkpoint.consumer,
+                    uuid=event.uuid,
+                    text=event.text,
+                )
+            )
         built = checkpoint.built
         if built is not None:
             self.task_counts.append({"id": built.operation_id, "task_count": len(built.tasks)})
@@ -109,43 +122,46 @@ class CheckpointWriter:
     """The statements that record checkpoints.
 
     :param database: the database to write to.
-    :param adding: the insert statements of this database.
+    :param inserts: the insert statements of this database.
     :param ids: generates the ids of operations nested in newly built tasks.
     """
 
-    def __init__(self, database: Database, adding: Inserts, ids: IdGenerator) -> None:
-        self._inserts = adding
+    def __init__(self, database: Database, inserts: Inserts, ids: IdGenerator) -> None:
+        self._inserts = inserts
         self._ids = ids
         self._single_statement = database.statement(single_statement(database)) if database.json_batches else None
-        self._make_changes(database)
-        self._make_looks(database)
+        self._prepare_updates(database)
+        self._prepare_reads(database)
 
-    def _make_changes(self, database: Database) -> None:
+    def _prepare_updates(self, database: Database) -> None:
         # SQLite rewrites the index entries of every column that an UPDATE names, even if the value is unchanged. So the
         # statement for checkpoints that keep their claims names no indexed column.
         self._keep_claim = database.statement(keep_claim(database))
         self._update_roots = database.statement(update_roots(database))
         self._update_children = database.statement(update_children(database))
         self._set_task_count = database.statement(set_task_count(database))
-        self._end_tasks = database.statement(end_tasks(database))
-        self._add_attempts = database.statement(add_attempts(database))
+        self._apply_outcomes = database.statement(apply_outcomes(database))
+        self._insert_attempts = database.statement(insert_attempts(database))
 
-    def _make_looks(self, database: Database) -> None:
+    def _prepare_reads(self, database: Database) -> None:
         row = database.source(types_of(operation, "id"))
-        this = operation.c.id == row["id"]
-        self._lock = database.statement(row.select(OPERATION_COLUMNS, operation, this).with_for_update(of=operation))
-        self._place = database.statement(row.select([operation.c[name] for name in Position._fields], operation, this))
+        same_id = operation.c.id == row["id"]
+        self._lock_root = database.statement(
+            row.select(OPERATION_COLUMNS, operation, same_id).with_for_update(of=operation)
+        )
+        columns = [operation.c[name] for name in Position._fields]
+        self._read_positions = database.statement(row.select(columns, operation, same_id))
         row = database.source(types_of(attempt, "operation_id", "position", "number"))
         key = [attempt.c[name] == row[name] for name in ("operation_id", "position", "number")]
-        self._attempts = database.statement(row.select([attempt.c.number], attempt, *key))
+        self._read_attempts = database.statement(row.select([attempt.c.number], attempt, *key))
         cancelled = {"status": states.CANCELLED, "ended_at": database.now, "result": operation.c.accumulated}
         row = database.source(types_of(operation, "root_id"))
-        open_ones = (
+        unfinished = (
             operation.c.root_id == row["root_id"],
             operation.c.parent_id.is_not(None),
             or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
         )
-        self._cancel_inner = database.statement(row.update(operation, cancelled, *open_ones))
+        self._cancel_children = database.statement(row.update(operation, cancelled, *unfinished))
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -160,11 +176,11 @@ class CheckpointWriter:
             rows.add_root(checkpoint, cancelled=False)
             self._add_rest(transaction, rows, checkpoint, checkpoint.events)
         self._write(transaction, rows)
-        return [each.updates[-1].status for each in checkpoints]
+        return [checkpoint.updates[-1].status for checkpoint in checkpoints]
 
     def fits_one_statement(self, checkpoints: Sequence[Checkpoint]) -> bool:
-        """Return whether :meth:`record_at_once` can record the checkpoints."""
-        return not any(each.built or len(each.updates) > 1 for each in checkpoints)
+        """Return whether :meth:`record_in_one_statement` can record the checkpoints."""
+        return not any(checkpoint.built or len(checkpoint.updates) > 1 for checkpoint in checkpoints)
 
     def record_in_one_statement(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """Record checkpoints as :meth:`record` does, in one statement: a round trip takes as long as a statement.
@@ -175,41 +191,41 @@ class CheckpointWriter:
         for checkpoint in checkpoints:
             rows.add_root(checkpoint, cancelled=False)
             rows.add_rest(checkpoint, 0, checkpoint.events)
-        moves = rows.in_order()
-        assert self._single_statement is not None, "fits_at_once() allows this on PostgreSQL only"
+        roots = rows.in_order()
+        assert self._single_statement is not None, "fits_one_statement() allows this on PostgreSQL only"
         transaction.execute(
             self._single_statement,
             {
-                "moves": json.dumps(moves),
-                "ends": json.dumps(rows.outcomes),
+                "updates": json.dumps(roots),
+                "outcomes": json.dumps(rows.outcomes),
                 "attempts": json.dumps(rows.attempts),
                 "events": json.dumps(rows.events),
-                "expected": len(moves) + len(rows.outcomes),
+                "expected": len(roots) + len(rows.outcomes),
             },
         )
-        return [each.updates[-1].status for each in checkpoints]
+        return [checkpoint.updates[-1].status for checkpoint in checkpoints]
 
     def _add_rest(
-        self, transaction: Transaction, rows: CheckpointRows, checkpoint: Checkpoint, notes: Sequence[NewEvent]
+        self, transaction: Transaction, rows: CheckpointRows, checkpoint: Checkpoint, events: Sequence[NewEvent]
     ) -> None:
         built = checkpoint.built
         count = 0 if built is None else count_in(built.tasks)
-        rows.add_rest(checkpoint, self._ids.next_ids(transaction.time, count) if count else 0, notes)
+        rows.add_rest(checkpoint, self._ids.next_ids(transaction.time, count) if count else 0, events)
 
     def _write(self, transaction: Transaction, rows: CheckpointRows) -> None:
-        moves = [(self._keep_claim, rows.kept), (self._update_roots, rows.released)]
+        statements = [(self._keep_claim, rows.kept), (self._update_roots, rows.released)]
         if self._single_statement is not None:
             # Update all roots in one statement, ordered by id; otherwise this transaction and one that renews leases
             # could deadlock.
-            moves = [(self._update_roots, rows.in_order())]
-        for statement, roots in moves:
+            statements = [(self._update_roots, rows.in_order())]
+        for statement, roots in statements:
             if transaction.execute_many(statement, roots) != len(roots):
                 raise RowCountMismatch
         if transaction.execute_many(self._update_children, rows.children) != len(rows.children):
             raise RowCountMismatch
-        if transaction.execute_many(self._end_tasks, rows.outcomes) != len(rows.outcomes):
+        if transaction.execute_many(self._apply_outcomes, rows.outcomes) != len(rows.outcomes):
             raise RowCountMismatch
-        transaction.execute_many(self._add_attempts, rows.attempts)
+        transaction.execute_many(self._insert_attempts, rows.attempts)
         transaction.execute_many(self._set_task_count, rows.task_counts)
         self._inserts.insert(transaction, rows.inserts)
         transaction.execute_many(self._inserts.events, rows.events)
@@ -225,104 +241,104 @@ class CheckpointWriter:
         :return: the status of the root.
         :raises kser.errors.FencedError: the checkpoint does not match the stored rows.
         """
-        found = transaction.fetch(self._lock, [{"id": checkpoint.root_id}])
-        root = operation_row(found[0]) if found else None
-        if root is None:
+        rows = transaction.fetch(self._lock_root, [{"id": checkpoint.root_id}])
+        if not rows:
             raise FencedError(f"operation {checkpoint.root_id} is not stored: it was deleted")
-        rows = transaction.fetch(self._place, [{"id": move.operation_id} for move in checkpoint.updates])
-        places = {row[0]: Position(*row) for row in rows}
-        if len(places) < len({move.operation_id for move in checkpoint.updates}):
+        root = operation_row(rows[0])
+        rows = transaction.fetch(self._read_positions, [{"id": update.operation_id} for update in checkpoint.updates])
+        positions = {position.id: position for position in (Position(*row) for row in rows)}
+        if len(positions) < len({update.operation_id for update in checkpoint.updates}):
             raise FencedError(f"a nested operation of operation {root.uuid} is not stored")
-        if self._is_recorded(transaction, checkpoint, root, places):
+        if self._is_recorded(transaction, checkpoint, root, positions):
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
             raise FencedError(
                 f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}"
             )
-        if any(places[move.operation_id][1:3] != (move.old_step, move.old_phase) for move in checkpoint.updates):
+        if any(
+            positions[update.operation_id].differs_from(update.stored_step, update.stored_phase)
+            for update in checkpoint.updates
+        ):
             raise FencedError(f"operation {root.uuid} is at another step")
         return self._record_one(transaction, checkpoint, root)
 
     def _is_recorded(
-        self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, places: Mapping[int, Position]
+        self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, positions: Mapping[int, Position]
     ) -> bool:
         """Return whether this same checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
-        if any(places[move.operation_id][1:3] != (move.step, move.phase) for move in checkpoint.updates):
+        if any(positions[update.operation_id].differs_from(update.step, update.phase) for update in checkpoint.updates):
             return False
         keys = [
-            {"operation_id": end.operation_id, "position": end.position, "number": end.number}
-            for end in checkpoint.outcomes
-            if end.number
+            {"operation_id": outcome.operation_id, "position": outcome.position, "number": outcome.number}
+            for outcome in checkpoint.outcomes
+            if outcome.number
         ]
-        if len(transaction.fetch(self._attempts, keys)) < len(keys):
+        if len(transaction.fetch(self._read_attempts, keys)) < len(keys):
             return False
         # A checkpoint that leaves no trace cannot be recognised. Recording it again has the same result.
-        built = checkpoint.built is not None and places[checkpoint.built.operation_id].task_count is not None
-        return bool(not kept or keys or built or any(move.changes_position for move in checkpoint.updates))
+        built = checkpoint.built is not None and positions[checkpoint.built.operation_id].task_count is not None
+        return bool(not kept or keys or built or any(update.changes_position for update in checkpoint.updates))
 
     def _record_one(self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow) -> str:
         cancelled = root.cancel_requested
         rows = CheckpointRows()
         rows.add_root(checkpoint, cancelled)
-        notes = checkpoint.events
-        if cancelled:
-            ended = [note for note in notes if note.kind == "ended" and note.uuid in (None, root.uuid)]
-            notes = [*(note for note in notes if note not in ended), NewEvent("ended", text=states.CANCELLED)]
-        self._add_rest(transaction, rows, checkpoint, notes)
+        events = cancelled_events(root, checkpoint.events) if cancelled else checkpoint.events
+        self._add_rest(transaction, rows, checkpoint, events)
         try:
             self._write(transaction, rows)
         except RowCountMismatch:
             raise FencedError(f"a nested operation or task of operation {root.uuid} is at another step") from None
         if not cancelled:
             return checkpoint.updates[-1].status
-        transaction.execute_many(self._cancel_inner, [{"root_id": root.id}])
+        transaction.execute_many(self._cancel_children, [{"root_id": root.id}])
         return states.CANCELLED
 
 
-def _child_row(move: OperationUpdate) -> dict[str, Any]:
+def _child_row(update: OperationUpdate) -> dict[str, Any]:
     return {
-        "id": move.operation_id,
-        "old_step": move.old_step,
-        "old_phase": move.old_phase,
-        "step": move.step,
-        "phase": move.phase,
-        "status": move.status,
-        "accumulated": move.accumulated,
-        "result": move.result,
-        "ended": int(states.is_final(move.status)),
+        "id": update.operation_id,
+        "stored_step": update.stored_step,
+        "stored_phase": update.stored_phase,
+        "step": update.step,
+        "phase": update.phase,
+        "status": update.status,
+        "accumulated": update.accumulated,
+        "result": update.result,
+        "ended": int(states.is_final(update.status)),
     }
 
 
-def _outcome_row(end: TaskOutcome) -> dict[str, Any]:
+def _outcome_row(outcome: TaskOutcome) -> dict[str, Any]:
     return {
-        "operation_id": end.operation_id,
-        "position": end.position,
-        "status": end.status,
-        "result": end.result,
-        "number": end.number,
+        "operation_id": outcome.operation_id,
+        "position": outcome.position,
+        "status": outcome.status,
+        "result": outcome.result,
+        "number": outcome.number,
     }
 
 
-def _attempt_row(end: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]:
+def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "operation_id": end.operation_id,
-        "position": end.position,
-        "number": end.number,
+        "operation_id": outcome.operation_id,
+        "position": outcome.position,
+        "number": outcome.number,
         "epoch": checkpoint.epoch,
-        "status": states.SUCCESS if end.status == states.SUCCESS else states.FAILED,
+        "status": states.SUCCESS if outcome.status == states.SUCCESS else states.FAILED,
         "consumer": checkpoint.consumer,
-        "error": without_nul(end.error and end.error[:MAX_ERROR_LENGTH]),
-        "duration": end.duration,
+        "error": without_nul(outcome.error and outcome.error[:MAX_ERROR_LENGTH]),
+        "duration": outcome.duration,
     }
 
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
 #: Values that must match the stored root, so that an update by a stale owner changes no row.
-_FENCE: Final = {"epoch": BigInteger(), "old_step": Integer(), "old_phase": Text(), "cancelled": Boolean()}
+_FENCE: Final = {"epoch": BigInteger(), "stored_step": Integer(), "stored_phase": Text(), "cancelled": Boolean()}
 
 #: Values of an update that may release the claim.
 _RELEASE: Final = {
@@ -374,8 +390,8 @@ def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
         own.id == row["id"],
         own.epoch == row["epoch"],
         own.status == states.RUNNING,
-        own.step == row["old_step"],
-        own.phase == row["old_phase"],
+        own.step == row["stored_step"],
+        own.phase == row["stored_phase"],
         own.cancel_requested == row["cancelled"],
     )
 
@@ -384,11 +400,11 @@ def update_children(database: Database) -> Any:
     """Return a statement that updates nested operations, including those that end."""
     own, now = operation.c, database.now
     types = types_of(operation, "id", "step", "phase", "status", "accumulated", "result")
-    row = database.source({**types, "old_step": Integer(), "old_phase": Text(), "ended": Integer()})
+    row = database.source({**types, "stored_step": Integer(), "stored_phase": Text(), "ended": Integer()})
     values = {name: row[name] for name in types if name != "id"}
     values["started_at"] = func.coalesce(own.started_at, now)
     values["ended_at"] = case((row["ended"] == 1, now), else_=None)
-    where = (own.id == row["id"], own.step == row["old_step"], own.phase == row["old_phase"])
+    where = (own.id == row["id"], own.step == row["stored_step"], own.phase == row["stored_phase"])
     return row.update(operation, values, *where)
 
 
@@ -398,7 +414,7 @@ def set_task_count(database: Database) -> Any:
     return row.update(operation, {"task_count": row["task_count"]}, operation.c.id == row["id"])
 
 
-def end_tasks(database: Database, rows: str = ROWS) -> Any:
+def apply_outcomes(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that updates tasks after their attempts."""
     types = types_of(task, "operation_id", "position", "status", "result")
     row = database.source({**types, "number": Integer()}, rows)
@@ -410,7 +426,7 @@ def end_tasks(database: Database, rows: str = ROWS) -> Any:
     return row.update(task, values, task.c.operation_id == row["operation_id"], task.c.position == row["position"])
 
 
-def add_attempts(database: Database, rows: str = ROWS) -> Any:
+def insert_attempts(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts attempts."""
     now = database.now
     types = types_of(attempt, "operation_id", "position", "number", "epoch", "status", "consumer", "error")
@@ -424,12 +440,13 @@ def single_statement(database: Database) -> Any:
 
     The statement fails unless it changes as many rows as ``expected``.
     """
-    moved = update_roots(database, "moves").returning(operation.c.id).cte("moved")
-    ended = end_tasks(database, "ends").returning(task.c.position).cte("ended")
-    parts = [add_attempts(database, "attempts").cte("attempted"), insert_events(database, "events").cte("noted")]
-    moved_rows, ended_rows = (select(func.count()).select_from(part).scalar_subquery() for part in (moved, ended))
-    changed = moved_rows + ended_rows
+    roots = update_roots(database, "updates").returning(operation.c.id).cte("updated_roots")
+    tasks = apply_outcomes(database, "outcomes").returning(task.c.position).cte("updated_tasks")
+    attempts = insert_attempts(database, "attempts").cte("inserted_attempts")
+    events = insert_events(database, "events").cte("inserted_events")
+    changed_roots, changed_tasks = (select(func.count()).select_from(part).scalar_subquery() for part in (roots, tasks))
+    changed = changed_roots + changed_tasks
     # The cast of a text to a number makes the statement fail, and the server's log shows the text as the reason.
     problem = literal("not every checkpoint of kser fits: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
-    return select(check).add_cte(*parts)
+    return select(check).add_cte(attempts, events)

@@ -13,6 +13,7 @@ from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
+from kser.store.transitions import claim_refusal
 
 #: Tasks by operation id and position.
 Tasks = dict[tuple[int, int], TaskRow]
@@ -36,69 +37,77 @@ class Claims:
     """The statements that claim roots.
 
     :param database: the database to write to.
-    :param adding: the insert statements of this database.
+    :param inserts: the insert statements of this database.
     """
 
-    def __init__(self, database: Database, adding: Inserts) -> None:
+    def __init__(self, database: Database, inserts: Inserts) -> None:
         self._database = database
-        self._inserts = adding
-        claim = _claim_of(database)
+        self._inserts = inserts
+        claim = _claim_statement(database)
         self._claim = database.statement(claim.returning(operation.c.id, operation.c.epoch, operation.c.owner))
         if database.json_batches:
             self._single_statement = database.statement(_single_statement(database))
-        self._by_uuid = self._reading({"uuid": Text()}, operation.c.uuid)
-        self._by_id = self._reading({"id": operation.c.id.type}, operation.c.id)
+        self._by_uuid = self._prepare_read({"uuid": Text()}, operation.c.uuid)
+        self._by_id = self._prepare_read({"id": operation.c.id.type}, operation.c.id)
         row = database.source(types_of(task, "operation_id", "position"))
-        place = and_(task.c.operation_id == row["operation_id"], task.c.position == row["position"])
-        self._tasks = database.statement(row.select(TASK_COLUMNS, task, place))
+        at_position = and_(task.c.operation_id == row["operation_id"], task.c.position == row["position"])
+        self._tasks = database.statement(row.select(TASK_COLUMNS, task, at_position))
 
-    def _reading(self, types: Mapping[str, Any], key: Any) -> Any:
+    def _prepare_read(self, types: Mapping[str, Any], key: Any) -> Any:
         row = self._database.source(types)
         return self._database.statement(
             row.select((*OPERATION_COLUMNS, self._database.now), operation, key == row[key.name])
         )
 
-    def claim(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
+    def claim(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
         """Claim roots independently of each other, and return the result for each."""
-        made = transaction.fetch(self._claim, _claim_rows(takes))
-        events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in made]
+        granted = transaction.fetch(self._claim, _claim_rows(commands))
+        events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in granted]
         transaction.execute_many(self._inserts.events, events)
-        found = {row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": take.uuid} for take in takes])}
-        answers: dict[int, Claim | ClaimRefused | None] = {}
-        mine: list[tuple[int, OperationRow, ClaimRequest]] = []
-        for index, take in enumerate(takes):
-            raw = found.get(take.uuid)
+        rows = {
+            row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": command.uuid} for command in commands])
+        }
+        results: dict[int, Claim | ClaimRefused | None] = {}
+        own: list[tuple[int, OperationRow, ClaimRequest]] = []
+        for index, command in enumerate(commands):
+            raw = rows.get(command.uuid)
             if raw is None:
-                answers[index] = None
+                results[index] = None
                 continue
             row = operation_row(raw)
             if row.parent_id is not None:
-                answers[index] = None
-            elif row.token == take.request.token:
-                mine.append((index, row, take.request))
+                results[index] = None
+            elif row.token == command.request.token:
+                own.append((index, row, command.request))
             else:
-                answers[index] = ClaimRefused(_refusal_reason(row, take.step, raw[-1]), row)
-        claims = self.claims(transaction, [(row, claimant) for _, row, claimant in mine], {})
-        answers.update(zip((index for index, _, _ in mine), claims, strict=True))
-        return [answers[index] for index in range(len(takes))]
+                # A root that no rule refuses became free after the claim statement; the next claim succeeds.
+                reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
+                results[index] = ClaimRefused(reason, row)
+        claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
+        results.update(zip((index for index, _, _ in own), claims, strict=True))
+        return [results[index] for index in range(len(commands))]
 
-    def claim_in_one_statement(self, transaction: Transaction, takes: Sequence[ClaimCommand]) -> list[Claim | None]:
+    def claim_in_one_statement(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | None]:
         """Claim roots as :meth:`claim` does, in one statement that also reads their current tasks.
 
         :return: None for each root that this statement did not claim.
         """
         roots: dict[str, OperationRow] = {}
         tasks: Tasks = {}
-        for raw in transaction.fetch(self._single_statement, _claim_rows(takes)):
+        for raw in transaction.fetch(self._single_statement, _claim_rows(commands)):
             row = operation_row(raw[_OPERATION])
             roots[row.token or ""] = row
             for part in (raw[_CURRENT], raw[_NEXT]):
                 if part[0] is not None:
                     tasks[part[0], part[1]] = TaskRow(*part)
-        mine = [take for take in takes if take.request.token in roots]
-        made = self.claims(transaction, [(roots[take.request.token], take.request) for take in mine], tasks)
-        claims = {claim.root.token: claim for claim in made}
-        return [claims.get(take.request.token) for take in takes]
+        granted = [command for command in commands if command.request.token in roots]
+        claims = {
+            claim.root.token: claim
+            for claim in self.claims(
+                transaction, [(roots[command.request.token], command.request) for command in granted], tasks
+            )
+        }
+        return [claims.get(command.request.token) for command in commands]
 
     def rows(self, transaction: Transaction, uuids: Sequence[str]) -> list[OperationRow]:
         """Return the rows of the stored operations with these uuids."""
@@ -106,7 +115,10 @@ class Claims:
 
     def rows_of(self, transaction: Transaction, ids: Sequence[int]) -> dict[int, OperationRow]:
         """Return the rows of operations by id."""
-        return {row[0]: operation_row(row) for row in transaction.fetch(self._by_id, [{"id": each} for each in ids])}
+        return {
+            row[0]: operation_row(row)
+            for row in transaction.fetch(self._by_id, [{"id": operation_id} for operation_id in ids])
+        }
 
     def claims(
         self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
@@ -119,17 +131,17 @@ class Claims:
         deeper = paths
         while deeper := [path for path in deeper if path[-1].phase == Phase.RUN_TASK]:
             missing = [path for path in deeper if (path[-1].id, path[-1].step) not in tasks]
-            wanted = [place for path in missing for place in positions(path)]
+            wanted = [position for path in missing for position in positions(path)]
             tasks.update(((row[0], row[1]), TaskRow(*row)) for row in transaction.fetch(self._tasks, wanted))
             children = {path[-1].id: tasks[path[-1].id, path[-1].step].child_id for path in deeper}
             deeper = [path for path in deeper if children[path[-1].id] is not None]
             rows = self.rows_of(transaction, [children[path[-1].id] or 0 for path in deeper])
             for path in deeper:
                 path.append(rows[children[path[-1].id] or 0])
-        return [_claim(path, tasks, claimant) for path, (_, claimant) in zip(paths, roots, strict=True)]
+        return [_claim(path, tasks, request) for path, (_, request) in zip(paths, roots, strict=True)]
 
 
-def _claim_of(database: Database) -> Any:
+def _claim_statement(database: Database) -> Any:
     """Return the statement that claims roots."""
     now = database.now
     row = database.source({name: Text() for name in ("uuid", "step", "owner", "token")} | {"lease": Double()})
@@ -160,30 +172,30 @@ def _single_statement(database: Database) -> Any:
 
     The tasks are the current one and the one after it.
     """
-    made = _claim_of(database).returning(*OPERATION_COLUMNS).cte("made")
+    claimed = _claim_statement(database).returning(*OPERATION_COLUMNS).cte("claimed")
     names = ("root_id", "at", "kind", "epoch", "consumer")
-    values = select(made.c.id, database.now, literal("claimed", Text), made.c.epoch, made.c.owner)
-    noted = insert(event).from_select(list(names), values).cte("noted")
+    values = select(claimed.c.id, database.now, literal("claimed", Text), claimed.c.epoch, claimed.c.owner)
+    events = insert(event).from_select(list(names), values).cte("inserted_events")
     # After waiting for a lock, PostgreSQL reads only the updated rows again, and all others from the snapshot at the
     # start of the statement. If the operation has advanced meanwhile, its tasks do not join here and are read later.
-    before, current, following = operation.alias("before"), task.alias("current"), task.alias("following")
+    stored, current, following = operation.alias("stored"), task.alias("current"), task.alias("following")
     unchanged = and_(
-        before.c.id == made.c.id,
-        before.c.epoch == made.c.epoch - 1,
-        before.c.step == made.c.step,
-        before.c.phase == made.c.phase,
-        before.c.phase == Phase.RUN_TASK,
+        stored.c.id == claimed.c.id,
+        stored.c.epoch == claimed.c.epoch - 1,
+        stored.c.step == claimed.c.step,
+        stored.c.phase == claimed.c.phase,
+        stored.c.phase == Phase.RUN_TASK,
     )
-    has_task = and_(current.c.operation_id == before.c.id, current.c.position == before.c.step)
+    has_task = and_(current.c.operation_id == stored.c.id, current.c.position == stored.c.step)
     follows = and_(
         current.c.operation_id.is_not(None),
-        made.c.mode == Mode.DISTRIBUTED,
-        following.c.operation_id == made.c.id,
-        following.c.position == made.c.step + 1,
+        claimed.c.mode == Mode.DISTRIBUTED,
+        following.c.operation_id == claimed.c.id,
+        following.c.position == claimed.c.step + 1,
     )
-    columns = [each.c[name] for each in (current, following) for name in TaskRow._fields]
-    places = made.outerjoin(before, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
-    return select(*made.c, *columns).select_from(places).add_cte(noted)
+    columns = [rows.c[name] for rows in (current, following) for name in TaskRow._fields]
+    joined = claimed.outerjoin(stored, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
+    return select(*claimed.c, *columns).select_from(joined).add_cte(events)
 
 
 def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
@@ -208,28 +220,17 @@ def _claim(
     )
 
 
-def _claim_rows(takes: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
+def _claim_rows(commands: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
     # All transactions lock rows in the same order; otherwise two of them could deadlock.
-    return [_claim_row(take) for take in sorted(takes, key=lambda take: take.uuid)]
+    return [_claim_row(command) for command in sorted(commands, key=lambda command: command.uuid)]
 
 
-def _claim_row(take: ClaimCommand) -> dict[str, Any]:
-    claimant = take.request
+def _claim_row(command: ClaimCommand) -> dict[str, Any]:
+    request = command.request
     return {
-        "uuid": take.uuid,
-        "step": take.step,
-        "owner": claimant.owner,
-        "token": claimant.token,
-        "lease": claimant.lease,
+        "uuid": command.uuid,
+        "step": command.step,
+        "owner": request.owner,
+        "token": request.token,
+        "lease": request.lease,
     }
-
-
-def _refusal_reason(row: OperationRow, step: str, now: float) -> str:
-    """Return why a claim on a root was refused."""
-    if states.is_final(row.status):
-        return RefusalReason.ENDED
-    if row.target.uuid != step:
-        return RefusalReason.STALE
-    held = row.owner is not None and row.next_check_at is not None and row.next_check_at > now
-    # Either the root has a valid lease, or it became free after the claim statement and the next claim succeeds.
-    return RefusalReason.WAITING if not held and row.due_at > now else RefusalReason.HELD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Final
 
@@ -31,13 +31,13 @@ class Transaction:
     :param cursor: the cursor of the driver.
     :param clock: value of the bind parameter ``clock``.
     :param time: the time by the database's clock, or slightly earlier.
-    :param packed: True if a statement gets all its rows as one JSON text.
+    :param json_batches: True if a statement gets all its rows as one JSON text.
     """
 
-    def __init__(self, cursor: Any, clock: float, time: float, packed: bool) -> None:
+    def __init__(self, cursor: Any, clock: float, time: float, json_batches: bool) -> None:
         self._cursor = cursor
         self._clock = clock
-        self._json_batches = packed
+        self._json_batches = json_batches
         self.time = time
 
     def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
@@ -68,17 +68,23 @@ class Transaction:
         if self._json_batches:
             cursor.execute(statement.sql, {**base, ROWS: json.dumps(rows)})
             return list(cursor.fetchall())
-        found: list[Any] = []
+        fetched: list[Any] = []
         for row in rows:
             cursor.execute(statement.sql, {**base, **row})
-            found += cursor.fetchall()
-        return found
+            fetched += cursor.fetchall()
+        return fetched
+
+
+def no_offset() -> float:
+    """Return 0: the clock of the database is used as it is."""
+    return 0.0
 
 
 class Database(ABC):
     """A SQLite or PostgreSQL database.
 
     :param url: its address.
+    :param clock_offset: returns the seconds to add to the clock.
     """
 
     #: Scheme of the address.
@@ -90,12 +96,11 @@ class Database(ABC):
     #: The current time in seconds since 1970, as an SQL expression.
     now: ColumnElement[float]
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         self.url = url
         #: The address without secrets.
         self.name = url.set(drivername=self.prefix, query={}).render_as_string()
-        #: Seconds that are added to the clock; used by tests.
-        self.clock_offset = 0.0
+        self._clock_offset = clock_offset
         self.engine: Engine = self._engine()
 
     def statement(self, clause: Any) -> Statement:
@@ -176,6 +181,6 @@ class Database(ABC):
 
     def _translate(self, error: Exception) -> KserError:
         kind, advice = self._classify_error(error)
-        what = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
+        problem = "rejects the statement" if issubclass(kind, StoreError) else "cannot be used now"
         text = " ".join(str(error).split()) or type(error).__name__
-        return kind(f"the database {self.name} {what}: {text}" + (f"; {advice}" if advice else ""))
+        return kind(f"the database {self.name} {problem}: {text}" + (f"; {advice}" if advice else ""))

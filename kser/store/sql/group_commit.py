@@ -21,7 +21,7 @@ class PendingWrite(Generic[Item]):
     :param item: the item to write.
     """
 
-    __slots__ = ("error", "has_leader", "is_leader", "item", "result", "wake")
+    __slots__ = ("error", "has_led", "is_leader", "item", "result", "wake")
 
     def __init__(self, item: Item) -> None:
         self.item = item
@@ -30,7 +30,7 @@ class PendingWrite(Generic[Item]):
         #: True once the thread of this entry is the leader, which writes the next group.
         self.is_leader = False
         #: True once that thread has written its group and has handed the lead over.
-        self.has_leader = False
+        self.has_led = False
         #: Locked while the thread of this entry waits; a bare lock is the cheapest way to wait.
         self.wake = threading.Lock()
 
@@ -85,7 +85,7 @@ class GroupCommit(Generic[Item]):
         with self._lock:
             if entry in self._waiting:
                 self._waiting.remove(entry)
-        if entry.is_leader and not entry.has_leader:
+        if entry.is_leader and not entry.has_led:
             self._hand_over()
 
     def _lead(self, own: PendingWrite[Item]) -> None:
@@ -100,7 +100,7 @@ class GroupCommit(Generic[Item]):
                 entry.error = StoreUnavailable(f"the thread that wrote this group commit was interrupted: {error!r}")
             raise
         finally:
-            own.has_leader = True
+            own.has_led = True
             self._hand_over()
             for entry in group:
                 if entry is not own:
@@ -111,6 +111,6 @@ class GroupCommit(Generic[Item]):
             if not self._waiting:
                 self._leading -= 1
                 return
-            following = self._waiting.popleft()
-            following.is_leader = True
-        following.wake.release()
+            successor = self._waiting.popleft()
+            successor.is_leader = True
+        successor.wake.release()

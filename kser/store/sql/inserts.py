@@ -20,10 +20,10 @@ from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
 #: Values of a new operation's row that are not columns.
-_RESEND_WAIT: Final = {"wait": Double(), "started": Integer()}
+_EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns with the same value in every new row.
-_BLANK_RESULT: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
+_CONSTANTS: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
 
 
 class Inserts:
@@ -50,7 +50,7 @@ def insert_operations(database: Database, rows: str = ROWS) -> Any:
     now = database.now
     types = types_of(operation)
     for name in (
-        *_BLANK_RESULT,
+        *_CONSTANTS,
         "started_at",
         "ended_at",
         "next_check_at",
@@ -60,9 +60,9 @@ def insert_operations(database: Database, rows: str = ROWS) -> Any:
         "cancel_reason",
     ):
         del types[name]
-    row = database.source({**types, **_RESEND_WAIT}, rows)
+    row = database.source({**types, **_EXTRA_TYPES}, rows)
     values = {name: row[name] for name in types}
-    values |= {name: literal(value) for name, value in _BLANK_RESULT.items()}
+    values |= {name: literal(value) for name, value in _CONSTANTS.items()}
     values |= {
         "started_at": case((row["started"] == 1, now), else_=None),
         "next_check_at": now + row["wait"],
@@ -124,7 +124,7 @@ class InsertRows:
         self.labels: list[dict[str, Any]] = []
 
     def add_root(self, new: NewOperation, first_id: int, request: ClaimRequest | None) -> None:
-        """Add the rows of a root, claimed if ``claimant`` is given.
+        """Add the rows of a root, claimed if ``request`` is given.
 
         :param first_id: first of the reserved consecutive ids, one per operation in the root (:func:`count`).
         """
@@ -141,24 +141,24 @@ class InsertRows:
         }
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
-    def add_tasks(self, new: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
+    def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
         """Add the rows of the tasks of an operation, and of the operations nested in them."""
-        for position, each in enumerate(new):
-            child = None if each.child is None else self._add(each.child, ids, operation_id, root_id, CHILD_DEFAULTS)
+        for position, new in enumerate(tasks):
+            child = None if new.child is None else self._add(new.child, ids, operation_id, root_id, CHILD_DEFAULTS)
             self.tasks.append(
                 {
                     "operation_id": operation_id,
                     "position": position,
-                    "uuid": each.uuid,
-                    "entrypoint": each.entrypoint,
-                    "topic": each.topic,
-                    "status": each.status,
+                    "uuid": new.uuid,
+                    "entrypoint": new.entrypoint,
+                    "topic": new.topic,
+                    "status": new.status,
                     "attempts": 0,
                     "attempts_before_resume": 0,
                     "child_id": child,
-                    "params": each.params,
-                    "metadata": each.metadata,
-                    "result": each.result,
+                    "params": new.params,
+                    "metadata": new.metadata,
+                    "result": new.result,
                 }
             )
 
@@ -214,13 +214,13 @@ def count(new: NewOperation) -> int:
 
 def count_in(tasks: Sequence[NewTask]) -> int:
     """Count all operations nested in tasks."""
-    return sum(count(each.child) for each in tasks if each.child is not None)
+    return sum(count(new.child) for new in tasks if new.child is not None)
 
 
 def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
     """Return the uuids of all operations nested in tasks."""
-    found: list[str] = []
-    for each in tasks:
-        if each.child is not None:
-            found += (each.child.uuid, *uuids_in(each.child.tasks or ()))
-    return found
+    uuids: list[str] = []
+    for new in tasks:
+        if new.child is not None:
+            uuids += (new.child.uuid, *uuids_in(new.child.tasks or ()))
+    return uuids

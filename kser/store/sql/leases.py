@@ -1,4 +1,4 @@
-"""Leases, due steps and sends."""
+"""Leases, due steps and marks of sent steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 from sqlalchemy import BigInteger, Double, Integer, Text, bindparam, case, literal_column, or_, select
 
 from kser import status as states
-from kser.store.model import MAX_RESEND_DELAY, SEND_GRACE, DueReason, DueStep, StepMessage
+from kser.store.model import MAX_RESEND_DELAY, SEND_GRACE, DueStep, StepMessage
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.statements import RowSource, types_of
 from kser.store.sql.tables import operation
+from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
@@ -24,36 +25,38 @@ class Leases:
     """The statements for leases and due steps.
 
     :param database: the database to write to.
-    :param adding: the insert statements of this database.
+    :param inserts: the insert statements of this database.
     """
 
-    def __init__(self, database: Database, adding: Inserts) -> None:
-        self._inserts = adding
+    def __init__(self, database: Database, inserts: Inserts) -> None:
+        self._inserts = inserts
         own = operation.c
         now = database.now
         row = database.source(types_of(operation, "id", "epoch"))
         renewed = {"owner": bindparam("owner", type_=Text), "next_check_at": now + bindparam("lease", type_=Double)}
-        mine = (*_same(row), own.status == states.RUNNING)
-        self._renew = database.statement(row.update(operation, renewed, *mine).returning(own.id))
-        self._renew_free = database.statement(row.update_skip_locked(operation, renewed, *mine).returning(own.id))
-        unclaimed = (*_same(row), own.owner.is_(None), own.next_check_at.is_not(None))
-        later = bindparam("seconds", type_=Double)
+        claimed = (*_same_claim(row), own.status == states.RUNNING)
+        self._renew = database.statement(row.update(operation, renewed, *claimed).returning(own.id))
+        self._renew_unlocked = database.statement(
+            row.update_skip_locked(operation, renewed, *claimed).returning(own.id)
+        )
+        unclaimed = (*_same_claim(row), own.owner.is_(None), own.next_check_at.is_not(None))
+        seconds = bindparam("seconds", type_=Double)
         # The wait starts at due_at or now, whichever is later.
-        begin = case((own.due_at > now, own.due_at), else_=now)
-        doubled = later * literal_column("1").op("<<")(own.send_count)
+        start = case((own.due_at > now, own.due_at), else_=now)
+        doubled = seconds * literal_column("1").op("<<")(own.send_count)
         wait = case(
             (own.send_count >= MAX_DOUBLINGS, MAX_RESEND_DELAY),
             (doubled > MAX_RESEND_DELAY, MAX_RESEND_DELAY),
             else_=doubled,
         )
-        sent = {"send_count": own.send_count + 1, "sent_at": now, "next_check_at": begin + wait}
-        # Skip locked rows: the transaction that holds the lock is claiming the step, and sends of claimed steps are not
+        sent = {"send_count": own.send_count + 1, "sent_at": now, "next_check_at": start + wait}
+        # Skip locked rows: the transaction that holds the lock is claiming the step, and no send of a claimed step is
         # recorded.
         self._mark_sent = database.statement(row.update_skip_locked(operation, sent, *unclaimed))
-        self._postpone_send = database.statement(row.update(operation, {"next_check_at": now + later}, *unclaimed))
-        self._make_due(database)
+        self._postpone_send = database.statement(row.update(operation, {"next_check_at": now + seconds}, *unclaimed))
+        self._prepare_due(database)
 
-    def _make_due(self, database: Database) -> None:
+    def _prepare_due(self, database: Database) -> None:
         own = operation.c
         now = database.now
         columns = (own.id, own.uuid, own.epoch, own.target_uuid, own.target_entrypoint, own.target_topic)
@@ -67,12 +70,12 @@ class Leases:
             row.update(operation, {"owner": None, "next_check_at": now + SEND_GRACE}, own.id == row["id"])
         )
 
-    def renew_free(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
+    def renew_unlocked(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
         """Renew leases, skipping rows that other transactions have locked.
 
         Waiting for them while holding locks on the renewed rows could deadlock.
         """
-        return _ids(transaction.fetch(self._renew_free, _rows(claims), owner=owner, lease=lease))
+        return _ids(transaction.fetch(self._renew_unlocked, _rows(claims), owner=owner, lease=lease))
 
     def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> set[int]:
         """Renew the lease of one claim, if the claim exists; wait for its row if another transaction has locked it."""
@@ -91,25 +94,24 @@ class Leases:
     ) -> Sequence[DueStep]:
         """See :meth:`kser.store.base.Store.take_due_steps`."""
         rows = transaction.execute(self._due, {"limit": limit, "expired": int(expired)}).fetchall()
-        found: list[DueStep] = []
+        steps: list[DueStep] = []
         taken: list[dict[str, Any]] = []
         events: list[dict[str, Any]] = []
-        for root_id, uuid, epoch, *target, owner, sends, is_retry in rows:
-            unsent = DueReason.RETRY if is_retry else DueReason.UNSENT
-            reason = DueReason.EXPIRED if owner is not None else DueReason.UNCLAIMED if sends else unsent
-            found.append(DueStep(root_id, uuid, epoch, StepMessage(*target), reason))
+        for root_id, uuid, epoch, *target, owner, send_count, is_retry in rows:
+            reason = due_reason(owner, send_count, is_retry=bool(is_retry))
+            steps.append(DueStep(root_id, uuid, epoch, StepMessage(*target), reason))
             taken.append({"id": root_id})
             events.append(event_row(root_id, "sent-again", epoch, consumer, text=reason))
         transaction.execute_many(self._mark_taken, taken)
         transaction.execute_many(self._inserts.events, events)
-        return found
+        return steps
 
 
 def _ids(rows: Iterable[Any]) -> set[int]:
     return {root_id for (root_id,) in rows}
 
 
-def _same(row: RowSource) -> tuple[Any, Any]:
+def _same_claim(row: RowSource) -> tuple[Any, Any]:
     return operation.c.id == row["id"], operation.c.epoch == row["epoch"]
 
 

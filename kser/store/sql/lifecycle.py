@@ -21,36 +21,42 @@ class Lifecycle:
     """The statements that cancel, resume and purge operations.
 
     :param database: the database to write to.
-    :param adding: the insert statements of this database.
+    :param inserts: the insert statements of this database.
     """
 
-    def __init__(self, database: Database, adding: Inserts) -> None:
-        self._inserts = adding
+    def __init__(self, database: Database, inserts: Inserts) -> None:
+        self._inserts = inserts
         own = operation.c
         locked = select(*OPERATION_COLUMNS, own.next_check_at > database.now)
         self._lock = database.statement(
             locked.where(own.uuid == bindparam("uuid", type_=Text), own.parent_id.is_(None)).with_for_update()
         )
         self._by_id = database.statement(select(*OPERATION_COLUMNS).where(own.id == bindparam("key")))
-        self._make_cancel(database)
+        self._prepare_cancel(database)
         self._make_resume(database)
-        self._make_purge(database)
+        self._prepare_purge(database)
 
-    def _make_cancel(self, database: Database) -> None:
+    def _prepare_cancel(self, database: Database) -> None:
         own = operation.c
         now = database.now
         this = update(operation).where(own.id == bindparam("key"))
         reason = bindparam("reason", type_=Text)
         self._request = database.statement(this.values(cancel_requested=True, cancel_reason=reason))
         ended: dict[str, Any] = {"status": states.CANCELLED, "ended_at": now, "result": own.accumulated}
-        given = {"epoch": own.epoch + 1, "owner": None, "token": None, "next_check_at": None, "cancel_reason": reason}
-        self._cancel = database.statement(this.values({**ended, **given}))
-        inner = update(operation).where(
+        released = {
+            "epoch": own.epoch + 1,
+            "owner": None,
+            "token": None,
+            "next_check_at": None,
+            "cancel_reason": reason,
+        }
+        self._cancel = database.statement(this.values({**ended, **released}))
+        children = update(operation).where(
             own.root_id == bindparam("key"),
             own.parent_id.is_not(None),
             or_(own.status == states.PENDING, own.status == states.RUNNING),
         )
-        self._cancel_children = database.statement(inner.values(ended))
+        self._cancel_children = database.statement(children.values(ended))
 
     def _make_resume(self, database: Database) -> None:
         own = operation.c
@@ -71,7 +77,7 @@ class Lifecycle:
         pending = {"status": states.PENDING, "result": None, "attempts_before_resume": task.c.attempts}
         self._pending = database.statement(update(task).where(*place).values(pending))
 
-    def _make_purge(self, database: Database) -> None:
+    def _prepare_purge(self, database: Database) -> None:
         own = operation.c
         old = select(own.id).where(
             own.status == bindparam("status", type_=Text),
@@ -84,8 +90,8 @@ class Lifecycle:
         old = old.order_by(own.id).limit(bindparam("limit")).with_for_update(skip_locked=True)
         self._expired = database.statement(old)
         row = database.source(types_of(operation, "root_id"))
-        inner = row.select([own.id], operation, own.root_id == row["root_id"], own.parent_id.is_not(None))
-        self._children = database.statement(inner)
+        children = row.select([own.id], operation, own.root_id == row["root_id"], own.parent_id.is_not(None))
+        self._children = database.statement(children)
         self._deletions = [
             database.statement(row.delete(table, table.c[name] == row["root_id"]))
             for table, name in ((task, "operation_id"), (attempt, "operation_id"), (label, "operation_id"))
@@ -97,14 +103,14 @@ class Lifecycle:
 
     def cancel(self, transaction: Transaction, uuid: str, reason: str | None) -> OperationRow | None:
         """See :meth:`kser.store.base.Store.cancel`."""
-        found = transaction.execute(self._lock, {"uuid": uuid}).fetchone()
-        if found is None:
+        locked = transaction.execute(self._lock, {"uuid": uuid}).fetchone()
+        if locked is None:
             return None
-        row = operation_row(found)
+        row = operation_row(locked)
         if states.is_final(row.status):
             return row
         values = {"key": row.id, "reason": without_nul(reason)}
-        if row.owner is not None and found[-1]:
+        if row.owner is not None and locked[-1]:
             if row.cancel_requested:
                 return row
             transaction.execute(self._request, values)
@@ -159,10 +165,10 @@ class Lifecycle:
         """See :meth:`kser.store.base.Store.purge`."""
         before = id_at(transaction.time - older_than)
         roots: list[dict[str, int]] = []
-        for each in sorted(set(status)):
-            values = {"status": each, "before": before, "seconds": older_than, "limit": limit - len(roots)}
-            roots += ({"root_id": found} for (found,) in transaction.execute(self._expired, values).fetchall())
-        every = [*roots, *({"root_id": found} for (found,) in transaction.fetch(self._children, roots))]
+        for final in sorted(set(status)):
+            values = {"status": final, "before": before, "seconds": older_than, "limit": limit - len(roots)}
+            roots += ({"root_id": root_id} for (root_id,) in transaction.execute(self._expired, values).fetchall())
+        every = [*roots, *({"root_id": child_id} for (child_id,) in transaction.fetch(self._children, roots))]
         for deletion in (*self._deletions, self._delete_operation):
             transaction.execute_many(deletion, every)
         transaction.execute_many(self._delete_events, roots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -66,7 +66,11 @@ LOCK_KEY: Final = 0x6B736572  # "kser"
 
 
 class Postgresql(Database):
-    """A PostgreSQL server."""
+    """A PostgreSQL server.
+
+    :param url: its address.
+    :param clock_offset: returns the seconds to add to the clock.
+    """
 
     prefix = "postgresql+psycopg"
     json_batches = True
@@ -76,23 +80,23 @@ class Postgresql(Database):
     # statement sets to the current time get the same value.
     now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         #: Seconds by which the server's clock is ahead of the local clock; None before the first measurement.
-        self._clock_offset: float | None = None
+        self._server_offset: float | None = None
         self._measured_at = 0.0
-        super().__init__(url)
+        super().__init__(url, clock_offset)
 
     def close(self) -> None:
         self.engine.dispose()
 
     def _time(self, connection: Any) -> float:
         # Use the wall clock: the monotonic clock stops while the machine is suspended.
-        if self._clock_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
+        if self._server_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
             # Read the local clock after the response, so that the estimate of the server's time is never ahead of it.
             self._measured_at = time.time()
-            self._clock_offset = there - self._measured_at
-        return time.time() + self._clock_offset + self.clock_offset
+            self._server_offset = there - self._measured_at
+        return time.time() + self._server_offset + self._clock_offset()
 
     def _engine(self) -> Engine:
         engine = create_engine(
@@ -140,7 +144,7 @@ class Postgresql(Database):
             # COMMIT.
             if not single:
                 cursor.execute("BEGIN")
-            yield Transaction(cursor, self.clock_offset, now, self.json_batches)
+            yield Transaction(cursor, self._clock_offset(), now, self.json_batches)
             if not single:
                 cursor.execute("COMMIT")
 
@@ -150,7 +154,8 @@ class Postgresql(Database):
             cursor = connection.cursor()
             if snapshot:
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            yield Transaction(cursor, self.clock_offset, time.time() + self.clock_offset, self.json_batches)
+            offset = self._clock_offset()
+            yield Transaction(cursor, offset, time.time() + offset, self.json_batches)
             if snapshot:
                 cursor.execute("COMMIT")
 

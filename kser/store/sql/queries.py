@@ -50,8 +50,8 @@ class Queries:
         uuid = bindparam("uuid", type_=Text)
         key = bindparam("key", type_=BigInteger)
         self._by_uuid = database.statement(select(*OPERATION_COLUMNS).where(own.uuid == uuid))
-        inner = (own.root_id == key, own.parent_id.is_not(None))
-        self._children = database.statement(select(*OPERATION_COLUMNS).where(*inner))
+        children = (own.root_id == key, own.parent_id.is_not(None))
+        self._children = database.statement(select(*OPERATION_COLUMNS).where(*children))
         tasks = select(*TASK_COLUMNS).where(task.c.operation_id == key)
         self._tasks = database.statement(tasks.order_by(task.c.position))
         self._task = database.statement(tasks.where(task.c.position == bindparam("position", type_=BigInteger)))
@@ -64,8 +64,8 @@ class Queries:
 
     def get_operation(self, transaction: Transaction, uuid: str) -> OperationRow | None:
         """See :meth:`kser.store.base.Store.get_operation`."""
-        found = transaction.execute(self._by_uuid, {"uuid": uuid}).fetchone()
-        return None if found is None else operation_row(found)
+        row = transaction.execute(self._by_uuid, {"uuid": uuid}).fetchone()
+        return None if row is None else operation_row(row)
 
     def get_tasks(self, transaction: Transaction, operation_id: int) -> Sequence[TaskRow]:
         """See :meth:`kser.store.base.Store.get_tasks`."""
@@ -86,8 +86,8 @@ class Queries:
         if row is None:
             return None
         tasks = self.get_tasks(transaction, row.id)
-        attempts = [AttemptRow(*found) for found in transaction.execute(self._attempts, {"key": row.id}).fetchall()]
-        events = [EventRow(*found) for found in transaction.execute(self._events, {"key": row.root_id}).fetchall()]
+        attempts = [AttemptRow(*raw) for raw in transaction.execute(self._attempts, {"key": row.id}).fetchall()]
+        events = [EventRow(*raw) for raw in transaction.execute(self._events, {"key": row.root_id}).fetchall()]
         (root_uuid,) = transaction.execute(self._uuid, {"key": row.root_id}).fetchone()
         return OperationSnapshot(row, tasks, attempts, events, root_uuid)
 
@@ -117,19 +117,19 @@ class OperationSearch:
     def find(self, transaction: Transaction, query: OperationQuery, limit: int, after: str | None) -> Page:
         """See :meth:`kser.store.base.Store.find`."""
         before = _cursor(after)
-        every = [LabelFilter(query, index, before) for index in range(len(query.labels))]
-        driver = self._most_selective(transaction, query, every, before)
-        others = [each.matches for each in every if each is not driver]
+        filters = [LabelFilter(query, index, before) for index in range(len(query.labels))]
+        driver = self._most_selective(transaction, query, filters, before)
+        others = [other.matches for other in filters if other is not driver]
         statement = (
             _merged(_parts(query, before), limit + 1, others) if driver is None else driver.with_rest(query, others)
         )
         ids = self._ids(transaction, statement.limit(limit + 1))
-        rows = transaction.fetch(self._by_id, [{"id": each} for each in ids[:limit]])
-        newest_first = sorted((operation_row(row) for row in rows), reverse=True)
+        rows = transaction.fetch(self._by_id, [{"id": operation_id} for operation_id in ids[:limit]])
+        newest_first = sorted((operation_row(row) for row in rows), key=lambda row: row.id, reverse=True)
         return Page(newest_first, str(ids[limit - 1]) if len(ids) > limit else None)
 
     def _most_selective(
-        self, transaction: Transaction, found: OperationQuery, every: list[LabelFilter], before: int | None
+        self, transaction: Transaction, query: OperationQuery, filters: list[LabelFilter], before: int | None
     ) -> LabelFilter | None:
         """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
 
@@ -138,15 +138,15 @@ class OperationSearch:
         estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters drive, if there
         are any: an index is enough to test an operation for a label, but testing the other filters reads its row.
         """
-        narrow = (found.status, found.entrypoint, found.parent) != (None, None, None)
-        if not narrow and len(every) == 1:
-            return every[0]
-        driver, fewest = None if narrow or not every else every[0], COUNT_LIMIT
-        for each in every:
-            count = self._count(transaction, [each.ids()], fewest)
+        has_filters = (query.status, query.entrypoint, query.parent) != (None, None, None)
+        if not has_filters and len(filters) == 1:
+            return filters[0]
+        driver, fewest = None if has_filters or not filters else filters[0], COUNT_LIMIT
+        for candidate in filters:
+            count = self._count(transaction, [candidate.ids()], fewest)
             if count < fewest:
-                driver, fewest = each, count
-        if driver is not None and narrow and self._count(transaction, _parts(found, before), fewest) < fewest:
+                driver, fewest = candidate, count
+        if driver is not None and has_filters and self._count(transaction, _parts(query, before), fewest) < fewest:
             return None
         return driver
 
@@ -164,11 +164,11 @@ Condition = Callable[[ColumnElement[int]], ColumnElement[bool]]
 class LabelFilter:
     """The filter for one label of a query."""
 
-    def __init__(self, found: OperationQuery, index: int, before: int | None) -> None:
+    def __init__(self, query: OperationQuery, index: int, before: int | None) -> None:
         self._table = labels.alias(f"label_{index}")
-        key, value = label_row(*found.labels[index])
+        key, value = label_row(*query.labels[index])
         self._where = (self._table.c.key == key, self._table.c.value == value)
-        self._bounds = _bounds(found, self._table.c.operation_id, before)
+        self._bounds = _bounds(query, self._table.c.operation_id, before)
 
     def ids(self) -> Select[Any]:
         """Return a query for the ids of the operations with the label."""
@@ -178,11 +178,11 @@ class LabelFilter:
         """Return the condition that an operation has the label."""
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
-    def with_rest(self, found: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
+    def with_rest(self, query: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
         """Return a query for the ids of the operations with the label that match all remaining filters."""
         key = self._table.c.operation_id
-        rest = _exists(operation, operation.c.id == key, _root_or_parent(found), *_filters(found), *_times(found))
-        return self.ids().where(*(admits(key) for admits in others), rest).order_by(key.desc())
+        rest = _exists(operation, operation.c.id == key, _root_or_parent(query), *_filters(query), *_times(query))
+        return self.ids().where(*(matches(key) for matches in others), rest).order_by(key.desc())
 
 
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -198,21 +198,20 @@ def _cursor(after: str | None) -> int | None:
     return int(after)
 
 
-def _parts(found: OperationQuery, before: int | None) -> list[Select[Any]]:
+def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
     """Return queries for the operations that match all filters except labels, each in the order of an index.
 
     There is one query per status: within one status an index has the operations in the order of pages, across several
     statuses it does not.
     """
     own = operation.c
-    base = select(own.id).where(_root_or_parent(found), *_bounds(found, own.id, before), *_times(found))
-    if found.parent is not None:
-        return [base.where(*_filters(found))]
-    if found.entrypoint is not None:
-        base = base.where(own.entrypoint == found.entrypoint)
-    return [
-        base.where(own.status == each) for each in sorted(set(STATES if found.status is None else found.status)) or [""]
-    ]
+    base = select(own.id).where(_root_or_parent(query), *_bounds(query, own.id, before), *_times(query))
+    if query.parent is not None:
+        return [base.where(*_filters(query))]
+    if query.entrypoint is not None:
+        base = base.where(own.entrypoint == query.entrypoint)
+    statuses = sorted(set(STATES if query.status is None else query.status)) or [""]
+    return [base.where(own.status == status) for status in statuses]
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
@@ -227,39 +226,39 @@ def _union(parts: list[Select[Any]]) -> Any:
     return union_all(*(select(part.subquery().c.id) for part in parts))
 
 
-def _root_or_parent(found: OperationQuery) -> ColumnElement[bool]:
-    if found.parent is None:
+def _root_or_parent(query: OperationQuery) -> ColumnElement[bool]:
+    if query.parent is None:
         return operation.c.parent_id.is_(None)
-    other = operation.alias("parent")
-    return operation.c.parent_id == select(other.c.id).where(other.c.uuid == found.parent).scalar_subquery()
+    parent = operation.alias("parent")
+    return operation.c.parent_id == select(parent.c.id).where(parent.c.uuid == query.parent).scalar_subquery()
 
 
-def _filters(found: OperationQuery) -> list[ColumnElement[bool]]:
+def _filters(query: OperationQuery) -> list[ColumnElement[bool]]:
     filters: list[ColumnElement[bool]] = []
-    if found.status is not None:
-        filters.append(or_(false(), *(operation.c.status == each for each in sorted(set(found.status)))))
-    if found.entrypoint is not None:
-        filters.append(operation.c.entrypoint == found.entrypoint)
+    if query.status is not None:
+        filters.append(or_(false(), *(operation.c.status == status for status in sorted(set(query.status)))))
+    if query.entrypoint is not None:
+        filters.append(operation.c.entrypoint == query.entrypoint)
     return filters
 
 
-def _bounds(found: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
+def _bounds(query: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
     """Return the bounds of the id, which increases with the time of creation."""
     bounds: list[ColumnElement[bool]] = []
     if before is not None:
         bounds.append(key < before)
-    if found.since is not None:
-        bounds.append(key >= id_at(found.since - ROUNDING))
-    if found.until is not None:
-        bounds.append(key < id_at(found.until + ROUNDING))
+    if query.since is not None:
+        bounds.append(key >= id_at(query.since - ROUNDING))
+    if query.until is not None:
+        bounds.append(key < id_at(query.until + ROUNDING))
     return bounds
 
 
-def _times(found: OperationQuery) -> list[ColumnElement[bool]]:
+def _times(query: OperationQuery) -> list[ColumnElement[bool]]:
     """Return the exact bounds of the time of creation; the bounds of the id allow for rounding."""
     times: list[ColumnElement[bool]] = []
-    if found.since is not None:
-        times.append(operation.c.created_at >= found.since)
-    if found.until is not None:
-        times.append(operation.c.created_at < found.until)
+    if query.since is not None:
+        times.append(operation.c.created_at >= query.since)
+    if query.until is not None:
+        times.append(operation.c.created_at < query.until)
     return times

@@ -28,7 +28,7 @@ from kser.store.sql.tables import OPERATION_COLUMNS, operation_row
 
 
 class SaveRequest:
-    """A request to store an operation, and to claim it if ``claimant`` is given."""
+    """A request to store an operation, and to claim it if ``request`` is given."""
 
     __slots__ = ("first_id", "operation", "request")
 
@@ -42,14 +42,14 @@ class OperationInserts:
     """The statements that store new operations.
 
     :param database: the database to write to.
-    :param adding: the insert statements of this database.
-    :param claiming: reads operations that are stored and claimed in the same transaction.
+    :param inserts: the insert statements of this database.
+    :param claims: reads operations that are stored and claimed in the same transaction.
     :param ids: generates the ids of new operations.
     """
 
-    def __init__(self, database: Database, adding: Inserts, claiming: Claims, ids: IdGenerator) -> None:
-        self._inserts = adding
-        self._claims = claiming
+    def __init__(self, database: Database, inserts: Inserts, claims: Claims, ids: IdGenerator) -> None:
+        self._inserts = inserts
+        self._claims = claims
         self._ids = ids
         if database.json_batches:
             self._single_statement = database.statement(_single_statement(database))
@@ -63,17 +63,16 @@ class OperationInserts:
         return self._stored(transaction, saves, rows, self._claims.rows_of(transaction, claimed))
 
     def fits_one_statement(self, saves: Sequence[SaveRequest]) -> bool:
-        """Return whether :meth:`store_at_once` can store the operations."""
+        """Return whether :meth:`store_in_one_statement` can store the operations."""
         return all(count(save.operation) == 1 for save in saves)
 
     def store_in_one_statement(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
         """Store operations as :meth:`store` does, in one statement. None of them may have nested operations."""
         rows, events = self._rows(transaction, saves)
         parts = {"operations": rows.operations, "tasks": rows.tasks, "labels": rows.labels, "events": events}
-        found = transaction.execute(
-            self._single_statement, {name: json.dumps(part) for name, part in parts.items()}
-        ).fetchall()
-        return self._stored(transaction, saves, rows, {row[0]: operation_row(row) for row in found})
+        cursor = transaction.execute(self._single_statement, {name: json.dumps(part) for name, part in parts.items()})
+        roots = [operation_row(row) for row in cursor.fetchall()]
+        return self._stored(transaction, saves, rows, {root.id: root for root in roots})
 
     def known(self, transaction: Transaction, save: SaveRequest) -> Claim | ClaimRefused | None:
         """Return the claim or refusal for an operation that is already stored; None when it is not stored.
@@ -81,14 +80,14 @@ class OperationInserts:
         :raises kser.errors.StoreError: the uuid of a nested operation is already stored, or occurs twice.
         """
         for row in self._claims.rows(transaction, [save.operation.uuid]):
-            claimant = save.request
-            if claimant is not None and row.token == claimant.token:
-                return self._claims.claims(transaction, [(row, claimant)], {})[0]
+            request = save.request
+            if request is not None and row.token == request.token:
+                return self._claims.claims(transaction, [(row, request)], {})[0]
             return ClaimRefused(RefusalReason.STALE, row)
-        inner = uuids_in(save.operation.tasks or ())
-        taken = [row.uuid for row in self._claims.rows(transaction, inner)]
-        if taken or len(set(inner)) < len(inner):
-            raise StoreError(f"these operation uuids are already stored or not unique: {', '.join(taken or inner)}")
+        uuids = uuids_in(save.operation.tasks or ())
+        taken = [row.uuid for row in self._claims.rows(transaction, uuids)]
+        if taken or len(set(uuids)) < len(uuids):
+            raise StoreError(f"these operation uuids are already stored or not unique: {', '.join(taken or uuids)}")
         return None
 
     def _rows(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> tuple[InsertRows, list[dict[str, Any]]]:
@@ -96,32 +95,31 @@ class OperationInserts:
         rows = InsertRows()
         events = []
         for save in saves:
-            new, claimant = save.operation, save.request
+            new, request = save.operation, save.request
             save.first_id = self._ids.next_ids(transaction.time, count(new))
-            rows.add_root(new, save.first_id, claimant)
+            rows.add_root(new, save.first_id, request)
             events.append(event_row(save.first_id, "accepted", 0, None))
-            if claimant is not None:
-                events.append(event_row(save.first_id, "claimed", 1, claimant.owner))
+            if request is not None:
+                events.append(event_row(save.first_id, "claimed", 1, request.owner))
         return rows, events
 
     def _stored(
         self, transaction: Transaction, saves: Sequence[SaveRequest], rows: InsertRows, roots: dict[int, OperationRow]
     ) -> list[Claim | int]:
         claimed = [(roots[save.first_id], save.request) for save in saves if save.request is not None]
-        turns = [place for root, _ in claimed for place in positions([root])]
-        by_place = {(row["operation_id"], row["position"]): row for row in rows.tasks} if turns else {}
-        found = (by_place.get((turn["operation_id"], turn["position"])) for turn in turns)
-        tasks = [TaskRow(*(row[name] for name in TaskRow._fields)) for row in found if row is not None]
-        claims = {
-            claim.id: claim for claim in self._claims.claims(transaction, claimed, {row[:2]: row for row in tasks})
-        }
+        wanted = [position for root, _ in claimed for position in positions([root])]
+        rows_by_position = {(row["operation_id"], row["position"]): row for row in rows.tasks} if wanted else {}
+        new_rows = (rows_by_position.get((position["operation_id"], position["position"])) for position in wanted)
+        tasks = [TaskRow(*(row[name] for name in TaskRow._fields)) for row in new_rows if row is not None]
+        by_position = {(task.operation_id, task.position): task for task in tasks}
+        claims = {claim.id: claim for claim in self._claims.claims(transaction, claimed, by_position)}
         return [claims.get(save.first_id, save.first_id) for save in saves]
 
 
 def _single_statement(database: Database) -> Any:
     """Return a statement that inserts all rows of operations without nested ones and reads the operation rows."""
-    made = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("made")
-    tasked = insert_tasks(database, "tasks").cte("tasked")
-    labelled = insert_labels(database, "labels").cte("labelled")
-    noted = insert_events(database, "events").cte("noted")
-    return select(*made.c).add_cte(tasked, labelled, noted)
+    operations = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("inserted_operations")
+    tasks = insert_tasks(database, "tasks").cte("inserted_tasks")
+    labels = insert_labels(database, "labels").cte("inserted_labels")
+    events = insert_events(database, "events").cte("inserted_events")
+    return select(*operations.c).add_cte(tasks, labels, events)

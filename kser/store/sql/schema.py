@@ -46,14 +46,14 @@ def check(database: Database, *, create: bool) -> None:
     :raises kser.errors.SchemaMismatch: the tables are missing or incompatible.
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
-    found = version_of(database)
-    if found is None and create:
+    version = version_of(database)
+    if version is None and create:
         with database.migration_transaction() as connection:
             # Another process may have created the tables meanwhile.
             if _version(connection) is None:
                 _migrate(connection)
-            found = _version(connection)
-    problem = mismatch(found)
+            version = _version(connection)
+    problem = mismatch(version)
     if problem:
         raise SchemaMismatch(f"the database {database.name} {problem}")
 
@@ -72,15 +72,15 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
         return before, after
 
 
-def mismatch(found: Version | None) -> str:
+def mismatch(version: Version | None) -> str:
     """Return why this code cannot use tables of a version, and what to do; an empty text when it can."""
-    if found is None:
+    if version is None:
         return f"has no tables of kser; run: {UPGRADE}"
-    if found.version < VERSION:
-        return f"has tables of version {found.version}, and this kser needs {VERSION}; run: {UPGRADE}"
-    if found.oldest > VERSION:
+    if version.version < VERSION:
+        return f"has tables of version {version.version}, and this kser needs {VERSION}; run: {UPGRADE}"
+    if version.oldest > VERSION:
         return (
-            f"has tables of version {found.version}, which need a newer kser than this one, of version {VERSION};"
+            f"has tables of version {version.version}, which need a newer kser than this one, of version {VERSION};"
             " upgrade kser: pip install --upgrade kser"
         )
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +49,8 @@ ERROR_TEXTS: Final = {
 class Sqlite(Database):
     """A SQLite file.
 
+    :param url: its address.
+    :param clock_offset: returns the seconds to add to the clock.
     :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions when the power fails.
     """
 
@@ -57,7 +59,7 @@ class Sqlite(Database):
     max_concurrent_writers = 1
     now = bindparam(CLOCK, type_=Double)
 
-    def __init__(self, url: URL, synchronous: str = "FULL") -> None:
+    def __init__(self, url: URL, clock_offset: Callable[[], float], synchronous: str) -> None:
         if synchronous not in SYNCHRONOUS:
             raise SettingError(f"synchronous must be 'FULL' or 'NORMAL'; it is {synchronous!r}")
         if url.database in (None, "", ":memory:"):
@@ -66,7 +68,7 @@ class Sqlite(Database):
         self._lock = threading.Lock()
         self._writer: Any = None
         self._closed = False
-        super().__init__(url)
+        super().__init__(url, clock_offset)
 
     def exists(self) -> bool:
         name = self.url.database or ""
@@ -119,7 +121,7 @@ class Sqlite(Database):
     def _transaction(self, cursor: Any) -> Transaction:
         # Read the clock inside the transaction, after the write lock was obtained: a time from before the wait for the
         # lock would be stale.
-        now = time.time() + self.clock_offset
+        now = time.time() + self._clock_offset()
         return Transaction(cursor, now, now, self.json_batches)
 
     def _roll_back(self) -> None:

@@ -49,7 +49,9 @@ class Statement:
     def __init__(self, clause: ClauseElement, dialect: Dialect) -> None:
         compiled: Any = clause.compile(dialect=dialect)
         self.sql = str(compiled)
-        self.constants: dict[str, Any] = {name: b.value for name, b in compiled.binds.items() if not b.required}
+        self.constants: dict[str, Any] = {
+            name: bind.value for name, bind in compiled.binds.items() if not bind.required
+        }
 
 
 class RowSource:
@@ -71,8 +73,8 @@ class RowSource:
 
     def __getitem__(self, name: str) -> ColumnElement[Any]:
         if self.json_batches:
-            found: ColumnElement[Any] = self._rows.c[name]
-            return found
+            value: ColumnElement[Any] = self._rows.c[name]
+            return value
         return bindparam(name, type_=self._types[name])
 
     def _row_estimate_hint(self) -> tuple[ColumnElement[bool], ...]:
@@ -101,9 +103,9 @@ class RowSource:
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id
-        free = select(key).select_from(self._rows, table).where(*where, *self._where)
-        found = free.with_for_update(of=table, skip_locked=True).cte("free")
-        return update(table).where(key == found.c.id).values(dict(values))
+        matching = select(key).select_from(self._rows, table).where(*where, *self._where)
+        unlocked = matching.with_for_update(of=table, skip_locked=True).cte("unlocked")
+        return update(table).where(key == unlocked.c.id).values(dict(values))
 
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that deletes the table rows that match each row."""
@@ -111,10 +113,10 @@ class RowSource:
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that reads the table rows that match each row."""
-        found = select(*columns).where(*where, *self._where)
-        return found.select_from(self._rows, table) if self.json_batches else found.select_from(table)
+        matching = select(*columns).where(*where, *self._where)
+        return matching.select_from(self._rows, table) if self.json_batches else matching.select_from(table)
 
 
 def types_of(table: Table, *names: str) -> dict[str, Any]:
     """Return the types of the named columns by name; of all columns without names."""
-    return {found.name: found.type for found in table.columns if not names or found.name in names}
+    return {own.name: own.type for own in table.columns if not names or own.name in names}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -28,7 +26,7 @@ from kser.store.model import (
 )
 from kser.store.sql import schema
 from kser.store.sql.claims import ClaimCommand
-from kser.store.sql.database import Database, Transaction
+from kser.store.sql.database import Database, Transaction, no_offset
 from kser.store.sql.leases import Leases
 from kser.store.sql.lifecycle import Lifecycle
 from kser.store.sql.postgresql import Postgresql
@@ -37,6 +35,7 @@ from kser.store.sql.saves import SaveRequest
 from kser.store.sql.sqlite import Sqlite
 from kser.store.sql.writer import BatchWriter, retry_on_conflict
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 EXAMPLES = "sqlite:///shop.db or postgresql+psycopg://user@host/database"
@@ -52,12 +51,13 @@ class SQLStore(Store):
         accepts.
     :param synchronous: for SQLite: ``"FULL"``, or ``"NORMAL"``, which is faster and loses the last transactions when
         the power fails.
+    :param clock_offset: for tests: returns the seconds to add to the clock of the database.
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
     """
 
-    def __init__(self, uri: str, *, synchronous: str = "FULL") -> None:
-        self._database = database_at(uri, synchronous)
+    def __init__(self, uri: str, *, synchronous: str = "FULL", clock_offset: Callable[[], float] = no_offset) -> None:
+        self._database = database_at(uri, synchronous, clock_offset)
         self.name = self._database.name
         self._writer = BatchWriter(self._database)
         self._queries = Queries(self._database)
@@ -67,15 +67,6 @@ class SQLStore(Store):
         self._checked = False
         self._lock = threading.Lock()
 
-    @property
-    def _clock_offset(self) -> float:
-        """Seconds that are added to the clock; used by tests."""
-        return self._database.clock_offset
-
-    @_clock_offset.setter
-    def _clock_offset(self, seconds: float) -> None:
-        self._database.clock_offset = seconds
-
     def check(self) -> None:
         with self._lock:
             schema.check(self._database, create=isinstance(self._database, Sqlite))
@@ -83,72 +74,60 @@ class SQLStore(Store):
 
     def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
         self._ensure_schema()
-        found: Claim | ClaimRefused | int = self._writer.write(SaveRequest(operation, request))
-        return found
+        return self._writer.write(SaveRequest(operation, request))
 
     def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
         self._ensure_schema()
-        found: Claim | ClaimRefused | None = self._writer.write(ClaimCommand(uuid, step, request))
-        return found
+        return self._writer.write(ClaimCommand(uuid, step, request))
 
     def checkpoint(self, checkpoint: Checkpoint) -> str:
         self._ensure_schema()
-        return str(self._writer.write(checkpoint))
+        return self._writer.write(checkpoint)
 
     def get_operation(self, uuid: str) -> OperationRow | None:
-        with self._read() as transaction:
-            return self._queries.get_operation(transaction, uuid)
+        return self._read(self._queries.get_operation, uuid)
 
     def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
-        with self._read() as transaction:
-            return self._queries.get_tasks(transaction, operation_id)
+        return self._read(self._queries.get_tasks, operation_id)
 
     def get_task(self, operation_id: int, position: int) -> TaskRow | None:
-        with self._read() as transaction:
-            return self._queries.get_task(transaction, operation_id, position)
+        return self._read(self._queries.get_task, operation_id, position)
 
     def get_children(self, root_id: int) -> Sequence[OperationRow]:
-        with self._read() as transaction:
-            return self._queries.get_children(transaction, root_id)
+        return self._read(self._queries.get_children, root_id)
 
     def snapshot(self, uuid: str) -> OperationSnapshot | None:
-        with self._read(snapshot=True) as transaction:
-            return self._queries.snapshot(transaction, uuid)
+        return self._read_snapshot(self._queries.snapshot, uuid)
 
     def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
-        with self._read(snapshot=True) as transaction:
-            return self._search.find(transaction, query, limit, after)
+        return self._read_snapshot(self._search.find, query, limit, after)
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
-        found = self._write(lambda transaction: self._leases.renew_free(transaction, pairs, owner, lease))
+        renewed = self._write(self._leases.renew_unlocked, pairs, owner, lease)
         # In SQLite there is only one writer, so no row was locked and skipped; a missing claim is really lost.
-        missing = [pair for pair in pairs if pair[0] not in found] if self._database.json_batches else []
+        missing = [pair for pair in pairs if pair[0] not in renewed] if self._database.json_batches else []
         for pair in missing:
-            found |= self._write(partial(self._leases.renew, claim=pair, owner=owner, lease=lease))
-        return found
+            renewed |= self._write(self._leases.renew, pair, owner, lease)
+        return renewed
 
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        pairs = list(steps)
-        self._write(lambda transaction: self._leases.mark_sent(transaction, pairs, resend_after))
+        self._write(self._leases.mark_sent, list(steps), resend_after)
 
     def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        return self._write(
-            lambda transaction: self._leases.take_due_steps(transaction, limit, consumer, expired=expired)
-        )
+        return self._write(self._leases.take_due_steps, limit, consumer, expired=expired)
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        pairs = list(steps)
-        self._write(lambda transaction: self._leases.postpone_send(transaction, pairs, wait))
+        self._write(self._leases.postpone_send, list(steps), wait)
 
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
-        return self._write(lambda transaction: self._lifecycle.cancel(transaction, uuid, reason))
+        return self._write(self._lifecycle.cancel, uuid, reason)
 
     def resume(self, uuid: str) -> OperationRow | None:
         return self._write(lambda transaction: self._lifecycle.resume(transaction, uuid))
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
-        return self._write(lambda transaction: self._lifecycle.purge(transaction, older_than, status, limit))
+        return self._write(self._lifecycle.purge, older_than, status, limit)
 
     def close(self) -> None:
         self._database.close()
@@ -158,24 +137,31 @@ class SQLStore(Store):
         if not self._checked:
             self.check()
 
-    @contextmanager
-    def _read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
+    def _read(self, query: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a query of one statement."""
         self._ensure_schema()
-        with self._database.read(snapshot=snapshot) as transaction:
-            yield transaction
+        with self._database.read() as transaction:
+            return query(transaction, *args, **kwargs)
 
-    def _write(self, work: Callable[[Transaction], R]) -> R:
+    def _read_snapshot(self, query: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a query whose statements must all see the same state."""
+        self._ensure_schema()
+        with self._database.read(snapshot=True) as transaction:
+            return query(transaction, *args, **kwargs)
+
+    def _write(self, change: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a change in a transaction, repeated after a conflict with another transaction."""
         self._ensure_schema()
 
         def run() -> R:
             with self._database.write() as transaction:
-                return work(transaction)
+                return change(transaction, *args, **kwargs)
 
         return retry_on_conflict(run)
 
 
-def database_at(uri: str, synchronous: str = "FULL") -> Database:
-    """Return the database at an address, without connecting to it.
+def database_at(uri: str, synchronous: str = "FULL", clock_offset: Callable[[], float] = no_offset) -> Database:
+    """Return the database at an address, without connecting to it. The parameters are those of :class:`SQLStore`.
 
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
@@ -188,9 +174,9 @@ def database_at(uri: str, synchronous: str = "FULL") -> Database:
         ) from None
     try:
         if url.drivername in ("sqlite", "sqlite+pysqlite"):
-            return Sqlite(url.set(drivername="sqlite+pysqlite"), synchronous)
+            return Sqlite(url.set(drivername="sqlite+pysqlite"), clock_offset, synchronous)
         if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-            return Postgresql(url.set(drivername="postgresql+psycopg"))
+            return Postgresql(url.set(drivername="postgresql+psycopg"), clock_offset)
     except ImportError as error:
         raise MissingDependency(
             f'PostgreSQL needs psycopg ({error}); install it with: pip install "kser[postgresql]"'

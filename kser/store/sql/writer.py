@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.model import Checkpoint
+from kser.store.model import Checkpoint, Claim, ClaimRefused
 from kser.store.sql.checkpoints import CheckpointWriter, RowCountMismatch
 from kser.store.sql.claims import ClaimCommand, Claims
 from kser.store.sql.database import CONFLICT_ATTEMPTS, Database, SerializationConflict
@@ -17,7 +17,7 @@ from kser.store.sql.ids import IdGenerator
 from kser.store.sql.inserts import Inserts
 from kser.store.sql.saves import OperationInserts, SaveRequest
 
-Work = SaveRequest | ClaimCommand | Checkpoint
+Item = SaveRequest | ClaimCommand | Checkpoint
 R = TypeVar("R")
 
 #: Marks an entry that was not written with its batch; it is written in a transaction of its own.
@@ -30,23 +30,23 @@ class Batch:
     :param entries: the entries to write.
     """
 
-    def __init__(self, entries: Sequence[PendingWrite[Work]]) -> None:
+    def __init__(self, entries: Sequence[PendingWrite[Item]]) -> None:
         self.count = len(entries)
         self.saves: dict[int, SaveRequest] = {}
         self.claims: dict[int, ClaimCommand] = {}
         self.checkpoints: dict[int, Checkpoint] = {}
         roots: set[int] = set()
         for index, entry in enumerate(entries):
-            work = entry.item
-            if isinstance(work, SaveRequest):
-                self.saves[index] = work
-            elif isinstance(work, ClaimCommand):
-                self.claims[index] = work
-            elif work.root_id not in roots:
+            item = entry.item
+            if isinstance(item, SaveRequest):
+                self.saves[index] = item
+            elif isinstance(item, ClaimCommand):
+                self.claims[index] = item
+            elif item.root_id not in roots:
                 # Only the first of two checkpoints for one root joins the batch; the second is written in a transaction
                 # of its own.
-                roots.add(work.root_id)
-                self.checkpoints[index] = work
+                roots.add(item.root_id)
+                self.checkpoints[index] = item
 
 
 class BatchWriter:
@@ -62,111 +62,120 @@ class BatchWriter:
         self.saves = OperationInserts(database, self.inserts, self.claims, ids)
         self.checkpoints = CheckpointWriter(database, self.inserts, ids)
         self._database = database
-        kinds: tuple[type[Work], ...] = (SaveRequest, ClaimCommand, Checkpoint)
-        one: GroupCommit[Work] = GroupCommit(self._run, database.max_concurrent_writers)
+        kinds: tuple[type[Item], ...] = (SaveRequest, ClaimCommand, Checkpoint)
+        shared: GroupCommit[Item] = GroupCommit(self._run, database.max_concurrent_writers)
         # PostgreSQL writes a batch in one statement, which is its own transaction, and one statement can write only one
         # kind. So each kind has a group there; SQLite has one group, whose transactions are shared by all kinds.
         self._groups = {
-            kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else one
+            kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else shared
             for kind in kinds
         }
 
-    def write(self, work: Work) -> Any:
-        """Write one item, batched with the concurrent writes of other threads."""
-        return self._groups[type(work)].write(work)
+    @overload
+    def write(self, item: SaveRequest) -> Claim | ClaimRefused | int: ...
 
-    def _run(self, entries: Sequence[PendingWrite[Work]]) -> None:
+    @overload
+    def write(self, item: ClaimCommand) -> Claim | ClaimRefused | None: ...
+
+    @overload
+    def write(self, item: Checkpoint) -> str: ...
+
+    def write(self, item: Item) -> Any:
+        """Write one item, batched with the concurrent writes of other threads."""
+        return self._groups[type(item)].write(item)
+
+    def _run(self, entries: Sequence[PendingWrite[Item]]) -> None:
         results: list[Any] = [NOT_WRITTEN] * len(entries)
-        trouble: StoreUnavailable | None = None
+        outage: StoreUnavailable | None = None
         try:
             self._write_batch(entries, results)
         except StoreUnavailable as error:
-            trouble = error
+            outage = error
         for entry, result in zip(entries, results, strict=True):
             if result is not NOT_WRITTEN:
                 # This entry was committed before the database became unavailable, so its result is valid.
                 entry.result = result
-            elif trouble is None:
+            elif outage is None:
                 self._run_single(entry)
             else:
                 # Each thread raises its own object: raising one object in several threads would mix their tracebacks.
-                entry.error = type(trouble)(trouble.message)
-                entry.error.__cause__ = trouble.__cause__
+                entry.error = type(outage)(outage.message)
+                entry.error.__cause__ = outage.__cause__
 
-    def _write_batch(self, entries: Sequence[PendingWrite[Work]], results: list[Any]) -> None:
+    def _write_batch(self, entries: Sequence[PendingWrite[Item]], results: list[Any]) -> None:
         """Write entries in one statement, then the remaining ones in one transaction.
 
         The result of an entry that was not written in either way stays ``NOT_WRITTEN``.
         """
-        left, sorts = list(range(len(entries))), Batch(entries)
-        for way in (
+        remaining, batch = list(range(len(entries))), Batch(entries)
+        for write in (
             (self._in_one_statement, self._in_one_transaction)
-            if self._fits_one_statement(sorts)
+            if self._fits_one_statement(batch)
             else (self._in_one_transaction,)
         ):
             with suppress(StoreError, RowCountMismatch):
-                for index, result in zip(left, retry_on_conflict(partial(way, sorts)), strict=True):
+                for index, result in zip(remaining, retry_on_conflict(partial(write, batch)), strict=True):
                     results[index] = result
-            left = [index for index in left if results[index] is NOT_WRITTEN]
-            if not left:
+            remaining = [index for index in remaining if results[index] is NOT_WRITTEN]
+            if not remaining:
                 break
-            sorts = Batch([entries[index] for index in left])
+            batch = Batch([entries[index] for index in remaining])
 
-    def _fits_one_statement(self, sorts: Batch) -> bool:
+    def _fits_one_statement(self, batch: Batch) -> bool:
         """Return whether one statement can write the batch. On PostgreSQL all its entries are of one kind."""
         return (
             self._database.json_batches
-            and self.checkpoints.fits_one_statement(list(sorts.checkpoints.values()))
-            and self.saves.fits_one_statement(list(sorts.saves.values()))
+            and self.checkpoints.fits_one_statement(list(batch.checkpoints.values()))
+            and self.saves.fits_one_statement(list(batch.saves.values()))
         )
 
-    def _in_one_statement(self, sorts: Batch) -> list[Any]:
+    def _in_one_statement(self, batch: Batch) -> list[Any]:
         """Write a batch in one statement.
 
         A claim that this statement cannot make is left out; any other entry that does not fit fails the statement.
         """
-        found: list[tuple[int, Any]] = []
+        pairs: list[tuple[int, Any]] = []
         with self._database.write(single=True) as transaction:
-            if sorts.checkpoints:
-                statuses = self.checkpoints.record_in_one_statement(transaction, list(sorts.checkpoints.values()))
-                found += zip(sorts.checkpoints, statuses, strict=True)
-            if sorts.claims:
-                claims = self.claims.claim_in_one_statement(transaction, list(sorts.claims.values()))
-                found += zip(sorts.claims, claims, strict=True)
-            if sorts.saves:
-                saved = self.saves.store_in_one_statement(transaction, list(sorts.saves.values()))
-                found += zip(sorts.saves, saved, strict=True)
-        results = {at: result for at, result in found if result is not None}
-        return [results.get(index, NOT_WRITTEN) for index in range(sorts.count)]
+            if batch.checkpoints:
+                statuses = self.checkpoints.record_in_one_statement(transaction, list(batch.checkpoints.values()))
+                pairs += zip(batch.checkpoints, statuses, strict=True)
+            if batch.claims:
+                claims = self.claims.claim_in_one_statement(transaction, list(batch.claims.values()))
+                pairs += zip(batch.claims, claims, strict=True)
+            if batch.saves:
+                saved = self.saves.store_in_one_statement(transaction, list(batch.saves.values()))
+                pairs += zip(batch.saves, saved, strict=True)
+        results = {index: result for index, result in pairs if result is not None}
+        return [results.get(index, NOT_WRITTEN) for index in range(batch.count)]
 
-    def _in_one_transaction(self, sorts: Batch) -> list[Any]:
+    def _in_one_transaction(self, batch: Batch) -> list[Any]:
         """Write a batch in one transaction. An entry that does not fit fails the whole batch."""
         results: dict[int, Any] = {}
         with self._database.write() as transaction:
-            if sorts.checkpoints:
-                statuses = self.checkpoints.record(transaction, list(sorts.checkpoints.values()))
-                results.update(zip(sorts.checkpoints, statuses, strict=True))
-            if sorts.claims:
-                claims = self.claims.claim(transaction, list(sorts.claims.values()))
-                results.update(zip(sorts.claims, claims, strict=True))
-            if sorts.saves:
-                saved = self.saves.store(transaction, list(sorts.saves.values()))
-                results.update(zip(sorts.saves, saved, strict=True))
-        return [results.get(index, NOT_WRITTEN) for index in range(sorts.count)]
+            if batch.checkpoints:
+                statuses = self.checkpoints.record(transaction, list(batch.checkpoints.values()))
+                results.update(zip(batch.checkpoints, statuses, strict=True))
+            if batch.claims:
+                claims = self.claims.claim(transaction, list(batch.claims.values()))
+                results.update(zip(batch.claims, claims, strict=True))
+            if batch.saves:
+                saved = self.saves.store(transaction, list(batch.saves.values()))
+                results.update(zip(batch.saves, saved, strict=True))
+        return [results.get(index, NOT_WRITTEN) for index in range(batch.count)]
 
-    def _run_single(self, entry: PendingWrite[Work]) -> None:
+    def _run_single(self, entry: PendingWrite[Item]) -> None:
         try:
             entry.result = retry_on_conflict(lambda: self._single(entry.item))
         except KserError as error:
             entry.error = error
 
-    def _single(self, work: Work) -> Any:
-        if isinstance(work, SaveRequest):
-            return self._save_single(work)
+    def _single(self, item: Item) -> Any:
+        if isinstance(item, SaveRequest):
+            return self._save_single(item)
         with self._database.write() as transaction:
-            if isinstance(work, ClaimCommand):
-                return self.claims.claim(transaction, [work])[0]
-            return self.checkpoints.resolve_mismatch(transaction, work)
+            if isinstance(item, ClaimCommand):
+                return self.claims.claim(transaction, [item])[0]
+            return self.checkpoints.resolve_mismatch(transaction, item)
 
     def _save_single(self, save: SaveRequest) -> Any:
         for attempt in range(1, CONFLICT_ATTEMPTS + 1):
