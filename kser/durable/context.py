@@ -24,7 +24,7 @@ from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
 from kser.store.base import Store
 from kser.store.model import ClaimRequest, StepMessage
-from kser.store.retrying import StoreRetry
+from kser.store.retrying import RetryingStore
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
@@ -106,8 +106,8 @@ class DurableContext:
 
     def __init__(self, registry: RegistryProtocol, store: Store) -> None:
         self.registry = registry
-        self.store = store
-        self.retrying = StoreRetry()
+        #: The store, which repeats each call during an outage; ``store.direct`` does not.
+        self.store = RetryingStore(store)
         self.settings = DurabilitySettings(registry.settings)
         #: Owner name of this process in claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"

@@ -105,15 +105,15 @@ class Execution:
 
     def release(self) -> None:
         """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
-        root, epoch = self._claim.root, self._claim.epoch
-        row = self._context.store.get_operation(root.uuid)
+        root, epoch, store = self._claim.root, self._claim.epoch, self._context.store.direct
+        row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
         stay = OperationUpdate(
             row.id, row.step, row.phase, row.step, row.phase, row.status, row.accumulated, row.result
         )
         token, notes = root.token or "", (NewEvent("released"),)
-        status = self._context.store.checkpoint(
+        status = store.checkpoint(
             Checkpoint(row.id, epoch, token, self._context.owner, (stay,), events=notes, keep=False)
         )
         if status == states.CANCELLED:
@@ -151,7 +151,7 @@ class Execution:
         checkpoint = track.checkpoint(
             self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
         )
-        status = self._context.retrying.retry(lambda: self._context.store.checkpoint(checkpoint))
+        status = self._context.store.checkpoint(checkpoint)
         return checkpoint, status, target
 
     def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: StepMessage | None) -> None:
@@ -205,7 +205,7 @@ class Execution:
             return StepMessage(new.uuid, new.entrypoint, new.topic)
         row = self._claim.next_task
         if row is None or (row.operation_id, row.position) != place:
-            row = self._context.retrying.retry(lambda: self._context.store.get_task(*place))
+            row = self._context.store.get_task(*place)
         assert row is not None, "the step is below the number of tasks"
         return StepMessage(row.uuid, row.entrypoint, row.topic)
 
@@ -225,7 +225,7 @@ class Execution:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
         root = self._claim.root
         claimant = self._context.new_claim_request()._replace(token=root.token or "")
-        again = self._context.retrying.retry(lambda: self._context.store.claim(root.uuid, root.target.uuid, claimant))
+        again = self._context.store.claim(root.uuid, root.target.uuid, claimant)
         if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
             raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._state.frames}

@@ -90,7 +90,7 @@ class OperationManager(Runner):
         )
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
-        known = self._context.retrying.retry(lambda: self._store.save(new))
+        known = self._store.save(new)
         if isinstance(known, ClaimRefused):
             row = known.root
             self._check_same_operation(row, new.entrypoint, new.params)
@@ -110,7 +110,7 @@ class OperationManager(Runner):
     def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
-            self._store.mark_sent([(root_id, epoch)], self._context.settings.resend)
+            self._store.direct.mark_sent([(root_id, epoch)], self._context.settings.resend)
 
     @staticmethod
     def _check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
@@ -139,7 +139,7 @@ class OperationManager(Runner):
             return self._claim_and_run(str(root_uuid), kmsg.uuid)
         if not kmsg.uuid:
             kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
-        row = self._context.retrying.retry(lambda: self._store.get_operation(kmsg.uuid))
+        row = self._store.get_operation(kmsg.uuid)
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
@@ -164,7 +164,7 @@ class OperationManager(Runner):
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
         new = new_operation(operation, mode, place, self._context.topic_resolver(place), arrival.params)
         claimant = self._context.new_claim_request() if mode == Mode.LOCAL else None
-        saved = self._context.retrying.retry(lambda: self._store.save(new, claimant))
+        saved = self._store.save(new, claimant)
         if isinstance(saved, ClaimRefused):
             # Another consumer has stored the same operation in the meantime.
             return self._handle_duplicate(saved.root, new.entrypoint, arrival.params)
@@ -193,7 +193,7 @@ class OperationManager(Runner):
             self._record_timeout(root_uuid, delivery.timeout_error)
             delivery.timeout_error = None
         claimant = self._context.new_claim_request()
-        claim = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
+        claim = self._store.claim(root_uuid, step, claimant)
         if claim is None:
             return self._unknown_operation(root_uuid, step)
         if delivery is not None:
@@ -209,7 +209,7 @@ class OperationManager(Runner):
             return
         claimant = self._context.new_claim_request()._replace(token=stuck.claim.root.token or "")
         step = stuck.claim.root.target.uuid
-        again = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
+        again = self._store.claim(root_uuid, step, claimant)
         if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
             Execution(self._context, again, timeout_error=timeout_error).run()
 
@@ -234,13 +234,13 @@ class OperationManager(Runner):
 
     def get(self, uuid: str) -> Operation | None:
         """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
-        stored = self._context.retrying.retry(lambda: self._store.snapshot(uuid))
+        stored = self._store.snapshot(uuid)
         if stored is None:
             return None
         row = stored.operation
         operation = self._load(row)
         inside = any(task.child_id is not None for task in stored.tasks)
-        children = self._context.retrying.retry(lambda: self._store.get_children(row.root_id)) if inside else ()
+        children = self._store.get_children(row.root_id) if inside else ()
         operation.tasks = self._context.loader.tasks(stored.tasks, children)
         operation._kser_snapshot = stored
         if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, stored.root_uuid):
@@ -248,9 +248,7 @@ class OperationManager(Runner):
         return operation
 
     def _is_claimed(self, row: OperationRow, root_uuid: str) -> bool:
-        root = (
-            row if row.parent_id is None else self._context.retrying.retry(lambda: self._store.get_operation(root_uuid))
-        )
+        root = row if row.parent_id is None else self._store.get_operation(root_uuid)
         return root is not None and root.owner is not None
 
     def _load(self, row: OperationRow) -> Operation:
@@ -260,7 +258,7 @@ class OperationManager(Runner):
 
     def find(self, query: OperationQuery, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Return a page of operations without their tasks, newest first, and the cursor of the next page."""
-        page = self._context.retrying.retry(lambda: self._store.find(query, limit, after))
+        page = self._store.find(query, limit, after)
         return [self._load(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
@@ -288,16 +286,16 @@ class OperationManager(Runner):
         def ask() -> OperationRow | None:
             nonlocal asked
             try:
-                return self._store.resume(uuid)
+                return self._store.direct.resume(uuid)
             except StateConflict:
                 if not asked:
                     raise
                 # The first call took effect and its reply was lost.
-                return self._store.get_operation(uuid)
+                return self._store.direct.get_operation(uuid)
             finally:
                 asked = True
 
-        return self._context.retrying.retry(ask)
+        return self._store.retry(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation, at once or after its running task.
@@ -306,13 +304,13 @@ class OperationManager(Runner):
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)
-        row = _require_row(uuid, self._context.retrying.retry(lambda: self._store.cancel(uuid, reason)))
+        row = _require_row(uuid, self._store.cancel(uuid, reason))
         if row.status == states.CANCELLED and not states.is_final(before.status):
             self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
 
     def _require(self, uuid: str) -> OperationRow:
-        return _require_row(uuid, self._context.retrying.retry(lambda: self._store.get_operation(uuid)))
+        return _require_row(uuid, self._store.get_operation(uuid))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """Wait for the end of an operation and return its result.
@@ -346,7 +344,7 @@ class OperationManager(Runner):
             raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
         total = 0
         while True:
-            count = self._context.retrying.retry(lambda: self._store.purge(older_than, status, PURGE_BATCH))
+            count = self._store.purge(older_than, status, PURGE_BATCH)
             total += count
             if count < PURGE_BATCH:
                 return total

@@ -64,7 +64,7 @@ class RecoveryService:
                     self._last[what.__name__] = now
         except StoreUnavailable as trouble:
             self._last_contact = -float("inf")
-            self._context.retrying.report_outage(trouble)
+            self._context.store.report_outage(trouble)
         except Exception:
             # Never let this thread die: leases would expire. The next tick may succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
@@ -76,7 +76,7 @@ class RecoveryService:
         held = {run.key for run in self._context.active_claims()}
         if not held:
             return
-        known = self._context.store.renew(held, self._context.owner, self._settings.lease)
+        known = self._context.store.direct.renew(held, self._context.owner, self._settings.lease)
         lost = {key for key in held if key[0] not in known}
         for root_id, epoch in lost - self._lost_claims:
             run = self._context.claim_for(root_id)
@@ -88,7 +88,7 @@ class RecoveryService:
         """Record the sent steps in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
-            self._context.store.mark_sent(steps, self._settings.resend)
+            self._context.store.direct.mark_sent(steps, self._settings.resend)
         # Other threads only append, so the first entries are the recorded ones.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
@@ -99,7 +99,12 @@ class RecoveryService:
         until = self._clock() + self._settings.heartbeat / 2
         while True:
             asked = self._clock()
-            due = self._context.retrying.once(self._take_due_steps)
+            due = self._context.store.once(
+                self._context.store.direct.take_due_steps,
+                BATCH,
+                self._context.owner,
+                expired=self._leases_are_trustworthy(),
+            )
             # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
             waited = self._clock() - asked > self._settings.lease / 3
             sent = self._defer_expired(due) if waited else due
@@ -108,15 +113,12 @@ class RecoveryService:
             if len(due) < BATCH or self._clock() >= until:
                 return total
 
-    def _take_due_steps(self) -> Sequence[DueStep]:
-        return self._context.store.take_due_steps(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
-
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
         """Postpone steps with an expired lease by one more lease, and return the other steps."""
         self._last_contact = -float("inf")
         held = [(each.id, each.epoch) for each in due if each.reason == DueReason.EXPIRED]
         if held:
-            self._context.store.postpone_send(held, self._settings.lease)
+            self._context.store.direct.postpone_send(held, self._settings.lease)
         return [each for each in due if each.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
@@ -149,7 +151,7 @@ class RecoveryService:
             wait = min(
                 RESEND_UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend
             )
-            self._context.store.postpone_send([key for key in keys if key[0] in failed], wait)
+            self._context.store.direct.postpone_send([key for key in keys if key[0] in failed], wait)
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
@@ -191,7 +193,7 @@ class RecoveryService:
                     self._release(run)
             self.record_sends()
         except StoreUnavailable as trouble:
-            self._context.retrying.report_outage(trouble)
+            self._context.store.report_outage(trouble)
         finally:
             self._tick_lock.release()
 

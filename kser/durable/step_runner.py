@@ -98,9 +98,7 @@ class StepRunner:
         """Descend to the innermost operation that is current."""
         while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
-            row = None
-            if isinstance(task, Operation):
-                row = self._context.retrying.retry(lambda uuid=task.uuid: self._context.store.get_operation(uuid))  # type: ignore[misc]
+            row = self._context.store.get_operation(task.uuid) if isinstance(task, Operation) else None
             if row is None:
                 break
             self.attach(self._state.push(row), task)
@@ -125,11 +123,9 @@ class StepRunner:
         if operation._kser_load_error is not None:
             raise operation._kser_load_error
         if not frame.is_loaded:
-            store, row = self._context.store, frame.row
-            rows = self._context.retrying.retry(lambda: store.get_tasks(row.id))
-            children = ()
-            if any(task.child_id is not None for task in rows):
-                children = self._context.retrying.retry(lambda: store.get_children(row.root_id))  # type: ignore[assignment]
+            rows = self._context.store.get_tasks(frame.row.id)
+            inside = any(task.child_id is not None for task in rows)
+            children = self._context.store.get_children(frame.row.root_id) if inside else ()
             operation.tasks = self._context.loader.tasks(rows, children)
             frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
             frame.is_loaded = True
@@ -210,7 +206,7 @@ class StepRunner:
             return task._onerror(failed) if answer is None else answer
 
     def _is_cancelled(self) -> bool:
-        row = self._context.retrying.retry(lambda: self._context.store.get_operation(self._state.claim.root.uuid))
+        row = self._context.store.get_operation(self._state.claim.root.uuid)
         return row is not None and (row.cancel_requested or row.epoch != self._state.claim.epoch)
 
     def _choose_next(self, frame: OperationFrame) -> None:

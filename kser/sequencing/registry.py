@@ -157,7 +157,7 @@ class OperationRegistry:
         :raises kser.errors.StoreMissing: there is no shared database.
         :raises kser.errors.SchemaMismatch: the schema of the database has an incompatible version.
         """
-        return self._kser_open().store
+        return self._kser_open().store.direct
 
     @property
     def _kser_operations(self) -> OperationManager:
@@ -192,7 +192,7 @@ class OperationRegistry:
                     self, self._kser_make_store()
                 )
             # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
-            opened.retrying.retry(opened.store.check)
+            opened.store.check()
             with self._kser_opening_lock:
                 if self._kser_context is None:
                     self._kser_recovery = RecoveryService(opened)
