@@ -7,8 +7,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 from cdumay_result import Result
 
@@ -22,7 +21,7 @@ from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
 from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import Runner, is_distributed, prepare_operation
+from kser.sequencing.runner import is_distributed, prepare_operation
 from kser.store.model import Claim, ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
 
 logger = logging.getLogger(__name__)
@@ -34,29 +33,15 @@ _POLL_INTERVALS = (0.01, 0.25)
 PURGE_BATCH = 500
 
 
-class Arrival(NamedTuple):
-    """Operation that was built from a message."""
-
-    operation: Operation
-    #: JSON of the message's params, which user code may change in the operation.
-    params: str
-
-
-#: The operation that this context stores when it is executed.
-_ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None)
-
-
-class OperationManager(Runner):
+class OperationManager:
     """Manager of a registry's stored operations.
 
     :param context: the durable context of this process.
-    :param runner: runs operations that were never sent and therefore are not stored.
     """
 
-    def __init__(self, context: DurableContext, runner: Runner) -> None:
+    def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._store = context.store
-        self._runner = runner
 
     # -- accepting -----------------------------------------------------------------------------------------------------
 
@@ -143,31 +128,35 @@ class OperationManager(Runner):
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
+        # User code may change the params of the operation.
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
-        before = _ACCEPTED.set(Arrival(operation, params))
+        if not isinstance(operation, Operation):
+            return operation.execute()
+        operation._kser_runner = DurableStart(self, params)
         try:
             return operation.execute()
         finally:
-            _ACCEPTED.reset(before)
+            operation._kser_runner = None
 
-    def run(self, operation: Operation, result: Result | None) -> Any:
-        """Execute an operation; store it first if it was just built from a message."""
-        arrival = _ACCEPTED.get()
-        if arrival is None or arrival.operation is not operation:
-            return self._runner.run(operation, result)
+    def save_and_run(self, operation: Operation, result: Result | None, params: str) -> Any:
+        """Store an operation that was built from a message, and run it if it runs in this consumer.
+
+        :param result: forwarded to the operation.
+        :param params: JSON of the message's params.
+        """
         prepare_operation(operation, result)
         # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
         raise_if_decided(operation)
         delivery = current_attempt.get()
         place = operation.TOPIC or (delivery.topic if delivery else "") or self._context.registry.topic_for(operation)
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        new = new_operation(operation, mode, place, self._context.topic_resolver(place), arrival.params)
+        new = new_operation(operation, mode, place, self._context.topic_resolver(place), params)
         claimant = self._context.new_claim_request() if mode == Mode.LOCAL else None
         saved = self._store.save(new, claimant)
         if isinstance(saved, ClaimRefused):
             # Another consumer has stored the same operation in the meantime.
-            return self._handle_duplicate(saved.root, new.entrypoint, arrival.params)
+            return self._handle_duplicate(saved.root, new.entrypoint, params)
         if delivery is not None:
             delivery.ack()
         self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
@@ -354,6 +343,25 @@ class OperationManager(Runner):
         signals.emit(
             signals.operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=None
         )
+
+
+class DurableStart:
+    """Runner of an operation that was built from a message: it stores the operation first.
+
+    :param manager: the manager that stores the operation.
+    :param params: JSON of the message's params.
+    """
+
+    def __init__(self, manager: OperationManager, params: str) -> None:
+        self._manager = manager
+        self._params = params
+
+    def run(self, operation: Operation, result: Result | None) -> Any:
+        return self._manager.save_and_run(operation, result, self._params)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Become None in a copy or pickle of the operation, because only the operation itself is stored."""
+        return type(None), ()
 
 
 def build_query(

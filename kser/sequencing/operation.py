@@ -72,6 +72,8 @@ class Operation(Task):
     events: ClassVar[Any] = _StoredAttribute("events")
 
     _kser_is_durable = True
+    #: The runner of this one operation; the runner of the registry if None.
+    _kser_runner: Runner | None = None
     _kser_snapshot: OperationSnapshot | None = None
     #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
     _kser_loaded_from: RegistryProtocol | None = None
@@ -212,8 +214,10 @@ class Operation(Task):
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
         signals.emit(signals.entry_started, type(self), entry=self)
-        registry = self._kser_registry
-        return (_DEFAULT_RUNNER if registry is None else registry.runner).run(self, result)
+        runner, registry = self._kser_runner, self._kser_registry
+        if runner is None:
+            runner = _DEFAULT_RUNNER if registry is None else registry.runner
+        return runner.run(self, result)
 
     def _prerun(self) -> None:
         self.check_required_params()

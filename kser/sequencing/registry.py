@@ -62,7 +62,7 @@ class OperationRegistry:
     ) -> None:
         self.controller = controller_class()
         self.app: Any = None
-        #: The runner that executes operations.
+        #: The runner that executes operations which are not stored.
         self.runner: Runner = InMemoryRunner()
         self._kser_producer = producer
         self._kser_producer_factory: Callable[[], BaseProducer] | None = None
@@ -196,7 +196,7 @@ class OperationRegistry:
             with self._kser_opening_lock:
                 if self._kser_context is None:
                     self._kser_recovery = RecoveryService(opened)
-                    self._kser_manager = self.runner = OperationManager(opened, self.runner)
+                    self._kser_manager = OperationManager(opened)
                     self._kser_context = opened
         return self._kser_context
 

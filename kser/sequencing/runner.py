@@ -1,6 +1,6 @@
 """Runner of operations in memory: all tasks in order in one process, each with the accumulated result so far.
 
-The registry holds the runner, so that a different runner can replace this one.
+The registry holds the runner of the operations that are not stored, so that a different runner can replace this one.
 """
 
 from __future__ import annotations
