@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
+from kser import signals
 from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
@@ -198,6 +199,20 @@ class DurableContext:
             f" will send it: {result.stderr}"
         )
         return result
+
+    def emit_operation_changed(
+        self, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
+    ) -> None:
+        """Emit the signal for a change of a root's status."""
+        signals.emit(
+            signals.operation_changed,
+            self.registry,
+            uuid=uuid,
+            entrypoint=entrypoint,
+            old=old,
+            new=new,
+            result=result,
+        )
 
     def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
         """Return a function that resolves the topic of a task.

@@ -264,15 +264,8 @@ class Execution:
 
     def _emit_operation(self, old: str, new: str) -> None:
         root = self._claim.root
-        signals.emit(
-            signals.operation_changed,
-            self._context.registry,
-            uuid=root.uuid,
-            entrypoint=root.entrypoint,
-            old=old,
-            new=new,
-            result=None if new == states.RUNNING else copy_result(self._state.root.outcome),
-        )
+        result = None if new == states.RUNNING else copy_result(self._state.root.outcome)
+        self._context.emit_operation_changed(root.uuid, root.entrypoint, old, new, result)
 
     def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:

@@ -1,8 +1,7 @@
-"""Stored operations: acceptance, handling of their messages, and requests of clients."""
+"""Manager of the stored operations: what clients call to send, find, resume, cancel and purge them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -11,18 +10,13 @@ from typing import Any
 
 from cdumay_result import Result
 
-from kser import signals
 from kser import status as states
-from kser.attempt import FAILED, Attempt, Deferred, current_attempt, raise_if_decided
 from kser.durable.context import DurableContext
-from kser.durable.execution import Execution
-from kser.durable.serialization import json_equal, new_operation, result_from_json, searchable_pair
-from kser.entry import Entrypoint
-from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
-from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
+from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
+from kser.errors import ProducerMissing, StateConflict, StoreUnavailable, UsageError, WaitTimeout
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import is_distributed, prepare_operation
-from kser.store.model import Claim, ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
+from kser.sequencing.runner import is_distributed
+from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +48,11 @@ class OperationManager:
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
         _ = self._context.producer
-        place = self._context.registry.topic_for(operation, topic)
+        topic = self._context.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        self._save_intent(new_operation(operation, mode, place, self._context.topic_resolver(place)), key)
+        self._save_intent(new_operation(operation, mode, topic, self._context.topic_resolver(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
         """Accept an operation that runs over the consumers, and send its first task.
@@ -69,155 +63,33 @@ class OperationManager:
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
         _ = self._context.producer
-        place = self._context.registry.topic_for(operation)
+        topic = self._context.registry.topic_for(operation)
         return self._save_intent(
-            new_operation(operation, Mode.DISTRIBUTED, place, self._context.topic_resolver(place)), None
+            new_operation(operation, Mode.DISTRIBUTED, topic, self._context.topic_resolver(topic)), None
         )
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
-        known = self._store.save(new)
-        if isinstance(known, ClaimRefused):
-            row = known.root
-            self._check_same_operation(row, new.entrypoint, new.params)
+        saved = self._store.save(new)
+        if isinstance(saved, ClaimRefused):
+            row = saved.root
+            check_same_operation(row, new.entrypoint, new.params)
             if states.is_final(row.status):
                 raise StateConflict(
                     f"operation {row.uuid} was sent before, and is {row.status}: use a new uuid, or resume() if it"
                     " FAILED or was CANCELLED"
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
-        assert isinstance(known, int), "save() without a claim request returns the id"
-        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
-        answer = self._context.send(new.target, new.uuid, key=key)
-        if states.final_status(answer) == states.SUCCESS:
-            self._record_sent(known, 0)
-        return answer
+        assert isinstance(saved, int), "save() without a claim request returns the id"
+        self._context.emit_operation_changed(new.uuid, new.entrypoint, None, states.PENDING)
+        result = self._context.send(new.target, new.uuid, key=key)
+        if states.final_status(result) == states.SUCCESS:
+            self._record_sent(saved, 0)
+        return result
 
     def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
             self._store.direct.mark_sent([(root_id, epoch)], self._context.settings.resend)
-
-    @staticmethod
-    def _check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
-        """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
-
-        :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
-        """
-        if row.parent_id is not None:
-            raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
-        given = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
-        if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(given, params)):
-            raise StateConflict(
-                f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
-                f" params {params} is another operation, and needs a uuid of its own"
-            )
-
-    # -- messages ------------------------------------------------------------------------------------------------------
-
-    def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of one that is stored on arrival.
-
-        :param entrypoint: the class that the message names; None if it is not registered here.
-        """
-        root_uuid = kmsg.metadata.get(OPERATION_KEY)
-        if root_uuid is not None:
-            return self._claim_and_run(str(root_uuid), kmsg.uuid)
-        if not kmsg.uuid:
-            kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
-        row = self._store.get_operation(kmsg.uuid)
-        if row is not None:
-            return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
-        assert entrypoint is not None, "only the message of a step may name an unknown class"
-        # User code may change the params of the operation.
-        params = json.dumps(kmsg.params)
-        operation: Any = entrypoint.from_Message(kmsg)
-        if not isinstance(operation, Operation):
-            return operation.execute()
-        operation._kser_runner = DurableStart(self, params)
-        try:
-            return operation.execute()
-        finally:
-            operation._kser_runner = None
-
-    def save_and_run(self, operation: Operation, result: Result | None, params: str) -> Any:
-        """Store an operation that was built from a message, and run it if it runs in this consumer.
-
-        :param result: forwarded to the operation.
-        :param params: JSON of the message's params.
-        """
-        prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
-        raise_if_decided(operation)
-        delivery = current_attempt.get()
-        place = operation.TOPIC or (delivery.topic if delivery else "") or self._context.registry.topic_for(operation)
-        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        new = new_operation(operation, mode, place, self._context.topic_resolver(place), params)
-        claimant = self._context.new_claim_request() if mode == Mode.LOCAL else None
-        saved = self._store.save(new, claimant)
-        if isinstance(saved, ClaimRefused):
-            # Another consumer has stored the same operation in the meantime.
-            return self._handle_duplicate(saved.root, new.entrypoint, params)
-        if delivery is not None:
-            delivery.ack()
-        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
-        if isinstance(saved, int):
-            self._context.send_nowait(new.target, new.uuid, (saved, 0))
-            return Deferred(operation.result)
-        return Execution(self._context, saved, operation).run()
-
-    def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored, if both describe the same operation."""
-        try:
-            self._check_same_operation(row, entrypoint, params)
-        except StateConflict as conflict:
-            if (delivery := current_attempt.get()) is not None:
-                delivery.reject(FAILED, conflict)
-            raise
-        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
-
-    def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim and run a step of a stored operation, if it is the current one."""
-        delivery = current_attempt.get()
-        if delivery is not None and delivery.timeout_error is not None:
-            self._record_timeout(root_uuid, delivery.timeout_error)
-            delivery.timeout_error = None
-        claimant = self._context.new_claim_request()
-        claim = self._store.claim(root_uuid, step, claimant)
-        if claim is None:
-            return self._unknown_operation(root_uuid, step)
-        if delivery is not None:
-            delivery.ack()
-        return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else Execution(self._context, claim).run()
-
-    def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
-        """Record the timeout of an attempt in which another thread is still stuck."""
-        stuck = next(
-            (run for run in self._context.active_claims() if isinstance(run, Execution) and run.uuid == root_uuid), None
-        )
-        if stuck is None:
-            return
-        claimant = self._context.new_claim_request()._replace(token=stuck.claim.root.token or "")
-        step = stuck.claim.root.target.uuid
-        again = self._store.claim(root_uuid, step, claimant)
-        if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
-            Execution(self._context, again, timeout_error=timeout_error).run()
-
-    def _unknown_operation(self, root_uuid: str, step: str) -> Any:
-        error = StoreError(
-            f"step {step} belongs to operation {root_uuid}, which {self._store.name} does not know: all consumers of a"
-            " topic must share one database, and operations must be stored for longer than the topic retains its"
-            " messages"
-        )
-        logger.error(error.message)
-        if (delivery := current_attempt.get()) is not None:
-            delivery.reject(FAILED, error)
-        raise error
-
-    @staticmethod
-    def _claim_refused(refusal: ClaimRefused) -> Deferred:
-        root = refusal.root
-        logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
-        return Deferred(result_from_json(root.result or root.accumulated, root.uuid))
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
@@ -258,7 +130,7 @@ class OperationManager:
         """
         before = self._require(uuid)
         row = _require_row(uuid, self._resume(uuid))
-        self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
+        self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
             _ = self._context.producer
         except ProducerMissing as missing:
@@ -295,7 +167,7 @@ class OperationManager:
         before = self._require(uuid)
         row = _require_row(uuid, self._store.cancel(uuid, reason))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
+            self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
 
     def _require(self, uuid: str) -> OperationRow:
@@ -337,31 +209,6 @@ class OperationManager:
             total += count
             if count < PURGE_BATCH:
                 return total
-
-    def _emit_changed(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
-        registry = self._context.registry
-        signals.emit(
-            signals.operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=None
-        )
-
-
-class DurableStart:
-    """Runner of an operation that was built from a message: it stores the operation first.
-
-    :param manager: the manager that stores the operation.
-    :param params: JSON of the message's params.
-    """
-
-    def __init__(self, manager: OperationManager, params: str) -> None:
-        self._manager = manager
-        self._params = params
-
-    def run(self, operation: Operation, result: Result | None) -> Any:
-        return self._manager.save_and_run(operation, result, self._params)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Become None in a copy or pickle of the operation, because only the operation itself is stored."""
-        return type(None), ()
 
 
 def build_query(

@@ -12,7 +12,7 @@ from cdumay_result import Result
 
 from kser import status as states
 from kser.entry import Entrypoint
-from kser.errors import UsageError
+from kser.errors import StateConflict, UsageError
 from kser.results import copy_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
@@ -88,6 +88,21 @@ def json_equal(one: str, other: str) -> bool:
 
 def _sorted(text: str) -> str:
     return json.dumps(json.loads(text), sort_keys=True)
+
+
+def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
+    """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
+
+    :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
+    """
+    if row.parent_id is not None:
+        raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
+    original = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
+    if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(original, params)):
+        raise StateConflict(
+            f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
+            f" params {params} is another operation, and needs a uuid of its own"
+        )
 
 
 def new_operation(

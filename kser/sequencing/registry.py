@@ -16,6 +16,7 @@ from kser.config import DATABASE_URI, TOPICS, Settings
 from kser.controller import BaseProducer, Controller
 from kser.durable.context import DurableContext
 from kser.durable.manager import OperationManager, build_query
+from kser.durable.message_handler import MessageHandler
 from kser.durable.recovery import RecoveryService
 from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, StoreMissing, TopicMissing
@@ -70,6 +71,7 @@ class OperationRegistry:
         self._kser_opened_context: DurableContext | None = None
         self._kser_context: DurableContext | None = None
         self._kser_manager: OperationManager | None = None
+        self._kser_message_handler: MessageHandler | None = None
         self._kser_recovery: RecoveryService | None = None
         self._kser_opening_lock = threading.Lock()
         if app:
@@ -197,6 +199,7 @@ class OperationRegistry:
                 if self._kser_context is None:
                     self._kser_recovery = RecoveryService(opened)
                     self._kser_manager = OperationManager(opened)
+                    self._kser_message_handler = MessageHandler(opened)
                     self._kser_context = opened
         return self._kser_context
 
@@ -218,7 +221,9 @@ class OperationRegistry:
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         with self._kser_app_context():
-            return self._kser_operations.handle_message(kmsg, entrypoint)
+            self._kser_open()
+            assert self._kser_message_handler is not None
+            return self._kser_message_handler.handle_message(kmsg, entrypoint)
 
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
