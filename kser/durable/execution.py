@@ -17,7 +17,7 @@ from kser.attempt import Deferred, current_attempt
 from kser.controller import user_code_guard
 from kser.durable.context import DurableContext
 from kser.durable.execution_state import ExecutionState, OperationFrame
-from kser.durable.step_runner import StepRunner
+from kser.durable.step_runner import NO_REPLY, StepOutcome, StepRunner
 from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
 from kser.sequencing.operation import Operation
@@ -51,6 +51,8 @@ class Execution:
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._step_runner.attach(self._state.root, operation)
         self._released = False
+        #: Result of the message: the reply of the last step that had one.
+        self._reply: Any = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -84,12 +86,12 @@ class Execution:
             if self._claim.root.cancel_requested:
                 # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
-                self._released, self._step_runner.reply = True, Deferred(self._state.root.accumulated)
+                self._released, self._reply = True, Deferred(self._state.root.accumulated)
             elif self._claim.exhausted:
                 error = _retries_exhausted(self._claim)
                 self._state.add_event(NewEvent("exhausted", text=error.message))
-                self._step_runner.fail_step(error)
-                self._after_checkpoint(*self._checkpoint())
+                outcome = self._step_runner.fail_step(error)
+                self._after_checkpoint(outcome, *self._checkpoint(outcome))
             while not self._released:
                 self._run_step()
         except FencedError as lost:
@@ -101,7 +103,7 @@ class Execution:
             if not self._released:
                 with suppress(KserError):
                     self.release()
-        return self._step_runner.reply
+        return self._reply
 
     def release(self) -> None:
         """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
@@ -128,67 +130,70 @@ class Execution:
         """Run a step and record its outcome."""
         try:
             with user_code_guard:
-                self._step_runner.run_next()
-                recorded = self._checkpoint()
+                outcome = self._step_runner.run_next()
+                recorded = self._checkpoint(outcome)
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
             # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
             # retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
-            self._reload_and_fail(exc)
-            recorded = self._checkpoint()
-        self._after_checkpoint(*recorded)
+            outcome = self._reload_and_fail(exc)
+            recorded = self._checkpoint(outcome)
+        self._after_checkpoint(outcome, *recorded)
 
-    def _checkpoint(self) -> tuple[Checkpoint, str, StepMessage | None]:
+    def _checkpoint(self, outcome: StepOutcome) -> tuple[Checkpoint, str, StepMessage | None]:
         """Record the outcome of the step.
 
         :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
         """
-        track, delay = self._state, self._step_runner.retry_in
-        keep, target = self._next_hop()
+        delay = outcome.retry_in
+        keep, target = self._next_hop(outcome)
         stays = not keep and target is None and delay is None
-        checkpoint = track.checkpoint(
+        checkpoint = self._state.checkpoint(
             self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
         )
-        status = self._context.store.checkpoint(checkpoint)
-        return checkpoint, status, target
+        return checkpoint, self._context.store.checkpoint(checkpoint), target
 
-    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: StepMessage | None) -> None:
+    def _after_checkpoint(
+        self, outcome: StepOutcome, checkpoint: Checkpoint, status: str, target: StepMessage | None
+    ) -> None:
         """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
-        track, delay, keep = self._state, self._step_runner.retry_in, checkpoint.keep
-        self._released = track.is_finished or status == states.CANCELLED or not keep
+        state, delay = self._state, outcome.retry_in
+        if outcome.reply is not NO_REPLY:
+            self._reply = outcome.reply
+        self._released = state.is_finished or status == states.CANCELLED or not checkpoint.keep
         if self._released:
             # Unregister the claim before sending the next step. The store has released it, so during a slow send the
             # heartbeat would report the claim as lost.
             self._context.release_claim(self)
-        ended = list(track.ended)
-        track.mark_flushed()
+        ended = list(state.ended)
+        state.mark_flushed()
         self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
             self._on_cancelled()
             return
         for frame in ended:
             self._emit_end(frame)
-        if track.is_finished:
+        if state.is_finished:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
-            self._step_runner.reply = Deferred(self._step_runner.reply or track.root.accumulated)
+            self._reply = Deferred(self._reply or state.root.accumulated)
             if not delay:
                 # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
                 # send, so the reaper would wait UNSENT_AFTER seconds.
-                self._send(track.root.row.target)
+                self._send(state.root.row.target)
         elif self._released:
             self._dispatch_next(target)
 
-    def _next_hop(self) -> tuple[bool, StepMessage | None]:
+    def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
         track, frame = self._state, self._state.top
         outer = current_attempt.get()
         goes_on = self._timeout_error is None and not (outer is not None and outer.shutting_down)
         if track.is_finished:
             return True, None
-        if self._step_runner.retry_in is not None:
+        if outcome.retry_in is not None:
             return False, None
         if not track.distributed:
             return goes_on, None
@@ -211,8 +216,8 @@ class Execution:
 
     def _dispatch_next(self, target: StepMessage | None) -> None:
         root = self._state.root
-        if not self._state.distributed or self._step_runner.reply is None or self._timeout_error is not None:
-            self._step_runner.reply = Deferred(root.accumulated)
+        if not self._state.distributed or self._reply is None or self._timeout_error is not None:
+            self._reply = Deferred(root.accumulated)
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
@@ -221,7 +226,7 @@ class Execution:
         send = self._context.send if ending else self._context.send_nowait
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
-    def _reload_and_fail(self, error: Exception) -> None:
+    def _reload_and_fail(self, error: Exception) -> StepOutcome:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
         root = self._claim.root
         claimant = self._context.new_claim_request()._replace(token=root.token or "")
@@ -233,7 +238,7 @@ class Execution:
         self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
         for frame in self._state.frames:
             self._step_runner.attach(frame, objects.get(frame.row.id))
-        self._step_runner.fail_step(error)
+        return self._step_runner.fail_step(error)
 
     # -- logs and signals ----------------------------------------------------------------------------------------------
 
@@ -246,7 +251,7 @@ class Execution:
     def _on_cancelled(self) -> None:
         logger.info(f"{self.label}: cancelled")
         self._emit_operation(states.RUNNING, states.CANCELLED)
-        self._step_runner.reply = Deferred(self._state.root.accumulated)
+        self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
         """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
@@ -260,7 +265,7 @@ class Execution:
         hook = operation._onsuccess if frame.status == states.SUCCESS else operation._onerror
         returned = hook(operation.result)
         if frame is self._state.root:
-            self._step_runner.reply = returned
+            self._reply = returned
 
     def _emit_operation(self, old: str, new: str) -> None:
         root = self._claim.root
