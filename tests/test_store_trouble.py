@@ -143,7 +143,7 @@ REPEATED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "take_due_steps": ((500, "owner"), {"expired": True}),
     "postpone_send": (([(7, 1)], 3.0), {}),
     "cancel": (("uuid", "reason"), {}),
-    "resume": (("uuid",), {}),
+    "resume": (("uuid", 3, "token"), {}),
     "snapshot": (("uuid",), {}),
     "find": (("query", 50, "cursor"), {}),
     "purge": ((60.0, ["SUCCESS"], 500), {}),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
+from uuid import uuid4
 
 from cdumay_result import Result
 
@@ -129,7 +130,7 @@ class OperationManager:
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)
-        row = _require_row(uuid, self._resume(uuid))
+        row = _require_row(uuid, self._store.resume(uuid, before.epoch, uuid4().hex))
         self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
             _ = self._context.producer
@@ -140,23 +141,6 @@ class OperationManager:
             answer = self._context.send(row.target, row.uuid)
             if states.final_status(answer) == states.SUCCESS:
                 self._record_sent(row.id, row.epoch)
-
-    def _resume(self, uuid: str) -> OperationRow | None:
-        asked = False
-
-        def ask() -> OperationRow | None:
-            nonlocal asked
-            try:
-                return self._store.direct.resume(uuid)
-            except StateConflict:
-                if not asked:
-                    raise
-                # The first call took effect and its reply was lost.
-                return self._store.direct.get_operation(uuid)
-            finally:
-                asked = True
-
-        return self._store.retry(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation, at once or after its running task.

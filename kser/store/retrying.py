@@ -60,55 +60,55 @@ class RetryingStore(Store):
         self._outage = ""
 
     def check(self) -> None:
-        self.retry(self.direct.check)
+        self._retry(self.direct.check)
 
     def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
-        return self.retry(self.direct.save, operation, request)
+        return self._retry(self.direct.save, operation, request)
 
     def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
-        return self.retry(self.direct.claim, uuid, step, request)
+        return self._retry(self.direct.claim, uuid, step, request)
 
     def get_operation(self, uuid: str) -> OperationRow | None:
-        return self.retry(self.direct.get_operation, uuid)
+        return self._retry(self.direct.get_operation, uuid)
 
     def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
-        return self.retry(self.direct.get_tasks, operation_id)
+        return self._retry(self.direct.get_tasks, operation_id)
 
     def get_task(self, operation_id: int, position: int) -> TaskRow | None:
-        return self.retry(self.direct.get_task, operation_id, position)
+        return self._retry(self.direct.get_task, operation_id, position)
 
     def get_children(self, root_id: int) -> Sequence[OperationRow]:
-        return self.retry(self.direct.get_children, root_id)
+        return self._retry(self.direct.get_children, root_id)
 
     def checkpoint(self, checkpoint: Checkpoint) -> str:
-        return self.retry(self.direct.checkpoint, checkpoint)
+        return self._retry(self.direct.checkpoint, checkpoint)
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        return self.retry(self.direct.renew, list(claims), owner, lease)
+        return self._retry(self.direct.renew, list(claims), owner, lease)
 
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        self.retry(self.direct.mark_sent, list(steps), resend_after)
+        self._retry(self.direct.mark_sent, list(steps), resend_after)
 
     def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        return self.retry(self.direct.take_due_steps, limit, consumer, expired=expired)
+        return self._retry(self.direct.take_due_steps, limit, consumer, expired=expired)
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        self.retry(self.direct.postpone_send, list(steps), wait)
+        self._retry(self.direct.postpone_send, list(steps), wait)
 
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
-        return self.retry(self.direct.cancel, uuid, reason)
+        return self._retry(self.direct.cancel, uuid, reason)
 
-    def resume(self, uuid: str) -> OperationRow | None:
-        return self.retry(self.direct.resume, uuid)
+    def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
+        return self._retry(self.direct.resume, uuid, epoch, token)
 
     def snapshot(self, uuid: str) -> OperationSnapshot | None:
-        return self.retry(self.direct.snapshot, uuid)
+        return self._retry(self.direct.snapshot, uuid)
 
     def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
-        return self.retry(self.direct.find, query, limit, after)
+        return self._retry(self.direct.find, query, limit, after)
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
-        return self.retry(self.direct.purge, older_than, status, limit)
+        return self._retry(self.direct.purge, older_than, status, limit)
 
     def close(self) -> None:
         self.direct.close()
@@ -127,8 +127,7 @@ class RetryingStore(Store):
             self.report_outage(None)
         return result
 
-    def retry(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Repeat a call to :attr:`direct` until the database works, and return its result."""
+    def _retry(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         state: RetryCallState | None = None
         while True:
             try:
