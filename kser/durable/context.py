@@ -24,7 +24,7 @@ from kser.producer import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
 from kser.store.base import Store
-from kser.store.model import ClaimRequest, StepMessage
+from kser.store.model import Claim, ClaimRequest, StepMessage
 from kser.store.retrying import RetryingStore
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ class DurableContext:
         """Return a new claim request with a random token."""
         return ClaimRequest(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
 
+    def reclaim(self, claim: Claim) -> Claim | None:
+        """Read a claim of this process from the store again; None if it was lost."""
+        request = self.new_claim_request()._replace(token=claim.root.token or "")
+        renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
+        return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
+
     def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim."""
         with self._lock:
@@ -158,11 +164,11 @@ class DurableContext:
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
-            answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
+            result = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
             # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
-            answer = failed_result(error, target.uuid)
-        return self._on_sent(target, root_uuid, step_key, answer)
+            result = failed_result(error, target.uuid)
+        return self._on_sent(target, root_uuid, step_key, result)
 
     def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
         """Send a step without waiting for its delivery, if the producer supports that.

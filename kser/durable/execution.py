@@ -94,9 +94,9 @@ class Execution:
                 self._after_checkpoint(outcome, *self._checkpoint(outcome))
             while not self._released:
                 self._run_step()
-        except FencedError as lost:
+        except FencedError as error:
             self._released = True
-            logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
+            logger.warning(f"{self.label}: the outcome of its step is dropped: {error.message}")
             return Deferred(self._state.root.accumulated)
         finally:
             self._context.release_claim(self)
@@ -111,12 +111,12 @@ class Execution:
         row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
-        stay = OperationUpdate(
+        update = OperationUpdate(
             row.id, row.step, row.phase, row.step, row.phase, row.status, row.accumulated, row.result
         )
-        token, notes = root.token or "", (NewEvent("released"),)
+        token, events = root.token or "", (NewEvent("released"),)
         status = store.checkpoint(
-            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), events=notes, keep=False)
+            Checkpoint(row.id, epoch, token, self._context.owner, (update,), events=events, keep=False)
         )
         if status == states.CANCELLED:
             self._on_cancelled()
@@ -181,36 +181,36 @@ class Execution:
             self._reply = Deferred(self._reply or state.root.accumulated)
             if not delay:
                 # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
-                # send, so the reaper would wait UNSENT_AFTER seconds.
+                # send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
                 self._send(state.root.row.target)
         elif self._released:
             self._dispatch_next(target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
-        track, frame = self._state, self._state.top
+        state, frame = self._state, self._state.top
         outer = current_attempt.get()
-        goes_on = self._timeout_error is None and not (outer is not None and outer.shutting_down)
-        if track.is_finished:
+        continues = self._timeout_error is None and not (outer is not None and outer.shutting_down)
+        if state.is_finished:
             return True, None
         if outcome.retry_in is not None:
             return False, None
-        if not track.distributed:
-            return goes_on, None
+        if not state.distributed:
+            return continues, None
         if frame.phase == Phase.RUN_TASK:
             return False, self._target_of_task(frame)
         known = self._context.loader.lookup(frame.row.entrypoint) is not None
-        return goes_on and known and frame.phase != Phase.BUILD, frame.target
+        return continues and known and frame.phase != Phase.BUILD, frame.target
 
     def _target_of_task(self, frame: OperationFrame) -> StepMessage:
-        place = frame.row.id, frame.step
+        position = frame.row.id, frame.step
         built = self._state.built
         if built is not None and built.operation_id == frame.row.id:
             new = built.tasks[frame.step]
             return StepMessage(new.uuid, new.entrypoint, new.topic)
         row = self._claim.next_task
-        if row is None or (row.operation_id, row.position) != place:
-            row = self._context.store.get_task(*place)
+        if row is None or (row.operation_id, row.position) != position:
+            row = self._context.store.get_task(*position)
         assert row is not None, "the step is below the number of tasks"
         return StepMessage(row.uuid, row.entrypoint, row.topic)
 
@@ -222,19 +222,17 @@ class Execution:
 
     def _send(self, target: StepMessage) -> None:
         """Send a step; during a shutdown of the consumer, wait for the delivery."""
-        ending = self._attempt is not None and self._attempt.shutting_down
-        send = self._context.send if ending else self._context.send_nowait
+        shutting_down = self._attempt is not None and self._attempt.shutting_down
+        send = self._context.send if shutting_down else self._context.send_nowait
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
     def _reload_and_fail(self, error: Exception) -> StepOutcome:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
-        root = self._claim.root
-        claimant = self._context.new_claim_request()._replace(token=root.token or "")
-        again = self._context.store.claim(root.uuid, root.target.uuid, claimant)
-        if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
-            raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
+        claim = self._context.reclaim(self._claim)
+        if claim is None:
+            raise FencedError(f"the claim on operation {self.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._state.frames}
-        self._claim, self._state = again, ExecutionState(again)
+        self._claim, self._state = claim, ExecutionState(claim)
         self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
         for frame in self._state.frames:
             self._step_runner.attach(frame, objects.get(frame.row.id))
@@ -275,15 +273,15 @@ class Execution:
     def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:
             return
-        for end in checkpoint.outcomes:
+        for outcome in checkpoint.outcomes:
             signals.emit(
                 signals.task_changed,
                 self._context.registry,
                 operation=self._claim.root.uuid,
-                position=end.position,
-                new=end.status,
-                attempt=end.number,
-                error=end.error,
+                position=outcome.position,
+                new=outcome.status,
+                attempt=outcome.number,
+                error=outcome.error,
             )
 
 

@@ -96,16 +96,16 @@ class OperationManager:
 
     def get(self, uuid: str) -> Operation | None:
         """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
-        stored = self._store.snapshot(uuid)
-        if stored is None:
+        snapshot = self._store.snapshot(uuid)
+        if snapshot is None:
             return None
-        row = stored.operation
+        row = snapshot.operation
         operation = self._load(row)
-        inside = any(task.child_id is not None for task in stored.tasks)
-        children = self._store.get_children(row.root_id) if inside else ()
-        operation.tasks = self._context.loader.tasks(stored.tasks, children)
-        operation._kser_snapshot = stored
-        if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, stored.root_uuid):
+        nested = any(task.child_id is not None for task in snapshot.tasks)
+        children = self._store.get_children(row.root_id) if nested else ()
+        operation.tasks = self._context.loader.tasks(snapshot.tasks, children)
+        operation._kser_snapshot = snapshot
+        if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, snapshot.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
         return operation
 
@@ -126,7 +126,7 @@ class OperationManager:
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
 
-        :raises kser.errors.StateConflict: the operation is in another state.
+        :raises kser.errors.StateConflict: the operation is in another state, or was resumed meanwhile.
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)
@@ -138,8 +138,8 @@ class OperationManager:
             # A client needs no producer, because the reaper of a consumer sends the step with its own.
             logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
-            answer = self._context.send(row.target, row.uuid)
-            if states.final_status(answer) == states.SUCCESS:
+            result = self._context.send(row.target, row.uuid)
+            if states.final_status(result) == states.SUCCESS:
                 self._record_sent(row.id, row.epoch)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
@@ -165,7 +165,7 @@ class OperationManager:
         :raises kser.errors.UsageError: there is no such operation.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        look, slowest = _POLL_INTERVALS
+        interval, longest = _POLL_INTERVALS
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
@@ -179,14 +179,16 @@ class OperationManager:
                     return result_from_json(row.result or row.accumulated, row.uuid)
                 if left is not None and left <= 0:
                     raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
-            time.sleep(look if left is None else max(min(look, left), 0))
-            look = min(look * 1.5, slowest)
+            time.sleep(interval if left is None else max(min(interval, left), 0))
+            interval = min(interval * 1.5, longest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:
         """Delete ended operations with everything that belongs to them, and return how many were deleted."""
-        odd = set(status) - states.FINAL
-        if odd:
-            raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
+        invalid = set(status) - states.FINAL
+        if invalid:
+            raise UsageError(
+                f"only operations that have ended are purged, not those that are {', '.join(sorted(invalid))}"
+            )
         total = 0
         while True:
             count = self._store.purge(older_than, status, PURGE_BATCH)

@@ -18,7 +18,7 @@ from kser.errors import StateConflict, StoreError
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import is_distributed, prepare_operation
-from kser.store.model import Claim, ClaimRefused, Mode, OperationRow
+from kser.store.model import ClaimRefused, Mode, OperationRow
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class MessageHandler:
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)
             attempt.timeout_error = None
-        request = self._context.new_claim_request()
-        claim = self._store.claim(root_uuid, step, request)
+        claim = self._store.claim(root_uuid, step, self._context.new_claim_request())
         if claim is None:
             return self._unknown_operation(root_uuid, step)
         if attempt is not None:
@@ -111,15 +110,16 @@ class MessageHandler:
     def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
         """Record the timeout of an attempt in which another thread is still stuck."""
         stuck = next(
-            (run for run in self._context.active_claims() if isinstance(run, Execution) and run.uuid == root_uuid), None
+            (
+                execution
+                for execution in self._context.active_claims()
+                if isinstance(execution, Execution) and execution.uuid == root_uuid
+            ),
+            None,
         )
-        if stuck is None:
-            return
-        request = self._context.new_claim_request()._replace(token=stuck.claim.root.token or "")
-        step = stuck.claim.root.target.uuid
-        again = self._store.claim(root_uuid, step, request)
-        if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
-            Execution(self._context, again, timeout_error=timeout_error).run()
+        claim = None if stuck is None else self._context.reclaim(stuck.claim)
+        if claim is not None:
+            Execution(self._context, claim, timeout_error=timeout_error).run()
 
     def _unknown_operation(self, root_uuid: str, step: str) -> Any:
         error = StoreError(

@@ -31,7 +31,7 @@ T = TypeVar("T", bound=Task)
 
 
 def overrides_of(cls: type) -> int:
-    """Return the :class:`Overrides` flags of an operation class."""
+    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both or none."""
 
     def overrides(names: Iterable[str]) -> bool:
         return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
@@ -69,9 +69,9 @@ def result_from_json(text: str | None, uuid: str) -> Result:
 
 def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the searchable metadata of an operation: short keys and short scalar values."""
-    found = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
+    pairs = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
     return [
-        (key, value) for key, value in found if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
+        (key, value) for key, value in pairs if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
     ]
 
 
@@ -219,12 +219,12 @@ class EntrypointLoader:
             try:
                 return cls.from_Message(_message(row, result))
             except Exception as exc:
-                unfit = exc
+                load_error = exc
         else:
-            unfit = unknown_entrypoint_error(row.entrypoint)
-        made = kind.from_Message(_message(row, result))
-        made._kser_load_error = unfit
-        return made
+            load_error = unknown_entrypoint_error(row.entrypoint)
+        instance = kind.from_Message(_message(row, result))
+        instance._kser_load_error = load_error
+        return instance
 
 
 def unknown_entrypoint_error(entrypoint: str) -> ValidationError:

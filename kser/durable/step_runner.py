@@ -134,8 +134,8 @@ class StepRunner:
             raise operation._kser_load_error
         if not frame.is_loaded:
             rows = self._context.store.get_tasks(frame.row.id)
-            inside = any(task.child_id is not None for task in rows)
-            children = self._context.store.get_children(frame.row.root_id) if inside else ()
+            nested = any(task.child_id is not None for task in rows)
+            children = self._context.store.get_children(frame.row.root_id) if nested else ()
             operation.tasks = self._context.loader.tasks(rows, children)
             frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
             frame.is_loaded = True
@@ -170,26 +170,26 @@ class StepRunner:
         if task.status == states.SUCCESS:
             # The task was done before the operation was stored, so record its result without an attempt.
             return self._finish_task(task, task.result)
-        recorded, forgiven = frame.attempts.get(frame.step, (0, 0))
+        recorded, not_counted = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
         outer = current_attempt.get()
         owner = self._context.loader.lookup(frame.row.entrypoint) or Operation
-        step = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
-        step.attempts_not_counted = forgiven
+        attempt = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
+        attempt.attempts_not_counted = not_counted
         if outer is not None:
             outer.restart_timer(time_limit_of(type(task)) or time_limit_of(owner))
-        began = time.monotonic()
-        before = current_attempt.set(step)
+        started_at = time.monotonic()
+        token = current_attempt.set(attempt)
         try:
             result = self._attempt_task(task, frame)
         finally:
-            current_attempt.reset(before)
+            current_attempt.reset(token)
             if outer is not None:
                 outer.time_limit = None
-        duration = time.monotonic() - began
-        if step.retry_in is not None:
+        duration = time.monotonic() - started_at
+        if attempt.retry_in is not None:
             self._state.on_task_retried(task.uuid, result.stderr, number, duration)
-            return StepOutcome(retry_in=step.retry_in)
+            return StepOutcome(retry_in=attempt.retry_in)
         return self._finish_task(task, result, number, duration)
 
     def _finish_task(self, task: Task, result: Any, number: int = 0, duration: float = 0) -> StepOutcome:
@@ -208,14 +208,14 @@ class StepRunner:
     def _attempt_task(self, task: Task, frame: OperationFrame) -> Any:
         try:
             with user_code_guard:
-                unfit = self._timeout_error or task._kser_load_error
-                if unfit is not None:
-                    raise unfit
+                error = self._timeout_error or task._kser_load_error
+                if error is not None:
+                    raise error
                 return run_task(task, frame.accumulated, frame.row.uuid)
         except Exception as exc:
             failed = failed_result(exc, task.uuid)
-            answer = schedule_retry(task, failed, exc)
-            return task._onerror(failed) if answer is None else answer
+            retried = schedule_retry(task, failed, exc)
+            return task._onerror(failed) if retried is None else retried
 
     def _is_cancelled(self) -> bool:
         row = self._context.store.get_operation(self._state.claim.root.uuid)

@@ -163,9 +163,9 @@ class Operation(Task):
 
     def _build_tasks(self, **kwargs: Any) -> list[Task]:
         tasks = self.build_tasks(**_supported_kwargs(self.build_tasks, kwargs))
-        found = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
+        text = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(found, extra={"kmsg": log_lines.dump_entry(self)})
+            logger.debug(text, extra={"kmsg": log_lines.dump_entry(self)})
         return tasks
 
     def add_task(self, task: Task) -> None:
@@ -197,8 +197,8 @@ class Operation(Task):
         self.status = status
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
-        moves = self.status, status
-        log_lines.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
+        statuses = self.status, status
+        log_lines.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *statuses, level=logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -262,12 +262,12 @@ class Operation(Task):
         if registry._kser_has_store:
             registry._kser_operations.send(self, result, topic, key)
             return self
-        answer = super().send(result=result, topic=topic, key=key)
-        if not answer:
+        sent = super().send(result=result, topic=topic, key=key)
+        if not sent:
             # A producer's hook returned no Result, so the delivery is unknown: treat it as failed.
-            answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")
-        if isinstance(answer, Result) and states.final_status(answer) != states.SUCCESS:
-            raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
+            sent = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {sent!r}")
+        if isinstance(sent, Result) and states.final_status(sent) != states.SUCCESS:
+            raise SendError(f"{self!r} was not delivered: {sent.stderr}", sent)
         return self
 
     def next(self, task: Task) -> Task | None:
@@ -313,8 +313,8 @@ class Operation(Task):
             raise UsageError(f"{task!r} is no task of {self!r}: pass one of the operation's own tasks")
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
-        delivery = current_attempt.get()
-        if self._kser_snapshot is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
+        attempt = current_attempt.get()
+        if self._kser_snapshot is not None or (attempt is not None and attempt.operation_uuid == self.uuid):
             return Result(uuid=self.uuid, stdout=f"{self!r} is stored: its checkpoints send the next task")
         failed = states.final_status(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
@@ -332,8 +332,8 @@ class Operation(Task):
                 " whole operation with send(), or override send(result=None) on the tasks and call launch_next() from"
                 " them"
             )
-        answer = following.send(result=result)
-        return answer if isinstance(answer, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
+        sent = following.send(result=result)
+        return sent if isinstance(sent, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
 
     # -- stored --------------------------------------------------------------------------------------------------------
 

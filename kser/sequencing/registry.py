@@ -137,13 +137,13 @@ class OperationRegistry:
 
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        found = topic or task.TOPIC or next(iter(self.settings.topics), None)
-        if not found:
+        resolved = topic or task.TOPIC or next(iter(self.settings.topics), None)
+        if not resolved:
             raise TopicMissing(
                 f"there is no topic to send {type(task).path} to: pass send(topic=...), set TOPIC on the class, or set"
                 f" {TOPICS} in the environment or in the Flask app's config"
             )
-        return found
+        return resolved
 
     # -- stored operations ---------------------------------------------------------------------------------------------
 
@@ -258,8 +258,8 @@ class OperationRegistry:
         :param after: ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        found = build_query(status, entrypoint, since, until, metadata, parent)
-        return OperationPage(*self._kser_operations.find(found, limit, after))
+        query = build_query(status, entrypoint, since, until, metadata, parent)
+        return OperationPage(*self._kser_operations.find(query, limit, after))
 
     def purge(
         self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)
