@@ -48,6 +48,7 @@ from tests.store_world import (
     new,
     new_task,
     outcome_of,
+    resumed,
     row_of,
     saved,
     step_on,
@@ -640,11 +641,11 @@ class CheckpointContract:
             world.store.checkpoint(checkpoint)
 
     def test_repeated_checkpoint_after_a_resume_is_fenced(self, world: World) -> None:
-        """Rule 25: the token is forgotten."""
+        """Rule 25: the token is another one."""
         claim = saved(world.store, new(1))
         checkpoint = last_step(claim, 0, states.FAILED)
         world.store.checkpoint(checkpoint)
-        world.store.resume(claim.root.uuid)
+        resumed(world.store, claim.root.uuid)
         with pytest.raises(FencedError):
             world.store.checkpoint(checkpoint)
 
@@ -1041,7 +1042,7 @@ class LifecycleContract:
         world.store.save(new([new_task(inner)]))
         for uuid in (inner.uuid, name()):
             assert world.store.cancel(uuid, None) is None
-            assert world.store.resume(uuid) is None
+            assert world.store.resume(uuid, 0, name()) is None
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
@@ -1055,11 +1056,11 @@ class LifecycleContract:
     def test_resume_continues_at_the_failed_task(self, world: World) -> None:
         """Rule 25."""
         failed = self._failed(world.store)
-        row = world.other.resume(failed.uuid)
+        row = world.other.resume(failed.uuid, failed.epoch, "token")
         assert row is not None
         assert row == row_of(world.store, failed.uuid)
         assert (row.status, row.phase, row.step, row.epoch) == (states.RUNNING, Phase.RUN_TASK, 1, failed.epoch + 1)
-        assert (row.owner, row.token, row.result, row.ended_at) == (None, None, None, None)
+        assert (row.owner, row.token, row.result, row.ended_at) == (None, "token", None, None)
         assert (row.cancel_requested, row.cancel_reason) == (False, None)
         assert (row.claim_count, row.send_count, row.sent_at) == (0, 0, None)
         assert row.next_check_at == pytest.approx(world.now + RESEND_UNSENT_AFTER, abs=CLOSE)
@@ -1075,7 +1076,7 @@ class LifecycleContract:
 
     def test_resume_of_a_distributed_operation_targets_the_failed_task(self, world: World) -> None:
         failed = self._failed(world.store, mode=Mode.DISTRIBUTED)
-        row = world.store.resume(failed.uuid)
+        row = resumed(world.store, failed.uuid)
         assert row is not None
         task = world.store.get_tasks(row.id)[1]
         assert row.target == StepMessage(task.uuid, task.entrypoint, task.topic)
@@ -1085,7 +1086,7 @@ class LifecycleContract:
         claim = saved(world.store, new(2))
         world.store.cancel(claim.root.uuid, "stop")
         world.store.checkpoint(step_on(claim, 0))
-        row = world.store.resume(claim.root.uuid)
+        row = resumed(world.store, claim.root.uuid)
         assert row is not None
         assert (row.status, row.step, row.cancel_requested, row.cancel_reason) == (states.RUNNING, 1, False, None)
         claim = claimed(world.store, row)
@@ -1096,7 +1097,7 @@ class LifecycleContract:
             operation = new(None, mode=mode)
             world.store.save(operation)
             world.store.cancel(operation.uuid, None)
-            row = world.store.resume(operation.uuid)
+            row = resumed(world.store, operation.uuid)
             assert row is not None
             assert (row.phase, row.step, row.status) == (Phase.BUILD, 0, states.RUNNING)
             assert row.target == operation.target
@@ -1106,7 +1107,7 @@ class LifecycleContract:
         claim = saved(world.store, new(1, mode=Mode.DISTRIBUTED))
         end = last_step(claim, 0, states.FAILED, outcomes=[outcome_of(claim.root, 0)])
         world.store.checkpoint(end._replace(target=StepMessage("else", "shop.Else", "else")))
-        row = world.store.resume(claim.root.uuid)
+        row = resumed(world.store, claim.root.uuid)
         assert row is not None
         assert (row.phase, row.status) == (Phase.END_SUCCESS, states.RUNNING)
         assert row.target == StepMessage(row.uuid, row.entrypoint, row.topic)
@@ -1136,7 +1137,7 @@ class LifecycleContract:
         broken = {"status": states.FAILED, "error": "no"}
         ends = [outcome_of(three, 1, **broken), outcome_of(two, 0, 0, **broken), outcome_of(root, 1, 0, **broken)]
         assert world.store.checkpoint(step_on(claim, 1, updates=moves, outcomes=ends)) == states.FAILED
-        row = world.store.resume(root.uuid)
+        row = resumed(world.store, root.uuid)
         assert row is not None
         assert [row_of(world.store, each.uuid).status for each in claim.path] == [states.RUNNING] * 3
         task = world.store.get_tasks(three.id)[1]
@@ -1156,15 +1157,51 @@ class LifecycleContract:
         for uuid in (waiting.uuid, running.root.uuid, done.root.uuid):
             before = world.store.snapshot(uuid)
             with pytest.raises(StateConflict):
-                world.store.resume(uuid)
+                resumed(world.store, uuid)
             assert world.store.snapshot(uuid) == before
 
     def test_concurrent_resumes_have_one_winner(self, world: World) -> None:
         """Rule 25."""
         failed = self._failed(world.store)
-        answers = at_once(*(lambda store=store: store.resume(failed.uuid) for store in (world.store, world.other) * 3))
+        answers = at_once(
+            *(lambda store=store: resumed(store, failed.uuid) for store in (world.store, world.other) * 3)
+        )
         assert sorted(type(answer).__name__ for answer in answers) == ["OperationRow"] + ["StateConflict"] * 5
         assert row_of(world.store, failed.uuid).epoch == failed.epoch + 1
+
+    def test_concurrent_resumes_from_one_row_have_one_winner(self, world: World) -> None:
+        """Rule 25: every caller has seen the same epoch."""
+        failed = self._failed(world.store)
+
+        def resume(store: Store) -> OperationRow | None:
+            return store.resume(failed.uuid, failed.epoch, name())
+
+        answers = at_once(*(lambda store=store: resume(store) for store in (world.store, world.other) * 3))
+        assert sorted(type(answer).__name__ for answer in answers) == ["OperationRow"] + ["StateConflict"] * 5
+        assert row_of(world.store, failed.uuid).epoch == failed.epoch + 1
+
+    def test_repeated_resume_returns_the_same_row_and_changes_nothing(self, world: World) -> None:
+        """Rules 10 and 25: the response to the first call was lost."""
+        failed = self._failed(world.store, mode=Mode.DISTRIBUTED)
+        row = world.store.resume(failed.uuid, failed.epoch, "token")
+        before = world.store.snapshot(failed.uuid)
+        assert world.other.resume(failed.uuid, failed.epoch, "token") == row
+        assert world.store.snapshot(failed.uuid) == before
+        for epoch, token in ((failed.epoch, "other"), (failed.epoch + 1, "token"), (failed.epoch + 1, "other")):
+            with pytest.raises(StateConflict, match="is RUNNING: only a FAILED or CANCELLED one can be resumed"):
+                world.store.resume(failed.uuid, epoch, token)
+        assert world.store.snapshot(failed.uuid) == before
+
+    def test_resume_with_an_old_epoch_is_rejected(self, world: World) -> None:
+        """Rule 25: the operation was resumed and has failed again since the caller has read it."""
+        failed = self._failed(world.store)
+        claim = claimed(world.store, resumed(world.store, failed.uuid))
+        world.store.checkpoint(last_step(claim, 1, states.FAILED, outcomes=[end_of(claim.root, 1, 2)]))
+        before = world.store.snapshot(failed.uuid)
+        for epoch in (failed.epoch, failed.epoch + 1):
+            with pytest.raises(StateConflict, match="was resumed meanwhile, and is FAILED again"):
+                world.store.resume(failed.uuid, epoch, name())
+        assert world.store.snapshot(failed.uuid) == before
 
     # -- purge ---------------------------------------------------------------------------------------------------------
 

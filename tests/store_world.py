@@ -174,6 +174,13 @@ def claimed(store: Store, row: OperationRow, request: ClaimRequest | None = None
     return claim
 
 
+def resumed(store: Store, uuid: str) -> OperationRow:
+    """Resume an operation as it is stored now."""
+    row = store.resume(uuid, row_of(store, uuid).epoch, name("token-"))
+    assert row is not None
+    return row
+
+
 def row_of(store: Store, uuid_or_id: str) -> OperationRow:
     """The row of an operation that is there."""
     row = store.get_operation(uuid_or_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from kser.errors import ProducerMissing, StateConflict, StoreMissing, StoreUnava
 from kser.schemas import OPERATION_KEY
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.runner import InMemoryRunner
 from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
 from kser.store.base import Store
@@ -247,6 +249,39 @@ def test_duplicate_message_is_recognised_after_user_code_changed_the_params(shop
     operation = shop.registry.get("1")
     assert operation is not None
     assert operation.params == {"order": 1, "currency": "EUR"}
+
+
+def test_registry_runner_runs_only_operations_that_are_not_stored(shop: Shop) -> None:
+    seen: list[str] = []
+
+    class Counting(InMemoryRunner):
+        def run(self, operation: Operation, result: Result | None) -> Any:
+            seen.append(operation.uuid)
+            return super().run(operation, result)
+
+    shop.registry.runner = runner = Counting()
+    bare(Sale)
+    shop.first.handle()
+    assert (shop.status(), seen) == (SUCCESS, [])
+    assert shop.first.known(Sale)("2").execute().retcode == 0
+    assert (shop.registry.get("2"), seen, shop.registry.runner) == (None, ["2"], runner)
+
+
+def test_copies_of_an_operation_from_a_message_are_not_stored(shop: Shop) -> None:
+    copies: list[Sale] = []
+
+    class Copied(Sale):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            if not copies:
+                copies.append(copy.deepcopy(self))
+                assert copies[0].execute().retcode == 0
+            return super().build_tasks(**kwargs)
+
+    shop.first.learn(Copied)
+    bare(Copied)
+    shop.first.handle()
+    assert Act.seen == ["1.a", "1.b", "1.c"] * 2
+    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
 
 
 def test_concurrent_operations_under_one_uuid_have_one_winner(shop: Shop) -> None:

@@ -11,14 +11,14 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.attempt import current_attempt
-from kser.errors import StateConflict, UsageError
+from kser.errors import StateConflict, StoreUnavailable, UsageError
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.status import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCESS, TRANSITIONS, can_transition
 from kser.store.model import Claim
 from tests.durable import BOTH_WAYS, Sale, Shop, Spread, bare, expire, meanwhile, sent
 from tests.engine import PATIENCE, Act
-from tests.store_world import me
+from tests.store_world import me, resumed
 from tests.support import lines
 
 
@@ -472,6 +472,32 @@ def test_concurrent_resumes_have_one_winner(shop: Shop) -> None:
     assert shop.kinds().count("resumed") == 1
 
 
+def test_resume_whose_response_is_lost_takes_effect_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rules 10 and 25"""
+    Act.acts["1.b"] = [ConnectionError("no"), None]
+    bare(Sale)
+    shop.first.handle()
+    resume = shop.store.resume
+    calls: list[Any] = []
+
+    def lose_first_response(*args: Any) -> Any:
+        row = resume(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            raise StoreUnavailable("the connection was lost after the COMMIT")
+        return row
+
+    monkeypatch.setattr(shop.store, "resume", lose_first_response)
+    operation = shop.registry.get("1")
+    assert operation is not None
+    operation.resume()
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+    assert shop.kinds().count("resumed") == 1
+    shop.first.handle()
+    assert shop.status() == SUCCESS
+
+
 @pytest.mark.parametrize("state", ["pending", "running", "success"])
 def test_resume_of_an_operation_that_did_not_fail_is_rejected(shop: Shop, state: str) -> None:
     """durability rule 25"""
@@ -520,7 +546,7 @@ def test_claim_from_before_a_resume_is_fenced(shop: Shop) -> None:
     def cancelled_and_resumed() -> Result:
         shop.pass_by(expire())
         assert shop.store.cancel("1", None).status == CANCELLED  # type: ignore[union-attr]
-        shop.store.resume("1")
+        resumed(shop.store, "1")
         return Result(retval={"late": 1})
 
     Act.acts["1.b"] = [cancelled_and_resumed, None]

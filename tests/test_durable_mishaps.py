@@ -215,15 +215,15 @@ def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, ca
                 raise FencedError("its own worker was faster")
             given_back.append(self.key)
 
-    means = shop.registry._kser_operations._context
+    context = shop.registry._kser_operations._context
     held = [Held(1), Held(2)]
     for each in held:
-        means.register_claim(each)
+        context.register_claim(each)
     with caplog.at_level(logging.WARNING, "kser"):
         shop.first.companion.close()
     assert given_back == [(2, 1)]
     for each in held:
-        means.release_claim(each)
+        context.release_claim(each)
 
 
 def test_group_commit_continues_after_an_interrupted_follower() -> None:

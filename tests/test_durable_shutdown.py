@@ -153,8 +153,11 @@ def test_graceful_shutdown_releases_an_operation_waiting_for_its_database(shop: 
             """It was there at the start."""
 
         def __getattr__(self, name: str) -> Any:
-            tried.set()
-            raise StoreUnavailable("the database is away")
+            def call(*_: Any, **__: Any) -> Any:
+                tried.set()
+                raise StoreUnavailable("the database is away")
+
+            return call
 
     process = shop.process(Sale, store=Away(), group="ending", workers=2)
     bare(Sale)

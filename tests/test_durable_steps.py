@@ -395,7 +395,8 @@ def test_message_that_fails_before_its_ack_is_not_committed(shop: Shop) -> None:
         process.consumer._kser_worker_pool.stopping = True
         raise StoreUnavailable("the database is away")
 
-    process.registry._kser_operations._store = type("Away", (), {"get_operation": away, "save": away})()
+    store = process.registry._kser_operations._context.store
+    store.direct = type("Away", (), {"get_operation": away, "save": away})()
     bare(Sale)
     process.handle()
     assert (committed(), Act.seen) == (0, [])

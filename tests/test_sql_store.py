@@ -43,7 +43,20 @@ from kser.store.sql.tables import metadata, operation
 from tests.conftest import own_postgresql
 from tests.postgres import Database
 from tests.store_contract import at_once, due
-from tests.store_world import claimed, last_step, me, name, new, new_task, outcome_of, row_of, saved, step_on, update_of
+from tests.store_world import (
+    claimed,
+    last_step,
+    me,
+    name,
+    new,
+    new_task,
+    outcome_of,
+    resumed,
+    row_of,
+    saved,
+    step_on,
+    update_of,
+)
 from tests.support import ROOT
 
 SECRET = "not-to-be-said"
@@ -829,7 +842,7 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, c
         any_store.checkpoint(step_on(claim, 0))
         any_store.cancel(claim.root.uuid, None)
         any_store.checkpoint(step_on(claim, 1, updates=[update_of(claim.root._replace(step=1), 1)], outcomes=()))
-        row = any_store.resume(claim.root.uuid)
+        row = resumed(any_store, claim.root.uuid)
         assert row is not None
         any_store.mark_sent([(row.id, row.epoch)], 60)
         any_store.postpone_send([(row.id, row.epoch)], 60)

@@ -17,6 +17,8 @@ from kser.sequencing.registry import OperationRegistry
 from kser.status import SUCCESS
 from kser.store import open_store, retrying
 from kser.store.base import Store
+from kser.store.memory import MemoryStore
+from kser.store.model import OperationRow
 from tests.durable import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
 from tests.engine import PATIENCE, Act, InThread, committed, put, until
 from tests.support import lines
@@ -95,16 +97,71 @@ def test_late_response_from_before_an_outage_does_not_end_it(
 ) -> None:
     """durability rule 33: of many threads some are answered later than they asked."""
     caplog.set_level(logging.INFO, "kser")
-    asked = retrying.StoreRetry()
 
-    def slow() -> str:
-        asked.report_outage(StoreUnavailable("it does not answer"))
-        return "an answer"
+    class Slow(MemoryStore):
+        def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
+            retrying_store.report_outage(StoreUnavailable("it does not answer"))
+            return super().cancel(uuid, reason)
 
-    assert asked.retry(slow) == "an answer"
+    retrying_store = retrying.RetryingStore(Slow())
+    assert retrying_store.cancel("1", None) is None
     assert told(caplog) == ["Store: it does not answer; work in flight waits, and the call is retried"]
-    assert asked.retry(lambda: "another") == "another"
+    assert retrying_store.get_operation("1") is None
     assert told(caplog)[1:] == ["Store: the database works again"]
+
+
+class OneOutage:
+    """A store whose first call finds the database away; the later ones return their own arguments."""
+
+    name = "flaky://"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append(name)
+            if len(self.calls) == 1:
+                raise StoreUnavailable("it does not answer")
+            return args, options
+
+        return call
+
+
+#: Arguments of each call that is repeated.
+REPEATED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "check": ((), {}),
+    "save": (("operation", "request"), {}),
+    "claim": (("uuid", "step", "request"), {}),
+    "get_operation": (("uuid",), {}),
+    "get_tasks": ((7,), {}),
+    "get_task": ((7, 1), {}),
+    "get_children": ((7,), {}),
+    "checkpoint": (("checkpoint",), {}),
+    "renew": (([(7, 1)], "owner", 30.0), {}),
+    "mark_sent": (([(7, 1)], 60.0), {}),
+    "take_due_steps": ((500, "owner"), {"expired": True}),
+    "postpone_send": (([(7, 1)], 3.0), {}),
+    "cancel": (("uuid", "reason"), {}),
+    "resume": (("uuid", 3, "token"), {}),
+    "snapshot": (("uuid",), {}),
+    "find": (("query", 50, "cursor"), {}),
+    "purge": ((60.0, ["SUCCESS"], 500), {}),
+}
+#: Calls that return nothing.
+WITHOUT_RESULT = {"check", "mark_sent", "postpone_send"}
+
+
+@pytest.mark.parametrize("name", sorted(Store.__abstractmethods__ - {"close"}))
+def test_retrying_store_repeats_each_call_of_the_contract(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """durability rule 33"""
+    direct: Any = OneOutage()
+    args, options = REPEATED[name]
+    with caplog.at_level(logging.INFO, "kser"):
+        result = getattr(retrying.RetryingStore(direct), name)(*args, **options)
+    assert result == (None if name in WITHOUT_RESULT else (args, options))
+    assert direct.calls == [name] * 2
+    assert len(told(caplog)) == 2
 
 
 def test_outage_delays_new_operations_but_not_plain_tasks(shop: Shop, troubled: Troubled) -> None:

@@ -61,7 +61,7 @@ ORDER = (
     {"kser.durable.execution_state", "kser.durable.context"},
     {"kser.durable.step_runner"},
     {"kser.durable.execution"},
-    {"kser.durable.manager", "kser.durable.recovery"},
+    {"kser.durable.manager", "kser.durable.message_handler", "kser.durable.recovery"},
     {"kser.sequencing.registry"},
     {"kser.python_kafka", "kser.python_kafka.options", "kser.dummy", "kser.dummy.broker"},
     {"kser.confluent", "kser.confluent.logs", "kser.confluent.options", "kser.confluent.delivery_reports"},

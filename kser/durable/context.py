@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
+from kser import signals
 from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
@@ -23,8 +24,8 @@ from kser.producer import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
 from kser.store.base import Store
-from kser.store.model import ClaimRequest, StepMessage
-from kser.store.retrying import StoreRetry
+from kser.store.model import Claim, ClaimRequest, StepMessage
+from kser.store.retrying import RetryingStore
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
@@ -106,8 +107,8 @@ class DurableContext:
 
     def __init__(self, registry: RegistryProtocol, store: Store) -> None:
         self.registry = registry
-        self.store = store
-        self.retrying = StoreRetry()
+        #: The store, which repeats each call during an outage; ``store.direct`` does not.
+        self.store = RetryingStore(store)
         self.settings = DurabilitySettings(registry.settings)
         #: Owner name of this process in claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
@@ -120,6 +121,12 @@ class DurableContext:
     def new_claim_request(self) -> ClaimRequest:
         """Return a new claim request with a random token."""
         return ClaimRequest(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
+
+    def reclaim(self, claim: Claim) -> Claim | None:
+        """Read a claim of this process from the store again; None if it was lost."""
+        request = self.new_claim_request()._replace(token=claim.root.token or "")
+        renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
+        return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
 
     def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim."""
@@ -157,11 +164,11 @@ class DurableContext:
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
-            answer = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
+            result = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
             # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
-            answer = failed_result(error, target.uuid)
-        return self._on_sent(target, root_uuid, step_key, answer)
+            result = failed_result(error, target.uuid)
+        return self._on_sent(target, root_uuid, step_key, result)
 
     def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
         """Send a step without waiting for its delivery, if the producer supports that.
@@ -198,6 +205,20 @@ class DurableContext:
             f" will send it: {result.stderr}"
         )
         return result
+
+    def emit_operation_changed(
+        self, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
+    ) -> None:
+        """Emit the signal for a change of a root's status."""
+        signals.emit(
+            signals.operation_changed,
+            self.registry,
+            uuid=uuid,
+            entrypoint=entrypoint,
+            old=old,
+            new=new,
+            result=result,
+        )
 
     def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
         """Return a function that resolves the topic of a task.

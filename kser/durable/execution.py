@@ -17,7 +17,7 @@ from kser.attempt import Deferred, current_attempt
 from kser.controller import user_code_guard
 from kser.durable.context import DurableContext
 from kser.durable.execution_state import ExecutionState, OperationFrame
-from kser.durable.step_runner import StepRunner
+from kser.durable.step_runner import NO_REPLY, StepOutcome, StepRunner
 from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
 from kser.sequencing.operation import Operation
@@ -51,6 +51,8 @@ class Execution:
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._step_runner.attach(self._state.root, operation)
         self._released = False
+        #: Result of the message: the reply of the last step that had one.
+        self._reply: Any = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -84,37 +86,37 @@ class Execution:
             if self._claim.root.cancel_requested:
                 # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
-                self._released, self._step_runner.reply = True, Deferred(self._state.root.accumulated)
+                self._released, self._reply = True, Deferred(self._state.root.accumulated)
             elif self._claim.exhausted:
                 error = _retries_exhausted(self._claim)
                 self._state.add_event(NewEvent("exhausted", text=error.message))
-                self._step_runner.fail_step(error)
-                self._after_checkpoint(*self._checkpoint())
+                outcome = self._step_runner.fail_step(error)
+                self._after_checkpoint(outcome, *self._checkpoint(outcome))
             while not self._released:
                 self._run_step()
-        except FencedError as lost:
+        except FencedError as error:
             self._released = True
-            logger.warning(f"{self.label}: the outcome of its step is dropped: {lost.message}")
+            logger.warning(f"{self.label}: the outcome of its step is dropped: {error.message}")
             return Deferred(self._state.root.accumulated)
         finally:
             self._context.release_claim(self)
             if not self._released:
                 with suppress(KserError):
                     self.release()
-        return self._step_runner.reply
+        return self._reply
 
     def release(self) -> None:
         """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
-        root, epoch = self._claim.root, self._claim.epoch
-        row = self._context.store.get_operation(root.uuid)
+        root, epoch, store = self._claim.root, self._claim.epoch, self._context.store.direct
+        row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
-        stay = OperationUpdate(
+        update = OperationUpdate(
             row.id, row.step, row.phase, row.step, row.phase, row.status, row.accumulated, row.result
         )
-        token, notes = root.token or "", (NewEvent("released"),)
-        status = self._context.store.checkpoint(
-            Checkpoint(row.id, epoch, token, self._context.owner, (stay,), events=notes, keep=False)
+        token, events = root.token or "", (NewEvent("released"),)
+        status = store.checkpoint(
+            Checkpoint(row.id, epoch, token, self._context.owner, (update,), events=events, keep=False)
         )
         if status == states.CANCELLED:
             self._on_cancelled()
@@ -128,112 +130,113 @@ class Execution:
         """Run a step and record its outcome."""
         try:
             with user_code_guard:
-                self._step_runner.run_next()
-                recorded = self._checkpoint()
+                outcome = self._step_runner.run_next()
+                recorded = self._checkpoint(outcome)
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
             # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
             # retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
-            self._reload_and_fail(exc)
-            recorded = self._checkpoint()
-        self._after_checkpoint(*recorded)
+            outcome = self._reload_and_fail(exc)
+            recorded = self._checkpoint(outcome)
+        self._after_checkpoint(outcome, *recorded)
 
-    def _checkpoint(self) -> tuple[Checkpoint, str, StepMessage | None]:
+    def _checkpoint(self, outcome: StepOutcome) -> tuple[Checkpoint, str, StepMessage | None]:
         """Record the outcome of the step.
 
         :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
         """
-        track, delay = self._state, self._step_runner.retry_in
-        keep, target = self._next_hop()
+        delay = outcome.retry_in
+        keep, target = self._next_hop(outcome)
         stays = not keep and target is None and delay is None
-        checkpoint = track.checkpoint(
+        checkpoint = self._state.checkpoint(
             self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
         )
-        status = self._context.retrying.retry(lambda: self._context.store.checkpoint(checkpoint))
-        return checkpoint, status, target
+        return checkpoint, self._context.store.checkpoint(checkpoint), target
 
-    def _after_checkpoint(self, checkpoint: Checkpoint, status: str, target: StepMessage | None) -> None:
+    def _after_checkpoint(
+        self, outcome: StepOutcome, checkpoint: Checkpoint, status: str, target: StepMessage | None
+    ) -> None:
         """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
-        track, delay, keep = self._state, self._step_runner.retry_in, checkpoint.keep
-        self._released = track.is_finished or status == states.CANCELLED or not keep
+        state, delay = self._state, outcome.retry_in
+        if outcome.reply is not NO_REPLY:
+            self._reply = outcome.reply
+        self._released = state.is_finished or status == states.CANCELLED or not checkpoint.keep
         if self._released:
             # Unregister the claim before sending the next step. The store has released it, so during a slow send the
             # heartbeat would report the claim as lost.
             self._context.release_claim(self)
-        ended = list(track.ended)
-        track.mark_flushed()
+        ended = list(state.ended)
+        state.mark_flushed()
         self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
             self._on_cancelled()
             return
         for frame in ended:
             self._emit_end(frame)
-        if track.is_finished:
+        if state.is_finished:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
-            self._step_runner.reply = Deferred(self._step_runner.reply or track.root.accumulated)
+            self._reply = Deferred(self._reply or state.root.accumulated)
             if not delay:
                 # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
-                # send, so the reaper would wait UNSENT_AFTER seconds.
-                self._send(track.root.row.target)
+                # send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
+                self._send(state.root.row.target)
         elif self._released:
             self._dispatch_next(target)
 
-    def _next_hop(self) -> tuple[bool, StepMessage | None]:
+    def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
         """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
-        track, frame = self._state, self._state.top
+        state, frame = self._state, self._state.top
         outer = current_attempt.get()
-        goes_on = self._timeout_error is None and not (outer is not None and outer.shutting_down)
-        if track.is_finished:
+        continues = self._timeout_error is None and not (outer is not None and outer.shutting_down)
+        if state.is_finished:
             return True, None
-        if self._step_runner.retry_in is not None:
+        if outcome.retry_in is not None:
             return False, None
-        if not track.distributed:
-            return goes_on, None
+        if not state.distributed:
+            return continues, None
         if frame.phase == Phase.RUN_TASK:
             return False, self._target_of_task(frame)
         known = self._context.loader.lookup(frame.row.entrypoint) is not None
-        return goes_on and known and frame.phase != Phase.BUILD, frame.target
+        return continues and known and frame.phase != Phase.BUILD, frame.target
 
     def _target_of_task(self, frame: OperationFrame) -> StepMessage:
-        place = frame.row.id, frame.step
+        position = frame.row.id, frame.step
         built = self._state.built
         if built is not None and built.operation_id == frame.row.id:
             new = built.tasks[frame.step]
             return StepMessage(new.uuid, new.entrypoint, new.topic)
         row = self._claim.next_task
-        if row is None or (row.operation_id, row.position) != place:
-            row = self._context.retrying.retry(lambda: self._context.store.get_task(*place))
+        if row is None or (row.operation_id, row.position) != position:
+            row = self._context.store.get_task(*position)
         assert row is not None, "the step is below the number of tasks"
         return StepMessage(row.uuid, row.entrypoint, row.topic)
 
     def _dispatch_next(self, target: StepMessage | None) -> None:
         root = self._state.root
-        if not self._state.distributed or self._step_runner.reply is None or self._timeout_error is not None:
-            self._step_runner.reply = Deferred(root.accumulated)
+        if not self._state.distributed or self._reply is None or self._timeout_error is not None:
+            self._reply = Deferred(root.accumulated)
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
         """Send a step; during a shutdown of the consumer, wait for the delivery."""
-        ending = self._attempt is not None and self._attempt.shutting_down
-        send = self._context.send if ending else self._context.send_nowait
+        shutting_down = self._attempt is not None and self._attempt.shutting_down
+        send = self._context.send if shutting_down else self._context.send_nowait
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
 
-    def _reload_and_fail(self, error: Exception) -> None:
+    def _reload_and_fail(self, error: Exception) -> StepOutcome:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
-        root = self._claim.root
-        claimant = self._context.new_claim_request()._replace(token=root.token or "")
-        again = self._context.retrying.retry(lambda: self._context.store.claim(root.uuid, root.target.uuid, claimant))
-        if not isinstance(again, Claim) or again.epoch != self._claim.epoch:
-            raise FencedError(f"the claim on operation {root.uuid} was lost while a step was recorded")
+        claim = self._context.reclaim(self._claim)
+        if claim is None:
+            raise FencedError(f"the claim on operation {self.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._state.frames}
-        self._claim, self._state = again, ExecutionState(again)
+        self._claim, self._state = claim, ExecutionState(claim)
         self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
         for frame in self._state.frames:
             self._step_runner.attach(frame, objects.get(frame.row.id))
-        self._step_runner.fail_step(error)
+        return self._step_runner.fail_step(error)
 
     # -- logs and signals ----------------------------------------------------------------------------------------------
 
@@ -246,7 +249,7 @@ class Execution:
     def _on_cancelled(self) -> None:
         logger.info(f"{self.label}: cancelled")
         self._emit_operation(states.RUNNING, states.CANCELLED)
-        self._step_runner.reply = Deferred(self._state.root.accumulated)
+        self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
         """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
@@ -260,32 +263,25 @@ class Execution:
         hook = operation._onsuccess if frame.status == states.SUCCESS else operation._onerror
         returned = hook(operation.result)
         if frame is self._state.root:
-            self._step_runner.reply = returned
+            self._reply = returned
 
     def _emit_operation(self, old: str, new: str) -> None:
         root = self._claim.root
-        signals.emit(
-            signals.operation_changed,
-            self._context.registry,
-            uuid=root.uuid,
-            entrypoint=root.entrypoint,
-            old=old,
-            new=new,
-            result=None if new == states.RUNNING else copy_result(self._state.root.outcome),
-        )
+        result = None if new == states.RUNNING else copy_result(self._state.root.outcome)
+        self._context.emit_operation_changed(root.uuid, root.entrypoint, old, new, result)
 
     def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:
             return
-        for end in checkpoint.outcomes:
+        for outcome in checkpoint.outcomes:
             signals.emit(
                 signals.task_changed,
                 self._context.registry,
                 operation=self._claim.root.uuid,
-                position=end.position,
-                new=end.status,
-                attempt=end.number,
-                error=end.error,
+                position=outcome.position,
+                new=outcome.status,
+                attempt=outcome.number,
+                error=outcome.error,
             )
 
 

@@ -61,9 +61,9 @@ class OperationFrame:
 
     def to_update(self) -> OperationUpdate:
         """Return the update of the operation's row."""
-        before = self.stored_step, self.stored_phase
+        stored = self.stored_step, self.stored_phase
         return OperationUpdate(
-            self.row.id, *before, self.step, self.phase, self.status, self.accumulated_json, self.result
+            self.row.id, *stored, self.step, self.phase, self.status, self.accumulated_json, self.result
         )
 
     @property
@@ -103,9 +103,9 @@ class ExecutionState:
 
     # -- outcome of the step -------------------------------------------------------------------------------------------
 
-    def add_event(self, note: NewEvent) -> None:
+    def add_event(self, event: NewEvent) -> None:
         """Add an event to the next checkpoint."""
-        self._events.append(note)
+        self._events.append(event)
 
     def push(self, row: OperationRow) -> OperationFrame:
         """Push the frame of a nested operation, which is the current task."""
@@ -218,20 +218,23 @@ class ExecutionState:
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def checkpoint(
-        self, consumer: str, keep: bool, target: StepMessage | None, delay: float = 0, notes: tuple[NewEvent, ...] = ()
+        self, consumer: str, keep: bool, target: StepMessage | None, delay: float = 0, events: tuple[NewEvent, ...] = ()
     ) -> Checkpoint:
-        """Return the checkpoint that records the step."""
+        """Return the checkpoint that records the step.
+
+        :param events: events to add after those of the step.
+        """
         claim = self.claim
-        moved = [frame.to_update() for at, frame in self._updates.items() if at != claim.id]
+        updates = [frame.to_update() for row_id, frame in self._updates.items() if row_id != claim.id]
         return Checkpoint(
             claim.id,
             claim.epoch,
             claim.root.token or "",
             consumer,
-            (*moved, self.root.to_update()),
+            (*updates, self.root.to_update()),
             self._outcomes,
             self.built,
-            (*self._events, *notes),
+            (*self._events, *events),
             target,
             keep,
             delay,

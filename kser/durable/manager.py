@@ -1,29 +1,23 @@
-"""Stored operations: acceptance, handling of their messages, and requests of clients."""
+"""Manager of the stored operations: what clients call to send, find, resume, cancel and purge them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
+from uuid import uuid4
 
 from cdumay_result import Result
 
-from kser import signals
 from kser import status as states
-from kser.attempt import FAILED, Attempt, Deferred, current_attempt, raise_if_decided
 from kser.durable.context import DurableContext
-from kser.durable.execution import Execution
-from kser.durable.serialization import json_equal, new_operation, result_from_json, searchable_pair
-from kser.entry import Entrypoint
-from kser.errors import ProducerMissing, StateConflict, StoreError, StoreUnavailable, UsageError, WaitTimeout
-from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
+from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
+from kser.errors import ProducerMissing, StateConflict, StoreUnavailable, UsageError, WaitTimeout
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import Runner, is_distributed, prepare_operation
-from kser.store.model import Claim, ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
+from kser.sequencing.runner import is_distributed
+from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -34,29 +28,15 @@ _POLL_INTERVALS = (0.01, 0.25)
 PURGE_BATCH = 500
 
 
-class Arrival(NamedTuple):
-    """Operation that was built from a message."""
-
-    operation: Operation
-    #: JSON of the message's params, which user code may change in the operation.
-    params: str
-
-
-#: The operation that this context stores when it is executed.
-_ACCEPTED: ContextVar[Arrival | None] = ContextVar("kser_accepted", default=None)
-
-
-class OperationManager(Runner):
+class OperationManager:
     """Manager of a registry's stored operations.
 
     :param context: the durable context of this process.
-    :param runner: runs operations that were never sent and therefore are not stored.
     """
 
-    def __init__(self, context: DurableContext, runner: Runner) -> None:
+    def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._store = context.store
-        self._runner = runner
 
     # -- accepting -----------------------------------------------------------------------------------------------------
 
@@ -69,11 +49,11 @@ class OperationManager(Runner):
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
         _ = self._context.producer
-        place = self._context.registry.topic_for(operation, topic)
+        topic = self._context.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        self._save_intent(new_operation(operation, mode, place, self._context.topic_resolver(place)), key)
+        self._save_intent(new_operation(operation, mode, topic, self._context.topic_resolver(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
         """Accept an operation that runs over the consumers, and send its first task.
@@ -84,173 +64,53 @@ class OperationManager(Runner):
         # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
         # missing.
         _ = self._context.producer
-        place = self._context.registry.topic_for(operation)
+        topic = self._context.registry.topic_for(operation)
         return self._save_intent(
-            new_operation(operation, Mode.DISTRIBUTED, place, self._context.topic_resolver(place)), None
+            new_operation(operation, Mode.DISTRIBUTED, topic, self._context.topic_resolver(topic)), None
         )
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
-        known = self._context.retrying.retry(lambda: self._store.save(new))
-        if isinstance(known, ClaimRefused):
-            row = known.root
-            self._check_same_operation(row, new.entrypoint, new.params)
+        saved = self._store.save(new)
+        if isinstance(saved, ClaimRefused):
+            row = saved.root
+            check_same_operation(row, new.entrypoint, new.params)
             if states.is_final(row.status):
                 raise StateConflict(
                     f"operation {row.uuid} was sent before, and is {row.status}: use a new uuid, or resume() if it"
                     " FAILED or was CANCELLED"
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
-        assert isinstance(known, int), "save() without a claim request returns the id"
-        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
-        answer = self._context.send(new.target, new.uuid, key=key)
-        if states.final_status(answer) == states.SUCCESS:
-            self._record_sent(known, 0)
-        return answer
+        assert isinstance(saved, int), "save() without a claim request returns the id"
+        self._context.emit_operation_changed(new.uuid, new.entrypoint, None, states.PENDING)
+        result = self._context.send(new.target, new.uuid, key=key)
+        if states.final_status(result) == states.SUCCESS:
+            self._record_sent(saved, 0)
+        return result
 
     def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because an unrecorded send costs no more than a second message.
         with suppress(StoreUnavailable):
-            self._store.mark_sent([(root_id, epoch)], self._context.settings.resend)
-
-    @staticmethod
-    def _check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
-        """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
-
-        :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
-        """
-        if row.parent_id is not None:
-            raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
-        given = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
-        if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(given, params)):
-            raise StateConflict(
-                f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
-                f" params {params} is another operation, and needs a uuid of its own"
-            )
-
-    # -- messages ------------------------------------------------------------------------------------------------------
-
-    def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of one that is stored on arrival.
-
-        :param entrypoint: the class that the message names; None if it is not registered here.
-        """
-        root_uuid = kmsg.metadata.get(OPERATION_KEY)
-        if root_uuid is not None:
-            return self._claim_and_run(str(root_uuid), kmsg.uuid)
-        if not kmsg.uuid:
-            kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
-        row = self._context.retrying.retry(lambda: self._store.get_operation(kmsg.uuid))
-        if row is not None:
-            return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
-        assert entrypoint is not None, "only the message of a step may name an unknown class"
-        params = json.dumps(kmsg.params)
-        operation: Any = entrypoint.from_Message(kmsg)
-        before = _ACCEPTED.set(Arrival(operation, params))
-        try:
-            return operation.execute()
-        finally:
-            _ACCEPTED.reset(before)
-
-    def run(self, operation: Operation, result: Result | None) -> Any:
-        """Execute an operation; store it first if it was just built from a message."""
-        arrival = _ACCEPTED.get()
-        if arrival is None or arrival.operation is not operation:
-            return self._runner.run(operation, result)
-        prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
-        raise_if_decided(operation)
-        delivery = current_attempt.get()
-        place = operation.TOPIC or (delivery.topic if delivery else "") or self._context.registry.topic_for(operation)
-        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        new = new_operation(operation, mode, place, self._context.topic_resolver(place), arrival.params)
-        claimant = self._context.new_claim_request() if mode == Mode.LOCAL else None
-        saved = self._context.retrying.retry(lambda: self._store.save(new, claimant))
-        if isinstance(saved, ClaimRefused):
-            # Another consumer has stored the same operation in the meantime.
-            return self._handle_duplicate(saved.root, new.entrypoint, arrival.params)
-        if delivery is not None:
-            delivery.ack()
-        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
-        if isinstance(saved, int):
-            self._context.send_nowait(new.target, new.uuid, (saved, 0))
-            return Deferred(operation.result)
-        return Execution(self._context, saved, operation).run()
-
-    def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored, if both describe the same operation."""
-        try:
-            self._check_same_operation(row, entrypoint, params)
-        except StateConflict as conflict:
-            if (delivery := current_attempt.get()) is not None:
-                delivery.reject(FAILED, conflict)
-            raise
-        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
-
-    def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim and run a step of a stored operation, if it is the current one."""
-        delivery = current_attempt.get()
-        if delivery is not None and delivery.timeout_error is not None:
-            self._record_timeout(root_uuid, delivery.timeout_error)
-            delivery.timeout_error = None
-        claimant = self._context.new_claim_request()
-        claim = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
-        if claim is None:
-            return self._unknown_operation(root_uuid, step)
-        if delivery is not None:
-            delivery.ack()
-        return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else Execution(self._context, claim).run()
-
-    def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
-        """Record the timeout of an attempt in which another thread is still stuck."""
-        stuck = next(
-            (run for run in self._context.active_claims() if isinstance(run, Execution) and run.uuid == root_uuid), None
-        )
-        if stuck is None:
-            return
-        claimant = self._context.new_claim_request()._replace(token=stuck.claim.root.token or "")
-        step = stuck.claim.root.target.uuid
-        again = self._context.retrying.retry(lambda: self._store.claim(root_uuid, step, claimant))
-        if isinstance(again, Claim) and again.epoch == stuck.claim.epoch:
-            Execution(self._context, again, timeout_error=timeout_error).run()
-
-    def _unknown_operation(self, root_uuid: str, step: str) -> Any:
-        error = StoreError(
-            f"step {step} belongs to operation {root_uuid}, which {self._store.name} does not know: all consumers of a"
-            " topic must share one database, and operations must be stored for longer than the topic retains its"
-            " messages"
-        )
-        logger.error(error.message)
-        if (delivery := current_attempt.get()) is not None:
-            delivery.reject(FAILED, error)
-        raise error
-
-    @staticmethod
-    def _claim_refused(refusal: ClaimRefused) -> Deferred:
-        root = refusal.root
-        logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
-        return Deferred(result_from_json(root.result or root.accumulated, root.uuid))
+            self._store.direct.mark_sent([(root_id, epoch)], self._context.settings.resend)
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
     def get(self, uuid: str) -> Operation | None:
         """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
-        stored = self._context.retrying.retry(lambda: self._store.snapshot(uuid))
-        if stored is None:
+        snapshot = self._store.snapshot(uuid)
+        if snapshot is None:
             return None
-        row = stored.operation
+        row = snapshot.operation
         operation = self._load(row)
-        inside = any(task.child_id is not None for task in stored.tasks)
-        children = self._context.retrying.retry(lambda: self._store.get_children(row.root_id)) if inside else ()
-        operation.tasks = self._context.loader.tasks(stored.tasks, children)
-        operation._kser_snapshot = stored
-        if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, stored.root_uuid):
+        nested = any(task.child_id is not None for task in snapshot.tasks)
+        children = self._store.get_children(row.root_id) if nested else ()
+        operation.tasks = self._context.loader.tasks(snapshot.tasks, children)
+        operation._kser_snapshot = snapshot
+        if row.status == states.RUNNING and row.phase == Phase.RUN_TASK and self._is_claimed(row, snapshot.root_uuid):
             operation.tasks[row.step].status = states.RUNNING
         return operation
 
     def _is_claimed(self, row: OperationRow, root_uuid: str) -> bool:
-        root = (
-            row if row.parent_id is None else self._context.retrying.retry(lambda: self._store.get_operation(root_uuid))
-        )
+        root = row if row.parent_id is None else self._store.get_operation(root_uuid)
         return root is not None and root.owner is not None
 
     def _load(self, row: OperationRow) -> Operation:
@@ -260,44 +120,27 @@ class OperationManager(Runner):
 
     def find(self, query: OperationQuery, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Return a page of operations without their tasks, newest first, and the cursor of the next page."""
-        page = self._context.retrying.retry(lambda: self._store.find(query, limit, after))
+        page = self._store.find(query, limit, after)
         return [self._load(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
 
-        :raises kser.errors.StateConflict: the operation is in another state.
+        :raises kser.errors.StateConflict: the operation is in another state, or was resumed meanwhile.
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)
-        row = _require_row(uuid, self._resume(uuid))
-        self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
+        row = _require_row(uuid, self._store.resume(uuid, before.epoch, uuid4().hex))
+        self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
             _ = self._context.producer
         except ProducerMissing as missing:
             # A client needs no producer, because the reaper of a consumer sends the step with its own.
             logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
-            answer = self._context.send(row.target, row.uuid)
-            if states.final_status(answer) == states.SUCCESS:
+            result = self._context.send(row.target, row.uuid)
+            if states.final_status(result) == states.SUCCESS:
                 self._record_sent(row.id, row.epoch)
-
-    def _resume(self, uuid: str) -> OperationRow | None:
-        asked = False
-
-        def ask() -> OperationRow | None:
-            nonlocal asked
-            try:
-                return self._store.resume(uuid)
-            except StateConflict:
-                if not asked:
-                    raise
-                # The first call took effect and its reply was lost.
-                return self._store.get_operation(uuid)
-            finally:
-                asked = True
-
-        return self._context.retrying.retry(ask)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation, at once or after its running task.
@@ -306,13 +149,13 @@ class OperationManager(Runner):
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)
-        row = _require_row(uuid, self._context.retrying.retry(lambda: self._store.cancel(uuid, reason)))
+        row = _require_row(uuid, self._store.cancel(uuid, reason))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
+            self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
 
     def _require(self, uuid: str) -> OperationRow:
-        return _require_row(uuid, self._context.retrying.retry(lambda: self._store.get_operation(uuid)))
+        return _require_row(uuid, self._store.get_operation(uuid))
 
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """Wait for the end of an operation and return its result.
@@ -322,7 +165,7 @@ class OperationManager(Runner):
         :raises kser.errors.UsageError: there is no such operation.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        look, slowest = _POLL_INTERVALS
+        interval, longest = _POLL_INTERVALS
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
@@ -336,26 +179,22 @@ class OperationManager(Runner):
                     return result_from_json(row.result or row.accumulated, row.uuid)
                 if left is not None and left <= 0:
                     raise WaitTimeout(f"operation {uuid} is {row.status} after {timeout:g} s, at task {row.step}")
-            time.sleep(look if left is None else max(min(look, left), 0))
-            look = min(look * 1.5, slowest)
+            time.sleep(interval if left is None else max(min(interval, left), 0))
+            interval = min(interval * 1.5, longest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:
         """Delete ended operations with everything that belongs to them, and return how many were deleted."""
-        odd = set(status) - states.FINAL
-        if odd:
-            raise UsageError(f"only operations that have ended are purged, not those that are {', '.join(sorted(odd))}")
+        invalid = set(status) - states.FINAL
+        if invalid:
+            raise UsageError(
+                f"only operations that have ended are purged, not those that are {', '.join(sorted(invalid))}"
+            )
         total = 0
         while True:
-            count = self._context.retrying.retry(lambda: self._store.purge(older_than, status, PURGE_BATCH))
+            count = self._store.purge(older_than, status, PURGE_BATCH)
             total += count
             if count < PURGE_BATCH:
                 return total
-
-    def _emit_changed(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
-        registry = self._context.registry
-        signals.emit(
-            signals.operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=None
-        )
 
 
 def build_query(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 
-#: Seconds between two records of sent steps: well below UNSENT_AFTER, after which the reaper sends a step again.
+#: Seconds between two records of sent steps: well below RESEND_UNSENT_AFTER, after which the reaper sends a step again.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
 #: Seconds that the shutdown of a consumer waits for the current tick.
@@ -48,23 +48,23 @@ class RecoveryService:
         self._failed_sends: Counter[str] = Counter()
 
     def tick(self) -> None:
-        """Run the jobs whose interval has passed. Call this about every second, from a dedicated thread."""
+        """Run the routines whose interval has passed. Call this about every second, from a dedicated thread."""
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
         try:
-            for what, interval in (
+            for routine, interval in (
                 (self.renew_leases, self._settings.heartbeat),
                 (self.record_sends, RECORD_SENDS_INTERVAL),
                 (self.reap, self._settings.reaper),
             ):
                 now = self._clock()
-                if now - self._last.get(what.__name__, -float("inf")) >= interval:
-                    what()
-                    self._last[what.__name__] = now
-        except StoreUnavailable as trouble:
+                if now - self._last.get(routine.__name__, -float("inf")) >= interval:
+                    routine()
+                    self._last[routine.__name__] = now
+        except StoreUnavailable as error:
             self._last_contact = -float("inf")
-            self._context.retrying.report_outage(trouble)
+            self._context.store.report_outage(error)
         except Exception:
             # Never let this thread die: leases would expire. The next tick may succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
@@ -73,22 +73,24 @@ class RecoveryService:
 
     def renew_leases(self) -> None:
         """Renew the leases of the claims that workers hold now."""
-        held = {run.key for run in self._context.active_claims()}
-        if not held:
+        keys = {claim.key for claim in self._context.active_claims()}
+        if not keys:
             return
-        known = self._context.store.renew(held, self._context.owner, self._settings.lease)
-        lost = {key for key in held if key[0] not in known}
+        renewed = self._context.store.direct.renew(keys, self._context.owner, self._settings.lease)
+        lost = {key for key in keys if key[0] not in renewed}
         for root_id, epoch in lost - self._lost_claims:
-            run = self._context.claim_for(root_id)
-            if run is not None and run.key == (root_id, epoch):
-                logger.warning(f"{run.label}: the claim was lost; the result of the running task will not be recorded")
+            claim = self._context.claim_for(root_id)
+            if claim is not None and claim.key == (root_id, epoch):
+                logger.warning(
+                    f"{claim.label}: the claim was lost; the result of the running task will not be recorded"
+                )
         self._lost_claims = lost
 
     def record_sends(self) -> None:
         """Record the sent steps in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
-            self._context.store.mark_sent(steps, self._settings.resend)
+            self._context.store.direct.mark_sent(steps, self._settings.resend)
         # Other threads only append, so the first entries are the recorded ones.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
@@ -96,28 +98,30 @@ class RecoveryService:
     def reap(self) -> int:
         """Send the due steps that no consumer works on, and return their number."""
         total = 0
-        until = self._clock() + self._settings.heartbeat / 2
+        deadline = self._clock() + self._settings.heartbeat / 2
         while True:
-            asked = self._clock()
-            due = self._context.retrying.once(self._take_due_steps)
+            started_at = self._clock()
+            due = self._context.store.once(
+                self._context.store.direct.take_due_steps,
+                BATCH,
+                self._context.owner,
+                expired=self._leases_are_trustworthy(),
+            )
             # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
-            waited = self._clock() - asked > self._settings.lease / 3
-            sent = self._defer_expired(due) if waited else due
+            was_slow = self._clock() - started_at > self._settings.lease / 3
+            sent = self._defer_expired(due) if was_slow else due
             total += len(sent)
             self._send(sent)
-            if len(due) < BATCH or self._clock() >= until:
+            if len(due) < BATCH or self._clock() >= deadline:
                 return total
-
-    def _take_due_steps(self) -> Sequence[DueStep]:
-        return self._context.store.take_due_steps(BATCH, self._context.owner, expired=self._leases_are_trustworthy())
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
         """Postpone steps with an expired lease by one more lease, and return the other steps."""
         self._last_contact = -float("inf")
-        held = [(each.id, each.epoch) for each in due if each.reason == DueReason.EXPIRED]
-        if held:
-            self._context.store.postpone_send(held, self._settings.lease)
-        return [each for each in due if each.reason != DueReason.EXPIRED]
+        expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
+        if expired:
+            self._context.store.direct.postpone_send(expired, self._settings.lease)
+        return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
         """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
@@ -131,16 +135,16 @@ class RecoveryService:
 
     def _send(self, due: Sequence[DueStep]) -> None:
         by_topic = defaultdict(list)
-        for each in due:
-            logger.info(f"{each.target.entrypoint}[{each.target.uuid}] of operation {each.uuid} is sent: {each.reason}")
-            by_topic[each.target.topic].append(each)
+        for step in due:
+            logger.info(f"{step.target.entrypoint}[{step.target.uuid}] of operation {step.uuid} is sent: {step.reason}")
+            by_topic[step.target.topic].append(step)
         # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
-        until = self._clock() + self._settings.heartbeat / 2
+        deadline = self._clock() + self._settings.heartbeat / 2
         # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
-            late = self._time_left(until) <= 0
-            failed = {each.id for each in (steps if late else self._send_to(topic, steps, until))}
-            keys = [(each.id, each.epoch) for each in steps]
+            late = self._time_left(deadline) <= 0
+            failed = {step.id for step in (steps if late else self._send_to(topic, steps, deadline))}
+            keys = [(step.id, step.epoch) for step in steps]
             self._context.unrecorded_sends.extend(key for key in keys if key[0] not in failed)
             if not failed:
                 del self._failed_sends[topic]
@@ -149,7 +153,7 @@ class RecoveryService:
             wait = min(
                 RESEND_UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend
             )
-            self._context.store.postpone_send([key for key in keys if key[0] in failed], wait)
+            self._context.store.direct.postpone_send([key for key in keys if key[0] in failed], wait)
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
@@ -163,15 +167,15 @@ class RecoveryService:
         try:
             producer: Any = self._context.producer
             if len(steps) > 1 and hasattr(producer, "bulk_send"):
-                messages = [step_message(each.target, each.uuid) for each in steps]
+                messages = [step_message(step.target, step.uuid) for step in steps]
                 result = producer.bulk_send(topic, messages, self._time_left(deadline))
                 undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
-                return [each for each in steps if each.target.uuid in undelivered]
+                return [step for step in steps if step.target.uuid in undelivered]
         except Exception as error:
             # A third-party producer may raise anything; the steps of other topics must still be sent.
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
-        return [each for each in steps if not self._send_one(each, deadline)]
+        return [step for step in steps if not self._send_one(step, deadline)]
 
     def _send_one(self, due: DueStep, deadline: float) -> bool:
         left = self._time_left(deadline)
@@ -186,12 +190,12 @@ class RecoveryService:
             # A tick hangs. The remaining claims expire with their leases.
             return
         try:
-            for run in self._context.active_claims():
-                if run.is_abandoned:
-                    self._release(run)
+            for claim in self._context.active_claims():
+                if claim.is_abandoned:
+                    self._release(claim)
             self.record_sends()
-        except StoreUnavailable as trouble:
-            self._context.retrying.report_outage(trouble)
+        except StoreUnavailable as error:
+            self._context.store.report_outage(error)
         finally:
             self._tick_lock.release()
 

@@ -12,7 +12,7 @@ from cdumay_result import Result
 
 from kser import status as states
 from kser.entry import Entrypoint
-from kser.errors import UsageError
+from kser.errors import StateConflict, UsageError
 from kser.results import copy_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
@@ -31,7 +31,7 @@ T = TypeVar("T", bound=Task)
 
 
 def overrides_of(cls: type) -> int:
-    """Return the :class:`Overrides` flags of an operation class."""
+    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both or none."""
 
     def overrides(names: Iterable[str]) -> bool:
         return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
@@ -69,9 +69,9 @@ def result_from_json(text: str | None, uuid: str) -> Result:
 
 def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the searchable metadata of an operation: short keys and short scalar values."""
-    found = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
+    pairs = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
     return [
-        (key, value) for key, value in found if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
+        (key, value) for key, value in pairs if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
     ]
 
 
@@ -88,6 +88,21 @@ def json_equal(one: str, other: str) -> bool:
 
 def _sorted(text: str) -> str:
     return json.dumps(json.loads(text), sort_keys=True)
+
+
+def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
+    """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
+
+    :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
+    """
+    if row.parent_id is not None:
+        raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
+    original = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
+    if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(original, params)):
+        raise StateConflict(
+            f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
+            f" params {params} is another operation, and needs a uuid of its own"
+        )
 
 
 def new_operation(
@@ -204,12 +219,12 @@ class EntrypointLoader:
             try:
                 return cls.from_Message(_message(row, result))
             except Exception as exc:
-                unfit = exc
+                load_error = exc
         else:
-            unfit = unknown_entrypoint_error(row.entrypoint)
-        made = kind.from_Message(_message(row, result))
-        made._kser_load_error = unfit
-        return made
+            load_error = unknown_entrypoint_error(row.entrypoint)
+        instance = kind.from_Message(_message(row, result))
+        instance._kser_load_error = load_error
+        return instance
 
 
 def unknown_entrypoint_error(entrypoint: str) -> ValidationError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from cdumay_result import Result
 
@@ -26,6 +27,20 @@ from kser.store.model import BuiltTasks, Phase
 logger = logging.getLogger(__name__)
 
 
+#: Reply of a step that has none: it built the tasks or chose the next one.
+NO_REPLY: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """Outcome of a step for the message whose handling runs it."""
+
+    #: Outcome of the task or of the end of an operation; the result of the message. :data:`NO_REPLY` without one.
+    reply: Any = NO_REPLY
+    #: Seconds until the next attempt at the task; None without a retry.
+    retry_in: float | None = None
+
+
 class StepRunner:
     """Step runner: runs the current step and updates the execution state with its outcome.
 
@@ -38,47 +53,43 @@ class StepRunner:
         self._context = context
         self._state = state
         self._timeout_error = timeout_error
-        #: Outcome of the last task or end of an operation; the result of the message.
-        self.reply: Any = None
-        #: Seconds until the next attempt at the task; None without a retry.
-        self.retry_in: float | None = None
 
-    def run_next(self) -> None:
+    def run_next(self) -> StepOutcome:
         """Run the next step."""
-        if not self._restore_operations():
-            return
+        failed = self._restore_operations()
+        if failed is not None:
+            return failed
         self._descend()
         frame = self._state.top
         if frame.phase == Phase.BUILD:
-            self._build_operation(frame)
-        elif frame.phase == Phase.RUN_TASK:
-            self._run_task(frame)
-        elif frame.phase == Phase.CHOOSE_NEXT:
-            self._choose_next(frame)
-        else:
-            self._end_operation(frame)
+            return self._build_operation(frame)
+        if frame.phase == Phase.RUN_TASK:
+            return self._run_task(frame)
+        if frame.phase == Phase.CHOOSE_NEXT:
+            return self._choose_next(frame)
+        return self._end_operation(frame)
 
-    def fail_step(self, error: Exception) -> None:
+    def fail_step(self, error: Exception) -> StepOutcome:
         """Fail the current step without running it."""
         frame, task = self._state.top, self._state.claim.task
         failed = failed_result(error, frame.row.uuid)
-        self.reply = failed
         if frame.phase == Phase.RUN_TASK and task is not None:
             self._state.on_task_finished(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
         elif frame.phase in (Phase.BUILD, Phase.CHOOSE_NEXT):
             self._state.on_failed(failed)
         else:
             self._state.on_ended(states.FAILED, failed)
+        return StepOutcome(failed)
 
     # -- objects -------------------------------------------------------------------------------------------------------
 
-    def _restore_operations(self) -> bool:
+    def _restore_operations(self) -> StepOutcome | None:
         """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
 
-        :return: False if one of them raised; that operation has failed.
+        :return: the outcome of the step if one of them raised, which fails that operation; else None.
         """
         if self._state.distributed or self._timeout_error is not None:
-            return True
+            return None
         for depth, frame in enumerate(self._state.frames):
             if frame.operation is None and frame.phase == Phase.RUN_TASK:
                 try:
@@ -90,17 +101,14 @@ class StepRunner:
                         operation._prerun()
                 except Exception as exc:
                     del self._state.frames[depth + 1 :]
-                    self._fail(frame, exc)
-                    return False
-        return True
+                    return self._fail(frame, exc)
+        return None
 
     def _descend(self) -> None:
         """Descend to the innermost operation that is current."""
         while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
-            row = None
-            if isinstance(task, Operation):
-                row = self._context.retrying.retry(lambda uuid=task.uuid: self._context.store.get_operation(uuid))  # type: ignore[misc]
+            row = self._context.store.get_operation(task.uuid) if isinstance(task, Operation) else None
             if row is None:
                 break
             self.attach(self._state.push(row), task)
@@ -125,24 +133,23 @@ class StepRunner:
         if operation._kser_load_error is not None:
             raise operation._kser_load_error
         if not frame.is_loaded:
-            store, row = self._context.store, frame.row
-            rows = self._context.retrying.retry(lambda: store.get_tasks(row.id))
-            children = ()
-            if any(task.child_id is not None for task in rows):
-                children = self._context.retrying.retry(lambda: store.get_children(row.root_id))  # type: ignore[assignment]
+            rows = self._context.store.get_tasks(frame.row.id)
+            nested = any(task.child_id is not None for task in rows)
+            children = self._context.store.get_children(frame.row.root_id) if nested else ()
             operation.tasks = self._context.loader.tasks(rows, children)
             frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
             frame.is_loaded = True
         return operation
 
-    def _fail(self, frame: OperationFrame, exc: Exception) -> None:
+    def _fail(self, frame: OperationFrame, exc: Exception) -> StepOutcome:
         logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be built or advanced: {exc}")
-        self.reply = failed_result(exc, frame.row.uuid)
-        self._state.on_failed(self.reply)
+        failed = failed_result(exc, frame.row.uuid)
+        self._state.on_failed(failed)
+        return StepOutcome(failed)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def _build_operation(self, frame: OperationFrame) -> None:
+    def _build_operation(self, frame: OperationFrame) -> StepOutcome:
         try:
             with user_code_guard:
                 operation = self._load(frame)
@@ -152,42 +159,43 @@ class StepRunner:
                     tasks = new_tasks(operation.tasks, frame.row.mode, self._context.topic_resolver(frame.row.topic))
                     built = BuiltTasks(frame.row.id, tasks)
         except Exception as exc:
-            self._fail(frame, exc)
-            return
+            return self._fail(frame, exc)
         frame.accumulated = operation.result
         frame.is_loaded = True
         self._state.on_built(built)
+        return StepOutcome()
 
-    def _run_task(self, frame: OperationFrame) -> None:
+    def _run_task(self, frame: OperationFrame) -> StepOutcome:
         task = self._current_task(frame)
         if task.status == states.SUCCESS:
             # The task was done before the operation was stored, so record its result without an attempt.
-            self.reply, text = serializable_result(task, task.result)
-            self._state.on_task_finished(task.uuid, self.reply, text, 0, 0)
-            return
-        recorded, forgiven = frame.attempts.get(frame.step, (0, 0))
+            return self._finish_task(task, task.result)
+        recorded, not_counted = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
         outer = current_attempt.get()
         owner = self._context.loader.lookup(frame.row.entrypoint) or Operation
-        step = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
-        step.attempts_not_counted = forgiven
+        attempt = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
+        attempt.attempts_not_counted = not_counted
         if outer is not None:
             outer.restart_timer(time_limit_of(type(task)) or time_limit_of(owner))
-        began = time.monotonic()
-        before = current_attempt.set(step)
+        started_at = time.monotonic()
+        token = current_attempt.set(attempt)
         try:
             result = self._attempt_task(task, frame)
         finally:
-            current_attempt.reset(before)
+            current_attempt.reset(token)
             if outer is not None:
                 outer.time_limit = None
-        duration = time.monotonic() - began
-        if step.retry_in is not None:
-            self.retry_in = step.retry_in
+        duration = time.monotonic() - started_at
+        if attempt.retry_in is not None:
             self._state.on_task_retried(task.uuid, result.stderr, number, duration)
-            return
-        self.reply, text = serializable_result(task, result)
-        self._state.on_task_finished(task.uuid, self.reply, text, number, duration)
+            return StepOutcome(retry_in=attempt.retry_in)
+        return self._finish_task(task, result, number, duration)
+
+    def _finish_task(self, task: Task, result: Any, number: int = 0, duration: float = 0) -> StepOutcome:
+        reply, text = serializable_result(task, result)
+        self._state.on_task_finished(task.uuid, reply, text, number, duration)
+        return StepOutcome(reply)
 
     def _current_task(self, frame: OperationFrame) -> Task:
         if frame.operation is not None:
@@ -200,22 +208,22 @@ class StepRunner:
     def _attempt_task(self, task: Task, frame: OperationFrame) -> Any:
         try:
             with user_code_guard:
-                unfit = self._timeout_error or task._kser_load_error
-                if unfit is not None:
-                    raise unfit
+                error = self._timeout_error or task._kser_load_error
+                if error is not None:
+                    raise error
                 return run_task(task, frame.accumulated, frame.row.uuid)
         except Exception as exc:
             failed = failed_result(exc, task.uuid)
-            answer = schedule_retry(task, failed, exc)
-            return task._onerror(failed) if answer is None else answer
+            retried = schedule_retry(task, failed, exc)
+            return task._onerror(failed) if retried is None else retried
 
     def _is_cancelled(self) -> bool:
-        row = self._context.retrying.retry(lambda: self._context.store.get_operation(self._state.claim.root.uuid))
+        row = self._context.store.get_operation(self._state.claim.root.uuid)
         return row is not None and (row.cancel_requested or row.epoch != self._state.claim.epoch)
 
-    def _choose_next(self, frame: OperationFrame) -> None:
+    def _choose_next(self, frame: OperationFrame) -> StepOutcome:
         choice = NextTaskChoice(frame.row.uuid)
-        before = current_choice.set(choice)
+        token = current_choice.set(choice)
         try:
             with user_code_guard:
                 operation = self._load(frame)
@@ -225,22 +233,23 @@ class StepRunner:
                     raise StoreError(f"launch_next of {type(operation).path} chose neither a next task nor the end")
                 following = None if choice.next_task is None else _position(operation, choice.next_task)
         except Exception as exc:
-            self._fail(frame, exc)
+            return self._fail(frame, exc)
         else:
             self._state.on_next_chosen(following, task.result if choice.is_failed else None)
+            return StepOutcome()
         finally:
-            current_choice.reset(before)
+            current_choice.reset(token)
 
-    def _end_operation(self, frame: OperationFrame) -> None:
+    def _end_operation(self, frame: OperationFrame) -> StepOutcome:
         status = frame.phase
         try:
             with user_code_guard:
                 operation = self._load(frame)
                 operation.result = frame.outcome
         except Exception as exc:
-            self.reply = failed_result(exc, frame.row.uuid)
-            self._state.on_ended(states.FAILED, self.reply)
-            return
+            failed = failed_result(exc, frame.row.uuid)
+            self._state.on_ended(states.FAILED, failed)
+            return StepOutcome(failed)
         try:
             with user_code_guard:
                 hook = operation._onsuccess if status == Phase.END_SUCCESS else operation._onerror
@@ -252,8 +261,8 @@ class StepRunner:
         if states.final_status(result) != states.SUCCESS:
             status = states.FAILED
         operation.status = status
-        self.reply = returned
         self._state.on_ended(status, result)
+        return StepOutcome(returned)
 
 
 def serializable_result(task: Task, result: Any) -> tuple[Result, str]:

@@ -72,6 +72,8 @@ class Operation(Task):
     events: ClassVar[Any] = _StoredAttribute("events")
 
     _kser_is_durable = True
+    #: The runner of this one operation; the runner of the registry if None.
+    _kser_runner: Runner | None = None
     _kser_snapshot: OperationSnapshot | None = None
     #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
     _kser_loaded_from: RegistryProtocol | None = None
@@ -161,9 +163,9 @@ class Operation(Task):
 
     def _build_tasks(self, **kwargs: Any) -> list[Task]:
         tasks = self.build_tasks(**_supported_kwargs(self.build_tasks, kwargs))
-        found = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
+        text = f"{type(self).__name__}.BuildTasks: {len(tasks)} task(s) found"
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(found, extra={"kmsg": log_lines.dump_entry(self)})
+            logger.debug(text, extra={"kmsg": log_lines.dump_entry(self)})
         return tasks
 
     def add_task(self, task: Task) -> None:
@@ -195,8 +197,8 @@ class Operation(Task):
         self.status = status
 
     def _set_status(self, status: str, result: Result | None = None) -> Any:
-        moves = self.status, status
-        log_lines.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *moves, level=logging.INFO)
+        statuses = self.status, status
+        log_lines.log_step(logger, self, "SetStatus", " status update '%s' -> '%s'", *statuses, level=logging.INFO)
         return self.set_status(status, result)
 
     # -- execution -----------------------------------------------------------------------------------------------------
@@ -212,8 +214,10 @@ class Operation(Task):
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
         signals.emit(signals.entry_started, type(self), entry=self)
-        registry = self._kser_registry
-        return (_DEFAULT_RUNNER if registry is None else registry.runner).run(self, result)
+        runner, registry = self._kser_runner, self._kser_registry
+        if runner is None:
+            runner = _DEFAULT_RUNNER if registry is None else registry.runner
+        return runner.run(self, result)
 
     def _prerun(self) -> None:
         self.check_required_params()
@@ -258,12 +262,12 @@ class Operation(Task):
         if registry._kser_has_store:
             registry._kser_operations.send(self, result, topic, key)
             return self
-        answer = super().send(result=result, topic=topic, key=key)
-        if not answer:
+        sent = super().send(result=result, topic=topic, key=key)
+        if not sent:
             # A producer's hook returned no Result, so the delivery is unknown: treat it as failed.
-            answer = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {answer!r}")
-        if isinstance(answer, Result) and states.final_status(answer) != states.SUCCESS:
-            raise SendError(f"{self!r} was not delivered: {answer.stderr}", answer)
+            sent = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {sent!r}")
+        if isinstance(sent, Result) and states.final_status(sent) != states.SUCCESS:
+            raise SendError(f"{self!r} was not delivered: {sent.stderr}", sent)
         return self
 
     def next(self, task: Task) -> Task | None:
@@ -309,8 +313,8 @@ class Operation(Task):
             raise UsageError(f"{task!r} is no task of {self!r}: pass one of the operation's own tasks")
         if not self.tasks and task is None:
             return Result(retcode=1, stderr="Nothing to do, empty operation !")
-        delivery = current_attempt.get()
-        if self._kser_snapshot is not None or (delivery is not None and delivery.operation_uuid == self.uuid):
+        attempt = current_attempt.get()
+        if self._kser_snapshot is not None or (attempt is not None and attempt.operation_uuid == self.uuid):
             return Result(uuid=self.uuid, stdout=f"{self!r} is stored: its checkpoints send the next task")
         failed = states.final_status(result) == states.FAILED or (task is not None and task.status == states.FAILED)
         following = _first_unfinished(self.tasks) if task is None else self.next(task)
@@ -328,8 +332,8 @@ class Operation(Task):
                 " whole operation with send(), or override send(result=None) on the tasks and call launch_next() from"
                 " them"
             )
-        answer = following.send(result=result)
-        return answer if isinstance(answer, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
+        sent = following.send(result=result)
+        return sent if isinstance(sent, Result) else Result(uuid=following.uuid, stdout=f"{following!r} sent")
 
     # -- stored --------------------------------------------------------------------------------------------------------
 

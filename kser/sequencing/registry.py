@@ -16,6 +16,7 @@ from kser.config import DATABASE_URI, TOPICS, Settings
 from kser.controller import BaseProducer, Controller
 from kser.durable.context import DurableContext
 from kser.durable.manager import OperationManager, build_query
+from kser.durable.message_handler import MessageHandler
 from kser.durable.recovery import RecoveryService
 from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, StoreMissing, TopicMissing
@@ -62,7 +63,7 @@ class OperationRegistry:
     ) -> None:
         self.controller = controller_class()
         self.app: Any = None
-        #: The runner that executes operations.
+        #: The runner that executes operations which are not stored.
         self.runner: Runner = InMemoryRunner()
         self._kser_producer = producer
         self._kser_producer_factory: Callable[[], BaseProducer] | None = None
@@ -70,6 +71,7 @@ class OperationRegistry:
         self._kser_opened_context: DurableContext | None = None
         self._kser_context: DurableContext | None = None
         self._kser_manager: OperationManager | None = None
+        self._kser_message_handler: MessageHandler | None = None
         self._kser_recovery: RecoveryService | None = None
         self._kser_opening_lock = threading.Lock()
         if app:
@@ -135,13 +137,13 @@ class OperationRegistry:
 
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        found = topic or task.TOPIC or next(iter(self.settings.topics), None)
-        if not found:
+        resolved = topic or task.TOPIC or next(iter(self.settings.topics), None)
+        if not resolved:
             raise TopicMissing(
                 f"there is no topic to send {type(task).path} to: pass send(topic=...), set TOPIC on the class, or set"
                 f" {TOPICS} in the environment or in the Flask app's config"
             )
-        return found
+        return resolved
 
     # -- stored operations ---------------------------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class OperationRegistry:
         :raises kser.errors.StoreMissing: there is no shared database.
         :raises kser.errors.SchemaMismatch: the schema of the database has an incompatible version.
         """
-        return self._kser_open().store
+        return self._kser_open().store.direct
 
     @property
     def _kser_operations(self) -> OperationManager:
@@ -192,11 +194,12 @@ class OperationRegistry:
                     self, self._kser_make_store()
                 )
             # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
-            opened.retrying.retry(opened.store.check)
+            opened.store.check()
             with self._kser_opening_lock:
                 if self._kser_context is None:
                     self._kser_recovery = RecoveryService(opened)
-                    self._kser_manager = self.runner = OperationManager(opened, self.runner)
+                    self._kser_manager = OperationManager(opened)
+                    self._kser_message_handler = MessageHandler(opened)
                     self._kser_context = opened
         return self._kser_context
 
@@ -218,7 +221,9 @@ class OperationRegistry:
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         with self._kser_app_context():
-            return self._kser_operations.handle_message(kmsg, entrypoint)
+            self._kser_open()
+            assert self._kser_message_handler is not None
+            return self._kser_message_handler.handle_message(kmsg, entrypoint)
 
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
@@ -253,8 +258,8 @@ class OperationRegistry:
         :param after: ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
-        found = build_query(status, entrypoint, since, until, metadata, parent)
-        return OperationPage(*self._kser_operations.find(found, limit, after))
+        query = build_query(status, entrypoint, since, until, metadata, parent)
+        return OperationPage(*self._kser_operations.find(query, limit, after))
 
     def purge(
         self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)

@@ -1,6 +1,6 @@
 """Runner of operations in memory: all tasks in order in one process, each with the accumulated result so far.
 
-The registry holds the runner, so that a different runner can replace this one.
+The registry holds the runner of the operations that are not stored, so that a different runner can replace this one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class InMemoryRunner:
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         prepare_operation(operation, result)
-        delivery = current_attempt.get()
-        if delivery is not None and delivery.entry is operation and is_distributed(operation):
+        attempt = current_attempt.get()
+        if attempt is not None and attempt.entry is operation and is_distributed(operation):
             # A distributed operation arrived as a message and there is no database. Only tasks that override send() can
             # run then; for others launch_next() raises StoreMissing.
             return operation.launch_next()
@@ -92,13 +92,13 @@ def run_task(task: Task, accumulated: Result, operation_uuid: str) -> Any:
     except Exception as exc:
         raise_if_decided(task)
         failed = failed_result(exc, task.uuid)
-        answer = schedule_retry(task, failed, exc)
-        return task._onerror(failed) if answer is None else answer
+        retried = schedule_retry(task, failed, exc)
+        return task._onerror(failed) if retried is None else retried
 
 
 def _fail_operation(operation: Operation) -> Any:
-    answer = schedule_retry(operation, operation.result)
-    return operation._onerror(operation.result) if answer is None else answer
+    retried = schedule_retry(operation, operation.result)
+    return operation._onerror(operation.result) if retried is None else retried
 
 
 def _reset_result(operation: Operation, result: Result | None) -> None:

@@ -22,16 +22,16 @@ class _AttemptNumber:
     """``attempt`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> int:
-        delivery = current_attempt.get()
-        return 1 if delivery is None else delivery.number
+        attempt = current_attempt.get()
+        return 1 if attempt is None else attempt.number
 
 
 class _CancelRequested:
     """``cancel_requested`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
 
     def __get__(self, instance: Any, owner: type) -> bool:
-        delivery = current_attempt.get()
-        return delivery is not None and delivery.cancel_requested
+        attempt = current_attempt.get()
+        return attempt is not None and attempt.cancel_requested
 
 
 class _OperationUuid:

@@ -157,18 +157,23 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def resume(self, uuid: str) -> OperationRow | None:
+    def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
         """Resume a FAILED or CANCELLED root at the first task that is not SUCCESS, down to the innermost operation.
 
         That task becomes PENDING and current (phase RUN_TASK), with a blank result and ``attempts_before_resume`` set
         to its number of attempts. Its operations become RUNNING. An operation that was never built gets the phase
         BUILD; one whose tasks are all SUCCESS gets the phase END_SUCCESS.
-        ``epoch`` is incremented; the token, the result, the end and the cancellation are cleared; ``claim_count`` and
-        ``send_count`` restart at 0; the step is ready and unsent. The step message of a distributed root is that of the
-        task, or of the operation to build or end; the step message of a local root stays that of the root.
+        ``epoch`` is incremented and ``token`` stored; the result, the end and the cancellation are cleared;
+        ``claim_count`` and ``send_count`` restart at 0; the step is ready and unsent. The step message of a distributed
+        root is that of the task, or of the operation to build or end; the step message of a local root stays that of
+        the root.
 
+        :param epoch: epoch of the row that the caller has read.
+        :param token: random token of this resume. A repeated call carries the same token and changes nothing; a
+            concurrent call carries another one and is rejected.
         :return: the row of the root after the call; None when no such root is stored.
-        :raises kser.errors.StateConflict: the root is neither FAILED nor CANCELLED, or was resumed meanwhile.
+        :raises kser.errors.StateConflict: the root is neither FAILED nor CANCELLED, or has another epoch, because it
+            was resumed meanwhile.
         """
 
     @abstractmethod

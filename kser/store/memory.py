@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from kser import status as states
-from kser.errors import FencedError, StateConflict, StoreError, UsageError
+from kser.errors import FencedError, StoreError, UsageError
 from kser.store.base import Store
 from kser.store.model import (
     AttemptRow,
@@ -45,6 +45,7 @@ from kser.store.transitions import (
     due_reason,
     finish_checkpoint,
     has_live_owner,
+    is_resumed,
     mark_taken,
     new_row,
     new_task_row,
@@ -316,15 +317,15 @@ class MemoryStore(Store):
                 row._replace(cancel_reason=reason, owner=None, token=None, next_check_at=None, epoch=row.epoch + 1)
             )
 
-    def resume(self, uuid: str) -> OperationRow | None:
+    def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
         with self._lock:
             root = self.get_operation(uuid)
             if root is None or root.parent_id is not None:
                 return None
-            if not states.can_transition(root.status, states.RUNNING) or not states.is_final(root.status):
-                raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
+            if is_resumed(root, epoch, token):
+                return root
             target = self._resume_task(root)
-            root = apply_resume(self._operations[root.id], self._clock())
+            root = apply_resume(self._operations[root.id], token, self._clock())
             root = root._replace(target=target if root.mode == Mode.DISTRIBUTED else root.target)
             self._add_event(root, None, NewEvent("resumed"))
             return self._store(root)

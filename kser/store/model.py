@@ -127,7 +127,7 @@ class OperationRow(NamedTuple):
     epoch: int
     #: The process that has claimed the root; None when it is not claimed.
     owner: str | None
-    #: Token of the current claim, or of the last one.
+    #: Token of the current claim, or of the last claim or resume.
     token: str | None
     #: Time of the reaper's next check; None once the operation has ended.
     next_check_at: float | None

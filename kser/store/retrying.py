@@ -1,19 +1,34 @@
-"""Retries of store calls during an outage of the database: calls in flight wait for its end."""
+"""RetryingStore: a store whose calls wait for the end of an outage of the database."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import ParamSpec, TypeVar
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from kser.attempt import current_attempt
 from kser.errors import StoreUnavailable
+from kser.store.base import Store
+from kser.store.model import (
+    Checkpoint,
+    Claim,
+    ClaimRefused,
+    ClaimRequest,
+    DueStep,
+    NewOperation,
+    OperationQuery,
+    OperationRow,
+    OperationSnapshot,
+    Page,
+    TaskRow,
+)
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Back-off between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
@@ -26,44 +41,104 @@ _CHECK_INTERVAL = 0.1
 ATTEMPTS = 3
 
 
-class StoreRetry:
-    """Wrapper that retries store calls during an outage, and logs the begin and the end of the outage once each."""
+class RetryingStore(Store):
+    """Store that repeats each call to another store during an outage, until the database works.
 
-    def __init__(self) -> None:
+    In a consumer the repetitions have no limit, except that a shutdown abandons the attempt at the record
+    (:class:`kser.attempt.AttemptAbandoned`). Outside of a consumer the caller gets
+    :class:`kser.errors.StoreUnavailable` after :data:`ATTEMPTS` attempts. The begin and the end of an outage are logged
+    once each.
+
+    :param store: the store to call.
+    """
+
+    def __init__(self, store: Store) -> None:
+        #: The store itself, for calls that are made once and do not log an outage.
+        self.direct = store
+        self.name = store.name
         self._lock = threading.Lock()
         self._outage = ""
 
-    def retry(self, call: Callable[[], T]) -> T:
-        """Run a store call, retry it until the database works, and return its result.
+    def check(self) -> None:
+        self._retry(self.direct.check)
 
-        In a consumer the retries have no limit, except that a shutdown abandons the attempt at the record.
+    def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
+        return self._retry(self.direct.save, operation, request)
 
-        :raises kser.errors.StoreUnavailable: outside of a consumer, after :data:`ATTEMPTS` attempts.
-        :raises kser.attempt.AttemptAbandoned: the consumer shuts down, or has abandoned the attempt.
-        """
-        state: RetryCallState | None = None
-        while True:
-            try:
-                return self.once(call)
-            except StoreUnavailable as trouble:
-                state = state or RetryCallState(Retrying(), None, (), {})
-                if current_attempt.get() is None and state.attempt_number >= ATTEMPTS:
-                    raise
-                self.report_outage(trouble)
-                self._wait_before_retry(_BACKOFF(state))
-                state.attempt_number += 1
+    def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
+        return self._retry(self.direct.claim, uuid, step, request)
 
-    def once(self, call: Callable[[], T]) -> T:
-        """Run a store call once, report the end of an outage, and return the result.
+    def get_operation(self, uuid: str) -> OperationRow | None:
+        return self._retry(self.direct.get_operation, uuid)
+
+    def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
+        return self._retry(self.direct.get_tasks, operation_id)
+
+    def get_task(self, operation_id: int, position: int) -> TaskRow | None:
+        return self._retry(self.direct.get_task, operation_id, position)
+
+    def get_children(self, root_id: int) -> Sequence[OperationRow]:
+        return self._retry(self.direct.get_children, root_id)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> str:
+        return self._retry(self.direct.checkpoint, checkpoint)
+
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
+        return self._retry(self.direct.renew, list(claims), owner, lease)
+
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
+        self._retry(self.direct.mark_sent, list(steps), resend_after)
+
+    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
+        return self._retry(self.direct.take_due_steps, limit, consumer, expired=expired)
+
+    def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+        self._retry(self.direct.postpone_send, list(steps), wait)
+
+    def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
+        return self._retry(self.direct.cancel, uuid, reason)
+
+    def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
+        return self._retry(self.direct.resume, uuid, epoch, token)
+
+    def snapshot(self, uuid: str) -> OperationSnapshot | None:
+        return self._retry(self.direct.snapshot, uuid)
+
+    def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
+        return self._retry(self.direct.find, query, limit, after)
+
+    def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
+        return self._retry(self.direct.purge, older_than, status, limit)
+
+    def close(self) -> None:
+        self.direct.close()
+
+    # -- outages -------------------------------------------------------------------------------------------------------
+
+    def once(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call to :attr:`direct` once, report the end of an outage, and return the result.
 
         :raises kser.errors.StoreUnavailable: the database is unavailable.
         """
         # A call that started before the outage does not prove that the database is back.
         was_away = bool(self._outage)
-        answer = call()
+        result = call(*args, **kwargs)
         if was_away:
             self.report_outage(None)
-        return answer
+        return result
+
+    def _retry(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        state: RetryCallState | None = None
+        while True:
+            try:
+                return self.once(call, *args, **kwargs)
+            except StoreUnavailable as error:
+                state = state or RetryCallState(Retrying(), None, (), {})
+                if current_attempt.get() is None and state.attempt_number >= ATTEMPTS:
+                    raise
+                self.report_outage(error)
+                _wait_before_retry(_BACKOFF(state))
+                state.attempt_number += 1
 
     def report_outage(self, error: StoreUnavailable | None) -> None:
         """Log the begin or the end of an outage once; another error during an outage does not begin a second one."""
@@ -79,12 +154,12 @@ class StoreRetry:
         elif before and not text:
             logger.info("Store: the database works again")
 
-    @staticmethod
-    def _wait_before_retry(seconds: float) -> None:
-        delivery = current_attempt.get()
-        never = threading.Event()
-        while seconds > 0:
-            if delivery is not None and (delivery.abandoned or (delivery.shutting_down and not delivery.acked)):
-                delivery.abandon()
-            never.wait(min(_CHECK_INTERVAL, seconds))
-            seconds -= _CHECK_INTERVAL
+
+def _wait_before_retry(seconds: float) -> None:
+    attempt = current_attempt.get()
+    never = threading.Event()
+    while seconds > 0:
+        if attempt is not None and (attempt.abandoned or (attempt.shutting_down and not attempt.acked)):
+            attempt.abandon()
+        never.wait(min(_CHECK_INTERVAL, seconds))
+        seconds -= _CHECK_INTERVAL

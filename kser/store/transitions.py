@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kser import status as states
+from kser.errors import StateConflict
 from kser.store.model import (
     MAX_ERROR_LENGTH,
     MAX_RESEND_DELAY,
@@ -195,11 +196,27 @@ def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationR
     return row._replace(send_count=row.send_count + 1, sent_at=now, next_check_at=max(now, row.due_at) + wait)
 
 
-def apply_resume(root: OperationRow, now: float) -> OperationRow:
+def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
+    """Return whether a root was resumed by the same call before, whose response was lost.
+
+    :raises kser.errors.StateConflict: the root cannot be resumed.
+    """
+    if (root.epoch, root.token) == (epoch + 1, token):
+        return True
+    if not (states.is_final(root.status) and states.can_transition(root.status, states.RUNNING)):
+        raise StateConflict(f"operation {root.uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
+    if root.epoch != epoch:
+        raise StateConflict(
+            f"operation {root.uuid} was resumed meanwhile, and is {root.status} again: find the cause, then resume it"
+        )
+    return False
+
+
+def apply_resume(root: OperationRow, token: str, now: float) -> OperationRow:
     """Return the row of a root after a resume; the position is set separately."""
     return root._replace(
         epoch=root.epoch + 1,
-        token=None,
+        token=token,
         owner=None,
         cancel_requested=False,
         cancel_reason=None,

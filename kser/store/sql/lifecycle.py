@@ -8,13 +8,13 @@ from typing import Any
 from sqlalchemy import Text, bindparam, func, or_, select, update
 
 from kser import status as states
-from kser.errors import StateConflict
 from kser.store.model import RESEND_UNSENT_AFTER, Mode, OperationRow, Phase, StepMessage, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import id_at
 from kser.store.sql.inserts import Inserts, event_row, without_nul
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, attempt, event, label, operation, operation_row, task
+from kser.store.transitions import is_resumed
 
 
 class Lifecycle:
@@ -62,7 +62,8 @@ class Lifecycle:
         own = operation.c
         now = database.now
         this = update(operation).where(own.id == bindparam("key"))
-        free: dict[str, Any] = {"epoch": own.epoch + 1, "owner": None, "token": None, "cancel_requested": False}
+        token = bindparam("token", type_=Text)
+        free: dict[str, Any] = {"epoch": own.epoch + 1, "owner": None, "token": token, "cancel_requested": False}
         free |= {"cancel_reason": None, "claim_count": 0, "send_count": 0, "sent_at": None}
         free |= {"due_at": now, "next_check_at": now + RESEND_UNSENT_AFTER}
         free |= {name: func.coalesce(bindparam(name, type_=Text), own[name]) for name in TARGET}
@@ -127,17 +128,18 @@ class Lifecycle:
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def resume(self, transaction: Transaction, uuid: str) -> OperationRow | None:
+    def resume(self, transaction: Transaction, uuid: str, epoch: int, token: str) -> OperationRow | None:
         """See :meth:`kser.store.base.Store.resume`."""
         found = transaction.execute(self._lock, {"uuid": uuid}).fetchone()
         if found is None:
             return None
         root = operation_row(found)
-        if not (states.is_final(root.status) and states.can_transition(root.status, states.RUNNING)):
-            raise StateConflict(f"operation {uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
+        if is_resumed(root, epoch, token):
+            return root
         target = self._resume_task(transaction, root)
         values = target if root.mode == Mode.DISTRIBUTED else (None, None, None)
-        transaction.execute(self._release, {"key": root.id, **dict(zip(TARGET, values, strict=True))})
+        own = {"key": root.id, "token": token}
+        transaction.execute(self._release, {**own, **dict(zip(TARGET, values, strict=True))})
         transaction.execute_many(self._inserts.events, [event_row(root.id, "resumed", root.epoch + 1, None)])
         return self._row(transaction, root.id)
 

@@ -123,8 +123,8 @@ class SQLStore(Store):
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
         return self._write(self._lifecycle.cancel, uuid, reason)
 
-    def resume(self, uuid: str) -> OperationRow | None:
-        return self._write(lambda transaction: self._lifecycle.resume(transaction, uuid))
+    def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
+        return self._write(lambda transaction: self._lifecycle.resume(transaction, uuid, epoch, token))
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
         return self._write(self._lifecycle.purge, older_than, status, limit)
