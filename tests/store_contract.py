@@ -1196,7 +1196,7 @@ class LifecycleContract:
         """Rule 25: the operation was resumed and has failed again since the caller has read it."""
         failed = self._failed(world.store)
         claim = claimed(world.store, resumed(world.store, failed.uuid))
-        world.store.checkpoint(last_step(claim, 1, states.FAILED, outcomes=[end_of(claim.root, 1, 2)]))
+        world.store.checkpoint(last_step(claim, 1, states.FAILED, outcomes=[outcome_of(claim.root, 1, 2)]))
         before = world.store.snapshot(failed.uuid)
         for epoch in (failed.epoch, failed.epoch + 1):
             with pytest.raises(StateConflict, match="was resumed meanwhile, and is FAILED again"):
