@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final, Self
 from cdumay_error.types import NotImplemented as NotImplementedYet
 from cdumay_error.types import ValidationError
 
+from kser import backoff
 from kser.errors import RetryLater, SettingError
 
 Exceptions = tuple[type[BaseException], ...]
@@ -92,10 +93,7 @@ class Retry:
             return None
         if isinstance(exc, RetryLater):
             return exc.seconds
-        try:
-            wait = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
-        except OverflowError:
-            wait = self.max_delay
+        wait = backoff.delay(attempt, first=self.delay, ceiling=self.max_delay, factor=self.backoff)
         return wait * random.uniform(0.5, 1) if self.jitter else wait
 
 

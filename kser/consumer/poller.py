@@ -9,9 +9,9 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
+from kser.backoff import random_delay
 from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Revocation
 from kser.consumer.options import NEVER
 from kser.consumer.work_queue import WorkQueue
@@ -28,7 +28,8 @@ SHUTDOWN_POLL_TIMEOUT = 0.05
 #: Time limit in seconds of a commit and of closing the client, so that an unreachable broker cannot block the shutdown.
 CLIENT_TIMEOUT = 1.2
 
-_BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
+#: Back-off in seconds after a failed poll.
+_BACKOFF = partial(random_delay, first=0.2, ceiling=10, lowest=0.1)
 
 
 class Poller(RebalanceListener):
@@ -291,9 +292,7 @@ class Poller(RebalanceListener):
             self.on_lost(self._work_queue.assignment)
             with suppress(Exception):
                 client.close(0)
-        state = RetryCallState(Retrying(), None, (), {})
-        state.attempt_number = self._error_count
-        self._stop.wait(min(_BACKOFF(state), timeout))
+        self._stop.wait(min(_BACKOFF(self._error_count), timeout))
 
     def _recover(self) -> None:
         if self._error_count:

@@ -6,9 +6,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kser.attempt import FAILED, AttemptAbandoned, current_attempt
+from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
@@ -17,8 +19,8 @@ from kser.errors import TaskTimeout
 #: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE_WAIT = 0.5
 
-#: The first and the longest back-off, in seconds, after a failed write of a dead letter.
-DEAD_LETTER_DELAYS = (1.0, 30.0)
+#: Back-off in seconds after a failed write of a dead letter.
+_DEAD_LETTER_BACKOFF = partial(delay, first=1.0, ceiling=30.0)
 
 
 class WorkerPool:
@@ -188,8 +190,7 @@ class WorkerPool:
         if self._dead_letters.write(job.record, job.failure, job.number, again):
             self._task_done(job)
             return
-        first, longest = DEAD_LETTER_DELAYS
-        self._work_queue.retry_dead_letter(job, min(first * 2 ** min(job.dead_letter_tries, 10), longest))
+        self._work_queue.retry_dead_letter(job, _DEAD_LETTER_BACKOFF(job.dead_letter_tries + 1))
 
     def _task_done(self, job: WorkItem) -> None:
         if not self._work_queue.task_done(job):

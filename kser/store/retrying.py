@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
 from kser.attempt import current_attempt
+from kser.backoff import random_delay
 from kser.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Back-off between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
-_BACKOFF = wait_random_exponential(multiplier=0.1, max=2, min=0.05)
+#: Back-off in seconds between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
+_BACKOFF = partial(random_delay, first=0.1, ceiling=2, lowest=0.05)
 
 #: Seconds between two checks for a shutdown of the consumer during the back-off.
 _CHECK_INTERVAL = 0.1
@@ -41,17 +41,16 @@ class StoreRetry:
         :raises kser.errors.StoreUnavailable: outside of a consumer, after :data:`ATTEMPTS` attempts.
         :raises kser.attempt.AttemptAbandoned: the consumer shuts down, or has abandoned the attempt.
         """
-        state: RetryCallState | None = None
+        failures = 0
         while True:
             try:
                 return self.once(call)
             except StoreUnavailable as trouble:
-                state = state or RetryCallState(Retrying(), None, (), {})
-                if current_attempt.get() is None and state.attempt_number >= ATTEMPTS:
+                failures += 1
+                if current_attempt.get() is None and failures >= ATTEMPTS:
                     raise
                 self.report_outage(trouble)
-                self._wait_before_retry(_BACKOFF(state))
-                state.attempt_number += 1
+                self._wait_before_retry(_BACKOFF(failures))
 
     def once(self, call: Callable[[], T]) -> T:
         """Run a store call once, report the end of an outage, and return the result.
