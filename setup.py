@@ -34,7 +34,6 @@ setup(
         "marshmallow>=3.18,<4",
         "kafka-python>=2.3,<4",
         "blinker>=1.6.2",
-        "tenacity>=8.2",
         # kafka-python checks each record with it where it finds it; without, that takes most of its time.
         "crc32c>=2.4",
     ],

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import UnionType
 from typing import Any, Self
 
 from kser.errors import SettingError, UsageError
@@ -49,18 +52,21 @@ class Settings:
         value = self._app_config.get(name)
         return (os.environ.get(name) or None) if value is None else value
 
+    def number(self, name: str, default: float, *, whole: bool = False) -> float:
+        """Return a setting that must be a number above 0; ``default`` if it is not set.
+
+        :raises SettingError: the value is not such a number.
+        """
+        value = self.get(name)
+        return check_number(name, default if value is None else value, whole=whole)
+
     @property
     def client(self) -> dict[str, Any] | None:
         """Client options of ``KSER_CONFIG``, or None when it is not set.
 
         :raises SettingError: the value is not a JSON object.
         """
-        value = self.get(CONFIG)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise SettingError(f"{CONFIG} is not JSON: {error}; it is {value!r}") from error
+        value = parse_json(CONFIG, self.get(CONFIG))
         if value is not None and not isinstance(value, Mapping):
             raise SettingError(f"{CONFIG} must be a JSON object with options of the Kafka client; it is {value!r}")
         return None if value is None else {key: _python_value(key, option) for key, option in value.items()}
@@ -71,14 +77,14 @@ class Settings:
         :raises SettingError: there is no topic.
         :raises UsageError: ``topics`` is a str, which would be read as a list of letters.
         """
-        found = self.topics if topics is None else topics
-        if isinstance(found, str):
-            raise UsageError(f"topics must be a list of names, not a str: pass [{found!r}]")
-        if not found:
+        consumed = self.topics if topics is None else topics
+        if isinstance(consumed, str):
+            raise UsageError(f"topics must be a list of names, not a str: pass [{consumed!r}]")
+        if not consumed:
             raise SettingError(
                 f"there is no topic to consume: pass topics, or set {TOPICS} (names separated by commas)"
             )
-        return found
+        return consumed
 
     @property
     def topics(self) -> list[str]:
@@ -110,10 +116,60 @@ def known_options(config: Mapping[str, Any], own: Iterable[str], *others: Iterab
     :param others: option names of the other clients; these options are dropped silently.
     :raises SettingError: no client knows an option; the error text contains the most similar option name.
     """
-    mine = set(own)
-    all_known = mine.union(*others)
+    own = set(own)
+    known = own.union(*others)
     for key in config:
-        if key not in all_known:
-            nearest = difflib.get_close_matches(str(key), sorted(all_known), n=1, cutoff=0)
-            raise SettingError(f"{CONFIG}: the Kafka client knows no option {key!r}; the nearest is {nearest[0]!r}")
-    return {key: value for key, value in config.items() if key in mine}
+        if key not in known:
+            nearest = nearest_name(str(key), sorted(known))
+            raise SettingError(f"{CONFIG}: the Kafka client knows no option {key!r}; the nearest is {nearest!r}")
+    return {key: value for key, value in config.items() if key in own}
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """Return the known name that is most similar to ``name``."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def parse_json(source: str, value: Any) -> Any:
+    """Return the value of a setting, which is JSON if it is a str.
+
+    :param source: the name of the setting, for the error text.
+    :raises SettingError: a str is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise SettingError(f"{source} is not JSON: {error}; it is {value!r}") from error
+
+
+def check_number(
+    source: str,
+    value: Any,
+    *,
+    lowest: float | None = None,
+    whole: bool = False,
+    unit: str = "",
+    types: type | UnionType = object,
+) -> float:
+    """Return a setting as a number.
+
+    :param source: the name of the setting, for the error text.
+    :param lowest: the lowest number; None for any number above 0.
+    :param whole: whether the number must be a whole one; it is an int then.
+    :param unit: the unit, for the error text.
+    :param types: the accepted types; by default any that ``float`` converts, but not bool.
+    :raises SettingError: the value is not such a number.
+    """
+    number = math.nan
+    accepted = isinstance(value, types) and not isinstance(value, bool)
+    if accepted:
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+    in_range = number > 0 if lowest is None else number >= lowest
+    if not in_range or number == math.inf or (whole and number % 1):
+        kind = f"{'whole ' * whole}number{unit and f' of {unit}'}"
+        limit = " above 0" if lowest is None else f", {lowest:g} or more"
+        raise SettingError(f"{source} must be a {kind}{limit}; it is {value!r}")
+    return int(number) if whole else number

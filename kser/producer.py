@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from cdumay_error import Error
 from cdumay_result import Result
@@ -13,7 +13,7 @@ from kser import signals
 from kser.config import CONFIG
 from kser.controller import BaseProducer, Headers
 from kser.errors import DeliveryError, MessageTooLarge, UsageError
-from kser.results import failed_result
+from kser.results import failed_result, merge
 from kser.schemas import Message
 
 Key = str | bytes | None
@@ -63,6 +63,16 @@ def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> t
     return key_bytes(key), header_list(headers)
 
 
+def record_options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
+    """Return key and headers as keyword arguments of the Kafka clients, without those that are empty."""
+    options: dict[str, Any] = {}
+    if key is not None:
+        options["key"] = key
+    if headers:
+        options["headers"] = headers
+    return options
+
+
 def size_of(value: bytes | None, key: bytes | None, headers: HeaderList) -> int:
     """Return the size of a record in bytes, without the overhead of the protocol."""
     size = len(value or b"") + len(key or b"")
@@ -99,6 +109,86 @@ def time_left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.0)
 
 
+class BulkResult:
+    """Outcome of a bulk send."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._errors: dict[str, str] = {}
+        self._failed = 0
+
+    def add(self) -> None:
+        """Count a message."""
+        self._count += 1
+
+    def fail(self, kmsg: Message, error: BaseException) -> None:
+        """Count a message as not sent and record the reason."""
+        self._errors[kmsg.uuid] = error_text(error)
+        self._failed += 1
+
+    def result(self, ending: str = "") -> Result:
+        """Return one Result for all: the number of sent messages and, for failed ones, reasons in ``retval["failed"]``.
+
+        ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
+
+        :param ending: text to append after the number of sent messages.
+        """
+        sent = f"{self._count - self._failed} message(s) sent{ending}"
+        if not self._failed:
+            return Result(stdout=sent)
+        reason = next(iter(self._errors.values()))
+        return Result(
+            retcode=500,
+            stdout=sent,
+            stderr=f"{self._failed} of {self._count} message(s) not sent; first error: {reason}",
+            retval={"failed": self._errors},
+        )
+
+
+class Bulk:
+    """The messages of one ``bulk_send``. This class delivers them one after the other.
+
+    :param topic: the topic of all messages.
+    :param timeout: seconds for the whole bulk.
+    :param key: returns the key of a message; None sends all messages without a key.
+    """
+
+    def __init__(self, producer: KafkaProducerBase, topic: str, timeout: float, key: KeyFunction | None) -> None:
+        self._producer = producer
+        self._topic = topic
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._key = key
+        self._results = BulkResult()
+
+    def run(self, kmsgs: Iterable[Message]) -> Result:
+        """Send the messages, wait for their delivery, and return the Result."""
+        try:
+            self.send(kmsgs)
+        except Exception as exc:
+            return merge(self.finish(), Result.from_exception(exc))
+        return self.finish()
+
+    def send(self, kmsgs: Iterable[Message]) -> None:
+        """Send the messages."""
+        for kmsg in kmsgs:
+            self._results.add()
+            try:
+                data = self._producer._kser_encode(kmsg)
+                self._producer._kser_deliver(self._topic, data, self._key_of(kmsg), [], self._deadline)
+            except Exception as exc:
+                self._results.fail(kmsg, exc)
+            else:
+                self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
+
+    def finish(self) -> Result:
+        """Wait until all messages are delivered or the deadline passes, and return the Result."""
+        return self._results.result()
+
+    def _key_of(self, kmsg: Message) -> bytes | None:
+        return None if self._key is None else key_bytes(self._key(kmsg))
+
+
 def _function(owner: Any, name: str) -> Any:
     """Return the plain function of a method, without its binding."""
     found = getattr(owner, name)
@@ -107,6 +197,12 @@ def _function(owner: Any, name: str) -> Any:
 
 class KafkaProducerBase(BaseProducer):
     """Base of the producers of all transports; a transport implements only the delivery of a record."""
+
+    #: Bootstrap servers, for error texts.
+    _kser_servers: str = ""
+    #: Size limit of the client in bytes, and the name of its option.
+    _kser_size_limit: int = 0
+    _kser_size_option: ClassVar[str] = ""
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
@@ -168,6 +264,23 @@ class KafkaProducerBase(BaseProducer):
         except Exception as exc:
             end(exc)
 
+    def bulk_send(
+        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
+    ) -> Result:
+        """Send many messages, then wait until all are delivered.
+
+        :param topic: the topic of all messages.
+        :param kmsgs: the messages; any iterable, consumed once.
+        :param timeout: seconds for the whole call; the in-memory transport only shows it in the Result.
+        :param key: returns the key of a message; None sends all messages without a key.
+        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
+            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
+        """
+        return self._kser_new_bulk(topic, timeout, key).run(kmsgs)
+
+    def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
+        return Bulk(self, topic, timeout, key)
+
     def _kser_has_user_hooks(self) -> bool:
         """Return whether user code takes part in sending.
 
@@ -194,6 +307,23 @@ class KafkaProducerBase(BaseProducer):
         except Exception as exc:
             raise DeliveryError(self._kser_undelivered_text(topic, error_text(exc))) from exc
 
+    def _kser_size_checked(self, value: bytes | None, options: Mapping[str, Any]) -> int:
+        """Return the size of a record.
+
+        :param options: key and headers, from :func:`record_options`.
+        :raises kser.errors.MessageTooLarge: the size exceeds the limit of the client.
+        """
+        size = size_of(value, options.get("key"), options.get("headers", []))
+        if size > self._kser_size_limit:
+            raise self._kser_too_large_error(size)
+        return size
+
+    def _kser_too_large_error(self, size: int) -> MessageTooLarge:
+        return too_large(size, self._kser_size_limit, self._kser_size_option)
+
+    def _kser_missing_topic_text(self, topic: str) -> str:
+        return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
+
     def _kser_undelivered_text(self, topic: str, reason: str) -> str:
         return f"the record for topic {topic!r} was not delivered: {reason}"
 
@@ -219,39 +349,3 @@ _HOOK_METHODS = {
         "onerror",
     )
 }
-
-
-class BulkResult:
-    """Outcome of a bulk send."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._errors: dict[str, str] = {}
-        self._failed = 0
-
-    def add(self) -> None:
-        """Count a message."""
-        self._count += 1
-
-    def fail(self, kmsg: Message, error: BaseException) -> None:
-        """Count a message as not sent and record the reason."""
-        self._errors[kmsg.uuid] = error_text(error)
-        self._failed += 1
-
-    def result(self, ending: str = "") -> Result:
-        """Return one Result for all: the number of sent messages and, for failed ones, reasons in ``retval["failed"]``.
-
-        ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
-
-        :param ending: text to append after the number of sent messages.
-        """
-        sent = f"{self._count - self._failed} message(s) sent{ending}"
-        if not self._failed:
-            return Result(stdout=sent)
-        reason = next(iter(self._errors.values()))
-        return Result(
-            retcode=500,
-            stdout=sent,
-            stderr=f"{self._failed} of {self._count} message(s) not sent; first error: {reason}",
-            retval={"failed": self._errors},
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,9 +10,13 @@ from typing import Any, ClassVar, Final, Self
 from cdumay_error.types import NotImplemented as NotImplementedYet
 from cdumay_error.types import ValidationError
 
+from kser import backoff
+from kser.config import check_number
 from kser.errors import RetryLater, SettingError
 
 Exceptions = tuple[type[BaseException], ...]
+
+_NUMBER = int | float
 
 #: Errors that another attempt cannot fix, because the message or the class is wrong.
 NOT_RETRYABLE: Final[Exceptions] = (ValidationError, NotImplementedYet)
@@ -50,10 +53,10 @@ class Retry:
     later: ClassVar[type[RetryLater]] = RetryLater
 
     def __post_init__(self) -> None:
-        _check_number("max_attempts", self.max_attempts, 1, whole=True)
-        _check_number("delay", self.delay, 0)
-        _check_number("backoff", self.backoff, 1)
-        _check_number("max_delay", self.max_delay, self.delay)
+        check_number("Retry: max_attempts", self.max_attempts, lowest=1, whole=True, types=int)
+        check_number("Retry: delay", self.delay, lowest=0, types=_NUMBER)
+        check_number("Retry: backoff", self.backoff, lowest=1, types=_NUMBER)
+        check_number("Retry: max_delay", self.max_delay, lowest=self.delay, types=_NUMBER)
         if not isinstance(self.jitter, bool):
             raise SettingError(f"Retry: jitter must be True or False; it is {self.jitter!r}")
         for name in ("on", "give_up_on"):
@@ -92,27 +95,17 @@ class Retry:
             return None
         if isinstance(exc, RetryLater):
             return exc.seconds
-        try:
-            wait = min(self.delay * self.backoff ** (attempt - 1), self.max_delay)
-        except OverflowError:
-            wait = self.max_delay
+        wait = backoff.delay(attempt, first=self.delay, ceiling=self.max_delay, factor=self.backoff)
         return wait * random.uniform(0.5, 1) if self.jitter else wait
-
-
-def _check_number(name: str, value: Any, lowest: float, whole: bool = False) -> None:
-    kind = "a whole number" if whole else "a number"
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not fits or not lowest <= value < math.inf:
-        raise SettingError(f"Retry: {name} must be {kind}, {lowest:g} or more; it is {value!r}")
 
 
 def _exceptions(name: str, value: Any) -> Exceptions | None:
     if value is None and name == "on":
         return None
-    found = value if isinstance(value, tuple | list) else (value,)
-    if not all(isinstance(each, type) and issubclass(each, BaseException) for each in found):
+    classes = value if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
         raise SettingError(f"Retry: {name} must be exception classes; it is {value!r}")
-    return tuple(found)
+    return tuple(classes)
 
 
 #: Policy for ``Retry.later`` when neither the class nor the consumer has one.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from kser.config import Settings, known_options
+from kser.config import Settings, check_number, known_options
 from kser.errors import SettingError
 
 
@@ -125,3 +126,31 @@ def test_unknown_option_error_names_the_nearest_option(wrong: str, nearest: str)
 def test_unknown_option_without_a_similar_one_is_rejected() -> None:
     with pytest.raises(SettingError, match="no option '§'"):
         known_options({"§": 1}, ["acks"])
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_number_is_the_setting_or_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSER_LEASE", "12.5")
+    assert Settings().number("KSER_LEASE", 30) == 12.5
+    assert Settings({"KSER_LEASE": 5}).number("KSER_LEASE", 30) == 5
+    assert Settings().number("KSER_REAPER", 1) == 1
+
+
+@pytest.mark.parametrize("value", ["7", 7, 7.0])
+def test_whole_number_is_an_int(value: Any) -> None:
+    number = check_number("it", value, whole=True)
+    assert (number, type(number)) == (7, int)
+
+
+@pytest.mark.parametrize("value", [None, True, "", "x", "nan", "inf", 0, -1, [1], 10**400, math.nan, math.inf])
+def test_value_that_is_no_number_above_zero_is_rejected(value: Any) -> None:
+    with pytest.raises(SettingError, match="it must be a number above 0; it is "):
+        check_number("it", value)
+
+
+@pytest.mark.parametrize("value", ["1", "1e3", None, True])
+def test_value_of_another_type_is_rejected(value: Any) -> None:
+    with pytest.raises(SettingError, match="it must be a number of seconds, 1 or more; it is "):
+        check_number("it", value, lowest=1, unit="seconds", types=int | float)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from cdumay_result import Result
-from tenacity import wait_fixed
 
 from kser.durable.context import DurabilitySettings
 from kser.errors import SettingError, StoreUnavailable
@@ -328,7 +327,7 @@ def test_store_call_with_unknown_outcome_is_repeated_and_applied_once(
     shop: Shop, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 10: the call is repeated with the same arguments and returns the same value."""
-    monkeypatch.setattr(retrying, "_BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr(retrying, "_BACKOFF", lambda _failures: 0.01)
     process = shop.process(cls, store=Unsure(shop.store, method, number, before), group="unsure")
     bare(cls)
     process.handle()

@@ -391,13 +391,20 @@ def test_system_exit_and_interrupt_propagate(
     assert not any("Failed" in line for line in lines(caplog))
 
 
-def test_disabled_log_records_are_not_dumped(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("level", "dumps"), [(logging.CRITICAL, 0), (logging.ERROR, 1), (logging.DEBUG, 6)])
+def test_only_log_records_of_enabled_levels_are_dumped(
+    level: int, dumps: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Design page, "Speed"."""
-    caplog.set_level(logging.CRITICAL, "kser")
+    dumped: list[dict[str, Any]] = []
+    dump = Message.dump
 
-    class Undumpable(Greet):
-        def _dump(self) -> dict[str, Any]:
-            raise AssertionError("dumped")
+    def counted(kmsg: Message) -> dict[str, Any]:
+        dumped.append(dump(kmsg))
+        return dumped[-1]
 
-    assert Undumpable(params={"name": "x"}).execute().retcode == 0
-    assert Undumpable().execute().stderr == "Missing parameter: name"
+    monkeypatch.setattr(Message, "dump", counted)
+    caplog.set_level(level, "kser")
+    assert Greet(params={"name": "x"}).execute().retcode == 0
+    assert Greet().execute().stderr == "Missing parameter: name"
+    assert len(dumped) == dumps

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tenacity import wait_fixed
 
 from kser.errors import SchemaMismatch, StoreMissing, StoreUnavailable
 from kser.sequencing.registry import OperationRegistry
@@ -49,7 +48,7 @@ class Troubled:
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "_BACKOFF", wait_fixed(0.01))
+    monkeypatch.setattr(retrying, "_BACKOFF", lambda _failures: 0.01)
 
 
 @pytest.fixture

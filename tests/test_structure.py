@@ -15,7 +15,7 @@ PACKAGE = ROOT / "kser"
 #: A module may import from those in lines above its own, and from no other.
 ORDER = (
     {"kser"},
-    {"kser.errors"},
+    {"kser.errors", "kser.backoff"},
     {"kser.config"},
     {"kser.retry"},
     {"kser.signals"},

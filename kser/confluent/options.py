@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from confluent_kafka import KafkaException
 
-from kser.config import CONFIG, Settings
+from kser.config import CONFIG, Settings, nearest_name
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -138,8 +137,7 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
 
 def _nearest(key: str) -> str:
     # kafka-python spells the same options with underscores, so a name may come from its configuration.
-    known = sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON)
-    return difflib.get_close_matches(key.replace("_", "."), known, n=1, cutoff=0)[0]
+    return nearest_name(key.replace("_", "."), sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON))
 
 
 def servers(options: Mapping[str, Any]) -> str:

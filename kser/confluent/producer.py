@@ -19,17 +19,15 @@ from kser.confluent.delivery_reports import MAX_POLL, DeliveryReportPoller, Deli
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, servers, with_defaults
 from kser.producer import (
-    BulkResult,
+    Bulk,
     HeaderList,
     KafkaProducerBase,
     KeyFunction,
-    key_bytes,
+    record_options,
     rejected_as_too_large,
     size_of,
     time_left,
-    too_large,
 )
-from kser.results import merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -63,6 +61,8 @@ class Producer(KafkaProducerBase):
     :raises kser.errors.SettingError: an option is unknown or invalid.
     """
 
+    _kser_size_option = "message.max.bytes"
+
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = with_defaults(options_for("producer", config, Settings.of(app)))
         self._kser_servers = servers(options)
@@ -72,28 +72,11 @@ class Producer(KafkaProducerBase):
         self._kser_closed = False
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
-        self._kser_size_limit = int(options.get("message.max.bytes", MESSAGE_MAX_BYTES))
+        self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
         self._kser_report_poller = DeliveryReportPoller(self.client.poll)
 
-    def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
-    ) -> Result:
-        """Send many messages, then wait until all are delivered.
-
-        :param topic: the topic of all messages.
-        :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: seconds for the whole call.
-        :param key: returns the key of a message; None sends all messages without a key.
-        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
-            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
-        """
-        bulk = _Bulk(self, topic, timeout, key)
-        with self._kser_report_poller:
-            try:
-                bulk.send(kmsgs)
-            except Exception as exc:
-                return merge(bulk.finish(), Result.from_exception(exc))
-            return bulk.finish()
+    def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
+        return _Bulk(self, topic, timeout, key)
 
     def close(self) -> None:
         if self._kser_closed:
@@ -118,7 +101,7 @@ class Producer(KafkaProducerBase):
         delivery = DeliveryWaiter()
         began = time.monotonic()
         with self._kser_report_poller:
-            self._kser_enqueue(topic, value, _options(key, headers), delivery, deadline)
+            self._kser_enqueue(topic, value, record_options(key, headers), delivery, deadline)
             self._kser_report_poller.wait(delivery, deadline)
         if not delivery.done():
             raise self._kser_unconfirmed_error(began)
@@ -153,9 +136,7 @@ class Producer(KafkaProducerBase):
         """Queue a record in the client, after waiting for the topic's metadata and for space in the queue."""
         if self._kser_closed:
             raise KafkaException("This producer is closed: create a new one")
-        size = size_of(value, options.get("key"), options.get("headers", []))
-        if size > self._kser_size_limit:
-            raise too_large(size, self._kser_size_limit, "message.max.bytes")
+        size = self._kser_size_checked(value, options)
         if topic not in self._kser_topics:
             self._kser_look_up_topic(topic, deadline)
         while True:
@@ -197,15 +178,12 @@ class Producer(KafkaProducerBase):
                 raise KafkaException(f"{known.str()}: topic {topic!r} at {self._kser_servers}")
             time.sleep(min(TOPIC_POLL_INTERVAL, time_left(patience)))
         if known is not None:
-            raise KafkaException(self._kser_missing_topic_error(topic))
+            raise KafkaException(self._kser_missing_topic_text(topic))
         self._kser_report_poller.poll()
         raise KafkaException(
             f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
             f"{self._kser_last_error.text_since(began)}"
         )
-
-    def _kser_missing_topic_error(self, topic: str) -> str:
-        return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
 
     def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(
@@ -216,7 +194,7 @@ class Producer(KafkaProducerBase):
     def _kser_rejected_error(self, error: KafkaError, topic: str, size: int) -> Exception:
         """Return the error of a record that the client rejected."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-            return too_large(size, self._kser_size_limit, "message.max.bytes")
+            return self._kser_too_large_error(size)
         advice = "; this producer cannot send any more: create a new one" if error.code() == KafkaError._FATAL else ""
         return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}{advice}")
 
@@ -227,31 +205,32 @@ class Producer(KafkaProducerBase):
         if error.code() in _UNKNOWN_TOPIC:
             # The topic existed before, so it was deleted: look it up again before the next message.
             self._kser_topics.discard(topic)
-            return KafkaException(self._kser_missing_topic_error(topic))
+            return KafkaException(self._kser_missing_topic_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
             return self._kser_unconfirmed_error(began)
         return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}")
 
 
-class _Bulk(Waiter):
+class _Bulk(Bulk, Waiter):
     """The messages of one ``bulk_send``.
 
     Delivery reports arrive in the thread that polls; the thread of the bulk processes them.
     """
 
+    _producer: Producer
+
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
-        self._producer = producer
-        self._topic = topic
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
-        self._key = key
+        super().__init__(producer, topic, timeout, key)
         self._began = time.monotonic()
-        self._results = BulkResult()
         self._first_error: Exception | None = None
         self._in_flight: dict[int, tuple[Message, int]] = {}
         self._enough = 0
         self._number = 0
         self._reported: collections.deque[tuple[Message, int, Any]] = collections.deque()
+
+    def run(self, kmsgs: Iterable[Message]) -> Result:
+        with self._producer._kser_report_poller:
+            return super().run(kmsgs)
 
     def send(self, kmsgs: Iterable[Message]) -> None:
         """Send each message as soon as the iterable yields it."""
@@ -266,7 +245,6 @@ class _Bulk(Waiter):
                 self._drain_reports()
 
     def finish(self) -> Result:
-        """Wait until all messages are delivered or the deadline passes, and return the Result."""
         self._enough = 0
         self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
@@ -285,7 +263,7 @@ class _Bulk(Waiter):
     def _put(self, kmsg: Message) -> None:
         producer = self._producer
         data = producer._kser_encode(kmsg)
-        options = _options(key_bytes(self._key(kmsg)), []) if self._key else {}
+        options = record_options(self._key_of(kmsg), [])
         if self._first_error is not None:
             raise self._first_error
         number = self._number
@@ -321,13 +299,3 @@ class _Bulk(Waiter):
                 self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
             else:
                 self._results.fail(kmsg, self._producer._kser_undelivered_error(error, self._topic, size, self._began))
-
-
-def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return the arguments of ``produce`` for a key and headers, without those that are empty."""
-    options: dict[str, Any] = {}
-    if key is not None:
-        options["key"] = key
-    if headers:
-        options["headers"] = headers
-    return options

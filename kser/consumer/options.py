@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
-from kser.config import Settings
+from kser.config import Settings, check_number, nearest_name, parse_json
 from kser.consumer.work_queue import ORDERINGS
 from kser.errors import SettingError, UsageError
 from kser.retry import Retry
@@ -23,7 +21,7 @@ _RESETS = {
 }
 
 _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
-_LOWEST: Mapping[str, float] = {"workers": 1, "max_in_flight": 1, "max_buffered_bytes": 1}
+_COUNTS = ("workers", "max_in_flight", "max_buffered_bytes")
 
 
 class ConsumerKwargs(TypedDict, total=False):
@@ -81,7 +79,7 @@ class ConsumerOptions:
         names = [field.name for field in fields(cls)]
         for name in given:
             if name not in names:
-                nearest = difflib.get_close_matches(name, [*names, "config", "topics", "app"], n=1, cutoff=0)[0]
+                nearest = nearest_name(name, [*names, "config", "topics", "app"])
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
         values = {name: _resolve(name, given.get(name), settings) for name in names}
         return cls(**{name: value for name, value in values.items() if value is not None})
@@ -142,26 +140,16 @@ def _resolve(name: str, given: Any, settings: Settings) -> Any:
     if value is None:
         return None
     if name == "retry":
-        return Retry.from_setting(source, _from_json(source, value))
+        return Retry.from_setting(source, parse_json(source, value))
     if name == "dead_letter":
         return _dead_letter(source, value)
     if name in _CHOICES:
         if value not in _CHOICES[name]:
             raise SettingError(f"{source} must be one of {', '.join(map(repr, _CHOICES[name]))}; it is {value!r}")
         return value
-    return _number(source, value, _LOWEST.get(name))
-
-
-def _number(source: str, value: Any, lowest: float | None) -> float:
-    """Parse a number: an integer of at least ``lowest``, or seconds if ``lowest`` is None."""
-    kind, least = ("a number of seconds", 0) if lowest is None else ("a whole number", lowest)
-    try:
-        number = float(value) if lowest is None else int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if isinstance(value, bool) or not least <= number < float("inf") or (lowest is not None and number != float(value)):
-        raise SettingError(f"{source} must be {kind}, {least:g} or more; it is {value!r}")
-    return number
+    if name in _COUNTS:
+        return check_number(source, value, lowest=1, whole=True)
+    return check_number(source, value, lowest=0, unit="seconds")
 
 
 def _dead_letter(source: str, value: Any) -> bool | str:
@@ -171,12 +159,3 @@ def _dead_letter(source: str, value: Any) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value):
         return value
     raise SettingError(f"{source} must be True or the name of a topic; it is {value!r}")
-
-
-def _from_json(source: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise SettingError(f"{source} is not JSON: {error}; it is {value!r}") from error

@@ -9,9 +9,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
+from kser.backoff import random_delay
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import NEVER
@@ -31,7 +31,8 @@ SHUTDOWN_POLL_TIMEOUT = 0.05
 #: Time limit in seconds of a commit and of closing the client, so that an unreachable broker cannot block the shutdown.
 CLIENT_TIMEOUT = 1.2
 
-_BACKOFF = wait_random_exponential(multiplier=0.2, max=10, min=0.1)
+#: Back-off in seconds after a failed poll.
+_BACKOFF = partial(random_delay, first=0.2, ceiling=10, lowest=0.1)
 
 
 class Poller:
@@ -273,9 +274,7 @@ class Poller:
             self._partitions.on_lost(self._partitions.assignment)
             with suppress(Exception):
                 client.close(0)
-        state = RetryCallState(Retrying(), None, (), {})
-        state.attempt_number = self._error_count
-        self._stop.wait(min(_BACKOFF(state), timeout))
+        self._stop.wait(min(_BACKOFF(self._error_count), timeout))
 
     def _report(self, activity: str, error: ClientError | None) -> None:
         """Log an error of the client once, each change of the error, and the recovery."""

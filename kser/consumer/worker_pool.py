@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kser.attempt import FAILED, Attempt, AttemptAbandoned, ConsumerCallbacks, current_attempt
+from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.work_item import WorkItem
@@ -20,8 +22,8 @@ IDLE_WAIT = 0.5
 #: Seconds between two checks whether attempts still run, because a longer wait would delay signal handlers.
 IDLE_CHECK_INTERVAL = 0.1
 
-#: The first and the longest back-off, in seconds, after a failed write of a dead letter.
-DEAD_LETTER_DELAYS = (1.0, 30.0)
+#: Back-off in seconds after a failed write of a dead letter.
+_DEAD_LETTER_BACKOFF = partial(delay, first=1.0, ceiling=30.0)
 
 
 class WorkerPool:
@@ -198,8 +200,7 @@ class WorkerPool:
             if not self._work_queue.task_done(item):
                 self._log_revoked(item)
             return
-        first, longest = DEAD_LETTER_DELAYS
-        self._work_queue.retry_dead_letter(item, min(first * 2 ** min(item.dead_letter_tries, 10), longest))
+        self._work_queue.retry_dead_letter(item, _DEAD_LETTER_BACKOFF(item.dead_letter_tries + 1))
 
     def _log_revoked(self, item: WorkItem) -> None:
         self._log.info(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cdumay_result import Result
 
 from kser.config import Settings
 from kser.dummy.broker import InMemoryBroker
-from kser.producer import BulkResult, HeaderList, KafkaProducerBase, KeyFunction, key_bytes, size_of, too_large
-from kser.results import merge
+from kser.producer import Bulk, HeaderList, KafkaProducerBase, KeyFunction, size_of, too_large
 from kser.schemas import Message
 
 #: Default of ``max_request_size`` in bytes, the same as kafka-python's.
@@ -29,32 +28,8 @@ class Producer(KafkaProducerBase):
         self.config = dict((Settings.of(app).client if config is None else config) or {})
         self.client = InMemoryBroker.at(str(self.config.get("bootstrap_servers", "")))
 
-    def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
-    ) -> Result:
-        """Send many messages.
-
-        :param topic: the topic of all messages.
-        :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: not used by this transport; shown in the Result.
-        :param key: returns the key of a message; None sends all messages without a key.
-        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
-            ``retval["failed"]`` maps their uuids to the reasons.
-        """
-        tally = BulkResult()
-        ending = f" to {topic} (timeout: {timeout})"
-        try:
-            for kmsg in kmsgs:
-                tally.add()
-                try:
-                    self._kser_deliver(topic, self._kser_encode(kmsg), key_bytes(key(kmsg)) if key else None, [], 0)
-                except Exception as exc:
-                    tally.fail(kmsg, exc)
-                else:
-                    self._kser_emit_sent(topic, kmsg, timeout)
-        except Exception as exc:
-            return merge(tally.result(ending), Result.from_exception(exc))
-        return tally.result(ending)
+    def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
+        return _Bulk(self, topic, timeout, key)
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
@@ -77,3 +52,10 @@ class Producer(KafkaProducerBase):
 
     def _kser_undelivered_text(self, topic: str, reason: str) -> str:
         return f"the record was not appended to topic {topic!r}: {reason}"
+
+
+class _Bulk(Bulk):
+    """The messages of one ``bulk_send``; the Result shows topic and timeout, as those of single messages do."""
+
+    def finish(self) -> Result:
+        return self._results.result(f" to {self._topic} (timeout: {self._timeout})")

@@ -76,26 +76,15 @@ class DurabilitySettings:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.lease = _number(settings, "KSER_LEASE", 30)
-        self.heartbeat = _number(settings, "KSER_HEARTBEAT", self.lease / 3)
-        self.reaper = _number(settings, "KSER_REAPER", 1)
-        self.resend = _number(settings, "KSER_RESEND", 60)
-        self.max_claims = int(_number(settings, "KSER_MAX_CLAIMS", 20, whole=True))
+        self.lease = settings.number("KSER_LEASE", 30)
+        self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 3)
+        self.reaper = settings.number("KSER_REAPER", 1)
+        self.resend = settings.number("KSER_RESEND", 60)
+        self.max_claims = int(settings.number("KSER_MAX_CLAIMS", 20, whole=True))
         if self.heartbeat * 2 >= self.lease:
             raise SettingError(
                 f"KSER_HEARTBEAT must be less than half of KSER_LEASE ({self.lease:g} s); it is {self.heartbeat:g} s"
             )
-
-
-def _number(settings: Settings, name: str, default: float, *, whole: bool = False) -> float:
-    value = settings.get(name)
-    try:
-        number = float(default if value is None else value)
-    except (TypeError, ValueError):
-        number = -1
-    if isinstance(value, bool) or not 0 < number < float("inf") or (whole and number % 1):
-        raise SettingError(f"{name} must be a {'whole ' * whole}number above 0; it is {value!r}")
-    return number
 
 
 class DurableContext:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kser import backoff
 from kser.durable.context import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
 from kser.errors import KserError, StoreUnavailable
 from kser.store.model import RESEND_UNSENT_AFTER, DueReason, DueStep
@@ -150,9 +151,8 @@ class RecoveryService:
                 del self._failed_sends[topic]
                 continue
             self._failed_sends[topic] += not late
-            wait = min(
-                RESEND_UNSENT_AFTER * 2.0 ** min(max(self._failed_sends[topic] - 1, 0), 10), self._settings.resend
-            )
+            failures = max(self._failed_sends[topic], 1)
+            wait = backoff.delay(failures, first=RESEND_UNSENT_AFTER, ceiling=self._settings.resend)
             self._context.store.direct.postpone_send([key for key in keys if key[0] in failed], wait)
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact

@@ -24,7 +24,7 @@ from kser.consumer.client import (
 from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.errors import ClientError
 from kser.python_kafka.options import servers
-from kser.python_kafka.rebalances import ASYNC, PendingJoin, Rebalances, client_offsets
+from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class KafkaPythonClient(ConsumerClient):
         self._servers = servers(client.config)
         self.can_commit = commits and client.config["group_id"] is not None
         self._listener: RebalanceListener | None = None
-        self._rebalances: Rebalances | None = None
+        self._client_listener: ClientListener | None = None
         self._topics: list[str] = []
         self._missing: list[str] = []
         self._check_at = self._start_at = self._polled_at = 0.0
@@ -93,8 +93,8 @@ class KafkaPythonClient(ConsumerClient):
         self._listener = listener
         self._topics = sorted(topics)
         self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-        self._rebalances = Rebalances(self._client, listener, self._unstarted, self._partition_counts.annotate)
-        self._client.subscribe(self._topics, listener=self._rebalances)
+        self._client_listener = LISTENER(self._client, listener, self._unstarted, self._partition_counts.annotate)
+        self._client.subscribe(self._topics, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
@@ -218,8 +218,8 @@ class KafkaPythonClient(ConsumerClient):
     def close(self, timeout: float) -> None:
         # kafka-python revokes the partitions during close, when a new client of this process may own them already.
         # An inactive listener ignores the late call.
-        if self._rebalances is not None:
-            self._rebalances.active = False
+        if self._client_listener is not None:
+            self._client_listener.active = False
         try:
             self._client.close(autocommit=False, timeout_ms=int(timeout * 1000))
         except KafkaError as error:

@@ -16,18 +16,16 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from kser import signals
 from kser.config import CONFIG, Settings
 from kser.producer import (
-    BulkResult,
+    Bulk,
     HeaderList,
     KafkaProducerBase,
     KeyFunction,
-    key_bytes,
+    record_options,
     rejected_as_too_large,
     size_of,
     time_left,
-    too_large,
 )
 from kser.python_kafka.options import connect, options_for, servers
-from kser.results import merge
 from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
@@ -57,33 +55,21 @@ class Producer(KafkaProducerBase):
     :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
 
+    _kser_size_option = "max_request_size"
+
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = options_for(KafkaProducer, config, Settings.of(app))
         options.setdefault("acks", "all")
         self._kser_max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
         self._kser_servers = servers(options)
         self._kser_max_block_lock = threading.Lock()
-        self._kser_size_limit = options.get("max_request_size", KafkaProducer.DEFAULT_CONFIG["max_request_size"])
+        self._kser_size_limit = options.get(
+            self._kser_size_option, KafkaProducer.DEFAULT_CONFIG[self._kser_size_option]
+        )
         self.client = connect(KafkaProducer, options)
 
-    def bulk_send(
-        self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None
-    ) -> Result:
-        """Send many messages, then wait until all are delivered.
-
-        :param topic: the topic of all messages.
-        :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: seconds for the whole call.
-        :param key: returns the key of a message; None sends all messages without a key.
-        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
-            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
-        """
-        bulk = _Bulk(self, topic, timeout, key)
-        try:
-            bulk.send(kmsgs)
-        except Exception as exc:
-            return merge(bulk.finish(), Result.from_exception(exc))
-        return bulk.finish()
+    def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
+        return _Bulk(self, topic, timeout, key)
 
     def close(self) -> None:
         try:
@@ -101,7 +87,9 @@ class Producer(KafkaProducerBase):
         if value is None and key is None:
             # The client cannot write a record with neither key nor value, so send an empty value.
             value = b""
-        delivery = self._kser_enqueue(topic, value, _options(key, headers), deadline)
+        # The client rejects headers without a value, so send an empty one.
+        options = record_options(key, [(name, data or b"") for name, data in headers])
+        delivery = self._kser_enqueue(topic, value, options, deadline)
         try:
             self._kser_confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
@@ -119,9 +107,7 @@ class Producer(KafkaProducerBase):
 
     def _kser_enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Queue a record in the client, which may wait for metadata first, and return the future of its delivery."""
-        size = size_of(value, options.get("key"), options.get("headers", []))
-        if size > self._kser_size_limit:
-            raise too_large(size, self._kser_size_limit, "max_request_size")
+        size = self._kser_size_checked(value, options)
         last_answer = self._kser_last_response()
         try:
             if time_left(deadline) * 1000 >= self._kser_max_block_ms:
@@ -133,7 +119,7 @@ class Producer(KafkaProducerBase):
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
-            raise too_large(size, self._kser_size_limit, "max_request_size") from error
+            raise self._kser_too_large_error(size) from error
         except KafkaTimeoutError as error:
             raise KafkaTimeoutError(f"{_text(error)} {self._kser_explain(topic, last_answer)}") from error
         return delivery
@@ -181,26 +167,23 @@ class Producer(KafkaProducerBase):
     def _kser_explain(self, topic: str, last_answer: float) -> str:
         # Only a new metadata response distinguishes an unknown topic from a broker that does not respond.
         if self._kser_last_response() != last_answer:
-            return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
+            return self._kser_missing_topic_text(topic)
         return (
             f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
         )
 
 
-class _Bulk:
+class _Bulk(Bulk):
     """The messages of one ``bulk_send``.
 
     Messages are encoded, passed to the client and checked in chunks. If they were passed one by one, each message would
     wake the client's own thread, and most would be sent in a request of their own.
     """
 
+    _producer: Producer
+
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
-        self._producer = producer
-        self._topic = topic
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
-        self._key = key
-        self._results = BulkResult()
+        super().__init__(producer, topic, timeout, key)
         #: Deadline of the wait for metadata and for space in the client's buffer.
         self._metadata_deadline = self._deadline
         self._first_error: KafkaTimeoutError | None = None
@@ -213,7 +196,7 @@ class _Bulk:
         for kmsg in kmsgs:
             self._results.add()
             try:
-                options = {} if self._key is None else _options(key_bytes(self._key(kmsg)), [])
+                options = record_options(self._key_of(kmsg), [])
                 self._chunk.append((kmsg, self._producer._kser_encode(kmsg), options))
             except Exception as exc:
                 self._results.fail(kmsg, exc)
@@ -222,7 +205,6 @@ class _Bulk:
                 began = time.monotonic()
 
     def finish(self) -> Result:
-        """Wait until all messages are delivered or the deadline passes, and return the Result."""
         self._send_chunk()
         # Ignore the timeout here, because ``_check`` finds every late message.
         with suppress(KafkaTimeoutError):
@@ -257,17 +239,6 @@ class _Bulk:
             else:
                 if announced:
                     self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
-
-
-def _options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return the arguments of ``send`` for a key and headers, without those that are empty."""
-    options: dict[str, Any] = {}
-    if key is not None:
-        options["key"] = key
-    if headers:
-        # The client rejects headers without a value, so send an empty one.
-        options["headers"] = [(name, value or b"") for name, value in headers]
-    return options
 
 
 def _text(error: KafkaTimeoutError) -> str:

@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
-from kser.consumer.client import Commit, Partition, RebalanceListener, revoked_before_commit_text
+from kser.consumer.client import Commit, Partition, RebalanceListener, Revocation, revoked_before_commit_text
 from kser.consumer.offsets import add_checksum
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class PendingJoin:
     def is_usable(self, max_age: float) -> bool:
         """Return whether the client can still use the result of the join.
 
-        A result older than ``patience`` seconds is void, because this member sends no heartbeats between the end of the
+        A result older than ``max_age`` seconds is void, because this member sends no heartbeats between the end of the
         join and the next poll. So is an error that is no KafkaError, which the client does not handle.
         """
         now = time.monotonic()
@@ -65,72 +65,95 @@ class PendingJoin:
         return known and now - self._pending < max_age
 
 
-def _partitions(given: Collection[TopicPartition]) -> set[Partition]:
-    return {Partition(*tp) for tp in given}
+def _partitions(client_partitions: Collection[TopicPartition]) -> set[Partition]:
+    return {Partition(*tp) for tp in client_partitions}
 
 
+class ClientListener:
+    """Shared parts of the listeners, which the client calls and which pass the calls on.
+
+    :param client: the client.
+    :param listener: the listener to pass the calls to.
+    :param unstarted: the assigned partitions without a start position, which this class keeps up to date.
+    :param annotate: adds the topic's number of partitions to the metadata of a commit.
+    """
+
+    def __init__(
+        self,
+        client: KafkaConsumer,
+        listener: RebalanceListener,
+        unstarted: set[TopicPartition],
+        annotate: CommitAnnotator,
+    ) -> None:
+        self._client = client
+        self._listener = listener
+        self._unstarted = unstarted
+        self._annotate = annotate
+        #: False to ignore calls during the close of the client.
+        self.active = True
+
+    def _revoke(self, revoked: Collection[TopicPartition]) -> Revocation:
+        self._unstarted.difference_update(revoked)
+        return self._listener.on_revoke(_partitions(revoked))
+
+    def _commits(self, revocation: Revocation) -> dict[Partition, Commit]:
+        return {key: self._annotate(key, commit) for key, commit in revocation.commits().items()}
+
+
+class RebalanceListenerV2(ClientListener):
+    """The listener of kafka-python 2, which calls it in the thread that polls."""
+
+    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Wait for the running attempts of revoked partitions, then commit."""
+        if not self.active:
+            return
+        revocation = self._revoke(revoked)
+        revocation.wait()
+        if commits := self._commits(revocation):
+            try:
+                self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
+            except KafkaError as error:
+                logger.warning(revoked_before_commit_text(commits, error))
+
+    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Note the partitions, which start after the poll."""
+        self._unstarted.update(assigned)
+
+
+class RebalanceListenerV3(ClientListener):
+    """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Wait for the running attempts of revoked partitions, then commit."""
+        if not self.active:
+            return
+        revocation = self._revoke(revoked)
+        while not revocation.drained:
+            await self._client._coordinator._net.sleep(REVOKE_WAIT_INTERVAL)
+        if commits := self._commits(revocation):
+            commit = self._client.commit_async(client_offsets(commits))
+            try:
+                await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
+            except KafkaError as error:
+                logger.warning(revoked_before_commit_text(commits, error))
+
+    async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
+        """Pass lost partitions on; the group accepts no commit for them."""
+        self._unstarted.difference_update(lost)
+        if self.active:
+            self._listener.on_lost(_partitions(lost))
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Note the partitions: they start after the poll, because this thread cannot query committed offsets."""
+        self._unstarted.update(assigned)
+
+
+# Register the classes instead of subclassing: each version accepts only its own base class, and one has no
+# ``AsyncConsumerRebalanceListener``.
 if ASYNC:
-
-    class Rebalances(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc]
-        """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
-
-        def __init__(
-            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: CommitAnnotator
-        ) -> None:
-            self._client = client
-            self._listener = listener
-            self._new = new
-            self._noted = noted
-            self.active = True
-
-        async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-            if not self.active:
-                return
-            self._new.difference_update(revoked)
-            draining = self._listener.on_revoke(_partitions(revoked))
-            while not draining.drained:
-                await self._client._coordinator._net.sleep(REVOKE_WAIT_INTERVAL)
-            if commits := {key: self._noted(key, commit) for key, commit in draining.commits().items()}:
-                commit = self._client.commit_async(client_offsets(commits))
-                try:
-                    await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
-                except KafkaError as error:
-                    logger.warning(revoked_before_commit_text(commits, error))
-
-        async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
-            self._new.difference_update(lost)
-            if self.active:
-                self._listener.on_lost(_partitions(lost))
-
-        async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-            # Start the partitions in the next poll, because the client's thread cannot query committed offsets.
-            self._new.update(assigned)
-
+    kafka.AsyncConsumerRebalanceListener.register(RebalanceListenerV3)
 else:
+    kafka.ConsumerRebalanceListener.register(RebalanceListenerV2)
 
-    class Rebalances(kafka.ConsumerRebalanceListener):  # type: ignore[misc,no-redef]
-        """The listener of kafka-python 2, which calls it in the thread that polls."""
-
-        def __init__(
-            self, client: KafkaConsumer, listener: RebalanceListener, new: set[TopicPartition], noted: CommitAnnotator
-        ) -> None:
-            self._client = client
-            self._listener = listener
-            self._new = new
-            self._noted = noted
-            self.active = True
-
-        def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-            if not self.active:
-                return
-            self._new.difference_update(revoked)
-            draining = self._listener.on_revoke(_partitions(revoked))
-            draining.wait()
-            if commits := {key: self._noted(key, commit) for key, commit in draining.commits().items()}:
-                try:
-                    self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
-                except KafkaError as error:
-                    logger.warning(revoked_before_commit_text(commits, error))
-
-        def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-            self._new.update(assigned)
+#: The listener class for the installed kafka-python.
+LISTENER: type[ClientListener] = RebalanceListenerV3 if ASYNC else RebalanceListenerV2

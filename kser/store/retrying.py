@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import ParamSpec, TypeVar
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
 from kser.attempt import current_attempt
+from kser.backoff import random_delay
 from kser.errors import StoreUnavailable
 from kser.store.base import Store
 from kser.store.model import (
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Back-off between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
-_BACKOFF = wait_random_exponential(multiplier=0.1, max=2, min=0.05)
+#: Back-off in seconds between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
+_BACKOFF = partial(random_delay, first=0.1, ceiling=2, lowest=0.05)
 
 #: Seconds between two checks for a shutdown of the consumer during the back-off.
 _CHECK_INTERVAL = 0.1
@@ -128,17 +128,16 @@ class RetryingStore(Store):
         return result
 
     def _retry(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        state: RetryCallState | None = None
+        failures = 0
         while True:
             try:
                 return self.once(call, *args, **kwargs)
             except StoreUnavailable as error:
-                state = state or RetryCallState(Retrying(), None, (), {})
-                if current_attempt.get() is None and state.attempt_number >= ATTEMPTS:
+                failures += 1
+                if current_attempt.get() is None and failures >= ATTEMPTS:
                     raise
                 self.report_outage(error)
-                _wait_before_retry(_BACKOFF(state))
-                state.attempt_number += 1
+                _wait_before_retry(_BACKOFF(failures))
 
     def report_outage(self, error: StoreUnavailable | None) -> None:
         """Log the begin or the end of an outage once; another error during an outage does not begin a second one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kser import backoff
 from kser import status as states
 from kser.errors import StateConflict
 from kser.store.model import (
@@ -192,7 +193,7 @@ def mark_taken(row: OperationRow, now: float) -> OperationRow:
 
 def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationRow:
     """Return the row of a root after its step was sent."""
-    wait = min(resend_after * 2.0 ** min(row.send_count, 20), MAX_RESEND_DELAY)
+    wait = backoff.delay(row.send_count + 1, first=resend_after, ceiling=MAX_RESEND_DELAY)
     return row._replace(send_count=row.send_count + 1, sent_at=now, next_check_at=max(now, row.due_at) + wait)
 
 

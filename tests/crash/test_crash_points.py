@@ -42,7 +42,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger = logging.getLogger("kser")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
-    monkeypatch.setattr(retrying, "_BACKOFF", lambda state: 0)
+    monkeypatch.setattr(retrying, "_BACKOFF", lambda _failures: 0)
     yield
     logger.setLevel(before)
     InMemoryBroker.reset()

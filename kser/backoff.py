@@ -1,0 +1,24 @@
+"""Back-off: the waiting time before the next try, which grows with each failure up to a ceiling."""
+
+from __future__ import annotations
+
+import random
+
+
+def delay(failures: int, *, first: float, ceiling: float, factor: float = 2.0) -> float:
+    """Return the back-off after a failure, in seconds.
+
+    :param failures: the number of consecutive failures, from 1.
+    :param first: the back-off after the first failure.
+    :param ceiling: the longest back-off.
+    :param factor: the growth from one failure to the next.
+    """
+    try:
+        return min(first * factor ** (failures - 1), ceiling)
+    except OverflowError:
+        return ceiling
+
+
+def random_delay(failures: int, *, first: float, ceiling: float, lowest: float) -> float:
+    """Return a random back-off between ``lowest`` and :func:`delay`, so that clients do not try again together."""
+    return random.uniform(lowest, max(lowest, delay(failures, first=first, ceiling=ceiling)))
