@@ -35,7 +35,7 @@ class Failure(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """Placeholder for a result: the message is acked, and its work continues elsewhere or later or was done before.
+    """Placeholder for a result: the message is acked, but this attempt did not finish its work.
 
     The store is responsible for the work. No hook is called, and no counter is increased.
     """

@@ -279,7 +279,8 @@ class Controller(BaseController):
                     result = cls._kser_execute(kmsg)
                 finally:
                     cls.stop_processing()
-            # Later code relies on a Result. Any other type raises here, and the error text contains the type.
+            # The code below needs a Result: ``final_status`` raises for any other type, and the error text contains
+            # the type.
             if not result or type(result) is Deferred or status.final_status(result) == status.SUCCESS:
                 return result
         except Exception as exc:

@@ -53,7 +53,8 @@ class OperationsProtocol(Protocol):
 class RegistryProtocol(Protocol):
     """Registry that an entrypoint's class is subscribed to, as entrypoints, controllers and durable operations use it.
 
-    The classes of users run below the registry, so they know this protocol and not the class.
+    This module cannot import ``OperationRegistry``, because imports point down only, so it uses this protocol in its
+    place.
     """
 
     controller: Any

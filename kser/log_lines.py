@@ -53,7 +53,7 @@ def log_failure(logger: logging.Logger, entry: Any) -> None:
 
 
 def log_retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) -> None:
-    """Log at WARNING a failed attempt that another attempt follows."""
+    """Log, at WARNING, a failed attempt that will be retried."""
     if logger.isEnabledFor(logging.WARNING):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
         outcome = f"attempt {attempt} failed, the next follows in {seconds:.3g} s: {entry.result}"

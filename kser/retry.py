@@ -49,7 +49,8 @@ class Retry:
     on: Exceptions | type[BaseException] | None = None
     give_up_on: Exceptions | type[BaseException] = ()
 
-    #: ``raise Retry.later(seconds)`` in a task requests another attempt after that time. It counts as an attempt.
+    #: ``raise Retry.later(seconds)`` in a task requests another attempt after that time. The attempt that raises it
+    #: counts towards ``max_attempts``.
     later: ClassVar[type[RetryLater]] = RetryLater
 
     def __post_init__(self) -> None:

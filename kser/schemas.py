@@ -25,7 +25,7 @@ class WireField(NamedTuple):
     name: str
     kind: type
     required: bool = False
-    #: True if a load accepts ``null``, which then means that the key is absent.
+    #: True if loading accepts ``null`` and treats it like a missing key.
     nullable: bool = False
     #: Value to dump when the object has no such attribute; ``None`` omits the key.
     default: Any = None

@@ -50,4 +50,4 @@ def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:
         try:
             receiver(sender, **keywords)
         except Exception:
-            logger.exception("a listener of %r raised and was ignored: %r", signal.name, receiver)
+            logger.exception("a listener of %r raised an exception, which is ignored: %r", signal.name, receiver)

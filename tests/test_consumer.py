@@ -150,7 +150,7 @@ def test_raising_registry_is_logged_and_its_message_is_committed(caplog: pytest.
     consumer.REGISTRY = Raising()
     assert consumer.step(timeout=0) == 1
     assert (committed(), consumer.counts["failed"]) == (1, 1)
-    record = record_of(caplog, "Consumer: the registry raised at offset 0 of dice[0]")
+    record = record_of(caplog, "Consumer: the registry raised an exception at offset 0 of dice[0]")
     assert (record.levelname, bool(record.exc_info)) == ("ERROR", True)
 
 

@@ -157,7 +157,7 @@ def test_raising_listener_is_logged_and_the_others_are_called(caplog: pytest.Log
     assert result.retcode == 0
     assert len(witness.heard) == 1
     (line,) = [line for line in lines(caplog) if "listener of" in line]
-    assert line.startswith("a listener of 'entry-succeeded' raised and was ignored: ")
+    assert line.startswith("a listener of 'entry-succeeded' raised an exception, which is ignored: ")
 
 
 def test_listener_may_choose_its_sender() -> None:

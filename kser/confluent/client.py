@@ -204,7 +204,9 @@ class ConfluentClient(ConsumerClient):
     def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:
         if topic not in self._missing:
             self._missing.add(topic)
-            logger.error(f"{error.str()} at {self._servers}: create it, or correct its name; the consumer waits for it")
+            logger.error(
+                f"{error.str()} at {self._servers}: create the topic, or correct its name; the consumer waits for it"
+            )
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
@@ -390,7 +392,10 @@ class ConfluentClient(ConsumerClient):
         return self._as_client_error("fetch messages", error)
 
     def _broker_responds(self) -> bool:
-        """Return whether a broker responds, probing at most once in ``PROBE_TICK`` seconds."""
+        """Return whether a broker responds.
+
+        After a failed probe, the next one is at least ``PROBE_INTERVAL`` seconds later.
+        """
         if time.monotonic() < self._probe_at:
             return False
         try:

@@ -131,7 +131,7 @@ class DeliveryReportPoller:
                 self._remove(waiting)
 
     def poll(self, seconds: float = 0) -> bool:
-        """Poll for up to ``seconds``; return False without polling if another thread polls already."""
+        """Poll for up to ``seconds``; return False without polling if another thread is already polling."""
         with self._mutex:
             if self._has_leader:
                 return False

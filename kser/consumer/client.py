@@ -144,7 +144,7 @@ def out_of_range_text(partition: Partition, was: int | None, begin: int, end: in
 
     :param was: the position; None if it is unknown.
     :param begin: the first offset of the log.
-    :param end: the offset behind the last one of the log.
+    :param end: the offset after the last record of the log.
     :param start: the position to continue at.
     """
     position = -1 if was is None else was

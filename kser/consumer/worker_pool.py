@@ -168,7 +168,8 @@ class WorkerPool:
             if attempt.failure is None:
                 attempt.reject(FAILED, exc)
             self._log.exception(
-                f"the registry raised at offset {item.record.offset} of {item.partition}; the message failed"
+                f"the registry raised an exception at offset {item.record.offset} of {item.partition};"
+                " the message failed"
             )
         finally:
             current_attempt.set(None)

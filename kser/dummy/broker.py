@@ -44,7 +44,7 @@ class InMemoryBroker:
 
     @classmethod
     def at(cls, address: str) -> InMemoryBroker:
-        """Return the broker at an address, which the first call creates."""
+        """Return the broker at an address; the first call for an address creates its broker."""
         return cls._brokers.setdefault(address, cls())
 
     @classmethod
@@ -108,7 +108,7 @@ class ConsumerGroup:
             self._broker.message_arrived.notify_all()
 
     def join(self, member: DummyClient) -> bool:
-        """Add a member whose partitions are revoked to the rebalance, and return whether it has ended."""
+        """Add a member to the rebalance, after its partitions were revoked. Return whether the rebalance has ended."""
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
             self._assign()
@@ -230,7 +230,8 @@ class DummyClient(ConsumerClient):
             self._record_commits(new)
         self._positions = {key: commit.offset for key, commit in (known | new).items()}
         self._listener.on_assign(known)
-        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
+        # If the client does not commit, only the listener knows which offsets are finished, and ``on_reset`` would
+        # discard that state.
         self._listener.on_reset(new) if self.can_commit else self._listener.on_assign(new)
 
     def _first_position(self, key: Partition) -> Commit:

@@ -46,7 +46,8 @@ class OperationFrame:
         #: The operation object if it was built, and whether it has its tasks.
         self.operation: Operation | None = None
         self.is_loaded = False
-        #: By position of the task: number of recorded attempts, and how many of them a retry policy does not count.
+        #: For each task position: the number of recorded attempts, and how many of them were made before the last
+        #: resume; a retry policy does not count those.
         self.attempts: dict[int, tuple[int, int]] = {}
 
     @property

@@ -95,7 +95,7 @@ class MessageHandler:
         return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim and run a step of a stored operation, if it is the current one."""
+        """Claim a stored operation and run the given step, if that step is the current one."""
         attempt = current_attempt.get()
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)

@@ -37,7 +37,7 @@ HEALTH_CHECK_INTERVAL = 5.0
 #: Seconds between two attempts to start partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Errors of a position that is not, or no longer, in the log.
+#: Errors that report a position outside of the partition's log.
 _OUT_OF_RANGE = tuple(
     getattr(errors, name) for name in ("OffsetOutOfRangeError", "LogTruncationError") if hasattr(errors, name)
 )
@@ -118,9 +118,9 @@ class KafkaPythonClient(ConsumerClient):
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
 
-        If the join started because the partitions of a topic changed, the client would never read its result. If the
-        join finishes between two polls, the client would discard its result and join again, which revokes all
-        partitions of the whole group again.
+        Without this method, the client would never read the result of a join that started because the partitions of
+        a topic changed. If the join finishes between two polls, the client would discard its result and join again,
+        which revokes all partitions of the whole group again.
         """
         coordinator = self._client._coordinator
         if not ASYNC or not coordinator.rejoining:

@@ -30,7 +30,7 @@ CommitAnnotator = Callable[[Partition, Commit], Commit]
 
 def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
     """Return commits in the form that kafka-python takes."""
-    # Terminate the metadata, because librdkafka's Python client reads it up to a NUL.
+    # End the metadata with a NUL, because librdkafka's Python client reads it up to the first one.
     return {
         TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{add_checksum(commit.metadata)}\0", -1)
         for key, commit in commits.items()

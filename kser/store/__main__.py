@@ -30,7 +30,7 @@ OK, FAILED = 0, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of the command line, and return the exit status."""
+    """Run the command given on the command line, and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         database = _database(options.uri)

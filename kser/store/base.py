@@ -119,7 +119,8 @@ class Store(ABC):
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         """Renew the leases of claims, each ``(root_id, epoch)``, to ``lease`` seconds from now; also expired ones.
 
-        :return: the ``root_id`` of each renewed claim. ``owner`` has lost every claim that is missing from it.
+        :return: the ``root_id`` of each renewed claim. ``owner`` has lost every claim whose ``root_id`` is not
+            in this set.
         """
 
     @abstractmethod

@@ -436,7 +436,7 @@ def insert_attempts(database: Database, rows: str = ROWS) -> Any:
 
 
 def single_statement(database: Database) -> Any:
-    """Return a single statement for all changes of checkpoints of roots without nested operations.
+    """Return one statement that writes a batch of checkpoints, for roots without nested operations.
 
     The statement fails unless it changes as many rows as ``expected``.
     """
@@ -447,6 +447,6 @@ def single_statement(database: Database) -> Any:
     changed_roots, changed_tasks = (select(func.count()).select_from(part).scalar_subquery() for part in (roots, tasks))
     changed = changed_roots + changed_tasks
     # The cast of a text to a number makes the statement fail, and the server's log shows the text as the reason.
-    problem = literal("not every checkpoint of kser fits: ", Text) + cast(changed, Text)
+    problem = literal("not every checkpoint of kser matches the stored rows: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
     return select(check).add_cte(attempts, events)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.sql.statements import CLOCK, ROWS, RowSource, Statement, Types
 
-#: Maximum number of executions of a transaction that fails because of a conflict.
+#: Maximum number of times that a transaction is tried if it fails because of a conflict.
 CONFLICT_ATTEMPTS: Final = 3
 
 #: Builtin exceptions that drivers raise for values: for a text that is not valid Unicode, for a number out of range.

@@ -134,9 +134,10 @@ class OperationSearch:
         """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
 
         The query walks the matches of the driving filter and tests each of them against the remaining filters until a
-        page is full. So the driver must be the filter with the fewest matches; they are counted here, because databases
-        estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters drive, if there
-        are any: an index is enough to test an operation for a label, but testing the other filters reads its row.
+        page is full. So the driving filter must be the one with the fewest matches. This method counts the matches,
+        because databases estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters
+        drive, if there are any: an index is enough to test an operation for a label, but testing the other filters
+        reads its row.
         """
         has_filters = (query.status, query.entrypoint, query.parent) != (None, None, None)
         if not has_filters and len(filters) == 1:

@@ -50,7 +50,7 @@ class Batch:
 
 
 class BatchWriter:
-    """The writer of all threads, with a group commit.
+    """Writer that all threads of the process share, with a group commit.
 
     :param database: the database to write to.
     """
@@ -149,7 +149,7 @@ class BatchWriter:
         return [results.get(index, NOT_WRITTEN) for index in range(batch.count)]
 
     def _in_one_transaction(self, batch: Batch) -> list[Any]:
-        """Write a batch in one transaction. An entry that does not fit fails the whole batch."""
+        """Write a batch in one transaction. If an entry does not match the stored rows, the whole batch fails."""
         results: dict[int, Any] = {}
         with self._database.write() as transaction:
             if batch.checkpoints:
