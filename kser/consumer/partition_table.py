@@ -85,7 +85,8 @@ class PartitionTable(RebalanceListener):
             for key, commit in commits.items():
                 if key in self._trackers:
                     self._trackers[key].committed = commit
-            self._work_queue.waiters.notify_satisfied()
+            if self._work_queue.waiters.predicates:
+                self._work_queue.waiters.notify_satisfied()
 
     # -- rebalances ----------------------------------------------------------------------------------------------------
 

@@ -149,12 +149,11 @@ class Poller:
         if self.paused or self.shutting_down:
             return 0
         room = self._work_queue.capacity()
-        enough = self._work_queue.in_flight // 2
+        in_flight = self._work_queue.in_flight
+        enough = in_flight // 2
         # Wait for capacity, because fetching a few records at a time would cost one poll each. With interval 0, wait
         # for a finished record too, because no offset can be committed while a poll blocks.
-        if timeout and (
-            room <= enough or (not self._interval and self._work_queue.in_flight and self._work_queue.is_busy)
-        ):
+        if timeout and (room <= enough or (not self._interval and in_flight and self._work_queue.is_busy)):
             wait = min(MAX_POLL_GAP, self._until_commit())
             seen = self._work_queue.finished_count + self._work_queue.started_count
             if self._interval:
@@ -171,9 +170,10 @@ class Poller:
             return min(timeout, SHUTDOWN_POLL_TIMEOUT)
         if not limit and not self.paused:
             return 0
-        if not self._interval and self._work_queue.in_flight:
+        in_flight = self._work_queue.in_flight
+        if not self._interval and in_flight:
             return 0 if self._work_queue.is_busy else min(timeout, BUSY_POLL_TIMEOUT)
-        return min(timeout, max(self._until_commit(), BUSY_POLL_TIMEOUT)) if self._work_queue.in_flight else timeout
+        return min(timeout, max(self._until_commit(), BUSY_POLL_TIMEOUT)) if in_flight else timeout
 
     def _until_commit(self) -> float:
         return max(self._last_commit + self._interval - self._work_queue.clock(), 0) if self._interval else MAX_POLL_GAP

@@ -124,9 +124,10 @@ class DurableContext:
 
     def release_claim(self, claim: ActiveClaim) -> None:
         """Unregister a claim."""
+        root_id, _ = claim.key
         with self._lock:
-            if self._active_claims.get(claim.key[0]) is claim:
-                del self._active_claims[claim.key[0]]
+            if self._active_claims.get(root_id) is claim:
+                del self._active_claims[root_id]
 
     def active_claims(self) -> list[ActiveClaim]:
         """Return the active claims."""

@@ -162,7 +162,8 @@ class Execution:
         state, delay = self._state, outcome.retry_in
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
-        self._released = state.is_finished or status == states.CANCELLED or not checkpoint.keep
+        is_finished = state.is_finished
+        self._released = is_finished or status == states.CANCELLED or not checkpoint.keep
         if self._released:
             # Unregister the claim before sending the next step. The store has released it, so during a slow send the
             # heartbeat would report the claim as lost.
@@ -175,7 +176,7 @@ class Execution:
             return
         for frame in ended:
             self._emit_end(frame)
-        if state.is_finished:
+        if is_finished:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
             self._reply = Deferred(self._reply or state.root.accumulated)
