@@ -84,8 +84,8 @@ class Task(Entrypoint):
         given: Any = params
         if isinstance(given, str) and given:
             raise UsageError(
-                f"{type(self).__name__}: params must be a mapping, not the text {params!r}; the order of the"
-                " arguments is (uuid, params, status, result, metadata), so pass them by keyword:"
+                f"{type(self).__name__}: params must be a mapping, not the text {params!r}; the order is"
+                " (uuid, params, status, result, metadata), so pass them by keyword:"
                 f" {type(self).__name__}(uuid=..., params=..., status=...)"
             )
         #: ``PENDING``, ``RUNNING``, ``SUCCESS``, ``FAILED``, ``CANCELLED``, or a word of your own.
