@@ -6,6 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kser import status as states
@@ -123,10 +124,25 @@ def name(prefix: str = "") -> str:
 def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
     """A task, perhaps one that is an operation itself."""
     if child is not None:
-        own = NewTask(child.uuid, child.entrypoint, child.topic, child.params, child.metadata, None, child)
+        task = NewTask(
+            uuid=child.uuid,
+            entrypoint=child.entrypoint,
+            topic=child.topic,
+            params=child.params,
+            metadata=child.metadata,
+            result=None,
+            child=child,
+        )
     else:
-        own = NewTask(name(), "shop.Charge", "gpu", '{"amount": 7}', '{"via": "test"}', None)
-    return own._replace(**values)
+        task = NewTask(
+            uuid=name(),
+            entrypoint="shop.Charge",
+            topic="gpu",
+            params='{"amount": 7}',
+            metadata='{"via": "test"}',
+            result=None,
+        )
+    return replace(task, **values)
 
 
 def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperation:
@@ -148,16 +164,16 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
         phase=phase,
         target=StepMessage(own, "shop.PlaceOrder", "orders"),
     )
-    operation = operation._replace(**values)
+    operation = replace(operation, **values)
     if "target" in values:
         return operation
     # Without another target the first step is the operation itself.
-    return operation._replace(target=StepMessage(operation.uuid, operation.entrypoint, operation.topic))
+    return replace(operation, target=StepMessage(operation.uuid, operation.entrypoint, operation.topic))
 
 
 def me(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
     """Return a request for a claim, with a token of its own."""
-    return ClaimRequest(owner, name("token-"), LEASE, 20)._replace(**values)
+    return replace(ClaimRequest(owner=owner, token=name("token-"), lease=LEASE, max_claims=20), **values)
 
 
 def saved(store: Store, new_operation: NewOperation, request: ClaimRequest | None = None) -> Claim:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
@@ -109,11 +110,12 @@ class DurableContext:
 
     def new_claim_request(self) -> ClaimRequest:
         """Return a new claim request with a random token."""
-        return ClaimRequest(self.owner, uuid4().hex, self.settings.lease, self.settings.max_claims)
+        settings = self.settings
+        return ClaimRequest(owner=self.owner, token=uuid4().hex, lease=settings.lease, max_claims=settings.max_claims)
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again; None if it was lost."""
-        request = self.new_claim_request()._replace(token=claim.root.token or "")
+        request = replace(self.new_claim_request(), token=claim.root.token or "")
         renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
         return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
 

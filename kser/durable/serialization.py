@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from cdumay_error.types import ValidationError
@@ -156,7 +157,7 @@ def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
         # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
-        child = new_operation(task, mode, topic, topic_of)._replace(phase=Phase.BUILD)
+        child = replace(new_operation(task, mode, topic, topic_of), phase=Phase.BUILD)
     return NewTask(
         uuid=task.uuid,
         entrypoint=type(task).path,

@@ -284,7 +284,7 @@ class MemoryStore(Store):
         reason = due_reason(row.owner, row.send_count, is_retry=row.next_check_at == row.due_at)
         self._store(mark_taken(row, self._clock()))
         self._add_event(row, consumer, NewEvent("sent-again", text=reason))
-        return DueStep(row.id, row.uuid, row.epoch, row.target, reason)
+        return DueStep(id=row.id, uuid=row.uuid, epoch=row.epoch, target=row.target, reason=reason)
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         with self._lock:

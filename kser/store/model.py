@@ -8,11 +8,15 @@ attempt        the outcome of each attempt at a task; append-only
 event          the history of a root, one row per event; append-only
 label          the searchable metadata of an operation
 ============== =====================================================================================================
+
+Values that are built or read for each row or checkpoint are named tuples, because a frozen dataclass takes more than
+twice the time to build: with dataclasses for a checkpoint and its parts, a step took 1.5 to 4 % longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -214,7 +218,8 @@ EVENTS: Final[Mapping[str, str]] = {
 }
 
 
-class NewTask(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewTask:
     """A task to store."""
 
     uuid: str
@@ -229,7 +234,8 @@ class NewTask(NamedTuple):
     status: str = "PENDING"
 
 
-class NewOperation(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewOperation:
     """An operation to store."""
 
     uuid: str
@@ -252,7 +258,8 @@ class NewOperation(NamedTuple):
     step: int = 0
 
 
-class ClaimRequest(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimRequest:
     """A request for a claim."""
 
     #: The claiming process. The name is made when the process starts, and has a random part.
@@ -368,7 +375,8 @@ class Checkpoint(NamedTuple):
     delay: float = 0
 
 
-class DueStep(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DueStep:
     """A root whose step is due for sending by the reaper."""
 
     id: int
@@ -398,7 +406,8 @@ class OperationSnapshot(NamedTuple):
     root_uuid: str
 
 
-class OperationQuery(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperationQuery:
     """A query for operations. A filter that is None matches every operation."""
 
     status: Collection[str] | None = None

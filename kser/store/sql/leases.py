@@ -99,7 +99,7 @@ class Leases:
         events: list[dict[str, Any]] = []
         for root_id, uuid, epoch, *target, owner, send_count, is_retry in rows:
             reason = due_reason(owner, send_count, is_retry=bool(is_retry))
-            steps.append(DueStep(root_id, uuid, epoch, StepMessage(*target), reason))
+            steps.append(DueStep(id=root_id, uuid=uuid, epoch=epoch, target=StepMessage(*target), reason=reason))
             taken.append({"id": root_id})
             events.append(event_row(root_id, "sent-again", epoch, consumer, text=reason))
         transaction.execute_many(self._mark_taken, taken)

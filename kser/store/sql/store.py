@@ -124,7 +124,7 @@ class SQLStore(Store):
         return self._write(self._lifecycle.cancel, uuid, reason)
 
     def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
-        return self._write(lambda transaction: self._lifecycle.resume(transaction, uuid, epoch, token))
+        return self._write(self._lifecycle.resume, uuid, epoch, token)
 
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
         return self._write(self._lifecycle.purge, older_than, status, limit)
