@@ -157,8 +157,8 @@ class BaseProducer(BaseController):
         :return: a Result, failed when delivery was not confirmed; the message may still be delivered later.
         """
         # Pass only the options that were given, because third parties implement `_send` with the signature of 0.8.
-        given = {"key": key, "headers": headers}
-        return self._send(topic, kmsg, timeout, **{name: value for name, value in given.items() if value is not None})
+        options = {"key": key, "headers": headers}
+        return self._send(topic, kmsg, timeout, **{name: value for name, value in options.items() if value is not None})
 
     def produce(
         self,
@@ -185,10 +185,10 @@ class BaseProducer(BaseController):
         """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
         # Read the status before the hook runs: a raising hook makes the result a failure, but the message was sent.
         delivered = status.final_status(result) == status.SUCCESS
-        answer = self._kser_call_hook(kmsg, result)
+        returned = self._kser_call_hook(kmsg, result)
         if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
-        return answer
+        return returned
 
 
 class Controller(BaseController):
@@ -242,18 +242,18 @@ class Controller(BaseController):
         result = cls._kser_process(kmsg)
         if type(result) is Deferred:
             return result.result
-        delivery = current_attempt.get()
-        if delivery is None:
+        attempt = current_attempt.get()
+        if attempt is None:
             return cls._kser_call_hook(kmsg, result)
-        delivery.on_finished(delivery.entry)
+        attempt.on_finished(attempt.entry)
         # Call no hook before a retry, because the outcome of the message is known only after its last attempt.
-        return result if delivery.retry_in is not None else cls._kser_call_hook(kmsg, result)
+        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result)
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
-        if (delivery := current_attempt.get()) is not None:
+        if (attempt := current_attempt.get()) is not None:
             # A hook of the entrypoint turned a failure into a success; without this, the message would still fail.
-            delivery.failure = None
+            attempt.failure = None
 
     @classmethod
     def start_processing(cls, kmsg: Message) -> None:
@@ -290,12 +290,12 @@ class Controller(BaseController):
     @classmethod
     def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
         """Report a failure to the current attempt, if there is one and the entrypoint has not reported it yet."""
-        delivery = current_attempt.get()
-        if delivery is None or delivery.failure is not None or delivery.retry_in is not None or delivery.acked:
+        attempt = current_attempt.get()
+        if attempt is None or attempt.failure is not None or attempt.retry_in is not None or attempt.acked:
             return result
-        if delivery.entry is not None:
-            schedule_retry(delivery.entry, result, exc)
-        elif delivery.should_retry(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
+        if attempt.entry is not None:
+            schedule_retry(attempt.entry, result, exc)
+        elif attempt.should_retry(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
             logger.warning(_line(cls, "Retry", kmsg, result), extra=_extra(kmsg, result))
         return result
 
@@ -312,8 +312,8 @@ class Controller(BaseController):
             )
             _reject_attempt(UNKNOWN_ENTRYPOINT, unknown)
             raise unknown
-        if (delivery := current_attempt.get()) is not None:
-            delivery.entrypoint_class = entrypoint
+        if (attempt := current_attempt.get()) is not None:
+            attempt.entrypoint_class = entrypoint
         registry = entrypoint._kser_registry
         if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
             return registry._kser_handle_message(kmsg, entrypoint)
@@ -325,10 +325,10 @@ class Controller(BaseController):
 
         :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
-        known = [entrypoint, *list(cls.ENTRYPOINTS.values())] if entrypoint else list(cls.ENTRYPOINTS.values())
-        for each in known:
-            if each._kser_registry is not None and each._kser_registry._kser_has_store:
-                return each._kser_registry
+        classes = [entrypoint, *cls.ENTRYPOINTS.values()] if entrypoint else list(cls.ENTRYPOINTS.values())
+        for subscribed in classes:
+            if subscribed._kser_registry is not None and subscribed._kser_registry._kser_has_store:
+                return subscribed._kser_registry
         missing = StoreMissing(
             f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no"
             " shared database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
@@ -368,8 +368,8 @@ class Controller(BaseController):
 
 def _reject_attempt(reason: str, exc: Exception) -> None:
     """Reject the current attempt, if there is one, because another attempt would fail as well."""
-    if (delivery := current_attempt.get()) is not None:
-        delivery.reject(reason, exc)
+    if (attempt := current_attempt.get()) is not None:
+        attempt.reject(reason, exc)
 
 
 def _line(owner: type, tag: str, kmsg: Message, result: Any) -> str:

@@ -189,14 +189,14 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- triggers ------------------------------------------------------------------------------------------------------
 
     def _post_init(self) -> None:
-        if (delivery := current_attempt.get()) is not None:
-            delivery.on_constructed(self)
+        if (attempt := current_attempt.get()) is not None:
+            attempt.on_constructed(self)
         try:
             self.postinit()
         except Exception as exc:
             failed = failed_result(exc, self.uuid)
-            answer = schedule_retry(self, failed, exc)
-            self._kser_init_failure = self._onerror(failed) if answer is None else answer
+            retry_result = schedule_retry(self, failed, exc)
+            self._kser_init_failure = self._onerror(failed) if retry_result is None else retry_result
 
     def _prerun(self) -> None:
         log_lines.log_step(logger, self, "PreRun")
@@ -240,8 +240,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         value = self._postrun(value)
         if status.final_status(self.result, value) == status.SUCCESS:
             return self._onsuccess(value)
-        if (answer := schedule_retry(self, value)) is not None:
-            return answer
+        if (retry_result := schedule_retry(self, value)) is not None:
+            return retry_result
         return self._onerror(value)
 
     def execute(self, result: Result | None = None) -> Any:
@@ -253,13 +253,13 @@ class Entrypoint(metaclass=EntrypointMeta):
         registry = self._kser_registry
         with nullcontext() if registry is None else registry._kser_app_context():
             try:
-                if (delivery := current_attempt.get()) is not None:
-                    delivery.on_started(self)
+                if (attempt := current_attempt.get()) is not None:
+                    attempt.on_started(self)
                 return self.unsafe_execute(result=result)
             except Exception as exc:
                 failed = failed_result(exc, self.uuid)
-                if (answer := schedule_retry(self, failed, exc)) is not None:
-                    return answer
+                if (retry_result := schedule_retry(self, failed, exc)) is not None:
+                    return retry_result
                 return self._onerror(failed)
 
     def check_required_params(self) -> None:
@@ -313,20 +313,20 @@ def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None)
     :return: the result of this attempt; None when the failure is final.
     :raises kser.attempt.AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
-    delivery = current_attempt.get()
-    if delivery is None:
+    attempt = current_attempt.get()
+    if attempt is None:
         return None
-    delivery.on_finished(entry)
-    if entry is not delivery.entry:
+    attempt.on_finished(entry)
+    if entry is not attempt.entry:
         return None
     text = (result if result and result.stderr else entry.result).stderr
     name = error_name(exc) if exc is not None else _error_name(result or entry.result)
-    if not delivery.should_retry(exc, Failure(FAILED, name, text)):
+    if not attempt.should_retry(exc, Failure(FAILED, name, text)):
         return None
-    answer = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
-    log_lines.log_retry(logger, entry, delivery.number, delivery.retry_in or 0)
-    signals.emit(signals.entry_retried, type(entry), entry=entry, result=answer, attempt=delivery.number)
-    return answer
+    retry_result = entry.result = merge(entry.result, result) if result is not entry.result else entry.result
+    log_lines.log_retry(logger, entry, attempt.number, attempt.retry_in or 0)
+    signals.emit(signals.entry_retried, type(entry), entry=entry, result=retry_result, attempt=attempt.number)
+    return retry_result
 
 
 def _error_name(result: Result) -> str:

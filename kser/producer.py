@@ -45,14 +45,14 @@ def header_list(headers: Headers | None) -> HeaderList:
     if not headers:
         return []
     pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
-    found: HeaderList = []
+    checked: HeaderList = []
     for pair in pairs:
         match pair:
             case (str() as name, (bytes() | None) as value):
-                found.append((name, value))
+                checked.append((name, value))
             case _:
                 raise UsageError(f"a header must be a name and bytes, not {pair!r}: encode its value")
-    return found
+    return checked
 
 
 def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
@@ -191,8 +191,8 @@ class Bulk:
 
 def _function(owner: Any, name: str) -> Any:
     """Return the plain function of a method, without its binding."""
-    found = getattr(owner, name)
-    return getattr(found, "__func__", found)
+    method = getattr(owner, name)
+    return getattr(method, "__func__", method)
 
 
 class KafkaProducerBase(BaseProducer):
@@ -253,16 +253,16 @@ class KafkaProducerBase(BaseProducer):
             on_delivered(self.send(topic, kmsg, timeout))
             return
 
-        def end(error: Exception | None) -> None:
+        def on_report(error: Exception | None) -> None:
             result = (
                 self._kser_success_result(topic, kmsg, timeout) if error is None else failed_result(error, kmsg.uuid)
             )
             on_delivered(self._kser_after_send(topic, kmsg, result))
 
         try:
-            self._kser_deliver_nowait(topic, self._kser_encode(kmsg), time.monotonic() + timeout, end)
+            self._kser_deliver_nowait(topic, self._kser_encode(kmsg), time.monotonic() + timeout, on_report)
         except Exception as exc:
-            end(exc)
+            on_report(exc)
 
     def bulk_send(
         self, topic: str, kmsgs: Iterable[Message], timeout: float = 60, *, key: KeyFunction | None = None

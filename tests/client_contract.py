@@ -68,13 +68,13 @@ class Drain:
 
 
 class Member(RebalanceListener):
-    """A client, and what it has said and handed out."""
+    """A client, its events and its records."""
 
     def __init__(self, client: ConsumerClient, topic: str) -> None:
         self.client = client
         #: The partitions that it has, and where they began.
         self.starts: dict[Partition, Commit] = {}
-        self.said: list[tuple[str, dict[Partition, Any]]] = []
+        self.events: list[tuple[str, dict[Partition, Any]]] = []
         self.records: list[Record] = []
         #: What to commit when partitions are given up, once they are drained.
         self.finished: dict[Partition, Commit] = {}
@@ -83,15 +83,15 @@ class Member(RebalanceListener):
         #: Whether what was committed last was asked for when everything had ended.
         self.waited = True
         self.closed = False
-        #: Whether trouble is no surprise.
+        #: Whether errors are expected.
         self.patient = False
         client.subscribe([topic], self)
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        self._hear("assign", starts)
+        self._add("assign", starts)
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        self._hear("reset", starts)
+        self._add("reset", starts)
 
     def on_revoke(self, partitions: Collection[Partition]) -> Drain:
         keys = set(partitions)
@@ -101,15 +101,15 @@ class Member(RebalanceListener):
     def on_lost(self, partitions: Collection[Partition]) -> None:
         self._forget("lost", set(partitions))
 
-    def _hear(self, what: str, starts: Mapping[Partition, Commit]) -> None:
+    def _add(self, event: str, starts: Mapping[Partition, Commit]) -> None:
         if starts:
-            told = {key: plain(start) for key, start in starts.items()}
-            self.starts.update(told)
-            self.said.append((what, told))
+            commits = {key: plain(start) for key, start in starts.items()}
+            self.starts.update(commits)
+            self.events.append((event, commits))
 
-    def _forget(self, what: str, keys: set[Partition]) -> None:
+    def _forget(self, event: str, keys: set[Partition]) -> None:
         if keys:
-            self.said.append((what, dict.fromkeys(keys)))
+            self.events.append((event, dict.fromkeys(keys)))
         for key in keys:
             self.starts.pop(key, None)
 
@@ -117,8 +117,8 @@ class Member(RebalanceListener):
         """Poll once; returns what came."""
         try:
             batches = self.client.poll(timeout, limit, held)
-        except ClientError as trouble:
-            if trouble.fatal or not self.patient:
+        except ClientError as error:
+            if error.fatal or not self.patient:
                 raise
             return []
         assert self.waited, "what runs was not waited for"
@@ -142,13 +142,15 @@ class Member(RebalanceListener):
             self.client.close(5)
 
 
-def until(condition: Callable[[], Any], what: str, *members: Member, seconds: float = PATIENCE, **how: Any) -> float:
+def until(
+    condition: Callable[[], Any], text: str, *members: Member, seconds: float = PATIENCE, **options: Any
+) -> float:
     """Let the members poll in turn until the condition holds; returns how long that took."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() < began + seconds, f"{what}: not within {seconds} s; {[m.said for m in members]}"
+        assert time.monotonic() < began + seconds, f"{text}: not within {seconds} s; {[m.events for m in members]}"
         for member in members:
-            member.poll(**how)
+            member.poll(**options)
     return time.monotonic() - began
 
 
@@ -168,11 +170,11 @@ class CoreClientContract:
 
     @pytest.fixture
     def join(self, world: World, group: str) -> Iterator[Join]:
-        """``join(topic)`` makes a member that has subscribed; how, is said to the world."""
+        """``join(topic)`` makes a member that has subscribed; the options are those of the world's client."""
         members: list[Member] = []
 
-        def make(topic: str, *, to: str | None = group, **how: Any) -> Member:
-            members.append(Member(world.client(to, **how), topic))
+        def make(topic: str, *, to: str | None = group, **options: Any) -> Member:
+            members.append(Member(world.client(to, **options), topic))
             return members[-1]
 
         yield make
@@ -239,7 +241,7 @@ class CoreClientContract:
         world.send(key.topic, "0", "1", "2")
         member = join(key.topic, reset=reset)
         until(lambda: key in member.starts, "it has its partition", member, limit=0)
-        assert member.said[0][0] == "reset"
+        assert member.events[0][0] == "reset"
         assert member.starts[key] == Commit(expected) == world.committed(group, key)
         world.send(key.topic, "3")
         until(lambda: "3" in member.values(), "the last one comes", member)
@@ -257,7 +259,7 @@ class CoreClientContract:
         assert world.committed(group, key) == Commit(2, "kser:1,1"), "closing commits nothing"
         second = join(key.topic, reset=reset)
         until(lambda: len(second.records) >= 3, "they come", second)
-        assert second.said[0] == ("assign", {**second.said[0][1], key: Commit(2, "kser:1,1")})
+        assert second.events[0] == ("assign", {**second.events[0][1], key: Commit(2, "kser:1,1")})
         assert second.values() == ["2", "3", "4"]
 
 

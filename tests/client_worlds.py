@@ -43,8 +43,8 @@ class DummyWorld(World):
         return DummyClient(self.bus, group, reset, commits=commits)
 
     def committed(self, group: str, key: Partition) -> Commit | None:
-        found = self.bus.committed.get((group, key))
-        return plain(found) if found else None
+        committed = self.bus.committed.get((group, key))
+        return plain(committed) if committed else None
 
 
 class KafkaWorld(World):
@@ -69,8 +69,8 @@ class KafkaWorld(World):
         # Not with confluent-kafka, which reads on behind the end of metadata.
         options = {"bootstrap_servers": self.servers, "group_id": group, "enable_auto_commit": False}
         with closing(connect(KafkaConsumer, {**options, **self.outside})) as reader:
-            found = reader.committed(TopicPartition(*key), metadata=True)
-        return plain(Commit(found.offset, found.metadata or "")) if found else None
+            committed = reader.committed(TopicPartition(*key), metadata=True)
+        return plain(Commit(committed.offset, committed.metadata or "")) if committed else None
 
 
 class PythonKafkaWorld(KafkaWorld):

@@ -20,11 +20,11 @@ SOON = 4
 class GroupContract(ClientContract):
     """Tests of two members of a group."""
 
-    def meet(self, topic: str, join: Join, **how: Any) -> tuple[Member, Member]:
+    def meet(self, topic: str, join: Join, **options: Any) -> tuple[Member, Member]:
         """One member that had all, and one that has got its share of it."""
-        first = join(topic, **how)
+        first = join(topic, **options)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
-        second = join(topic, **how)
+        second = join(topic, **options)
         self.share(first, second)
         return first, second
 
@@ -42,9 +42,9 @@ class GroupContract(ClientContract):
         first.finished = {key: Commit(3, "kser:1,1") for key in keys}
         second = join(topic)
         self.share(first, second)
-        assert ("revoke", dict.fromkeys(keys)) in first.said, "an eager rebalance takes everything"
+        assert ("revoke", dict.fromkeys(keys)) in first.events, "an eager rebalance takes everything"
         for member in (first, second):
-            assert member.said[-1] == ("assign", dict.fromkeys(member.starts, Commit(3, "kser:1,1")))
+            assert member.events[-1] == ("assign", dict.fromkeys(member.starts, Commit(3, "kser:1,1")))
         until(lambda: len(second.records) >= 2, "its share comes to the one", first, second)
         until(lambda: len(first.records) >= 12, "its share comes to the other", first, second)
         assert second.values() == ["3", "4"]
@@ -68,8 +68,8 @@ class GroupContract(ClientContract):
         for _ in range(20):
             seldom()
         until(seldom, "they share again")
-        revoked = [what for what, _ in first.said + second.said].count("revoke")
-        assert revoked <= 4, (first.said, second.said)
+        revoked = [event for event, _ in first.events + second.events].count("revoke")
+        assert revoked <= 4, (first.events, second.events)
 
     def test_rebalance_waits_for_running_records_before_revocation(self, world: World, join: Join, group: str) -> None:
         topic = world.new_topic(2)
@@ -85,7 +85,9 @@ class GroupContract(ClientContract):
 
         first.drained.clear()
         second = join(topic)
-        until(lambda: first.said[-1][0] == "revoke" or second.starts, "it is revoked", second, *self.aside(first, end))
+        until(
+            lambda: first.events[-1][0] == "revoke" or second.starts, "it is revoked", second, *self.aside(first, end)
+        )
         until(lambda: second.starts, "they share", first, second)
         assert ended and time.monotonic() > ended[0]
         assert set(second.starts.values()) == {Commit(0, "kser:1,2")}
@@ -129,14 +131,14 @@ class GroupContract(ClientContract):
         first, second = self.meet(topic, join, impatient=True)
         gone = list(second.starts)
         second.patient = True
-        second.said.clear()
+        second.events.clear()
         self.expel(second)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
         with pytest.raises(ClientError):
             second.client.commit(dict.fromkeys(gone, Commit(0, "late")), 2)
         assert [world.committed(group, key) for key in gone] == [Commit(0)]
         self.share(first, second)
-        assert second.said[0][0] in ("lost", "revoke")
+        assert second.events[0][0] in ("lost", "revoke")
         assert [world.committed(group, key) for key in gone] == [Commit(0)]
 
     def expel(self, member: Member) -> None:

@@ -70,15 +70,15 @@ def read(servers: str, topic: str, count: int) -> list[Sent]:
         partitions = reader.list_topics(topic, timeout=PATIENCE).topics[topic].partitions
         beginning = confluent_kafka.OFFSET_BEGINNING
         reader.assign([confluent_kafka.TopicPartition(topic, number, beginning) for number in partitions])
-        found: list[Any] = []
+        records: list[Any] = []
         deadline = time.monotonic() + PATIENCE
-        while len(found) < count and time.monotonic() < deadline:
-            found += reader.consume(count, 0.1)
+        while len(records) < count and time.monotonic() < deadline:
+            records += reader.consume(count, 0.1)
     finally:
         reader.close()
-    assert len(found) == count and not [record.error() for record in found if record.error()]
-    found.sort(key=lambda record: (record.partition(), record.offset()))
-    return [Sent(record.value(), record.key(), record.headers() or [], record.partition()) for record in found]
+    assert len(records) == count and not [record.error() for record in records if record.error()]
+    records.sort(key=lambda record: (record.partition(), record.offset()))
+    return [Sent(record.value(), record.key(), record.headers() or [], record.partition()) for record in records]
 
 
 def uuids(sent: list[Sent]) -> list[str]:
@@ -272,23 +272,23 @@ class ProducerContract:
     def test_send_nowait_calls_back_after_delivery(
         self, transport: Transport, producer: Any, topic: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        told: list[Any] = []
+        results: list[Any] = []
         for number in range(20):
-            producer.send_nowait(topic, message("x", uuid=str(number)), told.append)
-        until(lambda: len(told) == 20)
-        results = sorted((int(result.uuid), result.retcode) for result in told)
-        assert results == [(number, 0) for number in range(20)]
+            producer.send_nowait(topic, message("x", uuid=str(number)), results.append)
+        until(lambda: len(results) == 20)
+        outcomes = sorted((int(result.uuid), result.retcode) for result in results)
+        assert outcomes == [(number, 0) for number in range(20)]
         assert len([line for line in lines(caplog) if line.startswith("Producer.Success: x[")]) == 20
         assert sorted(uuids(transport.records(topic, 20)), key=int) == [str(number) for number in range(20)]
 
     def test_send_nowait_reports_an_unsendable_message_at_once(self, transport: Transport, topic: str) -> None:
-        told: list[Any] = []
+        results: list[Any] = []
         producer = self.make(transport, **{transport.limit: 5000})
-        producer.send_nowait(topic, message("x", params={"when": object()}), told.append)
-        producer.send_nowait(topic, message("x", params={"text": "x" * 6000}), told.append)
+        producer.send_nowait(topic, message("x", params={"when": object()}), results.append)
+        producer.send_nowait(topic, message("x", params={"text": "x" * 6000}), results.append)
         producer.close()
-        assert [result.retcode for result in told] == [500, 413]
-        assert f"{transport.limit!r} allows 5,000" in told[1].stderr
+        assert [result.retcode for result in results] == [500, 413]
+        assert f"{transport.limit!r} allows 5,000" in results[1].stderr
 
     @pytest.mark.parametrize("hook", ["onsuccess", "_send", "message_sent"])
     def test_user_code_is_called_in_the_thread_of_send_nowait(
@@ -312,11 +312,11 @@ class ProducerContract:
 
         for name in {"onsuccess", "_send"} - {hook}:
             delattr(Own, name)
-        told: list[Any] = []
+        results: list[Any] = []
         producer = self.make(transport, Own)
         with signals.message_sent.connected_to(note) if hook == "message_sent" else nullcontext():
-            producer.send_nowait(topic, message("x"), lambda result: told.append((result.retcode, *called)))
-        assert told == [(0, threading.current_thread().name)]
+            producer.send_nowait(topic, message("x"), lambda result: results.append((result.retcode, *called)))
+        assert results == [(0, threading.current_thread().name)]
         producer.close()
 
     # -- many messages -------------------------------------------------------------------------------------------------

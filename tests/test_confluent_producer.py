@@ -199,8 +199,8 @@ def test_option_tables_match_the_warnings_of_librdkafka(
     caplog.set_level(logging.WARNING)
     for name in sorted(foreign - CALLBACKS):
         caplog.clear()
-        made = connect(client, {**base, name: VALUES.get(name, 1000)}, logger=logging.getLogger("confluent_kafka"))
-        made.poll(0)
+        instance = connect(client, {**base, name: VALUES.get(name, 1000)}, logger=logging.getLogger("confluent_kafka"))
+        instance.poll(0)
         assert "property and will be ignored by this" in caplog.text, name
 
 
@@ -240,11 +240,11 @@ def test_client_logs_go_to_logging_and_not_to_stderr(nobody: str) -> None:
 
 
 def test_logger_and_error_callback_of_the_user_are_called(nobody: str, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Any] = []
-    options = {"bootstrap.servers": nobody, "logger": logging.getLogger("mine"), "error_cb": told.append}
+    errors: list[Any] = []
+    options = {"bootstrap.servers": nobody, "logger": logging.getLogger("mine"), "error_cb": errors.append}
     with closing(Producer(options)) as producer:
         result = producer.send("dice", message("x"), timeout=0.3)
-    assert {error.code() for error in told} >= {confluent_kafka.KafkaError._TRANSPORT}
+    assert {error.code() for error in errors} >= {confluent_kafka.KafkaError._TRANSPORT}
     assert {record.name for record in caplog.records if "FAIL" in record.getMessage()} == {"mine"}
     assert "(last error of the client: " in result.stderr and "Connection refused" in result.stderr
 
@@ -253,9 +253,9 @@ def test_client_errors_are_reported_while_the_producer_is_idle(
     nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
-    told = threading.Event()
-    with closing(Producer({"bootstrap.servers": nobody, "error_cb": lambda error: told.set()})):
-        assert told.wait(PATIENCE)
+    called = threading.Event()
+    with closing(Producer({"bootstrap.servers": nobody, "error_cb": lambda error: called.set()})):
+        assert called.wait(PATIENCE)
 
 
 def test_raising_user_callback_is_logged_and_does_not_fail_sends(
@@ -268,16 +268,16 @@ def test_raising_user_callback_is_logged_and_does_not_fail_sends(
         raised.append(threading.current_thread().name)
         raise ValueError("as it was told")
 
-    told: list[Any] = []
+    results: list[Any] = []
     options = {"bootstrap.servers": broker.bootstrap_servers, "statistics.interval.ms": 5, "stats_cb": broken}
     with closing(Producer(options)) as producer:
         until(lambda: raised.count("kser-delivery-reports") > 1)
         assert producer.send("dice", message("x")).retcode == 0
         for _ in range(20):
-            producer.send_nowait("dice", message("x"), told.append)
-        until(lambda: len(told) == 20)
-    assert {result.retcode for result in told} == {0}
-    assert len(told) == 20
+            producer.send_nowait("dice", message("x"), results.append)
+        until(lambda: len(results) == 20)
+    assert {result.retcode for result in results} == {0}
+    assert len(results) == 20
     assert any("a callback in the producer's configuration raised an exception" in line for line in lines(caplog))
 
 
@@ -403,10 +403,10 @@ class Client:
             self.most = max(self.most, self.polling)
             self.news.notify_all()
             self.news.wait_for(lambda: self.deliveries, seconds)
-            found = self.deliveries.pop(0) if self.deliveries else None
+            waiter = self.deliveries.pop(0) if self.deliveries else None
             self.polling -= 1
-        if found is not None:
-            found(None, None)
+        if waiter is not None:
+            waiter(None, None)
 
     def report(self, delivery: DeliveryWaiter) -> None:
         with self.news:

@@ -140,8 +140,8 @@ def test_consumer_groups_are_independent() -> None:
         consumer = Consumer({"group_id": group}, ["shop", "empty"])
         assert consumer.run_until_idle() == 1
         consumer.close()
-    place = Partition("shop", 0)
-    assert [InMemoryBroker.at("").committed[group, place].offset for group in ("one", "two")] == [1, 1]
+    partition = Partition("shop", 0)
+    assert [InMemoryBroker.at("").committed[group, partition].offset for group in ("one", "two")] == [1, 1]
 
 
 def test_keyed_records_share_a_partition_and_others_are_spread() -> None:

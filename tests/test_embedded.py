@@ -185,14 +185,14 @@ class Running:
 def test_program_prints_lines_for_a_shell() -> None:
     with Running("--topic", "dice", "--topic", "cards") as running:
         lines = running.lines()
-        answer = subprocess.run(
+        output = subprocess.run(
             ["sh", "-c", "".join(lines) + 'printf "%s\\n%s\\n" "$KSER_CONFIG" "$KSER_TOPICS"'],
             capture_output=True,
             text=True,
             check=True,
         ).stdout.splitlines()
         assert all(line.startswith("export ") for line in lines)
-        config = json.loads(answer[0])
+        config = json.loads(output[0])
         host, _, port = config.pop("bootstrap_servers").partition(":")
         assert listens(host, int(port))
     assert host == "127.0.0.1"
@@ -203,7 +203,7 @@ def test_program_prints_lines_for_a_shell() -> None:
         "group_id": "kser",
         "auto_offset_reset": "earliest",
     }
-    assert answer[1] == "dice,cards"
+    assert output[1] == "dice,cards"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

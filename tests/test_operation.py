@@ -51,7 +51,8 @@ def test_constructor_arguments_follow_the_documented_order() -> None:
 def test_positional_call_in_the_old_order_is_rejected() -> None:
     """B2"""
     with pytest.raises(
-        UsageError, match=r"params must be a mapping, not the text 'PENDING'.*Operation\(uuid=..., params=..., status=...\)"
+        UsageError,
+        match=r"params must be a mapping, not the text 'PENDING'.*Operation\(uuid=..., params=..., status=...\)",
     ):
         Operation(UUID, "PENDING", {"a": 1})  # type: ignore[arg-type]
 

@@ -38,9 +38,9 @@ class Dummy(Transport):
         return name
 
     def records(self, topic: str, count: int) -> list[Sent]:
-        found = [record for log in InMemoryBroker.at("contract").topics[topic] for record in log]
-        assert len(found) == count
-        return [Sent(record.value, record.key, list(record.headers), record.partition) for record in found]
+        records = [record for log in InMemoryBroker.at("contract").topics[topic] for record in log]
+        assert len(records) == count
+        return [Sent(record.value, record.key, list(record.headers), record.partition) for record in records]
 
 
 class Embedded(Transport):

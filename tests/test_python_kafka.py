@@ -80,12 +80,12 @@ def values_of(broker: EmbeddedBroker, topic: str, count: int) -> list[bytes]:
     """The first ``count`` records of a topic, as bytes."""
     reader = KafkaConsumer(**broker.producer_config, auto_offset_reset="earliest")
     reader.assign([TopicPartition(topic, number) for number in range(PARTITIONS)])
-    found: list[bytes] = []
+    values: list[bytes] = []
     deadline = time.monotonic() + PATIENCE
-    while len(found) < count and time.monotonic() < deadline:
-        found += [record.value for records in reader.poll(100).values() for record in records]
+    while len(values) < count and time.monotonic() < deadline:
+        values += [record.value for records in reader.poll(100).values() for record in records]
     reader.close()
-    return found
+    return values
 
 
 def until(done: Callable[[], Any], *consumers: Consumer) -> None:

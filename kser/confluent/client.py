@@ -79,7 +79,7 @@ class ConfluentClient(ConsumerClient):
         self._down = False
         self._probe_at = 0.0
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
-        own = {
+        client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
             **options,
             "enable.auto.commit": False,
@@ -89,7 +89,7 @@ class ConfluentClient(ConsumerClient):
             "auto.offset.reset": "error",
             "error_cb": self._on_error,
         }
-        self.client = connect(confluent_kafka.Consumer, own, **keywords)
+        self.client = connect(confluent_kafka.Consumer, client_options, **keywords)
         self._committer = Committer(self.client)
 
     @property
@@ -104,13 +104,13 @@ class ConfluentClient(ConsumerClient):
         try:
             problem = self._start_pending()
             self._pause(limit, paused)
-            found = self._group_by_partition(self._consume(timeout, limit))
+            batches = self._group_by_partition(self._consume(timeout, limit))
         except KafkaException as error:
             raise self._as_client_error("fetch messages", error.args[0]) from error
         # Raise an error only when there are no records: they would be lost with it.
-        if not found and (problem := problem or self._current_error()):
+        if not batches and (problem := problem or self._current_error()):
             raise problem
-        return found
+        return batches
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
@@ -121,13 +121,13 @@ class ConfluentClient(ConsumerClient):
             raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
 
     def lag(self) -> Mapping[Partition, int]:
-        found: dict[Partition, int] = {}
+        lags: dict[Partition, int] = {}
         for key, position in self._positions.items():
             with suppress(KafkaException):
                 _, end = self.client.get_watermark_offsets(TopicPartition(*key), cached=True)
                 if end >= 0:
-                    found[key] = end - position
-        return found
+                    lags[key] = end - position
+        return lags
 
     def close(self, timeout: float) -> None:
         # A new client may own the partitions when librdkafka revokes them: the late callback must have no effect.
@@ -150,7 +150,7 @@ class ConfluentClient(ConsumerClient):
         first = self.client.poll(timeout)
         if first is None:
             return []
-        share = self._assignment_epoch
+        epoch = self._assignment_epoch
         try:
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
@@ -158,10 +158,10 @@ class ConfluentClient(ConsumerClient):
             self._last_error = error.args[0]
             more = []
         # If ``consume`` ran a rebalance callback, the first message may be of a revoked partition: drop it.
-        return [first, *more] if share == self._assignment_epoch else more
+        return [first, *more] if epoch == self._assignment_epoch else more
 
     def _group_by_partition(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
-        batches: dict[tuple[str, int], list[Record]] = {}
+        fetched: dict[tuple[str, int], list[Record]] = {}
         self._out_of_range.clear()
         for message in messages:
             topic, partition = message.topic(), message.partition()
@@ -169,21 +169,21 @@ class ConfluentClient(ConsumerClient):
                 self._note_error(message)
                 continue
             record = ConfluentRecord(message, topic, partition)
-            batch = batches.get((topic, partition))
+            batch = fetched.get((topic, partition))
             if batch is None:
-                batches[topic, partition] = [record]
+                fetched[topic, partition] = [record]
             else:
                 batch.append(record)
-        found: dict[Partition, Sequence[Record]] = {}
-        for place, records in batches.items():
-            key = self._keys.get(place)
+        batches: dict[Partition, Sequence[Record]] = {}
+        for topic_partition, records in fetched.items():
+            key = self._keys.get(topic_partition)
             # A partition that was revoked after its messages were fetched has no key: drop its messages.
             if key is not None:
                 self._positions[key] = records[-1].offset + 1
-                found[key] = records
+                batches[key] = records
         for key in self._out_of_range & self._positions.keys():
             self._recover(key)
-        return found
+        return batches
 
     def _note_error(self, message: Any) -> None:
         error = message.error()
@@ -239,14 +239,14 @@ class ConfluentClient(ConsumerClient):
         problem: ClientError | None = None
         new = [TopicPartition(*key) for key in self._unstarted]
         try:
-            found = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
+            committed = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
         except KafkaException as error:
             # librdkafka assigns the partitions by itself if the callback returns without calling ``assign``.
             self._assign({})
             return self._as_client_error("read the committed offsets of the group", error.args[0])
         known: dict[Partition, Commit] = {}
         fresh: dict[Partition, Commit] = {}
-        for tp in found:
+        for tp in committed:
             try:
                 self._find_start(tp, known, fresh)
             except KafkaException as error:
@@ -300,9 +300,11 @@ class ConfluentClient(ConsumerClient):
         if self._reset == "earliest":
             return Commit(low)
         partitions = self._partitions_of(key.topic)
-        for found in self.client.committed([TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT):
-            if found.offset >= 0:
-                self._partition_counts.restore(key, commit_of(found))
+        for committed in self.client.committed(
+            [TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT
+        ):
+            if committed.offset >= 0:
+                self._partition_counts.restore(key, commit_of(committed))
         return self._partition_counts.annotate(
             key, Commit(low if self._partition_counts.is_new_partition(key) else high)
         )
@@ -314,22 +316,23 @@ class ConfluentClient(ConsumerClient):
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        noted = [(key, self._partition_counts.annotate(key, commit)) for key, commit in commits.items()]
+        annotated = [(key, self._partition_counts.annotate(key, commit)) for key, commit in commits.items()]
         return [
-            TopicPartition(key.topic, key.partition, c.offset, metadata=add_checksum(c.metadata)) for key, c in noted
+            TopicPartition(key.topic, key.partition, c.offset, metadata=add_checksum(c.metadata))
+            for key, c in annotated
         ]
 
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
         if self._listener is None:
             return
-        draining = self._listener.on_revoke(keys)
-        if not draining.drained:
+        revocation = self._listener.on_revoke(keys)
+        if not revocation.drained:
             # Commit first: librdkafka stops waiting if the topic gets partitions, and finished records would run again.
             with suppress(KafkaException):
-                self._commit_now(draining.commits())
-            draining.wait()
-        commits = draining.commits()
+                self._commit_now(revocation.commits())
+            revocation.wait()
+        commits = revocation.commits()
         try:
             self._commit_now(commits)
         except KafkaException as error:
@@ -405,10 +408,10 @@ class ConfluentClient(ConsumerClient):
             return False
         return True
 
-    def _as_client_error(self, what: str, error: KafkaError) -> ClientError:
-        passing = error.code() in _TRANSIENT
+    def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
+        transient = error.code() in _TRANSIENT
         return client_error(
-            what, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=passing
+            action, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=transient
         )
 
 

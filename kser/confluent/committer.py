@@ -47,11 +47,11 @@ class Committer:
 
     def _result(self, timeout: float) -> Exception | None:
         try:
-            answer = self._results.get(timeout=timeout)
+            result = self._results.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError(f"no response within {timeout:g} s") from None
         self._pending = 0
-        return answer
+        return result
 
     def _run(self) -> None:
         while (offsets := self._requests.get()) is not None:

@@ -47,7 +47,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
-        how = ConsumerOptions.from_settings(settings, options)
+        consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options: Mapping[str, Any] | None = config
         self._kser_app = app
         self._kser_client_options = options_for("consumer", config, settings)
@@ -56,7 +56,7 @@ class Consumer(BaseConsumer):
             raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka requires a group")
         super().__init__(
             topics,
-            how,
+            consumer_options,
             group=group,
             interval=self._kser_commit_interval(),
             poll_limit=float(self._kser_client_options.get("max.poll.interval.ms", 300_000)) / 1000,

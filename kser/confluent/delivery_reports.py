@@ -29,9 +29,9 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
     housekeeping thread.
     """
 
-    def call(told: Any) -> None:
+    def call(event: Any) -> None:
         try:
-            callback(told)
+            callback(event)
         except Exception:
             logger.exception("a callback in the producer's configuration raised an exception")
 
@@ -41,8 +41,8 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
 class LastError:
     """The last error that the client reported, and the user's ``error_cb``."""
 
-    def __init__(self, told: Callable[[Any], Any] | None) -> None:
-        self._forward = None if told is None else guarded(told)
+    def __init__(self, user_callback: Callable[[Any], Any] | None) -> None:
+        self._forward = None if user_callback is None else guarded(user_callback)
         self._text = ""
         self._at = 0.0
 
@@ -204,15 +204,15 @@ class DeliveryReportPoller:
             follower.wake.set()
 
 
-def _poll_while_idle(reports: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
+def _poll_while_idle(reference: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
     """Poll once a second while the producer is idle.
 
     Only a weak reference is held between polls, so that an unclosed producer can be garbage-collected and its thread
     ends.
     """
     while not closed.wait(IDLE_POLL_INTERVAL):
-        found = reports()
-        if found is None:
+        poller = reference()
+        if poller is None:
             return
-        found.poll_if_idle()
-        del found
+        poller.poll_if_idle()
+        del poller

@@ -85,28 +85,28 @@ def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a producer with safe and fast defaults for those that are not set."""
     options = dict(options)
-    given = {**(options.get("default.topic.config") or {}), **options}
+    merged = {**(options.get("default.topic.config") or {}), **options}
 
-    def said(*names: str) -> Any:
-        return next((given[name] for name in names if name in given), None)
+    def option(*names: str) -> Any:
+        return next((merged[name] for name in names if name in merged), None)
 
-    acks = said("acks", "request.required.acks")
+    acks = option("acks", "request.required.acks")
     if acks is None:
         options["acks"] = "all"
-    retries = said("retries", "message.send.max.retries")
-    in_flight = said("max.in.flight", "max.in.flight.requests.per.connection")
+    retries = option("retries", "message.send.max.retries")
+    in_flight = option("max.in.flight", "max.in.flight.requests.per.connection")
     # librdkafka rejects ``enable.idempotence`` together with these options.
     opposed = (
         str(acks or "all") not in ("all", "-1")
         or (retries is not None and int(retries) < 1)
         or (in_flight is not None and int(in_flight) > 5)
-        or said("queuing.strategy") == "lifo"
+        or option("queuing.strategy") == "lifo"
     )
     if not opposed:
         options.setdefault("enable.idempotence", True)
-    if said("linger.ms", "queue.buffering.max.ms") is None:
+    if option("linger.ms", "queue.buffering.max.ms") is None:
         options["linger.ms"] = 0
-    if said("partitioner") is None:
+    if option("partitioner") is None:
         options["partitioner"] = "murmur2_random"
     # Every message needs a delivery report: with this option successful deliveries would never be confirmed.
     options.pop("delivery.report.only.error", None)

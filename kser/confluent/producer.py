@@ -160,24 +160,25 @@ class Producer(KafkaProducerBase):
         Without this check librdkafka holds a message for a missing topic for half a minute before it reports the error.
         """
         began = time.monotonic()
-        patience = min(deadline, began + MAX_BLOCK)
-        question = 1.0
-        known: Any = None
-        while left := time_left(patience):
+        lookup_deadline = min(deadline, began + MAX_BLOCK)
+        request_timeout = 1.0
+        topic_error: Any = None
+        while left := time_left(lookup_deadline):
             try:
                 # Start with a short timeout, because signal handlers do not run while the request waits.
-                known = self.client.list_topics(topic, timeout=max(min(left, question), 0.001)).topics[topic].error
+                timeout = max(min(left, request_timeout), 0.001)
+                topic_error = self.client.list_topics(topic, timeout=timeout).topics[topic].error
             except KafkaException as error:
                 self._kser_last_error.remember(error.args[0])
-                question *= 2
+                request_timeout *= 2
                 continue
-            if known is None:
+            if topic_error is None:
                 self._kser_topics.add(topic)
                 return
-            if known.code() not in _NOT_READY:
-                raise KafkaException(f"{known.str()}: topic {topic!r} at {self._kser_servers}")
-            time.sleep(min(TOPIC_POLL_INTERVAL, time_left(patience)))
-        if known is not None:
+            if topic_error.code() not in _NOT_READY:
+                raise KafkaException(f"{topic_error.str()}: topic {topic!r} at {self._kser_servers}")
+            time.sleep(min(TOPIC_POLL_INTERVAL, time_left(lookup_deadline)))
+        if topic_error is not None:
             raise KafkaException(self._kser_missing_topic_text(topic))
         self._kser_report_poller.poll()
         raise KafkaException(
@@ -252,7 +253,7 @@ class _Bulk(Bulk, Waiter):
             # A late report removes its message in another thread, so pop messages instead of iterating over them.
             _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
-        self._wait_for_reports()
+        self._process_reports()
         for kmsg in reversed(late):
             self._results.fail(kmsg, self._producer._kser_unconfirmed_error(self._began))
         return self._results.result()
@@ -279,9 +280,9 @@ class _Bulk(Bulk, Waiter):
 
     def _report(self, number: int, error: Any, _record: Any) -> None:
         """Handle a delivery report; called by librdkafka."""
-        found = self._in_flight.pop(number, None)
-        if found is not None and (error is not None or signals.message_sent.receivers):
-            self._reported.append((*found, error))
+        sent = self._in_flight.pop(number, None)
+        if sent is not None and (error is not None or signals.message_sent.receivers):
+            self._reported.append((*sent, error))
         self.reported()
 
     def _drain_reports(self) -> None:
@@ -290,9 +291,9 @@ class _Bulk(Bulk, Waiter):
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._enough = MAX_IN_FLIGHT // 2
             self._producer._kser_report_poller.wait(self, self._deadline)
-        self._wait_for_reports()
+        self._process_reports()
 
-    def _wait_for_reports(self) -> None:
+    def _process_reports(self) -> None:
         while self._reported:
             kmsg, size, error = self._reported.popleft()
             if error is None:

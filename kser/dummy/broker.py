@@ -107,12 +107,11 @@ class ConsumerGroup:
         with self._broker.message_arrived:
             self._broker.message_arrived.notify_all()
 
-    def join(self, member: DummyClient) -> bool:
-        """Add a member to the rebalance, after its partitions were revoked. Return whether the rebalance has ended."""
+    def join(self, member: DummyClient) -> None:
+        """Add a member to the rebalance, after its partitions were revoked; the last member ends the rebalance."""
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
             self._assign()
-        return not self.in_rebalance
 
     def leave(self, member: DummyClient) -> None:
         """Remove a member that closes or is expelled, and start a rebalance."""
@@ -172,14 +171,14 @@ class DummyClient(ConsumerClient):
             self._broker.message_arrived.wait_for(
                 lambda: self._group.in_rebalance or self._has_records(limit, paused), timeout
             )
-            found: dict[Partition, Sequence[Record]] = {}
+            batches: dict[Partition, Sequence[Record]] = {}
             for key, position in self._positions.items():
                 log = self._records_of(key)
                 if limit > 0 and key not in paused and position < len(log):
-                    found[key] = log[position : position + limit]
-                    self._positions[key] += len(found[key])
-                    limit -= len(found[key])
-            return found
+                    batches[key] = log[position : position + limit]
+                    self._positions[key] += len(batches[key])
+                    limit -= len(batches[key])
+            return batches
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         self._raise_injected()
@@ -217,13 +216,15 @@ class DummyClient(ConsumerClient):
             self.pending_assignment = []
         return not self._group.in_rebalance
 
-    def _start_partitions(self, share: list[Partition]) -> None:
+    def _start_partitions(self, partitions: list[Partition]) -> None:
         assert self._listener is not None
-        known = {key: commit for key in share if (commit := self._broker.committed.get((self._name, key))) is not None}
+        known = {
+            key: commit for key in partitions if (commit := self._broker.committed.get((self._name, key))) is not None
+        }
         for key, commit in known.items():
             self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
             self._partition_counts.restore(key, commit)
-        new = {key: self._first_position(key) for key in share if key not in known}
+        new = {key: self._first_position(key) for key in partitions if key not in known}
         if new and self._reset == "none":
             raise no_committed_offset(new)
         if self.can_commit:
@@ -238,9 +239,9 @@ class DummyClient(ConsumerClient):
         if self._reset != "latest":
             return Commit(0)
         self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
-        for (group, place), commit in self._broker.committed.items():
-            if (group, place.topic) == (self._name, key.topic):
-                self._partition_counts.restore(place, commit)
+        for (group, partition), commit in self._broker.committed.items():
+            if (group, partition.topic) == (self._name, key.topic):
+                self._partition_counts.restore(partition, commit)
         return self._partition_counts.annotate(
             key, Commit(0 if self._partition_counts.is_new_partition(key) else len(self._records_of(key)))
         )
@@ -254,15 +255,15 @@ class DummyClient(ConsumerClient):
         assert self._listener is not None
         if not self._positions:
             return
-        draining = self._listener.on_revoke(list(self._positions))
+        revocation = self._listener.on_revoke(list(self._positions))
         # Release the lock while waiting, because running attempts may need the broker to finish.
         self._broker.message_arrived.release()
         try:
-            draining.wait()
+            revocation.wait()
         finally:
             self._broker.message_arrived.acquire()
         if self.can_commit and self in self._group.members:
-            self._record_commits(draining.commits())
+            self._record_commits(revocation.commits())
         self._positions = {}
 
     def _has_records(self, limit: int, held: Collection[Partition]) -> bool:

@@ -142,10 +142,10 @@ class KafkaPythonClient(ConsumerClient):
 
     def _poll(self, timeout: float, limit: int) -> Mapping[Partition, Sequence[Record]]:
         try:
-            found: Mapping[Any, Sequence[Record]] = self._client.poll(
+            batches: Mapping[Any, Sequence[Record]] = self._client.poll(
                 timeout_ms=int(timeout * 1000), max_records=max(limit, 1)
             )
-            return found
+            return batches
         except _NO_POSITION:
             # The partitions without a position are new, and get one after this poll.
             return {}
@@ -173,9 +173,9 @@ class KafkaPythonClient(ConsumerClient):
         self._missed_partitions = None
 
     def _check_topics(self) -> ClientError | None:
-        known = {tp.topic for tp in self._client.assignment()}
-        missing = [t for t in self._topics if t not in known and not self._client.partitions_for_topic(t)]
-        if not missing or not known:
+        consumed = {tp.topic for tp in self._client.assignment()}
+        missing = [t for t in self._topics if t not in consumed and not self._client.partitions_for_topic(t)]
+        if not missing or not consumed:
             return ClientError(self._unknown(missing)) if missing else None
         if missing != self._missing:
             logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
@@ -199,19 +199,19 @@ class KafkaPythonClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            noted = {key: self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
-            self._client.commit(client_offsets(noted), timeout_ms=int(timeout * 1000))
+            annotated = {key: self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
+            self._client.commit(client_offsets(annotated), timeout_ms=int(timeout * 1000))
         except KafkaError as error:
             raise self._as_client_error("commit offsets", error) from error
 
     def lag(self) -> Mapping[Partition, int]:
-        found: dict[Partition, int] = {}
+        lags: dict[Partition, int] = {}
         try:
             for tp in self._client.assignment() - self._unstarted:
                 end, position = self._client.highwater(tp), self._client.position(tp, timeout_ms=100)
                 if end is not None and position is not None:
-                    found[Partition(*tp)] = end - position
-            return found
+                    lags[Partition(*tp)] = end - position
+            return lags
         except KafkaError as error:
             raise self._as_client_error("read the lag", error) from error
 
@@ -304,8 +304,8 @@ class KafkaPythonClient(ConsumerClient):
         return self._partition_counts.is_new_partition(Partition(*tp))
 
     def _committed(self, tp: TopicPartition) -> Commit | None:
-        found = self._client.committed(tp, metadata=True, timeout_ms=QUERY_TIMEOUT_MS)
-        return None if found is None else Commit(found.offset, strip_checksum(found.metadata or ""))
+        committed = self._client.committed(tp, metadata=True, timeout_ms=QUERY_TIMEOUT_MS)
+        return None if committed is None else Commit(committed.offset, strip_checksum(committed.metadata or ""))
 
     def _beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         # ``KafkaConsumer.beginning_offsets`` of kafka-python 2 accepts no timeout and can block for minutes.
@@ -323,18 +323,18 @@ class KafkaPythonClient(ConsumerClient):
         begins, ends = self._beginning_offsets(partitions), self._end_offsets(partitions)
         starts: dict[Partition, Commit] = {}
         for tp in partitions:
-            was = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
+            position = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
             start = ends[tp] if self._reset == "latest" else begins[tp]
-            logger.error(out_of_range_text(Partition(*tp), was, begins[tp], ends[tp], start))
+            logger.error(out_of_range_text(Partition(*tp), position, begins[tp], ends[tp], start))
             self._client.seek(tp, start)
             starts[Partition(*tp)] = Commit(start)
         if starts and self.can_commit:
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)
         self._listener.on_reset(starts)
 
-    def _as_client_error(self, what: str, error: KafkaError) -> ClientError:
+    def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
         return client_error(
-            what,
+            action,
             f"{self._servers} (bootstrap_servers)",
             error if any(error.args) else "no response in time",
             fatal=isinstance(error, _FATAL),

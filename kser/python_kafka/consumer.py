@@ -48,25 +48,25 @@ class Consumer(BaseConsumer):
     ) -> None:
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
-        how = ConsumerOptions.from_settings(settings, options)
+        consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options: Mapping[str, Any] | None = config
         self._kser_app = app
         self._kser_client_options = options_for(KafkaConsumer, config, settings)
         at_once = not self._kser_client_options.get("enable_auto_commit", True)
         group = self._kser_client_options.get("group_id")
-        self._kser_reset = self._kser_resolve_reset(how.commit, group)
+        self._kser_reset = self._kser_resolve_reset(consumer_options.commit, group)
         self._kser_client_options |= {
             "enable_auto_commit": False,
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
-        self._kser_client_options.setdefault("fetch_max_bytes", how.max_buffered_bytes)
+        self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
         # Run the value deserializer per record, because an exception in it would stop the client. Ignore the key
         # deserializer: keys are only compared, as bytes.
         self._kser_deserialize = self._kser_check_renamed_option("value_deserializer")
         self._kser_check_renamed_option("key_deserializer")
         super().__init__(
             topics,
-            how,
+            consumer_options,
             group=group,
             interval=0 if at_once else self._kser_option("auto_commit_interval_ms") / 1000,
             poll_limit=self._kser_option("max_poll_interval_ms") / 1000,
@@ -89,8 +89,8 @@ class Consumer(BaseConsumer):
             try:
                 value = self._kser_deserialize(value)
             except Exception as exc:
-                if (delivery := current_attempt.get()) is not None:
-                    delivery.reject(UNDECODABLE, exc)
+                if (attempt := current_attempt.get()) is not None:
+                    attempt.reject(UNDECODABLE, exc)
                 raise
         super()._kser_handle(value)
 

@@ -36,12 +36,12 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
     networks: list[Any] = []
     make_network = options.get("kafka_client", client.DEFAULT_CONFIG["kafka_client"])
 
-    def noted(*arguments: Any, **keywords: Any) -> Any:
+    def make_recorded_network(*arguments: Any, **keywords: Any) -> Any:
         networks.append(make_network(*arguments, **keywords))
         return networks[-1]
 
     try:
-        return client(**{**options, "kafka_client": noted})
+        return client(**{**options, "kafka_client": make_recorded_network})
     except _UNREACHABLE as error:
         # The failed constructor leaves its network thread running: close it.
         for network in networks:

@@ -108,7 +108,7 @@ class Producer(KafkaProducerBase):
     def _kser_enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Queue a record in the client, which may wait for metadata first, and return the future of its delivery."""
         size = self._kser_size_checked(value, options)
-        last_answer = self._kser_last_response()
+        last_response = self._kser_last_response()
         try:
             if time_left(deadline) * 1000 >= self._kser_max_block_ms:
                 delivery = self.client.send(topic, value, **options)
@@ -121,7 +121,7 @@ class Producer(KafkaProducerBase):
         except MessageSizeTooLargeError as error:
             raise self._kser_too_large_error(size) from error
         except KafkaTimeoutError as error:
-            raise KafkaTimeoutError(f"{_text(error)} {self._kser_explain(topic, last_answer)}") from error
+            raise KafkaTimeoutError(f"{_text(error)} {self._kser_explain(topic, last_response)}") from error
         return delivery
 
     def _kser_confirm(self, delivery: Any, deadline: float) -> None:
@@ -164,9 +164,9 @@ class Producer(KafkaProducerBase):
         """Return the time of the last successful metadata response, by the client's clock."""
         return float(self.client._metadata._last_successful_refresh_ms)
 
-    def _kser_explain(self, topic: str, last_answer: float) -> str:
+    def _kser_explain(self, topic: str, last_response: float) -> str:
         # Only a new metadata response distinguishes an unknown topic from a broker that does not respond.
-        if self._kser_last_response() != last_answer:
+        if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
         return (
             f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"

@@ -61,8 +61,8 @@ class PendingJoin:
         now = time.monotonic()
         if not self._task.is_done:
             self._pending = now
-        known = self._task.exception is None or isinstance(self._task.exception, KafkaError)
-        return known and now - self._pending < max_age
+        is_handled = self._task.exception is None or isinstance(self._task.exception, KafkaError)
+        return is_handled and now - self._pending < max_age
 
 
 def _partitions(client_partitions: Collection[TopicPartition]) -> set[Partition]:

@@ -94,7 +94,7 @@ class TestClientsOnKafka(GroupContract):
         world.delete_before(key, 5)
         member = join(key.topic, reset=reset)
         until(lambda: member.starts.get(key) == Commit(start), "it begins anew", member)
-        assert [what for what, _ in member.said] == ["assign", "reset"]
+        assert [event for event, _ in member.events] == ["assign", "reset"]
         text = f"{key}: the position 2 is out of range (5 to 8): offsets 2 to 4 were deleted before they were handled"
         assert [line for line in lines(caplog) if line.startswith(text)]
         assert [record.levelname for record in caplog.records if record.getMessage().startswith(text)] == ["ERROR"]
