@@ -24,21 +24,25 @@ def consumer(topic: str, special=None, **options) -> Consumer:
 
 
 class Commits(logging.Handler):
-    """Holds the last message back until the commit of the one before it is logged, if it ever is.
+    """Orders the end of a scenario with two messages: commit, second message, commit, terminate file noticed.
 
-    A commit at once may take a moment, in another thread.
+    A commit at once takes a moment in another thread, and the control files are checked in a third one. So the second
+    message waits until the commit of the first one is logged, and the consumer notices the terminate file after the
+    second commit. Without a commit, each waits two seconds.
     """
 
     def __init__(self, target: Consumer) -> None:
         super().__init__()
-        self.logged = threading.Event()
-        # Behind the one that shows the line.
+        self.logged = [threading.Event(), threading.Event()]
+        # The handler of the recorder shows the line first.
         logging.getLogger("kser").addHandler(self)
-        target.REGISTRY.before["end"] = lambda: self.logged.wait(2)
+        target.REGISTRY.before["end"] = lambda: self.logged[0].wait(2)
+        noticed = target.should_stop
+        target.should_stop = lambda: noticed() and (self.logged[1].wait(2) or True)
 
     def emit(self, record: logging.LogRecord) -> None:
         if "Manual commit done" in record.getMessage():
-            self.logged.set()
+            next((event for event in self.logged if not event.is_set()), self.logged[1]).set()
 
 
 @case("8.commit.manual", "8.log.manual-commit")
