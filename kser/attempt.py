@@ -304,7 +304,7 @@ class TaskAttempt(Attempt):
         return self.parent is not None and self.parent.abandoned
 
     def abandon(self) -> None:
-        """Abandon the step and the attempt at the record that it runs in.
+        """Leave the step, because the attempt at the record that it runs in is abandoned or the consumer shuts down.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

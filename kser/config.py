@@ -172,4 +172,5 @@ def check_number(
         kind = f"{'whole ' * whole}number{unit and f' of {unit}'}"
         limit = " above 0" if lowest is None else f", {lowest:g} or more"
         raise SettingError(f"{source} must be a {kind}{limit}; it is {value!r}")
-    return int(number) if whole else number
+    # An int is exact; float() would round a number above 2**53.
+    return (value if isinstance(value, int) else int(number)) if whole else number

@@ -157,7 +157,7 @@ class Bulk:
         self._producer = producer
         self._topic = topic
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = self._producer._kser_deadline(timeout)
         self._key = key
         self._results = BulkResult()
 
@@ -203,6 +203,10 @@ class KafkaProducerBase(BaseProducer):
     #: Size limit of the client in bytes, and the name of its option.
     _kser_size_limit: int = 0
     _kser_size_option: ClassVar[str] = ""
+
+    def _kser_deadline(self, timeout: float) -> float:
+        """Return the end of a bulk, by the monotonic clock."""
+        return time.monotonic() + timeout
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float

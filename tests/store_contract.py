@@ -1199,7 +1199,7 @@ class LifecycleContract:
         world.store.checkpoint(last_step(claim, 1, states.FAILED, outcomes=[outcome_of(claim.root, 1, 2)]))
         before = world.store.snapshot(failed.uuid)
         for epoch in (failed.epoch, failed.epoch + 1):
-            with pytest.raises(StateConflict, match="was resumed meanwhile, and is FAILED again"):
+            with pytest.raises(StateConflict, match="has changed since it was read, and is FAILED"):
                 world.store.resume(failed.uuid, epoch, name())
         assert world.store.snapshot(failed.uuid) == before
 

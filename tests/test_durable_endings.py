@@ -498,6 +498,53 @@ def test_resume_whose_response_is_lost_takes_effect_once(shop: Shop, monkeypatch
     assert shop.status() == SUCCESS
 
 
+def test_resume_whose_response_is_lost_survives_a_claim_before_the_repetition(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rules 10 and 25"""
+    Act.acts["1.b"] = [ConnectionError("no"), None]
+    bare(Sale)
+    shop.first.handle()
+    resume = shop.store.resume
+    calls: list[Any] = []
+
+    def lose_first_response(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            return resume(*args)
+        resume(*args)
+        shop.seize()
+        raise StoreUnavailable("the connection was lost after the COMMIT")
+
+    monkeypatch.setattr(shop.store, "resume", lose_first_response)
+    operation = shop.registry.get("1")
+    assert operation is not None
+    operation.resume()
+    assert (len(calls), shop.status()) == (2, RUNNING)
+    assert shop.kinds().count("resumed") == 1
+
+
+def test_rejected_resume_stays_rejected_after_an_outage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 25"""
+    bare(Sale)
+    shop.first.handle()
+    resume = shop.store.resume
+    calls: list[Any] = []
+
+    def fail_first_call(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise StoreUnavailable("the database is restarting")
+        return resume(*args)
+
+    monkeypatch.setattr(shop.store, "resume", fail_first_call)
+    operation = shop.registry.get("1")
+    assert operation is not None
+    with pytest.raises(StateConflict, match="is SUCCESS: only a FAILED or CANCELLED one can be resumed"):
+        operation.resume()
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("state", ["pending", "running", "success"])
 def test_resume_of_an_operation_that_did_not_fail_is_rejected(shop: Shop, state: str) -> None:
     """durability rule 25"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -21,6 +22,39 @@ told: list[Any] = []
 def forget() -> Iterator[None]:
     yield
     told.clear()
+
+
+# -- operations from messages ------------------------------------------------------------------------------------------
+
+
+def test_shallow_copy_of_an_arriving_operation_runs_in_memory(shop: Shop) -> None:
+    """durability rule 2: the object that was built from the message is stored, and no other."""
+
+    class Own(Sale):
+        def execute(self, result: Result | None = None) -> Any:
+            return super(Own, copy.copy(self)).execute(result)
+
+    shop.first.learn(Own)
+    bare(Own)
+    shop.first.handle()
+    assert (Act.seen, shop.store.get_operation("1")) == (["1.a", "1.b", "1.c"], None)
+
+
+def test_object_of_an_unsubscribed_class_runs_in_memory(shop: Shop) -> None:
+    """durability rule 2: ``from_Message`` of a stored class may return another object."""
+
+    class Other(Sale):
+        _kser_registry = None
+
+    class Own(Sale):
+        @classmethod
+        def from_Message(cls, kmsg: Any) -> Any:
+            return Other(uuid=kmsg.uuid, params=kmsg.params)
+
+    shop.first.learn(Own)
+    bare(Own)
+    shop.first.handle()
+    assert (Act.seen, shop.store.get_operation("1")) == (["1.a", "1.b", "1.c"], None)
 
 
 # -- finalize and send -------------------------------------------------------------------------------------------------

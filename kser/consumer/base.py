@@ -122,6 +122,19 @@ class BaseConsumer:
         self._kser_dead_letters = DeadLetterWriter(
             options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self._kser_log
         )
+        before_attempt = (
+            self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
+        )
+        # Before the poller, which connects: stop() may be called meanwhile, and it stops the worker pool.
+        self._kser_worker_pool = WorkerPool(
+            self._kser_work_queue,
+            before_attempt,
+            self._kser_handle,
+            self._kser_dead_letters,
+            options.workers,
+            cluster=lambda: self._kser_poller.cluster(),
+            log=self._kser_log,
+        )
         self._kser_poller = Poller(
             self._kser_connect,
             self._kser_topics,
@@ -130,18 +143,6 @@ class BaseConsumer:
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
-            log=self._kser_log,
-        )
-        before_attempt = (
-            self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
-        )
-        self._kser_worker_pool = WorkerPool(
-            self._kser_work_queue,
-            before_attempt,
-            self._kser_handle,
-            self._kser_dead_letters,
-            options.workers,
-            cluster=self._kser_poller.cluster,
             log=self._kser_log,
         )
         if self._kser_poller.mode == NEVER and options.commit != NEVER:

@@ -5,8 +5,7 @@ offsets above it, so that the next owner of the partition does not run these rec
 ``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and
 3 finished. An offset without a record (compacted, or a transaction marker) counts as finished. With the reset policy
 ``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. In Kafka, the metadata has a checksum,
-because
-damaged metadata must not mark a record as finished.
+because damaged metadata must not mark a record as finished.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The work queue of a consumer: which record runs next, and which records are in flight."""
+"""The work queue of a consumer: which record runs next, and which records are in flight.
+
+One lock guards the queue and its partitions. Under it runs neither user code nor a call of the network.
+"""
 
 from __future__ import annotations
 

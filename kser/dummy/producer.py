@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,10 @@ class Producer(KafkaProducerBase):
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
+
+    def _kser_deadline(self, timeout: float) -> float:
+        # A bulk in memory has no deadline; its Result shows the timeout as given.
+        return math.inf
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float

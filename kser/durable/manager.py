@@ -126,7 +126,7 @@ class OperationManager:
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
 
-        :raises kser.errors.StateConflict: the operation is in another state, or was resumed meanwhile.
+        :raises kser.errors.StateConflict: the operation is in another state, or has changed meanwhile.
         :raises kser.errors.UsageError: there is no such operation.
         """
         before = self._require(uuid)

@@ -17,7 +17,7 @@ from kser.entry import Entrypoint
 from kser.errors import StateConflict, StoreError
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import is_distributed, prepare_operation
+from kser.sequencing.runner import Runner, is_distributed, prepare_operation
 from kser.store.model import ClaimRefused, Mode, OperationRow
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,20 @@ class MessageHandler:
         # User code may change the params of the operation.
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
-        if not isinstance(operation, Operation):
+        if not isinstance(operation, Operation) or operation._kser_registry is not self._context.registry:
+            # from_Message returned an object of another class, which runs where that class belongs.
             return operation.execute()
-        operation._kser_runner = DurableStart(self, params)
+        operation._kser_runner = DurableStart(self, operation, params)
         try:
             return operation.execute()
         finally:
             operation._kser_runner = None
+
+    @property
+    def runner(self) -> Runner:
+        """The runner of the operations that are not stored."""
+        runner: Runner = self._context.registry.runner
+        return runner
 
     def save_and_run(self, operation: Operation, result: Result | None, params: str) -> Any:
         """Store an operation that was built from a message, and run it if it runs in this consumer.
@@ -142,17 +149,23 @@ class MessageHandler:
 class DurableStart:
     """Runner of an operation that was built from a message: it stores the operation first.
 
+    Only the object that was built from the message is stored. A copy of it runs in memory.
+
     :param handler: the handler that stores the operation.
+    :param operation: the object that was built from the message.
     :param params: JSON of the message's params.
     """
 
-    def __init__(self, handler: MessageHandler, params: str) -> None:
+    def __init__(self, handler: MessageHandler, operation: Operation, params: str) -> None:
         self._handler = handler
+        self._operation = operation
         self._params = params
 
     def run(self, operation: Operation, result: Result | None) -> Any:
+        if operation is not self._operation:
+            return self._handler.runner.run(operation, result)
         return self._handler.save_and_run(operation, result, self._params)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Become None in a copy or pickle of the operation, because only the operation itself is stored."""
+        """Become None in a deep copy or a pickle of the operation, because the handler cannot be copied."""
         return type(None), ()

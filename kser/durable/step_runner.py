@@ -241,7 +241,7 @@ class StepRunner:
             current_choice.reset(token)
 
     def _end_operation(self, frame: OperationFrame) -> StepOutcome:
-        status = frame.phase
+        status = states.SUCCESS if frame.phase == Phase.END_SUCCESS else states.FAILED
         try:
             with user_code_guard:
                 operation = self._load(frame)
@@ -252,7 +252,7 @@ class StepRunner:
             return StepOutcome(failed)
         try:
             with user_code_guard:
-                hook = operation._onsuccess if status == Phase.END_SUCCESS else operation._onerror
+                hook = operation._onsuccess if status == states.SUCCESS else operation._onerror
                 returned = hook(operation.result)
         except Exception as exc:
             status = states.FAILED

@@ -79,7 +79,7 @@ class KafkaPythonClient(ConsumerClient):
         self._check_at = self._start_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
         self._pending_error: ClientError | None = None
-        self._missed_partitions: ClientError | None = None
+        self._health_error: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add some.
         self._unstarted: set[TopicPartition] = set()
         self._partition_counts = PartitionCounts(reset)
@@ -108,7 +108,7 @@ class KafkaPythonClient(ConsumerClient):
                 self._start_new_partitions()
             # Check for errors only when there are no records: they would be lost with an error.
             if batches:
-                self._group_responds()
+                self._mark_healthy()
             else:
                 self._health_check()
             return batches
@@ -164,13 +164,13 @@ class KafkaPythonClient(ConsumerClient):
             raise self._pending_error
         if time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-            self._missed_partitions = self._check_topics() or self._check_group()
-        if self._missed_partitions is not None:
-            raise self._missed_partitions
+            self._health_error = self._check_topics() or self._check_group()
+        if self._health_error is not None:
+            raise self._health_error
 
-    def _group_responds(self) -> None:
+    def _mark_healthy(self) -> None:
         self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-        self._missed_partitions = None
+        self._health_error = None
 
     def _check_topics(self) -> ClientError | None:
         consumed = {tp.topic for tp in self._client.assignment()}

@@ -62,8 +62,8 @@ class Consumer(BaseConsumer):
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
         # Run the value deserializer per record, because an exception in it would stop the client. Ignore the key
         # deserializer: keys are only compared, as bytes.
-        self._kser_deserialize = self._kser_check_renamed_option("value_deserializer")
-        self._kser_check_renamed_option("key_deserializer")
+        self._kser_deserialize = self._kser_take_deserializer("value_deserializer")
+        self._kser_take_deserializer("key_deserializer")
         super().__init__(
             topics,
             consumer_options,
@@ -94,7 +94,7 @@ class Consumer(BaseConsumer):
                 raise
         super()._kser_handle(value)
 
-    def _kser_check_renamed_option(self, name: str) -> Callable[[Any], Any] | None:
+    def _kser_take_deserializer(self, name: str) -> Callable[[Any], Any] | None:
         return self._kser_client_options.pop(name) if callable(self._kser_client_options.get(name)) else None
 
     def _kser_resolve_reset(self, commit: str, group: str | None) -> str:

@@ -148,8 +148,7 @@ class RebalanceListenerV3(ClientListener):
         self._unstarted.update(assigned)
 
 
-# Register the classes instead of subclassing: each version accepts only its own base class, and one has no
-# ``AsyncConsumerRebalanceListener``.
+# Register the classes instead of subclassing, because kafka-python 2 has no ``AsyncConsumerRebalanceListener``.
 if ASYNC:
     kafka.AsyncConsumerRebalanceListener.register(RebalanceListenerV3)
 else:

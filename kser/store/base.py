@@ -174,7 +174,7 @@ class Store(ABC):
             concurrent call carries another one and is rejected.
         :return: the row of the root after the call; None when no such root is stored.
         :raises kser.errors.StateConflict: the root is neither FAILED nor CANCELLED, or has another epoch, because it
-            was resumed meanwhile.
+            has changed since the caller read it.
         """
 
     @abstractmethod

@@ -104,7 +104,7 @@ class OperationRow(NamedTuple):
     root_id: int
     mode: str
     topic: str
-    #: Bits of ``kser.durable.serialization.Overrides``: the methods that the class overrides.
+    #: Bits of ``kser.durable.serialization.ENDS`` and ``CHOOSES``: the methods that the class overrides.
     overrides: int
     #: JSON object.
     params: str

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from kser.attempt import current_attempt
 from kser.backoff import random_delay
-from kser.errors import StoreUnavailable
+from kser.errors import StateConflict, StoreUnavailable
 from kser.store.base import Store
 from kser.store.model import (
     Checkpoint,
@@ -99,7 +99,24 @@ class RetryingStore(Store):
         return self._retry(self.direct.cancel, uuid, reason)
 
     def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
-        return self._retry(self.direct.resume, uuid, epoch, token)
+        reply_lost = False
+
+        def resume() -> OperationRow | None:
+            nonlocal reply_lost
+            try:
+                return self.direct.resume(uuid, epoch, token)
+            except StoreUnavailable:
+                reply_lost = True
+                raise
+            except StateConflict:
+                # After a lost reply, a consumer may have claimed the operation before the repetition. The claim
+                # replaces the token, so the store does not recognise the resume any more.
+                row = self.direct.get_operation(uuid) if reply_lost else None
+                if row is None or row.epoch <= epoch + 1:
+                    raise
+                return row
+
+        return self._retry(resume)
 
     def snapshot(self, uuid: str) -> OperationSnapshot | None:
         return self._retry(self.direct.snapshot, uuid)

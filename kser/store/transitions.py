@@ -208,7 +208,7 @@ def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
         raise StateConflict(f"operation {root.uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
     if root.epoch != epoch:
         raise StateConflict(
-            f"operation {root.uuid} was resumed meanwhile, and is {root.status} again: find the cause, then resume it"
+            f"operation {root.uuid} has changed since it was read, and is {root.status}: find the cause, then resume it"
         )
     return False
 
