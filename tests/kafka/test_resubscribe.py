@@ -75,7 +75,7 @@ def test_rebalance_commits_finished_records_and_loses_and_duplicates_nothing(
         until(lambda: len(Note.seen) == DONE_BEFORE, consumer)
         assert consumer._kser_work_queue.in_flight, "nothing was in hand: the test shows nothing"
         assert committed(kafka, old, old, PARTITIONS) == 0
-        consumer._kser_poller._client.subscribe([old, topic(PARTITIONS)], consumer._kser_poller)  # type: ignore[union-attr]
+        consumer._kser_poller._client.subscribe([old, topic(PARTITIONS)], consumer._kser_partitions)  # type: ignore[union-attr]
         until(lambda: len(consumer.client.assignment()) == 2 * PARTITIONS, consumer)
         assert committed(kafka, old, old, PARTITIONS) == DONE_BEFORE
         monkeypatch.setattr(Gated, "limit", 10 * COUNT)
