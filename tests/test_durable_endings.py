@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -472,26 +473,39 @@ def test_concurrent_resumes_have_one_winner(shop: Shop) -> None:
     assert shop.kinds().count("resumed") == 1
 
 
+def resume_with_an_outage(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, first_call: Callable[..., Any]
+) -> list[tuple[Any, ...]]:
+    """Resume operation 1 while the first call of the store ends in an outage, and return the arguments of each call.
+
+    :param first_call: called in place of the store's first ``resume``, with that method and its arguments.
+    """
+    resume = shop.store.resume
+    calls: list[tuple[Any, ...]] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            return resume(*args)
+        first_call(resume, *args)
+        raise StoreUnavailable("the connection was lost")
+
+    monkeypatch.setattr(shop.store, "resume", interrupted)
+    operation = shop.registry.get("1")
+    assert operation is not None
+    try:
+        operation.resume()
+    finally:
+        assert len(calls) == 2
+    return calls
+
+
 def test_resume_whose_response_is_lost_takes_effect_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rules 10 and 25"""
     Act.acts["1.b"] = [ConnectionError("no"), None]
     bare(Sale)
     shop.first.handle()
-    resume = shop.store.resume
-    calls: list[Any] = []
-
-    def lose_first_response(*args: Any) -> Any:
-        row = resume(*args)
-        calls.append(args)
-        if len(calls) == 1:
-            raise StoreUnavailable("the connection was lost after the COMMIT")
-        return row
-
-    monkeypatch.setattr(shop.store, "resume", lose_first_response)
-    operation = shop.registry.get("1")
-    assert operation is not None
-    operation.resume()
-    assert len(calls) == 2
+    calls = resume_with_an_outage(shop, monkeypatch, lambda resume, *args: resume(*args))
     assert calls[0] == calls[1]
     assert shop.kinds().count("resumed") == 1
     shop.first.handle()
@@ -505,22 +519,13 @@ def test_resume_whose_response_is_lost_survives_a_claim_before_the_repetition(
     Act.acts["1.b"] = [ConnectionError("no"), None]
     bare(Sale)
     shop.first.handle()
-    resume = shop.store.resume
-    calls: list[Any] = []
 
-    def lose_first_response(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) > 1:
-            return resume(*args)
+    def resume_and_claim(resume: Callable[..., Any], *args: Any) -> None:
         resume(*args)
         shop.seize()
-        raise StoreUnavailable("the connection was lost after the COMMIT")
 
-    monkeypatch.setattr(shop.store, "resume", lose_first_response)
-    operation = shop.registry.get("1")
-    assert operation is not None
-    operation.resume()
-    assert (len(calls), shop.status()) == (2, RUNNING)
+    resume_with_an_outage(shop, monkeypatch, resume_and_claim)
+    assert shop.status() == RUNNING
     assert shop.kinds().count("resumed") == 1
 
 
@@ -528,21 +533,8 @@ def test_rejected_resume_stays_rejected_after_an_outage(shop: Shop, monkeypatch:
     """durability rule 25"""
     bare(Sale)
     shop.first.handle()
-    resume = shop.store.resume
-    calls: list[Any] = []
-
-    def fail_first_call(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 1:
-            raise StoreUnavailable("the database is restarting")
-        return resume(*args)
-
-    monkeypatch.setattr(shop.store, "resume", fail_first_call)
-    operation = shop.registry.get("1")
-    assert operation is not None
     with pytest.raises(StateConflict, match="is SUCCESS: only a FAILED or CANCELLED one can be resumed"):
-        operation.resume()
-    assert len(calls) == 2
+        resume_with_an_outage(shop, monkeypatch, lambda *_: None)
 
 
 @pytest.mark.parametrize("state", ["pending", "running", "success"])
