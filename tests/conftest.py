@@ -22,10 +22,10 @@ import pytest
 import kser.signals
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
-from tests.engine import Act
+from tests.consumer.harness import Act
 
 if TYPE_CHECKING:
-    from tests.durable import Shop
+    from tests.durable.harness import Shop
     from tests.postgres import Database, Postgresql
 
 # What contracts assert is explained as what tests assert is.
@@ -154,10 +154,10 @@ def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[InMem
 def shop(
     request: pytest.FixtureRequest, bus: InMemoryBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Shop]:
-    """A shared database and a process that runs operations; see :mod:`tests.durable`."""
+    """A shared database and a process that runs operations; see :mod:`tests.durable.harness`."""
     # Whoever tests without it needs none of what it needs.
-    from tests.durable import shops
-    from tests.store_world import MemoryWorld, SqlWorld
+    from tests.durable.harness import shops
+    from tests.store.harness import MemoryWorld, SqlWorld
 
     monkeypatch.setenv("KSER_TOPICS", "dice")
     yield from shops(MemoryWorld() if request.param == "memory" else SqlWorld(f"sqlite:///{tmp_path}/kser.db"))

@@ -10,9 +10,9 @@ from kser.consumer.client import ConsumerClient
 from kser.controller import Controller
 from kser.dummy.consumer import Consumer
 from kser.sequencing.registry import OperationRegistry
+from tests.consumer.harness import AT_ONCE, PATIENCE
 from tests.crash.faults import FaultyClient, FaultyProducer, FaultyStore, Killed
 from tests.crash.shop import TOPIC, classes_of
-from tests.engine import AT_ONCE, PATIENCE
 
 if TYPE_CHECKING:
     from tests.crash.world import World

@@ -17,7 +17,7 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.store.memory import MemoryStore
-from tests.engine import InThread, committed, consumer_of, put, until
+from tests.consumer.harness import InThread, committed, consumer_of, put, until
 from tests.support import message
 
 pytestmark = pytest.mark.usefixtures("bus")

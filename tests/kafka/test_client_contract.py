@@ -15,12 +15,12 @@ from confluent_kafka.admin import AdminClient
 
 from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError
-from tests.client_contract import Join, Member, World, until
-from tests.client_worlds import ConfluentWorld, KafkaWorld, PythonKafkaWorld, new_name
-from tests.group_contract import GroupContract
 from tests.kafka.broker import Kafka, KafkaBroker
 from tests.kafka.helpers import wait_until
 from tests.support import lines
+from tests.transports.client_contract import Join, Member, World, until
+from tests.transports.group_contract import GroupContract
+from tests.transports.harness import ConfluentWorld, KafkaWorld, PythonKafkaWorld, new_name
 
 # kafka-python leaves the sockets of connections that were refused to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
