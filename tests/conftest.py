@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,10 +22,10 @@ import pytest
 import kser.signals
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
-from tests.consumer.harness import Act
+from tests.consumer.harness import ScriptedTask
 
 if TYPE_CHECKING:
-    from tests.durable.harness import Shop
+    from tests.durable.harness import DurableHarness
     from tests.postgres import Database, Postgresql
 
 # What contracts assert is explained as what tests assert is.
@@ -60,6 +60,14 @@ def needs(service: str, problem: object = None) -> NoReturn:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Faults come last: they are about time, and in ``.ci/run`` they have the machine for themselves by then."""
     items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape surrogates in captured output, because pytest-xdist cannot send them to the main process."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -141,26 +149,29 @@ def database(postgresql: str) -> Iterator[Database]:
 
 @pytest.fixture
 def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[InMemoryBroker]:
-    """A bus of this test's own, and on it a task that does what the test says. Everything is logged."""
-    Controller.register(Act.path, Act)
+    """Return this test's in-memory broker; the scripted task is registered, and everything is logged."""
+    Controller.register(ScriptedTask.path, ScriptedTask)
     caplog.set_level(logging.DEBUG, "kser")
     yield InMemoryBroker.at("")
     InMemoryBroker.reset()
-    Act.acts.clear()
-    Act.seen.clear()
+    ScriptedTask.script.clear()
+    ScriptedTask.ran.clear()
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def shop(
+def harness(
     request: pytest.FixtureRequest, bus: InMemoryBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Shop]:
-    """A shared database and a process that runs operations; see :mod:`tests.durable.harness`."""
-    # Whoever tests without it needs none of what it needs.
-    from tests.durable.harness import shops
-    from tests.store.harness import MemoryWorld, SqlWorld
+) -> Iterator[DurableHarness]:
+    """Return a store and a process that runs operations; see :mod:`tests.durable.harness`."""
+    # Tests without stored operations must not import their requirements.
+    from tests.durable.harness import DurableHarness
+    from tests.store.harness import MemoryStoreHarness, SQLStoreHarness
 
     monkeypatch.setenv("KSER_TOPICS", "dice")
-    yield from shops(MemoryWorld() if request.param == "memory" else SqlWorld(f"sqlite:///{tmp_path}/kser.db"))
+    in_memory = request.param == "memory"
+    store = MemoryStoreHarness() if in_memory else SQLStoreHarness(f"sqlite:///{tmp_path}/kser.db")
+    with contextlib.closing(DurableHarness(store)) as harness:
+        yield harness
 
 
 def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
 from kser.config import Settings
@@ -29,6 +30,7 @@ class Consumer(BaseConsumer):
     :param config: options of librdkafka; the consumer options of ``KSER_CONFIG`` when None. ``group.id`` is required.
     :param topics: the topics to consume; ``KSER_TOPICS`` when None.
     :param app: a Flask application whose ``config`` is read before the environment.
+    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.SettingError: a setting is missing or invalid.
     """
@@ -43,6 +45,7 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
+        clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
@@ -61,6 +64,7 @@ class Consumer(BaseConsumer):
             interval=self._kser_commit_interval(),
             poll_limit=float(self._kser_client_options.get("max.poll.interval.ms", 300_000)) / 1000,
             session=float(self._kser_client_options.get("session.timeout.ms", 45_000)) / 1000,
+            clock=clock,
         )
 
     def make_producer(self) -> BaseProducer:

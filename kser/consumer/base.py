@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -56,6 +56,7 @@ class BaseConsumer:
     :param interval: seconds between commits; 0 commits after each message.
     :param poll_limit: the longest time in seconds that the client may spend between two polls.
     :param session: seconds without a heartbeat after which the group removes a member.
+    :param clock: returns the time in seconds, which only rises.
     :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
     """
 
@@ -79,6 +80,7 @@ class BaseConsumer:
         interval: float,
         poll_limit: float,
         session: float,
+        clock: Callable[[], float],
     ) -> None:
         #: The options of this consumer.
         self.options = options
@@ -94,10 +96,11 @@ class BaseConsumer:
             max_bytes=options.max_buffered_bytes,
             retry=options.retry,
             commit_before=options.commit == BEFORE,
+            clock=clock,
             max_silence=session / 2,
         )
         self._kser_partitions = PartitionTable(self._kser_work_queue, min(options.revoke_timeout, poll_limit / 3))
-        self._kser_clock = self._kser_work_queue.clock
+        self._kser_clock = clock
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
         self._kser_stopping = self._kser_closed = False
         #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.

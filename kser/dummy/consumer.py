@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
 from kser import lockfiles
@@ -26,6 +27,7 @@ class Consumer(BaseConsumer):
         are ignored. ``KSER_CONFIG`` when None.
     :param topics: the topics to consume; ``KSER_TOPICS`` when None.
     :param app: a Flask application whose ``config`` is read before the environment.
+    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.SettingError: a setting is missing or invalid.
     """
@@ -38,6 +40,7 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
+        clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
@@ -51,6 +54,7 @@ class Consumer(BaseConsumer):
             interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
             poll_limit=self.config.get("max_poll_interval_ms", 300_000) / 1000,
             session=self.config.get("session_timeout_ms", 45_000) / 1000,
+            clock=clock,
         )
 
     def run_until_idle(self) -> int:

@@ -38,7 +38,8 @@ class RecoveryService:
     def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._settings = context.settings
-        self._clock = clock
+        #: The clock of the intervals, in seconds; tests may replace it.
+        self.clock = clock
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
         #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
@@ -59,7 +60,7 @@ class RecoveryService:
                 (self.record_sends, RECORD_SENDS_INTERVAL),
                 (self.reap, self._settings.reaper),
             ):
-                now = self._clock()
+                now = self.clock()
                 if now - self._last.get(routine.__name__, -float("inf")) >= interval:
                     routine()
                     self._last[routine.__name__] = now
@@ -99,9 +100,9 @@ class RecoveryService:
     def reap(self) -> int:
         """Send the due steps that no consumer works on, and return their number."""
         total = 0
-        deadline = self._clock() + self._settings.heartbeat / 2
+        deadline = self.clock() + self._settings.heartbeat / 2
         while True:
-            started_at = self._clock()
+            started_at = self.clock()
             due = self._context.store.once(
                 self._context.store.direct.take_due_steps,
                 BATCH,
@@ -109,11 +110,11 @@ class RecoveryService:
                 expired=self._leases_are_trustworthy(),
             )
             # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
-            was_slow = self._clock() - started_at > self._settings.lease / 3
+            was_slow = self.clock() - started_at > self._settings.lease / 3
             sent = self._defer_expired(due) if was_slow else due
             total += len(sent)
             self._send(sent)
-            if len(due) < BATCH or self._clock() >= deadline:
+            if len(due) < BATCH or self.clock() >= deadline:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
@@ -126,7 +127,7 @@ class RecoveryService:
 
     def _leases_are_trustworthy(self) -> bool:
         """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
-        now = self._clock()
+        now = self.clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
         # count as an interruption.
         if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
@@ -140,7 +141,7 @@ class RecoveryService:
             logger.info(f"{step.target.entrypoint}[{step.target.uuid}] of operation {step.uuid} is sent: {step.reason}")
             by_topic[step.target.topic].append(step)
         # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
-        deadline = self._clock() + self._settings.heartbeat / 2
+        deadline = self.clock() + self._settings.heartbeat / 2
         # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
             late = self._time_left(deadline) <= 0
@@ -157,7 +158,7 @@ class RecoveryService:
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
-            self._last_contact = self._clock()
+            self._last_contact = self.clock()
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send steps to a topic, and return the steps that were not delivered.
@@ -182,7 +183,7 @@ class RecoveryService:
         return left > 0 and not self._context.send(due.target, due.uuid, timeout=left).retcode
 
     def _time_left(self, deadline: float) -> float:
-        return min(SEND_TIMEOUT, max(deadline - self._clock(), 0))
+        return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
     def close(self) -> None:
         """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -31,6 +32,7 @@ class Consumer(BaseConsumer):
     :param config: options of KafkaConsumer; its options in ``KSER_CONFIG`` when None.
     :param topics: the topics to consume; ``KSER_TOPICS`` when None.
     :param app: a Flask application whose ``config`` is read before the environment.
+    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.BrokerUnavailable: no broker responds.
     :raises kser.errors.SettingError: a setting is missing or invalid.
@@ -44,6 +46,7 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
+        clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
@@ -71,6 +74,7 @@ class Consumer(BaseConsumer):
             interval=0 if at_once else self._kser_option("auto_commit_interval_ms") / 1000,
             poll_limit=self._kser_option("max_poll_interval_ms") / 1000,
             session=self._kser_option("session_timeout_ms") / 1000,
+            clock=clock,
         )
 
     def make_producer(self) -> BaseProducer:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from cdumay_result import Result
@@ -15,101 +14,93 @@ from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import ClientError
 from kser.sequencing.task import Task
-from tests.support import Clock, message
+from tests.support import WAIT_SECONDS, Clock, message
 
-AT_ONCE = {"enable_auto_commit": False}
+#: Client options that commit after each message.
+MANUAL_COMMIT = {"enable_auto_commit": False}
 
 DICE = Partition("dice", 0)
 
-#: Seconds that something may take which happens in another thread.
-PATIENCE = 20
 
+class ScriptedTask(Task):
+    """A task that does what the script has under its uuid: raises it or calls it. A list has one entry per attempt."""
 
-class Act(Task):
-    """Does what the test put into ``acts`` under its uuid: raises or calls it. Of a list, each attempt does one."""
-
-    acts: ClassVar[dict[str, Any]] = {}
-    seen: ClassVar[list[str]] = []
+    script: ClassVar[dict[str, Any]] = {}
+    #: The uuids of the attempts, in their order.
+    ran: ClassVar[list[str]] = []
 
     def run(self) -> Any:
-        self.seen.append(self.uuid)
-        act = self.acts.get(self.uuid)
-        if isinstance(act, list):
-            act = act.pop(0) if act else None
-        if isinstance(act, BaseException):
-            raise act
-        found = act() if callable(act) else act
+        self.ran.append(self.uuid)
+        action = self.script.get(self.uuid)
+        if isinstance(action, list):
+            action = action.pop(0) if action else None
+        if isinstance(action, BaseException):
+            raise action
+        found = action() if callable(action) else action
         return found if isinstance(found, Result) else None
 
 
-def put(*uuids: str, cls: Any = Act, key: bytes | None = None, partition: int | None = None) -> None:
-    """Send a message for each uuid."""
+def send_messages(*uuids: str, cls: Any = ScriptedTask, key: bytes | None = None, partition: int | None = None) -> None:
+    """Send a message with each uuid to the topic ``dice``."""
     for uuid in uuids:
         InMemoryBroker.at("").send("dice", message(cls, uuid=uuid).dumps().encode(), key=key, partition=partition)
 
 
-def consumer_of(config: Mapping[str, Any] | None = None, **options: Any) -> Consumer:
-    """A consumer of the topic ``dice``."""
+def new_consumer(config: Mapping[str, Any] | None = None, **options: Any) -> Consumer:
+    """Return a consumer of the topic ``dice``."""
     return Consumer(config or {}, ["dice"], **options)
 
 
 def committed(partition: int = 0) -> int | None:
-    """Where the group is in the topic ``dice``; None when it has not begun there."""
+    """Return the committed offset of a partition of the topic ``dice``, None if there is none."""
     commit = InMemoryBroker.at("").committed.get(("dummy", Partition("dice", partition)))
     return None if commit is None else commit.offset
 
 
-def until(done: Callable[[], Any]) -> None:
-    """Wait for what happens in another thread."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-
-
-class Running:
-    """A consumer, its time, and what it handled."""
+class SteppedConsumer:
+    """A consumer that commits after each message, and the clock that it reads."""
 
     def __init__(self, **options: Any) -> None:
-        self.consumer: Consumer = consumer_of(AT_ONCE, **options)
-        self.clock = Clock(self.consumer)
+        self.clock = Clock()
+        self.consumer: Consumer = new_consumer(MANUAL_COMMIT, clock=self.clock, **options)
 
-    def attempts(self, *seconds: float) -> list[int]:
-        """How many attempts are made now, and each time that so many seconds have passed."""
+    def attempts(self, *delays: float) -> list[int]:
+        """Return the number of attempts of a step now, and of one more step after each delay in seconds."""
         found = [self.consumer.step(timeout=0)]
-        for wait in seconds:
-            self.clock.pass_by(wait)
+        for seconds in delays:
+            self.clock.advance(seconds)
             found.append(self.consumer.step(timeout=0))
         return found
 
 
-class Client(DummyClient):
-    """A member of the group that gets into the trouble that a test names, by what it is doing then."""
+class FaultyClient(DummyClient):
+    """A group member whose methods raise the faults that a test sets."""
 
     def __init__(self, broker: InMemoryBroker, group: str | None, *, commits: bool = True) -> None:
         super().__init__(broker, group, commits=commits)
-        self.trouble: dict[str, Any] = {}
-        #: The timeout, the limit and the held partitions of each poll.
+        #: The fault of each method by its name: an exception, or the text of a :class:`ClientError`.
+        self.faults: dict[str, Any] = {}
+        #: The timeout, the limit and the paused partitions of each poll.
         self.polls: list[tuple[float, int, Collection[Partition]]] = []
         self.commits: list[Mapping[Partition, Commit]] = []
         self.closed = 0
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
-        self._raise("subscribe")
+        self._raise_fault("subscribe")
         super().subscribe(topics, listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         self.polls.append((timeout, limit, set(paused)))
-        self._raise("poll")
+        self._raise_fault("poll")
         return super().poll(timeout, limit, paused)
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
-        self._raise("commit")
+        self._raise_fault("commit")
         self.commits.append(commits)
         super().commit(commits, timeout)
 
     def lag(self) -> Mapping[Partition, int]:
-        self._raise("lag")
+        self._raise_fault("lag")
         return super().lag()
 
     def close(self, timeout: float) -> None:
@@ -117,40 +108,49 @@ class Client(DummyClient):
         if self._listener is not None:
             super().close(timeout)
 
-    def _raise(self, activity: str) -> None:
-        trouble = self.trouble.get(activity)
-        if isinstance(trouble, Exception):
-            raise trouble
-        if trouble is not None:
-            raise ClientError(trouble)
+    def _raise_fault(self, method: str) -> None:
+        fault = self.faults.get(method)
+        if isinstance(fault, Exception):
+            raise fault
+        if fault is not None:
+            raise ClientError(fault)
 
 
-class Troubled(Consumer):
-    """A consumer whose clients are at hand, the one in use being the last of them."""
+class FaultyConsumer(Consumer):
+    """A consumer whose clients have faults.
 
-    def __init__(self, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        self.clients: list[Client] = []
-        #: The trouble that a client has from its beginning.
-        self.first_trouble: dict[str, Any] = options.pop("first_trouble", {})
+    :param initial_faults: the faults of each new client.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        initial_faults: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        #: All clients; the last one is in use.
+        self.clients: list[FaultyClient] = []
+        self._initial_faults = dict(initial_faults or {})
         super().__init__(config or {}, ["dice"], **options)
 
-    def _kser_connect(self) -> Client:
-        self.clients.append(Client(self.client, self._kser_group, commits=self.options.commit != NEVER))
-        self.clients[-1].trouble = dict(self.first_trouble)
+    def _kser_connect(self) -> FaultyClient:
+        self.clients.append(FaultyClient(self.client, self._kser_group, commits=self.options.commit != NEVER))
+        self.clients[-1].faults = dict(self._initial_faults)
         return self.clients[-1]
 
     @property
-    def used(self) -> Client:
+    def current_client(self) -> FaultyClient:
         """The client in use."""
         return self.clients[-1]
 
 
-class InThread:
-    """A consumer that runs in a thread of its own while inside; ended at the latest with the block."""
+class ConsumerThread:
+    """A consumer that runs in its own thread inside the ``with`` block, and stops at the end of the block."""
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
-        #: What it ended with.
+        #: The exception that ended ``run()``, None after a normal return.
         self.ending: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
 
@@ -160,7 +160,7 @@ class InThread:
         except BaseException as exc:
             self.ending = exc
 
-    def __enter__(self) -> InThread:
+    def __enter__(self) -> ConsumerThread:
         self._thread.start()
         return self
 
@@ -169,7 +169,7 @@ class InThread:
         self.join()
 
     def join(self) -> BaseException | None:
-        """Wait for its end; returns what it ended with."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "it did not end"
+        """Wait for the end of ``run()``, and return its exception."""
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive(), "the consumer did not end"
         return self.ending

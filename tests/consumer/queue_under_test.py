@@ -19,7 +19,7 @@ def record(offset: int, key: bytes | None = None, value: bytes = b"", partition:
     return DummyRecord("dice", partition, offset, key, value)
 
 
-class Desk(WorkQueue):
+class QueueUnderTest(WorkQueue):
     """A work queue with the partition dice[0], whose time passes when a test says so."""
 
     def __init__(self, *, revoke_timeout: float = 10, **options: Any) -> None:

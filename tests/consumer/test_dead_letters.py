@@ -19,7 +19,7 @@ from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
-from tests.consumer.harness import AT_ONCE, DICE, Act, committed, consumer_of, put
+from tests.consumer.harness import DICE, MANUAL_COMMIT, ScriptedTask, committed, new_consumer, send_messages
 from tests.support import Clock, lines, message, record_of
 
 pytestmark = pytest.mark.usefixtures("bus")
@@ -39,7 +39,7 @@ def told(record: DummyRecord) -> dict[str, str]:
 
 
 def consume(**options: Any) -> Consumer:
-    consumer = consumer_of(AT_ONCE, **{"dead_letter": True, **options})
+    consumer = new_consumer(MANUAL_COMMIT, **{"dead_letter": True, **options})
     consumer.run_until_idle()
     return consumer
 
@@ -70,7 +70,7 @@ def test_null_value_is_dead_lettered_as_null(bus: InMemoryBroker) -> None:
 
 
 def test_dead_letter_names_an_unknown_entrypoint() -> None:
-    put("1", cls="shop.Unknown")
+    send_messages("1", cls="shop.Unknown")
     consume(retry=NOW)
     (letter,) = letters()
     said = told(letter)
@@ -80,10 +80,10 @@ def test_dead_letter_names_an_unknown_entrypoint() -> None:
 
 
 def test_dead_letter_is_written_after_the_last_attempt_with_its_error() -> None:
-    Act.acts["1"] = ConnectionError("nobody there")
-    put("1")
+    ScriptedTask.script["1"] = ConnectionError("nobody there")
+    send_messages("1")
     consumer = consume(retry=NOW)
-    assert Act.seen == ["1"] * 3
+    assert ScriptedTask.ran == ["1"] * 3
     (letter,) = letters()
     said = told(letter)
     assert (said["reason"], said["attempts"]) == ("failed", "3")
@@ -92,15 +92,15 @@ def test_dead_letter_is_written_after_the_last_attempt_with_its_error() -> None:
 
 
 def test_dead_letter_of_a_failed_result_has_no_error_class() -> None:
-    Act.acts["1"] = lambda: Result(retcode=7, stderr="card declined")
-    put("1")
+    ScriptedTask.script["1"] = lambda: Result(retcode=7, stderr="card declined")
+    send_messages("1")
     consume()
     (letter,) = letters()
     assert (told(letter)["error-class"], told(letter)["error-message"]) == ("", "card declined")
 
 
 def test_dead_letter_names_its_consumer_and_time() -> None:
-    put("1", cls="shop.Unknown")
+    send_messages("1", cls="shop.Unknown")
     before = int(time.time() * 1000)
     consume()
     said = told(letters()[0])
@@ -109,19 +109,19 @@ def test_dead_letter_names_its_consumer_and_time() -> None:
 
 
 def test_dead_letter_escapes_text_without_a_utf_8_form() -> None:
-    Act.acts["1"] = ValueError("caf\u00e9 \udc80")
-    put("1")
+    ScriptedTask.script["1"] = ValueError("caf\u00e9 \udc80")
+    send_messages("1")
     consume()
     assert told(letters()[0])["error-message"] == "caf\u00e9 \\udc80"
 
 
 @pytest.mark.parametrize("error", [SystemExit(2), ValueError("x")])
 def test_raising_task_is_dead_lettered_even_with_system_exit(error: BaseException) -> None:
-    Act.acts["1"] = error
-    put("1", "2")
+    ScriptedTask.script["1"] = error
+    send_messages("1", "2")
     consume()
     assert len(letters()) == 1
-    assert (Act.seen, committed()) == (["1", "2"], 2)
+    assert (ScriptedTask.ran, committed()) == (["1", "2"], 2)
 
 
 def test_raising_registry_gives_a_dead_letter() -> None:
@@ -130,8 +130,8 @@ def test_raising_registry_gives_a_dead_letter() -> None:
         def run(data: Any) -> None:
             raise RuntimeError("registry")
 
-    put("1")
-    consumer = consumer_of(AT_ONCE, dead_letter=True)
+    send_messages("1")
+    consumer = new_consumer(MANUAL_COMMIT, dead_letter=True)
     consumer.REGISTRY = Raising
     consumer.run_until_idle()
     assert told(letters()[0])["error-class"] == "RuntimeError"
@@ -143,28 +143,28 @@ def test_message_rejected_by_a_hook_is_dead_lettered() -> None:
         def onmessage(cls, kmsg: Any) -> Any:
             raise ValueError("not you")
 
-    put("1")
-    consumer = consumer_of(AT_ONCE, dead_letter=True)
+    send_messages("1")
+    consumer = new_consumer(MANUAL_COMMIT, dead_letter=True)
     consumer.REGISTRY = Refusing
     consumer.run_until_idle()
-    assert (told(letters()[0])["reason"], Act.seen) == ("failed", [])
+    assert (told(letters()[0])["reason"], ScriptedTask.ran) == ("failed", [])
 
 
 def test_task_that_cannot_be_built_is_dead_lettered() -> None:
-    class Unmade(Act):
+    class Unmade(ScriptedTask):
         def postinit(self) -> None:
             raise ConnectionError("nobody there")
 
     Controller.register(Unmade.path, Unmade)
-    put("1", cls=Unmade)
+    send_messages("1", cls=Unmade)
     consumer = consume()
     assert told(letters()[0])["error-message"] == "nobody there"
     assert consumer.counts["failed"] == 1
 
 
 def test_successful_message_is_not_dead_lettered() -> None:
-    Act.acts["1"] = [ConnectionError("no"), None]
-    put("1", "2")
+    ScriptedTask.script["1"] = [ConnectionError("no"), None]
+    send_messages("1", "2")
     consume(retry=NOW)
     assert letters() == []
 
@@ -174,7 +174,7 @@ def test_successful_message_is_not_dead_lettered() -> None:
 
 def test_failed_message_is_committed_without_a_dead_letter_by_default(caplog: pytest.LogCaptureFixture) -> None:
     """As published: it is logged and counted."""
-    put("1", cls="shop.Unknown")
+    send_messages("1", cls="shop.Unknown")
     consumer = consume(dead_letter=None)
     assert (set(InMemoryBroker.at("").topics), committed()) == ({"dice"}, 1)
     assert consumer.counts == {"done": 1, "failed": 1, "dead_lettered": 0}
@@ -201,8 +201,8 @@ def test_dead_lettered_signal_is_emitted() -> None:
     def listen(sender: Any, topic: str, record: Any, failure: Failure) -> None:
         heard.append((sender, topic, record.offset, failure))
 
-    Act.acts["1"] = KeyError("x")
-    put("1")
+    ScriptedTask.script["1"] = KeyError("x")
+    send_messages("1")
     with signals.dead_lettered.connected_to(listen):
         consume()
     assert heard == [(Consumer, "dice.dlq", 0, Failure("failed", "KeyError", "'x'"))]
@@ -236,17 +236,17 @@ def test_unwritten_dead_letter_blocks_its_partition_alone(
     bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus.create_topic("dice", 2)
-    Act.acts["bad"] = KeyError("x")
-    put("bad", partition=0)
-    consumer = Stuck(AT_ONCE, ["dice"], dead_letter=True)
-    clock = Clock(consumer)
+    ScriptedTask.script["bad"] = KeyError("x")
+    send_messages("bad", partition=0)
+    clock = Clock()
+    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
     consumer.step(timeout=0)
-    put("held", partition=0)
-    put("free", partition=1)
+    send_messages("held", partition=0)
+    send_messages("free", partition=1)
     for _ in range(50):
-        clock.pass_by(1)
+        clock.advance(1)
         consumer.step(timeout=0)
-    assert (Act.seen, committed(0), committed(1)) == (["bad", "free"], 0, 1)
+    assert (ScriptedTask.ran, committed(0), committed(1)) == (["bad", "free"], 0, 1)
     (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Stuck: ")]
     assert line == (
         "Stuck: offset 0 of dice[0] failed (failed) and its dead letter cannot be written to 'dice.dlq': no broker;"
@@ -254,47 +254,47 @@ def test_unwritten_dead_letter_blocks_its_partition_alone(
     )
     assert 4 < consumer.made.tries < 10
     consumer.made.willing = True
-    clock.pass_by(30)
+    clock.advance(30)
     consumer.run_until_idle()
-    assert (len(letters()), Act.seen, committed(0)) == (1, ["bad", "free", "held"], 2)
+    assert (len(letters()), ScriptedTask.ran, committed(0)) == (1, ["bad", "free", "held"], 2)
     assert consumer.counts == {"done": 3, "failed": 1, "dead_lettered": 1}
 
 
 def test_unwritten_dead_letter_does_not_run_its_task_again() -> None:
-    Act.acts["1"] = KeyError("x")
-    put("1")
-    consumer = Stuck(AT_ONCE, ["dice"], dead_letter=True)
-    clock = Clock(consumer)
+    ScriptedTask.script["1"] = KeyError("x")
+    send_messages("1")
+    clock = Clock()
+    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
     consumer.step(timeout=0)
-    clock.pass_by(100)
+    clock.advance(100)
     consumer.step(timeout=0)
-    assert (Act.seen, consumer.made.tries, consumer.counts["failed"]) == (["1"], 2, 1)
+    assert (ScriptedTask.ran, consumer.made.tries, consumer.counts["failed"]) == (["1"], 2, 1)
 
 
 def test_message_with_an_unwritten_dead_letter_is_redelivered_after_close() -> None:
-    Act.acts["1"] = KeyError("x")
-    put("1")
-    consumer = Stuck(AT_ONCE, ["dice"], dead_letter=True)
+    ScriptedTask.script["1"] = KeyError("x")
+    send_messages("1")
+    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True)
     consumer.step(timeout=0)
     consumer.close()
     assert (committed(), letters()) == (0, [])
     consume()
-    assert (Act.seen, committed(), len(letters())) == (["1", "1"], 1, 1)
+    assert (ScriptedTask.ran, committed(), len(letters())) == (["1", "1"], 1, 1)
 
 
 def test_dead_letter_truncates_a_long_error_text() -> None:
-    Act.acts["1"] = ValueError("long " * 10_000)
-    put("1")
+    ScriptedTask.script["1"] = ValueError("long " * 10_000)
+    send_messages("1")
     consume()
     assert told(letters()[0])["error-message"] == ("long " * 10_000)[: TEXT_LIMITS[0]]
 
 
 def test_dead_letter_of_a_nearly_oversized_message_omits_the_error_text() -> None:
     """Our headers make it larger."""
-    Act.acts["1"] = Act.acts["2"] = ValueError("long " * 300)
-    put("1")
-    put("2", key=b"k" * 4500)
-    consumer_of({**AT_ONCE, "max_request_size": 5500}, dead_letter=True).run_until_idle()
+    ScriptedTask.script["1"] = ScriptedTask.script["2"] = ValueError("long " * 300)
+    send_messages("1")
+    send_messages("2", key=b"k" * 4500)
+    new_consumer({**MANUAL_COMMIT, "max_request_size": 5500}, dead_letter=True).run_until_idle()
     with_text, without = letters()
     assert told(with_text)["error-message"] == "long " * 300
     assert (without.key, told(without)["error-message"]) == (b"k" * 4500, "")
@@ -305,7 +305,7 @@ def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
     caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
 ) -> None:
     bus.send("dice", b"x" * 5000)
-    consumer = consumer_of({**AT_ONCE, "max_request_size": 5000}, dead_letter=True)
+    consumer = new_consumer({**MANUAL_COMMIT, "max_request_size": 5000}, dead_letter=True)
     consumer.step(timeout=0)
     (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Consumer: ")]
     assert "'max_request_size' allows 5,000" in line

@@ -14,14 +14,15 @@ from kser.consumer.services import BackgroundServices
 from kser.errors import SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.sequencing.task import Task
-from tests.consumer.harness import DICE, PATIENCE, Act, consumer_of, put, until
-from tests.consumer.queue_under_test import Desk, offsets, record
+from tests.consumer.harness import DICE, ScriptedTask, new_consumer, send_messages
+from tests.consumer.queue_under_test import QueueUnderTest, offsets, record
+from tests.support import WAIT_SECONDS, Clock, wait_until
 
 # -- the work queue ----------------------------------------------------------------------------------------------------
 
 
 def test_acked_record_may_be_committed_while_it_runs() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     first = desk.next()
     desk.ack(first.attempt)
@@ -30,7 +31,7 @@ def test_acked_record_may_be_committed_while_it_runs() -> None:
 
 
 def test_acked_record_no_longer_counts_towards_the_in_flight_limit() -> None:
-    desk = Desk(max_in_flight=2)
+    desk = QueueUnderTest(max_in_flight=2)
     desk.enter_keys("--")
     assert desk.capacity() == 0
     desk.ack(desk.next().attempt)
@@ -38,7 +39,7 @@ def test_acked_record_no_longer_counts_towards_the_in_flight_limit() -> None:
 
 
 def test_ack_and_task_done_count_a_record_once() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     item = desk.next()
     desk.ack(item.attempt)
@@ -48,7 +49,7 @@ def test_ack_and_task_done_count_a_record_once() -> None:
 
 
 def test_lane_still_waits_for_an_acked_record() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("aa")
     item = desk.next()
     desk.ack(item.attempt)
@@ -58,7 +59,7 @@ def test_lane_still_waits_for_an_acked_record() -> None:
 
 
 def test_revocation_does_not_wait_for_an_acked_record() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
@@ -70,7 +71,7 @@ def test_revocation_does_not_wait_for_an_acked_record() -> None:
 
 
 def test_ack_after_revocation_finishes_the_record() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     item = desk.next()
     revocation = desk.partitions.on_revoke([DICE])
@@ -81,7 +82,7 @@ def test_ack_after_revocation_finishes_the_record() -> None:
 
 
 def test_acked_record_is_not_started_again_when_its_partition_returns() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     item = desk.next()
     desk.ack(item.attempt)
@@ -93,7 +94,7 @@ def test_acked_record_is_not_started_again_when_its_partition_returns() -> None:
 
 
 def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("aa")
     item = desk.next()
     desk.ack(item.attempt)
@@ -109,7 +110,7 @@ def test_acked_record_that_times_out_gets_a_replacement_attempt() -> None:
 
 def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
     """The replacement has to record the timeout in the database, even if another consumer owns the partition."""
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
@@ -120,7 +121,7 @@ def test_replacement_attempt_of_an_acked_record_runs_after_revocation() -> None:
 
 
 def test_abandoned_acked_record_is_not_redelivered() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     item = desk.next()
     desk.ack(item.attempt)
@@ -148,34 +149,35 @@ def test_attempts_before_a_resume_do_not_count_for_the_retry_policy() -> None:
 
 
 def test_step_restarts_the_timer_of_its_attempt(bus: Any) -> None:
-    put("1", "2")
-    consumer = consumer_of()
+    send_messages("1", "2")
+    clock = Clock()
+    consumer = new_consumer(clock=clock)
     seen: list[Any] = []
 
     def part() -> None:
         attempt: Any = current_attempt.get()
         before = attempt.started_at
-        consumer._kser_work_queue.clock = lambda: before + 100
+        clock.advance(100)
         assert attempt.resolve(TIMED_OUT)
         attempt.restart_timer(5)
         seen.append((attempt.time_limit, attempt.started_at - before, attempt.resolve()))
 
-    Act.acts["1"] = part
+    ScriptedTask.script["1"] = part
     consumer.step(timeout=0)
     # Whoever decided about the part before decided nothing about this one.
     assert seen == [(5, 100, True)]
 
 
 def test_abandoned_attempt_stays_unfinished(bus: Any) -> None:
-    put("1")
-    consumer = consumer_of()
+    send_messages("1")
+    consumer = new_consumer()
 
     def give_back() -> None:
         attempt = current_attempt.get()
         assert attempt is not None
         attempt.abandon()
 
-    Act.acts["1"] = give_back
+    ScriptedTask.script["1"] = give_back
     consumer.step(timeout=0)
     assert (consumer._kser_work_queue.running(), consumer._kser_partitions.commits()) == ([], {})
     assert consumer.counts["done"] == 0
@@ -191,7 +193,7 @@ def test_abandon_outside_a_consumer_raises() -> None:
 def test_redelivered_record_has_the_same_deterministic_uuid() -> None:
     found = []
     for _ in range(2):
-        desk = Desk()
+        desk = QueueUnderTest()
         desk.enter_keys("--")
         found.append([item.attempt.deterministic_uuid() for item in desk.all()])
     assert found[0] == found[1]
@@ -268,7 +270,7 @@ def test_no_thread_starts_without_background_services() -> None:
     beside = BackgroundServices(lambda: [])
     beside.start()
     assert not is_running()
-    beside.close(PATIENCE)
+    beside.close(WAIT_SECONDS)
 
 
 def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +278,8 @@ def test_background_services_run_periodically_and_are_closed_at_the_end(monkeypa
     both = [Companion(), Companion()]
     beside = BackgroundServices(lambda: both)
     beside.start()
-    until(lambda: all(len(each.told) > 2 for each in both))
-    beside.close(PATIENCE)
+    wait_until(lambda: all(len(each.told) > 2 for each in both))
+    beside.close(WAIT_SECONDS)
     assert not is_running()
     assert [each.told[-1] for each in both] == ["close", "close"]
 
@@ -288,8 +290,8 @@ def test_background_services_added_later_run_too(monkeypatch: pytest.MonkeyPatch
     beside = BackgroundServices(lambda: list(known))
     beside.start()
     known.append(Companion())
-    until(lambda: known[1].told)
-    beside.close(PATIENCE)
+    wait_until(lambda: known[1].told)
+    beside.close(WAIT_SECONDS)
     assert known[1].told[-1] == "close"
 
 
@@ -314,6 +316,6 @@ def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest
 
     beside = BackgroundServices(find)
     beside.start()
-    until(lambda: companion.told)
-    beside.close(PATIENCE)
+    wait_until(lambda: companion.told)
+    beside.close(WAIT_SECONDS)
     assert companion.told[-1] == "close"

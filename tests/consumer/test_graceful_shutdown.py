@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 from kser.retry import Retry
-from tests.consumer.harness import AT_ONCE, PATIENCE, Act, InThread, Troubled, committed, consumer_of, put, until
-from tests.support import ROOT, lines
+from tests.consumer.harness import (
+    MANUAL_COMMIT,
+    ConsumerThread,
+    FaultyConsumer,
+    ScriptedTask,
+    committed,
+    new_consumer,
+    send_messages,
+)
+from tests.support import ROOT, WAIT_SECONDS, lines, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -27,35 +35,35 @@ pytestmark = pytest.mark.usefixtures("bus")
 def test_graceful_shutdown_commits_running_records_and_starts_no_other(workers: int) -> None:
     gate = threading.Event()
     uuids = [str(number) for number in range(workers + 5)]
-    Act.acts.update(dict.fromkeys(uuids, lambda: gate.wait(PATIENCE)))
-    put(*uuids)
-    consumer = consumer_of({"auto_commit_interval_ms": 600_000}, workers=workers)
-    with InThread(consumer) as thread:
-        until(lambda: len(Act.seen) == workers)
+    ScriptedTask.script.update(dict.fromkeys(uuids, lambda: gate.wait(WAIT_SECONDS)))
+    send_messages(*uuids)
+    consumer = new_consumer({"auto_commit_interval_ms": 600_000}, workers=workers)
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: len(ScriptedTask.ran) == workers)
         consumer.stop()
-        until(lambda: consumer._kser_poller.shutting_down)
+        wait_until(lambda: consumer._kser_poller.shutting_down)
         gate.set()
         ending = thread.join()
     assert isinstance(ending, SystemExit)
     assert ending.code == 0
-    assert (sorted(Act.seen), committed()) == (sorted(uuids[:workers]), workers)
+    assert (sorted(ScriptedTask.ran), committed()) == (sorted(uuids[:workers]), workers)
 
 
 def test_graceful_shutdown_keeps_polling_the_group() -> None:
     """A running task may take longer than a member may be silent."""
     gate = threading.Event()
-    Act.acts["1"] = lambda: gate.wait(PATIENCE)
-    put("1")
-    consumer = Troubled()
-    with InThread(consumer):
-        until(lambda: Act.seen)
+    ScriptedTask.script["1"] = lambda: gate.wait(WAIT_SECONDS)
+    send_messages("1")
+    consumer = FaultyConsumer()
+    with ConsumerThread(consumer):
+        wait_until(lambda: ScriptedTask.ran)
         consumer.stop()
-        until(lambda: consumer._kser_poller.shutting_down)
-        polls = len(consumer.used.polls)
-        until(lambda: len(consumer.used.polls) > polls + 2)
-        assert consumer.used.closed == 0
+        wait_until(lambda: consumer._kser_poller.shutting_down)
+        polls = len(consumer.current_client.polls)
+        wait_until(lambda: len(consumer.current_client.polls) > polls + 2)
+        assert consumer.current_client.closed == 0
         gate.set()
-    assert (consumer.used.closed, committed()) == (1, 1)
+    assert (consumer.current_client.closed, committed()) == (1, 1)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -63,11 +71,11 @@ def test_graceful_shutdown_abandons_records_after_shutdown_timeout(
     workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = threading.Event()
-    Act.acts["slow"] = lambda: gate.wait(PATIENCE)
-    put("quick", "slow")
-    consumer = consumer_of(workers=workers, shutdown_timeout=0.2)
-    with InThread(consumer) as thread:
-        until(lambda: len(Act.seen) == 2)
+    ScriptedTask.script["slow"] = lambda: gate.wait(WAIT_SECONDS)
+    send_messages("quick", "slow")
+    consumer = new_consumer(workers=workers, shutdown_timeout=0.2)
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: len(ScriptedTask.ran) == 2)
         consumer.stop()
         began = time.monotonic()
         ending = thread.join()
@@ -75,64 +83,64 @@ def test_graceful_shutdown_abandons_records_after_shutdown_timeout(
         assert isinstance(ending, SystemExit)
         assert (ending.code, committed()) == (0, 1)
         gate.set()
-        until(lambda: not [each for each in threading.enumerate() if each.name == "kser-worker"])
+        wait_until(lambda: not [each for each in threading.enumerate() if each.name == "kser-worker"])
     assert committed() == 1
     told = [line for line in lines(caplog, logging.WARNING) if "shutdown_timeout" in line]
     assert told == [
         "Consumer: offset 1 of dice[0] still runs after shutdown_timeout (0.2 s): it is abandoned, and will run again"
     ]
-    Act.acts.clear()
-    consumer_of().run_until_idle()
-    assert Act.seen.count("slow") == 2
+    ScriptedTask.script.clear()
+    new_consumer().run_until_idle()
+    assert ScriptedTask.ran.count("slow") == 2
 
 
 def test_graceful_shutdown_releases_records_waiting_for_a_retry() -> None:
-    Act.acts["1"] = [ConnectionError("no"), None]
-    put("1", "2")
-    consumer = consumer_of(AT_ONCE, retry=Retry(delay=60), shutdown_timeout=30)
+    ScriptedTask.script["1"] = [ConnectionError("no"), None]
+    send_messages("1", "2")
+    consumer = new_consumer(MANUAL_COMMIT, retry=Retry(delay=60), shutdown_timeout=30)
     began = time.monotonic()
-    with InThread(consumer):
-        until(lambda: len(Act.seen) == 2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: len(ScriptedTask.ran) == 2)
     assert (committed(), time.monotonic() - began < 5) == (0, True)
-    consumer_of().run_until_idle()
-    assert Act.seen == ["1", "2", "1"]
+    new_consumer().run_until_idle()
+    assert ScriptedTask.ran == ["1", "2", "1"]
 
 
 def test_graceful_shutdown_with_commit_before_runs_every_committed_record() -> None:
     gate = threading.Event()
-    Act.acts["1"] = lambda: gate.wait(PATIENCE)
-    put("1", "2", "3", key=b"a")
-    consumer = consumer_of({**AT_ONCE, "auto_offset_reset": "earliest"}, commit="before", workers=2)
-    with InThread(consumer):
-        until(lambda: committed() and Act.seen)
+    ScriptedTask.script["1"] = lambda: gate.wait(WAIT_SECONDS)
+    send_messages("1", "2", "3", key=b"a")
+    consumer = new_consumer({**MANUAL_COMMIT, "auto_offset_reset": "earliest"}, commit="before", workers=2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: committed() and ScriptedTask.ran)
         consumer.stop()
-        until(lambda: consumer._kser_poller.shutting_down)
+        wait_until(lambda: consumer._kser_poller.shutting_down)
         gate.set()
-    assert Act.seen == ["1", "2", "3"][: committed()]
+    assert ScriptedTask.ran == ["1", "2", "3"][: committed()]
 
 
 def test_graceful_shutdown_leaves_the_group() -> None:
-    consumer = consumer_of(workers=2)
-    with InThread(consumer):
-        until(lambda: consumer.assignment)
-    other = consumer_of()
+    consumer = new_consumer(workers=2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: consumer.assignment)
+    other = new_consumer()
     other.step(timeout=0)
     assert len(other.assignment) == 1
 
 
 def test_graceful_shutdown_leaves_no_thread() -> None:
     before = set(threading.enumerate())
-    put("1")
-    consumer = consumer_of(workers=3)
-    with InThread(consumer):
-        until(lambda: Act.seen)
-    until(lambda: set(threading.enumerate()) <= before)
+    send_messages("1")
+    consumer = new_consumer(workers=3)
+    with ConsumerThread(consumer):
+        wait_until(lambda: ScriptedTask.ran)
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_graceful_shutdown_of_an_idle_consumer_is_quick() -> None:
-    consumer = consumer_of()
-    with InThread(consumer) as thread:
-        until(lambda: consumer.assignment)
+    consumer = new_consumer()
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: consumer.assignment)
         began = time.monotonic()
         consumer.stop()
         thread.join()
@@ -140,53 +148,53 @@ def test_graceful_shutdown_of_an_idle_consumer_is_quick() -> None:
 
 
 def test_consumer_stopped_before_its_start_ends_at_once() -> None:
-    put("1")
-    consumer = consumer_of()
+    send_messages("1")
+    consumer = new_consumer()
     consumer.stop()
     with pytest.raises(SystemExit) as caught:
         consumer.run()
-    assert (caught.value.code, Act.seen) == (0, [])
+    assert (caught.value.code, ScriptedTask.ran) == (0, [])
 
 
 def test_closing_twice_is_harmless() -> None:
-    consumer = Troubled()
+    consumer = FaultyConsumer()
     consumer.close()
     consumer.close()
-    assert consumer.used.closed == 1
+    assert consumer.current_client.closed == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_dead_poller_thread_ends_the_consumer_with_an_error(workers: int) -> None:
     """An idle process would go unnoticed, and so would one that reports a regular end."""
-    consumer = consumer_of(workers=workers)
+    consumer = new_consumer(workers=workers)
     consumer._kser_poller.poll_once = lambda timeout: None  # type: ignore[method-assign,assignment,return-value]
     consumer._kser_poller.stop(0)
-    with InThread(consumer) as thread:
+    with ConsumerThread(consumer) as thread:
         ending = thread.join()
     assert isinstance(ending, RuntimeError)
 
 
 def test_raising_should_stop_ends_the_consumer_in_order() -> None:
-    class Failing(Troubled):
+    class Failing(FaultyConsumer):
         @staticmethod
         def should_stop() -> bool:
-            if Act.seen:
+            if ScriptedTask.ran:
                 raise ConnectionError("no redis")
             return False
 
-    put("1")
-    consumer = Failing(AT_ONCE, workers=2)
-    with InThread(consumer) as thread:
+    send_messages("1")
+    consumer = Failing(MANUAL_COMMIT, workers=2)
+    with ConsumerThread(consumer) as thread:
         ending = thread.join()
     assert isinstance(ending, ConnectionError)
-    assert (consumer.used.closed, committed()) == (1, 1)
+    assert (consumer.current_client.closed, committed()) == (1, 1)
 
 
 def test_terminate_file_ends_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    consumer = consumer_of(AT_ONCE, workers=3)
-    put("1", "2")
-    with InThread(consumer) as thread:
-        until(lambda: committed() == 2)
+    consumer = new_consumer(MANUAL_COMMIT, workers=3)
+    send_messages("1", "2")
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: committed() == 2)
         Path(os.environ["TERMINATE_FILE"]).touch()
         ending = thread.join()
     assert isinstance(ending, SystemExit)
@@ -270,7 +278,7 @@ class Program:
             time.sleep(0.3)
 
     def end(self) -> tuple[int, list[str], str]:
-        out, err = self._process.communicate(timeout=PATIENCE)
+        out, err = self._process.communicate(timeout=WAIT_SECONDS)
         return self._process.returncode, out.splitlines(), err
 
 

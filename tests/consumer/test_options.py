@@ -16,7 +16,7 @@ from kser.dummy.consumer import Consumer as InMemory
 from kser.errors import SettingError, UsageError
 from kser.python_kafka.consumer import Consumer as Kafka
 from kser.retry import Retry
-from tests.consumer.harness import consumer_of
+from tests.consumer.harness import new_consumer
 from tests.support import lines
 
 pytestmark = pytest.mark.usefixtures("bus")
@@ -155,7 +155,7 @@ def test_invalid_setting_is_rejected_with_its_name(
 ) -> None:
     monkeypatch.setenv(setting, text)
     with pytest.raises(SettingError) as caught:
-        consumer_of()
+        new_consumer()
     assert caught.value.message.startswith(begins)
 
 
@@ -170,7 +170,7 @@ def test_invalid_setting_is_rejected_with_its_name(
 )
 def test_misspelt_option_is_rejected_with_the_nearest(misspelt: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"no option '{misspelt}'; the nearest is '{nearest}'"):
-        consumer_of(**{misspelt: None})
+        new_consumer(**{misspelt: None})
 
 
 def test_transports_share_the_options() -> None:
@@ -187,19 +187,19 @@ def test_dead_letter_option_gives_the_dead_letter_topic(dead_letter: Any, topic:
 def test_dead_letter_topic_may_not_be_consumed() -> None:
     """Each dead letter would be written behind itself without end."""
     with pytest.raises(SettingError, match="'dice'"):
-        consumer_of(dead_letter="dice")
+        new_consumer(dead_letter="dice")
 
 
 @pytest.mark.parametrize(("interval_ms", "seconds"), [(300_000, 10), (15_000, 5), (None, 10)])
 def test_rebalance_waits_for_less_than_max_poll_interval(interval_ms: int | None, seconds: float) -> None:
     config = {} if interval_ms is None else {"max_poll_interval_ms": interval_ms}
-    assert consumer_of(config)._kser_partitions._revoke_timeout == seconds
+    assert new_consumer(config)._kser_partitions._revoke_timeout == seconds
 
 
 def test_effective_options_are_logged_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kser")
     policy = Retry(max_attempts=2)
-    consumer = consumer_of(
+    consumer = new_consumer(
         {"group_id": "players"}, workers=3, ordering="partition", commit="never", retry=policy, dead_letter=True
     )
     consumer.stop()

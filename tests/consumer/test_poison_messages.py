@@ -22,7 +22,7 @@ from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.schemas import Message
 from tests.consumer.harness import committed
-from tests.support import UUID, lines, message, records, run_python, said
+from tests.support import UUID, lines, message, ok_result, records, run_python
 
 
 class Good(Entrypoint):
@@ -30,7 +30,7 @@ class Good(Entrypoint):
 
     def run(self) -> Result:
         self.handled.append(self.uuid)
-        return said("good")
+        return ok_result("good")
 
 
 class Bad(Entrypoint):

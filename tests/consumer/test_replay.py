@@ -14,7 +14,7 @@ from kser.consumer.replay import iter_dead_letters, replay
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import BrokerUnavailable
-from tests.consumer.harness import consumer_of, put
+from tests.consumer.harness import new_consumer, send_messages
 
 HEADERS = (("trace", b"\x00\xff"),)
 
@@ -26,8 +26,8 @@ def broken(bus: InMemoryBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three dead letters: one that is no message, and two that ask for what nobody knows."""
     monkeypatch.setattr(replaying, "POLL_TIMEOUT", 0.01)
     bus.send("dice", b"no message", key=b"k", headers=HEADERS)
-    put("1", "2", cls="shop.Unknown")
-    consumer = consumer_of(dead_letter="broken")
+    send_messages("1", "2", cls="shop.Unknown")
+    consumer = new_consumer(dead_letter="broken")
     consumer.run_until_idle()
     consumer.close()
 

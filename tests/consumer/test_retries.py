@@ -17,7 +17,7 @@ from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED
-from tests.consumer.harness import Act, Running, committed, put
+from tests.consumer.harness import ScriptedTask, SteppedConsumer, committed, send_messages
 from tests.support import lines, record_of
 
 pytestmark = pytest.mark.usefixtures("bus")
@@ -68,9 +68,9 @@ def forget(bus: Any) -> Iterator[None]:
 
 
 def test_failed_message_is_retried_after_the_backoff_until_it_succeeds() -> None:
-    Act.acts["1"] = [ConnectionError("no"), ConnectionError("no"), None]
-    put("1")
-    running = Running(retry=THRICE)
+    ScriptedTask.script["1"] = [ConnectionError("no"), ConnectionError("no"), None]
+    send_messages("1")
+    running = SteppedConsumer(retry=THRICE)
     assert running.attempts(9.9) == [1, 0]
     assert committed() == 0
     assert running.attempts(0.2, 10) == [0, 1, 1]
@@ -78,17 +78,17 @@ def test_failed_message_is_retried_after_the_backoff_until_it_succeeds() -> None
 
 
 def test_message_fails_after_its_last_attempt() -> None:
-    Act.acts["1"] = ConnectionError("no")
-    put("1")
-    running = Running(retry=THRICE)
+    ScriptedTask.script["1"] = ConnectionError("no")
+    send_messages("1")
+    running = SteppedConsumer(retry=THRICE)
     assert running.attempts(10, 10, 10) == [1, 1, 1, 0]
     assert (committed(), running.consumer.counts["failed"]) == (1, 1)
 
 
 def test_message_without_a_retry_policy_has_one_attempt() -> None:
-    Act.acts["1"] = ConnectionError("no")
-    put("1")
-    assert Running().attempts(1000) == [1, 0]
+    ScriptedTask.script["1"] = ConnectionError("no")
+    send_messages("1")
+    assert SteppedConsumer().attempts(1000) == [1, 0]
     assert committed() == 1
 
 
@@ -107,14 +107,14 @@ def test_every_attempt_starts_from_a_fresh_object() -> None:
             raise ConnectionError("no")
 
     Controller.register(Fresh.path, Fresh)
-    put("1", cls=Fresh)
-    assert Running().attempts(10, 10) == [1, 1, 1]
+    send_messages("1", cls=Fresh)
+    assert SteppedConsumer().attempts(10, 10) == [1, 1, 1]
     assert [entry.uuid for entry in objects] == ["1"] * 3
 
 
 def test_task_knows_its_attempt_number() -> None:
-    put("1", cls=Told)
-    Running().attempts(10, 10)
+    send_messages("1", cls=Told)
+    SteppedConsumer().attempts(10, 10)
     assert [number for what, number in Told.told if what == "run"] == [1, 2, 3]
 
 
@@ -125,8 +125,8 @@ def test_attempt_number_outside_a_consumer_is_one() -> None:
 
 
 def test_retry_policy_of_a_class_overrides_that_of_the_consumer() -> None:
-    put("1", cls=Told)
-    assert Running(retry=Retry(max_attempts=9, delay=0)).attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
+    send_messages("1", cls=Told)
+    assert SteppedConsumer(retry=Retry(max_attempts=9, delay=0)).attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
 
 
 def test_class_may_disable_retries() -> None:
@@ -134,22 +134,22 @@ def test_class_may_disable_retries() -> None:
         RETRY = Retry(max_attempts=1)
 
     Controller.register(Once.path, Once)
-    put("1", cls=Once)
-    assert Running(retry=THRICE).attempts(10) == [1, 0]
+    send_messages("1", cls=Once)
+    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 0]
 
 
 def test_retry_later_schedules_another_attempt() -> None:
     """Retry.later counts as an attempt and needs no policy; without one, there are three attempts."""
-    Act.acts["1"] = lambda: (_ for _ in ()).throw(Retry.later(50))
-    put("1")
-    assert Running().attempts(49, 2, 50, 50) == [1, 0, 1, 1, 0]
+    ScriptedTask.script["1"] = lambda: (_ for _ in ()).throw(Retry.later(50))
+    send_messages("1")
+    assert SteppedConsumer().attempts(49, 2, 50, 50) == [1, 0, 1, 1, 0]
     assert committed() == 1
 
 
 def test_retry_later_counts_as_an_attempt_of_the_policy() -> None:
-    Act.acts["1"] = [Retry.later(50), ConnectionError("no"), Retry.later(1), None]
-    put("1")
-    assert Running(retry=THRICE).attempts(50, 10, 100) == [1, 1, 1, 0]
+    ScriptedTask.script["1"] = [Retry.later(50), ConnectionError("no"), Retry.later(1), None]
+    send_messages("1")
+    assert SteppedConsumer(retry=THRICE).attempts(50, 10, 100) == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -158,30 +158,30 @@ def test_retry_later_counts_as_an_attempt_of_the_policy() -> None:
     ids=["any failure", "some exceptions"],
 )
 def test_failed_result_is_retried_unless_the_policy_names_exceptions(on: Any, attempts: list[int]) -> None:
-    Act.acts["1"] = lambda: Result(retcode=1, stderr="no")
-    put("1")
-    assert Running(retry=Retry(delay=1, jitter=False, on=on)).attempts(1) == attempts
+    ScriptedTask.script["1"] = lambda: Result(retcode=1, stderr="no")
+    send_messages("1")
+    assert SteppedConsumer(retry=Retry(delay=1, jitter=False, on=on)).attempts(1) == attempts
 
 
 def test_not_retryable_error_fails_at_once() -> None:
-    Act.acts["1"] = ValidationError("Missing parameter: amount")
-    put("1")
-    assert Running(retry=THRICE).attempts(10) == [1, 0]
+    ScriptedTask.script["1"] = ValidationError("Missing parameter: amount")
+    send_messages("1")
+    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 0]
 
 
 def test_undecodable_message_and_unknown_entrypoint_fail_at_once(bus: Any) -> None:
     bus.send("dice", b"no message")
-    put("1", cls="shop.Unknown")
-    running = Running(retry=Retry(delay=0, on=(Exception,)))
+    send_messages("1", cls="shop.Unknown")
+    running = SteppedConsumer(retry=Retry(delay=0, on=(Exception,)))
     assert running.attempts(10) == [2, 0]
     assert running.consumer.counts["failed"] == 2
 
 
 def test_task_that_raises_system_exit_is_retried() -> None:
     """C8: SystemExit is a failure of the task."""
-    Act.acts["1"] = [SystemExit(3), None]
-    put("1")
-    assert Running(retry=THRICE).attempts(10) == [1, 1]
+    ScriptedTask.script["1"] = [SystemExit(3), None]
+    send_messages("1")
+    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 1]
     assert committed() == 1
 
 
@@ -194,8 +194,8 @@ def test_plain_entrypoint_is_retried() -> None:
             raise ConnectionError("no")
 
     Controller.register(Bare.path, Bare)
-    put("1", cls=Bare)
-    assert Running(retry=THRICE).attempts(10, 10) == [1, 1, 1]
+    send_messages("1", cls=Bare)
+    assert SteppedConsumer(retry=THRICE).attempts(10, 10) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("policy", [5, "often", None, False, {"max_attempts": 5}])
@@ -208,8 +208,8 @@ def test_user_retry_attribute_that_is_no_policy_falls_back_to_the_consumer(polic
         attempt = "mine"
 
     Controller.register(Mine.path, Mine)
-    put("1", cls=Mine)
-    assert Running(retry=Retry(max_attempts=2, delay=1, jitter=False)).attempts(1, 1) == [1, 1, 0]
+    send_messages("1", cls=Mine)
+    assert SteppedConsumer(retry=Retry(max_attempts=2, delay=1, jitter=False)).attempts(1, 1) == [1, 1, 0]
     assert [number for what, number in Told.told if what == "run"] == ["mine", "mine"]
 
 
@@ -217,8 +217,8 @@ def test_user_retry_attribute_that_is_no_policy_falls_back_to_the_consumer(polic
 
 
 def test_failure_hooks_are_called_only_for_the_last_attempt() -> None:
-    put("1", cls=Told)
-    running = Running()
+    send_messages("1", cls=Told)
+    running = SteppedConsumer()
     running.consumer.REGISTRY = Hooked
     running.attempts(10)
     assert Told.told == [("run", 1), ("run", 2)]
@@ -232,16 +232,16 @@ def test_successful_retry_calls_the_success_hooks() -> None:
             return Result() if self.attempt == 2 else super().run()
 
     Controller.register(Second.path, Second)
-    put("1", cls=Second)
-    running = Running()
+    send_messages("1", cls=Second)
+    running = SteppedConsumer()
     running.consumer.REGISTRY = Hooked
     running.attempts(10)
     assert Told.told == [("run", 1), "onsuccess", "controller: onsuccess"]
 
 
 def test_retry_is_logged_as_a_warning_and_the_last_attempt_as_failed(caplog: pytest.LogCaptureFixture) -> None:
-    put("1", cls=Told)
-    running = Running()
+    send_messages("1", cls=Told)
+    running = SteppedConsumer()
     running.attempts(10)
     record, _ = (record for record in caplog.records if ".Retry: " in record.getMessage())
     assert (record.levelname, record.name) == ("WARNING", "kser.entry")
@@ -263,9 +263,9 @@ def test_entry_retried_signal_is_emitted_for_each_retried_attempt() -> None:
     def failed(sender: Any, entry: Any, result: Result) -> None:
         heard.append(("failed", sender, entry.uuid))
 
-    put("1", cls=Told)
+    send_messages("1", cls=Told)
     with signals.entry_retried.connected_to(retried), signals.entry_failed.connected_to(failed):
-        Running().attempts(10, 10)
+        SteppedConsumer().attempts(10, 10)
     assert heard == [("retried", Told, "1", "no", 1), ("retried", Told, "1", "no", 2), ("failed", Told, "1")]
 
 
@@ -291,8 +291,8 @@ class Both(Operation):
 
 def test_operation_is_retried_as_a_whole_with_its_own_policy(caplog: pytest.LogCaptureFixture) -> None:
     Controller.register(Both.path, Both)
-    put("1", cls=Both)
-    assert Running().attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
+    send_messages("1", cls=Both)
+    assert SteppedConsumer().attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
     runs = [("run", number) for number in (1, 2, 3)]
     assert [told for told in Told.told if told in runs] == runs
     assert Told.told.count("operation: onerror") == 1
@@ -308,8 +308,8 @@ def test_task_executed_by_another_task_is_not_retried() -> None:
             return Told().execute()
 
     Controller.register(Outer.path, Outer)
-    put("1", cls=Outer)
-    assert Running().attempts(10) == [1, 0]
+    send_messages("1", cls=Outer)
+    assert SteppedConsumer().attempts(10) == [1, 0]
     assert Told.told == [("run", 1), ("onerror", FAILED), ("onerror", FAILED)]
 
 
@@ -326,8 +326,8 @@ def test_task_that_cannot_be_built_is_retried() -> None:
             return Result()
 
     Controller.register(Connecting.path, Connecting)
-    put("1", cls=Connecting)
-    running = Running()
+    send_messages("1", cls=Connecting)
+    running = SteppedConsumer()
     assert running.attempts(10, 10) == [1, 1, 1]
     assert Told.told == ["postinit", "postinit", "postinit", "onsuccess"]
     assert running.consumer.counts == {"done": 1, "retried": 2, "dead_lettered": 0}
@@ -341,8 +341,8 @@ def test_onerror_that_returns_a_success_makes_the_attempt_a_success() -> None:
             return Result(uuid=self.uuid)
 
     Controller.register(Forgiving.path, Forgiving)
-    put("1", cls=Forgiving)
-    running = Running()
+    send_messages("1", cls=Forgiving)
+    running = SteppedConsumer()
     running.attempts()
     assert running.consumer.counts == {"done": 1, "dead_lettered": 0}
 
@@ -358,7 +358,7 @@ def test_onsuccess_that_returns_a_failure_makes_the_attempt_a_failure() -> None:
             return Result(uuid=self.uuid, retcode=1, stderr="not enough")
 
     Controller.register(Picky.path, Picky)
-    put("1", cls=Picky)
-    running = Running()
+    send_messages("1", cls=Picky)
+    running = SteppedConsumer()
     running.attempts()
     assert running.consumer.counts["failed"] == 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from kser.consumer.client import Commit
 from tests.consumer.harness import DICE
-from tests.consumer.queue_under_test import OTHER, Desk, offsets, record
+from tests.consumer.queue_under_test import OTHER, QueueUnderTest, offsets, record
 
 
 def test_revoked_partition_starts_no_more_records() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--aa")
     first, waiting, _ = desk.all()
     desk.requeue(waiting, 5)
     revocation = desk.partitions.on_revoke([DICE])
-    desk.time.pass_by(5)
+    desk.time.advance(5)
     assert desk.all() == []
     assert not revocation.drained
     assert desk.task_done(first) is False
@@ -21,7 +21,7 @@ def test_revoked_partition_starts_no_more_records() -> None:
 
 
 def test_revocation_waits_for_running_records_and_commits_them() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     first, second = desk.all()
     revocation = desk.partitions.on_revoke([DICE])
@@ -34,21 +34,21 @@ def test_revocation_waits_for_running_records_and_commits_them() -> None:
 
 
 def test_revocation_waits_no_longer_than_revoke_timeout() -> None:
-    desk = Desk(revoke_timeout=10)
+    desk = QueueUnderTest(revoke_timeout=10)
     desk.enter_keys("--")
     desk.next()
     desk.task_done(desk.next())
     revocation = desk.partitions.on_revoke([DICE])
-    desk.time.pass_by(9.9)
+    desk.time.advance(9.9)
     assert not revocation.drained
-    desk.time.pass_by(0.1)
+    desk.time.advance(0.1)
     assert revocation.drained
     revocation.wait()
     assert revocation.commits() == {DICE: Commit(0, "kser:1,1")}
 
 
 def test_running_record_is_resumed_when_its_partition_returns() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("aa-")
     running = desk.next()
     desk.come_back()
@@ -61,7 +61,7 @@ def test_running_record_is_resumed_when_its_partition_returns() -> None:
 
 
 def test_record_finished_while_revoked_is_not_started_again() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     first, second = desk.all()
     desk.partitions.on_revoke([DICE])
@@ -74,7 +74,7 @@ def test_record_finished_while_revoked_is_not_started_again() -> None:
 
 
 def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     first = desk.next()
     desk.come_back()
@@ -85,13 +85,13 @@ def test_record_finished_before_its_redelivery_is_not_started_again() -> None:
 
 
 def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("aa")
     desk.requeue(desk.next(), 10)
     desk.come_back()
     desk.enter_keys("aa")
     assert desk.all() == []
-    desk.time.pass_by(10)
+    desk.time.advance(10)
     (again,) = desk.all()
     assert (again.record.offset, again.attempt.number) == (0, 2)
     desk.task_done(again)
@@ -99,7 +99,7 @@ def test_rebalance_keeps_the_attempt_number_of_a_delayed_retry() -> None:
 
 
 def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     running = desk.next()
     desk.partitions.on_revoke([DICE])
@@ -107,19 +107,19 @@ def test_record_failed_while_revoked_is_retried_when_its_partition_returns() -> 
     desk.partitions.on_assign({DICE: Commit(0)})
     desk.enter_keys("-")
     assert desk.all() == []
-    desk.time.pass_by(10)
+    desk.time.advance(10)
     (again,) = desk.all()
     assert again.attempt.number == 2
 
 
 def test_records_committed_by_another_consumer_are_not_run() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("---")
     _, waiting, running = desk.all()
     desk.requeue(waiting, 1)
     desk.partitions.on_revoke([DICE])
     desk.partitions.on_assign({DICE: Commit(2)})
-    desk.time.pass_by(1)
+    desk.time.advance(1)
     assert desk.all() == []
     desk.enter(record(2), record(3))
     assert offsets(desk.all()) == [3]
@@ -129,7 +129,7 @@ def test_records_committed_by_another_consumer_are_not_run() -> None:
 
 def test_offset_reset_of_the_group_starts_records_again() -> None:
     """The committed offset was deleted or reset, so its records are requested again."""
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     for item in desk.all():
         desk.task_done(item)
@@ -142,7 +142,7 @@ def test_offset_reset_of_the_group_starts_records_again() -> None:
 
 
 def test_new_start_position_discards_tracked_records() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("-")
     old = desk.next()
     desk.partitions.on_reset({DICE: Commit(0)})
@@ -155,7 +155,7 @@ def test_new_start_position_discards_tracked_records() -> None:
 
 
 def test_running_record_of_a_lost_partition_is_resumed_when_it_returns() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.enter_keys("--")
     desk.next()
     desk.partitions.on_lost([DICE])
@@ -166,14 +166,14 @@ def test_running_record_of_a_lost_partition_is_resumed_when_it_returns() -> None
 
 
 def test_records_finished_in_the_commit_metadata_are_not_started() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     desk.partitions.on_assign({OTHER: Commit(0, "kser:1,2")})
     desk.enter(*(record(n, partition=1) for n in range(4)))
     assert offsets(desk.all()) == [0, 3]
 
 
 def test_revocation_of_an_unassigned_partition_does_nothing() -> None:
-    desk = Desk()
+    desk = QueueUnderTest()
     revocation = desk.partitions.on_revoke([OTHER])
     assert revocation.drained
     assert revocation.commits() == {}

@@ -18,30 +18,30 @@ from kser.sequencing.task import Task
 from tests.support import message
 
 
-class Act(Entrypoint):
-    seen: list[str] = []  # noqa: RUF012  emptied after each test
+class ScriptedTask(Entrypoint):
+    ran: list[str] = []  # noqa: RUF012  emptied after each test
 
     def run(self) -> None:
-        self.seen.append(self.uuid)
+        self.ran.append(self.uuid)
 
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    Controller.register(Act.path, Act)
+    Controller.register(ScriptedTask.path, ScriptedTask)
     yield
     InMemoryBroker.reset()
-    Act.seen.clear()
+    ScriptedTask.ran.clear()
 
 
-def consumer_of() -> Consumer:
+def new_consumer() -> Consumer:
     return Consumer({}, ["dice"])
 
 
 def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
-    """A class that sends a message of :class:`Act` each time it runs."""
+    """A class that sends a message of :class:`ScriptedTask` each time it runs."""
 
     def run(self: Task) -> Result:
-        registry.producer.send("dice", message(Act, uuid=f"from {self.uuid}"))
+        registry.producer.send("dice", message(ScriptedTask, uuid=f"from {self.uuid}"))
         return Result()
 
     return registry.subscribe(type(name, (Task,), {"run": run, "__module__": __name__}))
@@ -50,10 +50,10 @@ def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
 def test_tasks_send_with_the_producer_of_their_consumer() -> None:
     cls = sending(OperationRegistry())
     InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
-    consumer = consumer_of()
+    consumer = new_consumer()
     assert consumer.run_until_idle() == 2
     consumer.close()
-    assert Act.seen == ["from 1"]
+    assert ScriptedTask.ran == ["from 1"]
 
 
 def test_registry_replaced_later_gets_the_shared_producer() -> None:
@@ -62,7 +62,7 @@ def test_registry_replaced_later_gets_the_shared_producer() -> None:
 
     registry = OperationRegistry(controller_class=Apart)
     cls = sending(registry)
-    consumer = consumer_of()
+    consumer = new_consumer()
     consumer.step(timeout=0)
     with pytest.raises(ProducerMissing):
         _ = registry.producer
@@ -73,28 +73,28 @@ def test_registry_replaced_later_gets_the_shared_producer() -> None:
 
 def test_classes_subscribed_later_get_the_shared_producer() -> None:
     """A module with tasks may be imported when the consumer runs already."""
-    consumer = consumer_of()
+    consumer = new_consumer()
     consumer.step(timeout=0)
     cls = sending(OperationRegistry(), "Late")
     InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     assert consumer.run_until_idle() == 2
 
 
-def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
+def test_each_new_consumer_a_process_shares_its_own_producer() -> None:
     """Tests of users make one consumer after the other, on a bus that is new each time."""
     cls = sending(OperationRegistry())
     for number in ("1", "2"):
         InMemoryBroker.reset()
         InMemoryBroker.at("").send("dice", message(cls, uuid=number).dumps().encode())
-        consumer = consumer_of()
+        consumer = new_consumer()
         consumer.run_until_idle()
         consumer.close()
-    assert Act.seen == ["from 1", "from 2"]
+    assert ScriptedTask.ran == ["from 1", "from 2"]
 
 
 def test_entrypoint_without_a_registry_gets_no_producer() -> None:
-    InMemoryBroker.at("").send("dice", message(Act, uuid="1").dumps().encode())
-    assert consumer_of().run_until_idle() == 1
+    InMemoryBroker.at("").send("dice", message(ScriptedTask, uuid="1").dumps().encode())
+    assert new_consumer().run_until_idle() == 1
 
 
 def test_registry_that_is_no_controller_gets_no_producer() -> None:
@@ -105,7 +105,7 @@ def test_registry_that_is_no_controller_gets_no_producer() -> None:
         def run(cls, data: Any) -> None:
             cls.seen.append(data)
 
-    consumer = consumer_of()
+    consumer = new_consumer()
     consumer.REGISTRY = Anything
     InMemoryBroker.at("").send("dice", b"text")
     assert consumer.step(timeout=0) == 1

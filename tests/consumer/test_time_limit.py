@@ -17,8 +17,8 @@ from kser.entry import Entrypoint
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from tests.consumer.harness import AT_ONCE, PATIENCE, Act, InThread, committed, consumer_of, put, until
-from tests.support import Clock, lines
+from tests.consumer.harness import MANUAL_COMMIT, ConsumerThread, ScriptedTask, committed, new_consumer, send_messages
+from tests.support import WAIT_SECONDS, Clock, lines, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -34,7 +34,7 @@ class Slow(Task):
     def run(self) -> Any:
         self.told.append(("run", self.attempt))
         if self.told.count(("run", 1)) == 1 and self.attempt == 1:
-            assert self.gate.wait(PATIENCE)
+            assert self.gate.wait(WAIT_SECONDS)
             if isinstance(self.ending, Exception):
                 raise self.ending
             return self.ending
@@ -79,9 +79,9 @@ class Stepped:
     """A consumer whose attempts run in threads of the test, and whose time passes when the test says so."""
 
     def __init__(self, **options: Any) -> None:
-        self.consumer: Consumer = consumer_of(AT_ONCE, **options)
+        self.clock = Clock()
+        self.consumer: Consumer = new_consumer(MANUAL_COMMIT, clock=self.clock, **options)
         self.consumer.REGISTRY = Hooked
-        self.clock = Clock(self.consumer)
         self.spawned = 0
         self.consumer._kser_worker_pool._spawn = self._count  # type: ignore[method-assign]
 
@@ -93,7 +93,7 @@ class Stepped:
         self.consumer._kser_poller.poll_once(0)
         thread = threading.Thread(target=self.consumer._kser_worker_pool.step)
         thread.start()
-        until(
+        wait_until(
             lambda: (
                 self.consumer._kser_work_queue.running()
                 and self.consumer._kser_work_queue.running()[0].attempt.time_limit is not None
@@ -102,7 +102,7 @@ class Stepped:
         return thread
 
     def expire(self, seconds: float) -> None:
-        self.clock.pass_by(seconds)
+        self.clock.advance(seconds)
         self.consumer._kser_worker_pool.enforce_time_limits()
 
 
@@ -110,12 +110,12 @@ LATE_ERROR = "the attempt took longer than TIME_LIMIT, 5 s"
 
 
 def test_attempt_within_its_timeout_is_not_affected() -> None:
-    put("1", cls=Slow)
+    send_messages("1", cls=Slow)
     stepped = Stepped()
     thread = stepped.begin()
     stepped.expire(4.9)
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
     stepped.expire(10)
     stepped.consumer.step(timeout=0)
     assert Slow.told == [("run", 1), "postrun", "onsuccess", "controller: onsuccess"]
@@ -136,7 +136,7 @@ def test_attempt_that_times_out_fails_and_its_late_result_is_dropped(
         heard.append(result.stderr)
 
     Slow.ending = ending
-    put("1", cls=Slow)
+    send_messages("1", cls=Slow)
     stepped = Stepped()
     with signals.entry_failed.connected_to(failed):
         thread = stepped.begin()
@@ -145,7 +145,7 @@ def test_attempt_that_times_out_fails_and_its_late_result_is_dropped(
         assert Slow.told == [("run", 1), f"onerror: {LATE_ERROR}", "controller: onerror"]
         assert (stepped.spawned, committed(), stepped.consumer.counts["failed"]) == (1, 1, 1)
         Slow.gate.set()
-        thread.join(PATIENCE)
+        thread.join(WAIT_SECONDS)
     assert Slow.told == [("run", 1), f"onerror: {LATE_ERROR}", "controller: onerror"]
     assert heard == [LATE_ERROR]
     assert stepped.consumer.counts == {"done": 1, "failed": 1, "dead_lettered": 0}
@@ -155,55 +155,55 @@ def test_attempt_that_times_out_fails_and_its_late_result_is_dropped(
 
 
 def test_attempt_that_times_out_is_retried_by_its_policy() -> None:
-    put("1", cls=Slow)
+    send_messages("1", cls=Slow)
     stepped = Stepped(retry=Retry(max_attempts=2, delay=10, jitter=False, on=(TimeoutError,)))
     thread = stepped.begin()
     stepped.expire(5)
     assert stepped.consumer.step(timeout=0) == 1
-    stepped.clock.pass_by(10)
+    stepped.clock.advance(10)
     assert stepped.consumer.step(timeout=0) == 1
     assert Slow.told == [("run", 1), ("run", 2), "postrun", "onsuccess", "controller: onsuccess"]
     assert committed() == 1
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
     assert stepped.consumer.counts == {"done": 1, "retried": 1, "dead_lettered": 0}
 
 
 def test_late_failure_of_a_timed_out_attempt_schedules_no_retry(caplog: pytest.LogCaptureFixture) -> None:
     Slow.ending = ConnectionError("late")
-    put("1", cls=Slow)
+    send_messages("1", cls=Slow)
     stepped = Stepped(retry=Retry(max_attempts=3, delay=10, jitter=False))
     thread = stepped.begin()
     stepped.expire(5)
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
     stepped.consumer.step(timeout=0)
     assert len([line for line in lines(caplog) if ".Retry: " in line]) == 1
-    stepped.clock.pass_by(10)
+    stepped.clock.advance(10)
     assert [stepped.consumer.step(timeout=0) for _ in range(2)] == [1, 0]
 
 
 def test_records_of_the_same_key_wait_until_the_timeout_and_no_longer() -> None:
-    put("1", cls=Slow, key=b"a")
-    put("2", key=b"a")
+    send_messages("1", cls=Slow, key=b"a")
+    send_messages("2", key=b"a")
     stepped = Stepped()
     thread = stepped.begin()
     assert stepped.consumer.step(timeout=0) == 0
     stepped.expire(5)
     assert stepped.consumer.step(timeout=0) == 2
-    assert (Act.seen, committed()) == (["2"], 2)
+    assert (ScriptedTask.ran, committed()) == (["2"], 2)
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
 
 
 def test_attempt_that_times_out_is_dead_lettered(bus: Any) -> None:
-    put("1", cls=Slow)
+    send_messages("1", cls=Slow)
     stepped = Stepped(dead_letter=True)
     thread = stepped.begin()
     stepped.expire(5)
     stepped.consumer.step(timeout=0)
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
     ((letter,),) = bus.topics["dice.dlq"]
     assert dict(letter.headers)["kser-dlq-error-class"] == b"kser.errors.TaskTimeout"
 
@@ -217,7 +217,7 @@ def test_operation_timeout_applies_to_the_whole_operation() -> None:
 
     Slow.ending = ConnectionError("late")
     Controller.register(Whole.path, Whole)
-    put("1", cls=Whole)
+    send_messages("1", cls=Whole)
     stepped = Stepped()
     thread = stepped.begin()
     stepped.expire(6.9)
@@ -225,7 +225,7 @@ def test_operation_timeout_applies_to_the_whole_operation() -> None:
     stepped.expire(0.1)
     assert stepped.consumer.step(timeout=0) == 1
     Slow.gate.set()
-    thread.join(PATIENCE)
+    thread.join(WAIT_SECONDS)
     assert Slow.told == [("run", 1), "controller: onerror"]
 
 
@@ -241,8 +241,8 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
             self.items.append(consumer._kser_work_queue.running()[0].attempt.time_limit)
 
     Controller.register(Mine.path, Mine)
-    put("1", cls=Mine)
-    consumer = consumer_of()
+    send_messages("1", cls=Mine)
+    consumer = new_consumer()
     consumer.step(timeout=0)
     assert Mine.items == [None]
 
@@ -253,17 +253,17 @@ def test_invalid_timeout_attribute_sets_no_limit(value: Any) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stuck_worker_is_replaced(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slow, "TIME_LIMIT", 0.2)
-    put("1", cls=Slow)
-    consumer = consumer_of(AT_ONCE, workers=workers)
-    with InThread(consumer):
-        until(lambda: consumer.counts.get("failed"))
-        put("2", "3", "4")
-        until(lambda: committed() == 4)
+    send_messages("1", cls=Slow)
+    consumer = new_consumer(MANUAL_COMMIT, workers=workers)
+    with ConsumerThread(consumer):
+        wait_until(lambda: consumer.counts.get("failed"))
+        send_messages("2", "3", "4")
+        wait_until(lambda: committed() == 4)
         alive = [thread.name for thread in threading.enumerate() if thread.name == "kser-worker"]
         # The stuck one and those that took the place of it.
         assert len(alive) == (1 if workers == 1 else 3)
         Slow.gate.set()
-        until(lambda: len([t for t in threading.enumerate() if t.name == "kser-worker"]) == max(workers, 1))
-    assert sorted(Act.seen) == ["2", "3", "4"]
+        wait_until(lambda: len([t for t in threading.enumerate() if t.name == "kser-worker"]) == max(workers, 1))
+    assert sorted(ScriptedTask.ran) == ["2", "3", "4"]
     assert ("run", 1) in Slow.told
     assert "onsuccess" not in Slow.told

@@ -15,35 +15,36 @@ from kser.controller import Controller
 from kser.retry import Retry
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
-from tests.consumer.harness import AT_ONCE, PATIENCE, Act, InThread, committed, consumer_of, put, until
+from tests.consumer.harness import MANUAL_COMMIT, ConsumerThread, ScriptedTask, committed, new_consumer, send_messages
+from tests.support import WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
 
 def test_single_worker_runs_tasks_in_the_main_thread() -> None:
     threads: list[threading.Thread] = []
-    Act.acts["1"] = lambda: threads.append(threading.current_thread())
-    consumer = consumer_of()
-    Act.acts["2"] = consumer.stop
-    put("1", "2")
+    ScriptedTask.script["1"] = lambda: threads.append(threading.current_thread())
+    consumer = new_consumer()
+    ScriptedTask.script["2"] = consumer.stop
+    send_messages("1", "2")
     with pytest.raises(SystemExit):
         consumer.run()
     assert threads == [threading.main_thread()]
 
 
 def test_workers_run_concurrently_up_to_their_number() -> None:
-    together = threading.Barrier(3, timeout=PATIENCE)
+    together = threading.Barrier(3, timeout=WAIT_SECONDS)
     names: list[str] = []
 
     def meet() -> None:
         names.append(threading.current_thread().name)
         together.wait()
 
-    Act.acts.update(dict.fromkeys("123456", meet))
-    put(*"123456")
-    consumer = consumer_of(AT_ONCE, workers=3)
-    with InThread(consumer):
-        until(lambda: committed() == 6)
+    ScriptedTask.script.update(dict.fromkeys("123456", meet))
+    send_messages(*"123456")
+    consumer = new_consumer(MANUAL_COMMIT, workers=3)
+    with ConsumerThread(consumer):
+        wait_until(lambda: committed() == 6)
         assert len([thread for thread in threading.enumerate() if thread.name == "kser-worker"]) == 3
     assert set(names) == {"kser-worker"}
     assert consumer.counts["done"] == 6
@@ -51,13 +52,13 @@ def test_workers_run_concurrently_up_to_their_number() -> None:
 
 def test_slow_message_blocks_only_the_commit() -> None:
     gate = threading.Event()
-    Act.acts["slow"] = lambda: gate.wait(PATIENCE)
-    put("slow", *"123")
-    with InThread(consumer_of(AT_ONCE, workers=2)):
-        until(lambda: len(Act.seen) == 4)
+    ScriptedTask.script["slow"] = lambda: gate.wait(WAIT_SECONDS)
+    send_messages("slow", *"123")
+    with ConsumerThread(new_consumer(MANUAL_COMMIT, workers=2)):
+        wait_until(lambda: len(ScriptedTask.ran) == 4)
         assert committed() == 0
         gate.set()
-        until(lambda: committed() == 4)
+        wait_until(lambda: committed() == 4)
 
 
 def test_messages_of_a_key_neither_overlap_nor_overtake() -> None:
@@ -85,28 +86,28 @@ def test_messages_of_a_key_neither_overlap_nor_overtake() -> None:
     sent: dict[str, list[str]] = {key: [f"{key}{n}" for n in range(40)] for key in "abcde"}
     for number in range(40):
         for key, uuids in sent.items():
-            put(uuids[number], cls=Keyed, key=key.encode())
-    with InThread(consumer_of(AT_ONCE, workers=8, retry=Retry(delay=0.001))):
-        until(lambda: committed() == 200)
+            send_messages(uuids[number], cls=Keyed, key=key.encode())
+    with ConsumerThread(new_consumer(MANUAL_COMMIT, workers=8, retry=Retry(delay=0.001))):
+        wait_until(lambda: committed() == 200)
     assert Keyed.overlaps == []
     assert dict(Keyed.began) == sent
 
 
 def test_each_worker_has_a_line_in_the_running_file() -> None:
     path = Path(os.environ["RUNNING_FILE"])
-    gate, begun = threading.Event(), threading.Barrier(3, timeout=PATIENCE)
+    gate, begun = threading.Event(), threading.Barrier(3, timeout=WAIT_SECONDS)
 
     def stay() -> None:
         begun.wait()
-        gate.wait(PATIENCE)
+        gate.wait(WAIT_SECONDS)
 
-    Act.acts.update({"1": stay, "2": stay})
-    put("1", "2")
-    with InThread(consumer_of(workers=2)):
+    ScriptedTask.script.update({"1": stay, "2": stay})
+    send_messages("1", "2")
+    with ConsumerThread(new_consumer(workers=2)):
         begun.wait()
-        assert sorted(path.read_text().split("\n")) == [f"{Act.path}[1]", f"{Act.path}[2]"]
+        assert sorted(path.read_text().split("\n")) == [f"{ScriptedTask.path}[1]", f"{ScriptedTask.path}[2]"]
         gate.set()
-        until(lambda: path.read_text() == "")
+        wait_until(lambda: path.read_text() == "")
 
 
 def test_attempt_number_is_local_to_its_worker() -> None:
@@ -123,9 +124,9 @@ def test_attempt_number_is_local_to_its_worker() -> None:
 
     Controller.register(Counted.path, Counted)
     bad, good = ([f"{kind}{number}" for number in range(20)] for kind in ("bad", "good"))
-    put(*bad, *good, cls=Counted)
-    with InThread(consumer_of(AT_ONCE, workers=4)):
-        until(lambda: committed() == 40)
+    send_messages(*bad, *good, cls=Counted)
+    with ConsumerThread(new_consumer(MANUAL_COMMIT, workers=4)):
+        wait_until(lambda: committed() == 40)
     assert Counted.attempts == {
         **{uuid: [(1, 1), (2, 2), (3, 3)] for uuid in bad},
         **{uuid: [(1, 1)] for uuid in good},
@@ -135,80 +136,80 @@ def test_attempt_number_is_local_to_its_worker() -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_task_that_raises_keyboard_interrupt_ends_the_consumer_uncommitted(workers: int) -> None:
     """C8"""
-    Act.acts["1"] = KeyboardInterrupt()
-    put("1")
-    consumer = consumer_of(AT_ONCE, workers=workers)
-    with InThread(consumer) as thread:
+    ScriptedTask.script["1"] = KeyboardInterrupt()
+    send_messages("1")
+    consumer = new_consumer(MANUAL_COMMIT, workers=workers)
+    with ConsumerThread(consumer) as thread:
         assert isinstance(thread.join(), KeyboardInterrupt)
     assert committed() == 0
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
 
 
 def test_task_that_raises_system_exit_does_not_end_the_consumer() -> None:
-    Act.acts["1"] = SystemExit(1)
-    put("1", "2", "3")
-    consumer = consumer_of(AT_ONCE, workers=2)
-    with InThread(consumer):
-        until(lambda: committed() == 3)
+    ScriptedTask.script["1"] = SystemExit(1)
+    send_messages("1", "2", "3")
+    consumer = new_consumer(MANUAL_COMMIT, workers=2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: committed() == 3)
     assert consumer.counts["failed"] == 1
 
 
 def test_pause_stops_all_workers() -> None:
-    put("1")
-    consumer = consumer_of(AT_ONCE, workers=3)
+    send_messages("1")
+    consumer = new_consumer(MANUAL_COMMIT, workers=3)
     pause = Path(os.environ["LOCK_FILE"])
-    with InThread(consumer):
-        until(lambda: committed() == 1)
+    with ConsumerThread(consumer):
+        wait_until(lambda: committed() == 1)
         pause.touch()
-        until(lambda: consumer._kser_poller.paused)
-        put("2", "3")
+        wait_until(lambda: consumer._kser_poller.paused)
+        send_messages("2", "3")
         threading.Event().wait(0.1)
-        assert Act.seen == ["1"]
+        assert ScriptedTask.ran == ["1"]
         pause.unlink()
-        until(lambda: committed() == 3)
+        wait_until(lambda: committed() == 3)
 
 
 def test_arriving_record_wakes_a_worker_at_once() -> None:
     times: list[float] = []
-    consumer = consumer_of(AT_ONCE, workers=2)
-    with InThread(consumer):
-        until(lambda: consumer.assignment)
+    consumer = new_consumer(MANUAL_COMMIT, workers=2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: consumer.assignment)
         for uuid in "123":
             began = consumer._kser_clock()
-            put(uuid)
-            until(lambda uuid=uuid: uuid in Act.seen)
+            send_messages(uuid)
+            wait_until(lambda uuid=uuid: uuid in ScriptedTask.ran)
             times.append(consumer._kser_clock() - began)
     assert min(times) < 0.1
 
 
 def test_many_messages_are_handled_exactly_once() -> None:
     uuids = [str(number) for number in range(2000)]
-    put(*uuids)
-    consumer = consumer_of({"auto_commit_interval_ms": 10}, workers=8, max_in_flight=50, ordering="none")
-    with InThread(consumer):
-        until(lambda: committed() == 2000)
-    assert sorted(Act.seen) == sorted(uuids)
+    send_messages(*uuids)
+    consumer = new_consumer({"auto_commit_interval_ms": 10}, workers=8, max_in_flight=50, ordering="none")
+    with ConsumerThread(consumer):
+        wait_until(lambda: committed() == 2000)
+    assert sorted(ScriptedTask.ran) == sorted(uuids)
     assert consumer.counts == {"done": 2000, "dead_lettered": 0}
 
 
 def test_class_subscribed_while_running_gets_the_shared_producer() -> None:
-    consumer = consumer_of(AT_ONCE, workers=2)
-    with InThread(consumer):
-        until(lambda: consumer.assignment)
+    consumer = new_consumer(MANUAL_COMMIT, workers=2)
+    with ConsumerThread(consumer):
+        wait_until(lambda: consumer.assignment)
         registry = OperationRegistry()
 
         def run(self: Task) -> Any:
             return registry.producer.send("elsewhere", self.to_Message())
 
         late = registry.subscribe(type("Late", (Task,), {"run": run, "__module__": __name__}))
-        put("1", cls=late)
-        until(lambda: committed() == 1)
+        send_messages("1", cls=late)
+        wait_until(lambda: committed() == 1)
     assert consumer.counts == {"done": 1, "dead_lettered": 0}
 
 
 def test_workers_end_at_shutdown() -> None:
-    consumer = consumer_of(workers=4)
+    consumer = new_consumer(workers=4)
     workers: WorkerPool = consumer._kser_worker_pool
     workers.start()
     workers.shutdown()
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kser-worker"])
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kser-worker"])

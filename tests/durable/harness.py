@@ -1,13 +1,13 @@
-"""Shared harness of the durable operation tests: a shop with a database, its processes, and a clock.
+"""Shared harness of the durable operation tests: a store, the processes that share it, and their clocks.
 
-Each process has classes, a registry and a consumer of its own. A consumer of another group gets each record once more:
-as after a rebalance, or from a producer that sent it twice.
+Each process has its own classes, registry and consumer. A consumer of another group gets every record again, as after a
+rebalance or a duplicate send.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import pytest
@@ -24,181 +24,185 @@ from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
 from kser.store.model import Claim, OperationSnapshot
-from tests.consumer.harness import AT_ONCE, PATIENCE, Act, consumer_of
-from tests.store.harness import LEASE, World, me
-from tests.support import Clock, message
+from tests.consumer.harness import MANUAL_COMMIT, ScriptedTask, new_consumer
+from tests.store.harness import LEASE, StoreHarness, claim_request
+from tests.support import WAIT_SECONDS, Clock, message
 
-#: Seconds between two turns of what runs beside a consumer, when a test lets time pass.
+#: Seconds between two ticks of the background service, when a test lets time pass.
 TURN = 5.0
+#: Seconds after which a lease that nobody renews has expired.
+LEASE_EXPIRED = LEASE + 1
 
-Learnt = TypeVar("Learnt", bound=type[Task])
+TaskClass = TypeVar("TaskClass", bound=type[Task])
 
 
 class Sale(Operation):
-    """Three tasks that do what the test says: ``<uuid>.a``, ``.b`` and ``.c``. It runs in one consumer."""
+    """A local operation of the three scripted tasks ``<uuid>.a``, ``<uuid>.b`` and ``<uuid>.c``."""
 
     names: ClassVar[str] = "abc"
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [Act(f"{self.uuid}.{name}") for name in self.names]
+        return [ScriptedTask(f"{self.uuid}.{name}") for name in self.names]
 
 
 class Spread(Sale):
-    """The same over the consumers."""
+    """A distributed operation of the same three tasks."""
 
     DISTRIBUTED = True
 
 
-#: Both ways to run an operation.
+#: Run a test with a local and with a distributed operation.
 BOTH_WAYS = pytest.mark.parametrize("cls", [Sale, Spread], ids=["in one consumer", "over the consumers"])
 
 
 class Process:
-    """What one process has: its classes, its registry and its consumer.
+    """A process: its classes, its registry and its consumer.
 
-    :param store: the shared database, None for a process that has none.
-    :param options: of its consumer; ``group``, and ``app`` for its registry.
+    :param store: the shared store, None for a process without a database.
+    :param classes: the subscribed classes, in addition to :class:`ScriptedTask`.
+    :param options: options of the consumer; also ``group``, ``consumer_clock``, and ``app`` for the registry.
     """
 
     def __init__(self, store: Store | None, *classes: type[Task], **options: Any) -> None:
         group, app = options.pop("group", "dummy"), options.pop("app", None)
+        self.clock = Clock()
+        clock = options.pop("consumer_clock", self.clock)
 
         class Own(Controller):
             ENTRYPOINTS: ClassVar[dict[Any, Any]] = {}
 
         self.registry = OperationRegistry(app, Own, producer=Producer({}), store=store)
-        self.consumer = consumer_of({**AT_ONCE, "group_id": group}, **options)
+        self.consumer = new_consumer({**MANUAL_COMMIT, "group_id": group}, clock=clock, **options)
         self.consumer.REGISTRY = self.registry.controller
-        self.clock = Clock(self.consumer)
-        for cls in (Act, *classes):
-            self.learn(cls)
+        for cls in (ScriptedTask, *classes):
+            self.subscribe_copy(cls)
         if store is not None:
-            self.companion._clock = self.clock
+            self.background_service.clock = self.clock
 
-    def learn(self, cls: Learnt) -> Learnt:
-        """Subscribe a class of this process's own, which is otherwise like ``cls``; returns it."""
+    def subscribe_copy(self, cls: TaskClass) -> TaskClass:
+        """Subscribe a subclass with the same path in this process, and return it."""
         own = type(cls)(cls.__name__, (cls,), {"__module__": cls.__module__})
         return self.registry.subscribe(own)  # type: ignore[return-value]
 
-    def known(self, cls: type[Task]) -> Any:
-        """This process's own class that is like ``cls``."""
+    def class_of(self, cls: type[Task]) -> Any:
+        """Return this process's subscribed copy of a class."""
         return self.registry.controller.ENTRYPOINTS[cls.path]
 
-    def forget(self, cls: type[Task]) -> None:
-        """Be a process that does not know a class."""
+    def unsubscribe(self, cls: type[Task]) -> None:
+        """Remove a class from this process's registry."""
         del self.registry.controller.ENTRYPOINTS[cls.path]
 
     @property
-    def companion(self) -> RecoveryService:
-        """What runs beside its consumer."""
-        found = self.registry._kser_background_service
+    def background_service(self) -> RecoveryService:
+        """The heartbeat and the reaper of this process."""
+        found = self.registry.background_service
         assert found is not None
         return found
 
-    def stop_its_heart(self) -> None:
-        """Nothing runs beside its consumer from now on, as where a thread is given no time."""
-        self.companion.tick = lambda: None  # type: ignore[method-assign]
+    def disable_background_service(self) -> None:
+        """Stop heartbeat and reaper, as on a machine that gives their thread no time."""
+        self.background_service.tick = lambda: None  # type: ignore[method-assign]
 
     def send(self, cls: type[Task], uuid: str = "1", **params: Any) -> Any:
-        """Send an operation that is not built yet; returns it."""
-        return self.known(cls)(uuid=uuid, params=params).send()
+        """Send an operation whose tasks are not built yet, and return it."""
+        return self.class_of(cls)(uuid=uuid, params=params).send()
 
     def handle(self) -> int:
-        """Handle all messages that there are; returns how many."""
+        """Handle messages until none are left, and return their number."""
         return self.consumer.run_until_idle()
 
     def run(self, kmsg: Message) -> Result:
-        """Handle a message that Kafka knows nothing of."""
+        """Run a message that does not come from Kafka."""
         found: Result = self.registry.controller.run(kmsg.dumps())
         return found
 
     def step(self) -> int:
-        """Handle the messages that there are now, but for those that come of them."""
+        """Handle the messages that exist now, but not the ones that they send."""
         return self.consumer.step(timeout=0)
 
 
-class Shop:
-    """A database and the processes that share it.
+class DurableHarness:
+    """A store and the processes that share it.
 
-    :param world: the database.
+    :param store_harness: the store with its clock.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, store_harness: StoreHarness) -> None:
+        self.store_harness = store_harness
         self.processes: list[Process] = []
-        #: The one that most tests need.
+        #: The only process of most tests.
         self.first = self.process(Sale, Spread)
         self.registry = self.first.registry
 
     def process(self, *classes: type[Task], **options: Any) -> Process:
-        """One more process, which knows these classes."""
-        store = self.world.other if self.processes else self.world.store
+        """Start another process, with these classes and options."""
+        store = self.store_harness.other if self.processes else self.store_harness.store
         self.processes.append(Process(options.pop("store", store), *classes, **options))
         return self.processes[-1]
 
     @property
     def store(self) -> Store:
-        """The database, as nobody's."""
-        return self.world.store
+        """The store, accessed without a process."""
+        return self.store_harness.store
 
-    def pass_by(self, seconds: float) -> None:
-        """Let time pass, for the database and for all processes."""
-        self.world.pass_by(seconds)
+    def advance(self, seconds: float) -> None:
+        """Let time pass, for the store and for all processes."""
+        self.store_harness.advance(seconds)
         for process in self.processes:
-            process.clock.pass_by(seconds)
+            process.clock.advance(seconds)
 
-    def live(self, seconds: float, process: Process | None = None) -> None:
-        """Let time pass in which what runs beside a consumer has its turns; what it sends is left on Kafka."""
+    def advance_with_reaper(self, seconds: float, process: Process | None = None) -> None:
+        """Let time pass while heartbeat and reaper run; the messages that the reaper sends are not handled."""
         passed = 0.0
         while passed < seconds:
-            (process or self.first).companion.tick()
-            self.pass_by(TURN)
+            (process or self.first).background_service.tick()
+            self.advance(TURN)
             passed += TURN
-        (process or self.first).companion.tick()
+        (process or self.first).background_service.tick()
 
     def stored(self, uuid: str = "1") -> OperationSnapshot:
-        """What is stored of an operation."""
+        """Return the stored snapshot of an operation."""
         found = self.store.snapshot(uuid)
         assert found is not None
         return found
 
     def status(self, uuid: str = "1") -> str:
-        """The status of an operation."""
+        """Return the stored status of an operation."""
         return self.stored(uuid).operation.status
 
     def has_ended(self, uuid: str = "1") -> bool:
-        """Whether an operation has ended; also for one that is not there yet."""
+        """Return whether an operation is stored and has ended."""
         row = self.store.get_operation(uuid)
         return row is not None and is_final(row.status)
 
     def tasks(self, uuid: str = "1") -> list[str]:
-        """The status of each of its tasks."""
+        """Return the stored status of each task of an operation."""
         return [task.status for task in self.stored(uuid).tasks]
 
-    def kinds(self, uuid: str = "1") -> list[str]:
-        """What happened to it."""
+    def event_kinds(self, uuid: str = "1") -> list[str]:
+        """Return the kinds of the stored events of an operation."""
         return [event.kind for event in self.stored(uuid).events]
 
     def attempts(self, uuid: str = "1") -> list[tuple[int, int, str]]:
-        """The position of the task, the number and what came of it, for each attempt at its tasks."""
+        """Return the stored attempts of an operation: position of the task, number and status."""
         return [(each.position, each.number, each.status) for each in self.stored(uuid).attempts]
 
-    def seize(self, uuid: str = "1") -> Claim:
-        """Claim an operation for a process that dies the next moment."""
+    def claim_and_die(self, uuid: str = "1") -> Claim:
+        """Claim an operation for a consumer that then does nothing."""
         row = self.stored(uuid).operation
-        claim = self.store.claim(uuid, row.target.uuid, me("the dead"))
+        claim = self.store.claim(uuid, row.target.uuid, claim_request("a dead consumer"))
         assert isinstance(claim, Claim), claim
         return claim
 
     def close(self) -> None:
-        """The end of all processes."""
+        """Close all consumers and the store."""
         for process in self.processes:
             process.consumer.close()
-        self.world.close()
+        self.store_harness.close()
 
 
-def meanwhile(*calls: Callable[[], Any]) -> Callable[[], None]:
-    """What a task does while other threads do something else: it waits for them."""
+def in_other_thread(*calls: Callable[[], Any]) -> Callable[[], None]:
+    """Return an action for a script that runs calls in another thread and waits for their end."""
 
     def act() -> None:
         errors: list[BaseException] = []
@@ -212,31 +216,19 @@ def meanwhile(*calls: Callable[[], Any]) -> Callable[[], None]:
 
         thread = threading.Thread(target=run)
         thread.start()
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "what happens meanwhile does not end"
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive(), "the calls in the other thread do not end"
         if errors:
             raise errors[0]
 
     return act
 
 
-def bare(cls: type[Task], uuid: str = "1", **arguments: Any) -> None:
-    """Send a message as a script does that knows no class and has no database."""
+def send_raw_message(cls: type[Task], uuid: str = "1", **arguments: Any) -> None:
+    """Send a message without a class and without a store, as a script that imports neither does."""
     InMemoryBroker.at("").send("dice", message(cls, uuid=uuid, **arguments).dumps().encode())
 
 
-def sent(topic: str = "dice") -> list[Message]:
-    """What was sent to a topic."""
+def sent_messages(topic: str = "dice") -> list[Message]:
+    """Return the messages in a topic."""
     return [Message.loads(value) for value in InMemoryBroker.at("").values(topic)]
-
-
-def expire() -> float:
-    """Seconds after which a lease is over that nobody prolongs."""
-    return LEASE + 1
-
-
-def shops(world: World) -> Iterator[Shop]:
-    """A shop that is closed after the test."""
-    shop = Shop(world)
-    yield shop
-    shop.close()

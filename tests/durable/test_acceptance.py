@@ -22,9 +22,18 @@ from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
 from kser.store.base import Store
 from kser.store.model import Mode
-from tests.consumer.harness import Act, committed
-from tests.durable.harness import BOTH_WAYS, Process, Sale, Shop, Spread, bare, meanwhile, sent
-from tests.store.harness import MemoryWorld
+from tests.consumer.harness import ScriptedTask, committed
+from tests.durable.harness import (
+    BOTH_WAYS,
+    DurableHarness,
+    Process,
+    Sale,
+    Spread,
+    in_other_thread,
+    send_raw_message,
+    sent_messages,
+)
+from tests.store.harness import MemoryStoreHarness
 from tests.support import lines, message
 
 
@@ -54,168 +63,168 @@ class Refusing:
 # -- by a call ---------------------------------------------------------------------------------------------------------
 
 
-def test_build_stores_nothing(shop: Shop) -> None:
+def test_build_stores_nothing(harness: DurableHarness) -> None:
     """durability rule 1"""
-    shop.first.known(Sale)("1").build()
-    assert shop.registry.get("1") is None
-    assert sent() == []
+    harness.first.class_of(Sale)("1").build()
+    assert harness.registry.get("1") is None
+    assert sent_messages() == []
 
 
-def test_send_saves_operation_tasks_mode_and_topic_before_sending(shop: Shop) -> None:
+def test_send_saves_operation_tasks_mode_and_topic_before_sending(harness: DurableHarness) -> None:
     """durability rule 1"""
-    cls = shop.first.known(Sale)
+    cls = harness.first.class_of(Sale)
     operation = cls("1", {"order": 42}, metadata={"customer": "7"}).build()
     assert operation.send(topic="orders") is operation
-    row, tasks, _, events, _ = shop.stored()
+    row, tasks, _, events, _ = harness.stored()
     assert (row.mode, row.topic, row.status, row.task_count) == (Mode.LOCAL, "orders", PENDING, 3)
     assert (json.loads(row.params), json.loads(row.metadata)) == ({"order": 42}, {"customer": "7"})
-    assert [(task.uuid, task.entrypoint) for task in tasks] == [(f"1.{name}", Act.path) for name in "abc"]
+    assert [(task.uuid, task.entrypoint) for task in tasks] == [(f"1.{name}", ScriptedTask.path) for name in "abc"]
     assert [event.kind for event in events] == ["accepted"]
-    (kmsg,) = sent("orders")
+    (kmsg,) = sent_messages("orders")
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.metadata) == ("1", Sale.path, {OPERATION_KEY: "1"})
 
 
-def test_launch_saves_the_operation_and_sends_its_first_task(shop: Shop) -> None:
+def test_launch_saves_the_operation_and_sends_its_first_task(harness: DurableHarness) -> None:
     """durability rule 1"""
-    assert shop.first.known(Sale)("1").build().launch().retcode == 0
-    assert (shop.stored().operation.mode, shop.stored().operation.topic) == (Mode.DISTRIBUTED, "dice")
-    assert [(kmsg.uuid, kmsg.entrypoint) for kmsg in sent()] == [("1.a", Act.path)]
+    assert harness.first.class_of(Sale)("1").build().launch().retcode == 0
+    assert (harness.stored().operation.mode, harness.stored().operation.topic) == (Mode.DISTRIBUTED, "dice")
+    assert [(kmsg.uuid, kmsg.entrypoint) for kmsg in sent_messages()] == [("1.a", ScriptedTask.path)]
 
 
 @BOTH_WAYS
 def test_operation_accepted_during_a_kafka_outage_is_sent_by_a_reaper(
-    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
+    harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 1: from the commit on it is accepted."""
-    shop.registry._kser_producer = Unsaving()  # type: ignore[assignment]
-    shop.first.known(cls)("1").build().send()
+    harness.registry._kser_producer = Unsaving()  # type: ignore[assignment]
+    harness.first.class_of(cls)("1").build().send()
     (warning,) = lines(caplog, logging.WARNING)
     assert "could not be sent; the reaper of a consumer will send it: no broker answers" in warning
-    assert (shop.status(), shop.first.handle()) == (PENDING, 0)
-    shop.registry._kser_producer = Producer({})
-    shop.live(5)
-    shop.first.handle()
-    assert (shop.status(), shop.tasks()) == (SUCCESS, [SUCCESS] * 3)
+    assert (harness.status(), harness.first.handle()) == (PENDING, 0)
+    harness.registry._kser_producer = Producer({})
+    harness.advance_with_reaper(5)
+    harness.first.handle()
+    assert (harness.status(), harness.tasks()) == (SUCCESS, [SUCCESS] * 3)
 
 
-def test_launch_that_cannot_be_sent_reports_it_and_is_still_accepted(shop: Shop) -> None:
+def test_launch_that_cannot_be_sent_reports_it_and_is_still_accepted(harness: DurableHarness) -> None:
     """durability rule 1"""
-    shop.registry._kser_producer = Unsaving()  # type: ignore[assignment]
-    answer = shop.first.known(Sale)("1").build().launch()
+    harness.registry._kser_producer = Unsaving()  # type: ignore[assignment]
+    answer = harness.first.class_of(Sale)("1").build().launch()
     assert (answer.retcode, answer.stderr) == (500, "no broker answers")
-    assert shop.status() == PENDING
+    assert harness.status() == PENDING
 
 
 @pytest.mark.parametrize("how", ["send", "launch"])
-def test_operation_that_cannot_be_saved_is_not_sent_and_raises(shop: Shop, how: str) -> None:
+def test_operation_that_cannot_be_saved_is_not_sent_and_raises(harness: DurableHarness, how: str) -> None:
     """durability rule 1: otherwise an operation would run without a stored state."""
-    process = Process(Refusing(shop.store), Sale)  # type: ignore[arg-type]
-    operation = process.known(Sale)("1").build()
+    process = Process(Refusing(harness.store), Sale)  # type: ignore[arg-type]
+    operation = process.class_of(Sale)("1").build()
     with pytest.raises(StoreUnavailable, match="the database is away"):
         getattr(operation, how)()
-    assert (sent(), shop.registry.get("1")) == ([], None)
+    assert (sent_messages(), harness.registry.get("1")) == ([], None)
     process.consumer.close()
 
 
-def test_incoming_result_is_saved_with_the_operation(shop: Shop) -> None:
+def test_incoming_result_is_saved_with_the_operation(harness: DurableHarness) -> None:
     """durability rule 1"""
-    shop.first.known(Sale)("1").build().send(result=Result(retval={"before": 1}))
-    shop.first.handle()
-    operation = shop.registry.get("1")
+    harness.first.class_of(Sale)("1").build().send(result=Result(retval={"before": 1}))
+    harness.first.handle()
+    operation = harness.registry.get("1")
     assert operation is not None
     assert operation.result.retval == {"before": 1}
 
 
-def test_launch_of_an_operation_without_tasks_stores_nothing(shop: Shop) -> None:
+def test_launch_of_an_operation_without_tasks_stores_nothing(harness: DurableHarness) -> None:
     class Empty(Operation):
         pass
 
-    answer = shop.first.learn(Empty)("1").build().launch()
+    answer = harness.first.subscribe_copy(Empty)("1").build().launch()
     assert (answer.retcode, answer.stderr) == (1, "Nothing to do, empty operation !")
-    assert shop.registry.get("1") is None
+    assert harness.registry.get("1") is None
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_operation_without_tasks_succeeds_when_sent(shop: Shop, built: bool) -> None:
+def test_operation_without_tasks_succeeds_when_sent(harness: DurableHarness, built: bool) -> None:
     class Empty(Operation):
         pass
 
-    operation = shop.first.learn(Empty)("1")
+    operation = harness.first.subscribe_copy(Empty)("1")
     (operation.build() if built else operation).send()
-    shop.first.handle()
-    assert (shop.status(), shop.tasks()) == (SUCCESS, [])
+    harness.first.handle()
+    assert (harness.status(), harness.tasks()) == (SUCCESS, [])
 
 
-def test_tasks_added_before_send_are_stored(shop: Shop) -> None:
-    operation = shop.first.known(Sale)("1").build()
-    operation.add_task(Act("1.more"))
+def test_tasks_added_before_send_are_stored(harness: DurableHarness) -> None:
+    operation = harness.first.class_of(Sale)("1").build()
+    operation.add_task(ScriptedTask("1.more"))
     operation.send()
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c", "1.more"]
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c", "1.more"]
 
 
-def test_params_that_are_not_json_are_rejected_before_anything_is_stored(shop: Shop) -> None:
+def test_params_that_are_not_json_are_rejected_before_anything_is_stored(harness: DurableHarness) -> None:
     with pytest.raises(UsageError, match=r"params of .* cannot be stored: Object of type object is not JSON"):
-        shop.first.known(Sale)("1", {"when": object()}).build().send()
-    assert (shop.registry.get("1"), sent()) == (None, [])
+        harness.first.class_of(Sale)("1", {"when": object()}).build().send()
+    assert (harness.registry.get("1"), sent_messages()) == (None, [])
 
 
 # -- by a message ------------------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_operation_received_as_a_message_is_built_saved_and_run(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_received_as_a_message_is_built_saved_and_run(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 2: its uuid is the message's. The sender needs neither the class nor a database."""
-    bare(cls, params={"order": 42}, metadata={"customer": "7"})
-    shop.first.handle()
-    row = shop.stored().operation
+    send_raw_message(cls, params={"order": 42}, metadata={"customer": "7"})
+    harness.first.handle()
+    row = harness.stored().operation
     assert (row.status, json.loads(row.params), row.mode) == (
         SUCCESS,
         {"order": 42},
         Mode.DISTRIBUTED if cls is Spread else Mode.LOCAL,
     )
-    assert Act.seen == ["1.a", "1.b", "1.c"]
-    assert [found.uuid for found in shop.registry.find(metadata={"customer": 7})] == ["1"]
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
+    assert [found.uuid for found in harness.registry.find(metadata={"customer": 7})] == ["1"]
 
 
-def test_received_operation_is_saved_and_claimed_in_one_transaction(shop: Shop) -> None:
+def test_received_operation_is_saved_and_claimed_in_one_transaction(harness: DurableHarness) -> None:
     """durability rule 2: no other consumer can claim it in between."""
     seen: list[Any] = []
-    Act.acts["1.a"] = lambda: seen.append(shop.stored())
-    bare(Sale)
-    shop.first.handle()
+    ScriptedTask.script["1.a"] = lambda: seen.append(harness.stored())
+    send_raw_message(Sale)
+    harness.first.handle()
     (stored,) = seen
     assert [event.kind for event in stored.events] == ["accepted", "claimed"]
     assert stored.operation.owner is not None
 
 
-def test_redelivered_message_with_an_empty_uuid_gets_the_same_uuid(shop: Shop) -> None:
+def test_redelivered_message_with_an_empty_uuid_gets_the_same_uuid(harness: DurableHarness) -> None:
     """durability rule 2: uuid5 of cluster, topic, partition and offset."""
-    bare(Sale, uuid="")
-    bare(Sale, uuid="")
-    shop.first.handle()
-    first = {operation.uuid for operation in shop.registry.find()}
+    send_raw_message(Sale, uuid="")
+    send_raw_message(Sale, uuid="")
+    harness.first.handle()
+    first = {operation.uuid for operation in harness.registry.find()}
     assert len(first) == 2
     assert {UUID(uuid).version for uuid in first} == {5}
-    again = shop.process(Sale, group="again")
+    again = harness.process(Sale, group="again")
     again.handle()
-    assert {operation.uuid for operation in shop.registry.find()} == first
-    assert len(Act.seen) == 6
+    assert {operation.uuid for operation in harness.registry.find()} == first
+    assert len(ScriptedTask.ran) == 6
 
 
 @BOTH_WAYS
-def test_duplicate_message_runs_one_operation(shop: Shop, cls: type[Sale]) -> None:
+def test_duplicate_message_runs_one_operation(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 3"""
-    bare(cls, params={"order": 42, "rate": 1.5})
-    bare(cls, params={"rate": 1.5, "order": 42})
-    shop.first.handle()
-    bare(cls, params={"order": 42, "rate": 1.5})
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"]
-    assert (committed(), shop.first.consumer.counts.get("failed")) == (len(sent()), None)
+    send_raw_message(cls, params={"order": 42, "rate": 1.5})
+    send_raw_message(cls, params={"rate": 1.5, "order": 42})
+    harness.first.handle()
+    send_raw_message(cls, params={"order": 42, "rate": 1.5})
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
+    assert (committed(), harness.first.consumer.counts.get("failed")) == (len(sent_messages()), None)
 
 
-def test_duplicate_message_does_not_build_the_operation_again(shop: Shop) -> None:
+def test_duplicate_message_does_not_build_the_operation_again(harness: DurableHarness) -> None:
     """durability rule 3: the stored tasks win."""
 
     class Counting(Sale):
@@ -225,15 +234,17 @@ def test_duplicate_message_does_not_build_the_operation_again(shop: Shop) -> Non
             self.built.append(self.uuid)
             return super().build_tasks(**kwargs)
 
-    shop.first.learn(Counting)
-    bare(Counting)
-    bare(Counting)
-    shop.first.handle()
+    harness.first.subscribe_copy(Counting)
+    send_raw_message(Counting)
+    send_raw_message(Counting)
+    harness.first.handle()
     assert Counting.built == ["1"]
 
 
 @BOTH_WAYS
-def test_duplicate_message_is_recognised_after_user_code_changed_the_params(shop: Shop, cls: type[Sale]) -> None:
+def test_duplicate_message_is_recognised_after_user_code_changed_the_params(
+    harness: DurableHarness, cls: type[Sale]
+) -> None:
     """durability rule 3: Kafka may deliver it again, with the params that it came with."""
 
     class Completing(cls):  # type: ignore[valid-type,misc]
@@ -241,17 +252,17 @@ def test_duplicate_message_is_recognised_after_user_code_changed_the_params(shop
             self.params["currency"] = "EUR"
             return self.params
 
-    shop.first.learn(Completing)
+    harness.first.subscribe_copy(Completing)
     for params in ({"order": 1}, {"order": 1}, {"order": 2}):
-        bare(Completing, params=params)
-    shop.first.handle()
-    assert (Act.seen, shop.first.consumer.counts["failed"]) == (["1.a", "1.b", "1.c"], 1)
-    operation = shop.registry.get("1")
+        send_raw_message(Completing, params=params)
+    harness.first.handle()
+    assert (ScriptedTask.ran, harness.first.consumer.counts["failed"]) == (["1.a", "1.b", "1.c"], 1)
+    operation = harness.registry.get("1")
     assert operation is not None
     assert operation.params == {"order": 1, "currency": "EUR"}
 
 
-def test_registry_runner_runs_only_operations_that_are_not_stored(shop: Shop) -> None:
+def test_registry_runner_runs_only_operations_that_are_not_stored(harness: DurableHarness) -> None:
     seen: list[str] = []
 
     class Counting(InMemoryRunner):
@@ -259,15 +270,15 @@ def test_registry_runner_runs_only_operations_that_are_not_stored(shop: Shop) ->
             seen.append(operation.uuid)
             return super().run(operation, result)
 
-    shop.registry.runner = runner = Counting()
-    bare(Sale)
-    shop.first.handle()
-    assert (shop.status(), seen) == (SUCCESS, [])
-    assert shop.first.known(Sale)("2").execute().retcode == 0
-    assert (shop.registry.get("2"), seen, shop.registry.runner) == (None, ["2"], runner)
+    harness.registry.runner = runner = Counting()
+    send_raw_message(Sale)
+    harness.first.handle()
+    assert (harness.status(), seen) == (SUCCESS, [])
+    assert harness.first.class_of(Sale)("2").execute().retcode == 0
+    assert (harness.registry.get("2"), seen, harness.registry.runner) == (None, ["2"], runner)
 
 
-def test_copies_of_an_operation_from_a_message_are_not_stored(shop: Shop) -> None:
+def test_copies_of_an_operation_from_a_message_are_not_stored(harness: DurableHarness) -> None:
     copies: list[Sale] = []
 
     class Copied(Sale):
@@ -277,32 +288,34 @@ def test_copies_of_an_operation_from_a_message_are_not_stored(shop: Shop) -> Non
                 assert copies[0].execute().retcode == 0
             return super().build_tasks(**kwargs)
 
-    shop.first.learn(Copied)
-    bare(Copied)
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"] * 2
-    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+    harness.first.subscribe_copy(Copied)
+    send_raw_message(Copied)
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"] * 2
+    assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
 
 
-def test_concurrent_operations_under_one_uuid_have_one_winner(shop: Shop) -> None:
+def test_concurrent_operations_under_one_uuid_have_one_winner(harness: DurableHarness) -> None:
     """durability rule 3: also when neither finds it stored before."""
-    second = shop.process(Sale, group="second")
+    second = harness.process(Sale, group="second")
 
     class Racing(Sale):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            meanwhile(lambda: second.run(message(Racing, uuid="1", params={"order": 2})))()
+            in_other_thread(lambda: second.run(message(Racing, uuid="1", params={"order": 2})))()
             return super().build_tasks(**kwargs)
 
-    second.learn(type("Racing", (Sale,), {"__module__": __name__}))
-    shop.first.learn(Racing)
-    bare(Racing, params={"order": 1})
-    shop.first.handle()
-    assert shop.first.consumer.counts["failed"] == 1
-    assert (Act.seen, json.loads(shop.stored().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})
+    second.subscribe_copy(type("Racing", (Sale,), {"__module__": __name__}))
+    harness.first.subscribe_copy(Racing)
+    send_raw_message(Racing, params={"order": 1})
+    harness.first.handle()
+    assert harness.first.consumer.counts["failed"] == 1
+    assert (ScriptedTask.ran, json.loads(harness.stored().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})
 
 
 @pytest.mark.parametrize("other", [{"order": 43}, None], ids=["other params", "another class"])
-def test_message_with_a_taken_uuid_is_rejected(shop: Shop, other: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_message_with_a_taken_uuid_is_rejected(
+    harness: DurableHarness, other: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 3: 409, the controller's hook, and what is stored stays as it is."""
     told: list[Result] = []
 
@@ -310,35 +323,35 @@ def test_message_with_a_taken_uuid_is_rejected(shop: Shop, other: Any, caplog: p
         told.append(result)
         return result
 
-    type(shop.registry.controller).onerror = staticmethod(onerror)  # type: ignore[method-assign,assignment]
-    bare(Sale, params={"order": 42})
-    shop.first.handle()
-    before = shop.stored()
-    bare(Sale if other else Spread, params=other or {"order": 42})
-    shop.first.handle()
+    type(harness.registry.controller).onerror = staticmethod(onerror)  # type: ignore[method-assign,assignment]
+    send_raw_message(Sale, params={"order": 42})
+    harness.first.handle()
+    before = harness.stored()
+    send_raw_message(Sale if other else Spread, params=other or {"order": 42})
+    harness.first.handle()
     (result,) = told
     assert result.retcode == 409
     assert "the uuid 1 is taken by a stored tests.durable.harness.Sale with params" in result.stderr
-    assert (shop.stored(), shop.first.consumer.counts["failed"]) == (before, 1)
+    assert (harness.stored(), harness.first.consumer.counts["failed"]) == (before, 1)
 
 
-def test_send_with_a_taken_uuid_raises(shop: Shop) -> None:
+def test_send_with_a_taken_uuid_raises(harness: DurableHarness) -> None:
     """durability rule 3"""
-    cls = shop.first.known(Sale)
+    cls = harness.first.class_of(Sale)
     cls("1", {"order": 42}).build().send()
-    before = shop.stored()
+    before = harness.stored()
     cls("1", {"order": 42}).build().send()
     with pytest.raises(StateConflict, match="needs a uuid of its own") as caught:
         cls("1", {"order": 43}).build().send()
     assert caught.value.code == 409
-    assert (shop.stored(), len(sent())) == (before, 1)
+    assert (harness.stored(), len(sent_messages())) == (before, 1)
 
 
-def test_send_of_an_ended_operation_raises(shop: Shop) -> None:
+def test_send_of_an_ended_operation_raises(harness: DurableHarness) -> None:
     """durability rule 3"""
-    cls = shop.first.known(Sale)
+    cls = harness.first.class_of(Sale)
     cls("1").build().send()
-    shop.first.handle()
+    harness.first.handle()
     with pytest.raises(StateConflict, match=r"was sent before, and is SUCCESS: use a new uuid, or resume\(\)"):
         cls("1").build().send()
 
@@ -372,20 +385,20 @@ class OverriddenSpread(Overridden):
 @pytest.mark.parametrize("cls", [Overridden, OverriddenSpread])
 @pytest.mark.parametrize("by", ["a message", "send", "send without build", "launch"])
 def test_build_hooks_without_super_are_called_once_and_the_operation_is_saved(
-    shop: Shop, cls: type[Overridden], by: str
+    harness: DurableHarness, cls: type[Overridden], by: str
 ) -> None:
     """durability rule 4: none of them has to call ``super()``."""
     cls.called.clear()
-    own = shop.first.learn(cls)
+    own = harness.first.subscribe_copy(cls)
     if by == "a message":
-        bare(cls)
+        send_raw_message(cls)
     elif by == "launch":
         own("1").build().launch()
     else:
         (own("1") if by == "send without build" else own("1").build()).send()
-    shop.first.handle()
+    harness.first.handle()
     assert cls.called == ["prebuild", "build_tasks", "finalize"]
-    assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
+    assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
 # -- without ---------------------------------------------------------------------------------------------------------
@@ -400,14 +413,14 @@ def test_launch_without_a_database_names_the_setting() -> None:
 
 
 @pytest.mark.parametrize("how", ["launch", "send"])
-def test_operation_without_a_producer_is_not_accepted(shop: Shop, how: str) -> None:
+def test_operation_without_a_producer_is_not_accepted(harness: DurableHarness, how: str) -> None:
     """durability rule 5, decision B22"""
-    shop.registry._kser_producer = None
+    harness.registry._kser_producer = None
     for cls in (Sale, Spread):
-        operation = shop.first.known(cls)("1").build()
+        operation = harness.first.class_of(cls)("1").build()
         with pytest.raises(ProducerMissing, match=r"OperationRegistry\(producer=Producer\(\)\)"):
             getattr(operation, how)()
-        assert shop.registry.get("1") is None
+        assert harness.registry.get("1") is None
 
 
 @pytest.mark.usefixtures("bus")
@@ -416,9 +429,9 @@ def test_distributed_operation_without_a_database_fails_with_the_setting(
 ) -> None:
     """durability rule 5, decision B22: running it here would not be what its class asks for."""
     process = Process(None, Spread)
-    bare(Spread)
+    send_raw_message(Spread)
     process.handle()
-    assert Act.seen == []
+    assert ScriptedTask.ran == []
     assert any("KSER_DATABASE_URI" in line for line in lines(caplog, logging.ERROR))
     process.consumer.close()
 
@@ -427,9 +440,9 @@ def test_distributed_operation_without_a_database_fails_with_the_setting(
 def test_tasks_with_their_own_send_need_no_database() -> None:
     """durability rule 5, decision B22: as users of 0.8 wrote them."""
 
-    class Own(Act):
+    class Own(ScriptedTask):
         def send(self, result: Result | None = None) -> Any:  # type: ignore[override]
-            Act.seen.append(f"sent {self.uuid}")
+            ScriptedTask.ran.append(f"sent {self.uuid}")
             return Result(uuid=self.uuid)
 
     class Game(Operation):
@@ -440,51 +453,51 @@ def test_tasks_with_their_own_send_need_no_database() -> None:
 
     registry = OperationRegistry(producer=Producer({}))
     assert registry.subscribe(Game)("1").build().launch().retcode == 0
-    assert Act.seen == ["sent a"]
+    assert ScriptedTask.ran == ["sent a"]
 
 
-def test_execute_does_not_store_the_operation(shop: Shop) -> None:
+def test_execute_does_not_store_the_operation(harness: DurableHarness) -> None:
     """An operation that was neither sent nor launched runs as without a database."""
-    assert shop.first.known(Sale)("1").execute().retcode == 0
-    assert (shop.registry.get("1"), Act.seen) == (None, ["1.a", "1.b", "1.c"])
+    assert harness.first.class_of(Sale)("1").execute().retcode == 0
+    assert (harness.registry.get("1"), ScriptedTask.ran) == (None, ["1.a", "1.b", "1.c"])
 
 
 def test_operation_of_ten_thousand_tasks_is_stored_and_runs() -> None:
-    world = MemoryWorld()
-    shop = Shop(world)
-    operation = shop.first.known(Sale)("1")
-    operation.tasks = [Act(f"1.{number}") for number in range(10_000)]
+    store_harness = MemoryStoreHarness()
+    harness = DurableHarness(store_harness)
+    operation = harness.first.class_of(Sale)("1")
+    operation.tasks = [ScriptedTask(f"1.{number}") for number in range(10_000)]
     operation._kser_built = []
     operation.send(topic="dice")
-    shop.first.handle()
-    assert (shop.status(), len(shop.tasks()), set(shop.tasks())) == (SUCCESS, 10_000, {SUCCESS})
-    shop.close()
+    harness.first.handle()
+    assert (harness.status(), len(harness.tasks()), set(harness.tasks())) == (SUCCESS, 10_000, {SUCCESS})
+    harness.close()
     InMemoryBroker.reset()
-    Act.seen.clear()
+    ScriptedTask.ran.clear()
 
 
 @BOTH_WAYS
-def test_tasks_that_already_succeeded_are_not_run_again(shop: Shop, cls: type[Sale]) -> None:
+def test_tasks_that_already_succeeded_are_not_run_again(harness: DurableHarness, cls: type[Sale]) -> None:
     """Decision B6, and durability rule 1: users of 0.8 load their tasks from tables of their own."""
-    operation = shop.first.known(cls)("1").build()
+    operation = harness.first.class_of(cls)("1").build()
     for name, task in zip("ab", (operation.tasks[0], operation.tasks[2]), strict=True):
         task.status, task.result = SUCCESS, Result(uuid=task.uuid, retval={name: 1})
     operation.send()
-    stored = shop.stored()
+    stored = harness.stored()
     assert (stored.operation.step, [task.status for task in stored.tasks]) == (1, ["SUCCESS", "PENDING", "SUCCESS"])
-    shop.first.handle()
-    assert Act.seen == ["1.b"]
-    found = shop.registry.get("1")
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.b"]
+    found = harness.registry.get("1")
     assert found is not None
     assert (found.status, found.result.retval, len(found.attempts)) == ("SUCCESS", {"a": 1, "b": 1}, 1)
 
 
 @BOTH_WAYS
-def test_operation_whose_tasks_all_succeeded_ends(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_whose_tasks_all_succeeded_ends(harness: DurableHarness, cls: type[Sale]) -> None:
     """Decision B6."""
-    operation = shop.first.known(cls)("1").build()
+    operation = harness.first.class_of(cls)("1").build()
     for task in operation.tasks:
         task.status = SUCCESS
     operation.send()
-    shop.first.handle()
-    assert (shop.stored().operation.status, Act.seen) == ("SUCCESS", [])
+    harness.first.handle()
+    assert (harness.stored().operation.status, ScriptedTask.ran) == ("SUCCESS", [])

@@ -19,9 +19,18 @@ from kser.store import retrying
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
 from kser.store.model import ClaimRefused, Mode
-from tests.consumer.harness import Act, committed
-from tests.durable.harness import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, expire, meanwhile
-from tests.store.harness import LEASE, me
+from tests.consumer.harness import ScriptedTask, committed
+from tests.durable.harness import (
+    BOTH_WAYS,
+    LEASE_EXPIRED,
+    TURN,
+    DurableHarness,
+    Sale,
+    Spread,
+    in_other_thread,
+    send_raw_message,
+)
+from tests.store.harness import LEASE, claim_request
 from tests.support import lines
 
 
@@ -34,128 +43,130 @@ def retval(**values: Any) -> Result:
 
 
 @BOTH_WAYS
-def test_running_operation_row_names_its_owner_and_lease(shop: Shop, cls: type[Sale]) -> None:
+def test_running_operation_row_names_its_owner_and_lease(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 6"""
     seen: list[Any] = []
-    Act.acts["1.b"] = lambda: seen.append(shop.stored().operation)
-    bare(cls)
-    shop.first.handle()
+    ScriptedTask.script["1.b"] = lambda: seen.append(harness.stored().operation)
+    send_raw_message(cls)
+    harness.first.handle()
     (row,) = seen
-    assert (row.status, row.step, row.owner) == (RUNNING, 1, shop.first.registry._kser_operations._context.owner)
-    assert row.next_check_at - shop.world.now == pytest.approx(LEASE, abs=5)
-    after = shop.stored().operation
+    assert (row.status, row.step, row.owner) == (RUNNING, 1, harness.first.registry._kser_operations._context.owner)
+    assert row.next_check_at - harness.store_harness.now == pytest.approx(LEASE, abs=5)
+    after = harness.stored().operation
     assert (after.owner, after.next_check_at) == (None, None)
 
 
-def test_owner_differs_at_each_start_of_a_process(shop: Shop) -> None:
+def test_owner_differs_at_each_start_of_a_process(harness: DurableHarness) -> None:
     """durability rule 6"""
-    second = shop.process()
-    assert second.registry._kser_operations._context.owner != shop.registry._kser_operations._context.owner
+    second = harness.process()
+    assert second.registry._kser_operations._context.owner != harness.registry._kser_operations._context.owner
 
 
-def test_message_of_a_launched_operation_follows_the_stored_mode(shop: Shop) -> None:
+def test_message_of_a_launched_operation_follows_the_stored_mode(harness: DurableHarness) -> None:
     """durability rule 6: a launched operation is distributed even if its class is not."""
-    shop.first.known(Sale)("1").build().launch()
-    bare(Sale)
-    assert shop.first.step() == 2
-    assert (shop.stored().operation.mode, Act.seen) == (Mode.DISTRIBUTED, ["1.a"])
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"]
+    harness.first.class_of(Sale)("1").build().launch()
+    send_raw_message(Sale)
+    assert harness.first.step() == 2
+    assert (harness.stored().operation.mode, ScriptedTask.ran) == (Mode.DISTRIBUTED, ["1.a"])
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
 
 
-def test_task_message_of_a_local_operation_runs_nothing(shop: Shop) -> None:
+def test_task_message_of_a_local_operation_runs_nothing(harness: DurableHarness) -> None:
     """durability rule 6"""
-    shop.first.known(Sale)("1").build().send()
-    result = shop.first.run(Message("1.b", Act.path, metadata={OPERATION_KEY: "1"}))
-    assert (result.retcode, Act.seen, shop.stored().operation.mode) == (0, [], Mode.LOCAL)
+    harness.first.class_of(Sale)("1").build().send()
+    result = harness.first.run(Message("1.b", ScriptedTask.path, metadata={OPERATION_KEY: "1"}))
+    assert (result.retcode, ScriptedTask.ran, harness.stored().operation.mode) == (0, [], Mode.LOCAL)
 
 
 # -- one compare-and-set -------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_claimed_operation_is_not_claimed_by_another_consumer(shop: Shop, cls: type[Sale]) -> None:
+def test_claimed_operation_is_not_claimed_by_another_consumer(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 7"""
-    second = shop.process(cls, group="second")
-    Act.acts["1.b"] = meanwhile(second.handle)
-    bare(cls)
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"]
-    claim = shop.store.claim("1", "1", me())
+    second = harness.process(cls, group="second")
+    ScriptedTask.script["1.b"] = in_other_thread(second.handle)
+    send_raw_message(cls)
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
+    claim = harness.store.claim("1", "1", claim_request())
     assert isinstance(claim, ClaimRefused)
 
 
 @BOTH_WAYS
 def test_claim_of_a_dead_consumer_is_taken_over_after_lease_expiry(
-    shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture
+    harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 7"""
-    shop.first.known(cls)("1").build().send()
-    shop.seize()
-    shop.pass_by(LEASE - 5)
-    shop.first.handle()
-    assert (Act.seen, committed()) == ([], 1)
+    harness.first.class_of(cls)("1").build().send()
+    harness.claim_and_die()
+    harness.advance(LEASE - 5)
+    harness.first.handle()
+    assert (ScriptedTask.ran, committed()) == ([], 1)
     assert f"{cls.path}[1]: nothing to do for this message: held, RUNNING" in lines(caplog, logging.INFO)
-    shop.pass_by(6)
-    again = shop.process(cls, group="again")
+    harness.advance(6)
+    again = harness.process(cls, group="again")
     again.handle()
-    assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
+    assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
 @BOTH_WAYS
-def test_epoch_always_increases(shop: Shop, cls: type[Sale]) -> None:
+def test_epoch_always_increases(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 7: not for another attempt, not for a resume."""
     seen: list[int] = []
 
     def look(then: BaseException | None = None) -> Any:
         def act() -> None:
-            seen.append(shop.stored().operation.epoch)
+            seen.append(harness.stored().operation.epoch)
             if then is not None:
                 raise then
 
         return act
 
-    Act.acts["1.b"] = [look(Retry.later(5)), look(ConnectionError("no")), look(), look()]
-    bare(cls)
-    shop.first.handle()
-    shop.pass_by(6)
-    shop.first.companion.reap()
-    shop.first.handle()
-    while shop.status() != FAILED:
-        shop.pass_by(60)
-        shop.first.companion.reap()
-        shop.first.handle()
-        Act.acts["1.b"] = look(ConnectionError("no"))
-    Act.acts["1.b"] = look()
-    operation = shop.registry.get("1")
+    ScriptedTask.script["1.b"] = [look(Retry.later(5)), look(ConnectionError("no")), look(), look()]
+    send_raw_message(cls)
+    harness.first.handle()
+    harness.advance(6)
+    harness.first.background_service.reap()
+    harness.first.handle()
+    while harness.status() != FAILED:
+        harness.advance(60)
+        harness.first.background_service.reap()
+        harness.first.handle()
+        ScriptedTask.script["1.b"] = look(ConnectionError("no"))
+    ScriptedTask.script["1.b"] = look()
+    operation = harness.registry.get("1")
     assert operation is not None
     operation.resume()
-    shop.first.handle()
-    assert shop.status() == SUCCESS
+    harness.first.handle()
+    assert harness.status() == SUCCESS
     assert seen == sorted(set(seen))
-    assert shop.stored().operation.epoch > seen[-1]
+    assert harness.stored().operation.epoch > seen[-1]
 
 
 # -- the fence -----------------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_consumer_that_lost_its_claim_is_fenced(shop: Shop, cls: type[Sale], caplog: pytest.LogCaptureFixture) -> None:
+def test_consumer_that_lost_its_claim_is_fenced(
+    harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 8: its code ran, and the result of the later claim is the one that is kept."""
-    second = shop.process(cls, group="second")
+    second = harness.process(cls, group="second")
 
     def late() -> Result:
-        meanwhile(lambda: shop.pass_by(expire()), second.handle)()
+        in_other_thread(lambda: harness.advance(LEASE_EXPIRED), second.handle)()
         return retval(by="the first")
 
-    Act.acts["1.b"] = [late, lambda: retval(by="the second")]
-    bare(cls)
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.b", "1.c"]
-    operation = shop.registry.get("1")
+    ScriptedTask.script["1.b"] = [late, lambda: retval(by="the second")]
+    send_raw_message(cls)
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.b", "1.c"]
+    operation = harness.registry.get("1")
     assert operation is not None
     assert (operation.status, operation.result.retval) == (SUCCESS, {"by": "the second"})
-    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+    assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     (dropped,) = [line for line in lines(caplog, logging.WARNING) if "is dropped" in line]
     assert dropped.startswith(
         f"{cls.path}[1]: the outcome of its step is dropped: another consumer has claimed operation 1, or it has ended"
@@ -163,44 +174,46 @@ def test_consumer_that_lost_its_claim_is_fenced(shop: Shop, cls: type[Sale], cap
 
 
 @BOTH_WAYS
-def test_consumer_that_lost_its_claim_neither_runs_nor_sends_the_next_step(shop: Shop, cls: type[Sale]) -> None:
+def test_consumer_that_lost_its_claim_neither_runs_nor_sends_the_next_step(
+    harness: DurableHarness, cls: type[Sale]
+) -> None:
     """durability rule 8"""
-    second = shop.process(cls, group="second")
-    Act.acts["1.a"] = [meanwhile(lambda: shop.pass_by(expire()), second.step), None]
-    bare(cls)
+    second = harness.process(cls, group="second")
+    ScriptedTask.script["1.a"] = [in_other_thread(lambda: harness.advance(LEASE_EXPIRED), second.step), None]
+    send_raw_message(cls)
     if cls is Spread:
         # The first one only sends the task.
-        shop.first.step()
-    shop.first.step()
+        harness.first.step()
+    harness.first.step()
     if cls is Sale:
-        assert Act.seen == ["1.a", "1.a", "1.b", "1.c"]
+        assert ScriptedTask.ran == ["1.a", "1.a", "1.b", "1.c"]
     else:
-        assert (Act.seen, shop.stored().operation.step) == (["1.a", "1.a"], 1)
-        shop.first.handle()
-        assert Act.seen == ["1.a", "1.a", "1.b", "1.c"]
-    assert Counter(kind for kind in shop.kinds() if kind == "task-succeeded") == {"task-succeeded": 3}
+        assert (ScriptedTask.ran, harness.stored().operation.step) == (["1.a", "1.a"], 1)
+        harness.first.handle()
+        assert ScriptedTask.ran == ["1.a", "1.a", "1.b", "1.c"]
+    assert Counter(kind for kind in harness.event_kinds() if kind == "task-succeeded") == {"task-succeeded": 3}
 
 
 # -- the heartbeat -------------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_heartbeat_renews_the_claim_while_its_task_runs(shop: Shop, cls: type[Sale]) -> None:
+def test_heartbeat_renews_the_claim_while_its_task_runs(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 9"""
-    second = shop.process(cls, group="second")
+    second = harness.process(cls, group="second")
 
     def long() -> None:
         for _ in range(10):
-            shop.pass_by(LEASE / 3)
-            shop.first.companion.renew_leases()
+            harness.advance(LEASE / 3)
+            harness.first.background_service.renew_leases()
 
-    Act.acts["1.b"] = meanwhile(long, second.handle)
-    bare(cls)
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"]
+    ScriptedTask.script["1.b"] = in_other_thread(long, second.handle)
+    send_raw_message(cls)
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
 
 
-def test_heartbeat_renews_only_active_claims(shop: Shop) -> None:
+def test_heartbeat_renews_only_active_claims(harness: DurableHarness) -> None:
     """durability rule 9: a leaked claim would otherwise be renewed without end."""
     asked: list[Any] = []
 
@@ -209,41 +222,43 @@ def test_heartbeat_renews_only_active_claims(shop: Shop) -> None:
             asked.append(sorted(claims))
             return self._store.renew(claims, owner, lease)
 
-    process = shop.process(Sale, store=Asked(shop.store))
-    Act.acts["1.b"] = meanwhile(process.companion.renew_leases)
-    shop.first.send(Sale, "other")
-    shop.seize("other")
-    bare(Sale)
-    process.companion.renew_leases()
+    process = harness.process(Sale, store=Asked(harness.store))
+    ScriptedTask.script["1.b"] = in_other_thread(process.background_service.renew_leases)
+    harness.first.send(Sale, "other")
+    harness.claim_and_die("other")
+    send_raw_message(Sale)
+    process.background_service.renew_leases()
     process.consumer.REGISTRY.run(Message("1", Sale.path).dumps())
-    process.companion.renew_leases()
-    row = shop.stored().operation
+    process.background_service.renew_leases()
+    row = harness.stored().operation
     assert asked == [[(row.id, 1)]]
 
 
-def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(shop: Shop) -> None:
+def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(harness: DurableHarness) -> None:
     """durability rule 9: a process that was stopped for long continues."""
-    second = shop.process(Sale, group="second")
-    Act.acts["1.b"] = meanwhile(
-        lambda: shop.pass_by(5 * LEASE),
-        shop.first.companion.renew_leases,
-        lambda: shop.pass_by(LEASE - 5),
+    second = harness.process(Sale, group="second")
+    ScriptedTask.script["1.b"] = in_other_thread(
+        lambda: harness.advance(5 * LEASE),
+        harness.first.background_service.renew_leases,
+        lambda: harness.advance(LEASE - 5),
         second.handle,
     )
-    bare(Sale)
-    shop.first.handle()
-    assert Act.seen == ["1.a", "1.b", "1.c"]
+    send_raw_message(Sale)
+    harness.first.handle()
+    assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
 
 
-def test_lost_claim_is_logged_at_the_next_heartbeat(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_claim_is_logged_at_the_next_heartbeat(harness: DurableHarness, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 9"""
-    second = shop.process(Sale, group="second")
-    Act.acts["1.b"] = [
-        meanwhile(lambda: shop.pass_by(expire()), second.handle, shop.first.companion.renew_leases),
+    second = harness.process(Sale, group="second")
+    ScriptedTask.script["1.b"] = [
+        in_other_thread(
+            lambda: harness.advance(LEASE_EXPIRED), second.handle, harness.first.background_service.renew_leases
+        ),
         None,
     ]
-    bare(Sale)
-    shop.first.handle()
+    send_raw_message(Sale)
+    harness.first.handle()
     assert f"{Sale.path}[1]: the claim was lost; the result of the running task will not be recorded" in lines(
         caplog, logging.WARNING
     )
@@ -255,30 +270,30 @@ def test_lost_claim_is_logged_at_the_next_heartbeat(shop: Shop, caplog: pytest.L
     ids=["success", "failure", "SystemExit", "KeyboardInterrupt"],
 )
 @BOTH_WAYS
-def test_every_outcome_releases_the_claim(shop: Shop, cls: type[Sale], end: BaseException | None) -> None:
+def test_every_outcome_releases_the_claim(harness: DurableHarness, cls: type[Sale], end: BaseException | None) -> None:
     """durability rule 9"""
-    Act.acts["1.b"] = end
-    bare(cls)
+    ScriptedTask.script["1.b"] = end
+    send_raw_message(cls)
     try:
-        shop.first.handle()
+        harness.first.handle()
     except KeyboardInterrupt:
         assert isinstance(end, KeyboardInterrupt)
-    assert shop.registry._kser_operations._context.active_claims() == []
-    assert shop.stored().operation.owner is None
+    assert harness.registry._kser_operations._context.active_claims() == []
+    assert harness.stored().operation.owner is None
 
 
-def test_raising_prerun_hook_releases_the_claim(shop: Shop) -> None:
+def test_raising_prerun_hook_releases_the_claim(harness: DurableHarness) -> None:
     """durability rule 9"""
 
     class Bad(Sale):
         def prerun(self) -> None:
             raise ConnectionError("no")
 
-    shop.first.learn(Bad)
-    bare(Bad)
-    shop.first.handle()
-    assert shop.registry._kser_operations._context.active_claims() == []
-    assert Act.seen == []
+    harness.first.subscribe_copy(Bad)
+    send_raw_message(Bad)
+    harness.first.handle()
+    assert harness.registry._kser_operations._context.active_claims() == []
+    assert ScriptedTask.ran == []
 
 
 # -- a COMMIT of unknown outcome -----------------------------------------------------------------------------------
@@ -324,67 +339,69 @@ class Unsure(Watching):
 )
 @BOTH_WAYS
 def test_store_call_with_unknown_outcome_is_repeated_and_applied_once(
-    shop: Shop, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
+    harness: DurableHarness, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 10: the call is repeated with the same arguments and returns the same value."""
     monkeypatch.setattr(retrying, "_BACKOFF", lambda _failures: 0.01)
-    process = shop.process(cls, store=Unsure(shop.store, method, number, before), group="unsure")
-    bare(cls)
+    process = harness.process(cls, store=Unsure(harness.store, method, number, before), group="unsure")
+    send_raw_message(cls)
     process.handle()
     # One that was accepted without its consumer hearing of it is sent by a reaper.
-    shop.live(TURN)
+    harness.advance_with_reaper(TURN)
     process.handle()
-    assert (shop.status(), shop.tasks(), Act.seen) == (SUCCESS, [SUCCESS] * 3, ["1.a", "1.b", "1.c"])
-    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
-    assert Counter(shop.kinds())["task-succeeded"] == 3
-    assert Counter(shop.kinds())["claimed"] == (1 if cls is Sale else 3)
+    assert (harness.status(), harness.tasks(), ScriptedTask.ran) == (SUCCESS, [SUCCESS] * 3, ["1.a", "1.b", "1.c"])
+    assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+    assert Counter(harness.event_kinds())["task-succeeded"] == 3
+    assert Counter(harness.event_kinds())["claimed"] == (1 if cls is Sale else 3)
 
 
 # -- time ----------------------------------------------------------------------------------------------------------
 
 
-def test_fast_process_clock_causes_no_lease_expiry(shop: Shop) -> None:
+def test_fast_process_clock_causes_no_lease_expiry(harness: DurableHarness) -> None:
     """durability rule 11: times are compared inside the store."""
-    shop.first.send(Sale)
-    shop.seize()
-    fast = shop.process(Sale, group="fast")
-    fast.clock.pass_by(100 * LEASE)
+    harness.first.send(Sale)
+    harness.claim_and_die()
+    fast = harness.process(Sale, group="fast")
+    fast.clock.advance(100 * LEASE)
     fast.handle()
-    assert Act.seen == []
+    assert ScriptedTask.ran == []
 
 
-def test_timestamps_come_from_the_store(shop: Shop) -> None:
+def test_timestamps_come_from_the_store(harness: DurableHarness) -> None:
     """durability rule 11"""
-    shop.world.pass_by(1_000_000)
-    bare(Sale)
-    shop.first.handle()
-    row, _, attempts, events, _ = shop.stored()
+    harness.store_harness.advance(1_000_000)
+    send_raw_message(Sale)
+    harness.first.handle()
+    row, _, attempts, events, _ = harness.stored()
     times = [row.created_at, row.started_at, row.ended_at, *(each.ended_at for each in attempts)]
     for at in [*times, *(event.at for event in events)]:
-        assert at == pytest.approx(shop.world.now, abs=30)
+        assert at == pytest.approx(harness.store_harness.now, abs=30)
 
 
 @BOTH_WAYS
-def test_operation_continues_within_five_seconds_of_lease_expiry(shop: Shop, cls: type[Sale]) -> None:
+def test_operation_continues_within_five_seconds_of_lease_expiry(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 12"""
-    shop.first.known(cls)("1").build().send()
-    shop.first.consumer._kser_work_queue.pause(True)
-    shop.live(2 * LEASE)
-    shop.seize()
-    shop.live(LEASE + 5 - TURN)
-    assert shop.kinds().count("sent-again") >= 1
-    shop.first.consumer._kser_work_queue.pause(False)
-    shop.first.handle()
-    assert shop.status() == SUCCESS
+    harness.first.class_of(cls)("1").build().send()
+    harness.first.consumer._kser_work_queue.pause(True)
+    harness.advance_with_reaper(2 * LEASE)
+    harness.claim_and_die()
+    harness.advance_with_reaper(LEASE + 5 - TURN)
+    assert harness.event_kinds().count("sent-again") >= 1
+    harness.first.consumer._kser_work_queue.pause(False)
+    harness.first.handle()
+    assert harness.status() == SUCCESS
 
 
-def test_durability_settings_have_defaults_and_are_configurable(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durability_settings_have_defaults_and_are_configurable(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """durability rule 12"""
-    terms = DurabilitySettings(shop.registry.settings)
+    terms = DurabilitySettings(harness.registry.settings)
     assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (30, 10, 1, 60, 20)
     for name, value in {"LEASE": "60", "REAPER": "0.5", "RESEND": "90", "MAX_CLAIMS": "3"}.items():
         monkeypatch.setenv(f"KSER_{name}", value)
-    terms = DurabilitySettings(shop.registry.settings)
+    terms = DurabilitySettings(harness.registry.settings)
     assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (60, 20, 0.5, 90, 3)
 
 

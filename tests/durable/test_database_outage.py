@@ -12,10 +12,10 @@ from kser.errors import SchemaMismatch, StoreUnavailable
 from kser.status import SUCCESS
 from kser.store.memory import MemoryStore
 from kser.store.model import ClaimRefused
-from tests.consumer.harness import Act, InThread, until
-from tests.durable.harness import TURN, Process, Sale, Shop, Spread, meanwhile, sent
-from tests.store.harness import LEASE, me
-from tests.support import lines, message
+from tests.consumer.harness import ConsumerThread, ScriptedTask
+from tests.durable.harness import TURN, DurableHarness, Process, Sale, Spread, in_other_thread, sent_messages
+from tests.store.harness import LEASE, claim_request
+from tests.support import lines, message, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -46,22 +46,22 @@ def test_consumer_started_during_a_database_outage_waits_for_the_database(worker
     process = Process(None, Sale, workers=workers)
     process.registry._kser_store = store
     arrive(process)
-    with InThread(process.consumer) as thread:
+    with ConsumerThread(process.consumer) as thread:
         # Those who wait, and what runs beside.
-        until(lambda: store.asked > 6)
+        wait_until(lambda: store.asked > 6)
         assert thread.ending is None
         assert store.get_operation("1") is None
         store.here.set()
-        until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
-        until(lambda: [each.name for each in threading.enumerate()].count("kser-services") == 1)
+        wait_until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
+        wait_until(lambda: [each.name for each in threading.enumerate()].count("kser-services") == 1)
 
 
 def test_graceful_shutdown_ends_a_consumer_that_waits_for_its_database() -> None:
     process = Process(None, Sale, workers=2)
     process.registry._kser_store = store = AwayStore()
     arrive(process)
-    with InThread(process.consumer) as thread:
-        until(lambda: store.asked > 6)
+    with ConsumerThread(process.consumer) as thread:
+        wait_until(lambda: store.asked > 6)
         process.consumer.stop()
         assert isinstance(thread.join(), SystemExit)
     store.here.set()
@@ -77,59 +77,61 @@ def test_database_with_another_schema_version_is_rejected_at_the_start() -> None
 
     process = Process(None, Sale, workers=2)
     process.registry._kser_store = Old()
-    with InThread(process.consumer) as thread:
+    with ConsumerThread(process.consumer) as thread:
         assert isinstance(thread.join(), SchemaMismatch)
 
 
 # -- it makes everybody wait -------------------------------------------------------------------------------------------
 
 
-def hold_up(shop: Shop, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def hold_up(harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the next question for what is due wait, soon: somebody has locked the database."""
-    shop.pass_by(TURN)
-    take_due = shop.store.take_due_steps
+    harness.advance(TURN)
+    take_due = harness.store.take_due_steps
 
     def wait(*given: Any, **options: Any) -> Any:
-        monkeypatch.setattr(shop.store, "take_due_steps", take_due)
-        shop.pass_by(seconds)
+        monkeypatch.setattr(harness.store, "take_due_steps", take_due)
+        harness.advance(seconds)
         return take_due(*given, **options)
 
-    monkeypatch.setattr(shop.store, "take_due_steps", wait)
+    monkeypatch.setattr(harness.store, "take_due_steps", wait)
 
 
-def test_reaper_takes_no_expired_leases_after_a_database_delay(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reaper_takes_no_expired_leases_after_a_database_delay(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """durability rule 21: no owner could renew its lease meanwhile."""
-    shop.live(2 * LEASE)
-    shop.first.send(Sale)
-    claim = shop.seize()
-    before = len(sent())
-    hold_up(shop, monkeypatch, LEASE + 1)
-    shop.first.companion.tick()
-    assert len(sent()) == before
-    assert shop.store.renew([(claim.id, claim.epoch)], "the dead", LEASE) == {claim.id}
-    assert isinstance(shop.store.claim("1", "1", me("other")), ClaimRefused)
+    harness.advance_with_reaper(2 * LEASE)
+    harness.first.send(Sale)
+    claim = harness.claim_and_die()
+    before = len(sent_messages())
+    hold_up(harness, monkeypatch, LEASE + 1)
+    harness.first.background_service.tick()
+    assert len(sent_messages()) == before
+    assert harness.store.renew([(claim.id, claim.epoch)], "a dead consumer", LEASE) == {claim.id}
+    assert isinstance(harness.store.claim("1", "1", claim_request("other")), ClaimRefused)
 
 
 def test_lease_expiry_after_a_database_delay_frees_the_claim_of_a_dead_owner(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 21"""
-    shop.live(2 * LEASE)
-    shop.first.send(Sale)
-    shop.seize()
-    hold_up(shop, monkeypatch, LEASE + 1)
-    shop.first.companion.tick()
-    shop.live(LEASE + TURN)
-    shop.first.handle()
-    assert shop.status() == SUCCESS
+    harness.advance_with_reaper(2 * LEASE)
+    harness.first.send(Sale)
+    harness.claim_and_die()
+    hold_up(harness, monkeypatch, LEASE + 1)
+    harness.first.background_service.tick()
+    harness.advance_with_reaper(LEASE + TURN)
+    harness.first.handle()
+    assert harness.status() == SUCCESS
 
 
-def test_lost_claim_is_logged_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    second = shop.process(Sale, group="second")
-    beats = [shop.first.companion.renew_leases] * 3
-    Act.acts["1.b"] = [meanwhile(lambda: shop.pass_by(LEASE + 1), second.handle, *beats), None]
-    shop.first.send(Sale)
-    shop.first.handle()
+def test_lost_claim_is_logged_once(harness: DurableHarness, caplog: pytest.LogCaptureFixture) -> None:
+    second = harness.process(Sale, group="second")
+    beats = [harness.first.background_service.renew_leases] * 3
+    ScriptedTask.script["1.b"] = [in_other_thread(lambda: harness.advance(LEASE + 1), second.handle, *beats), None]
+    harness.first.send(Sale)
+    harness.first.handle()
     assert len([line for line in lines(caplog, logging.WARNING) if "the claim was lost" in line]) == 1
 
 
@@ -137,17 +139,17 @@ def test_lost_claim_is_logged_once(shop: Shop, caplog: pytest.LogCaptureFixture)
 
 
 def test_released_claim_is_not_logged_as_lost_while_the_next_step_is_sent(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 9"""
-    shop.first.send(Spread)
-    send = shop.registry.producer.send
+    harness.first.send(Spread)
+    send = harness.registry.producer.send
 
     def slowly(*given: Any, **options: Any) -> Any:
-        shop.first.companion.renew_leases()
+        harness.first.background_service.renew_leases()
         return send(*given, **options)
 
-    monkeypatch.setattr(shop.registry.producer, "send", slowly)
-    shop.first.handle()
-    assert shop.status() == SUCCESS
+    monkeypatch.setattr(harness.registry.producer, "send", slowly)
+    harness.first.handle()
+    assert harness.status() == SUCCESS
     assert [line for line in lines(caplog, logging.WARNING) if "was lost" in line] == []

@@ -14,8 +14,7 @@ import pytest
 
 from kser.schemas import Message
 from kser.store.model import OperationSnapshot
-from tests.consumer.harness import until
-from tests.support import ROOT
+from tests.support import ROOT, wait_until
 
 #: A consumer; the first task waits for a file of its process's name, the second one for one that all wait for.
 PROGRAM = """
@@ -83,7 +82,7 @@ class Consumers:
 
     def wait_for(self, file: str) -> None:
         """Wait until a consumer has made a file."""
-        until((self.folder / file).exists)
+        wait_until((self.folder / file).exists)
 
     def let(self, file: str) -> None:
         """Let consumers go on that wait for a file."""
@@ -133,7 +132,7 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
     assert _without_lease(after) == _without_lease(claimed)
     consumers.let("first of other")
     consumers.let("second")
-    until(lambda: store.get_operation(uuid).ended_at is not None)
+    wait_until(lambda: store.get_operation(uuid).ended_at is not None)
     consumers.end(other)
     found: OperationSnapshot = store.snapshot(uuid)
     store.close()

@@ -23,28 +23,28 @@ from kser.store import open_store
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
 from kser.store.model import EVENTS
-from tests.consumer.harness import Act, put
-from tests.durable.harness import BOTH_WAYS, Sale, Shop, bare, meanwhile
+from tests.consumer.harness import ScriptedTask, send_messages
+from tests.durable.harness import BOTH_WAYS, DurableHarness, Sale, in_other_thread, send_raw_message
 from tests.support import lines
 
 # -- get ---------------------------------------------------------------------------------------------------------------
 
 
-def test_get_of_an_unknown_operation_returns_none(shop: Shop) -> None:
-    assert shop.registry.get("unknown") is None
+def test_get_of_an_unknown_operation_returns_none(harness: DurableHarness) -> None:
+    assert harness.registry.get("unknown") is None
 
 
 @BOTH_WAYS
-def test_get_returns_the_operation_with_tasks_attempts_and_events(shop: Shop, cls: type[Sale]) -> None:
-    Act.acts["1.b"] = ConnectionError("no")
-    bare(cls, params={"order": 42}, metadata={"customer": "7"})
-    shop.first.handle()
-    operation = shop.registry.get("1")
+def test_get_returns_the_operation_with_tasks_attempts_and_events(harness: DurableHarness, cls: type[Sale]) -> None:
+    ScriptedTask.script["1.b"] = ConnectionError("no")
+    send_raw_message(cls, params={"order": 42}, metadata={"customer": "7"})
+    harness.first.handle()
+    operation = harness.registry.get("1")
     assert operation is not None
-    assert type(operation) is shop.first.known(cls)
+    assert type(operation) is harness.first.class_of(cls)
     assert (operation.uuid, operation.params, operation.metadata) == ("1", {"order": 42}, {"customer": "7"})
     assert (operation.status, [task.status for task in operation.tasks]) == (FAILED, [SUCCESS, FAILED, PENDING])
-    assert [type(task) for task in operation.tasks] == [shop.first.known(Act)] * 3
+    assert [type(task) for task in operation.tasks] == [harness.first.class_of(ScriptedTask)] * 3
     assert [(each.position, each.status, each.error) for each in operation.attempts] == [
         (0, SUCCESS, None),
         (1, FAILED, "no"),
@@ -55,32 +55,32 @@ def test_get_returns_the_operation_with_tasks_attempts_and_events(shop: Shop, cl
 
 
 @BOTH_WAYS
-def test_running_task_is_shown_as_running(shop: Shop, cls: type[Sale]) -> None:
+def test_running_task_is_shown_as_running(harness: DurableHarness, cls: type[Sale]) -> None:
     seen: list[Any] = []
 
     def look() -> None:
-        operation = shop.registry.get("1")
+        operation = harness.registry.get("1")
         assert operation is not None
         seen.append((operation.status, [task.status for task in operation.tasks]))
 
-    Act.acts["1.b"] = look
-    bare(cls)
-    shop.first.handle()
+    ScriptedTask.script["1.b"] = look
+    send_raw_message(cls)
+    harness.first.handle()
     assert seen == [(RUNNING, [SUCCESS, RUNNING, PENDING])]
 
 
-def test_unclaimed_operation_shows_no_task_as_running(shop: Shop) -> None:
-    shop.first.known(Sale)("1").build().send()
-    operation = shop.registry.get("1")
+def test_unclaimed_operation_shows_no_task_as_running(harness: DurableHarness) -> None:
+    harness.first.class_of(Sale)("1").build().send()
+    operation = harness.registry.get("1")
     assert operation is not None
     assert (operation.status, [task.status for task in operation.tasks]) == (PENDING, [PENDING] * 3)
 
 
-def test_get_of_an_unknown_class_returns_a_plain_operation(shop: Shop) -> None:
-    bare(Sale, params={"order": 42})
-    shop.first.handle()
-    desk = shop.process(group="desk")
-    desk.forget(Act)
+def test_get_of_an_unknown_class_returns_a_plain_operation(harness: DurableHarness) -> None:
+    send_raw_message(Sale, params={"order": 42})
+    harness.first.handle()
+    desk = harness.process(group="desk")
+    desk.unsubscribe(ScriptedTask)
     operation = desk.registry.get("1")
     assert operation is not None
     assert (type(operation), operation.params, operation.status) == (Operation, {"order": 42}, SUCCESS)
@@ -94,13 +94,13 @@ def test_unstored_operation_has_neither_attempts_nor_events() -> None:
 # -- find --------------------------------------------------------------------------------------------------------------
 
 
-def test_find_returns_the_newest_first_in_pages(shop: Shop) -> None:
+def test_find_returns_the_newest_first_in_pages(harness: DurableHarness) -> None:
     for number in range(7):
-        shop.first.send(Sale, str(number))
+        harness.first.send(Sale, str(number))
     pages = []
     cursor = None
     while True:
-        page = shop.registry.find(limit=3, after=cursor)
+        page = harness.registry.find(limit=3, after=cursor)
         assert isinstance(page, OperationPage)
         pages.append([operation.uuid for operation in page])
         cursor = page.cursor
@@ -109,20 +109,20 @@ def test_find_returns_the_newest_first_in_pages(shop: Shop) -> None:
     assert pages == [["6", "5", "4"], ["3", "2", "1"], ["0"]]
 
 
-def test_find_filters_by_class_status_metadata_and_time(shop: Shop) -> None:
+def test_find_filters_by_class_status_metadata_and_time(harness: DurableHarness) -> None:
     class Other(Sale):
         pass
 
-    shop.first.learn(Other)
-    Act.acts["2.a"] = ConnectionError("no")
-    bare(Sale, uuid="1", metadata={"customer": "7", "shop": "north"})
-    bare(Sale, uuid="2", metadata={"customer": 7})
-    bare(Other, uuid="3", metadata={"customer": "8"})
-    shop.first.handle()
-    start = shop.world.now
+    harness.first.subscribe_copy(Other)
+    ScriptedTask.script["2.a"] = ConnectionError("no")
+    send_raw_message(Sale, uuid="1", metadata={"customer": "7", "shop": "north"})
+    send_raw_message(Sale, uuid="2", metadata={"customer": 7})
+    send_raw_message(Other, uuid="3", metadata={"customer": "8"})
+    harness.first.handle()
+    start = harness.store_harness.now
 
     def found(**what: Any) -> list[str]:
-        return [operation.uuid for operation in shop.registry.find(**what)]
+        return [operation.uuid for operation in harness.registry.find(**what)]
 
     assert found(status=FAILED) == ["2"]
     assert found(status=[FAILED, SUCCESS]) == ["3", "2", "1"]
@@ -138,56 +138,56 @@ def test_find_filters_by_class_status_metadata_and_time(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("what", [{"since": "yesterday"}, {"until": True}, {"after": "no cursor"}])
-def test_find_rejects_invalid_filters(shop: Shop, what: Any) -> None:
+def test_find_rejects_invalid_filters(harness: DurableHarness, what: Any) -> None:
     with pytest.raises(UsageError):
-        shop.registry.find(**what)
+        harness.registry.find(**what)
 
 
 # -- purge -------------------------------------------------------------------------------------------------------------
 
 
-def test_purge_deletes_old_ended_operations(shop: Shop) -> None:
-    Act.acts["2.a"] = ConnectionError("no")
+def test_purge_deletes_old_ended_operations(harness: DurableHarness) -> None:
+    ScriptedTask.script["2.a"] = ConnectionError("no")
     for uuid in "123":
-        bare(Sale, uuid=uuid)
-    shop.first.handle()
-    shop.first.send(Sale, "open")
-    shop.pass_by(3600)
-    bare(Sale, uuid="young")
-    shop.first.step()
-    assert shop.registry.purge(older_than=datetime.timedelta(minutes=30), status=FAILED) == 1
-    assert shop.registry.get("2") is None
-    assert shop.registry.purge(older_than=1800) == 2
-    assert sorted(operation.uuid for operation in shop.registry.find()) == ["open", "young"]
-    assert shop.registry.purge(older_than=1800) == 0
+        send_raw_message(Sale, uuid=uuid)
+    harness.first.handle()
+    harness.first.send(Sale, "open")
+    harness.advance(3600)
+    send_raw_message(Sale, uuid="young")
+    harness.first.step()
+    assert harness.registry.purge(older_than=datetime.timedelta(minutes=30), status=FAILED) == 1
+    assert harness.registry.get("2") is None
+    assert harness.registry.purge(older_than=1800) == 2
+    assert sorted(operation.uuid for operation in harness.registry.find()) == ["open", "young"]
+    assert harness.registry.purge(older_than=1800) == 0
 
 
-def test_purge_accepts_only_final_statuses(shop: Shop) -> None:
+def test_purge_accepts_only_final_statuses(harness: DurableHarness) -> None:
     with pytest.raises(UsageError, match="only operations that have ended are purged, not those that are RUNNING"):
-        shop.registry.purge(older_than=1, status=[RUNNING, SUCCESS])
+        harness.registry.purge(older_than=1, status=[RUNNING, SUCCESS])
 
 
 # -- wait --------------------------------------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
-def test_wait_returns_the_result(shop: Shop, cls: type[Sale]) -> None:
-    Act.acts["1.c"] = lambda: Result(retval={"c": 1})
-    operation = shop.first.known(cls)("1").build().send()
-    meanwhile(shop.first.handle)()
+def test_wait_returns_the_result(harness: DurableHarness, cls: type[Sale]) -> None:
+    ScriptedTask.script["1.c"] = lambda: Result(retval={"c": 1})
+    operation = harness.first.class_of(cls)("1").build().send()
+    in_other_thread(harness.first.handle)()
     assert operation.wait(timeout=5).retval == {"c": 1}
 
 
-def test_wait_returns_the_failure_of_a_failed_operation(shop: Shop) -> None:
-    Act.acts["1.b"] = ConnectionError("no")
-    operation = shop.first.known(Sale)("1").build().send()
-    shop.first.handle()
+def test_wait_returns_the_failure_of_a_failed_operation(harness: DurableHarness) -> None:
+    ScriptedTask.script["1.b"] = ConnectionError("no")
+    operation = harness.first.class_of(Sale)("1").build().send()
+    harness.first.handle()
     found = operation.wait(timeout=5)
     assert (found.retcode, found.stderr) == (500, "no")
 
 
-def test_wait_times_out_and_names_the_current_status(shop: Shop) -> None:
-    operation = shop.first.known(Sale)("1").build().send()
+def test_wait_times_out_and_names_the_current_status(harness: DurableHarness) -> None:
+    operation = harness.first.class_of(Sale)("1").build().send()
     with pytest.raises(WaitTimeout, match=r"operation 1 is PENDING after 0\.05 s, at task 0") as caught:
         operation.wait(timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
@@ -261,7 +261,7 @@ def test_password_is_hidden_in_the_store_name() -> None:
 
 
 @BOTH_WAYS
-def test_tasks_and_hooks_run_inside_the_app_context(shop: Shop, cls: type[Sale]) -> None:
+def test_tasks_and_hooks_run_inside_the_app_context(harness: DurableHarness, cls: type[Sale]) -> None:
     app = Flask("shop")
     app.config.update(CURRENCY="EUR")
     seen: list[Any] = []
@@ -275,9 +275,9 @@ def test_tasks_and_hooks_run_inside_the_app_context(shop: Shop, cls: type[Sale])
             seen.append(("onsuccess", current_app.config["CURRENCY"]))
             return result
 
-    process = shop.process(Own, app=app, group="app")
-    Act.acts["1.a"] = lambda: seen.append(("run", current_app.config["CURRENCY"]))
-    bare(Own)
+    process = harness.process(Own, app=app, group="app")
+    ScriptedTask.script["1.a"] = lambda: seen.append(("run", current_app.config["CURRENCY"]))
+    send_raw_message(Own)
     process.handle()
     assert seen == [("build", "EUR"), ("run", "EUR"), ("onsuccess", "EUR")]
 
@@ -286,21 +286,21 @@ def test_tasks_and_hooks_run_inside_the_app_context(shop: Shop, cls: type[Sale])
 
 
 @BOTH_WAYS
-def test_each_transition_is_emitted_after_its_commit(shop: Shop, cls: type[Sale]) -> None:
+def test_each_transition_is_emitted_after_its_commit(harness: DurableHarness, cls: type[Sale]) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, uuid: str, entrypoint: str, old: Any, new: str, result: Any) -> None:
-        heard.append((old, new, shop.status(uuid), sender is shop.registry))
+        heard.append((old, new, harness.status(uuid), sender is harness.registry))
 
     def task_changed(sender: Any, operation: str, position: int, new: str, attempt: int, error: Any) -> None:
-        heard.append((position, new, shop.tasks(operation)[position], attempt))
+        heard.append((position, new, harness.tasks(operation)[position], attempt))
 
     with (
         signals.operation_changed.connected_to(operation_changed),
         signals.task_changed.connected_to(task_changed),
     ):
-        shop.first.known(cls)("1").build().send()
-        shop.first.handle()
+        harness.first.class_of(cls)("1").build().send()
+        harness.first.handle()
     assert heard == [
         (None, PENDING, PENDING, True),
         (PENDING, RUNNING, RUNNING, True),
@@ -312,38 +312,42 @@ def test_each_transition_is_emitted_after_its_commit(shop: Shop, cls: type[Sale]
 
 
 @BOTH_WAYS
-def test_transitions_of_an_operation_received_as_a_message_are_emitted(shop: Shop, cls: type[Sale]) -> None:
+def test_transitions_of_an_operation_received_as_a_message_are_emitted(
+    harness: DurableHarness, cls: type[Sale]
+) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
         heard.append((old, new))
 
     with signals.operation_changed.connected_to(operation_changed):
-        bare(cls)
-        shop.first.handle()
+        send_raw_message(cls)
+        harness.first.handle()
     assert heard == [(None, PENDING), (PENDING, RUNNING), (RUNNING, SUCCESS)]
 
 
-def test_second_cancel_emits_no_signal(shop: Shop) -> None:
+def test_second_cancel_emits_no_signal(harness: DurableHarness) -> None:
     heard: list[Any] = []
 
     def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
         heard.append((old, new))
 
-    operation = shop.first.known(Sale)("1").build().send()
+    operation = harness.first.class_of(Sale)("1").build().send()
     with signals.operation_changed.connected_to(operation_changed):
         assert [operation.cancel(), operation.cancel()] == [CANCELLED, CANCELLED]
     assert heard == [(PENDING, CANCELLED)]
 
 
-def test_raising_listener_is_logged_and_changes_nothing(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_listener_is_logged_and_changes_nothing(
+    harness: DurableHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     def raising(sender: Any, **_: Any) -> None:
         raise ConnectionError("no")
 
     with signals.operation_changed.connected_to(raising), signals.task_changed.connected_to(raising):
-        bare(Sale)
-        shop.first.handle()
-    assert shop.status() == SUCCESS
+        send_raw_message(Sale)
+        harness.first.handle()
+    assert harness.status() == SUCCESS
     assert any("a listener of" in line for line in lines(caplog, logging.ERROR))
 
 
@@ -362,32 +366,32 @@ class Untouched:
         return getattr(self._store, name)
 
 
-def test_plain_task_makes_no_store_call(shop: Shop) -> None:
-    store = Untouched(shop.store)
-    process = shop.process(Sale, store=store, group="plain")
+def test_plain_task_makes_no_store_call(harness: DurableHarness) -> None:
+    store = Untouched(harness.store)
+    process = harness.process(Sale, store=store, group="plain")
     del store.asked[:]
-    put("1", "2")
+    send_messages("1", "2")
     process.handle()
-    assert (Act.seen, store.asked) == (["1", "2"], [])
+    assert (ScriptedTask.ran, store.asked) == (["1", "2"], [])
 
 
-def test_local_step_makes_one_store_call(shop: Shop) -> None:
-    store = Untouched(shop.store)
-    process = shop.process(Sale, store=store, group="counted")
+def test_local_step_makes_one_store_call(harness: DurableHarness) -> None:
+    store = Untouched(harness.store)
+    process = harness.process(Sale, store=store, group="counted")
     del store.asked[:]
-    bare(Sale)
+    send_raw_message(Sale)
     process.handle()
     assert store.asked == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
 
 
-def test_metadata_of_operation_and_tasks_is_stored(shop: Shop) -> None:
+def test_metadata_of_operation_and_tasks_is_stored(harness: DurableHarness) -> None:
     seen: list[Any] = []
-    operation = shop.first.known(Sale)("1", metadata={"customer": "7"}).build()
+    operation = harness.first.class_of(Sale)("1", metadata={"customer": "7"}).build()
     operation.tasks[1].metadata = {"of": "b"}
     operation.send()
-    Act.acts["1.b"] = lambda: seen.append("ran")
-    shop.first.handle()
-    found = shop.registry.get("1")
+    ScriptedTask.script["1.b"] = lambda: seen.append("ran")
+    harness.first.handle()
+    found = harness.registry.get("1")
     assert found is not None
     assert (found.metadata, found.tasks[1].metadata) == ({"customer": "7"}, {"of": "b"})
 

@@ -19,9 +19,10 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, RUNNING, SUCCESS
 from kser.store.sql.group_commit import GroupCommit, PendingWrite
-from tests.consumer.harness import PATIENCE, Act, until
-from tests.durable.harness import BOTH_WAYS, TURN, Sale, Shop, Spread, bare, sent
+from tests.consumer.harness import ScriptedTask
+from tests.durable.harness import BOTH_WAYS, TURN, DurableHarness, Sale, Spread, send_raw_message, sent_messages
 from tests.store.harness import LEASE
+from tests.support import WAIT_SECONDS, wait_until
 
 
 class Broken(Producer):
@@ -32,26 +33,32 @@ class Broken(Producer):
 
 
 @BOTH_WAYS
-def test_poison_message_with_a_pending_cancel_is_cancelled_and_not_run_again(shop: Shop, cls: type[Sale]) -> None:
+def test_poison_message_with_a_pending_cancel_is_cancelled_and_not_run_again(
+    harness: DurableHarness, cls: type[Sale]
+) -> None:
     """durability rule 24: the task that killed its consumer must not kill the next one."""
-    operation = shop.first.known(cls)("1").build().send()
-    shop.seize()
+    operation = harness.first.class_of(cls)("1").build().send()
+    harness.claim_and_die()
     assert operation.cancel("it kills") == RUNNING
-    shop.live(LEASE + 2 * TURN)
-    shop.first.handle()
-    assert (shop.stored().operation.status, Act.seen) == (CANCELLED, [])
+    harness.advance_with_reaper(LEASE + 2 * TURN)
+    harness.first.handle()
+    assert (harness.stored().operation.status, ScriptedTask.ran) == (CANCELLED, [])
 
 
-def test_raising_producer_after_a_checkpoint_fails_no_step(shop: Shop) -> None:
+def test_raising_producer_after_a_checkpoint_fails_no_step(harness: DurableHarness) -> None:
     """durability rule 8: the claim was released, so nothing more is recorded under it."""
-    shop.first.known(Spread)("1").build().launch()
-    good, shop.registry._kser_producer = shop.registry._kser_producer, Broken({})
-    shop.first.step()
-    assert (shop.stored().operation.status, shop.stored().operation.step, Act.seen) == (RUNNING, 1, ["1.a"])
-    shop.registry._kser_producer = good
-    shop.live(2 * TURN)
-    shop.first.handle()
-    assert shop.stored().operation.status == SUCCESS
+    harness.first.class_of(Spread)("1").build().launch()
+    good, harness.registry._kser_producer = harness.registry._kser_producer, Broken({})
+    harness.first.step()
+    assert (harness.stored().operation.status, harness.stored().operation.step, ScriptedTask.ran) == (
+        RUNNING,
+        1,
+        ["1.a"],
+    )
+    harness.registry._kser_producer = good
+    harness.advance_with_reaper(2 * TURN)
+    harness.first.handle()
+    assert harness.stored().operation.status == SUCCESS
 
 
 class Exits(Task):
@@ -68,9 +75,9 @@ class Exits(Task):
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["in one consumer", "over the consumers"])
-def test_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distributed: bool) -> None:
+def test_hook_that_raises_system_exit_fails_its_step_once(harness: DurableHarness, distributed: bool) -> None:
     """durability rule 22: the same exit would otherwise recur at once, without end."""
-    exits = shop.first.learn(Exits)
+    exits = harness.first.subscribe_copy(Exits)
 
     class Ends(Operation):
         DISTRIBUTED = distributed
@@ -79,49 +86,49 @@ def test_hook_that_raises_system_exit_fails_its_step_once(shop: Shop, distribute
             return [exits(f"{self.uuid}.x")]
 
     before = Exits.runs
-    bare(shop.registry.subscribe(Ends))
-    shop.first.handle()
-    assert (shop.stored().operation.status, Exits.runs - before) == (FAILED, 1)
+    send_raw_message(harness.registry.subscribe(Ends))
+    harness.first.handle()
+    assert (harness.stored().operation.status, Exits.runs - before) == (FAILED, 1)
 
 
 def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rules 9, 12 and 20."""
 
     class Slow(Producer):
         def send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
             if topic.startswith("gone"):
-                shop.pass_by(timeout)
+                harness.advance(timeout)
                 return Result(uuid=kmsg.uuid, retcode=500, stderr="there is no such topic")
             return super().send(topic, kmsg, timeout, **options)
 
-    shop.registry._kser_producer = Slow({})
-    shop.first.known(Sale)("dead").build().send()
+    harness.registry._kser_producer = Slow({})
+    harness.first.class_of(Sale)("dead").build().send()
     InMemoryBroker.at("").topics["dice"][0].clear()
-    shop.seize("dead")
+    harness.claim_and_die("dead")
     for number in range(6):
-        shop.first.known(Sale)(f"lost {number}").build().send(topic=f"gone {number}")
-    companion, beats, began = shop.first.companion, [0.0], shop.world.now
+        harness.first.class_of(Sale)(f"lost {number}").build().send(topic=f"gone {number}")
+    companion, beats, began = harness.first.background_service, [0.0], harness.store_harness.now
     beat = companion.renew_leases
 
     def noted() -> None:
-        beats.append(shop.world.now - began)
+        beats.append(harness.store_harness.now - began)
         beat()
 
     noted.__name__ = "beat"
     monkeypatch.setattr(companion, "renew_leases", noted)
-    while shop.world.now - began < 600:
+    while harness.store_harness.now - began < 600:
         companion.tick()
-        shop.pass_by(0.5)
+        harness.advance(0.5)
     assert max(later - earlier for earlier, later in itertools.pairwise(beats)) < LEASE * 2 / 3
-    assert shop.stored("dead").operation.owner is None
-    assert len(shop.stored("lost 0").events) < 40
+    assert harness.stored("dead").operation.owner is None
+    assert len(harness.stored("lost 0").events) < 40
 
 
-def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(shop: Shop) -> None:
+def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(harness: DurableHarness) -> None:
     """durability rules 2 and 28: the attempt was already reported as failed."""
-    consumer = shop.first.consumer
+    consumer = harness.first.consumer
     gates: list[Any] = []
 
     class Long(Operation):
@@ -130,23 +137,23 @@ def test_attempt_that_timed_out_while_building_does_not_accept_the_operation(sho
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             if gates:
                 gates.pop()()
-            return [Act(f"{self.uuid}.a")]
+            return [ScriptedTask(f"{self.uuid}.a")]
 
     def gate() -> None:
-        shop.first.clock.pass_by(6)
+        harness.first.clock.advance(6)
         consumer._kser_worker_pool.enforce_time_limits()
-        until(lambda: consumer.counts.get("failed"))
+        wait_until(lambda: consumer.counts.get("failed"))
 
     gates.append(gate)
-    bare(shop.registry.subscribe(Long))
+    send_raw_message(harness.registry.subscribe(Long))
     consumer.step(timeout=0)
-    assert (shop.store.get_operation("1"), Act.seen) == (None, [])
+    assert (harness.store.get_operation("1"), ScriptedTask.ran) == (None, [])
     consumer._kser_worker_pool.shutdown()
 
 
-def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: Shop) -> None:
+def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(harness: DurableHarness) -> None:
     """durability rule 28: the supervisor had read the time of the task before."""
-    dispatch = shop.first.consumer._kser_work_queue
+    dispatch = harness.first.consumer._kser_work_queue
     looked: list[Any] = []
     found: list[bool] = []
 
@@ -154,41 +161,41 @@ def test_task_that_ends_at_its_time_limit_does_not_time_out_the_next_one(shop: S
         TIME_LIMIT = 5
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            return [Act(f"{self.uuid}.a"), Act(f"{self.uuid}.b")]
+            return [ScriptedTask(f"{self.uuid}.a"), ScriptedTask(f"{self.uuid}.b")]
 
     def first() -> None:
         (item,) = dispatch.running()
         looked.extend((item, item.attempt.outcome))
-        shop.first.clock.pass_by(5.1)
+        harness.first.clock.advance(5.1)
 
-    Act.acts["1.a"] = first
-    Act.acts["1.b"] = lambda: found.append(dispatch.time_out(looked[0], TaskTimeout("too long"), looked[1]))
-    bare(shop.registry.subscribe(Two))
-    shop.first.handle()
-    assert (found, shop.stored().operation.status, len(shop.stored().attempts)) == ([False], SUCCESS, 2)
+    ScriptedTask.script["1.a"] = first
+    ScriptedTask.script["1.b"] = lambda: found.append(dispatch.time_out(looked[0], TaskTimeout("too long"), looked[1]))
+    send_raw_message(harness.registry.subscribe(Two))
+    harness.first.handle()
+    assert (found, harness.stored().operation.status, len(harness.stored().attempts)) == ([False], SUCCESS, 2)
 
 
-def test_resume_in_a_process_without_a_consumer_sends_once(shop: Shop) -> None:
+def test_resume_in_a_process_without_a_consumer_sends_once(harness: DurableHarness) -> None:
     """durability rules 15 and 25."""
-    Act.acts["1.b"] = [ValueError("no"), None]
-    bare(Sale)
-    shop.first.handle()
-    web = shop.process(Sale)
+    ScriptedTask.script["1.b"] = [ValueError("no"), None]
+    send_raw_message(Sale)
+    harness.first.handle()
+    web = harness.process(Sale)
     found = web.registry.get("1")
     assert found is not None
     found.resume()
-    before = len(sent())
-    shop.live(2 * TURN)
-    assert (len(sent()), shop.stored().operation.send_count) == (before, 1)
+    before = len(sent_messages())
+    harness.advance_with_reaper(2 * TURN)
+    assert (len(sent_messages()), harness.stored().operation.send_count) == (before, 1)
 
 
-def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_survives_a_database_outage(harness: DurableHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 33"""
-    bare(Sale)
-    shop.first.handle()
-    found = shop.registry.get("1")
+    send_raw_message(Sale)
+    harness.first.handle()
+    found = harness.registry.get("1")
     assert found is not None
-    peek, asked = shop.store.get_operation, []
+    peek, asked = harness.store.get_operation, []
 
     def away(uuid: str) -> Any:
         asked.append(uuid)
@@ -196,11 +203,13 @@ def test_wait_survives_a_database_outage(shop: Shop, monkeypatch: pytest.MonkeyP
             raise StoreUnavailable("the database restarts")
         return peek(uuid)
 
-    monkeypatch.setattr(shop.store, "get_operation", away)
-    assert found.wait(timeout=PATIENCE).retcode == 0
+    monkeypatch.setattr(harness.store, "get_operation", away)
+    assert found.wait(timeout=WAIT_SECONDS).retcode == 0
 
 
-def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+def test_claim_that_cannot_be_released_does_not_affect_the_others(
+    harness: DurableHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 9"""
     given_back = []
 
@@ -215,12 +224,12 @@ def test_claim_that_cannot_be_released_does_not_affect_the_others(shop: Shop, ca
                 raise FencedError("its own worker was faster")
             given_back.append(self.key)
 
-    context = shop.registry._kser_operations._context
+    context = harness.registry._kser_operations._context
     held = [Held(1), Held(2)]
     for each in held:
         context.register_claim(each)
     with caplog.at_level(logging.WARNING, "kser"):
-        shop.first.companion.close()
+        harness.first.background_service.close()
     assert given_back == [(2, 1)]
     for each in held:
         context.release_claim(each)
@@ -233,17 +242,17 @@ def test_group_commit_continues_after_an_interrupted_follower() -> None:
     def run(entries: Any) -> None:
         if entries[0].item == "slow":
             entered.set()
-            go.wait(PATIENCE)
+            go.wait(WAIT_SECONDS)
         for entry in entries:
             entry.result = entry.item
 
     group: GroupCommit[str] = GroupCommit(run, 1)
     slow = threading.Thread(target=group.write, args=("slow",))
     slow.start()
-    assert entered.wait(PATIENCE)
+    assert entered.wait(WAIT_SECONDS)
 
     def interrupt() -> None:
-        until(lambda: group._waiting)
+        wait_until(lambda: group._waiting)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)

@@ -18,12 +18,12 @@ from kser.store import open_store, retrying
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
 from kser.store.model import OperationRow
-from tests.consumer.harness import PATIENCE, Act, InThread, committed, put, until
-from tests.durable.harness import BOTH_WAYS, Process, Sale, Shop, Spread, bare, sent
-from tests.support import lines
+from tests.consumer.harness import ConsumerThread, ScriptedTask, committed, send_messages
+from tests.durable.harness import BOTH_WAYS, DurableHarness, Process, Sale, Spread, send_raw_message, sent_messages
+from tests.support import WAIT_SECONDS, lines, wait_until
 
 
-class Troubled:
+class FaultyConsumer:
     """A store that does not work as long as a reason is given."""
 
     def __init__(self, store: Store) -> None:
@@ -52,8 +52,8 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def troubled(shop: Shop) -> Troubled:
-    return Troubled(shop.store)
+def troubled(harness: DurableHarness) -> FaultyConsumer:
+    return FaultyConsumer(harness.store)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -64,26 +64,26 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 @BOTH_WAYS
 @pytest.mark.parametrize("workers", [1, 3])
 def test_outage_delays_running_operations_and_duplicates_no_record(
-    shop: Shop, troubled: Troubled, cls: type[Sale], workers: int, caplog: pytest.LogCaptureFixture
+    harness: DurableHarness, troubled: FaultyConsumer, cls: type[Sale], workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 33: one ERROR per change of state."""
-    process = shop.process(cls, store=troubled, group="troubled", workers=workers)
+    process = harness.process(cls, store=troubled, group="troubled", workers=workers)
 
     def fall() -> None:
         troubled.trouble = "it does not answer"
 
-    Act.acts["1.b"] = fall
-    bare(cls)
-    with InThread(process.consumer):
-        until(lambda: troubled.asked > 3)
-        assert Act.seen == ["1.a", "1.b"]
+    ScriptedTask.script["1.b"] = fall
+    send_raw_message(cls)
+    with ConsumerThread(process.consumer):
+        wait_until(lambda: troubled.asked > 3)
+        assert ScriptedTask.ran == ["1.a", "1.b"]
         troubled.trouble = "it is read-only"
         asked = troubled.asked
-        until(lambda: troubled.asked > asked + 2)
+        wait_until(lambda: troubled.asked > asked + 2)
         troubled.trouble = ""
-        until(shop.has_ended)
-    assert (shop.status(), Act.seen) == (SUCCESS, ["1.a", "1.b", "1.c"])
-    assert shop.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
+        wait_until(harness.has_ended)
+    assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ["1.a", "1.b", "1.c"])
+    assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     assert told(caplog) == [
         "Store: it does not answer; work in flight waits, and the call is retried",
         "Store: it is read-only; the database is still unavailable",
@@ -163,24 +163,24 @@ def test_retrying_store_repeats_each_call_of_the_contract(name: str, caplog: pyt
     assert len(told(caplog)) == 2
 
 
-def test_outage_delays_new_operations_but_not_plain_tasks(shop: Shop, troubled: Troubled) -> None:
+def test_outage_delays_new_operations_but_not_plain_tasks(harness: DurableHarness, troubled: FaultyConsumer) -> None:
     """durability rule 33: a plain task has no step to record and needs no database."""
-    process = shop.process(Sale, store=troubled, workers=2)
-    shop.first.consumer.close()
+    process = harness.process(Sale, store=troubled, workers=2)
+    harness.first.consumer.close()
     troubled.trouble = "it does not answer"
-    bare(Sale)
-    put("plain")
-    with InThread(process.consumer):
-        until(lambda: "plain" in Act.seen and troubled.asked > 2)
+    send_raw_message(Sale)
+    send_messages("plain")
+    with ConsumerThread(process.consumer):
+        wait_until(lambda: "plain" in ScriptedTask.ran and troubled.asked > 2)
         assert committed() in (None, 0)
         troubled.trouble = ""
-        until(shop.has_ended)
+        wait_until(harness.has_ended)
     assert committed() == 2
 
 
-def test_consumer_waiting_for_the_database_keeps_polling(shop: Shop, troubled: Troubled) -> None:
+def test_consumer_waiting_for_the_database_keeps_polling(harness: DurableHarness, troubled: FaultyConsumer) -> None:
     """durability rule 33"""
-    process = shop.process(Sale, store=troubled, group="troubled")
+    process = harness.process(Sale, store=troubled, group="troubled")
     troubled.trouble = "it does not answer"
     polls: list[int] = []
     turn = process.consumer._kser_poller.poll_once
@@ -190,28 +190,28 @@ def test_consumer_waiting_for_the_database_keeps_polling(shop: Shop, troubled: T
         return turn(timeout)
 
     process.consumer._kser_poller.poll_once = counted  # type: ignore[method-assign]
-    bare(Sale)
-    with InThread(process.consumer):
-        until(lambda: troubled.asked > 2)
+    send_raw_message(Sale)
+    with ConsumerThread(process.consumer):
+        wait_until(lambda: troubled.asked > 2)
         before = len(polls)
-        until(lambda: len(polls) > before + 2)
+        wait_until(lambda: len(polls) > before + 2)
         troubled.trouble = ""
-        until(shop.has_ended)
+        wait_until(harness.has_ended)
 
 
 def test_heartbeat_and_reaper_continue_after_an_outage(
-    shop: Shop, troubled: Troubled, caplog: pytest.LogCaptureFixture
+    harness: DurableHarness, troubled: FaultyConsumer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 33"""
-    process = shop.process(Sale, store=troubled, group="troubled")
-    shop.first.send(Sale)
-    for log in shop.first.consumer.client.topics["dice"]:
+    process = harness.process(Sale, store=troubled, group="troubled")
+    harness.first.send(Sale)
+    for log in harness.first.consumer.client.topics["dice"]:
         log.clear()
     troubled.trouble = "it does not answer"
-    shop.live(60, process)
+    harness.advance_with_reaper(60, process)
     troubled.trouble = ""
-    shop.live(60, process)
-    assert len(sent()) >= 1
+    harness.advance_with_reaper(60, process)
+    assert len(sent_messages()) >= 1
     assert told(caplog) == [
         "Store: it does not answer; work in flight waits, and the call is retried",
         "Store: the database works again",
@@ -219,14 +219,14 @@ def test_heartbeat_and_reaper_continue_after_an_outage(
 
 
 @pytest.mark.parametrize("what", ["send", "get", "find", "cancel", "resume", "purge"])
-def test_outage_raises_soon_outside_a_consumer(shop: Shop, troubled: Troubled, what: str) -> None:
+def test_outage_raises_soon_outside_a_consumer(harness: DurableHarness, troubled: FaultyConsumer, what: str) -> None:
     """durability rule 33: callers do not wait without end."""
-    process = shop.process(Sale, store=troubled, group="troubled")
-    operation = process.known(Sale)("1").build()
+    process = harness.process(Sale, store=troubled, group="troubled")
+    operation = process.class_of(Sale)("1").build()
     operation.send()
     troubled.trouble = "it does not answer"
     calls: dict[str, Any] = {
-        "send": lambda: process.known(Sale)("2").build().send(),
+        "send": lambda: process.class_of(Sale)("2").build().send(),
         "get": lambda: process.registry.get("1"),
         "find": lambda: process.registry.find(),
         "cancel": operation.cancel,
@@ -238,10 +238,10 @@ def test_outage_raises_soon_outside_a_consumer(shop: Shop, troubled: Troubled, w
     assert troubled.asked == 3
 
 
-def test_wait_during_an_outage_raises_after_its_timeout(shop: Shop, troubled: Troubled) -> None:
+def test_wait_during_an_outage_raises_after_its_timeout(harness: DurableHarness, troubled: FaultyConsumer) -> None:
     """durability rule 33"""
-    process = shop.process(Sale, store=troubled, group="troubled")
-    operation = process.known(Sale)("1").build().send()
+    process = harness.process(Sale, store=troubled, group="troubled")
+    operation = process.class_of(Sale)("1").build().send()
     troubled.trouble = "it does not answer"
     with pytest.raises(StoreUnavailable, match="it does not answer"):
         operation.wait(0.1)
@@ -259,13 +259,13 @@ def test_locked_sqlite_file_is_awaited(tmp_path: Path, bus: Any, monkeypatch: py
         other.execute("BEGIN IMMEDIATE")
         locked.set()
 
-    Act.acts["1.b"] = lock
-    bare(Sale)
-    with InThread(process.consumer):
-        assert locked.wait(PATIENCE)
-        until(lambda: Act.seen == ["1.a", "1.b"])
+    ScriptedTask.script["1.b"] = lock
+    send_raw_message(Sale)
+    with ConsumerThread(process.consumer):
+        assert locked.wait(WAIT_SECONDS)
+        wait_until(lambda: ScriptedTask.ran == ["1.a", "1.b"])
         other.execute("ROLLBACK")
-        until(lambda: (row := store.get_operation("1")) is not None and row.status == SUCCESS)
+        wait_until(lambda: (row := store.get_operation("1")) is not None and row.status == SUCCESS)
     other.close()
     store.close()
 
@@ -287,11 +287,11 @@ def test_consumer_rejects_an_incompatible_schema_version_at_its_start(tmp_path: 
     newer(tmp_path / "kser.db", 99, 99)
     process = Process(None, Sale)
     process.registry._kser_store = open_store(f"sqlite:///{tmp_path}/kser.db")
-    bare(Sale)
+    send_raw_message(Sale)
     with pytest.raises(SchemaMismatch, match="99"):
         process.consumer.run()
     process.registry._kser_store.close()
-    assert (Act.seen, committed()) in (([], None), ([], 0))
+    assert (ScriptedTask.ran, committed()) in (([], None), ([], 0))
 
 
 def test_newer_compatible_schema_version_is_accepted(tmp_path: Path, bus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_newer_compatible_schema_version_is_accepted(tmp_path: Path, bus: Any, m
     monkeypatch.setenv("KSER_TOPICS", "dice")
     newer(tmp_path / "kser.db", 99, 1)
     process = Process(open_store(f"sqlite:///{tmp_path}/kser.db"), Sale)
-    bare(Sale)
+    send_raw_message(Sale)
     process.handle()
     operation = process.registry.get("1")
     assert operation is not None

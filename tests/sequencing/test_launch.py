@@ -16,7 +16,7 @@ from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
-from tests.support import UUID, lines, said
+from tests.support import UUID, lines, ok_result
 
 
 class Plain(Task):
@@ -51,7 +51,7 @@ def test_operation_is_sent_as_one_message_and_returned(registry: OperationRegist
         TOPIC = "games"
 
     game = Game(UUID, {"a": 1})
-    assert game.send(result=said("before")) is game
+    assert game.send(result=ok_result("before")) is game
     (raw,) = InMemoryBroker.at("launch").values("games")
     kmsg = Message.loads(raw)
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Game.path, {"a": 1}, "before")
@@ -129,14 +129,14 @@ def test_launch_of_an_empty_operation_fails_and_keeps_its_status() -> None:
 
 def test_launch_next_passes_the_previous_result() -> None:
     tasks = operation("SUCCESS", "PENDING")
-    assert tasks.launch_next(tasks.tasks[0], said("one")).stdout == "sent 1 after one"
+    assert tasks.launch_next(tasks.tasks[0], ok_result("one")).stdout == "sent 1 after one"
 
 
 def test_launch_next_after_the_last_task_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
     """B5: SUCCESS, logged, and the Result returned."""
     caplog.set_level(logging.INFO, "kser")
     tasks = operation("SUCCESS")
-    result = said("done")
+    result = ok_result("done")
     assert tasks.launch_next(tasks.tasks[0], result) is result
     assert tasks.status == "SUCCESS"
     assert lines(caplog) == [

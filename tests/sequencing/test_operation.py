@@ -14,7 +14,7 @@ from kser.controller import Controller
 from kser.errors import UsageError
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from tests.support import UUID, lines, message, record_of, records, said
+from tests.support import UUID, lines, message, ok_result, record_of, records
 
 PATH = "tests.sequencing.test_operation.Game"
 LABEL = f"{PATH}[{UUID}]"
@@ -24,7 +24,7 @@ class Roll(Task):
     REQUIRED_FIELDS = ("player",)
 
     def run(self) -> Result:
-        return said(f"{self.params['player']} rolls")
+        return ok_result(f"{self.params['player']} rolls")
 
 
 class Lose(Task):
@@ -225,7 +225,7 @@ def test_required_parameters_are_those_of_the_operation_and_its_classes() -> Non
     with pytest.raises(ValidationError) as caught:
         Outer(params={"outer": 1}).check_required_params()
     assert caught.value.message == "Missing parameter: inner for tests.sequencing.test_operation.Inner"
-    with pytest.raises(ValidationError, match=r"Missing parameter: outer for tests\.test_operation\.Outer"):
+    with pytest.raises(ValidationError, match=r"Missing parameter: outer for tests\.sequencing\.test_operation\.Outer"):
         Outer().build()
 
 
@@ -267,7 +267,7 @@ def test_successful_operation_logs_the_published_lines(caplog: pytest.LogCapture
 def test_log_records_of_an_operation_have_metadata_and_a_blank_result(caplog: pytest.LogCaptureFixture) -> None:
     """B16"""
     caplog.set_level(logging.DEBUG, "kser")
-    Game(UUID, result=said("before"), metadata={"m": 1}).execute()
+    Game(UUID, result=ok_result("before"), metadata={"m": 1}).execute()
     own = [record for record in records(caplog) if record.name == "kser.sequencing.operation"]
     assert len(own) == 6
     assert {str(record.kmsg["metadata"]) for record in own} == {"{'m': 1}"}  # type: ignore[attr-defined]

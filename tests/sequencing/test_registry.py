@@ -18,7 +18,7 @@ from kser.errors import ProducerMissing, SettingError, TopicMissing
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
-from tests.support import lines, message, records, said
+from tests.support import lines, message, ok_result, records
 
 MODULE = "tests.sequencing.test_registry"
 
@@ -40,7 +40,7 @@ def test_subscribe_returns_the_class() -> None:
     @registry.subscribe
     class Roll(Task):
         def run(self) -> Result:
-            return said("rolled")
+            return ok_result("rolled")
 
     @registry.subscribe
     class Launch(Operation):
@@ -239,7 +239,7 @@ def test_tasks_run_inside_the_app_context(app: Flask, late: bool) -> None:
             assert current_app
 
         def run(self) -> Result:
-            return said(current_app.config["CURRENCY"])
+            return ok_result(current_app.config["CURRENCY"])
 
         def onsuccess(self, result: Result) -> Result:
             assert current_app
@@ -256,7 +256,7 @@ def test_operations_and_their_tasks_run_inside_the_app_context(app: Flask) -> No
 
     class Price(Task):
         def run(self) -> Result:
-            return said(current_app.config["CURRENCY"])
+            return ok_result(current_app.config["CURRENCY"])
 
     @registry.subscribe
     class Order(Operation):
@@ -274,7 +274,7 @@ def test_failures_are_handled_inside_the_app_context(app: Flask) -> None:
             raise ValueError("x")
 
         def onerror(self, result: Result) -> Any:
-            return said(current_app.config["CURRENCY"])
+            return ok_result(current_app.config["CURRENCY"])
 
     assert Fail().execute().stdout == "EUR"
 
@@ -298,7 +298,7 @@ def test_app_without_a_context_is_accepted() -> None:
     @OperationRegistry("any object").subscribe
     class Simple(Task):
         def run(self) -> Result:
-            return said("ran")
+            return ok_result("ran")
 
     assert Simple().execute().stdout == "ran"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ RESEND = 60.0
 CLOSE = 5.0
 
 
-class World(ABC):
+class StoreHarness(ABC):
     """A database, with a clock that a test puts forward."""
 
     @property
@@ -52,7 +53,7 @@ class World(ABC):
         """The time by the store's clock."""
 
     @abstractmethod
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Let time pass."""
 
     @abstractmethod
@@ -60,7 +61,7 @@ class World(ABC):
         """Let go of everything."""
 
 
-class MemoryWorld(World):
+class MemoryStoreHarness(StoreHarness):
     """This process."""
 
     def __init__(self) -> None:
@@ -79,14 +80,14 @@ class MemoryWorld(World):
     def now(self) -> float:
         return time.time() + self.shift
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.shift += seconds
 
     def close(self) -> None:
         self._store.close()
 
 
-class SqlWorld(World):
+class SQLStoreHarness(StoreHarness):
     """A database at an address, whose clock is this machine's."""
 
     def __init__(self, uri: str) -> None:
@@ -108,7 +109,7 @@ class SqlWorld(World):
     def now(self) -> float:
         return time.time() + self._shift
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self._shift += seconds
 
     def close(self) -> None:
@@ -116,7 +117,7 @@ class SqlWorld(World):
             store.close()
 
 
-def name(prefix: str = "") -> str:
+def unique_name(prefix: str = "") -> str:
     """A name that nothing else has."""
     return f"{prefix}{uuid.uuid4()}"
 
@@ -135,7 +136,7 @@ def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
         )
     else:
         task = NewTask(
-            uuid=name(),
+            uuid=unique_name(),
             entrypoint="shop.Charge",
             topic="gpu",
             params='{"amount": 7}',
@@ -145,10 +146,10 @@ def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
     return replace(task, **values)
 
 
-def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperation:
+def new_operation(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperation:
     """An operation with so many tasks, or with these; with None they are not built."""
     built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
-    own = name()
+    own = unique_name()
     phase = Phase.BUILD if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
     operation = NewOperation(
         uuid=own,
@@ -171,28 +172,28 @@ def new(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperatio
     return replace(operation, target=StepMessage(operation.uuid, operation.entrypoint, operation.topic))
 
 
-def me(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
+def claim_request(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
     """Return a request for a claim, with a token of its own."""
-    return replace(ClaimRequest(owner=owner, token=name("token-"), lease=LEASE, max_claims=20), **values)
+    return replace(ClaimRequest(owner=owner, token=unique_name("token-"), lease=LEASE, max_claims=20), **values)
 
 
-def saved(store: Store, new_operation: NewOperation, request: ClaimRequest | None = None) -> Claim:
+def save_and_claim(store: Store, new_operation: NewOperation, request: ClaimRequest | None = None) -> Claim:
     """Save and claim an operation."""
-    claim = store.save(new_operation, request or me())
+    claim = store.save(new_operation, request or claim_request())
     assert isinstance(claim, Claim)
     return claim
 
 
-def claimed(store: Store, row: OperationRow, request: ClaimRequest | None = None) -> Claim:
+def claim_root(store: Store, row: OperationRow, request: ClaimRequest | None = None) -> Claim:
     """Claim a root that is free."""
-    claim = store.claim(row.uuid, row.target.uuid, request or me())
+    claim = store.claim(row.uuid, row.target.uuid, request or claim_request())
     assert isinstance(claim, Claim)
     return claim
 
 
-def resumed(store: Store, uuid: str) -> OperationRow:
+def resume_stored(store: Store, uuid: str) -> OperationRow:
     """Resume an operation as it is stored now."""
-    row = store.resume(uuid, row_of(store, uuid).epoch, name("token-"))
+    row = store.resume(uuid, row_of(store, uuid).epoch, unique_name("token-"))
     assert row is not None
     return row
 
@@ -217,7 +218,7 @@ def outcome_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> 
     return TaskOutcome(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
 
 
-def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
+def step_checkpoint(claim: Claim, step: int, **values: Any) -> Checkpoint:
     """Return the checkpoint after the task at ``step`` of a root without nested operations: the next one is current."""
     root = claim.root._replace(step=step)
     assert root.token is not None
@@ -233,12 +234,44 @@ def step_on(claim: Claim, step: int, **values: Any) -> Checkpoint:
     return checkpoint._replace(**values)
 
 
-def last_step(claim: Claim, step: int, status: str = states.SUCCESS, **values: Any) -> Checkpoint:
+def ending_checkpoint(claim: Claim, step: int, status: str = states.SUCCESS, **values: Any) -> Checkpoint:
     """Return the checkpoint that ends the operation after its last task, at ``step``."""
     root = claim.root._replace(step=step)
     phase = Phase.END_SUCCESS if status == states.SUCCESS else Phase.END_FAILED
     update = update_of(root, step, phase=phase, status=status, result='{"all": "over"}')
     outcomes = [outcome_of(root, step, status=status, error=None if status == states.SUCCESS else "ValueError: no")]
-    return step_on(claim, step, updates=[update], outcomes=outcomes, events=[NewEvent("ended", text=status)])._replace(
-        **values
-    )
+    return step_checkpoint(
+        claim, step, updates=[update], outcomes=outcomes, events=[NewEvent("ended", text=status)]
+    )._replace(**values)
+
+
+def event_kinds(store: Store, uuid: str) -> list[str]:
+    """Return the kinds of the events of an operation."""
+    stored = store.snapshot(uuid)
+    assert stored is not None
+    return [event.kind for event in stored.events]
+
+
+def due_steps(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
+    """Let a reaper take due steps, and return their uuids and reasons."""
+    return [(step.uuid, step.reason) for step in store.take_due_steps(limit, "reaper", expired=expired)]
+
+
+def run_concurrently(*calls: Callable[[], Any]) -> list[Any]:
+    """Run calls in threads at the same time, and return the result or exception of each."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def run(index: int) -> None:
+        barrier.wait()
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

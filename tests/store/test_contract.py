@@ -9,28 +9,28 @@ import pytest
 
 from tests.postgres import Database
 from tests.store.contract import StoreContract
-from tests.store.harness import MemoryWorld, SqlWorld, World
+from tests.store.harness import MemoryStoreHarness, SQLStoreHarness, StoreHarness
 
 
 class TestMemory(StoreContract):
     @pytest.fixture
-    def world(self) -> World:
-        return MemoryWorld()
+    def harness(self) -> StoreHarness:
+        return MemoryStoreHarness()
 
 
 class TestSqlite(StoreContract):
     @pytest.fixture
-    def world(self, tmp_path: Path) -> Iterator[World]:
-        world = SqlWorld(f"sqlite:///{tmp_path}/kser.db")
-        yield world
-        world.close()
+    def harness(self, tmp_path: Path) -> Iterator[StoreHarness]:
+        harness = SQLStoreHarness(f"sqlite:///{tmp_path}/kser.db")
+        yield harness
+        harness.close()
 
 
 @pytest.mark.postgresql
 class TestPostgresql(StoreContract):
     @pytest.fixture
-    def world(self, database: Database) -> Iterator[World]:
+    def harness(self, database: Database) -> Iterator[StoreHarness]:
         database.empty()
-        world = SqlWorld(database.uri)
-        yield world
-        world.close()
+        harness = SQLStoreHarness(database.uri)
+        yield harness
+        harness.close()

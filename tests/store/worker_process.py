@@ -7,22 +7,29 @@ import sys
 
 from kser.store.model import Claim, OperationQuery
 from kser.store.sql import SQLStore
-from tests.store.harness import last_step, me, name, new, saved, step_on
+from tests.store.harness import (
+    claim_request,
+    ending_checkpoint,
+    new_operation,
+    save_and_claim,
+    step_checkpoint,
+    unique_name,
+)
 
 
 def make(store: SQLStore) -> int:
     """Save an operation and run it; return 1."""
-    return int(store.checkpoint(last_step(saved(store, new(1)), 0)) == "SUCCESS")
+    return int(store.checkpoint(ending_checkpoint(save_and_claim(store, new_operation(1)), 0)) == "SUCCESS")
 
 
 def work(store: SQLStore) -> int:
     """Claim and run every operation that is free; return their number."""
     done = 0
     for row in store.find(OperationQuery(), 1000).rows:
-        claim = store.claim(row.uuid, row.target.uuid, me(name()))
+        claim = store.claim(row.uuid, row.target.uuid, claim_request(unique_name()))
         if isinstance(claim, Claim):
-            store.checkpoint(step_on(claim, 0))
-            store.checkpoint(last_step(claim, 1))
+            store.checkpoint(step_checkpoint(claim, 0))
+            store.checkpoint(ending_checkpoint(claim, 1))
             done += 1
     return done
 

@@ -19,7 +19,7 @@ from kser.errors import ClientError
 PATIENCE = 30
 
 
-class World(ABC):
+class BrokerHarness(ABC):
     """A broker, and clients of one kind for it."""
 
     #: Whether a client without a group can be had.
@@ -165,16 +165,16 @@ class CoreClientContract:
         return f"group-{uuid.uuid4()}"
 
     @pytest.fixture
-    def topic(self, world: World) -> str:
-        return world.new_topic()
+    def topic(self, harness: BrokerHarness) -> str:
+        return harness.new_topic()
 
     @pytest.fixture
-    def join(self, world: World, group: str) -> Iterator[Join]:
+    def join(self, harness: BrokerHarness, group: str) -> Iterator[Join]:
         """``join(topic)`` makes a member that has subscribed; the options are those of the world's client."""
         members: list[Member] = []
 
         def make(topic: str, *, to: str | None = group, **options: Any) -> Member:
-            members.append(Member(world.client(to, **options), topic))
+            members.append(Member(harness.client(to, **options), topic))
             return members[-1]
 
         yield make
@@ -187,10 +187,10 @@ class CoreClientContract:
     def key(self, topic: str) -> Partition:
         return Partition(topic, 0)
 
-    def test_records_arrive_once_and_in_order(self, world: World, join: Join, key: Partition) -> None:
+    def test_records_arrive_once_and_in_order(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
         before = int(time.time() * 1000) - 1000
         values = [f"value {number}" for number in range(250)]
-        world.send(key.topic, *values)
+        harness.send(key.topic, *values)
         member = join(key.topic)
         until(lambda: len(member.records) >= 250, "all come", member)
         for _ in range(3):
@@ -202,29 +202,31 @@ class CoreClientContract:
         assert list(record.headers) == []
         assert record.timestamp == 0 or before <= record.timestamp <= before + 60_000
 
-    def test_poll_returns_no_more_records_than_its_limit(self, world: World, join: Join, key: Partition) -> None:
-        world.send(key.topic, *map(str, range(20)))
+    def test_poll_returns_no_more_records_than_its_limit(
+        self, harness: BrokerHarness, join: Join, key: Partition
+    ) -> None:
+        harness.send(key.topic, *map(str, range(20)))
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member, limit=3)
         while len(member.records) < 20:
             assert len(member.poll(limit=3)) <= 3
         assert member.values() == list(map(str, range(20)))
 
-    def test_paused_partition_waits_while_others_continue(self, world: World, join: Join) -> None:
-        topic = world.new_topic(2)
+    def test_paused_partition_waits_while_others_continue(self, harness: BrokerHarness, join: Join) -> None:
+        topic = harness.new_topic(2)
         member = join(topic)
         until(lambda: len(member.starts) >= 2, "it has its partitions", member)
         held = {Partition(topic, 0)}
         for round_ in range(3):
             for partition in range(2):
-                world.send(topic, f"{round_}", partition=partition)
+                harness.send(topic, f"{round_}", partition=partition)
             until(lambda: len(member.values(1)) > round_, "the other goes on", member, held=held)  # noqa: B023
         assert member.values(0) == []
         until(lambda: len(member.values(0)) == 3, "it goes on", member)
         assert member.values(0) == member.values(1) == ["0", "1", "2"]
 
-    def test_poll_with_limit_zero_keeps_the_position(self, world: World, join: Join, key: Partition) -> None:
-        world.send(key.topic, *map(str, range(10)))
+    def test_poll_with_limit_zero_keeps_the_position(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
+        harness.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
         until(lambda: member.records, "the first come", member, limit=2)
         for _ in range(3):
@@ -236,27 +238,27 @@ class CoreClientContract:
 
     @pytest.mark.parametrize(("reset", "expected"), [("earliest", 0), ("latest", 3)])
     def test_new_group_commits_its_start_position_first(
-        self, world: World, join: Join, group: str, key: Partition, reset: str, expected: int
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition, reset: str, expected: int
     ) -> None:
-        world.send(key.topic, "0", "1", "2")
+        harness.send(key.topic, "0", "1", "2")
         member = join(key.topic, reset=reset)
         until(lambda: key in member.starts, "it has its partition", member, limit=0)
         assert member.events[0][0] == "reset"
-        assert member.starts[key] == Commit(expected) == world.committed(group, key)
-        world.send(key.topic, "3")
+        assert member.starts[key] == Commit(expected) == harness.committed(group, key)
+        harness.send(key.topic, "3")
         until(lambda: "3" in member.values(), "the last one comes", member)
         assert member.values() == ["0", "1", "2", "3"][expected:]
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
     def test_group_resumes_from_its_committed_offset_and_metadata(
-        self, world: World, join: Join, group: str, key: Partition, reset: str
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition, reset: str
     ) -> None:
-        world.send(key.topic, *map(str, range(5)))
+        harness.send(key.topic, *map(str, range(5)))
         first = join(key.topic)
         until(lambda: len(first.records) == 5, "all come", first)
         first.client.commit({key: Commit(2, "kser:1,1")}, 5)
         first.close()
-        assert world.committed(group, key) == Commit(2, "kser:1,1"), "closing commits nothing"
+        assert harness.committed(group, key) == Commit(2, "kser:1,1"), "closing commits nothing"
         second = join(key.topic, reset=reset)
         until(lambda: len(second.records) >= 3, "they come", second)
         assert second.events[0] == ("assign", {**second.events[0][1], key: Commit(2, "kser:1,1")})
@@ -266,11 +268,13 @@ class CoreClientContract:
 class ClientContract(CoreClientContract):
     """All tests of one group member."""
 
-    def test_records_sent_after_the_join_arrive_in_order(self, world: World, join: Join, key: Partition) -> None:
+    def test_records_sent_after_the_join_arrive_in_order(
+        self, harness: BrokerHarness, join: Join, key: Partition
+    ) -> None:
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member)
         for number in range(3):
-            world.send(key.topic, str(number))
+            harness.send(key.topic, str(number))
             until(lambda: len(member.records) > number, "it comes", member)  # noqa: B023
         assert member.values() == ["0", "1", "2"]
 
@@ -284,29 +288,29 @@ class ClientContract(CoreClientContract):
             assert 0.2 < time.monotonic() - began < 1
 
     def test_metadata_of_maximum_length_is_committed(
-        self, world: World, join: Join, group: str, key: Partition
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition
     ) -> None:
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member)
         commit = Commit(0, "kser:" + "1," * ((METADATA_LIMIT - 5) // 2))
         member.client.commit({key: commit}, 5)
-        assert world.committed(group, key) == commit
+        assert harness.committed(group, key) == commit
 
     def test_client_without_commits_records_no_start_position(
-        self, world: World, join: Join, group: str, key: Partition
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition
     ) -> None:
-        world.send(key.topic, "0")
+        harness.send(key.topic, "0")
         member = join(key.topic, commits=False)
         assert not member.client.can_commit
         until(lambda: member.records, "it comes", member)
-        assert world.committed(group, key) is None
+        assert harness.committed(group, key) is None
 
     def test_client_without_a_group_reads_everything_and_commits_nothing(
-        self, world: World, join: Join, key: Partition
+        self, harness: BrokerHarness, join: Join, key: Partition
     ) -> None:
-        if not world.groupless:
+        if not harness.groupless:
             pytest.skip("the client requires a group")
-        world.send(key.topic, "0", "1")
+        harness.send(key.topic, "0", "1")
         member = join(key.topic, to=None)
         assert not member.client.can_commit
         batches: dict[Any, Any] = {}
@@ -315,8 +319,8 @@ class ClientContract(CoreClientContract):
             batches = dict(member.client.poll(0.05, 10, ()))
         assert [[record.value for record in records] for records in batches.values()] == [[b"0", b"1"]]
 
-    def test_lag_counts_the_records_not_yet_returned(self, world: World, join: Join, key: Partition) -> None:
-        world.send(key.topic, *map(str, range(10)))
+    def test_lag_counts_the_records_not_yet_returned(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
+        harness.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
         until(lambda: len(member.records) >= 4, "some come", member, limit=1)
         until(lambda: member.client.lag()[key] == 6, "the rest is ahead", member, limit=0)

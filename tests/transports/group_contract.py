@@ -11,7 +11,7 @@ import pytest
 
 from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError
-from tests.transports.client_contract import ClientContract, Drain, Join, Member, World, until
+from tests.transports.client_contract import BrokerHarness, ClientContract, Drain, Join, Member, until
 
 #: Longer than an eager rebalance takes, and shorter than a session.
 SOON = 4
@@ -32,11 +32,13 @@ class GroupContract(ClientContract):
         until(lambda: (len(first.starts), len(second.starts)) == (1, 1), "they share", first, second)
         assert first.starts.keys().isdisjoint(second.starts)
 
-    def test_rebalance_on_join_continues_from_the_committed_offsets(self, world: World, join: Join, group: str) -> None:
-        topic = world.new_topic(2)
+    def test_rebalance_on_join_continues_from_the_committed_offsets(
+        self, harness: BrokerHarness, join: Join, group: str
+    ) -> None:
+        topic = harness.new_topic(2)
         keys = {Partition(topic, number) for number in range(2)}
         for number in range(2):
-            world.send(topic, *map(str, range(5)), partition=number)
+            harness.send(topic, *map(str, range(5)), partition=number)
         first = join(topic)
         until(lambda: len(first.records) == 10, "all come", first)
         first.finished = {key: Commit(3, "kser:1,1") for key in keys}
@@ -50,9 +52,9 @@ class GroupContract(ClientContract):
         assert second.values() == ["3", "4"]
         assert [record.offset for record in first.records[10:]] == [3, 4], "as if it had just come"
 
-    def test_members_with_short_rare_polls_complete_a_rebalance(self, world: World, join: Join) -> None:
+    def test_members_with_short_rare_polls_complete_a_rebalance(self, harness: BrokerHarness, join: Join) -> None:
         """Joins are over between their polls."""
-        topic = world.new_topic(2)
+        topic = harness.new_topic(2)
         first = join(topic)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
         second = join(topic)
@@ -71,8 +73,10 @@ class GroupContract(ClientContract):
         revoked = [event for event, _ in first.events + second.events].count("revoke")
         assert revoked <= 4, (first.events, second.events)
 
-    def test_rebalance_waits_for_running_records_before_revocation(self, world: World, join: Join, group: str) -> None:
-        topic = world.new_topic(2)
+    def test_rebalance_waits_for_running_records_before_revocation(
+        self, harness: BrokerHarness, join: Join, group: str
+    ) -> None:
+        topic = harness.new_topic(2)
         first = join(topic)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
         keys = list(first.starts)
@@ -104,19 +108,21 @@ class GroupContract(ClientContract):
         member.on_revoke = revoke  # type: ignore[method-assign]
         return [member]
 
-    def test_closing_member_leaves_at_once_and_commits_nothing(self, world: World, join: Join, group: str) -> None:
-        first, second = self.meet(world.new_topic(2), join)
+    def test_closing_member_leaves_at_once_and_commits_nothing(
+        self, harness: BrokerHarness, join: Join, group: str
+    ) -> None:
+        first, second = self.meet(harness.new_topic(2), join)
         theirs = list(second.starts)
         second.close()
         took = until(lambda: len(first.starts) == 2, "the first has everything again", first)
         assert took < SOON
-        assert [world.committed(group, key) for key in theirs] == [Commit(0)]
+        assert [harness.committed(group, key) for key in theirs] == [Commit(0)]
 
-    def test_pause_survives_a_rebalance(self, world: World, join: Join) -> None:
-        topic = world.new_topic(2)
+    def test_pause_survives_a_rebalance(self, harness: BrokerHarness, join: Join) -> None:
+        topic = harness.new_topic(2)
         first, second = self.meet(topic, join)
         for number in range(2):
-            world.send(topic, "0", partition=number)
+            harness.send(topic, "0", partition=number)
         second.close()
         until(lambda: len(first.starts) == 2, "the first has everything again", first, limit=0)
         # Those of partitions that have just come may come.
@@ -126,8 +132,8 @@ class GroupContract(ClientContract):
         assert len(first.records) == came
         until(lambda: {record.partition for record in first.records} == {0, 1}, "it goes on", first)
 
-    def test_expelled_member_cannot_commit_and_rejoins(self, world: World, join: Join, group: str) -> None:
-        topic = world.new_topic(2)
+    def test_expelled_member_cannot_commit_and_rejoins(self, harness: BrokerHarness, join: Join, group: str) -> None:
+        topic = harness.new_topic(2)
         first, second = self.meet(topic, join, impatient=True)
         gone = list(second.starts)
         second.patient = True
@@ -136,35 +142,35 @@ class GroupContract(ClientContract):
         until(lambda: len(first.starts) == 2, "the first has everything", first)
         with pytest.raises(ClientError):
             second.client.commit(dict.fromkeys(gone, Commit(0, "late")), 2)
-        assert [world.committed(group, key) for key in gone] == [Commit(0)]
+        assert [harness.committed(group, key) for key in gone] == [Commit(0)]
         self.share(first, second)
         assert second.events[0][0] in ("lost", "revoke")
-        assert [world.committed(group, key) for key in gone] == [Commit(0)]
+        assert [harness.committed(group, key) for key in gone] == [Commit(0)]
 
     def expel(self, member: Member) -> None:
         """Kafka does that to a member that does not poll."""
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
-    def test_added_partitions_start_at_their_beginning(self, world: Any, join: Join, group: str, reset: str) -> None:
-        topic = world.new_topic(1)
+    def test_added_partitions_start_at_their_beginning(self, harness: Any, join: Join, group: str, reset: str) -> None:
+        topic = harness.new_topic(1)
         member = join(topic, reset=reset)
         until(lambda: member.starts, "it has its partition", member)
-        world.grow(topic, 2)
-        world.send(topic, "0", "1", partition=1)
+        harness.grow(topic, 2)
+        harness.send(topic, "0", "1", partition=1)
         until(lambda: len(member.records) == 2, "the records in the new one come", member)
         assert member.starts[Partition(topic, 1)] == Commit(0)
-        assert world.committed(group, Partition(topic, 1)) == Commit(0)
+        assert harness.committed(group, Partition(topic, 1)) == Commit(0)
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
     def test_partitions_added_while_the_group_was_empty_start_at_their_beginning(
-        self, world: Any, join: Join, reset: str
+        self, harness: Any, join: Join, reset: str
     ) -> None:
-        topic = world.new_topic(1)
+        topic = harness.new_topic(1)
         before = join(topic, reset=reset)
         until(lambda: before.starts, "it has its partition", before)
         before.close()
-        world.grow(topic, 2)
-        world.send(topic, "0", partition=1)
+        harness.grow(topic, 2)
+        harness.send(topic, "0", partition=1)
         member = join(topic, reset=reset)
         until(lambda: len(member.starts) == 2, "it has both", member)
         until(lambda: member.records, "the record in the new one comes", member, seconds=10)

@@ -16,12 +16,12 @@ from kser.consumer.client import Commit, ConsumerClient, Partition
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect
-from tests.transports.client_contract import PATIENCE, World, plain
+from tests.transports.client_contract import PATIENCE, BrokerHarness, plain
 
 NUMBERS = itertools.count()
 
 
-class DummyWorld(World):
+class InMemoryBrokerHarness(BrokerHarness):
     """The in-memory bus."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class DummyWorld(World):
         return plain(committed) if committed else None
 
 
-class KafkaWorld(World):
+class KafkaHarness(BrokerHarness):
     """A broker with Kafka's protocol."""
 
     #: What kafka-python needs to look at it.
@@ -73,7 +73,7 @@ class KafkaWorld(World):
         return plain(Commit(committed.offset, committed.metadata or "")) if committed else None
 
 
-class PythonKafkaWorld(KafkaWorld):
+class PythonKafkaHarness(KafkaHarness):
     """kafka-python."""
 
     #: What its clients need beside.
@@ -103,7 +103,7 @@ class PythonKafkaWorld(KafkaWorld):
         return KafkaPythonClient(client, reset, commits=commits)
 
 
-class ConfluentWorld(KafkaWorld):
+class ConfluentHarness(KafkaHarness):
     """confluent-kafka."""
 
     groupless = False

@@ -21,8 +21,7 @@ from cdumay_result import Result
 from kser import signals
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
-from tests.consumer.harness import until
-from tests.support import UUID, lines, message, record_of
+from tests.support import UUID, lines, message, record_of, wait_until
 
 PATIENCE = 20
 
@@ -275,7 +274,7 @@ class ProducerContract:
         results: list[Any] = []
         for number in range(20):
             producer.send_nowait(topic, message("x", uuid=str(number)), results.append)
-        until(lambda: len(results) == 20)
+        wait_until(lambda: len(results) == 20)
         outcomes = sorted((int(result.uuid), result.retcode) for result in results)
         assert outcomes == [(number, 0) for number in range(20)]
         assert len([line for line in lines(caplog) if line.startswith("Producer.Success: x[")]) == 20

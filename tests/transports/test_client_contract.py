@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from kser.embedded import EmbeddedBroker
-from tests.transports.client_contract import CoreClientContract, Member, World
+from tests.transports.client_contract import BrokerHarness, CoreClientContract, Member
 from tests.transports.group_contract import GroupContract
-from tests.transports.harness import ConfluentWorld, DummyWorld, KafkaWorld, PythonKafkaWorld, new_name
+from tests.transports.harness import ConfluentHarness, InMemoryBrokerHarness, KafkaHarness, PythonKafkaHarness, new_name
 
 
-class OnEmbedded(KafkaWorld):
+class EmbeddedHarness(KafkaHarness):
     outside = {"api_version": (2, 0)}  # noqa: RUF012
 
     def __init__(self, broker: EmbeddedBroker) -> None:
@@ -29,11 +29,11 @@ class OnEmbedded(KafkaWorld):
         return name
 
 
-class PythonKafka(OnEmbedded, PythonKafkaWorld):
+class PythonKafka(EmbeddedHarness, PythonKafkaHarness):
     options = {"api_version": (2, 0), "heartbeat_interval_ms": 500}  # noqa: RUF012
 
 
-class Confluent(OnEmbedded, ConfluentWorld):
+class Confluent(EmbeddedHarness, ConfluentHarness):
     pass
 
 
@@ -45,8 +45,8 @@ def broker() -> Iterator[EmbeddedBroker]:
 
 class TestDummy(GroupContract):
     @pytest.fixture
-    def world(self) -> World:
-        return DummyWorld()
+    def harness(self) -> BrokerHarness:
+        return InMemoryBrokerHarness()
 
     def expel(self, member: Member) -> None:
         member.client.expel()  # type: ignore[attr-defined]
@@ -55,5 +55,5 @@ class TestDummy(GroupContract):
 @pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 class TestEmbedded(CoreClientContract):
     @pytest.fixture
-    def world(self, kind: type[OnEmbedded], broker: EmbeddedBroker) -> World:
+    def harness(self, kind: type[EmbeddedHarness], broker: EmbeddedBroker) -> BrokerHarness:
         return kind(broker)

@@ -24,8 +24,7 @@ from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, option
 from kser.confluent.producer import MAX_IN_FLIGHT, Producer
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError, SettingError
-from tests.consumer.harness import until
-from tests.support import UUID, lines, message, run_python
+from tests.support import UUID, lines, message, run_python, wait_until
 
 PATIENCE = 20
 
@@ -271,11 +270,11 @@ def test_raising_user_callback_is_logged_and_does_not_fail_sends(
     results: list[Any] = []
     options = {"bootstrap.servers": broker.bootstrap_servers, "statistics.interval.ms": 5, "stats_cb": broken}
     with closing(Producer(options)) as producer:
-        until(lambda: raised.count("kser-delivery-reports") > 1)
+        wait_until(lambda: raised.count("kser-delivery-reports") > 1)
         assert producer.send("dice", message("x")).retcode == 0
         for _ in range(20):
             producer.send_nowait("dice", message("x"), results.append)
-        until(lambda: len(results) == 20)
+        wait_until(lambda: len(results) == 20)
     assert {result.retcode for result in results} == {0}
     assert len(results) == 20
     assert any("a callback in the producer's configuration raised an exception" in line for line in lines(caplog))

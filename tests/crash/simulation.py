@@ -61,7 +61,7 @@ class Story:
         self.next = ""
 
 
-class World:
+class Simulation:
     """Runs a scenario, with everything that a plan says.
 
     :param store: the database.
@@ -117,7 +117,7 @@ class World:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> World:
+    def run(self) -> Simulation:
         """Bring the operation to its end."""
         self._begin()
         process, done, turns = self._new(), 0, 0
