@@ -47,6 +47,7 @@ setup(
             *EMBEDDED,
             *POSTGRESQL,
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "coverage[toml]>=7.10",
             "build>=1.2",

@@ -306,16 +306,16 @@ def test_misconfigured_background_service_raises_at_the_start() -> None:
 
 def test_background_service_starts_when_its_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kser.consumer.services.TICK_INTERVAL", 0.01)
-    companion = Companion()
+    background_service = Companion()
     trouble: list[Exception] = [StoreUnavailable("it does not answer")] * 3
 
     def find() -> list[Companion]:
         if trouble:
             raise trouble.pop()
-        return [companion]
+        return [background_service]
 
     beside = BackgroundServices(find)
     beside.start()
-    wait_until(lambda: companion.told)
+    wait_until(lambda: background_service.told)
     beside.close(WAIT_SECONDS)
-    assert companion.told[-1] == "close"
+    assert background_service.told[-1] == "close"

@@ -24,6 +24,7 @@ STEPS = 60
 CASES_PER_EXAMPLE = 5
 
 
+@pytest.mark.slow
 def test_random_events_neither_lose_duplicate_nor_reorder_records(capsys: pytest.CaptureFixture[str]) -> None:
     examples = max(CASES // CASES_PER_EXAMPLE, 1)
     run_state_machine_as_test(

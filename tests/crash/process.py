@@ -53,9 +53,9 @@ class Process:
             producer=FaultyProducer(self),
         )
         self.classes = [self.registry.subscribe(cls) for cls in classes_of(self)]
-        self.companion = self.registry._kser_background_service
-        assert self.companion is not None
-        self.companion._clock = lambda: simulation.now
+        self.background_service = self.registry._kser_background_service
+        assert self.background_service is not None
+        self.background_service.clock = lambda: simulation.now
         self.owner = self.registry._kser_operations._context.owner
         if consumes:
             self.consumer = Member(self)
@@ -88,14 +88,14 @@ class Process:
         sent = self.simulation.sends
         self.reaps, before = True, self.reaps
         try:
-            self.companion.tick()
+            self.background_service.tick()
         finally:
             self.reaps = before
         return self.simulation.sends > sent
 
     def beat(self) -> None:
         """Time passes while a task runs, and the claim is kept alive."""
-        self.simulation.now += self.companion._settings.heartbeat
+        self.simulation.now += self.background_service._settings.heartbeat
         self.beside()
 
     # -- how it ends ---------------------------------------------------------------------------------------------------

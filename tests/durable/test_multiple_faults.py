@@ -109,17 +109,17 @@ def test_missing_topics_delay_neither_the_heartbeat_nor_other_operations(
     harness.claim_and_die("dead")
     for number in range(6):
         harness.first.class_of(Sale)(f"lost {number}").build().send(topic=f"gone {number}")
-    companion, beats, began = harness.first.background_service, [0.0], harness.store_harness.now
-    beat = companion.renew_leases
+    background_service, beats, began = harness.first.background_service, [0.0], harness.store_harness.now
+    beat = background_service.renew_leases
 
     def noted() -> None:
         beats.append(harness.store_harness.now - began)
         beat()
 
     noted.__name__ = "beat"
-    monkeypatch.setattr(companion, "renew_leases", noted)
+    monkeypatch.setattr(background_service, "renew_leases", noted)
     while harness.store_harness.now - began < 600:
-        companion.tick()
+        background_service.tick()
         harness.advance(0.5)
     assert max(later - earlier for earlier, later in itertools.pairwise(beats)) < LEASE * 2 / 3
     assert harness.stored("dead").operation.owner is None

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from kser.errors import KserError
 from kser.store.sql import SQLStore
+from kser.store.sql.group_commit import GroupCommit
 from tests.support import ROOT, wait_until
 
 
