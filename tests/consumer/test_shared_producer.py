@@ -80,7 +80,7 @@ def test_classes_subscribed_later_get_the_shared_producer() -> None:
     assert consumer.run_until_idle() == 2
 
 
-def test_each_new_consumer_a_process_shares_its_own_producer() -> None:
+def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
     """Tests of users make one consumer after the other, on a bus that is new each time."""
     cls = sending(OperationRegistry())
     for number in ("1", "2"):
