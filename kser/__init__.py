@@ -33,7 +33,7 @@ _HOMES = {
     "Task": "kser.sequencing.task",
 }
 
-# Set these four variables at import, as 0.8 does, because scripts and child processes read them.
+# Set these four variables at import, as kser 0.8 does, because scripts and child processes read them.
 os.environ.setdefault("LOCK_PATH", "/var/run")
 for _variable, _suffix in (("RUNNING_FILE", "run"), ("LOCK_FILE", "pause"), ("TERMINATE_FILE", "terminate")):
     os.environ.setdefault(_variable, os.path.join(os.environ["LOCK_PATH"], f"kser-{__hostname__}-{_suffix}.lock"))

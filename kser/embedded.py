@@ -30,10 +30,10 @@ from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageEr
 #: Seconds to wait for a response of the broker, which runs in this process.
 _START_TIMEOUT = 10
 
-# The mock cluster accepts any name. Without this check, a program that works here would fail with a real broker.
+# The mock cluster accepts any topic name. Without this check, a program that works here could fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-# Log warnings and worse: the only line of a lower level reports that the mock cluster is on, which is intended.
+# Log warnings and worse. The only line at a lower level reports that the mock cluster is in use, which is intended.
 _SYSLOG_WARNING = 4
 
 
@@ -69,13 +69,14 @@ class EmbeddedBroker:
     @property
     def producer_config(self) -> dict[str, Any]:
         """Options of kafka-python for a producer, in a new dict each time."""
-        # Set the version: otherwise kafka-python 3 endlessly requests it in a form too new for the mock cluster.
+        # Set the version, because otherwise kafka-python 3 requests it endlessly, in a format that is too new for the
+        # mock cluster.
         return {"bootstrap_servers": self.bootstrap_servers, "api_version": (2, 0)}
 
     def environment(self, group_id: str = "kser") -> dict[str, str]:
         """Return ``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
 
-        :param group_id: the consumer group; it starts at the earliest message.
+        :param group_id: the consumer group. The group starts at the earliest message.
         """
         config = {**self.config, "api_version": "2.0", "group_id": group_id, "auto_offset_reset": "earliest"}
         return {"KSER_CONFIG": json.dumps(config), "KSER_TOPICS": ",".join(self.topics)}
