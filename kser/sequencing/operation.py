@@ -359,7 +359,10 @@ class Operation(Task):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Any:
-        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`, or None without a database."""
+        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`.
+
+        Without a shared database, return None.
+        """
         registry = cls._kser_registry
         return registry._kser_operations.get(str(_id)) if registry is not None and registry._kser_has_store else None
 
