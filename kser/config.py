@@ -75,7 +75,7 @@ class Settings:
         """Return the topics to consume: ``topics``, or the topics in ``KSER_TOPICS`` if ``topics`` is None.
 
         :raises SettingError: there is no topic.
-        :raises UsageError: ``topics`` is a str; as a list, a str would be a list of letters.
+        :raises UsageError: ``topics`` is a str, which Python would read as a list of letters.
         """
         consumed = self.topics if topics is None else topics
         if isinstance(consumed, str):

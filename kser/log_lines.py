@@ -1,6 +1,7 @@
 """Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-They are functions instead of methods, because every method of Entrypoint takes a name from the user's classes.
+They are functions instead of methods, because a user's subclass could not use the name of a method of Entrypoint for
+something else.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ SUCCESS: Final = "SUCCESS"
 FAILED: Final = "FAILED"
 CANCELLED: Final = "CANCELLED"
 
-#: Allowed transitions: the states that may follow each state. A resume returns FAILED and CANCELLED to RUNNING.
+#: Allowed transitions: the states that may follow each state. A resume changes FAILED or CANCELLED to RUNNING.
 TRANSITIONS: Final[dict[str, frozenset[str]]] = {
     PENDING: frozenset({RUNNING, CANCELLED}),
     RUNNING: frozenset({SUCCESS, FAILED, CANCELLED}),

@@ -140,7 +140,7 @@ _installed: list[ShutdownSignals] = []
 
 
 def _uninstall_in_child() -> None:
-    """Restore the previous signal handlers in a forked process, because only its parent is the consumer."""
+    """Restore the previous signal handlers in a forked child process, because only the parent process is the consumer."""
     while _installed:
         _installed.pop().uninstall()
 

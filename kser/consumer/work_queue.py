@@ -157,8 +157,7 @@ class WorkQueue:
         self.lock = threading.RLock()
         #: The condition for which workers wait: a record is ready.
         self._work_available = threading.Condition(self.lock)
-        #: The waiters for threads that are not workers; these wait until a record is started, finished, committed or
-        #: revoked.
+        #: Wakes the threads that are not workers. They wait until a record is started, finished, committed or revoked.
         self.waiters = ConditionWaiters(self.lock)
         #: The waiting items. Hold the lock while you read them.
         self.lanes = LaneQueue()
@@ -400,8 +399,8 @@ class WorkQueue:
             if self.commit_before:
                 for item in self.lanes.delayed:
                     logger.warning(
-                        f"offset {item.record.offset} of {item.partition} waited for a retry and is dropped: with"
-                        " commit='before' it counts as finished"
+                        f"the message at offset {item.record.offset} of {item.partition} waited for a retry and is"
+                        " dropped, because with commit='before' it counts as finished"
                     )
             self.lanes.clear()
             self._work_available.notify_all()

@@ -208,6 +208,6 @@ class WorkerPool:
 
     def _log_revoked(self, item: WorkItem) -> None:
         self._log.info(
-            f"offset {item.record.offset} of {item.partition} was finished after the partition was"
+            f"the message at offset {item.record.offset} of {item.partition} was finished after the partition was"
             " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
         )

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 #: Seconds between two polls for the end of an operation in ``wait()``: the first interval, and the longest interval.
 _POLL_INTERVALS = (0.01, 0.25)
 
-#: Maximum number of operations that one transaction deletes.
+#: Maximum number of operations that a transaction deletes.
 PURGE_BATCH = 500
 
 

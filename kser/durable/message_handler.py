@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """Handler of the messages of a registry's operations and of their steps.
+    """Handler of messages for the operations of a registry, and for the steps of these operations.
 
     :param context: the durable context of this process.
     """

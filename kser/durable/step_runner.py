@@ -88,7 +88,8 @@ class StepRunner:
     def _restore_operations(self) -> StepOutcome | None:
         """Restore the objects of the operations that continue in this consumer, and call ``_prerun`` of each object.
 
-        :return: None; if an object raised an exception, its operation fails and this is the outcome of the step.
+        :return: None if no object raised an exception. Otherwise, the operation of that object fails, and the return
+            value is the outcome of the step.
         """
         if self._state.distributed or self._timeout_error is not None:
             return None

@@ -157,7 +157,8 @@ class KafkaPythonClient(ConsumerClient):
             self._polled_at = time.monotonic()
 
     def _health_check(self) -> None:
-        """Check for errors that kafka-python retries silently: missing topics and unreachable brokers.
+        """Check for problems that kafka-python does not report, because it retries silently: missing topics and
+        unreachable brokers.
 
         :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """

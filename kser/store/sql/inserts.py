@@ -19,7 +19,7 @@ from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
-#: Types of the values in the row of a new operation that are not columns.
+#: Types of the values that a row for a new operation has in addition to the columns.
 _EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns with the same value in every new row.

@@ -43,7 +43,7 @@ class OperationInserts:
 
     :param database: the database to write to.
     :param inserts: the insert statements of this database.
-    :param claims: the statements that read operations which are stored and claimed in the same transaction.
+    :param claims: reads operations that the same transaction has stored and claimed.
     :param ids: generates the ids of new operations.
     """
 
