@@ -1,7 +1,7 @@
 """Run tasks and operations (linear sequences of tasks) on Apache Kafka consumers.
 
-Importing the package loads no Kafka client, no Flask and no marshmallow: each class of ``__all__`` is imported from its
-module at its first use.
+Importing the package loads neither a Kafka client nor Flask nor marshmallow, because each class of ``__all__`` is
+imported from its module at the first use of the class.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class ConsumerCallbacks:
 
     :param ack: acks the attempt.
     :param abandon: abandons the attempt.
-    :param clock: returns the time by which the consumer enforces time limits.
-    :param cluster: returns the id of the Kafka cluster; empty if it is unknown.
+    :param clock: returns the current time, by the clock with which the consumer enforces time limits.
+    :param cluster: returns the id of the Kafka cluster, or "" if the id is unknown.
     :param is_stopping: returns whether the consumer is shutting down.
     """
 
@@ -65,7 +65,7 @@ class ConsumerCallbacks:
 class Attempt:
     """One attempt at a message.
 
-    :param retry: the retry policy of the consumer, for classes that declare none.
+    :param retry: the retry policy of the consumer, for classes that declare no policy.
     :param record: the Kafka record of the message; None if the message has no record.
     """
 
@@ -100,7 +100,7 @@ class Attempt:
     _abandoned = False
 
     def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
-        #: Retry policy for classes that declare none.
+        #: Retry policy for classes that declare no policy.
         self.retry = retry
         #: The record; None if the message has no record.
         self.record = record
@@ -119,7 +119,7 @@ class Attempt:
 
     @property
     def cancel_requested(self) -> bool:
-        """True if cancellation of the stored operation whose task this attempt runs was requested."""
+        """True after a request to cancel the stored operation whose task this attempt runs."""
         return False
 
     @property
@@ -136,7 +136,9 @@ class Attempt:
             self.entry = entry
 
     def on_started(self, entry: Any) -> None:
-        """Register an entrypoint that starts. If the entrypoint of the message is not known yet, it is this entrypoint.
+        """Register an entrypoint that starts.
+
+        If the entrypoint of the message is not known yet, ``entry`` becomes the entrypoint of the message.
 
         :raises kser.errors.TaskTimeout: this attempt records the timeout of an earlier attempt.
         """
@@ -278,7 +280,7 @@ class TaskAttempt(Attempt):
     :param parent: the attempt at the record that runs the task; None outside of a consumer.
     :param task: the task.
     :param number: number of the attempt, which is the number of recorded attempts plus 1.
-    :param retry: the retry policy for a class that declares none.
+    :param retry: the retry policy for a class that declares no policy.
     :param operation_uuid: uuid of the operation that the task belongs to.
     :param is_cancelled: reads from the database whether the task should stop.
     """

@@ -134,7 +134,7 @@ def parse_json(source: str, value: Any) -> Any:
     """Return the value of a setting. If the value is a str, it must be JSON, and is decoded.
 
     :param source: the name of the setting, for the error text.
-    :raises SettingError: a str is not JSON.
+    :raises SettingError: ``value`` is a str that is not JSON.
     """
     if not isinstance(value, str):
         return value

@@ -205,7 +205,7 @@ class Controller(BaseController):
     All methods are classmethods. You can also call them on an instance.
     """
 
-    #: Entrypoint classes by path, shared by all controllers unless a subclass defines its own.
+    #: Entrypoint classes, keyed by path. All controllers share this dict, unless a subclass defines its own dict.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
     #: Class that decodes messages: any class that has ``loads``.
     TRANSPORT: ClassVar[Any] = Message

@@ -153,11 +153,11 @@ def _mock_cluster() -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a broker until SIGINT or SIGTERM, as ``python -m kser.embedded`` does.
 
-    The settings are written to standard output as lines for a shell; messages for the reader go to standard error.
+    The settings are written to standard output as lines for a shell; all other texts go to standard error.
     """
     options = _parser().parse_args(arguments)
-    # Block both signals before the broker starts and wait for them later, so that no signal is lost and none interrupts
-    # a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb that.
+    # Block both signals before the broker starts and wait for them later, so that no signal is lost and no signal
+    # interrupts a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb the end.
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:

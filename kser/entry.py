@@ -54,7 +54,7 @@ class RegistryProtocol(Protocol):
     """Registry of a class: the methods that entrypoints, controllers and durable operations call.
 
     This module cannot import ``OperationRegistry``, because a module may import only from modules of a lower rank. So
-    it uses this protocol.
+    it uses this protocol instead.
     """
 
     controller: Any
@@ -89,7 +89,7 @@ class RegistryProtocol(Protocol):
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a durable operation or of one of its steps. The operation may be stored already or not.
+        """Handle a message of a durable operation or of one of its steps. The operation is already stored, or is new.
 
         :param entrypoint: the class that the message names; None if the class is not registered here.
         :return: a Result or a :class:`kser.attempt.Deferred`.
@@ -108,6 +108,8 @@ class EntrypointMeta(type):
 
 class _InstancePath:
     """The attribute ``path`` of instances.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
 
     As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """

@@ -1,4 +1,4 @@
-"""Control files of 0.8: three files that operators read, create and delete.
+"""Control files of kser 0.8: three files that operators read, create and delete.
 
 ========== ===================== ======================================================================================
 file       variable              meaning
@@ -32,8 +32,8 @@ class RunningFile:
     This class keeps the file open and rewrites it in place, because opening it for each message would take longer than
     a small task.
 
-    The file is reopened when its variable has changed or when the file was deleted. If the file cannot be written, that
-    is logged once, and messages are handled anyway.
+    The file is reopened when its environment variable has changed or when the file was deleted. If the file cannot be
+    written, that is logged once, and messages are handled anyway.
     """
 
     def __init__(self) -> None:

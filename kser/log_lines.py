@@ -1,7 +1,7 @@
 """Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-They are functions instead of methods, because a user's subclass could not use the name of a method of Entrypoint for
-something else.
+They are functions and not methods of Entrypoint, because an additional method could have the same name as an attribute
+of a user's class.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> t
 
 
 def record_options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return the key and the headers as keyword arguments of the Kafka clients, without empty ones."""
+    """Return the key and the headers as keyword arguments of the Kafka clients, if they are not empty."""
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key
@@ -150,7 +150,7 @@ class Bulk:
 
     :param topic: the topic of all messages.
     :param timeout: seconds for the whole bulk.
-    :param key: returns the key of a message. If it is None, all messages are sent without a key.
+    :param key: a function that returns the key of a message, or None to send all messages without a key.
     """
 
     def __init__(self, producer: KafkaProducerBase, topic: str, timeout: float, key: KeyFunction | None) -> None:
@@ -276,7 +276,7 @@ class KafkaProducerBase(BaseProducer):
         :param topic: the topic of all messages.
         :param kmsgs: any iterable of messages, which is consumed once.
         :param timeout: seconds for the whole call. The in-memory transport only shows this number in the Result.
-        :param key: returns the key of a message. If it is None, all messages are sent without a key.
+        :param key: a function that returns the key of a message, or None to send all messages without a key.
         :return: a Result with the number of sent messages. If some messages were not sent, the Result is a failed one,
             and ``retval["failed"]`` maps the uuids of these messages to the reasons. A message that timed out may still
             arrive.

@@ -19,7 +19,7 @@ def merge(result: Result, other: Result | None) -> Result:
 def copy_result(result: Result, uuid: str | None = None) -> Result:
     """Copy a Result, so that a merge into the copy leaves ``result`` unchanged; values inside ``retval`` are shared.
 
-    :param uuid: uuid of the copy; by default, that of ``result``.
+    :param uuid: uuid of the copy; by default, the uuid of ``result``.
     """
     return Result(
         uuid=uuid or result.uuid,
@@ -38,5 +38,8 @@ def failed_result(exc: BaseException, uuid: str) -> Result:
 
 
 def error_dict(result: Result) -> Any:
-    """Return the error in a Result like ``search_value("error")``, which builds a new parser at each call in 25 ms."""
+    """Return the error in a Result, as ``search_value("error")`` does.
+
+    That method takes 25 ms, because it builds a parser.
+    """
     return result.retval.get("error") if isinstance(result.retval, Mapping) else None

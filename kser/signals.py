@@ -19,7 +19,7 @@ The two ``…_changed`` signals are about stored operations. They are emitted af
 
 Connect a listener with ``entry_failed.connect(function)``. kser calls the listener as ``function(sender, **keywords)``
 in the thread that does the work, and the work continues after the call. If a listener raises an exception, kser logs
-the exception, and the work continues as well.
+the exception and continues the work.
 """
 
 from __future__ import annotations

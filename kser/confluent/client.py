@@ -202,8 +202,8 @@ class ConfluentClient(ConsumerClient):
             # Only log a missing topic, because the other topics can be consumed.
             self._report_missing_topic(message.topic(), error)
         else:
-            # The next poll raises this error, because this poll must return the records that were fetched with the
-            # error.
+            # The next poll raises this error, because this poll must return the records that were fetched together with
+            # the error.
             self._last_error = error
 
     def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:

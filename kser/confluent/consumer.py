@@ -1,4 +1,4 @@
-"""Consumer on confluent-kafka. Drop-in for ``kser.confluent`` of 0.8.27."""
+"""Consumer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
 
 from __future__ import annotations
 

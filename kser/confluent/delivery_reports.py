@@ -41,6 +41,8 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
 class LastError:
     """The last error that the client reported.
 
+    An instance serves as the ``error_cb`` of the client, and calls the user's ``error_cb``.
+
     An instance is the ``error_cb`` of the client, and calls that of the user.
     """
 
@@ -100,7 +102,7 @@ class DeliveryWaiter(Waiter):
 
 
 class DeliveryReportPoller:
-    """Leader/follower polling: one of the waiting threads polls for all, and after its own report another thread leads.
+    """Leader/follower polling: one waiting thread polls for all, until its own report arrives and another takes over.
 
     A sender that polls for itself gets its report without a thread switch, whereas a dedicated polling thread would add
     two switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka

@@ -138,7 +138,7 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
 
 
 def _nearest(key: str) -> str:
-    # kafka-python spells the same options with underscores, and the unknown name may come from its configuration.
+    # kafka-python spells the same options with underscores, so a wrong name may come from a kafka-python configuration.
     return nearest_name(key.replace("_", "."), sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON))
 
 

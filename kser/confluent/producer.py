@@ -1,4 +1,4 @@
-"""Producer on confluent-kafka. Drop-in for ``kser.confluent`` of 0.8.27."""
+"""Producer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Producer(KafkaProducerBase):
 
     Threads can and should share a producer, because each producer has its own connection to every broker. The defaults
     are ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent immediately) and
-    ``partitioner`` ``murmur2_random``, which distributes keys like the Java client and kafka-python.
+    ``partitioner`` ``murmur2_random``, which assigns keys to partitions like the Java client and kafka-python.
 
     :param config: options of librdkafka; None means the producer options in ``KSER_CONFIG``.
     :param app: a Flask application; its ``config`` has precedence over the environment.
@@ -253,8 +253,8 @@ class _Bulk(Bulk, Waiter):
         self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
         while self._in_flight:
-            # A late report removes its message in another thread, so do not iterate over the messages, but pop each of
-            # them.
+            # A late report may remove its message in another thread meanwhile. So pop the messages one by one instead
+            # of iterating over them.
             _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
         self._process_reports()

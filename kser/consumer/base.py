@@ -43,7 +43,7 @@ CONTROL_FILE_INTERVAL = 1.0
 SUPERVISE_INTERVAL = 0.1
 #: Seconds between two warnings about a paused consumer.
 PAUSE_REMINDER_INTERVAL = 30.0
-#: Seconds to wait for the client thread at shutdown, in addition to the time that a rebalance can block it.
+#: Seconds to wait for the client thread at shutdown. A rebalance can block this thread, so ``revoke_timeout`` is added.
 JOIN_TIMEOUT = 5.0
 
 
@@ -214,7 +214,7 @@ class BaseConsumer:
         attempts that still run, and their messages will run again. At a second signal, the consumer abandons all
         running attempts immediately.
 
-        :raises SystemExit: after every orderly shutdown, with status 0; with status 143 after a second SIGTERM.
+        :raises SystemExit: with status 0 after an orderly shutdown, and with status 143 after a second SIGTERM.
         :raises KeyboardInterrupt: after a second SIGINT, or if a task raised KeyboardInterrupt. The message that ran is
             not committed.
         """
@@ -246,7 +246,7 @@ class BaseConsumer:
         """Run one cycle in this thread, for tests: check the control files, poll, handle messages, commit.
 
         :param timeout: seconds to wait if no message is available.
-        :return: the number of handled messages. The cycle starts no further message after one second.
+        :return: the number of handled messages. After about one second, the cycle starts no further message.
         """
         self._kser_check_control_files()
         if self._kser_stopping:

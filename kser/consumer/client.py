@@ -65,7 +65,7 @@ class Revocation(Protocol):
         ...
 
     def wait(self) -> None:
-        """Block until the partitions are drained."""
+        """Block until :attr:`drained` is True."""
 
     @property
     def commits(self) -> Callable[[], Mapping[Partition, Commit]]:
@@ -94,7 +94,8 @@ class RebalanceListener(Protocol):
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
         """Handle a revocation.
 
-        The client waits until the returned revocation is drained, and then commits the offsets of the revocation.
+        The client waits until :attr:`Revocation.drained` of the returned revocation is True, and then commits the
+        offsets of the revocation.
         """
         ...
 
@@ -183,7 +184,7 @@ def client_error(
 ) -> ClientError:
     """Build the error of a failed client operation.
 
-    :param activity: the operation, as an infinitive.
+    :param activity: the failed operation as an infinitive, for example "fetch messages".
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
@@ -195,7 +196,7 @@ def client_error(
 
 
 def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
-    """Build the error of a group without committed offsets whose reset policy is ``none``."""
+    """Build the error for a group that has no committed offset and whose reset policy is ``none``."""
     names = ", ".join(map(str, partitions))
     return ClientError(
         f"the group has no committed offset in {names}, and the reset policy is 'none': commit offsets for the group,"

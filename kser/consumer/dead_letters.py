@@ -19,8 +19,8 @@ from kser.schemas import Message
 #: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
 PREFIX = "kser-dlq-"
 
-#: Maximum number of characters of the error message in a dead letter: the first value is for the first try to write the
-#: dead letter, the second value is for another try after the dead letter was too large.
+#: Maximum number of characters of the error message in a dead letter: first for the normal write, then for another
+#: write if the dead letter was too large.
 TEXT_LIMITS = (2000, 0)
 
 #: Time limit for writing a dead letter, in seconds.

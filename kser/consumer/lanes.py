@@ -62,7 +62,7 @@ class LaneQueue:
 
     @property
     def next_due(self) -> float | None:
-        """The earliest due time of the delayed items; None if there are none."""
+        """The earliest due time of the delayed items; None if no item is delayed."""
         return self._delayed[0][0] if self._delayed else None
 
     @property

@@ -19,7 +19,7 @@ from kser.consumer.client import Commit, Partition
 
 PREFIX = "kser:"
 COUNT_PREFIX = "of:"
-#: Maximum characters of the metadata; brokers accept 4096 bytes (``offset.metadata.max.bytes``).
+#: Maximum number of characters of the metadata. Brokers accept 4096 bytes (``offset.metadata.max.bytes``).
 METADATA_LIMIT = 4000
 
 
@@ -62,7 +62,7 @@ class Ranges:
 
 
 def decode(commit: Commit) -> Ranges:
-    """Return the finished ranges above a committed offset. If the metadata has another format, there are none."""
+    """Return the finished ranges above a committed offset; the result is empty if the metadata has another format."""
     text = commit.metadata.rpartition(" ")[2]
     if not text.startswith(PREFIX):
         return Ranges()
@@ -183,7 +183,7 @@ class OffsetTracker:
     def finished_ranges(self, unfinished: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
         """Iterate over the finished ranges, from the committed offset on.
 
-        :param unfinished: the unfinished offsets of the received records, in order; by default, all that are tracked.
+        :param unfinished: the unfinished offsets of the received records, in order; by default, those in the tracker.
         """
         start = self.committed.offset
         for offset in self.unfinished if unfinished is None else unfinished:

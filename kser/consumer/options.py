@@ -52,12 +52,12 @@ class ConsumerOptions:
         order.
     :param commit: ``"after"`` commits a message when it is finished; ``"before"`` commits it before it runs, as kser
         0.8 did; ``"never"`` commits nothing.
-    :param retry: the retry policy for classes that declare none.
+    :param retry: the retry policy for classes that declare no policy.
     :param dead_letter: the topic for permanently failed messages. True stands for the topic of the message with the
         suffix ``.dlq``.
     :param shutdown_timeout: seconds that running messages have to finish when the consumer shuts down.
-    :param revoke_timeout: seconds that running messages have to finish when their partition is revoked, at most a
-        third of the client's longest time between polls.
+    :param revoke_timeout: seconds that running messages have to finish when their partition is revoked. The consumer
+        uses at most a third of the client's longest time between two polls.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
     :param stall_timeout: seconds without progress after which a consumer with lag logs an error.

@@ -45,7 +45,7 @@ class PartitionTable(RebalanceListener):
                     # The partition was revoked after the client had fetched these records, so drop them.
                     continue
                 if tracker is None:
-                    # Without a group, no assignment defines a start offset, so the first record does.
+                    # Without a group, no assignment defines a start offset, so the first record defines it.
                     tracker = self._trackers[partition] = OffsetTracker(Commit(records[0].offset))
                 self._work_queue.put(tracker, records)
                 queued += len(records)

@@ -24,7 +24,7 @@ from kser.errors import ClientError, KserError
 POLL_TIMEOUT = 0.5
 #: Longest time in seconds between two polls while the work queue is full. The client must poll to stay in its group.
 MAX_POLL_GAP = 1.0
-#: Seconds that a poll waits while a message runs, if its offset must be committed as soon as it finishes.
+#: Seconds that a poll waits while a message runs, if offsets are committed as soon as a message finishes.
 BUSY_POLL_TIMEOUT = 0.05
 #: Seconds that a poll waits during the shutdown, when polls only keep the group membership alive.
 SHUTDOWN_POLL_TIMEOUT = 0.05
@@ -36,7 +36,7 @@ _BACKOFF = partial(random_delay, first=0.2, ceiling=10, lowest=0.1)
 
 
 class Poller:
-    """The poll loop: moves records from the client to the work queue and commits the finished ones.
+    """The poll loop, which moves records from the client to the work queue and commits finished records.
 
     :param connect: creates a client; the poller calls it again after a fatal error of the client.
     :param topics: the topics to consume.

@@ -49,7 +49,7 @@ def replay(
     group: str | None = None,
     timeout: float = 10,
 ) -> int:
-    """Send dead letters back to their original topics, unchanged; skip those that ``where`` does not select.
+    """Send dead letters back to their original topics, unchanged; skip dead letters that ``where`` does not select.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.

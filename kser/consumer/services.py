@@ -29,8 +29,8 @@ class BackgroundService(Protocol):
 class BackgroundServices:
     """The thread that runs the background services of a consumer.
 
-    :param find_services: returns the background services. It is called repeatedly, because registries may add services
-        later.
+    :param find_services: returns the background services. The thread calls this function repeatedly, because registries
+        may add services later.
     """
 
     def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
@@ -84,8 +84,8 @@ class BackgroundServices:
             # The store has logged the outage; the next cycle reloads the services.
             pass
         except Exception:
-            # Services call user and driver code, which may raise any exception. None of them may end this thread,
-            # because the leases of all claims would expire.
+            # Services call user and driver code, which may raise any exception. No exception may end this thread,
+            # because otherwise the leases of all claims would expire.
             logger.exception("background services could not be loaded; trying again")
 
 
@@ -109,7 +109,7 @@ class SharedProducer:
             return self._producer
 
     def attach(self, controller: Any) -> None:
-        """Attach the producer to the registries of a controller's classes, so that their tasks can send.
+        """Attach the producer to the registries of a controller's classes, so that the tasks of these classes can send.
 
         Call this method regularly, because classes may be registered later, and because other consumers of the process
         attach and detach their own producers.

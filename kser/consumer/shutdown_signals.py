@@ -55,7 +55,7 @@ class ShutdownSignals:
 
     @property
     def status(self) -> int | None:
-        """The exit status after a second signal, 128 plus its number; None before that."""
+        """The exit status after a second signal: 128 plus the number of that signal; None before a second signal."""
         return 128 + self._received[1] if len(self._received) > 1 else None
 
     @contextmanager
@@ -140,7 +140,7 @@ _installed: list[ShutdownSignals] = []
 
 
 def _uninstall_in_child() -> None:
-    """Restore the previous signal handlers in a forked child process, because only the parent process is the consumer."""
+    """Restore the previous signal handlers in a forked child process, because only its parent process is a consumer."""
     while _installed:
         _installed.pop().uninstall()
 

@@ -20,7 +20,7 @@ class WorkItem:
     :param record: the Kafka record.
     :param tracker: the offset tracker of its partition.
     :param lane: the lane, whose items run one after another in order; None if the item is in no lane.
-    :param retry: the retry policy of the consumer, for classes that declare none.
+    :param retry: the retry policy of the consumer, for classes that declare no policy.
     """
 
     #: True once an attempt at the record was started.

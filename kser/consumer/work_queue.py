@@ -127,7 +127,7 @@ class WorkQueue:
     :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
     :param max_in_flight: the maximum number of unfinished records; beyond it, :meth:`capacity` is 0.
     :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
-    :param retry: the retry policy for classes that declare none.
+    :param retry: the retry policy for classes that declare no policy.
     :param max_silence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
     :param commit_before: whether a record counts as finished for its group as soon as its attempt has started.
     :param clock: returns the time in seconds.
@@ -357,7 +357,10 @@ class WorkQueue:
             return True
 
     def abandon(self, attempt: Attempt) -> bool:
-        """Abandon a running attempt, so that its record stays unfinished; return False if it has already ended."""
+        """Abandon a running attempt, so that its record stays unfinished.
+
+        :return: False if the attempt has already ended.
+        """
         with self.lock:
             was_running = self._remove_running(attempt)
             if was_running:

@@ -30,7 +30,7 @@ class WorkerPool:
     """A pool of workers: each worker takes items from the work queue, runs the registry and applies the outcome.
 
     :param work_queue: the work queue.
-    :param before_attempt: called with each item before its attempt starts; None for no call.
+    :param before_attempt: a function to call with each item before its attempt starts, or None.
     :param handle: passes the value of a record to the registry.
     :param dead_letters: the writer of dead letters.
     :param size: the number of workers.
@@ -106,7 +106,7 @@ class WorkerPool:
         self._shut_down.set()
 
     def step(self, timeout: float = 0) -> bool:
-        """Run one item in this thread; return False if none is ready within ``timeout`` seconds."""
+        """Run one item in this thread; return False if no item is ready within ``timeout`` seconds."""
         item = self._work_queue.get(timeout)
         if item is not None:
             self._attempt(item)

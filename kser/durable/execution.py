@@ -51,7 +51,7 @@ class Execution:
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._step_runner.attach(self._state.root, operation)
         self._released = False
-        #: The result of the message: the last reply of a step.
+        #: The result of the message, which is the reply of the last step that had a reply.
         self._reply: Any = None
 
     @property

@@ -148,7 +148,7 @@ class ExecutionState:
         self._pop_into_parent(frame, status, result)
 
     def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> None:
-        """Add a failed attempt at the current task that will be retried."""
+        """Add a failed attempt at the current task; a retry follows."""
         frame = self.top
         self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
         self._events.append(NewEvent("task-retried", uuid, error))
@@ -172,7 +172,7 @@ class ExecutionState:
         self._finish(self.top, states.FAILED, merge(copy_result(self.top.accumulated), failure))
 
     def on_ended(self, status: str, result: Result) -> None:
-        """End the current operation. If it is nested, this also ends the task of the parent that is this operation."""
+        """End the current operation. If it is nested, this also ends the corresponding task of its parent."""
         frame = self.top
         frame.status = frame.phase = status
         frame.result = result_to_json(result, frame.row.entrypoint)

@@ -41,7 +41,7 @@ class OperationManager:
     # -- accepting -----------------------------------------------------------------------------------------------------
 
     def send(self, operation: Operation, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
-        """Accept an operation, which saves it in the store, and send it.
+        """Accept an operation, that is, save it in the store, and then send it.
 
         :param result: a result to forward to the operation.
         :raises kser.errors.KserError: the operation was not accepted and will not run.
@@ -56,7 +56,7 @@ class OperationManager:
         self._save_intent(new_operation(operation, mode, topic, self._context.topic_resolver(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
-        """Accept a distributed operation, which saves it in the store, and send its first task.
+        """Accept a distributed operation, that is, save it in the store, and then send its first task.
 
         :return: the Result of the producer. The operation is accepted even if sending failed.
         :raises kser.errors.KserError: the operation was not accepted and will not run.

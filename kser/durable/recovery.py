@@ -191,7 +191,7 @@ class RecoveryService:
         return min(SEND_TIMEOUT, max(deadline - self._clock(), 0))
 
     def close(self) -> None:
-        """Release the claims of abandoned attempts and record the sent steps. Called at the shutdown of a consumer."""
+        """Release the claims of abandoned attempts and record the sent steps, when a consumer shuts down."""
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
             # A tick hangs, so the remaining claims expire with their leases.
             return

@@ -187,7 +187,7 @@ def _is_blank(result: Result) -> bool:
 
 
 class EntrypointLoader:
-    """Loader of entrypoint classes by path, and of objects from rows.
+    """Loader, which finds entrypoint classes by path and builds objects from rows.
 
     :param lookup: returns the class with a path, or None if no such class is registered here.
     """

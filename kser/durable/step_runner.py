@@ -289,7 +289,7 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks whose class declares none: the policy of the operation or of the consumer."""
+    """Return the retry policy for tasks whose class declares no policy: that of the operation or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

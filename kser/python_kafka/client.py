@@ -157,8 +157,9 @@ class KafkaPythonClient(ConsumerClient):
             self._polled_at = time.monotonic()
 
     def _health_check(self) -> None:
-        """Check for problems that kafka-python does not report, because it retries silently: missing topics and
-        unreachable brokers.
+        """Check for missing topics and unreachable brokers.
+
+        kafka-python does not report these errors, because it retries without end.
 
         :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """

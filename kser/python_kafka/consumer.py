@@ -1,4 +1,4 @@
-"""Consumer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
+"""Consumer on kafka-python. A drop-in replacement for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
-        # Run the value deserializer separately for each record, because an exception in the client's own call of it
-        # would stop the client. Ignore the key deserializer, because the consumer only compares keys, as bytes.
+        # Run the value deserializer here for each record, because an exception would stop the client if the client ran
+        # it. Ignore the key deserializer, because the consumer only compares keys, as bytes.
         self._kser_deserialize = self._kser_take_deserializer("value_deserializer")
         self._kser_take_deserializer("key_deserializer")
         super().__init__(

@@ -1,4 +1,4 @@
-"""Producer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
+"""Producer on kafka-python. A drop-in replacement for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ _DEFAULT_RUNNER: Runner = InMemoryRunner()
 class _StoredAttribute:
     """A list from the snapshot of an operation.
 
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+
     As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """
 
@@ -367,7 +369,7 @@ class Operation(Task):
         return registry._kser_operations.get(str(_id)) if registry is not None and registry._kser_has_store else None
 
     def resume(self) -> Self:
-        """Resume this stored operation at its first task that is not SUCCESS. It must be FAILED or CANCELLED.
+        """Resume this stored operation, which must be FAILED or CANCELLED, at its first task that is not SUCCESS.
 
         :return: this object, unchanged. :meth:`.OperationRegistry.get` returns the new state.
         :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED. If several calls run at the
@@ -445,5 +447,5 @@ class NextTaskChoice:
             self.is_made, self.next_task, self.is_failed = True, next_task, is_failed
 
 
-#: The choice that ``launch_next`` must make in this context; None while kser does not ask for a next task.
+#: The choice for the call of ``launch_next`` in this context; None outside of such a call.
 current_choice: ContextVar[NextTaskChoice | None] = ContextVar("kser_choice", default=None)

@@ -34,7 +34,7 @@ EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
 
 
 class OperationPage(list[Operation]):
-    """Page of operations returned by :meth:`OperationRegistry.find`.
+    """Page of operations that :meth:`OperationRegistry.find` returns.
 
     :param cursor: value of ``after`` for the next page; None on the last page.
     """
@@ -47,7 +47,8 @@ class OperationPage(list[Operation]):
 class OperationRegistry:
     """Registry of classes, with the app, the producer and the store that these classes use.
 
-    :param app: Flask application, if any. The registry reads its ``config``, and everything runs inside its context.
+    :param app: Flask application, if any. The registry reads its ``config``, and tasks and operations run inside its
+        context.
     :param controller_class: controller class, or any callable that returns a controller.
     :param producer: producer that sends tasks and operations; by default, the producer of the consumer.
     :param store: shared database for operations; by default, the database of ``KSER_DATABASE_URI``.
@@ -124,7 +125,10 @@ class OperationRegistry:
         return self._kser_producer_factory()
 
     def _kser_set_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Set the function that returns the producer if the constructor got no producer. It is called for each send."""
+        """Set the function that returns the producer if the constructor got no producer.
+
+        The function is called for each send.
+        """
         self._kser_producer_factory = factory
 
     def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
@@ -251,7 +255,7 @@ class OperationRegistry:
         :param status: one status, or several.
         :param entrypoint: a class or its path.
         :param since: earliest time of creation: a datetime, or seconds since 1970.
-        :param until: end of the time of creation, exclusive: a datetime, or seconds since 1970.
+        :param until: end of the period of creation: operations that were created at this time or later are left out.
         :param metadata: keys and values that the metadata must contain.
         :param parent: uuid of an operation, to return its nested operations. By default, no nested operations are
             returned.

@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class _AttemptNumber:
-    """The attribute ``attempt``. As a non-data descriptor, it gives way to a user's attribute (decision C18)."""
+    """The attribute ``attempt``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: type) -> int:
         attempt = current_attempt.get()
@@ -28,6 +31,8 @@ class _AttemptNumber:
 
 class _CancelRequested:
     """The attribute ``cancel_requested``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
 
     As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """
@@ -38,7 +43,10 @@ class _CancelRequested:
 
 
 class _OperationUuid:
-    """The attribute ``operation_uuid``. As a non-data descriptor, it gives way to a user's attribute (decision C18)."""
+    """The attribute ``operation_uuid``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: type) -> str | None:
         return getattr(instance, "_kser_operation_uuid", None)
@@ -68,8 +76,8 @@ class Task(Entrypoint):
     attempt: ClassVar[Any] = _AttemptNumber()
     #: UUID of the operation that runs this task; None for a task outside of an operation.
     operation_uuid: ClassVar[Any] = _OperationUuid()
-    #: True if cancellation of the stored operation that runs this task was requested. A long task can check this
-    #: attribute and return early.
+    #: True after a request to cancel the stored operation that runs this task. A long task can check this attribute and
+    #: return early.
     cancel_requested: ClassVar[Any] = _CancelRequested()
 
     _kser_executed = False

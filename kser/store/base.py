@@ -101,10 +101,11 @@ class Store(ABC):
         """Record the outcome of a step.
 
         The store records the checkpoint only if the root is RUNNING, the epoch of the root equals the epoch of the
-        checkpoint, and every operation is at the stored step and phase that its update names. If cancellation of the
-        root was requested, the root becomes CANCELLED in the same transaction, whatever status its own update contains.
-        The task outcomes and the other updates are still recorded, and nested operations that have not ended by then
-        become CANCELLED too. An event ``ended`` with CANCELLED replaces the event ``ended`` of the root in ``events``.
+        checkpoint, and every operation is at the ``stored_step`` and ``stored_phase`` of its update. If cancellation of
+        the root was requested, the root becomes CANCELLED in the same transaction, whatever status its own update
+        contains. The task outcomes and the other updates are still recorded, and nested operations that have not ended
+        by then become CANCELLED too. An event ``ended`` with CANCELLED replaces the event ``ended`` of the root in
+        ``events``.
 
         Releasing the claim increments ``epoch``. The end of the operation releases the claim too. After a release, the
         step is ready after ``delay`` seconds, and the reaper checks it at that time. Without a delay, the step is ready
@@ -120,7 +121,7 @@ class Store(ABC):
 
     @abstractmethod
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Renew the leases of claims to ``lease`` seconds from now, including leases that have expired.
+        """Renew the leases of claims, including expired leases, so that they end ``lease`` seconds from now.
 
         :param claims: the claims, each as a pair ``(root_id, epoch)``.
 
@@ -151,7 +152,7 @@ class Store(ABC):
 
     @abstractmethod
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """Make steps that could not be sent due again in ``wait`` seconds.
+        """Postpone steps that could not be sent: they become due in ``wait`` seconds.
 
         :param steps: the roots, each as a pair ``(root_id, epoch)``.
         """

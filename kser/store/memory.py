@@ -331,7 +331,7 @@ class MemoryStore(Store):
             return self._store(root)
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
-        """Return an operation to its first task that is not SUCCESS; return the message of the step to run."""
+        """Move an operation back to its first task that is not SUCCESS, and return the message of the step to run."""
         rows = self._tasks[row.id]
         step = next((task.position for task in rows if task.status != states.SUCCESS), None)
         row = row._replace(status=states.RUNNING, result=None, ended_at=None)

@@ -120,7 +120,7 @@ class OperationRow(NamedTuple):
     task_count: int | None
     #: JSON of the accumulated result of all tasks that have run.
     accumulated: str
-    #: JSON of the final result; None before the operation has one.
+    #: JSON of the final result; None before the operation has a final result.
     result: str | None
     created_at: float
     #: Time of the first claim; None before the first claim.
@@ -342,7 +342,7 @@ class OperationUpdate(NamedTuple):
     phase: str
     status: str
     accumulated: str
-    #: JSON of the final result; None before the operation has one.
+    #: JSON of the final result; None before the operation has a final result.
     result: str | None
 
     @property

@@ -22,7 +22,7 @@ BAD_VALUES: Final = (UnicodeError, OverflowError)
 
 
 class SerializationConflict(StoreUnavailable):
-    """A conflict with another transaction aborted this one; nothing was written"""
+    """A conflict with another transaction aborted this transaction; nothing was written"""
 
 
 class Transaction:
@@ -109,7 +109,7 @@ class Database(ABC):
         return Statement(clause, self.engine.dialect)
 
     def source(self, types: Types, name: str = ROWS) -> RowSource:
-        """Return the source of the values of each row for a statement."""
+        """Return the source of the row values for a statement."""
         return RowSource(self.json_batches, types, name)
 
     @contextmanager
@@ -147,7 +147,7 @@ class Database(ABC):
     def exists(self) -> bool:
         """Return whether the database exists.
 
-        Check this before connecting, because that would create a missing SQLite file.
+        Call this method before connecting, because a connection would create a missing SQLite file.
         """
         return True
 

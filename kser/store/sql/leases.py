@@ -17,7 +17,8 @@ from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
-#: Number of sends after which the resend delay is always ``MAX_RESEND_DELAY``, because the doubled delay exceeds it.
+#: Number of sends after which the resend delay is always ``MAX_RESEND_DELAY``. By then, the doubled delay exceeds this
+#: maximum.
 MAX_DOUBLINGS = 20
 
 
@@ -50,8 +51,8 @@ class Leases:
             else_=doubled,
         )
         sent = {"send_count": own.send_count + 1, "sent_at": now, "next_check_at": start + wait}
-        # Skip locked rows. The transaction that holds the lock is claiming the step, and sends of claimed steps are not
-        # recorded.
+        # Skip locked rows. The transaction that holds the lock is claiming the step, and kser does not record sends of
+        # claimed steps.
         self._mark_sent = database.statement(row.update_skip_locked(operation, sent, *unclaimed))
         self._postpone_send = database.statement(row.update(operation, {"next_check_at": now + seconds}, *unclaimed))
         self._prepare_due(database)

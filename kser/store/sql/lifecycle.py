@@ -145,7 +145,7 @@ class Lifecycle:
         return self._row(transaction, root.id)
 
     def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
-        """Return an operation to its first task that is not SUCCESS; return the message of the step to run."""
+        """Move an operation back to its first task that is not SUCCESS, and return the message of the step to run."""
         while True:
             first = transaction.execute(self._first, {"key": row.id}).fetchone()
             if first is None:

@@ -174,7 +174,7 @@ class LabelFilter:
         self._bounds = _bounds(query, self._table.c.operation_id, before)
 
     def ids(self) -> Select[Any]:
-        """Return a query for the ids of the operations with the label."""
+        """Return a query for the ids of the operations that have the label."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
     def matches(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
@@ -182,7 +182,7 @@ class LabelFilter:
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
     def with_rest(self, query: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
-        """Return a query for the ids of the operations with the label that match all remaining filters."""
+        """Return a query for the ids of the operations that have the label and match all other filters."""
         key = self._table.c.operation_id
         rest = _exists(operation, operation.c.id == key, _root_or_parent(query), *_filters(query), *_times(query))
         return self.ids().where(*(matches(key) for matches in others), rest).order_by(key.desc())
@@ -203,7 +203,9 @@ def _cursor(after: str | None) -> int | None:
 
 
 def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
-    """Return queries for the operations that match all filters except labels. Each query reads an index in its order.
+    """Return queries for the operations that match all filters except labels.
+
+    Each query reads in the order of an index.
 
     There is one query per status, because an index contains the operations of one status in the order of pages, but not
     the operations of several statuses.
@@ -219,7 +221,7 @@ def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
-    """Return a query for the newest operations in the results of all parts that meet the conditions."""
+    """Return a query that merges the results of all parts: the newest operations that meet the conditions."""
     own = operation.c.id
     where = [condition(own) for condition in conditions]
     merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()

@@ -55,7 +55,7 @@ class Statement:
 
 
 class RowSource:
-    """The source of the values of each row for a statement: bind parameters, or one JSON text with all rows.
+    """The source of the row values for a statement: bind parameters, or one JSON text with all rows.
 
     :param json_batches: True if the source is one JSON text.
     :param types: names and types of the values.
@@ -99,7 +99,7 @@ class RowSource:
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement like that of :meth:`update` that skips table rows which another transaction has locked."""
+        """Return a statement like that of :meth:`update`, but skip the rows that another transaction has locked."""
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id
