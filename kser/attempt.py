@@ -277,10 +277,10 @@ CANCEL_CHECK_INTERVAL = 0.5
 class TaskAttempt(Attempt):
     """An attempt at a task of a stored operation.
 
-    :param parent: the attempt at the record that runs the task; None outside of a consumer.
+    :param parent: the attempt at a record during which the task runs; None outside of a consumer.
     :param task: the task.
     :param number: number of the attempt, which is the number of recorded attempts plus 1.
-    :param retry: the retry policy for a class that declares no policy.
+    :param retry: the retry policy if the class of the task declares no policy.
     :param operation_uuid: uuid of the operation that the task belongs to.
     :param is_cancelled: reads from the database whether the task should stop.
     """

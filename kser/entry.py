@@ -110,8 +110,6 @@ class _InstancePath:
     """The attribute ``path`` of instances.
 
     It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
-
-    As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """
 
     def __get__(self, instance: Any, owner: EntrypointMeta) -> str:

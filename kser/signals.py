@@ -1,4 +1,4 @@
-"""Signals, the only place where listeners connect.
+"""The signals of kser. Listeners connect to a signal of this module.
 
 =====================  =====================  =========================================================
 signal                 sender                 keywords

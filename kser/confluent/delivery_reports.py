@@ -42,8 +42,6 @@ class LastError:
     """The last error that the client reported.
 
     An instance serves as the ``error_cb`` of the client, and calls the user's ``error_cb``.
-
-    An instance is the ``error_cb`` of the client, and calls that of the user.
     """
 
     def __init__(self, user_callback: Callable[[Any], Any] | None) -> None:

@@ -169,7 +169,7 @@ def out_of_range_text(partition: Partition, was: int | None, begin: int, end: in
     return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; continuing at {start}"
 
 
-#: Advice for an error of a client library, by a substring of the error's text.
+#: Advice for errors of a client library. The keys are parts of the text of such an error.
 _REMEDIES = {
     "authenticat": "check user, password and mechanism in the client's security settings",
     "authoriz": "grant the user Read on the topic and on the consumer group",

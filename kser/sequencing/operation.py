@@ -39,8 +39,6 @@ class _StoredAttribute:
     """A list from the snapshot of an operation.
 
     It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
-
-    As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """
 
     def __init__(self, name: str) -> None:

@@ -33,8 +33,6 @@ class _CancelRequested:
     """The attribute ``cancel_requested``.
 
     It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
-
-    As a non-data descriptor, it gives way to a user's attribute (decision C18).
     """
 
     def __get__(self, instance: Any, owner: type) -> bool:

@@ -73,8 +73,9 @@ class Store(ABC):
 
         The claim is one compare-and-set. It succeeds if the status is PENDING or RUNNING, the root has no owner or its
         lease has expired, and ``due_at`` has passed. It increments ``epoch`` and ``claim_count``, sets the status to
-        RUNNING, stores the owner, the token and the end of the lease, and changes nothing else. A claim also succeeds
-        if ``claim_count`` has already reached ``max_claims``; such a claim is marked as ``exhausted``.
+        RUNNING, stores the owner, the token and the end of the lease, and stores ``started_at`` at the first claim. It
+        changes nothing else. A claim also succeeds if ``claim_count`` has already reached ``max_claims``; such a claim
+        is marked as ``exhausted``.
 
         :param uuid: uuid of the root.
         :return: the claim, or the refusal with its reason, or None if no root with this uuid is stored.

@@ -39,9 +39,9 @@ class GroupCommit(Generic[Item]):
     """Leader/follower group commit.
 
     A thread becomes a leader if there are fewer than ``leaders`` leaders. A leader writes its own entry and the queued
-    entries as one group, and every other thread blocks until its entry is written. After a group, the thread of the
-    oldest queued entry leads the next group. If only one thread writes, it is always the leader, so there is no thread
-    switch.
+    entries as one group. A thread that is not a leader blocks until its entry is written. After a group, the thread of
+    the oldest queued entry leads the next group. If only one thread writes, it is always the leader, so there is no
+    thread switch.
 
     :param run: writes a group of entries, and sets a result or an error on each entry.
     :param leaders: maximum number of groups that are written at the same time.
