@@ -185,7 +185,7 @@ class AttemptRow(NamedTuple):
     consumer: str
     started_at: float
     ended_at: float
-    #: The error of a failed attempt, limited to :data:`MAX_ERROR_LENGTH` characters; None for a success.
+    #: The error of a failed attempt, limited to ``MAX_ERROR_LENGTH`` characters; None for a success.
     error: str | None
 
 
