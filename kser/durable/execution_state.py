@@ -182,8 +182,8 @@ class ExecutionState:
             return
         self.frames.pop()
         parent = self.top
-        # Number 0 records no attempt, because only attempts at tasks are recorded, and a nested operation has no
-        # attempts.
+        # The number 0 means that no attempt is recorded. Only attempts at tasks are recorded, and a nested operation
+        # has none.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._pop_into_parent(parent, status, result)
