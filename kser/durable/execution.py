@@ -1,8 +1,8 @@
-"""Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
+"""Execution of a stored operation: one claim, with one checkpoint per step, until the claim is released.
 
 A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
-(:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
-step is sent to a consumer that knows its class.
+(:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
+distributed operation, each step is sent to a consumer that knows the class of the step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Execution:
     """Execution of an operation under one claim.
 
     :param context: the durable context of this process.
-    :param claim: the claim to work under.
-    :param operation: the root's object, if it was just built.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
-        The execution records this error and releases the claim.
+    :param claim: the claim under which the execution works.
+    :param operation: the object of the root, if it was just built.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt. The execution records this error and releases the claim.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Execution:
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._step_runner.attach(self._state.root, operation)
         self._released = False
-        #: Result of the message: the reply of the last step that had one.
+        #: The result of the message, which is the reply of the last step that had a reply.
         self._reply: Any = None
 
     @property
@@ -106,7 +106,7 @@ class Execution:
         return self._reply
 
     def release(self) -> None:
-        """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
+        """Release the claim at the stored position, and send the current step. A step may still run under the claim."""
         root, epoch, store = self._claim.root, self._claim.epoch, self._context.store.direct
         row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
@@ -121,7 +121,7 @@ class Execution:
         if status == states.CANCELLED:
             self._on_cancelled()
             return
-        # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
+        # Wait for the delivery, because the process may exit next, and then a later delivery report would be lost.
         self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ class Execution:
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
-            # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
-            # retrying it.
+            # A StoreError is permanent, and any other exception would occur again immediately. So fail the step instead
+            # of retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
             outcome = self._reload_and_fail(exc)
             recorded = self._checkpoint(outcome)
@@ -145,7 +145,7 @@ class Execution:
     def _checkpoint(self, outcome: StepOutcome) -> tuple[Checkpoint, str, StepMessage | None]:
         """Record the outcome of the step.
 
-        :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
+        :return: the checkpoint, the status of the root, and the message for the next step (None if it is unchanged).
         """
         delay = outcome.retry_in
         keep, target = self._next_hop(outcome)
@@ -158,15 +158,15 @@ class Execution:
     def _after_checkpoint(
         self, outcome: StepOutcome, checkpoint: Checkpoint, status: str, target: StepMessage | None
     ) -> None:
-        """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
+        """Emit the events of a recorded checkpoint. If the next step does not run in this execution, send it."""
         state, delay = self._state, outcome.retry_in
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
         is_finished = state.is_finished
         self._released = is_finished or status == states.CANCELLED or not checkpoint.keep
         if self._released:
-            # Unregister the claim before sending the next step. The store has released it, so during a slow send the
-            # heartbeat would report the claim as lost.
+            # Unregister the claim before sending the next step. The store has already released the claim, so during a
+            # slow send the heartbeat would report the claim as lost.
             self._context.release_claim(self)
         ended = list(state.ended)
         state.mark_flushed()
@@ -181,14 +181,14 @@ class Execution:
         elif delay is not None:
             self._reply = Deferred(self._reply or state.root.accumulated)
             if not delay:
-                # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
-                # send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
+                # Send a retry without a delay from here. The store cannot distinguish it from a step that a consumer is
+                # about to send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
                 self._send(state.root.row.target)
         elif self._released:
             self._dispatch_next(target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
-        """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
+        """Return whether to keep the claim, and the message for the next step (None if it is unchanged)."""
         state, frame = self._state, self._state.top
         outer = current_attempt.get()
         continues = self._timeout_error is None and not (outer is not None and outer.shutting_down)
@@ -222,7 +222,7 @@ class Execution:
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
-        """Send a step; during a shutdown of the consumer, wait for the delivery."""
+        """Send a step. During a shutdown of the consumer, wait for the delivery."""
         shutting_down = self._attempt is not None and self._attempt.shutting_down
         send = self._context.send if shutting_down else self._context.send_nowait
         send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
@@ -253,7 +253,7 @@ class Execution:
         self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
-        """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
+        """Log the end of an operation that has no hooks of its own, with the log lines of an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status
@@ -288,4 +288,4 @@ class Execution:
 
 def _retries_exhausted(claim: Claim) -> StoreError:
     died = claim.root.claim_count - 1
-    return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")
+    return StoreError(f"{died} consumers died during this step: find the cause, then resume the operation")

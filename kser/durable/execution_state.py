@@ -1,4 +1,4 @@
-"""Execution state of a stored operation: a pure state machine, without database access and without user code."""
+"""Execution state of a stored operation: a pure state machine, which neither uses the database nor runs user code."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ class OperationFrame:
         #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
         self.accumulated_json = row.accumulated
         self.accumulated = result_from_json(row.accumulated, row.uuid)
-        #: JSON of the final result; None while it is not known.
+        #: JSON of the final result; None while the final result is not known.
         self.result = row.result
-        #: The operation object if it was built, and whether it has its tasks.
+        #: ``operation`` is the operation object, or None if it was not built. ``is_loaded`` tells whether it has its
+        #: tasks.
         self.operation: Operation | None = None
         self.is_loaded = False
-        #: For each task position: the number of recorded attempts, and how many of them were made before the last
-        #: resume; a retry policy does not count those.
+        #: For the position of each task: the number of recorded attempts, and the number of attempts before the last
+        #: resume. A retry policy does not count the attempts before the resume.
         self.attempts: dict[int, tuple[int, int]] = {}
 
     @property
     def outcome(self) -> Result:
-        """Final result of the operation; the accumulated result while there is none."""
+        """Final result of the operation, or the accumulated result while there is no final result."""
         return self.accumulated if self.result is None else result_from_json(self.result, self.row.uuid)
 
     def add_result(self, result: Result) -> None:
@@ -74,7 +75,7 @@ class OperationFrame:
 
 
 class ExecutionState:
-    """Execution state under a claim: the path from the root to the current operation, and the unrecorded outcome.
+    """Execution state under a claim: the path from the root to the current operation, and the outcome to record.
 
     :param claim: the claim.
     """
@@ -84,7 +85,7 @@ class ExecutionState:
         self.distributed = claim.root.mode == Mode.DISTRIBUTED
         self.frames = [OperationFrame(row) for row in claim.path]
         self.root = self.frames[0]
-        #: Operations without hooks of their own that ended in this step.
+        #: Operations that have no hooks of their own and ended in this step.
         self.ended: list[OperationFrame] = []
         #: Tasks that were built in this step.
         self.built: BuiltTasks | None = None
@@ -109,7 +110,7 @@ class ExecutionState:
         self._events.append(event)
 
     def push(self, row: OperationRow) -> OperationFrame:
-        """Push the frame of a nested operation, which is the current task."""
+        """Push the frame of a nested operation that is the current task."""
         frame = OperationFrame(row)
         self.frames.append(frame)
         return frame
@@ -117,7 +118,7 @@ class ExecutionState:
     def on_built(self, built: BuiltTasks | None) -> None:
         """Start the current operation, whose tasks are ready to run.
 
-        :param built: the tasks, if they were built in this step.
+        :param built: the tasks; None if they were not built in this step.
         """
         frame = self.top
         if built is not None:
@@ -147,16 +148,16 @@ class ExecutionState:
         self._pop_into_parent(frame, status, result)
 
     def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> None:
-        """Add a failed attempt at the current task that is followed by a retry."""
+        """Add a failed attempt at the current task; a retry follows."""
         frame = self.top
         self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
         self._events.append(NewEvent("task-retried", uuid, error))
         self._updates.setdefault(frame.row.id, frame)
 
     def on_next_chosen(self, step: int | None, failure: Result | None) -> None:
-        """Advance to the task that the operation chose as the next one.
+        """Advance to the task that the operation has chosen as the next task.
 
-        :param step: position of the next task; None for the end of the operation.
+        :param step: position of the next task; None if the operation ends.
         :param failure: the failed result if the operation fails, else None.
         """
         frame = self.top
@@ -171,7 +172,7 @@ class ExecutionState:
         self._finish(self.top, states.FAILED, merge(copy_result(self.top.accumulated), failure))
 
     def on_ended(self, status: str, result: Result) -> None:
-        """End the current operation, and the task of its parent that it stands for."""
+        """End the current operation. If it is nested, this also ends the corresponding task of its parent."""
         frame = self.top
         frame.status = frame.phase = status
         frame.result = result_to_json(result, frame.row.entrypoint)
@@ -181,13 +182,14 @@ class ExecutionState:
             return
         self.frames.pop()
         parent = self.top
-        # Number 0 records no attempt, because attempts are recorded for the inner tasks and not for the operation.
+        # The number 0 means that no attempt is recorded. Only attempts at tasks are recorded, and a nested operation
+        # has none.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._pop_into_parent(parent, status, result)
 
     def _pop_into_parent(self, frame: OperationFrame, status: str, result: Result) -> None:
-        """Apply the end of a task to its operation: choose, advance or finish."""
+        """Apply the end of a task to its operation: choose the next task, advance to it, or finish the operation."""
         if status == states.SUCCESS:
             frame.add_result(result)
         if self.distributed and frame.row.overrides & CHOOSES:
@@ -204,7 +206,7 @@ class ExecutionState:
         if step < (frame.task_count or 0):
             frame.phase = Phase.RUN_TASK
         else:
-            # The outcome may be a failure without a failed task, because the initial result may be a failed one.
+            # The outcome may be a failure although no task failed, because the initial result may be a failed result.
             self._finish(frame, states.final_status(frame.accumulated), frame.accumulated)
 
     def _finish(self, frame: OperationFrame, status: str, result: Result) -> None:
@@ -223,7 +225,7 @@ class ExecutionState:
     ) -> Checkpoint:
         """Return the checkpoint that records the step.
 
-        :param events: events to add after those of the step.
+        :param events: events to add after the events of the step.
         """
         claim = self.claim
         updates = [frame.to_update() for row_id, frame in self._updates.items() if row_id != claim.id]
@@ -242,7 +244,7 @@ class ExecutionState:
         )
 
     def mark_flushed(self) -> None:
-        """Mark the step as recorded and start the next one."""
+        """Mark the step as recorded, and start with the next step."""
         for frame in self._updates.values():
             frame.stored_step, frame.stored_phase = frame.step, frame.phase
         self._updates, self._outcomes, self._events, self.built, self.ended = {}, [], [], None, []

@@ -1,4 +1,4 @@
-"""Handling of the messages of operations in a consumer: store, claim and run."""
+"""Handling of the messages of operations in a consumer: store the operation, claim it, and run it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """Handler of the messages of a registry's operations and of their steps.
+    """Handler of messages for the operations of a registry, and for the steps of these operations.
 
     :param context: the durable context of this process.
     """
@@ -34,9 +34,9 @@ class MessageHandler:
         self._store = context.store
 
     def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of one that is stored on arrival.
+        """Handle a message of a stored operation, or of an operation that is stored when its message arrives.
 
-        :param entrypoint: the class that the message names; None if it is not registered here.
+        :param entrypoint: the class that the message names; None if the class is not registered here.
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
@@ -47,11 +47,12 @@ class MessageHandler:
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
-        # User code may change the params of the operation.
+        # Encode the params before user code can change them.
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
         if not isinstance(operation, Operation) or operation._kser_registry is not self._context.registry:
-            # from_Message returned an object of another class, which runs where that class belongs.
+            # from_Message returned an object of another class or of another registry, so the object itself decides how
+            # it runs.
             return operation.execute()
         operation._kser_runner = DurableStart(self, operation, params)
         try:
@@ -66,13 +67,14 @@ class MessageHandler:
         return runner
 
     def save_and_run(self, operation: Operation, result: Result | None, params: str) -> Any:
-        """Store an operation that was built from a message, and run it if it runs in this consumer.
+        """Store an operation that was built from a message. Run it if it is a local operation.
 
-        :param result: forwarded to the operation.
+        :param result: a result to forward to the operation.
         :param params: JSON of the message's params.
         """
         prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
+        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not accept its
+        # operation.
         raise_if_decided(operation)
         attempt = current_attempt.get()
         topic = operation.TOPIC or (attempt.topic if attempt else "") or self._context.registry.topic_for(operation)
@@ -92,7 +94,7 @@ class MessageHandler:
         return Execution(self._context, saved, operation).run()
 
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored, if both describe the same operation."""
+        """Handle a message for an operation that is already stored. The message must describe the same operation."""
         try:
             check_same_operation(row, entrypoint, params)
         except StateConflict as conflict:
@@ -102,7 +104,7 @@ class MessageHandler:
         return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim a stored operation and run the given step, if that step is the current one."""
+        """Claim a stored operation, and run the given step if it is the current step."""
         attempt = current_attempt.get()
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)
@@ -147,9 +149,9 @@ class MessageHandler:
 
 
 class DurableStart:
-    """Runner of an operation that was built from a message: it stores the operation first.
+    """Runner of an operation that was built from a message. It stores the operation first.
 
-    Only the object that was built from the message is stored. A copy of it runs in memory.
+    Only the object that was built from the message is stored. A copy of this object runs in memory.
 
     :param handler: the handler that stores the operation.
     :param operation: the object that was built from the message.

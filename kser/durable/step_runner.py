@@ -27,26 +27,28 @@ from kser.store.model import BuiltTasks, Phase
 logger = logging.getLogger(__name__)
 
 
-#: Reply of a step that has none: it built the tasks or chose the next one.
+#: The reply of a step that has no result for the message, because it built the tasks or chose the next task.
 NO_REPLY: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """Outcome of a step for the message whose handling runs it."""
+    """Outcome of a step, for the message that caused the step."""
 
-    #: Outcome of the task or of the end of an operation; the result of the message. :data:`NO_REPLY` without one.
+    #: The result of the message: the result of the task or of the operation that ended. :data:`NO_REPLY` if there is
+    #: none.
     reply: Any = NO_REPLY
-    #: Seconds until the next attempt at the task; None without a retry.
+    #: Seconds until the next attempt at the task; None if no retry follows.
     retry_in: float | None = None
 
 
 class StepRunner:
-    """Step runner: runs the current step and updates the execution state with its outcome.
+    """Step runner, which runs the current step and updates the execution state with the outcome of the step.
 
     :param context: the durable context of this process.
     :param state: the execution state of the operation.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt.
     """
 
     def __init__(self, context: DurableContext, state: ExecutionState, timeout_error: Exception | None = None) -> None:
@@ -84,9 +86,10 @@ class StepRunner:
     # -- objects -------------------------------------------------------------------------------------------------------
 
     def _restore_operations(self) -> StepOutcome | None:
-        """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
+        """Restore the objects of the operations that continue in this consumer, and call ``_prerun`` of each object.
 
-        :return: the outcome of the step if one of them raised, which fails that operation; else None.
+        :return: None if no object raised an exception. Otherwise, the operation of that object fails, and the return
+            value is the outcome of the step.
         """
         if self._state.distributed or self._timeout_error is not None:
             return None
@@ -105,7 +108,7 @@ class StepRunner:
         return None
 
     def _descend(self) -> None:
-        """Descend to the innermost operation that is current."""
+        """Add a frame for each nested operation, down to the innermost operation that is current."""
         while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
             row = self._context.store.get_operation(task.uuid) if isinstance(task, Operation) else None
@@ -124,7 +127,8 @@ class StepRunner:
     def _load(self, frame: OperationFrame) -> Operation:
         """Return the operation object of a frame, with its tasks.
 
-        :raises Exception: the object could not be built: its class is not registered here, or raised.
+        :raises Exception: the object could not be built, because its class is not registered here or raised this
+            exception.
         """
         if frame.operation is None:
             self.attach(frame, self._context.loader.operation(frame.row))
@@ -266,7 +270,7 @@ class StepRunner:
 
 
 def serializable_result(task: Task, result: Any) -> tuple[Result, str]:
-    """Return a result and its JSON; a failed result if the value is not a Result or has no JSON form."""
+    """Return a result and its JSON. If it is not a Result or has no JSON form, return a failed result and its JSON."""
     try:
         if not isinstance(result, Result):
             raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
@@ -285,7 +289,7 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
+    """Return the retry policy for tasks whose class declares no policy: that of the operation or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared
