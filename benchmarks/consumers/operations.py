@@ -61,11 +61,11 @@ def note(sender: object, **change: object) -> None:
 
 signals.operation_changed.connect(note)
 if transport == "dummy":
-    from kser.dummy.broker import InMemoryBroker
+    from kser.dummy.producer import Producer
 
+    producer = Producer({})
     for _ in range(count):
-        kmsg = Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42})
-        InMemoryBroker.at("").send(topic, kmsg.dumps().encode())
+        producer.send(topic, Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42}))
     config = {}
 elif transport == "python_kafka":
     config = {"bootstrap_servers": address, "group_id": str(uuid.uuid4())}
