@@ -1,4 +1,4 @@
-"""Tests of the shop when consumers join, leave and die, driven step by step."""
+"""Tests of the shop when consumers join, leave and die. Each test controls the consumers step by step."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_an_order_of_a_consumer_that_dies_is_charged_by_another(broker):
     Producer().send("orders", Message("order-1", Charge.path, {"crash": True}))
     with pytest.raises(KeyboardInterrupt):
         first.run_until_idle()
-    broker.groups["shop"].members[0].expel()  # its session has timed out
+    broker.groups["shop"].members[0].expel()  # as if its session had timed out
     second = new_consumer()
     with pytest.raises(KeyboardInterrupt):
         second.run_until_idle()
