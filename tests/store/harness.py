@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -257,23 +256,3 @@ def event_kinds(store: Store, uuid: str) -> list[str]:
 def due_steps(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
     """Take due steps as a reaper does, and return their uuids and reasons."""
     return [(step.uuid, step.reason) for step in store.take_due_steps(limit, "reaper", expired=expired)]
-
-
-def run_concurrently(*calls: Callable[[], Any]) -> list[Any]:
-    """Run calls in threads at the same time, and return the result or exception of each."""
-    results: list[Any] = [None] * len(calls)
-    barrier = threading.Barrier(len(calls))
-
-    def run(index: int) -> None:
-        barrier.wait()
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results

@@ -36,11 +36,11 @@ from tests.store.harness import (
     outcome_of,
     resume_stored,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
     update_of,
 )
+from tests.support import run_concurrently
 
 
 class CheckpointContract:

@@ -24,10 +24,10 @@ from tests.store.harness import (
     ending_checkpoint,
     new_operation,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
 )
+from tests.support import run_concurrently
 
 
 class ReaperContract:

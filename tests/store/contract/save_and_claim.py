@@ -26,11 +26,11 @@ from tests.store.harness import (
     new_operation,
     new_task,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
     unique_name,
 )
+from tests.support import run_concurrently
 
 
 class SaveAndClaimContract:

@@ -9,8 +9,8 @@ import pytest
 from kser.store.__main__ import main
 from kser.store.sql import SQLStore
 from tests.postgres import Database
-from tests.store.harness import run_concurrently
 from tests.store.sql.helpers import set_schema_version
+from tests.support import run_concurrently
 
 
 def test_upgrade_command_creates_tables_and_reports_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,12 +26,11 @@ from tests.store.harness import (
     new_operation,
     outcome_of,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
 )
 from tests.store.sql.helpers import GroupCommitGate
-from tests.support import WAIT_SECONDS, wait_until
+from tests.support import WAIT_SECONDS, run_concurrently, wait_until
 
 
 def test_locked_sqlite_file_raises_store_unavailable_and_recovers(path: Path) -> None:
