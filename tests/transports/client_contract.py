@@ -148,14 +148,14 @@ def until(
     condition: Callable[[], Any], text: str, *members: Member, seconds: float = BROKER_SECONDS, **options: Any
 ) -> float:
     """Let the members poll in turn until the condition holds; return the duration in seconds."""
-    began = time.monotonic()
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() < began + seconds, (
+        assert time.monotonic() < start + seconds, (
             f"{text}: not within {seconds} s; {[member.events for member in members]}"
         )
         for member in members:
             member.poll(**options)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 Join = Callable[..., Member]
