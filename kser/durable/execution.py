@@ -17,8 +17,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser import status as states
-from kser.attempt import Deferred, current_attempt, raise_if_decided
-from kser.controller import user_code_guard
+from kser.attempt import Deferred, current_attempt, raise_if_decided, user_code_guard
 from kser.durable.context import DurableContext
 from kser.durable.execution_state import ExecutionState, OperationFrame
 from kser.durable.serialization import new_operation

@@ -10,8 +10,7 @@ from typing import Any, Final, NamedTuple
 from cdumay_result import Result
 
 from kser import status as states
-from kser.attempt import Attempt, TaskAttempt, current_attempt, time_limit_of
-from kser.controller import user_code_guard
+from kser.attempt import Attempt, TaskAttempt, current_attempt, time_limit_of, user_code_guard
 from kser.durable.context import DurableContext
 from kser.durable.execution_state import ExecutionState, OperationFrame, StepChange
 from kser.durable.serialization import new_tasks, serializable_result, serialize_failure, serialize_outcome
