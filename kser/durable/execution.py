@@ -1,5 +1,8 @@
 """Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
 
+It starts with the claim of a stored operation (:func:`execute_claim`), or stores a new operation and gets the claim
+with it (:class:`DurableStart`).
+
 A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
 (:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
 step is sent to a consumer that knows its class.
@@ -168,7 +171,7 @@ class Execution:
         return self._reply
 
     def _unregister(self) -> None:
-        """Stop the heartbeat of the claim and run no further step."""
+        """Unregister the claim, which ends its heartbeat, and run no further step."""
         self._released = True
         self._context.release_claim(self)
 

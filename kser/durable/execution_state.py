@@ -88,7 +88,7 @@ class OperationFrame:
 class StepChange(NamedTuple):
     """All that a step has changed."""
 
-    #: The checkpoint that records the step, if the next step runs under the same claim.
+    #: The checkpoint that records the step and keeps the claim.
     checkpoint: Checkpoint
     #: Operations without hooks of their own that ended in the step, the innermost first.
     ended: Sequence[OperationFrame]
