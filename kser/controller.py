@@ -1,6 +1,6 @@
-"""Controller, which runs the entrypoint of a raw message, and the base class of producers.
+"""Controller, which runs the entrypoint of a raw message, and the base class of all producers.
 
-Drop-in for ``kser.controller`` of 0.8.27.
+This module is a drop-in replacement for ``kser.controller`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 #: Headers of a Kafka record: names and bytes.
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
-#: Maximum number of unknown names that are remembered and logged. Without a limit, random names would fill the memory.
+#: Maximum number of unknown names that are remembered and logged. Without a limit, random names could fill the memory.
 MAX_UNKNOWN_NAMES = 1000
 
 
@@ -57,7 +57,7 @@ class BaseController:
 
     @classmethod
     def onmessage(cls, kmsg: Message) -> Any:
-        """Return the message to handle in place of ``kmsg``. Called before each message is handled."""
+        """Return the message to handle in place of ``kmsg``. This hook is called before each message is handled."""
         return kmsg
 
     @classmethod
@@ -68,7 +68,7 @@ class BaseController:
 
     @classmethod
     def onsuccess(cls, kmsg: Message, result: Any) -> Any:
-        """Return the final result of a successful message. Called with the message and its result."""
+        """Return the final result of a successful message; by default, ``result``."""
         return result
 
     @classmethod
@@ -79,15 +79,17 @@ class BaseController:
 
     @classmethod
     def onerror(cls, kmsg: Message, result: Any) -> Any:
-        """Return the final result of a failed message. Called with the message and its result."""
+        """Return the final result of a failed message; by default, ``result``."""
         return result
 
     @classmethod
     def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
-        """Log the outcome of a message and call its hook; an exception of the hook becomes a failure (decision C13).
+        """Log the outcome of a message and call its hook.
 
-        :param succeeded: whether ``result`` is a success. A falsy value in place of a Result (an entrypoint's hook
-            returned nothing) is a failure, as in 0.8.
+        An exception of the hook makes the message fail (decision C13).
+
+        :param succeeded: whether ``result`` is a success. A falsy value in place of a Result counts as a failure, as in
+            kser 0.8. It means that a hook of the entrypoint returned nothing.
         """
         try:
             with user_code_guard:
@@ -100,7 +102,10 @@ class BaseController:
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
-        """Do nothing: a message that a producer sends does not change the outcome of the message being handled."""
+        """Do nothing.
+
+        A message that a producer sends does not change the outcome of the message that is being handled.
+        """
 
     @classmethod
     def _kser_hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
@@ -117,7 +122,7 @@ class BaseProducer(BaseController):
     """Interface of all producers."""
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        """Send one message. Implemented by transports and by third parties that wrap them."""
+        """Send one message. Transports, and third parties that wrap a transport, implement this method."""
 
     def send(
         self,
@@ -136,7 +141,8 @@ class BaseProducer(BaseController):
         :param key: messages with the same key go to the same partition and are handled one after the other; messages
             without a key are spread over the partitions.
         :param headers: headers of the record: pairs of a name and bytes, or a mapping.
-        :return: a Result, failed when delivery was not confirmed; the message may still be delivered later.
+        :return: a Result, which is a failed one if delivery was not confirmed. In that case, the message may still be
+            delivered later.
         """
         # Pass only the options that were given, because third parties implement `_send` with the signature of 0.8.
         options = {"key": key, "headers": headers}
@@ -165,7 +171,8 @@ class BaseProducer(BaseController):
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
-        # Read the status before the hook runs: a raising hook makes the result a failure, but the message was sent.
+        # Read the status before the hook runs, because a hook that raises makes the result a failure although the
+        # message was sent.
         delivered = status.final_status(result) == status.SUCCESS
         returned = self._kser_call_hook(kmsg, result, delivered)
         if delivered:
@@ -176,10 +183,10 @@ class BaseProducer(BaseController):
 class Controller(BaseController):
     """Dispatcher that looks up the entrypoint of each message by name and executes it.
 
-    All methods are classmethods, which can be called on an instance as well.
+    All methods are classmethods. You can also call them on an instance.
     """
 
-    #: Entrypoint classes by path, shared by all controllers unless a subclass defines its own.
+    #: Entrypoint classes, keyed by path. All controllers share this dict, unless a subclass defines its own dict.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
     #: Class that decodes messages: any class that has ``loads``.
     TRANSPORT: ClassVar[Any] = Message
@@ -200,11 +207,11 @@ class Controller(BaseController):
     def run(cls, raw_data: Any) -> Any:
         """Handle one raw message and return its result.
 
-        SystemExit in a task is a failure of that task (decision C8). Only KeyboardInterrupt is raised and, in a
-        consumer, :exc:`kser.attempt.AttemptAbandoned`.
+        SystemExit in a task counts as a failure of that task (decision C8). This method raises only KeyboardInterrupt
+        and, in a consumer, :exc:`kser.attempt.AttemptAbandoned`.
 
         :param raw_data: the input of :attr:`TRANSPORT`: JSON, as text or bytes.
-        :return: the return value of the hook: the Result, unless hooks are overridden.
+        :return: the return value of ``onsuccess`` or ``onerror``; by default, the Result.
         """
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(f"{cls.__name__}.ReceivedFromKafka: {raw_data}")
@@ -228,13 +235,14 @@ class Controller(BaseController):
         if attempt is None:
             return cls._kser_call_hook(kmsg, result, succeeded)
         attempt.on_finished(attempt.entry)
-        # Call no hook before a retry, because the outcome of the message is known only after its last attempt.
+        # Call no hook before a retry, because the outcome of the message is known only after the last attempt.
         return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result, succeeded)
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
         if (attempt := current_attempt.get()) is not None:
-            # A hook of the entrypoint turned a failure into a success; without this, the message would still fail.
+            # A hook of the entrypoint has turned a failure into a success. If the failure stayed recorded, the message
+            # would still fail.
             attempt.failure = None
 
     @classmethod
@@ -262,7 +270,7 @@ class Controller(BaseController):
                     result = cls._kser_execute(kmsg)
                 finally:
                     cls.stop_processing()
-            # The code below needs a Result: ``final_status`` raises for any other type, and the error text contains
+            # The code below needs a Result. For any other type, ``final_status`` raises an error whose text contains
             # the type.
             if not result:
                 return result, False
@@ -332,9 +340,13 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_handle_undecodable(cls, raw_data: Any, exc: Exception) -> Any:
-        """Log input that is not a message and return a failed result. Call this while ``exc`` is being handled."""
+        """Log input that is not a message, and return a failed result.
+
+        Call this method inside the handler of ``exc``.
+        """
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # Use the stack of the transport's error if it has one; None takes the traceback of the exception being handled.
+        # Use the stack of the transport's error if it has a stack. None selects the traceback of the exception being
+        # handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _partial_message(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
@@ -366,12 +378,12 @@ def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether ``value`` has the attributes of a message; third parties have message classes of their own."""
+    """Return whether ``value`` has the attributes of a message. Third parties have their own message classes."""
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
 def _partial_message(raw_data: Any) -> Message:
-    """Build a message for the hooks, with the uuid and entrypoint of the undecodable input where they can be read."""
+    """Build a message for the hooks from undecodable input, with its uuid and entrypoint if these can be read."""
     try:
         data = json.loads(raw_data)
     except Exception:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,26 +22,30 @@ import pytest
 import kser.signals
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
-from tests.engine import Act
+from tests.consumer.harness import ScriptedTask
 
 if TYPE_CHECKING:
-    from tests.durable import Shop
+    from tests.durable.harness import DurableHarness
     from tests.postgres import Database, Postgresql
 
-# What contracts assert is explained as what tests assert is.
+# pytest explains failed assertions in test modules only, and the contracts are not test modules.
 pytest.register_assert_rewrite(
-    *(f"tests.{each}" for each in ("client_contract", "group_contract", "producer_contract", "store_contract"))
+    "tests.store.contract",
+    *(f"tests.transports.{name}_contract" for name in ("client", "group", "producer")),
 )
 
-#: No test may take longer, whatever hangs.
-LIMIT_SECONDS = 300
-#: How long what a test has ended may take to be gone.
+#: The folders whose tests are all slow.
+SLOW_FOLDERS = {Path(__file__).parent / "crash", Path(__file__).parent / "differential"}
+
+#: Seconds after which a test fails.
+TIME_LIMIT_SECONDS = 300
+#: Seconds that threads and processes have to end after a test.
 GRACE_SECONDS = 3
 
-# Found now: tests change the PATH.
+# Look up the path now, because tests change the PATH.
 PS = shutil.which("ps") or "ps"
 
-ENDINGS = (signal.SIGINT, signal.SIGTERM)
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 PROC = Path("/proc/self")
 
@@ -49,28 +53,50 @@ FILES = {"RUNNING_FILE": "run", "LOCK_FILE": "pause", "TERMINATE_FILE": "termina
 
 
 def needs(service: str, problem: object = None) -> NoReturn:
-    """End a test that needs a service that is not there: skipped at home, failed where everything has to run."""
-    text = f"needs {service}, which is not there: {problem}" if problem else f"needs {service}, which is not there"
+    """Skip a test whose service is missing; with ``CI=true``, fail it."""
+    text = f"needs {service}, which is missing: {problem}" if problem else f"needs {service}, which is missing"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{text}; with CI=true nothing is skipped", pytrace=False)
     pytest.skip(text)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults come last: they are about time, and in ``.ci/run`` they have the machine for themselves by then."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Mark slow tests by their folder, and run chaos tests last: ``.ci/run`` runs nothing beside them by then."""
+    for item in items:
+        folder = item.path.parent
+        if folder in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
+            # One process runs them, because they share an environment that is expensive to create.
+            item.add_marker(pytest.mark.xdist_group(folder.name))
+    yield
     items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape surrogates in captured output, because pytest-xdist cannot send them to the main process."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigint_is_not_ignored() -> None:
+    """Handle SIGINT as in a terminal, because a shell starts background jobs with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """Fail a test that hangs, where it hangs, and go on with the next one."""
+    """Fail a test that takes too long, with the traceback of the place where it hangs."""
 
     def too_long(_number: int, _frame: FrameType | None) -> NoReturn:
-        pytest.fail(f"the test takes more than {LIMIT_SECONDS} s")
+        pytest.fail(f"the test takes more than {TIME_LIMIT_SECONDS} s")
 
     previous = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LIMIT_SECONDS)
+    signal.alarm(TIME_LIMIT_SECONDS)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
@@ -78,7 +104,7 @@ def time_limit() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this test's own for kser's lock files; none of the caller's settings reach the test."""
+    """Return this test's folder for kser's control files, and hide the caller's settings of kser from the test."""
     for name in [name for name in os.environ if name.startswith("KSER_") and not name.startswith("KSER_TEST_")]:
         monkeypatch.delenv(name)
     folder = tmp_path_factory.mktemp("locks")
@@ -90,10 +116,10 @@ def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(autouse=True)
 def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail a test that leaves something behind; what it registers is forgotten after it."""
+    """Fail a test that leaves something behind, and restore the shared registry."""
     registry = Controller.ENTRYPOINTS
     before = {name: look() for name, look in TRACES.items()}
-    handlers = {number: signal.getsignal(number) for number in ENDINGS}
+    handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
     registered = dict(registry)
     monkeypatch.setattr(Controller, "ENTRYPOINTS", dict(registry))
     yield
@@ -110,8 +136,8 @@ def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def own_postgresql() -> Postgresql:
-    """A PostgreSQL that a test, or all of them, may stop and start."""
-    # Whoever tests without SQL needs none of what that needs.
+    """Start a PostgreSQL server that the caller may stop and start."""
+    # Tests without SQL must not import its requirements.
     from tests.postgres import Postgresql, ServiceMissing
 
     try:
@@ -122,7 +148,7 @@ def own_postgresql() -> Postgresql:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The PostgreSQL that all tests share: at ``KSER_TEST_POSTGRESQL_URI``, else one that is started here."""
+    """Return the URI of the shared PostgreSQL: ``KSER_TEST_POSTGRESQL_URI``, or a server that is started here."""
     if uri := os.environ.get("KSER_TEST_POSTGRESQL_URI"):
         yield uri
         return
@@ -132,7 +158,7 @@ def postgresql() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def database(postgresql: str) -> Iterator[Database]:
-    """A database with kser's tables, which all tests share: each empties it first."""
+    """Return the shared database with kser's tables; each test empties it first."""
     from tests.postgres import Database
 
     with contextlib.closing(Database(postgresql)) as found:
@@ -141,30 +167,33 @@ def database(postgresql: str) -> Iterator[Database]:
 
 @pytest.fixture
 def bus(leak_detector: None, caplog: pytest.LogCaptureFixture) -> Iterator[InMemoryBroker]:
-    """A bus of this test's own, and on it a task that does what the test says. Everything is logged."""
-    Controller.register(Act.path, Act)
+    """Return this test's in-memory broker; the scripted task is registered, and everything is logged."""
+    Controller.register(ScriptedTask.path, ScriptedTask)
     caplog.set_level(logging.DEBUG, "kser")
     yield InMemoryBroker.at("")
     InMemoryBroker.reset()
-    Act.acts.clear()
-    Act.seen.clear()
+    ScriptedTask.script.clear()
+    ScriptedTask.ran.clear()
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def shop(
+def harness(
     request: pytest.FixtureRequest, bus: InMemoryBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Shop]:
-    """A shared database and a process that runs operations; see :mod:`tests.durable`."""
-    # Whoever tests without it needs none of what it needs.
-    from tests.durable import shops
-    from tests.store_world import MemoryWorld, SqlWorld
+) -> Iterator[DurableHarness]:
+    """Return a store and a process that runs operations; see :mod:`tests.durable.harness`."""
+    # Tests without stored operations must not import their requirements.
+    from tests.durable.harness import DurableHarness
+    from tests.store.harness import MemoryStoreHarness, SQLStoreHarness
 
     monkeypatch.setenv("KSER_TOPICS", "dice")
-    yield from shops(MemoryWorld() if request.param == "memory" else SqlWorld(f"sqlite:///{tmp_path}/kser.db"))
+    in_memory = request.param == "memory"
+    store = MemoryStoreHarness() if in_memory else SQLStoreHarness(f"sqlite:///{tmp_path}/kser.db")
+    with contextlib.closing(DurableHarness(store)) as harness:
+        yield harness
 
 
 def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:
-    """What is there now and was not before, once it had time to go."""
+    """Return a text about the traces of a test that are left after the grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
     while left := {key: text for key, text in look().items() if before.get(key) != text}:
         if time.monotonic() > deadline:
@@ -176,9 +205,9 @@ def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any
 
 
 def _left_in(folder: Path) -> list[str]:
-    """What is wrong with the lock files.
+    """Return texts about wrong control files.
 
-    The running file stays, emptied, as it always did; the two others are made by operators alone, so by the test.
+    The running file stays, but empty. Only operators, and so tests, create the two others.
     """
     texts = []
     for path in folder.iterdir():
@@ -203,9 +232,9 @@ def _children() -> dict[Any, str]:
 
 
 def _children_of_proc() -> Iterator[tuple[Any, str]]:
-    """Linux, where a minimal machine has no ps."""
+    """Return the child processes from /proc, because a minimal Linux has no ps."""
     for folder in PROC.parent.glob("[0-9]*"):
-        # A process may end while it is looked at.
+        # The process may end meanwhile.
         with contextlib.suppress(OSError):
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             if parent == str(os.getpid()):
@@ -213,7 +242,7 @@ def _children_of_proc() -> Iterator[tuple[Any, str]]:
 
 
 def _children_of_ps() -> Iterator[tuple[Any, str]]:
-    # With its path: tests change PATH.
+    # Name the path, because tests change PATH.
     command = ["/bin/ps", "-A", "-o", "ppid=", "-o", "pid=", "-o", "command="]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ps:
         assert ps.stdout is not None
@@ -231,7 +260,7 @@ def _subscriptions() -> dict[Any, str]:
 
 
 def _signal_handlers() -> dict[Any, str]:
-    return {number: f"{number.name} -> {signal.getsignal(number)!r}" for number in ENDINGS}
+    return {number: f"{number.name} -> {signal.getsignal(number)!r}" for number in SHUTDOWN_SIGNALS}
 
 
 TRACES: dict[str, Callable[[], dict[Any, str]]] = {

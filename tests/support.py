@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +20,62 @@ ROOT = Path(__file__).parent.parent
 
 UUID = "872c3be0-51ac-457f-a4d9-12c2f7667b80"
 
+#: Seconds to wait for an event in another thread before the test fails.
+WAIT_SECONDS = 20
+
 
 def records(caplog: pytest.LogCaptureFixture, level: int = logging.DEBUG) -> list[logging.LogRecord]:
-    """What kser logged, from ``level`` on."""
+    """Return the log records of kser from ``level`` upwards."""
     return [record for record in caplog.records if record.name.split(".")[0] == "kser" and record.levelno >= level]
 
 
 def lines(caplog: pytest.LogCaptureFixture, level: int = logging.DEBUG) -> list[str]:
-    """The texts of what kser logged, from ``level`` on."""
+    """Return the texts of the log records of kser from ``level`` upwards."""
     return [record.getMessage() for record in records(caplog, level)]
 
 
 def record_of(caplog: pytest.LogCaptureFixture, start: str) -> logging.LogRecord:
-    """The one record of kser whose text begins with ``start``."""
+    """Return the only log record of kser whose text begins with ``start``."""
     found = [record for record in records(caplog) if record.getMessage().startswith(start)]
     assert len(found) == 1, f"{len(found)} records begin with {start!r}: {lines(caplog)}"
     return found[0]
 
 
 def message(entrypoint: Any, uuid: str = UUID, **arguments: Any) -> Message:
-    """A message for a class or for a name."""
+    """Return a message for an entrypoint: a class or its name."""
     return Message(uuid=uuid, entrypoint=getattr(entrypoint, "path", entrypoint), **arguments)
 
 
-def said(text: str) -> Result:
-    """A successful result with something to tell."""
+def ok_result(text: str) -> Result:
+    """Return a successful result with a text in ``stdout``."""
     return Result(stdout=text)
 
 
+def wait_until(is_done: Callable[[], Any]) -> None:
+    """Wait for a condition that another thread or process fulfils."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_done():
+        assert time.monotonic() < deadline, f"the condition was not met within {WAIT_SECONDS} s"
+        time.sleep(0.005)
+
+
 class Clock:
-    """Time that passes when a test says so.
+    """A clock that only the test advances; pass it to a consumer as ``clock``."""
 
-    :param consumer: one that is to go by it from now on.
-    """
-
-    def __init__(self, consumer: Any = None) -> None:
+    def __init__(self) -> None:
+        #: The time in seconds.
         self.now = 1000.0
-        if consumer is not None:
-            self.now = consumer._kser_clock()
-            consumer._kser_clock = consumer._kser_work_queue.clock = self
-            consumer._kser_work_queue.group_lease._clock = self
 
     def __call__(self) -> float:
         return self.now
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
         self.now += seconds
 
 
 def run_python(code: str, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a process of its own; a variable that is None is not set there."""
+    """Run Python code in another process, with these environment variables; None removes a variable."""
     env = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

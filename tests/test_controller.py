@@ -14,7 +14,7 @@ from cdumay_result import Result
 from kser.controller import BaseController, BaseProducer, Controller
 from kser.entry import Entrypoint
 from kser.schemas import Message
-from tests.support import UUID, lines, message, record_of, records, said
+from tests.support import UUID, lines, message, ok_result, record_of, records
 
 PATH = "tests.test_controller.Greet"
 LABEL = f"{PATH}[{UUID}]"
@@ -22,7 +22,7 @@ LABEL = f"{PATH}[{UUID}]"
 
 class Greet(Entrypoint):
     def run(self) -> Any:
-        return self.params.get("returns") or said("hello")
+        return self.params.get("returns") or ok_result("hello")
 
 
 class Code(Entrypoint):
@@ -32,7 +32,7 @@ class Code(Entrypoint):
 
 class Show(Entrypoint):
     def run(self) -> Result:
-        return said(Path(os.environ["RUNNING_FILE"]).read_text())
+        return ok_result(Path(os.environ["RUNNING_FILE"]).read_text())
 
 
 class End(Entrypoint):

@@ -12,7 +12,7 @@ from cdumay_result import Result
 
 from kser.entry import Entrypoint
 from kser.schemas import Message
-from tests.support import UUID, lines, record_of, records, said
+from tests.support import UUID, lines, ok_result, record_of, records
 
 PATH = "tests.test_entry.Greet"
 LABEL = f"{PATH}[{UUID}]"
@@ -22,7 +22,7 @@ class Greet(Entrypoint):
     REQUIRED_FIELDS = ("name",)
 
     def run(self) -> Any:
-        return self.params.get("returns", said(f"hello {self.params['name']}"))
+        return self.params.get("returns", ok_result(f"hello {self.params['name']}"))
 
 
 class Raise(Entrypoint):
@@ -375,7 +375,7 @@ def test_failure_persists_when_an_entry_is_executed_twice() -> None:
     """C7"""
     entry = greet(returns=Result(retcode=2, stderr="first"))
     entry.execute()
-    entry.params["returns"] = said("fine")
+    entry.params["returns"] = ok_result("fine")
     result = entry.execute()
     assert (result.retcode, result.stdout, result.stderr) == (2, "fine", "first")
 

@@ -17,6 +17,8 @@ import pytest
 
 from tests.conftest import needs
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ("kser", "setup.py", "pyproject.toml", "README.rst", "LICENSE")
 PATIENCE_SECONDS = 30

@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import GRACE_SECONDS, needs
 from tests.test_install import index_answers
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scripts")]
+
 ROOT = Path(__file__).parent.parent
 SETUP_SECONDS = 240
 DEMO_SECONDS = 30
@@ -60,10 +62,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    # A process that was started deaf to Ctrl-C would pass that on to the scripts.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The scripts would inherit ignored signals: "nohup" ignores SIGHUP.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield folder
-    signal.signal(signal.SIGINT, previous)
+    signal.signal(signal.SIGHUP, previous)
     assert list(folder.iterdir()) == []
 
 

@@ -24,12 +24,12 @@ from kser.schemas import BaseSchema, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
-from tests.support import UUID, message, said
+from tests.support import UUID, message, ok_result
 
 
 class Greet(Entrypoint):
     def run(self) -> Result:
-        return said(f"hello {self.params['name']}, {self.metadata.get('from')}, {self.result.stdout}")
+        return ok_result(f"hello {self.params['name']}, {self.metadata.get('from')}, {self.result.stdout}")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ class SecretConsumer(dummy_consumer.Consumer):
 
 
 def test_overridden_transport_and_producer_understand_each_other() -> None:
-    kmsg = message(Greet, params={"name": "world"}, result=said("before"), metadata={"from": "me"})
+    kmsg = message(Greet, params={"name": "world"}, result=ok_result("before"), metadata={"from": "me"})
     assert SecretProducer({}).send("dice", kmsg).retcode == 0
     (raw,) = InMemoryBroker.at("").values("dice")
     assert list(json.loads(raw)) == ["secret"]
@@ -136,7 +136,7 @@ def test_task_with_an_overridden_producer_is_sent_encrypted() -> None:
 
     class Greeting(Task):
         def run(self) -> Result:
-            return said("ran")
+            return ok_result("ran")
 
     Sent().send()
     Order().send()

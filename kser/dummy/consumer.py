@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Unpack
 
 from kser import lockfiles
@@ -19,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 class Consumer(BaseConsumer):
-    """A consumer of the in-memory broker at ``config["bootstrap_servers"]``, driven step by step by tests.
+    """A consumer of the in-memory broker at ``config["bootstrap_servers"]``. Tests run it step by step.
 
     :param config: the options ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``auto_offset_reset``,
-        ``enable_auto_commit``, ``auto_commit_interval_ms``, ``max_poll_interval_ms`` and ``session_timeout_ms``; others
-        are ignored. ``KSER_CONFIG`` when None.
-    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
+        ``enable_auto_commit``, ``auto_commit_interval_ms``, ``max_poll_interval_ms`` and ``session_timeout_ms``; other
+        options are ignored. None means the options in ``KSER_CONFIG``.
+    :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
+    :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.SettingError: a setting is missing or invalid.
     """
@@ -38,6 +40,7 @@ class Consumer(BaseConsumer):
         topics: Iterable[str] | None = None,
         *,
         app: Any = None,
+        clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
@@ -51,10 +54,13 @@ class Consumer(BaseConsumer):
             interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
             poll_limit=self.config.get("max_poll_interval_ms", 300_000) / 1000,
             session=self.config.get("session_timeout_ms", 45_000) / 1000,
+            clock=clock,
         )
 
     def run_until_idle(self) -> int:
-        """Handle messages until none are left, including those that tasks send meanwhile, then commit.
+        """Handle messages until no message is left, and then commit.
+
+        Messages that tasks send meanwhile are handled too.
 
         :return: the number of handled messages.
         """

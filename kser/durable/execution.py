@@ -1,11 +1,11 @@
-"""Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
+"""Execution of a stored operation: one claim, with one checkpoint per step, until the claim is released.
 
-It starts with the claim of a stored operation (:func:`execute_claim`), or stores a new operation and gets the claim
-with it (:class:`DurableStart`).
+An execution starts with the claim on a stored operation (:func:`execute_claim`). For a new operation, it first stores
+the operation and gets the claim in the same transaction (:class:`DurableStart`).
 
 A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
-(:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
-step is sent to a consumer that knows its class.
+(:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
+distributed operation, each step is sent to a consumer that knows the class of the step.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exceptio
     """Execute an operation under a claim until the claim is released.
 
     :param context: the durable context of this process.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
-        The execution records this error and releases the claim.
+    :param claim: the claim under which the execution works.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt. The execution records this error and releases the claim.
     :return: a Result, or :class:`kser.attempt.Deferred`.
     """
     return Execution(context, claim, timeout_error=timeout_error).run()
@@ -58,15 +59,15 @@ def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exceptio
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DurableStart:
-    """Runner of an operation that was built from a message: it stores the operation, then executes it.
+    """Runner of an operation that was built from a message. It stores the operation, and then executes it.
 
-    Only the object that was built from the message is stored. A copy of it runs in memory.
+    Only the object that was built from the message is stored. A copy of this object runs in memory.
 
     :param context: the durable context of this process.
     :param operation: the object that was built from the message.
     :param params: JSON of the message's params.
-    :param on_duplicate: handles the message if the operation is stored already. It gets the root's row, the path of
-        the operation's class, and ``params``.
+    :param on_duplicate: handles the message if the operation is already stored. The arguments are the row of the root,
+        the path of the operation's class, and ``params``.
     """
 
     context: DurableContext
@@ -80,7 +81,8 @@ class DurableStart:
             in_memory: Runner = context.registry.runner
             return in_memory.run(operation, result)
         prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
+        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not accept its
+        # operation.
         raise_if_decided(operation)
         attempt = current_attempt.get()
         topic = operation.TOPIC or (attempt.topic if attempt else "") or context.registry.topic_for(operation)
@@ -107,10 +109,10 @@ class Execution:
     """Execution of an operation under one claim.
 
     :param context: the durable context of this process.
-    :param claim: the claim to work under.
-    :param operation: the root's object, if it was just built.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
-        The execution records this error and releases the claim.
+    :param claim: the claim under which the execution works.
+    :param operation: the object of the root, if it was just built.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt. The execution records this error and releases the claim.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Execution:
         self._state = ExecutionState(claim, context.owner, operation)
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._released = False
-        #: Result of the message: the reply of the last step that had one.
+        #: The result of the message, which is the reply of the last step that had a reply.
         self._reply: Any = None
 
     @property
@@ -176,7 +178,7 @@ class Execution:
         self._context.release_claim(self)
 
     def release(self) -> None:
-        """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
+        """Release the claim at the stored position, and send the current step. A step may still run under the claim."""
         root, epoch, store = self.claim.root, self.claim.epoch, self._context.store.direct
         row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
@@ -191,7 +193,7 @@ class Execution:
         if status == states.CANCELLED:
             self._on_cancelled()
             return
-        # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
+        # Wait for the delivery, because the process may exit next, and then a later delivery report would be lost.
         self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
@@ -205,8 +207,8 @@ class Execution:
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
-            # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
-            # retrying it.
+            # A StoreError is permanent, and any other exception would occur again immediately. So fail the step instead
+            # of retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
             outcome = self._reload_and_fail(exc)
             recorded = self._checkpoint(outcome)
@@ -215,8 +217,8 @@ class Execution:
     def _checkpoint(self, outcome: StepOutcome, *events: NewEvent) -> tuple[Checkpoint, str]:
         """Record the outcome of the step.
 
-        :param events: events to record before those of the step.
-        :return: the checkpoint and the root's status.
+        :param events: events to record before the events of the step.
+        :return: the checkpoint and the status of the root.
         """
         checkpoint, delay = outcome.change.checkpoint, outcome.retry_in
         keep, target = self._next_hop(outcome)
@@ -228,13 +230,13 @@ class Execution:
         return checkpoint, self._context.store.checkpoint(checkpoint)
 
     def _after_checkpoint(self, outcome: StepOutcome, checkpoint: Checkpoint, status: str) -> None:
-        """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
+        """Emit the events of a recorded checkpoint. If the next step does not run in this execution, send it."""
         root, change, delay = self._state.root, outcome.change, outcome.retry_in
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
         if change.is_finished or status == states.CANCELLED or not checkpoint.keep:
-            # Unregister the claim before sending the next step. The store has released it, so during a slow send the
-            # heartbeat would report the claim as lost.
+            # Unregister the claim before sending the next step. The store has already released the claim, so during a
+            # slow send the heartbeat would report the claim as lost.
             self._unregister()
         self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
@@ -247,14 +249,14 @@ class Execution:
         elif delay is not None:
             self._reply = Deferred(self._reply or root.accumulated)
             if not delay:
-                # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
-                # send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
+                # Send a retry without a delay from here. The store cannot distinguish it from a step that a consumer is
+                # about to send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
                 self._send(root.row.target)
         elif self._released:
             self._dispatch_next(checkpoint.target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
-        """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
+        """Return whether to keep the claim, and the message for the next step (None if it is unchanged)."""
         change, frame = outcome.change, self._state.frames[-1]
         if change.is_finished:
             return True, None
@@ -288,7 +290,7 @@ class Execution:
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
-        """Send a step; during a shutdown of the consumer, wait for the delivery."""
+        """Send a step. During a shutdown of the consumer, wait for the delivery."""
         shutting_down = self._attempt is not None and self._attempt.shutting_down
         send = self._context.send if shutting_down else self._context.send_nowait
         send(target, self._state.root.row.uuid, (self.claim.id, self.claim.epoch + 1))
@@ -321,7 +323,7 @@ class Execution:
         self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
-        """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
+        """Log the end of an operation that has no hooks of its own, with the log lines of an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status
@@ -359,4 +361,4 @@ class Execution:
 
 def _retries_exhausted(claim: Claim) -> StoreError:
     died = claim.root.claim_count - 1
-    return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")
+    return StoreError(f"{died} consumers died during this step: find the cause, then resume the operation")

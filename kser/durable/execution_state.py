@@ -1,4 +1,4 @@
-"""Execution state of a stored operation: a pure state machine, without database access and without user code."""
+"""Execution state of a stored operation: a pure state machine, which neither uses the database nor runs user code."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ class OperationFrame:
         #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
         self.accumulated_json = row.accumulated
         self.accumulated: Result
-        #: JSON of the final result; None while it is not known.
+        #: JSON of the final result; None while the final result is not known.
         self.result = row.result
-        #: The operation object if it was built, and whether it has its tasks.
+        #: ``operation`` is the operation object, or None if it was not built. ``is_loaded`` tells whether it has its
+        #: tasks.
         self.operation: Operation | None = None
         self.is_loaded = False
-        #: The class of the operation; None until it was looked up.
+        #: The class of the operation; None before it is looked up.
         self.owner: type[Entrypoint] | None = None
-        #: For each task position: the number of recorded attempts, and how many of them were made before the last
-        #: resume; a retry policy does not count those.
+        #: For the position of each task: the number of recorded attempts, and the number of attempts before the last
+        #: resume. A retry policy does not count the attempts before the resume.
         self.attempts: dict[int, tuple[int, int]] = {}
         if operation is None or row.phase != Phase.RUN_TASK:
             self.accumulated = result_from_json(row.accumulated, row.uuid)
@@ -74,7 +75,7 @@ class OperationFrame:
 
     @property
     def outcome(self) -> Result:
-        """Final result of the operation; the accumulated result while there is none."""
+        """Final result of the operation, or the accumulated result while there is no final result."""
         return self.accumulated if self.result is None else result_from_json(self.result, self.row.uuid)
 
     def to_update(self) -> OperationUpdate:
@@ -86,11 +87,11 @@ class OperationFrame:
 
 
 class StepChange(NamedTuple):
-    """All that a step has changed."""
+    """Everything that a step has changed."""
 
     #: The checkpoint that records the step and keeps the claim.
     checkpoint: Checkpoint
-    #: Operations without hooks of their own that ended in the step, the innermost first.
+    #: Operations that have no hooks of their own and ended in this step; the innermost operation is first.
     ended: Sequence[OperationFrame]
     #: True if the root has ended.
     is_finished: bool
@@ -99,7 +100,7 @@ class StepChange(NamedTuple):
 class ExecutionState:
     """Execution state under a claim: the path from the root to the current operation.
 
-    Each method ``on_…`` applies the outcome of one step and returns what the step has changed.
+    Each method ``on_…`` applies the outcome of one step, and returns everything that the step has changed.
 
     :param claim: the claim.
     :param consumer: owner name of this process, for the checkpoints.
@@ -125,7 +126,7 @@ class ExecutionState:
         self._is_finished = False
 
     def push(self, row: OperationRow, operation: Operation) -> None:
-        """Push the frame of a nested operation, which is the current task."""
+        """Push the frame of a nested operation that is the current task."""
         self.frames.append(OperationFrame(row, operation))
 
     # -- outcome of the step -------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class ExecutionState:
     def on_built(self, built: BuiltTasks | None) -> StepChange:
         """Start the current operation, whose tasks are ready to run.
 
-        :param built: the tasks, if they were built in this step.
+        :param built: the tasks; None if they were not built in this step.
         """
         frame = self.frames[-1]
         if built is not None:
@@ -164,7 +165,7 @@ class ExecutionState:
         return self._end_step()
 
     def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> StepChange:
-        """Add a failed attempt at the current task that is followed by a retry."""
+        """Add a failed attempt at the current task; a retry follows."""
         frame = self.frames[-1]
         self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
         self._events.append(NewEvent("task-retried", uuid, error))
@@ -172,9 +173,9 @@ class ExecutionState:
         return self._end_step()
 
     def on_next_chosen(self, step: int | None, failure: Result | None) -> StepChange:
-        """Advance to the task that the operation chose as the next one.
+        """Advance to the task that the operation has chosen as the next task.
 
-        :param step: position of the next task; None for the end of the operation.
+        :param step: position of the next task; None if the operation ends.
         :param failure: the failed result if the operation fails, else None.
         """
         frame = self.frames[-1]
@@ -192,7 +193,7 @@ class ExecutionState:
         return self._end_step()
 
     def on_ended(self, status: str, result: Result, text: str | None = None) -> StepChange:
-        """End the current operation, and the task of its parent that it stands for.
+        """End the current operation. If it is nested, this also ends the corresponding task of its parent.
 
         :param text: ``result`` as JSON, if it is known.
         """
@@ -210,13 +211,14 @@ class ExecutionState:
             return
         self.frames.pop()
         parent = self.frames[-1]
-        # Number 0 records no attempt, because attempts are recorded for the inner tasks and not for the operation.
+        # The number 0 means that no attempt is recorded. Only attempts at tasks are recorded, and a nested operation
+        # has none.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._end_task(parent, status, *add_result(parent.accumulated, result, status))
 
     def _end_task(self, frame: OperationFrame, status: str, total: Result, total_text: str) -> None:
-        """Apply the end of a task to its operation: choose, advance or finish.
+        """Apply the end of a task to its operation: choose the next task, advance to it, or finish the operation.
 
         :param total: the accumulated result of the operation with the result of the task.
         :param total_text: ``total`` as JSON.
@@ -237,7 +239,7 @@ class ExecutionState:
         if step < (frame.task_count or 0):
             frame.phase = Phase.RUN_TASK
         else:
-            # The outcome may be a failure without a failed task, because the initial result may be a failed one.
+            # The outcome may be a failure although no task failed, because the initial result may be a failed result.
             self._finish(frame, states.final_status(frame.accumulated), frame.accumulated, accumulated_text)
 
     def _finish(self, frame: OperationFrame, status: str, result: Result, text: str | None = None) -> None:
@@ -250,7 +252,7 @@ class ExecutionState:
             self._end_operation(status, result, text)
 
     def _end_step(self) -> StepChange:
-        """Return what the step has changed, and start the next one."""
+        """Return everything that the step has changed, and start the next step."""
         claim = self.claim
         updates = [frame.to_update() for row_id, frame in self._updates.items() if row_id != claim.id]
         checkpoint = Checkpoint(

@@ -1,4 +1,4 @@
-"""Handling of the messages of operations in a consumer: claim a stored operation or store a new one, and execute it."""
+"""Handling of the messages of operations in a consumer: store or claim the operation, and execute it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """Handler of the messages of a registry's operations and of their steps.
+    """Handler of messages for the operations of a registry, and for the steps of these operations.
 
     :param context: the durable context of this process.
     """
@@ -30,9 +30,9 @@ class MessageHandler:
         self._store = context.store
 
     def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of one that is stored on arrival.
+        """Handle a message of a stored operation, or of an operation that is stored when its message arrives.
 
-        :param entrypoint: the class that the message names; None if it is not registered here.
+        :param entrypoint: the class that the message names; None if the class is not registered here.
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
@@ -43,11 +43,12 @@ class MessageHandler:
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
-        # User code may change the params of the operation.
+        # Encode the params before user code can change them.
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
         if not isinstance(operation, Operation) or operation._kser_registry is not self._context.registry:
-            # from_Message returned an object of another class, which runs where that class belongs.
+            # from_Message returned an object of another class or of another registry, so the object itself decides how
+            # it runs.
             return operation.execute()
         operation._kser_runner = DurableStart(self._context, operation, params, self._handle_duplicate)
         try:
@@ -56,7 +57,7 @@ class MessageHandler:
             operation._kser_runner = None
 
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored, if both describe the same operation."""
+        """Handle a message for an operation that is already stored. The message must describe the same operation."""
         try:
             check_same_operation(row, entrypoint, params)
         except StateConflict as conflict:
@@ -66,7 +67,7 @@ class MessageHandler:
         return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim a stored operation and run the given step, if that step is the current one."""
+        """Claim a stored operation, and run the given step if it is the current step."""
         attempt = current_attempt.get()
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)

@@ -1,6 +1,6 @@
 """Background service of each consumer that has a database: the heartbeat of its claims, and the reaper.
 
-Every consumer runs a reaper, so that another consumer continues the operations that a dead one has left behind.
+Every consumer runs a reaper, so that another consumer can continue the operations of a consumer that has died.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 
-#: Seconds between two records of sent steps: well below RESEND_UNSENT_AFTER, after which the reaper sends a step again.
+#: Seconds between two calls of ``record_sends``. The interval is well below RESEND_UNSENT_AFTER, because after that
+#: time the reaper sends a step that is not recorded as sent.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
 #: Seconds that the shutdown of a consumer waits for the current tick.
@@ -38,18 +39,20 @@ class RecoveryService:
     def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._settings = context.settings
-        self._clock = clock
+        #: The clock of the intervals, in seconds; tests may replace it.
+        self.clock = clock
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
-        #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
+        #: ``_contact_since`` is the start of the current uninterrupted contact with the store. ``_last_contact`` is the
+        #: time of the last contact.
         self._contact_since = self._last_contact = -float("inf")
-        #: Lost claims that workers of this process still work under.
+        #: Lost claims under which workers of this process still work.
         self._lost_claims: set[tuple[int, int]] = set()
-        #: Consecutive failed sends per topic.
+        #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
 
     def tick(self) -> None:
-        """Run the routines whose interval has passed. Call this about every second, from a dedicated thread."""
+        """Run the routines whose interval has passed. Call this method about every second, from a dedicated thread."""
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
@@ -59,7 +62,7 @@ class RecoveryService:
                 (self.record_sends, RECORD_SENDS_INTERVAL),
                 (self.reap, self._settings.reaper),
             ):
-                now = self._clock()
+                now = self.clock()
                 if now - self._last.get(routine.__name__, -float("inf")) >= interval:
                     routine()
                     self._last[routine.__name__] = now
@@ -67,7 +70,8 @@ class RecoveryService:
             self._last_contact = -float("inf")
             self._context.store.report_outage(error)
         except Exception:
-            # Never let this thread die: leases would expire. The next tick may succeed.
+            # No exception may end this thread, because then the leases of all claims would expire. The next tick may
+            # succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
             self._tick_lock.release()
@@ -88,36 +92,36 @@ class RecoveryService:
         self._lost_claims = lost
 
     def record_sends(self) -> None:
-        """Record the sent steps in the store."""
+        """Record in the store which steps were sent."""
         steps = list(self._context.unrecorded_sends)
         if steps:
             self._context.store.direct.mark_sent(steps, self._settings.resend)
-        # Other threads only append, so the first entries are the recorded ones.
+        # Other threads only append, so the first entries are those that were just recorded.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
 
     def reap(self) -> int:
-        """Send the due steps that no consumer works on, and return their number."""
+        """Send the due steps that no consumer is working on, and return their number."""
         total = 0
-        deadline = self._clock() + self._settings.heartbeat / 2
+        deadline = self.clock() + self._settings.heartbeat / 2
         while True:
-            started_at = self._clock()
+            started_at = self.clock()
             due = self._context.store.once(
                 self._context.store.direct.take_due_steps,
                 BATCH,
                 self._context.owner,
                 expired=self._leases_are_trustworthy(),
             )
-            # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
-            was_slow = self._clock() - started_at > self._settings.lease / 3
+            # If the query was slow, heartbeats were probably late too. So leave expired leases to their owners for now.
+            was_slow = self.clock() - started_at > self._settings.lease / 3
             sent = self._defer_expired(due) if was_slow else due
             total += len(sent)
             self._send(sent)
-            if len(due) < BATCH or self._clock() >= deadline:
+            if len(due) < BATCH or self.clock() >= deadline:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Postpone steps with an expired lease by one more lease, and return the other steps."""
+        """Postpone the check of steps with an expired lease by one more lease, and return the other steps."""
         self._last_contact = -float("inf")
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
         if expired:
@@ -125,8 +129,11 @@ class RecoveryService:
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
-        """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
-        now = self._clock()
+        """Return whether an expired lease proves that its owner is gone (rule 21).
+
+        After an outage it does not, because no owner could renew its lease during the outage.
+        """
+        now = self.clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
         # count as an interruption.
         if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
@@ -139,9 +146,9 @@ class RecoveryService:
         for step in due:
             logger.info(f"{step.target.entrypoint}[{step.target.uuid}] of operation {step.uuid} is sent: {step.reason}")
             by_topic[step.target.topic].append(step)
-        # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
-        deadline = self._clock() + self._settings.heartbeat / 2
-        # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
+        # Limit the duration, because the heartbeat runs in the same thread and waits until the sends are done.
+        deadline = self.clock() + self._settings.heartbeat / 2
+        # Send to failing topics last, so that their timeouts do not use up the time for the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
             late = self._time_left(deadline) <= 0
             failed = {step.id for step in (steps if late else self._send_to(topic, steps, deadline))}
@@ -157,12 +164,12 @@ class RecoveryService:
         if self._last_contact > self._contact_since:
             # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
             # with the store.
-            self._last_contact = self._clock()
+            self._last_contact = self.clock()
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send steps to a topic, and return the steps that were not delivered.
 
-        :param deadline: deadline on this service's clock.
+        :param deadline: the deadline by the clock of this service.
         """
         try:
             producer: Any = self._context.producer
@@ -172,7 +179,7 @@ class RecoveryService:
                 undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
                 return [step for step in steps if step.target.uuid in undelivered]
         except Exception as error:
-            # A third-party producer may raise anything; the steps of other topics must still be sent.
+            # A third-party producer may raise any exception, but the steps of other topics must still be sent.
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
         return [step for step in steps if not self._send_one(step, deadline)]
@@ -182,12 +189,12 @@ class RecoveryService:
         return left > 0 and not self._context.send(due.target, due.uuid, timeout=left).retcode
 
     def _time_left(self, deadline: float) -> float:
-        return min(SEND_TIMEOUT, max(deadline - self._clock(), 0))
+        return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
     def close(self) -> None:
-        """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""
+        """Release the claims of abandoned attempts and record the sent steps, when a consumer shuts down."""
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
-            # A tick hangs. The remaining claims expire with their leases.
+            # A tick hangs, so the remaining claims expire with their leases.
             return
         try:
             for claim in self._context.active_claims():

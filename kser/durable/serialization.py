@@ -20,19 +20,21 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.store.model import Mode, NewOperation, NewTask, OperationRow, Phase, StepMessage, TaskRow
 
-#: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
+#: Flags for the methods that an operation class overrides. ``ENDS`` stands for methods that are called at the end of
+#: the operation, and ``CHOOSES`` for methods that choose the next task.
 ENDS: Final = 1
 CHOOSES: Final = 2
 _ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_status")
 _CHOOSES = ("next", "launch_next", "set_status")
 
-#: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
+#: Maximum length of searchable metadata keys and values. Longer keys and values are stored, but a search does not find
+#: them.
 MAX_SEARCHABLE_VALUE: Final = 200
 T = TypeVar("T", bound=Task)
 
 
 def overrides_of(cls: type) -> int:
-    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both or none."""
+    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both flags or no flag."""
 
     def overrides(names: Iterable[str]) -> bool:
         return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
@@ -44,7 +46,7 @@ def to_json(value: Any, subject: str, owner: object) -> str:
     """Return a value as JSON text, in the format of the wire.
 
     :param subject: name of the value, for the error text.
-    :param owner: object that the value belongs to, for the error text.
+    :param owner: the object with the value, for the error text.
     :raises kser.errors.UsageError: the value has no JSON form.
     """
     try:
@@ -64,7 +66,7 @@ def result_to_json(result: Result, owner: object) -> str:
 
 
 def result_from_json(text: str | None, uuid: str) -> Result:
-    """Return the result from JSON text of :func:`result_to_json`; a blank result with this uuid for None."""
+    """Return the result from JSON text of :func:`result_to_json`. For None, return a blank result with this uuid."""
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
 
 
@@ -141,7 +143,7 @@ def searchable_pair(key: Any, value: Any) -> tuple[str, str]:
 
 def json_equal(one: str, other: str) -> bool:
     """Return whether two JSON texts have the same value."""
-    # Compare normalised texts, not objects, because as an object NaN differs from itself.
+    # Compare normalised texts and not the decoded objects, because the object NaN is not equal to itself.
     return one == other or _sorted(one) == _sorted(other)
 
 
@@ -150,9 +152,9 @@ def _sorted(text: str) -> str:
 
 
 def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
-    """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
+    """Check that a stored operation has the same entrypoint and params as a new operation with the same uuid.
 
-    :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
+    :raises kser.errors.StateConflict: the entrypoints or the params differ, or the uuid belongs to a nested operation.
     """
     if row.parent_id is not None:
         raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
@@ -170,8 +172,8 @@ def new_operation(
     """Return the row of a new operation, including its tasks and nested operations.
 
     :param topic: topic for messages about the operation as a whole.
-    :param task_topic: topic of the tasks whose class declares none.
-    :param original_params: params of the original message as JSON; used to recognise a redelivered message.
+    :param task_topic: topic of each task whose class declares no topic.
+    :param original_params: params of the original message as JSON. With them, a redelivered message is recognised.
     :raises kser.errors.UsageError: a value has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
@@ -208,7 +210,7 @@ def new_operation(
 def new_tasks(tasks: Sequence[Task], mode: str, task_topic: str) -> list[NewTask]:
     """Return the rows of an operation's new tasks.
 
-    :param task_topic: topic of the tasks whose class declares none.
+    :param task_topic: topic of each task whose class declares no topic.
     """
     return [_new_task(task, mode, task_topic) for task in tasks]
 
@@ -247,7 +249,7 @@ def _is_blank(result: Result) -> bool:
 
 
 class EntrypointLoader:
-    """Loader of entrypoint classes by path, and of objects from rows.
+    """Loader, which finds entrypoint classes by path and builds objects from rows.
 
     :param registry: the registry of the classes.
     """
@@ -256,19 +258,22 @@ class EntrypointLoader:
         self._registry = registry
 
     def lookup(self, path: str) -> type[Entrypoint] | None:
-        """Return the class with a path; None if it is not registered here."""
+        """Return the class with a path, or None if no such class is registered here."""
         found: type[Entrypoint] | None = self._registry.controller.ENTRYPOINTS.get(path)
         return found
 
     def operation(self, row: OperationRow) -> Operation:
-        """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
+        """Build an operation without tasks from its row.
+
+        If its class cannot be used, build a plain Operation with a load error.
+        """
         operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
         operation.status = row.status
         operation._kser_built = None if row.task_count is None else []
         return operation
 
     def task(self, row: TaskRow) -> Task:
-        """Build a task from its row; if its class cannot be used, a plain one with a load error."""
+        """Build a task from its row. If its class cannot be used, build a plain Task with a load error."""
         task = self._construct(Task, row, row.result)
         task.status = row.status
         return task
@@ -276,7 +281,7 @@ class EntrypointLoader:
     def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
         """Build the tasks of an operation from their rows.
 
-        :param children: rows of the nested operations among the tasks.
+        :param children: the rows of those tasks that are nested operations.
         """
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]

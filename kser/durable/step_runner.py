@@ -26,28 +26,30 @@ from kser.store.model import BuiltTasks, Phase
 logger = logging.getLogger(__name__)
 
 
-#: Reply of a step that has none: it built the tasks or chose the next one.
+#: The reply of a step that has no result for the message, because it built the tasks or chose the next task.
 NO_REPLY: Final = object()
 
 
 class StepOutcome(NamedTuple):
-    """Outcome of a step: for the checkpoint, and for the message whose handling runs the step."""
+    """Outcome of a step, for the checkpoint and for the message that caused the step."""
 
-    #: All that the step has changed.
+    #: Everything that the step has changed.
     change: StepChange
-    #: Outcome of the task or of the end of an operation; the result of the message. :data:`NO_REPLY` without one.
+    #: The result of the message: the result of the task or of the operation that ended. :data:`NO_REPLY` if there is
+    #: none.
     reply: Any = NO_REPLY
-    #: Seconds until the next attempt at the task; None without a retry.
+    #: Seconds until the next attempt at the task; None if no retry follows.
     retry_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Step runner: runs the current step and updates the execution state with its outcome.
+    """Step runner, which runs the current step and updates the execution state with the outcome of the step.
 
     :param context: the durable context of this process.
     :param state: the execution state of the operation.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt.
     """
 
     context: DurableContext
@@ -84,9 +86,10 @@ class StepRunner:
     # -- objects -------------------------------------------------------------------------------------------------------
 
     def _restore_operations(self) -> StepOutcome | None:
-        """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
+        """Restore the objects of the operations that continue in this consumer, and call ``_prerun`` of each object.
 
-        :return: the outcome of the step if one of them raised, which fails that operation; else None.
+        :return: None if no object raised an exception. Otherwise, the operation of that object fails, and the return
+            value is the outcome of the step.
         """
         frames = self.state.frames
         if self.state.distributed or self.timeout_error is not None:
@@ -108,7 +111,7 @@ class StepRunner:
         return None
 
     def _descend(self) -> None:
-        """Descend to the innermost operation that is current."""
+        """Add a frame for each nested operation, down to the innermost operation that is current."""
         while (frame := self.state.frames[-1]).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
             if not isinstance(task, Operation) or (row := self.context.store.get_operation(task.uuid)) is None:
@@ -118,7 +121,8 @@ class StepRunner:
     def _load(self, frame: OperationFrame) -> Operation:
         """Return the operation object of a frame, with its tasks.
 
-        :raises Exception: the object could not be built: its class is not registered here, or raised.
+        :raises Exception: the object could not be built, because its class is not registered here or raised this
+            exception.
         """
         if frame.operation is None:
             frame.attach(self.context.loader.operation(frame.row))
@@ -261,7 +265,7 @@ class StepRunner:
 
 
 def _log_unserializable(task: Task, error: UsageError | None) -> None:
-    """Log that the result of a task cannot be stored; without an error, do nothing."""
+    """Log the error if the result of a task cannot be stored."""
     if error is not None:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
 
@@ -274,7 +278,7 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
+    """Return the retry policy for tasks whose class declares no policy: that of the operation or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

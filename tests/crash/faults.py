@@ -160,7 +160,7 @@ class FaultyProducer(Producer):
     def _kser_deliver(self, topic: str, value: bytes | None, key: bytes | None, headers: Any, deadline: float) -> None:
         def act() -> None:
             Producer._kser_deliver(self, topic, value, key, headers, deadline)
-            self._process.world.put(self._process)
+            self._process.simulation.put(self._process)
 
         point = REAPER_SEND if self._process.reaps else SEND
         self._process.at(point, act, lambda: DeliveryError("the test says that Kafka does not answer"))
@@ -179,7 +179,7 @@ class FaultyClient(DummyClient):
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         def act() -> None:
             DummyClient.commit(self, commits, timeout)
-            self._process.world.check_commits()
+            self._process.simulation.check_commits()
 
         self._process.at(COMMIT, act, _trouble_of_client)
 

@@ -10,29 +10,35 @@ from typing import Any
 from kser import status as states
 from tests.crash.faults import TROUBLES
 from tests.crash.shop import STEPS, Entry
-from tests.crash.world import World
+from tests.crash.simulation import Simulation
 
 
-def broken(world: World) -> list[str]:
+def broken(simulation: Simulation) -> list[str]:
     """What is wrong with how a scenario went."""
-    found = world.look()
+    found = simulation.look()
     if found is None:
-        return [*world.wrong, "it is not stored: it was lost"]
-    return [*world.wrong, *_end(world, found), *_tasks(world, found), *_runs(world, found), *_doubled(world)]
+        return [*simulation.wrong, "it is not stored: it was lost"]
+    return [
+        *simulation.wrong,
+        *_end(simulation, found),
+        *_tasks(simulation, found),
+        *_runs(simulation, found),
+        *_doubled(simulation),
+    ]
 
 
-def doubled(world: World) -> int:
+def doubled(simulation: Simulation) -> int:
     """How many runs of tasks and hooks there were that an undisturbed operation does not have."""
-    return sum(count - 1 for count in _counts(world).values())
+    return sum(count - 1 for count in _counts(simulation).values())
 
 
-def _counts(world: World) -> Counter[tuple[str, int]]:
-    return Counter((entry.what, entry.attempt) for entry in world.ledger if entry.what != "build")
+def _counts(simulation: Simulation) -> Counter[tuple[str, int]]:
+    return Counter((entry.what, entry.attempt) for entry in simulation.ledger if entry.what != "build")
 
 
-def _end(world: World, found: Any) -> Iterator[str]:
+def _end(simulation: Simulation, found: Any) -> Iterator[str]:
     """An operation that was accepted ends, with the results of its tasks."""
-    row, scenario = found.operation, world.scenario
+    row, scenario = found.operation, simulation.scenario
     if row.status != scenario.status:
         yield f"it ended {row.status}: {row.result}"
     if row.owner is not None or row.next_check_at is not None:
@@ -41,7 +47,7 @@ def _end(world: World, found: Any) -> Iterator[str]:
     given = json.loads(row.result or "{}").get("retval", {})
     expected = {name: _mark(task) for name, task in zip(succeeded, found.tasks, strict=False)}
     hook = "onerror" if scenario.fails else "onsuccess"
-    mine = [entry.mark for entry in world.ledger if entry.what == hook]
+    mine = [entry.mark for entry in simulation.ledger if entry.what == hook]
     if scenario.hooks and given.pop(hook, "") not in mine:
         yield f"{hook} gave {mine}, and that is not what is stored"
     if given != expected:
@@ -53,9 +59,9 @@ def _mark(task: Any) -> Any:
     return json.loads(task.result or "{}").get("retval", {}).get(name)
 
 
-def _tasks(world: World, found: Any) -> Iterator[str]:
+def _tasks(simulation: Simulation, found: Any) -> Iterator[str]:
     """A task's result is recorded once."""
-    last = states.FAILED if world.scenario.fails else states.SUCCESS
+    last = states.FAILED if simulation.scenario.fails else states.SUCCESS
     if [task.status for task in found.tasks] != [states.SUCCESS, states.SUCCESS, last]:
         yield f"its tasks are {[task.status for task in found.tasks]}"
     recorded = [(row.position, row.number, row.status) for row in found.attempts]
@@ -70,10 +76,10 @@ def _tasks(world: World, found: Any) -> Iterator[str]:
             yield f"there are {count} events {kind!r}"
 
 
-def _runs(world: World, found: Any) -> Iterator[str]:
+def _runs(simulation: Simulation, found: Any) -> Iterator[str]:
     """A task sees exactly what is stored of those before it, and is the same at each attempt."""
     uuids = {name: task.uuid for name, task in zip(STEPS, found.tasks, strict=False)}
-    for entry in world.ledger:
+    for entry in simulation.ledger:
         if entry.what not in STEPS:
             continue
         before = STEPS[: STEPS.index(entry.what)]
@@ -92,11 +98,11 @@ def _stored_mark(entry: Entry, name: str) -> Any:
     return json.loads(result)["retval"][name] if status == states.SUCCESS else None
 
 
-def _doubled(world: World) -> Iterator[str]:
+def _doubled(simulation: Simulation) -> Iterator[str]:
     """Something runs again only when its process died, or slept for longer than its lease."""
-    allowed = sum(fault.kind not in TROUBLES for fault, _ in world.hits)
-    if doubled(world) > allowed:
-        yield f"{doubled(world)} runs are doubled, and {allowed} may be: {_counts(world)}"
-    built = sum(entry.what == "build" for entry in world.ledger)
-    if built > 1 + allowed + world.unsent:
+    allowed = sum(fault.kind not in TROUBLES for fault, _ in simulation.hits)
+    if doubled(simulation) > allowed:
+        yield f"{doubled(simulation)} runs are doubled, and {allowed} may be: {_counts(simulation)}"
+    built = sum(entry.what == "build" for entry in simulation.ledger)
+    if built > 1 + allowed + simulation.unsent:
         yield f"its tasks were built {built} times"

@@ -10,12 +10,13 @@ from kser.consumer.client import ConsumerClient
 from kser.controller import Controller
 from kser.dummy.consumer import Consumer
 from kser.sequencing.registry import OperationRegistry
+from tests.consumer.harness import MANUAL_COMMIT
 from tests.crash.faults import FaultyClient, FaultyProducer, FaultyStore, Killed
 from tests.crash.shop import TOPIC, classes_of
-from tests.engine import AT_ONCE, PATIENCE
+from tests.support import WAIT_SECONDS
 
 if TYPE_CHECKING:
-    from tests.crash.world import World
+    from tests.crash.simulation import Simulation
 
 
 class Member(Consumer):
@@ -23,7 +24,7 @@ class Member(Consumer):
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        super().__init__(AT_ONCE, [TOPIC])
+        super().__init__(MANUAL_COMMIT, [TOPIC])
 
     def _kser_connect(self) -> ConsumerClient:
         self.member = FaultyClient(self._process, self.client)
@@ -38,8 +39,8 @@ class Process:
 
     consumer: Member | None = None
 
-    def __init__(self, world: World, name: str, *, consumes: bool) -> None:
-        self.world = world
+    def __init__(self, simulation: Simulation, name: str, *, consumes: bool) -> None:
+        self.simulation = simulation
         self.name = name
         self.is_dead = self.sleeps = self.reaps = False
         self._wake, self._stopped = threading.Event(), threading.Event()
@@ -48,13 +49,13 @@ class Process:
         controller = type("Controller", (Controller,), {"ENTRYPOINTS": {}})
         self.registry = OperationRegistry(
             controller_class=controller,
-            store=FaultyStore(self, world.store),  # type: ignore[arg-type]
+            store=FaultyStore(self, simulation.store),  # type: ignore[arg-type]
             producer=FaultyProducer(self),
         )
         self.classes = [self.registry.subscribe(cls) for cls in classes_of(self)]
-        self.companion = self.registry._kser_background_service
-        assert self.companion is not None
-        self.companion._clock = lambda: world.now
+        self.background_service = self.registry._kser_background_service
+        assert self.background_service is not None
+        self.background_service.clock = lambda: simulation.now
         self.owner = self.registry._kser_operations._context.owner
         if consumes:
             self.consumer = Member(self)
@@ -66,7 +67,7 @@ class Process:
         """Do something that a process can die at, or whatever the plan has in its place."""
         if self.is_dead:
             raise Killed
-        return self.world.at(self, point, act, trouble)
+        return self.simulation.at(self, point, act, trouble)
 
     def turn(self) -> bool:
         """Poll, handle what there is, and look for what is due; returns whether anything was done.
@@ -84,17 +85,17 @@ class Process:
 
     def beside(self) -> bool:
         """A turn of what runs beside the consumer; returns whether it sent something."""
-        sent = self.world.sends
+        sent = self.simulation.sends
         self.reaps, before = True, self.reaps
         try:
-            self.companion.tick()
+            self.background_service.tick()
         finally:
             self.reaps = before
-        return self.world.sends > sent
+        return self.simulation.sends > sent
 
     def beat(self) -> None:
         """Time passes while a task runs, and the claim is kept alive."""
-        self.world.now += self.companion._settings.heartbeat
+        self.simulation.now += self.background_service._settings.heartbeat
         self.beside()
 
     # -- how it ends ---------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ class Process:
 
         :raises Killed: it died, or sleeps.
         """
-        if not self.world.may_sleep_soon:
+        if not self.simulation.may_sleep_soon:
             return act()
         answers: list[Any] = []
 
@@ -127,17 +128,17 @@ class Process:
         return answers[0]
 
     def _wait(self) -> None:
-        assert self._stopped.wait(PATIENCE), "it hangs"
+        assert self._stopped.wait(WAIT_SECONDS), "it hangs"
         self._stopped.clear()
         if not self.sleeps and self._thread is not None:
-            self._thread.join(PATIENCE)
+            self._thread.join(WAIT_SECONDS)
 
     def sleep(self) -> None:
         """It is stopped, for longer than anybody believes in it."""
         self.sleeps = True
         self._wake.clear()
         self._stopped.set()
-        assert self._wake.wait(PATIENCE), "nobody wakes it"
+        assert self._wake.wait(WAIT_SECONDS), "nobody wakes it"
 
     def wake(self) -> None:
         """It goes on where it fell asleep, until what it did is done, or it sleeps again; then it ends."""

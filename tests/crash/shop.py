@@ -86,7 +86,7 @@ def classes_of(process: Process) -> list[type]:
 
 
 def _tasks_of(process: Process) -> tuple[type[Task], type[Task]]:
-    world, scenario = process.world, process.world.scenario
+    simulation, scenario = process.simulation, process.simulation.scenario
 
     class Step(Task):
         TOPIC = TOPIC
@@ -97,7 +97,7 @@ def _tasks_of(process: Process) -> tuple[type[Task], type[Task]]:
 
         def _work(self) -> Result:
             name = self.params["name"]
-            mark = world.note(process, name, self)
+            mark = simulation.note(process, name, self)
             if name == scenario.stops and process.consumer is not None:
                 process.consumer.stop()
             if name == "third":
@@ -116,14 +116,14 @@ def _tasks_of(process: Process) -> tuple[type[Task], type[Task]]:
 
 
 def _operation_of(process: Process, step: type[Task], last: type[Task]) -> type[Operation]:
-    world, scenario = process.world, process.world.scenario
+    simulation, scenario = process.simulation, process.simulation.scenario
 
     class Order(Operation):
         TOPIC = TOPIC
         DISTRIBUTED = scenario.over_consumers
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            world.note(process, "build", self)
+            simulation.note(process, "build", self)
             return [(last if name == "third" else step)(params={"name": name}) for name in STEPS]
 
     class HookedOrder(Order):
@@ -134,7 +134,7 @@ def _operation_of(process: Process, step: type[Task], last: type[Task]) -> type[
             return process.at(HOOK, lambda: self._told("onerror", result))
 
         def _told(self, what: str, result: Result) -> Result:
-            result.retval = {**result.retval, what: world.note(process, what, self)}
+            result.retval = {**result.retval, what: simulation.note(process, what, self)}
             return result
 
     return HookedOrder if scenario.hooks else Order

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 from tests.crash.faults import KILLED_AFTER, KILLED_BEFORE, POINTS, REFUSED, SLEPT_AFTER, SLEPT_BEFORE, UNKNOWN
 from tests.crash.invariants import doubled
-from tests.crash.world import World
+from tests.crash.simulation import Simulation
 
 COLUMNS = ("Point", "What goes wrong", "In the database then", "What happens next", "Doubled runs at most", "Cases")
 
@@ -32,13 +32,13 @@ class Table:
         self._doubled: dict[tuple[str, str], int] = defaultdict(int)
         self._cases: dict[tuple[str, str], int] = defaultdict(int)
 
-    def add(self, world: World) -> None:
+    def add(self, simulation: Simulation) -> None:
         """Add a run with one fault."""
-        for fault, call in world.hits:
+        for fault, call in simulation.hits:
             key = call.point, fault.kind
             self._cases[key] += 1
-            self._doubled[key] = max(self._doubled[key], doubled(world))
-            for story in world.stories:
+            self._doubled[key] = max(self._doubled[key], doubled(simulation))
+            for story in simulation.stories:
                 self._stored[key].add(story.stored)
                 self._next[key].add(story.next or "nothing: the operation has ended")
 

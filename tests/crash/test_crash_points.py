@@ -18,8 +18,8 @@ from kser.store.memory import MemoryStore
 from tests.crash.faults import KILLED, MOMENTS, POINTS, REFUSED, RUN, SLEPT, TROUBLES, UNKNOWN, Fault
 from tests.crash.invariants import broken, doubled
 from tests.crash.shop import SCENARIOS, Scenario
+from tests.crash.simulation import Simulation
 from tests.crash.table import Table
-from tests.crash.world import World
 from tests.support import ROOT
 
 TABLE = ROOT / "docs" / "crash-points.csv"
@@ -33,7 +33,7 @@ SQLITE_SAMPLE = 4
 #: Runs in which much of what is called fails.
 STORMS = 200
 
-Go = Callable[..., World]
+Go = Callable[..., Simulation]
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +52,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def in_memory() -> Go:
     """Runs a scenario in a database of its own, in memory."""
 
-    def go(scenario: Scenario, *plan: Fault) -> World:
+    def go(scenario: Scenario, *plan: Fault) -> Simulation:
         clock = [0.0]
         InMemoryBroker.reset()
-        return World(MemoryStore(lambda: clock[0]), lambda now: clock.__setitem__(0, now), scenario, plan).run()
+        return Simulation(MemoryStore(lambda: clock[0]), lambda now: clock.__setitem__(0, now), scenario, plan).run()
 
     return go
 
@@ -67,7 +67,7 @@ def in_sqlite(tmp_path: Path) -> Iterator[Go]:
     offset = 0.0
     store = sql.SQLStore(f"sqlite:///{tmp_path / 'shop.db'}", synchronous="NORMAL", clock_offset=lambda: offset)
 
-    def go(scenario: Scenario, *plan: Fault) -> World:
+    def go(scenario: Scenario, *plan: Fault) -> Simulation:
         start = offset
 
         def set_clock(now: float) -> None:
@@ -75,26 +75,26 @@ def in_sqlite(tmp_path: Path) -> Iterator[Go]:
             offset = start + now
 
         InMemoryBroker.reset()
-        return World(store, set_clock, scenario, plan).run()
+        return Simulation(store, set_clock, scenario, plan).run()
 
     yield go
     store.close()
 
 
-def faults_of(world: World, start: int = 0, moments: Sequence[str] = MOMENTS) -> Iterator[Fault]:
+def faults_of(simulation: Simulation, start: int = 0, moments: Sequence[str] = MOMENTS) -> Iterator[Fault]:
     """Everything that may go wrong in the calls of a run, from ``start`` on."""
-    for call in world.calls[start:]:
-        if call.number not in world.dull:
+    for call in simulation.calls[start:]:
+        if call.number not in simulation.dull:
             for kind in POINTS[call.point]:
                 for moment in moments if kind in SLEPT else ("",):
                     yield Fault(call.number, kind, moment)
 
 
-def check(world: World) -> None:
+def check(simulation: Simulation) -> None:
     """Nothing is broken, or the test fails with what happened."""
-    if problems := broken(world):
-        told = [f"{world.scenario}, with {', '.join(map(str, world.plan.values()))}:", *problems]
-        told += [f"{call.number}: {call.process}: {call.point}" for call in world.calls]
+    if problems := broken(simulation):
+        told = [f"{simulation.scenario}, with {', '.join(map(str, simulation.plan.values()))}:", *problems]
+        told += [f"{call.number}: {call.process}: {call.point}" for call in simulation.calls]
         pytest.fail("\n".join(map(str, told)), pytrace=False)
 
 
@@ -107,9 +107,9 @@ def seeded(name: str) -> random.Random:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_undisturbed_run_duplicates_nothing(in_memory: Go, scenario: Scenario) -> None:
-    world = in_memory(scenario)
-    check(world)
-    assert doubled(world) == 0
+    simulation = in_memory(scenario)
+    check(simulation)
+    assert doubled(simulation) == 0
 
 
 def test_every_crash_point_is_survived(in_memory: Go) -> None:
@@ -119,12 +119,12 @@ def test_every_crash_point_is_survived(in_memory: Go) -> None:
         # A failure makes no difference to who wakes up when.
         moments = ("claimed",) if scenario.fails else MOMENTS
         for fault in faults_of(in_memory(scenario), moments=moments):
-            world = in_memory(scenario, fault)
-            check(world)
+            simulation = in_memory(scenario, fault)
+            check(simulation)
             # One thing that goes wrong is nothing that whoever sends it hears of.
-            assert (len(world.hits), world.unsent) == (1, 0), fault
-            table.add(world)
-            wakings.update(world.wakings)
+            assert (len(simulation.hits), simulation.unsent) == (1, 0), fault
+            table.add(simulation)
+            wakings.update(simulation.wakings)
     assert table.missing == []
     assert all(wakings[moment] > 100 for moment in MOMENTS), wakings
     if os.environ.get(WRITE):
@@ -140,9 +140,9 @@ def _pairs(go: Go, chance: random.Random, count: int) -> None:
         first = chance.choice(singles[scenario])
         once = go(scenario, first)
         second = chance.choice([*faults_of(once, first.at + 1), first])
-        world = go(scenario, first, second)
-        check(world)
-        hits.update(f"{call.point}: {fault.kind}" for fault, call in world.hits)
+        simulation = go(scenario, first, second)
+        check(simulation)
+        hits.update(f"{call.point}: {fault.kind}" for fault, call in simulation.hits)
     print(f"{count} pairs: {dict(sorted(hits.items()))}")
     assert sum(hits.values()) > count * 1.5
 
@@ -158,10 +158,10 @@ def test_two_faults_are_survived_with_sqlite(in_sqlite: Go) -> None:
 def test_every_crash_point_is_survived_with_sqlite(in_sqlite: Go) -> None:
     table, seen = Table(), Counter[tuple[str, str, str]]()
     for scenario in SCENARIOS:
-        world = in_sqlite(scenario)
-        check(world)
-        for fault in faults_of(world):
-            kind = world.calls[fault.at].point, fault.kind, fault.moment
+        simulation = in_sqlite(scenario)
+        check(simulation)
+        for fault in faults_of(simulation):
+            kind = simulation.calls[fault.at].point, fault.kind, fault.moment
             seen[kind] += 1
             if seen[kind] % SQLITE_SAMPLE == 1:
                 found = in_sqlite(scenario, fault)
@@ -177,9 +177,9 @@ def test_random_store_and_kafka_errors_duplicate_nothing(in_memory: Go) -> None:
         scenario = chance.choice(SCENARIOS)
         share = chance.random() / 2
         plan = [Fault(at, chance.choice((REFUSED, UNKNOWN))) for at in range(400) if chance.random() < share]
-        world = in_memory(scenario, *plan)
-        check(world)
-        assert doubled(world) == 0
+        simulation = in_memory(scenario, *plan)
+        check(simulation)
+        assert doubled(simulation) == 0
 
 
 def test_poison_message_fails_its_operation_after_twenty_consumer_deaths(in_memory: Go) -> None:
@@ -187,12 +187,12 @@ def test_poison_message_fails_its_operation_after_twenty_consumer_deaths(in_memo
     scenario = SCENARIOS[0]
     plan: list[Fault] = []
     while True:
-        world = in_memory(scenario, *plan)
-        runs = [call.number for call in world.calls if call.point == RUN]
+        simulation = in_memory(scenario, *plan)
+        runs = [call.number for call in simulation.calls if call.point == RUN]
         if len(plan) >= 20 or len(runs) <= len(plan):
             break
         plan.append(Fault(runs[len(plan)], KILLED[0]))
-    found: Any = world.look()
+    found: Any = simulation.look()
     assert found.operation.status == "FAILED"
     assert "died 20 times" in found.operation.result
     assert sum(event.kind == "claimed" for event in found.events) == 21

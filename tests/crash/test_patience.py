@@ -17,8 +17,8 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.store.memory import MemoryStore
-from tests.engine import InThread, committed, consumer_of, put, until
-from tests.support import message
+from tests.consumer.harness import ConsumerThread, committed, new_consumer, send_messages
+from tests.support import message, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -76,14 +76,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Away]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_graceful_shutdown_releases_a_message_waiting_for_the_database(store: Away, workers: int) -> None:
     store.away = True
-    put("1", cls=Order)
+    send_messages("1", cls=Order)
     began = time.monotonic()
-    with InThread(consumer_of(workers=workers, shutdown_timeout=30)) as running:
-        until(store.asked.is_set)
+    with ConsumerThread(new_consumer(workers=workers, shutdown_timeout=30)) as running:
+        wait_until(store.asked.is_set)
         running.consumer.stop()
     assert (committed(), Asking.runs, time.monotonic() - began < 10) == (0, [], True)
     store.away = False
-    consumer_of().run_until_idle()
+    new_consumer().run_until_idle()
     row = store.get_operation("1")
     assert row is not None
     assert (row.status, committed(), len(Asking.runs)) == ("SUCCESS", 1, 1)
@@ -93,14 +93,14 @@ def test_graceful_shutdown_releases_a_message_waiting_for_the_database(store: Aw
 def test_graceful_shutdown_abandons_a_task_waiting_for_the_database(store: Away, workers: int) -> None:
     """Another consumer runs it again, once the lease is over."""
     InMemoryBroker.at("").send("dice", message(Order, uuid="1", params={"asks": True}).dumps().encode())
-    with InThread(consumer_of(workers=workers, shutdown_timeout=0.5)) as running:
-        until(store.asked.is_set)
+    with ConsumerThread(new_consumer(workers=workers, shutdown_timeout=0.5)) as running:
+        wait_until(store.asked.is_set)
         running.consumer.stop()
         running.join()
-        until(lambda: not [each for each in threading.enumerate() if each.name == "kser-worker"])
+        wait_until(lambda: not [each for each in threading.enumerate() if each.name == "kser-worker"])
     assert committed() == 1
     store.away = False
-    with InThread(consumer_of()):
-        until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
+    with ConsumerThread(new_consumer()):
+        wait_until(lambda: (row := store.get_operation("1")) is not None and row.status == "SUCCESS")
     assert len(Asking.runs) == 2
     assert len(set(Asking.runs)) == 1

@@ -15,18 +15,18 @@ from confluent_kafka.admin import AdminClient
 
 from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError
-from tests.client_contract import Join, Member, World, until
-from tests.client_worlds import ConfluentWorld, KafkaWorld, PythonKafkaWorld, new_name
-from tests.group_contract import GroupContract
 from tests.kafka.broker import Kafka, KafkaBroker
 from tests.kafka.helpers import wait_until
 from tests.support import lines
+from tests.transports.client_contract import BrokerHarness, Join, Member, until
+from tests.transports.group_contract import GroupContract
+from tests.transports.harness import ConfluentHarness, KafkaHarness, PythonKafkaHarness, new_name
 
 # kafka-python leaves the sockets of connections that were refused to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
-class OnKafka(KafkaWorld):
+class OnKafka(KafkaHarness):
     def __init__(self, kafka: Kafka) -> None:
         super().__init__(kafka.bootstrap_servers)
         self.kafka = kafka
@@ -60,11 +60,11 @@ class OnKafka(KafkaWorld):
             producer.commit_transaction(15) if keep else producer.abort_transaction(15)
 
 
-class PythonKafka(OnKafka, PythonKafkaWorld):
+class PythonKafka(OnKafka, PythonKafkaHarness):
     pass
 
 
-class Confluent(OnKafka, ConfluentWorld):
+class Confluent(OnKafka, ConfluentHarness):
     pass
 
 
@@ -74,7 +74,7 @@ both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 @both
 class TestClientsOnKafka(GroupContract):
     @pytest.fixture
-    def world(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[World]:
+    def harness(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[BrokerHarness]:
         made = kind(kafka)
         yield made
         for topic in made.topics:
@@ -84,28 +84,28 @@ class TestClientsOnKafka(GroupContract):
 
     @pytest.mark.parametrize(("reset", "start"), [("earliest", 5), ("latest", 8)])
     def test_deleted_records_are_logged_and_the_rest_is_consumed(
-        self, world: OnKafka, join: Join, key: Partition, reset: str, start: int, caplog: pytest.LogCaptureFixture
+        self, harness: OnKafka, join: Join, key: Partition, reset: str, start: int, caplog: pytest.LogCaptureFixture
     ) -> None:
-        world.send(key.topic, *map(str, range(8)))
+        harness.send(key.topic, *map(str, range(8)))
         before = join(key.topic)
         until(lambda: key in before.starts, "it has its partition", before)
         before.client.commit({key: Commit(2, "kser:1,1")}, 5)
         before.close()
-        world.delete_before(key, 5)
+        harness.delete_before(key, 5)
         member = join(key.topic, reset=reset)
         until(lambda: member.starts.get(key) == Commit(start), "it begins anew", member)
         assert [event for event, _ in member.events] == ["assign", "reset"]
         text = f"{key}: the position 2 is out of range (5 to 8): offsets 2 to 4 were deleted before they were handled"
         assert [line for line in lines(caplog) if line.startswith(text)]
         assert [record.levelname for record in caplog.records if record.getMessage().startswith(text)] == ["ERROR"]
-        world.send(key.topic, "8")
+        harness.send(key.topic, "8")
         until(lambda: "8" in member.values(), "the last one comes", member)
         assert member.values() == [str(number) for number in range(start, 9)]
 
     def test_truncated_log_is_logged_and_consumed_from_its_beginning(
-        self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
+        self, harness: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
     ) -> None:
-        world.send(key.topic, "0", "1", "2")
+        harness.send(key.topic, "0", "1", "2")
         before = join(key.topic)
         until(lambda: key in before.starts, "it has its partition", before)
         before.client.commit({key: Commit(50)}, 5)
@@ -116,17 +116,17 @@ class TestClientsOnKafka(GroupContract):
         assert f"{key}: the position 50 is out of range (0 to 3): offsets 3 to 49 are not in the log" in caplog.text
 
     def test_records_deleted_while_consuming_are_logged(
-        self, world: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
+        self, harness: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
     ) -> None:
         member = join(key.topic)
         until(lambda: key in member.starts, "it has its partition", member)
-        world.send(key.topic, "0")
+        harness.send(key.topic, "0")
         until(lambda: member.records, "the first comes", member)
         for _ in range(3):
             member.poll(limit=0)
-        world.send(key.topic, *map(str, range(1, 9)))
-        world.delete_before(key, 6)
-        world.send(key.topic, "9")
+        harness.send(key.topic, *map(str, range(1, 9)))
+        harness.delete_before(key, 6)
+        harness.send(key.topic, "9")
         until(lambda: "9" in member.values(), "the last one comes", member)
         values = [int(value) for value in member.values()]
         assert values == sorted(values) and {0, 6, 7, 8, 9} <= set(values)
@@ -136,11 +136,11 @@ class TestClientsOnKafka(GroupContract):
     # -- partitions go away --------------------------------------------------------------------------------------------
 
     def test_finished_records_are_committed_before_waiting_for_running_ones(
-        self, world: OnKafka, join: Join, group: str, kind: type[OnKafka]
+        self, harness: OnKafka, join: Join, group: str, kind: type[OnKafka]
     ) -> None:
         if kind is PythonKafka:
             pytest.skip("only librdkafka may give partitions away meanwhile")
-        topic = world.new_topic(2)
+        topic = harness.new_topic(2)
         first = join(topic)
         until(lambda: len(first.starts) == 2, "the first has everything", first)
         key = Partition(topic, 0)
@@ -148,7 +148,7 @@ class TestClientsOnKafka(GroupContract):
         meanwhile: list[Commit | None] = []
 
         def end() -> None:
-            meanwhile.append(world.committed(group, key))
+            meanwhile.append(harness.committed(group, key))
             first.drained.set()
 
         first.drained.clear()
@@ -158,8 +158,8 @@ class TestClientsOnKafka(GroupContract):
 
     # -- gaps ----------------------------------------------------------------------------------------------------------
 
-    def test_transaction_markers_do_not_count_as_lag(self, world: OnKafka, join: Join, key: Partition) -> None:
-        world.send_in_transactions(key, ["0", "1"], ["2"])
+    def test_transaction_markers_do_not_count_as_lag(self, harness: OnKafka, join: Join, key: Partition) -> None:
+        harness.send_in_transactions(key, ["0", "1"], ["2"])
         member = join(key.topic)
         until(lambda: len(member.records) == 3, "all come", member)
         assert [record.offset for record in member.records] == [0, 1, 3]
@@ -167,14 +167,14 @@ class TestClientsOnKafka(GroupContract):
 
     # -- trouble -------------------------------------------------------------------------------------------------------
 
-    def test_missing_topic_is_awaited(self, world: OnKafka, join: Join) -> None:
+    def test_missing_topic_is_awaited(self, harness: OnKafka, join: Join) -> None:
         name = new_name()
         member = join(name)
         member.patient = True
         for _ in range(10):
             assert member.poll() == []
-        world.make_topic(name)
-        world.send(name, "0")
+        harness.make_topic(name)
+        harness.send(name, "0")
         until(lambda: member.values() == ["0"], "it comes", member)
 
 
@@ -185,9 +185,9 @@ class TestBrokerFailures:
     @pytest.fixture
     def member(self, kind: type[OnKafka], own_kafka: KafkaBroker) -> Iterator[Member]:
         own_kafka.create_topic("work")
-        self.world = kind(own_kafka)
-        self.world.send("work", "0")
-        member = Member(self.world.client("group"), "work")
+        self.harness = kind(own_kafka)
+        self.harness.send("work", "0")
+        member = Member(self.harness.client("group"), "work")
         with closing(member):
             until(lambda: member.records, "the first comes", member)
             member.patient = True
@@ -201,10 +201,10 @@ class TestBrokerFailures:
         with pytest.raises(ClientError):
             member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
         own_kafka.start()
-        self.world.send("work", "1")
+        self.harness.send("work", "1")
         until(lambda: "1" in member.values(), "it comes", member)
         until(lambda: commits(member, Commit(1, "kser:0,1")), "it commits", member)
-        assert self.world.committed("group", Partition("work", 0)) == Commit(1, "kser:0,1")
+        assert self.harness.committed("group", Partition("work", 0)) == Commit(1, "kser:0,1")
         assert member.values() in (["0", "1"], ["0", "0", "1"])
 
     def test_hanging_broker_delays_neither_commit_nor_close(self, own_kafka: KafkaBroker, member: Member) -> None:

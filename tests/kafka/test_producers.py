@@ -11,7 +11,7 @@ import pytest
 from kser.confluent.producer import Producer as ConfluentProducer
 from kser.python_kafka.producer import Producer as KafkaProducer
 from tests.kafka.broker import Kafka
-from tests.producer_contract import KafkaContract, Sent, Transport, read
+from tests.transports.producer_contract import KafkaContract, Sent, Transport, read
 
 PARTITIONS = 4
 

@@ -29,7 +29,7 @@ from tests.kafka.helpers import (
     wait_until,
 )
 from tests.kafka.test_rebalance import Flow
-from tests.producer_contract import read
+from tests.transports.producer_contract import read
 
 #: Seconds that a client may go without a poll; the longest drain is a third of it.
 INTERVAL = 3.0

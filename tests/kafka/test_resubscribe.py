@@ -29,9 +29,10 @@ class Note(Entrypoint):
 
 
 class Gated(Consumer):
-    """Paused once it has handled so many."""
+    """A consumer that pauses after ``limit`` messages."""
 
     limit = DONE_BEFORE
+    time_source: Clock
 
     @classmethod
     def is_active(cls) -> bool:  # type: ignore[override]
@@ -43,8 +44,8 @@ def consumer(kafka: Kafka, topic: Callable[..., str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(Note, "seen", [])
     name = topic(PARTITIONS)
     put(kafka, name, [Message(str(number), Note.path) for number in range(COUNT)], PARTITIONS)
-    consumer = Gated(config(kafka, name, auto_commit_interval_ms=600_000_000), [name])
-    clock = Clock(consumer)
+    clock = Clock()
+    consumer = Gated(config(kafka, name, auto_commit_interval_ms=600_000_000), [name], clock=clock)
 
     class Slow(Controller):
         ENTRYPOINTS = {Note.path: Note}  # noqa: RUF012
@@ -52,10 +53,11 @@ def consumer(kafka: Kafka, topic: Callable[..., str], monkeypatch: pytest.Monkey
         @classmethod
         def onsuccess(cls, kmsg: Message, result: object) -> object:
             # Every message takes longer than a turn of the loop: the consumer polls with records in hand.
-            clock.pass_by(2)
+            clock.advance(2)
             return result
 
     consumer.REGISTRY = Slow
+    consumer.time_source = clock
     return consumer
 
 
@@ -79,7 +81,7 @@ def test_rebalance_commits_finished_records_and_loses_and_duplicates_nothing(
         until(lambda: len(consumer.client.assignment()) == 2 * PARTITIONS, consumer)
         assert committed(kafka, old, old, PARTITIONS) == DONE_BEFORE
         monkeypatch.setattr(Gated, "limit", 10 * COUNT)
-        consumer._kser_clock.pass_by(2)  # type: ignore[attr-defined]
+        consumer.time_source.advance(2)
         until(lambda: len(Note.seen) >= COUNT, consumer)
         for _ in range(5):
             consumer.step(timeout=0.05)

@@ -1,0 +1,175 @@
+"""Shared harness of the consumer tests: a scripted task on the in-memory transport."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from cdumay_result import Result
+
+from kser.consumer.client import Commit, Partition, RebalanceListener, Record
+from kser.consumer.options import NEVER
+from kser.dummy.broker import DummyClient, InMemoryBroker
+from kser.dummy.consumer import Consumer
+from kser.errors import ClientError
+from kser.sequencing.task import Task
+from tests.support import WAIT_SECONDS, Clock, message
+
+#: Client options that commit after each message.
+MANUAL_COMMIT = {"enable_auto_commit": False}
+
+DICE = Partition("dice", 0)
+
+
+class ScriptedTask(Task):
+    """A task that does what the script has under its uuid: raises it or calls it. A list has one entry per attempt."""
+
+    script: ClassVar[dict[str, Any]] = {}
+    #: The uuids of the attempts, in their order.
+    ran: ClassVar[list[str]] = []
+
+    def run(self) -> Any:
+        self.ran.append(self.uuid)
+        action = self.script.get(self.uuid)
+        if isinstance(action, list):
+            action = action.pop(0) if action else None
+        if isinstance(action, BaseException):
+            raise action
+        found = action() if callable(action) else action
+        return found if isinstance(found, Result) else None
+
+
+def send_messages(*uuids: str, cls: Any = ScriptedTask, key: bytes | None = None, partition: int | None = None) -> None:
+    """Send a message with each uuid to the topic ``dice``."""
+    for uuid in uuids:
+        InMemoryBroker.at("").send("dice", message(cls, uuid=uuid).dumps().encode(), key=key, partition=partition)
+
+
+def new_consumer(config: Mapping[str, Any] | None = None, **options: Any) -> Consumer:
+    """Return a consumer of the topic ``dice``."""
+    return Consumer(config or {}, ["dice"], **options)
+
+
+def committed(partition: int = 0) -> int | None:
+    """Return the committed offset of a partition of the topic ``dice``, None if there is none."""
+    commit = InMemoryBroker.at("").committed.get(("dummy", Partition("dice", partition)))
+    return None if commit is None else commit.offset
+
+
+class SteppedConsumer:
+    """A consumer that commits after each message, and the clock that it reads."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = Clock()
+        self.consumer: Consumer = new_consumer(MANUAL_COMMIT, clock=self.clock, **options)
+
+    def attempts(self, *delays: float) -> list[int]:
+        """Return the number of attempts of a step now, and of one more step after each delay in seconds."""
+        found = [self.consumer.step(timeout=0)]
+        for seconds in delays:
+            self.clock.advance(seconds)
+            found.append(self.consumer.step(timeout=0))
+        return found
+
+
+class FaultyClient(DummyClient):
+    """A group member whose methods raise the faults that a test sets."""
+
+    def __init__(self, broker: InMemoryBroker, group: str | None, *, commits: bool = True) -> None:
+        super().__init__(broker, group, commits=commits)
+        #: The fault of each method by its name: an exception, or the text of a :class:`ClientError`.
+        self.faults: dict[str, Any] = {}
+        #: The timeout, the limit and the paused partitions of each poll.
+        self.polls: list[tuple[float, int, Collection[Partition]]] = []
+        self.commits: list[Mapping[Partition, Commit]] = []
+        self.closed = 0
+
+    def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
+        self._raise_fault("subscribe")
+        super().subscribe(topics, listener)
+
+    def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        self.polls.append((timeout, limit, set(paused)))
+        self._raise_fault("poll")
+        return super().poll(timeout, limit, paused)
+
+    def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
+        self._raise_fault("commit")
+        self.commits.append(commits)
+        super().commit(commits, timeout)
+
+    def lag(self) -> Mapping[Partition, int]:
+        self._raise_fault("lag")
+        return super().lag()
+
+    def close(self, timeout: float) -> None:
+        self.closed += 1
+        if self._listener is not None:
+            super().close(timeout)
+
+    def _raise_fault(self, method: str) -> None:
+        fault = self.faults.get(method)
+        if isinstance(fault, Exception):
+            raise fault
+        if fault is not None:
+            raise ClientError(fault)
+
+
+class FaultyConsumer(Consumer):
+    """A consumer whose clients have faults.
+
+    :param initial_faults: the faults of each new client.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        initial_faults: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        #: All clients; the last one is in use.
+        self.clients: list[FaultyClient] = []
+        self._initial_faults = dict(initial_faults or {})
+        super().__init__(config or {}, ["dice"], **options)
+
+    def _kser_connect(self) -> FaultyClient:
+        self.clients.append(FaultyClient(self.client, self._kser_group, commits=self.options.commit != NEVER))
+        self.clients[-1].faults = dict(self._initial_faults)
+        return self.clients[-1]
+
+    @property
+    def current_client(self) -> FaultyClient:
+        """The client in use."""
+        return self.clients[-1]
+
+
+class ConsumerThread:
+    """A consumer that runs in its own thread inside the ``with`` block, and stops at the end of the block."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer = consumer
+        #: The exception that ended ``run()``, None after a normal return.
+        self.ending: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.consumer.run()
+        except BaseException as exc:
+            self.ending = exc
+
+    def __enter__(self) -> ConsumerThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.consumer.stop()
+        self.join()
+
+    def join(self) -> BaseException | None:
+        """Wait for the end of ``run()``, and return its exception."""
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive(), "the consumer did not end"
+        return self.ending

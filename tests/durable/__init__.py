@@ -1,0 +1,1 @@
+"""Tests of :mod:`kser.durable`: stored operations."""

@@ -1,0 +1,1 @@
+"""Tests of :mod:`kser.sequencing`: without a store."""

@@ -1,0 +1,13 @@
+"""The contract of a store."""
+
+from __future__ import annotations
+
+from tests.store.contract.checkpoint import CheckpointContract
+from tests.store.contract.find import FindContract
+from tests.store.contract.lifecycle import LifecycleContract
+from tests.store.contract.reaper import ReaperContract
+from tests.store.contract.save_and_claim import SaveAndClaimContract
+
+
+class StoreContract(SaveAndClaimContract, CheckpointContract, ReaperContract, LifecycleContract, FindContract):
+    """The whole store contract."""

@@ -1,0 +1,90 @@
+"""Tests of the schema: creation, versions and migrations."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from kser.errors import (
+    SchemaMismatch,
+)
+from kser.store.model import OperationQuery
+from kser.store.sql import SQLStore
+from kser.store.sql.tables import metadata
+from tests.postgres import Database
+from tests.store.harness import (
+    new_operation,
+    unique_name,
+)
+from tests.store.sql.helpers import run_in_processes, set_schema_version
+
+
+def test_sqlite_file_is_created_with_its_tables_on_first_use(path: Path) -> None:
+    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+        assert not path.exists()
+        assert store.get_operation(unique_name()) is None
+        assert path.exists()
+        store.check()
+
+
+def test_concurrent_processes_create_one_sqlite_file(path: Path) -> None:
+    assert run_in_processes(6, "make", f"sqlite:///{path}") == [1] * 6
+    with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
+        assert len(store.find(OperationQuery(status=["SUCCESS"]), 10).rows) == 6
+
+
+@pytest.mark.postgresql
+def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Database) -> None:
+    """Rule 34: the error says what to run."""
+    database.run("ALTER TABLE kser_schema RENAME TO gone")
+    try:
+        with contextlib.closing(SQLStore(database.uri)) as store:
+            for call in (store.check, lambda: store.get_operation(unique_name()), lambda: store.save(new_operation(1))):
+                with pytest.raises(SchemaMismatch, match=r"no tables of kser; run: python -m kser\.store upgrade"):
+                    call()
+    finally:
+        database.run("ALTER TABLE gone RENAME TO kser_schema")
+
+
+@pytest.mark.parametrize(
+    ("version", "oldest", "problem"),
+    [
+        (1, 1, ""),
+        (2, 1, ""),
+        (2, 2, "tables of version 2, which need a newer kser than this one, of version 1"),
+        (0, 0, "tables of version 0, and this kser needs 1; run: python -m kser.store upgrade"),
+    ],
+)
+def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
+    any_store: SQLStore, version: int, oldest: int, problem: str
+) -> None:
+    """Rule 34: incompatible ones are refused with the command to run; newer compatible ones are accepted."""
+    any_store.check()
+    set_schema_version(any_store, version, oldest)
+    try:
+        if not problem:
+            any_store.check()
+            return
+        with pytest.raises(SchemaMismatch, match=problem):
+            any_store.check()
+    finally:
+        set_schema_version(any_store, 1, 1)
+
+
+def test_migrations_create_the_tables_that_the_code_declares(any_store: SQLStore) -> None:
+    any_store.check()
+    with any_store._database.inspect_connection() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"version_table": "kser_migration", "compare_type": True, "include_object": _is_ours}
+        )
+        assert compare_metadata(context, metadata) == []
+
+
+def _is_ours(_object: Any, unique_name: str | None, *_: Any) -> bool:
+    # What alembic and SQLite have for themselves.
+    return not (unique_name or "").startswith(("kser_migration", "sqlite_"))
