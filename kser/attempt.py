@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -24,6 +25,22 @@ TIMED_OUT: Final = "given up"
 
 class AttemptAbandoned(BaseException):
     """A request to stop, raised in an attempt that the consumer has abandoned and whose result would be dropped."""
+
+
+class _UserCodeGuard(AbstractContextManager[object]):
+    """Guard that turns SystemExit, asyncio's CancelledError and similar exceptions of user code into a RuntimeError.
+
+    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
+    the consumer's own :exc:`AttemptAbandoned` pass unchanged, because user code did not raise them.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        if exc is not None and not isinstance(exc, _PASS_THROUGH):
+            raise RuntimeError(f"{exc!r} ended the task") from exc
+
+
+_PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
+user_code_guard = _UserCodeGuard()
 
 
 class Failure(NamedTuple):

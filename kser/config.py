@@ -98,6 +98,13 @@ class Settings:
             raise SettingError(f"{TOPICS} must contain topic names; it is {value!r}")
         return [name.strip() for name in names if name.strip()]
 
+    def first_topic(self, fallback: str) -> str:
+        """Return the first topic of ``KSER_TOPICS``, or ``fallback`` if it is not set.
+
+        :raises SettingError: the value contains something other than topic names.
+        """
+        return next(iter(self.topics), fallback)
+
 
 def _python_value(key: str, value: Any) -> Any:
     """Convert ``value`` to the type that Python clients expect, if JSON and the environment cannot express it."""

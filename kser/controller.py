@@ -19,13 +19,13 @@ from kser.attempt import (
     FAILED,
     UNDECODABLE,
     UNKNOWN_ENTRYPOINT,
-    AttemptAbandoned,
     Deferred,
     Failure,
     current_attempt,
     error_name,
+    user_code_guard,
 )
-from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, schedule_retry
+from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, execute_message, schedule_retry
 from kser.errors import StoreMissing
 from kser.lockfiles import running_file
 from kser.results import failed_result, merge
@@ -38,25 +38,6 @@ Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
 #: Maximum number of unknown names that are remembered and logged. Without a limit, random names could fill the memory.
 MAX_UNKNOWN_NAMES = 1000
-_PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
-
-
-class _UserCodeGuard:
-    """Guard that turns SystemExit, asyncio's CancelledError and similar exceptions of user code into a RuntimeError.
-
-    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
-    the consumer's own :exc:`kser.attempt.AttemptAbandoned` pass unchanged, because user code did not raise them.
-    """
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        if exc is not None and not isinstance(exc, _PASS_THROUGH):
-            raise RuntimeError(f"{exc!r} ended the task") from exc
-
-
-user_code_guard = _UserCodeGuard()
 
 
 class BaseController:
@@ -102,17 +83,17 @@ class BaseController:
         return result
 
     @classmethod
-    def _kser_call_hook(cls, kmsg: Message, result: Any) -> Any:
+    def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
         """Log the outcome of a message and call its hook.
 
         An exception of the hook makes the message fail (decision C13).
 
-        A falsy value in place of a Result counts as a failure, as in kser 0.8. It means that a hook of the entrypoint
-        returned nothing.
+        :param succeeded: whether ``result`` is a success. A falsy value in place of a Result counts as a failure, as in
+            kser 0.8. It means that a hook of the entrypoint returned nothing.
         """
         try:
             with user_code_guard:
-                if result and status.final_status(result) == status.SUCCESS:
+                if succeeded:
                     cls._kser_clear_failure()
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
@@ -193,7 +174,7 @@ class BaseProducer(BaseController):
         # Read the status before the hook runs, because a hook that raises makes the result a failure although the
         # message was sent.
         delivered = status.final_status(result) == status.SUCCESS
-        returned = self._kser_call_hook(kmsg, result)
+        returned = self._kser_call_hook(kmsg, result, delivered)
         if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
         return returned
@@ -247,15 +228,15 @@ class Controller(BaseController):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage failed: {exc}"))
         if not _is_message(kmsg):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage returned {kmsg!r}"))
-        result = cls._kser_process(kmsg)
+        result, succeeded = cls._kser_process(kmsg)
         if type(result) is Deferred:
             return result.result
         attempt = current_attempt.get()
         if attempt is None:
-            return cls._kser_call_hook(kmsg, result)
+            return cls._kser_call_hook(kmsg, result, succeeded)
         attempt.on_finished(attempt.entry)
         # Call no hook before a retry, because the outcome of the message is known only after the last attempt.
-        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result)
+        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result, succeeded)
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
@@ -277,10 +258,11 @@ class Controller(BaseController):
     @classmethod
     def _kser_fail_before_run(cls, kmsg: Message, exc: ValidationError) -> Any:
         _reject_attempt(FAILED, exc)
-        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid))
+        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid), succeeded=False)
 
     @classmethod
-    def _kser_process(cls, kmsg: Message) -> Any:
+    def _kser_process(cls, kmsg: Message) -> tuple[Any, bool]:
+        """Execute a message; return its result, and whether that is a success."""
         try:
             with user_code_guard:
                 try:
@@ -290,11 +272,13 @@ class Controller(BaseController):
                     cls.stop_processing()
             # The code below needs a Result. For any other type, ``final_status`` raises an error whose text contains
             # the type.
-            if not result or type(result) is Deferred or status.final_status(result) == status.SUCCESS:
-                return result
+            if not result:
+                return result, False
+            if type(result) is Deferred or status.final_status(result) == status.SUCCESS:
+                return result, True
         except Exception as exc:
-            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc)
-        return cls._kser_report_failure(kmsg, result)
+            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc), False
+        return cls._kser_report_failure(kmsg, result), False
 
     @classmethod
     def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
@@ -326,7 +310,7 @@ class Controller(BaseController):
         registry = entrypoint._kser_registry
         if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
             return registry._kser_handle_message(kmsg, entrypoint)
-        return entrypoint.from_Message(kmsg).execute()
+        return execute_message(entrypoint, kmsg)
 
     @classmethod
     def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:

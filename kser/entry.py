@@ -243,7 +243,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         """
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
-        self.result = merge(self.result, result)
+        if result is not None:
+            self.result = merge(self.result, result)
         signals.emit(signals.entry_started, type(self), entry=self)
         self._prerun()
         value = self._run()
@@ -314,6 +315,11 @@ class Entrypoint(metaclass=EntrypointMeta):
         :param kwargs: keywords of :meth:`logging.Logger.log`: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
         """
         log_lines.log_message(logger, self, "MESSAGE", message, level, *args, **kwargs)
+
+
+def execute_message(entrypoint: type[Entrypoint], kmsg: Message) -> Any:
+    """Create an object of a class from a message, and return the result of its execution."""
+    return entrypoint.from_Message(kmsg).execute()
 
 
 def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:

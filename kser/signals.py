@@ -28,6 +28,7 @@ import logging
 from typing import Any
 
 from blinker import NamedSignal, Namespace
+from cdumay_result import Result
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,13 @@ task_changed = _signals.signal("task-changed")
 message_refused = _signals.signal("message-refused")
 message_sent = _signals.signal("message-sent")
 dead_lettered = _signals.signal("dead-lettered")
+
+
+def emit_operation_changed(
+    registry: Any, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
+) -> None:
+    """Emit ``operation_changed`` for a change of a root operation's status."""
+    emit(operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=result)
 
 
 def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +14,6 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
-from kser import signals
 from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
@@ -30,7 +28,6 @@ from kser.store.retrying import RetryingStore
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
-    from kser.sequencing.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +99,7 @@ class DurableContext:
         self.settings = DurabilitySettings(registry.settings)
         #: The name of this process as an owner of claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
-        self.loader = EntrypointLoader(lambda path: registry.controller.ENTRYPOINTS.get(path))
+        self.loader = EntrypointLoader(registry)
         self._lock = threading.Lock()
         self._active_claims: dict[int, ActiveClaim] = {}
         #: Steps that were sent and are not recorded as sent yet, each as a pair ``(root_id, epoch)``.
@@ -198,28 +195,6 @@ class DurableContext:
             f" will send it: {result.stderr}"
         )
         return result
-
-    def emit_operation_changed(
-        self, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
-    ) -> None:
-        """Emit the signal for a change of a root's status."""
-        signals.emit(
-            signals.operation_changed,
-            self.registry,
-            uuid=uuid,
-            entrypoint=entrypoint,
-            old=old,
-            new=new,
-            result=result,
-        )
-
-    def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
-        """Return a function that resolves the topic of a task.
-
-        :param fallback: the topic if neither the class of the task nor ``KSER_TOPICS`` names a topic.
-        """
-        default = next(iter(self.registry.settings.topics), fallback)
-        return lambda task: task.TOPIC or default
 
     @property
     def producer(self) -> BaseProducer:

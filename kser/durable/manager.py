@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
+from kser import signals
 from kser import status as states
 from kser.durable.context import DurableContext
 from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
@@ -53,7 +54,7 @@ class OperationManager:
         if result is not None:
             operation.result = result
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        self._save_intent(new_operation(operation, mode, topic, self._context.topic_resolver(topic)), key)
+        self._save_intent(new_operation(operation, mode, topic, self._task_topic(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
         """Accept a distributed operation, that is, save it in the store, and then send its first task.
@@ -65,9 +66,14 @@ class OperationManager:
         # gets an error and the operation is not accepted.
         _ = self._context.producer
         topic = self._context.registry.topic_for(operation)
-        return self._save_intent(
-            new_operation(operation, Mode.DISTRIBUTED, topic, self._context.topic_resolver(topic)), None
-        )
+        return self._save_intent(new_operation(operation, Mode.DISTRIBUTED, topic, self._task_topic(topic)), None)
+
+    def _task_topic(self, topic: str) -> str:
+        """Return the topic of tasks whose class declares none.
+
+        :param topic: topic of their operation.
+        """
+        return self._context.registry.settings.first_topic(topic)
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
         saved = self._store.save(new)
@@ -81,7 +87,7 @@ class OperationManager:
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
         assert isinstance(saved, int), "save() without a claim request returns the id"
-        self._context.emit_operation_changed(new.uuid, new.entrypoint, None, states.PENDING)
+        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
         result = self._context.send(new.target, new.uuid, key=key)
         if states.final_status(result) == states.SUCCESS:
             self._record_sent(saved, 0)
@@ -134,7 +140,7 @@ class OperationManager:
         """
         before = self._require(uuid)
         row = _require_row(uuid, self._store.resume(uuid, before.epoch, uuid4().hex))
-        self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
+        self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
             _ = self._context.producer
         except ProducerMissing as missing:
@@ -155,8 +161,11 @@ class OperationManager:
         before = self._require(uuid)
         row = _require_row(uuid, self._store.cancel(uuid, reason))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
+            self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
+
+    def _emit_changed(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
+        signals.emit_operation_changed(self._context.registry, uuid, entrypoint, old, new)
 
     def _require(self, uuid: str) -> OperationRow:
         return _require_row(uuid, self._store.get_operation(uuid))

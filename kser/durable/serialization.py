@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import status as states
-from kser.entry import Entrypoint
+from kser.entry import Entrypoint, RegistryProtocol
 from kser.errors import StateConflict, UsageError
-from kser.results import copy_result, merge
+from kser.results import copy_result, failed_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
@@ -70,6 +70,64 @@ def result_from_json(text: str | None, uuid: str) -> Result:
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
 
 
+class SerializedOutcome(NamedTuple):
+    """The outcome of a task, as it is stored."""
+
+    #: Result of the task; a failed one in place of a value that cannot be stored.
+    result: Result
+    #: ``result`` as JSON.
+    text: str
+    #: SUCCESS or FAILED.
+    status: str
+    #: The accumulated result of the operation with ``result``, and its JSON.
+    total: Result
+    total_text: str
+    #: The reason why a value cannot be stored; None if it can.
+    error: UsageError | None
+
+
+def serialize_outcome(task: Task, result: Any, accumulated: Result) -> SerializedOutcome:
+    """Return the outcome of a task from the return value of its last hook.
+
+    :param accumulated: the accumulated result of the operation; it gets the result of a successful task.
+    """
+    stored, text, error = serializable_result(task, result)
+    status = states.final_status(stored)
+    return SerializedOutcome(stored, text, status, *add_result(accumulated, stored, status), error)
+
+
+def serialize_failure(failed: Result, accumulated: Result) -> SerializedOutcome:
+    """Return the outcome of a task that failed without an attempt.
+
+    :raises kser.errors.UsageError: the result has no JSON form.
+    """
+    text = result_to_json(failed, "a task")
+    total = add_result(accumulated, failed, states.FAILED)
+    return SerializedOutcome(failed, text, states.FAILED, *total, None)
+
+
+def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageError | None]:
+    """Return a result, its JSON and None; for a value without a JSON form, a failed result, its JSON and the error."""
+    try:
+        if not isinstance(result, Result):
+            raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
+        return result, result_to_json(result, task), None
+    except UsageError as error:
+        failed = failed_result(error, task.uuid)
+        return failed, result_to_json(failed, "a failure"), error
+
+
+def add_result(accumulated: Result, result: Result, status: str) -> tuple[Result, str]:
+    """Add the result of a task to the accumulated result of its operation, and return the sum and its JSON.
+
+    A failure leaves ``accumulated`` unchanged.
+
+    :param status: status of the task.
+    """
+    total = merge(accumulated if status == states.SUCCESS else copy_result(accumulated), result)
+    return total, result_to_json(total, total.uuid)
+
+
 def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the searchable metadata of an operation: short keys and short scalar values."""
     pairs = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
@@ -109,17 +167,17 @@ def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> Non
 
 
 def new_operation(
-    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], original_params: str | None = None
+    operation: Operation, mode: str, topic: str, task_topic: str, original_params: str | None = None
 ) -> NewOperation:
     """Return the row of a new operation, including its tasks and nested operations.
 
     :param topic: topic for messages about the operation as a whole.
-    :param topic_of: returns the topic of a task.
+    :param task_topic: topic of each task whose class declares no topic.
     :param original_params: params of the original message as JSON. With them, a redelivered message is recognised.
     :raises kser.errors.UsageError: a value has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
-    tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
+    tasks = new_tasks(operation.tasks, mode, task_topic) if built else None
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
     if original_params is not None and not json_equal(original_params, params):
         metadata = {**metadata, ORIGINAL_PARAMS_KEY: original_params}
@@ -129,9 +187,10 @@ def new_operation(
         total = merge(total, task.result)
     ahead = (tasks or [])[len(done) :]
     first = ahead[0] if ahead and mode == Mode.DISTRIBUTED else None
+    path = type(operation).path
     return NewOperation(
         uuid=operation.uuid,
-        entrypoint=type(operation).path,
+        entrypoint=path,
         mode=mode,
         topic=topic,
         overrides=overrides_of(type(operation)),
@@ -143,23 +202,26 @@ def new_operation(
         phase=Phase.BUILD if tasks is None else Phase.RUN_TASK if ahead else Phase.END_SUCCESS,
         target=StepMessage(first.uuid, first.entrypoint, first.topic)
         if first
-        else StepMessage(operation.uuid, type(operation).path, topic),
+        else StepMessage(operation.uuid, path, topic),
         step=len(done),
     )
 
 
-def new_tasks(tasks: Sequence[Task], mode: str, topic_of: Callable[[Task], str]) -> list[NewTask]:
-    """Return the rows of an operation's new tasks."""
-    return [_new_task(task, mode, topic_of) for task in tasks]
+def new_tasks(tasks: Sequence[Task], mode: str, task_topic: str) -> list[NewTask]:
+    """Return the rows of an operation's new tasks.
+
+    :param task_topic: topic of each task whose class declares no topic.
+    """
+    return [_new_task(task, mode, task_topic) for task in tasks]
 
 
-def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask:
-    topic = topic_of(task)
+def _new_task(task: Task, mode: str, task_topic: str) -> NewTask:
+    topic = task.TOPIC or task_topic
     child = None
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
         # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
-        child = replace(new_operation(task, mode, topic, topic_of), phase=Phase.BUILD)
+        child = replace(new_operation(task, mode, topic, task_topic), phase=Phase.BUILD)
     return NewTask(
         uuid=task.uuid,
         entrypoint=type(task).path,
@@ -189,11 +251,16 @@ def _is_blank(result: Result) -> bool:
 class EntrypointLoader:
     """Loader, which finds entrypoint classes by path and builds objects from rows.
 
-    :param lookup: returns the class with a path, or None if no such class is registered here.
+    :param registry: the registry of the classes.
     """
 
-    def __init__(self, lookup: Callable[[str], type[Entrypoint] | None]) -> None:
-        self.lookup = lookup
+    def __init__(self, registry: RegistryProtocol) -> None:
+        self._registry = registry
+
+    def lookup(self, path: str) -> type[Entrypoint] | None:
+        """Return the class with a path, or None if no such class is registered here."""
+        found: type[Entrypoint] | None = self._registry.controller.ENTRYPOINTS.get(path)
+        return found
 
     def operation(self, row: OperationRow) -> Operation:
         """Build an operation without tasks from its row.

@@ -141,7 +141,7 @@ class OperationRegistry:
 
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        resolved = topic or task.TOPIC or next(iter(self.settings.topics), None)
+        resolved = topic or task.TOPIC or self.settings.first_topic("")
         if not resolved:
             raise TopicMissing(
                 f"there is no topic to send {type(task).path} to: pass send(topic=...), set TOPIC on the class, or set"
