@@ -1,4 +1,4 @@
-"""The shared database that stores operations."""
+"""The stores of operations: a shared database, or the memory of one process for tests."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from kser.store.memory import MemoryStore
 
 
 def open_store(uri: str, **options: Any) -> Store:
-    """Return the store at an address.
+    """Return the store for a database URI.
 
-    :param uri: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/database`` (any form that SQLAlchemy accepts for
-        SQLite and PostgreSQL), or ``memory://`` for a store that ends with the process.
-    :param options: see :class:`kser.store.sql.SQLStore`.
+    :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy
+        accepts; or ``memory://`` for a :class:`kser.store.memory.MemoryStore`, whose operations are lost when the
+        process ends.
+    :param options: keyword arguments of :class:`kser.store.sql.SQLStore`; with ``memory://``, they have no effect.
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: SQLAlchemy or the driver is not installed.
     """

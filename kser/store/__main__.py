@@ -5,7 +5,7 @@
     python -m kser.store upgrade [--uri URI]    create the tables, or upgrade them to this version
     python -m kser.store status [--uri URI]     show the version; exit status 1 when kser cannot use the tables
 
-Without ``--uri`` the address is the value of ``KSER_DATABASE_URI``.
+Without ``--uri``, the address is the value of ``KSER_DATABASE_URI``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ OK, FAILED = 0, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command given on the command line, and return the exit status."""
+    """Run a command, and return the exit status of the process.
+
+    :param arguments: the command and its options; None stands for the command-line arguments of the process.
+    """
     options = _parser().parse_args(arguments)
     try:
         database = _database(options.uri)

@@ -1,22 +1,24 @@
 """The contract of every store of operations.
 
-A store holds rows (:mod:`kser.store.model`) and updates them. It does not decide which steps an operation has and in
-which order the steps run, because :mod:`kser.durable` decides that.
+A store holds rows (:mod:`kser.store.model`) and updates them. The store does not decide which steps an operation has,
+or in which order the steps run; :mod:`kser.durable` decides that. In this package, a *root* is a root operation.
 
-**Time.** Every time is a number of seconds since 1970, by the store's clock. Only the store reads this clock. Callers
-pass durations in seconds instead of times.
+**Time.** Every time in a row is a number of seconds since 1970, by the store's clock. Only the store reads this clock.
+So callers pass durations in seconds, and no times.
 
-**Fencing.** A *claim* increments the ``epoch`` of a root, and the release of a claim increments ``epoch`` again. Every
-write of a worker contains the epoch of its claim. If another worker has claimed the root since then, the write changes
-nothing and raises :class:`kser.errors.FencedError`.
+**Fencing.** A claim increments the ``epoch`` of a root, and the release of the claim increments ``epoch`` again. Every
+checkpoint contains the epoch of the claim under which its worker ran the step. If the root has another epoch, because
+another worker has claimed the root, the checkpoint changes nothing and raises :class:`kser.errors.FencedError`.
 
-**Next check.** ``next_check_at`` is the time at which the reaper checks a root. While the root is claimed, it is the
-end of the lease. Otherwise it is the time at which the reaper sends the step, for the first time or again. It is None
-once the operation has ended.
+**Next check.** ``next_check_at`` is the time at which the reaper checks a root. While a consumer holds a claim on the
+root, ``next_check_at`` is the end of the lease. While no consumer holds a claim, ``next_check_at`` is the time at which
+the reaper sends the message of the current step, for the first time or again. After the operation has ended,
+``next_check_at`` is None.
 
-**Repeated calls.** After :class:`kser.errors.StoreUnavailable`, the caller cannot know whether the call took effect. So
-the caller may repeat each call with the same arguments. If the first call took effect, the repeated call returns the
-same value.
+**Repeated calls.** If a call raises :class:`kser.errors.StoreUnavailable`, the caller cannot know whether the call took
+effect. So the caller may repeat the call with the same arguments. If the first call of ``claim``, ``checkpoint``,
+``cancel``, ``resume``, or ``save`` with a claim request took effect, the second call returns the value that the first
+call would have returned.
 """
 
 from __future__ import annotations
@@ -40,42 +42,45 @@ from kser.store.model import (
 
 
 class Store(ABC):
-    """A database of operations. All methods are thread-safe.
+    """A store of operations. All methods are thread-safe.
 
     Every method raises :class:`kser.errors.StoreUnavailable` if the database cannot be reached or cannot be used now,
     and :class:`kser.errors.StoreError` if the database rejects the call.
     """
 
-    #: The address without passwords, for logs and error texts.
+    #: The address of the store without passwords, for logs and error texts.
     name: str
 
     @abstractmethod
     def check(self) -> None:
         """Check that the database has the schema that this code needs.
 
-        :raises kser.errors.SchemaMismatch: the schema is missing or incompatible; the error names the command to run.
+        :raises kser.errors.SchemaMismatch: the schema is missing or incompatible; the error text names the command that
+            creates or upgrades it.
         """
 
     @abstractmethod
     def save(self, operation: NewOperation, request: ClaimRequest | None = None) -> Claim | ClaimRefused | int:
-        """Store an operation with all its tasks, and claim it if ``request`` is given, in one transaction.
+        """Store an operation with all its tasks; if ``request`` is given, claim the operation in the same transaction.
 
-        After the call, the first step is ready and is not sent yet. If the caller does not send the step, the reaper
-        does. A claim on an operation that this call stored is always granted.
+        After the call, the first step is ready to run, but no message has been sent for the step. If the caller does
+        not send this message, the reaper sends it. If the call stores the operation, it also grants the requested
+        claim.
 
-        :return: the claim, or the ``id`` of the operation if ``request`` is None. If the uuid is already stored, the
-            call changes nothing and returns a ClaimRefused (``stale``), even if the operations are identical.
+        :return: the claim, or the ``id`` of the operation if ``request`` is None. If an operation with this uuid is
+            already stored, the call changes nothing and returns a ClaimRefused (``stale``), even if the two operations
+            are identical, unless an earlier call with the same ``request`` stored the operation.
         """
 
     @abstractmethod
     def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
-        """Claim a root if ``step`` is the uuid of its current :class:`kser.store.model.StepMessage`.
+        """Claim a root if ``step`` is the uuid in the :class:`kser.store.model.StepMessage` of its current step.
 
-        The claim is one compare-and-set. It succeeds if the status is PENDING or RUNNING, the root has no owner or its
-        lease has expired, and ``due_at`` has passed. It increments ``epoch`` and ``claim_count``, sets the status to
-        RUNNING, stores the owner, the token and the end of the lease, and stores ``started_at`` at the first claim. It
-        changes nothing else. A claim also succeeds if ``claim_count`` has already reached ``max_claims``; such a claim
-        is marked as ``exhausted``.
+        The claim is one compare-and-set. The store grants the claim if the status is PENDING or RUNNING, ``due_at`` has
+        passed, and either the root has no owner or the owner's lease has expired. A granted claim increments ``epoch``
+        and ``claim_count``, sets the status to RUNNING, and stores the owner, the token and the end of the lease. The
+        first claim on a root also stores ``started_at``. A claim changes no other column. If ``claim_count`` has
+        already reached ``max_claims``, the store still grants the claim, and marks the claim as ``exhausted``.
 
         :param uuid: uuid of the root.
         :return: the claim, or the refusal with its reason, or None if no root with this uuid is stored.
@@ -83,15 +88,15 @@ class Store(ABC):
 
     @abstractmethod
     def get_operation(self, uuid: str) -> OperationRow | None:
-        """Return the row of an operation, which may be a root or nested, or None if the operation is not stored."""
+        """Return the row of a root or nested operation, or None if no operation with this uuid is stored."""
 
     @abstractmethod
     def get_tasks(self, operation_id: int) -> Sequence[TaskRow]:
-        """Return the tasks of an operation, ordered by position."""
+        """Return the rows of an operation's tasks, ordered by position."""
 
     @abstractmethod
     def get_task(self, operation_id: int, position: int) -> TaskRow | None:
-        """Return the task of an operation at a position, or None if the operation has no task there."""
+        """Return the row of the task at a position of an operation, or None if the operation has no such position."""
 
     @abstractmethod
     def get_children(self, root_id: int) -> Sequence[OperationRow]:
@@ -102,27 +107,31 @@ class Store(ABC):
         """Record the outcome of a step.
 
         The store records the checkpoint only if the root is RUNNING, the epoch of the root equals the epoch of the
-        checkpoint, and every operation is at the ``stored_step`` and ``stored_phase`` of its update. If cancellation of
-        the root was requested, the root becomes CANCELLED in the same transaction, whatever status its own update
-        contains. The task outcomes and the other updates are still recorded, and nested operations that have not ended
-        by then become CANCELLED too. An event ``ended`` with CANCELLED replaces the event ``ended`` of the root in
-        ``events``.
+        checkpoint, and each operation in ``updates`` is at the ``stored_step`` and ``stored_phase`` of its update.
 
-        Releasing the claim increments ``epoch``. The end of the operation releases the claim too. After a release, the
-        step is ready after ``delay`` seconds, and the reaper checks it at that time. Without a delay, the step is ready
-        immediately, and the reaper checks it after :data:`kser.store.model.RESEND_UNSENT_AFTER` seconds. The checkpoint
-        sets ``claim_count`` and ``send_count`` to 0, and sets ``ended_at`` of each operation that ends. Checkpoints of
-        several threads may share a transaction. The rejection of one checkpoint does not affect the others.
+        If a client has requested to cancel the root, the root becomes CANCELLED in the same transaction, whatever
+        status the root's update contains. The store still records the task outcomes and the updates of nested
+        operations. Then the nested operations that have not ended become CANCELLED too. The store drops the root's
+        event ``ended`` from ``events``, and adds an event ``ended`` with the text CANCELLED.
 
-        :return: the status of the root.
-        :raises kser.errors.FencedError: another worker has claimed the root, or the root has ended. Nothing was
-            recorded.
-        :raises kser.errors.StoreError: the database rejects the data. Nothing was recorded.
+        A checkpoint with ``keep=False``, or a checkpoint that ends the root, releases the claim and increments
+        ``epoch``. If the root has not ended, its next step is ready ``delay`` seconds after the release, and the reaper
+        checks the root at that time. If ``delay`` is 0, the step is ready immediately, and the reaper checks the root
+        after :data:`kser.store.model.RESEND_UNSENT_AFTER` seconds.
+
+        Every checkpoint sets ``claim_count`` and ``send_count`` to 0, and sets ``ended_at`` of each operation that
+        ends. One transaction may record checkpoints of several threads. If the store rejects one of these checkpoints,
+        it still records the others.
+
+        :return: the status of the root after the checkpoint.
+        :raises kser.errors.FencedError: another worker has claimed the root, or the root has ended. The store recorded
+            nothing.
+        :raises kser.errors.StoreError: the database rejects the data. The store recorded nothing.
         """
 
     @abstractmethod
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Renew the leases of claims, including expired leases, so that they end ``lease`` seconds from now.
+        """Set the end of the leases of claims to ``lease`` seconds from now, even if a lease has expired.
 
         :param claims: the claims, each as a pair ``(root_id, epoch)``.
 
@@ -132,61 +141,63 @@ class Store(ABC):
 
     @abstractmethod
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        """Record that the current steps of roots were sent; claimed roots are unchanged.
+        """Record that messages for the current steps of roots were sent. Claimed roots stay unchanged.
 
-        :param steps: the roots, each as a pair ``(root_id, epoch)``.
+        :param steps: the steps, each as a pair ``(root_id, epoch)`` of its root.
 
-        :param resend_after: seconds after which the reaper sends a step again if no consumer has claimed it. The delay
-            doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
+        :param resend_after: seconds after which the reaper sends a message again if no consumer has claimed the root.
+            This delay doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
         """
 
     @abstractmethod
     def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        """Reserve roots whose steps are due for sending, so that no other caller sends these steps.
+        """Reserve due steps, so that no other caller sends their messages, and return these steps.
 
-        The caller has :data:`kser.store.model.SEND_GRACE` seconds to send a step and to record the send with
-        :meth:`mark_sent`. A root with an expired lease loses its owner, but the epoch of that owner stays valid until
-        the next claim. The store adds an event to each reserved root.
+        The caller has :data:`kser.store.model.SEND_GRACE` seconds to send the message of a step and to record the send
+        with :meth:`mark_sent`. If a lease has expired, the call removes the owner from the row of the root. The
+        checkpoints of this owner are still accepted until the next claim. The call adds an event ``sent-again`` to each
+        root.
 
-        :param expired: True to include roots whose lease has expired.
+        :param expired: True to reserve also the steps of roots whose lease has expired.
         """
 
     @abstractmethod
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """Postpone steps that could not be sent: they become due in ``wait`` seconds.
+        """Set steps whose messages could not be sent to be due again in ``wait`` seconds.
 
-        :param steps: the roots, each as a pair ``(root_id, epoch)``.
+        :param steps: the steps, each as a pair ``(root_id, epoch)`` of its root.
         """
 
     @abstractmethod
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
-        """Cancel a root. A root that has ended is unchanged.
+        """Cancel a root. A root that has ended stays unchanged.
 
         If the root has no valid lease, the root and all nested operations that have not ended become CANCELLED
-        immediately; the call increments ``epoch`` and clears the token. If the root has a valid lease, the call sets
-        ``cancel_requested``, and the next checkpoint cancels the root.
+        immediately; the call also increments ``epoch`` and clears the token. If the root has a valid lease, the call
+        sets ``cancel_requested``, and the next checkpoint cancels the root.
 
         :return: the row of the root after the call, or None if no root with this uuid is stored.
         """
 
     @abstractmethod
     def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
-        """Resume a FAILED or CANCELLED root at its first task that is not SUCCESS.
+        """Resume a FAILED or CANCELLED root at its first task whose status is not SUCCESS.
 
-        If that task is an operation that has started, the same rule selects a task in it, down to the innermost
-        operation. Each selected task becomes PENDING and current (phase RUN_TASK), with a blank result, and
-        ``attempts_before_resume`` is set to its number of attempts. The operations that contain the selected tasks
-        become RUNNING. An operation that was never built gets the phase BUILD. An operation whose tasks are all SUCCESS
-        gets the phase END_SUCCESS.
+        If this task is a nested operation that has started, the call also selects the first task of the nested
+        operation whose status is not SUCCESS, and so on, down to the innermost operation. Each selected task becomes
+        PENDING with a blank result, and its ``attempts_before_resume`` is set to the number of its attempts. The
+        operations that contain the selected tasks become RUNNING, and get the phase RUN_TASK at the selected task. If
+        the innermost operation was never built, it gets the phase BUILD; if all of its tasks are SUCCESS, it gets the
+        phase END_SUCCESS.
 
-        The call increments ``epoch`` and stores ``token``. It clears the result, the end and the cancellation, and sets
-        ``claim_count`` and ``send_count`` to 0. The step is then ready and not sent. In a distributed root, the step
-        message is the message of the task, or of the operation to build or end. In a local root, the step message stays
-        the message of the root.
+        The call increments ``epoch``, stores ``token``, clears ``result``, ``ended_at``, ``cancel_requested`` and
+        ``cancel_reason``, and sets ``claim_count`` and ``send_count`` to 0. After the call, the current step is ready
+        to run, but no message has been sent for the step. In a distributed root, this message names the selected task,
+        or the operation to build or end. In a local root, the message names the root.
 
         :param epoch: the epoch in the row that the caller has read.
-        :param token: the random token of this resume. A repeated call has the same token and changes nothing. A
-            concurrent call has another token and is rejected.
+        :param token: the random token of this resume. If the caller repeats the call with the same token, the second
+            call changes nothing. A concurrent call of another caller has another token, so the store rejects it.
         :return: the row of the root after the call, or None if no root with this uuid is stored.
         :raises kser.errors.StateConflict: the root is neither FAILED nor CANCELLED, or its epoch is not ``epoch``
             because the root has changed since the caller read it.
@@ -194,24 +205,26 @@ class Store(ABC):
 
     @abstractmethod
     def snapshot(self, uuid: str) -> OperationSnapshot | None:
-        """Return the full snapshot of an operation, which may be a root or nested, or None if it is not stored."""
+        """Return the full snapshot of a root or nested operation, or None if no operation with this uuid is stored."""
 
     @abstractmethod
     def find(self, query: OperationQuery, limit: int, after: str | None = None) -> Page:
         """Return a page of the operations that match a query, newest first.
 
-        :param after: the cursor of the previous page.
+        :param after: the cursor of the previous page; None for the first page.
         :raises kser.errors.UsageError: ``after`` is not a cursor.
         """
 
     @abstractmethod
     def purge(self, older_than: float, status: Collection[str], limit: int) -> int:
-        """Delete at most ``limit`` ended roots, with all rows that belong to them.
+        """Delete at most ``limit`` roots that have ended, with all rows that belong to these roots.
 
-        :param older_than: seconds that must have passed since a root ended.
-        :return: the number of deleted roots. A number below ``limit`` means that no more such roots are left.
+        :param older_than: minimum number of seconds since the end of a root.
+        :param status: the final statuses of the roots to delete.
+        :return: the number of deleted roots. A number below ``limit`` means that no root is left that meets the
+            conditions.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release all resources."""
+        """Release all resources of the store, such as connections."""

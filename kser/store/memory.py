@@ -1,4 +1,4 @@
-"""A store in the memory of one process, for tests: the shortest implementation of the contract."""
+"""A store in the memory of one process, for tests. It is the shortest implementation of the contract of a store."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from kser.store.transitions import (
 class MemoryStore(Store):
     """A store in the memory of this process.
 
-    :param clock: returns the time, in seconds since 1970.
+    :param clock: function that returns the current time in seconds since 1970.
     """
 
     name = "memory://"
@@ -72,7 +72,7 @@ class MemoryStore(Store):
         self._last_id = 0
 
     def check(self) -> None:
-        """Do nothing: a store in memory has no schema version."""
+        """Do nothing, because a store in memory has no schema."""
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class MemoryStore(Store):
             return self._store(finish_checkpoint(self._operations[root.id], checkpoint, now)).status
 
     def _is_recorded(self, root: OperationRow, checkpoint: Checkpoint) -> bool:
-        """Return whether an earlier call, whose response was lost, has already recorded this checkpoint."""
+        """Return whether an earlier call, whose response was lost, has already recorded ``checkpoint``."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -331,7 +331,7 @@ class MemoryStore(Store):
             return self._store(root)
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
-        """Move an operation back to its first task that is not SUCCESS, and return the message of the step to run."""
+        """Set an operation to its first task whose status is not SUCCESS, and return the message of the step to run."""
         rows = self._tasks[row.id]
         step = next((task.position for task in rows if task.status != states.SUCCESS), None)
         row = row._replace(status=states.RUNNING, result=None, ended_at=None)
@@ -370,7 +370,7 @@ class MemoryStore(Store):
             return len(old)
 
     def close(self) -> None:
-        """Do nothing: a store in memory holds no external resources."""
+        """Do nothing, because a store in memory holds no external resources."""
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -384,7 +384,7 @@ class MemoryStore(Store):
 
 
 def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:
-    """Return tasks, including those of the operations nested in them."""
+    """Return ``tasks`` and, recursively, the tasks of the operations among them."""
     every: list[NewTask] = []
     for task in tasks:
         every += (task, *_all_tasks((task.child.tasks or ()) if task.child else ()))

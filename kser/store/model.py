@@ -1,16 +1,18 @@
 """The data types of a store: the rows of its tables, and the requests that change these rows.
 
 ============== =====================================================================================================
-operation      one row per operation. The row of a *root* (an operation that is not a task of another one) holds the
-               one claim for itself and all operations nested in it: owner, token, epoch and ``next_check_at``
-task           the tasks of an operation, numbered from 0. A task that is an operation has an operation row too
-attempt        the outcome of each attempt at a task; append-only
-event          the history of a root, one row per event; append-only
-label          the searchable metadata of an operation
+operation      one row per operation. The row of a *root* (a root operation) also holds the claim on the root and on
+               all operations nested in the root: owner, token, epoch and ``next_check_at``
+task           one row per task of an operation. Positions count from 0. A task that is itself an operation also has
+               a row in the table of operations
+attempt        one row per attempt at a task, with the outcome of the attempt; append-only
+event          one row per event in the history of a root; append-only
+label          one row per pair of key and value in the searchable metadata of an operation
 ============== =====================================================================================================
 
-Types that have an instance for each row or checkpoint are named tuples, because it takes more than twice as long to
-build a frozen dataclass. With dataclasses for a checkpoint and its parts, a step took 1.5 to 4 % longer.
+The types that the store instantiates for each row or checkpoint are named tuples, because the creation of a frozen
+dataclass takes more than twice as long. In a benchmark with dataclasses for a checkpoint and its parts, a step took 1.5
+to 4 % longer.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from typing import Final, NamedTuple
 
 
 class Mode(StrEnum):
-    """How an operation runs."""
+    """The execution mode of an operation."""
 
-    #: All steps run in one consumer.
+    #: Local: one consumer runs all steps.
     LOCAL = "local"
-    #: Each step is sent as a message. Any consumer that knows the class of the step can run it.
+    #: Distributed: kser sends a message for each task, and any consumer in which the class of the task is registered
+    #: can run the task.
     DISTRIBUTED = "distributed"
 
 
 class Phase(StrEnum):
-    """The next action of an operation. The values of the two ends equal the final statuses SUCCESS and FAILED."""
+    """The next action of an operation. The values of the END members are the final statuses SUCCESS and FAILED."""
 
     #: Build the tasks.
     BUILD = "BUILD"
@@ -39,53 +42,53 @@ class Phase(StrEnum):
     RUN_TASK = "RUN_TASK"
     #: Choose the task that follows ``step``.
     CHOOSE_NEXT = "CHOOSE_NEXT"
-    #: End with SUCCESS.
+    #: End the operation with the status SUCCESS.
     END_SUCCESS = "SUCCESS"
-    #: End with FAILED.
+    #: End the operation with the status FAILED.
     END_FAILED = "FAILED"
 
 
 class RefusalReason(StrEnum):
-    """The reason why a claim is refused."""
+    """The reason why the store refuses a claim."""
 
     #: The operation has ended.
     ENDED = "ended"
     #: Another owner has a valid lease.
     HELD = "held"
-    #: The step is not due yet.
+    #: The current step waits for a retry, and its ``due_at`` is in the future.
     WAITING = "waiting"
-    #: Another step is current.
+    #: The request names a step that is not the current step, or an operation to save that is already stored.
     STALE = "stale"
 
 
-#: Seconds after which the reaper sends a step that is ready and not marked as sent.
+#: Seconds after which the reaper sends a step that is ready to run and is not marked as sent.
 RESEND_UNSENT_AFTER: Final = 3.0
 
-#: Seconds that a reaper has to send a step that it has reserved. After that, another reaper may reserve the step.
+#: Seconds that a reaper has to send a step that it has reserved. After this time, another reaper may reserve the step.
 SEND_GRACE: Final = 10.0
 
-#: Longest delay in seconds before an unclaimed step is sent again.
+#: Maximum number of seconds before the reaper sends an unclaimed step again.
 MAX_RESEND_DELAY: Final = 3600.0
 
-#: Maximum length of the error in an attempt row, in characters.
+#: Maximum length of the error text in an attempt row, in characters.
 MAX_ERROR_LENGTH: Final = 2000
 
 
 class DueReason(StrEnum):
     """The reason why the reaper must send a step."""
 
-    #: The lease of the owner expired.
+    #: The lease of the root's owner has expired.
     EXPIRED = "lease-expired"
-    #: The step is ready and was not marked as sent.
+    #: The step is ready to run, and is not marked as sent.
     UNSENT = "unsent"
-    #: The delay of a retry is over.
+    #: The step waited for a retry, and the delay before this retry has passed.
     RETRY = "retry-due"
     #: The step was sent, and no consumer has claimed it.
     UNCLAIMED = "unclaimed"
 
 
 class StepMessage(NamedTuple):
-    """The message that starts a step: of a task to run, or of an operation to build, advance or end."""
+    """The message that starts a step. It names the task to run, or the operation to build, advance or end."""
 
     uuid: str
     entrypoint: str
@@ -93,23 +96,27 @@ class StepMessage(NamedTuple):
 
 
 class OperationRow(NamedTuple):
-    """The row of an operation. JSON columns hold text in the format of messages: ASCII, and possibly ``NaN``."""
+    """The row of an operation.
 
-    #: The id of the operation. Operations that are created later have higher ids.
+    A JSON column holds the same kind of JSON text as a message: ASCII, and possibly the number ``NaN``.
+    """
+
+    #: The id of the operation. Ids increase with the time of creation.
     id: int
     uuid: str
     entrypoint: str
-    #: ``parent_id`` is the ``id`` of the parent operation, or None for a root. ``root_id`` is the ``id`` of the root; a
-    #: root has its own ``id`` here.
+    #: ``parent_id`` is the ``id`` of the parent operation, or None for a root. ``root_id`` is the ``id`` of the root;
+    #: in the row of a root, ``root_id`` equals ``id``.
     parent_id: int | None
     root_id: int
     mode: str
     topic: str
-    #: Bits of ``kser.durable.serialization.ENDS`` and ``CHOOSES``: the methods that the class overrides.
+    #: The flags ``ENDS`` and ``CHOOSES`` of :mod:`kser.durable.serialization`, which state the methods that the class
+    #: overrides.
     overrides: int
-    #: JSON object.
+    #: The params as a JSON object.
     params: str
-    #: JSON object.
+    #: The metadata as a JSON object.
     metadata: str
     status: str
     #: The next action: BUILD, RUN_TASK, CHOOSE_NEXT, END_SUCCESS or END_FAILED.
@@ -118,7 +125,7 @@ class OperationRow(NamedTuple):
     step: int
     #: Number of tasks; None before the tasks are built.
     task_count: int | None
-    #: JSON of the accumulated result of all tasks that have run.
+    #: JSON of the accumulated result.
     accumulated: str
     #: JSON of the final result; None before the operation has a final result.
     result: str | None
@@ -130,13 +137,14 @@ class OperationRow(NamedTuple):
     cancel_reason: str | None
     # -- only used in roots --
     epoch: int
-    #: The process that has claimed the root; None when it is not claimed.
+    #: The process that holds the claim on the root; None if no process holds a claim.
     owner: str | None
     #: Token of the last claim or resume.
     token: str | None
-    #: Time of the reaper's next check; None once the operation has ended.
+    #: Time of the reaper's next check; None after the operation has ended.
     next_check_at: float | None
-    #: Earliest time of the next claim. While an operation waits for a retry, this time is in the future.
+    #: Earliest time at which a consumer may claim the root. While an operation waits for a retry, this time is in the
+    #: future.
     due_at: float
     #: Number of claims since the last checkpoint or resume.
     claim_count: int
@@ -144,7 +152,7 @@ class OperationRow(NamedTuple):
     #: send.
     send_count: int
     sent_at: float | None
-    #: The message that is sent for the current step.
+    #: The message that starts the current step.
     target: StepMessage
 
 
@@ -159,15 +167,15 @@ class TaskRow(NamedTuple):
     params: str
     metadata: str
     status: str
-    #: JSON of the initial result before the task has ended, and of the final result after that; None for a blank
-    #: result.
+    #: Until the task ends: its initial result as JSON. After the end of the task: its final result as JSON. None stands
+    #: for a blank result.
     result: str | None
     #: Number of recorded attempts.
     attempts: int
     #: If the task is an operation, the ``id`` of this operation; None for a plain task.
     child_id: int | None
-    #: Number of recorded attempts at the time of the last resume. A retry policy counts only the attempts after a
-    #: resume.
+    #: Number of recorded attempts at the time of the last resume. A retry policy counts only the attempts after the
+    #: last resume.
     attempts_before_resume: int
 
 
@@ -181,7 +189,7 @@ class AttemptRow(NamedTuple):
     epoch: int
     #: SUCCESS or FAILED.
     status: str
-    #: ``host:process:random`` of the consumer that made the attempt.
+    #: Owner name of the process that made the attempt: ``host:process id:random text``.
     consumer: str
     started_at: float
     ended_at: float
@@ -190,14 +198,14 @@ class AttemptRow(NamedTuple):
 
 
 class EventRow(NamedTuple):
-    """The row of one event of a root, or of a task or operation nested in it."""
+    """The row of one event, which describes a root, or a task or operation nested in the root."""
 
     root_id: int
     at: float
     #: A key of :data:`EVENTS`.
     kind: str
     epoch: int
-    #: The consumer that caused the event; None if a request from outside a consumer caused it.
+    #: The consumer that caused the event; None if a client caused the event.
     consumer: str | None
     #: The uuid of the task or nested operation that the event describes; None if the event describes the root.
     uuid: str | None
@@ -232,10 +240,9 @@ class NewTask:
     params: str
     metadata: str
     result: str | None
-    #: If the task is an operation, this operation; None for a plain task.
+    #: The operation to store for a task that is an operation; None for a plain task.
     child: NewOperation | None = None
-    #: PENDING, or SUCCESS for a task that has already run. In the second case, ``result`` is the final result of the
-    #: task.
+    #: PENDING, or SUCCESS if the task has already succeeded. With SUCCESS, ``result`` is the final result of the task.
     status: str = "PENDING"
 
 
@@ -251,15 +258,15 @@ class NewOperation:
     params: str
     metadata: str
     accumulated: str
-    #: The tasks; None if a consumer builds them later, in the phase BUILD.
+    #: The tasks; None if a consumer must build the tasks in the phase BUILD.
     tasks: Sequence[NewTask] | None
     #: Searchable metadata.
     labels: Sequence[tuple[str, str]]
-    #: BUILD or RUN_TASK, or END_SUCCESS for an operation without tasks.
+    #: The first phase: BUILD, RUN_TASK, or END_SUCCESS if the operation has no task left to run.
     phase: str
     #: The message of the first step; only used in roots.
     target: StepMessage
-    #: Position of the first task that has not run yet.
+    #: Position of the first task that has not succeeded yet.
     step: int = 0
 
 
@@ -267,13 +274,14 @@ class NewOperation:
 class ClaimRequest:
     """A request for a claim."""
 
-    #: The identifier of the claiming process. It is created at the start of the process, and has a random part.
+    #: The owner name of the process that requests the claim. Every process start creates a new name with a random part.
     owner: str
-    #: The random token of this claim. A repeated call has the same token.
+    #: The random token of this claim. If the caller repeats the call, it passes the same token, so that the store
+    #: recognises the repeated call.
     token: str
     #: Length of the lease in seconds.
     lease: float
-    #: Maximum number of claims without a checkpoint. A step that exceeds this number counts as failed.
+    #: Maximum number of claims of one step without a checkpoint. A claim above this number is ``exhausted``.
     max_claims: int
 
 
@@ -284,7 +292,7 @@ class Claim(NamedTuple):
     epoch: int
     #: The operations from the root down to the current operation.
     path: tuple[OperationRow, ...]
-    #: The current task; None when the next action is to build, advance or end the operation.
+    #: The current task; None if the next action is to build, advance or end the current operation.
     task: TaskRow | None
     #: The task after the current task in the same operation; the store reads it only for a distributed root.
     next_task: TaskRow | None = None
@@ -299,7 +307,7 @@ class Claim(NamedTuple):
 
 
 class ClaimRefused(NamedTuple):
-    """A claim that was not granted, with the reason: ``ended``, ``held``, ``waiting`` or ``stale``."""
+    """The refusal of a claim, with the reason: ``ended``, ``held``, ``waiting`` or ``stale``."""
 
     reason: str
     root: OperationRow
@@ -310,10 +318,10 @@ class TaskOutcome(NamedTuple):
 
     operation_id: int
     position: int
-    #: Number of the attempt: the number of recorded attempts plus 1. It is 0 if no attempt was made; in that case, the
-    #: store adds no attempt row.
+    #: Number of the attempt: the number of recorded attempts plus 1. The number is 0 if no attempt was made; the store
+    #: then adds no attempt row.
     number: int
-    #: SUCCESS, FAILED, or PENDING if a retry follows. In the last case, the attempt row gets the status FAILED.
+    #: SUCCESS, FAILED, or PENDING if a retry follows. With PENDING, the attempt row gets the status FAILED.
     status: str
     #: JSON of the result. With the status PENDING it is None, and the stored result stays unchanged.
     result: str | None
@@ -324,7 +332,7 @@ class TaskOutcome(NamedTuple):
 
 
 class NewEvent(NamedTuple):
-    """An event to add. The store adds the root, the time, the epoch and the consumer to it."""
+    """A new event. The store completes the event with the root, the time, the epoch and the consumer."""
 
     kind: str
     uuid: str | None = None
@@ -335,7 +343,8 @@ class OperationUpdate(NamedTuple):
     """The new position, status and results of an operation."""
 
     operation_id: int
-    #: The stored step and phase must equal these two values; otherwise the store records nothing.
+    #: ``stored_step`` and ``stored_phase`` are the step and the phase that the worker expects in the operation's row.
+    #: If the row has other values, the store records nothing of the checkpoint.
     stored_step: int
     stored_phase: str
     step: int
@@ -359,10 +368,10 @@ class BuiltTasks(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The outcome of a step. The store records all of it in one transaction, or nothing.
+    """The outcome of a step. The store records the whole outcome in one transaction, or records nothing.
 
-    ``updates`` and ``outcomes`` start with the innermost operation and end with the outermost one. The last of
-    ``updates`` belongs to the root, even if it does not change the position of the root.
+    ``updates`` and ``outcomes`` start with the innermost operation and end with the outermost operation. The last item
+    of ``updates`` is always the update of the root, even if the position of the root does not change.
     """
 
     root_id: int
@@ -374,18 +383,18 @@ class Checkpoint(NamedTuple):
     outcomes: Sequence[TaskOutcome] = ()
     built: BuiltTasks | None = None
     events: Sequence[NewEvent] = ()
-    #: The message of the new current step; None if the stored message stays unchanged.
+    #: The message that starts the next step; None if the stored message stays unchanged.
     target: StepMessage | None = None
-    #: True to keep the claim; False to release the claim, which makes the step ready. A checkpoint that ends the root
-    #: always releases the claim.
+    #: True to keep the claim; False to release the claim, so that another consumer can claim the next step. A
+    #: checkpoint that ends the root always releases the claim.
     keep: bool = True
-    #: Seconds before a consumer may claim the step; only used if the checkpoint releases the claim.
+    #: Seconds before a consumer may claim the next step; only used if the checkpoint releases the claim.
     delay: float = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DueStep:
-    """A root whose step the reaper must send."""
+    """A due step. The fields ``id``, ``uuid`` and ``epoch`` are those of its root; ``target`` is its message."""
 
     id: int
     uuid: str
@@ -396,7 +405,7 @@ class DueStep:
 
 
 class Page(NamedTuple):
-    """One page of the result of a query, newest operations first."""
+    """One page of the operations that match a query, newest operations first."""
 
     rows: Sequence[OperationRow]
     #: The value of ``after`` for the next page; None on the last page.
@@ -423,7 +432,8 @@ class OperationQuery:
     #: Lower bound (inclusive) and upper bound (exclusive) of the time of creation.
     since: float | None = None
     until: float | None = None
-    #: The labels that an operation must have. An operation without one of them does not match.
+    #: Labels as pairs of key and value. An operation matches only if it has all of these labels.
     labels: Sequence[tuple[str, str]] = ()
-    #: The uuid of an operation, to match its nested operations; None to match roots.
+    #: The uuid of an operation: the query matches only operations that are tasks of this operation. With None, the
+    #: query matches only roots.
     parent: str | None = None

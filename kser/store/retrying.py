@@ -1,4 +1,4 @@
-"""RetryingStore: a store whose calls wait for the end of an outage of the database."""
+"""RetryingStore: a store that repeats each call during an outage of the database."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ T = TypeVar("T")
 #: Back-off in seconds between two tries of a call. It is at most 2 s, so that operations continue soon after an outage.
 _BACKOFF = partial(random_delay, first=0.1, ceiling=2, lowest=0.05)
 
-#: Seconds between two checks, during the back-off, whether the consumer is shutting down.
+#: Seconds between two checks during a back-off. Each check tests whether the consumer is shutting down.
 _CHECK_INTERVAL = 0.1
 
-#: Number of tries outside of a consumer. After the last try, the caller gets the error.
+#: Maximum number of tries of a call outside of a consumer. If the last try fails, the caller gets the error.
 ATTEMPTS = 3
 
 
 class RetryingStore(Store):
-    """Store that repeats each call to another store during an outage, until the database works.
+    """Store that repeats each call to another store during an outage, until the database works again.
 
-    In a consumer, the store repeats a call without a limit, until a shutdown abandons the attempt at the record
-    (:class:`kser.attempt.AttemptAbandoned`). Outside of a consumer, the caller gets
+    In a consumer, the store repeats a call without a limit, until a shutdown of the consumer abandons the attempt at
+    the record; the call then raises :class:`kser.attempt.AttemptAbandoned`. Outside of a consumer, the caller gets
     :class:`kser.errors.StoreUnavailable` after :data:`ATTEMPTS` tries. The store logs the start of an outage once, and
     the end of the outage once.
 
@@ -110,8 +110,8 @@ class RetryingStore(Store):
                 raise
             except StateConflict:
                 # The first call may have taken effect although its reply was lost, and a consumer may have claimed the
-                # operation before this repetition. A claim replaces the token, so the store no longer recognises the
-                # resume.
+                # operation before the second call. A claim replaces the token of the resume, so the store cannot
+                # recognise the second call.
                 row = self.direct.get_operation(uuid) if reply_lost else None
                 if row is None or row.epoch <= epoch + 1:
                     raise
@@ -134,11 +134,13 @@ class RetryingStore(Store):
     # -- outages -------------------------------------------------------------------------------------------------------
 
     def once(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a call to :attr:`direct` once and return its result. If the call ends an outage, log the end.
+        """Make a call to :attr:`direct` once and return its result. If the call shows that an outage has ended, log
+        this.
 
         :raises kser.errors.StoreUnavailable: the database is unavailable.
         """
-        # A call that started before the outage does not prove that the database works again.
+        # Read ``_outage`` before the call, because a call that started before an outage does not prove that the
+        # database works again.
         was_away = bool(self._outage)
         result = call(*args, **kwargs)
         if was_away:
@@ -158,7 +160,10 @@ class RetryingStore(Store):
                 _wait_before_retry(_BACKOFF(failures))
 
     def report_outage(self, error: StoreUnavailable | None) -> None:
-        """Log the start or the end of an outage. Another error during an outage does not start a second outage."""
+        """Log the start of an outage, a different error during the outage, or the end of the outage.
+
+        :param error: the error of a failed call; None if the database works again.
+        """
         text = "" if error is None else error.message
         if text == self._outage:
             return

@@ -128,7 +128,10 @@ def apply_update(row: OperationRow, update: OperationUpdate, now: float) -> Oper
 
 
 def finish_checkpoint(root: OperationRow, checkpoint: Checkpoint, now: float) -> OperationRow:
-    """Return the row of a root at the end of a checkpoint, with the claim kept or released and the next check set."""
+    """Return the row of a root at the end of a checkpoint.
+
+    If the checkpoint releases the claim, the row contains the time of the next check.
+    """
     root = root._replace(claim_count=0, send_count=0, sent_at=None, target=checkpoint.target or root.target)
     if states.is_final(root.status):
         return root._replace(owner=None, next_check_at=None, epoch=root.epoch + 1)
@@ -148,7 +151,10 @@ def apply_cancel(row: OperationRow, now: float) -> OperationRow:
 
 
 def cancelled_events(root: OperationRow, events: Sequence[NewEvent]) -> Sequence[NewEvent]:
-    """Return the events of a checkpoint whose root is cancelled. CANCELLED replaces any other end of the root."""
+    """Return the events of a checkpoint that cancels its root.
+
+    The root's event ``ended`` is replaced by an event ``ended`` with the text CANCELLED.
+    """
     kept = (event for event in events if event.kind != "ended" or event.uuid not in (None, root.uuid))
     return [*kept, NewEvent("ended", text=states.CANCELLED)]
 
@@ -177,7 +183,7 @@ def attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint, now: float) -> Att
 def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
     """Return the reason why the step of a root is due for sending.
 
-    :param is_retry: True if ``next_check_at`` equals ``due_at``, so that the step was waiting for a retry.
+    :param is_retry: True if ``next_check_at`` equals ``due_at``, which shows that the step was waiting for a retry.
     """
     if owner is not None:
         return DueReason.EXPIRED
@@ -198,7 +204,7 @@ def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationR
 
 
 def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
-    """Return whether an earlier call, whose response was lost, has already resumed the root.
+    """Return whether an earlier call with the same token, whose response was lost, has already resumed the root.
 
     :raises kser.errors.StateConflict: the root cannot be resumed.
     """
@@ -214,7 +220,7 @@ def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
 
 
 def apply_resume(root: OperationRow, token: str, now: float) -> OperationRow:
-    """Return the row of a root after a resume, except its position, which the caller sets."""
+    """Return the row of a root after a resume. The caller has already set the position and the status in ``root``."""
     return root._replace(
         epoch=root.epoch + 1,
         token=token,

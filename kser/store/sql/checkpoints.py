@@ -1,4 +1,4 @@
-"""Batched checkpoints."""
+"""The statements that record checkpoints in batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Position(NamedTuple):
     task_count: int | None
 
     def differs_from(self, step: int, phase: str) -> bool:
-        """Return whether the operation is at another step or phase."""
+        """Return whether the stored step or phase differs from ``step`` or ``phase``."""
         return (self.step, self.phase) != (step, phase)
 
 
@@ -46,7 +46,7 @@ class RowCountMismatch(Exception):
 
 
 class CheckpointRows:
-    """The rows of a batch of checkpoints, grouped by statement."""
+    """The row values of a batch of checkpoints, grouped by the statement that writes them."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []
@@ -59,7 +59,10 @@ class CheckpointRows:
         self.inserts = InsertRows()
 
     def add_root(self, checkpoint: Checkpoint, cancelled: bool) -> None:
-        """Add the update of a root."""
+        """Add the row values for the root of a checkpoint.
+
+        :param cancelled: True if a client has requested to cancel the root. The root then becomes CANCELLED.
+        """
         target = checkpoint.target
         update = checkpoint.updates[-1]
         if cancelled:
@@ -88,11 +91,11 @@ class CheckpointRows:
         (self.kept if kept else self.released).append(row)
 
     def in_order(self) -> list[dict[str, Any]]:
-        """Return the updates of all roots, ordered by id."""
+        """Return the row values for all roots, ordered by the id of the root."""
         return sorted((*self.kept, *self.released), key=lambda row: row["id"])
 
     def add_rest(self, checkpoint: Checkpoint, first_id: int, events: Sequence[NewEvent]) -> None:
-        """Add all rows of a checkpoint except the update of its root.
+        """Add all row values of a checkpoint except those for its root.
 
         :param first_id: the first of the consecutive ids that are reserved for operations nested in newly built tasks.
         """
@@ -123,7 +126,7 @@ class CheckpointWriter:
 
     :param database: the database to write to.
     :param inserts: the insert statements of this database.
-    :param ids: generates the ids of operations nested in newly built tasks.
+    :param ids: generator of the ids of operations nested in newly built tasks.
     """
 
     def __init__(self, database: Database, inserts: Inserts, ids: IdGenerator) -> None:
@@ -168,8 +171,8 @@ class CheckpointWriter:
     def record(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """Record checkpoints of different roots, and return the status of each root.
 
-        :raises RowCountMismatch: a checkpoint does not match the stored rows, or cancellation of its root was
-            requested.
+        :raises RowCountMismatch: a checkpoint does not match the stored rows, or a client has requested to cancel its
+            root.
         """
         rows = CheckpointRows()
         for checkpoint in checkpoints:
@@ -179,13 +182,17 @@ class CheckpointWriter:
         return [checkpoint.updates[-1].status for checkpoint in checkpoints]
 
     def fits_one_statement(self, checkpoints: Sequence[Checkpoint]) -> bool:
-        """Return whether :meth:`record_in_one_statement` can record the checkpoints."""
+        """Return whether :meth:`record_in_one_statement` can record the checkpoints.
+
+        The method cannot record built tasks and updates of nested operations.
+        """
         return not any(checkpoint.built or len(checkpoint.updates) > 1 for checkpoint in checkpoints)
 
     def record_in_one_statement(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """Record checkpoints in one statement, with the same effect as :meth:`record`.
 
-        One statement is faster, because a round trip to the server takes as long as a statement.
+        One statement is faster than several, because each statement costs a round trip to the server, which takes as
+        long as the execution of the statement.
 
         :raises kser.errors.StoreError: a checkpoint does not match the stored rows; nothing was recorded.
         """
@@ -237,8 +244,8 @@ class CheckpointWriter:
     def resolve_mismatch(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
         """Record one checkpoint that could not be recorded with its batch.
 
-        If this checkpoint was recorded before, the call changes nothing. If cancellation of the root was requested, the
-        root becomes CANCELLED.
+        If an earlier call has recorded this checkpoint, the call changes nothing. If a client has requested to cancel
+        the root, the root becomes CANCELLED.
 
         :return: the status of the root.
         :raises kser.errors.FencedError: the checkpoint does not match the stored rows.
@@ -267,7 +274,7 @@ class CheckpointWriter:
     def _is_recorded(
         self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, positions: Mapping[int, Position]
     ) -> bool:
-        """Return whether this checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
+        """Return whether an earlier transaction, whose COMMIT had an unknown outcome, recorded this checkpoint."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -280,8 +287,9 @@ class CheckpointWriter:
         ]
         if len(transaction.fetch(self._read_attempts, keys)) < len(keys):
             return False
-        # This method cannot recognise a checkpoint that leaves no trace in the rows. Recording such a checkpoint a
-        # second time has the same result.
+        # A checkpoint that keeps the claim, changes no position, adds no attempt and builds no tasks leaves no trace in
+        # the rows. Return False for such a checkpoint: recording it twice leaves the operation in the same state as
+        # recording it once.
         built = checkpoint.built is not None and positions[checkpoint.built.operation_id].task_count is not None
         return bool(not kept or keys or built or any(update.changes_position for update in checkpoint.updates))
 
@@ -343,7 +351,7 @@ _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 #: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "stored_step": Integer(), "stored_phase": Text(), "cancelled": Boolean()}
 
-#: Values of an update that may release the claim.
+#: Additional values for the update of a root that may release its claim.
 _RELEASE: Final = {
     "status": Text(),
     "released": Integer(),
@@ -360,7 +368,7 @@ def keep_claim(database: Database) -> Any:
 
 
 def update_roots(database: Database, rows: str = ROWS) -> Any:
-    """Return a statement that updates roots and keeps or releases their claims."""
+    """Return a statement that updates roots and, depending on the row values, keeps or releases each claim."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
     released = row["released"] == 1
@@ -412,13 +420,13 @@ def update_children(database: Database) -> Any:
 
 
 def set_task_count(database: Database) -> Any:
-    """Return a statement that sets the number of tasks of operations."""
+    """Return a statement that stores how many tasks were built for each operation."""
     row = database.source(types_of(operation, "id", "task_count"))
     return row.update(operation, {"task_count": row["task_count"]}, operation.c.id == row["id"])
 
 
 def apply_outcomes(database: Database, rows: str = ROWS) -> Any:
-    """Return a statement that updates tasks after their attempts."""
+    """Return a statement that writes the outcomes of attempts to the rows of tasks."""
     types = types_of(task, "operation_id", "position", "status", "result")
     row = database.source({**types, "number": Integer()}, rows)
     values = {
@@ -430,7 +438,7 @@ def apply_outcomes(database: Database, rows: str = ROWS) -> Any:
 
 
 def insert_attempts(database: Database, rows: str = ROWS) -> Any:
-    """Return a statement that inserts attempts."""
+    """Return a statement that inserts attempt rows."""
     now = database.now
     types = types_of(attempt, "operation_id", "position", "number", "epoch", "status", "consumer", "error")
     row = database.source({**types, "duration": Double()}, rows)
@@ -439,9 +447,9 @@ def insert_attempts(database: Database, rows: str = ROWS) -> Any:
 
 
 def single_statement(database: Database) -> Any:
-    """Return one statement that writes a batch of checkpoints, for roots without nested operations.
+    """Return one statement that records checkpoints without built tasks and without updates of nested operations.
 
-    The statement fails unless it changes as many rows as ``expected``.
+    The statement fails unless the number of changed rows of roots and tasks equals the bind parameter ``expected``.
     """
     roots = update_roots(database, "updates").returning(operation.c.id).cte("updated_roots")
     tasks = apply_outcomes(database, "outcomes").returning(task.c.position).cte("updated_tasks")
@@ -449,8 +457,8 @@ def single_statement(database: Database) -> Any:
     events = insert_events(database, "events").cte("inserted_events")
     changed_roots, changed_tasks = (select(func.count()).select_from(part).scalar_subquery() for part in (roots, tasks))
     changed = changed_roots + changed_tasks
-    # If the numbers differ, the cast of a text to a number makes the statement fail, and the server's log shows the
-    # text as the reason.
+    # If the number of changed rows differs from ``expected``, the cast of a text to a number makes the statement fail,
+    # and the server's log shows the text as the reason.
     problem = literal("not every checkpoint of kser matches the stored rows: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
     return select(check).add_cte(attempts, events)

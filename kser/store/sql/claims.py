@@ -1,4 +1,4 @@
-"""Batched claims, and the statements that read claimed operations."""
+"""The statements that claim roots in batches, and that read the claimed operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NEXT = slice(len(OPERATION_COLUMNS) + len(TASK_COLUMNS), None)
 
 
 class ClaimCommand:
-    """A request to claim a root."""
+    """The arguments of one call of :meth:`kser.store.base.Store.claim`."""
 
     __slots__ = ("request", "step", "uuid")
 
@@ -60,7 +60,7 @@ class Claims:
         )
 
     def claim(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
-        """Claim each root independently of the others, and return the result for each request."""
+        """Claim roots, each independently of the others, and return the result for each command."""
         granted = transaction.fetch(self._claim, _claim_rows(commands))
         events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in granted]
         transaction.execute_many(self._inserts.events, events)
@@ -80,8 +80,8 @@ class Claims:
             elif row.token == command.request.token:
                 own.append((index, row, command.request))
             else:
-                # If no rule refuses the claim now, the root became free after the claim statement. The next claim will
-                # succeed.
+                # If no rule refuses the claim now, the root was released only after the claim statement, so this claim
+                # was not granted. Return HELD; a later claim can succeed.
                 reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
                 results[index] = ClaimRefused(reason, row)
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
@@ -91,7 +91,7 @@ class Claims:
     def claim_in_one_statement(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | None]:
         """Claim roots like :meth:`claim`, but in one statement that also reads the current tasks of the roots.
 
-        :return: None for each root that this statement did not claim.
+        :return: for each command, the claim, or None if this statement did not claim the root.
         """
         roots: dict[str, OperationRow] = {}
         tasks: Tasks = {}
@@ -124,9 +124,9 @@ class Claims:
     def claims(
         self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
     ) -> list[Claim]:
-        """Return the claims on roots. Each claim contains the path from the root down to the current operation.
+        """Return the claims on claimed roots, each with the path from the root down to the current operation.
 
-        :param tasks: tasks that have already been read. The method reads missing tasks and adds them to this dict.
+        :param tasks: tasks that have already been read. The method reads the missing tasks and adds these to this dict.
         """
         paths = [[root] for root, _ in roots]
         deeper = paths
@@ -163,23 +163,24 @@ def _claim_statement(database: Database) -> Any:
         operation.c.target_uuid == row["step"],
         or_(operation.c.owner.is_(None), operation.c.next_check_at <= now),
         operation.c.due_at <= now,
-        # If the root has the token of the request, an earlier call of the same request has already claimed the root.
+        # If the root has the token of the request, an earlier call with the same request has already claimed the root.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
     )
 
 
 def _single_statement(database: Database) -> Any:
-    """Return one statement that claims roots, inserts the events, and reads each root with two of its tasks.
+    """Return one statement that claims roots, inserts the events of the claims, and reads each root with its tasks.
 
-    The two tasks are the current task and the task after it.
+    For each root, the statement reads the current task; for a distributed root, also the task after the current task.
     """
     claimed = _claim_statement(database).returning(*OPERATION_COLUMNS).cte("claimed")
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(claimed.c.id, database.now, literal("claimed", Text), claimed.c.epoch, claimed.c.owner)
     events = insert(event).from_select(list(names), values).cte("inserted_events")
-    # After a wait for a lock, PostgreSQL reads only the updated rows again. It reads all other rows from the snapshot
-    # at the start of the statement. If the operation has advanced meanwhile, the join finds none of its tasks here, and
-    # a later statement reads them.
+    # If this statement waits for a row lock, PostgreSQL then reads only the locked rows again. PostgreSQL reads all
+    # other rows from its snapshot at the start of the statement. If the operation advanced during the wait, the tasks
+    # of the snapshot are outdated. So the join returns no task of this operation, and a later statement reads the
+    # tasks.
     stored, current, following = operation.alias("stored"), task.alias("current"), task.alias("following")
     unchanged = and_(
         stored.c.id == claimed.c.id,
@@ -201,7 +202,7 @@ def _single_statement(database: Database) -> Any:
 
 
 def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
-    """Return the positions of the tasks to read for the current operation, which is the last one in ``path``."""
+    """Return the positions of the tasks to read for the current operation, which is the last operation in ``path``."""
     last = path[-1]
     steps = (last.step, last.step + 1) if path[0].mode == Mode.DISTRIBUTED else (last.step,)
     return [{"operation_id": last.id, "position": step} for step in steps]
@@ -223,7 +224,8 @@ def _claim(
 
 
 def _claim_rows(commands: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
-    # All transactions lock rows in the same order; otherwise two of them could deadlock.
+    # Sort the rows, because all transactions must lock rows in the same order; otherwise two transactions could
+    # deadlock.
     return [_claim_row(command) for command in sorted(commands, key=lambda command: command.uuid)]
 
 

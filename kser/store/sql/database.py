@@ -1,4 +1,4 @@
-"""The common base of SQLite and PostgreSQL: connections, transactions and the classification of errors."""
+"""The base class of the SQLite and PostgreSQL databases: connections, transactions, classification of errors."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class SerializationConflict(StoreUnavailable):
 class Transaction:
     """An open transaction that executes statements.
 
-    :param cursor: the cursor of the driver.
+    :param cursor: the cursor of the database driver.
     :param clock: the value of the bind parameter ``clock``.
-    :param time: the time by the database's clock, or slightly earlier.
+    :param time: the current time in seconds since 1970, by the clock of the database; it may be slightly too early.
     :param json_batches: True if a statement gets all its rows as one JSON text.
     """
 
@@ -41,7 +41,7 @@ class Transaction:
         self.time = time
 
     def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
-        """Execute a statement with one set of values, and return the cursor of the driver.
+        """Execute a statement with one set of values, and return the cursor of the database driver.
 
         :param replan: True if the server must plan the statement for these values, because the best plan depends on
             them.
@@ -62,7 +62,7 @@ class Transaction:
         return int(cursor.rowcount)
 
     def fetch(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> list[Any]:
-        """Execute a statement for all rows of values, and return the rows that it produces."""
+        """Execute a statement for all rows of values, and return all rows that the statement produces."""
         if not rows:
             return []
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
@@ -77,7 +77,7 @@ class Transaction:
 
 
 def no_offset() -> float:
-    """Return an offset of 0 seconds, with which the clock of the database stays unchanged."""
+    """Return 0.0, the number of seconds to add to the clock of the database outside of tests."""
     return 0.0
 
 
@@ -85,10 +85,10 @@ class Database(ABC):
     """A SQLite or PostgreSQL database.
 
     :param url: the address of the database.
-    :param clock_offset: returns the number of seconds to add to the clock of the database.
+    :param clock_offset: function that returns the number of seconds to add to the clock of the database.
     """
 
-    #: Scheme of the address.
+    #: Scheme of the address in ``name``.
     prefix: ClassVar[str]
     #: True if a statement gets all its rows as one JSON text.
     json_batches: ClassVar[bool]
@@ -99,7 +99,7 @@ class Database(ABC):
 
     def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         self.url = url
-        #: The address without secrets.
+        #: The address without passwords and options.
         self.name = url.set(drivername=self.prefix, query={}).render_as_string()
         self._clock_offset = clock_offset
         self.engine: Engine = self._engine()
@@ -114,9 +114,12 @@ class Database(ABC):
 
     @contextmanager
     def write(self, *, single: bool = False) -> Iterator[Transaction]:
-        """Provide a transaction and commit it at the end of the block. After the block, the transaction holds no locks.
+        """Provide a transaction, and commit it at the end of the ``with`` block.
 
-        :param single: True if the transaction has one statement only.
+        If the block raises an exception, the transaction is rolled back. After the block, the transaction holds no
+        locks.
+
+        :param single: True if the block executes only one statement.
         :raises kser.errors.StoreUnavailable: the database cannot be used now.
         :raises kser.errors.StoreError: the database rejects a statement.
         """
@@ -127,7 +130,7 @@ class Database(ABC):
     def read(self, *, snapshot: bool = False) -> Iterator[Transaction]:
         """Provide a transaction for statements that write nothing.
 
-        :param snapshot: True if all statements must see the same state.
+        :param snapshot: True if all statements must see the same state of the database.
         """
         with self._translated(), self._reading(snapshot) as transaction:
             yield transaction
@@ -169,7 +172,7 @@ class Database(ABC):
 
     @abstractmethod
     def _classify_error(self, error: Exception) -> tuple[type[KserError], str]:
-        """Return the exception class for an error of the driver, and advice for the operator."""
+        """Return the class of the exception to raise for a driver error, and a text with advice for the operator."""
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

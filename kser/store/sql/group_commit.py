@@ -27,11 +27,12 @@ class PendingWrite(Generic[Item]):
         self.item = item
         self.result: Any = None
         self.error: BaseException | None = None
-        #: True once the thread of this entry is the leader, which writes the next group.
+        #: True once the thread that writes this entry is a leader, which writes a group of entries.
         self.is_leader = False
-        #: True once the thread of this entry has written its group and has handed the lead over to another thread.
+        #: True once the thread of this entry has written its group as a leader.
         self.has_led = False
-        #: Locked while the thread of this entry waits. A bare lock is the cheapest way to wait.
+        #: The thread of this entry waits until another thread releases this lock. A bare lock is faster than a
+        #: condition or an event.
         self.wake = threading.Lock()
 
 
@@ -39,11 +40,11 @@ class GroupCommit(Generic[Item]):
     """Leader/follower group commit.
 
     A thread becomes a leader if there are fewer than ``leaders`` leaders. A leader writes its own entry and the queued
-    entries as one group. A thread that is not a leader blocks until its entry is written. After a group, the thread of
-    the oldest queued entry leads the next group. If only one thread writes, it is always the leader, so there is no
-    thread switch.
+    entries as one group. A thread that is not a leader blocks until a leader has written its entry, or until it becomes
+    a leader itself. After a leader has written its group, the thread of the oldest queued entry becomes the next
+    leader. If only one thread writes, this thread is always the leader, so there is no thread switch.
 
-    :param run: writes a group of entries, and sets a result or an error on each entry.
+    :param run: function that writes a group of entries, and sets a result or an error on each entry.
     :param leaders: maximum number of groups that are written at the same time.
     """
 
@@ -55,7 +56,7 @@ class GroupCommit(Generic[Item]):
         self._waiting: deque[PendingWrite[Item]] = deque()
 
     def write(self, item: Item) -> Any:
-        """Write an item with the next group; return its result or raise its error."""
+        """Write an item together with other items, and return the result of this write or raise its error."""
         entry = PendingWrite(item)
         try:
             self._queue(entry)

@@ -19,10 +19,10 @@ from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
-#: Types of the values that a row for a new operation has in addition to the columns.
+#: Types of the values that the statement for new operations needs in addition to the values of columns.
 _EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
-#: Columns with the same value in every new row.
+#: Columns that have the same value in the row of every new operation.
 _CONSTANTS: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
 
 
@@ -97,7 +97,7 @@ def _insert_whole_rows(database: Database, table: Any, rows: str) -> Any:
 def event_row(
     root_id: int, kind: str, epoch: int, consumer: str | None, *, uuid: str | None = None, text: str | None = None
 ) -> dict[str, Any]:
-    """Return the row of a new event."""
+    """Return the row values of a new event."""
     return {
         "root_id": root_id,
         "kind": kind,
@@ -109,7 +109,7 @@ def event_row(
 
 
 def without_nul(text: str | None) -> str | None:
-    """Replace the characters that a database rejects.
+    """Replace the characters that a database rejects (NUL and lone surrogates) in a text, and return the text.
 
     :param text: a text from a user or from an exception.
     """
@@ -119,7 +119,7 @@ def without_nul(text: str | None) -> str | None:
 
 
 class InsertRows:
-    """The rows to insert for new operations, including nested ones."""
+    """The row values to insert for new operations, and for the operations nested in them."""
 
     def __init__(self) -> None:
         self.operations: list[dict[str, Any]] = []
@@ -127,10 +127,10 @@ class InsertRows:
         self.labels: list[dict[str, Any]] = []
 
     def add_root(self, new: NewOperation, first_id: int, request: ClaimRequest | None) -> None:
-        """Add the rows of a root. If ``request`` is given, the root is claimed.
+        """Add the row values of a new root, which is already claimed if ``request`` is given.
 
         :param first_id: the first of the consecutive ids that are reserved for the root and its nested operations;
-            their number is :func:`count`.
+            :func:`count` returns the number of these ids.
         """
         claimed = {} if request is None else {"owner": request.owner, "token": request.token}
         root = {
@@ -146,7 +146,7 @@ class InsertRows:
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
-        """Add the rows of the tasks of an operation, and of the operations nested in them."""
+        """Add the row values of an operation's tasks, and of the operations nested in these tasks."""
         for position, new in enumerate(tasks):
             child = None if new.child is None else self._add(new.child, ids, operation_id, root_id, CHILD_DEFAULTS)
             self.tasks.append(
@@ -199,7 +199,7 @@ class InsertRows:
         return identifier
 
 
-#: Default values of the columns that describe the claim of a root, in the row of a nested operation.
+#: Values that the row of a nested operation has in the columns for the claim, which only a root has.
 CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,
@@ -212,17 +212,17 @@ CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 def count(new: NewOperation) -> int:
-    """Count an operation and all operations nested in it."""
+    """Return 1 for an operation, plus the number of operations that are nested in it, directly or indirectly."""
     return 1 + count_in(new.tasks or ())
 
 
 def count_in(tasks: Sequence[NewTask]) -> int:
-    """Count all operations nested in tasks."""
+    """Return the number of operations among ``tasks``, plus the operations nested in these, directly or indirectly."""
     return sum(count(new.child) for new in tasks if new.child is not None)
 
 
 def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
-    """Return the uuids of all operations nested in tasks."""
+    """Return the uuids of the operations among ``tasks``, and of the operations nested in these, at all depths."""
     uuids: list[str] = []
     for new in tasks:
         if new.child is not None:

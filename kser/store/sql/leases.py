@@ -17,8 +17,8 @@ from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
-#: Number of sends after which the resend delay is always ``MAX_RESEND_DELAY``. By then, the doubled delay exceeds this
-#: maximum.
+#: Number of sends after which the resend delay is ``MAX_RESEND_DELAY``, because a delay that has doubled 20 times
+#: exceeds this maximum.
 MAX_DOUBLINGS = 20
 
 
@@ -42,7 +42,7 @@ class Leases:
         )
         unclaimed = (*_same_claim(row), own.owner.is_(None), own.next_check_at.is_not(None))
         seconds = bindparam("seconds", type_=Double)
-        # The wait starts at due_at or now, whichever is later.
+        # The wait for the next check starts at due_at or now, whichever is later.
         start = case((own.due_at > now, own.due_at), else_=now)
         doubled = seconds * literal_column("1").op("<<")(own.send_count)
         wait = case(
@@ -51,8 +51,8 @@ class Leases:
             else_=doubled,
         )
         sent = {"send_count": own.send_count + 1, "sent_at": now, "next_check_at": start + wait}
-        # Skip locked rows. The transaction that holds the lock is claiming the step, and kser does not record sends of
-        # claimed steps.
+        # Skip locked rows: the transaction that holds the lock is claiming the root, and the store does not record
+        # sends for claimed roots.
         self._mark_sent = database.statement(row.update_skip_locked(operation, sent, *unclaimed))
         self._postpone_send = database.statement(row.update(operation, {"next_check_at": now + seconds}, *unclaimed))
         self._prepare_due(database)
@@ -72,14 +72,18 @@ class Leases:
         )
 
     def renew_unlocked(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
-        """Renew leases, skipping rows that other transactions have locked.
+        """Renew leases, except in rows that other transactions have locked, and return the ids of the renewed roots.
 
-        A wait for locked rows could deadlock, because the transaction already holds locks on the renewed rows.
+        If this transaction waited for locked rows, it could deadlock, because it already holds locks on the renewed
+        rows.
         """
         return _ids(transaction.fetch(self._renew_unlocked, _rows(claims), owner=owner, lease=lease))
 
     def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> set[int]:
-        """Renew the lease of one claim, if the claim exists. Wait for its row if another transaction has locked it."""
+        """Renew the lease of one claim, and return the id of its root, or an empty set if the claim is lost.
+
+        If another transaction has locked the row of the root, the statement waits for the lock.
+        """
         return _ids(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
 
     def mark_sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:
@@ -117,5 +121,6 @@ def _same_claim(row: RowSource) -> tuple[Any, Any]:
 
 
 def _rows(pairs: Pairs) -> list[dict[str, int]]:
-    # All transactions lock rows in the same order; otherwise two of them could deadlock.
+    # Sort the rows, because all transactions must lock rows in the same order; otherwise two transactions could
+    # deadlock.
     return [{"id": root_id, "epoch": epoch} for root_id, epoch in sorted(pairs)]

@@ -14,7 +14,7 @@ from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.sql.database import Database, SerializationConflict, Transaction
 from kser.store.sql.statements import CLOCK
 
-#: Connection options. The timeouts and keepalives detect a lost server within seconds.
+#: Connection options of libpq. With these timeouts and keepalives, the driver detects a lost server within seconds.
 CONNECT: Final = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -25,9 +25,9 @@ CONNECT: Final = {
 }
 
 #: Session settings. The timeouts limit how long a session waits, for example for a process that hangs inside a
-#: transaction. The server plans a prepared statement once, possibly while the tables are still empty. So the settings
-#: disable sequential scans, hash joins and merge joins, because every statement must use an index, whatever the size of
-#: the tables.
+#: transaction. The server keeps the plan of a prepared statement, even if it made this plan while the tables were still
+#: empty. So the settings disable sequential scans, hash joins and merge joins: every plan must use an index, whatever
+#: the size of the tables.
 SESSION: Final = """\
 SET statement_timeout = '30s';
 SET lock_timeout = '10s';
@@ -67,15 +67,16 @@ LOCK_KEY: Final = 0x6B736572  # "kser"
 
 
 class Postgresql(Database):
-    """A PostgreSQL server.
+    """A PostgreSQL database.
 
     :param url: the address of the server.
-    :param clock_offset: returns the number of seconds to add to the clock of the server.
+    :param clock_offset: function that returns the number of seconds to add to the clock of the server.
     """
 
     prefix = "postgresql+psycopg"
     json_batches = True
-    # While one transaction waits for the disk at its COMMIT, the other one executes its statements.
+    # Two writers are best: while one transaction waits for the disk at its COMMIT, the other transaction executes its
+    # statements.
     max_concurrent_writers = 2
     # statement_timestamp() is constant within a statement. So conditions on the current time can use an index, and all
     # columns that a statement sets to the current time get the same value.
@@ -94,8 +95,8 @@ class Postgresql(Database):
         # Use the wall clock here, because the monotonic clock stops while the machine is suspended.
         if self._server_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-            # Read the local clock after the response, so that the estimate of the server's time is never later than its
-            # real time.
+            # Read the local clock after the response, so that the estimate of the server's time is never later than the
+            # real time of the server.
             self._measured_at = time.time()
             self._server_offset = there - self._measured_at
         return time.time() + self._server_offset + self._clock_offset()
@@ -105,8 +106,8 @@ class Postgresql(Database):
             self.url,
             connect_args=self._arguments(),
             poolclass=QueuePool,
-            # Do not allow overflow connections. They are closed right after use, and cost half of the server's time in
-            # load tests; a wait for a pooled connection is faster.
+            # Do not allow overflow connections. The pool closes such connections right after use, so in load tests the
+            # server spent half of its time on new connections. A wait for a pooled connection is faster.
             pool_size=8,
             max_overflow=0,
             pool_use_lifo=True,
@@ -120,7 +121,10 @@ class Postgresql(Database):
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Provide a pooled connection. Discard it if it is lost or broken, or if an interrupt ended the block."""
+        """Provide a pooled connection.
+
+        If the connection is lost or broken, or if an interrupt ended the block, discard the connection.
+        """
         pooled = self.engine.raw_connection()
         connection: Any = pooled.driver_connection
         try:
@@ -142,8 +146,8 @@ class Postgresql(Database):
         with self._connection() as connection:
             now = self._time(connection)
             cursor = connection.cursor()
-            # In autocommit mode, a single statement is its own transaction. That saves the round trips of BEGIN and
-            # COMMIT.
+            # In autocommit mode, a single statement is a transaction by itself, so the round trips for BEGIN and COMMIT
+            # are saved.
             if not single:
                 cursor.execute("BEGIN")
             yield Transaction(cursor, self._clock_offset(), now, self.json_batches)
@@ -180,6 +184,7 @@ class Postgresql(Database):
 
 
 def _prepare(connection: Any, _record: Any) -> None:
-    # The driver's own transactions would cost another round trip, so explicit statements start and commit transactions.
+    # Disable the implicit transactions of the driver, because each would cost another round trip. Explicit statements
+    # start and commit the transactions.
     connection.autocommit = True
     connection.execute(SESSION)

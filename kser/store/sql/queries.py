@@ -96,10 +96,12 @@ class Queries:
 MAX_ID: Final = (1 << 63) - 1
 STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, states.CANCELLED)
 
-#: Seconds by which the time in an id may differ from the time in a column, because of rounding.
+#: Maximum difference in seconds between the time in an id and the time in the column ``created_at``, because of
+#: rounding.
 ROUNDING: Final = 2e-6
 
-#: Maximum number of operations to count for a filter. A filter that matches this number counts as unselective.
+#: Maximum number of operations to count for a filter. A filter that matches at least this number of operations is
+#: considered unselective.
 COUNT_LIMIT: Final = 20_000
 
 
@@ -131,15 +133,17 @@ class OperationSearch:
     def _most_selective(
         self, transaction: Transaction, query: OperationQuery, filters: list[LabelFilter], before: int | None
     ) -> LabelFilter | None:
-        """Return the label filter that drives the query.
+        """Return the label filter that drives the query, or None if the column filters drive the query.
 
-        :return: None if the other filters (status, entrypoint, parent) drive the query.
+        The column filters are the filters for status, entrypoint and parent.
 
-        The query walks through the matches of the driving filter, and tests each match against the remaining filters
-        until a page is full. So the driving filter must be the filter with the fewest matches. This method counts the
-        matches, because databases estimate these numbers badly. If no label has fewer than ``COUNT_LIMIT`` matches, the
-        other filters drive the query if there are any. The reason is that the database can test for a label with an
-        index alone, but must read the row of an operation to test the other filters.
+        The query reads the operations that match the driving filter, and tests each of these operations against the
+        remaining filters until a page is full. So the driving filter must be the filter with the fewest matches. This
+        method counts the matches, because databases estimate these numbers badly.
+
+        If no label has fewer than ``COUNT_LIMIT`` matches, the column filters drive the query, if there are any. The
+        reason is that the database can test for a label with an index alone, but must read the row of an operation to
+        test the column filters.
         """
         has_filters = (query.status, query.entrypoint, query.parent) != (None, None, None)
         if not has_filters and len(filters) == 1:
@@ -178,7 +182,7 @@ class LabelFilter:
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
     def matches(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
-        """Return the condition that an operation has the label."""
+        """Return the SQL condition that the operation with the id ``identifier`` has the label."""
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
     def with_rest(self, query: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
@@ -189,8 +193,8 @@ class LabelFilter:
 
 
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
-    # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query and using it to drive the outer
-    # query.
+    # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query. Otherwise PostgreSQL could choose
+    # this filter as the driving filter.
     return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
 
 
@@ -203,12 +207,10 @@ def _cursor(after: str | None) -> int | None:
 
 
 def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
-    """Return queries for the operations that match all filters except labels.
+    """Return queries for the ids of the operations that match all filters except labels.
 
-    Each query reads in the order of an index.
-
-    There is one query per status, because an index contains the operations of one status in the order of pages, but not
-    the operations of several statuses.
+    Each query reads the ids from an index, newest operation first. There is one query per status, because the index is
+    sorted by status first, and by id only within each status.
     """
     own = operation.c
     base = select(own.id).where(_root_or_parent(query), *_bounds(query, own.id, before), *_times(query))
@@ -221,7 +223,11 @@ def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
-    """Return a query that merges the results of all parts: the newest operations that meet the conditions."""
+    """Return a query that merges the results of all parts, newest operation first.
+
+    :param limit: maximum number of operations from each part.
+    :param conditions: additional conditions that each operation must meet.
+    """
     own = operation.c.id
     where = [condition(own) for condition in conditions]
     merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()
@@ -249,7 +255,7 @@ def _filters(query: OperationQuery) -> list[ColumnElement[bool]]:
 
 
 def _bounds(query: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
-    """Return the bounds of the id. An id increases with the time of creation."""
+    """Return the conditions that limit the range of ids. Ids increase with the time of creation."""
     bounds: list[ColumnElement[bool]] = []
     if before is not None:
         bounds.append(key < before)
@@ -261,7 +267,10 @@ def _bounds(query: OperationQuery, key: Any, before: int | None) -> list[ColumnE
 
 
 def _times(query: OperationQuery) -> list[ColumnElement[bool]]:
-    """Return the exact bounds of the time of creation, because the bounds of the id are wider to allow for rounding."""
+    """Return the exact conditions on the time of creation.
+
+    The conditions of :func:`_bounds` are wider, because the times in ids are rounded.
+    """
     times: list[ColumnElement[bool]] = []
     if query.since is not None:
         times.append(operation.c.created_at >= query.since)

@@ -1,4 +1,4 @@
-"""Batched inserts of new operations."""
+"""The statements that store new operations in batches."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class OperationInserts:
 
     :param database: the database to write to.
     :param inserts: the insert statements of this database.
-    :param claims: reads operations that the same transaction has stored and claimed.
-    :param ids: generates the ids of new operations.
+    :param claims: statements that read the operations that the same transaction has stored and claimed.
+    :param ids: generator of the ids of new operations.
     """
 
     def __init__(self, database: Database, inserts: Inserts, claims: Claims, ids: IdGenerator) -> None:
@@ -66,7 +66,10 @@ class OperationInserts:
         return self._stored(transaction, saves, rows, self._claims.rows_of(transaction, claimed))
 
     def fits_one_statement(self, saves: Sequence[SaveRequest]) -> bool:
-        """Return whether :meth:`store_in_one_statement` can store the operations."""
+        """Return whether :meth:`store_in_one_statement` can store the operations.
+
+        The method cannot store nested operations.
+        """
         return all(count(save.operation) == 1 for save in saves)
 
     def store_in_one_statement(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
@@ -81,7 +84,9 @@ class OperationInserts:
         return self._stored(transaction, saves, rows, {root.id: root for root in roots})
 
     def known(self, transaction: Transaction, save: SaveRequest) -> Claim | ClaimRefused | None:
-        """Return the claim or the refusal for an operation that is already stored, or None if it is not stored.
+        """Return the claim or the refusal for an operation that is already stored, or None for a new operation.
+
+        The method returns the claim if an earlier call with the same request has stored the operation.
 
         :raises kser.errors.StoreError: the uuid of a nested operation is already stored, or occurs twice.
         """
@@ -97,7 +102,7 @@ class OperationInserts:
         return None
 
     def _rows(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> tuple[InsertRows, list[dict[str, Any]]]:
-        """Return the rows and the events to insert."""
+        """Return the row values of new operations, and the row values of their events."""
         rows = InsertRows()
         events = []
         for save in saves:
@@ -123,7 +128,7 @@ class OperationInserts:
 
 
 def _single_statement(database: Database) -> Any:
-    """Return a statement that inserts all rows of operations without nested ones, and that reads the operation rows."""
+    """Return one statement that inserts operations without nested operations, and that returns the operation rows."""
     operations = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("inserted_operations")
     tasks = insert_tasks(database, "tasks").cte("inserted_tasks")
     labels = insert_labels(database, "labels").cte("inserted_labels")

@@ -1,4 +1,4 @@
-"""The version of the tables: how to check it and how to upgrade the tables."""
+"""Functions that check the version of the tables, and that create or upgrade the tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Version(NamedTuple):
     """The version of the tables in a database."""
 
     version: int
-    #: The oldest version of the code that can use the tables.
+    #: The lowest ``VERSION`` of a kser that can use the tables.
     oldest: int
 
 
@@ -42,7 +42,7 @@ def version_of(database: Database) -> Version | None:
 def check(database: Database, *, create: bool) -> None:
     """Check that this code can use the tables.
 
-    :param create: True to create missing tables. Several processes may create them at the same time.
+    :param create: True to create missing tables. Several processes may create the tables at the same time.
     :raises kser.errors.SchemaMismatch: the tables are missing or incompatible.
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -59,7 +59,7 @@ def check(database: Database, *, create: bool) -> None:
 
 
 def upgrade(database: Database) -> tuple[Version | None, Version]:
-    """Upgrade the tables to the version of this code. Newer tables are not changed.
+    """Upgrade the tables to the version of this code. Tables of a newer version stay unchanged.
 
     :return: the version before the upgrade and the version after it.
 
@@ -75,7 +75,7 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
 
 
 def mismatch(version: Version | None) -> str:
-    """Return the reason why this code cannot use tables of a version, and what to do.
+    """Return a text that states why this code cannot use tables of a version, and which command solves the problem.
 
     :return: an empty text if this code can use the tables.
     """
@@ -101,10 +101,10 @@ def _version(connection: Connection) -> Version | None:
 def _migrate(connection: Connection) -> None:
     plugins = logging.getLogger("alembic.runtime.plugins")
     if plugins.level == logging.NOTSET:
-        # While Python imports alembic, alembic logs each of its plugins at INFO.
+        # alembic logs each of its plugins at INFO during its import. Disable these log lines.
         plugins.setLevel(logging.WARNING)
-    # Import alembic only here, because its import takes longer than that of all other modules, and few processes need
-    # it.
+    # Import alembic only here, because its import takes longer than the import of all other modules, and few processes
+    # need alembic.
     from alembic import command
     from alembic.config import Config
 

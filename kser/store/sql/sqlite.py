@@ -1,4 +1,4 @@
-"""SQLite with one connection that writes, and several that read committed data and never wait for the writer."""
+"""SQLite with one connection that writes, and several connections that read without waiting for the writer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kser.errors import KserError, SettingError, StoreError, StoreUnavailable
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.statements import CLOCK
 
-#: Seconds that a statement waits for a lock of another process.
+#: Maximum number of seconds that a statement waits for a lock of another process.
 BUSY_SECONDS: Final = 30.0
 
 #: Maximum size of the page cache of a connection, in KiB.
@@ -25,7 +25,7 @@ CACHE_KIB: Final = 16_384
 
 SYNCHRONOUS: Final = ("FULL", "NORMAL")
 
-#: Result codes of errors that the data does not cause, with advice for the operator.
+#: Result codes of errors that are not caused by the data in a statement, each with advice for the operator.
 ERROR_TEXTS: Final = {
     sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: run 'python -m kser.store status'",
     sqlite3.SQLITE_PERM: "this process is not allowed to open the file",
@@ -50,8 +50,8 @@ class Sqlite(Database):
     """A SQLite file.
 
     :param url: the address of the file.
-    :param clock_offset: returns the number of seconds to add to the clock.
-    :param synchronous: ``"FULL"`` or ``"NORMAL"``. With ``"NORMAL"``, a power failure loses the last transactions.
+    :param clock_offset: function that returns the number of seconds to add to the clock.
+    :param synchronous: ``"FULL"`` or ``"NORMAL"``. With ``"NORMAL"``, a power failure can lose the last transactions.
     """
 
     prefix = "sqlite"
@@ -150,8 +150,8 @@ class Sqlite(Database):
                 connection.rollback()
             raise
         finally:
-            # A thread that was not joined may still read after close(). By then, no pool takes the connection back, so
-            # discard the connection.
+            # A thread that was not joined may still read after close(). close() has disposed of the pool, which can
+            # take no connection back, so discard the connection.
             connection.invalidate() if self._closed else connection.close()
 
     @contextmanager
@@ -170,9 +170,9 @@ class Sqlite(Database):
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch the file to WAL.
+    """Switch the file to write-ahead logging (WAL).
 
-    SQLite ignores the busy timeout for this pragma, so retry while another process has the file open.
+    SQLite ignores the busy timeout for this pragma, so retry while another process has locked the file.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:

@@ -59,7 +59,7 @@ class RowSource:
 
     :param json_batches: True if the source is one JSON text.
     :param types: names and types of the values.
-    :param name: the bind parameter of the JSON text.
+    :param name: name of the bind parameter of the JSON text.
     """
 
     def __init__(self, json_batches: bool, types: Types, name: str = ROWS) -> None:
@@ -80,8 +80,8 @@ class RowSource:
     def _row_estimate_hint(self) -> tuple[ColumnElement[bool], ...]:
         """Return a condition that is always true, and that makes the planner estimate about one row.
 
-        Without this condition, the planner estimates 100 rows and prefers to read all of a small table. The planner
-        keeps that plan after the table has grown.
+        Without this condition, the planner estimates 100 rows and prefers to read a small table completely. The server
+        keeps this plan after the table has grown.
         """
         first = next(iter(self._types))
         kind = self._types[first]
@@ -95,11 +95,11 @@ class RowSource:
         return insert(table).values(dict(values)).inline()
 
     def update(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement that updates, for each row of values, the table rows that match it."""
+        """Return a statement that updates, for each row of values, the matching table rows."""
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement like that of :meth:`update`, but skip the rows that another transaction has locked."""
+        """Return the statement of :meth:`update`, but without the rows that another transaction has locked."""
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id
@@ -108,11 +108,11 @@ class RowSource:
         return update(table).where(key == unlocked.c.id).values(dict(values))
 
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
-        """Return a statement that deletes, for each row of values, the table rows that match it."""
+        """Return a statement that deletes, for each row of values, the matching table rows."""
         return delete(table).where(*where, *self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
-        """Return a statement that reads, for each row of values, the table rows that match it."""
+        """Return a statement that reads, for each row of values, the matching table rows."""
         matching = select(*columns).where(*where, *self._where)
         return matching.select_from(self._rows, table) if self.json_batches else matching.select_from(table)
 

@@ -1,4 +1,4 @@
-"""The store in an SQL database. It delegates each part of the contract to one class per kind of statement."""
+"""The store in an SQL database. It delegates each method to a class with the SQL statements of this method."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class SQLStore(Store):
 
     :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy
         accepts.
-    :param synchronous: for SQLite: ``"FULL"`` or ``"NORMAL"``. ``"NORMAL"`` is faster, but a power failure loses the
+    :param synchronous: for SQLite: ``"FULL"`` or ``"NORMAL"``. ``"NORMAL"`` is faster, but a power failure can lose the
         last transactions.
-    :param clock_offset: for tests: returns the number of seconds to add to the clock of the database.
+    :param clock_offset: for tests: function that returns the number of seconds to add to the clock of the database.
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
     """
@@ -134,12 +134,12 @@ class SQLStore(Store):
         self._database.close()
 
     def _ensure_schema(self) -> None:
-        """Check the schema before the first use. This creates a SQLite file, and rejects incompatible tables."""
+        """Check the schema before the first use. The check creates a SQLite file, and rejects incompatible tables."""
         if not self._checked:
             self.check()
 
     def _read(self, query: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a query of one statement."""
+        """Run a query that executes only one statement."""
         self._ensure_schema()
         with self._database.read() as transaction:
             return query(transaction, *args, **kwargs)
@@ -151,7 +151,7 @@ class SQLStore(Store):
             return query(transaction, *args, **kwargs)
 
     def _write(self, change: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a change in a transaction, and run it again after a conflict with another transaction."""
+        """Run a change in a transaction, and repeat the change after a conflict with another transaction."""
         self._ensure_schema()
 
         def run() -> R:

@@ -1,4 +1,4 @@
-"""The tables as the newest migration leaves them.
+"""The tables in the state after the newest migration.
 
 Large text columns come last in a row and are in no index, so a search does not read them. A checkpoint that keeps its
 claim changes no indexed column.
@@ -153,7 +153,7 @@ label: Final = Table(
 )
 Index("kser_label_operation", label.c.operation_id)
 
-#: The table has one row: the version of the tables, and the oldest version of the code that can use the tables.
+#: The table has one row: the version of the tables, and the lowest version of the code that can use the tables.
 schema: Final = Table(
     "kser_schema",
     metadata,
@@ -161,8 +161,8 @@ schema: Final = Table(
     Column("oldest", Integer, nullable=False),
 )
 
-#: Maximum number of characters of a label that the store saves and searches, because PostgreSQL limits an index entry
-#: to about 2,700 bytes.
+#: Maximum length of the key and of the value of a label, in characters. The store shortens longer labels, because
+#: PostgreSQL limits an index entry to about 2,700 bytes.
 MAX_LABEL_KEY: Final = 128
 MAX_LABEL_VALUE: Final = 512
 

@@ -1,4 +1,4 @@
-"""The writer of new operations, claims and checkpoints, which writes them in batches."""
+"""The writer that writes new operations, claims and checkpoints in batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from kser.store.sql.saves import OperationInserts, SaveRequest
 Item = SaveRequest | ClaimCommand | Checkpoint
 R = TypeVar("R")
 
-#: The result of an entry that was not written with its batch. Such an entry is then written in its own transaction.
+#: Placeholder for the result of an entry that was not written with its batch. The writer then writes this entry in a
+#: separate transaction.
 NOT_WRITTEN: Final = object()
 
 
@@ -43,14 +44,14 @@ class Batch:
             elif isinstance(item, ClaimCommand):
                 self.claims[index] = item
             elif item.root_id not in roots:
-                # Only the first of two checkpoints for one root joins the batch; the second is written in a transaction
-                # of its own.
+                # A batch contains at most one checkpoint per root. The writer writes a second checkpoint of the same
+                # root in a separate transaction.
                 roots.add(item.root_id)
                 self.checkpoints[index] = item
 
 
 class BatchWriter:
-    """The writer that all threads of the process share. It writes with a group commit.
+    """The writer that all threads of a process share. The writer uses a group commit.
 
     :param database: the database to write to.
     """
@@ -64,9 +65,8 @@ class BatchWriter:
         self._database = database
         kinds: tuple[type[Item], ...] = (SaveRequest, ClaimCommand, Checkpoint)
         shared: GroupCommit[Item] = GroupCommit(self._run, database.max_concurrent_writers)
-        # In PostgreSQL, one statement writes a batch, and is a transaction by itself. One statement can write only one
-        # kind of item, so each kind has its own group commit there. In SQLite, all kinds share one group commit and its
-        # transactions.
+        # In PostgreSQL, a batch is written by one statement, which is a transaction by itself. One statement can write
+        # only one kind of item, so each kind has its own group commit. In SQLite, all kinds share one group commit.
         self._groups = {
             kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else shared
             for kind in kinds
@@ -105,9 +105,9 @@ class BatchWriter:
                 entry.error.__cause__ = outage.__cause__
 
     def _write_batch(self, entries: Sequence[PendingWrite[Item]], results: list[Any]) -> None:
-        """Write entries in one statement, and then the entries that remain in one transaction.
+        """Write entries in one statement if possible, and write the remaining entries in one transaction.
 
-        If neither writes an entry, the result of the entry stays ``NOT_WRITTEN``.
+        The result of an entry that neither of the two writes stays ``NOT_WRITTEN``.
         """
         remaining, batch = list(range(len(entries))), Batch(entries)
         for write in (
@@ -134,8 +134,8 @@ class BatchWriter:
     def _in_one_statement(self, batch: Batch) -> list[Any]:
         """Write a batch in one statement.
 
-        If the statement cannot make a claim, that claim gets no result. If another entry cannot be written, the whole
-        statement fails.
+        If the statement does not grant a claim, the result of the claim is ``NOT_WRITTEN``. If the statement cannot
+        write a checkpoint or a new operation, the whole statement fails and writes nothing.
         """
         pairs: list[tuple[int, Any]] = []
         with self._database.write(single=True) as transaction:
@@ -152,7 +152,7 @@ class BatchWriter:
         return [results.get(index, NOT_WRITTEN) for index in range(batch.count)]
 
     def _in_one_transaction(self, batch: Batch) -> list[Any]:
-        """Write a batch in one transaction. If an entry does not match the stored rows, the whole batch fails."""
+        """Write a batch in one transaction. If an entry does not match the stored rows, no entry is written."""
         results: dict[int, Any] = {}
         with self._database.write() as transaction:
             if batch.checkpoints:
@@ -188,16 +188,16 @@ class BatchWriter:
                     return self.saves.store(transaction, [save])[0] if known is None else known
             except StoreError:
                 # Another process may have stored the same operation, or an operation with the same id, between the
-                # check and the insert. The next try reads it.
+                # check and the insert. The next try finds the stored operation, or uses another id.
                 if attempt == CONFLICT_ATTEMPTS:
                     raise
         raise AssertionError("not reached")
 
 
 def retry_on_conflict(call: Callable[[], R]) -> R:
-    """Return the result of ``call``, and repeat the call after a conflict with another transaction.
+    """Call ``call`` and return its result. After a conflict with another transaction, repeat the call.
 
-    :raises kser.errors.StoreUnavailable: every call ended with a conflict.
+    :raises kser.errors.StoreUnavailable: every try ended with a conflict.
     """
     for _ in range(CONFLICT_ATTEMPTS - 1):
         try:

@@ -1,1 +1,1 @@
-"""The alembic migrations of the tables: one module per version in ``versions``."""
+"""The alembic migrations of the tables. The package ``versions`` contains one module per version of the tables."""

@@ -11,5 +11,5 @@ context.configure(
     target_metadata=metadata,
     version_table="kser_migration",
 )
-# Run in the transaction of the caller.
+# Run the migrations in the transaction of the caller, who provides the connection.
 context.run_migrations()

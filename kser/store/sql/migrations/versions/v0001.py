@@ -28,8 +28,8 @@ def upgrade() -> None:
     )
     op.bulk_insert(schema, [{"version": 1, "oldest": 1}])
     if op.get_bind().dialect.name == "postgresql":
-        # Leave free space in each page, so that the new version of an updated row fits into the page of the old one.
-        # Such an update (HOT) writes no index entries.
+        # Leave free space in each page, so that the new version of an updated row fits into the page of the old
+        # version. Such a HOT update (heap-only tuple) writes no index entries.
         op.execute("ALTER TABLE kser_operation SET (fillfactor = 60)")
         op.execute("ALTER TABLE kser_task SET (fillfactor = 80)")
 
