@@ -1,1 +1,1 @@
-"""Durable operations, which are executed under a claim, with a checkpoint for each step."""
+"""Execution of stored operations: consumers run the steps under a claim, and end each step with a checkpoint."""

@@ -1,4 +1,4 @@
-"""Durable context: store, classes, producer and active claims that the executions of one process share."""
+"""Durable context: the store, the classes, the producer and the claims that all executions of a process share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Maximum duration of a send in seconds. If a step is not delivered in this time, the reaper sends it.
+#: Maximum duration of a send in seconds. If the broker does not confirm a step's message within this time, the reaper
+#: sends the message later.
 SEND_TIMEOUT = 10.0
 
 
@@ -50,7 +51,7 @@ class ActiveClaim(Protocol):
 
     @property
     def is_abandoned(self) -> bool:
-        """True if the attempt that runs under the claim was abandoned."""
+        """True if the consumer has abandoned the attempt that runs under the claim."""
         ...
 
     def release(self) -> None:
@@ -67,7 +68,7 @@ class DurabilitySettings:
     ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
     ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
     ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
-    ``KSER_MAX_CLAIMS`` 20      claims of one step without a checkpoint, after which the step fails
+    ``KSER_MAX_CLAIMS`` 20      maximum number of claims of one step without a checkpoint; then the step fails
     =================== ======= ====================================================================================
 
     :raises kser.errors.SettingError: a setting has an invalid value.
@@ -94,15 +95,17 @@ class DurableContext:
 
     def __init__(self, registry: RegistryProtocol, store: Store) -> None:
         self.registry = registry
-        #: The store. It repeats each call during an outage, but ``store.direct`` does not.
+        #: The store, which repeats each call during an outage. ``store.direct`` makes each call only once.
         self.store = RetryingStore(store)
         self.settings = DurabilitySettings(registry.settings)
-        #: The name of this process as an owner of claims: host and process id for operators, and a random part.
+        #: The name of this process as an owner of claims: the host and the process id, which help operators, and a
+        #: random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.loader = EntrypointLoader(registry)
         self._lock = threading.Lock()
         self._active_claims: dict[int, ActiveClaim] = {}
-        #: Steps that were sent and are not recorded as sent yet, each as a pair ``(root_id, epoch)``.
+        #: Steps that were sent but are not marked as sent in the store yet, each as a pair ``(root_id, epoch)`` of its
+        #: root.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
     def new_claim_request(self) -> ClaimRequest:
@@ -111,25 +114,25 @@ class DurableContext:
         return ClaimRequest(owner=self.owner, token=uuid4().hex, lease=settings.lease, max_claims=settings.max_claims)
 
     def reclaim(self, claim: Claim) -> Claim | None:
-        """Read a claim of this process from the store again, or return None if the claim was lost."""
+        """Read a claim of this process from the store again and return it, or return None if the claim was lost."""
         request = replace(self.new_claim_request(), token=claim.root.token or "")
         renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
         return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
 
     def register_claim(self, claim: ActiveClaim) -> None:
-        """Register an active claim."""
+        """Register an active claim, so that the heartbeat renews its lease."""
         with self._lock:
             self._active_claims[claim.key[0]] = claim
 
     def release_claim(self, claim: ActiveClaim) -> None:
-        """Unregister a claim."""
+        """Unregister a claim, so that the heartbeat no longer renews its lease."""
         root_id, _ = claim.key
         with self._lock:
             if self._active_claims.get(root_id) is claim:
                 del self._active_claims[root_id]
 
     def active_claims(self) -> list[ActiveClaim]:
-        """Return the active claims."""
+        """Return the claims that this process holds now."""
         with self._lock:
             return list(self._active_claims.values())
 
@@ -146,23 +149,24 @@ class DurableContext:
         key: str | bytes | None = None,
         timeout: float = SEND_TIMEOUT,
     ) -> Result:
-        """Send a step and wait for its delivery.
+        """Send the message of a step, and wait for the delivery of the message.
 
-        :param step_key: id and epoch of the root, which are needed to record the step as sent.
-        :return: the Result of the producer. If it is a failed one, the reaper sends the step later.
+        :param step_key: id and epoch of the root, which are needed to mark the step as sent.
+        :return: the Result of the producer. If this Result is a failure, the reaper sends the message later.
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
             result = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
-            # A third-party producer may raise any exception. The step is recorded as ready, so the reaper sends it.
+            # A third-party producer may raise any exception. The store contains the step as ready to run, so the reaper
+            # sends the message of the step.
             result = failed_result(error, target.uuid)
         return self._on_sent(target, root_uuid, step_key, result)
 
     def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
-        """Send a step without waiting for its delivery, if the producer supports that.
+        """Send the message of a step without waiting for its delivery, if the producer supports this.
 
-        :param step_key: id and epoch of the root, which are needed to record the step as sent.
+        :param step_key: id and epoch of the root, which are needed to mark the step as sent.
         """
         try:
             producer = self.producer
@@ -181,10 +185,10 @@ class DurableContext:
             self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
 
     def _on_sent(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
-        """Handle the producer's result: queue a delivered step for recording, and log a failed send."""
+        """Handle the producer's result: queue a delivered step to be marked as sent, and log a failed send."""
         if not isinstance(result, Result):
-            # A hook of the producer returned no Result, so it is unknown whether the step was delivered. It must not be
-            # recorded as sent.
+            # A hook of the producer returned no Result, so it is unknown whether the message was delivered. So do not
+            # mark the step as sent.
             return Result(uuid=target.uuid)
         if states.final_status(result) == states.SUCCESS:
             if step_key is not None:
@@ -198,7 +202,7 @@ class DurableContext:
 
     @property
     def producer(self) -> BaseProducer:
-        """Producer that sends steps.
+        """Producer that sends the messages of steps.
 
         :raises kser.errors.ProducerMissing: the registry has no producer.
         """
@@ -207,5 +211,5 @@ class DurableContext:
 
 
 def step_message(target: StepMessage, root_uuid: str) -> Message:
-    """Return the message for a step. The params and results stay in the database."""
+    """Return the message that starts a step, without params and results, which stay in the database."""
     return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION_KEY: root_uuid})

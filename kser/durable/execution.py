@@ -1,11 +1,12 @@
-"""Execution of a stored operation: one claim, with one checkpoint per step, until the claim is released.
+"""Execution of a stored operation: the work of one worker under one claim, with one checkpoint per step.
 
-An execution starts with the claim on a stored operation (:func:`execute_claim`). For a new operation, it first stores
-the operation and gets the claim in the same transaction (:class:`DurableStart`).
+A consumer executes an operation that is already stored with :func:`execute_claim`, after it has claimed the operation.
+For a new operation, :class:`DurableStart` stores and claims the operation in one transaction, and then executes it.
 
-A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
+A step builds the tasks of an operation, runs a task, chooses the next task, or ends an operation
 (:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
-distributed operation, each step is sent to a consumer that knows the class of the step.
+distributed operation, kser sends a message for each task, and any consumer in which the class of the task is registered
+runs the task.
 """
 
 from __future__ import annotations
@@ -46,28 +47,30 @@ logger = logging.getLogger(__name__)
 
 
 def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exception | None = None) -> Any:
-    """Execute an operation under a claim until the claim is released.
+    """Execute a stored operation under a claim until the claim is released.
 
     :param context: the durable context of this process.
     :param claim: the claim under which the execution works.
-    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
-        attempt. The execution records this error and releases the claim.
-    :return: a Result, or :class:`kser.attempt.Deferred`.
+    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
+        None if there is no such attempt. The execution records this error as the outcome of the attempt, and releases
+        the claim.
+    :return: a Result, or :class:`kser.attempt.Deferred` if this execution has no result for the message.
     """
     return Execution(context, claim, timeout_error=timeout_error).run()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DurableStart:
-    """Runner of an operation that was built from a message. It stores the operation, and then executes it.
+    """Runner that stores an operation that was built from a message, and then executes the operation.
 
-    Only the object that was built from the message is stored. A copy of this object runs in memory.
+    The runner stores only the object that was built from the message. If user code runs a copy of this object, the copy
+    runs in memory.
 
     :param context: the durable context of this process.
     :param operation: the object that was built from the message.
     :param params: JSON of the message's params.
-    :param on_duplicate: handles the message if the operation is already stored. The arguments are the row of the root,
-        the path of the operation's class, and ``params``.
+    :param on_duplicate: function that handles the message if the operation is already stored. The arguments are the row
+        of the root, the path of the operation's class, and ``params``.
     """
 
     context: DurableContext
@@ -81,7 +84,7 @@ class DurableStart:
             in_memory: Runner = context.registry.runner
             return in_memory.run(operation, result)
         prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not accept its
+        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not store its
         # operation.
         raise_if_decided(operation)
         attempt = current_attempt.get()
@@ -101,18 +104,19 @@ class DurableStart:
         return Execution(context, saved, operation).run()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Become None in a deep copy or a pickle of the operation, because the context cannot be copied."""
+        """Become None in a deep copy or a pickle of the operation, because the durable context cannot be copied."""
         return type(None), ()
 
 
 class Execution:
-    """Execution of an operation under one claim.
+    """Execution of a stored operation under one claim.
 
     :param context: the durable context of this process.
     :param claim: the claim under which the execution works.
-    :param operation: the object of the root, if it was just built.
-    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
-        attempt. The execution records this error and releases the claim.
+    :param operation: the object of the root operation, if the object already exists.
+    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
+        None if there is no such attempt. The execution records this error as the outcome of the attempt, and releases
+        the claim.
     """
 
     def __init__(
@@ -132,7 +136,7 @@ class Execution:
         self._state = ExecutionState(claim, context.owner, operation)
         self._step_runner = StepRunner(context, self._state, timeout_error)
         self._released = False
-        #: The result of the message, which is the reply of the last step that had a reply.
+        #: The result to return for the message: the reply of the last step that had a reply.
         self._reply: Any = None
 
     @property
@@ -143,7 +147,7 @@ class Execution:
     def run(self) -> Any:
         """Run steps until the claim is released.
 
-        :return: a Result, or :class:`kser.attempt.Deferred`.
+        :return: a Result, or :class:`kser.attempt.Deferred` if this execution has no result for the message.
         """
         claim, root = self.claim, self._state.root
         self._context.register_claim(self)
@@ -151,7 +155,8 @@ class Execution:
             if claim.epoch == 1:
                 self._emit_operation(states.PENDING, states.RUNNING)
             if root.row.cancel_requested:
-                # The previous owner died before cancelling. Releasing the claim cancels the operation.
+                # A client requested to cancel the operation, but the previous owner died before the next checkpoint. So
+                # release the claim: the checkpoint of the release sets the status CANCELLED.
                 self.release()
                 self._unregister()
                 self._reply = Deferred(root.accumulated)
@@ -173,12 +178,15 @@ class Execution:
         return self._reply
 
     def _unregister(self) -> None:
-        """Unregister the claim, which ends its heartbeat, and run no further step."""
+        """Unregister the claim, so that the heartbeat ignores it, and run no further step."""
         self._released = True
         self._context.release_claim(self)
 
     def release(self) -> None:
-        """Release the claim at the stored position, and send the current step. A step may still run under the claim."""
+        """Release the claim at the stored position of the operation, and send the message of the current step.
+
+        Another thread may still run a step under the claim. The store then rejects the checkpoint of this step.
+        """
         root, epoch, store = self.claim.root, self.claim.epoch, self._context.store.direct
         row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
@@ -193,13 +201,14 @@ class Execution:
         if status == states.CANCELLED:
             self._on_cancelled()
             return
-        # Wait for the delivery, because the process may exit next, and then a later delivery report would be lost.
+        # Wait for the delivery, because the process may exit after this call, and a delivery report that arrives later
+        # would be lost.
         self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
     def _run_step(self) -> None:
-        """Run a step and record its outcome."""
+        """Run a step, and record the outcome of the step."""
         try:
             with user_code_guard:
                 outcome = self._step_runner.run_next()
@@ -215,7 +224,7 @@ class Execution:
         self._after_checkpoint(outcome, *recorded)
 
     def _checkpoint(self, outcome: StepOutcome, *events: NewEvent) -> tuple[Checkpoint, str]:
-        """Record the outcome of the step.
+        """Record the outcome of a step in a checkpoint.
 
         :param events: events to record before the events of the step.
         :return: the checkpoint and the status of the root.
@@ -230,7 +239,7 @@ class Execution:
         return checkpoint, self._context.store.checkpoint(checkpoint)
 
     def _after_checkpoint(self, outcome: StepOutcome, checkpoint: Checkpoint, status: str) -> None:
-        """Emit the events of a recorded checkpoint. If the next step does not run in this execution, send it."""
+        """Emit signals and log lines after a checkpoint, and send the next step if this execution does not run it."""
         root, change, delay = self._state.root, outcome.change, outcome.retry_in
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
@@ -249,14 +258,14 @@ class Execution:
         elif delay is not None:
             self._reply = Deferred(self._reply or root.accumulated)
             if not delay:
-                # Send a retry without a delay from here. The store cannot distinguish it from a step that a consumer is
-                # about to send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
+                # Send the message of a retry without a delay now. The reaper would wait RESEND_UNSENT_AFTER seconds,
+                # because it cannot distinguish such a retry from a step that a consumer is about to send.
                 self._send(root.row.target)
         elif self._released:
             self._dispatch_next(checkpoint.target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
-        """Return whether to keep the claim, and the message for the next step (None if it is unchanged)."""
+        """Return whether to keep the claim, and the message of the next step; None keeps the stored message."""
         change, frame = outcome.change, self._state.frames[-1]
         if change.is_finished:
             return True, None
@@ -290,13 +299,16 @@ class Execution:
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
-        """Send a step. During a shutdown of the consumer, wait for the delivery."""
+        """Send the message of a step. During a shutdown of the consumer, wait for the delivery of the message."""
         shutting_down = self._attempt is not None and self._attempt.shutting_down
         send = self._context.send if shutting_down else self._context.send_nowait
         send(target, self._state.root.row.uuid, (self.claim.id, self.claim.epoch + 1))
 
     def _reload_and_fail(self, error: Exception) -> StepOutcome:
-        """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
+        """Discard the outcome of the step, reload the claim and fail the step with ``error``.
+
+        :raises kser.errors.FencedError: another worker has claimed the operation.
+        """
         claim = self._context.reclaim(self.claim)
         if claim is None:
             raise FencedError(f"the claim on operation {self._state.root.row.uuid} was lost while a step was recorded")
@@ -323,7 +335,7 @@ class Execution:
         self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
-        """Log the end of an operation that has no hooks of its own, with the log lines of an operation in memory."""
+        """Log the end of an operation whose class overrides no hook for the end, as for an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status

@@ -1,4 +1,8 @@
-"""Execution state of a stored operation: a pure state machine, which neither uses the database nor runs user code."""
+"""Execution state of a stored operation: a state machine that uses no database and runs no user code.
+
+The execution state has one *frame* for each operation on the path from the root operation to the current operation. A
+frame contains the position, the status and the results of its operation, and the operation object if it exists.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class OperationFrame:
-    """One operation on the path from the root to the current operation.
+    """Frame: the state of one operation on the path from the root operation to the current operation.
 
     :param row: the stored row of the operation.
-    :param operation: the operation object, if it exists already.
+    :param operation: the operation object, if the object already exists.
     """
 
     def __init__(self, row: OperationRow, operation: Operation | None = None) -> None:
@@ -47,16 +51,16 @@ class OperationFrame:
         self.status = row.status
         self.step = self.stored_step = row.step
         self.task_count = row.task_count
-        #: Accumulated result of the tasks that succeeded, as JSON and as a Result.
+        #: Accumulated result of the operation, as JSON and as a Result.
         self.accumulated_json = row.accumulated
         self.accumulated: Result
         #: JSON of the final result; None while the final result is not known.
         self.result = row.result
-        #: ``operation`` is the operation object, or None if it was not built. ``is_loaded`` tells whether it has its
-        #: tasks.
+        #: ``operation`` is the operation object, or None if it was not built. ``is_loaded`` is True if this object has
+        #: its tasks.
         self.operation: Operation | None = None
         self.is_loaded = False
-        #: The class of the operation; None before it is looked up.
+        #: The class of the operation; None before the class is looked up.
         self.owner: type[Entrypoint] | None = None
         #: For the position of each task: the number of recorded attempts, and the number of attempts before the last
         #: resume. A retry policy does not count the attempts before the resume.
@@ -79,7 +83,7 @@ class OperationFrame:
         return self.accumulated if self.result is None else result_from_json(self.result, self.row.uuid)
 
     def to_update(self) -> OperationUpdate:
-        """Return the update of the operation's row."""
+        """Return the update that writes the state of the frame to the operation's row."""
         stored = self.stored_step, self.stored_phase
         return OperationUpdate(
             self.row.id, *stored, self.step, self.phase, self.status, self.accumulated_json, self.result
@@ -87,24 +91,25 @@ class OperationFrame:
 
 
 class StepChange(NamedTuple):
-    """Everything that a step has changed."""
+    """The changes of one step."""
 
     #: The checkpoint that records the step and keeps the claim.
     checkpoint: Checkpoint
-    #: Operations that have no hooks of their own and ended in this step; the innermost operation is first.
+    #: Frames of the operations that ended in this step and whose classes override no hook for the end; the innermost
+    #: operation is first.
     ended: Sequence[OperationFrame]
     #: True if the root has ended.
     is_finished: bool
 
 
 class ExecutionState:
-    """Execution state under a claim: the path from the root to the current operation.
+    """Execution state under a claim: the frames from the root operation to the current operation.
 
-    Each method ``on_…`` applies the outcome of one step, and returns everything that the step has changed.
+    Each method ``on_…`` applies the outcome of one step, and returns the changes of this step.
 
     :param claim: the claim.
     :param consumer: owner name of this process, for the checkpoints.
-    :param operation: the root's object, if it exists already.
+    :param operation: the object of the root operation, if the object already exists.
     """
 
     def __init__(self, claim: Claim, consumer: str, operation: Operation | None = None) -> None:
@@ -112,7 +117,7 @@ class ExecutionState:
         self.claim = claim
         self.distributed = root.mode == Mode.DISTRIBUTED
         self.root = OperationFrame(root, operation)
-        #: The operations on the path; the last one is current.
+        #: The frames from the root operation to the current operation; the last frame is that of the current operation.
         self.frames = [self.root, *map(OperationFrame, nested)]
         self._consumer = consumer
         self._start_step()
@@ -126,7 +131,7 @@ class ExecutionState:
         self._is_finished = False
 
     def push(self, row: OperationRow, operation: Operation) -> None:
-        """Push the frame of a nested operation that is the current task."""
+        """Append a frame for the nested operation that is the current task."""
         self.frames.append(OperationFrame(row, operation))
 
     # -- outcome of the step -------------------------------------------------------------------------------------------
@@ -134,7 +139,7 @@ class ExecutionState:
     def on_built(self, built: BuiltTasks | None) -> StepChange:
         """Start the current operation, whose tasks are ready to run.
 
-        :param built: the tasks; None if they were not built in this step.
+        :param built: the tasks that this step has built; None if the tasks existed before this step.
         """
         frame = self.frames[-1]
         if built is not None:
@@ -165,7 +170,7 @@ class ExecutionState:
         return self._end_step()
 
     def on_task_retried(self, uuid: str, error: str, number: int, duration: float) -> StepChange:
-        """Add a failed attempt at the current task; a retry follows."""
+        """Record a failed attempt at the current task, after which a retry follows."""
         frame = self.frames[-1]
         self._outcomes.append(TaskOutcome(frame.row.id, frame.step, number, states.PENDING, None, duration, error))
         self._events.append(NewEvent("task-retried", uuid, error))
@@ -173,7 +178,7 @@ class ExecutionState:
         return self._end_step()
 
     def on_next_chosen(self, step: int | None, failure: Result | None) -> StepChange:
-        """Advance to the task that the operation has chosen as the next task.
+        """Advance to the next task that the operation has chosen, or end the operation.
 
         :param step: position of the next task; None if the operation ends.
         :param failure: the failed result if the operation fails, else None.
@@ -193,9 +198,9 @@ class ExecutionState:
         return self._end_step()
 
     def on_ended(self, status: str, result: Result, text: str | None = None) -> StepChange:
-        """End the current operation. If it is nested, this also ends the corresponding task of its parent.
+        """End the current operation. If this operation is nested, also end the corresponding task of its parent.
 
-        :param text: ``result`` as JSON, if it is known.
+        :param text: ``result`` as JSON, or None if the caller has no JSON of the result.
         """
         self._end_operation(status, result, text)
         return self._end_step()
@@ -211,8 +216,8 @@ class ExecutionState:
             return
         self.frames.pop()
         parent = self.frames[-1]
-        # The number 0 means that no attempt is recorded. Only attempts at tasks are recorded, and a nested operation
-        # has none.
+        # The attempt number 0 means that the store adds no attempt row, because attempts are recorded for plain tasks
+        # only.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._end_task(parent, status, *add_result(parent.accumulated, result, status))
@@ -220,7 +225,7 @@ class ExecutionState:
     def _end_task(self, frame: OperationFrame, status: str, total: Result, total_text: str) -> None:
         """Apply the end of a task to its operation: choose the next task, advance to it, or finish the operation.
 
-        :param total: the accumulated result of the operation with the result of the task.
+        :param total: the accumulated result of the operation, including the result of the task.
         :param total_text: ``total`` as JSON.
         """
         if status == states.SUCCESS:
@@ -252,7 +257,7 @@ class ExecutionState:
             self._end_operation(status, result, text)
 
     def _end_step(self) -> StepChange:
-        """Return everything that the step has changed, and start the next step."""
+        """Return the changes of the step, and start the next step."""
         claim = self.claim
         updates = [frame.to_update() for row_id, frame in self._updates.items() if row_id != claim.id]
         checkpoint = Checkpoint(

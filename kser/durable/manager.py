@@ -22,10 +22,10 @@ from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, O
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two polls for the end of an operation in ``wait()``: the first interval, and the longest interval.
+#: First and longest interval, in seconds, between two polls of ``wait()`` for the end of an operation.
 _POLL_INTERVALS = (0.01, 0.25)
 
-#: Maximum number of operations that a transaction deletes.
+#: Maximum number of operations that are deleted in one transaction.
 PURGE_BATCH = 500
 
 
@@ -42,7 +42,7 @@ class OperationManager:
     # -- accepting -----------------------------------------------------------------------------------------------------
 
     def send(self, operation: Operation, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
-        """Accept an operation, that is, save it in the store, and then send it.
+        """Accept an operation, that is, save it in the store, and then send its message.
 
         :param result: a result to forward to the operation.
         :raises kser.errors.KserError: the operation was not accepted and will not run.
@@ -57,9 +57,9 @@ class OperationManager:
         self._save_intent(new_operation(operation, mode, topic, self._task_topic(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
-        """Accept a distributed operation, that is, save it in the store, and then send its first task.
+        """Accept a distributed operation, that is, save it in the store, and then send the message of its first task.
 
-        :return: the Result of the producer. The operation is accepted even if sending failed.
+        :return: the Result of the producer. The operation is accepted even if the send failed.
         :raises kser.errors.KserError: the operation was not accepted and will not run.
         """
         # Resolve the producer and the topic before the operation is accepted. If one of them is missing, the caller
@@ -69,9 +69,9 @@ class OperationManager:
         return self._save_intent(new_operation(operation, Mode.DISTRIBUTED, topic, self._task_topic(topic)), None)
 
     def _task_topic(self, topic: str) -> str:
-        """Return the topic of tasks whose class declares none.
+        """Return the topic for tasks whose class declares no topic.
 
-        :param topic: topic of their operation.
+        :param topic: topic of the operation that contains the tasks.
         """
         return self._context.registry.settings.first_topic(topic)
 
@@ -103,7 +103,8 @@ class OperationManager:
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation, or None if no operation has this uuid.
 
-        The object is of the operation's class if this class is registered here, otherwise it is a plain Operation.
+        The object is an instance of the operation's class if this class is registered in this process. Otherwise, the
+        object is a plain Operation.
         """
         snapshot = self._store.snapshot(uuid)
         if snapshot is None:
@@ -133,9 +134,10 @@ class OperationManager:
         return [self._load(row) for row in page.rows], page.cursor
 
     def resume(self, uuid: str) -> None:
-        """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
+        """Resume a FAILED or CANCELLED operation at its first task whose status is not SUCCESS.
 
-        :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED, or it has changed meanwhile.
+        :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED, or the operation has changed
+            during the call.
         :raises kser.errors.UsageError: no root operation with this uuid is stored.
         """
         before = self._require(uuid)
@@ -153,7 +155,7 @@ class OperationManager:
                 self._record_sent(row.id, row.epoch)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
-        """Cancel an operation immediately, or after its running task.
+        """Cancel an operation: immediately if no consumer holds a claim on it, otherwise after its running task.
 
         :return: the status of the operation after the call.
         :raises kser.errors.UsageError: no root operation with this uuid is stored.
@@ -196,7 +198,12 @@ class OperationManager:
             interval = min(interval * 1.5, longest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:
-        """Delete ended operations with everything that belongs to them, and return the number of deleted operations."""
+        """Delete ended operations with all their rows, and return the number of deleted operations.
+
+        :param older_than: minimum number of seconds since the end of an operation.
+        :param status: the final statuses of the operations to delete.
+        :raises kser.errors.UsageError: a status is not final.
+        """
         invalid = set(status) - states.FINAL
         if invalid:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Handling of the messages of operations in a consumer: store or claim the operation, and execute it."""
+"""Handler that a consumer calls for the messages of operations. It stores or claims an operation, and executes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """Handler of messages for the operations of a registry, and for the steps of these operations.
+    """Handler of the messages of a registry's operations, and of the messages of their steps.
 
     :param context: the durable context of this process.
     """
@@ -30,9 +30,11 @@ class MessageHandler:
         self._store = context.store
 
     def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of an operation that is stored when its message arrives.
+        """Handle the message of a step, or the message of an operation.
 
-        :param entrypoint: the class that the message names; None if the class is not registered here.
+        If the operation is not stored yet, the method stores the operation before it executes it.
+
+        :param entrypoint: the class that the message names; None if the class is not registered in this process.
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
@@ -47,8 +49,8 @@ class MessageHandler:
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
         if not isinstance(operation, Operation) or operation._kser_registry is not self._context.registry:
-            # from_Message returned an object of another class or of another registry, so the object itself decides how
-            # it runs.
+            # from_Message returned an object that is no operation or that belongs to another registry. So this handler
+            # does not store the object: ``execute`` decides how the object runs.
             return operation.execute()
         operation._kser_runner = DurableStart(self._context, operation, params, self._handle_duplicate)
         try:
@@ -57,7 +59,10 @@ class MessageHandler:
             operation._kser_runner = None
 
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored. The message must describe the same operation."""
+        """Handle a message of an operation that is already stored.
+
+        :raises kser.errors.StateConflict: the entrypoint or the params in the message differ from the stored operation.
+        """
         try:
             check_same_operation(row, entrypoint, params)
         except StateConflict as conflict:
@@ -67,7 +72,7 @@ class MessageHandler:
         return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim a stored operation, and run the given step if it is the current step."""
+        """Claim a stored operation, and execute the operation if ``step`` is the uuid of its current step."""
         attempt = current_attempt.get()
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)

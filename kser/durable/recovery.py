@@ -1,6 +1,6 @@
-"""Background service of each consumer that has a database: the heartbeat of its claims, and the reaper.
+"""Background service of each consumer with a shared database: the heartbeat and the reaper.
 
-Every consumer runs a reaper, so that another consumer can continue the operations of a consumer that has died.
+Every consumer runs a reaper, so that the other consumers continue the operations of a consumer that has died.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 
-#: Seconds between two calls of ``record_sends``. The interval is well below RESEND_UNSENT_AFTER, because after that
-#: time the reaper sends a step that is not recorded as sent.
+#: Seconds between two calls of ``record_sends``. The interval is well below RESEND_UNSENT_AFTER, because after
+#: RESEND_UNSENT_AFTER seconds the reaper sends again a step that is not marked as sent.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
-#: Seconds that the shutdown of a consumer waits for the current tick.
+#: Maximum number of seconds that the shutdown of a consumer waits for the end of the current tick.
 CLOSE_TIMEOUT = 5.0
 
 
@@ -46,13 +46,16 @@ class RecoveryService:
         #: ``_contact_since`` is the start of the current uninterrupted contact with the store. ``_last_contact`` is the
         #: time of the last contact.
         self._contact_since = self._last_contact = -float("inf")
-        #: Lost claims under which workers of this process still work.
+        #: Claims that this process has lost, and under which its workers still run steps.
         self._lost_claims: set[tuple[int, int]] = set()
         #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
 
     def tick(self) -> None:
-        """Run the routines whose interval has passed. Call this method about every second, from a dedicated thread."""
+        """Renew leases, mark steps as sent and send due steps, each if its interval has passed since the last time.
+
+        Call this method about once per second from a dedicated thread.
+        """
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
@@ -92,16 +95,16 @@ class RecoveryService:
         self._lost_claims = lost
 
     def record_sends(self) -> None:
-        """Record in the store which steps were sent."""
+        """Mark steps as sent in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
             self._context.store.direct.mark_sent(steps, self._settings.resend)
-        # Other threads only append, so the first entries are those that were just recorded.
+        # Other threads only append to the queue, so its first entries are the steps that were just marked as sent.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
 
     def reap(self) -> int:
-        """Send the due steps that no consumer is working on, and return their number."""
+        """Send the messages of due steps, and return the number of these steps."""
         total = 0
         deadline = self.clock() + self._settings.heartbeat / 2
         while True:
@@ -112,7 +115,8 @@ class RecoveryService:
                 self._context.owner,
                 expired=self._leases_are_trustworthy(),
             )
-            # If the query was slow, heartbeats were probably late too. So leave expired leases to their owners for now.
+            # If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does
+            # not prove that its owner is gone. Do not send steps with an expired lease now.
             was_slow = self.clock() - started_at > self._settings.lease / 3
             sent = self._defer_expired(due) if was_slow else due
             total += len(sent)
@@ -121,7 +125,10 @@ class RecoveryService:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Postpone the check of steps with an expired lease by one more lease, and return the other steps."""
+        """Return the due steps without the steps whose lease has expired.
+
+        The reaper checks these steps again after the duration of a lease.
+        """
         self._last_contact = -float("inf")
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
         if expired:
@@ -129,9 +136,9 @@ class RecoveryService:
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
-        """Return whether an expired lease proves that its owner is gone (rule 21).
+        """Return whether an expired lease proves that its owner is gone (durability rule 21).
 
-        After an outage it does not, because no owner could renew its lease during the outage.
+        After an outage, an expired lease proves nothing, because no owner could renew its lease during the outage.
         """
         now = self.clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
@@ -192,9 +199,10 @@ class RecoveryService:
         return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
     def close(self) -> None:
-        """Release the claims of abandoned attempts and record the sent steps, when a consumer shuts down."""
+        """Release the claims of abandoned attempts, and mark steps as sent, at the shutdown of a consumer."""
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
-            # A tick hangs, so the remaining claims expire with their leases.
+            # A tick still runs after CLOSE_TIMEOUT seconds. Do not release the remaining claims; they end when their
+            # leases expire.
             return
         try:
             for claim in self._context.active_claims():

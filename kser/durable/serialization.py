@@ -43,7 +43,7 @@ def overrides_of(cls: type) -> int:
 
 
 def to_json(value: Any, subject: str, owner: object) -> str:
-    """Return a value as JSON text, in the format of the wire.
+    """Return a value as JSON text, in the format of Kafka messages.
 
     :param subject: name of the value, for the error text.
     :param owner: the object with the value, for the error text.
@@ -66,30 +66,32 @@ def result_to_json(result: Result, owner: object) -> str:
 
 
 def result_from_json(text: str | None, uuid: str) -> Result:
-    """Return the result from JSON text of :func:`result_to_json`. For None, return a blank result with this uuid."""
+    """Return the result that a JSON text contains. For None, return a blank result with ``uuid``."""
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
 
 
 class SerializedOutcome(NamedTuple):
     """The outcome of a task, as it is stored."""
 
-    #: Result of the task; a failed one in place of a value that cannot be stored.
+    #: Result of the task. If the task returned a value that cannot be stored, this is a failed result that states the
+    #: reason.
     result: Result
     #: ``result`` as JSON.
     text: str
     #: SUCCESS or FAILED.
     status: str
-    #: The accumulated result of the operation with ``result``, and its JSON.
+    #: The accumulated result of the operation, including ``result``, as a Result and as JSON.
     total: Result
     total_text: str
-    #: The reason why a value cannot be stored; None if it can.
+    #: The reason why the value that the task returned cannot be stored; None if this value can be stored.
     error: UsageError | None
 
 
 def serialize_outcome(task: Task, result: Any, accumulated: Result) -> SerializedOutcome:
     """Return the outcome of a task from the return value of its last hook.
 
-    :param accumulated: the accumulated result of the operation; it gets the result of a successful task.
+    :param accumulated: the accumulated result of the operation. If the task succeeded, this function merges the result
+        of the task into this object.
     """
     stored, text, error = serializable_result(task, result)
     status = states.final_status(stored)
@@ -107,7 +109,11 @@ def serialize_failure(failed: Result, accumulated: Result) -> SerializedOutcome:
 
 
 def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageError | None]:
-    """Return a result, its JSON and None; for a value without a JSON form, a failed result, its JSON and the error."""
+    """Return the result to store, the JSON of this result, and the error or None.
+
+    If ``result`` is no Result or has no JSON form, the result to store is a failed result, and the error states the
+    reason.
+    """
     try:
         if not isinstance(result, Result):
             raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
@@ -118,9 +124,9 @@ def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageErro
 
 
 def add_result(accumulated: Result, result: Result, status: str) -> tuple[Result, str]:
-    """Add the result of a task to the accumulated result of its operation, and return the sum and its JSON.
+    """Add the result of a task to the accumulated result of its operation; return the merged result and its JSON.
 
-    A failure leaves ``accumulated`` unchanged.
+    If the task failed, the object ``accumulated`` stays unchanged.
 
     :param status: status of the task.
     """
@@ -129,7 +135,7 @@ def add_result(accumulated: Result, result: Result, status: str) -> tuple[Result
 
 
 def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the searchable metadata of an operation: short keys and short scalar values."""
+    """Return the searchable metadata of an operation: pairs of a short key and a short scalar value."""
     pairs = [searchable_pair(key, value) for key, value in metadata.items() if not isinstance(value, Mapping | list)]
     return [
         (key, value) for key, value in pairs if len(key) <= MAX_SEARCHABLE_VALUE and len(value) <= MAX_SEARCHABLE_VALUE
@@ -173,7 +179,8 @@ def new_operation(
 
     :param topic: topic for messages about the operation as a whole.
     :param task_topic: topic of each task whose class declares no topic.
-    :param original_params: params of the original message as JSON. With them, a redelivered message is recognised.
+    :param original_params: params of the message that the operation was built from, as JSON. kser recognises a
+        redelivered message by these params.
     :raises kser.errors.UsageError: a value has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
@@ -220,7 +227,8 @@ def _new_task(task: Task, mode: str, task_topic: str) -> NewTask:
     child = None
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
-        # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
+        # A nested operation starts in the phase BUILD when it becomes the current task, even if its tasks already
+        # exist.
         child = replace(new_operation(task, mode, topic, task_topic), phase=Phase.BUILD)
     return NewTask(
         uuid=task.uuid,
@@ -228,7 +236,7 @@ def _new_task(task: Task, mode: str, task_topic: str) -> NewTask:
         topic=topic,
         params=to_json(task.params, "params", task),
         metadata=to_json(task.metadata, "metadata", task),
-        # A task that runs again starts without a result.
+        # A task that has already run without success starts with a blank result when it runs again.
         result=result_to_json(task.result, task) if done or _has_initial_result(task) else None,
         child=child,
         status=states.SUCCESS if done else states.PENDING,
@@ -240,7 +248,7 @@ def _is_done(task: Task) -> bool:
 
 
 def _has_initial_result(task: Task) -> bool:
-    """Return whether a task that has not run yet has an initial result."""
+    """Return whether a task has an initial result, that is, it has not run yet and its result is not blank."""
     return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
 
 
@@ -249,7 +257,7 @@ def _is_blank(result: Result) -> bool:
 
 
 class EntrypointLoader:
-    """Loader, which finds entrypoint classes by path and builds objects from rows.
+    """Loader that finds entrypoint classes by path, and builds tasks and operations from their rows.
 
     :param registry: the registry of the classes.
     """
@@ -258,14 +266,14 @@ class EntrypointLoader:
         self._registry = registry
 
     def lookup(self, path: str) -> type[Entrypoint] | None:
-        """Return the class with a path, or None if no such class is registered here."""
+        """Return the class that is registered under a path in this process, or None if there is no such class."""
         found: type[Entrypoint] | None = self._registry.controller.ENTRYPOINTS.get(path)
         return found
 
     def operation(self, row: OperationRow) -> Operation:
-        """Build an operation without tasks from its row.
+        """Build an operation from its row, but without its tasks.
 
-        If its class cannot be used, build a plain Operation with a load error.
+        If its class is not registered in this process or raises an exception, build a plain Operation with the error.
         """
         operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
         operation.status = row.status
@@ -273,7 +281,10 @@ class EntrypointLoader:
         return operation
 
     def task(self, row: TaskRow) -> Task:
-        """Build a task from its row. If its class cannot be used, build a plain Task with a load error."""
+        """Build a task from its row.
+
+        If its class is not registered in this process or raises an exception, build a plain Task with the error.
+        """
         task = self._construct(Task, row, row.result)
         task.status = row.status
         return task
@@ -281,7 +292,7 @@ class EntrypointLoader:
     def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
         """Build the tasks of an operation from their rows.
 
-        :param children: the rows of those tasks that are nested operations.
+        :param children: the operation rows of the tasks that are nested operations.
         """
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]
@@ -301,7 +312,7 @@ class EntrypointLoader:
 
 
 def unknown_entrypoint_error(entrypoint: str) -> ValidationError:
-    """Return the error for an entrypoint that is not registered here."""
+    """Return the error for an entrypoint that is not registered in this process."""
     return ValidationError(
         f"Entrypoint '{entrypoint}' not registred: import its module in this consumer, or send it to the topic of a"
         " consumer that knows the class",

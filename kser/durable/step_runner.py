@@ -26,17 +26,17 @@ from kser.store.model import BuiltTasks, Phase
 logger = logging.getLogger(__name__)
 
 
-#: The reply of a step that has no result for the message, because it built the tasks or chose the next task.
+#: The reply of a step that has no result for the message, because the step built the tasks or chose the next task.
 NO_REPLY: Final = object()
 
 
 class StepOutcome(NamedTuple):
     """Outcome of a step, for the checkpoint and for the message that caused the step."""
 
-    #: Everything that the step has changed.
+    #: The changes of the step.
     change: StepChange
-    #: The result of the message: the result of the task or of the operation that ended. :data:`NO_REPLY` if there is
-    #: none.
+    #: The result to return for the message: the result of the task, or of the operation that ended. :data:`NO_REPLY` if
+    #: the step has no such result.
     reply: Any = NO_REPLY
     #: Seconds until the next attempt at the task; None if no retry follows.
     retry_in: float | None = None
@@ -44,12 +44,12 @@ class StepOutcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Step runner, which runs the current step and updates the execution state with the outcome of the step.
+    """Step runner, which runs the current step and applies the outcome of the step to the execution state.
 
     :param context: the durable context of this process.
     :param state: the execution state of the operation.
-    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
-        attempt.
+    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
+        None if there is no such attempt.
     """
 
     context: DurableContext
@@ -57,7 +57,7 @@ class StepRunner:
     timeout_error: Exception | None = None
 
     def run_next(self) -> StepOutcome:
-        """Run the next step."""
+        """Run the current step, and return its outcome."""
         failed = self._restore_operations()
         if failed is not None:
             return failed
@@ -72,7 +72,7 @@ class StepRunner:
         return self._end_operation(frame)
 
     def fail_step(self, error: Exception) -> StepOutcome:
-        """Fail the current step without running it."""
+        """Fail the current step with ``error`` without running the step."""
         frame, task = self.state.frames[-1], self.state.claim.task
         failed = failed_result(error, frame.row.uuid)
         if frame.phase == Phase.RUN_TASK and task is not None:
@@ -88,8 +88,8 @@ class StepRunner:
     def _restore_operations(self) -> StepOutcome | None:
         """Restore the objects of the operations that continue in this consumer, and call ``_prerun`` of each object.
 
-        :return: None if no object raised an exception. Otherwise, the operation of that object fails, and the return
-            value is the outcome of the step.
+        :return: None if no object raised an exception. If an object raises an exception, its operation fails, and the
+            method returns the outcome of this failed step.
         """
         frames = self.state.frames
         if self.state.distributed or self.timeout_error is not None:
@@ -111,7 +111,7 @@ class StepRunner:
         return None
 
     def _descend(self) -> None:
-        """Add a frame for each nested operation, down to the innermost operation that is current."""
+        """Append a frame for each nested operation that is a current task, down to the innermost operation."""
         while (frame := self.state.frames[-1]).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
             if not isinstance(task, Operation) or (row := self.context.store.get_operation(task.uuid)) is None:
@@ -121,8 +121,8 @@ class StepRunner:
     def _load(self, frame: OperationFrame) -> Operation:
         """Return the operation object of a frame, with its tasks.
 
-        :raises Exception: the object could not be built, because its class is not registered here or raised this
-            exception.
+        :raises Exception: the object could not be built, because its class is not registered in this process or raised
+            this exception.
         """
         if frame.operation is None:
             frame.attach(self.context.loader.operation(frame.row))
@@ -164,7 +164,7 @@ class StepRunner:
     def _run_task(self, frame: OperationFrame) -> StepOutcome:
         task = self._current_task(frame)
         if task.status == states.SUCCESS:
-            # The task was done before the operation was stored, so record its result without an attempt.
+            # The task had succeeded before the operation was stored, so record the task's result without an attempt.
             return self._finish_task(frame, task, task.result)
         recorded, not_counted = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
@@ -278,7 +278,7 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks whose class declares no policy: that of the operation or of the consumer."""
+    """Return the retry policy for tasks without their own policy: the policy of the operation or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

@@ -36,9 +36,9 @@ _DEFAULT_RUNNER: Runner = InMemoryRunner()
 
 
 class _StoredAttribute:
-    """A list from the snapshot of an operation.
+    """Descriptor of an attribute that returns a list from the snapshot of a stored operation.
 
-    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    This is a non-data descriptor, so an attribute of the same name in user code takes precedence (decision C18).
     """
 
     def __init__(self, name: str) -> None:
@@ -50,7 +50,7 @@ class _StoredAttribute:
 
 
 class Operation(Task):
-    """A :class:`~kser.sequencing.task.Task` that has other tasks as children and runs them one after the other.
+    """A :class:`~kser.sequencing.task.Task` that contains other tasks and runs these tasks one after the other.
 
     :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the operation.
@@ -61,10 +61,10 @@ class Operation(Task):
     :raises kser.errors.UsageError: the arguments are positional and in the order of kser 0.8 (decision B2).
     """
 
-    #: Classes whose required parameters the operation must have too.
+    #: Task classes. The operation must also have the required parameters of these classes.
     TASKS: ClassVar[Any] = ()
-    #: True if each task is sent as a separate message, to run on any consumer that knows the class of the task. This
-    #: needs a shared database.
+    #: True if kser sends a separate message for each task, so that any consumer in which the class of the task is
+    #: registered can run the task. This mode needs a shared database.
     DISTRIBUTED: ClassVar[bool] = False
 
     #: Recorded attempts at the tasks, oldest first: :class:`kser.store.model.AttemptRow`. Only
@@ -75,11 +75,11 @@ class Operation(Task):
     events: ClassVar[Any] = _StoredAttribute("events")
 
     _kser_is_durable = True
-    #: The runner of this object only; None stands for the runner of the registry.
+    #: The runner of this object only; None stands for the runner of the class's registry.
     _kser_runner: Runner | None = None
     _kser_snapshot: OperationSnapshot | None = None
-    #: The registry that loaded the operation. The class of the operation may not be subscribed to that registry, so
-    #: ``_kser_registry`` may be None.
+    #: The registry that loaded the operation. The class of the operation is possibly not subscribed to this registry;
+    #: ``_kser_registry`` is then another registry or None.
     _kser_loaded_from: RegistryProtocol | None = None
 
     def __init__(
@@ -137,7 +137,7 @@ class Operation(Task):
         return []
 
     def finalize(self) -> Any:
-        """Complete the operation after its tasks were built; :meth:`build` returns the return value of this hook.
+        """Complete the operation after its tasks were built. :meth:`build` returns the return value of this hook.
 
         Subclasses may implement this hook.
         """
@@ -177,13 +177,13 @@ class Operation(Task):
         return tasks
 
     def add_task(self, task: Task) -> None:
-        """Append a task."""
+        """Append a task to the operation."""
         self.tasks.append(task)
 
     def check_required_params(self) -> None:
         """Check that the required parameters of this class and of each class in :attr:`TASKS` are present.
 
-        The check does not include the ``TASKS`` of these classes.
+        The check ignores the attribute ``TASKS`` of the classes in :attr:`TASKS`.
 
         :raises cdumay_error.types.ValidationError: a parameter is missing. The error names the first missing parameter
             and the class that requires it.
@@ -200,7 +200,7 @@ class Operation(Task):
     # -- status --------------------------------------------------------------------------------------------------------
 
     def set_status(self, status: str, result: Result | None = None) -> Any:
-        """Set the status. You may override this method to record the status elsewhere.
+        """Set the status. You may override this method, for example to record the status in your own database.
 
         :param status: the new status; any value is allowed.
         :param result: the accumulated result, if any.
@@ -215,12 +215,13 @@ class Operation(Task):
     # -- execution -----------------------------------------------------------------------------------------------------
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        """Run the tasks that are not SUCCESS yet, in order, until a task fails.
+        """Run, in order, the tasks whose status is not SUCCESS, until a task fails.
 
-        A task that fails or raises makes the operation FAILED. Only exceptions of the operation's own hooks reach the
-        caller.
+        If a task fails or raises an exception, the operation becomes FAILED. Only exceptions of the operation's own
+        hooks reach the caller.
 
-        :param result: a result to merge into :attr:`result` first. The first task gets the merged result.
+        :param result: a result to merge into :attr:`result` before the first task runs. The first task gets the merged
+            result.
         :return: the return value of ``onsuccess`` or ``onerror``; by default, :attr:`result`.
         """
         if self._kser_init_failure is not NO_INIT_FAILURE:
@@ -260,15 +261,15 @@ class Operation(Task):
         The consumer that receives the message builds and runs the operation.
 
         With a shared database, this method first *accepts* the operation: it saves the operation, together with its
-        tasks if they are built. kser guarantees that an accepted operation ends. If sending fails now, a consumer sends
-        the operation as soon as it can.
+        tasks if they are built. kser guarantees that an accepted operation ends. If the message cannot be sent now, the
+        reaper of a consumer sends it later.
 
         :param result: a result to forward to the operation.
         :param topic: the topic; by default ``TOPIC``, else the first of ``KSER_TOPICS``.
-        :param key: consumers handle messages with the same key one after the other.
+        :param key: key of the message. Consumers handle messages with the same key one after the other.
         :return: this operation.
-        :raises kser.errors.SendError: there is no database and delivery was not confirmed. The attribute ``result`` of
-            the error is the Result of the producer.
+        :raises kser.errors.SendError: there is no shared database, and the broker did not confirm the delivery. The
+            attribute ``result`` of the error is the Result of the producer.
         :raises kser.errors.StateConflict: another stored operation has the same uuid, or this operation has already
             ended.
         :raises kser.errors.StoreUnavailable: the database is unavailable, so the operation is not accepted.
@@ -289,7 +290,11 @@ class Operation(Task):
         return self
 
     def next(self, task: Task) -> Task | None:
-        """Return the first task after ``task`` that is not SUCCESS, or None; ``task`` is found by its uuid."""
+        """Return the first task after ``task`` whose status is not SUCCESS, or None if there is no such task.
+
+        The method finds the position of ``task`` by its uuid, and returns None if no task of the operation has this
+        uuid.
+        """
         uuids = [str(known.uuid) for known in self.tasks]
         try:
             position = uuids.index(str(task.uuid))
@@ -298,10 +303,10 @@ class Operation(Task):
         return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
-        """Accept this operation and send its first task. When a task has finished, its consumer sends the next task.
+        """Accept this operation and send its first task. After each task, the consumer of the task sends the next task.
 
-        :return: the Result of sending. The operation is accepted even if sending failed. If the operation has no task,
-            the return code is 1 and the operation is not accepted.
+        :return: the Result of the send. The operation is accepted even if the send failed. If the operation has no
+            task, the return code is 1 and the operation is not accepted.
         :raises kser.errors.StoreMissing: there is no shared database, and the tasks do not override ``send``; see
             :meth:`launch_next`.
         :raises kser.errors.StateConflict: another stored operation has the same uuid, or this operation has already
@@ -321,7 +326,7 @@ class Operation(Task):
         task in a checkpoint, and then sends that task. A call from inside a running task of a stored operation has no
         effect, because the checkpoint of the running task sends the next task.
 
-        :param task: the task that ended; None sends the first task that is not SUCCESS.
+        :param task: the task that ended; None sends the first task whose status is not SUCCESS.
         :param result: the result of ``task``, which is forwarded to the next task.
         :return: the return value of ``send``, or the final result of this operation. If ``send`` did not return a
             Result, this method returns a new Result.
@@ -359,7 +364,7 @@ class Operation(Task):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Any:
-        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`.
+        """Return the stored operation whose uuid is ``_id``. See :meth:`.OperationRegistry.get`.
 
         Without a shared database, return None.
         """
@@ -367,7 +372,7 @@ class Operation(Task):
         return registry._kser_operations.get(str(_id)) if registry is not None and registry._kser_has_store else None
 
     def resume(self) -> Self:
-        """Resume this stored operation, which must be FAILED or CANCELLED, at its first task that is not SUCCESS.
+        """Resume this FAILED or CANCELLED stored operation at its first task whose status is not SUCCESS.
 
         :return: this object, unchanged. :meth:`.OperationRegistry.get` returns the new state.
         :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED. If several calls run at the
@@ -378,7 +383,8 @@ class Operation(Task):
         return self
 
     def cancel(self, reason: str | None = None) -> str:
-        """Cancel this stored operation: immediately if no consumer has claimed it, otherwise after its running task.
+        """Cancel this stored operation: immediately if no consumer holds a claim on it, otherwise after its running
+        task.
 
         :param reason: the reason, which is stored with the operation.
         :return: the status of the operation after the call. An operation that has ended does not change.
@@ -403,7 +409,7 @@ class Operation(Task):
 
 
 def _has_own_send(task: Task) -> bool:
-    """Return whether the class or the object overrides ``send`` of a task."""
+    """Return whether the class of a task, or the task object itself, overrides ``send``."""
     return getattr(type(task), "send", None) not in (Task.send, Operation.send) or "send" in vars(task)
 
 
@@ -421,12 +427,12 @@ def _supported_kwargs(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Ma
 @functools.lru_cache(maxsize=1024)
 def _accepts_any_argument(function: Callable[..., Any]) -> bool:
     """Return whether a method has parameters besides ``self``."""
-    # The result is cached, because the inspection takes as long as a small task.
+    # Cache the return value, because the inspection takes as long as a small task.
     return bool(inspect.signature(MethodType(function, object())).parameters)
 
 
 class NextTaskChoice:
-    """The next task, as an overridden ``launch_next`` chooses it. Only the first choice counts.
+    """The choice of the next task by a class that overrides ``launch_next``. Only the first choice counts.
 
     :param uuid: uuid of the operation.
     """
@@ -445,5 +451,5 @@ class NextTaskChoice:
             self.is_made, self.next_task, self.is_failed = True, next_task, is_failed
 
 
-#: The choice for the call of ``launch_next`` in this context; None outside of such a call.
+#: The choice that kser requested from ``launch_next`` in this context; None if kser did not request a choice.
 current_choice: ContextVar[NextTaskChoice | None] = ContextVar("kser_choice", default=None)

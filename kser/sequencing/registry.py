@@ -45,12 +45,13 @@ class OperationPage(list[Operation]):
 
 
 class OperationRegistry:
-    """Registry of classes, with the app, the producer and the store that these classes use.
+    """Registry of entrypoint classes, with the app, the producer and the store that these classes use.
 
     :param app: Flask application, if any. The registry reads its ``config``, and tasks and operations run inside its
         context.
     :param controller_class: controller class, or any callable that returns a controller.
-    :param producer: producer that sends tasks and operations; by default, the producer of the consumer.
+    :param producer: producer that sends tasks and operations; by default, the producer of the consumer that runs in
+        this process.
     :param store: shared database for operations; by default, the database of ``KSER_DATABASE_URI``.
     """
 
@@ -84,12 +85,12 @@ class OperationRegistry:
         self.load_tasks()
 
     def load_tasks(self) -> None:
-        """Import or subscribe the classes. Subclasses may implement this method."""
+        """Import the modules of the classes, or subscribe the classes. Subclasses may implement this method."""
 
     def subscribe(self, callback: EntrypointClass) -> EntrypointClass:
         """Register a task, an operation or any other Entrypoint class under its path. This method works as a decorator.
 
-        The first class under a path stays registered. A second class is ignored, with a log line at WARNING.
+        If another class is already registered under the path, the registry ignores ``callback`` and logs a WARNING.
 
         :return: the class.
         :raises cdumay_error.types.ValidationError: ``callback`` is not an Entrypoint class.
@@ -125,14 +126,14 @@ class OperationRegistry:
         return self._kser_producer_factory()
 
     def _kser_set_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Set the function that returns the producer if the constructor got no producer.
+        """Set the function that returns the fallback producer, for a registry that was created without a producer.
 
-        The function is called for each send.
+        The registry calls this function for each send.
         """
         self._kser_producer_factory = factory
 
     def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Clear the fallback producer if ``factory`` is the current one. The caller closes the producer."""
+        """Remove the function ``factory`` if it is the current one. The caller must close the fallback producer."""
         if self._kser_producer_factory == factory:
             self._kser_producer_factory = None
 
@@ -177,9 +178,10 @@ class OperationRegistry:
 
     @property
     def background_service(self) -> RecoveryService | None:
-        """The heartbeat and the reaper, which ``Consumer.run()`` calls in a thread; None without a database.
+        """The service with the heartbeat and the reaper, which ``Consumer.run()`` runs in a thread; None without a
+        database.
 
-        A test that calls ``Consumer.step()`` must call ``tick()`` or ``reap()`` of the service itself.
+        A test that calls ``Consumer.step()`` must also call ``tick()`` or ``reap()`` of this service.
         """
         return self._kser_background_service
 
@@ -197,7 +199,7 @@ class OperationRegistry:
                 opened = self._kser_opened_context = self._kser_opened_context or DurableContext(
                     self, self._kser_make_store()
                 )
-            # Check the schema without holding the lock, because in a consumer this call lasts until an outage ends.
+            # Check the schema without holding the lock, because in a consumer this call waits for the end of an outage.
             opened.store.check()
             with self._kser_opening_lock:
                 if self._kser_context is None:
@@ -219,10 +221,10 @@ class OperationRegistry:
         return self._kser_store
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of an operation or of one of its steps. Controllers call this if there is a shared database.
+        """Handle the message of an operation or of a step. Controllers call this method if there is a shared database.
 
-        :param entrypoint: the class that the message names; None if the class is not registered here.
-        :return: a Result, or :class:`kser.attempt.Deferred`.
+        :param entrypoint: the class that the message names; None if the class is not registered in this process.
+        :return: a Result, or :class:`kser.attempt.Deferred` if there is no result for the message.
         """
         with self._kser_app_context():
             self._kser_open()
@@ -232,7 +234,7 @@ class OperationRegistry:
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
 
-        :return: an object of the operation's class if this class is subscribed here, otherwise a plain
+        :return: an object of the operation's class if this class is subscribed to this registry, otherwise a plain
             :class:`.Operation`; None if no operation has this uuid.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
@@ -257,8 +259,8 @@ class OperationRegistry:
         :param since: earliest time of creation: a datetime, or seconds since 1970.
         :param until: end of the period of creation: operations that were created at this time or later are left out.
         :param metadata: keys and values that the metadata must contain.
-        :param parent: uuid of an operation, to return its nested operations. By default, no nested operations are
-            returned.
+        :param parent: uuid of an operation, to return its nested operations. By default, the method returns only root
+            operations.
         :param limit: maximum number of operations.
         :param after: the ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
@@ -269,7 +271,7 @@ class OperationRegistry:
     def purge(
         self, *, older_than: float | timedelta, status: str | Collection[str] = (SUCCESS, FAILED, CANCELLED)
     ) -> int:
-        """Delete ended operations with everything that belongs to them.
+        """Delete ended operations with their nested operations, tasks, attempts and events.
 
         :param older_than: minimum time since the end: seconds, or a timedelta. Choose a longer time than the retention
             time of the topics, because a redelivered message of a deleted operation runs the operation again.

@@ -1,7 +1,10 @@
-"""Runner of operations in memory: runs all tasks in order in one process, each with the results of the earlier tasks.
+"""Runner of operations in memory.
 
-The registry has an attribute with the runner of operations that are not stored, so that another runner can replace this
-runner.
+The runner runs all tasks of an operation in order in one process. Each task receives the results of the tasks before
+it.
+
+The attribute ``runner`` of the registry holds the runner for operations that are not stored. You can set this attribute
+to another runner.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ class Runner(Protocol):
     def run(self, operation: Operation, result: Result | None) -> Any:
         """Execute ``operation`` to its end.
 
-        :param result: a result to merge into the operation's result first.
+        :param result: a result to merge into the operation's result before the first task runs.
         :return: the return value of the operation's ``onsuccess`` or ``onerror``.
         """
         ...
 
 
 class InMemoryRunner:
-    """Runner without a database. A second run of an operation continues at the first task that is not SUCCESS.
+    """Runner that uses no database. A second run of an operation starts at its first task that has not succeeded.
 
     The operation's result starts as its initial result, and the runner adds the results of the tasks in order. Each
     task gets a copy of the accumulated result (decisions B8 to B11).
@@ -43,8 +46,8 @@ class InMemoryRunner:
         prepare_operation(operation, result)
         attempt = current_attempt.get()
         if attempt is not None and attempt.entry is operation and is_distributed(operation):
-            # A distributed operation arrived as a message and there is no database. In this case only tasks that
-            # override send() can run. For other tasks, launch_next() raises StoreMissing.
+            # A distributed operation arrived as a message and there is no database. In this case, only tasks that
+            # override send() can be sent. For other tasks, launch_next() raises StoreMissing.
             return operation.launch_next()
         for task in operation.tasks:
             outcome = task.result if task.status == status.SUCCESS else run_task(task, operation.result, operation.uuid)
@@ -53,15 +56,15 @@ class InMemoryRunner:
             if status.final_status(outcome) != status.SUCCESS:
                 return _fail_operation(operation)
         if status.final_status(operation.result) != status.SUCCESS:
-            # No task had to run and the initial result is a failure, so the operation fails.
+            # No task failed, but the initial result is a failure, so the operation fails.
             return _fail_operation(operation)
         raise_if_decided(operation)
-        # The Success line shows `None` if there are no tasks and no forwarded result, because kser 0.8 logs that.
+        # If there are no tasks and no forwarded result, the log line Success shows `None`, as in kser 0.8.
         return operation._onsuccess(operation.result if operation.tasks or result else None)
 
 
 def is_distributed(operation: Operation) -> bool:
-    """Return whether an operation runs on several consumers, task by task."""
+    """Return whether an operation is distributed, that is, whether kser sends a message for each of its tasks."""
     # Only the value True counts, because a user's class may have its own attribute with this name (decision C18).
     return getattr(type(operation), "DISTRIBUTED", False) is True
 
@@ -83,8 +86,8 @@ def run_task(task: Task, accumulated: Result, operation_uuid: str) -> Any:
     :param accumulated: the accumulated result of the earlier tasks; the task gets a copy.
     :return: the return value of the task's ``onsuccess`` or ``onerror``.
     """
-    # A task that has run before starts with a blank result. The status alone does not show that, because users set
-    # tasks back to PENDING to run the whole operation again.
+    # A task that has run before starts with a blank result. The status alone does not show whether a task has run,
+    # because users set tasks back to PENDING to run the whole operation again.
     if task.status != status.PENDING or task._kser_executed:
         task.result = Result(uuid=task.uuid)
     task._kser_operation_uuid = operation_uuid
@@ -106,8 +109,8 @@ def _reset_result(operation: Operation, result: Result | None) -> None:
     """Reset an operation's result to its initial result, and merge ``result`` into it."""
     if operation._kser_initial_result is None:
         operation._kser_initial_result = copy_result(operation.result, uuid=operation.uuid)
-        # Change the uuid of the result in place, because the message shares this object and the controller logs it with
-        # the final result.
+        # Change the uuid in the existing Result, because the message refers to the same object, and the controller logs
+        # the message after the run.
         operation.result.uuid = operation.uuid
     else:
         operation.result = copy_result(operation._kser_initial_result)

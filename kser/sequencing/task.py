@@ -1,4 +1,4 @@
-"""Task: an entrypoint with a status. A drop-in replacement for ``kser.sequencing.task`` of 0.8.27."""
+"""Task: an entrypoint with a status. This module is a drop-in replacement for ``kser.sequencing.task`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class _AttemptNumber:
-    """The attribute ``attempt``.
+    """Descriptor of the attribute ``Task.attempt``.
 
-    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    This is a non-data descriptor, so an attribute of the same name in user code takes precedence (decision C18).
     """
 
     def __get__(self, instance: Any, owner: type) -> int:
@@ -30,9 +30,9 @@ class _AttemptNumber:
 
 
 class _CancelRequested:
-    """The attribute ``cancel_requested``.
+    """Descriptor of the attribute ``Task.cancel_requested``.
 
-    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    This is a non-data descriptor, so an attribute of the same name in user code takes precedence (decision C18).
     """
 
     def __get__(self, instance: Any, owner: type) -> bool:
@@ -41,9 +41,9 @@ class _CancelRequested:
 
 
 class _OperationUuid:
-    """The attribute ``operation_uuid``.
+    """Descriptor of the attribute ``Task.operation_uuid``.
 
-    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    This is a non-data descriptor, so an attribute of the same name in user code takes precedence (decision C18).
     """
 
     def __get__(self, instance: Any, owner: type) -> str | None:
@@ -66,11 +66,11 @@ class Task(Entrypoint):
     TOPIC: ClassVar[str | None] = None
     #: Retry policy for failed messages of this class; None stands for the policy of the consumer.
     RETRY: ClassVar[Retry | None] = None
-    #: Seconds that an attempt may take in a consumer; None stands for no limit.
+    #: Time limit of an attempt in a consumer, in seconds; None stands for no limit.
     TIME_LIMIT: ClassVar[float | None] = None
 
-    #: Number of the attempt, from 1. In a stored operation, it counts attempts at the task, otherwise attempts at the
-    #: message.
+    #: Number of the current attempt, from 1. In a stored operation, this is the number of the attempt at the task,
+    #: otherwise the number of the attempt at the record.
     attempt: ClassVar[Any] = _AttemptNumber()
     #: UUID of the operation that runs this task; None for a task outside of an operation.
     operation_uuid: ClassVar[Any] = _OperationUuid()
@@ -80,8 +80,8 @@ class Task(Entrypoint):
 
     _kser_executed = False
     _kser_operation_uuid: str | None = None
-    #: The error that prevents this object from running. An object that was built from a row has such an error if its
-    #: class is not registered here, or if the construction failed.
+    #: The error that prevents this object from running; None if there is no such error. An object that was built from a
+    #: row has this error if its class is not registered in this process, or if its construction failed.
     _kser_load_error: Exception | None = None
 
     def __init__(
@@ -105,14 +105,14 @@ class Task(Entrypoint):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Self | None:
-        """Load a task from your own database. Subclasses may implement this method; here it returns None."""
+        """Load a task from your own database. Subclasses may implement this method; by default, it returns None."""
         return None
 
     def get_attr(self, item: str) -> tuple[str, Any]:
         """Return the pair ``("<item>Id", value)``, for mapping to a database.
 
-        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if it has no attribute ``<item>``.
-        It is None if the attribute ``<item>Id`` is missing.
+        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if this object has no attribute
+        ``<item>``. The value is None if the attribute ``<item>Id`` is missing.
         """
         name = f"{item}Id"
         return name, getattr(getattr(self, item, self), name, None)
@@ -122,8 +122,8 @@ class Task(Entrypoint):
 
         :param result: a result to forward to the task.
         :param topic: the topic; by default :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
-        :param key: consumers handle messages with the same key one after the other.
-        :return: the Result of the producer, which is a failed one if delivery was not confirmed.
+        :param key: key of the message. Consumers handle messages with the same key one after the other.
+        :return: the Result of the producer; a failed Result if the broker did not confirm the delivery.
         :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
         :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
@@ -140,7 +140,7 @@ class Task(Entrypoint):
         try:
             return super().unsafe_execute(result=result)
         except BaseException:
-            # The exception reaches the caller, so set the status here. Otherwise the status would remain RUNNING.
+            # The exception reaches the caller, so set the status here; otherwise the status would remain RUNNING.
             self.status = states.FAILED
             raise
 

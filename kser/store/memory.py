@@ -197,10 +197,10 @@ class MemoryStore(Store):
                 return root.status
             if root is None or root.status != states.RUNNING or root.epoch != checkpoint.epoch:
                 name = root.uuid if root else checkpoint.root_id
-                raise FencedError(f"another consumer has claimed operation {name}, or it has ended")
+                raise FencedError(f"another consumer has claimed operation {name}, or the operation has ended")
             positions = [(self._operations[update.operation_id], update) for update in checkpoint.updates]
             if any((row.step, row.phase) != (update.stored_step, update.stored_phase) for row, update in positions):
-                raise FencedError(f"operation {root.uuid} is at another step")
+                raise FencedError(f"operation {root.uuid} is not at the step of the checkpoint")
             if checkpoint.built is not None:
                 self._reject_taken_uuids(checkpoint.built.tasks)
             now = self._clock()

@@ -222,11 +222,11 @@ EVENTS: Final[Mapping[str, str]] = {
     "task-retried": "an attempt at a task failed, and a retry follows",
     "moved": "the next task was chosen",
     "released": "a consumer released the claim before the operation had ended",
-    "sent-again": "the reaper sent the current step; the text has the reason",
+    "sent-again": "the reaper sent the message of the current step; the text of the event states the reason",
     "exhausted": "too many consumers died during a step",
-    "cancel-requested": "the operation will be cancelled after the running task",
-    "ended": "the operation ended; the text has the outcome",
-    "resumed": "the operation continues after it had ended",
+    "cancel-requested": "a client requested to cancel the operation after its running task",
+    "ended": "the operation ended; the text of the event is the final status",
+    "resumed": "a client resumed the operation after it had ended",
 }
 
 

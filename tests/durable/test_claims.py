@@ -169,7 +169,8 @@ def test_consumer_that_lost_its_claim_is_fenced(
     assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     (dropped,) = [line for line in lines(caplog, logging.WARNING) if "is dropped" in line]
     assert dropped.startswith(
-        f"{cls.path}[1]: the outcome of its step is dropped: another consumer has claimed operation 1, or it has ended"
+        f"{cls.path}[1]: the outcome of its step is dropped: another consumer has claimed operation 1, or the operation"
+        " has ended"
     )
 
 

@@ -262,13 +262,14 @@ class CheckpointWriter:
             return root.status
         if root.status != states.RUNNING or root.epoch != checkpoint.epoch:
             raise FencedError(
-                f"another consumer has claimed operation {root.uuid}, or it has ended: it is {root.status}"
+                f"another consumer has claimed operation {root.uuid}, or the operation has ended: its status is"
+                f" {root.status}"
             )
         if any(
             positions[update.operation_id].differs_from(update.stored_step, update.stored_phase)
             for update in checkpoint.updates
         ):
-            raise FencedError(f"operation {root.uuid} is at another step")
+            raise FencedError(f"operation {root.uuid} is not at the step of the checkpoint")
         return self._record_one(transaction, checkpoint, root)
 
     def _is_recorded(
@@ -302,7 +303,9 @@ class CheckpointWriter:
         try:
             self._write(transaction, rows)
         except RowCountMismatch:
-            raise FencedError(f"a nested operation or task of operation {root.uuid} is at another step") from None
+            raise FencedError(
+                f"a nested operation or task of operation {root.uuid} is not at the step of the checkpoint"
+            ) from None
         if not cancelled:
             return checkpoint.updates[-1].status
         transaction.execute_many(self._cancel_children, [{"root_id": root.id}])
