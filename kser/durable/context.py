@@ -171,8 +171,8 @@ class DurableContext:
         try:
             producer = self.producer
             if not isinstance(producer, KafkaProducerBase):
-                # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, which
-                # must not be bypassed.
+                # Only KafkaProducerBase has send_nowait. A wrapper or a third-party producer has its own send, so call
+                # this send.
                 self.send(target, root_uuid, step_key)
                 return
             producer.send_nowait(

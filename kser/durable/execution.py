@@ -1,7 +1,7 @@
 """Execution of a stored operation: the work of one worker under one claim, with one checkpoint per step.
 
-A consumer executes an operation that is already stored with :func:`execute_claim`, after it has claimed the operation.
-For a new operation, :class:`DurableStart` stores and claims the operation in one transaction, and then executes it.
+To execute an operation that is already stored, a consumer claims the operation and calls ``execute_claim``. For a new
+operation, ``DurableStart`` stores and claims the operation in one transaction, and then executes it.
 
 A step builds the tasks of an operation, runs a task, chooses the next task, or ends an operation
 (:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
@@ -104,7 +104,10 @@ class DurableStart:
         return Execution(context, saved, operation).run()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Become None in a deep copy or a pickle of the operation, because the durable context cannot be copied."""
+        """Put None in place of this runner into a deep copy or a pickle of the operation.
+
+        The reason is that the durable context cannot be copied.
+        """
         return type(None), ()
 
 
@@ -335,7 +338,10 @@ class Execution:
         self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
-        """Log the end of an operation whose class overrides no hook for the end, as for an operation in memory."""
+        """Log the end of an operation whose class overrides no hook for the end.
+
+        The log lines are the same as for an operation in memory.
+        """
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status

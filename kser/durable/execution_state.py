@@ -223,7 +223,8 @@ class ExecutionState:
         self._end_task(parent, status, *add_result(parent.accumulated, result, status))
 
     def _end_task(self, frame: OperationFrame, status: str, total: Result, total_text: str) -> None:
-        """Apply the end of a task to its operation: choose the next task, advance to it, or finish the operation.
+        """Apply the end of a task to its operation: choose the next task, advance to the next task, or finish the
+        operation.
 
         :param total: the accumulated result of the operation, including the result of the task.
         :param total_text: ``total`` as JSON.

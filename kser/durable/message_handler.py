@@ -61,7 +61,8 @@ class MessageHandler:
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
         """Handle a message of an operation that is already stored.
 
-        :raises kser.errors.StateConflict: the entrypoint or the params in the message differ from the stored operation.
+        :raises kser.errors.StateConflict: the entrypoint or the params in the message differ from those of the stored
+            operation.
         """
         try:
             check_same_operation(row, entrypoint, params)

@@ -125,9 +125,9 @@ class RecoveryService:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Return the due steps without the steps whose lease has expired.
+        """Return the due steps, except the steps of roots whose lease has expired.
 
-        The reaper checks these steps again after the duration of a lease.
+        The reaper checks the excepted steps again after the duration of one lease.
         """
         self._last_contact = -float("inf")
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
@@ -142,7 +142,7 @@ class RecoveryService:
         """
         now = self.clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
-        # count as an interruption.
+        # count as an interruption of the contact with the store.
         if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
             self._contact_since = now
         self._last_contact = now
@@ -174,7 +174,7 @@ class RecoveryService:
             self._last_contact = self.clock()
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
-        """Send steps to a topic, and return the steps that were not delivered.
+        """Send the messages of steps to a topic, and return the steps whose messages were not delivered.
 
         :param deadline: the deadline by the clock of this service.
         """

@@ -144,7 +144,7 @@ class Operation(Task):
         return self
 
     def build(self, **kwargs: Any) -> Any:
-        """Build the tasks and add them. A second call replaces the tasks that the first call built.
+        """Build the tasks and add them to the operation. A second call replaces the tasks that the first call built.
 
         :param kwargs: arguments for :meth:`prebuild` and :meth:`build_tasks`; by default, the operation's params.
         :return: the return value of :meth:`finalize`; by default, this operation.
@@ -303,7 +303,7 @@ class Operation(Task):
         return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
-        """Accept this operation and send its first task. After each task, the consumer of the task sends the next task.
+        """Accept this operation and send its first task. After each task, the consumer that ran it sends the next task.
 
         :return: the Result of the send. The operation is accepted even if the send failed. If the operation has no
             task, the return code is 1 and the operation is not accepted.
@@ -322,9 +322,9 @@ class Operation(Task):
         """Send the task after ``task``, or end the operation if no task follows or ``task`` failed.
 
         If the class of the next task overrides ``send``, this method sends the task with that ``send``, as in kser 0.8.
-        If the class of a stored operation overrides ``launch_next``, kser calls it after each task, records the chosen
-        task in a checkpoint, and then sends that task. A call from inside a running task of a stored operation has no
-        effect, because the checkpoint of the running task sends the next task.
+        If the class of a stored operation overrides ``launch_next``, kser calls ``launch_next`` after each task,
+        records the chosen task in a checkpoint, and then sends the chosen task. A call from inside a running task of a
+        stored operation has no effect, because the checkpoint of the running task sends the next task.
 
         :param task: the task that ended; None sends the first task whose status is not SUCCESS.
         :param result: the result of ``task``, which is forwarded to the next task.

@@ -133,7 +133,10 @@ class OperationRegistry:
         self._kser_producer_factory = factory
 
     def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Remove the function ``factory`` if it is the current one. The caller must close the fallback producer."""
+        """Remove ``factory`` if it is the function that returns the fallback producer.
+
+        The caller must close the fallback producer.
+        """
         if self._kser_producer_factory == factory:
             self._kser_producer_factory = None
 

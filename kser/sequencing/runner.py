@@ -1,4 +1,4 @@
-"""Runner of operations in memory.
+"""Runner that executes operations in memory.
 
 The runner runs all tasks of an operation in order in one process. Each task receives the results of the tasks before
 it.

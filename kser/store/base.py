@@ -1,7 +1,7 @@
 """The contract of every store of operations.
 
 A store holds rows (:mod:`kser.store.model`) and updates them. The store does not decide which steps an operation has,
-or in which order the steps run; :mod:`kser.durable` decides that. In this package, a *root* is a root operation.
+or in which order the steps run; :mod:`kser.durable` decides this. In this package, a *root* is a root operation.
 
 **Time.** Every time in a row is a number of seconds since 1970, by the store's clock. Only the store reads this clock.
 So callers pass durations in seconds, and no times.

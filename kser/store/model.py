@@ -57,7 +57,7 @@ class RefusalReason(StrEnum):
     HELD = "held"
     #: The current step waits for a retry, and its ``due_at`` is in the future.
     WAITING = "waiting"
-    #: The request names a step that is not the current step, or an operation to save that is already stored.
+    #: The step in the request is not the current step. For a save: the operation is already stored.
     STALE = "stale"
 
 
@@ -323,7 +323,7 @@ class TaskOutcome(NamedTuple):
     number: int
     #: SUCCESS, FAILED, or PENDING if a retry follows. With PENDING, the attempt row gets the status FAILED.
     status: str
-    #: JSON of the result. With the status PENDING it is None, and the stored result stays unchanged.
+    #: JSON of the result. With the status PENDING, ``result`` is None, and the stored result stays unchanged.
     result: str | None
     #: Duration of the attempt in seconds.
     duration: float
@@ -394,7 +394,10 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DueStep:
-    """A due step. The fields ``id``, ``uuid`` and ``epoch`` are those of its root; ``target`` is its message."""
+    """A due step.
+
+    The fields ``id``, ``uuid`` and ``epoch`` describe the root of the step; ``target`` is the message of the step.
+    """
 
     id: int
     uuid: str

@@ -181,7 +181,7 @@ def attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint, now: float) -> Att
 
 
 def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
-    """Return the reason why the step of a root is due for sending.
+    """Return the reason why the current step of a root is a due step.
 
     :param is_retry: True if ``next_check_at`` equals ``due_at``, which shows that the step was waiting for a retry.
     """

@@ -184,7 +184,7 @@ class CheckpointWriter:
     def fits_one_statement(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Return whether :meth:`record_in_one_statement` can record the checkpoints.
 
-        The method cannot record built tasks and updates of nested operations.
+        This is the case if no checkpoint contains built tasks or updates of nested operations.
         """
         return not any(checkpoint.built or len(checkpoint.updates) > 1 for checkpoint in checkpoints)
 

@@ -124,7 +124,7 @@ class Claims:
     def claims(
         self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
     ) -> list[Claim]:
-        """Return the claims on claimed roots, each with the path from the root down to the current operation.
+        """Return a claim for each claimed root, with the path from the root down to its current operation.
 
         :param tasks: tasks that have already been read. The method reads the missing tasks and adds these to this dict.
         """

@@ -27,7 +27,7 @@ class PendingWrite(Generic[Item]):
         self.item = item
         self.result: Any = None
         self.error: BaseException | None = None
-        #: True once the thread that writes this entry is a leader, which writes a group of entries.
+        #: True once the thread of this entry is a leader, that is, it writes a group of entries.
         self.is_leader = False
         #: True once the thread of this entry has written its group as a leader.
         self.has_led = False

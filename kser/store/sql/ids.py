@@ -1,4 +1,4 @@
-"""Ids of operations, which increase with the time of creation."""
+"""Operation ids, which increase with the time of creation."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
-#: Types of the values that the statement for new operations needs in addition to the values of columns.
+#: Types of the values in the row of a new operation that are not columns of the table.
 _EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns that have the same value in the row of every new operation.
@@ -199,7 +199,7 @@ class InsertRows:
         return identifier
 
 
-#: Values that the row of a nested operation has in the columns for the claim, which only a root has.
+#: Values of the claim columns in the row of a nested operation. Only a root has a claim.
 CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,
@@ -212,17 +212,17 @@ CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 def count(new: NewOperation) -> int:
-    """Return 1 for an operation, plus the number of operations that are nested in it, directly or indirectly."""
+    """Return the number of operations in a new operation: itself, and all operations nested in it at any depth."""
     return 1 + count_in(new.tasks or ())
 
 
 def count_in(tasks: Sequence[NewTask]) -> int:
-    """Return the number of operations among ``tasks``, plus the operations nested in these, directly or indirectly."""
+    """Return the number of operations among ``tasks``, including all operations nested in these at any depth."""
     return sum(count(new.child) for new in tasks if new.child is not None)
 
 
 def uuids_in(tasks: Sequence[NewTask]) -> list[str]:
-    """Return the uuids of the operations among ``tasks``, and of the operations nested in these, at all depths."""
+    """Return the uuids of the operations among ``tasks``, including all operations nested in these at any depth."""
     uuids: list[str] = []
     for new in tasks:
         if new.child is not None:

@@ -48,7 +48,7 @@ DATA_ERRORS: Final = ("21", "22", "23", "44", "54")
 #: SQLSTATEs of conflicts with another transaction: a serialization failure and a deadlock.
 CONFLICTS: Final = ("40001", "40P01")
 
-#: SQLSTATE prefixes of errors after which the connection is closed.
+#: SQLSTATE prefixes of errors which show that the connection is lost.
 CONNECTION_LOST: Final = ("08", "25P03", "57P")
 
 ERROR_TEXTS: Final = {

@@ -68,7 +68,7 @@ class OperationInserts:
     def fits_one_statement(self, saves: Sequence[SaveRequest]) -> bool:
         """Return whether :meth:`store_in_one_statement` can store the operations.
 
-        The method cannot store nested operations.
+        This is the case if none of the operations has nested operations.
         """
         return all(count(save.operation) == 1 for save in saves)
 

@@ -1,8 +1,8 @@
 """SQL statements that are compiled once from SQLAlchemy expressions.
 
 The execution of a compiled statement costs no time in SQLAlchemy, only in the driver. SQLite is fastest if a statement
-gets one row at a time. PostgreSQL gets all rows of a statement as one JSON text, which takes a fifth of the time that
-psycopg needs for the same values as parameters.
+gets one row at a time. PostgreSQL gets all rows of a statement as one JSON text, because psycopg needs five times as
+long to send the same values as parameters.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class RowSource:
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return the statement of :meth:`update`, but without the rows that another transaction has locked."""
+        """Return a statement like that of :meth:`update`, which skips the rows that another transaction has locked."""
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id

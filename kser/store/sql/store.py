@@ -134,7 +134,10 @@ class SQLStore(Store):
         self._database.close()
 
     def _ensure_schema(self) -> None:
-        """Check the schema before the first use. The check creates a SQLite file, and rejects incompatible tables."""
+        """Check the schema before the first use of the store.
+
+        The check creates a missing SQLite file with its tables, and rejects incompatible tables.
+        """
         if not self._checked:
             self.check()
 

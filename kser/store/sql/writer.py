@@ -107,7 +107,7 @@ class BatchWriter:
     def _write_batch(self, entries: Sequence[PendingWrite[Item]], results: list[Any]) -> None:
         """Write entries in one statement if possible, and write the remaining entries in one transaction.
 
-        The result of an entry that neither of the two writes stays ``NOT_WRITTEN``.
+        If an entry can be written in neither way, its result stays ``NOT_WRITTEN``.
         """
         remaining, batch = list(range(len(entries))), Batch(entries)
         for write in (
