@@ -1,7 +1,7 @@
 """Execution of a stored operation: one claim, with one checkpoint per step, until the claim is released.
 
-An execution starts with the claim on a stored operation (:func:`execute_claim`). For a new operation, it first stores
-the operation and gets the claim in the same transaction (:class:`DurableStart`).
+An execution starts with the claim on a stored operation (``execute_claim``). For a new operation, it first stores
+the operation and gets the claim in the same transaction (``DurableStart``).
 
 A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
 (:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
