@@ -20,11 +20,11 @@ from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.base import Store
 from tests.consumer.harness import DICE, ConsumerThread, ScriptedTask
 from tests.durable.harness import (
-    BOTH_WAYS,
+    BOTH_MODES,
     LEASE_EXPIRED,
     DurableHarness,
     Sale,
-    Spread,
+    DistributedSale,
     in_other_thread,
     send_raw_message,
     sent_messages,
@@ -41,7 +41,7 @@ def lose_what_is_on_its_way(harness: DurableHarness) -> None:
     del log[client._positions[DICE] :]
 
 
-@BOTH_WAYS
+@BOTH_MODES
 @pytest.mark.parametrize("when", ["the next message is lost", "the message comes again", "a retry"])
 def test_chain_is_neither_lost_nor_duplicated_around_a_crash(
     harness: DurableHarness, cls: type[Sale], when: str
@@ -70,9 +70,9 @@ def test_killed_task_is_rerun_and_finished_one_is_not_after_a_graceful_shutdown(
     harness: DurableHarness, how: str
 ) -> None:
     """celery/celery#1628, #7924, #3802: each way out of a process keeps what is done, and what is not."""
-    process = harness.process(Sale, group="dying")
+    process = harness.start_process(Sale, group="dying")
     gate = threading.Event()
-    other = harness.process(Sale, group="next")
+    other = harness.start_process(Sale, group="next")
     if how == "killed":
         # It is never heard of again, in the middle of a task.
         harness.first.class_of(Sale)("1").build().send()
@@ -83,25 +83,24 @@ def test_killed_task_is_rerun_and_finished_one_is_not_after_a_graceful_shutdown(
         send_raw_message(Sale)
         with ConsumerThread(process.consumer) as thread:
             wait_until(lambda: "1.b" in ScriptedTask.ran)
-            process.consumer.stop()
-            wait_until(lambda: process.consumer._kser_poller.shutting_down)
+            process.stop_gracefully()
             gate.set()
             thread.join()
     if how == "SystemExit":
-        assert (harness.status(), harness.tasks()) == (FAILED, [SUCCESS, FAILED, PENDING])
+        assert (harness.status(), harness.task_statuses()) == (FAILED, [SUCCESS, FAILED, PENDING])
         harness.registry.get("1").resume()  # type: ignore[union-attr]
     other.handle()
     assert harness.status() == SUCCESS
     assert ScriptedTask.ran == {"killed": ORDER, "stopped": ORDER, "SystemExit": ["1.a", "1.b", "1.b", "1.c"]}[how]
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_idempotent_side_effect_happens_once_although_its_task_runs_twice(
     harness: DurableHarness, cls: type[Sale]
 ) -> None:
     """celery/celery#4426, #4671: code may run twice, so it has a key that is the same each time to give to others."""
     charged: dict[str, int] = {}
-    second = harness.process(cls, group="second")
+    second = harness.start_process(cls, group="second")
 
     def charge() -> Result:
         charged.setdefault("1.b", 100)
@@ -117,10 +116,10 @@ def test_idempotent_side_effect_happens_once_although_its_task_runs_twice(
     harness.first.handle()
     assert [uuid for uuid in ScriptedTask.ran if uuid == "1.b"] == ["1.b", "1.b"]
     assert (charged, harness.status()) == ({"1.b": 100}, SUCCESS)
-    assert [each.status for each in harness.stored().attempts if each.position == 1] == [SUCCESS]
+    assert [each.status for each in harness.snapshot().attempts if each.position == 1] == [SUCCESS]
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_retry_delayed_for_hours_runs_once_despite_redelivered_messages(
     harness: DurableHarness, cls: type[Sale]
 ) -> None:
@@ -141,7 +140,7 @@ def test_retry_delayed_for_hours_runs_once_despite_redelivered_messages(
     assert (ScriptedTask.ran, harness.status()) == (["1.a", "1.b", "1.b", "1.c"], SUCCESS)
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_recovery_continues_after_a_database_restart_at_the_start(harness: DurableHarness, cls: type[Sale]) -> None:
     """dbos-inc/dbos-transact-py#716, #804, #805: here it never stops."""
 
@@ -162,7 +161,7 @@ def test_recovery_continues_after_a_database_restart_at_the_start(harness: Durab
     for log in InMemoryBroker.at("").topics["dice"]:
         log.clear()
     store = Restarting(harness.store)
-    process = harness.process(cls, store=store, group="restarted")
+    process = harness.start_process(cls, store=store, group="restarted")
     harness.advance_with_reaper(20, process)
     store.away = False
     harness.advance_with_reaper(45, process)
@@ -173,10 +172,10 @@ def test_recovery_continues_after_a_database_restart_at_the_start(harness: Durab
 def test_concurrent_writers_record_each_task_once(harness: DurableHarness) -> None:
     """getsentry/taskbroker PR#17, PR#487: many workers of two consumers write; each task is recorded once."""
     InMemoryBroker.at("").create_topic("dice", 8)
-    processes = [harness.process(Sale, Spread, workers=8) for _ in range(2)]
+    processes = [harness.start_process(Sale, DistributedSale, workers=8) for _ in range(2)]
     harness.first.consumer.close()
     for number in range(60):
-        send_raw_message(Sale if number % 2 else Spread, uuid=str(number))
+        send_raw_message(Sale if number % 2 else DistributedSale, uuid=str(number))
     with ConsumerThread(processes[0].consumer), ConsumerThread(processes[1].consumer):
         wait_until(lambda: all(harness.has_ended(str(number)) for number in range(60)))
     assert sorted(ScriptedTask.ran) == sorted(f"{number}.{name}" for number in range(60) for name in "abc")
@@ -217,7 +216,7 @@ def test_resume_continues_at_the_failed_task_after_a_code_fix(
     assert (harness.status(), ScriptedTask.ran) == (FAILED, ["1.price"])
     harness.first.consumer.close()
     monkeypatch.setattr(Broken, "fixed", True)
-    deployed = harness.process(Broken, cls)
+    deployed = harness.start_process(Broken, cls)
     operation = deployed.registry.get("1")
     assert operation is not None
     operation.resume()
@@ -226,13 +225,13 @@ def test_resume_continues_at_the_failed_task_after_a_code_fix(
     assert operation.wait(1).retval == {"price": 21, "total": 42}
 
 
-@BOTH_WAYS
+@BOTH_MODES
 @pytest.mark.parametrize("state", ["pending", "running"])
 def test_pending_or_running_operation_is_cancelled_by_its_uuid(
     harness: DurableHarness, cls: type[Sale], state: str
 ) -> None:
     """taskiq-python/taskiq#305; Flared/dramatiq-abort PR#6: from a process that knows nothing but the uuid."""
-    desk = harness.process(group="desk")
+    desk = harness.start_process(group="desk")
 
     def cancel() -> None:
         operation = desk.registry.get("1")
@@ -249,7 +248,7 @@ def test_pending_or_running_operation_is_cancelled_by_its_uuid(
     assert ScriptedTask.ran == ([] if state == "pending" else ["1.a", "1.b"])
 
 
-@BOTH_WAYS
+@BOTH_MODES
 @pytest.mark.parametrize("fate", ["it fails", "it is abandoned"])
 def test_operation_fails_when_its_task_failed_or_was_abandoned(
     harness: DurableHarness, cls: type[Sale], fate: str
@@ -266,14 +265,14 @@ def test_operation_fails_when_its_task_failed_or_was_abandoned(
             harness.advance(LEASE_EXPIRED)
         harness.advance_with_reaper(70)
         harness.first.handle()
-    assert (harness.status(), harness.tasks()) == (FAILED, [FAILED, PENDING, PENDING])
+    assert (harness.status(), harness.task_statuses()) == (FAILED, [FAILED, PENDING, PENDING])
     assert harness.registry.find(status=[PENDING, RUNNING]) == []
 
 
 def test_long_chain_needs_no_recursion_and_only_small_messages(harness: DurableHarness) -> None:
     """celery/celery#1078, #5000, #9202, PR#10171: a message names a step, and nothing of the rest."""
     uuids = [f"1.{number}" for number in range(500)]
-    operation = harness.first.class_of(Spread)(
+    operation = harness.first.class_of(DistributedSale)(
         "1", {"text": "x" * 10_000}, tasks=[ScriptedTask(uuid) for uuid in uuids]
     )
     operation.launch()
