@@ -28,26 +28,26 @@ class Scenario(NamedTuple):
 
     #: ``send``, ``message`` (both local), ``launch`` or ``distributed message``.
     sent_by: str
-    #: Whether its class has ``onsuccess`` and ``onerror``.
+    #: True if its class has ``onsuccess`` and ``onerror``.
     has_hooks: bool
-    #: Whether its last task fails permanently.
+    #: True if its last task fails permanently.
     fails: bool = False
     #: The task during which the consumer is stopped.
     stopped_in: str = ""
 
     @property
     def is_distributed(self) -> bool:
-        """Whether each task may run on another consumer."""
+        """True if each task may run on another consumer."""
         return self.sent_by in ("launch", "distributed message")
 
     @property
     def is_raw_message(self) -> bool:
-        """Whether a sender without a store sends it."""
+        """True if a sender without a store sends it."""
         return self.sent_by in ("message", "distributed message")
 
     @property
     def final_status(self) -> str:
-        """The status with which it must end."""
+        """The status with which the operation must end."""
         return states.FAILED if self.fails else states.SUCCESS
 
     def __str__(self) -> str:

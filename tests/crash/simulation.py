@@ -89,7 +89,7 @@ class Simulation:
         self.wake_events: list[str] = []
         #: Violations of the invariants that were seen during the run.
         self.violations: list[str] = []
-        #: How often ``send`` or ``launch`` raised an error.
+        #: The number of errors that ``send`` or ``launch`` raised.
         self.failed_sends = 0
         #: The recovery from each injected fault, for the table.
         self.recoveries: list[Recovery] = []
@@ -103,7 +103,7 @@ class Simulation:
 
     @property
     def may_stall_soon(self) -> bool:
-        """Whether the next step may stall, and so needs its own thread."""
+        """True if the next step may stall, and so needs its own thread."""
         return any(len(self.calls) <= number < len(self.calls) + MAX_CALLS_PER_STEP for number in self._stall_numbers)
 
     @property

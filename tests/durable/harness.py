@@ -234,10 +234,12 @@ class Process:
 
     @contextlib.contextmanager
     def producer_replaced(self, producer: Any) -> Iterator[None]:
-        """Send with another producer inside the ``with`` block."""
+        """Send with another producer, of any class, inside the ``with`` block."""
         original, self.registry._kser_producer = self.registry._kser_producer, producer
-        yield
-        self.registry._kser_producer = original
+        try:
+            yield
+        finally:
+            self.registry._kser_producer = original
 
     # -- background service --------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ THREE_ATTEMPTS = Retry(max_attempts=3, delay=10, backoff=1, jitter=False)
 class FailingTask(Task):
     """A task whose first attempts fail, and that records its calls."""
 
-    #: How many attempts fail.
+    #: The number of attempts that fail.
     failures: ClassVar[int] = 99
     #: The number of each attempt, and of each attempt after which ``onerror`` was called.
     attempts: ClassVar[list[int]] = []
