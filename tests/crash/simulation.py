@@ -95,7 +95,7 @@ class Simulation:
         self.recoveries: list[Recovery] = []
         self.sent_records = self._idle_steps = self._value_count = 0
         self._stalled: list[tuple[Process, str]] = []
-        #: Why the reaper took the step last, and why it sent each of its records, by the offset.
+        #: The reason of the step that the reaper took last, and of each record that it sent, by the offset.
         self._due_reason = ""
         self._due_reasons: dict[int, str] = {}
         self._process_count = 0

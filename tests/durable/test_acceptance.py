@@ -224,14 +224,14 @@ def test_duplicate_message_is_recognised_after_user_code_changed_the_params(
 ) -> None:
     """durability rule 3: Kafka redelivers the message with its original params."""
 
-    class Completing(cls):  # type: ignore[valid-type,misc]
+    class CompletingSale(cls):  # type: ignore[valid-type,misc]
         def prebuild(self, **kwargs: Any) -> Any:
             self.params["currency"] = "EUR"
             return self.params
 
-    harness.first.subscribe_copy(Completing)
+    harness.first.subscribe_copy(CompletingSale)
     for params in ({"order": 1}, {"order": 1}, {"order": 2}):
-        send_raw_message(Completing, params=params)
+        send_raw_message(CompletingSale, params=params)
     harness.first.handle()
     assert (ScriptedTask.ran, harness.first.consumer.counts["failed"]) == (["1.a", "1.b", "1.c"], 1)
     operation = harness.operation()
@@ -257,15 +257,15 @@ def test_registry_runner_runs_only_operations_that_are_not_stored(harness: Durab
 def test_copies_of_an_operation_from_a_message_are_not_stored(harness: DurableHarness) -> None:
     copies: list[Sale] = []
 
-    class Copied(Sale):
+    class CopiedSale(Sale):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             if not copies:
                 copies.append(copy.deepcopy(self))
                 assert copies[0].execute().retcode == 0
             return super().build_tasks(**kwargs)
 
-    harness.first.subscribe_copy(Copied)
-    send_raw_message(Copied)
+    harness.first.subscribe_copy(CopiedSale)
+    send_raw_message(CopiedSale)
     harness.first.handle()
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"] * 2
     assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
@@ -275,14 +275,14 @@ def test_concurrent_operations_under_one_uuid_have_one_winner(harness: DurableHa
     """durability rule 3: both consumers build the operation before one of them has stored it."""
     second = harness.start_process(Sale, group="second")
 
-    class Racing(Sale):
+    class RacingSale(Sale):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            in_other_thread(lambda: second.run(message(Racing, uuid="1", params={"order": 2})))()
+            in_other_thread(lambda: second.run(message(RacingSale, uuid="1", params={"order": 2})))()
             return super().build_tasks(**kwargs)
 
-    second.subscribe_copy(type("Racing", (Sale,), {"__module__": __name__}))
-    harness.first.subscribe_copy(Racing)
-    send_raw_message(Racing, params={"order": 1})
+    second.subscribe_copy(type("RacingSale", (Sale,), {"__module__": __name__}))
+    harness.first.subscribe_copy(RacingSale)
+    send_raw_message(RacingSale, params={"order": 1})
     harness.first.handle()
     assert harness.first.consumer.counts["failed"] == 1
     assert (ScriptedTask.ran, json.loads(harness.snapshot().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})

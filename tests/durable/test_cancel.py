@@ -78,7 +78,7 @@ def test_cancel_takes_effect_whether_the_running_task_succeeds_or_fails(
 @BOTH_MODES
 def test_task_sees_a_cancel_request(harness: DurableHarness, cls: type[Sale], monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 24: the task may return early."""
-    # The store is asked at most once per interval.
+    # A task queries the store at most once per interval.
     monkeypatch.setattr(attempt, "CANCEL_CHECK_INTERVAL", 0)
     requests: list[bool] = []
 

@@ -120,7 +120,7 @@ def test_raising_build_hook_fails_or_rejects_the_operation(harness: DurableHarne
     def fail(self: Any, **_: Any) -> Any:
         raise ConnectionError("no")
 
-    cls = harness.first.subscribe_copy(type("Own", (Sale,), {hook: fail, "__module__": __name__}))
+    cls = harness.first.subscribe_copy(type("FailingHook", (Sale,), {hook: fail, "__module__": __name__}))
     send_raw_message(cls)
     harness.first.handle()
     assert (harness.registry.get("1"), harness.first.consumer.counts["failed"]) == (None, 1)
@@ -337,7 +337,7 @@ def test_init_by_id_without_a_database_returns_none() -> None:
 @pytest.mark.parametrize("name", ["attempt", "operation_uuid", "cancel_requested", "attempts", "events", "DISTRIBUTED"])
 def test_user_attributes_override_the_names_that_kser_adds(harness: DurableHarness, name: str) -> None:
     """decision C18"""
-    cls = harness.first.subscribe_copy(type("Own", (Sale,), {name: "mine", "__module__": __name__}))
+    cls = harness.first.subscribe_copy(type("OwnAttributes", (Sale,), {name: "mine", "__module__": __name__}))
     send_raw_message(cls)
     harness.first.handle()
     assert harness.status() == SUCCESS

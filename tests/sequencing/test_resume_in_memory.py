@@ -67,17 +67,17 @@ def test_each_task_gets_a_copy_of_the_accumulated_result() -> None:
 @pytest.mark.parametrize("incoming", ["constructor", "argument"])
 def test_incoming_result_is_passed_to_the_first_task(incoming: str) -> None:
     """B10: the result of a message is the argument of the constructor."""
-    first, given = step("a"), Result(uuid="given", stdout="before")
-    operation = Operation(UUID, tasks=[first], result=given if incoming == "constructor" else None)
-    operation.execute(given if incoming == "argument" else None)
+    first, incoming_result = step("a"), Result(uuid="incoming", stdout="before")
+    operation = Operation(UUID, tasks=[first], result=incoming_result if incoming == "constructor" else None)
+    operation.execute(incoming_result if incoming == "argument" else None)
     assert first.received is not None
     assert first.received.stdout == "before"
 
 
 def test_incoming_result_is_not_modified() -> None:
-    given = Result(uuid="given", stdout="before", retval={"m": 1})
-    Operation(UUID, tasks=[step("a")]).execute(given)
-    assert (given.uuid, given.stdout, given.retval) == ("given", "before", {"m": 1})
+    incoming = Result(uuid="incoming", stdout="before", retval={"m": 1})
+    Operation(UUID, tasks=[step("a")]).execute(incoming)
+    assert (incoming.uuid, incoming.stdout, incoming.retval) == ("incoming", "before", {"m": 1})
 
 
 def test_raising_task_gets_its_onerror_hook_and_a_failed_status(caplog: pytest.LogCaptureFixture) -> None:
