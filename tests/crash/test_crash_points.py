@@ -212,7 +212,7 @@ def test_poison_message_fails_its_operation_after_twenty_consumer_deaths(in_memo
     stored = simulation.snapshot()
     assert stored is not None
     assert stored.operation.status == "FAILED"
-    assert "died 20 times" in (stored.operation.result or "")
+    assert "20 consumers died" in (stored.operation.result or "")
     assert sum(event.kind == "claimed" for event in stored.events) == 21
 
 

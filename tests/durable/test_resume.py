@@ -26,8 +26,8 @@ from tests.durable.harness import (
     send_raw_message,
     sent_messages,
 )
-from tests.store.harness import claim_request, resume_stored, run_concurrently
-from tests.support import lines
+from tests.store.harness import claim_request, resume_stored
+from tests.support import lines, run_concurrently
 
 
 @BOTH_MODES

@@ -153,7 +153,7 @@ class TestClientsOnKafka(GroupContract):
 
         first.drained.clear()
         second = join(topic)
-        until(lambda: second.starts, "they share", second, *self.aside(first, end))
+        until(lambda: second.starts, "they share", second, *self.drain_later(first, end))
         assert meanwhile == [Commit(0, "kser:1,2")]
 
     # -- gaps ----------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class TestClientsOnKafka(GroupContract):
     def test_missing_topic_is_awaited(self, harness: OnKafka, join: Join) -> None:
         name = new_name()
         member = join(name)
-        member.patient = True
+        member.tolerates_errors = True
         for _ in range(10):
             assert member.poll() == []
         harness.make_topic(name)
@@ -190,7 +190,7 @@ class TestBrokerFailures:
         member = Member(self.harness.client("group"), "work")
         with closing(member):
             until(lambda: member.records, "the first comes", member)
-            member.patient = True
+            member.tolerates_errors = True
             yield member
 
     def test_client_reconnects_to_a_restarted_broker(self, own_kafka: KafkaBroker, member: Member) -> None:

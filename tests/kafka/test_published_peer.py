@@ -20,7 +20,7 @@ from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from tests.conftest import needs
-from tests.differential.oracle import OracleMissing, oracle_python
+from tests.differential.published_package import PublishedPackageMissing, published_python
 from tests.kafka.broker import Kafka
 from tests.kafka.helpers import HERE, Program, config, consuming, message, step_until, stored, wait_until
 
@@ -34,8 +34,8 @@ PARAMS = {"name": "Zoë \U0001f980 \ud800", "nested": {"list": [1, 2.5, None, Tr
 def published() -> Path:
     """The interpreter of the published package."""
     try:
-        return oracle_python()
-    except OracleMissing as problem:
+        return published_python()
+    except PublishedPackageMissing as problem:
         needs("kser 0.8.27", problem)
 
 
