@@ -190,8 +190,9 @@ def test_second_sigterm_exits_with_status_143(first: int) -> None:
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM] * 3, [signal.SIGINT, signal.SIGTERM]])
-def test_signal_received_twice_at_once_counts_once(numbers: list[int]) -> None:
+def test_signals_within_the_window_count_once(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal sends a signal to its process group, and a wrapper process of this group forwards it again."""
+    monkeypatch.setattr("kser.consumer.shutdown_signals.REPEATED_SIGNAL_WINDOW", WAIT_SECONDS)
     with pytest.raises(SystemExit) as caught:
         consumer_receiving(*numbers, pause=0).run()
     assert (caught.value.code, committed()) == (0, 1)
