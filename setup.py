@@ -1,4 +1,4 @@
-"""Metadata of the distribution; the settings of the tools are in pyproject.toml."""
+"""Metadata of the distribution. pyproject.toml contains the settings of the tools."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ setup(
         "marshmallow>=3.18,<4",
         "kafka-python>=2.3,<4",
         "blinker>=1.6.2",
-        # kafka-python checks each record with it where it finds it; without, that takes most of its time.
+        # kafka-python uses crc32c for the checksum of each record. Without crc32c, checksums take most of its time.
         "crc32c>=2.4",
     ],
     extras_require={
@@ -55,7 +55,7 @@ setup(
             "tox>=4.15",
         ],
         "docs": ["sphinx>=7.3", "furo>=2024.5.6"],
-        # The names that 0.8.27 published: each still installs (decision A1).
+        # Keep these names, because 0.8.27 published them as extras (decision A3).
         "confluent": EMBEDDED,
         "http": ["cdumay-rest-client>=0.1"],
         "pykafka": [],

@@ -1,6 +1,7 @@
-"""The child processes of ``compare_commits.py``: ``python _workloads.py NAME [ARGUMENT...]`` prints one number as JSON.
+"""Run one workload of ``compare_commits.py``: ``python _workloads.py NAME [ARGUMENT...]`` prints one number as JSON.
 
-PYTHONPATH names the checkout whose kser runs; only public names of kser are used, so that one file fits both commits.
+PYTHONPATH names the checkout whose kser this process imports. The workloads use only public names of kser, so that they
+work with both commits.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# Import it first: the scripts below put this checkout before PYTHONPATH.
+# Import kser first, because the scripts that are imported later put this checkout before PYTHONPATH.
 import kser
 
 HERE = Path(__file__).resolve().parent
-#: Rounds of routing and imports in a measurement. The fastest counts, because other processes only make one slower.
+#: Rounds of routing, and of imports, in a measurement. The fastest round counts, because other processes can only make
+#: a round slower.
 ROUNDS, IMPORTS = 5, 7
-#: Messages of the run whose memory is measured.
+#: The number of messages in the run whose memory is measured.
 MEMORY_MESSAGES = 20_000
-#: Operations whose latency is measured after those that warm up, and seconds between two.
+#: The number of operations whose latency is measured, the number of operations that run before to warm up, and the
+#: seconds between two operations.
 OPERATIONS, WARM_UP, INTERVAL = 150, 20, 0.005
 
 
 def routing() -> float:
-    """Messages a second through ``Controller.run``, logs at WARNING."""
+    """Return the messages per second through ``Controller.run``, with logs at WARNING."""
     sys.stdin, output = io.StringIO("WARNING\n" * ROUNDS), io.StringIO()
     with redirect_stdout(output):
         import_module("routing").serve()
@@ -45,7 +48,7 @@ def routing() -> float:
 
 
 def memory() -> float:
-    """Peak MB of a process that runs messages through ``Controller.run``."""
+    """Return the peak memory in MB of a process that runs messages through ``Controller.run``."""
     from kser import Controller, Entrypoint
 
     class Noop(Entrypoint):
@@ -57,7 +60,7 @@ def memory() -> float:
     for _ in range(MEMORY_MESSAGES):
         Controller.run(raw)
     with suppress(OSError), open("/proc/self/status") as status:
-        # Of this program alone; ru_maxrss may be that of the process that started it.
+        # Read the peak of this program from /proc, because ru_maxrss may include the process that started this program.
         (line,) = (line for line in status if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,7 +68,10 @@ def memory() -> float:
 
 
 def consuming(transport: str, address: str, topic: str, number: str) -> float:
-    """Messages a second from the development broker, from the first task to the last; offsets committed after tasks."""
+    """Return the messages per second from the development broker, from the first task to the last task.
+
+    The consumer commits offsets after tasks.
+    """
     from kser import Controller, Entrypoint
 
     count = int(number)
@@ -83,7 +89,7 @@ def consuming(transport: str, address: str, topic: str, number: str) -> float:
     Controller.register("bench.Noop", Noop)
     options: dict[str, Any] = {"bootstrap.servers": address, "group.id": str(uuid.uuid4())}
     if transport == "python_kafka":
-        # The development broker needs this version: see ``EmbeddedBroker.producer_config``.
+        # The development broker needs this version; ``EmbeddedBroker.producer_config`` explains the reason.
         options = {name.replace(".", "_"): value for name, value in options.items()} | {"api_version": (2, 0)}
     consumer = import_module(f"kser.{transport}.consumer").Consumer(options, [topic])
     with suppress(SystemExit):
@@ -92,7 +98,7 @@ def consuming(transport: str, address: str, topic: str, number: str) -> float:
 
 
 def operations(uri: str, count: str, workers: str) -> float:
-    """Steps a second of stored operations in one consumer on the dummy transport."""
+    """Return the steps per second of stored operations in one consumer on the dummy transport."""
     sys.argv = ["operations.py", "dummy", "", "operations", uri, count, workers]
     output = io.StringIO()
     with redirect_stdout(output):
@@ -101,7 +107,7 @@ def operations(uri: str, count: str, workers: str) -> float:
 
 
 def latency(uri: str) -> float:
-    """Median milliseconds from sending an operation of 5 steps to its recorded end, in an idle consumer."""
+    """Return the median milliseconds from sending an operation of 5 steps to its recorded end, in an idle consumer."""
     from cdumay_result import Result
 
     from kser import Message, Operation, OperationRegistry, Task, signals
@@ -148,7 +154,7 @@ def latency(uri: str) -> float:
 
 
 def importing(statement: str) -> float:
-    """Milliseconds that an import takes in a new process."""
+    """Return the milliseconds that an import takes in a new process."""
     program = f"import time; start = time.perf_counter(); {statement}; print((time.perf_counter() - start) * 1000)"
     runs = (subprocess.run([sys.executable, "-c", program], capture_output=True, check=True) for _ in range(IMPORTS))
     return min(float(done.stdout) for done in runs)

@@ -65,7 +65,7 @@ def fill(address: str, topic: str, count: int) -> None:
 
 
 def compare(what: str, ours: Callable[[], float], bare: Callable[[], float]) -> None:
-    """Measure both alternately, and print the medians and their ratio."""
+    """Measure both programs in turn, and print the medians and their ratio."""
     pairs = [(ours(), bare()) for _ in range(ROUNDS)]
     kser, client = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"{what}: kser {kser:,.0f}/s, bare client {client:,.0f}/s, ratio {kser / client:.2f}")

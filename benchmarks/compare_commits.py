@@ -1,9 +1,9 @@
-"""Compare two commits of this repository: every benchmark runs on both in turn, each time in a process of its own.
+"""Compare two commits of this repository: run every benchmark on both commits in turn, each time in a new process.
 
-Usage: ``python benchmarks/compare_commits.py OLD NEW [--pairs 15] [--only NAME]``. It prints the median of each commit
-and the median of the pairs' ratios NEW / OLD with its 90 % bootstrap interval. A benchmark fails when the whole
-interval is below 0.97 (rates) or above 1.03 (times and memory); then the exit status is 1. Fewer than 5 pairs allow no
-verdict.
+Usage: ``python benchmarks/compare_commits.py OLD NEW [--pairs 15] [--only NAME]``. The script prints the median of each
+commit. It also prints the median of the ratios NEW / OLD with its 90 % bootstrap interval. A benchmark fails if the
+whole interval is below 0.97 (rates) or above 1.03 (times and memory). In this case the exit status is 1. With fewer
+than 5 pairs, no benchmark can fail.
 
 Both commits run with the packages of this environment, and with the workloads of this checkout (``_workloads.py``).
 """
@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 SEED = 1
 RESAMPLES = 5000
 LOWEST_RATE, HIGHEST_COST = 0.97, 1.03
-#: The true median lies outside n values with a probability of 2 / 2 ** n, which 4 pairs leave above 10 %.
+#: The smallest number of pairs that allows a result. The true median lies outside of n values with a probability of
+#: 2 / 2 ** n, which is above 10 % for 4 pairs.
 FEWEST_PAIRS = 5
 MESSAGES = 20_000
 OPERATIONS, WORKERS = 1000, 20
@@ -40,13 +41,13 @@ CHILD_SECONDS = 180
 
 
 class Unavailable(Exception):
-    """A benchmark cannot run here; the text has the reason."""
+    """A benchmark cannot run on this machine. The text contains the reason."""
 
 
 class World:
-    """The folders, the broker and the database server that the benchmarks share; servers start when first needed.
+    """The folders, the broker and the database server that the benchmarks share. Each server starts when it is needed.
 
-    :param stack: closes what it starts.
+    :param stack: the stack that stops the servers and removes the folders.
     """
 
     def __init__(self, stack: ExitStack) -> None:
@@ -58,7 +59,7 @@ class World:
         self._server: tuple[Callable[[str], str], Callable[[str], object]] | None = None
 
     def checkout(self, name: str, commit: str) -> Path:
-        """A worktree of a commit, which goes with the stack."""
+        """Create a worktree of a commit, which the stack removes, and return its path."""
         path = self.folder / name
         git = ["git", "-C", str(ROOT), "worktree"]
         self._stack.callback(subprocess.run, [*git, "remove", "--force", str(path)], capture_output=True)
@@ -66,7 +67,7 @@ class World:
         return path
 
     def run(self, checkout: Path, *command: object) -> str:
-        """Run Python with the kser of a checkout; returns its standard output."""
+        """Run Python with the kser of a checkout, and return the standard output."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KSER_")}
         for name in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE"):
             environment.pop(name, None)
@@ -80,12 +81,12 @@ class World:
         return done.stdout
 
     def workload(self, checkout: Path, *arguments: object) -> float:
-        """The number that a workload prints."""
+        """Run a workload, and return the number that it prints."""
         output = self.run(checkout, Path(__file__).with_name("_workloads.py"), *arguments)
         return float(json.loads(output.splitlines()[-1]))
 
     def broker(self) -> str:
-        """The address of a development broker that has the messages."""
+        """Return the address of a development broker that contains the messages."""
         if not self._broker:
             from bench import fill
 
@@ -97,13 +98,13 @@ class World:
 
     @contextmanager
     def sqlite(self, checkout: Path) -> Iterator[str]:
-        """The address of a new SQLite database."""
+        """Return the address of a new SQLite database."""
         with tempfile.TemporaryDirectory(dir=self.folder) as own:
             yield f"sqlite:///{own}/compare.db"
 
     @contextmanager
     def postgresql(self, checkout: Path) -> Iterator[str]:
-        """The address of a new PostgreSQL database, with the tables of that checkout.
+        """Return the address of a new PostgreSQL database that has the tables of the checkout.
 
         :raises Unavailable: PostgreSQL is not installed.
         """
@@ -134,31 +135,31 @@ class World:
 
 
 class Benchmark(NamedTuple):
-    """A measurement of the kser of a checkout."""
+    """A benchmark, which measures the kser of a checkout."""
 
     unit: str
     measure: Callable[[World, Path], float]
 
     @property
     def is_rate(self) -> bool:
-        """More is better."""
+        """Return whether a higher figure is better."""
         return self.unit.endswith("/s")
 
 
 def operations(world: World, checkout: Path, kind: str) -> float:
-    """Steps a second on a new database."""
+    """Return the steps per second on a new database."""
     with getattr(world, kind)(checkout) as uri:
         return world.workload(checkout, "operations", uri, OPERATIONS, WORKERS)
 
 
 def latency(world: World, checkout: Path) -> float:
-    """Milliseconds of one operation on SQLite."""
+    """Return the milliseconds of one operation on SQLite."""
     with world.sqlite(checkout) as uri:
         return world.workload(checkout, "latency", uri)
 
 
 def consuming(world: World, checkout: Path, transport: str) -> float:
-    """Messages a second from the development broker."""
+    """Return the messages per second from the development broker."""
     return world.workload(checkout, "consuming", transport, world.broker(), TOPIC, MESSAGES)
 
 
@@ -178,18 +179,18 @@ BENCHMARKS = {
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """The 90 % bootstrap interval of the median."""
+    """Return the 90 % bootstrap interval of the median."""
     chance = random.Random(SEED)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     return medians[RESAMPLES // 20], medians[RESAMPLES - 1 - RESAMPLES // 20]
 
 
 def compare(name: str, world: World, old: Path, new: Path, pairs: int) -> bool:
-    """Measure both commits in turn, and print the comparison; returns whether it passed."""
+    """Measure both commits in turn, print the comparison, and return whether the benchmark passed."""
     benchmark = BENCHMARKS[name]
     measured: dict[Path, list[float]] = {old: [], new: []}
     try:
-        # Not counted: the first run compiles modules and fills caches.
+        # Do not count the first run, because it compiles modules and fills caches.
         for checkout in measured:
             benchmark.measure(world, checkout)
         for number in range(pairs):
@@ -211,7 +212,7 @@ def compare(name: str, world: World, old: Path, new: Path, pairs: int) -> bool:
 
 
 def hash_of(commit: str) -> str:
-    """The full hash of a commit."""
+    """Return the full hash of a commit."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
@@ -221,15 +222,15 @@ def hash_of(commit: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", help="a commit")
-    parser.add_argument("new", help="the commit to compare with it")
+    parser.add_argument("old", help="the old commit")
+    parser.add_argument("new", help="the new commit")
     parser.add_argument("--pairs", type=int, default=15, help="runs of each commit (15)")
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="one benchmark; may be repeated")
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run only this benchmark; repeatable")
     options = parser.parse_args()
     if options.pairs < 1:
         parser.error("--pairs must be 1 or more")
     commits = [hash_of(commit) for commit in (options.old, options.new)]
-    # Clean up at SIGTERM too.
+    # Convert SIGTERM to an exception, so that the script also cleans up after this signal.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with ExitStack() as stack:
         world = World(stack)

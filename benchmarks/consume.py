@@ -1,8 +1,8 @@
-"""Messages per second through a consumer on Apache Kafka: kser with commit="after", compared with others in one run.
+"""Measure messages per second through a consumer on Apache Kafka: kser with commit="after", and other programs.
 
-No-op tasks, 300-byte messages, 4 partitions, logs at WARNING. The subjects read the same topic from its beginning, one
-after the other, each in its own process. kafka-python is measured without crc32c, its default installation, and with
-it, as kser installs it.
+Tasks do nothing, messages have 300 bytes, the topic has 4 partitions, and logs are at WARNING. The programs read the
+same topic from its beginning, one after the other, each in its own process. kafka-python runs twice: without the
+package crc32c, which is its default installation, and with crc32c, which kser requires.
 
 Usage: ``python benchmarks/consume.py [COUNT [ORACLE_PYTHON [FASTSTREAM_PYTHON]]]`` (100,000 messages by default).
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import ROUNDS, fill, kafka, new_topic
 
 CHILDREN = Path(__file__).parent / "consumers"
-#: Messages for FastStream and 0.8.27, which are slow; their rate does not depend on the number.
+#: The number of messages for FastStream and kser 0.8.27, which are slow. Their rate does not depend on this number.
 FEWER = 20_000
 
 

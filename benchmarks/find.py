@@ -1,10 +1,12 @@
-"""Milliseconds of ``find`` for a page of 50 out of 1,000,000 operations, on SQLite and PostgreSQL.
+"""Measure the milliseconds of ``find`` for a page of 50 out of 1,000,000 operations, on SQLite and PostgreSQL.
 
-Calls go through the registry, for each combination of the filters status, entrypoint, since, one metadata key, and the
-cursor of a previous page. Each combination runs several times with different values; median and maximum are printed.
+The script calls ``find`` of the registry with each combination of these filters: status, entrypoint, since, one
+metadata key, and the cursor of a previous page. It runs each combination several times with different values, and
+prints the median and the maximum.
 
-90% of the operations are SUCCESS, 5% FAILED, 3% CANCELLED, 1% RUNNING and 1% PENDING, with 20 entrypoints over 90 days.
-The metadata of each has one of 10,000 customers and one of 5 regions; params and results have 300 bytes.
+Of the operations, 90 % are SUCCESS, 5 % FAILED, 3 % CANCELLED, 1 % RUNNING and 1 % PENDING. They have 20 entrypoints,
+and were created over 90 days. The metadata of each operation has one of 10,000 customers and one of 5 regions. Params
+and results have 300 bytes.
 
 Usage: ``python benchmarks/find.py [COUNT [sqlite | postgresql]]``.
 """
@@ -106,7 +108,7 @@ def fill(uri: str, count: int, seed: int) -> None:
             for label in labels(rows()):
                 copy.write_row(label)
     with psycopg.connect(address, autocommit=True) as connection:
-        # Autovacuum would do this later, and the planner needs the statistics now.
+        # Analyze the tables now, because the planner needs the statistics, and autovacuum would run later.
         connection.execute("VACUUM ANALYZE")
 
 
@@ -129,7 +131,7 @@ def queries(chance: random.Random, now: float) -> dict[str, list[dict[str, Any]]
 
 
 def measure(registry: OperationRegistry, asked: list[dict[str, Any]], cursors: bool) -> tuple[float, float, int] | None:
-    """Return median and maximum in milliseconds and the number of rows; None if no page has a next one."""
+    """Return the median and the maximum in milliseconds, and the number of rows; None if no page has a next page."""
     times, rows = [], 0
     for query in asked:
         after = None

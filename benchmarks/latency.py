@@ -1,6 +1,6 @@
-"""Milliseconds from send to the start of the task on an idle consumer, compared with the bare client, on Apache Kafka.
+"""Measure the milliseconds from send to the start of the task in an idle consumer, and compare with the client alone.
 
-A bare confluent-kafka producer (linger 0) sends a message every 10 ms.
+A producer of confluent-kafka with linger 0 sends a message every 10 ms to Apache Kafka.
 
 Usage: ``python benchmarks/latency.py [COUNT]`` (1,200 messages by default).
 """

@@ -1,11 +1,12 @@
-"""Steps per second of stored operations, compared with the bare database and with peers, in one run on one machine.
+"""Measure steps per second of stored operations, and compare with the database driver alone and with other programs.
 
-Operations of 5 no-op tasks, 50 in flight, through a confluent consumer on Apache Kafka; SQLite with FULL and WAL,
-PostgreSQL on loopback with its default settings. Subjects are measured alternately, each in its own process with its
-own database; medians of ROUNDS (5).
+Operations have 5 tasks that do nothing, and 50 operations are in flight. They run in a confluent consumer on Apache
+Kafka. SQLite uses FULL and WAL, and PostgreSQL runs on this machine with its default settings. The script measures the
+programs in turn, each in its own process with its own database. Each figure is the median of ROUNDS (5) rounds.
 
-Usage: ``python benchmarks/operations.py [--count 2000] [--peers DIR] [--only PART,...]``. DIR has the environments that
-``benchmarks/peers/setup.sh DIR`` creates. Parts: sqlite, postgresql, distributed, cost, latency, plain, and peers.
+Usage: ``python benchmarks/operations.py [--count 2000] [--peers DIR] [--only PART,...]``. DIR contains the environments
+that ``benchmarks/peers/setup.sh DIR`` creates for the other programs. The parts are sqlite, postgresql, distributed,
+cost, latency, plain, and peers.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ PEERS = Path(__file__).parent / "peers"
 PARTS = ("sqlite", "postgresql", "distributed", "cost", "latency", "plain", "peers")
 IN_FLIGHT = 50
 LONG = 10_000
-#: Operations for peers, which are slow; their rate does not depend on the number.
+#: The number of operations for the other programs, which are slow. Their rate does not depend on this number.
 FEWER = 400
-#: Seconds between two operations in the measurement of latency.
+#: Seconds between two operations when the latency is measured.
 INTERVAL = 0.05
 
 Subject = Callable[[], Sequence[float]]
 
 
 class Ratio(NamedTuple):
-    """Two subjects of one run, and the target of their ratio."""
+    """Two measurements of one run, and the target of their ratio."""
 
     ours: str
     other: str
@@ -104,7 +105,7 @@ class World:
         return measure
 
     def latency(self, kind: str) -> Subject:
-        """Return the measurement of milliseconds to the end of the last task, and to the recorded end."""
+        """Return the measurement of the milliseconds until the last task ends, and until the end is recorded."""
 
         def measure() -> Sequence[float]:
             count = 200
@@ -140,7 +141,7 @@ class World:
         return self.count * 10
 
     def peer(self, python: Path, script: str, kind: str | None) -> Subject:
-        """Return the measurement of a peer in its environment."""
+        """Return the measurement of another program in its environment."""
 
         def measure() -> Sequence[float]:
             count = min(self.count, FEWER)
@@ -232,7 +233,7 @@ def plain(world: World) -> tuple[dict[str, Subject], list[Ratio]]:
 
 
 def peers(world: World, folder: Path) -> tuple[dict[str, Subject], list[Ratio]]:
-    """Compare kser with the peers whose environments exist."""
+    """Compare kser with the other programs whose environments exist."""
     subjects: dict[str, Subject] = {}
     ratios = []
     for name, script, kind, ours, title, wanted in (
@@ -250,7 +251,7 @@ def peers(world: World, folder: Path) -> tuple[dict[str, Subject], list[Ratio]]:
 
 
 def figures(world: World, parts: Sequence[str], folder: Path | None) -> tuple[dict[str, Subject], list[Ratio]]:
-    """Return the subjects and ratios of the selected parts."""
+    """Return the measurements and ratios of the selected parts."""
     subjects: dict[str, Subject] = {}
     ratios: list[Ratio] = []
     found: list[tuple[dict[str, Subject], list[Ratio]]] = []
@@ -290,9 +291,9 @@ def report(medians: dict[str, list[float]], ratios: list[Ratio]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="operations in a measurement")
-    parser.add_argument("--peers", type=Path, help="the folder with the environments of peers")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--count", type=int, default=2000, help="operations per measurement")
+    parser.add_argument("--peers", type=Path, help="the folder with the environments of the other programs")
+    parser.add_argument("--only", default=",".join(PARTS), help="the parts to run, separated by commas")
     options = parser.parse_args()
     parts = options.only.split(",")
     needs_server = bool({"postgresql", "distributed", "cost", "latency", "peers"} & set(parts))

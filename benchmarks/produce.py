@@ -1,9 +1,10 @@
-"""Messages per second of kser's producer and the bare kafka-python producer, on Apache Kafka, all deliveries checked.
+"""Measure messages per second of kser's producer and of kafka-python's producer, on Apache Kafka.
 
-``bulk_send`` is compared with ``send`` of encoded bytes, ``flush`` and a check of each future, and ``send`` with
-``send().get()``.
+Both programs check all deliveries. ``bulk_send`` of kser is compared with ``send`` of encoded bytes, ``flush`` and a
+check of each future. ``send`` of kser is compared with ``send().get()``.
 
-Usage: ``python benchmarks/produce.py [COUNT]`` (50,000 messages by default; a tenth of it for single sends).
+Usage: ``python benchmarks/produce.py [COUNT]``. COUNT is 50,000 messages by default. A tenth of COUNT is used for
+``send``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resident memory of a consumer, idle and while it reads a long topic, and the time from its start to its first poll.
+"""Measure the resident memory of an idle and of a busy consumer, and the time from its start to its first poll.
 
 Usage: ``python benchmarks/resident.py [COUNT]`` (1,000,000 messages by default).
 """

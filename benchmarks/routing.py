@@ -1,7 +1,8 @@
-"""Raw bytes of a 300-byte message through ``Controller.run`` to a no-op task: kser, kser 0.8.27 and the floor.
+"""Measure ``Controller.run`` with a message of 300 bytes and a task that does nothing, in kser and in kser 0.8.27.
 
-The floor is the minimum work of any implementation: ``json.loads``, a ``Result``, ``json.dumps``. The rounds of all
-three alternate, and each figure is the median of its rounds. Lock files are in memory, where 0.8.27 is fastest.
+Both are compared with the floor, which is the minimum work of any implementation: one ``json.loads``, one ``Result``
+and one ``json.dumps``. The rounds of all three alternate, and each figure is the median of its rounds. The control
+files are in memory, because kser 0.8.27 is fastest there.
 
 Usage: ``python benchmarks/routing.py ORACLE_PYTHON`` (the interpreter of an environment that has kser 0.8.27).
 """
@@ -43,7 +44,7 @@ def message() -> bytes:
 
 
 def measure(run, seconds: float = 0.4) -> float:
-    """Return the calls of ``run`` per second."""
+    """Return the number of calls of ``run`` per second."""
     raw = message()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
@@ -109,7 +110,7 @@ class Server:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("oracle", nargs="?", help="python of an environment that has kser 0.8.27")
+    parser.add_argument("oracle", nargs="?", help="the Python of an environment with kser 0.8.27")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

@@ -1,4 +1,4 @@
-"""Messages per second of tasks that sleep 10 ms, with 50 workers, on Apache Kafka; the ideal is 5,000.
+"""Measure messages per second of tasks that sleep 10 ms, with 50 workers, on Apache Kafka. The ideal rate is 5,000.
 
 Usage: ``python benchmarks/workers.py [COUNT]`` (20,000 messages by default).
 """

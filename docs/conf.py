@@ -1,4 +1,4 @@
-"""Settings of the documentation: ``sphinx-build -E -W -n -b html docs docs/_build/html``."""
+"""Settings of the documentation, which ``sphinx-build -E -W -n -b html docs docs/_build/html`` builds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import kser
 
 project = "kser"
 author = "the kser developers"
-copyright = "2026, the kser developers"  # noqa: A001  the name that Sphinx wants
+copyright = "2026, the kser developers"  # noqa: A001  Sphinx requires this name
 version = release = kser.__version__
 
 extensions = ["sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nitpicky = True
-# What is documented elsewhere; inventories of other projects would need the network at each build.
+# Names of other projects. To link these names, each build would need the network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(cdumay_error|cdumay_result|kafka|confluent_kafka|blinker|marshmallow|flask)\..*"),
     (r"py:.*", r"(collections|contextlib|datetime|json|logging|types|typing)\..*"),
@@ -27,13 +27,13 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     # A type variable.
     ("py:class", "kser.sequencing.registry.EntrypointClass"),
-    # In docstrings, which do not see what their module imports; and how autodoc shows a default that is a class.
+    # Names in docstrings, which autodoc cannot resolve, and defaults that are classes.
     ("py:class", "Task"),
     ("py:class", "Result"),
     ("py:class", "ContextVar"),
     ("py:attr", "REGISTRY"),
     ("py:class", "kser.consumer.options.ConsumerKwargs"),
-    # Internal classes that signatures name.
+    # Internal classes in signatures.
     ("py:exc", "AttemptAbandoned"),
     ("py:exc", "kser.attempt.AttemptAbandoned"),
     ("py:class", "kser.confluent.delivery_reports.Waiter"),
@@ -48,7 +48,7 @@ html_title = f"kser {version}"
 
 
 def _leave_out_missing_tables(app: Any, page: str, source: list[str]) -> None:
-    """A table of figures is shown once there are figures."""
+    """Remove a table from a page if the file of the table does not exist."""
 
     def shown(match: re.Match[str]) -> str:
         return match[0] if (Path(app.srcdir) / match[1]).exists() else ""

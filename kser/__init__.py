@@ -1,7 +1,7 @@
 """Run tasks and operations (linear sequences of tasks) on Apache Kafka consumers.
 
-Importing the package loads no Kafka client, no Flask and no marshmallow: each class of ``__all__`` is imported from its
-module at its first use.
+Importing the package loads neither a Kafka client nor Flask nor marshmallow, because each class of ``__all__`` is
+imported from its module at the first use of the class.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HOMES = {
     "Task": "kser.sequencing.task",
 }
 
-# Set these four variables at import, as 0.8 does, because scripts and child processes read them.
+# Set these four variables at import, as kser 0.8 does, because scripts and child processes read them.
 os.environ.setdefault("LOCK_PATH", "/var/run")
 for _variable, _suffix in (("RUNNING_FILE", "run"), ("LOCK_FILE", "pause"), ("TERMINATE_FILE", "terminate")):
     os.environ.setdefault(_variable, os.path.join(os.environ["LOCK_PATH"], f"kser-{__hostname__}-{_suffix}.lock"))

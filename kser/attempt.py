@@ -1,9 +1,10 @@
-"""Attempt: one run of a message, shared by the consumer that makes it and the entrypoint that runs."""
+"""Attempt: one run of a message. The consumer that makes the attempt and the entrypoint that runs share this object."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -23,7 +24,23 @@ TIMED_OUT: Final = "given up"
 
 
 class AttemptAbandoned(BaseException):
-    """Stop request to an attempt that the consumer has abandoned; its result would be dropped."""
+    """A request to stop, raised in an attempt that the consumer has abandoned and whose result would be dropped."""
+
+
+class _UserCodeGuard(AbstractContextManager[object]):
+    """Guard that turns SystemExit, asyncio's CancelledError and similar exceptions of user code into a RuntimeError.
+
+    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
+    the consumer's own :exc:`AttemptAbandoned` pass unchanged, because user code did not raise them.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        if exc is not None and not isinstance(exc, _PASS_THROUGH):
+            raise RuntimeError(f"{exc!r} ended the task") from exc
+
+
+_PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
+user_code_guard = _UserCodeGuard()
 
 
 class Failure(NamedTuple):
@@ -40,7 +57,7 @@ class Deferred(NamedTuple):
     The store is responsible for the work. No hook is called, and no counter is increased.
     """
 
-    #: The stored result, as far as it is known.
+    #: The result that the store has so far.
     result: Any
 
 
@@ -50,8 +67,8 @@ class ConsumerCallbacks:
 
     :param ack: acks the attempt.
     :param abandon: abandons the attempt.
-    :param clock: returns the time by which the consumer enforces time limits.
-    :param cluster: returns the id of the Kafka cluster; empty if it is unknown.
+    :param clock: returns the current time, by the clock with which the consumer enforces time limits.
+    :param cluster: returns the id of the Kafka cluster, or "" if the id is unknown.
     :param is_stopping: returns whether the consumer is shutting down.
     """
 
@@ -65,7 +82,7 @@ class ConsumerCallbacks:
 class Attempt:
     """One attempt at a message.
 
-    :param retry: the retry policy of the consumer, for classes that declare none.
+    :param retry: the retry policy of the consumer, for classes that declare no policy.
     :param record: the Kafka record of the message; None if the message has no record.
     """
 
@@ -75,22 +92,24 @@ class Attempt:
     number = 1
     #: Number of earlier attempts that do not count for the retry policy.
     attempts_not_counted = 0
-    #: Seconds until the next attempt, if this one has failed and another one follows.
+    #: Seconds until the next attempt; None unless this attempt has failed and a retry follows.
     retry_in: float | None = None
     #: Permanent failure of the message.
     failure: Failure | None = None
-    #: Timeout error to raise instead of running: this attempt records the failure of an abandoned one.
+    #: The timeout error of an earlier attempt that was abandoned. This attempt does not run the message, but raises the
+    #: error to record the failure.
     timeout_error: Exception | None = None
     #: Time at which the attempt started, by the clock of the consumer.
     started_at = 0.0
     #: Time limit of the attempt in seconds; None without a limit.
     time_limit: float | None = None
-    #: True if the record is acked because the store has the message: no dead letter, and no retry by this consumer.
+    #: True if the record is acked because the store has the message. Then the consumer writes no dead letter and does
+    #: not retry the message.
     acked = False
-    #: uuid of the stored operation whose task is run; None for any other attempt.
+    #: uuid of the stored operation whose task this attempt runs; None for any other attempt.
     operation_uuid: str | None = None
 
-    #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this one.
+    #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this entrypoint.
     entry: Any = None
     #: Class of the message's entrypoint, once it is known.
     entrypoint_class: type | None = None
@@ -98,16 +117,16 @@ class Attempt:
     _abandoned = False
 
     def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
-        #: Retry policy for classes that declare none.
+        #: Retry policy for classes that declare no policy.
         self.retry = retry
-        #: The record; None if the message has none.
+        #: The record; None if the message has no record.
         self.record = record
-        #: Outcome latch: the first value wins, later ones are ignored.
+        #: The outcome latch: the first value is the outcome, and later values are ignored.
         self.outcome: list[str] = []
 
     @property
     def topic(self) -> str:
-        """Topic of the message; empty if it has none."""
+        """Topic of the message; empty if the message has no record."""
         return "" if self.record is None else str(self.record.topic)
 
     @property
@@ -117,23 +136,28 @@ class Attempt:
 
     @property
     def cancel_requested(self) -> bool:
-        """True if a cancel of the stored operation whose task is run was requested."""
+        """True after a request to cancel the stored operation whose task this attempt runs."""
         return False
 
     @property
     def shutting_down(self) -> bool:
-        """True if the consumer is shutting down: release work that another consumer can continue."""
+        """True if the consumer is shutting down. Release work then, so that another consumer can continue it."""
         return self.callbacks is not None and self.callbacks.is_stopping()
 
     def on_constructed(self, entry: Any) -> None:
-        """Register a constructed entrypoint; the first one of the message's class is the entrypoint of the message."""
+        """Register an entrypoint that was constructed.
+
+        The first entrypoint of the message's class is the entrypoint of the message.
+        """
         if self.entry is None and type(entry) is self.entrypoint_class:
             self.entry = entry
 
     def on_started(self, entry: Any) -> None:
-        """Register an entrypoint that starts; it is the entrypoint of the message if none is known yet.
+        """Register an entrypoint that starts.
 
-        :raises kser.errors.TaskTimeout: this attempt records the failure of an abandoned one.
+        If the entrypoint of the message is not known yet, ``entry`` becomes the entrypoint of the message.
+
+        :raises kser.errors.TaskTimeout: this attempt records the timeout of an earlier attempt.
         """
         if self.entry is None:
             self.entry = entry
@@ -165,19 +189,20 @@ class Attempt:
         self.failure = Failure(reason, error_name(exc), str(exc))
 
     def ack(self) -> None:
-        """Ack the record: the store is now responsible for the message, whatever the outcome of the attempt."""
+        """Ack the record. The store is now responsible for the message, whatever the outcome of the attempt."""
         if self.callbacks is not None and not self.acked:
             self.callbacks.ack(self)
         self.acked = True
 
     def restart_timer(self, time_limit: float | None) -> None:
-        """Restart the timer for a part of the work, which can be abandoned alone.
+        """Restart the timer for a part of the work. This part can time out separately.
 
         :param time_limit: time limit of the part in seconds; None without a limit.
         """
         if self.callbacks is not None:
             self.started_at = self.callbacks.clock()
-        # Between the two assignments no time limit applies, because the supervisor reads the latch before the limit.
+        # Clear the limit before replacing the latch. The supervisor reads the latch before the limit, so it never
+        # applies the old limit to the new latch.
         self.time_limit = None
         self.outcome = []
         self.time_limit = time_limit
@@ -193,11 +218,11 @@ class Attempt:
         raise AttemptAbandoned
 
     def mark_abandoned(self) -> None:
-        """Mark the attempt as abandoned, so that its next check raises."""
+        """Mark the attempt as abandoned, so that the next call of :meth:`raise_if_abandoned` raises."""
         self._abandoned = True
 
     def deterministic_uuid(self) -> str:
-        """Return a uuid for a message without one; an attempt at a record returns the same uuid at each redelivery."""
+        """Return a uuid for a message that has no uuid. For a record, the uuid is the same at each redelivery."""
         if self.record is None:
             return str(uuid4())
         cluster = "" if self.callbacks is None else self.callbacks.cluster()
@@ -205,12 +230,12 @@ class Attempt:
         return str(uuid5(NAMESPACE_URL, f"kafka:{cluster}/{record.topic}/{record.partition}/{record.offset}"))
 
     def resolve(self, value: str = FINISHED) -> bool:
-        """Set the outcome of the attempt unless it is set already; return whether this call has set it.
+        """Set the outcome of the attempt, unless it is already set; return whether the outcome is ``value``.
 
         :param value: ``FINISHED`` or ``TIMED_OUT``.
         """
         outcome = self.outcome
-        # Of two threads exactly one appends first, because an append is atomic.
+        # An append is atomic, so of two threads exactly one sets the first value.
         outcome.append(value)
         return outcome[0] == value
 
@@ -223,7 +248,9 @@ class Attempt:
             raise AttemptAbandoned
 
     def on_finished(self, entry: Any) -> None:
-        """Register an entrypoint that has finished; the entrypoint of the message can no longer time out.
+        """Register an entrypoint that has finished.
+
+        If it is the entrypoint of the message, the attempt can no longer time out.
 
         :raises AttemptAbandoned: the attempt was abandoned before.
         """
@@ -237,7 +264,7 @@ current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default
 
 
 def raise_if_decided(entry: Any) -> None:
-    """Register an entrypoint that has finished with the current attempt, if there is one.
+    """Report to the current attempt, if there is one, that an entrypoint has finished.
 
     :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
@@ -246,9 +273,10 @@ def raise_if_decided(entry: Any) -> None:
 
 
 def time_limit_of(cls: type) -> float | None:
-    """Return the time limit of an attempt at a class, in seconds; None without a limit."""
+    """Return the time limit of an attempt at a class in seconds, or None if there is no limit."""
     timeout = getattr(cls, "TIME_LIMIT", None)
-    # Ignore a value of another type, as with RETRY, because the attribute is then the user's own (decision C18).
+    # Ignore a value of another type, because the attribute is then the user's own (decision C18). The same applies to
+    # ``RETRY``.
     fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
     return timeout if fits else None
 
@@ -264,12 +292,12 @@ CANCEL_CHECK_INTERVAL = 0.5
 
 
 class TaskAttempt(Attempt):
-    """Attempt at a task of a stored operation.
+    """An attempt at a task of a stored operation.
 
-    :param parent: the attempt at the record whose handling runs the task; None outside of a consumer.
+    :param parent: the attempt at a record during which the task runs; None outside of a consumer.
     :param task: the task.
-    :param number: number of the attempt, from 1: one more than the recorded attempts.
-    :param retry: the retry policy for a class that declares none.
+    :param number: number of the attempt, which is the number of recorded attempts plus 1.
+    :param retry: the retry policy if the class of the task declares no policy.
     :param operation_uuid: uuid of the operation that the task belongs to.
     :param is_cancelled: reads from the database whether the task should stop.
     """
@@ -304,7 +332,7 @@ class TaskAttempt(Attempt):
         return self.parent is not None and self.parent.abandoned
 
     def abandon(self) -> None:
-        """Leave the step, because the attempt at the record that it runs in is abandoned or the consumer shuts down.
+        """Leave the step, because the consumer is shutting down or has abandoned the attempt at the record.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

@@ -8,10 +8,10 @@ import random
 def delay(failures: int, *, first: float, ceiling: float, factor: float = 2.0) -> float:
     """Return the back-off after a failure, in seconds.
 
-    :param failures: the number of consecutive failures, from 1.
+    :param failures: the number of consecutive failures, counted from 1.
     :param first: the back-off after the first failure.
     :param ceiling: the longest back-off.
-    :param factor: the growth from one failure to the next.
+    :param factor: the factor by which the back-off grows from one failure to the next.
     """
     try:
         return min(first * factor ** (failures - 1), ceiling)
@@ -20,5 +20,5 @@ def delay(failures: int, *, first: float, ceiling: float, factor: float = 2.0) -
 
 
 def random_delay(failures: int, *, first: float, ceiling: float, lowest: float) -> float:
-    """Return a random back-off between ``lowest`` and :func:`delay`, so that clients do not try again together."""
+    """Return a random back-off between ``lowest`` and :func:`delay`, so that several clients do not retry at once."""
     return random.uniform(lowest, max(lowest, delay(failures, first=first, ceiling=ceiling)))

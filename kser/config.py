@@ -46,14 +46,14 @@ class Settings:
     def get(self, name: str) -> Any:
         """Return the value of a setting, or None if it is not set.
 
-        A value of the app's config is returned as given; a value of the environment is a str. An empty variable counts
-        as not set, because containers define empty variables for settings that have no value.
+        A value from the app's config is returned unchanged. A value from the environment is a str. An empty variable
+        counts as not set, because containers define empty variables for settings that have no value.
         """
         value = self._app_config.get(name)
         return (os.environ.get(name) or None) if value is None else value
 
     def number(self, name: str, default: float, *, whole: bool = False) -> float:
-        """Return a setting that must be a number above 0; ``default`` if it is not set.
+        """Return a setting that must be a number above 0, or ``default`` if the setting is not set.
 
         :raises SettingError: the value is not such a number.
         """
@@ -62,7 +62,7 @@ class Settings:
 
     @property
     def client(self) -> dict[str, Any] | None:
-        """Client options of ``KSER_CONFIG``, or None when it is not set.
+        """Client options in ``KSER_CONFIG``, or None if it is not set.
 
         :raises SettingError: the value is not a JSON object.
         """
@@ -72,10 +72,10 @@ class Settings:
         return None if value is None else {key: _python_value(key, option) for key, option in value.items()}
 
     def consumed_topics(self, topics: Any = None) -> Any:
-        """Return the topics to consume: ``topics`` as given, else ``KSER_TOPICS``.
+        """Return the topics to consume: ``topics``, or the topics in ``KSER_TOPICS`` if ``topics`` is None.
 
         :raises SettingError: there is no topic.
-        :raises UsageError: ``topics`` is a str, which would be read as a list of letters.
+        :raises UsageError: ``topics`` is a str, which Python would read as a list of letters.
         """
         consumed = self.topics if topics is None else topics
         if isinstance(consumed, str):
@@ -88,7 +88,7 @@ class Settings:
 
     @property
     def topics(self) -> list[str]:
-        """Topics of ``KSER_TOPICS``; empty when it is not set.
+        """Topics in ``KSER_TOPICS``; empty if it is not set.
 
         :raises SettingError: the value contains something other than topic names.
         """
@@ -98,9 +98,16 @@ class Settings:
             raise SettingError(f"{TOPICS} must contain topic names; it is {value!r}")
         return [name.strip() for name in names if name.strip()]
 
+    def first_topic(self, fallback: str) -> str:
+        """Return the first topic of ``KSER_TOPICS``, or ``fallback`` if it is not set.
+
+        :raises SettingError: the value contains something other than topic names.
+        """
+        return next(iter(self.topics), fallback)
+
 
 def _python_value(key: str, value: Any) -> Any:
-    """Convert ``value`` to the type that Python clients expect, where JSON and the environment cannot express it."""
+    """Convert ``value`` to the type that Python clients expect, if JSON and the environment cannot express it."""
     if key == "api_version" and isinstance(value, str | list):
         try:
             return tuple(int(part) for part in (value.split(".") if isinstance(value, str) else value))
@@ -110,7 +117,7 @@ def _python_value(key: str, value: Any) -> Any:
 
 
 def known_options(config: Mapping[str, Any], own: Iterable[str], *others: Iterable[str]) -> dict[str, Any]:
-    """Return the options of ``config`` that a client knows; other clients share the same ``config``.
+    """Return the options of ``config`` that a client knows. Other clients use the same ``config``.
 
     :param own: option names of this client.
     :param others: option names of the other clients; these options are dropped silently.
@@ -131,10 +138,10 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 
 
 def parse_json(source: str, value: Any) -> Any:
-    """Return the value of a setting, which is JSON if it is a str.
+    """Return the value of a setting. If the value is a str, it must be JSON, and is decoded.
 
     :param source: the name of the setting, for the error text.
-    :raises SettingError: a str is not JSON.
+    :raises SettingError: ``value`` is a str that is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -156,10 +163,10 @@ def check_number(
     """Return a setting as a number.
 
     :param source: the name of the setting, for the error text.
-    :param lowest: the lowest number; None for any number above 0.
-    :param whole: whether the number must be a whole one; it is an int then.
+    :param lowest: the lowest number that is allowed; None allows every number above 0.
+    :param whole: whether the number must be whole. In that case, the result is an int.
     :param unit: the unit, for the error text.
-    :param types: the accepted types; by default any that ``float`` converts, but not bool.
+    :param types: the types that are allowed; by default, every type that ``float`` converts, except bool.
     :raises SettingError: the value is not such a number.
     """
     number = math.nan

@@ -1,6 +1,6 @@
-"""Controller, which runs the entrypoint of a raw message, and the base class of producers.
+"""Controller, which runs the entrypoint of a raw message, and the base class of all producers.
 
-Drop-in for ``kser.controller`` of 0.8.27.
+This module is a drop-in replacement for ``kser.controller`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from kser.attempt import (
     FAILED,
     UNDECODABLE,
     UNKNOWN_ENTRYPOINT,
-    AttemptAbandoned,
     Deferred,
     Failure,
     current_attempt,
     error_name,
+    user_code_guard,
 )
-from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, schedule_retry
+from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, execute_message, schedule_retry
 from kser.errors import StoreMissing
 from kser.lockfiles import running_file
 from kser.results import failed_result, merge
@@ -36,27 +36,8 @@ logger = logging.getLogger(__name__)
 #: Headers of a Kafka record: names and bytes.
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
-#: Maximum number of unknown names that are remembered and logged. Without a limit, random names would fill the memory.
+#: Maximum number of unknown names that are remembered and logged. Without a limit, random names could fill the memory.
 MAX_UNKNOWN_NAMES = 1000
-_PASS_THROUGH = (Exception, KeyboardInterrupt, AttemptAbandoned)
-
-
-class _UserCodeGuard:
-    """Guard around user code that turns SystemExit, asyncio's CancelledError and the like into a RuntimeError.
-
-    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
-    the consumer's own :exc:`kser.attempt.AttemptAbandoned` pass unchanged, because user code did not raise them.
-    """
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
-        if exc is not None and not isinstance(exc, _PASS_THROUGH):
-            raise RuntimeError(f"{exc!r} ended the task") from exc
-
-
-user_code_guard = _UserCodeGuard()
 
 
 class BaseController:
@@ -76,7 +57,7 @@ class BaseController:
 
     @classmethod
     def onmessage(cls, kmsg: Message) -> Any:
-        """Return the message to handle in place of ``kmsg``. Called before each message is handled."""
+        """Return the message to handle in place of ``kmsg``. This hook is called before each message is handled."""
         return kmsg
 
     @classmethod
@@ -87,7 +68,7 @@ class BaseController:
 
     @classmethod
     def onsuccess(cls, kmsg: Message, result: Any) -> Any:
-        """Return the final result of a successful message. Called with the message and its result."""
+        """Return the final result of a successful message; by default, ``result``."""
         return result
 
     @classmethod
@@ -98,18 +79,21 @@ class BaseController:
 
     @classmethod
     def onerror(cls, kmsg: Message, result: Any) -> Any:
-        """Return the final result of a failed message. Called with the message and its result."""
+        """Return the final result of a failed message; by default, ``result``."""
         return result
 
     @classmethod
-    def _kser_call_hook(cls, kmsg: Message, result: Any) -> Any:
-        """Log the outcome of a message and call its hook; an exception of the hook becomes a failure (decision C13).
+    def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
+        """Log the outcome of a message and call its hook.
 
-        A falsy value in place of a Result (an entrypoint's hook returned nothing) is a failure, as in 0.8.
+        An exception of the hook makes the message fail (decision C13).
+
+        :param succeeded: whether ``result`` is a success. A falsy value in place of a Result counts as a failure, as in
+            kser 0.8. It means that a hook of the entrypoint returned nothing.
         """
         try:
             with user_code_guard:
-                if result and status.final_status(result) == status.SUCCESS:
+                if succeeded:
                     cls._kser_clear_failure()
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
@@ -118,7 +102,10 @@ class BaseController:
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
-        """Do nothing: a message that a producer sends does not change the outcome of the message being handled."""
+        """Do nothing.
+
+        A message that a producer sends does not change the outcome of the message that is being handled.
+        """
 
     @classmethod
     def _kser_hook_failed(cls, kmsg: Message, result: Any, exc: Exception) -> Result:
@@ -135,7 +122,7 @@ class BaseProducer(BaseController):
     """Interface of all producers."""
 
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
-        """Send one message. Implemented by transports and by third parties that wrap them."""
+        """Send one message. Transports, and third parties that wrap a transport, implement this method."""
 
     def send(
         self,
@@ -154,7 +141,8 @@ class BaseProducer(BaseController):
         :param key: messages with the same key go to the same partition and are handled one after the other; messages
             without a key are spread over the partitions.
         :param headers: headers of the record: pairs of a name and bytes, or a mapping.
-        :return: a Result, failed when delivery was not confirmed; the message may still be delivered later.
+        :return: a Result, which is a failed one if delivery was not confirmed. In that case, the message may still be
+            delivered later.
         """
         # Pass only the options that were given, because third parties implement `_send` with the signature of 0.8.
         options = {"key": key, "headers": headers}
@@ -183,9 +171,10 @@ class BaseProducer(BaseController):
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
-        # Read the status before the hook runs: a raising hook makes the result a failure, but the message was sent.
+        # Read the status before the hook runs, because a hook that raises makes the result a failure although the
+        # message was sent.
         delivered = status.final_status(result) == status.SUCCESS
-        returned = self._kser_call_hook(kmsg, result)
+        returned = self._kser_call_hook(kmsg, result, delivered)
         if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
         return returned
@@ -194,10 +183,10 @@ class BaseProducer(BaseController):
 class Controller(BaseController):
     """Dispatcher that looks up the entrypoint of each message by name and executes it.
 
-    All methods are classmethods, which can be called on an instance as well.
+    All methods are classmethods. You can also call them on an instance.
     """
 
-    #: Entrypoint classes by path, shared by all controllers unless a subclass defines its own.
+    #: Entrypoint classes, keyed by path. All controllers share this dict, unless a subclass defines its own dict.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
     #: Class that decodes messages: any class that has ``loads``.
     TRANSPORT: ClassVar[Any] = Message
@@ -218,11 +207,11 @@ class Controller(BaseController):
     def run(cls, raw_data: Any) -> Any:
         """Handle one raw message and return its result.
 
-        SystemExit in a task is a failure of that task (decision C8). Only KeyboardInterrupt is raised and, in a
-        consumer, :exc:`kser.attempt.AttemptAbandoned`.
+        SystemExit in a task counts as a failure of that task (decision C8). This method raises only KeyboardInterrupt
+        and, in a consumer, :exc:`kser.attempt.AttemptAbandoned`.
 
         :param raw_data: the input of :attr:`TRANSPORT`: JSON, as text or bytes.
-        :return: the return value of the hook: the Result, unless hooks are overridden.
+        :return: the return value of ``onsuccess`` or ``onerror``; by default, the Result.
         """
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(f"{cls.__name__}.ReceivedFromKafka: {raw_data}")
@@ -239,20 +228,21 @@ class Controller(BaseController):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage failed: {exc}"))
         if not _is_message(kmsg):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage returned {kmsg!r}"))
-        result = cls._kser_process(kmsg)
+        result, succeeded = cls._kser_process(kmsg)
         if type(result) is Deferred:
             return result.result
         attempt = current_attempt.get()
         if attempt is None:
-            return cls._kser_call_hook(kmsg, result)
+            return cls._kser_call_hook(kmsg, result, succeeded)
         attempt.on_finished(attempt.entry)
-        # Call no hook before a retry, because the outcome of the message is known only after its last attempt.
-        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result)
+        # Call no hook before a retry, because the outcome of the message is known only after the last attempt.
+        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result, succeeded)
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
         if (attempt := current_attempt.get()) is not None:
-            # A hook of the entrypoint turned a failure into a success; without this, the message would still fail.
+            # A hook of the entrypoint has turned a failure into a success. If the failure stayed recorded, the message
+            # would still fail.
             attempt.failure = None
 
     @classmethod
@@ -268,10 +258,11 @@ class Controller(BaseController):
     @classmethod
     def _kser_fail_before_run(cls, kmsg: Message, exc: ValidationError) -> Any:
         _reject_attempt(FAILED, exc)
-        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid))
+        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid), succeeded=False)
 
     @classmethod
-    def _kser_process(cls, kmsg: Message) -> Any:
+    def _kser_process(cls, kmsg: Message) -> tuple[Any, bool]:
+        """Execute a message; return its result, and whether that is a success."""
         try:
             with user_code_guard:
                 try:
@@ -279,13 +270,15 @@ class Controller(BaseController):
                     result = cls._kser_execute(kmsg)
                 finally:
                     cls.stop_processing()
-            # The code below needs a Result: ``final_status`` raises for any other type, and the error text contains
+            # The code below needs a Result. For any other type, ``final_status`` raises an error whose text contains
             # the type.
-            if not result or type(result) is Deferred or status.final_status(result) == status.SUCCESS:
-                return result
+            if not result:
+                return result, False
+            if type(result) is Deferred or status.final_status(result) == status.SUCCESS:
+                return result, True
         except Exception as exc:
-            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc)
-        return cls._kser_report_failure(kmsg, result)
+            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc), False
+        return cls._kser_report_failure(kmsg, result), False
 
     @classmethod
     def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
@@ -317,7 +310,7 @@ class Controller(BaseController):
         registry = entrypoint._kser_registry
         if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
             return registry._kser_handle_message(kmsg, entrypoint)
-        return entrypoint.from_Message(kmsg).execute()
+        return execute_message(entrypoint, kmsg)
 
     @classmethod
     def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
@@ -347,9 +340,13 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_handle_undecodable(cls, raw_data: Any, exc: Exception) -> Any:
-        """Log input that is not a message and return a failed result. Call this while ``exc`` is being handled."""
+        """Log input that is not a message, and return a failed result.
+
+        Call this method inside the handler of ``exc``.
+        """
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # Use the stack of the transport's error if it has one; None takes the traceback of the exception being handled.
+        # Use the stack of the transport's error if it has a stack. None selects the traceback of the exception being
+        # handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _partial_message(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
@@ -381,12 +378,12 @@ def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether ``value`` has the attributes of a message; third parties have message classes of their own."""
+    """Return whether ``value`` has the attributes of a message. Third parties have their own message classes."""
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
 def _partial_message(raw_data: Any) -> Message:
-    """Build a message for the hooks, with the uuid and entrypoint of the undecodable input where they can be read."""
+    """Build a message for the hooks from undecodable input, with its uuid and entrypoint if these can be read."""
     try:
         data = json.loads(raw_data)
     except Exception:

@@ -30,10 +30,10 @@ from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageEr
 #: Seconds to wait for a response of the broker, which runs in this process.
 _START_TIMEOUT = 10
 
-# The mock cluster accepts any name. Without this check, a program that works here would fail with a real broker.
+# The mock cluster accepts any topic name. Without this check, a program that works here could fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-# Log warnings and worse: the only line of a lower level reports that the mock cluster is on, which is intended.
+# Log warnings and worse. The only line at a lower level reports that the mock cluster is in use, which is intended.
 _SYSLOG_WARNING = 4
 
 
@@ -69,13 +69,14 @@ class EmbeddedBroker:
     @property
     def producer_config(self) -> dict[str, Any]:
         """Options of kafka-python for a producer, in a new dict each time."""
-        # Set the version: otherwise kafka-python 3 endlessly requests it in a form too new for the mock cluster.
+        # Set the version, because otherwise kafka-python 3 requests it endlessly, in a format that is too new for the
+        # mock cluster.
         return {"bootstrap_servers": self.bootstrap_servers, "api_version": (2, 0)}
 
     def environment(self, group_id: str = "kser") -> dict[str, str]:
         """Return ``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
 
-        :param group_id: the consumer group; it starts at the earliest message.
+        :param group_id: the consumer group. The group starts at the earliest message.
         """
         config = {**self.config, "api_version": "2.0", "group_id": group_id, "auto_offset_reset": "earliest"}
         return {"KSER_CONFIG": json.dumps(config), "KSER_TOPICS": ",".join(self.topics)}
@@ -152,11 +153,11 @@ def _mock_cluster() -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a broker until SIGINT or SIGTERM, as ``python -m kser.embedded`` does.
 
-    The settings are written to standard output as lines for a shell; messages for the reader go to standard error.
+    The settings are written to standard output as lines for a shell; all other texts go to standard error.
     """
     options = _parser().parse_args(arguments)
-    # Block both signals before the broker starts and wait for them later, so that no signal is lost and none interrupts
-    # a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb that.
+    # Block both signals before the broker starts and wait for them later, so that no signal is lost and no signal
+    # interrupts a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb the end.
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:

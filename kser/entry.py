@@ -1,4 +1,4 @@
-"""Entrypoint: one unit of work and its life cycle. Drop-in for ``kser.entry`` of 0.8.27."""
+"""Entrypoint: one unit of work and its life cycle. A drop-in replacement for ``kser.entry`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_INIT_FAILURE: Final = object()
 
 
 class OperationsProtocol(Protocol):
-    """Client of stored operations, as operations use it."""
+    """Client of stored operations: the methods that an operation calls."""
 
     def send(self, operation: Any, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
         """Save an operation and send it."""
@@ -35,7 +35,7 @@ class OperationsProtocol(Protocol):
         ...
 
     def get(self, uuid: str) -> Any:
-        """Return a stored operation; None if there is none."""
+        """Return a stored operation, or None if no operation has this uuid."""
         ...
 
     def resume(self, uuid: str) -> None:
@@ -51,10 +51,10 @@ class OperationsProtocol(Protocol):
 
 
 class RegistryProtocol(Protocol):
-    """Registry that an entrypoint's class is subscribed to, as entrypoints, controllers and durable operations use it.
+    """Registry of a class: the methods that entrypoints, controllers and durable operations call.
 
-    This module cannot import ``OperationRegistry``, because imports point down only, so it uses this protocol in its
-    place.
+    This module cannot import ``OperationRegistry``, because a module may import only from modules of a lower rank. So
+    it uses this protocol instead.
     """
 
     controller: Any
@@ -89,16 +89,16 @@ class RegistryProtocol(Protocol):
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle the message of a durable operation, stored or not yet stored, or of one of its steps.
+        """Handle a message of a durable operation or of one of its steps. The operation is already stored, or is new.
 
-        :param entrypoint: the class that the message names; None for a class that is not known here.
+        :param entrypoint: the class that the message names; None if the class is not registered here.
         :return: a Result or a :class:`kser.attempt.Deferred`.
         """
         ...
 
 
 class EntrypointMeta(type):
-    """Metaclass that gives each class its ``path``."""
+    """Metaclass that gives each class an attribute ``path``."""
 
     @property
     def path(cls) -> str:
@@ -107,22 +107,25 @@ class EntrypointMeta(type):
 
 
 class _InstancePath:
-    """``path`` on instances: a non-data descriptor, so that a user's attribute of that name wins (decision C18)."""
+    """The attribute ``path`` of instances.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: EntrypointMeta) -> str:
         return owner.path
 
 
 class Entrypoint(metaclass=EntrypointMeta):
-    """One unit of work: subclass it and implement :meth:`run`.
+    """One unit of work. Subclass it and implement :meth:`run`.
 
-    Each phase of the life cycle has a hook without an underscore, which you can override freely, and a trigger with an
-    underscore, which logs and calls the hook.
+    Each phase of the life cycle has two methods. The method without an underscore is a hook, which you can override
+    freely. The method with an underscore is the trigger of the phase, which logs the phase and calls the hook.
 
-    :param uuid: identifier, a new one by default.
+    :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the work.
     :param result: the forwarded result of the previous task.
-    :param metadata: context that is passed on unchanged.
+    :param metadata: context that kser passes on unchanged.
     """
 
     #: Names of the parameters that must be present.
@@ -146,7 +149,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.uuid: str = uuid or str(uuid4())
         #: Parameters of the work.
         self.params: Any = params or {}
-        #: Context that is passed on unchanged.
+        #: Context that kser passes on unchanged.
         self.metadata: Any = metadata or {}
         #: The incoming result, with the result of the work merged into it.
         self.result: Result = result or Result(uuid=self.uuid)
@@ -155,34 +158,42 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def postinit(self) -> None:
-        """Prepare the new object. Called at the end of construction.
+        """Prepare the new object. The constructor calls this hook at its end.
 
-        If this hook raises, the object is not run and fails with that error.
+        If this hook raises an exception, the object does not run, and fails with this exception.
         """
 
     def prerun(self) -> None:
-        """Prepare the run. Called before :meth:`run`, after the check of the required parameters."""
+        """Prepare the run. This hook is called before :meth:`run`, after the check of the required parameters."""
 
     def run(self) -> Result | None:
         """Do the work. Subclasses implement this method.
 
-        :return: a Result, which is merged into :attr:`result`; None counts as a blank one.
+        :return: a Result, which is merged into :attr:`result`; None counts as a blank Result.
         :raises cdumay_error.types.NotImplemented: the method is not overridden.
         """
         raise NotImplementedYet(f"Task '{type(self).path}' not implemented")
 
     def postrun(self, result: Any) -> Any:
-        """Return the value to use in place of the return value of :meth:`run`. Not called when :meth:`run` raised."""
+        """Return the value to use in place of the return value of :meth:`run`.
+
+        This hook is not called if :meth:`run` raised an exception.
+        """
         return result
 
     def onsuccess(self, result: Result) -> Any:
-        """Return the value for :meth:`execute` to return. Called with the final result when its return code is 0."""
+        """Return the value that :meth:`execute` returns after a success.
+
+        :param result: the final result, whose return code is 0.
+        """
         return result
 
     def onerror(self, result: Result) -> Any:
-        """Return the value for :meth:`execute` to return. Called with the final result of a failure.
+        """Return the value that :meth:`execute` returns after a failure.
 
-        An error of this hook is logged and merged into the result, and no hook is called again.
+        :param result: the final result.
+
+        If this hook raises an exception, kser logs it, merges it into the result, and calls no further hook.
         """
         return result
 
@@ -225,14 +236,15 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- execution -----------------------------------------------------------------------------------------------------
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        """Execute the entrypoint; exceptions of the hooks and of :meth:`run` are raised.
+        """Execute the entrypoint. Exceptions of the hooks and of :meth:`run` reach the caller.
 
         :param result: a result to merge into :attr:`result` first.
         :return: the return value of :meth:`onsuccess` or, for a returned failure, of :meth:`onerror`.
         """
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
-        self.result = merge(self.result, result)
+        if result is not None:
+            self.result = merge(self.result, result)
         signals.emit(signals.entry_started, type(self), entry=self)
         self._prerun()
         value = self._run()
@@ -245,10 +257,10 @@ class Entrypoint(metaclass=EntrypointMeta):
         return self._onerror(value)
 
     def execute(self, result: Result | None = None) -> Any:
-        """Execute the entrypoint; an exception becomes a failed result, except SystemExit and KeyboardInterrupt.
+        """Execute the entrypoint. An exception becomes a failed result, except SystemExit and KeyboardInterrupt.
 
         :param result: a result to merge into :attr:`result` first.
-        :return: the return value of :meth:`onsuccess` or :meth:`onerror`: the result, unless they are overridden.
+        :return: the return value of :meth:`onsuccess` or :meth:`onerror`; by default, the result.
         """
         registry = self._kser_registry
         with nullcontext() if registry is None else registry._kser_app_context():
@@ -265,7 +277,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     def check_required_params(self) -> None:
         """Check that every parameter of :attr:`REQUIRED_FIELDS` is present.
 
-        :raises cdumay_error.types.ValidationError: a parameter is missing; the error names the first one.
+        :raises cdumay_error.types.ValidationError: a parameter is missing; the error names the first missing parameter.
         """
         for key in self.REQUIRED_FIELDS:
             if key not in self.params:
@@ -274,7 +286,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- messages and logs ---------------------------------------------------------------------------------------------
 
     def to_Message(self, result: Result | None = None) -> Message:
-        """Return the message that starts this work; it shares this object's params, result and metadata.
+        """Return the message that starts this work. The message shares the params, result and metadata of this object.
 
         :param result: a result to forward in place of :attr:`result`.
         """
@@ -288,7 +300,7 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     @classmethod
     def from_Message(cls, kmsg: Message) -> Self:
-        """Create an object from a message; it shares the message's params, result and metadata."""
+        """Create an object from a message. The object shares the params, result and metadata of the message."""
         return cls(uuid=kmsg.uuid, params=kmsg.params, result=kmsg.result, metadata=kmsg.metadata)
 
     def label(self, action: str | None = None) -> str:
@@ -305,12 +317,17 @@ class Entrypoint(metaclass=EntrypointMeta):
         log_lines.log_message(logger, self, "MESSAGE", message, level, *args, **kwargs)
 
 
+def execute_message(entrypoint: type[Entrypoint], kmsg: Message) -> Any:
+    """Create an object of a class from a message, and return the result of its execution."""
+    return entrypoint.from_Message(kmsg).execute()
+
+
 def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None) -> Any:
-    """Schedule a retry of ``entry`` if its retry policy allows another attempt; no hook is called then.
+    """Schedule a retry of ``entry`` if its retry policy allows another attempt. No hook is called before a retry.
 
     :param result: the failed result.
     :param exc: the exception of the attempt; None for a returned failure.
-    :return: the result of this attempt; None when the failure is final.
+    :return: the result of this attempt, or None if the failure is final.
     :raises kser.attempt.AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
     """
     attempt = current_attempt.get()
@@ -335,7 +352,7 @@ def _error_name(result: Result) -> str:
 
 
 def notify_failure(entry: Entrypoint) -> Any:
-    """Emit ``entry_failed`` and call ``onerror``; an exception of the hook adds its own error (decision C6)."""
+    """Emit ``entry_failed`` and call ``onerror``. If the hook raises, add its error to the result (decision C6)."""
     signals.emit(signals.entry_failed, type(entry), entry=entry, result=entry.result)
     try:
         return entry.onerror(entry.result)

@@ -25,7 +25,8 @@
 
 Undecodable messages and missing parameters raise ``cdumay_error.types.ValidationError``, as in 0.8.
 
-All of them are cdumay errors, so ``Result.from_exception`` keeps their ``code``, ``msgid``, ``message`` and ``extra``.
+All errors of this module are cdumay errors, so ``Result.from_exception`` keeps their ``code``, ``msgid``, ``message``
+and ``extra``.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class BrokerUnavailable(KserError):
 class ClientError(KserError):
     """A call of the Kafka client failed
 
-    :param fatal: this client cannot recover and must be replaced by a new one.
-    :param transient: the error is normal for a while, as during a rebalance.
+    :param fatal: True if the client cannot recover, so that a new client must replace it.
+    :param transient: True if the error is normal for a while, for example during a rebalance.
     """
 
     MSGID = "ERR-50309"
@@ -127,8 +128,8 @@ class MessageTooLarge(DeliveryError):
 class RetryLater(KserError):
     """A task requests another attempt
 
-    :param seconds: seconds until that attempt.
-    :raises SettingError: ``seconds`` is not a finite number, 0 or more.
+    :param seconds: seconds until the next attempt.
+    :raises SettingError: ``seconds`` is not a finite number, or is negative.
     """
 
     MSGID = "ERR-50312"
@@ -164,7 +165,7 @@ class SendError(KserError):
 class StoreUnavailable(KserError):
     """The shared database is unavailable
 
-    It is unknown whether the call took effect, so the call is repeated unchanged.
+    It is unknown whether the call took effect, so the caller repeats the call unchanged.
     """
 
     MSGID = "ERR-50315"
@@ -178,7 +179,7 @@ class StoreError(KserError):
 
 
 class FencedError(StoreError):
-    """Another owner has claimed the operation, or it has ended: nothing was recorded"""
+    """Another owner has claimed the operation, or the operation has ended; nothing was recorded"""
 
     MSGID = "ERR-50317"
     CODE = 409

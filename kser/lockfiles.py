@@ -1,4 +1,4 @@
-"""Control files of 0.8: three files that operators read, create and delete.
+"""Control files of kser 0.8: three files that operators read, create and delete.
 
 ========== ===================== ======================================================================================
 file       variable              meaning
@@ -8,7 +8,7 @@ pause      ``LOCK_FILE``         while it exists, consumers start no new message
 terminate  ``TERMINATE_FILE``    when it appears, consumers stop
 ========== ===================== ======================================================================================
 
-The variables are read at each use. The default paths are per host, so processes of one host may share the files.
+The variables are read at each use. The default paths contain the host name, so processes of one host share the files.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ PROCESS_START = time.time()
 
 
 class RunningFile:
-    """Running file, kept open and rewritten in place, because opening it each time would cost more than a small task.
+    """The running file, which lists the messages that are being handled.
 
-    The file is reopened when its variable has changed or when the file was deleted. If it cannot be written, this is
-    logged once, and messages are handled all the same.
+    This class keeps the file open and rewrites it in place, because opening it for each message would take longer than
+    a small task.
+
+    The file is reopened when its environment variable has changed or when the file was deleted. If the file cannot be
+    written, that is logged once, and messages are handled anyway.
     """
 
     def __init__(self) -> None:
@@ -56,11 +59,11 @@ class RunningFile:
     def _flush(self, rounds: int) -> None:
         """Write the changed lines.
 
-        If another thread is writing the file, let it write this line too; blocking here for each message would cost
-        many workers more than small tasks do.
+        If another thread is writing the file, that thread also writes this line. If this thread blocked instead,
+        consumers with many workers would wait here longer than their small tasks take.
 
-        :param rounds: maximum number of writes. The limit exists because the writing thread's own message waits
-            meanwhile; the next call writes any remaining change.
+        :param rounds: maximum number of writes. The limit exists because the message of the writing thread waits
+            meanwhile. The next call writes any change that remains.
         """
         for _ in range(rounds):
             if not self._is_stale or not self._lock.acquire(blocking=False):
@@ -74,7 +77,7 @@ class RunningFile:
                 self._lock.release()
 
     def _write(self) -> None:
-        # Escape characters without a UTF-8 form (lone surrogates), because people read the file.
+        # Escape characters that have no UTF-8 form (lone surrogates), because people read the file.
         data = "\n".join(list(self._lines.values())).encode("utf-8", "backslashreplace")
         descriptor, size = self._open()
         if data:
@@ -84,18 +87,18 @@ class RunningFile:
             os.ftruncate(descriptor, len(data))
 
     def clear(self) -> None:
-        """Remove this thread's line; a missing file is created, and the file is never deleted."""
+        """Remove this thread's line. A missing file is created, and the file is never deleted."""
         self.show("")
 
     def open(self) -> None:
-        """Register a consumer of this process that starts."""
+        """Register a consumer of this process when it starts."""
         self.clear_stale()
         with self._lock:
             self._consumers += 1
         self._flush(2)
 
     def close(self) -> None:
-        """Unregister a consumer of this process that has ended; the last one releases the file."""
+        """Unregister a consumer of this process when it has ended. The last consumer releases the file."""
         with self._lock:
             self._consumers -= 1
         if self._consumers <= 0:
@@ -112,7 +115,7 @@ class RunningFile:
             self._close()
 
     def clear_stale(self) -> None:
-        """Empty a file that a dead process left behind; each live process holds a lock on the file."""
+        """Empty a file that a dead process left behind. Each live process holds a lock on the file."""
         try:
             descriptor = os.open(os.environ["RUNNING_FILE"], os.O_WRONLY)
         except (OSError, KeyError):
@@ -121,13 +124,14 @@ class RunningFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
         except OSError:
-            # A live process holds the lock, or the file system has no locks: then the next write replaces the content.
+            # A live process holds the lock, or the file system has no locks. In both cases, the next write replaces the
+            # content.
             return
         finally:
             os.close(descriptor)
 
     def _open(self) -> tuple[int, int]:
-        """Return the descriptor and the size of the current file, which is reopened if necessary."""
+        """Return the descriptor and the size of the current file. Reopen the file if necessary."""
         path = os.environ["RUNNING_FILE"]
         if self._descriptor is not None:
             status = os.fstat(self._descriptor)
@@ -168,7 +172,7 @@ def is_paused() -> bool:
 
 
 def remove_pause_file() -> str | None:
-    """Remove the pause file; return its path if the file existed and could be removed."""
+    """Remove the pause file. Return its path if the file existed and could be removed."""
     path = os.environ["LOCK_FILE"]
     if not is_paused():
         return None
@@ -183,7 +187,7 @@ def remove_pause_file() -> str | None:
 
 
 class TerminateFile:
-    """Terminate file, which is never deleted; a file older than this process is logged once and ignored."""
+    """Terminate file, which is never deleted. A file that is older than this process is logged once and ignored."""
 
     def __init__(self) -> None:
         self._ignored: tuple[str, float] | None = None

@@ -1,6 +1,7 @@
 """Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-These are functions and not methods, because user classes share one namespace with all methods of Entrypoint.
+They are functions and not methods of Entrypoint, because an additional method could have the same name as an attribute
+of a user's class.
 """
 
 from __future__ import annotations
@@ -15,35 +16,35 @@ from kser.schemas import Message, dump_result
 
 
 def log_prefix(entry: Any, tag: str) -> str:
-    """Return ``Name.Tag: path[uuid]``, the prefix of each line about an object."""
+    """Return ``Name.Tag: path[uuid]``, the prefix of each log line about an entrypoint."""
     return f"{type(entry).__name__}.{tag}: {type(entry).path}[{entry.uuid}]"
 
 
 def dump_entry(entry: Any) -> dict[str, Any]:
-    """Return the message of an object, with a blank result, for log records."""
+    """Return the message of an entrypoint with a blank result, for log records."""
     return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
 
 
 def log_step(
     logger: logging.Logger, entry: Any, tag: str, text: str = "", *values: Any, level: int = logging.DEBUG
 ) -> None:
-    """Log the phase of its life cycle that an object has reached.
+    """Log the phase of the life cycle that an entrypoint has reached.
 
-    :param text: text after the prefix; ``values`` are formatted into it, and only if the level is enabled.
+    :param text: text after the prefix. ``values`` are formatted into the text only if the level is enabled.
     """
     if logger.isEnabledFor(level):
         logger.log(level, f"{log_prefix(entry, tag)}{text % values}", extra={"kmsg": dump_entry(entry)})
 
 
 def log_success(logger: logging.Logger, entry: Any, result: Result | None) -> None:
-    """Log the success of an object at INFO."""
+    """Log the success of an entrypoint at INFO."""
     if logger.isEnabledFor(logging.INFO):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(result)}
         logger.info(f"{log_prefix(entry, 'Success')}: {result}", extra=extra)
 
 
 def log_failure(logger: logging.Logger, entry: Any) -> None:
-    """Log the failure of an object at ERROR."""
+    """Log the failure of an entrypoint at ERROR."""
     if logger.isEnabledFor(logging.ERROR):
         extra = {"kmsg": dump_entry(entry), "kresult": dump_result(entry.result)}
         error = error_dict(entry.result)
@@ -62,7 +63,7 @@ def log_retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) 
 
 
 def log_message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
-    """Log a text of the user after the prefix of the object."""
+    """Log a text of the user after the prefix of the entrypoint."""
     prefix = f"{log_prefix(entry, tag)}: "
     # Escape % only if there are arguments, because logging formats the text only then.
     logger.log(level, f"{prefix.replace('%', '%%') if args else prefix}{text}", *args, **kwargs)

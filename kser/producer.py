@@ -1,4 +1,4 @@
-"""Shared parts of all producers: keys, headers and sizes of records, and the result of a bulk send."""
+"""Shared parts of all producers: keys, headers and sizes of records, and the Result of a bulk send."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def header_list(headers: Headers | None) -> HeaderList:
 
 
 def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> tuple[bytes | None, HeaderList]:
-    """Return key and headers of a record in the form that the Kafka clients accept.
+    """Return the key and the headers of a record in the form that the Kafka clients accept.
 
     :raises kser.errors.UsageError: the key or a header has a wrong type.
     """
@@ -64,7 +64,7 @@ def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> t
 
 
 def record_options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return key and headers as keyword arguments of the Kafka clients, without those that are empty."""
+    """Return the key and the headers as keyword arguments of the Kafka clients, if they are not empty."""
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key
@@ -99,13 +99,13 @@ def rejected_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarg
 
 
 def error_text(error: BaseException) -> str:
-    """Return the text of an error as the Result of a single message has it."""
+    """Return the text of an error in the form that the Result of a single message contains."""
     text = error.message if isinstance(error, Error) else str(error)
     return text or repr(error)
 
 
 def time_left(deadline: float) -> float:
-    """Return the seconds until ``deadline``, by the monotonic clock; 0 after it."""
+    """Return the seconds until ``deadline``, by the monotonic clock, or 0 if the deadline has passed."""
     return max(deadline - time.monotonic(), 0.0)
 
 
@@ -127,7 +127,7 @@ class BulkResult:
         self._failed += 1
 
     def result(self, ending: str = "") -> Result:
-        """Return one Result for all: the number of sent messages and, for failed ones, reasons in ``retval["failed"]``.
+        """Return one Result for all messages, with the number of sent messages.
 
         ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
 
@@ -150,7 +150,7 @@ class Bulk:
 
     :param topic: the topic of all messages.
     :param timeout: seconds for the whole bulk.
-    :param key: returns the key of a message; None sends all messages without a key.
+    :param key: a function that returns the key of a message, or None to send all messages without a key.
     """
 
     def __init__(self, producer: KafkaProducerBase, topic: str, timeout: float, key: KeyFunction | None) -> None:
@@ -190,7 +190,7 @@ class Bulk:
 
 
 def _function(owner: Any, name: str) -> Any:
-    """Return the plain function of a method, without its binding."""
+    """Return the function of a bound method."""
     method = getattr(owner, name)
     return getattr(method, "__func__", method)
 
@@ -205,7 +205,7 @@ class KafkaProducerBase(BaseProducer):
     _kser_size_option: ClassVar[str] = ""
 
     def _kser_deadline(self, timeout: float) -> float:
-        """Return the end of a bulk, by the monotonic clock."""
+        """Return the time at which a bulk must have ended, by the monotonic clock."""
         return time.monotonic() + timeout
 
     def _kser_deliver(
@@ -243,8 +243,8 @@ class KafkaProducerBase(BaseProducer):
     def send_nowait(self, topic: str, kmsg: Message, on_delivered: Callable[[Any], Any], timeout: float = 60) -> None:
         """Send one message without waiting for its delivery.
 
-        A producer with hooks of its own, or with receivers of ``message_sent``, waits as
-        :meth:`~kser.controller.BaseProducer.send` does, because hooks and receivers are called in this thread.
+        If the producer has hooks of its own, or if ``message_sent`` has receivers, this method waits for the delivery
+        like :meth:`~kser.controller.BaseProducer.send`, because hooks and receivers are called in this thread.
 
         :param topic: the topic to send to.
         :param kmsg: the message.
@@ -274,11 +274,12 @@ class KafkaProducerBase(BaseProducer):
         """Send many messages, then wait until all are delivered.
 
         :param topic: the topic of all messages.
-        :param kmsgs: the messages; any iterable, consumed once.
-        :param timeout: seconds for the whole call; the in-memory transport only shows it in the Result.
-        :param key: returns the key of a message; None sends all messages without a key.
-        :return: a Result with the number of sent messages. If some were not sent, it is failed, and
-            ``retval["failed"]`` maps their uuids to the reasons; messages that timed out may still arrive.
+        :param kmsgs: any iterable of messages, which is consumed once.
+        :param timeout: seconds for the whole call. The in-memory transport only shows this number in the Result.
+        :param key: a function that returns the key of a message, or None to send all messages without a key.
+        :return: a Result with the number of sent messages. If some messages were not sent, the Result is a failed one,
+            and ``retval["failed"]`` maps the uuids of these messages to the reasons. A message that timed out may still
+            arrive.
         """
         return self._kser_new_bulk(topic, timeout, key).run(kmsgs)
 
@@ -288,8 +289,8 @@ class KafkaProducerBase(BaseProducer):
     def _kser_has_user_hooks(self) -> bool:
         """Return whether user code takes part in sending.
 
-        User code may itself send a message and wait for it; in the client's own thread, it would wait for that same
-        thread forever.
+        User code may send a message and wait for its delivery. In the client's own thread this wait would never end,
+        because only that thread can receive the delivery report.
         """
         if signals.message_sent.receivers:
             return True
@@ -339,7 +340,7 @@ class KafkaProducerBase(BaseProducer):
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
-#: The implementations in this class of the methods that take part in sending, without those of the transport.
+#: The methods that take part in sending, as KafkaProducerBase implements them. Methods of a transport are not included.
 _HOOK_METHODS = {
     name: _function(KafkaProducerBase, name)
     for name in (

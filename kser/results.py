@@ -9,14 +9,17 @@ from cdumay_result import Result
 
 
 def merge(result: Result, other: Result | None) -> Result:
-    """Merge ``other``, if it is given, into ``result`` and return ``result``, which changes in place as in cdumay."""
+    """Merge ``other``, unless it is None, into ``result``. This changes ``result`` in place, as cdumay does.
+
+    :return: ``result``.
+    """
     return result + other if other else result
 
 
 def copy_result(result: Result, uuid: str | None = None) -> Result:
     """Copy a Result, so that a merge into the copy leaves ``result`` unchanged; values inside ``retval`` are shared.
 
-    :param uuid: uuid of the copy; by default, that of ``result``.
+    :param uuid: uuid of the copy; by default, the uuid of ``result``.
     """
     return Result(
         uuid=uuid or result.uuid,
@@ -28,12 +31,15 @@ def copy_result(result: Result, uuid: str | None = None) -> Result:
 
 
 def failed_result(exc: BaseException, uuid: str) -> Result:
-    """Return a failed Result for ``exc``; its uuid is ``uuid``, also where cdumay would use another one."""
+    """Return a failed Result for ``exc`` with this uuid, even if cdumay would use another uuid."""
     result = Result.from_exception(exc, uuid=uuid)
     result.uuid = uuid
     return result
 
 
 def error_dict(result: Result) -> Any:
-    """Return the error in a Result, as ``search_value("error")`` does, without its new parser of 25 ms per call."""
+    """Return the error in a Result, as ``search_value("error")`` does.
+
+    That method takes 25 ms, because it builds a parser.
+    """
     return result.retval.get("error") if isinstance(result.retval, Mapping) else None

@@ -18,7 +18,7 @@ Exceptions = tuple[type[BaseException], ...]
 
 _NUMBER = int | float
 
-#: Errors that another attempt cannot fix, because the message or the class is wrong.
+#: Errors that another attempt cannot prevent, because the message or the class is wrong.
 NOT_RETRYABLE: Final[Exceptions] = (ValidationError, NotImplementedYet)
 
 
@@ -26,18 +26,19 @@ NOT_RETRYABLE: Final[Exceptions] = (ValidationError, NotImplementedYet)
 class Retry:
     """Retry policy.
 
-    The delay after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A message that is
-    itself wrong (``ValidationError``: a parameter is missing) is retried only when ``on`` names that error.
+    The delay after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A
+    ``ValidationError`` means that the message itself is wrong, for example that a parameter is missing. It causes a
+    retry only if ``on`` names it.
 
     :param max_attempts: maximum number of attempts, including the first.
     :param delay: seconds between the first attempt and the second.
     :param backoff: factor by which the delay grows from one attempt to the next.
     :param max_delay: the longest delay, in seconds.
-    :param jitter: use a random delay between half and the whole, so that messages that failed together are not
-        retried together.
-    :param on: the only exceptions to retry after; None retries after each exception and after a failed result
-        without an exception.
-    :param give_up_on: exceptions not to retry after, even if ``on`` includes them.
+    :param jitter: whether to use a random delay between half of the delay and the whole delay. Then messages that
+        failed at the same time are not retried at the same time.
+    :param on: the exceptions after which to retry; other failures cause no retry. None means: retry after each
+        exception, and after a failed result without an exception.
+    :param give_up_on: the exceptions after which not to retry, even if ``on`` includes them.
     :raises kser.errors.SettingError: a value is invalid.
     """
 
@@ -49,8 +50,8 @@ class Retry:
     on: Exceptions | type[BaseException] | None = None
     give_up_on: Exceptions | type[BaseException] = ()
 
-    #: ``raise Retry.later(seconds)`` in a task requests another attempt after that time. The attempt that raises it
-    #: counts towards ``max_attempts``.
+    #: ``raise Retry.later(seconds)`` in a task requests another attempt after this number of seconds. The attempt that
+    #: raises it counts towards ``max_attempts``.
     later: ClassVar[type[RetryLater]] = RetryLater
 
     def __post_init__(self) -> None:
@@ -65,9 +66,11 @@ class Retry:
 
     @classmethod
     def from_setting(cls, name: str, value: Any) -> Self:
-        """Create a policy from a setting: a Retry, or a mapping of constructor arguments without exceptions.
+        """Create a policy from a setting.
 
-        :raises kser.errors.SettingError: ``value`` is neither.
+        :param value: a Retry, or a mapping of constructor arguments other than ``on`` and ``give_up_on``.
+
+        :raises kser.errors.SettingError: ``value`` is neither a Retry nor such a mapping.
         """
         if isinstance(value, cls):
             return value
@@ -87,7 +90,7 @@ class Retry:
         return not isinstance(exc, NOT_RETRYABLE) if self.on is None else isinstance(exc, self.on)
 
     def delay_after(self, attempt: int, exc: BaseException | None = None) -> float | None:
-        """Return the seconds until the next attempt; None when no attempt follows.
+        """Return the seconds until the next attempt, or None if no attempt follows.
 
         :param attempt: number of the failed attempt, from 1.
         :param exc: exception of the failed attempt; None for a failed result.
@@ -109,5 +112,5 @@ def _exceptions(name: str, value: Any) -> Exceptions | None:
     return tuple(classes)
 
 
-#: Policy for ``Retry.later`` when neither the class nor the consumer has one.
+#: The policy for ``Retry.later`` if neither the class nor the consumer has a policy.
 DEFAULT_RETRY: Final = Retry()

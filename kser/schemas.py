@@ -1,9 +1,10 @@
 """Message and its wire format, declared once.
 
-:data:`MESSAGE` and :data:`RESULT` are the declaration. The marshmallow schemas are generated from it. The fast load and
-dump follow it too, but handle only values of the declared types; the schemas accept, convert or reject all others.
+:data:`MESSAGE` and :data:`RESULT` declare the format. The marshmallow schemas are generated from this declaration. The
+fast load and the fast dump follow the declaration too, but handle only values of the declared types. All other values
+are left to the schemas, which accept, convert or reject them.
 
-Drop-in for ``kser.schemas`` of 0.8.27.
+This module is a drop-in replacement for ``kser.schemas`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from marshmallow.orderedset import OrderedSet
 
 
 class WireField(NamedTuple):
-    """Key of the wire format."""
+    """A key of the wire format."""
 
     name: str
     kind: type
@@ -57,7 +58,7 @@ _MISSING = object()
 
 
 class _WireSchema(Schema):
-    # Keep the order of the wire format, because marshmallow before 3.20 or so does not keep it by itself.
+    # Keep the order of the wire format here, because marshmallow before 3.20 or so does not keep it by itself.
     set_class = OrderedSet
 
     class Meta:
@@ -142,7 +143,7 @@ class Base:
     def dump(self) -> dict[str, Any]:
         """Return the message as a dict; ``params``, ``metadata`` and ``retval`` are copied one level deep.
 
-        :raises TypeError: one of these is not a mapping.
+        :raises TypeError: ``params``, ``metadata`` or ``retval`` is not a mapping.
         """
         return self.MARSHMALLOW_SCHEMA.dump(self)  # type: ignore[no-any-return]
 
@@ -164,8 +165,8 @@ class Message(Base):
     :param entrypoint: path (``module.ClassName``) of the class to execute.
     :param params: parameters of the work.
     :param result: the forwarded result of a previous task: a Result, or its arguments as a mapping.
-    :param metadata: context that is passed on unchanged.
-    :raises TypeError: ``result`` is neither.
+    :param metadata: context that kser passes on unchanged.
+    :raises TypeError: ``result`` is neither a Result nor a mapping.
     """
 
     MARSHMALLOW_SCHEMA: ClassVar[Schema] = MessageSchema()
@@ -192,9 +193,11 @@ class Message(Base):
     def loads(cls, json_data: str | bytes | bytearray) -> Self:
         """Load a message from JSON.
 
-        :raises ValueError: not JSON (``json.JSONDecodeError``), or undecodable bytes (``UnicodeDecodeError``).
-        :raises TypeError: neither text nor bytes.
-        :raises cdumay_error.types.ValidationError: JSON, but not a message; ``extra`` has the reasons by field.
+        :raises ValueError: ``json_data`` is not JSON (``json.JSONDecodeError``), or contains undecodable bytes
+            (``UnicodeDecodeError``).
+        :raises TypeError: ``json_data`` is neither text nor bytes.
+        :raises cdumay_error.types.ValidationError: ``json_data`` is JSON, but not a message; ``extra`` contains the
+            reasons for each field.
         """
         data = json.loads(json_data)
         values = _fast_load(data) if cls.MARSHMALLOW_SCHEMA is _DEFAULT_SCHEMA else None
@@ -223,12 +226,12 @@ class Message(Base):
         return f"Message<uuid='{self.uuid}', entrypoint='{self.entrypoint}', result={self.result}>"
 
 
-#: The fast load and dump replace this schema only; a class with another schema uses its own.
+#: The fast load and the fast dump replace only this schema. A class with another schema uses its own schema.
 _DEFAULT_SCHEMA = Message.MARSHMALLOW_SCHEMA
 
 
 def dump_result(result: Result | None) -> dict[str, Any]:
-    """Return a result as a dict, with ``retval`` copied one level deep; without a result, an empty dict."""
+    """Return a result as a dict, with ``retval`` copied one level deep. For None, return an empty dict."""
     if not result:
         return {}
     data = _fast_dump(result, RESULT)

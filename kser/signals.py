@@ -1,4 +1,4 @@
-"""Signals, the only place where listeners connect.
+"""The signals of kser. Listeners connect to a signal of this module.
 
 =====================  =====================  =========================================================
 signal                 sender                 keywords
@@ -15,10 +15,11 @@ signal                 sender                 keywords
 ``dead_lettered``      the Consumer class     ``topic``, ``record``, ``failure`` (reason, error_class, message)
 =====================  =====================  =========================================================
 
-The two ``…_changed`` signals are about stored operations and are emitted after the change is recorded.
+The two ``…_changed`` signals are about stored operations. They are emitted after the change was recorded.
 
-Connect a listener with ``entry_failed.connect(function)``. It is called as ``function(sender, **keywords)`` in the
-thread that does the work, and the work continues afterwards. An exception of a listener is logged and changes nothing.
+Connect a listener with ``entry_failed.connect(function)``. kser calls the listener as ``function(sender, **keywords)``
+in the thread that does the work, and the work continues after the call. If a listener raises an exception, kser logs
+the exception and continues the work.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import logging
 from typing import Any
 
 from blinker import NamedSignal, Namespace
+from cdumay_result import Result
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,15 @@ message_sent = _signals.signal("message-sent")
 dead_lettered = _signals.signal("dead-lettered")
 
 
+def emit_operation_changed(
+    registry: Any, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
+) -> None:
+    """Emit ``operation_changed`` for a change of a root operation's status."""
+    emit(operation_changed, registry, uuid=uuid, entrypoint=entrypoint, old=old, new=new, result=result)
+
+
 def emit(signal: NamedSignal, sender: Any, **keywords: Any) -> None:
-    """Call every listener of ``signal``; an exception of one is logged, and the others are called all the same."""
+    """Call every listener of ``signal``. If a listener raises an exception, log it and call the other listeners."""
     if not signal.receivers:
         return
     for receiver in signal.receivers_for(sender):

@@ -12,7 +12,7 @@ SUCCESS: Final = "SUCCESS"
 FAILED: Final = "FAILED"
 CANCELLED: Final = "CANCELLED"
 
-#: Allowed transitions: the states that may follow each state. A resume returns FAILED and CANCELLED to RUNNING.
+#: Allowed transitions: the states that may follow each state. A resume changes FAILED or CANCELLED to RUNNING.
 TRANSITIONS: Final[dict[str, frozenset[str]]] = {
     PENDING: frozenset({RUNNING, CANCELLED}),
     RUNNING: frozenset({SUCCESS, FAILED, CANCELLED}),
@@ -33,7 +33,7 @@ def is_final(state: str) -> bool:
 def can_transition(old: str, new: str) -> bool:
     """Return whether a *stored* operation may change from ``old`` to ``new``.
 
-    Operations in memory are not checked, because users set states of their own there (decision S1). A state that is
+    Operations in memory are not checked, because users may set their own states there (decision S1). A state that is
     missing from the table has no transition.
     """
     return new in TRANSITIONS.get(old, ())
@@ -42,8 +42,8 @@ def can_transition(old: str, new: str) -> bool:
 def final_status(*results: Result | None) -> str:
     """Return the final state of work with these results: SUCCESS if no return code is above zero, else FAILED.
 
-    A missing result counts as a blank one. Negative return codes do not count as failures, because merging them into
-    a blank Result gives zero (decision C3).
+    None counts as a blank result. A negative return code is not a failure, because merging it into a blank Result gives
+    the return code 0 (decision C3).
 
     :raises AttributeError: one of the results is not a Result.
     :raises TypeError: a return code is not a number.

@@ -1,4 +1,4 @@
-"""Drawing of the package: one room per group of modules, one arrow per import between rooms.
+"""Draw the architecture of the package: one box per component, and one arrow for the imports between two components.
 
 ``python scripts/_architecture.py`` writes ``docs/architecture.svg``; ``tests/test_architecture.py`` compares the file
 with the imports of the code.
@@ -19,13 +19,14 @@ DRAWING = ROOT / "docs" / "architecture.svg"
 WIDTH, ROW, PADDING, LINE = 960, 44, 14, 15
 
 
-class Room(NamedTuple):
-    """A group of modules in the drawing.
+class Component(NamedTuple):
+    """A component: a group of modules that the drawing shows as one box.
 
-    :param name: the heading.
-    :param text: what the modules do.
-    :param prefixes: modules and packages in the room; the longest prefix of a module decides.
-    :param row: the row, counted from the bottom: a room imports from lower rows.
+    :param name: the heading of the box.
+    :param text: the purpose of the modules.
+    :param prefixes: the modules and packages of the component. The longest matching prefix decides to which component a
+        module belongs.
+    :param row: the row, counted from the bottom. A component imports only from lower rows.
     :param column: the column, counted from the left.
     """
 
@@ -39,17 +40,17 @@ class Room(NamedTuple):
 #: The packages of the clients, and the development broker.
 TRANSPORTS = ("kser.python_kafka", "kser.confluent", "kser.dummy", "kser.embedded")
 
-ROOMS = (
-    Room("values", "errors, settings, policies, messages: every room imports them", ("kser",), 0, 0),
-    Room("messages", "bytes to entrypoint to result", ("kser.attempt", "kser.entry", "kser.controller"), 1, 1),
-    Room("store", "contract, rules, memory", ("kser.store",), 2, 0),
-    Room("consumer", "records to attempts to commits", ("kser.consumer",), 2, 2),
-    Room("producer", "messages to records", ("kser.producer",), 2, 3),
-    Room("store/sql", "SQLite and PostgreSQL", ("kser.store.sql", "kser.store.__main__"), 3, 0),
-    Room("sequencing", "tasks and operations", ("kser.sequencing",), 3, 1),
-    Room("transports", "one package per client", TRANSPORTS, 3, 2.5),
-    Room("durable", "stored operations", ("kser.durable",), 4, 1),
-    Room("registry", "connects the parts", ("kser.sequencing.registry",), 5, 1),
+COMPONENTS = (
+    Component("values", "errors, settings, policies, messages: every component imports this one", ("kser",), 0, 0),
+    Component("messages", "bytes to entrypoint to result", ("kser.attempt", "kser.entry", "kser.controller"), 1, 1),
+    Component("store", "contract, rules, memory", ("kser.store",), 2, 0),
+    Component("consumer", "records to attempts to commits", ("kser.consumer",), 2, 2),
+    Component("producer", "messages to records", ("kser.producer",), 2, 3),
+    Component("store/sql", "SQLite and PostgreSQL", ("kser.store.sql", "kser.store.__main__"), 3, 0),
+    Component("sequencing", "tasks and operations", ("kser.sequencing",), 3, 1),
+    Component("transports", "one package per client", TRANSPORTS, 3, 2.5),
+    Component("durable", "stored operations", ("kser.durable",), 4, 1),
+    Component("registry", "connects the parts", ("kser.sequencing.registry",), 5, 1),
 )
 
 
@@ -62,23 +63,26 @@ def modules() -> dict[str, Path]:
     return {name: path for name, path in zip(names, files, strict=True) if ".migrations" not in name}
 
 
-#: Packages, whose ``__init__`` defines nothing worth a name in the drawing.
+#: Packages. The drawing omits their ``__init__`` modules, because these define nothing.
 PACKAGES = tuple(name for name, path in modules().items() if path.name == "__init__.py")
 
 
-def room_of(module: str) -> Room:
-    """Return the room of a module: the one with the longest prefix of its name."""
+def component_of(module: str) -> Component:
+    """Return the component of a module: the component with the longest prefix of the module's name."""
     fitting = [
-        (len(prefix), room)
-        for room in ROOMS
-        for prefix in room.prefixes
+        (len(prefix), component)
+        for component in COMPONENTS
+        for prefix in component.prefixes
         if module == prefix or module.startswith(f"{prefix}.")
     ]
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
-    """Yield the modules that ``node`` imports when it is loaded: functions import optional dependencies alone."""
+    """Yield the modules that ``node`` imports when Python loads it.
+
+    Skip functions, because they import only optional dependencies.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ImportFrom) and child.module:
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
@@ -89,33 +93,33 @@ def _imports(node: ast.AST) -> Iterator[str]:
 
 
 def arrows() -> Counter[tuple[str, str]]:
-    """Count the imports from room to room, except those of values."""
+    """Count the imports between components, except imports from the component ``values``."""
     known = modules()
     found: Counter[tuple[str, str]] = Counter()
     for module, path in known.items():
         for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
             target = name if name in known else name.rpartition(".")[0]
-            room = room_of(module)
-            if target in known and room_of(target) is not room and room_of(target).name != "values":
-                found[room.name, room_of(target).name] += 1
+            component = component_of(module)
+            if target in known and component_of(target) is not component and component_of(target).name != "values":
+                found[component.name, component_of(target).name] += 1
     return found
 
 
-def _lines(room: Room) -> list[str]:
-    """Return the module names of a room, wrapped to its width."""
+def _lines(component: Component) -> list[str]:
+    """Return the names of a component's modules, wrapped to the width of its box."""
     lines = [""]
     for name in modules():
-        if room_of(name) is not room or name in ("kser", "kser.store.__main__") or name in PACKAGES:
+        if component_of(name) is not component or name in ("kser", "kser.store.__main__") or name in PACKAGES:
             continue
-        short = name.removeprefix("kser.") if room.prefixes == TRANSPORTS else name.rpartition(".")[2]
-        if len(lines[-1]) + len(short) > (28 if room.row else 120) and lines[-1]:
+        short = name.removeprefix("kser.") if component.prefixes == TRANSPORTS else name.rpartition(".")[2]
+        if len(lines[-1]) + len(short) > (28 if component.row else 120) and lines[-1]:
             lines.append("")
         lines[-1] += f"{short}, "
     return [line.rstrip() for line in lines[:-1]] + [lines[-1].rstrip(", ")]
 
 
 class Box(NamedTuple):
-    """The place of a room in the drawing, in pixels."""
+    """The position and size of a component's box in the drawing, in pixels."""
 
     left: float
     top: float
@@ -124,26 +128,26 @@ class Box(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """The horizontal centre."""
+        """The horizontal centre of the box."""
         return self.left + self.width / 2
 
 
 def _layout() -> tuple[dict[str, Box], float]:
-    """Place the rooms in rows, the highest row on top, and return their boxes with the height of the drawing."""
+    """Place the components in rows, the highest row on top, and return their boxes with the height of the drawing."""
     boxes: dict[str, Box] = {}
     top = float(PADDING)
-    for row in sorted({room.row for room in ROOMS}, reverse=True):
-        rooms = [room for room in ROOMS if room.row == row]
-        for room in rooms:
+    for row in sorted({component.row for component in COMPONENTS}, reverse=True):
+        components = [component for component in COMPONENTS if component.row == row]
+        for component in components:
             width = WIDTH / 4 - PADDING if row else WIDTH - PADDING
-            left = room.column * WIDTH / 4 + PADDING / 2
-            boxes[room.name] = Box(left, top, width, len(_lines(room)) * LINE + 46)
-        top += max(boxes[room.name].height for room in rooms) + ROW
+            left = component.column * WIDTH / 4 + PADDING / 2
+            boxes[component.name] = Box(left, top, width, len(_lines(component)) * LINE + 46)
+        top += max(boxes[component.name].height for component in components) + ROW
     return boxes, top - ROW + PADDING
 
 
 def _arrow(source: Box, target: Box, count: int) -> str:
-    """Draw the imports from one room to another as a curve that is as wide as they are many."""
+    """Draw the imports from one component to another as one curve; more imports make it wider."""
     width = f"{min(0.8 + count / 8, 4):.1f}"
     y1, y2 = source.top + source.height, target.top
     shift = (source.middle - target.middle) / WIDTH * target.width * 0.6
@@ -167,7 +171,7 @@ STYLE = """\
 def draw() -> str:
     """Return the drawing as SVG text."""
     boxes, height = _layout()
-    title = "The modules of kser by room; arrows are imports, and they point down"
+    title = "The modules of kser by component; each arrow shows imports and points down"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{title}"'
         f' class="kser-house" style="width: 100%; max-width: {WIDTH}px; margin: 1em auto; display: block">',
@@ -177,13 +181,13 @@ def draw() -> str:
         ' orient="auto"><path class="h" d="M0 0 L9 4.5 L0 9 z"/></marker></defs>',
     ]
     parts += [_arrow(boxes[source], boxes[target], count) for (source, target), count in sorted(arrows().items())]
-    for room in ROOMS:
-        box = boxes[room.name]
+    for component in COMPONENTS:
+        box = boxes[component.name]
         parts.append(f'<rect class="b" x="{box.left}" y="{box.top}" width="{box.width}" height="{box.height}" rx="6"/>')
         x = box.left + 10
-        parts.append(f'<text class="n" x="{x}" y="{box.top + 19}">{escape(room.name)}</text>')
-        parts.append(f'<text class="t" x="{x}" y="{box.top + 34}">{escape(room.text)}</text>')
-        for number, line in enumerate(_lines(room)):
+        parts.append(f'<text class="n" x="{x}" y="{box.top + 19}">{escape(component.name)}</text>')
+        parts.append(f'<text class="t" x="{x}" y="{box.top + 34}">{escape(component.text)}</text>')
+        for number, line in enumerate(_lines(component)):
             y = box.top + 50 + number * LINE
             parts.append(f'<text class="m" x="{x}" y="{y}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>", ""])

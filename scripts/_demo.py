@@ -1,11 +1,11 @@
-"""Runner of the documentation's examples, started by ``scripts/demo``.
+"""Run an example of the documentation; ``scripts/demo`` starts this script.
 
 This process runs the broker. Each program of the example runs in its own process.
 
-dice    Starts the documented consumer, then the documented producer and ``launch.py``, which send to it. Ends when the
-        consumer has logged the results of both, then shows both logs.
-shop    Starts two workers with one database. When both have joined their groups, a buyer sends two operations, resumes
-        them after they failed, and shows the attempts of each task.
+dice    The script starts the documented consumer, then the documented producer and ``launch.py``, which send messages
+        to the consumer. When the consumer has logged the results of both messages, the script shows the logs and ends.
+shop    The script starts two workers with one database. When both workers have joined their groups, a buyer sends two
+        operations, resumes the operations after they failed, and shows the attempts of each task.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from kser.errors import KserError
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
-#: Time limit of a demo. Joining a group takes about 3 s, the rest 2 s (dice) or 5 s (shop); slow machines need more.
+#: Time limit of a demo. Joining a group takes about 3 s. The rest takes 2 s (dice) or 5 s (shop). Slow machines need
+#: more time.
 DEADLINE_SECONDS = 25
 #: Time limit of a consumer's shutdown, after which it is killed.
 GRACE_SECONDS = 5
@@ -39,9 +40,10 @@ DICE_RESULTS = tuple(f"Controller.Success: __main__.{name}[" for name in ("DiceR
 #: Log line of kafka-python when a consumer has joined its group.
 JOINED = "Setting newly assigned partitions"
 
-# The output omits INFO lines of the Kafka client; lines of kser match KSER_MESSAGE, for example "<Class>.<Action>". All
-# other lines are shown unchanged, including warnings of the client and tracebacks, which have no level. One warning is
-# omitted: a consumer that joins before it has the topic's metadata requests it again and then succeeds.
+# The output omits the INFO lines of the Kafka client. The lines of kser match KSER_MESSAGE, for example
+# "<Class>.<Action>". The output contains all other lines unchanged, including warnings of the client, and tracebacks,
+# which have no level. The output omits one warning: if a consumer joins before it has the metadata of the topic, it
+# requests the metadata again and then succeeds.
 INFO_LINE = re.compile(r"\S+ \S+ (INFO|WARNING(?= +No partition metadata for topic)) +(?P<message>.*)")
 KSER_MESSAGE = re.compile(
     r"\w+\.\w+(\.\.\.|:| )|\w+: commit=|[\w.]+\[[\w-]+\](:| of operation )|Operation registry: |Consumer is paused"
@@ -50,7 +52,7 @@ KSER_MESSAGE = re.compile(
 
 
 class DemoError(Exception):
-    """A failure that ends the demo."""
+    """An error that ends the demo."""
 
 
 class Stopped(Exception):
@@ -92,7 +94,7 @@ class Program:
 
     @property
     def status(self) -> int | None:
-        """The exit status, None while it runs."""
+        """The exit status; None while the process runs."""
         return self._process.poll()
 
     def has_logged(self, text: str) -> bool:
@@ -126,7 +128,10 @@ class Program:
 
 
 class Demo(ABC):
-    """An example with its programs and the queue that wakes the demo: 0 for new output, else a signal number."""
+    """An example with its programs.
+
+    A queue wakes the demo. Its items are 0 for new output, and the number of a signal otherwise.
+    """
 
     #: The topics of the broker.
     topics: ClassVar[tuple[str, ...]]
@@ -154,7 +159,7 @@ class Demo(ABC):
             program.stop()
 
     def _environment(self, **settings: str) -> dict[str, str]:
-        """Return the caller's environment with this demo's kser settings instead of the caller's."""
+        """Return the environment of the caller, with the kser settings of this demo."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KSER_")}
         return {**environment, **settings}
 
@@ -266,13 +271,13 @@ def say(text: str) -> None:
 
 
 def show(heading: str, lines: list[str]) -> None:
-    """Print a log under a heading, indented as on the documentation's page."""
+    """Print a log under a heading, indented as on the page of the documentation."""
     sys.stdout.write(f"\n{heading}::\n\n" + "".join(f"    {line}\n" for line in lines))
     sys.stdout.flush()
 
 
 def without_client_noise(lines: list[str]) -> list[str]:
-    """Return the lines without the Kafka client's INFO lines."""
+    """Return the lines, except the INFO lines of the Kafka client."""
     kept = []
     for line in lines:
         info = INFO_LINE.fullmatch(line)
@@ -284,7 +289,7 @@ def without_client_noise(lines: list[str]) -> list[str]:
 def signals() -> queue.SimpleQueue[int]:
     """Return a queue that receives the stop signals."""
     news: queue.SimpleQueue[int] = queue.SimpleQueue()
-    # SimpleQueue.put is safe in a signal handler. The handler interrupts nothing: the demo ends at its next wait.
+    # Use SimpleQueue, because its ``put`` is safe in a signal handler. The demo ends when it next waits for the queue.
     for ending in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda number, _frame: news.put(number))
     return news

@@ -1,21 +1,21 @@
-"""Count the files that a message passes through, and the calls between them; ``scripts/flows`` starts this.
+"""Count the files of kser that process a message, and the calls between these files.
 
-It profiles three flows, each in one consumer on the dummy transport, in one call of ``Consumer.step()``:
+``scripts/flows`` starts this script. A flow is a part of the work on a message. The script profiles four flows, each in
+one consumer on the dummy transport, in one call of ``Consumer.step()``:
 
 - a plain message, from poll to commit;
-- the first message of a stored operation: acceptance, claim and first task, up to the commit of the first task;
-- a task in the middle of that operation, from the commit of the task before it to its own.
+- the first message of a stored operation, from poll to the commit of the first task;
+- a task in the middle of this operation, from the commit of the previous task to the commit of this task;
+- the end of this operation, from the commit of the last task to the end of the step.
 
-The rest of the operation, from the commit of its last task to the end of the step, is a fourth flow.
+The script counts a call as a call between files if the nearest caller in kser is in another file. It ignores libraries
+between the caller and the called function. If user code calls a function of kser, the script counts an entry, and not a
+call between files. It counts a generator once, when the generator starts. Logs are at WARNING.
 
-A call crosses a file when the nearest caller in kser is another file. Libraries are transparent. Code of users is not:
-what it calls counts as an entry, but not as a call across files. A generator counts once, when it starts. Logs are at
-WARNING.
-
-Three events that users can observe separate the phases of a flow: the task's ``prerun`` hook starts, its ``onsuccess``
-hook returns, and the database gets a COMMIT of a transaction that has written. The report lists the modules that a
-phase enters more than once, with the number of entries; ``up`` counts entries that found the module on the stack
-already, below another file.
+Three events divide a flow into phases: the ``prerun`` hook of the task starts, the ``onsuccess`` hook of the task
+returns, and the database receives a COMMIT of a transaction that has written. The report lists the modules that a phase
+enters more than once, with the number of entries. The column ``up`` counts the entries for which the module was already
+on the stack, below another file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TASKS = 5
 MIDDLE = 2
 WARM_UP = 3
-#: A flow is recorded so often; the most frequent record counts, because the consumer checks its files once a second.
+#: The number of recordings of each flow. The most frequent recording counts, because the consumer checks its control
+#: files once per second, and this check changes a recording.
 TIMES = 5
 
 USER = "user code"
@@ -51,18 +52,18 @@ WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 
 
 class Call(NamedTuple):
-    """A function of kser that another of its files, or code outside kser, has called."""
+    """A call of a function of kser, from another file of kser or from outside kser."""
 
-    #: None for a caller outside kser.
+    #: The file of the caller; None if the caller is outside kser.
     caller: str | None
     module: str
     function: str
-    #: The module was on the stack, below another file.
+    #: True if the module was already on the stack, below another file.
     up: bool
 
 
 class Phase(NamedTuple):
-    """The calls between two marks, and the modules whose functions ran."""
+    """A phase: the calls between two marks, and the modules whose functions ran."""
 
     name: str
     calls: tuple[Call, ...]
@@ -70,24 +71,24 @@ class Phase(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """A name and its phases."""
+    """A flow: its name and its phases."""
 
     name: str
     phases: tuple[Phase, ...]
 
     @property
     def modules(self) -> frozenset[str]:
-        """The modules whose functions ran."""
+        """Return the modules whose functions ran."""
         return frozenset().union(*(phase.modules for phase in self.phases))
 
     @property
     def calls(self) -> list[Call]:
-        """All calls, in their order."""
+        """Return all calls in order."""
         return [call for phase in self.phases for call in phase.calls]
 
 
 class Recorder:
-    """A profile function that records calls between kser's files.
+    """A profiler that records the calls between the files of kser.
 
     :param package: the folder of kser.
     """
@@ -100,11 +101,11 @@ class Recorder:
         self._active = False
         self._generators: dict[int, FrameType] = {}
         self._wrote = False
-        #: Calls, names of modules and marks, in their order.
+        #: The calls, names of modules and marks, in order.
         self.events: list[Call | str] = []
 
     def watch(self, task: Any) -> None:
-        """Mark the hooks of a class of tasks."""
+        """Record a mark when a hook of a task class starts or returns."""
         self._task = task
         self._hooks = {
             (inspect.unwrap(task.prerun).__code__, "call"): TASK_STARTS,
@@ -112,7 +113,7 @@ class Recorder:
         }
 
     def watch_database(self) -> None:
-        """Mark the commits of every SQLite connection that is opened from now on."""
+        """Record a mark at each commit of every SQLite connection that is opened from now on."""
         from sqlalchemy import event
         from sqlalchemy.engine import Engine
 
@@ -121,7 +122,7 @@ class Recorder:
             connection.set_trace_callback(self._statement)
 
     def record(self, run: Callable[[], object]) -> list[Call | str]:
-        """Run something; returns what was recorded."""
+        """Call a function, and return the recording."""
         self.events, self._generators, self._wrote = [START], {}, False
         gc.collect()
         gc.disable()
@@ -150,7 +151,7 @@ class Recorder:
         if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
             if id(frame) in self._generators:
                 return
-            # Kept, because the address of a frame that is gone would be used again.
+            # Keep the frame, because Python would use the address of a deleted frame again.
             self._generators[id(frame)] = frame
         callers = [found for found in map(self._module, _codes_below(frame)) if found is not None]
         caller = callers[0] if callers else USER
@@ -189,7 +190,7 @@ def _codes_below(frame: FrameType) -> Iterable[CodeType]:
 
 
 def phases_of(events: Sequence[Call | str]) -> list[tuple[str, Phase]]:
-    """The phases between marks, each with the mark that opens it."""
+    """Divide a recording into phases, each with the mark that begins the phase."""
     opened = [place for place, event in enumerate(events) if isinstance(event, str) and event in MARKS]
     found = []
     for first, last in zip(opened, [*opened[1:], len(events)], strict=True):
@@ -203,13 +204,13 @@ def phases_of(events: Sequence[Call | str]) -> list[tuple[str, Phase]]:
 
 
 def flows_of_operation(events: Sequence[Call | str]) -> list[Flow]:
-    """The flows in the message of an operation."""
+    """Return the flows in the recording of an operation."""
     phases = phases_of(events)
     marks = [mark for mark, _ in phases]
     tasks = [place for place, mark in enumerate(marks) if mark == TASK_STARTS]
     if len(tasks) != TASKS:
         raise SystemExit(f"flows: {len(tasks)} of {TASKS} tasks ran")
-    # Where the phase begins that follows the commit of each task.
+    # The index of the phase that follows the commit of each task.
     recorded = [marks.index(COMMIT, place) for place in tasks]
     return [
         Flow(name, tuple(phase for _, phase in phases[first:last]))
@@ -222,7 +223,7 @@ def flows_of_operation(events: Sequence[Call | str]) -> list[Flow]:
 
 
 def record(recorder: Recorder, folder: Path) -> list[Flow]:
-    """Run the flows, in the kser that is imported first."""
+    """Run the flows with the kser that is first on the import path."""
     from cdumay_result import Result
 
     from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
@@ -243,7 +244,7 @@ def record(recorder: Recorder, folder: Path) -> list[Flow]:
             return [Step() for _ in range(TASKS)]
 
     def usual(sent: type[Entrypoint], task: type[Entrypoint]) -> list[Call | str]:
-        """Handle messages for a class, one in a step; returns the most frequent record."""
+        """Process messages for a class, one message per step, and return the most frequent recording."""
         recorder.watch(task)
         consumer, producer = Consumer({"enable_auto_commit": False}, ["flows"]), Producer({})
         counted: Counter[tuple[Call | str, ...]] = Counter()
@@ -264,7 +265,7 @@ def record(recorder: Recorder, folder: Path) -> list[Flow]:
 
 
 def report(source: Path, flows: Sequence[Flow], calls: bool) -> Iterable[str]:
-    """The lines to print."""
+    """Return the lines of the report."""
     yield f"kser of {source}"
     yield ""
     yield f"{'flow':36}{'files':>6}{'calls across files':>20}"
@@ -290,7 +291,7 @@ def report(source: Path, flows: Sequence[Flow], calls: bool) -> Iterable[str]:
 
 
 def entered_again(phase: Phase) -> str:
-    """The modules that a phase enters more than once, most entries first."""
+    """Return the modules that a phase enters more than once, with the highest number of entries first."""
     entries = Counter(call.module for call in phase.calls)
     up = Counter(call.module for call in phase.calls if call.up)
     return ", ".join(
@@ -310,7 +311,7 @@ def _entries(flow: Flow, module: str) -> str:
 
 
 def trace(source: Path, calls: bool) -> None:
-    """Trace the kser of one checkout, in this process."""
+    """Trace the kser of one checkout in this process."""
     package = source / "kser"
     for name in [name for name in os.environ if name.startswith("KSER_")]:
         del os.environ[name]
@@ -335,11 +336,11 @@ def trace(source: Path, calls: bool) -> None:
 
 
 def main() -> int:
-    """Trace one checkout, or each of several in a process of its own."""
+    """Trace one checkout in this process, or each of several checkouts in a separate process."""
     parser = argparse.ArgumentParser(
         prog="scripts/flows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, action="append", help="a checkout (default: this one); may be repeated")
+    parser.add_argument("--source", type=Path, action="append", help="a checkout (default: this one); repeatable")
     parser.add_argument("--calls", action="store_true", help="list the calls")
     options = parser.parse_args()
     sources = [path.resolve() for path in options.source or [ROOT]]

@@ -60,6 +60,13 @@ def needs(service: str, problem: object = None) -> NoReturn:
     pytest.skip(text)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Reject missing files, because pytest-xdist would run no test and would not say why."""
+    for argument in config.args:
+        if not (config.invocation_params.dir / argument.split("::")[0]).exists():
+            raise pytest.UsageError(f"file or directory not found: {argument}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Mark slow tests by their folder, and run chaos tests last: ``.ci/run`` runs nothing beside them by then."""

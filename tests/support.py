@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,3 +87,23 @@ def run_python(code: str, *arguments: str, **environment: str | None) -> subproc
         cwd=ROOT,
         env=env,
     )
+
+
+def run_concurrently(*calls: Callable[[], Any]) -> list[Any]:
+    """Run calls in threads at the same time, and return the result or exception of each."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def run(index: int) -> None:
+        barrier.wait()
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

@@ -21,7 +21,7 @@ def test_drawing_is_up_to_date(architecture: dict[str, Any]) -> None:
 
 
 def test_arrows_of_the_drawing_point_down(architecture: dict[str, Any]) -> None:
-    rows = {room.name: room.row for room in architecture["ROOMS"]}
+    rows = {component.name: component.row for component in architecture["COMPONENTS"]}
     arrows = architecture["arrows"]()
     assert arrows
     assert {(source, target) for source, target in arrows if rows[source] <= rows[target]} == set()

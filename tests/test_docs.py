@@ -44,7 +44,7 @@ QUICKSTART = EXAMPLES / "docs" / "quickstart"
 TESTING = EXAMPLES / "docs" / "testing"
 DEMO = EXAMPLES / "docs" / "demo.txt"
 SHOP = EXAMPLES / "docs" / "shop.txt"
-DIFFERENTIAL = ROOT / "tests" / "differential" / "differences.txt"
+DIFFERENTIAL = ROOT / "tests" / "differential" / "accepted_differences.txt"
 
 PRODUCTION = EXAMPLES / "production"
 

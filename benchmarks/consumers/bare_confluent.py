@@ -1,4 +1,6 @@
-"""Bare client: ``python bare_confluent.py ADDRESS TOPIC COUNT`` prints messages per second, each with json.loads."""
+"""Measure confluent-kafka alone: ``python bare_confluent.py ADDRESS TOPIC COUNT`` prints messages per second.
+
+The script decodes each message with json.loads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bare client: ``python bare_kafka.py plain|crc32c ADDRESS TOPIC COUNT`` prints messages per second.
+"""Measure kafka-python alone: ``python bare_kafka.py plain|crc32c ADDRESS TOPIC COUNT`` prints messages per second.
 
-Each message is decoded with json.loads. ``plain`` measures without the package crc32c, which kafka-python does not
-install by default.
+The script decodes each message with json.loads. ``plain`` measures without the package crc32c, which kafka-python does
+not install by default.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""FastStream: ``python faststream_nack.py ADDRESS TOPIC COUNT`` prints messages per second.
+"""Measure FastStream: ``python faststream_nack.py ADDRESS TOPIC COUNT`` prints messages per second.
 
-FastStream on aiokafka with ten workers and NACK_ON_ERROR, which commits after the handler. Needs
+FastStream runs on aiokafka with ten workers and NACK_ON_ERROR, which commits after the handler. The script needs
 ``faststream[kafka]``.
 """
 

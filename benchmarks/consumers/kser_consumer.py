@@ -1,6 +1,6 @@
-"""kser: ``python kser_consumer.py TRANSPORT ADDRESS TOPIC COUNT [WORKERS [SLEEP]]`` prints messages per second.
+"""Measure kser: ``python kser_consumer.py TRANSPORT ADDRESS TOPIC COUNT [WORKERS [SLEEP]]`` prints messages per second.
 
-Measured from the start of the first task to the end of the last task; offsets are committed after the tasks.
+The measured time is from the start of the first task to the end of the last task. kser commits offsets after the tasks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``python latency.py KIND ADDRESS TOPIC COUNT`` prints the median milliseconds from send to start.
+"""Measure latency: ``python latency.py KIND ADDRESS TOPIC COUNT`` prints the median milliseconds from send to start.
 
-KIND is ``python_kafka`` or ``confluent`` for kser's consumers, or ``bare_python_kafka`` or ``bare_confluent``.
-Each message carries the time at which it was sent, by this machine's monotonic clock.
+KIND is ``python_kafka`` or ``confluent`` for a consumer of kser, and ``bare_python_kafka`` or ``bare_confluent`` for
+the client alone. Each message contains the time when it was sent, by the monotonic clock of this machine.
 """
 
 from __future__ import annotations

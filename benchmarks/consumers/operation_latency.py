@@ -1,7 +1,8 @@
-"""``python operation_latency.py ADDRESS TOPIC URI COUNT`` prints two medians of milliseconds.
+"""Measure the latency of operations: ``python operation_latency.py ADDRESS TOPIC URI COUNT`` prints two medians.
 
-An operation of 5 steps in one confluent consumer: from sending its message to the end of its last task, and to its
-recorded end. The message carries the time at which it was sent, by this machine's monotonic clock.
+Each operation has 5 steps and runs in one confluent consumer. The first median is the milliseconds from sending the
+message to the end of the last task. The second median is the milliseconds from sending the message to the recorded end
+of the operation. The message contains the time when it was sent, by the monotonic clock of this machine.
 """
 
 from __future__ import annotations

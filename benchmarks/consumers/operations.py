@@ -1,7 +1,8 @@
-"""kser: ``python operations.py TRANSPORT ADDRESS TOPIC URI COUNT [WORKERS [MODE [STEPS]]]`` prints steps per second.
+"""Measure kser: ``python operations.py TRANSPORT ADDRESS TOPIC URI COUNT [WORKERS [MODE [STEPS]]]`` prints steps/s.
 
-Stored operations of STEPS (5) no-op tasks, up to WORKERS (50) in flight, in MODE ``local`` or ``distributed``. Measured
-from the building of the first operation to the recorded end of the last one.
+Stored operations have STEPS (5) tasks that do nothing. Up to WORKERS (50) operations are in flight, in MODE ``local``
+or ``distributed``. The measured time begins when the first operation is built, and ends when the end of the last
+operation is recorded.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def note(sender: object, **change: object) -> None:
 
 signals.operation_changed.connect(note)
 if transport == "dummy":
-    from kser.dummy.broker import InMemoryBroker
+    from kser.dummy.producer import Producer
 
+    producer = Producer({})
     for _ in range(count):
-        kmsg = Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42})
-        InMemoryBroker.at("").send(topic, kmsg.dumps().encode())
+        producer.send(topic, Message(uuid=str(uuid.uuid4()), entrypoint=Five.path, params={"order": 42}))
     config = {}
 elif transport == "python_kafka":
     config = {"bootstrap_servers": address, "group_id": str(uuid.uuid4())}
 else:
-    # No linger is set, so the messages of steps are sent with kser's default: ``linger.ms`` 0.
+    # Set no linger, so that kser sends the messages of steps with its default, ``linger.ms`` 0.
     config = {"bootstrap.servers": address, "group.id": str(uuid.uuid4())}
 consumer = importlib.import_module(f"kser.{transport}.consumer").Consumer(config, [topic], workers=int(workers))
 try:

@@ -1,7 +1,7 @@
-"""``python plain.py ADDRESS TOPIC COUNT [URI]`` prints plain tasks per second, and the number of their database calls.
+"""Measure plain tasks: ``python plain.py ADDRESS TOPIC COUNT [URI]`` prints tasks per second and database calls.
 
-No-op tasks that belong to no operation, in a confluent consumer whose registry has a store at URI, or none. The
-reaper's queries, one a second, are not counted.
+The tasks do nothing and belong to no operation. They run in a confluent consumer. With URI, the registry of the
+consumer has a store. The script does not count the queries of the reaper, which runs one query per second.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""kser 0.8.27: ``python published.py ADDRESS TOPIC COUNT`` prints messages per second.
+"""Measure kser 0.8.27: ``python published.py ADDRESS TOPIC COUNT`` prints messages per second.
 
-Runs in an environment with kser 0.8.27, with its default mode, which commits before the task runs.
+The script needs an environment with kser 0.8.27. It uses the default mode, which commits before the task runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""``python raw_rows.py URI COUNT TOGETHER [STEPS]`` prints steps per second of writing kser's rows directly.
+"""Write the rows of kser directly: ``python raw_rows.py URI COUNT TOGETHER [STEPS]`` prints steps per second.
 
-COUNT operations of STEPS (5) tasks, 50 in flight, written with ``sqlite3`` or ``psycopg`` alone. TOGETHER is the number
-of steps per transaction: 1, or the 50 in flight. On PostgreSQL single steps use 50 connections, so that the server can
-group their commits in its log. All rows are built before the clock starts.
+The script writes COUNT operations of STEPS (5) tasks, with 50 operations in flight, with ``sqlite3`` or ``psycopg``
+alone. TOGETHER is the number of steps per transaction: 1, or all 50 in flight. On PostgreSQL, single steps use 50
+connections, so that the server can group the commits in its log. The script builds all rows before the measured time
+begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""``python resident.py TRANSPORT ADDRESS TOPIC COUNT STARTED`` prints the start time and memory of a consumer.
+"""Measure memory: ``python resident.py TRANSPORT ADDRESS TOPIC COUNT STARTED`` prints start time and memory.
 
-The figures are the seconds from STARTED (this machine's monotonic clock) to the first poll, and the resident MB when
-idle, after a tenth of the messages, and after all messages.
+The first figure is the seconds from STARTED, which is a time of this machine's monotonic clock, to the first poll. The
+other figures are the resident memory in MB: when the consumer is idle, after a tenth of the messages, and after all
+messages.
 """
 
 from __future__ import annotations

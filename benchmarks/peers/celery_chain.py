@@ -1,8 +1,8 @@
-"""``python celery_chain.py COUNT`` prints steps per second of Celery's chains of 5 no-op tasks on Redis.
+"""Measure Celery: ``python celery_chain.py COUNT`` prints steps per second of chains of 5 no-op tasks on Redis.
 
-acks_late, results stored, prefork with two processes, no gossip, mingle or heartbeats, 25 messages prefetched for each
-process. The script starts and stops a Redis on a free port of loopback, without persistence, its fastest mode. All
-chains are queued before the worker starts.
+Celery uses acks_late, stored results, prefork with two processes, and 25 prefetched messages for each process. The
+script switches off gossip, mingle and heartbeats. It starts Redis on a free port of this machine without persistence,
+which is the fastest mode of Redis, and stops Redis at the end. It queues all chains before the worker starts.
 """
 
 from __future__ import annotations

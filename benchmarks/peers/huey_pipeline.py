@@ -1,7 +1,7 @@
-"""``python huey_pipeline.py FILE COUNT [WORKERS]`` prints steps per second of huey: pipelines of 5 no-op tasks.
+"""Measure huey: ``python huey_pipeline.py FILE COUNT [WORKERS]`` prints steps/s of pipelines of 5 no-op tasks.
 
-SQLite with FULL (``fsync=True``) and WAL, results stored. All pipelines are queued before the consumer starts. The
-default is one worker because SQLite has one writer: two, four and eight workers were slower.
+huey uses SQLite with FULL (``fsync=True``) and WAL, and stores results. The script queues all pipelines before the
+consumer starts. The default is one worker, because SQLite has one writer. Two, four and eight workers were slower.
 """
 
 from __future__ import annotations

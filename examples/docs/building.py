@@ -1,4 +1,4 @@
-"""From parameters to tasks: prebuild validates, build_tasks creates the tasks, finalize runs last."""
+"""Build the tasks of an operation: prebuild checks the params, build_tasks creates the tasks, finalize runs last."""
 
 from cdumay_error.types import ValidationError
 
@@ -20,7 +20,7 @@ class Ship(Task):
 @oregistry.subscribe
 class PlaceOrder(Operation):
     REQUIRED_FIELDS = ("items",)
-    TASKS = (Ship,)  # the operation must have all fields that Ship requires
+    TASKS = (Ship,)  # the operation requires all fields that Ship requires
 
     def prebuild(self, **params):
         if not params["items"]:

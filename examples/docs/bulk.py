@@ -1,4 +1,4 @@
-"""Many messages in one call: the Result lists the messages that were not delivered."""
+"""Send many messages in one call. The Result lists the messages that were not delivered."""
 
 from kser import Message
 from kser.embedded import EmbeddedBroker

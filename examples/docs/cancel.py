@@ -1,4 +1,4 @@
-"""Cancel operations: a pending one ends at once, a running one after its current task, which may stop early."""
+"""Cancel operations: a pending operation ends immediately, and a running operation ends after its current task."""
 
 import time
 
@@ -18,7 +18,7 @@ class Pick(Task):
         for number in range(1, 1000):
             if number == 3:  # usually another process cancels
                 print("cancel:", oregistry.get("order-2").cancel(reason="the customer called"))
-            if self.cancel_requested:  # reads the database, at most twice a second
+            if self.cancel_requested:  # reads the database at most twice per second
                 return Result(stdout="stopped early")
             time.sleep(0.01)
         return Result(stdout="picked everything")

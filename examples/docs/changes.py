@@ -1,4 +1,4 @@
-"""Listeners for status changes of stored operations, in one consumer or over the consumers."""
+"""Listeners for status changes of stored operations, in one consumer and over the consumers."""
 
 from cdumay_result import Result
 

@@ -26,7 +26,7 @@ class Ship(Task):
     def run(self):
         print(f"shipping {self.uuid} with receipt {self.result.retval['receipt']}", flush=True)
         if sys.argv[1:] == ["crash"]:
-            os._exit(9)  # ends the process as a kill does
+            os._exit(9)  # ends the process like SIGKILL
 
 
 @oregistry.subscribe
@@ -50,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     print("the first consumer ends with", subprocess.run([sys.executable, __file__, "crash"]).returncode)
     while oregistry.get("order-1").status == "RUNNING":
         consumer.step(timeout=0.1)
-        oregistry.background_service.tick()  # consumer.run() does this in a thread of its own
+        oregistry.background_service.tick()  # consumer.run() has a thread that calls this
     for event in oregistry.get("order-1").events:
         print("  ", event.kind, *filter(None, [event.text]))
     oregistry.store.close()

@@ -1,4 +1,4 @@
-"""Dead letters: messages that fail for good go to their own topic, and are replayed after the cause is fixed."""
+"""Dead letters: write messages that failed permanently to a separate topic, fix the cause, and replay the messages."""
 
 from kser import Message, OperationRegistry, Task
 from kser.consumer.replay import iter_dead_letters, replay

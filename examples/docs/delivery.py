@@ -1,4 +1,4 @@
-"""The cost of a crash: a message is handled twice, or not at all."""
+"""The effect of a crash: a message is processed twice, or is lost."""
 
 from kser import Message, OperationRegistry, Task
 from kser.dummy.broker import InMemoryBroker
@@ -27,7 +27,7 @@ def consume(commit):
 for commit in ("after", "before"):
     attempts.clear()
     if commit == "before":
-        consume(commit)  # with commit="before" a new group starts at the end of the topic
+        consume(commit)  # with commit="before", a new group starts at the end of the topic
     Producer().send("orders", Message("order-1", Charge.path))
     try:
         consume(commit)

@@ -1,4 +1,4 @@
-"""Errors contain advice, and convert to Results with their code and identifier."""
+"""Errors contain advice. You can convert an error to a Result, which has the code and the identifier of the error."""
 
 from cdumay_result import Result
 

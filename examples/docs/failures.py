@@ -1,4 +1,4 @@
-"""Return code 0 means success, any higher code failure; an exception becomes a failed Result."""
+"""Failures: a return code above 0 means failure, and kser converts an exception to a failed Result."""
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result

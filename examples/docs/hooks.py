@@ -1,4 +1,4 @@
-"""The hooks of a task, in the order in which they are called."""
+"""The hooks of a task, in the order in which kser calls them."""
 
 from cdumay_result import Result
 

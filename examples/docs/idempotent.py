@@ -1,4 +1,4 @@
-"""An idempotent task: it may run twice but charges once, with the uuid of the message as idempotency key."""
+"""An idempotent task: it may run twice, but charges once, because the uuid of the message is the idempotency key."""
 
 import sqlite3
 

@@ -1,4 +1,4 @@
-"""Four workers: records with the same key run one after the other, records with different keys in parallel."""
+"""Four workers: records with the same key run one after the other, and records with different keys run in parallel."""
 
 import threading
 import time

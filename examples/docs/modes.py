@@ -1,4 +1,4 @@
-"""The same operation, in one consumer and over the consumers."""
+"""One operation in both execution modes: in one consumer, and over the consumers."""
 
 from cdumay_result import Result
 

@@ -1,4 +1,4 @@
-"""The offsets that a group commits while messages finish out of order, and their use by the next consumer."""
+"""Commit metadata: messages finish out of order, and the next consumer skips the finished messages."""
 
 from kser import Message, OperationRegistry, Task
 from kser.dummy.broker import InMemoryBroker

@@ -1,6 +1,6 @@
-"""One message per task: each task sends itself with the uuid of its operation, and the next task when it has finished.
+"""One message per task, without a database: your code sends the tasks, and stores the state that the tasks share.
 
-Without a store your code keeps the state that the tasks share; here it is a dict.
+A task sends itself with the uuid of its operation. At its end, it calls ``launch_next``. The state is in a dict.
 """
 
 from cdumay_result import Result

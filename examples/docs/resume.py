@@ -1,4 +1,4 @@
-"""An operation stops at the first failed task, and continues there when it runs again."""
+"""An operation stops at the first failed task. When it runs again, it continues at this task."""
 
 from cdumay_result import Result
 

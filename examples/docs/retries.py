@@ -1,4 +1,4 @@
-"""Retries: with the policy of the task, with the policy of the consumer, and on request of the task."""
+"""Retries: a policy of the task, a policy of the consumer, and a retry that the task requests."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""An operation in a shared database: sent, run, and read back."""
+"""A stored operation: send it, run it, and read it from the database."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Log lines of a task, which name the task and its status."""
+"""Log lines of a task. They contain the task and its status."""
 
 import logging
 

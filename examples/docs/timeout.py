@@ -1,4 +1,4 @@
-"""An attempt that exceeds its time limit fails; its thread runs on, and its late result is dropped."""
+"""A time limit: the attempt fails, its code continues in its thread, and kser drops the late result."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""The buyer: two orders fail because the printer is out of paper, and are resumed when it has paper again."""
+"""The buyer: two orders fail because the printer is out of paper. When it has paper again, the buyer resumes them."""
 
 from shop import PAPER, PlaceOrder, oregistry
 
@@ -18,7 +18,7 @@ def show(order):
 kettle = PlaceOrder(params={"item": "kettle"}).build()
 kettle.send()  # runs in one consumer
 teapot = PlaceOrder(params={"item": "teapot"}).build()
-teapot.launch()  # runs over the consumers: each task goes to its own topic
+teapot.launch()  # runs over the consumers: each task is sent to the topic of its class
 
 for order in (kettle, teapot):
     print(f"{order.params['item']}: {order.wait(timeout=20)}")

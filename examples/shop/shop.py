@@ -10,7 +10,7 @@ from kser import Operation, OperationRegistry, Task
 from kser.python_kafka.producer import Producer
 from kser.retry import Retry
 
-#: The label printer of the warehouse is out of paper while this file is missing.
+#: While this file is missing, the label printer of the warehouse is out of paper.
 PAPER = Path(os.environ["SHOP_PAPER"])
 
 oregistry = OperationRegistry(producer=Producer())  # KSER_DATABASE_URI names the database

@@ -1,4 +1,4 @@
-"""A worker: it consumes the topics of KSER_TOPICS. Start as many workers as you like."""
+"""A worker: it consumes the topics in KSER_TOPICS. You can start several workers."""
 
 import logging
 

@@ -31,7 +31,7 @@ from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
 
-#: Timeout in seconds of queries for committed offsets and for the first and last offset of a partition.
+#: Timeout in seconds of a query for committed offsets, or for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0
 
 #: Timeout in seconds of the metadata request that probes the brokers after an outage.
@@ -40,10 +40,10 @@ PROBE_TIMEOUT = 0.5
 #: Seconds between two probes.
 PROBE_INTERVAL = 2.0
 
-#: Seconds between two attempts to start partitions.
+#: Seconds between two tries to start partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Transient errors: commits fail with them during a rebalance.
+#: Transient errors. Commits fail with these errors during a rebalance.
 _TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
 
 
@@ -51,8 +51,8 @@ class ConfluentClient(ConsumerClient):
     """A member of a consumer group.
 
     :param options: the user's options of librdkafka.
-    :param reset: the start of a partition without a committed offset: ``"earliest"``, ``"latest"`` or ``"none"``.
-    :param max_bytes: the limit of librdkafka's prefetched data, unless the options set one.
+    :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
+    :param max_bytes: the limit of the data that librdkafka prefetches, in bytes, unless the options set a limit.
     :param commits: False if the client must not commit offsets.
     """
 
@@ -85,7 +85,8 @@ class ConfluentClient(ConsumerClient):
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
-            # This class chooses start positions: librdkafka must report a missing offset instead of resetting it.
+            # This class chooses the start positions, so librdkafka must report a missing offset instead of choosing a
+            # position.
             "auto.offset.reset": "error",
             "error_cb": self._on_error,
         }
@@ -107,7 +108,7 @@ class ConfluentClient(ConsumerClient):
             batches = self._group_by_partition(self._consume(timeout, limit))
         except KafkaException as error:
             raise self._as_client_error("fetch messages", error.args[0]) from error
-        # Raise an error only when there are no records: they would be lost with it.
+        # Raise an error only if there are no records, because an exception would lose the records.
         if not batches and (problem := problem or self._current_error()):
             raise problem
         return batches
@@ -130,9 +131,11 @@ class ConfluentClient(ConsumerClient):
         return lags
 
     def close(self, timeout: float) -> None:
-        # A new client may own the partitions when librdkafka revokes them: the late callback must have no effect.
+        # A new client may already own the partitions when librdkafka revokes them, so the late callback must have no
+        # effect.
         self._listener = None
-        # librdkafka's close has no timeout, so it runs in a thread that can be left behind.
+        # librdkafka's close has no timeout, so run it in a thread. After the timeout, this method returns although that
+        # thread still runs.
         self._committer.close()
         closing = threading.Thread(target=self.client.close, name="kser-close", daemon=True)
         closing.start()
@@ -146,7 +149,8 @@ class ConfluentClient(ConsumerClient):
     # -- records -------------------------------------------------------------------------------------------------------
 
     def _consume(self, timeout: float, limit: int) -> list[Any]:
-        # ``consume`` waits for all requested messages: wait for one with ``poll``, then fetch the buffered ones.
+        # ``consume`` waits until it has all requested messages. So wait for one message with ``poll``, and then fetch
+        # the messages that are already buffered.
         first = self.client.poll(timeout)
         if first is None:
             return []
@@ -154,10 +158,10 @@ class ConfluentClient(ConsumerClient):
         try:
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
-            # The next poll raises this error: raising it here would lose the first message.
+            # The next poll raises this error, because to raise it here would lose the first message.
             self._last_error = error.args[0]
             more = []
-        # If ``consume`` ran a rebalance callback, the first message may be of a revoked partition: drop it.
+        # If ``consume`` ran a rebalance callback, the first message may belong to a revoked partition, so drop it.
         return [first, *more] if epoch == self._assignment_epoch else more
 
     def _group_by_partition(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
@@ -177,7 +181,7 @@ class ConfluentClient(ConsumerClient):
         batches: dict[Partition, Sequence[Record]] = {}
         for topic_partition, records in fetched.items():
             key = self._keys.get(topic_partition)
-            # A partition that was revoked after its messages were fetched has no key: drop its messages.
+            # A partition that was revoked after its messages were fetched has no key, so drop its messages.
             if key is not None:
                 self._positions[key] = records[-1].offset + 1
                 batches[key] = records
@@ -198,7 +202,8 @@ class ConfluentClient(ConsumerClient):
             # Only log a missing topic, because the other topics can be consumed.
             self._report_missing_topic(message.topic(), error)
         else:
-            # The next poll raises this error: the records that were fetched with it are returned first.
+            # The next poll raises this error, because this poll must return the records that were fetched together with
+            # the error.
             self._last_error = error
 
     def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:
@@ -225,15 +230,15 @@ class ConfluentClient(ConsumerClient):
         self._pending_error = self._start_partitions()
 
     def _start_pending(self) -> ClientError | None:
-        """Retry the start of pending partitions when it is due, and return the error if some remain."""
+        """Start pending partitions if a retry is due, and return the error if some partitions are still pending."""
         if self._unstarted and time.monotonic() >= self._start_at:
             self._pending_error = self._start_partitions()
         return self._pending_error if self._unstarted else None
 
     def _start_partitions(self) -> ClientError | None:
-        """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
+        """Start the new partitions at their committed offsets, or as the reset policy demands if they have none.
 
-        :return: the error if some partitions could not be started; the others are started all the same.
+        :return: the error if some partitions could not be started. The other partitions are started anyway.
         """
         self._start_at = time.monotonic() + START_RETRY_INTERVAL
         problem: ClientError | None = None
@@ -241,7 +246,7 @@ class ConfluentClient(ConsumerClient):
         try:
             committed = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
         except KafkaException as error:
-            # librdkafka assigns the partitions by itself if the callback returns without calling ``assign``.
+            # Call ``assign`` even without a partition, because otherwise librdkafka assigns the partitions by itself.
             self._assign({})
             return self._as_client_error("read the committed offsets of the group", error.args[0])
         known: dict[Partition, Commit] = {}
@@ -281,7 +286,8 @@ class ConfluentClient(ConsumerClient):
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._listener.on_assign(known)
-        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
+        # If the client does not commit, only the listener knows the finished offsets, and ``on_reset`` would discard
+        # them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
         self._assign({key: start.offset for key, start in starts.items()})
 
@@ -328,7 +334,8 @@ class ConfluentClient(ConsumerClient):
             return
         revocation = self._listener.on_revoke(keys)
         if not revocation.drained:
-            # Commit first: librdkafka stops waiting if the topic gets partitions, and finished records would run again.
+            # Commit before the wait. If the topic gets new partitions during the wait, librdkafka does not wait any
+            # longer, and finished records that are not committed would run again.
             with suppress(KafkaException):
                 self._commit_now(revocation.commits())
             revocation.wait()
@@ -358,7 +365,7 @@ class ConfluentClient(ConsumerClient):
         return keys
 
     def _recover(self, key: Partition) -> None:
-        """Log the lost offsets of an out-of-range position, and restart as ``auto_offset_reset`` demands."""
+        """Log the lost offsets of an out-of-range position, and restart as ``auto.offset.reset`` demands."""
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         start = high if self._reset == "latest" else low
@@ -382,7 +389,7 @@ class ConfluentClient(ConsumerClient):
             self._user_error_cb(error)
 
     def _current_error(self) -> ClientError | None:
-        """Return the current error; after an outage it is cleared only when a broker responds."""
+        """Return the current error. After an outage, the error is cleared only when a broker responds."""
         error = self._last_error
         if error is None:
             return None
@@ -397,7 +404,7 @@ class ConfluentClient(ConsumerClient):
     def _broker_responds(self) -> bool:
         """Return whether a broker responds.
 
-        After a failed probe, the next one is at least ``PROBE_INTERVAL`` seconds later.
+        After a failed probe, the next probe follows at least ``PROBE_INTERVAL`` seconds later.
         """
         if time.monotonic() < self._probe_at:
             return False
@@ -430,7 +437,7 @@ class ConfluentRecord:
 
     @property
     def timestamp(self) -> int:
-        """Milliseconds since 1970."""
+        """The timestamp of the record, in milliseconds since 1970."""
         return int(self.message.timestamp()[1])
 
     @property
@@ -440,9 +447,10 @@ class ConfluentRecord:
 
 
 def commit_of(tp: TopicPartition) -> Commit:
-    """Return the Commit of an offset that librdkafka has read from the group."""
+    """Return an offset that librdkafka has read from the group, as a Commit."""
     try:
         return Commit(tp.offset, strip_checksum(tp.metadata or ""))
     except UnicodeDecodeError:
-        # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past its end.
+        # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past the end of the
+        # metadata.
         return Commit(tp.offset)

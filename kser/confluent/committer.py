@@ -10,9 +10,9 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 
 class Committer:
-    """A thread that runs commits one after the other, so that the caller can stop waiting for one.
+    """A thread that runs commits one after the other, so that a caller can stop waiting for a commit.
 
-    :param client: librdkafka's client, which is safe to share between threads.
+    :param client: librdkafka's client. Several threads may use it at the same time.
     """
 
     def __init__(self, client: Consumer) -> None:
@@ -26,7 +26,7 @@ class Committer:
         """Commit offsets, and return when the group coordinator has confirmed them.
 
         :raises confluent_kafka.KafkaException: the commit was rejected.
-        :raises TimeoutError: this commit, or the one before it, was not confirmed within ``timeout`` seconds.
+        :raises TimeoutError: this commit or the previous commit was not confirmed within ``timeout`` seconds.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kser-commit", daemon=True)
@@ -35,7 +35,8 @@ class Committer:
             self._requests.put(offsets)
             self._pending = 1
         else:
-            # The result is of the previous commit, with other offsets. Fail: the caller then commits the current ones.
+            # This result belongs to the previous commit, which had other offsets. So fail, and the caller commits the
+            # current offsets in its next call.
             self._result(timeout)
             raise TimeoutError("the previous commit has only finished now")
         if (error := self._result(timeout)) is not None:

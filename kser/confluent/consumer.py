@@ -1,4 +1,4 @@
-"""Consumer on confluent-kafka. Drop-in for ``kser.confluent`` of 0.8.27."""
+"""Consumer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ logger = logging.getLogger(__name__)
 class Consumer(BaseConsumer):
     """A consumer that polls ``confluent_kafka.Consumer`` and passes messages to :attr:`REGISTRY`.
 
-    The client never commits by itself: ``enable.auto.commit`` (default True) chooses whether offsets are committed
-    every ``auto.commit.interval.ms`` or, when False, at once. With ``commit="after"`` a group without committed
-    offsets starts at the earliest record, unless ``auto.offset.reset`` says otherwise (decision D17).
+    librdkafka never commits by itself. If ``enable.auto.commit`` is True (the default), the consumer commits offsets
+    every ``auto.commit.interval.ms``. If it is False, the consumer commits as soon as a message is finished. With
+    ``commit="after"``, a group without committed offsets starts at the earliest record, unless ``auto.offset.reset``
+    says otherwise (decision D17).
 
-    :param config: options of librdkafka; the consumer options of ``KSER_CONFIG`` when None. ``group.id`` is required.
-    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
-    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
+    :param config: options of librdkafka; None means the consumer options in ``KSER_CONFIG``. ``group.id`` is required.
+    :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
+    :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.SettingError: a setting is missing or invalid.
     """
@@ -83,7 +84,7 @@ class Consumer(BaseConsumer):
         return client
 
     def _kser_commit_interval(self) -> float:
-        """Return the seconds between commits; 0 commits at once."""
+        """Return the number of seconds between two commits; 0 means a commit after each message."""
         if str(self._kser_client_options.get("enable.auto.commit", True)).lower() in ("false", "0"):
             return 0
         return float(self._kser_client_options.get("auto.commit.interval.ms", 5000)) / 1000

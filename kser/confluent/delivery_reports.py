@@ -1,4 +1,4 @@
-"""Delivery reports: librdkafka passes them to the thread that polls, while each sender waits for its own."""
+"""Delivery reports. librdkafka passes them to the thread that polls, while each sender waits for its own report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kser.producer import time_left
 
 logger = logging.getLogger(__name__)
 
-#: Maximum seconds of one poll: signal handlers do not run while a thread polls.
+#: Maximum duration of one poll in seconds. It is short, because signal handlers do not run while a thread polls.
 MAX_POLL = 0.1
 
 #: Seconds between two polls of an idle producer.
@@ -25,8 +25,8 @@ IDLE_POLL_INTERVAL = 1.0
 def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
     """Wrap a user callback so that its exceptions are logged instead of raised.
 
-    librdkafka runs callbacks in whichever thread polls: an exception must neither fail that thread's send nor stop the
-    housekeeping thread.
+    librdkafka runs callbacks in whichever thread polls. An exception of a callback must neither make that thread's send
+    fail nor stop the housekeeping thread.
     """
 
     def call(event: Any) -> None:
@@ -39,7 +39,10 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 class LastError:
-    """The last error that the client reported, and the user's ``error_cb``."""
+    """The last error that the client reported.
+
+    An instance serves as the ``error_cb`` of the client, and calls the user's ``error_cb``.
+    """
 
     def __init__(self, user_callback: Callable[[Any], Any] | None) -> None:
         self._forward = None if user_callback is None else guarded(user_callback)
@@ -47,13 +50,13 @@ class LastError:
         self._at = 0.0
 
     def __call__(self, error: Any) -> None:
-        """Record the error and call the user's ``error_cb``; called by librdkafka."""
+        """Record the error and call the user's ``error_cb``. librdkafka calls this method."""
         self.remember(error)
         if self._forward is not None:
             self._forward(error)
 
     def remember(self, error: Any) -> None:
-        """Record the last error, except ALL_BROKERS_DOWN and TIMED_OUT, which hide the cause."""
+        """Record the last error, except ALL_BROKERS_DOWN and TIMED_OUT, because these two hide the cause."""
         if error.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
             self._text = error.str()
             self._at = time.monotonic()
@@ -64,9 +67,9 @@ class LastError:
 
 
 class Waiter:
-    """A condition that a thread waits for while delivery reports arrive."""
+    """A condition for which a thread waits while delivery reports arrive."""
 
-    #: Set to wake the thread while another one polls.
+    #: The event that wakes the thread while another thread polls.
     wake: threading.Event | None = None
 
     def done(self) -> bool:
@@ -74,20 +77,20 @@ class Waiter:
         raise NotImplementedError
 
     def reported(self) -> None:
-        """Wake the thread if the wait is over; called after each report."""
+        """Wake the thread if the wait is over. This method must be called after each report."""
         if self.wake is not None and self.done():
             self.wake.set()
 
 
 class DeliveryWaiter(Waiter):
-    """The delivery report of one record."""
+    """A waiter for the delivery report of one record."""
 
     def __init__(self) -> None:
         self.error: Any = None
         self._arrived = False
 
     def __call__(self, error: Any, _record: Any) -> None:
-        """Store the report; called by librdkafka."""
+        """Store the report. librdkafka calls this method."""
         self.error = error
         self._arrived = True
         self.reported()
@@ -97,13 +100,13 @@ class DeliveryWaiter(Waiter):
 
 
 class DeliveryReportPoller:
-    """Leader/follower polling: one of the waiting threads polls for all, and passes the lead on after its own report.
+    """Leader/follower polling: one waiting thread polls for all, until its own report arrives and another takes over.
 
-    A sender that polls for itself gets its report without a thread switch; a dedicated polling thread would add two
-    switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
+    A sender that polls for itself gets its report without a thread switch, whereas a dedicated polling thread would add
+    two switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
     delivers its events (for example that a broker is down) only during a poll.
 
-    :param poll: the client's ``poll``: takes a timeout in seconds and calls back for each report.
+    :param poll: the client's ``poll``, which takes a timeout in seconds and runs the callback of each report.
     """
 
     def __init__(self, poll: Callable[[float], Any]) -> None:
@@ -155,7 +158,7 @@ class DeliveryReportPoller:
             self._busy -= 1
 
     def poll_if_idle(self) -> None:
-        """Poll once, unless a thread sends."""
+        """Poll once, unless a thread is sending."""
         if not self._busy:
             self.poll()
 
@@ -188,9 +191,10 @@ class DeliveryReportPoller:
             self._call_next()
 
     def _remove(self, waiting: Waiter) -> None:
-        """Stop waiting, and wake the next follower if no thread polls.
+        """Remove a waiting thread from the followers, and wake the next follower if no thread polls.
 
-        A follower that was woken to lead may have its own report already; the lead would be lost otherwise.
+        A follower that was woken to lead may already have its own report. If it did not wake another follower, no
+        thread would poll.
         """
         with self._mutex:
             self._followers.pop(id(waiting), None)
@@ -207,8 +211,8 @@ class DeliveryReportPoller:
 def _poll_while_idle(reference: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
     """Poll once a second while the producer is idle.
 
-    Only a weak reference is held between polls, so that an unclosed producer can be garbage-collected and its thread
-    ends.
+    Between polls, this function holds only a weak reference to the poller. So a producer that was never closed can be
+    garbage-collected, and then this thread ends.
     """
     while not closed.wait(IDLE_POLL_INTERVAL):
         poller = reference()

@@ -6,16 +6,17 @@ import logging
 import re
 import time
 
-#: Seconds in which the same line is logged once: librdkafka emits dozens of each a second while a broker is down.
+#: Seconds in which equal lines are logged only once, because librdkafka emits dozens of equal lines a second while a
+#: broker is down.
 INTERVAL = 30.0
-#: Limit of distinct lines that the filter remembers.
+#: Maximum number of distinct lines that the filter remembers.
 MAX_LINES = 100
 
 _NUMBERS = re.compile(r"\d+(?:ms|s)? in state|, \d+ identical error\(s\) suppressed|\[rdkafka#\S+\]")
 
 
 class RateLimitFilter(logging.Filter):
-    """A rate limit on lines about failed connections; lines that differ only in their numbers count as the same."""
+    """A rate limit on lines about failed connections. Lines that differ only in their numbers count as equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +36,6 @@ class RateLimitFilter(logging.Filter):
         return True
 
 
-#: The logger of librdkafka's lines, unless the option ``logger`` is set.
+#: The logger for librdkafka's lines, if the option ``logger`` is not set.
 CLIENT_LOGGER = logging.getLogger("confluent_kafka")
 CLIENT_LOGGER.addFilter(RateLimitFilter())

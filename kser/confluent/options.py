@@ -1,4 +1,4 @@
-"""Options of librdkafka: consumer and producer options, defaults, and errors for unknown ones."""
+"""Options of librdkafka: consumer options, producer options, defaults, and errors for unknown options."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ PRODUCER_ONLY = _names(
     """
 )
 
-#: Options of both clients, used only to suggest the nearest name: librdkafka itself decides which names are valid.
+#: Options of both clients. kser uses them only to suggest the nearest name, because librdkafka itself decides which
+#: names are valid.
 _COMMON = _names(
     """
     allow.auto.create.topics api.version.request bootstrap.servers broker.address.family broker.address.ttl
@@ -68,7 +69,7 @@ _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
 
 def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
-    """Return the client's options: ``config`` unchanged, or the options of that kind in ``KSER_CONFIG``.
+    """Return the options of a client: a copy of ``config``, or the options in ``KSER_CONFIG`` for that kind of client.
 
     :param kind: ``"consumer"`` or ``"producer"``.
     :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
@@ -77,13 +78,13 @@ def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings
 
 
 def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` without those of the other kind of client, about which librdkafka would warn."""
+    """Return ``options`` without options of the other kind of client, because librdkafka would warn about these."""
     foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
     return {key: value for key, value in options.items() if key not in foreign}
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a producer with safe and fast defaults for those that are not set."""
+    """Return the options of a producer, with safe and fast defaults for options that are not set."""
     options = dict(options)
     merged = {**(options.get("default.topic.config") or {}), **options}
 
@@ -108,7 +109,8 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
         options["linger.ms"] = 0
     if option("partitioner") is None:
         options["partitioner"] = "murmur2_random"
-    # Every message needs a delivery report: with this option successful deliveries would never be confirmed.
+    # Remove this option, because every message needs a delivery report. With the option, librdkafka would not report
+    # successful deliveries.
     options.pop("delivery.report.only.error", None)
     return options
 
@@ -136,7 +138,7 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
 
 
 def _nearest(key: str) -> str:
-    # kafka-python spells the same options with underscores, so a name may come from its configuration.
+    # kafka-python spells the same options with underscores, so a wrong name may come from a kafka-python configuration.
     return nearest_name(key.replace("_", "."), sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON))
 
 

@@ -1,4 +1,4 @@
-"""Producer on confluent-kafka. Drop-in for ``kser.confluent`` of 0.8.27."""
+"""Producer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 #: Timeout in seconds of the metadata lookup for a topic that is new to the client.
 MAX_BLOCK = 5.0
-#: Seconds between two metadata requests for an unknown topic: one that was just created appears with a delay.
+#: Seconds between two metadata requests for an unknown topic. A topic that was just created appears with a delay.
 TOPIC_POLL_INTERVAL = 0.1
 #: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
 #: librdkafka's default of ``message.max.bytes``.
 MESSAGE_MAX_BYTES = 1_000_000
-#: Messages of a bulk between two reads of delivery reports.
+#: Number of messages of a bulk between two reads of delivery reports.
 CHUNK = 500
-#: Messages of a bulk that may be in flight before ``send`` waits for delivery reports.
+#: Number of messages of a bulk that may be in flight before ``send`` waits for delivery reports.
 MAX_IN_FLIGHT = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
@@ -52,12 +52,12 @@ _NOT_READY = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
 class Producer(KafkaProducerBase):
     """A producer on ``confluent_kafka.Producer`` that checks the delivery of every message.
 
-    Threads can and should share a producer, because each one has its own connection to every broker. The defaults are
-    ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent at once) and ``partitioner``
-    ``murmur2_random``, which distributes keys as Java and kafka-python do.
+    Threads can and should share a producer, because each producer has its own connection to every broker. The defaults
+    are ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent immediately) and
+    ``partitioner`` ``murmur2_random``, which assigns keys to partitions like the Java client and kafka-python.
 
-    :param config: options of librdkafka; the producer options of ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
+    :param config: options of librdkafka; None means the producer options in ``KSER_CONFIG``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
     :raises kser.errors.SettingError: an option is unknown or invalid.
     """
 
@@ -88,10 +88,11 @@ class Producer(KafkaProducerBase):
             logger.warning(
                 f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {left} not confirmed"
             )
-            # Purge the queue, because librdkafka would retry these messages as long as the client is referenced.
+            # Purge the queue, because librdkafka would retry these messages as long as the client object exists.
             self.client.purge()
             self.client.poll(0)
-        # Older versions have no ``close``: they close their connections when the client is garbage-collected.
+        # Older versions of confluent-kafka have no ``close``. They close their connections when the client is
+        # garbage-collected.
         if hasattr(self.client, "close"):
             self.client.close()
 
@@ -119,7 +120,8 @@ class Producer(KafkaProducerBase):
             )
 
         self._kser_enqueue(topic, value, {}, report, deadline)
-        # Read the delivery reports of earlier messages, which are otherwise read once a second.
+        # Read the delivery reports of earlier messages here, because the housekeeping thread reads them only once a
+        # second.
         self._kser_report_poller.poll()
 
     def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
@@ -157,7 +159,8 @@ class Producer(KafkaProducerBase):
     def _kser_look_up_topic(self, topic: str, deadline: float) -> None:
         """Check that the topic exists.
 
-        Without this check librdkafka holds a message for a missing topic for half a minute before it reports the error.
+        Without this check, librdkafka holds a message for a missing topic for half a minute before it reports the
+        error.
         """
         began = time.monotonic()
         lookup_deadline = min(deadline, began + MAX_BLOCK)
@@ -165,7 +168,7 @@ class Producer(KafkaProducerBase):
         topic_error: Any = None
         while left := time_left(lookup_deadline):
             try:
-                # Start with a short timeout, because signal handlers do not run while the request waits.
+                # Start with a short timeout, because signal handlers do not run while the request waits for a response.
                 timeout = max(min(left, request_timeout), 0.001)
                 topic_error = self.client.list_topics(topic, timeout=timeout).topics[topic].error
             except KafkaException as error:
@@ -204,7 +207,7 @@ class Producer(KafkaProducerBase):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return rejected_as_too_large(size, topic, self._kser_servers)
         if error.code() in _UNKNOWN_TOPIC:
-            # The topic existed before, so it was deleted: look it up again before the next message.
+            # The topic existed before, so it was deleted. Look it up again before the next message.
             self._kser_topics.discard(topic)
             return KafkaException(self._kser_missing_topic_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
@@ -250,7 +253,8 @@ class _Bulk(Bulk, Waiter):
         self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
         while self._in_flight:
-            # A late report removes its message in another thread, so pop messages instead of iterating over them.
+            # A late report may remove its message in another thread meanwhile. So pop the messages one by one instead
+            # of iterating over them.
             _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
         self._process_reports()
@@ -274,12 +278,13 @@ class _Bulk(Bulk, Waiter):
         except Exception as exc:
             del self._in_flight[number]
             if isinstance(exc, KafkaException):
-                # Fail the rest of the bulk with this error: each message would wait for the same cause.
+                # Fail the rest of the bulk with this error, because each further message would wait for the same
+                # reason.
                 self._first_error = exc
             raise
 
     def _report(self, number: int, error: Any, _record: Any) -> None:
-        """Handle a delivery report; called by librdkafka."""
+        """Handle a delivery report. librdkafka calls this method."""
         sent = self._in_flight.pop(number, None)
         if sent is not None and (error is not None or signals.message_sent.receivers):
             self._reported.append((*sent, error))

@@ -37,13 +37,13 @@ from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
 
-#: Seconds between two checks of the control files, and the time limit of one :meth:`BaseConsumer.step`.
+#: Seconds between two checks of the control files, and the maximum duration of one :meth:`BaseConsumer.step`.
 CONTROL_FILE_INTERVAL = 1.0
 #: Seconds between two checks of the time limits and of the stop flag.
 SUPERVISE_INTERVAL = 0.1
 #: Seconds between two warnings about a paused consumer.
 PAUSE_REMINDER_INTERVAL = 30.0
-#: Seconds to wait for the client thread at shutdown, in addition to the time that a rebalance can block it.
+#: Seconds to wait for the client thread at shutdown. A rebalance can block this thread, so ``revoke_timeout`` is added.
 JOIN_TIMEOUT = 5.0
 
 
@@ -60,12 +60,13 @@ class BaseConsumer:
     :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
     """
 
-    #: The handler of messages: a controller class or an instance of one. You may set it on the instance.
+    #: The controller that handles the messages: a controller class or an instance of one. You may set this attribute on
+    #: a consumer instance.
     REGISTRY: Any = Controller
 
     #: The client's option that names the consumer group.
     GROUP_OPTION: ClassVar[str] = "group_id"
-    #: The client's option for the position of a group without committed offsets.
+    #: The client's option that determines where a group without committed offsets starts.
     RESET_OPTION: ClassVar[str] = "auto_offset_reset"
 
     #: The logger of the transport's module.
@@ -91,7 +92,8 @@ class BaseConsumer:
         options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
-            # With commit="before" a crash loses every buffered record, so buffer no more than the workers can run.
+            # With commit="before" a crash loses every buffered record, so the queue buffers no more records than the
+            # workers can run at the same time.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
             retry=options.retry,
@@ -128,7 +130,8 @@ class BaseConsumer:
         before_attempt = (
             self._kser_commit_before_run if options.commit == BEFORE and self._kser_commits_at_once else None
         )
-        # Before the poller, which connects: stop() may be called meanwhile, and it stops the worker pool.
+        # Create the worker pool before the poller. The poller connects to the broker, and a call of stop() during that
+        # time needs the worker pool.
         self._kser_worker_pool = WorkerPool(
             self._kser_work_queue,
             before_attempt,
@@ -158,12 +161,18 @@ class BaseConsumer:
 
     @staticmethod
     def is_active() -> bool:
-        """Return whether to fetch messages: True unless the pause file exists. Called every second."""
+        """Return whether the consumer may fetch messages: True unless the pause file exists.
+
+        The consumer calls this method every second.
+        """
         return not lockfiles.is_paused()
 
     @staticmethod
     def should_stop() -> bool:
-        """Return whether to stop: True if the terminate file is newer than this process. Called every second."""
+        """Return whether the consumer must stop: True if the terminate file is newer than this process.
+
+        The consumer calls this method every second.
+        """
         return lockfiles.terminate_file.is_present()
 
     @classmethod
@@ -173,11 +182,14 @@ class BaseConsumer:
             cls.LOGGER.debug(f"Cleaning existing pause file: {path}")
 
     def make_producer(self) -> BaseProducer:
-        """Create a producer for the same cluster. Called once, when a dead letter or a task first needs it."""
+        """Create a producer for the cluster of this consumer.
+
+        The consumer calls this method once, when a dead letter or a task first needs the producer.
+        """
         raise NotImplementedError
 
     def _kser_connect(self) -> ConsumerClient:
-        """Create a client. Called again when a client failed fatally."""
+        """Create a Kafka client. The poller calls this method again after a fatal error of the client."""
         raise NotImplementedError
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -201,11 +213,13 @@ class BaseConsumer:
     def run(self) -> None:
         """Consume until SIGTERM, SIGINT or the terminate file; then commit, close the client and exit.
 
-        Running messages have ``shutdown_timeout`` seconds to finish. Attempts that still run after that are abandoned,
-        and their messages will run again. A second signal abandons them immediately.
+        Running messages have ``shutdown_timeout`` seconds to finish. After that time, the consumer abandons the
+        attempts that still run, and their messages will run again. At a second signal, the consumer abandons all
+        running attempts immediately.
 
-        :raises SystemExit: after every orderly shutdown, with status 0; with status 143 after a second SIGTERM.
-        :raises KeyboardInterrupt: after a second SIGINT, or if a task raised it; its message is not committed.
+        :raises SystemExit: with status 0 after an orderly shutdown, and with status 143 after a second SIGTERM.
+        :raises KeyboardInterrupt: after a second SIGINT, or if a task raised KeyboardInterrupt. The message that ran is
+            not committed.
         """
         self.LOGGER.info(f"{type(self).__name__}.Starting...")
         description = self.options.describe(self._kser_poller.mode, self._kser_group, self._kser_topics)
@@ -235,7 +249,7 @@ class BaseConsumer:
         """Run one cycle in this thread, for tests: check the control files, poll, handle messages, commit.
 
         :param timeout: seconds to wait if no message is available.
-        :return: the number of messages handled, within about a second.
+        :return: the number of handled messages. After about one second, the cycle starts no further message.
         """
         self._kser_check_control_files()
         if self._kser_stopping:
@@ -254,9 +268,9 @@ class BaseConsumer:
         return handled
 
     def _kser_read(self, timeout: float, poll_timeout: float, batch: int) -> Iterator[Record]:
-        """Iterate over the records of the topics, up to their current ends, instead of running their messages.
+        """Iterate over the records of the topics, up to the current end of each topic. The messages do not run.
 
-        A record counts as finished when the next one is requested.
+        A record counts as finished when the caller requests the next record.
 
         :param timeout: seconds to wait for a record or for the end offsets of the topics.
         :param poll_timeout: the longest time of one poll, in seconds.
@@ -280,7 +294,7 @@ class BaseConsumer:
                 raise TimeoutError
 
     def stop(self) -> None:
-        """Stop after the running messages. You may call it from any thread or signal handler."""
+        """Stop the consumer after the running messages. You may call this method from any thread or signal handler."""
         self._kser_worker_pool.stopping = True
         self._kser_stopping = True
 
@@ -316,7 +330,8 @@ class BaseConsumer:
 
     def _kser_start(self) -> None:
         self._kser_main_thread = threading.current_thread()
-        # The check precedes the start of the threads, because the consumer may be paused or stopped from the beginning.
+        # Check the control files before the threads start, because the pause file or the terminate file may already
+        # exist.
         self._kser_check_control_files()
         self._kser_shared_producer.attach(self.REGISTRY)
         self._kser_client_thread = threading.Thread(target=self._kser_poller.run, name="kser-client", daemon=True)
@@ -327,11 +342,14 @@ class BaseConsumer:
         self._kser_supervisor.start()
 
     def _kser_commit_before_run(self, item: WorkItem) -> None:
-        """Wait until the record is committed, with a time limit; after the limit, its attempt starts anyway."""
+        """Wait until the offset of the record is committed.
+
+        If the time limit passes before the commit, the attempt starts anyway.
+        """
         if self._kser_client_thread is None:
             self._kser_poller.commit()
         else:
-            # The client thread commits; the offset counts as committed when the group has confirmed it.
+            # The client thread commits. The offset counts as committed when the group has confirmed the commit.
             self._kser_work_queue.waiters.wait(lambda: item.tracker.is_committed(item.record.offset), CLIENT_TIMEOUT)
 
     def _kser_handle(self, value: Any) -> None:
@@ -351,8 +369,8 @@ class BaseConsumer:
         try:
             self._kser_supervise_until_stopped()
         except Exception as exc:
-            # is_active and should_stop may be user code that raises. Without a supervisor no stop request would be
-            # noticed, so the consumer stops and run() raises the error.
+            # is_active and should_stop may be user code that raises an exception. Without the supervisor thread, the
+            # consumer would not notice a request to stop. So the consumer stops, and run() raises the exception.
             self._kser_crash = exc
             self.stop()
         self._kser_poller.shutting_down = True
@@ -364,8 +382,8 @@ class BaseConsumer:
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
                 self._kser_log.warning(
-                    f"offset {item.record.offset} of {item.partition} still runs {when}: it is"
-                    " abandoned, and will run again"
+                    f"the message at offset {item.record.offset} of {item.partition} still runs {when}: its attempt is"
+                    " abandoned, and the message will run again"
                 )
         self._kser_poller.stop(self._kser_deadline)
         self._kser_force_exit()
@@ -406,7 +424,7 @@ class BaseConsumer:
         if self._kser_clock() - self._kser_last_check < CONTROL_FILE_INTERVAL:
             return
         self._kser_last_check = self._kser_clock()
-        # The flag is never cleared here; otherwise a signal that arrives during the check would be lost.
+        # This method never clears the stop flag; otherwise a signal that arrives during the check would be lost.
         if self.should_stop():
             self.stop()
         paused = not self.is_active()

@@ -1,4 +1,4 @@
-"""The interface of a transport's Kafka client, used by the one consumer of all transports."""
+"""The interface that each transport's Kafka client implements, and that the consumer calls."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Record(Protocol):
 
 
 class Commit(NamedTuple):
-    """The committed offset of a group in a partition.
+    """The committed offset of a consumer group in a partition.
 
-    :param offset: the next offset; all records below it are finished.
-    :param metadata: the finished offsets above it, see :mod:`kser.consumer.offsets`.
+    :param offset: the offset at which the group continues; all records below this offset are finished.
+    :param metadata: the finished offsets above ``offset``, in the format of :mod:`kser.consumer.offsets`.
     """
 
     offset: int
@@ -53,52 +53,63 @@ class Commit(NamedTuple):
 
 
 class Revocation(Protocol):
-    """A pending revocation: the client waits for the running records, commits the finished ones, then revokes."""
+    """A pending revocation of partitions.
+
+    The client waits until the running records of the partitions are finished, commits the finished records, and then
+    releases the partitions.
+    """
 
     @property
     def drained(self) -> bool:
-        """True when no record of the partitions is running, or the time limit is over."""
+        """True when no record of the revoked partitions is running, or when the time limit has passed."""
         ...
 
     def wait(self) -> None:
-        """Block until the partitions are drained."""
+        """Block until :attr:`drained` is True."""
 
     @property
     def commits(self) -> Callable[[], Mapping[Partition, Commit]]:
-        """A callable that returns the offsets to commit. Call it after the drain, to include every finished record."""
+        """A callable that returns the offsets to commit.
+
+        Call it after :meth:`wait`, so that the result includes every finished record.
+        """
         ...
 
 
 class RebalanceListener(Protocol):
-    """The rebalance listener. A client may call it in a thread of its own."""
+    """The rebalance listener of a client. The client may call the listener in a thread of its own."""
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
-        """Handle newly assigned partitions. Called before the client returns a record of them.
+        """Handle newly assigned partitions. The client calls this method before it returns records of these partitions.
 
         :param starts: the committed offset of each partition.
         """
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        """Handle assigned partitions whose position was reset: discard all state of these partitions.
+        """Handle assigned partitions whose position was reset, and discard all state of these partitions.
 
         :param starts: the new position of each partition.
         """
 
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
-        """Handle a revocation. The client waits until the partitions are drained, and then commits."""
+        """Handle a revocation.
+
+        The client waits until :attr:`Revocation.drained` of the returned revocation is True, and then commits the
+        offsets of the revocation.
+        """
         ...
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
-        """Handle lost partitions: the group has already reassigned them, so nothing can be committed."""
+        """Handle lost partitions. The group has already reassigned these partitions, so nothing can be committed."""
 
 
 class ConsumerClient(ABC):
-    """A member of a consumer group. Only one thread uses it.
+    """A member of a consumer group. Only one thread uses the client.
 
-    The client commits nothing by itself, and it does not choose a position by itself: a partition starts at the
-    committed offset of the group. If there is none, it starts at the position given by ``auto_offset_reset``, and the
-    client commits that position before it returns the first record. Each method raises
-    :class:`kser.errors.ClientError` if it fails; the caller retries.
+    A partition starts at the committed offset of the group. If the group has no committed offset there, the partition
+    starts at the position that ``auto_offset_reset`` names, and the client commits this position before it returns the
+    first record. Apart from that, the client commits only when :meth:`commit` is called. Each method raises
+    :class:`kser.errors.ClientError` if it fails, and the caller retries the call.
     """
 
     #: True if the client can commit offsets; False without a consumer group.
@@ -108,7 +119,7 @@ class ConsumerClient(ABC):
     def cluster(self) -> str:
         """The cluster id, which is the same for all bootstrap servers of a Kafka cluster; empty if it is unknown.
 
-        Any thread may read it.
+        Any thread may read this property.
         """
         return ""
 
@@ -118,12 +129,12 @@ class ConsumerClient(ABC):
 
     @abstractmethod
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        """Serve the group membership and return new records, in order within a partition.
+        """Keep the group membership alive and return new records, in the order of the offsets within a partition.
 
         :param timeout: seconds to wait if no record is available.
-        :param limit: the maximum number of records. With 0, the call may still return records of partitions that are
-            assigned during the call.
-        :param paused: paused partitions, of which the call returns no records.
+        :param limit: the maximum number of records. With 0, the call may still return records of partitions that the
+            group assigns during the call.
+        :param paused: the paused partitions; the call returns no records of these.
         """
 
     @abstractmethod
@@ -132,7 +143,10 @@ class ConsumerClient(ABC):
 
     @abstractmethod
     def lag(self) -> Mapping[Partition, int]:
-        """Return how many records each partition has beyond the last one returned, from cached end offsets."""
+        """Return the number of records in each partition after the last record that :meth:`poll` returned.
+
+        The client computes the number from cached end offsets.
+        """
 
     @abstractmethod
     def close(self, timeout: float) -> None:
@@ -155,7 +169,7 @@ def out_of_range_text(partition: Partition, was: int | None, begin: int, end: in
     return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; continuing at {start}"
 
 
-#: Advice for an error of a client library, by a substring of the error's text.
+#: Advice for errors of a client library. The keys are parts of the text of such an error.
 _REMEDIES = {
     "authenticat": "check user, password and mechanism in the client's security settings",
     "authoriz": "grant the user Read on the topic and on the consumer group",
@@ -170,11 +184,11 @@ def client_error(
 ) -> ClientError:
     """Build the error of a failed client operation.
 
-    :param activity: the operation, as an infinitive.
+    :param activity: the failed operation as an infinitive, for example "fetch messages".
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
-    :param transient: whether the error is transient, and so logged at INFO.
+    :param transient: whether the error is normal for a while; the consumer logs such an error at INFO.
     """
     text = f"cannot {activity} at {servers}: {reason}"
     remedy = next((advice for word, advice in _REMEDIES.items() if word in str(reason).lower()), None)
@@ -182,7 +196,7 @@ def client_error(
 
 
 def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
-    """Build the error of a group without committed offsets whose reset policy is ``none``."""
+    """Build the error for a group that has no committed offset and whose reset policy is ``none``."""
     names = ", ".join(map(str, partitions))
     return ClientError(
         f"the group has no committed offset in {names}, and the reset policy is 'none': commit offsets for the group,"

@@ -1,4 +1,4 @@
-"""Dead letters: permanently failed messages, written to a topic of their own."""
+"""Dead letters: permanently failed messages, written to a separate topic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from kser.schemas import Message
 #: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
 PREFIX = "kser-dlq-"
 
-#: Maximum characters of the error message: at the first try, and if the dead letter was too large with that.
+#: Maximum number of characters of the error message in a dead letter: first for the normal write, then for another
+#: write if the dead letter was too large.
 TEXT_LIMITS = (2000, 0)
 
 #: Time limit for writing a dead letter, in seconds.
@@ -30,8 +31,9 @@ class DeadLetterWriter:
     """Writer of dead letters.
 
     :param topic_for: returns the dead letter topic of a source topic; None if the source topic has no dead letters.
-    :param producer: returns the producer.
-    :param sender: the consumer class; its name is stored in the dead letters, and it is the sender of the signal.
+    :param producer: returns the producer that writes the dead letters.
+    :param sender: the consumer class. Each dead letter contains the name of the class, and the class is the sender of
+        the signal ``dead_lettered``.
     :param log: the logger of the consumer.
     """
 
@@ -53,7 +55,8 @@ class DeadLetterWriter:
         """Write the dead letter of a permanently failed record.
 
         :param attempts: the number of attempts at the record.
-        :param again: whether an earlier write failed; the failure was logged then and is logged at DEBUG now.
+        :param again: whether an earlier write of this dead letter failed. The earlier failure was logged at ERROR, so
+            this call logs a failure at DEBUG.
         :return: True if the record counts as finished: its dead letter is written, or its topic has no dead letters.
         """
         topic = self._topic_for(record.topic)

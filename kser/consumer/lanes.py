@@ -14,13 +14,14 @@ from kser.consumer.work_item import WorkItem
 class LaneQueue:
     """Work items in three states: ready, queued behind another item of their lane, or delayed until they are due.
 
-    Not thread-safe: the owner must hold a lock.
+    The class is not thread-safe: callers must hold the lock of the work queue.
     """
 
     def __init__(self) -> None:
         #: The items that may start immediately.
         self.ready: deque[WorkItem] = deque()
-        # An entry exists while an item of the lane is ready, running or delayed; its queue has the items behind it.
+        # A lane has an entry while one of its items is ready, running or delayed. The value is the queue of the items
+        # behind that item.
         self._lanes: dict[tuple[OffsetTracker, bytes | str | None], deque[WorkItem]] = {}
         self._delayed: list[tuple[float, int, WorkItem]] = []
         self._ticket = count()
@@ -36,7 +37,7 @@ class LaneQueue:
             queue.append(item)
 
     def occupy(self, item: WorkItem) -> None:
-        """Occupy the lane of a started item."""
+        """Occupy the lane of a started item, so that the other items of the lane wait."""
         if item.lane is not None:
             self._lanes[item.tracker, item.lane] = deque()
 
@@ -61,7 +62,7 @@ class LaneQueue:
 
     @property
     def next_due(self) -> float | None:
-        """The earliest due time of the delayed items; None if there are none."""
+        """The earliest due time of the delayed items; None if no item is delayed."""
         return self._delayed[0][0] if self._delayed else None
 
     @property

@@ -1,10 +1,10 @@
 """The offset tracker: computes the offset to commit and the finished offsets above it.
 
-The committed offset is the one below which all records are finished. The metadata of the commit lists the finished
-offsets above it, so that the next owner of the partition does not run these records again. For example,
-``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and
-3 finished. An offset without a record (compacted, or a transaction marker) counts as finished. With the reset policy
-``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. In Kafka, the metadata has a checksum,
+All records below the committed offset are finished. The metadata of the commit lists the finished offsets above the
+committed offset, so that the next owner of the partition does not run these records again. For example,
+``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and 3
+finished. An offset without a record (compacted, or a transaction marker) counts as finished. With the reset policy
+``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. Metadata in Kafka ends with a checksum,
 because damaged metadata must not mark a record as finished.
 """
 
@@ -19,17 +19,17 @@ from kser.consumer.client import Commit, Partition
 
 PREFIX = "kser:"
 COUNT_PREFIX = "of:"
-#: Maximum characters of the metadata; brokers accept 4096 bytes (``offset.metadata.max.bytes``).
+#: Maximum number of characters of the metadata. Brokers accept 4096 bytes (``offset.metadata.max.bytes``).
 METADATA_LIMIT = 4000
 
 
 def add_checksum(metadata: str) -> str:
-    """Add the checksum to metadata, as written to Kafka."""
+    """Return metadata with its checksum, in the form that is written to Kafka."""
     return f"{metadata};{crc32(metadata.encode()):08x};" if metadata else ""
 
 
 def strip_checksum(written: str) -> str:
-    """Verify and remove the checksum of metadata read from Kafka; return "" if it is foreign or damaged."""
+    """Return metadata from Kafka without its checksum, or "" if the metadata is foreign or damaged."""
     metadata, _, rest = written.partition(";")
     # confluent-kafka may read past the end of the metadata, so text behind the checksum is ignored.
     return metadata if written.startswith(add_checksum(metadata)) and rest else ""
@@ -62,7 +62,7 @@ class Ranges:
 
 
 def decode(commit: Commit) -> Ranges:
-    """Return the finished ranges above a committed offset; none if its metadata has another format."""
+    """Return the finished ranges above a committed offset; the result is empty if the metadata has another format."""
     text = commit.metadata.rpartition(" ")[2]
     if not text.startswith(PREFIX):
         return Ranges()
@@ -77,13 +77,13 @@ def decode(commit: Commit) -> Ranges:
 
 
 class PartitionCounts:
-    """The partition counts of topics, used to recognise partitions added after the group had subscribed.
+    """The partition counts of topics, which show whether a partition was added after the group had subscribed.
 
-    Partitions added later were empty when the group subscribed, so the group starts at their beginning even with
-    ``latest``.
+    A partition that was added later was empty when the group subscribed. So the group starts at the beginning of such a
+    partition, even with the reset policy ``latest``.
 
-    :param reset: the reset policy of the group. Only ``"latest"`` makes a difference, so only then the commits
-        contain the counts.
+    :param reset: the reset policy of the group. The commits contain the counts only with ``"latest"``, because the
+        other policies do not need them.
     """
 
     def __init__(self, reset: str) -> None:
@@ -91,7 +91,7 @@ class PartitionCounts:
         self._counts: dict[str, int] = {}
 
     def observe(self, topic: str, count: int) -> None:
-        """Record the current partition count of a topic, at the first call for the topic."""
+        """Record the current partition count of a topic. Only the first call for a topic has an effect."""
         self._counts.setdefault(topic, count)
 
     def annotate(self, key: Partition, commit: Commit) -> Commit:
@@ -100,7 +100,10 @@ class PartitionCounts:
         return commit if size is None else Commit(commit.offset, f"{COUNT_PREFIX}{size} {commit.metadata}".rstrip())
 
     def restore(self, key: Partition, commit: Commit) -> None:
-        """Restore the partition count of a topic from a commit of the group; the smallest count applies."""
+        """Restore the partition count of a topic from a commit of the group.
+
+        If several commits contain a count for the topic, the smallest count applies.
+        """
         word = commit.metadata.partition(" ")[0].removeprefix(COUNT_PREFIX)
         if commit.metadata.startswith(COUNT_PREFIX) and word.isdigit():
             self._counts[key.topic] = min(int(word), self._counts.get(key.topic, int(word)))
@@ -115,8 +118,8 @@ class OffsetTracker:
 
     :param start: the committed offset of the group.
     :param finished: additional finished ranges, from an earlier assignment of the partition.
-    :param carried_over: items of records that were started during an earlier assignment and are unfinished;
-        they do not start a second time.
+    :param carried_over: items of records that were started during an earlier assignment and are unfinished. These items
+        do not start a second time.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class OffsetTracker:
     ) -> None:
         #: The items of the unfinished records by offset, in order.
         self.unfinished: dict[int, Any] = {}
-        #: The offset behind the last received record.
+        #: The offset after the last received record.
         self.next_offset = start.offset
         #: The last confirmed commit.
         self.committed = start
@@ -155,14 +158,17 @@ class OffsetTracker:
         return item
 
     def mark_finished(self, offset: int) -> bool:
-        """Mark a record as finished; return whether it was received during this assignment and unfinished."""
+        """Mark a record as finished.
+
+        :return: whether the record was received during this assignment and was still unfinished.
+        """
         if self.dead_letter_pending:
             self.dead_letter_pending.discard(offset)
         if offset in self.unfinished:
             del self.unfinished[offset]
             return True
         if self._carried_over.pop(offset, None) is not None:
-            # The record finished before the client returned it again, so its redelivery must be dropped.
+            # The record finished before the client returned it again, so the tracker must drop the redelivered record.
             self._finished_early.add(offset)
         return False
 
@@ -177,7 +183,7 @@ class OffsetTracker:
     def finished_ranges(self, unfinished: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
         """Iterate over the finished ranges, from the committed offset on.
 
-        :param unfinished: the unfinished offsets of the received records, in order; defaults to all tracked ones.
+        :param unfinished: the unfinished offsets of the received records, in order; by default, those in the tracker.
         """
         start = self.committed.offset
         for offset in self.unfinished if unfinished is None else unfinished:
@@ -193,7 +199,7 @@ class OffsetTracker:
                 yield max(start, self.next_offset), end
 
     def revoke(self, was_started: Callable[[Any], bool]) -> None:
-        """Mark the partition as revoked: discard the items that have not started. Their records stay unfinished."""
+        """Mark the partition as revoked and discard the items that have not started. Their records stay unfinished."""
         self.revoked = True
         for offset, item in self.unfinished.items():
             if not was_started(item):
@@ -206,8 +212,8 @@ class OffsetTracker:
     def commit(self, counts_as_finished: Callable[[Any], bool] | None = None) -> Commit:
         """Return the commit for the current state.
 
-        :param counts_as_finished: returns whether an unfinished item counts as finished because it has started;
-            None if no item does.
+        :param counts_as_finished: returns whether an unfinished item counts as finished because it has started. With
+            None, no unfinished item counts as finished.
         """
         unfinished: Collection[int] = self.unfinished
         if counts_as_finished is not None:
@@ -217,7 +223,8 @@ class OffsetTracker:
             return Commit(offset)
         finished = Ranges(self.finished_ranges(unfinished))
         if not unfinished:
-            # Finished ranges of an earlier assignment may adjoin the last received record, so move behind them.
+            # Finished ranges of an earlier assignment may follow the last received record directly, so move the offset
+            # behind these ranges.
             offset = max((end for start, end in finished if start <= offset), default=offset)
         return Commit(offset, _encode(offset, finished))
 
@@ -227,12 +234,13 @@ class OffsetTracker:
 
     @property
     def is_full(self) -> bool:
-        """True if the metadata could exceed its limit, for the worst order in which the open records finish."""
+        """True if the metadata could exceed its limit when the unfinished records finish in the worst order."""
         if not self.unfinished:
             return False
         span = self.next_offset - next(iter(self.unfinished))
         gaps: int = min(len(self.unfinished), (span + 1) // 2)
-        # Each gap takes the digits of its length and of the finished range behind it, and two commas.
+        # Each gap between finished ranges adds to the metadata: the digits of its length, the digits of the length of
+        # the finished range behind the gap, and two commas.
         above = (
             sum(1 for _, end in self._finished if end > self.next_offset)
             if self.next_offset < self._first_unseen
@@ -260,6 +268,6 @@ def _encode(offset: int, finished: Ranges) -> str:
             runs += (max(start, offset) - last, end - max(start, offset))
             last = end
     text = PREFIX + ",".join(format(run, "x") for run in runs) if runs else ""
-    # Ranges beyond the metadata limit are dropped and would run again after a crash, so ``is_full`` pauses the
-    # partition before that.
+    # This function drops ranges beyond the metadata limit, and the records of these ranges would run again after a
+    # crash. To prevent that, the poller pauses a partition while ``is_full`` is true.
     return text if len(text) <= METADATA_LIMIT else text[: text.rindex(",", 0, METADATA_LIMIT)]

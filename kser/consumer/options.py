@@ -25,7 +25,7 @@ _COUNTS = ("workers", "max_in_flight", "max_buffered_bytes")
 
 
 class ConsumerKwargs(TypedDict, total=False):
-    """The options as keyword arguments; None has the same effect as no argument."""
+    """The options as keyword arguments. An argument that is None has the same effect as a missing argument."""
 
     workers: int | None
     ordering: str | None
@@ -41,20 +41,25 @@ class ConsumerKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConsumerOptions:
-    """The options of a consumer. Each option is an argument of its constructor or the setting ``KSER_<NAME>``.
+    """The options of a consumer.
 
-    :param workers: the number of messages that run concurrently: 1 runs in the main thread, more run in a thread each.
+    Each option is an argument of the consumer's constructor, or a setting with the name ``KSER_<NAME>``.
+
+    :param workers: the number of messages that run at the same time. One worker runs in the main thread; several
+        workers have a thread each.
     :param ordering: ``"key"``: messages of a partition with the same key run one after another, in order;
-        ``"partition"``: all messages of a partition do; ``"none"``: messages run in any order.
+        ``"partition"``: all messages of a partition run one after another, in order; ``"none"``: messages run in any
+        order.
     :param commit: ``"after"`` commits a message when it is finished; ``"before"`` commits it before it runs, as kser
         0.8 did; ``"never"`` commits nothing.
-    :param retry: the retry policy for classes that declare none.
-    :param dead_letter: the topic for permanently failed messages; True for ``<their topic>.dlq``.
+    :param retry: the retry policy for classes that declare no policy.
+    :param dead_letter: the topic for permanently failed messages. True stands for the topic of the message with the
+        suffix ``.dlq``.
     :param shutdown_timeout: seconds that running messages have to finish when the consumer shuts down.
-    :param revoke_timeout: seconds that running messages have to finish when their partition is revoked, at most a
-        third of the client's longest time between polls.
+    :param revoke_timeout: seconds that running messages have to finish when their partition is revoked. The consumer
+        uses at most a third of the client's longest time between two polls.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
-    :param max_buffered_bytes: the maximum number of bytes of their keys and values.
+    :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
     :param stall_timeout: seconds without progress after which a consumer with lag logs an error.
     """
 
@@ -71,7 +76,7 @@ class ConsumerOptions:
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
-        """Create the options from ``given``; take missing ones from the settings.
+        """Create the options from ``given``; an option that ``given`` does not contain comes from the settings.
 
         :raises kser.errors.UsageError: ``given`` has an unknown option.
         :raises kser.errors.SettingError: a value is invalid.

@@ -1,4 +1,4 @@
-"""The partitions of a consumer: their offset trackers, their commits and their rebalances."""
+"""The partition table: the partitions of a consumer with their offset trackers, commits and rebalances."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kser.consumer.work_queue import WorkQueue
 
 
 class PartitionTable(RebalanceListener):
-    """The assigned partitions and their offset trackers. It shares the lock of the work queue.
+    """The assigned partitions and their offset trackers. The table shares the lock of the work queue.
 
-    :param work_queue: the work queue that the records of the partitions run in.
-    :param revoke_timeout: seconds to wait for the running records of a partition before it is revoked.
+    :param work_queue: the work queue that receives the records of the partitions.
+    :param revoke_timeout: seconds to wait for the running records of a partition before the partition is revoked.
     """
 
     def __init__(self, work_queue: WorkQueue, revoke_timeout: float = 10) -> None:
@@ -26,7 +26,8 @@ class PartitionTable(RebalanceListener):
         self._trackers: dict[Partition, OffsetTracker] = {}
         self._revoked: dict[Partition, OffsetTracker] = {}
         self._assigned = self._closed = False
-        #: False if nothing can or must be committed; :meth:`commits` and revocations return no offsets then.
+        #: False if the consumer cannot commit or must not commit. Then :meth:`commits` and revocations return no
+        #: offsets.
         self.commit_enabled = True
 
     @property
@@ -44,20 +45,20 @@ class PartitionTable(RebalanceListener):
                     # The partition was revoked after the client had fetched these records, so drop them.
                     continue
                 if tracker is None:
-                    # Without a group, no assignment defines a start offset, so the first record does.
+                    # Without a group, no assignment defines a start offset, so the first record defines it.
                     tracker = self._trackers[partition] = OffsetTracker(Commit(records[0].offset))
                 self._work_queue.put(tracker, records)
                 queued += len(records)
         return queued
 
     def blocked_partitions(self) -> Collection[Partition]:
-        """Return the blocked partitions: a dead letter cannot be written, or the commit metadata is full."""
+        """Return the partitions with a dead letter that cannot be written, or with full commit metadata."""
         with self._work_queue.lock:
             return {key for key, tracker in self._trackers.items() if tracker.is_full or tracker.dead_letter_pending}
 
     @property
     def backlog(self) -> dict[Partition, int]:
-        """The number of unfinished records of each partition, without those that wait for a retry."""
+        """The number of unfinished records of each partition, except records that wait for a retry."""
         with self._work_queue.lock:
             counts = {key: len(tracker.unfinished) for key, tracker in self._trackers.items()}
             for item in self._work_queue.lanes.delayed:
@@ -95,7 +96,8 @@ class PartitionTable(RebalanceListener):
             self._assigned = True
             for key, start in starts.items():
                 revoked = self._revoked.pop(key, None) or self._detach(key)
-                # Committed offsets of a group decrease only if they were deleted; the old state is invalid then.
+                # The committed offset of a group decreases only if the offset was deleted; then the old state is
+                # invalid.
                 if revoked is None or start.offset < revoked.committed.offset:
                     self._trackers[key] = OffsetTracker(start)
                     self._work_queue.resume_partition(key, self._trackers[key], {})
@@ -111,8 +113,8 @@ class PartitionTable(RebalanceListener):
                 self._trackers[key] = OffsetTracker(start)
 
     def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
-        # Leaving the group revokes the partitions, but the final commit has already succeeded or failed for good. So
-        # return an empty revocation then, which commits nothing.
+        # Leaving the group revokes the partitions. By then, the final commit has already succeeded or failed for good,
+        # so return an empty revocation, which commits nothing.
         return self._revoke(() if self._closed else partitions)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:

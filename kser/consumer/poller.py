@@ -1,6 +1,6 @@
 """The poller: the thread that owns the Kafka client. It polls, pauses and commits, and runs no user code.
 
-So a task may run for hours while the client continues to send heartbeats to its group.
+User code runs in other threads. So a task may run for hours while the client still sends heartbeats to its group.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kser.errors import ClientError, KserError
 
 #: Seconds that a poll waits for records if there is no other work.
 POLL_TIMEOUT = 0.5
-#: Longest time in seconds between two polls while the work queue is full, because the group membership needs polls.
+#: Longest time in seconds between two polls while the work queue is full. The client must poll to stay in its group.
 MAX_POLL_GAP = 1.0
-#: Seconds that a poll waits while a message runs whose offset must be committed immediately.
+#: Seconds that a poll waits while a message runs, if offsets are committed as soon as a message finishes.
 BUSY_POLL_TIMEOUT = 0.05
-#: Seconds that a poll waits during the shutdown, when polls only serve the group membership.
+#: Seconds that a poll waits during the shutdown, when polls only keep the group membership alive.
 SHUTDOWN_POLL_TIMEOUT = 0.05
 #: Time limit in seconds of a commit and of closing the client, so that an unreachable broker cannot block the shutdown.
 CLIENT_TIMEOUT = 1.2
@@ -36,15 +36,15 @@ _BACKOFF = partial(random_delay, first=0.2, ceiling=10, lowest=0.1)
 
 
 class Poller:
-    """The poll loop: moves records from the client to the work queue and commits the finished ones.
+    """The poll loop, which moves records from the client to the work queue and commits finished records.
 
-    :param connect: creates a client; called again after a fatal error of the client.
+    :param connect: creates a client; the poller calls it again after a fatal error of the client.
     :param topics: the topics to consume.
     :param work_queue: the work queue.
-    :param partitions: the partitions of the work queue.
+    :param partitions: the partition table.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
-    :param stall_timeout: seconds without progress after which lag is logged as an error.
+    :param stall_timeout: seconds without progress after which the poller logs lag as an error.
     :param log: the logger of the consumer.
     """
 
@@ -82,14 +82,17 @@ class Poller:
         partitions.commit_enabled = self.mode != NEVER
 
     def cluster(self) -> str:
-        """Return the id of the Kafka cluster; empty if it is unknown or without a client. Any thread may call it."""
+        """Return the id of the Kafka cluster, or "" if the id is unknown or no client exists.
+
+        Any thread may call this method.
+        """
         client = self._client
         return "" if client is None else client.cluster
 
     # -- the client thread ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Poll until :meth:`stop` is called, then :meth:`close`."""
+        """Poll until :meth:`stop` is called, and then call :meth:`close`."""
         try:
             while not self._stop.is_set():
                 self.poll_once(POLL_TIMEOUT)
@@ -127,7 +130,7 @@ class Poller:
             text = f"the Kafka client raised an unexpected error: {exc!r}"
             if text != self._errors.get("poll"):
                 self._log.exception(text)
-            # The state of the client is unknown after an unexpected exception, so replace the client.
+            # The state of the client is unknown after an unexpected exception, so a new client must replace it.
             self._back_off(ClientError(text, fatal=True), timeout)
         return 0
 
@@ -145,14 +148,14 @@ class Poller:
         return self._partitions.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
-        """Return how many records to fetch; wait for capacity first, but poll in time for the group membership."""
+        """Return how many records to fetch. Wait for capacity first, but poll again in time to stay in the group."""
         if self.paused or self.shutting_down:
             return 0
         room = self._work_queue.capacity()
         in_flight = self._work_queue.in_flight
         enough = in_flight // 2
-        # Wait for capacity, because fetching a few records at a time would cost one poll each. With interval 0, wait
-        # for a finished record too, because no offset can be committed while a poll blocks.
+        # Wait for capacity, because otherwise each poll would fetch only a few records. With interval 0, wait for a
+        # finished record too, because no offset can be committed while a poll blocks.
         if timeout and (room <= enough or (not self._interval and in_flight and self._work_queue.is_busy)):
             wait = min(MAX_POLL_GAP, self._until_commit())
             seen = self._work_queue.finished_count + self._work_queue.started_count
@@ -179,23 +182,28 @@ class Poller:
         return max(self._last_commit + self._interval - self._work_queue.clock(), 0) if self._interval else MAX_POLL_GAP
 
     def lag(self) -> Mapping[Partition, int]:
-        """Return how many records of each partition are not fetched yet; empty if the client raises an error."""
+        """Return the number of records of each partition that are not fetched yet.
+
+        If the client raises an error, the result is empty.
+        """
         try:
             return self._client.lag() if self._client else {}
         except ClientError:
             return {}
 
     def _prove_membership(self, client: ConsumerClient) -> None:
-        """Verify the group membership by repeating the last commit, which a group accepts from its members only.
+        """Verify the group membership by repeating the last commit.
 
-        :raises kser.errors.ClientError: this client is no member, or the group does not respond.
+        A group accepts commits only from its members.
+
+        :raises kser.errors.ClientError: this client is not a member of the group, or the group does not respond.
         """
         committed = self._partitions.committed_offsets()
         if committed and self.mode != NEVER:
             try:
                 client.commit(committed, CLIENT_TIMEOUT)
             except ClientError:
-                # The client detects the lost membership by itself, but only during a poll.
+                # The client detects only during a poll that it has lost its membership, so poll once.
                 self._partitions.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
                 raise
 
@@ -266,7 +274,7 @@ class Poller:
         return client
 
     def _back_off(self, error: ClientError, timeout: float) -> None:
-        """Log the error, replace the client after a fatal one, and back off exponentially before the next poll."""
+        """Log the error, discard the client after a fatal error, and back off exponentially before the next poll."""
         self._report("poll", error)
         self._error_count += 1
         if error.fatal and self._client is not None:
@@ -277,7 +285,7 @@ class Poller:
         self._stop.wait(min(_BACKOFF(self._error_count), timeout))
 
     def _report(self, activity: str, error: ClientError | None) -> None:
-        """Log an error of the client once, each change of the error, and the recovery."""
+        """Log a client error once, log it again when its text changes, and log the recovery."""
         text = error.message if error else ""
         if text != self._errors.get(activity, ""):
             self._errors[activity] = text

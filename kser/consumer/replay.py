@@ -13,7 +13,8 @@ from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
 from kser.consumer.services import SharedProducer
 from kser.errors import BrokerUnavailable
 
-#: Dead letters that are replayed between two commits. A crash between two commits sends them a second time.
+#: Number of dead letters that are replayed between two commits. After a crash, the next replay sends the dead letters
+#: since the last commit a second time.
 READ_BATCH = 100
 
 #: Time limit of one poll for dead letters, in seconds.
@@ -23,10 +24,10 @@ POLL_TIMEOUT = 0.5
 def iter_dead_letters(
     consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, *, timeout: float = 10
 ) -> Iterator[DeadLetter]:
-    """Iterate over the dead letters currently on a topic, oldest first within a partition. It commits no offsets.
+    """Iterate over the dead letters currently on a topic, oldest first within a partition, without committing offsets.
 
     :param consumer: the consumer class of the transport: ``kser.python_kafka.consumer.Consumer`` or another one.
-    :param config: options of its client; the group in it is ignored.
+    :param config: options of the consumer's client; the group in ``config`` is ignored.
     :param topic: the topic of the dead letters.
     :param timeout: seconds to wait for a response of the broker.
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
@@ -48,13 +49,13 @@ def replay(
     group: str | None = None,
     timeout: float = 10,
 ) -> int:
-    """Send dead letters back to their original topics, unchanged; skip those that ``where`` does not select.
+    """Send dead letters back to their original topics, unchanged; skip dead letters that ``where`` does not select.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
 
     :param consumer: the consumer class of the transport.
-    :param config: options of its client; the group in it is replaced by ``group``.
+    :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
     :param topic: the topic of the dead letters.
     :param where: selects the dead letters to send; None sends all of them.
     :param limit: the maximum number of messages to send.

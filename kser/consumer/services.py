@@ -29,7 +29,8 @@ class BackgroundService(Protocol):
 class BackgroundServices:
     """The thread that runs the background services of a consumer.
 
-    :param find_services: returns the background services; called repeatedly, because services are added later.
+    :param find_services: returns the background services. The thread calls this function repeatedly, because registries
+        may add services later.
     """
 
     def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
@@ -39,7 +40,9 @@ class BackgroundServices:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread if it is not running and there are services; services without a database start later.
+        """Start the thread, unless it is already running or no service exists.
+
+        If the database is unavailable, the thread starts anyway and loads the services later.
 
         :raises kser.errors.KserError: a service cannot run in this consumer.
         """
@@ -74,15 +77,15 @@ class BackgroundServices:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Reload the services, because classes of further registries may have been registered."""
+        """Reload the services, because classes of further registries may have been registered since the last call."""
         try:
             self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage; the next cycle reloads the services.
             pass
         except Exception:
-            # Never let this thread die: leases would expire. Services call user and driver code that may raise
-            # anything.
+            # Services call user and driver code, which may raise any exception. No exception may end this thread,
+            # because otherwise the leases of all claims would expire.
             logger.exception("background services could not be loaded; trying again")
 
 
@@ -106,16 +109,20 @@ class SharedProducer:
             return self._producer
 
     def attach(self, controller: Any) -> None:
-        """Attach the producer to the registries of a controller's classes, so that their tasks can send.
+        """Attach the producer to the registries of a controller's classes, so that the tasks of these classes can send.
 
-        Call it regularly: classes are registered later, and other consumers of the process attach and detach theirs.
+        Call this method regularly, because classes may be registered later, and because other consumers of the process
+        attach and detach their own producers.
         """
         self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):
             registry._kser_set_fallback_producer(self.producer)
 
     def attach_if_changed(self, controller: Any) -> bool:
-        """Attach the producer if the controller or its number of classes has changed; return whether it has."""
+        """Attach the producer if the controller or its number of classes has changed.
+
+        :return: whether the controller or its number of classes has changed.
+        """
         if self._attached_to == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
             return False
         self.attach(controller)

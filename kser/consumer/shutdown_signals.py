@@ -15,13 +15,14 @@ from typing import Any
 
 from kser.attempt import Attempt, AttemptAbandoned, current_attempt
 
-#: Seconds within which a repeated signal counts as the same one, because a terminal and a wrapper may both forward it.
+#: Seconds within which a repeated signal counts as the same signal, because a terminal and a wrapper program may both
+#: forward one signal.
 REPEATED_SIGNAL_WINDOW = 0.2
 
 #: Seconds between two wake-up signals to the main thread.
 WAKEUP_INTERVAL = 0.1
 
-#: Seconds that the main thread has to leave an abandoned attempt, clean-up included.
+#: Seconds that the main thread has to leave an abandoned attempt, including the clean-up code of the task.
 CLEANUP_GRACE = 5.0
 
 #: The wake-up signal. SIGURG has no other use here, and a process without a handler ignores it.
@@ -30,12 +31,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ShutdownSignals:
-    """Signal handlers of a consumer: the first signal stops it, the second one interrupts the main thread.
+    """The signal handlers of a consumer.
+
+    The first signal stops the consumer, and the second signal interrupts the main thread.
 
     Python runs a signal handler only when the main thread executes Python code, and a blocking task can delay that for
-    a long time. So signals are also written to a socket, which another thread reads: see :meth:`wait`.
+    a long time. So Python also writes each signal to a socket, which another thread reads with :meth:`wait`.
 
-    :param stop: called at the first signal, inside of the signal handler, so it must only set flags.
+    :param stop: called at each signal. The call may happen inside a signal handler, so ``stop`` must only set flags.
     """
 
     def __init__(self, stop: Callable[[], None]) -> None:
@@ -52,7 +55,7 @@ class ShutdownSignals:
 
     @property
     def status(self) -> int | None:
-        """The exit status after a second signal, 128 plus its number; None before that."""
+        """The exit status after a second signal: 128 plus the number of that signal; None before a second signal."""
         return 128 + self._received[1] if len(self._received) > 1 else None
 
     @contextmanager
@@ -93,10 +96,11 @@ class ShutdownSignals:
     def interrupt_main_thread(self, is_running: Callable[[], bool]) -> bool:
         """Interrupt an abandoned attempt that still runs in the main thread.
 
-        Only a signal handler can raise in the main thread, and it raises only once per attempt.
+        Only a signal handler can raise an exception in the main thread, so this method sends a signal to the main
+        thread. The handler raises the exception only once per attempt.
 
         :param is_running: returns whether the main thread still runs tasks.
-        :return: whether the main thread has left within a few seconds, clean-up included.
+        :return: whether the main thread has left the attempt within ``CLEANUP_GRACE`` seconds, clean-up included.
         """
         deadline = time.monotonic() + CLEANUP_GRACE
         while is_running() and time.monotonic() < deadline:
@@ -117,7 +121,7 @@ class ShutdownSignals:
             raise KeyboardInterrupt
 
     def _read_pending(self) -> None:
-        """Read the pending signals from the socket and call ``stop`` for each new one."""
+        """Read the pending signals from the socket and call ``stop`` for each new signal."""
         with self._lock:
             try:
                 numbers = self._sockets[0].recv(4096) if self._sockets else b""
@@ -136,7 +140,7 @@ _installed: list[ShutdownSignals] = []
 
 
 def _uninstall_in_child() -> None:
-    """Restore the previous signal handlers in a forked process, because only its parent is the consumer."""
+    """Restore the previous signal handlers in a forked child process, because only its parent process is a consumer."""
     while _installed:
         _installed.pop().uninstall()
 

@@ -1,4 +1,4 @@
-"""Detection of a stalled consumer: records are left, and none is finished."""
+"""Detection of a stalled consumer, which has unfinished records and does not finish any."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kser.consumer.work_queue import WorkQueue
 
 
 class StallDetector:
-    """A detector of stalls: lag without progress. It logs each stall once.
+    """A detector of stalls. A consumer stalls if it has lag and makes no progress. Each stall is logged once.
 
     :param work_queue: the work queue.
-    :param partitions: the partitions of the work queue.
-    :param timeout: seconds without progress after which lag is a stall.
+    :param partitions: the partition table.
+    :param timeout: seconds without progress after which a consumer with lag counts as stalled.
     :param log: the logger of the consumer.
     """
 
@@ -29,9 +29,9 @@ class StallDetector:
         self._stalled = False
 
     def check(self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]]) -> int:
-        """Log a stall at its begin and return the number of stalled partitions.
+        """Log a stall when it begins, and return the number of stalled partitions.
 
-        :param no_stall: True if records were fetched, or if the consumer fetches none on purpose.
+        :param no_stall: True if records were fetched, or if the consumer deliberately fetches no records.
         :param client_lag: returns how many records of each partition are not fetched yet.
         """
         finished, now = self._work_queue.finished_count, self._work_queue.clock()

@@ -20,7 +20,7 @@ class WorkItem:
     :param record: the Kafka record.
     :param tracker: the offset tracker of its partition.
     :param lane: the lane, whose items run one after another in order; None if the item is in no lane.
-    :param retry: the retry policy of the consumer, for classes that declare none.
+    :param retry: the retry policy of the consumer, for classes that declare no policy.
     """
 
     #: True once an attempt at the record was started.
@@ -41,14 +41,18 @@ class WorkItem:
         self.size = (len(key) if key else 0) + (len(value) if value else 0)
 
     def survives_revocation(self, commit_before: bool) -> bool:
-        """Return whether the item continues after its partition was revoked, because its record is not redelivered.
+        """Return whether the item continues after a revocation of its partition.
+
+        An item continues if its record will not be redelivered.
 
         :param commit_before: whether a record counts as finished as soon as its attempt has started.
         """
         return self.attempt.acked or (commit_before and self.was_started)
 
     def next_attempt(self, due_at: float) -> WorkItem:
-        """Create the item that replaces this one, with the same attempt number; a retry increments the number.
+        """Create the item that replaces this item.
+
+        The new item has the same attempt number. For a retry, the caller increments the number.
 
         :param due_at: the time at which the new item is due.
         """

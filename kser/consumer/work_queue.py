@@ -1,6 +1,6 @@
 """The work queue of a consumer: which record runs next, and which records are in flight.
 
-One lock guards the queue and its partitions. Under it runs neither user code nor a call of the network.
+One lock guards the queue and its partitions. A thread that holds the lock runs no user code and makes no network call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class InFlightLimit:
     """Counter of the records in flight, with a limit of their number and bytes.
 
     :param max_count: the maximum number of records.
-    :param max_bytes: the maximum number of bytes of their keys and values.
+    :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
     """
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
@@ -50,7 +50,8 @@ class InFlightLimit:
     def available(self, delayed: int) -> int:
         """Return how many more records may be in flight.
 
-        :param delayed: the number of records in flight that wait for a retry; these count by their bytes only.
+        :param delayed: the number of records in flight that wait for a retry. Their bytes count, but their number does
+            not.
         """
         room = self._max_count - self.count + delayed
         spare = self._max_bytes - self.bytes
@@ -60,9 +61,9 @@ class InFlightLimit:
 
 
 class ConditionWaiters:
-    """A condition variable for threads that each wait for a predicate of their own.
+    """A condition variable for several threads, each of which waits for its own predicate.
 
-    :param lock: the lock of the state that the predicates read; callers of the notify methods must hold it.
+    :param lock: the lock of the state that the predicates read. Callers of the notify methods must hold the lock.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -90,10 +91,10 @@ class ConditionWaiters:
 
 
 class GroupLease:
-    """A lease on the group membership, renewed by each poll of the client.
+    """A lease on the group membership. Each poll of the client renews the lease.
 
-    If the process was stopped or starved and did not poll for a long time, the group may have reassigned its
-    partitions. While the lease is expired, no attempt starts.
+    If the process was suspended or got no CPU time, it did not poll, and the group may have reassigned the partitions.
+    While the lease is expired, no attempt starts.
 
     :param clock: returns the time in seconds.
     :param max_silence: the duration of the lease, in seconds.
@@ -106,7 +107,7 @@ class GroupLease:
         self.deadline = clock() + max_silence
 
     def renew(self) -> None:
-        """Renew the lease; call it while the client is in its group."""
+        """Renew the lease. Call this method only while the client is in its group."""
         self.deadline = self._clock() + self._max_silence
 
     @property
@@ -115,7 +116,7 @@ class GroupLease:
         return self._clock() >= self.deadline
 
 
-#: Seconds between two checks whether an expired group lease was renewed.
+#: Seconds between two checks whether an expired group lease has been renewed.
 GROUP_LEASE_CHECK_INTERVAL = 0.1
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
 
@@ -125,8 +126,8 @@ class WorkQueue:
 
     :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
     :param max_in_flight: the maximum number of unfinished records; beyond it, :meth:`capacity` is 0.
-    :param max_bytes: the maximum number of bytes of their keys and values.
-    :param retry: the retry policy for classes that declare none.
+    :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
+    :param retry: the retry policy for classes that declare no policy.
     :param max_silence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
     :param commit_before: whether a record counts as finished for its group as soon as its attempt has started.
     :param clock: returns the time in seconds.
@@ -154,15 +155,15 @@ class WorkQueue:
         #: The lock of the queue and of its partitions. Re-entrant, because wait predicates call methods that acquire
         #: the lock.
         self.lock = threading.RLock()
-        #: Condition for the workers: a record is ready.
+        #: The condition for which workers wait: a record is ready.
         self._work_available = threading.Condition(self.lock)
-        #: Waiters of all other threads: a record was started, finished, committed or revoked.
+        #: Wakes the threads that are not workers. They wait until a record is started, finished, committed or revoked.
         self.waiters = ConditionWaiters(self.lock)
-        #: The waiting items. Hold the lock to read it.
+        #: The waiting items. Hold the lock while you read them.
         self.lanes = LaneQueue()
         self._running: dict[Attempt, WorkItem] = {}
         self._idle_workers = 0
-        #: The low-water mark of the records in flight that a waiting thread needs; -1 without such a thread.
+        #: The number of records in flight at which :meth:`wait_for_room` returns; -1 while no thread waits there.
         self._low_water_mark = -1
         self._closed = self._paused = False
         #: The number of records finished, and of attempts started, since the start of the consumer.
@@ -176,7 +177,7 @@ class WorkQueue:
 
     @property
     def in_flight(self) -> int:
-        """The number of unfinished records of the assigned partitions, without those that wait for a retry."""
+        """The number of unfinished records of the assigned partitions, except records that wait for a retry."""
         return self._in_flight_limit.count - self.lanes.delayed_count
 
     @property
@@ -208,7 +209,8 @@ class WorkQueue:
                 continue
             count += 1
             size += item.size
-            # Otherwise an attempt from before the rebalance continues, and it already occupies the lane.
+            # If ``entered`` is not the new item, an attempt from before the rebalance continues and already occupies
+            # the lane.
             if entered is item:
                 lanes.add(item) if lane is not None else lanes.ready.append(item)
         self._in_flight_limit.acquire(count, size)
@@ -251,7 +253,10 @@ class WorkQueue:
     # -- for workers ---------------------------------------------------------------------------------------------------
 
     def get(self, timeout: float) -> WorkItem | None:
-        """Return the next record to run; None if none is ready within ``timeout`` seconds or the queue is closed."""
+        """Return the next item to run.
+
+        :return: None if no item is ready within ``timeout`` seconds, or if the queue is closed.
+        """
         deadline = None
         lanes = self.lanes
         with self.lock:
@@ -274,7 +279,7 @@ class WorkQueue:
                 if left <= 0 or self._closed:
                     return None
                 if lanes.ready:
-                    # The group lease has expired, and its renewal notifies no worker; so check again soon.
+                    # The group lease has expired. Its renewal notifies no worker, so check again soon.
                     left = min(left, GROUP_LEASE_CHECK_INTERVAL)
                 if due is not None and not self._paused:
                     left = min(left, due - now)
@@ -285,11 +290,14 @@ class WorkQueue:
                     self._idle_workers -= 1
 
     def task_done(self, item: WorkItem) -> bool:
-        """Mark a record as finished; return False if its partition was revoked, so that it is not committed."""
+        """Mark a record as finished.
+
+        :return: False if the record cannot be committed, because its partition was revoked.
+        """
         tracker = item.tracker
         with self.lock:
             if self._running.pop(item.attempt, None) is None:
-                # The attempt was abandoned or timed out meanwhile, so a later attempt at the record counts instead.
+                # The attempt was abandoned or timed out meanwhile, so only a later attempt at the record counts.
                 return True
             self.finished_count += 1
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
@@ -303,7 +311,7 @@ class WorkQueue:
             return not tracker.revoked or item.attempt.acked or self.commit_before
 
     def ack(self, attempt: Attempt) -> None:
-        """Ack the record of a running attempt; its lane stays occupied until the attempt finishes."""
+        """Ack the record of a running attempt. Its lane stays occupied until the attempt finishes."""
         with self.lock:
             attempt.acked = True
             item = self._running.get(attempt)
@@ -312,7 +320,7 @@ class WorkQueue:
             self.waiters.notify_satisfied()
 
     def requeue(self, item: WorkItem, seconds: float) -> None:
-        """Schedule the next attempt at a record in ``seconds``; its lane stays occupied."""
+        """Schedule the next attempt at a record in ``seconds``. The lane of the record stays occupied."""
         with self.lock:
             if self._remove_running(item.attempt):
                 following = item.next_attempt(self.clock() + seconds)
@@ -349,7 +357,10 @@ class WorkQueue:
             return True
 
     def abandon(self, attempt: Attempt) -> bool:
-        """Abandon a running attempt, so that its record stays unfinished; return False if it has already ended."""
+        """Abandon a running attempt, so that its record stays unfinished.
+
+        :return: False if the attempt has already ended.
+        """
         with self.lock:
             was_running = self._remove_running(attempt)
             if was_running:
@@ -363,8 +374,8 @@ class WorkQueue:
         return True
 
     def _schedule_next(self, item: WorkItem, next_item: WorkItem) -> None:
-        # The partition may have been revoked and reassigned meanwhile, and then its tracker may no longer contain the
-        # record.
+        # The partition may have been revoked and reassigned meanwhile. In that case, its tracker may no longer contain
+        # the record.
         is_tracked = item.tracker.replace(item.record.offset, next_item)
         continues = item.attempt.acked or (
             is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
@@ -379,7 +390,7 @@ class WorkQueue:
             return list(self._running.values())
 
     def pause(self, paused: bool) -> None:
-        """Pause or resume: a paused queue starts no attempts."""
+        """Pause or resume the queue. A paused queue starts no attempts."""
         with self.lock:
             self._paused = paused
             self._work_available.notify_all()
@@ -391,8 +402,8 @@ class WorkQueue:
             if self.commit_before:
                 for item in self.lanes.delayed:
                     logger.warning(
-                        f"offset {item.record.offset} of {item.partition} waited for a retry and is dropped: with"
-                        " commit='before' it counts as finished"
+                        f"the message at offset {item.record.offset} of {item.partition} waited for a retry and is"
+                        " dropped, because with commit='before' it counts as finished"
                     )
             self.lanes.clear()
             self._work_available.notify_all()

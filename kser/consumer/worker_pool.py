@@ -19,7 +19,7 @@ from kser.errors import TaskTimeout
 #: Seconds that a worker waits for a record before it checks the stop flag.
 IDLE_WAIT = 0.5
 
-#: Seconds between two checks whether attempts still run, because a longer wait would delay signal handlers.
+#: Seconds between two checks whether attempts still run. A longer wait would delay signal handlers.
 IDLE_CHECK_INTERVAL = 0.1
 
 #: Back-off in seconds after a failed write of a dead letter.
@@ -27,11 +27,11 @@ _DEAD_LETTER_BACKOFF = partial(delay, first=1.0, ceiling=30.0)
 
 
 class WorkerPool:
-    """A pool of workers: each takes items from the work queue, runs the registry and applies the outcome.
+    """A pool of workers: each worker takes items from the work queue, runs the registry and applies the outcome.
 
     :param work_queue: the work queue.
-    :param before_attempt: called with each item before its attempt starts; None for no call.
-    :param handle: runs the registry with the value of a record.
+    :param before_attempt: a function to call with each item before its attempt starts, or None.
+    :param handle: passes the value of a record to the registry.
     :param dead_letters: the writer of dead letters.
     :param size: the number of workers.
     :param cluster: returns the id of the Kafka cluster.
@@ -60,7 +60,8 @@ class WorkerPool:
         self._counting = threading.Lock()
         #: The KeyboardInterrupt that a task raised to stop the consumer.
         self.interrupt: KeyboardInterrupt | None = None
-        #: Set, possibly by a signal handler, to start no more attempts; a call of :meth:`shutdown` follows.
+        #: True if the workers must start no more attempts. A signal handler may set it; a call of :meth:`shutdown`
+        #: follows.
         self.stopping = False
         #: True while a thread is inside of :meth:`work`.
         self.is_working = False
@@ -94,7 +95,7 @@ class WorkerPool:
             self.is_working = False
 
     def wait_until_idle(self) -> None:
-        """Wait until no attempt runs; the supervisor abandons attempts that exceed the time limit."""
+        """Wait until no attempt runs. The supervisor thread abandons attempts that exceed ``shutdown_timeout``."""
         while self._work_queue.running():
             self._work_queue.waiters.wait(lambda: not self._work_queue.running(), IDLE_CHECK_INTERVAL)
 
@@ -105,18 +106,19 @@ class WorkerPool:
         self._shut_down.set()
 
     def step(self, timeout: float = 0) -> bool:
-        """Run one item in this thread; return False if none is ready within ``timeout`` seconds."""
+        """Run one item in this thread; return False if no item is ready within ``timeout`` seconds."""
         item = self._work_queue.get(timeout)
         if item is not None:
             self._attempt(item)
         return item is not None
 
     def enforce_time_limits(self) -> None:
-        """Time out attempts that exceed the time limit of their class, and start a worker for each stuck one."""
+        """Time out attempts that exceed the time limit of their class, and start a new worker for each of them."""
         now = self._work_queue.clock()
         for item in self._work_queue.running():
             attempt = item.attempt
-            # Read the outcome latch before the check: the next step of the attempt has a latch and a timer of its own.
+            # Read the outcome latch before the check, because each step of an attempt has its own latch and timer, and
+            # the next step may begin meanwhile.
             outcome = attempt.outcome
             if attempt.time_limit is not None and now - attempt.started_at >= attempt.time_limit:
                 timeout_error = TaskTimeout(f"the attempt took longer than TIME_LIMIT, {attempt.time_limit:g} s")
@@ -134,7 +136,7 @@ class WorkerPool:
             self.shutdown()
 
     def _work(self) -> None:
-        """Run items until the shutdown, or until another worker has replaced this one."""
+        """Run items until the shutdown, or until another worker has replaced this worker."""
         work_queue = self._work_queue
         while not self.stopping:
             item = work_queue.get(IDLE_WAIT)
@@ -164,7 +166,8 @@ class WorkerPool:
             # _apply_outcome logs the abandoned attempt.
             pass
         except BaseException as exc:
-            # No exception may end the worker; otherwise each redelivery of the message would end another worker.
+            # No exception may end the worker; otherwise each redelivery of a message that raises would end another
+            # worker.
             if attempt.failure is None:
                 attempt.reject(FAILED, exc)
             self._log.exception(
@@ -205,6 +208,6 @@ class WorkerPool:
 
     def _log_revoked(self, item: WorkItem) -> None:
         self._log.info(
-            f"offset {item.record.offset} of {item.partition} was finished after the partition was"
+            f"the message at offset {item.record.offset} of {item.partition} was finished after the partition was"
             " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
         )

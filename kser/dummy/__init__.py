@@ -1,1 +1,1 @@
-"""In-memory transport for users' tests, with real encoding and decoding."""
+"""In-memory transport for tests of user code, with real encoding and decoding."""

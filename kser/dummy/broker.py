@@ -1,7 +1,7 @@
 """Broker of the in-memory transport: topics with partitions, consumer groups and their committed offsets.
 
-The broker has no threads: everything happens inside calls, so tests take each step themselves. As in Kafka, a member
-that does not poll delays a rebalance until it is expelled.
+The broker has no threads. Everything happens inside calls, so a test controls each step. As in Kafka, a member that
+does not poll delays a rebalance until the group expels the member.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class InMemoryBroker:
 
     @classmethod
     def reset(cls) -> None:
-        """Remove all brokers, between two tests."""
+        """Remove all brokers. Call this method between two tests."""
         cls._brokers.clear()
 
     def create_topic(self, topic: str, partitions: int = 1) -> None:
         """Create a topic, or add partitions to an existing one.
 
-        A topic that is used without being created has one partition.
+        A topic that is used before it is created has one partition.
         """
         with self.message_arrived:
             logs = self.topics.setdefault(topic, [])
@@ -72,7 +72,11 @@ class InMemoryBroker:
         headers: Iterable[tuple[str, bytes | None]] = (),
         partition: int | None = None,
     ) -> None:
-        """Append a record to a partition: the given one, else that of its key, else the next in turn."""
+        """Append a record to a partition.
+
+        :param partition: the partition; None selects the partition of the key, or without a key the next partition in
+            turn.
+        """
         with self.message_arrived:
             logs = self.topics.setdefault(topic, [[]])
             if partition is None:
@@ -108,13 +112,13 @@ class ConsumerGroup:
             self._broker.message_arrived.notify_all()
 
     def join(self, member: DummyClient) -> None:
-        """Add a member to the rebalance, after its partitions were revoked; the last member ends the rebalance."""
+        """Add a member to the rebalance after its partitions were revoked. The last member ends the rebalance."""
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
             self._assign()
 
     def leave(self, member: DummyClient) -> None:
-        """Remove a member that closes or is expelled, and start a rebalance."""
+        """Remove a member that closes or that the group expels, and start a rebalance."""
         if member in self.members:
             self.members.remove(member)
             self.rebalance()
@@ -133,8 +137,7 @@ class DummyClient(ConsumerClient):
     """A member of a consumer group of the in-memory broker.
 
     :param group: the name of the group; None for a reader without a group, which gets all partitions and never commits.
-    :param reset: the start position of a partition without a committed offset: ``"earliest"``, ``"latest"`` or
-        ``"none"``.
+    :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
     :param commits: False if the client must not commit offsets.
     """
 
@@ -153,7 +156,7 @@ class DummyClient(ConsumerClient):
         self.topics: frozenset[str] = frozenset()
         self.pending_assignment: list[Partition] = []
         self._positions: dict[Partition, int] = {}
-        #: Injected errors: each poll or commit raises and removes the first one.
+        #: Injected errors. Each poll or commit removes the first error from the list and raises it.
         self.injected_errors: list[ClientError] = []
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
@@ -201,7 +204,7 @@ class DummyClient(ConsumerClient):
             self._group.leave(self)
 
     def _rejoin_if_needed(self) -> bool:
-        """Take part in a rebalance if there is one, and return whether records can be fetched."""
+        """Take part in a rebalance if the group is in one, and return whether records can be fetched."""
         assert self._listener is not None
         if self not in self._group.members:
             lost, self._positions = list(self._positions), {}
@@ -256,7 +259,7 @@ class DummyClient(ConsumerClient):
         if not self._positions:
             return
         revocation = self._listener.on_revoke(list(self._positions))
-        # Release the lock while waiting, because running attempts may need the broker to finish.
+        # Release the lock during the wait, because running attempts may need the broker to finish.
         self._broker.message_arrived.release()
         try:
             revocation.wait()

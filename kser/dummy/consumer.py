@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 class Consumer(BaseConsumer):
-    """A consumer of the in-memory broker at ``config["bootstrap_servers"]``, driven step by step by tests.
+    """A consumer of the in-memory broker at ``config["bootstrap_servers"]``. Tests run it step by step.
 
     :param config: the options ``bootstrap_servers``, ``group_id`` (``"dummy"`` when missing), ``auto_offset_reset``,
-        ``enable_auto_commit``, ``auto_commit_interval_ms``, ``max_poll_interval_ms`` and ``session_timeout_ms``; others
-        are ignored. ``KSER_CONFIG`` when None.
-    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
-    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
+        ``enable_auto_commit``, ``auto_commit_interval_ms``, ``max_poll_interval_ms`` and ``session_timeout_ms``; other
+        options are ignored. None means the options in ``KSER_CONFIG``.
+    :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
+    :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.SettingError: a setting is missing or invalid.
     """
@@ -58,7 +58,9 @@ class Consumer(BaseConsumer):
         )
 
     def run_until_idle(self) -> int:
-        """Handle messages until none are left, including those that tasks send meanwhile, then commit.
+        """Handle messages until no message is left, and then commit.
+
+        Messages that tasks send meanwhile are handled too.
 
         :return: the number of handled messages.
         """

@@ -13,16 +13,16 @@ from kser.dummy.broker import InMemoryBroker
 from kser.producer import Bulk, HeaderList, KafkaProducerBase, KeyFunction, size_of, too_large
 from kser.schemas import Message
 
-#: Default of ``max_request_size`` in bytes, the same as kafka-python's.
+#: Default of ``max_request_size`` in bytes. It equals the default of kafka-python.
 MAX_REQUEST_SIZE = 1_048_576
 
 
 class Producer(KafkaProducerBase):
     """A producer for the in-memory broker at ``config["bootstrap_servers"]``.
 
-    :param config: the options ``bootstrap_servers`` and ``max_request_size`` (limit of a record in bytes); others are
-        ignored. ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
+    :param config: the options ``bootstrap_servers`` and ``max_request_size`` (limit of a record in bytes); other
+        options are ignored. None means the options in ``KSER_CONFIG``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
@@ -33,7 +33,7 @@ class Producer(KafkaProducerBase):
         return _Bulk(self, topic, timeout, key)
 
     def _kser_deadline(self, timeout: float) -> float:
-        # A bulk in memory has no deadline; its Result shows the timeout as given.
+        # A bulk in memory has no deadline. Its Result only shows the timeout.
         return math.inf
 
     def _kser_deliver(
@@ -60,7 +60,10 @@ class Producer(KafkaProducerBase):
 
 
 class _Bulk(Bulk):
-    """The messages of one ``bulk_send``; the Result shows topic and timeout, as those of single messages do."""
+    """The messages of one ``bulk_send``.
+
+    The Result shows the topic and the timeout, like the Result of a single message.
+    """
 
     def finish(self) -> Result:
         return self._results.result(f" to {self._topic} (timeout: {self._timeout})")

@@ -1,1 +1,1 @@
-"""Durable operations: executed under a claim, with a checkpoint for each step."""
+"""Durable operations, which are executed under a claim, with a checkpoint for each step."""

@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +14,6 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
-from kser import signals
 from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
@@ -30,16 +28,15 @@ from kser.store.retrying import RetryingStore
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
-    from kser.sequencing.task import Task
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that sending a step may take; the reaper sends a step that was not delivered in this time.
+#: Maximum duration of a send in seconds. If a step is not delivered in this time, the reaper sends it.
 SEND_TIMEOUT = 10.0
 
 
 class ActiveClaim(Protocol):
-    """Claim that this process holds."""
+    """Claim that this process holds now."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -70,7 +67,7 @@ class DurabilitySettings:
     ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
     ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
     ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
-    ``KSER_MAX_CLAIMS`` 20      claims of one step without a recorded end, after which the step fails
+    ``KSER_MAX_CLAIMS`` 20      claims of one step without a checkpoint, after which the step fails
     =================== ======= ====================================================================================
 
     :raises kser.errors.SettingError: a setting has an invalid value.
@@ -89,7 +86,7 @@ class DurabilitySettings:
 
 
 class DurableContext:
-    """Durable context that all executions of a process share.
+    """The durable context that all executions of a process share.
 
     :param registry: the registry with the classes, the producer and the settings.
     :param store: the shared database.
@@ -97,15 +94,15 @@ class DurableContext:
 
     def __init__(self, registry: RegistryProtocol, store: Store) -> None:
         self.registry = registry
-        #: The store, which repeats each call during an outage; ``store.direct`` does not.
+        #: The store. It repeats each call during an outage, but ``store.direct`` does not.
         self.store = RetryingStore(store)
         self.settings = DurabilitySettings(registry.settings)
-        #: Owner name of this process in claims: host and process id for operators, and a random part.
+        #: The name of this process as an owner of claims: host and process id for operators, and a random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
-        self.loader = EntrypointLoader(lambda path: registry.controller.ENTRYPOINTS.get(path))
+        self.loader = EntrypointLoader(registry)
         self._lock = threading.Lock()
         self._active_claims: dict[int, ActiveClaim] = {}
-        #: Steps that were sent but are not recorded as sent yet, each ``(root_id, epoch)``.
+        #: Steps that were sent and are not recorded as sent yet, each as a pair ``(root_id, epoch)``.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
     def new_claim_request(self) -> ClaimRequest:
@@ -114,7 +111,7 @@ class DurableContext:
         return ClaimRequest(owner=self.owner, token=uuid4().hex, lease=settings.lease, max_claims=settings.max_claims)
 
     def reclaim(self, claim: Claim) -> Claim | None:
-        """Read a claim of this process from the store again; None if it was lost."""
+        """Read a claim of this process from the store again, or return None if the claim was lost."""
         request = replace(self.new_claim_request(), token=claim.root.token or "")
         renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
         return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
@@ -137,7 +134,7 @@ class DurableContext:
             return list(self._active_claims.values())
 
     def claim_for(self, root_id: int) -> ActiveClaim | None:
-        """Return the active claim on a root; None if this process has none."""
+        """Return the active claim on a root, or None if this process has no claim on the root."""
         with self._lock:
             return self._active_claims.get(root_id)
 
@@ -151,21 +148,21 @@ class DurableContext:
     ) -> Result:
         """Send a step and wait for its delivery.
 
-        :param step_key: id and epoch of the root, to record the step as sent.
-        :return: the producer's result; if it is a failed one, the reaper sends the step.
+        :param step_key: id and epoch of the root, which are needed to record the step as sent.
+        :return: the Result of the producer. If it is a failed one, the reaper sends the step later.
         """
         options: dict[str, Any] = {} if key is None else {"key": key}
         try:
             result = self.producer.send(target.topic, step_message(target, root_uuid), timeout, **options)
         except Exception as error:
-            # A third-party producer may raise anything. The step is recorded as ready, so the reaper sends it.
+            # A third-party producer may raise any exception. The step is recorded as ready, so the reaper sends it.
             result = failed_result(error, target.uuid)
         return self._on_sent(target, root_uuid, step_key, result)
 
     def send_nowait(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int]) -> None:
         """Send a step without waiting for its delivery, if the producer supports that.
 
-        :param step_key: id and epoch of the root, to record the step as sent.
+        :param step_key: id and epoch of the root, which are needed to record the step as sent.
         """
         try:
             producer = self.producer
@@ -184,9 +181,10 @@ class DurableContext:
             self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
 
     def _on_sent(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
-        """Handle the producer's result: note a delivered step for recording, and log a failed send."""
+        """Handle the producer's result: queue a delivered step for recording, and log a failed send."""
         if not isinstance(result, Result):
-            # A producer's hook returned no Result, so the delivery is unknown and must not be recorded.
+            # A hook of the producer returned no Result, so it is unknown whether the step was delivered. It must not be
+            # recorded as sent.
             return Result(uuid=target.uuid)
         if states.final_status(result) == states.SUCCESS:
             if step_key is not None:
@@ -197,28 +195,6 @@ class DurableContext:
             f" will send it: {result.stderr}"
         )
         return result
-
-    def emit_operation_changed(
-        self, uuid: str, entrypoint: str, old: str | None, new: str, result: Result | None = None
-    ) -> None:
-        """Emit the signal for a change of a root's status."""
-        signals.emit(
-            signals.operation_changed,
-            self.registry,
-            uuid=uuid,
-            entrypoint=entrypoint,
-            old=old,
-            new=new,
-            result=result,
-        )
-
-    def topic_resolver(self, fallback: str) -> Callable[[Task], str]:
-        """Return a function that resolves the topic of a task.
-
-        :param fallback: the topic if neither the task's class nor ``KSER_TOPICS`` names one.
-        """
-        default = next(iter(self.registry.settings.topics), fallback)
-        return lambda task: task.TOPIC or default
 
     @property
     def producer(self) -> BaseProducer:
@@ -231,5 +207,5 @@ class DurableContext:
 
 
 def step_message(target: StepMessage, root_uuid: str) -> Message:
-    """Return the message for a step; params and results stay in the database."""
+    """Return the message for a step. The params and results stay in the database."""
     return Message(uuid=target.uuid, entrypoint=target.entrypoint, metadata={OPERATION_KEY: root_uuid})

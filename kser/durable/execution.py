@@ -1,39 +1,118 @@
-"""Execution of a stored operation: one claim, one checkpoint per step, until the claim is released.
+"""Execution of a stored operation: one claim, with one checkpoint per step, until the claim is released.
+
+An execution starts with the claim on a stored operation (:func:`execute_claim`). For a new operation, it first stores
+the operation and gets the claim in the same transaction (:class:`DurableStart`).
 
 A step is the work of one transaction: build an operation, run a task, choose the next task, or end an operation
-(:mod:`kser.durable.step_runner`). In one consumer, the same execution runs step after step. Over the consumers, each
-step is sent to a consumer that knows its class.
+(:mod:`kser.durable.step_runner`). In a local operation, the same execution runs all steps one after the other. In a
+distributed operation, each step is sent to a consumer that knows the class of the step.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+
+from cdumay_result import Result
 
 from kser import signals
 from kser import status as states
-from kser.attempt import Deferred, current_attempt
-from kser.controller import user_code_guard
+from kser.attempt import Deferred, current_attempt, raise_if_decided, user_code_guard
 from kser.durable.context import DurableContext
 from kser.durable.execution_state import ExecutionState, OperationFrame
+from kser.durable.serialization import new_operation
 from kser.durable.step_runner import NO_REPLY, StepOutcome, StepRunner
 from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
 from kser.results import copy_result
 from kser.sequencing.operation import Operation
-from kser.store.model import Checkpoint, Claim, NewEvent, OperationUpdate, Phase, StepMessage
+from kser.sequencing.runner import Runner, is_distributed, prepare_operation
+from kser.store.model import (
+    BuiltTasks,
+    Checkpoint,
+    Claim,
+    ClaimRefused,
+    Mode,
+    NewEvent,
+    OperationRow,
+    OperationUpdate,
+    Phase,
+    StepMessage,
+)
 
 logger = logging.getLogger(__name__)
+
+
+def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exception | None = None) -> Any:
+    """Execute an operation under a claim until the claim is released.
+
+    :param context: the durable context of this process.
+    :param claim: the claim under which the execution works.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt. The execution records this error and releases the claim.
+    :return: a Result, or :class:`kser.attempt.Deferred`.
+    """
+    return Execution(context, claim, timeout_error=timeout_error).run()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DurableStart:
+    """Runner of an operation that was built from a message. It stores the operation, and then executes it.
+
+    Only the object that was built from the message is stored. A copy of this object runs in memory.
+
+    :param context: the durable context of this process.
+    :param operation: the object that was built from the message.
+    :param params: JSON of the message's params.
+    :param on_duplicate: handles the message if the operation is already stored. The arguments are the row of the root,
+        the path of the operation's class, and ``params``.
+    """
+
+    context: DurableContext
+    operation: Operation
+    params: str
+    on_duplicate: Callable[[OperationRow, str, str], Any]
+
+    def run(self, operation: Operation, result: Result | None) -> Any:
+        context = self.context
+        if operation is not self.operation:
+            in_memory: Runner = context.registry.runner
+            return in_memory.run(operation, result)
+        prepare_operation(operation, result)
+        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not accept its
+        # operation.
+        raise_if_decided(operation)
+        attempt = current_attempt.get()
+        topic = operation.TOPIC or (attempt.topic if attempt else "") or context.registry.topic_for(operation)
+        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
+        new = new_operation(operation, mode, topic, context.registry.settings.first_topic(topic), self.params)
+        saved = context.store.save(new, context.new_claim_request() if mode == Mode.LOCAL else None)
+        if isinstance(saved, ClaimRefused):
+            # Another consumer has stored the same operation in the meantime.
+            return self.on_duplicate(saved.root, new.entrypoint, self.params)
+        if attempt is not None:
+            attempt.ack()
+        signals.emit_operation_changed(context.registry, new.uuid, new.entrypoint, None, states.PENDING)
+        if isinstance(saved, int):
+            context.send_nowait(new.target, new.uuid, (saved, 0))
+            return Deferred(operation.result)
+        return Execution(context, saved, operation).run()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Become None in a deep copy or a pickle of the operation, because the context cannot be copied."""
+        return type(None), ()
 
 
 class Execution:
     """Execution of an operation under one claim.
 
     :param context: the durable context of this process.
-    :param claim: the claim to work under.
-    :param operation: the root's object, if it was just built.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
-        The execution records this error and releases the claim.
+    :param claim: the claim under which the execution works.
+    :param operation: the object of the root, if it was just built.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt. The execution records this error and releases the claim.
     """
 
     def __init__(
@@ -44,70 +123,63 @@ class Execution:
         timeout_error: Exception | None = None,
     ) -> None:
         self._context = context
-        self._claim = claim
+        #: The claim of this execution.
+        self.claim = claim
+        #: Id of the root and epoch of the claim.
+        self.key = claim.id, claim.epoch
         self._timeout_error = timeout_error
         self._attempt = current_attempt.get()
-        self._state = ExecutionState(claim)
+        self._state = ExecutionState(claim, context.owner, operation)
         self._step_runner = StepRunner(context, self._state, timeout_error)
-        self._step_runner.attach(self._state.root, operation)
         self._released = False
-        #: Result of the message: the reply of the last step that had one.
+        #: The result of the message, which is the reply of the last step that had a reply.
         self._reply: Any = None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Id of the root and epoch of the claim."""
-        return self._claim.id, self._claim.epoch
-
-    @property
-    def uuid(self) -> str:
-        """UUID of the root operation."""
-        return self._claim.root.uuid
 
     @property
     def is_abandoned(self) -> bool:
         """True if the consumer has abandoned the attempt that this execution runs in."""
         return self._attempt is not None and self._attempt.abandoned
 
-    @property
-    def claim(self) -> Claim:
-        """The claim of this execution."""
-        return self._claim
-
     def run(self) -> Any:
         """Run steps until the claim is released.
 
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
+        claim, root = self.claim, self._state.root
         self._context.register_claim(self)
         try:
-            if self._claim.epoch == 1:
+            if claim.epoch == 1:
                 self._emit_operation(states.PENDING, states.RUNNING)
-            if self._claim.root.cancel_requested:
+            if root.row.cancel_requested:
                 # The previous owner died before cancelling. Releasing the claim cancels the operation.
                 self.release()
-                self._released, self._reply = True, Deferred(self._state.root.accumulated)
-            elif self._claim.exhausted:
-                error = _retries_exhausted(self._claim)
-                self._state.add_event(NewEvent("exhausted", text=error.message))
+                self._unregister()
+                self._reply = Deferred(root.accumulated)
+            elif claim.exhausted:
+                error = _retries_exhausted(claim)
                 outcome = self._step_runner.fail_step(error)
-                self._after_checkpoint(outcome, *self._checkpoint(outcome))
+                self._after_checkpoint(outcome, *self._checkpoint(outcome, NewEvent("exhausted", text=error.message)))
             while not self._released:
                 self._run_step()
         except FencedError as error:
-            self._released = True
+            self._unregister()
             logger.warning(f"{self.label}: the outcome of its step is dropped: {error.message}")
             return Deferred(self._state.root.accumulated)
         finally:
-            self._context.release_claim(self)
             if not self._released:
+                self._unregister()
                 with suppress(KserError):
                     self.release()
         return self._reply
 
+    def _unregister(self) -> None:
+        """Unregister the claim, which ends its heartbeat, and run no further step."""
+        self._released = True
+        self._context.release_claim(self)
+
     def release(self) -> None:
-        """Release the claim at the stored position, even if a step still runs under it, and send the current step."""
-        root, epoch, store = self._claim.root, self._claim.epoch, self._context.store.direct
+        """Release the claim at the stored position, and send the current step. A step may still run under the claim."""
+        root, epoch, store = self.claim.root, self.claim.epoch, self._context.store.direct
         row = store.get_operation(root.uuid)
         if row is None or row.status != states.RUNNING or row.epoch != epoch:
             return
@@ -121,7 +193,7 @@ class Execution:
         if status == states.CANCELLED:
             self._on_cancelled()
             return
-        # Wait for the delivery, because the process may exit next; a later delivery report would be lost.
+        # Wait for the delivery, because the process may exit next, and then a later delivery report would be lost.
         self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
@@ -135,81 +207,77 @@ class Execution:
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
-            # A StoreError is permanent and any other exception would recur immediately, so fail the step instead of
-            # retrying it.
+            # A StoreError is permanent, and any other exception would occur again immediately. So fail the step instead
+            # of retrying it.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
             outcome = self._reload_and_fail(exc)
             recorded = self._checkpoint(outcome)
         self._after_checkpoint(outcome, *recorded)
 
-    def _checkpoint(self, outcome: StepOutcome) -> tuple[Checkpoint, str, StepMessage | None]:
+    def _checkpoint(self, outcome: StepOutcome, *events: NewEvent) -> tuple[Checkpoint, str]:
         """Record the outcome of the step.
 
-        :return: the checkpoint, the root's status, and the message for the next step (None if unchanged).
+        :param events: events to record before the events of the step.
+        :return: the checkpoint and the status of the root.
         """
-        delay = outcome.retry_in
+        checkpoint, delay = outcome.change.checkpoint, outcome.retry_in
         keep, target = self._next_hop(outcome)
-        stays = not keep and target is None and delay is None
-        checkpoint = self._state.checkpoint(
-            self._context.owner, keep, target, delay or 0, (NewEvent("released"),) if stays else ()
-        )
-        return checkpoint, self._context.store.checkpoint(checkpoint), target
+        if events or not keep or target is not None:
+            released = [] if keep or target is not None or delay is not None else [NewEvent("released")]
+            checkpoint = checkpoint._replace(
+                events=(*events, *checkpoint.events, *released), target=target, keep=keep, delay=delay or 0
+            )
+        return checkpoint, self._context.store.checkpoint(checkpoint)
 
-    def _after_checkpoint(
-        self, outcome: StepOutcome, checkpoint: Checkpoint, status: str, target: StepMessage | None
-    ) -> None:
-        """Emit the events of a recorded checkpoint, and send the next step if it does not run in this execution."""
-        state, delay = self._state, outcome.retry_in
+    def _after_checkpoint(self, outcome: StepOutcome, checkpoint: Checkpoint, status: str) -> None:
+        """Emit the events of a recorded checkpoint. If the next step does not run in this execution, send it."""
+        root, change, delay = self._state.root, outcome.change, outcome.retry_in
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
-        is_finished = state.is_finished
-        self._released = is_finished or status == states.CANCELLED or not checkpoint.keep
-        if self._released:
-            # Unregister the claim before sending the next step. The store has released it, so during a slow send the
-            # heartbeat would report the claim as lost.
-            self._context.release_claim(self)
-        ended = list(state.ended)
-        state.mark_flushed()
+        if change.is_finished or status == states.CANCELLED or not checkpoint.keep:
+            # Unregister the claim before sending the next step. The store has already released the claim, so during a
+            # slow send the heartbeat would report the claim as lost.
+            self._unregister()
         self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
             self._on_cancelled()
             return
-        for frame in ended:
+        for frame in change.ended:
             self._emit_end(frame)
-        if is_finished:
+        if change.is_finished:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
-            self._reply = Deferred(self._reply or state.root.accumulated)
+            self._reply = Deferred(self._reply or root.accumulated)
             if not delay:
-                # Send a retry without delay from here. In the store it looks like a step that a consumer is about to
-                # send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
-                self._send(state.root.row.target)
+                # Send a retry without a delay from here. The store cannot distinguish it from a step that a consumer is
+                # about to send, so the reaper would wait RESEND_UNSENT_AFTER seconds.
+                self._send(root.row.target)
         elif self._released:
-            self._dispatch_next(target)
+            self._dispatch_next(checkpoint.target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
-        """Return whether to keep the claim, and the message for the next step (None if unchanged)."""
-        state, frame = self._state, self._state.top
-        outer = current_attempt.get()
-        continues = self._timeout_error is None and not (outer is not None and outer.shutting_down)
-        if state.is_finished:
+        """Return whether to keep the claim, and the message for the next step (None if it is unchanged)."""
+        change, frame = outcome.change, self._state.frames[-1]
+        if change.is_finished:
             return True, None
         if outcome.retry_in is not None:
             return False, None
-        if not state.distributed:
+        continues = self._timeout_error is None and not (self._attempt is not None and self._attempt.shutting_down)
+        if not self._state.distributed:
             return continues, None
         if frame.phase == Phase.RUN_TASK:
-            return False, self._target_of_task(frame)
-        known = self._context.loader.lookup(frame.row.entrypoint) is not None
-        return continues and known and frame.phase != Phase.BUILD, frame.target
+            return False, self._target_of_task(frame, change.checkpoint.built)
+        row = frame.row
+        known = self._context.loader.lookup(row.entrypoint) is not None
+        target = StepMessage(row.uuid, row.entrypoint, row.topic)
+        return continues and known and frame.phase != Phase.BUILD, target
 
-    def _target_of_task(self, frame: OperationFrame) -> StepMessage:
+    def _target_of_task(self, frame: OperationFrame, built: BuiltTasks | None) -> StepMessage:
         position = frame.row.id, frame.step
-        built = self._state.built
         if built is not None and built.operation_id == frame.row.id:
             new = built.tasks[frame.step]
             return StepMessage(new.uuid, new.entrypoint, new.topic)
-        row = self._claim.next_task
+        row = self.claim.next_task
         if row is None or (row.operation_id, row.position) != position:
             row = self._context.store.get_task(*position)
         assert row is not None, "the step is below the number of tasks"
@@ -222,21 +290,23 @@ class Execution:
         self._send(target or root.row.target)
 
     def _send(self, target: StepMessage) -> None:
-        """Send a step; during a shutdown of the consumer, wait for the delivery."""
+        """Send a step. During a shutdown of the consumer, wait for the delivery."""
         shutting_down = self._attempt is not None and self._attempt.shutting_down
         send = self._context.send if shutting_down else self._context.send_nowait
-        send(target, self._claim.root.uuid, (self._claim.id, self._claim.epoch + 1))
+        send(target, self._state.root.row.uuid, (self.claim.id, self.claim.epoch + 1))
 
     def _reload_and_fail(self, error: Exception) -> StepOutcome:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``."""
-        claim = self._context.reclaim(self._claim)
+        claim = self._context.reclaim(self.claim)
         if claim is None:
-            raise FencedError(f"the claim on operation {self.uuid} was lost while a step was recorded")
+            raise FencedError(f"the claim on operation {self._state.root.row.uuid} was lost while a step was recorded")
         objects = {frame.row.id: frame.operation for frame in self._state.frames}
-        self._claim, self._state = claim, ExecutionState(claim)
+        self.claim, self._state = claim, ExecutionState(claim, self._context.owner)
         self._step_runner = StepRunner(self._context, self._state, self._timeout_error)
         for frame in self._state.frames:
-            self._step_runner.attach(frame, objects.get(frame.row.id))
+            operation = objects.get(frame.row.id)
+            if operation is not None:
+                frame.attach(operation)
         return self._step_runner.fail_step(error)
 
     # -- logs and signals ----------------------------------------------------------------------------------------------
@@ -244,7 +314,7 @@ class Execution:
     @property
     def label(self) -> str:
         """Label of the root operation for log lines."""
-        root = self._claim.root
+        root = self._state.root.row
         return f"{root.entrypoint}[{root.uuid}]"
 
     def _on_cancelled(self) -> None:
@@ -253,7 +323,7 @@ class Execution:
         self._reply = Deferred(self._state.root.accumulated)
 
     def _emit_end(self, frame: OperationFrame) -> None:
-        """Log the end of an operation without hooks of its own, with the same lines as an operation in memory."""
+        """Log the end of an operation that has no hooks of its own, with the log lines of an operation in memory."""
         operation, outcome = frame.operation, frame.outcome
         if operation is None:
             old, new = states.RUNNING, frame.status
@@ -267,9 +337,12 @@ class Execution:
             self._reply = returned
 
     def _emit_operation(self, old: str, new: str) -> None:
-        root = self._claim.root
-        result = None if new == states.RUNNING else copy_result(self._state.root.outcome)
-        self._context.emit_operation_changed(root.uuid, root.entrypoint, old, new, result)
+        if not signals.operation_changed.receivers:
+            return
+        root = self._state.root
+        result = None if new == states.RUNNING else copy_result(root.outcome)
+        registry, row = self._context.registry, root.row
+        signals.emit_operation_changed(registry, row.uuid, row.entrypoint, old, new, result)
 
     def _emit_tasks(self, checkpoint: Checkpoint) -> None:
         if not signals.task_changed.receivers:
@@ -278,7 +351,7 @@ class Execution:
             signals.emit(
                 signals.task_changed,
                 self._context.registry,
-                operation=self._claim.root.uuid,
+                operation=self._state.root.row.uuid,
                 position=outcome.position,
                 new=outcome.status,
                 attempt=outcome.number,
@@ -288,4 +361,4 @@ class Execution:
 
 def _retries_exhausted(claim: Claim) -> StoreError:
     died = claim.root.claim_count - 1
-    return StoreError(f"its consumer died {died} times in this step: find the cause, then resume the operation")
+    return StoreError(f"{died} consumers died during this step: find the cause, then resume the operation")

@@ -1,4 +1,4 @@
-"""Manager of the stored operations: what clients call to send, find, resume, cancel and purge them."""
+"""Manager of the stored operations. Clients call it to send, find, resume, cancel and purge operations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from cdumay_result import Result
 
+from kser import signals
 from kser import status as states
 from kser.durable.context import DurableContext
 from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
@@ -21,10 +22,10 @@ from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, O
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two polls for the end of an operation in ``wait()``: the first interval and the longest one.
+#: Seconds between two polls for the end of an operation in ``wait()``: the first interval, and the longest interval.
 _POLL_INTERVALS = (0.01, 0.25)
 
-#: Maximum number of operations deleted per transaction.
+#: Maximum number of operations that a transaction deletes.
 PURGE_BATCH = 500
 
 
@@ -41,33 +42,38 @@ class OperationManager:
     # -- accepting -----------------------------------------------------------------------------------------------------
 
     def send(self, operation: Operation, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
-        """Accept an operation and send it.
+        """Accept an operation, that is, save it in the store, and then send it.
 
-        :param result: forwarded to the operation.
+        :param result: a result to forward to the operation.
         :raises kser.errors.KserError: the operation was not accepted and will not run.
         """
-        # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
-        # missing.
+        # Resolve the producer and the topic before the operation is accepted. If one of them is missing, the caller
+        # gets an error and the operation is not accepted.
         _ = self._context.producer
         topic = self._context.registry.topic_for(operation, topic)
         if result is not None:
             operation.result = result
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        self._save_intent(new_operation(operation, mode, topic, self._context.topic_resolver(topic)), key)
+        self._save_intent(new_operation(operation, mode, topic, self._task_topic(topic)), key)
 
     def launch(self, operation: Operation) -> Result:
-        """Accept an operation that runs over the consumers, and send its first task.
+        """Accept a distributed operation, that is, save it in the store, and then send its first task.
 
-        :return: the producer's result; the operation is accepted even if sending failed.
+        :return: the Result of the producer. The operation is accepted even if sending failed.
         :raises kser.errors.KserError: the operation was not accepted and will not run.
         """
-        # Resolve producer and topic before the operation is accepted, so that the caller gets the error if one is
-        # missing.
+        # Resolve the producer and the topic before the operation is accepted. If one of them is missing, the caller
+        # gets an error and the operation is not accepted.
         _ = self._context.producer
         topic = self._context.registry.topic_for(operation)
-        return self._save_intent(
-            new_operation(operation, Mode.DISTRIBUTED, topic, self._context.topic_resolver(topic)), None
-        )
+        return self._save_intent(new_operation(operation, Mode.DISTRIBUTED, topic, self._task_topic(topic)), None)
+
+    def _task_topic(self, topic: str) -> str:
+        """Return the topic of tasks whose class declares none.
+
+        :param topic: topic of their operation.
+        """
+        return self._context.registry.settings.first_topic(topic)
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
         saved = self._store.save(new)
@@ -81,21 +87,24 @@ class OperationManager:
                 )
             return Result(uuid=row.uuid, stdout=f"operation {row.uuid} was sent before, and is {row.status}")
         assert isinstance(saved, int), "save() without a claim request returns the id"
-        self._context.emit_operation_changed(new.uuid, new.entrypoint, None, states.PENDING)
+        self._emit_changed(new.uuid, new.entrypoint, None, states.PENDING)
         result = self._context.send(new.target, new.uuid, key=key)
         if states.final_status(result) == states.SUCCESS:
             self._record_sent(saved, 0)
         return result
 
     def _record_sent(self, root_id: int, epoch: int) -> None:
-        # Ignore an outage, because an unrecorded send costs no more than a second message.
+        # Ignore an outage, because a send that is not recorded only causes a second message.
         with suppress(StoreUnavailable):
             self._store.direct.mark_sent([(root_id, epoch)], self._context.settings.resend)
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
     def get(self, uuid: str) -> Operation | None:
-        """Return an operation as stored, as an object of its class if that is registered here; None if not found."""
+        """Return a stored operation, or None if no operation has this uuid.
+
+        The object is of the operation's class if this class is registered here, otherwise it is a plain Operation.
+        """
         snapshot = self._store.snapshot(uuid)
         if snapshot is None:
             return None
@@ -126,16 +135,17 @@ class OperationManager:
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task that is not SUCCESS.
 
-        :raises kser.errors.StateConflict: the operation is in another state, or has changed meanwhile.
-        :raises kser.errors.UsageError: there is no such operation.
+        :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED, or it has changed meanwhile.
+        :raises kser.errors.UsageError: no root operation with this uuid is stored.
         """
         before = self._require(uuid)
         row = _require_row(uuid, self._store.resume(uuid, before.epoch, uuid4().hex))
-        self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
+        self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         try:
             _ = self._context.producer
         except ProducerMissing as missing:
-            # A client needs no producer, because the reaper of a consumer sends the step with its own.
+            # A client needs no producer, because the reaper of a consumer sends the step with the producer of that
+            # consumer.
             logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
         else:
             result = self._context.send(row.target, row.uuid)
@@ -143,16 +153,19 @@ class OperationManager:
                 self._record_sent(row.id, row.epoch)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
-        """Cancel an operation, at once or after its running task.
+        """Cancel an operation immediately, or after its running task.
 
-        :return: the status of the operation now.
-        :raises kser.errors.UsageError: there is no such operation.
+        :return: the status of the operation after the call.
+        :raises kser.errors.UsageError: no root operation with this uuid is stored.
         """
         before = self._require(uuid)
         row = _require_row(uuid, self._store.cancel(uuid, reason))
         if row.status == states.CANCELLED and not states.is_final(before.status):
-            self._context.emit_operation_changed(row.uuid, row.entrypoint, before.status, row.status)
+            self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
         return row.status
+
+    def _emit_changed(self, uuid: str, entrypoint: str, old: str | None, new: str) -> None:
+        signals.emit_operation_changed(self._context.registry, uuid, entrypoint, old, new)
 
     def _require(self, uuid: str) -> OperationRow:
         return _require_row(uuid, self._store.get_operation(uuid))
@@ -160,9 +173,9 @@ class OperationManager:
     def wait(self, uuid: str, timeout: float | None) -> Result:
         """Wait for the end of an operation and return its result.
 
-        :param timeout: seconds; None waits without limit.
+        :param timeout: seconds to wait; None waits without a limit.
         :raises kser.errors.WaitTimeout: the operation has not ended in time.
-        :raises kser.errors.UsageError: there is no such operation.
+        :raises kser.errors.UsageError: no operation with this uuid is stored.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         interval, longest = _POLL_INTERVALS
@@ -171,7 +184,7 @@ class OperationManager:
             try:
                 row = self._require(uuid)
             except StoreUnavailable:
-                # Poll until the deadline, because the outage may end before it.
+                # Poll until the deadline, because the outage may end before the deadline.
                 if left is not None and left <= 0:
                     raise
             else:
@@ -183,7 +196,7 @@ class OperationManager:
             interval = min(interval * 1.5, longest)
 
     def purge(self, older_than: float, status: Collection[str]) -> int:
-        """Delete ended operations with everything that belongs to them, and return how many were deleted."""
+        """Delete ended operations with everything that belongs to them, and return the number of deleted operations."""
         invalid = set(status) - states.FINAL
         if invalid:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Handling of the messages of operations in a consumer: store, claim and run."""
+"""Handling of the messages of operations in a consumer: store or claim the operation, and execute it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import json
 import logging
 from typing import Any
 
-from cdumay_result import Result
-
-from kser import status as states
-from kser.attempt import FAILED, Attempt, Deferred, current_attempt, raise_if_decided
+from kser.attempt import FAILED, Attempt, Deferred, current_attempt
 from kser.durable.context import DurableContext
-from kser.durable.execution import Execution
-from kser.durable.serialization import check_same_operation, new_operation, result_from_json
+from kser.durable.execution import DurableStart, Execution, execute_claim
+from kser.durable.serialization import check_same_operation, result_from_json
 from kser.entry import Entrypoint
 from kser.errors import StateConflict, StoreError
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.sequencing.runner import Runner, is_distributed, prepare_operation
 from kser.store.model import ClaimRefused, Mode, OperationRow
 
 logger = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """Handler of the messages of a registry's operations and of their steps.
+    """Handler of messages for the operations of a registry, and for the steps of these operations.
 
     :param context: the durable context of this process.
     """
@@ -34,9 +30,9 @@ class MessageHandler:
         self._store = context.store
 
     def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a stored operation, or of one that is stored on arrival.
+        """Handle a message of a stored operation, or of an operation that is stored when its message arrives.
 
-        :param entrypoint: the class that the message names; None if it is not registered here.
+        :param entrypoint: the class that the message names; None if the class is not registered here.
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
@@ -47,52 +43,21 @@ class MessageHandler:
         if row is not None:
             return self._handle_duplicate(row, kmsg.entrypoint, json.dumps(kmsg.params))
         assert entrypoint is not None, "only the message of a step may name an unknown class"
-        # User code may change the params of the operation.
+        # Encode the params before user code can change them.
         params = json.dumps(kmsg.params)
         operation: Any = entrypoint.from_Message(kmsg)
         if not isinstance(operation, Operation) or operation._kser_registry is not self._context.registry:
-            # from_Message returned an object of another class, which runs where that class belongs.
+            # from_Message returned an object of another class or of another registry, so the object itself decides how
+            # it runs.
             return operation.execute()
-        operation._kser_runner = DurableStart(self, operation, params)
+        operation._kser_runner = DurableStart(self._context, operation, params, self._handle_duplicate)
         try:
             return operation.execute()
         finally:
             operation._kser_runner = None
 
-    @property
-    def runner(self) -> Runner:
-        """The runner of the operations that are not stored."""
-        runner: Runner = self._context.registry.runner
-        return runner
-
-    def save_and_run(self, operation: Operation, result: Result | None, params: str) -> Any:
-        """Store an operation that was built from a message, and run it if it runs in this consumer.
-
-        :param result: forwarded to the operation.
-        :param params: JSON of the message's params.
-        """
-        prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because a failed attempt must not accept its operation.
-        raise_if_decided(operation)
-        attempt = current_attempt.get()
-        topic = operation.TOPIC or (attempt.topic if attempt else "") or self._context.registry.topic_for(operation)
-        mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        new = new_operation(operation, mode, topic, self._context.topic_resolver(topic), params)
-        request = self._context.new_claim_request() if mode == Mode.LOCAL else None
-        saved = self._store.save(new, request)
-        if isinstance(saved, ClaimRefused):
-            # Another consumer has stored the same operation in the meantime.
-            return self._handle_duplicate(saved.root, new.entrypoint, params)
-        if attempt is not None:
-            attempt.ack()
-        self._context.emit_operation_changed(new.uuid, new.entrypoint, None, states.PENDING)
-        if isinstance(saved, int):
-            self._context.send_nowait(new.target, new.uuid, (saved, 0))
-            return Deferred(operation.result)
-        return Execution(self._context, saved, operation).run()
-
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
-        """Handle a message for an operation that is already stored, if both describe the same operation."""
+        """Handle a message for an operation that is already stored. The message must describe the same operation."""
         try:
             check_same_operation(row, entrypoint, params)
         except StateConflict as conflict:
@@ -102,7 +67,7 @@ class MessageHandler:
         return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
-        """Claim a stored operation and run the given step, if that step is the current one."""
+        """Claim a stored operation, and run the given step if it is the current step."""
         attempt = current_attempt.get()
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)
@@ -112,7 +77,7 @@ class MessageHandler:
             return self._unknown_operation(root_uuid, step)
         if attempt is not None:
             attempt.ack()
-        return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else Execution(self._context, claim).run()
+        return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else execute_claim(self._context, claim)
 
     def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
         """Record the timeout of an attempt in which another thread is still stuck."""
@@ -120,13 +85,13 @@ class MessageHandler:
             (
                 execution
                 for execution in self._context.active_claims()
-                if isinstance(execution, Execution) and execution.uuid == root_uuid
+                if isinstance(execution, Execution) and execution.claim.root.uuid == root_uuid
             ),
             None,
         )
         claim = None if stuck is None else self._context.reclaim(stuck.claim)
         if claim is not None:
-            Execution(self._context, claim, timeout_error=timeout_error).run()
+            execute_claim(self._context, claim, timeout_error)
 
     def _unknown_operation(self, root_uuid: str, step: str) -> Any:
         error = StoreError(
@@ -144,28 +109,3 @@ class MessageHandler:
         root = refusal.root
         logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
         return Deferred(result_from_json(root.result or root.accumulated, root.uuid))
-
-
-class DurableStart:
-    """Runner of an operation that was built from a message: it stores the operation first.
-
-    Only the object that was built from the message is stored. A copy of it runs in memory.
-
-    :param handler: the handler that stores the operation.
-    :param operation: the object that was built from the message.
-    :param params: JSON of the message's params.
-    """
-
-    def __init__(self, handler: MessageHandler, operation: Operation, params: str) -> None:
-        self._handler = handler
-        self._operation = operation
-        self._params = params
-
-    def run(self, operation: Operation, result: Result | None) -> Any:
-        if operation is not self._operation:
-            return self._handler.runner.run(operation, result)
-        return self._handler.save_and_run(operation, result, self._params)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Become None in a deep copy or a pickle of the operation, because the handler cannot be copied."""
-        return type(None), ()

@@ -1,6 +1,6 @@
 """Background service of each consumer that has a database: the heartbeat of its claims, and the reaper.
 
-Every consumer runs a reaper, so that another consumer continues the operations that a dead one has left behind.
+Every consumer runs a reaper, so that another consumer can continue the operations of a consumer that has died.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500
 
-#: Seconds between two records of sent steps: well below RESEND_UNSENT_AFTER, after which the reaper sends a step again.
+#: Seconds between two calls of ``record_sends``. The interval is well below RESEND_UNSENT_AFTER, because after that
+#: time the reaper sends a step that is not recorded as sent.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
 #: Seconds that the shutdown of a consumer waits for the current tick.
@@ -42,15 +43,16 @@ class RecoveryService:
         self.clock = clock
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
-        #: Begin of the current uninterrupted contact with the store, and the time of the last contact.
+        #: ``_contact_since`` is the start of the current uninterrupted contact with the store. ``_last_contact`` is the
+        #: time of the last contact.
         self._contact_since = self._last_contact = -float("inf")
-        #: Lost claims that workers of this process still work under.
+        #: Lost claims under which workers of this process still work.
         self._lost_claims: set[tuple[int, int]] = set()
-        #: Consecutive failed sends per topic.
+        #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
 
     def tick(self) -> None:
-        """Run the routines whose interval has passed. Call this about every second, from a dedicated thread."""
+        """Run the routines whose interval has passed. Call this method about every second, from a dedicated thread."""
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
@@ -68,7 +70,8 @@ class RecoveryService:
             self._last_contact = -float("inf")
             self._context.store.report_outage(error)
         except Exception:
-            # Never let this thread die: leases would expire. The next tick may succeed.
+            # No exception may end this thread, because then the leases of all claims would expire. The next tick may
+            # succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
             self._tick_lock.release()
@@ -89,16 +92,16 @@ class RecoveryService:
         self._lost_claims = lost
 
     def record_sends(self) -> None:
-        """Record the sent steps in the store."""
+        """Record in the store which steps were sent."""
         steps = list(self._context.unrecorded_sends)
         if steps:
             self._context.store.direct.mark_sent(steps, self._settings.resend)
-        # Other threads only append, so the first entries are the recorded ones.
+        # Other threads only append, so the first entries are those that were just recorded.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
 
     def reap(self) -> int:
-        """Send the due steps that no consumer works on, and return their number."""
+        """Send the due steps that no consumer is working on, and return their number."""
         total = 0
         deadline = self.clock() + self._settings.heartbeat / 2
         while True:
@@ -109,7 +112,7 @@ class RecoveryService:
                 self._context.owner,
                 expired=self._leases_are_trustworthy(),
             )
-            # If the query was slow, heartbeats were probably late too, so leave expired leases to their owners for now.
+            # If the query was slow, heartbeats were probably late too. So leave expired leases to their owners for now.
             was_slow = self.clock() - started_at > self._settings.lease / 3
             sent = self._defer_expired(due) if was_slow else due
             total += len(sent)
@@ -118,7 +121,7 @@ class RecoveryService:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Postpone steps with an expired lease by one more lease, and return the other steps."""
+        """Postpone the check of steps with an expired lease by one more lease, and return the other steps."""
         self._last_contact = -float("inf")
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
         if expired:
@@ -126,7 +129,10 @@ class RecoveryService:
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
-        """Return whether expired leases count; after an outage they do not, as no owner could renew (rule 21)."""
+        """Return whether an expired lease proves that its owner is gone (rule 21).
+
+        After an outage it does not, because no owner could renew its lease during the outage.
+        """
         now = self.clock()
         # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
         # count as an interruption.
@@ -140,9 +146,9 @@ class RecoveryService:
         for step in due:
             logger.info(f"{step.target.entrypoint}[{step.target.uuid}] of operation {step.uuid} is sent: {step.reason}")
             by_topic[step.target.topic].append(step)
-        # Limit the time, because the heartbeat runs in the same thread and waits for the sends.
+        # Limit the duration, because the heartbeat runs in the same thread and waits until the sends are done.
         deadline = self.clock() + self._settings.heartbeat / 2
-        # Send to failing topics last, so that their timeouts do not use up the time of the other topics.
+        # Send to failing topics last, so that their timeouts do not use up the time for the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
             late = self._time_left(deadline) <= 0
             failed = {step.id for step in (steps if late else self._send_to(topic, steps, deadline))}
@@ -163,7 +169,7 @@ class RecoveryService:
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send steps to a topic, and return the steps that were not delivered.
 
-        :param deadline: deadline on this service's clock.
+        :param deadline: the deadline by the clock of this service.
         """
         try:
             producer: Any = self._context.producer
@@ -173,7 +179,7 @@ class RecoveryService:
                 undelivered = (result.retval or {}).get("failed", {}) if result.retcode else {}
                 return [step for step in steps if step.target.uuid in undelivered]
         except Exception as error:
-            # A third-party producer may raise anything; the steps of other topics must still be sent.
+            # A third-party producer may raise any exception, but the steps of other topics must still be sent.
             logger.warning(f"{len(steps)} step(s) could not be sent to {topic}: {error}")
             return steps
         return [step for step in steps if not self._send_one(step, deadline)]
@@ -186,9 +192,9 @@ class RecoveryService:
         return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
     def close(self) -> None:
-        """Release the claims of abandoned attempts and record the sent steps, at the shutdown of a consumer."""
+        """Release the claims of abandoned attempts and record the sent steps, when a consumer shuts down."""
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
-            # A tick hangs. The remaining claims expire with their leases.
+            # A tick hangs, so the remaining claims expire with their leases.
             return
         try:
             for claim in self._context.active_claims():

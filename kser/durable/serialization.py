@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import status as states
-from kser.entry import Entrypoint
+from kser.entry import Entrypoint, RegistryProtocol
 from kser.errors import StateConflict, UsageError
-from kser.results import copy_result, merge
+from kser.results import copy_result, failed_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.store.model import Mode, NewOperation, NewTask, OperationRow, Phase, StepMessage, TaskRow
 
-#: Bits for the methods that an operation class overrides: those called at its end, and those that choose the next task.
+#: Flags for the methods that an operation class overrides. ``ENDS`` stands for methods that are called at the end of
+#: the operation, and ``CHOOSES`` for methods that choose the next task.
 ENDS: Final = 1
 CHOOSES: Final = 2
 _ENDS = ("onsuccess", "onerror", "_onsuccess", "_onerror", "set_status", "_set_status")
 _CHOOSES = ("next", "launch_next", "set_status")
 
-#: Maximum length of searchable metadata keys and values; longer ones are stored, but cannot be searched for.
+#: Maximum length of searchable metadata keys and values. Longer keys and values are stored, but a search does not find
+#: them.
 MAX_SEARCHABLE_VALUE: Final = 200
 T = TypeVar("T", bound=Task)
 
 
 def overrides_of(cls: type) -> int:
-    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both or none."""
+    """Return the flags of an operation class: :data:`ENDS`, :data:`CHOOSES`, both flags or no flag."""
 
     def overrides(names: Iterable[str]) -> bool:
         return any(getattr(cls, name, None) is not getattr(Operation, name) for name in names)
@@ -44,7 +46,7 @@ def to_json(value: Any, subject: str, owner: object) -> str:
     """Return a value as JSON text, in the format of the wire.
 
     :param subject: name of the value, for the error text.
-    :param owner: object that the value belongs to, for the error text.
+    :param owner: the object with the value, for the error text.
     :raises kser.errors.UsageError: the value has no JSON form.
     """
     try:
@@ -64,8 +66,66 @@ def result_to_json(result: Result, owner: object) -> str:
 
 
 def result_from_json(text: str | None, uuid: str) -> Result:
-    """Return the result from JSON text of :func:`result_to_json`; a blank result with this uuid for None."""
+    """Return the result from JSON text of :func:`result_to_json`. For None, return a blank result with this uuid."""
     return Result(uuid=uuid) if text is None else Result(**json.loads(text))
+
+
+class SerializedOutcome(NamedTuple):
+    """The outcome of a task, as it is stored."""
+
+    #: Result of the task; a failed one in place of a value that cannot be stored.
+    result: Result
+    #: ``result`` as JSON.
+    text: str
+    #: SUCCESS or FAILED.
+    status: str
+    #: The accumulated result of the operation with ``result``, and its JSON.
+    total: Result
+    total_text: str
+    #: The reason why a value cannot be stored; None if it can.
+    error: UsageError | None
+
+
+def serialize_outcome(task: Task, result: Any, accumulated: Result) -> SerializedOutcome:
+    """Return the outcome of a task from the return value of its last hook.
+
+    :param accumulated: the accumulated result of the operation; it gets the result of a successful task.
+    """
+    stored, text, error = serializable_result(task, result)
+    status = states.final_status(stored)
+    return SerializedOutcome(stored, text, status, *add_result(accumulated, stored, status), error)
+
+
+def serialize_failure(failed: Result, accumulated: Result) -> SerializedOutcome:
+    """Return the outcome of a task that failed without an attempt.
+
+    :raises kser.errors.UsageError: the result has no JSON form.
+    """
+    text = result_to_json(failed, "a task")
+    total = add_result(accumulated, failed, states.FAILED)
+    return SerializedOutcome(failed, text, states.FAILED, *total, None)
+
+
+def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageError | None]:
+    """Return a result, its JSON and None; for a value without a JSON form, a failed result, its JSON and the error."""
+    try:
+        if not isinstance(result, Result):
+            raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
+        return result, result_to_json(result, task), None
+    except UsageError as error:
+        failed = failed_result(error, task.uuid)
+        return failed, result_to_json(failed, "a failure"), error
+
+
+def add_result(accumulated: Result, result: Result, status: str) -> tuple[Result, str]:
+    """Add the result of a task to the accumulated result of its operation, and return the sum and its JSON.
+
+    A failure leaves ``accumulated`` unchanged.
+
+    :param status: status of the task.
+    """
+    total = merge(accumulated if status == states.SUCCESS else copy_result(accumulated), result)
+    return total, result_to_json(total, total.uuid)
 
 
 def searchable_metadata(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -83,7 +143,7 @@ def searchable_pair(key: Any, value: Any) -> tuple[str, str]:
 
 def json_equal(one: str, other: str) -> bool:
     """Return whether two JSON texts have the same value."""
-    # Compare normalised texts, not objects, because as an object NaN differs from itself.
+    # Compare normalised texts and not the decoded objects, because the object NaN is not equal to itself.
     return one == other or _sorted(one) == _sorted(other)
 
 
@@ -92,9 +152,9 @@ def _sorted(text: str) -> str:
 
 
 def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> None:
-    """Check that a stored operation has the entrypoint and params of a new one with the same uuid.
+    """Check that a stored operation has the same entrypoint and params as a new operation with the same uuid.
 
-    :raises kser.errors.StateConflict: they differ, or the uuid belongs to a nested operation.
+    :raises kser.errors.StateConflict: the entrypoints or the params differ, or the uuid belongs to a nested operation.
     """
     if row.parent_id is not None:
         raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
@@ -107,17 +167,17 @@ def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> Non
 
 
 def new_operation(
-    operation: Operation, mode: str, topic: str, topic_of: Callable[[Task], str], original_params: str | None = None
+    operation: Operation, mode: str, topic: str, task_topic: str, original_params: str | None = None
 ) -> NewOperation:
     """Return the row of a new operation, including its tasks and nested operations.
 
     :param topic: topic for messages about the operation as a whole.
-    :param topic_of: function that returns the topic of a task.
-    :param original_params: params of the original message as JSON; used to recognise a redelivered message.
+    :param task_topic: topic of each task whose class declares no topic.
+    :param original_params: params of the original message as JSON. With them, a redelivered message is recognised.
     :raises kser.errors.UsageError: a value has no JSON form.
     """
     built = operation._kser_built is not None or bool(operation.tasks)
-    tasks = new_tasks(operation.tasks, mode, topic_of) if built else None
+    tasks = new_tasks(operation.tasks, mode, task_topic) if built else None
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
     if original_params is not None and not json_equal(original_params, params):
         metadata = {**metadata, ORIGINAL_PARAMS_KEY: original_params}
@@ -127,9 +187,10 @@ def new_operation(
         total = merge(total, task.result)
     ahead = (tasks or [])[len(done) :]
     first = ahead[0] if ahead and mode == Mode.DISTRIBUTED else None
+    path = type(operation).path
     return NewOperation(
         uuid=operation.uuid,
-        entrypoint=type(operation).path,
+        entrypoint=path,
         mode=mode,
         topic=topic,
         overrides=overrides_of(type(operation)),
@@ -141,23 +202,26 @@ def new_operation(
         phase=Phase.BUILD if tasks is None else Phase.RUN_TASK if ahead else Phase.END_SUCCESS,
         target=StepMessage(first.uuid, first.entrypoint, first.topic)
         if first
-        else StepMessage(operation.uuid, type(operation).path, topic),
+        else StepMessage(operation.uuid, path, topic),
         step=len(done),
     )
 
 
-def new_tasks(tasks: Sequence[Task], mode: str, topic_of: Callable[[Task], str]) -> list[NewTask]:
-    """Return the rows of an operation's new tasks."""
-    return [_new_task(task, mode, topic_of) for task in tasks]
+def new_tasks(tasks: Sequence[Task], mode: str, task_topic: str) -> list[NewTask]:
+    """Return the rows of an operation's new tasks.
+
+    :param task_topic: topic of each task whose class declares no topic.
+    """
+    return [_new_task(task, mode, task_topic) for task in tasks]
 
 
-def _new_task(task: Task, mode: str, topic_of: Callable[[Task], str]) -> NewTask:
-    topic = topic_of(task)
+def _new_task(task: Task, mode: str, task_topic: str) -> NewTask:
+    topic = task.TOPIC or task_topic
     child = None
     done = _is_done(task)
     if isinstance(task, Operation) and not done:
         # A nested operation starts with the build phase when it becomes current, even if its tasks exist already.
-        child = replace(new_operation(task, mode, topic, topic_of), phase=Phase.BUILD)
+        child = replace(new_operation(task, mode, topic, task_topic), phase=Phase.BUILD)
     return NewTask(
         uuid=task.uuid,
         entrypoint=type(task).path,
@@ -185,23 +249,31 @@ def _is_blank(result: Result) -> bool:
 
 
 class EntrypointLoader:
-    """Loader of entrypoint classes by path, and of objects from rows.
+    """Loader, which finds entrypoint classes by path and builds objects from rows.
 
-    :param lookup: returns the class with a path; None if it is not registered here.
+    :param registry: the registry of the classes.
     """
 
-    def __init__(self, lookup: Callable[[str], type[Entrypoint] | None]) -> None:
-        self.lookup = lookup
+    def __init__(self, registry: RegistryProtocol) -> None:
+        self._registry = registry
+
+    def lookup(self, path: str) -> type[Entrypoint] | None:
+        """Return the class with a path, or None if no such class is registered here."""
+        found: type[Entrypoint] | None = self._registry.controller.ENTRYPOINTS.get(path)
+        return found
 
     def operation(self, row: OperationRow) -> Operation:
-        """Build an operation without tasks from its row; if its class cannot be used, a plain one with a load error."""
+        """Build an operation without tasks from its row.
+
+        If its class cannot be used, build a plain Operation with a load error.
+        """
         operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
         operation.status = row.status
         operation._kser_built = None if row.task_count is None else []
         return operation
 
     def task(self, row: TaskRow) -> Task:
-        """Build a task from its row; if its class cannot be used, a plain one with a load error."""
+        """Build a task from its row. If its class cannot be used, build a plain Task with a load error."""
         task = self._construct(Task, row, row.result)
         task.status = row.status
         return task
@@ -209,7 +281,7 @@ class EntrypointLoader:
     def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
         """Build the tasks of an operation from their rows.
 
-        :param children: rows of the nested operations among the tasks.
+        :param children: the rows of those tasks that are nested operations.
         """
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cdumay_result import Result
 
 from kser import status as states
-from kser.attempt import Attempt, TaskAttempt, current_attempt, time_limit_of
-from kser.controller import user_code_guard
+from kser.attempt import Attempt, TaskAttempt, current_attempt, time_limit_of, user_code_guard
 from kser.durable.context import DurableContext
-from kser.durable.execution_state import ExecutionState, OperationFrame
-from kser.durable.serialization import new_tasks, result_to_json
+from kser.durable.execution_state import ExecutionState, OperationFrame, StepChange
+from kser.durable.serialization import new_tasks, serializable_result, serialize_failure, serialize_outcome
 from kser.entry import schedule_retry
 from kser.errors import StoreError, UsageError
 from kser.results import failed_result
@@ -27,32 +26,35 @@ from kser.store.model import BuiltTasks, Phase
 logger = logging.getLogger(__name__)
 
 
-#: Reply of a step that has none: it built the tasks or chose the next one.
+#: The reply of a step that has no result for the message, because it built the tasks or chose the next task.
 NO_REPLY: Final = object()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """Outcome of a step for the message whose handling runs it."""
+class StepOutcome(NamedTuple):
+    """Outcome of a step, for the checkpoint and for the message that caused the step."""
 
-    #: Outcome of the task or of the end of an operation; the result of the message. :data:`NO_REPLY` without one.
+    #: Everything that the step has changed.
+    change: StepChange
+    #: The result of the message: the result of the task or of the operation that ended. :data:`NO_REPLY` if there is
+    #: none.
     reply: Any = NO_REPLY
-    #: Seconds until the next attempt at the task; None without a retry.
+    #: Seconds until the next attempt at the task; None if no retry follows.
     retry_in: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Step runner: runs the current step and updates the execution state with its outcome.
+    """Step runner, which runs the current step and updates the execution state with the outcome of the step.
 
     :param context: the durable context of this process.
     :param state: the execution state of the operation.
-    :param timeout_error: the error of a timed-out attempt at the current task, in which another thread is still stuck.
+    :param timeout_error: the timeout error of an attempt at the current task. Another thread is still stuck in that
+        attempt.
     """
 
-    def __init__(self, context: DurableContext, state: ExecutionState, timeout_error: Exception | None = None) -> None:
-        self._context = context
-        self._state = state
-        self._timeout_error = timeout_error
+    context: DurableContext
+    state: ExecutionState
+    timeout_error: Exception | None = None
 
     def run_next(self) -> StepOutcome:
         """Run the next step."""
@@ -60,7 +62,7 @@ class StepRunner:
         if failed is not None:
             return failed
         self._descend()
-        frame = self._state.top
+        frame = self.state.frames[-1]
         if frame.phase == Phase.BUILD:
             return self._build_operation(frame)
         if frame.phase == Phase.RUN_TASK:
@@ -71,72 +73,68 @@ class StepRunner:
 
     def fail_step(self, error: Exception) -> StepOutcome:
         """Fail the current step without running it."""
-        frame, task = self._state.top, self._state.claim.task
+        frame, task = self.state.frames[-1], self.state.claim.task
         failed = failed_result(error, frame.row.uuid)
         if frame.phase == Phase.RUN_TASK and task is not None:
-            self._state.on_task_finished(task.uuid, failed, result_to_json(failed, "a task"), 0, 0)
+            change = self.state.on_task_finished(task.uuid, serialize_failure(failed, frame.accumulated), 0, 0)
         elif frame.phase in (Phase.BUILD, Phase.CHOOSE_NEXT):
-            self._state.on_failed(failed)
+            change = self.state.on_failed(failed)
         else:
-            self._state.on_ended(states.FAILED, failed)
-        return StepOutcome(failed)
+            change = self.state.on_ended(states.FAILED, failed)
+        return StepOutcome(change, failed)
 
     # -- objects -------------------------------------------------------------------------------------------------------
 
     def _restore_operations(self) -> StepOutcome | None:
-        """Restore the objects of operations that continue in this consumer, and call their prerun triggers.
+        """Restore the objects of the operations that continue in this consumer, and call ``_prerun`` of each object.
 
-        :return: the outcome of the step if one of them raised, which fails that operation; else None.
+        :return: None if no object raised an exception. Otherwise, the operation of that object fails, and the return
+            value is the outcome of the step.
         """
-        if self._state.distributed or self._timeout_error is not None:
+        frames = self.state.frames
+        if self.state.distributed or self.timeout_error is not None:
             return None
-        for depth, frame in enumerate(self._state.frames):
+        for depth, frame in enumerate(frames):
             if frame.operation is None and frame.phase == Phase.RUN_TASK:
                 try:
                     with user_code_guard:
-                        parent = self._state.frames[depth - 1].operation if depth else None
-                        self.attach(frame, None if parent is None else parent.tasks[self._state.frames[depth - 1].step])
+                        parent = frames[depth - 1].operation if depth else None
+                        if parent is not None:
+                            nested: Any = parent.tasks[frames[depth - 1].step]
+                            frame.attach(nested)
                         operation = self._load(frame)
                         operation.status = states.PENDING
                         operation._prerun()
                 except Exception as exc:
-                    del self._state.frames[depth + 1 :]
+                    del frames[depth + 1 :]
                     return self._fail(frame, exc)
         return None
 
     def _descend(self) -> None:
-        """Descend to the innermost operation that is current."""
-        while (frame := self._state.top).phase == Phase.RUN_TASK and frame.operation is not None:
+        """Add a frame for each nested operation, down to the innermost operation that is current."""
+        while (frame := self.state.frames[-1]).phase == Phase.RUN_TASK and frame.operation is not None:
             task = frame.operation.tasks[frame.step]
-            row = self._context.store.get_operation(task.uuid) if isinstance(task, Operation) else None
-            if row is None:
+            if not isinstance(task, Operation) or (row := self.context.store.get_operation(task.uuid)) is None:
                 break
-            self.attach(self._state.push(row), task)
-
-    def attach(self, frame: OperationFrame, operation: Any = None) -> None:
-        """Attach an operation object to a frame."""
-        if operation is not None:
-            frame.operation = operation
-            frame.is_loaded = bool(operation.tasks) or frame.task_count is None
-            if frame.phase == Phase.RUN_TASK:
-                frame.accumulated = operation.result
+            self.state.push(row, task)
 
     def _load(self, frame: OperationFrame) -> Operation:
         """Return the operation object of a frame, with its tasks.
 
-        :raises Exception: the object could not be built: its class is not registered here, or raised.
+        :raises Exception: the object could not be built, because its class is not registered here or raised this
+            exception.
         """
         if frame.operation is None:
-            self.attach(frame, self._context.loader.operation(frame.row))
+            frame.attach(self.context.loader.operation(frame.row))
         operation = frame.operation
         assert operation is not None
         if operation._kser_load_error is not None:
             raise operation._kser_load_error
         if not frame.is_loaded:
-            rows = self._context.store.get_tasks(frame.row.id)
+            rows = self.context.store.get_tasks(frame.row.id)
             nested = any(task.child_id is not None for task in rows)
-            children = self._context.store.get_children(frame.row.root_id) if nested else ()
-            operation.tasks = self._context.loader.tasks(rows, children)
+            children = self.context.store.get_children(frame.row.root_id) if nested else ()
+            operation.tasks = self.context.loader.tasks(rows, children)
             frame.attempts = {task.position: (task.attempts, task.attempts_before_resume) for task in rows}
             frame.is_loaded = True
         return operation
@@ -144,8 +142,7 @@ class StepRunner:
     def _fail(self, frame: OperationFrame, exc: Exception) -> StepOutcome:
         logger.error(f"{frame.row.entrypoint}[{frame.row.uuid}] could not be built or advanced: {exc}")
         failed = failed_result(exc, frame.row.uuid)
-        self._state.on_failed(failed)
-        return StepOutcome(failed)
+        return StepOutcome(self.state.on_failed(failed), failed)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -156,24 +153,25 @@ class StepRunner:
                 prepare_operation(operation, None)
                 built = None
                 if frame.task_count is None:
-                    tasks = new_tasks(operation.tasks, frame.row.mode, self._context.topic_resolver(frame.row.topic))
-                    built = BuiltTasks(frame.row.id, tasks)
+                    topic = self.context.registry.settings.first_topic(frame.row.topic)
+                    built = BuiltTasks(frame.row.id, new_tasks(operation.tasks, frame.row.mode, topic))
         except Exception as exc:
             return self._fail(frame, exc)
         frame.accumulated = operation.result
         frame.is_loaded = True
-        self._state.on_built(built)
-        return StepOutcome()
+        return StepOutcome(self.state.on_built(built))
 
     def _run_task(self, frame: OperationFrame) -> StepOutcome:
         task = self._current_task(frame)
         if task.status == states.SUCCESS:
             # The task was done before the operation was stored, so record its result without an attempt.
-            return self._finish_task(task, task.result)
+            return self._finish_task(frame, task, task.result)
         recorded, not_counted = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
         outer = current_attempt.get()
-        owner = self._context.loader.lookup(frame.row.entrypoint) or Operation
+        if frame.owner is None:
+            frame.owner = self.context.loader.lookup(frame.row.entrypoint) or Operation
+        owner = frame.owner
         attempt = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
         attempt.attempts_not_counted = not_counted
         if outer is not None:
@@ -188,27 +186,29 @@ class StepRunner:
                 outer.time_limit = None
         duration = time.monotonic() - started_at
         if attempt.retry_in is not None:
-            self._state.on_task_retried(task.uuid, result.stderr, number, duration)
-            return StepOutcome(retry_in=attempt.retry_in)
-        return self._finish_task(task, result, number, duration)
+            change = self.state.on_task_retried(task.uuid, result.stderr, number, duration)
+            return StepOutcome(change, retry_in=attempt.retry_in)
+        return self._finish_task(frame, task, result, number, duration)
 
-    def _finish_task(self, task: Task, result: Any, number: int = 0, duration: float = 0) -> StepOutcome:
-        reply, text = serializable_result(task, result)
-        self._state.on_task_finished(task.uuid, reply, text, number, duration)
-        return StepOutcome(reply)
+    def _finish_task(
+        self, frame: OperationFrame, task: Task, result: Any, number: int = 0, duration: float = 0
+    ) -> StepOutcome:
+        outcome = serialize_outcome(task, result, frame.accumulated)
+        _log_unserializable(task, outcome.error)
+        return StepOutcome(self.state.on_task_finished(task.uuid, outcome, number, duration), outcome.result)
 
     def _current_task(self, frame: OperationFrame) -> Task:
         if frame.operation is not None:
             return frame.operation.tasks[frame.step]
-        row = self._state.claim.task
+        row = self.state.claim.task
         assert row is not None, "a task is current, so it was claimed"
         frame.attempts[row.position] = row.attempts, row.attempts_before_resume
-        return self._context.loader.task(row)
+        return self.context.loader.task(row)
 
     def _attempt_task(self, task: Task, frame: OperationFrame) -> Any:
         try:
             with user_code_guard:
-                error = self._timeout_error or task._kser_load_error
+                error = self.timeout_error or task._kser_load_error
                 if error is not None:
                     raise error
                 return run_task(task, frame.accumulated, frame.row.uuid)
@@ -218,8 +218,8 @@ class StepRunner:
             return task._onerror(failed) if retried is None else retried
 
     def _is_cancelled(self) -> bool:
-        row = self._context.store.get_operation(self._state.claim.root.uuid)
-        return row is not None and (row.cancel_requested or row.epoch != self._state.claim.epoch)
+        row = self.context.store.get_operation(self.state.claim.root.uuid)
+        return row is not None and (row.cancel_requested or row.epoch != self.state.claim.epoch)
 
     def _choose_next(self, frame: OperationFrame) -> StepOutcome:
         choice = NextTaskChoice(frame.row.uuid)
@@ -235,8 +235,7 @@ class StepRunner:
         except Exception as exc:
             return self._fail(frame, exc)
         else:
-            self._state.on_next_chosen(following, task.result if choice.is_failed else None)
-            return StepOutcome()
+            return StepOutcome(self.state.on_next_chosen(following, task.result if choice.is_failed else None))
         finally:
             current_choice.reset(token)
 
@@ -248,8 +247,7 @@ class StepRunner:
                 operation.result = frame.outcome
         except Exception as exc:
             failed = failed_result(exc, frame.row.uuid)
-            self._state.on_ended(states.FAILED, failed)
-            return StepOutcome(failed)
+            return StepOutcome(self.state.on_ended(states.FAILED, failed), failed)
         try:
             with user_code_guard:
                 hook = operation._onsuccess if status == states.SUCCESS else operation._onerror
@@ -257,24 +255,19 @@ class StepRunner:
         except Exception as exc:
             status = states.FAILED
             returned = operation._onerror(failed_result(exc, frame.row.uuid))
-        result, _ = serializable_result(operation, returned if isinstance(returned, Result) else operation.result)
+        final = returned if isinstance(returned, Result) else operation.result
+        result, text, error = serializable_result(operation, final)
+        _log_unserializable(operation, error)
         if states.final_status(result) != states.SUCCESS:
             status = states.FAILED
         operation.status = status
-        self._state.on_ended(status, result)
-        return StepOutcome(returned)
+        return StepOutcome(self.state.on_ended(status, result, text), returned)
 
 
-def serializable_result(task: Task, result: Any) -> tuple[Result, str]:
-    """Return a result and its JSON; a failed result if the value is not a Result or has no JSON form."""
-    try:
-        if not isinstance(result, Result):
-            raise UsageError(f"a hook of {task!r} returned {result!r} in place of a Result")
-        return result, result_to_json(result, task)
-    except UsageError as error:
+def _log_unserializable(task: Task, error: UsageError | None) -> None:
+    """Log the error if the result of a task cannot be stored."""
+    if error is not None:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
-        failed = failed_result(error, task.uuid)
-        return failed, result_to_json(failed, "a failure")
 
 
 def _position(operation: Operation, chosen: Task) -> int:
@@ -285,7 +278,7 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks whose class declares none: that of the operation, or of the consumer."""
+    """Return the retry policy for tasks whose class declares no policy: that of the operation or of the consumer."""
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

@@ -28,25 +28,25 @@ from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, Pendin
 
 logger = logging.getLogger(__name__)
 
-#: Timeout in milliseconds of queries for committed offsets and for the first and last offset of a partition.
+#: Timeout in milliseconds of a query for committed offsets, or for the first and last offset of a partition.
 QUERY_TIMEOUT_MS = 5000
 #: Timeout in milliseconds of the query that checks whether the group coordinator responds.
 PROBE_TIMEOUT_MS = 1000
-#: Seconds without records between two health checks of topics and group coordinator.
+#: Seconds between two health checks of the topics and of the group coordinator, while no records arrive.
 HEALTH_CHECK_INTERVAL = 5.0
-#: Seconds between two attempts to start partitions.
+#: Seconds between two tries to start partitions.
 START_RETRY_INTERVAL = 1.0
 
 #: Errors that report a position outside of the partition's log.
 _OUT_OF_RANGE = tuple(
     getattr(errors, name) for name in ("OffsetOutOfRangeError", "LogTruncationError") if hasattr(errors, name)
 )
-#: Errors of a partition without a position. kafka-python 2 has two errors of that name.
+#: Errors of a partition without a position. kafka-python 2 has two errors with this name.
 _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
-#: Transient errors: commits fail with them during a rebalance.
+#: Transient errors. Commits fail with these errors during a rebalance.
 _TRANSIENT = (
     errors.RebalanceInProgressError,
     errors.IllegalGenerationError,
@@ -60,10 +60,9 @@ _FATAL = (errors.IllegalStateError,)
 class KafkaPythonClient(ConsumerClient):
     """A member of a consumer group.
 
-    :param client: the KafkaConsumer; with a group its ``auto_offset_reset`` is ``"none"``, because this class chooses
-        start positions.
-    :param reset: the start position of a partition without a committed offset: ``"earliest"``, ``"latest"`` or
-        ``"none"``.
+    :param client: the KafkaConsumer. If it has a group, its ``auto_offset_reset`` must be ``"none"``, because this
+        class chooses the start positions.
+    :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
     :param commits: False if the client must not commit offsets.
     """
 
@@ -80,13 +79,13 @@ class KafkaPythonClient(ConsumerClient):
         self._session = client.config["session_timeout_ms"] / 1000
         self._pending_error: ClientError | None = None
         self._health_error: ClientError | None = None
-        #: Assigned partitions that have no start position yet. The client's own thread may add some.
+        #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
         self._partition_counts = PartitionCounts(reset)
 
     @property
     def cluster(self) -> str:
-        # The cluster id is part of the metadata, which the client has before it returns the first record.
+        # The cluster id is part of the metadata, and the client has the metadata before it returns the first record.
         return getattr(getattr(getattr(self._client, "_client", None), "cluster", None), "cluster_id", None) or ""
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
@@ -103,10 +102,11 @@ class KafkaPythonClient(ConsumerClient):
             self._requeue_parked_records()
             batches = self._poll(timeout, limit)
             if new := set(self._unstarted):
-                # Drop the records of new partitions: they may be from another position than the committed offset.
+                # Drop the records of new partitions, because the client may have read them from another position than
+                # the committed offset.
                 batches = {key: records for key, records in batches.items() if key not in new}
                 self._start_new_partitions()
-            # Check for errors only when there are no records: they would be lost with an error.
+            # Check for errors only if there are no records, because an exception would lose the records.
             if batches:
                 self._mark_healthy()
             else:
@@ -118,9 +118,9 @@ class KafkaPythonClient(ConsumerClient):
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
 
-        Without this method, the client would never read the result of a join that started because the partitions of
-        a topic changed. If the join finishes between two polls, the client would discard its result and join again,
-        which revokes all partitions of the whole group again.
+        Without this method, the client would never read the result of a join that started because the partitions of a
+        topic changed. If such a join finishes between two polls, the client would discard the result and join again.
+        That would revoke all partitions of the whole group again.
         """
         coordinator = self._client._coordinator
         if not ASYNC or not coordinator.rejoining:
@@ -134,7 +134,8 @@ class KafkaPythonClient(ConsumerClient):
     def _requeue_parked_records(self) -> None:
         """Make kafka-python 3 return the records that it set aside while their partition was paused.
 
-        The client does so only when its slot for the current partition is None, and leaves an exhausted batch in there.
+        The client returns these records only if its slot for the current batch is None, but it leaves an exhausted
+        batch in this slot.
         """
         fetcher = self._client._fetcher
         if ASYNC and fetcher._next_partition_records is not None and not fetcher._next_partition_records:
@@ -147,7 +148,7 @@ class KafkaPythonClient(ConsumerClient):
             )
             return batches
         except _NO_POSITION:
-            # The partitions without a position are new, and get one after this poll.
+            # The partitions without a position are new. They get a position after this poll.
             return {}
         except _OUT_OF_RANGE as error:
             self._recover_from(error)
@@ -156,7 +157,9 @@ class KafkaPythonClient(ConsumerClient):
             self._polled_at = time.monotonic()
 
     def _health_check(self) -> None:
-        """Check for errors that kafka-python retries silently: missing topics and unreachable brokers.
+        """Check for missing topics and unreachable brokers.
+
+        kafka-python does not report these errors, because it retries without end.
 
         :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """
@@ -183,7 +186,7 @@ class KafkaPythonClient(ConsumerClient):
         return None
 
     def _check_group(self) -> ClientError | None:
-        """Query a committed offset to check that the group coordinator responds."""
+        """Query a committed offset, to check that the group coordinator responds."""
         tp = next(iter(self._client.assignment()), None)
         if tp is None or not self.can_commit:
             return None
@@ -216,8 +219,8 @@ class KafkaPythonClient(ConsumerClient):
             raise self._as_client_error("read the lag", error) from error
 
     def close(self, timeout: float) -> None:
-        # kafka-python revokes the partitions during close, when a new client of this process may own them already.
-        # An inactive listener ignores the late call.
+        # kafka-python revokes the partitions during close, when a new client of this process may already own them. An
+        # inactive listener ignores this late call.
         if self._client_listener is not None:
             self._client_listener.active = False
         try:
@@ -242,9 +245,10 @@ class KafkaPythonClient(ConsumerClient):
     # -- start positions -----------------------------------------------------------------------------------------------
 
     def _start_new_partitions(self) -> None:
-        """Start the new partitions at the committed offsets, or as the reset policy demands if there are none.
+        """Start the new partitions at their committed offsets, or as the reset policy demands if they have none.
 
-        Partitions that cannot be started stay paused until a retry succeeds; the others are consumed meanwhile.
+        Partitions that cannot be started stay paused until a retry succeeds. The client returns records of the other
+        partitions meanwhile.
         """
         if time.monotonic() < self._start_at:
             return
@@ -263,12 +267,14 @@ class KafkaPythonClient(ConsumerClient):
                 )
             except ClientError as error:
                 self._pending_error = error
-            # Set any position, because a partition without one makes every poll of the client fail. It stays paused.
+            # Set an arbitrary position, because a partition without a position makes every poll of the client fail. The
+            # partition stays paused.
             self._client.seek(tp, 0)
         if not (self._unstarted & self._client.assignment()):
             self._start_at = 0.0
         self._listener.on_assign(known)
-        # Without commits, only the listener knows the finished offsets, and ``on_reset`` would discard them.
+        # If the client does not commit, only the listener knows the finished offsets, and ``on_reset`` would discard
+        # them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
 
     def _start_partition(
@@ -308,7 +314,7 @@ class KafkaPythonClient(ConsumerClient):
         return None if committed is None else Commit(committed.offset, strip_checksum(committed.metadata or ""))
 
     def _beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        # ``KafkaConsumer.beginning_offsets`` of kafka-python 2 accepts no timeout and can block for minutes.
+        # In kafka-python 2, ``KafkaConsumer.beginning_offsets`` accepts no timeout and can block for minutes.
         return dict(self._client._fetcher.beginning_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -318,7 +324,8 @@ class KafkaPythonClient(ConsumerClient):
         """Log the lost offsets of out-of-range positions, and restart as ``auto_offset_reset`` demands."""
         assert self._listener is not None
         positions: Mapping[TopicPartition, Any] = getattr(error, "divergent_offsets", None) or error.args[0]
-        # Skip new partitions: they are started at their committed offset, and fail again if it is out of range.
+        # Skip new partitions. They start at their committed offset, and cause this error again if that offset is out of
+        # range.
         partitions = [tp for tp in positions if tp in self._client.assignment() and tp not in self._unstarted]
         begins, ends = self._beginning_offsets(partitions), self._end_offsets(partitions)
         starts: dict[Partition, Commit] = {}

@@ -1,4 +1,4 @@
-"""Consumer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
+"""Consumer on kafka-python. A drop-in replacement for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ logger = logging.getLogger(__name__)
 class Consumer(BaseConsumer):
     """A consumer that polls ``kafka.KafkaConsumer`` and passes messages to :attr:`REGISTRY`.
 
-    The client never commits by itself: ``enable_auto_commit`` (default True) chooses whether offsets are committed
-    every ``auto_commit_interval_ms`` or, when False, at once. With ``commit="after"`` a group without committed
-    offsets starts at the earliest record, unless ``auto_offset_reset`` says otherwise (decision D17).
+    kafka-python never commits by itself. If ``enable_auto_commit`` is True (the default), the consumer commits offsets
+    every ``auto_commit_interval_ms``. If it is False, the consumer commits as soon as a message is finished. With
+    ``commit="after"``, a group without committed offsets starts at the earliest record, unless ``auto_offset_reset``
+    says otherwise (decision D17).
 
-    :param config: options of KafkaConsumer; its options in ``KSER_CONFIG`` when None.
-    :param topics: the topics to consume; ``KSER_TOPICS`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
-    :param clock: returns the time in seconds; tests may pass a clock that they advance themselves.
+    :param config: options of KafkaConsumer; None means the options of KafkaConsumer in ``KSER_CONFIG``.
+    :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
+    :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.BrokerUnavailable: no broker responds.
     :raises kser.errors.SettingError: a setting is missing or invalid.
@@ -63,8 +64,8 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
-        # Run the value deserializer per record, because an exception in it would stop the client. Ignore the key
-        # deserializer: keys are only compared, as bytes.
+        # Run the value deserializer here for each record, because an exception would stop the client if the client ran
+        # it. Ignore the key deserializer, because the consumer only compares keys, as bytes.
         self._kser_deserialize = self._kser_take_deserializer("value_deserializer")
         self._kser_take_deserializer("key_deserializer")
         super().__init__(
@@ -102,7 +103,7 @@ class Consumer(BaseConsumer):
         return self._kser_client_options.pop(name) if callable(self._kser_client_options.get(name)) else None
 
     def _kser_resolve_reset(self, commit: str, group: str | None) -> str:
-        # Without a group no offset is committed, so "earliest" would handle the whole topic again at every start.
+        # Without a group, no offset is committed, so "earliest" would handle the whole topic again at every start.
         default = "earliest" if group is not None and commit != BEFORE else "latest"
         return reset_policy(self.RESET_OPTION, self._kser_client_options.get(self.RESET_OPTION), default)
 

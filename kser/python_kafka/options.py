@@ -1,4 +1,4 @@
-"""Options of the kafka-python clients, and their connection to the brokers."""
+"""Options of the kafka-python clients, and the connection of a client to the brokers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kser.errors import BrokerUnavailable
 
 Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 
-# kafka-python 2 raises NoBrokersAvailable, kafka-python 3 KafkaTimeoutError.
+# If no broker responds, kafka-python 2 raises NoBrokersAvailable, and kafka-python 3 raises KafkaTimeoutError.
 _UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", errors.KafkaTimeoutError))
 
 
 def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
-    """Return the options of ``client``: ``config`` unchanged, or the client's options in ``KSER_CONFIG``.
+    """Return the options of ``client``: a copy of ``config``, or the client's options in ``KSER_CONFIG``.
 
     :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither client knows.
     """
@@ -43,7 +43,7 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
     try:
         return client(**{**options, "kafka_client": make_recorded_network})
     except _UNREACHABLE as error:
-        # The failed constructor leaves its network thread running: close it.
+        # The failed constructor leaves its network thread running, so close the network.
         for network in networks:
             network.close()
         raise BrokerUnavailable(

@@ -1,4 +1,4 @@
-"""Producer on kafka-python. Drop-in for ``kser.python_kafka`` of 0.8.27."""
+"""Producer on kafka-python. A drop-in replacement for ``kser.python_kafka`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: Default of ``max_block_ms``: the client's timeout for the metadata of a topic.
+#: Default of ``max_block_ms``, which is the client's timeout for the metadata of a topic.
 MAX_BLOCK_MS = 5000
 #: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
-#: Limits of a chunk of a bulk, which is encoded first and then passed to the client: messages, and seconds of encoding.
+#: Limits of a chunk of a bulk: the number of messages, and the seconds of encoding. A chunk is encoded first, and then
+#: passed to the client.
 CHUNK = 500
 CHUNK_SECONDS = 0.05
 
@@ -42,15 +43,16 @@ CHUNK_SECONDS = 0.05
 class Producer(KafkaProducerBase):
     """A producer on ``kafka.KafkaProducer`` that checks the delivery of every message. Threads can share it.
 
-    The default of ``acks`` is ``"all"``. kafka-python 3 is idempotent unless other options forbid it. kafka-python 2 is
-    idempotent only with ``enable_idempotence``: this is not the default, because such a producer cannot end its thread
-    while no broker responds.
+    The default of ``acks`` is ``"all"``. With kafka-python 3, the producer is idempotent unless other options forbid
+    it. With kafka-python 2, the producer is idempotent only with ``enable_idempotence``. This option is not the
+    default, because an idempotent producer of kafka-python 2 cannot end its thread while no broker responds.
 
-    The client has a single timeout for metadata, ``max_block_ms``. While one thread sends with a shorter timeout,
-    another thread may time out too early for a topic that is new to the client; its Result then has this error.
+    All threads share the client's single timeout for metadata, ``max_block_ms``. While one thread sends with a shorter
+    timeout, another thread that sends to a new topic may time out too early. The Result of that other thread then
+    contains the timeout error.
 
-    :param config: options of KafkaProducer; its options in ``KSER_CONFIG`` when None.
-    :param app: a Flask application whose ``config`` is read before the environment.
+    :param config: options of KafkaProducer; None means the options of KafkaProducer in ``KSER_CONFIG``.
+    :param app: a Flask application; its ``config`` has precedence over the environment.
     :raises kser.errors.BrokerUnavailable: no broker responds.
     :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
@@ -76,7 +78,8 @@ class Producer(KafkaProducerBase):
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
             logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {error}")
-            # ``close`` timed out before it stopped the client's thread, which would otherwise retry without end.
+            # ``close`` timed out before it stopped the client's thread. Stop the thread by force, because it would
+            # retry without end.
             self.client._sender.force_close()
             with suppress(KafkaError):
                 self.client.close(timeout=CLOSE_TIMEOUT)
@@ -87,7 +90,7 @@ class Producer(KafkaProducerBase):
         if value is None and key is None:
             # The client cannot write a record with neither key nor value, so send an empty value.
             value = b""
-        # The client rejects headers without a value, so send an empty one.
+        # The client rejects headers without a value, so send an empty value.
         options = record_options(key, [(name, data or b"") for name, data in headers])
         delivery = self._kser_enqueue(topic, value, options, deadline)
         try:
@@ -106,7 +109,10 @@ class Producer(KafkaProducerBase):
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
     def _kser_enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
-        """Queue a record in the client, which may wait for metadata first, and return the future of its delivery."""
+        """Queue a record in the client, and return the future of its delivery.
+
+        The client may wait for metadata first.
+        """
         size = self._kser_size_checked(value, options)
         last_response = self._kser_last_response()
         try:
@@ -114,8 +120,8 @@ class Producer(KafkaProducerBase):
                 delivery = self.client.send(topic, value, **options)
             else:
                 delivery = self._kser_send_before(topic, value, options, deadline)
-            # The client checks the size with the protocol's overhead: kafka-python 3 raises the error, kafka-python 2
-            # stores it in the future.
+            # The client checks the size including the protocol's overhead. kafka-python 3 raises the error, and
+            # kafka-python 2 stores the error in the future.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
@@ -144,7 +150,7 @@ class Producer(KafkaProducerBase):
         """Send with a shorter timeout than ``max_block_ms``.
 
         The timeout is a setting of the whole client, so only one thread at a time may lower it. Another thread with
-        more time may time out too early meanwhile; its Result then has this error.
+        more time may time out too early meanwhile, and then its Result contains the timeout error.
         """
         if not self._kser_max_block_lock.acquire(timeout=time_left(deadline)):
             raise KafkaTimeoutError(f"Another thread still waits for metadata from {self._kser_servers}.")
@@ -165,7 +171,7 @@ class Producer(KafkaProducerBase):
         return float(self.client._metadata._last_successful_refresh_ms)
 
     def _kser_explain(self, topic: str, last_response: float) -> str:
-        # Only a new metadata response distinguishes an unknown topic from a broker that does not respond.
+        # Only a new metadata response shows whether the topic is unknown or the broker does not respond.
         if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
         return (
@@ -176,22 +182,23 @@ class Producer(KafkaProducerBase):
 class _Bulk(Bulk):
     """The messages of one ``bulk_send``.
 
-    Messages are encoded, passed to the client and checked in chunks. If they were passed one by one, each message would
-    wake the client's own thread, and most would be sent in a request of their own.
+    This class encodes messages in chunks, passes them to the client in chunks, and checks their delivery in chunks. If
+    it passed each message separately, each message would wake the client's own thread, and most messages would be sent
+    in a request of their own.
     """
 
     _producer: Producer
 
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
         super().__init__(producer, topic, timeout, key)
-        #: Deadline of the wait for metadata and for space in the client's buffer.
+        #: The deadline of the wait for metadata and for space in the client's buffer.
         self._metadata_deadline = self._deadline
         self._first_error: KafkaTimeoutError | None = None
         self._chunk: list[tuple[Message, bytes, dict[str, Any]]] = []
         self._unchecked: list[tuple[Message, int, Any]] = []
 
     def send(self, kmsgs: Iterable[Message]) -> None:
-        """Send the messages in chunks, each after ``CHUNK_SECONDS`` at the latest."""
+        """Send the messages in chunks. The encoding of a chunk ends after about ``CHUNK_SECONDS``."""
         began = time.monotonic()
         for kmsg in kmsgs:
             self._results.add()
@@ -213,14 +220,15 @@ class _Bulk(Bulk):
         return self._results.result()
 
     def _send_chunk(self) -> None:
-        # The earlier chunks are delivered by now, or almost: check them and release their futures.
+        # Most messages of the earlier chunks are delivered by now, so check them and release their futures.
         checkable, self._unchecked = self._unchecked, []
         for kmsg, data, options in self._chunk:
             try:
                 delivery = self._producer._kser_enqueue(self._topic, data, options, self._metadata_deadline)
                 self._unchecked.append((kmsg, len(data), delivery))
             except KafkaTimeoutError as exc:
-                # Fail the rest of the bulk without waiting, and with this first error: only it has the cause.
+                # Fail the rest of the bulk without a wait. Use this first error for all, because only the first error
+                # has the cause.
                 self._metadata_deadline = time.monotonic()
                 self._first_error = self._first_error or exc
                 self._results.fail(kmsg, self._first_error)
@@ -242,5 +250,5 @@ class _Bulk(Bulk):
 
 
 def _text(error: KafkaTimeoutError) -> str:
-    """Return the client's text without the error's name, which the new error adds again."""
+    """Return the text of the client's error without the error's name, because the new error adds this name again."""
     return str(error.args[0] if error.args else error)

@@ -17,11 +17,11 @@ from kser.consumer.offsets import add_checksum
 
 logger = logging.getLogger(__name__)
 
-#: Timeout in milliseconds of the commit before a rebalance, because the whole group waits for it.
+#: Timeout in milliseconds of the commit before a rebalance. It is short, because the whole group waits for the commit.
 REVOKE_TIMEOUT_MS = 2000
-#: Seconds between two checks for attempts that still run, in the client's thread, where nothing may block.
+#: Seconds between two checks whether attempts still run. The checks run in the client's thread, which must not block.
 REVOKE_WAIT_INTERVAL = 0.01
-#: True with kafka-python 3, which works in a thread of its own.
+#: True with kafka-python 3, which does its work in a thread of its own.
 ASYNC = hasattr(kafka, "AsyncConsumerRebalanceListener")
 
 #: A function that adds the topic's number of partitions to the metadata of a commit.
@@ -29,8 +29,8 @@ CommitAnnotator = Callable[[Partition, Commit], Commit]
 
 
 def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Return commits in the form that kafka-python takes."""
-    # End the metadata with a NUL, because librdkafka's Python client reads it up to the first one.
+    """Return commits in the form that kafka-python accepts."""
+    # End the metadata with a NUL, because librdkafka's Python client reads metadata up to the first NUL.
     return {
         TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{add_checksum(commit.metadata)}\0", -1)
         for key, commit in commits.items()
@@ -38,7 +38,7 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
 
 
 class PendingJoin:
-    """A join that was pending at the end of a poll, in a form that makes the next poll await it even if it is done.
+    """A join that was pending at the end of a poll. This class makes the next poll await the join even if it is done.
 
     :param task: kafka-python's future of the join.
     :param polled: the end of the last poll, when the join was still pending.
@@ -56,7 +56,8 @@ class PendingJoin:
         """Return whether the client can still use the result of the join.
 
         A result older than ``max_age`` seconds is void, because this member sends no heartbeats between the end of the
-        join and the next poll. So is an error that is no KafkaError, which the client does not handle.
+        join and the next poll. An error that is not a KafkaError also makes the result void, because the client does
+        not handle such an error.
         """
         now = time.monotonic()
         if not self._task.is_done:
@@ -70,10 +71,12 @@ def _partitions(client_partitions: Collection[TopicPartition]) -> set[Partition]
 
 
 class ClientListener:
-    """Shared parts of the listeners, which the client calls and which pass the calls on.
+    """Shared parts of the listeners.
+
+    The client calls a listener, which passes the call to the listener of the consumer.
 
     :param client: the client.
-    :param listener: the listener to pass the calls to.
+    :param listener: the listener of the consumer, which receives the calls.
     :param unstarted: the assigned partitions without a start position, which this class keeps up to date.
     :param annotate: adds the topic's number of partitions to the metadata of a commit.
     """
@@ -89,7 +92,7 @@ class ClientListener:
         self._listener = listener
         self._unstarted = unstarted
         self._annotate = annotate
-        #: False to ignore calls during the close of the client.
+        #: False while the client is closing. The listener then ignores all calls.
         self.active = True
 
     def _revoke(self, revoked: Collection[TopicPartition]) -> Revocation:
@@ -101,10 +104,10 @@ class ClientListener:
 
 
 class RebalanceListenerV2(ClientListener):
-    """The listener of kafka-python 2, which calls it in the thread that polls."""
+    """The listener for kafka-python 2. The client calls this listener in the thread that polls."""
 
     def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-        """Wait for the running attempts of revoked partitions, then commit."""
+        """Wait for the running attempts of revoked partitions, and then commit."""
         if not self.active:
             return
         revocation = self._revoke(revoked)
@@ -116,15 +119,15 @@ class RebalanceListenerV2(ClientListener):
                 logger.warning(revoked_before_commit_text(commits, error))
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        """Note the partitions, which start after the poll."""
+        """Record the assigned partitions. The client starts them after the poll."""
         self._unstarted.update(assigned)
 
 
 class RebalanceListenerV3(ClientListener):
-    """The listener of kafka-python 3, which calls it in its own thread, where nothing may block."""
+    """The listener for kafka-python 3. The client calls this listener in its own thread, which must not block."""
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-        """Wait for the running attempts of revoked partitions, then commit."""
+        """Wait for the running attempts of revoked partitions, and then commit."""
         if not self.active:
             return
         revocation = self._revoke(revoked)
@@ -138,13 +141,16 @@ class RebalanceListenerV3(ClientListener):
                 logger.warning(revoked_before_commit_text(commits, error))
 
     async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
-        """Pass lost partitions on; the group accepts no commit for them."""
+        """Pass lost partitions to the listener of the consumer. The group accepts no commit for lost partitions."""
         self._unstarted.difference_update(lost)
         if self.active:
             self._listener.on_lost(_partitions(lost))
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        """Note the partitions: they start after the poll, because this thread cannot query committed offsets."""
+        """Record the assigned partitions.
+
+        The client starts them after the poll, because this thread cannot query committed offsets.
+        """
         self._unstarted.update(assigned)
 
 

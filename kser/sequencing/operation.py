@@ -1,6 +1,6 @@
 """Operation: a task that executes a list of tasks one after the other.
 
-Drop-in for ``kser.sequencing.operation`` of 0.8.27.
+This module is a drop-in replacement for ``kser.sequencing.operation`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _DEFAULT_RUNNER: Runner = InMemoryRunner()
 
 
 class _StoredAttribute:
-    """List from an operation's snapshot. A non-data descriptor, so that a user's attribute wins (decision C18)."""
+    """A list from the snapshot of an operation.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -49,33 +52,34 @@ class _StoredAttribute:
 class Operation(Task):
     """A :class:`~kser.sequencing.task.Task` that has other tasks as children and runs them one after the other.
 
-    :param uuid: identifier, a new one by default.
+    :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the operation.
     :param status: status of the operation.
-    :param result: the forwarded result of a previous task; the first task gets it.
-    :param metadata: context that is passed on with the message.
-    :param tasks: tasks of the operation; :meth:`build` adds the ones that :meth:`build_tasks` returns.
-    :raises kser.errors.UsageError: a positional call in the order of kser 0.8 (decision B2).
+    :param result: the forwarded result of a previous task; the first task gets this result.
+    :param metadata: context that kser passes on with the message.
+    :param tasks: tasks of the operation; :meth:`build` adds the tasks that :meth:`build_tasks` returns.
+    :raises kser.errors.UsageError: the arguments are positional and in the order of kser 0.8 (decision B2).
     """
 
-    #: Classes whose required parameters the operation must have as well.
+    #: Classes whose required parameters the operation must have too.
     TASKS: ClassVar[Any] = ()
-    #: True if each task is sent as a message of its own, to run on any consumer that knows the task's class. This needs
-    #: a shared database.
+    #: True if each task is sent as a separate message, to run on any consumer that knows the class of the task. This
+    #: needs a shared database.
     DISTRIBUTED: ClassVar[bool] = False
 
-    #: Recorded attempts at the tasks, oldest first: :class:`kser.store.model.AttemptRow`. Filled by
-    #: :meth:`.OperationRegistry.get`, empty otherwise.
+    #: Recorded attempts at the tasks, oldest first: :class:`kser.store.model.AttemptRow`. Only
+    #: :meth:`.OperationRegistry.get` fills this list; otherwise, it is empty.
     attempts: ClassVar[Any] = _StoredAttribute("attempts")
-    #: Events of the operation, oldest first: :class:`kser.store.model.EventRow`. Filled by
-    #: :meth:`.OperationRegistry.get`, empty otherwise.
+    #: Events of the operation, oldest first: :class:`kser.store.model.EventRow`. Only :meth:`.OperationRegistry.get`
+    #: fills this list; otherwise, it is empty.
     events: ClassVar[Any] = _StoredAttribute("events")
 
     _kser_is_durable = True
-    #: The runner of this one operation; the runner of the registry if None.
+    #: The runner of this object only; None stands for the runner of the registry.
     _kser_runner: Runner | None = None
     _kser_snapshot: OperationSnapshot | None = None
-    #: The registry that loaded the operation. Its class may not be subscribed there, so ``_kser_registry`` may be None.
+    #: The registry that loaded the operation. The class of the operation may not be subscribed to that registry, so
+    #: ``_kser_registry`` may be None.
     _kser_loaded_from: RegistryProtocol | None = None
 
     def __init__(
@@ -118,28 +122,32 @@ class Operation(Task):
         return kwargs
 
     def prebuild(self, **kwargs: Any) -> Mapping[str, Any] | None:
-        """Check or replace the arguments before the tasks are built. To implement.
+        """Check or replace the arguments before the tasks are built. Subclasses may implement this hook.
 
-        :return: arguments for :meth:`build_tasks` in place of ``kwargs``; a falsy value leaves ``kwargs`` as they are.
+        :return: arguments for :meth:`build_tasks` in place of ``kwargs``. If the value is falsy, ``kwargs`` stay
+            unchanged.
         """
         return kwargs
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        """Return the tasks of the operation. To implement.
+        """Return the tasks of the operation. Subclasses implement this hook.
 
         :param kwargs: the operation's params, or the arguments of :meth:`build`.
         """
         return []
 
     def finalize(self) -> Any:
-        """Complete the operation once its tasks are built. To implement. :meth:`build` returns the return value."""
+        """Complete the operation after its tasks were built; :meth:`build` returns the return value of this hook.
+
+        Subclasses may implement this hook.
+        """
         return self
 
     def build(self, **kwargs: Any) -> Any:
-        """Build the tasks and add them; a second call replaces the tasks that the first call built.
+        """Build the tasks and add them. A second call replaces the tasks that the first call built.
 
-        :param kwargs: passed to :meth:`prebuild` and :meth:`build_tasks`; the operation's params by default.
-        :return: the return value of :meth:`finalize`, by default this operation.
+        :param kwargs: arguments for :meth:`prebuild` and :meth:`build_tasks`; by default, the operation's params.
+        :return: the return value of :meth:`finalize`; by default, this operation.
         :raises cdumay_error.types.ValidationError: a required parameter is missing.
         """
         built = self.compute_tasks(**(kwargs or self.params))
@@ -173,9 +181,12 @@ class Operation(Task):
         self.tasks.append(task)
 
     def check_required_params(self) -> None:
-        """Check for the required parameters of this class and of each class in :attr:`TASKS`, but not recursively.
+        """Check that the required parameters of this class and of each class in :attr:`TASKS` are present.
 
-        :raises cdumay_error.types.ValidationError: names the first missing parameter and the class that requires it.
+        The check does not include the ``TASKS`` of these classes.
+
+        :raises cdumay_error.types.ValidationError: a parameter is missing. The error names the first missing parameter
+            and the class that requires it.
         """
         for owner in (type(self), *self.TASKS):
             for key in owner.REQUIRED_FIELDS:
@@ -189,7 +200,7 @@ class Operation(Task):
     # -- status --------------------------------------------------------------------------------------------------------
 
     def set_status(self, status: str, result: Result | None = None) -> Any:
-        """Set the status. Override this method to record the status elsewhere.
+        """Set the status. You may override this method to record the status elsewhere.
 
         :param status: the new status; any value is allowed.
         :param result: the accumulated result, if any.
@@ -204,12 +215,13 @@ class Operation(Task):
     # -- execution -----------------------------------------------------------------------------------------------------
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        """Run the tasks that are not SUCCESS yet, in order, until one fails.
+        """Run the tasks that are not SUCCESS yet, in order, until a task fails.
 
-        A task that fails or raises makes the operation FAILED. Only exceptions of the operation's own hooks are raised.
+        A task that fails or raises makes the operation FAILED. Only exceptions of the operation's own hooks reach the
+        caller.
 
-        :param result: merged into :attr:`result` first; the first task gets it.
-        :return: :attr:`result`, unless ``onsuccess`` or ``onerror`` were overridden.
+        :param result: a result to merge into :attr:`result` first. The first task gets the merged result.
+        :return: the return value of ``onsuccess`` or ``onerror``; by default, :attr:`result`.
         """
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
@@ -243,17 +255,22 @@ class Operation(Task):
     # -- over Kafka ----------------------------------------------------------------------------------------------------
 
     def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
-        """Send this operation to Kafka as one message; the consumer that receives the message builds and runs it.
+        """Send this operation to Kafka as one message.
 
-        With a shared database the operation is accepted first: saved, together with its tasks if they are built. An
-        accepted operation will end even if sending fails now, because the consumers send it as soon as they can.
+        The consumer that receives the message builds and runs the operation.
 
-        :param result: forwarded to the operation.
+        With a shared database, this method first *accepts* the operation: it saves the operation, together with its
+        tasks if they are built. kser guarantees that an accepted operation ends. If sending fails now, a consumer sends
+        the operation as soon as it can.
+
+        :param result: a result to forward to the operation.
         :param topic: the topic; by default ``TOPIC``, else the first of ``KSER_TOPICS``.
-        :param key: messages with the same key are handled one after the other.
+        :param key: consumers handle messages with the same key one after the other.
         :return: this operation.
-        :raises kser.errors.SendError: there is no database and delivery was not confirmed; see ``result`` of the error.
-        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this one has already ended.
+        :raises kser.errors.SendError: there is no database and delivery was not confirmed. The attribute ``result`` of
+            the error is the Result of the producer.
+        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this operation has already
+            ended.
         :raises kser.errors.StoreUnavailable: the database is unavailable, so the operation is not accepted.
         :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
         :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
@@ -264,14 +281,15 @@ class Operation(Task):
             return self
         sent = super().send(result=result, topic=topic, key=key)
         if not sent:
-            # A producer's hook returned no Result, so the delivery is unknown: treat it as failed.
+            # A hook of the producer returned no Result, so it is unknown whether the message was delivered. Treat it as
+            # not delivered.
             sent = Result(uuid=self.uuid, retcode=500, stderr=f"a hook of the producer returned {sent!r}")
         if isinstance(sent, Result) and states.final_status(sent) != states.SUCCESS:
             raise SendError(f"{self!r} was not delivered: {sent.stderr}", sent)
         return self
 
     def next(self, task: Task) -> Task | None:
-        """Return the first task after ``task`` (found by its uuid) that is not SUCCESS, or None."""
+        """Return the first task after ``task`` that is not SUCCESS, or None; ``task`` is found by its uuid."""
         uuids = [str(known.uuid) for known in self.tasks]
         try:
             position = uuids.index(str(task.uuid))
@@ -280,13 +298,14 @@ class Operation(Task):
         return _first_unfinished(self.tasks[position + 1 :])
 
     def launch(self) -> Result:
-        """Accept this operation and send its first task; each finished task sends the next one.
+        """Accept this operation and send its first task. When a task has finished, its consumer sends the next task.
 
-        :return: the result of sending; the operation is accepted even if sending failed. Return code 1 if there is no
-            task at all; then nothing is accepted.
+        :return: the Result of sending. The operation is accepted even if sending failed. If the operation has no task,
+            the return code is 1 and the operation is not accepted.
         :raises kser.errors.StoreMissing: there is no shared database, and the tasks do not override ``send``; see
             :meth:`launch_next`.
-        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this one has already ended.
+        :raises kser.errors.StateConflict: another stored operation has the same uuid, or this operation has already
+            ended.
         """
         first = _first_unfinished(self.tasks)
         registry = self._kser_registry
@@ -295,16 +314,17 @@ class Operation(Task):
         return registry._kser_operations.launch(self)
 
     def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
-        """Send the task after ``task``, or end the operation if there is none or if ``task`` failed.
+        """Send the task after ``task``, or end the operation if no task follows or ``task`` failed.
 
-        A task whose class overrides ``send`` is sent with that method, as in kser 0.8. If the class of a stored
-        operation overrides ``launch_next``, the checkpoint of each task calls it, records the chosen task and sends it
-        afterwards. A call from inside a running task has no effect, because the checkpoint of that task sends the next
-        one.
+        If the class of the next task overrides ``send``, this method sends the task with that ``send``, as in kser 0.8.
+        If the class of a stored operation overrides ``launch_next``, kser calls it after each task, records the chosen
+        task in a checkpoint, and then sends that task. A call from inside a running task of a stored operation has no
+        effect, because the checkpoint of the running task sends the next task.
 
         :param task: the task that ended; None sends the first task that is not SUCCESS.
-        :param result: the result of ``task``, forwarded to the next task.
-        :return: the return value of ``send`` (of an operation, as a Result), or the final result of this operation.
+        :param result: the result of ``task``, which is forwarded to the next task.
+        :return: the return value of ``send``, or the final result of this operation. If ``send`` did not return a
+            Result, this method returns a new Result.
         :raises kser.errors.UsageError: ``task`` does not belong to this operation.
         :raises kser.errors.StoreMissing: there is no shared database, and the next task does not override ``send``
             (decision B22).
@@ -339,25 +359,29 @@ class Operation(Task):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Any:
-        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`; None without a database."""
+        """Return the stored operation with this uuid like :meth:`.OperationRegistry.get`.
+
+        Without a shared database, return None.
+        """
         registry = cls._kser_registry
         return registry._kser_operations.get(str(_id)) if registry is not None and registry._kser_has_store else None
 
     def resume(self) -> Self:
-        """Resume this stored operation, which FAILED or was CANCELLED, at its first task that is not SUCCESS.
+        """Resume this stored operation, which must be FAILED or CANCELLED, at its first task that is not SUCCESS.
 
-        :return: this object, unchanged; :meth:`.OperationRegistry.get` returns the new state.
-        :raises kser.errors.StateConflict: the operation is in another state; of several concurrent calls one succeeds.
+        :return: this object, unchanged. :meth:`.OperationRegistry.get` returns the new state.
+        :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED. If several calls run at the
+            same time, one of them succeeds and the others raise this error.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         (self._kser_loaded_from or registry_of(self))._kser_operations.resume(self.uuid)
         return self
 
     def cancel(self, reason: str | None = None) -> str:
-        """Cancel this stored operation: at once if no consumer has claimed it, else after its running task.
+        """Cancel this stored operation: immediately if no consumer has claimed it, otherwise after its running task.
 
-        :param reason: stored with the operation.
-        :return: the status of the operation now; an ended operation does not change.
+        :param reason: the reason, which is stored with the operation.
+        :return: the status of the operation after the call. An operation that has ended does not change.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         return (self._kser_loaded_from or registry_of(self))._kser_operations.cancel(self.uuid, reason)
@@ -365,7 +389,7 @@ class Operation(Task):
     def wait(self, timeout: float | None = None) -> Result:
         """Wait for the end of this stored operation.
 
-        :param timeout: seconds; None waits without limit.
+        :param timeout: seconds to wait; None waits without a limit.
         :return: the result of the operation.
         :raises kser.errors.WaitTimeout: the operation has not ended in time.
         :raises kser.errors.StoreMissing: there is no shared database.
@@ -379,7 +403,7 @@ class Operation(Task):
 
 
 def _has_own_send(task: Task) -> bool:
-    """Return whether a task's ``send`` was overridden."""
+    """Return whether the class or the object overrides ``send`` of a task."""
     return getattr(type(task), "send", None) not in (Task.send, Operation.send) or "send" in vars(task)
 
 
@@ -397,12 +421,12 @@ def _supported_kwargs(hook: Callable[..., Any], kwargs: Mapping[str, Any]) -> Ma
 @functools.lru_cache(maxsize=1024)
 def _accepts_any_argument(function: Callable[..., Any]) -> bool:
     """Return whether a method has parameters besides ``self``."""
-    # The result is cached, because an inspection takes as long as a small task.
+    # The result is cached, because the inspection takes as long as a small task.
     return bool(inspect.signature(MethodType(function, object())).parameters)
 
 
 class NextTaskChoice:
-    """Choice of the next task by an operation's own ``launch_next``. The first choice counts.
+    """The next task, as an overridden ``launch_next`` chooses it. Only the first choice counts.
 
     :param uuid: uuid of the operation.
     """
@@ -410,7 +434,7 @@ class NextTaskChoice:
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
         self.is_made = False
-        #: The next task; None for the end of the operation.
+        #: The next task; None if the operation ends.
         self.next_task: Task | None = None
         #: True if the operation fails.
         self.is_failed = False
@@ -421,5 +445,5 @@ class NextTaskChoice:
             self.is_made, self.next_task, self.is_failed = True, next_task, is_failed
 
 
-#: The choice that ``launch_next`` makes in this context; None while no next task is chosen.
+#: The choice for the call of ``launch_next`` in this context; None outside of such a call.
 current_choice: ContextVar[NextTaskChoice | None] = ContextVar("kser_choice", default=None)

@@ -1,6 +1,6 @@
-"""OperationRegistry: routes messages to the classes that are subscribed there.
+"""OperationRegistry: routes messages to the classes that are subscribed to it.
 
-Drop-in for ``kser.sequencing.registry`` of 0.8.27.
+This module is a drop-in replacement for ``kser.sequencing.registry`` of 0.8.27.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
 
 
 class OperationPage(list[Operation]):
-    """Page of operations returned by :meth:`OperationRegistry.find`.
+    """Page of operations that :meth:`OperationRegistry.find` returns.
 
     :param cursor: value of ``after`` for the next page; None on the last page.
     """
@@ -45,12 +45,13 @@ class OperationPage(list[Operation]):
 
 
 class OperationRegistry:
-    """Registry of classes, with the app, the producer and the store that they run and send with.
+    """Registry of classes, with the app, the producer and the store that these classes use.
 
-    :param app: Flask application, if any: the registry reads its ``config``, and everything runs inside its context.
+    :param app: Flask application, if any. The registry reads its ``config``, and tasks and operations run inside its
+        context.
     :param controller_class: controller class, or any callable that returns a controller.
-    :param producer: producer that sends tasks and operations; by default that of the consumer.
-    :param store: shared database for operations; by default the one of ``KSER_DATABASE_URI``.
+    :param producer: producer that sends tasks and operations; by default, the producer of the consumer.
+    :param store: shared database for operations; by default, the database of ``KSER_DATABASE_URI``.
     """
 
     def __init__(
@@ -78,17 +79,17 @@ class OperationRegistry:
             self.init_app(app)
 
     def init_app(self, app: Any = None) -> None:
-        """Set the Flask application, then call :meth:`load_tasks`."""
+        """Set the Flask application, and then call :meth:`load_tasks`."""
         self.app = app
         self.load_tasks()
 
     def load_tasks(self) -> None:
-        """Import or subscribe the classes. To implement."""
+        """Import or subscribe the classes. Subclasses may implement this method."""
 
     def subscribe(self, callback: EntrypointClass) -> EntrypointClass:
-        """Register a task, an operation or any other Entrypoint class under its path. Works as a decorator.
+        """Register a task, an operation or any other Entrypoint class under its path. This method works as a decorator.
 
-        The first class under a path stays registered; a second one is ignored with a WARNING.
+        The first class under a path stays registered. A second class is ignored, with a log line at WARNING.
 
         :return: the class.
         :raises cdumay_error.types.ValidationError: ``callback`` is not an Entrypoint class.
@@ -124,11 +125,14 @@ class OperationRegistry:
         return self._kser_producer_factory()
 
     def _kser_set_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Set a factory of the producer to use if the constructor got none; it is called for each send."""
+        """Set the function that returns the producer if the constructor got no producer.
+
+        The function is called for each send.
+        """
         self._kser_producer_factory = factory
 
     def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Clear the fallback producer if it is this one. The caller closes the producer."""
+        """Clear the fallback producer if ``factory`` is the current one. The caller closes the producer."""
         if self._kser_producer_factory == factory:
             self._kser_producer_factory = None
 
@@ -137,7 +141,7 @@ class OperationRegistry:
 
         :raises kser.errors.TopicMissing: none of the three names a topic.
         """
-        resolved = topic or task.TOPIC or next(iter(self.settings.topics), None)
+        resolved = topic or task.TOPIC or self.settings.first_topic("")
         if not resolved:
             raise TopicMissing(
                 f"there is no topic to send {type(task).path} to: pass send(topic=...), set TOPIC on the class, or set"
@@ -175,13 +179,13 @@ class OperationRegistry:
     def background_service(self) -> RecoveryService | None:
         """The heartbeat and the reaper, which ``Consumer.run()`` calls in a thread; None without a database.
 
-        A test that calls ``Consumer.step()`` calls its ``tick()`` or ``reap()`` itself.
+        A test that calls ``Consumer.step()`` must call ``tick()`` or ``reap()`` of the service itself.
         """
         return self._kser_background_service
 
     @property
     def _kser_background_service(self) -> RecoveryService | None:
-        """Background service for the consumers; None without a shared database."""
+        """Background service for the consumers, or None without a shared database."""
         if not self._kser_has_store:
             return None
         self._kser_open()
@@ -193,7 +197,7 @@ class OperationRegistry:
                 opened = self._kser_opened_context = self._kser_opened_context or DurableContext(
                     self, self._kser_make_store()
                 )
-            # Check the schema without holding the lock, because in a consumer the call lasts as long as an outage.
+            # Check the schema without holding the lock, because in a consumer this call lasts until an outage ends.
             opened.store.check()
             with self._kser_opening_lock:
                 if self._kser_context is None:
@@ -217,7 +221,7 @@ class OperationRegistry:
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle a message of an operation or of one of its steps. Controllers call this if there is a shared database.
 
-        :param entrypoint: the class that the message names; None if it is not registered here.
+        :param entrypoint: the class that the message names; None if the class is not registered here.
         :return: a Result, or :class:`kser.attempt.Deferred`.
         """
         with self._kser_app_context():
@@ -228,8 +232,8 @@ class OperationRegistry:
     def get(self, uuid: str) -> Operation | None:
         """Return a stored operation with the current state of its tasks, results, ``attempts`` and ``events``.
 
-        :return: an object of the operation's class if that is subscribed here, else a plain :class:`.Operation`; None
-            if no operation has this uuid.
+        :return: an object of the operation's class if this class is subscribed here, otherwise a plain
+            :class:`.Operation`; None if no operation has this uuid.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         return self._kser_operations.get(uuid)
@@ -251,11 +255,12 @@ class OperationRegistry:
         :param status: one status, or several.
         :param entrypoint: a class or its path.
         :param since: earliest time of creation: a datetime, or seconds since 1970.
-        :param until: time that the creation must precede, as for ``since``.
+        :param until: end of the period of creation: operations that were created at this time or later are left out.
         :param metadata: keys and values that the metadata must contain.
-        :param parent: uuid of an operation whose nested operations are returned; by default nested ones are left out.
+        :param parent: uuid of an operation, to return its nested operations. By default, no nested operations are
+            returned.
         :param limit: maximum number of operations.
-        :param after: ``cursor`` of the previous page.
+        :param after: the ``cursor`` of the previous page.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
         query = build_query(status, entrypoint, since, until, metadata, parent)
@@ -266,9 +271,9 @@ class OperationRegistry:
     ) -> int:
         """Delete ended operations with everything that belongs to them.
 
-        :param older_than: minimum time since the end: seconds, or a timedelta. Choose more than the retention time of
-            the topics, because a redelivered message of a deleted operation runs the operation again.
-        :param status: final status of the operations to delete, or several.
+        :param older_than: minimum time since the end: seconds, or a timedelta. Choose a longer time than the retention
+            time of the topics, because a redelivered message of a deleted operation runs the operation again.
+        :param status: one final status, or several.
         :return: number of deleted operations.
         :raises kser.errors.StoreMissing: there is no shared database.
         """
@@ -281,7 +286,7 @@ class OperationRegistry:
         return Settings.of(self.app)
 
     def _kser_app_context(self) -> AbstractContextManager[Any]:
-        """Return the app's context manager; one without effect if there is no app."""
+        """Return the app's context manager, or a context manager without effect if there is no app."""
         enter = getattr(self.app, "app_context", None)
         return nullcontext() if enter is None else enter()
 

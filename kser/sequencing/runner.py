@@ -1,6 +1,7 @@
-"""Runner of operations in memory: all tasks in order in one process, each with the accumulated result so far.
+"""Runner of operations in memory: runs all tasks in order in one process, each with the results of the earlier tasks.
 
-The registry holds the runner of the operations that are not stored, so that a different runner can replace this one.
+The registry has an attribute with the runner of operations that are not stored, so that another runner can replace this
+runner.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Runner(Protocol):
     def run(self, operation: Operation, result: Result | None) -> Any:
         """Execute ``operation`` to its end.
 
-        :param result: merged into the operation's result first.
+        :param result: a result to merge into the operation's result first.
         :return: the return value of the operation's ``onsuccess`` or ``onerror``.
         """
         ...
@@ -34,16 +35,16 @@ class Runner(Protocol):
 class InMemoryRunner:
     """Runner without a database. A second run of an operation continues at the first task that is not SUCCESS.
 
-    The operation's result starts as its initial result, and the results of the tasks are added in order. Each task gets
-    a copy of the accumulated result (decisions B8 to B11).
+    The operation's result starts as its initial result, and the runner adds the results of the tasks in order. Each
+    task gets a copy of the accumulated result (decisions B8 to B11).
     """
 
     def run(self, operation: Operation, result: Result | None) -> Any:
         prepare_operation(operation, result)
         attempt = current_attempt.get()
         if attempt is not None and attempt.entry is operation and is_distributed(operation):
-            # A distributed operation arrived as a message and there is no database. Only tasks that override send() can
-            # run then; for others launch_next() raises StoreMissing.
+            # A distributed operation arrived as a message and there is no database. In this case only tasks that
+            # override send() can run. For other tasks, launch_next() raises StoreMissing.
             return operation.launch_next()
         for task in operation.tasks:
             outcome = task.result if task.status == status.SUCCESS else run_task(task, operation.result, operation.uuid)
@@ -60,15 +61,15 @@ class InMemoryRunner:
 
 
 def is_distributed(operation: Operation) -> bool:
-    """Return whether an operation runs over the consumers."""
-    # Only True counts, because a user's class may have a different attribute of this name (decision C18).
+    """Return whether an operation runs on several consumers, task by task."""
+    # Only the value True counts, because a user's class may have its own attribute with this name (decision C18).
     return getattr(type(operation), "DISTRIBUTED", False) is True
 
 
 def prepare_operation(operation: Operation, result: Result | None) -> None:
-    """Reset the result of an operation, call its prerun trigger and build its tasks if they were never built.
+    """Reset the result of an operation, call its ``_prerun``, and build its tasks if they were never built.
 
-    :param result: merged into the initial result of the operation.
+    :param result: a result to merge into the initial result of the operation.
     """
     _reset_result(operation, result)
     operation._prerun()
@@ -77,7 +78,7 @@ def prepare_operation(operation: Operation, result: Result | None) -> None:
 
 
 def run_task(task: Task, accumulated: Result, operation_uuid: str) -> Any:
-    """Run a task of an operation and turn an exception into a failed result.
+    """Run a task of an operation, and turn an exception into a failed result.
 
     :param accumulated: the accumulated result of the earlier tasks; the task gets a copy.
     :return: the return value of the task's ``onsuccess`` or ``onerror``.

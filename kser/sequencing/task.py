@@ -1,4 +1,4 @@
-"""Task: an entrypoint with a status. Drop-in for ``kser.sequencing.task`` of 0.8.27."""
+"""Task: an entrypoint with a status. A drop-in replacement for ``kser.sequencing.task`` of 0.8.27."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class _AttemptNumber:
-    """``attempt`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
+    """The attribute ``attempt``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: type) -> int:
         attempt = current_attempt.get()
@@ -27,7 +30,10 @@ class _AttemptNumber:
 
 
 class _CancelRequested:
-    """``cancel_requested`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
+    """The attribute ``cancel_requested``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: type) -> bool:
         attempt = current_attempt.get()
@@ -35,7 +41,10 @@ class _CancelRequested:
 
 
 class _OperationUuid:
-    """``operation_uuid`` on instances. A non-data descriptor, so that a user's attribute wins (decision C18)."""
+    """The attribute ``operation_uuid``.
+
+    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    """
 
     def __get__(self, instance: Any, owner: type) -> str | None:
         return getattr(instance, "_kser_operation_uuid", None)
@@ -44,33 +53,35 @@ class _OperationUuid:
 class Task(Entrypoint):
     """Entrypoint with a status: PENDING, RUNNING, then SUCCESS or FAILED.
 
-    :param uuid: identifier, a new one by default.
+    :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the task.
     :param status: status of the task; any value is allowed.
     :param result: the forwarded result of a previous task.
-    :param metadata: context that is passed on with the message.
-    :raises kser.errors.UsageError: a positional call in the order of Operation in kser 0.8 (decision B2).
+    :param metadata: context that kser passes on with the message.
+    :raises kser.errors.UsageError: the arguments are positional and in the order of Operation in kser 0.8 (decision
+        B2).
     """
 
-    #: Topic of :meth:`send`; the first of ``KSER_TOPICS`` if None.
+    #: Topic of :meth:`send`; None stands for the first of ``KSER_TOPICS``.
     TOPIC: ClassVar[str | None] = None
-    #: Retry policy for failed messages of this class; the consumer's policy if None.
+    #: Retry policy for failed messages of this class; None stands for the policy of the consumer.
     RETRY: ClassVar[Retry | None] = None
-    #: Seconds that an attempt may take in a consumer; no limit if None.
+    #: Seconds that an attempt may take in a consumer; None stands for no limit.
     TIME_LIMIT: ClassVar[float | None] = None
 
-    #: Number of the attempt, from 1: at the message, or in a stored operation at the task.
+    #: Number of the attempt, from 1. In a stored operation, it counts attempts at the task, otherwise attempts at the
+    #: message.
     attempt: ClassVar[Any] = _AttemptNumber()
     #: UUID of the operation that runs this task; None for a task outside of an operation.
     operation_uuid: ClassVar[Any] = _OperationUuid()
-    #: True if a cancellation of the stored operation that runs this task was requested. A long task can check it and
+    #: True after a request to cancel the stored operation that runs this task. A long task can check this attribute and
     #: return early.
     cancel_requested: ClassVar[Any] = _CancelRequested()
 
     _kser_executed = False
     _kser_operation_uuid: str | None = None
-    #: The error for which an object built from a row cannot run: its class is not registered here, or building the
-    #: object failed.
+    #: The error that prevents this object from running. An object that was built from a row has such an error if its
+    #: class is not registered here, or if the construction failed.
     _kser_load_error: Exception | None = None
 
     def __init__(
@@ -94,14 +105,14 @@ class Task(Entrypoint):
 
     @classmethod
     def init_by_id(cls, _id: Any) -> Self | None:
-        """Load a task from your own database. To implement; this implementation returns None."""
+        """Load a task from your own database. Subclasses may implement this method; here it returns None."""
         return None
 
     def get_attr(self, item: str) -> tuple[str, Any]:
         """Return the pair ``("<item>Id", value)``, for mapping to a database.
 
-        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if it has no attribute ``<item>``;
-        None if the attribute ``<item>Id`` is missing.
+        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if it has no attribute ``<item>``.
+        It is None if the attribute ``<item>Id`` is missing.
         """
         name = f"{item}Id"
         return name, getattr(getattr(self, item, self), name, None)
@@ -109,15 +120,15 @@ class Task(Entrypoint):
     def send(self, result: Result | None = None, topic: str | None = None, *, key: str | bytes | None = None) -> Any:
         """Send this task to Kafka with the producer of its registry, and wait for the delivery.
 
-        :param result: forwarded to the task.
+        :param result: a result to forward to the task.
         :param topic: the topic; by default :attr:`TOPIC`, else the first of ``KSER_TOPICS``.
-        :param key: messages with the same key are handled one after the other.
-        :return: the producer's Result; a failed one if delivery was not confirmed.
+        :param key: consumers handle messages with the same key one after the other.
+        :return: the Result of the producer, which is a failed one if delivery was not confirmed.
         :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
         :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
         registry = registry_of(self)
-        # Pass no key unless there is one, because send() of a third-party producer may not support it.
+        # Pass a key only if there is one, because ``send`` of a third-party producer may not support keys.
         options: dict[str, Any] = {} if key is None else {"key": key}
         return registry.producer.send(registry.topic_for(self, topic), self.to_Message(result=result), **options)
 
@@ -129,7 +140,7 @@ class Task(Entrypoint):
         try:
             return super().unsafe_execute(result=result)
         except BaseException:
-            # The caller gets the exception, so set the status here; otherwise it would remain RUNNING.
+            # The exception reaches the caller, so set the status here. Otherwise the status would remain RUNNING.
             self.status = states.FAILED
             raise
 

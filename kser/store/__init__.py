@@ -13,7 +13,7 @@ def open_store(uri: str, **options: Any) -> Store:
     """Return the store at an address.
 
     :param uri: ``sqlite:///file.db``, ``postgresql+psycopg://user@host/database`` (any form that SQLAlchemy accepts for
-        these two), or ``memory://`` for a store that ends with the process.
+        SQLite and PostgreSQL), or ``memory://`` for a store that ends with the process.
     :param options: see :class:`kser.store.sql.SQLStore`.
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: SQLAlchemy or the driver is not installed.

@@ -221,7 +221,7 @@ class MemoryStore(Store):
             return self._store(finish_checkpoint(self._operations[root.id], checkpoint, now)).status
 
     def _is_recorded(self, root: OperationRow, checkpoint: Checkpoint) -> bool:
-        """Return whether this same checkpoint was recorded before, by a call whose response was lost."""
+        """Return whether an earlier call, whose response was lost, has already recorded this checkpoint."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -331,7 +331,7 @@ class MemoryStore(Store):
             return self._store(root)
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
-        """Set an operation back to its first task that is not SUCCESS, and return the message of that step."""
+        """Move an operation back to its first task that is not SUCCESS, and return the message of the step to run."""
         rows = self._tasks[row.id]
         step = next((task.position for task in rows if task.status != states.SUCCESS), None)
         row = row._replace(status=states.RUNNING, result=None, ended_at=None)

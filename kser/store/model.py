@@ -1,4 +1,4 @@
-"""The values of a store: the rows that it holds, and the requests that change them.
+"""The data types of a store: the rows of its tables, and the requests that change these rows.
 
 ============== =====================================================================================================
 operation      one row per operation. The row of a *root* (an operation that is not a task of another one) holds the
@@ -9,8 +9,8 @@ event          the history of a root, one row per event; append-only
 label          the searchable metadata of an operation
 ============== =====================================================================================================
 
-Values that are built or read for each row or checkpoint are named tuples, because a frozen dataclass takes more than
-twice the time to build: with dataclasses for a checkpoint and its parts, a step took 1.5 to 4 % longer.
+Types that have an instance for each row or checkpoint are named tuples, because it takes more than twice as long to
+build a frozen dataclass. With dataclasses for a checkpoint and its parts, a step took 1.5 to 4 % longer.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Mode(StrEnum):
 
     #: All steps run in one consumer.
     LOCAL = "local"
-    #: Each step is sent as a message, to any consumer that knows its class.
+    #: Each step is sent as a message. Any consumer that knows the class of the step can run it.
     DISTRIBUTED = "distributed"
 
 
 class Phase(StrEnum):
-    """Next action of an operation. The two ends have the values of the final statuses."""
+    """The next action of an operation. The values of the two ends equal the final statuses SUCCESS and FAILED."""
 
     #: Build the tasks.
     BUILD = "BUILD"
@@ -46,7 +46,7 @@ class Phase(StrEnum):
 
 
 class RefusalReason(StrEnum):
-    """Why a claim is refused."""
+    """The reason why a claim is refused."""
 
     #: The operation has ended.
     ENDED = "ended"
@@ -61,26 +61,26 @@ class RefusalReason(StrEnum):
 #: Seconds after which the reaper sends a step that is ready and not marked as sent.
 RESEND_UNSENT_AFTER: Final = 3.0
 
-#: Seconds that a reaper has to send a step that it reserved, before another reaper may reserve it.
+#: Seconds that a reaper has to send a step that it has reserved. After that, another reaper may reserve the step.
 SEND_GRACE: Final = 10.0
 
 #: Longest delay in seconds before an unclaimed step is sent again.
 MAX_RESEND_DELAY: Final = 3600.0
 
-#: Maximum number of characters of an error that an attempt row stores.
+#: Maximum length of the error in an attempt row, in characters.
 MAX_ERROR_LENGTH: Final = 2000
 
 
 class DueReason(StrEnum):
-    """Why a step is due for sending by the reaper."""
+    """The reason why the reaper must send a step."""
 
-    #: The lease of its owner expired.
+    #: The lease of the owner expired.
     EXPIRED = "lease-expired"
-    #: It is ready and was not marked as sent.
+    #: The step is ready and was not marked as sent.
     UNSENT = "unsent"
     #: The delay of a retry is over.
     RETRY = "retry-due"
-    #: It was sent, and no consumer claimed it.
+    #: The step was sent, and no consumer has claimed it.
     UNCLAIMED = "unclaimed"
 
 
@@ -95,11 +95,12 @@ class StepMessage(NamedTuple):
 class OperationRow(NamedTuple):
     """The row of an operation. JSON columns hold text in the format of messages: ASCII, and possibly ``NaN``."""
 
-    #: Increases with the time of creation.
+    #: The id of the operation. Operations that are created later have higher ids.
     id: int
     uuid: str
     entrypoint: str
-    #: ``id`` of the parent operation, None for a root; then ``id`` of the root, which for a root is its own.
+    #: ``parent_id`` is the ``id`` of the parent operation, or None for a root. ``root_id`` is the ``id`` of the root; a
+    #: root has its own ``id`` here.
     parent_id: int | None
     root_id: int
     mode: str
@@ -115,14 +116,14 @@ class OperationRow(NamedTuple):
     phase: str
     #: Position of the current task.
     step: int
-    #: Number of tasks; None before they are built.
+    #: Number of tasks; None before the tasks are built.
     task_count: int | None
-    #: JSON of the accumulated result of the tasks that have run.
+    #: JSON of the accumulated result of all tasks that have run.
     accumulated: str
-    #: JSON of the final result; None before the operation has one.
+    #: JSON of the final result; None before the operation has a final result.
     result: str | None
     created_at: float
-    #: Time of the first claim; None before.
+    #: Time of the first claim; None before the first claim.
     started_at: float | None
     ended_at: float | None
     cancel_requested: bool
@@ -131,15 +132,16 @@ class OperationRow(NamedTuple):
     epoch: int
     #: The process that has claimed the root; None when it is not claimed.
     owner: str | None
-    #: Token of the current claim, or of the last claim or resume.
+    #: Token of the last claim or resume.
     token: str | None
     #: Time of the reaper's next check; None once the operation has ended.
     next_check_at: float | None
-    #: Earliest time of the next claim; in the future while a retry waits.
+    #: Earliest time of the next claim. While an operation waits for a retry, this time is in the future.
     due_at: float
-    #: Number of claims of the current step without a recorded end.
+    #: Number of claims since the last checkpoint or resume.
     claim_count: int
-    #: Number of sends of the current step; then the time of the last one.
+    #: ``send_count`` is the number of times that the current step was sent, and ``sent_at`` is the time of the last
+    #: send.
     send_count: int
     sent_at: float | None
     #: The message that is sent for the current step.
@@ -157,13 +159,15 @@ class TaskRow(NamedTuple):
     params: str
     metadata: str
     status: str
-    #: JSON of the initial result, later of the final result; None for a blank result.
+    #: JSON of the initial result before the task has ended, and of the final result after that; None for a blank
+    #: result.
     result: str | None
     #: Number of recorded attempts.
     attempts: int
-    #: ``id`` of the operation, for a task that is an operation; None for a plain task.
+    #: If the task is an operation, the ``id`` of this operation; None for a plain task.
     child_id: int | None
-    #: Number of recorded attempts at the last resume; a retry policy counts only the attempts after it.
+    #: Number of recorded attempts at the time of the last resume. A retry policy counts only the attempts after a
+    #: resume.
     attempts_before_resume: int
 
 
@@ -181,7 +185,7 @@ class AttemptRow(NamedTuple):
     consumer: str
     started_at: float
     ended_at: float
-    #: The error of a failed attempt, cut to a few lines; None for a success.
+    #: The error of a failed attempt, limited to ``MAX_ERROR_LENGTH`` characters; None for a success.
     error: str | None
 
 
@@ -193,16 +197,16 @@ class EventRow(NamedTuple):
     #: A key of :data:`EVENTS`.
     kind: str
     epoch: int
-    #: The consumer that caused the event; None for a request from outside a consumer.
+    #: The consumer that caused the event; None if a request from outside a consumer caused it.
     consumer: str | None
-    #: uuid of the task or nested operation that the event is about; None for the root.
+    #: The uuid of the task or nested operation that the event describes; None if the event describes the root.
     uuid: str | None
     text: str | None
 
 
 #: Kinds of events, with their meanings.
 EVENTS: Final[Mapping[str, str]] = {
-    "accepted": "the operation was saved; from then on it will end",
+    "accepted": "the operation was saved; from then on, kser guarantees that it ends",
     "claimed": "a consumer claimed the operation",
     "built": "the tasks of the operation, or of a nested operation, were built",
     "task-succeeded": "an attempt at a task succeeded",
@@ -228,9 +232,10 @@ class NewTask:
     params: str
     metadata: str
     result: str | None
-    #: The operation, for a task that is an operation; None for a plain task.
+    #: If the task is an operation, this operation; None for a plain task.
     child: NewOperation | None = None
-    #: PENDING, or SUCCESS for a task that has already run; ``result`` is then its final result.
+    #: PENDING, or SUCCESS for a task that has already run. In the second case, ``result`` is the final result of the
+    #: task.
     status: str = "PENDING"
 
 
@@ -246,7 +251,7 @@ class NewOperation:
     params: str
     metadata: str
     accumulated: str
-    #: None when the consumer that runs the phase BUILD builds them.
+    #: The tasks; None if a consumer builds them later, in the phase BUILD.
     tasks: Sequence[NewTask] | None
     #: Searchable metadata.
     labels: Sequence[tuple[str, str]]
@@ -262,13 +267,13 @@ class NewOperation:
 class ClaimRequest:
     """A request for a claim."""
 
-    #: The claiming process. The name is made when the process starts, and has a random part.
+    #: The identifier of the claiming process. It is created at the start of the process, and has a random part.
     owner: str
-    #: Random token of this claim. A repeated call carries the same token.
+    #: The random token of this claim. A repeated call has the same token.
     token: str
     #: Length of the lease in seconds.
     lease: float
-    #: Number of claims without a recorded end after which a step counts as failed.
+    #: Maximum number of claims without a checkpoint. A step that exceeds this number counts as failed.
     max_claims: int
 
 
@@ -277,13 +282,14 @@ class Claim(NamedTuple):
 
     id: int
     epoch: int
-    #: The operations from the root down to the current one.
+    #: The operations from the root down to the current operation.
     path: tuple[OperationRow, ...]
     #: The current task; None when the next action is to build, advance or end the operation.
     task: TaskRow | None
-    #: The task after the current one in the same operation; only read for a distributed root.
+    #: The task after the current task in the same operation; the store reads it only for a distributed root.
     next_task: TaskRow | None = None
-    #: True if the step was claimed too often without a recorded end: it must be recorded as failed without running.
+    #: True if the step was claimed more than ``max_claims`` times without a checkpoint. The consumer must then record
+    #: the step as failed and must not run it.
     exhausted: bool = False
 
     @property
@@ -293,22 +299,23 @@ class Claim(NamedTuple):
 
 
 class ClaimRefused(NamedTuple):
-    """A claim that was not granted: ``ended``, ``held``, ``waiting`` or ``stale``."""
+    """A claim that was not granted, with the reason: ``ended``, ``held``, ``waiting`` or ``stale``."""
 
     reason: str
     root: OperationRow
 
 
 class TaskOutcome(NamedTuple):
-    """The outcome of an attempt at a task, or of a nested operation as a task of its parent."""
+    """The outcome of an attempt at a task. The task may be a nested operation that has ended."""
 
     operation_id: int
     position: int
-    #: Number of the attempt: the number of recorded attempts plus 1. 0 if no attempt was made; no attempt row is added.
+    #: Number of the attempt: the number of recorded attempts plus 1. It is 0 if no attempt was made; in that case, the
+    #: store adds no attempt row.
     number: int
-    #: SUCCESS or FAILED; PENDING when the task is retried (the attempt row then has FAILED).
+    #: SUCCESS, FAILED, or PENDING if a retry follows. In the last case, the attempt row gets the status FAILED.
     status: str
-    #: JSON of the result. None with PENDING, which leaves the stored result unchanged.
+    #: JSON of the result. With the status PENDING it is None, and the stored result stays unchanged.
     result: str | None
     #: Duration of the attempt in seconds.
     duration: float
@@ -317,7 +324,7 @@ class TaskOutcome(NamedTuple):
 
 
 class NewEvent(NamedTuple):
-    """An event to add. The store fills in the root, the time, the epoch and the consumer."""
+    """An event to add. The store adds the root, the time, the epoch and the consumer to it."""
 
     kind: str
     uuid: str | None = None
@@ -328,14 +335,14 @@ class OperationUpdate(NamedTuple):
     """The new position, status and results of an operation."""
 
     operation_id: int
-    #: The stored step and phase must equal these two; otherwise nothing is recorded.
+    #: The stored step and phase must equal these two values; otherwise the store records nothing.
     stored_step: int
     stored_phase: str
     step: int
     phase: str
     status: str
     accumulated: str
-    #: JSON of the final result; None before the operation has one.
+    #: JSON of the final result; None before the operation has a final result.
     result: str | None
 
     @property
@@ -352,10 +359,10 @@ class BuiltTasks(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The outcome of a step, recorded in one transaction or not at all.
+    """The outcome of a step. The store records all of it in one transaction, or nothing.
 
-    ``updates`` and ``outcomes`` are ordered from the innermost operation outwards. The last of ``updates`` belongs to
-    the root, even when it does not change the position of the root.
+    ``updates`` and ``outcomes`` start with the innermost operation and end with the outermost one. The last of
+    ``updates`` belongs to the root, even if it does not change the position of the root.
     """
 
     root_id: int
@@ -367,17 +374,18 @@ class Checkpoint(NamedTuple):
     outcomes: Sequence[TaskOutcome] = ()
     built: BuiltTasks | None = None
     events: Sequence[NewEvent] = ()
-    #: The message of the new current step; None to leave the stored message unchanged.
+    #: The message of the new current step; None if the stored message stays unchanged.
     target: StepMessage | None = None
-    #: True to keep the claim. False to release it, which makes the step ready. The end of the root always releases it.
+    #: True to keep the claim; False to release the claim, which makes the step ready. A checkpoint that ends the root
+    #: always releases the claim.
     keep: bool = True
-    #: Seconds before the step may be claimed; only used when the claim is released.
+    #: Seconds before a consumer may claim the step; only used if the checkpoint releases the claim.
     delay: float = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DueStep:
-    """A root whose step is due for sending by the reaper."""
+    """A root whose step the reaper must send."""
 
     id: int
     uuid: str
@@ -415,7 +423,7 @@ class OperationQuery:
     #: Lower bound (inclusive) and upper bound (exclusive) of the time of creation.
     since: float | None = None
     until: float | None = None
-    #: Labels that an operation must have, all of them.
+    #: The labels that an operation must have. An operation without one of them does not match.
     labels: Sequence[tuple[str, str]] = ()
-    #: uuid of the parent, to match the operations that are its tasks; None to match roots.
+    #: The uuid of an operation, to match its nested operations; None to match roots.
     parent: str | None = None

@@ -31,29 +31,29 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Back-off in seconds between two attempts, at most 2 s, so that operations continue soon after the end of an outage.
+#: Back-off in seconds between two tries of a call. It is at most 2 s, so that operations continue soon after an outage.
 _BACKOFF = partial(random_delay, first=0.1, ceiling=2, lowest=0.05)
 
-#: Seconds between two checks for a shutdown of the consumer during the back-off.
+#: Seconds between two checks, during the back-off, whether the consumer is shutting down.
 _CHECK_INTERVAL = 0.1
 
-#: Number of attempts outside of a consumer; after the last one the caller gets the error.
+#: Number of tries outside of a consumer. After the last try, the caller gets the error.
 ATTEMPTS = 3
 
 
 class RetryingStore(Store):
     """Store that repeats each call to another store during an outage, until the database works.
 
-    In a consumer the repetitions have no limit, except that a shutdown abandons the attempt at the record
-    (:class:`kser.attempt.AttemptAbandoned`). Outside of a consumer the caller gets
-    :class:`kser.errors.StoreUnavailable` after :data:`ATTEMPTS` attempts. The begin and the end of an outage are logged
-    once each.
+    In a consumer, the store repeats a call without a limit, until a shutdown abandons the attempt at the record
+    (:class:`kser.attempt.AttemptAbandoned`). Outside of a consumer, the caller gets
+    :class:`kser.errors.StoreUnavailable` after :data:`ATTEMPTS` tries. The store logs the start of an outage once, and
+    the end of the outage once.
 
     :param store: the store to call.
     """
 
     def __init__(self, store: Store) -> None:
-        #: The store itself, for calls that are made once and do not log an outage.
+        #: The wrapped store, for calls that must be made only once and must not log an outage.
         self.direct = store
         self.name = store.name
         self._lock = threading.Lock()
@@ -109,8 +109,9 @@ class RetryingStore(Store):
                 reply_lost = True
                 raise
             except StateConflict:
-                # After a lost reply, a consumer may have claimed the operation before the repetition. The claim
-                # replaces the token, so the store does not recognise the resume any more.
+                # The first call may have taken effect although its reply was lost, and a consumer may have claimed the
+                # operation before this repetition. A claim replaces the token, so the store no longer recognises the
+                # resume.
                 row = self.direct.get_operation(uuid) if reply_lost else None
                 if row is None or row.epoch <= epoch + 1:
                     raise
@@ -133,11 +134,11 @@ class RetryingStore(Store):
     # -- outages -------------------------------------------------------------------------------------------------------
 
     def once(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a call to :attr:`direct` once, report the end of an outage, and return the result.
+        """Run a call to :attr:`direct` once and return its result. If the call ends an outage, log the end.
 
         :raises kser.errors.StoreUnavailable: the database is unavailable.
         """
-        # A call that started before the outage does not prove that the database is back.
+        # A call that started before the outage does not prove that the database works again.
         was_away = bool(self._outage)
         result = call(*args, **kwargs)
         if was_away:
@@ -157,7 +158,7 @@ class RetryingStore(Store):
                 _wait_before_retry(_BACKOFF(failures))
 
     def report_outage(self, error: StoreUnavailable | None) -> None:
-        """Log the begin or the end of an outage once; another error during an outage does not begin a second one."""
+        """Log the start or the end of an outage. Another error during an outage does not start a second outage."""
         text = "" if error is None else error.message
         if text == self._outage:
             return

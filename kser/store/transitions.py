@@ -30,8 +30,8 @@ from kser.store.model import (
 def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: int | None, now: float) -> OperationRow:
     """Return the row of a new operation.
 
-    :param identifier: id of the operation.
-    :param root_id: None for a root.
+    :param identifier: the id of the operation.
+    :param root_id: the id of the root; None if the operation is a root.
     """
     return OperationRow(
         id=identifier,
@@ -86,7 +86,7 @@ def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int |
 
 
 def claim_refusal(row: OperationRow, step: str, now: float) -> str | None:
-    """Return why a claim on a root is refused; None when it is granted."""
+    """Return the reason why a claim on a root is refused, or None if the claim is granted."""
     if states.is_final(row.status):
         return RefusalReason.ENDED
     if row.target.uuid != step:
@@ -128,7 +128,7 @@ def apply_update(row: OperationRow, update: OperationUpdate, now: float) -> Oper
 
 
 def finish_checkpoint(root: OperationRow, checkpoint: Checkpoint, now: float) -> OperationRow:
-    """Return the row of a root at the end of a checkpoint: keep or release the claim, and set the next check."""
+    """Return the row of a root at the end of a checkpoint, with the claim kept or released and the next check set."""
     root = root._replace(claim_count=0, send_count=0, sent_at=None, target=checkpoint.target or root.target)
     if states.is_final(root.status):
         return root._replace(owner=None, next_check_at=None, epoch=root.epoch + 1)
@@ -148,7 +148,7 @@ def apply_cancel(row: OperationRow, now: float) -> OperationRow:
 
 
 def cancelled_events(root: OperationRow, events: Sequence[NewEvent]) -> Sequence[NewEvent]:
-    """Return the events of a checkpoint, with the cancellation of the root in place of another end."""
+    """Return the events of a checkpoint whose root is cancelled. CANCELLED replaces any other end of the root."""
     kept = (event for event in events if event.kind != "ended" or event.uuid not in (None, root.uuid))
     return [*kept, NewEvent("ended", text=states.CANCELLED)]
 
@@ -175,9 +175,9 @@ def attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint, now: float) -> Att
 
 
 def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
-    """Return why the step of a root is due for sending.
+    """Return the reason why the step of a root is due for sending.
 
-    :param is_retry: True if ``next_check_at`` is ``due_at``.
+    :param is_retry: True if ``next_check_at`` equals ``due_at``, so that the step was waiting for a retry.
     """
     if owner is not None:
         return DueReason.EXPIRED
@@ -198,7 +198,7 @@ def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationR
 
 
 def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
-    """Return whether a root was resumed by the same call before, whose response was lost.
+    """Return whether an earlier call, whose response was lost, has already resumed the root.
 
     :raises kser.errors.StateConflict: the root cannot be resumed.
     """
@@ -214,7 +214,7 @@ def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
 
 
 def apply_resume(root: OperationRow, token: str, now: float) -> OperationRow:
-    """Return the row of a root after a resume; the position is set separately."""
+    """Return the row of a root after a resume, except its position, which the caller sets."""
     return root._replace(
         epoch=root.epoch + 1,
         token=token,

@@ -81,7 +81,8 @@ def test_graceful_shutdown_abandons_records_after_shutdown_timeout(
     assert committed() == 1
     warnings = [line for line in lines(caplog, logging.WARNING) if "shutdown_timeout" in line]
     assert warnings == [
-        "Consumer: offset 1 of dice[0] still runs after shutdown_timeout (0.2 s): it is abandoned, and will run again"
+        "Consumer: the message at offset 1 of dice[0] still runs after shutdown_timeout (0.2 s): its attempt is"
+        " abandoned, and the message will run again"
     ]
     ScriptedTask.script.clear()
     new_consumer().run_until_idle()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +134,8 @@ def test_repeated_signals_do_not_delay_the_shutdown() -> None:
         process.send_signals(*[signal.SIGTERM] * 4, after="starts endless")
         status, _, _ = process.wait()
     assert status in (143, -signal.SIGTERM)
+    # On a loaded machine, the third or fourth signal can interrupt the clean-up, and then the running file keeps a line.
+    Path(os.environ["RUNNING_FILE"]).write_text("")
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------

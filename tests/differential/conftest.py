@@ -1,4 +1,4 @@
-"""The published package, for the tests of this folder."""
+"""Fixture of the differential tests: the interpreter of the published package."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 
 from tests.conftest import needs
 
-from .oracle import OracleMissing, oracle_python
+from .published_package import PublishedPackageMissing, published_python
 
-# Below these, the published package writes the keys of a message in no fixed order (marshmallow), and the texts of
-# the client's errors are others: there is no one behaviour to compare with.
-COMPARABLE = {"marshmallow": (3, 26), "kafka-python": (3, 0)}
+#: The lowest versions with which the published package has one behaviour. With an older marshmallow, the order of keys
+#: in a message varies; an older kafka-python has other texts of errors.
+LOWEST_VERSIONS = {"marshmallow": (3, 26), "kafka-python": (3, 0)}
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Path:
-    """The interpreter of the published package."""
-    for name, lowest in COMPARABLE.items():
+def published() -> Path:
+    """Return the interpreter of the published package."""
+    for name, lowest in LOWEST_VERSIONS.items():
         installed = version(name)
         if tuple(map(int, installed.split(".")[:2])) < lowest:
             pytest.skip(f"the published package has no fixed behaviour with {name} {installed}")
     try:
-        return oracle_python()
-    except OracleMissing as problem:
+        return published_python()
+    except PublishedPackageMissing as problem:
         needs("the published package", problem)

@@ -1,4 +1,4 @@
-"""Runs a scenario under the published package and under ours, and compares the two traces with the list."""
+"""Runs a scenario with the published package and with ours, and compares the two traces with the list."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pathlib import Path
 import kser
 from kser.embedded import EmbeddedBroker
 
-from .differences import ANY_CASE, Difference, Hunk
-from .oracle import ROOT
+from .accepted_differences import ANY_CASE, Difference, Hunk
+from .published_package import ROOT
 from .recorder import CASE_MARK
 
 HERE = Path(__file__).parent
 SCENARIOS = HERE / "scenarios"
 
-_PATIENCE_SECONDS = 120
+_TIMEOUT_SECONDS = 120
 
 
 class ScenarioBroken(Exception):
@@ -34,25 +34,25 @@ class ScenarioBroken(Exception):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a scenario showed beside what the list says."""
+    """The result for a scenario: differences that are not in the list, and entries without a difference."""
 
     unlisted: list[Hunk]
     stale: list[Difference]
 
     def problems(self, scenario: str) -> str:
-        """A text for whoever changed something; its hunks have the form of the list."""
+        """Return a text that lists them in the format of the list, or an empty text."""
         texts = [f"a difference that is not in the list:\n[??] {scenario} / {h.case}\n{h}" for h in self.unlisted]
-        texts += [f"an entry that no longer differs so:\n{entry}" for entry in self.stale]
+        texts += [f"an entry that no longer matches:\n{entry}" for entry in self.stale]
         return "\n\n".join(texts)
 
 
 def scenario_names() -> list[str]:
-    """All scenarios."""
+    """Return the names of all scenarios."""
     return sorted(path.stem for path in SCENARIOS.glob("*.py"))
 
 
 def rows_of(scenario: str) -> dict[str, list[str]]:
-    """The rows that each case of a scenario names, read without running it."""
+    """Return the rows that each case of a scenario names, read without running it."""
     tree = ast.parse((SCENARIOS / f"{scenario}.py").read_text(encoding="utf-8"))
     return {
         function.name: [ast.literal_eval(row) for row in decorator.args]
@@ -65,7 +65,7 @@ def rows_of(scenario: str) -> dict[str, list[str]]:
 
 @functools.cache
 def topics_of(scenario: str) -> tuple[str, ...]:
-    """The topics that a scenario declares; one that declares any gets a broker."""
+    """Return the topics that a scenario declares; a scenario with topics gets a broker."""
     tree = ast.parse((SCENARIOS / f"{scenario}.py").read_text(encoding="utf-8"))
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "TOPICS":
@@ -73,35 +73,35 @@ def topics_of(scenario: str) -> tuple[str, ...]:
     return ()
 
 
-def traces(scenario: str, oracle: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """The traces of a scenario under the published package and under ours, which run side by side.
+def traces(scenario: str, published: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Return the traces of a scenario with the published package and with ours, which run concurrently.
 
-    :param oracle: the interpreter of the published package.
-    :param folder: where each of the two gets a folder of its own.
+    :param published: the interpreter of the published package.
+    :param folder: gets one folder for each of the two.
     """
-    # Python 3.11 may fail to parse in two threads at once ("AST constructor recursion depth mismatch").
+    # Fill the cache first: Python 3.11 may fail to parse in two threads at the same time.
     topics_of(scenario)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(trace, scenario, oracle, folder / "theirs", {"PYTHONPATH": str(HERE)})
+        first = pool.submit(trace, scenario, published, folder / "theirs", {"PYTHONPATH": str(HERE)})
         second = pool.submit(trace, scenario, Path(sys.executable), folder / "ours", environment_of_ours())
         return first.result(), second.result()
 
 
 def environment_of_ours() -> dict[str, str]:
-    """The variables that make an interpreter find our package."""
+    """Return the environment variables with which an interpreter imports our package."""
     package = Path(kser.__file__).parents[1]
     return {
         "PYTHONPATH": os.pathsep.join((str(HERE), str(package))),
         "DIFFERENTIAL_SETUP": str(ROOT / "setup.py"),
-        # What is covered there counts.
+        # Measure the coverage in the scenarios too.
         **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
     }
 
 
 def trace(scenario: str, python: Path, folder: Path, variables: dict[str, str]) -> list[str]:
-    """Run a scenario in an interpreter and give what it printed.
+    """Run a scenario in an interpreter and return the lines that it printed.
 
-    :raises ScenarioBroken: it ended with an error, printed nothing, or did not end.
+    :raises ScenarioBroken: the scenario ended with an error, printed nothing, or did not end.
     """
     (folder / "lock").mkdir(parents=True)
     environment = {
@@ -111,7 +111,7 @@ def trace(scenario: str, python: Path, folder: Path, variables: dict[str, str]) 
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "LOCK_PATH": str(folder / "lock"),
-        # By default they bear the name of the host.
+        # The default names contain the name of the host.
         "RUNNING_FILE": str(folder / "lock" / "run.lock"),
         "LOCK_FILE": str(folder / "lock" / "pause.lock"),
         "TERMINATE_FILE": str(folder / "lock" / "terminate.lock"),
@@ -129,7 +129,7 @@ def trace(scenario: str, python: Path, folder: Path, variables: dict[str, str]) 
                 capture_output=True,
                 encoding="utf-8",
                 check=False,
-                timeout=_PATIENCE_SECONDS,
+                timeout=_TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
             raise ScenarioBroken(f"{scenario} did not end under {folder.name}") from error
@@ -140,9 +140,9 @@ def trace(scenario: str, python: Path, folder: Path, variables: dict[str, str]) 
 
 
 def compare(theirs: Sequence[str], ours: Sequence[str], entries: Iterable[Difference]) -> Comparison:
-    """Hold two traces of a scenario against the entries of the list for it.
+    """Compare two traces of a scenario with the entries of the list for it.
 
-    :raises ScenarioBroken: the traces are not of the same cases.
+    :raises ScenarioBroken: the traces have different cases.
     """
     their_cases, our_cases = _cases(theirs), _cases(ours)
     if list(their_cases) != list(our_cases):
@@ -161,29 +161,33 @@ def compare(theirs: Sequence[str], ours: Sequence[str], entries: Iterable[Differ
 
 
 def _entry_for(hunk: Hunk, entries: Sequence[Difference], open_counts: Counter[int]) -> int | None:
-    """The number of an entry that says this very hunk and has not been used up."""
+    """Return the number of an unused entry that equals a hunk, or None."""
     for number, entry in enumerate(entries):
-        place = entry.hunk.case in (ANY_CASE, hunk.case)
-        if open_counts[number] and place and (entry.hunk.theirs, entry.hunk.ours) == (hunk.theirs, hunk.ours):
+        same_case = entry.hunk.case in (ANY_CASE, hunk.case)
+        if open_counts[number] and same_case and (entry.hunk.theirs, entry.hunk.ours) == (hunk.theirs, hunk.ours):
             return number
     return None
 
 
 def hunks(case: str, theirs: Sequence[str], ours: Sequence[str]) -> list[Hunk]:
-    """Where two traces of a case differ. A single equal line between two differences belongs to both of them."""
+    """Return the differences between two traces of a case; one equal line between two differences joins them."""
     joined: list[list[int]] = []
-    for tag, *place in SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+    for tag, *opcode in SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
         if tag == "equal":
             continue
-        if joined and place[0] - joined[-1][1] <= 1:
-            joined[-1][1], joined[-1][3] = place[1], place[3]
+        start, end, our_start, our_end = opcode
+        if joined and start - joined[-1][1] <= 1:
+            joined[-1][1], joined[-1][3] = end, our_end
         else:
-            joined.append(place)
-    return [Hunk(case, tuple(theirs[a:b]), tuple(ours[c:d])) for a, b, c, d in joined]
+            joined.append([start, end, our_start, our_end])
+    return [
+        Hunk(case, tuple(theirs[start:end]), tuple(ours[our_start:our_end]))
+        for start, end, our_start, our_end in joined
+    ]
 
 
 def _cases(lines: Sequence[str]) -> dict[str, list[str]]:
-    """The lines of each case."""
+    """Return the lines of each case."""
     cases: dict[str, list[str]] = {}
     for line in lines:
         if line.startswith(CASE_MARK):

@@ -1,4 +1,4 @@
-"""Shared parts of the consumer loop scenarios: registries that end it, and pauses of the published package."""
+"""Helpers of the scenarios that run a consumer: a registry that ends it, and pauses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 
 from recorder import call, describe, emit, normalise
 
-LONG = 5.0
+#: Seconds from which a sleep is printed instead.
+LONG_SLEEP = 5.0
 
 _sleep = time.sleep
 
 
 def patch_long_sleeps() -> None:
-    """Show sleeps of several seconds instead of sleeping: meanwhile an operator ends the pause."""
+    """Replace long sleeps by a line of the trace, and end the pause as an operator would during the sleep."""
 
     def sleep(seconds: float) -> None:
-        if seconds < LONG:
+        if seconds < LONG_SLEEP:
             _sleep(seconds)
             return
         emit(f"sleep {seconds}")
@@ -30,27 +31,28 @@ def patch_long_sleeps() -> None:
 
 
 def pause() -> None:
-    """What an operator does to pause the consumer, for two seconds."""
+    """Pause the consumer as an operator does, for two seconds."""
     Path(os.environ["LOCK_FILE"]).write_text("")
     threading.Timer(2, end_pause).start()
 
 
 def end_pause() -> None:
-    """What an operator does to let the consumer go on."""
+    """End the pause of the consumer as an operator does."""
     Path(os.environ["LOCK_FILE"]).unlink(missing_ok=True)
 
 
 def terminate() -> None:
-    """What an operator does to end the consumer."""
+    """Terminate the consumer as an operator does."""
     Path(os.environ["TERMINATE_FILE"]).write_text("")
 
 
 class Registry:
-    """Shows what it is given, does what it is told for one value, and ends the consumer at the value `end`."""
+    """A registry that prints each message, and terminates the consumer at the message `end`."""
 
     def __init__(self, special: dict[Any, Callable[[], Any]] | None = None) -> None:
+        #: Functions to call after a message was printed, by message.
         self.special = special or {}
-        #: What to do before a value is shown.
+        #: Functions to call before a message is printed, by message.
         self.before: dict[Any, Callable[[], Any]] = {}
 
     def run(self, data: Any) -> str:
@@ -65,9 +67,9 @@ class Registry:
         return "ignored"
 
 
-def run(consumer: Any, patience: float = 20) -> None:
-    """Run a consumer to its end, print how it ended, and let go of its client."""
-    watchdog = threading.Timer(patience, os._exit, (97,))
+def run(consumer: Any, timeout: float = 20) -> None:
+    """Run a consumer to its end, print how it ended, and close its client."""
+    watchdog = threading.Timer(timeout, os._exit, (97,))
     watchdog.start()
     call("run", consumer.run)
     watchdog.cancel()

@@ -1,7 +1,7 @@
-"""What every scenario prints with: calls, values, log records and files, one normalised line each.
+"""Recorder of a scenario: it prints calls, values, log records and files, each as one normalised line.
 
-Runs under the published package and under ours, in a bare interpreter: standard library only, and no
-knowledge of either package beyond the names that both share.
+It runs with the published package and with ours, so it imports only the standard library, and uses only names that
+both packages have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _PORT = re.compile(r"(127\.0\.0\.1|localhost):\d+")
 _DURATION = re.compile(r"\b\d+\.\d+ ?(secs|seconds|ms|s)\b")
 
-# What every LogRecord has; the rest came through `extra`. taskName exists since Python 3.12.
+# The attributes of every LogRecord; other attributes come from `extra`. taskName exists since Python 3.12.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 _cases: list[tuple[Callable[[], None], tuple[str, ...]]] = []
@@ -34,7 +34,7 @@ _uuids: dict[str, str] = {}
 
 
 def case(*rows: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register a function as one case of the scenario, covering these rows of rows.txt."""
+    """Register a function as a case of the scenario that covers rows of rows.txt."""
 
     def register(function: Callable[[], None]) -> Callable[[], None]:
         _cases.append((function, rows))
@@ -44,9 +44,9 @@ def case(*rows: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 
 def normalise(text: str) -> str:
-    """Replace what may differ between two runs of one package, and nothing else.
+    """Replace only the values that vary between two runs of one package.
 
-    A uuid keeps its identity: the first one of a case is always `<uuid-1>`, wherever it shows up again.
+    Equal uuids stay equal: the first uuid of a case is `<uuid-1>` wherever it occurs.
     """
     text = _TRACEBACK.sub("Traceback (most recent call last):\n<body>\n", text)
     text = _UUID.sub(lambda found: _uuids.setdefault(found.group(), f"<uuid-{len(_uuids) + 1}>"), text)
@@ -58,7 +58,7 @@ def normalise(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value with its strings normalised and its foreign objects described, ready for json.dumps."""
+    """Return a value for json.dumps, with its strings normalised and other objects described."""
     if isinstance(value, str):
         return normalise(value)
     if value is None or isinstance(value, int | float):
@@ -71,7 +71,7 @@ def plain(value: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """One line for a value; never an address, never an order that changes from run to run."""
+    """Return one line for a value, without memory addresses and in a fixed order."""
     if value is None or isinstance(value, str | bytes | bytearray | int | float):
         return repr(normalise(value)) if isinstance(value, str) else normalise(repr(value))
     if isinstance(value, type):
@@ -94,7 +94,7 @@ def describe(value: Any) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Type and text of an exception; for an error of cdumay also what travels with it."""
+    """Return type and text of an exception; for an error of cdumay also code, extra and stack."""
     kind = type(error)
     text = f"{kind.__module__}.{kind.__qualname__}: {normalise(str(error))}"
     if hasattr(error, "msgid"):
@@ -120,11 +120,11 @@ def show(label: str, value: Any) -> None:
 
 
 def call(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function and print what it returned or raised; returns the value (None when it raised)."""
+    """Call a function and print its value or the exception that it raised; return the value or None."""
     with warned():
         try:
             value = function(*args, **kwargs)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt are part of what is compared
+        except BaseException as error:  # Tests compare SystemExit and KeyboardInterrupt too.
             emit(f"{label} !! {error_text(error)}")
             return None
     show(label, value)
@@ -133,13 +133,13 @@ def call(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 @contextlib.contextmanager
 def warned() -> Iterator[None]:
-    """Print the deprecations that were announced inside the block."""
+    """Print the deprecation warnings of the block."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for item in caught:
         source = Path(item.filename)
-        # A warning with a stack level names who called the package: the scenario or this module.
+        # A warning with a stack level names the caller of the package: the scenario or this module.
         if issubclass(item.category, DeprecationWarning) and (
             "kser" in source.parts or source in (Path(__file__), Path(sys.argv[0]))
         ):
@@ -147,7 +147,7 @@ def warned() -> Iterator[None]:
 
 
 def printed(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Like `call`, for something that writes to standard output."""
+    """Call a function, and print the lines that it wrote to standard output and the value that it returned."""
     target = io.StringIO()
     with contextlib.redirect_stdout(target):
         value = function(*args, **kwargs)
@@ -157,16 +157,16 @@ def printed(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def file(label: str, path: str | os.PathLike[str]) -> None:
-    """Print the content of a file, or that there is none."""
+    """Print the content of a file, or `absent`."""
     target = Path(path)
     emit(f"file {label}: {describe(target.read_bytes()) if target.exists() else 'absent'}")
 
 
 class TraceHandler(logging.Handler):
-    """Prints every record of the package's loggers: logger, level, text, then one line per extra key."""
+    """A handler that prints every log record of the package: logger, level, text, then one line for each extra key."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record at the moment it is logged, so that its order among the calls shows."""
+        """Print the record when it is logged, so that the trace shows its order among the calls."""
         emit(f"log {record.name} {record.levelname} {describe(record.getMessage())}")
         for key, value in vars(record).items():
             if key not in _RECORD_FIELDS:
@@ -176,14 +176,14 @@ class TraceHandler(logging.Handler):
 
 
 def main() -> None:
-    """Run the cases in the order they are written. A case that raises is a broken scenario: it ends the run."""
+    """Run the cases in their order in the file. A case that raises ends the run, because the scenario is broken."""
     logger = logging.getLogger("kser")
     logger.setLevel(logging.DEBUG)
     logger.addHandler(TraceHandler())
     logger.propagate = False
     for function, _rows in _cases:
         _uuids.clear()
-        # What one case leaves behind is nothing to the next.
+        # Delete the control files of the case before.
         for path in Path(os.environ["LOCK_PATH"]).iterdir():
             path.unlink()
         emit(CASE_MARK + function.__name__)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from . import harness, oracle, recorder
-from .differences import Hunk, parse
+from . import harness, published_package, recorder
+from .accepted_differences import Hunk, parse
 
 UUIDS = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")
 
@@ -21,6 +21,7 @@ LISTED = """
 
 
 def compare(theirs: list[str], ours: list[str], text: str = "") -> harness.Comparison:
+    """Compare two traces of one case with the entries in a text."""
     return harness.compare(["# first", *theirs], ["# first", *ours], parse(text))
 
 
@@ -99,22 +100,27 @@ def test_scenario_that_raises_or_prints_nothing_is_an_error(
 def test_a_scenario_that_does_not_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endless.py").write_text("while True: pass")
     monkeypatch.setattr(harness, "SCENARIOS", tmp_path)
-    monkeypatch.setattr(harness, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(harness, "_TIMEOUT_SECONDS", 0.5)
     with pytest.raises(harness.ScenarioBroken, match="endless did not end under run"):
         harness.trace("endless", Path(sys.executable), tmp_path / "run", {})
 
 
-def test_missing_oracle_error_names_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "ROOT", tmp_path)
-    monkeypatch.setattr(oracle, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(oracle, "_PATIENCE_SECONDS", 0)
-    with pytest.raises(oracle.OracleMissing, match=r"^kser==0\.8\.27 could not be installed \(TimeoutExpired\); cache"):
-        oracle.oracle_python()
+def test_missing_published_package_error_names_no_package_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published_package, "ROOT", tmp_path)
+    monkeypatch.setattr(published_package, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(published_package, "_TIMEOUT_SECONDS", 0)
+    with pytest.raises(
+        published_package.PublishedPackageMissing,
+        match=r"^kser==0\.8\.27 could not be installed \(TimeoutExpired\); cache",
+    ):
+        published_package.published_python()
 
 
 @pytest.fixture
 def fresh_uuids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As at the beginning of a case."""
+    """Start with no known uuids, as at the beginning of a case."""
     monkeypatch.setattr(recorder, "_uuids", {})
 
 

@@ -1,8 +1,8 @@
-"""Property test: both packages accept and reject the same inputs, and write accepted ones in the same bytes.
+"""Property test: both packages accept and reject the same inputs, and dump accepted ones to the same bytes.
 
-Hypothesis makes a few values and one place to damage; each of its examples becomes a batch of inputs, so that the
-many thousand cases of a run cost a few hundred examples. ``KSER_TEST_PROPERTY_CASES`` says how many cases there are to
-be, ``KSER_TEST_PROPERTY_SEED`` repeats a run.
+Hypothesis generates values, and a position at which an input is damaged. Each example becomes a batch of inputs,
+because an example costs more than an input. ``KSER_TEST_PROPERTY_CASES`` is the number of inputs, and
+``KSER_TEST_PROPERTY_SEED`` repeats a run.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ values = st.recursive(
 Case = tuple[str, bytes]
 
 
-def inputs(value: Any, other: Any, place: int, junk: bytes) -> Iterator[Case]:
-    """A batch of inputs around two JSON values: in every field, on their own, damaged, in odd encodings."""
+def inputs(value: Any, other: Any, position: int, junk: bytes) -> Iterator[Case]:
+    """Yield inputs with two JSON values: in every field, alone, damaged at a position, and in other encodings."""
     plain = {"uuid": "u", "entrypoint": "e", "params": {"k": other}, "result": {"uuid": "r", "retval": {"k": value}}}
     variants: list[Any] = [value, [value], plain]
     variants += [{**plain, name: value} for name in (*FIELDS, "unknown")]
@@ -63,36 +63,41 @@ def inputs(value: Any, other: Any, place: int, junk: bytes) -> Iterator[Case]:
     ):
         yield "build", json.dumps(arguments).encode()
     raw = json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    place %= len(raw)
-    for damaged in (raw[:place], raw[:place] + junk + raw[place:], raw[:place] + junk + raw[place + len(junk) :], junk):
+    position %= len(raw)
+    for damaged in (
+        raw[:position],
+        raw[:position] + junk + raw[position:],
+        raw[:position] + junk + raw[position + len(junk) :],
+        junk,
+    ):
         yield "load_bytes", damaged
         yield "load_text", damaged
     for encoding in ENCODINGS:
         yield "load_bytes", json.dumps(plain, ensure_ascii=False).encode(encoding, "replace")
 
 
-class Judge:
-    """A process that answers with the verdicts of one of the two packages."""
+class VerdictProcess:
+    """A process of ``verdicts.py`` with one of the two packages."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def ask(self, cases: list[Case]) -> None:
-        """Begin with these inputs."""
+    def send(self, cases: list[Case]) -> None:
+        """Send inputs; the process works on them until :meth:`receive` is called."""
         assert self._process.stdin is not None
-        question = [(kind, base64.b64encode(raw).decode()) for kind, raw in cases]
-        self._process.stdin.write(json.dumps(question) + "\n")
+        request = [(kind, base64.b64encode(raw).decode()) for kind, raw in cases]
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> list[dict[str, Any]]:
-        """The verdicts on them."""
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the verdicts on the inputs that were sent."""
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
 
 
 @contextmanager
-def judge(python: Path, variables: dict[str, str]) -> Iterator[Judge]:
-    """A judge for the duration of a block."""
+def verdict_process(python: Path, variables: dict[str, str]) -> Iterator[VerdictProcess]:
+    """Run a process of ``verdicts.py`` in an interpreter for the duration of a block."""
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(
         [str(python), str(HERE / "verdicts.py")],
@@ -101,11 +106,11 @@ def judge(python: Path, variables: dict[str, str]) -> Iterator[Judge]:
         stdout=subprocess.PIPE,
         encoding="utf-8",
     ) as process:
-        yield Judge(process)
+        yield VerdictProcess(process)
 
 
-def expected(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Whether our verdict is what the published one and the decisions lead to."""
+def is_as_decided(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Return whether our verdict equals the published one, apart from the decisions C14 and C15."""
     if theirs == ours:
         return True
     if theirs.get("refused") == "ValidationError" and "accepted" in ours:
@@ -113,22 +118,22 @@ def expected(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
         errors = theirs["extra"].get("result", {})
         return set(theirs["extra"]) == {"result"} and all(v == ["Field may not be null."] for v in errors.values())
     if theirs.get("refused") == ours.get("refused") == "ValidationError":
-        # C14 again, beside other errors.
+        # C14: only the other errors remain.
         return without_null_errors(theirs["extra"]) == ours["extra"]
     if "accepted" in theirs and "accepted" in ours:
-        # C15: a result without a uuid of its own gets the message's, not a random one. C14: what we write, we read.
+        # C15: a result without a uuid gets the uuid of the message, not a random one. C14: our output can be loaded.
         return same_but_for_the_uuid(theirs["accepted"], ours["accepted"]) and ours["again"] in (True, theirs["again"])
     return False
 
 
 def without_null_errors(extra: dict[str, Any]) -> dict[str, Any]:
-    """The errors of a refusal, but for those about null in the result."""
+    """Return the errors of a rejected input, without those about null in the result."""
     result = {k: v for k, v in extra.get("result", {}).items() if v != ["Field may not be null."]}
     return {k: v for k, v in {**extra, "result": result}.items() if v or k != "result"}
 
 
 def same_but_for_the_uuid(theirs: str, ours: str) -> bool:
-    """Whether two dumped messages are equal, but for a new uuid of the result that is the message's in ours."""
+    """Return whether two dumped messages are equal if the new uuid of the result is the uuid of the message in ours."""
     first, second = json.loads(theirs), json.loads(ours)
     if first["result"]["uuid"] != NEW_UUID or second["result"]["uuid"] != second["uuid"]:
         return False
@@ -137,12 +142,15 @@ def same_but_for_the_uuid(theirs: str, ours: str) -> bool:
 
 
 def test_both_packages_accept_the_same_inputs_with_the_same_bytes(
-    oracle: Path, capsys: pytest.CaptureFixture[str]
+    published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = 0
     per_example = len(list(inputs(None, None, 0, b"")))
 
-    with judge(oracle, {}) as published, judge(Path(sys.executable), environment_of_ours()) as own:
+    with (
+        verdict_process(published, {}) as their_process,
+        verdict_process(Path(sys.executable), environment_of_ours()) as our_process,
+    ):
 
         @seed(SEED)
         @settings(
@@ -152,14 +160,15 @@ def test_both_packages_accept_the_same_inputs_with_the_same_bytes(
             suppress_health_check=list(HealthCheck),
         )
         @given(values, values, st.integers(0, 10_000), st.binary(max_size=4))
-        def check(value: Any, other: Any, place: int, junk: bytes) -> None:
+        def check(value: Any, other: Any, position: int, junk: bytes) -> None:
             nonlocal count
-            cases = list(inputs(value, other, place, junk))
+            cases = list(inputs(value, other, position, junk))
             count += len(cases)
-            published.ask(cases)
-            own.ask(cases)
-            for (kind, raw), theirs, ours in zip(cases, published.answer(), own.answer(), strict=True):
-                assert expected(theirs, ours), f"{kind} {raw!r}\ntheirs {theirs}\nours   {ours}"
+            their_process.send(cases)
+            our_process.send(cases)
+            verdicts = zip(cases, their_process.receive(), our_process.receive(), strict=True)
+            for (kind, raw), theirs, ours in verdicts:
+                assert is_as_decided(theirs, ours), f"{kind} {raw!r}\ntheirs {theirs}\nours   {ours}"
 
         check()
 

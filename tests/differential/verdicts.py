@@ -1,6 +1,6 @@
-"""Server of verdicts: whether a package accepts an input, and the output. Runs under both packages.
+"""Process that reports whether a package accepts inputs, and its output. It runs with both packages.
 
-The parent writes a line of JSON, a list of [kind, input in base64], and gets a line with the list of verdicts.
+The parent writes a line of JSON, a list of [kind, input in base64], and reads a line with the list of verdicts.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-# New uuids are the same on both sides. Done before anybody imports the function.
+# Both packages must create the same new uuids. They import the function, so replace it before that.
 uuid.uuid4 = lambda: uuid.UUID("99999999-9999-4999-8999-999999999999")
 
 from kser.schemas import Message  # noqa: E402
 
 
 def load_bytes(raw: bytes) -> Message:
-    """The input as it comes from Kafka."""
+    """Load the input as bytes, as Kafka delivers it."""
     return Message.loads(raw)
 
 
 def load_text(raw: bytes) -> Message:
-    """The input as the consumer hands it on; what is not UTF-8 becomes lone surrogates."""
+    """Load the input as text, as the consumer passes it; invalid UTF-8 becomes lone surrogates."""
     return Message.loads(raw.decode("utf-8", "surrogateescape"))
 
 
 def build(raw: bytes) -> Message:
-    """The input is a JSON list of the arguments of the constructor."""
+    """Construct a message; the input is a JSON list of the arguments."""
     return Message(*json.loads(raw))
 
 
@@ -37,7 +37,7 @@ KINDS: dict[str, Callable[[bytes], Message]] = {"load_bytes": load_bytes, "load_
 
 
 def verdict(kind: str, raw: bytes) -> dict[str, Any]:
-    """What came of an input: the dumped message, or the type of the error and what it carries."""
+    """Return the dumped message for an input, or the type, ``extra`` and text of the error."""
     try:
         message = KINDS[kind](raw)
     except Exception as error:
@@ -50,7 +50,7 @@ def verdict(kind: str, raw: bytes) -> dict[str, Any]:
 
 
 def _loads_again(dumped: str) -> bool | str:
-    """Whether what was written is read to the same: what one consumer sends, another one takes."""
+    """Return whether a dumped message is loaded and dumped to the same text, or the type of the error."""
     try:
         return Message.loads(dumped).dumps() == dumped
     except Exception as error:
@@ -58,10 +58,10 @@ def _loads_again(dumped: str) -> bool | str:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Report verdicts until standard input ends."""
     for line in sys.stdin:
-        answers = [verdict(kind, base64.b64decode(raw)) for kind, raw in json.loads(line)]
-        sys.stdout.write(json.dumps(answers) + "\n")
+        verdicts = [verdict(kind, base64.b64decode(raw)) for kind, raw in json.loads(line)]
+        sys.stdout.write(json.dumps(verdicts) + "\n")
         sys.stdout.flush()
 
 

@@ -161,7 +161,7 @@ class TestClientsOnKafka(GroupContract):
 
         first.drained.clear()
         second = join(topic)
-        until(lambda: second.starts, "both members have a partition", second, *self.aside(first, end))
+        until(lambda: second.starts, "both members have a partition", second, *self.drain_later(first, end))
         assert commits_before_the_end == [Commit(0, "kser:1,2")]
 
     # -- gaps in the log -----------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class TestClientsOnKafka(GroupContract):
     def test_missing_topic_is_awaited(self, harness: OnKafka, join: Join) -> None:
         name = new_name()
         member = join(name)
-        member.patient = True
+        member.tolerates_errors = True
         for _ in range(10):
             assert member.poll() == []
         harness.make_topic(name)
@@ -198,7 +198,7 @@ class TestBrokerFailures:
         member = Member(self.harness.client("group"), "work")
         with closing(member):
             until(lambda: member.records, "the first record arrives", member)
-            member.patient = True
+            member.tolerates_errors = True
             yield member
 
     def test_client_reconnects_to_a_restarted_broker(self, own_kafka: KafkaBroker, member: Member) -> None:

@@ -20,7 +20,7 @@ from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from tests.conftest import needs
-from tests.differential.oracle import OracleMissing, oracle_python
+from tests.differential.published_package import PublishedPackageMissing, published_python
 from tests.kafka.broker import Kafka
 from tests.kafka.helpers import HERE, Program, config, message, read_values, step_until, uuids, wait_until
 
@@ -43,8 +43,8 @@ class Handled(NamedTuple):
 def published() -> Path:
     """Return the Python interpreter of an environment with kser 0.8.27."""
     try:
-        return oracle_python()
-    except OracleMissing as problem:
+        return published_python()
+    except PublishedPackageMissing as problem:
         needs("kser 0.8.27", problem)
 
 

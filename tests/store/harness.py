@@ -1,12 +1,11 @@
-"""Stores under test, and operations to save in them."""
+"""Harnesses of the stores under test, and builders of operations, claims and checkpoints."""
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,44 +27,46 @@ from kser.store.model import (
     TaskOutcome,
 )
 
+#: Duration of a lease in seconds.
 LEASE = 30.0
+#: Seconds after which an unclaimed step is sent again: ``resend_after``.
 RESEND = 60.0
-#: Seconds by which times may differ that are taken one after the other.
-CLOSE = 5.0
+#: Seconds by which two times may differ that a test reads one after the other.
+TIME_TOLERANCE = 5.0
 
 
 class StoreHarness(ABC):
-    """A database, with a clock that a test puts forward."""
+    """A store under test, with a clock that the test advances."""
 
     @property
     @abstractmethod
     def store(self) -> Store:
-        """A store in it."""
+        """Return the store."""
 
     @property
     @abstractmethod
     def other(self) -> Store:
-        """One of another process, as far as that can be."""
+        """Return a store of another process on the same database; in memory, the same store."""
 
     @property
     @abstractmethod
     def now(self) -> float:
-        """The time by the store's clock."""
+        """Return the time by the store's clock."""
 
     @abstractmethod
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let ``seconds`` pass by the store's clock."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Close the stores."""
 
 
 class MemoryStoreHarness(StoreHarness):
-    """This process."""
+    """A store in the memory of this process."""
 
     def __init__(self) -> None:
-        self.shift = 0.0
+        self._clock_offset = 0.0
         self._store = MemoryStore(clock=lambda: self.now)
 
     @property
@@ -78,24 +79,24 @@ class MemoryStoreHarness(StoreHarness):
 
     @property
     def now(self) -> float:
-        return time.time() + self.shift
+        return time.time() + self._clock_offset
 
     def advance(self, seconds: float) -> None:
-        self.shift += seconds
+        self._clock_offset += seconds
 
     def close(self) -> None:
         self._store.close()
 
 
 class SQLStoreHarness(StoreHarness):
-    """A database at an address, whose clock is this machine's."""
+    """Two stores on the database at a URI, whose clock is the clock of this machine."""
 
     def __init__(self, uri: str) -> None:
-        # SQLAlchemy is optional, and only tests of SQL need it.
+        # SQLAlchemy is optional, so tests without SQL must not import it.
         from kser.store.sql import SQLStore
 
-        self._shift = 0.0
-        self._stores = [SQLStore(uri, clock_offset=lambda: self._shift) for _ in range(2)]
+        self._clock_offset = 0.0
+        self._stores = [SQLStore(uri, clock_offset=lambda: self._clock_offset) for _ in range(2)]
 
     @property
     def store(self) -> Any:
@@ -107,10 +108,10 @@ class SQLStoreHarness(StoreHarness):
 
     @property
     def now(self) -> float:
-        return time.time() + self._shift
+        return time.time() + self._clock_offset
 
     def advance(self, seconds: float) -> None:
-        self._shift += seconds
+        self._clock_offset += seconds
 
     def close(self) -> None:
         for store in self._stores:
@@ -118,12 +119,12 @@ class SQLStoreHarness(StoreHarness):
 
 
 def unique_name(prefix: str = "") -> str:
-    """A name that nothing else has."""
+    """Return a unique name."""
     return f"{prefix}{uuid.uuid4()}"
 
 
 def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
-    """A task, perhaps one that is an operation itself."""
+    """Return a task; with ``child``, a nested operation as a task."""
     if child is not None:
         task = NewTask(
             uuid=child.uuid,
@@ -147,12 +148,12 @@ def new_task(child: NewOperation | None = None, **values: Any) -> NewTask:
 
 
 def new_operation(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> NewOperation:
-    """An operation with so many tasks, or with these; with None they are not built."""
+    """Return an operation with a number of tasks or with the given ones; None leaves the tasks unbuilt."""
     built = [new_task() for _ in range(tasks)] if isinstance(tasks, int) else tasks
-    own = unique_name()
+    own_uuid = unique_name()
     phase = Phase.BUILD if built is None else Phase.RUN_TASK if built else Phase.END_SUCCESS
     operation = NewOperation(
-        uuid=own,
+        uuid=own_uuid,
         entrypoint="shop.PlaceOrder",
         mode=Mode.LOCAL,
         topic="orders",
@@ -163,50 +164,50 @@ def new_operation(tasks: int | Sequence[NewTask] | None = 3, **values: Any) -> N
         tasks=built,
         labels=[],
         phase=phase,
-        target=StepMessage(own, "shop.PlaceOrder", "orders"),
+        target=StepMessage(own_uuid, "shop.PlaceOrder", "orders"),
     )
     operation = replace(operation, **values)
     if "target" in values:
         return operation
-    # Without another target the first step is the operation itself.
+    # The uuid may have changed, and the message of the first step names the operation.
     return replace(operation, target=StepMessage(operation.uuid, operation.entrypoint, operation.topic))
 
 
 def claim_request(owner: str = "consumer-a", **values: Any) -> ClaimRequest:
-    """Return a request for a claim, with a token of its own."""
+    """Return a request for a claim, with a unique token."""
     return replace(ClaimRequest(owner=owner, token=unique_name("token-"), lease=LEASE, max_claims=20), **values)
 
 
-def save_and_claim(store: Store, new_operation: NewOperation, request: ClaimRequest | None = None) -> Claim:
-    """Save and claim an operation."""
-    claim = store.save(new_operation, request or claim_request())
+def save_and_claim(store: Store, operation: NewOperation, request: ClaimRequest | None = None) -> Claim:
+    """Save an operation and claim it in the same transaction."""
+    claim = store.save(operation, request or claim_request())
     assert isinstance(claim, Claim)
     return claim
 
 
 def claim_root(store: Store, row: OperationRow, request: ClaimRequest | None = None) -> Claim:
-    """Claim a root that is free."""
+    """Claim a root operation that has no owner, or whose lease has expired."""
     claim = store.claim(row.uuid, row.target.uuid, request or claim_request())
     assert isinstance(claim, Claim)
     return claim
 
 
 def resume_stored(store: Store, uuid: str) -> OperationRow:
-    """Resume an operation as it is stored now."""
+    """Resume an operation from its current row."""
     row = store.resume(uuid, row_of(store, uuid).epoch, unique_name("token-"))
     assert row is not None
     return row
 
 
 def row_of(store: Store, uuid_or_id: str) -> OperationRow:
-    """The row of an operation that is there."""
+    """Return the row of an operation that exists."""
     row = store.get_operation(uuid_or_id)
     assert row is not None
     return row
 
 
 def update_of(row: OperationRow, step: int, **values: Any) -> OperationUpdate:
-    """Return the update that makes a task the current one."""
+    """Return the update that makes the task at ``step`` the current one."""
     update = OperationUpdate(
         row.id, row.step, row.phase, step, Phase.RUN_TASK, states.RUNNING, f'{{"up to": {step}}}', None
     )
@@ -214,12 +215,12 @@ def update_of(row: OperationRow, step: int, **values: Any) -> OperationUpdate:
 
 
 def outcome_of(row: OperationRow, step: int, number: int = 1, **values: Any) -> TaskOutcome:
-    """Return the outcome of a successful attempt at a task."""
+    """Return the outcome of a successful attempt at the task at ``step``."""
     return TaskOutcome(row.id, step, number, states.SUCCESS, f'{{"of": {step}}}', 0.25, None)._replace(**values)
 
 
 def step_checkpoint(claim: Claim, step: int, **values: Any) -> Checkpoint:
-    """Return the checkpoint after the task at ``step`` of a root without nested operations: the next one is current."""
+    """Return the checkpoint after the task at ``step`` of a root operation: the next task becomes the current one."""
     root = claim.root._replace(step=step)
     assert root.token is not None
     checkpoint = Checkpoint(
@@ -253,25 +254,5 @@ def event_kinds(store: Store, uuid: str) -> list[str]:
 
 
 def due_steps(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
-    """Let a reaper take due steps, and return their uuids and reasons."""
+    """Take due steps as a reaper does, and return their uuids and reasons."""
     return [(step.uuid, step.reason) for step in store.take_due_steps(limit, "reaper", expired=expired)]
-
-
-def run_concurrently(*calls: Callable[[], Any]) -> list[Any]:
-    """Run calls in threads at the same time, and return the result or exception of each."""
-    results: list[Any] = [None] * len(calls)
-    barrier = threading.Barrier(len(calls))
-
-    def run(index: int) -> None:
-        barrier.wait()
-        try:
-            results[index] = calls[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results

@@ -1,4 +1,4 @@
-"""Tests of every store: one contract."""
+"""Tests of the store contract on each store: in memory, in SQLite and in PostgreSQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract tests of a transport client for a consumer, run against each transport."""
+"""Contract tests of the client of a consumer: one member of a group."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceLis
 from kser.consumer.offsets import METADATA_LIMIT, PREFIX
 from kser.errors import ClientError
 
-PATIENCE = 30
+#: Seconds to wait for records, or for a rebalance on a real broker.
+BROKER_SECONDS = 30
+#: Seconds within which a call returns whose timeout is much shorter, also on a loaded machine.
+PROMPT_SECONDS = 5
 
 
 class BrokerHarness(ABC):
     """A broker, and clients of one kind for it."""
 
-    #: Whether a client without a group can be had.
+    #: True if the client supports reading without a group.
     groupless: ClassVar[bool] = True
 
     @abstractmethod
     def new_topic(self, partitions: int = 1) -> str:
-        """A topic that nobody has sent to, with at least so many partitions."""
+        """Create a topic with at least ``partitions`` partitions and without records."""
 
     @abstractmethod
     def send(self, topic: str, *values: str, partition: int = 0) -> None:
-        """Send records; they have arrived when it returns."""
+        """Send records, and wait until the broker has them."""
 
     @abstractmethod
     def client(self, group: str | None, reset: str = "earliest", *, commits: bool = True, **options: Any) -> Any:
-        """A client, to be closed."""
+        """Return a client, which the caller closes."""
 
     @abstractmethod
     def committed(self, group: str, key: Partition) -> Commit | None:
-        """Where a group is, asked from outside."""
+        """Return the committed offset and metadata of a group, read by another client."""
 
 
-def plain(commit: Commit) -> Commit:
-    """A commit without what clients note for themselves, and without its seal."""
+def without_client_notes(commit: Commit) -> Commit:
+    """Return a commit without its checksum and without the metadata that clients add for themselves."""
     words = commit.metadata.partition(";")[0].split()
     return Commit(commit.offset, " ".join(word for word in words if word.startswith(PREFIX)))
 
 
 class Drain:
-    """Partitions on their way out, until an event says that they are drained."""
+    """The drain of revoked partitions, which ends when the test sets ``Member.drained``."""
 
     def __init__(self, member: Member, keys: Collection[Partition]) -> None:
         self._member = member
@@ -60,31 +63,31 @@ class Drain:
         return self._member.drained.is_set()
 
     def wait(self) -> None:
-        self._member.drained.wait(PATIENCE)
+        self._member.drained.wait(BROKER_SECONDS)
 
     def commits(self) -> Mapping[Partition, Commit]:
-        self._member.waited = self.drained
+        self._member.commit_followed_drain = self.drained
         return {key: commit for key, commit in self._member.finished.items() if key in self._keys}
 
 
 class Member(RebalanceListener):
-    """A client, its events and its records."""
+    """A group member: a client, and the events and records that it received."""
 
     def __init__(self, client: ConsumerClient, topic: str) -> None:
         self.client = client
-        #: The partitions that it has, and where they began.
+        #: The assigned partitions with their start positions.
         self.starts: dict[Partition, Commit] = {}
         self.events: list[tuple[str, dict[Partition, Any]]] = []
         self.records: list[Record] = []
-        #: What to commit when partitions are given up, once they are drained.
+        #: The commits of the assigned partitions, for a revocation.
         self.finished: dict[Partition, Commit] = {}
         self.drained = Event()
         self.drained.set()
-        #: Whether what was committed last was asked for when everything had ended.
-        self.waited = True
+        #: False after a client requested the commits of a revocation before the end of the drain.
+        self.commit_followed_drain = True
         self.closed = False
-        #: Whether errors are expected.
-        self.patient = False
+        #: True if poll may raise errors that are not fatal.
+        self.tolerates_errors = False
         client.subscribe([topic], self)
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
@@ -95,46 +98,45 @@ class Member(RebalanceListener):
 
     def on_revoke(self, partitions: Collection[Partition]) -> Drain:
         keys = set(partitions)
-        self._forget("revoke", keys)
+        self._remove("revoke", keys)
         return Drain(self, keys)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
-        self._forget("lost", set(partitions))
+        self._remove("lost", set(partitions))
 
     def _add(self, event: str, starts: Mapping[Partition, Commit]) -> None:
         if starts:
-            commits = {key: plain(start) for key, start in starts.items()}
+            commits = {key: without_client_notes(start) for key, start in starts.items()}
             self.starts.update(commits)
             self.events.append((event, commits))
 
-    def _forget(self, event: str, keys: set[Partition]) -> None:
+    def _remove(self, event: str, keys: set[Partition]) -> None:
         if keys:
             self.events.append((event, dict.fromkeys(keys)))
         for key in keys:
             self.starts.pop(key, None)
 
     def poll(self, timeout: float = 0.05, limit: int = 100, held: Collection[Partition] = ()) -> list[Record]:
-        """Poll once; returns what came."""
+        """Poll once; return the records that arrived."""
         try:
             batches = self.client.poll(timeout, limit, held)
         except ClientError as error:
-            if error.fatal or not self.patient:
+            if error.fatal or not self.tolerates_errors:
                 raise
             return []
-        assert self.waited, "what runs was not waited for"
-        came: list[Record] = []
+        assert self.commit_followed_drain, "the client committed a revocation before the end of the drain"
+        arrived: list[Record] = []
         for key, records in batches.items():
-            # A plain tuple will do: so kafka-python names partitions.
+            # Compare as tuples, because kafka-python has its own class for a partition.
             assert records and all((record.topic, record.partition) == tuple(key) for record in records)
-            assert Partition(*key) in self.starts, "a record of a partition that it was not told of"
-            came += records
-        self.records += came
-        return came
+            assert Partition(*key) in self.starts, "a record of a partition that is not assigned"
+            arrived += records
+        self.records += arrived
+        return arrived
 
     def values(self, partition: int | None = None) -> list[str]:
-        """The values that came, of one partition or of all."""
-        wanted = [record for record in self.records if partition in (None, record.partition)]
-        return [(record.value or b"").decode() for record in wanted]
+        """Return the values that arrived, of one partition or of all partitions."""
+        return [(record.value or b"").decode() for record in self.records if partition in (None, record.partition)]
 
     def close(self) -> None:
         if not self.closed:
@@ -143,22 +145,24 @@ class Member(RebalanceListener):
 
 
 def until(
-    condition: Callable[[], Any], text: str, *members: Member, seconds: float = PATIENCE, **options: Any
+    condition: Callable[[], Any], text: str, *members: Member, seconds: float = BROKER_SECONDS, **options: Any
 ) -> float:
-    """Let the members poll in turn until the condition holds; returns how long that took."""
-    began = time.monotonic()
+    """Let the members poll in turn until the condition holds; return the duration in seconds."""
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() < began + seconds, f"{text}: not within {seconds} s; {[m.events for m in members]}"
+        assert time.monotonic() < start + seconds, (
+            f"{text}: not within {seconds} s; {[member.events for member in members]}"
+        )
         for member in members:
             member.poll(**options)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 Join = Callable[..., Member]
 
 
 class CoreClientContract:
-    """Core tests of one group member; a subclass in a test module has a fixture ``world``."""
+    """The core contract of one group member; a subclass in a test module has a fixture ``harness``."""
 
     @pytest.fixture
     def group(self) -> str:
@@ -170,14 +174,14 @@ class CoreClientContract:
 
     @pytest.fixture
     def join(self, harness: BrokerHarness, group: str) -> Iterator[Join]:
-        """``join(topic)`` makes a member that has subscribed; the options are those of the world's client."""
+        """Return a function that creates a member subscribed to a topic, with options of the harness's client."""
         members: list[Member] = []
 
-        def make(topic: str, *, to: str | None = group, **options: Any) -> Member:
+        def join_group(topic: str, *, to: str | None = group, **options: Any) -> Member:
             members.append(Member(harness.client(to, **options), topic))
             return members[-1]
 
-        yield make
+        yield join_group
         for member in members:
             member.drained.set()
             with suppress(ClientError):
@@ -192,7 +196,7 @@ class CoreClientContract:
         values = [f"value {number}" for number in range(250)]
         harness.send(key.topic, *values)
         member = join(key.topic)
-        until(lambda: len(member.records) >= 250, "all come", member)
+        until(lambda: len(member.records) >= 250, "all records arrive", member)
         for _ in range(3):
             assert member.poll() == []
         assert member.values() == values
@@ -207,7 +211,7 @@ class CoreClientContract:
     ) -> None:
         harness.send(key.topic, *map(str, range(20)))
         member = join(key.topic)
-        until(lambda: key in member.starts, "it has its partition", member, limit=3)
+        until(lambda: key in member.starts, "the partition is assigned", member, limit=3)
         while len(member.records) < 20:
             assert len(member.poll(limit=3)) <= 3
         assert member.values() == list(map(str, range(20)))
@@ -215,25 +219,25 @@ class CoreClientContract:
     def test_paused_partition_waits_while_others_continue(self, harness: BrokerHarness, join: Join) -> None:
         topic = harness.new_topic(2)
         member = join(topic)
-        until(lambda: len(member.starts) >= 2, "it has its partitions", member)
-        held = {Partition(topic, 0)}
+        until(lambda: len(member.starts) >= 2, "the partitions are assigned", member)
+        paused = {Partition(topic, 0)}
         for round_ in range(3):
             for partition in range(2):
                 harness.send(topic, f"{round_}", partition=partition)
-            until(lambda: len(member.values(1)) > round_, "the other goes on", member, held=held)  # noqa: B023
+            until(lambda: len(member.values(1)) > round_, "the other partition continues", member, held=paused)  # noqa: B023
         assert member.values(0) == []
-        until(lambda: len(member.values(0)) == 3, "it goes on", member)
+        until(lambda: len(member.values(0)) == 3, "the paused partition continues", member)
         assert member.values(0) == member.values(1) == ["0", "1", "2"]
 
     def test_poll_with_limit_zero_keeps_the_position(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
         harness.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
-        until(lambda: member.records, "the first come", member, limit=2)
+        until(lambda: member.records, "the first records arrive", member, limit=2)
         for _ in range(3):
             for _ in range(5):
                 assert member.poll(limit=0) == []
             member.poll(limit=2)
-        until(lambda: len(member.records) >= 10, "all come", member)
+        until(lambda: len(member.records) >= 10, "all records arrive", member)
         assert member.values() == list(map(str, range(10)))
 
     @pytest.mark.parametrize(("reset", "expected"), [("earliest", 0), ("latest", 3)])
@@ -242,11 +246,11 @@ class CoreClientContract:
     ) -> None:
         harness.send(key.topic, "0", "1", "2")
         member = join(key.topic, reset=reset)
-        until(lambda: key in member.starts, "it has its partition", member, limit=0)
+        until(lambda: key in member.starts, "the partition is assigned", member, limit=0)
         assert member.events[0][0] == "reset"
         assert member.starts[key] == Commit(expected) == harness.committed(group, key)
         harness.send(key.topic, "3")
-        until(lambda: "3" in member.values(), "the last one comes", member)
+        until(lambda: "3" in member.values(), "the last record arrives", member)
         assert member.values() == ["0", "1", "2", "3"][expected:]
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
@@ -255,43 +259,43 @@ class CoreClientContract:
     ) -> None:
         harness.send(key.topic, *map(str, range(5)))
         first = join(key.topic)
-        until(lambda: len(first.records) == 5, "all come", first)
+        until(lambda: len(first.records) == 5, "all records arrive", first)
         first.client.commit({key: Commit(2, "kser:1,1")}, 5)
         first.close()
-        assert harness.committed(group, key) == Commit(2, "kser:1,1"), "closing commits nothing"
+        assert harness.committed(group, key) == Commit(2, "kser:1,1"), "close must not commit"
         second = join(key.topic, reset=reset)
-        until(lambda: len(second.records) >= 3, "they come", second)
+        until(lambda: len(second.records) >= 3, "the other records arrive", second)
         assert second.events[0] == ("assign", {**second.events[0][1], key: Commit(2, "kser:1,1")})
         assert second.values() == ["2", "3", "4"]
 
 
 class ClientContract(CoreClientContract):
-    """All tests of one group member."""
+    """The whole contract of one group member."""
 
     def test_records_sent_after_the_join_arrive_in_order(
         self, harness: BrokerHarness, join: Join, key: Partition
     ) -> None:
         member = join(key.topic)
-        until(lambda: key in member.starts, "it has its partition", member)
+        until(lambda: key in member.starts, "the partition is assigned", member)
         for number in range(3):
             harness.send(key.topic, str(number))
-            until(lambda: len(member.records) > number, "it comes", member)  # noqa: B023
+            until(lambda: len(member.records) > number, "the record arrives", member)  # noqa: B023
         assert member.values() == ["0", "1", "2"]
 
     def test_poll_waits_no_longer_than_its_timeout(self, join: Join, key: Partition) -> None:
         member = join(key.topic)
-        until(lambda: key in member.starts, "it has its partition", member)
+        until(lambda: key in member.starts, "the partition is assigned", member)
         member.poll()
         for limit in (0, 10):
-            began = time.monotonic()
+            start = time.monotonic()
             member.poll(timeout=0.3, limit=limit)
-            assert 0.2 < time.monotonic() - began < 1
+            assert 0.2 < time.monotonic() - start < PROMPT_SECONDS
 
     def test_metadata_of_maximum_length_is_committed(
         self, harness: BrokerHarness, join: Join, group: str, key: Partition
     ) -> None:
         member = join(key.topic)
-        until(lambda: key in member.starts, "it has its partition", member)
+        until(lambda: key in member.starts, "the partition is assigned", member)
         commit = Commit(0, "kser:" + "1," * ((METADATA_LIMIT - 5) // 2))
         member.client.commit({key: commit}, 5)
         assert harness.committed(group, key) == commit
@@ -302,7 +306,7 @@ class ClientContract(CoreClientContract):
         harness.send(key.topic, "0")
         member = join(key.topic, commits=False)
         assert not member.client.can_commit
-        until(lambda: member.records, "it comes", member)
+        until(lambda: member.records, "the record arrives", member)
         assert harness.committed(group, key) is None
 
     def test_client_without_a_group_reads_everything_and_commits_nothing(
@@ -314,7 +318,7 @@ class ClientContract(CoreClientContract):
         member = join(key.topic, to=None)
         assert not member.client.can_commit
         batches: dict[Any, Any] = {}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + BROKER_SECONDS
         while not batches and time.monotonic() < deadline:
             batches = dict(member.client.poll(0.05, 10, ()))
         assert [[record.value for record in records] for records in batches.values()] == [[b"0", b"1"]]
@@ -322,7 +326,7 @@ class ClientContract(CoreClientContract):
     def test_lag_counts_the_records_not_yet_returned(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
         harness.send(key.topic, *map(str, range(10)))
         member = join(key.topic)
-        until(lambda: len(member.records) >= 4, "some come", member, limit=1)
-        until(lambda: member.client.lag()[key] == 6, "the rest is ahead", member, limit=0)
-        until(lambda: len(member.records) == 10, "all come", member)
-        until(lambda: member.client.lag()[key] == 0, "none is ahead", member)
+        until(lambda: len(member.records) >= 4, "some records arrive", member, limit=1)
+        until(lambda: member.client.lag()[key] == 6, "the lag counts the other records", member, limit=0)
+        until(lambda: len(member.records) == 10, "all records arrive", member)
+        until(lambda: member.client.lag()[key] == 0, "the lag is zero", member)

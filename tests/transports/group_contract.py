@@ -1,4 +1,4 @@
-"""Contract tests of several members of a consumer group, run against each transport."""
+"""Contract tests of the client of a consumer: two members of a group."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError
 from tests.transports.client_contract import BrokerHarness, ClientContract, Drain, Join, Member, until
 
-#: Longer than an eager rebalance takes, and shorter than a session.
-SOON = 4
+#: Seconds that are more than an eager rebalance takes, and fewer than a session.
+REBALANCE_SECONDS = 4
 
 
 class GroupContract(ClientContract):
-    """Tests of two members of a group."""
+    """The contract of two members of a group."""
 
-    def meet(self, topic: str, join: Join, **options: Any) -> tuple[Member, Member]:
-        """One member that had all, and one that has got its share of it."""
+    def join_two(self, topic: str, join: Join, **options: Any) -> tuple[Member, Member]:
+        """Return two members: the first had both partitions until the second joined."""
         first = join(topic, **options)
-        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
         second = join(topic, **options)
-        self.share(first, second)
+        self.wait_for_balance(first, second)
         return first, second
 
-    def share(self, first: Member, second: Member) -> None:
-        until(lambda: (len(first.starts), len(second.starts)) == (1, 1), "they share", first, second)
+    def wait_for_balance(self, first: Member, second: Member) -> None:
+        """Wait until each member has one partition."""
+        until(lambda: (len(first.starts), len(second.starts)) == (1, 1), "each has one partition", first, second)
         assert first.starts.keys().isdisjoint(second.starts)
 
     def test_rebalance_on_join_continues_from_the_committed_offsets(
@@ -40,36 +41,38 @@ class GroupContract(ClientContract):
         for number in range(2):
             harness.send(topic, *map(str, range(5)), partition=number)
         first = join(topic)
-        until(lambda: len(first.records) == 10, "all come", first)
+        until(lambda: len(first.records) == 10, "all records arrive", first)
         first.finished = {key: Commit(3, "kser:1,1") for key in keys}
         second = join(topic)
-        self.share(first, second)
-        assert ("revoke", dict.fromkeys(keys)) in first.events, "an eager rebalance takes everything"
+        self.wait_for_balance(first, second)
+        assert ("revoke", dict.fromkeys(keys)) in first.events, "an eager rebalance revokes all partitions"
         for member in (first, second):
             assert member.events[-1] == ("assign", dict.fromkeys(member.starts, Commit(3, "kser:1,1")))
-        until(lambda: len(second.records) >= 2, "its share comes to the one", first, second)
-        until(lambda: len(first.records) >= 12, "its share comes to the other", first, second)
+        until(lambda: len(second.records) >= 2, "the second member gets its records", first, second)
+        until(lambda: len(first.records) >= 12, "the first member gets its records", first, second)
         assert second.values() == ["3", "4"]
-        assert [record.offset for record in first.records[10:]] == [3, 4], "as if it had just come"
+        assert [record.offset for record in first.records[10:]] == [3, 4], (
+            "the first member restarts at the committed offset"
+        )
 
     def test_members_with_short_rare_polls_complete_a_rebalance(self, harness: BrokerHarness, join: Join) -> None:
-        """Joins are over between their polls."""
+        """A join may end between two polls of a member."""
         topic = harness.new_topic(2)
         first = join(topic)
-        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
         second = join(topic)
 
-        def seldom() -> bool:
+        def poll_rarely() -> bool:
             for member in (first, second):
                 member.poll(0.01)
                 time.sleep(0.1)
             return len(first.starts) == len(second.starts) == 1
 
-        until(seldom, "they share")
-        # One that leads before it has heard of the partitions has to distribute them once more.
+        until(poll_rarely, "each has one partition")
+        # A leader that does not know the partitions yet assigns none, and needs another rebalance.
         for _ in range(20):
-            seldom()
-        until(seldom, "they share again")
+            poll_rarely()
+        until(poll_rarely, "each still has one partition")
         revoked = [event for event, _ in first.events + second.events].count("revoke")
         assert revoked <= 4, (first.events, second.events)
 
@@ -78,26 +81,27 @@ class GroupContract(ClientContract):
     ) -> None:
         topic = harness.new_topic(2)
         first = join(topic)
-        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
         keys = list(first.starts)
-        ended: list[float] = []
 
-        def end() -> None:
-            ended.append(time.monotonic())
+        def end_drain() -> None:
             first.finished = {key: Commit(0, "kser:1,2") for key in keys}
             first.drained.set()
 
         first.drained.clear()
         second = join(topic)
         until(
-            lambda: first.events[-1][0] == "revoke" or second.starts, "it is revoked", second, *self.aside(first, end)
+            lambda: first.events[-1][0] == "revoke" or second.starts,
+            "the partitions are revoked",
+            second,
+            *self.drain_later(first, end_drain),
         )
-        until(lambda: second.starts, "they share", first, second)
-        assert ended and time.monotonic() > ended[0]
+        until(lambda: second.starts, "the second member has a partition", first, second)
+        assert first.drained.is_set(), "the drain had not ended when the second member got its partition"
         assert set(second.starts.values()) == {Commit(0, "kser:1,2")}
 
-    def aside(self, member: Member, end: Callable[[], None]) -> list[Member]:
-        """The member itself; what runs ends half a second after it was to be given up."""
+    def drain_later(self, member: Member, end: Callable[[], None]) -> list[Member]:
+        """Return the member in a list; its drain calls ``end`` half a second after a revocation."""
         on_revoke = member.on_revoke
 
         def revoke(keys: Collection[Partition]) -> Drain:
@@ -111,53 +115,53 @@ class GroupContract(ClientContract):
     def test_closing_member_leaves_at_once_and_commits_nothing(
         self, harness: BrokerHarness, join: Join, group: str
     ) -> None:
-        first, second = self.meet(harness.new_topic(2), join)
-        theirs = list(second.starts)
+        first, second = self.join_two(harness.new_topic(2), join)
+        revoked = list(second.starts)
         second.close()
-        took = until(lambda: len(first.starts) == 2, "the first has everything again", first)
-        assert took < SOON
-        assert [harness.committed(group, key) for key in theirs] == [Commit(0)]
+        duration = until(lambda: len(first.starts) == 2, "the first member has both partitions again", first)
+        assert duration < REBALANCE_SECONDS
+        assert [harness.committed(group, key) for key in revoked] == [Commit(0)]
 
     def test_pause_survives_a_rebalance(self, harness: BrokerHarness, join: Join) -> None:
         topic = harness.new_topic(2)
-        first, second = self.meet(topic, join)
+        first, second = self.join_two(topic, join)
         for number in range(2):
             harness.send(topic, "0", partition=number)
         second.close()
-        until(lambda: len(first.starts) == 2, "the first has everything again", first, limit=0)
-        # Those of partitions that have just come may come.
-        came = len(first.records)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions again", first, limit=0)
+        # Records that were fetched before the pause may have arrived.
+        arrived = len(first.records)
         for _ in range(10):
             assert first.poll(limit=0) == []
-        assert len(first.records) == came
-        until(lambda: {record.partition for record in first.records} == {0, 1}, "it goes on", first)
+        assert len(first.records) == arrived
+        until(lambda: {record.partition for record in first.records} == {0, 1}, "the partitions continue", first)
 
     def test_expelled_member_cannot_commit_and_rejoins(self, harness: BrokerHarness, join: Join, group: str) -> None:
         topic = harness.new_topic(2)
-        first, second = self.meet(topic, join, impatient=True)
-        gone = list(second.starts)
-        second.patient = True
+        first, second = self.join_two(topic, join, expires_soon=True)
+        revoked = list(second.starts)
+        second.tolerates_errors = True
         second.events.clear()
         self.expel(second)
-        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
         with pytest.raises(ClientError):
-            second.client.commit(dict.fromkeys(gone, Commit(0, "late")), 2)
-        assert [harness.committed(group, key) for key in gone] == [Commit(0)]
-        self.share(first, second)
+            second.client.commit(dict.fromkeys(revoked, Commit(0, "late")), 2)
+        assert [harness.committed(group, key) for key in revoked] == [Commit(0)]
+        self.wait_for_balance(first, second)
         assert second.events[0][0] in ("lost", "revoke")
-        assert [harness.committed(group, key) for key in gone] == [Commit(0)]
+        assert [harness.committed(group, key) for key in revoked] == [Commit(0)]
 
     def expel(self, member: Member) -> None:
-        """Kafka does that to a member that does not poll."""
+        """Remove a member from its group; Kafka itself removes a member that does not poll."""
 
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
     def test_added_partitions_start_at_their_beginning(self, harness: Any, join: Join, group: str, reset: str) -> None:
         topic = harness.new_topic(1)
         member = join(topic, reset=reset)
-        until(lambda: member.starts, "it has its partition", member)
+        until(lambda: member.starts, "the partition is assigned", member)
         harness.grow(topic, 2)
         harness.send(topic, "0", "1", partition=1)
-        until(lambda: len(member.records) == 2, "the records in the new one come", member)
+        until(lambda: len(member.records) == 2, "the records of the added partition arrive", member)
         assert member.starts[Partition(topic, 1)] == Commit(0)
         assert harness.committed(group, Partition(topic, 1)) == Commit(0)
 
@@ -167,10 +171,10 @@ class GroupContract(ClientContract):
     ) -> None:
         topic = harness.new_topic(1)
         before = join(topic, reset=reset)
-        until(lambda: before.starts, "it has its partition", before)
+        until(lambda: before.starts, "the partition is assigned", before)
         before.close()
         harness.grow(topic, 2)
         harness.send(topic, "0", partition=1)
         member = join(topic, reset=reset)
-        until(lambda: len(member.starts) == 2, "it has both", member)
-        until(lambda: member.records, "the record in the new one comes", member, seconds=10)
+        until(lambda: len(member.starts) == 2, "both partitions are assigned", member)
+        until(lambda: member.records, "the record of the added partition arrives", member, seconds=10)

@@ -1,8 +1,7 @@
-"""The brokers and clients that the contract of all clients is proven on."""
+"""Brokers and clients on which the contract tests of the clients run."""
 
 from __future__ import annotations
 
-import itertools
 import uuid
 from abc import abstractmethod
 from contextlib import closing
@@ -14,44 +13,53 @@ from kafka import KafkaConsumer, TopicPartition
 from kser.confluent.client import ConfluentClient
 from kser.consumer.client import Commit, ConsumerClient, Partition
 from kser.dummy.broker import DummyClient, InMemoryBroker
+from kser.entry import Entrypoint
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect
-from tests.transports.client_contract import PATIENCE, BrokerHarness, plain
+from tests.transports.client_contract import BROKER_SECONDS, BrokerHarness, without_client_notes
 
-NUMBERS = itertools.count()
+
+class RecordingEntrypoint(Entrypoint):
+    """An entrypoint that records the uuid of each message that it runs."""
+
+    #: The uuids in the order of the attempts; a fixture empties the list after each test.
+    ran: ClassVar[list[str]] = []
+
+    def run(self) -> None:
+        self.ran.append(self.uuid)
 
 
 class InMemoryBrokerHarness(BrokerHarness):
-    """The in-memory bus."""
+    """The in-memory broker and its clients."""
 
     def __init__(self) -> None:
-        self.bus = InMemoryBroker()
+        self.broker = InMemoryBroker()
 
     def new_topic(self, partitions: int = 1) -> str:
-        name = f"topic-{next(NUMBERS)}"
-        self.bus.create_topic(name, partitions)
+        name = new_name()
+        self.broker.create_topic(name, partitions)
         return name
 
     def grow(self, topic: str, partitions: int) -> None:
-        self.bus.create_topic(topic, partitions)
+        self.broker.create_topic(topic, partitions)
 
     def send(self, topic: str, *values: str, partition: int = 0) -> None:
         for value in values:
-            self.bus.send(topic, value.encode(), partition=partition)
+            self.broker.send(topic, value.encode(), partition=partition)
 
     def client(self, group: str | None, reset: str = "earliest", *, commits: bool = True, **options: Any) -> Any:
-        return DummyClient(self.bus, group, reset, commits=commits)
+        return DummyClient(self.broker, group, reset, commits=commits)
 
     def committed(self, group: str, key: Partition) -> Commit | None:
-        committed = self.bus.committed.get((group, key))
-        return plain(committed) if committed else None
+        committed = self.broker.committed.get((group, key))
+        return without_client_notes(committed) if committed else None
 
 
 class KafkaHarness(BrokerHarness):
-    """A broker with Kafka's protocol."""
+    """A broker with the protocol of Kafka, and clients of one kind for it."""
 
-    #: What kafka-python needs to look at it.
-    outside: ClassVar[dict[str, Any]] = {}
+    #: Options of the kafka-python client that reads committed offsets.
+    reader_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, servers: str) -> None:
         self.servers = servers
@@ -63,20 +71,20 @@ class KafkaHarness(BrokerHarness):
     def send(self, topic: str, *values: str, partition: int = 0) -> None:
         for value in values:
             self._producer.produce(topic, value, partition=partition)
-        assert not self._producer.flush(PATIENCE)
+        assert not self._producer.flush(BROKER_SECONDS)
 
     def committed(self, group: str, key: Partition) -> Commit | None:
-        # Not with confluent-kafka, which reads on behind the end of metadata.
+        # Do not use confluent-kafka, because it reads beyond the end of the metadata.
         options = {"bootstrap_servers": self.servers, "group_id": group, "enable_auto_commit": False}
-        with closing(connect(KafkaConsumer, {**options, **self.outside})) as reader:
+        with closing(connect(KafkaConsumer, {**options, **self.reader_options})) as reader:
             committed = reader.committed(TopicPartition(*key), metadata=True)
-        return plain(Commit(committed.offset, committed.metadata or "")) if committed else None
+        return without_client_notes(Commit(committed.offset, committed.metadata or "")) if committed else None
 
 
 class PythonKafkaHarness(KafkaHarness):
-    """kafka-python."""
+    """A broker with the protocol of Kafka, and clients of kafka-python."""
 
-    #: What its clients need beside.
+    #: Additional options of the clients.
     options: ClassVar[dict[str, Any]] = {}
 
     def client(
@@ -85,11 +93,11 @@ class PythonKafkaHarness(KafkaHarness):
         reset: str = "earliest",
         *,
         commits: bool = True,
-        impatient: bool = False,
+        expires_soon: bool = False,
         **options: Any,
     ) -> ConsumerClient:
-        patience = {"session_timeout_ms": 1500, "max_poll_interval_ms": 2000} if impatient else {}
-        own = {
+        timeouts = {"session_timeout_ms": 1500, "max_poll_interval_ms": 2000} if expires_soon else {}
+        defaults = {
             "bootstrap_servers": self.servers,
             "group_id": group,
             "enable_auto_commit": False,
@@ -99,12 +107,12 @@ class PythonKafkaHarness(KafkaHarness):
             "metadata_max_age_ms": 500,
             "reconnect_backoff_max_ms": 500,
         }
-        client = connect(KafkaConsumer, {**own, **self.options, **patience, **options})
+        client = connect(KafkaConsumer, {**defaults, **self.options, **timeouts, **options})
         return KafkaPythonClient(client, reset, commits=commits)
 
 
 class ConfluentHarness(KafkaHarness):
-    """confluent-kafka."""
+    """A broker with the protocol of Kafka, and clients of confluent-kafka."""
 
     groupless = False
 
@@ -114,11 +122,11 @@ class ConfluentHarness(KafkaHarness):
         reset: str = "earliest",
         *,
         commits: bool = True,
-        impatient: bool = False,
+        expires_soon: bool = False,
         **options: Any,
     ) -> ConsumerClient:
-        patience = {"session.timeout.ms": 1500, "max.poll.interval.ms": 2000} if impatient else {}
-        own = {
+        timeouts = {"session.timeout.ms": 1500, "max.poll.interval.ms": 2000} if expires_soon else {}
+        defaults = {
             "bootstrap.servers": self.servers,
             "group.id": group,
             "session.timeout.ms": 6000,
@@ -126,9 +134,9 @@ class ConfluentHarness(KafkaHarness):
             "topic.metadata.refresh.interval.ms": 500,
             "reconnect.backoff.max.ms": 500,
         }
-        return ConfluentClient({**own, **patience, **options}, reset, 1 << 20, commits=commits)
+        return ConfluentClient({**defaults, **timeouts, **options}, reset, 1 << 20, commits=commits)
 
 
 def new_name() -> str:
-    """A name for a topic that nobody else has."""
+    """Return a unique name for a topic or a transaction."""
     return f"kser-test-{uuid.uuid4()}"

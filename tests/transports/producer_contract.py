@@ -1,4 +1,4 @@
-"""Contract tests of a producer, run against each transport."""
+"""Contract tests of a producer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from cdumay_result import Result
 from kser import signals
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
-from tests.support import UUID, lines, message, record_of, wait_until
-
-PATIENCE = 20
+from tests.support import UUID, WAIT_SECONDS, lines, message, record_of, wait_until
 
 
 class Sent(NamedTuple):
-    """A record as it arrived."""
+    """A record as it is in its topic."""
 
     value: bytes | None
     key: bytes | None
@@ -36,41 +34,41 @@ class Sent(NamedTuple):
 
 
 class Transport(ABC):
-    """A producer class, and a place that it sends to."""
+    """A producer class, and a broker for it."""
 
     #: The producer class.
     producer: ClassVar[type[Any]]
-    #: What stands behind ``Message <entrypoint>[<uuid>] sent``.
+    #: The text of a result after ``Message <entrypoint>[<uuid>] sent``.
     ending: ClassVar[str] = ""
-    #: The same behind ``<n> message(s) sent``.
+    #: The text of a result after ``<n> message(s) sent``.
     bulk_ending: ClassVar[str] = ""
     #: The option that limits the size of a record.
     limit: ClassVar[str]
-    #: What becomes of a header without a value.
+    #: The value in its topic of a header that was sent without a value.
     no_value: ClassVar[bytes | None] = None
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Options that lead to the place."""
+        """Return the options of a producer for the broker."""
 
     @abstractmethod
     def new_topic(self) -> str:
-        """A topic that nobody has sent to."""
+        """Create a topic without records."""
 
     @abstractmethod
     def records(self, topic: str, count: int) -> list[Sent]:
-        """The records of a topic, partition by partition, once there are so many."""
+        """Wait for ``count`` records in a topic, and return them in the order of partition and offset."""
 
 
 def read(servers: str, topic: str, count: int) -> list[Sent]:
-    """Records of a broker, by a client that kser's producers do not share."""
+    """Wait for ``count`` records in a topic, and return them, read without kser."""
     reader = confluent_kafka.Consumer({"bootstrap.servers": servers, "group.id": "reader", "enable.auto.commit": False})
     try:
-        partitions = reader.list_topics(topic, timeout=PATIENCE).topics[topic].partitions
+        partitions = reader.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
         beginning = confluent_kafka.OFFSET_BEGINNING
         reader.assign([confluent_kafka.TopicPartition(topic, number, beginning) for number in partitions])
         records: list[Any] = []
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + WAIT_SECONDS
         while len(records) < count and time.monotonic() < deadline:
             records += reader.consume(count, 0.1)
     finally:
@@ -81,11 +79,12 @@ def read(servers: str, topic: str, count: int) -> list[Sent]:
 
 
 def uuids(sent: list[Sent]) -> list[str]:
+    """Return the uuids of the messages in records."""
     return [json.loads(record.value or b"{}")["uuid"] for record in sent]
 
 
 class ProducerContract:
-    """The contract; a subclass in a test module has a fixture ``transport``."""
+    """The contract of a producer; a subclass in a test module has a fixture ``transport``."""
 
     @pytest.fixture
     def topic(self, transport: Transport) -> str:
@@ -98,7 +97,7 @@ class ProducerContract:
         yield producer
         producer.close()
 
-    def make(self, transport: Transport, kind: type[Any] | None = None, **options: Any) -> Any:
+    def new_producer(self, transport: Transport, kind: type[Any] | None = None, **options: Any) -> Any:
         return (kind or transport.producer)({**transport.config(), **options})
 
     # -- one message ---------------------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ class ProducerContract:
         assert lines(caplog) == [f"Producer.Success: shop.Pay[{UUID}]: {text}"]
         assert record_of(caplog, "Producer.Success").name == "kser.controller"
         (record,) = transport.records(topic, 1)
-        assert record[:3] == (kmsg.dumps().encode(), None, [])
+        assert (record.value, record.key, record.headers) == (kmsg.dumps().encode(), None, [])
 
     def test_key_is_sent_with_its_message(self, transport: Transport, producer: Any, topic: str) -> None:
         for key in ("é", b"\xff\x00", "", "é"):
@@ -124,9 +123,9 @@ class ProducerContract:
         assert len({record.partition for record in sent if record.key == "é".encode()}) == 1
 
     def test_headers_are_sent_with_their_message(self, transport: Transport, producer: Any, topic: str) -> None:
-        given: Any
-        for given in ({"trace": b"1"}, [("a", b"1"), ("a", b"2")], (("é", b""), ("none", None)), [], {}):
-            assert producer.send(topic, message("x"), headers=given, key="same").retcode == 0
+        headers: Any
+        for headers in ({"trace": b"1"}, [("a", b"1"), ("a", b"2")], (("é", b""), ("none", None)), [], {}):
+            assert producer.send(topic, message("x"), headers=headers, key="same").retcode == 0
         assert [record.headers for record in transport.records(topic, 5)] == [
             [("trace", b"1")],
             [("a", b"1"), ("a", b"2")],
@@ -160,7 +159,7 @@ class ProducerContract:
         assert lines(caplog) == [f"Producer.Failed: x[{UUID}]: {result.stderr}"]
 
     def test_oversized_record_is_rejected_with_the_limit(self, transport: Transport, topic: str) -> None:
-        producer = self.make(transport, **{transport.limit: 5000})
+        producer = self.new_producer(transport, **{transport.limit: 5000})
         for headers, key, size in (({}, None, 5000), ({"h": b"x" * 3000}, "k" * 3000, 1)):
             result = producer.send(topic, message("x", params={"t": "x" * size}), headers=headers, key=key)
             assert (result.uuid, result.retcode) == (UUID, 413)
@@ -171,26 +170,27 @@ class ProducerContract:
         assert producer.send(topic, message("x", params={"t": "x" * 4000}, uuid="fits")).retcode == 0
         producer.close()
 
-    # -- bare records --------------------------------------------------------------------------------------------------
+    # -- produce -------------------------------------------------------------------------------------------------------
 
     def test_produce_writes_the_record_unchanged(
         self, transport: Transport, topic: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        class Hooked(transport.producer):  # type: ignore[name-defined,misc]
+        class HookedProducer(transport.producer):  # type: ignore[name-defined,misc]
             @classmethod
             def onmessage(cls, kmsg: Message) -> Message:
-                raise AssertionError("called")
+                raise AssertionError("a hook was called")
 
             onsuccess = onerror = onmessage
 
         caplog.set_level(logging.DEBUG, "kser")
-        producer = self.make(transport, Hooked)
-        with signals.message_sent.connected_to(_unexpected):
+        producer = self.new_producer(transport, HookedProducer)
+        with signals.message_sent.connected_to(_fail_on_signal):
             assert producer.produce(topic, b"\xff", key=b"k", headers=[("h", b"1")]) is None
-            producer.produce(topic, None, key=b"k", timeout=PATIENCE)
+            producer.produce(topic, None, key=b"k", timeout=WAIT_SECONDS)
         producer.close()
         first, second = transport.records(topic, 2)
-        assert (first[:3], second[:3]) == ((b"\xff", b"k", [("h", b"1")]), (None, b"k", []))
+        assert (first.value, first.key, first.headers) == (b"\xff", b"k", [("h", b"1")])
+        assert (second.value, second.key, second.headers) == (None, b"k", [])
         assert lines(caplog) == []
 
     def test_produce_of_an_invalid_record_raises(self, producer: Any, topic: str) -> None:
@@ -200,7 +200,7 @@ class ProducerContract:
     # -- hooks and signals ---------------------------------------------------------------------------------------------
 
     def test_hooks_are_called_around_sending(self, transport: Transport, topic: str) -> None:
-        class Hooked(transport.producer):  # type: ignore[name-defined,misc]
+        class HookedProducer(transport.producer):  # type: ignore[name-defined,misc]
             @classmethod
             def onmessage(cls, kmsg: Message) -> Message:
                 return Message(kmsg.uuid, "replaced", params=kmsg.params)
@@ -213,7 +213,7 @@ class ProducerContract:
             def onerror(cls, kmsg: Message, result: Result) -> Any:
                 return "failed", kmsg.entrypoint
 
-        producer = self.make(transport, Hooked)
+        producer = self.new_producer(transport, HookedProducer)
         assert producer.send(topic, message("original")) == ("sent", "original")
         assert producer.send(topic, message("original", params={"when": object()})) == ("failed", "original")
         producer.close()
@@ -225,27 +225,27 @@ class ProducerContract:
     ) -> None:
         """C12"""
 
-        class Refusing(transport.producer):  # type: ignore[name-defined,misc]
+        class RejectingProducer(transport.producer):  # type: ignore[name-defined,misc]
             @classmethod
             def onmessage(cls, kmsg: Message) -> Message:
-                raise ValidationError("refused")
+                raise ValidationError("rejected")
 
-        producer = self.make(transport, Refusing)
+        producer = self.new_producer(transport, RejectingProducer)
         result = producer.send(topic, message("x"))
         bulk = producer.bulk_send(topic, [message("x")])
         producer.close()
-        assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "refused")
-        assert bulk.retval["failed"] == {UUID: "refused"}
+        assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "rejected")
+        assert bulk.retval["failed"] == {UUID: "rejected"}
 
     def test_interrupt_in_a_hook_is_not_swallowed(self, transport: Transport, topic: str) -> None:
         """C9"""
 
-        class Interrupted(transport.producer):  # type: ignore[name-defined,misc]
+        class InterruptedProducer(transport.producer):  # type: ignore[name-defined,misc]
             @classmethod
             def onmessage(cls, kmsg: Message) -> Message:
                 raise KeyboardInterrupt
 
-        producer = self.make(transport, Interrupted)
+        producer = self.new_producer(transport, InterruptedProducer)
         with pytest.raises(KeyboardInterrupt):
             producer.send(topic, message("x"))
         with pytest.raises(KeyboardInterrupt):
@@ -253,20 +253,20 @@ class ProducerContract:
         producer.close()
 
     def test_message_sent_signal_is_emitted_after_delivery(self, producer: Any, topic: str) -> None:
-        heard: list[tuple[str, str, str, str]] = []
+        emitted: list[tuple[str, str, str, str]] = []
 
         def listen(sender: Any, topic: str, kmsg: Message, result: Result) -> None:
-            heard.append((topic, kmsg.uuid, result.uuid, threading.current_thread().name))
+            emitted.append((topic, kmsg.uuid, result.uuid, threading.current_thread().name))
 
-        bad = {"when": object()}
+        not_json = {"when": object()}
         with signals.message_sent.connected_to(listen):
             producer.send(topic, message("x", uuid="1"))
-            producer.send(topic, message("x", uuid="2", params=bad))
-            producer.bulk_send(topic, [message("x", uuid="3"), message("x", uuid="4", params=bad)])
-        here = threading.current_thread().name
-        assert heard == [(topic, "1", "1", here), (topic, "3", "3", here)]
+            producer.send(topic, message("x", uuid="2", params=not_json))
+            producer.bulk_send(topic, [message("x", uuid="3"), message("x", uuid="4", params=not_json)])
+        thread = threading.current_thread().name
+        assert emitted == [(topic, "1", "1", thread), (topic, "3", "3", thread)]
 
-    # -- without waiting -----------------------------------------------------------------------------------------------
+    # -- send_nowait ---------------------------------------------------------------------------------------------------
 
     def test_send_nowait_calls_back_after_delivery(
         self, transport: Transport, producer: Any, topic: str, caplog: pytest.LogCaptureFixture
@@ -282,7 +282,7 @@ class ProducerContract:
 
     def test_send_nowait_reports_an_unsendable_message_at_once(self, transport: Transport, topic: str) -> None:
         results: list[Any] = []
-        producer = self.make(transport, **{transport.limit: 5000})
+        producer = self.new_producer(transport, **{transport.limit: 5000})
         producer.send_nowait(topic, message("x", params={"when": object()}), results.append)
         producer.send_nowait(topic, message("x", params={"text": "x" * 6000}), results.append)
         producer.close()
@@ -294,31 +294,31 @@ class ProducerContract:
         self, transport: Transport, topic: str, hook: str
     ) -> None:
         """User code may itself send a message and wait for its delivery."""
-        called: list[str] = []
+        threads: list[str] = []
 
-        def note(*_: Any, **__: Any) -> None:
-            called.append(threading.current_thread().name)
+        def record_thread(*_: Any, **__: Any) -> None:
+            threads.append(threading.current_thread().name)
 
-        class Own(transport.producer):  # type: ignore[name-defined,misc]
+        class OverridingProducer(transport.producer):  # type: ignore[name-defined,misc]
             @classmethod
             def onsuccess(cls, kmsg: Message, result: Result) -> Any:
-                note()
+                record_thread()
                 return result
 
             def _send(self, *arguments: Any, **options: Any) -> Any:
-                note()
+                record_thread()
                 return super()._send(*arguments, **options)
 
         for name in {"onsuccess", "_send"} - {hook}:
-            delattr(Own, name)
+            delattr(OverridingProducer, name)
         results: list[Any] = []
-        producer = self.make(transport, Own)
-        with signals.message_sent.connected_to(note) if hook == "message_sent" else nullcontext():
-            producer.send_nowait(topic, message("x"), lambda result: results.append((result.retcode, *called)))
+        producer = self.new_producer(transport, OverridingProducer)
+        with signals.message_sent.connected_to(record_thread) if hook == "message_sent" else nullcontext():
+            producer.send_nowait(topic, message("x"), lambda result: results.append((result.retcode, *threads)))
         assert results == [(0, threading.current_thread().name)]
         producer.close()
 
-    # -- many messages -------------------------------------------------------------------------------------------------
+    # -- bulk_send -----------------------------------------------------------------------------------------------------
 
     def test_bulk_send_accepts_any_iterable(self, transport: Transport, producer: Any, topic: str) -> None:
         """D14"""
@@ -339,15 +339,15 @@ class ProducerContract:
         assert producer.bulk_send(topic, messages, key=lambda kmsg: keys[int(kmsg.uuid) % 3]).retcode == 0
         sent = transport.records(topic, 600)
         for remainder, key in ((0, b"even"), (1, b"odd")):
-            mine = [record for record in sent if record.key == key]
-            assert uuids(mine) == [str(number) for number in range(600) if number % 3 == remainder]
-            assert len({record.partition for record in mine}) == 1
+            records = [record for record in sent if record.key == key]
+            assert uuids(records) == [str(number) for number in range(600) if number % 3 == remainder]
+            assert len({record.partition for record in records}) == 1
 
     def test_bulk_send_names_the_failed_messages(self, transport: Transport, topic: str) -> None:
-        """D14: nothing is reported as sent that was not."""
-        producer = self.make(transport, **{transport.limit: 5000})
-        bad = {"1": {"when": object()}, "2": {"text": "x" * 6000}}
-        messages = [message("x", uuid=str(n), params=bad.get(str(n))) for n in range(5)]
+        """D14: only delivered messages count as sent."""
+        producer = self.new_producer(transport, **{transport.limit: 5000})
+        unsendable = {"1": {"when": object()}, "2": {"text": "x" * 6000}}
+        messages = [message("x", uuid=str(n), params=unsendable.get(str(n))) for n in range(5)]
         result = producer.bulk_send(topic, messages, key=lambda kmsg: {"3": 7}.get(kmsg.uuid))
         producer.close()
         ending = transport.bulk_ending.format(topic=topic)
@@ -372,51 +372,51 @@ class ProducerContract:
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def test_threads_share_a_producer(self, transport: Transport, producer: Any, topic: str) -> None:
-        """Some send one by one and some many at once; each gets its own answer, and each message arrives once."""
+        """Six threads send single messages and two send many; each message arrives once."""
         numbers = itertools.count()
-        failed: list[Any] = []
+        errors: list[Any] = []
         start = threading.Barrier(8)
 
         def one_by_one() -> None:
             start.wait()
             for _ in range(25):
                 kmsg = message("x", uuid=str(next(numbers)))
-                result = producer.send(topic, kmsg, timeout=PATIENCE)
+                result = producer.send(topic, kmsg, timeout=WAIT_SECONDS)
                 if (result.uuid, result.retcode) != (kmsg.uuid, 0):
-                    failed.append(result.stderr)
+                    errors.append(result.stderr)
 
-        def together() -> None:
+        def in_bulk() -> None:
             start.wait()
             result = producer.bulk_send(topic, [message("x", uuid=str(next(numbers))) for _ in range(600)])
             if result.retcode:
-                failed.append(result.stderr)
+                errors.append(result.stderr)
 
-        threads = [threading.Thread(target=target) for target in [one_by_one] * 6 + [together] * 2]
+        threads = [threading.Thread(target=target) for target in [one_by_one] * 6 + [in_bulk] * 2]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert failed == []
+        assert errors == []
         assert sorted(map(int, uuids(transport.records(topic, 1350)))) == list(range(1350))
 
     def test_closing_twice_is_harmless(self, transport: Transport) -> None:
-        producer = self.make(transport)
+        producer = self.new_producer(transport)
         producer.close()
         producer.close()
 
 
 class KafkaContract(ProducerContract):
-    """Additional tests of producers with a Kafka client."""
+    """The additional contract of a producer with a Kafka client."""
 
     def test_closed_producer_reports_that_it_is_closed(self, transport: Transport, topic: str) -> None:
-        producer = self.make(transport)
+        producer = self.new_producer(transport)
         producer.close()
         result = producer.send(topic, message("x"))
         assert (result.uuid, result.retcode) == (UUID, 500)
         assert "closed" in result.stderr
 
     def test_protocol_overhead_counts_towards_the_size_limit(self, transport: Transport, topic: str) -> None:
-        producer = self.make(transport, **{transport.limit: 5000})
+        producer = self.new_producer(transport, **{transport.limit: 5000})
         with pytest.raises(MessageTooLarge, match=f"{transport.limit!r} allows 5,000 including protocol overhead"):
             producer.produce(topic, b"x" * 5000)
         producer.produce(topic, b"x" * 4800)
@@ -424,19 +424,20 @@ class KafkaContract(ProducerContract):
         assert len(transport.records(topic, 1)) == 1
 
     def test_key_partitioning_matches_other_clients(self, transport: Transport, producer: Any, topic: str) -> None:
-        """Java's, as every other client has them: a task's messages stay together whatever sends them."""
-        config = {"bootstrap.servers": producer._kser_servers, "partitioner": "murmur2_random"}
-        other = confluent_kafka.Producer(config)
+        """Records with the same key share a partition, whichever client of Kafka sends them."""
+        options = transport.config()
+        servers = options.get("bootstrap.servers") or options["bootstrap_servers"]
+        other = confluent_kafka.Producer({"bootstrap.servers": servers, "partitioner": "murmur2_random"})
         keys = [uuid.uuid4().hex for _ in range(20)]
         for key in keys:
             other.produce(topic, b'{"uuid": ""}', key=key)
-        assert other.flush(PATIENCE) == 0
+        assert other.flush(WAIT_SECONDS) == 0
         producer.bulk_send(topic, [message("x", uuid=key) for key in keys], key=lambda kmsg: kmsg.uuid)
-        places: dict[bytes | None, set[int]] = {}
+        partitions: dict[bytes | None, set[int]] = {}
         for record in transport.records(topic, 40):
-            places.setdefault(record.key, set()).add(record.partition)
-        assert [places[key.encode()] for key in keys if len(places[key.encode()]) != 1] == []
+            partitions.setdefault(record.key, set()).add(record.partition)
+        assert [key for key in keys if len(partitions[key.encode()]) != 1] == []
 
 
-def _unexpected(sender: Any, **_: Any) -> None:
-    raise AssertionError("told")
+def _fail_on_signal(sender: Any, **_: Any) -> None:
+    raise AssertionError("the signal was emitted")

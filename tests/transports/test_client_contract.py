@@ -1,6 +1,6 @@
 """Tests of every client on brokers in this process: the in-memory broker, and the embedded one through sockets.
 
-Its groups are not Kafka's: what two members do there is tested on Apache Kafka alone.
+The embedded broker rebalances other than Kafka, so two members of a group are tested on Apache Kafka.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tests.transports.harness import ConfluentHarness, InMemoryBrokerHarness, Ka
 
 
 class EmbeddedHarness(KafkaHarness):
-    outside = {"api_version": (2, 0)}  # noqa: RUF012
+    reader_options = {"api_version": (2, 0)}  # noqa: RUF012
 
     def __init__(self, broker: EmbeddedBroker) -> None:
         super().__init__(broker.bootstrap_servers)
         self._broker = broker
 
     def new_topic(self, partitions: int = 1) -> str:
-        """It has four, always."""
+        """Create a topic of four partitions, which is the only number that the embedded broker has."""
         name = new_name()
         self._broker.create_topic(name)
         return name

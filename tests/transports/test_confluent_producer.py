@@ -1,11 +1,10 @@
-"""Tests of the librdkafka producer: its options, its log lines, and polling shared by several threads."""
+"""Tests of the producer on librdkafka: its options, its log lines, and polling shared by several threads."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-import socket
 import threading
 import time
 import weakref
@@ -24,12 +23,11 @@ from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, option
 from kser.confluent.producer import MAX_IN_FLIGHT, Producer
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError, SettingError
-from tests.support import UUID, lines, message, run_python, wait_until
+from tests.support import UUID, WAIT_SECONDS, lines, message, run_concurrently, run_python, wait_until
+from tests.transports.client_contract import PROMPT_SECONDS
 
-PATIENCE = 20
-
-#: Values that librdkafka takes, where a number is none.
-VALUES: dict[str, Any] = {
+#: Valid values of the options that are not numbers.
+OPTION_VALUES: dict[str, Any] = {
     "auto.commit.enable": True,
     "auto.offset.reset": "earliest",
     "check.crcs": True,
@@ -60,7 +58,7 @@ VALUES: dict[str, Any] = {
     "transaction.timeout.ms": 60_000,
     "transactional.id": "t",
 }
-#: What confluent-kafka itself takes, and so nobody warns about.
+#: Options of confluent-kafka itself, about which librdkafka does not warn.
 CALLBACKS = {"on_commit", "on_delivery"}
 
 
@@ -70,16 +68,8 @@ def broker() -> Iterator[EmbeddedBroker]:
         yield broker
 
 
-@pytest.fixture
-def nobody() -> str:
-    """An address of this machine where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 def producer_for(broker: EmbeddedBroker, **options: Any) -> Any:
-    """A producer, to be closed."""
+    """Return a context manager of a producer; an underscore in the name of an option stands for a dot."""
     dotted = {name.replace("_", "."): value for name, value in options.items()}
     return closing(Producer({"bootstrap.servers": broker.bootstrap_servers, **dotted}))
 
@@ -87,18 +77,18 @@ def producer_for(broker: EmbeddedBroker, **options: Any) -> Any:
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-def configured(**given: Any) -> dict[str, str]:
-    """What a producer's client is made with: librdkafka tells with ``debug``."""
+def client_options(**options: Any) -> dict[str, str]:
+    """Return the options of a producer's client, which librdkafka logs with ``debug=conf``."""
     log: list[str] = []
 
-    class Listener(logging.Handler):
+    class LogCollector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             log.append(record.getMessage())
 
-    listener = logging.Logger("conf", logging.DEBUG)
-    listener.addHandler(Listener())
-    options = {name.replace("_", "."): value for name, value in given.items()}
-    producer = Producer({"bootstrap.servers": "127.0.0.1:1", "debug": "conf", **options, "logger": listener})
+    client_logger = logging.Logger("conf", logging.DEBUG)
+    client_logger.addHandler(LogCollector())
+    dotted = {name.replace("_", "."): value for name, value in options.items()}
+    producer = Producer({"bootstrap.servers": "127.0.0.1:1", "debug": "conf", **dotted, "logger": client_logger})
     producer.client.poll(0)
     producer.close()
     pairs = [line.rsplit("]:", 1)[-1].split("=", 1) for line in log if "=" in line]
@@ -106,13 +96,13 @@ def configured(**given: Any) -> dict[str, str]:
 
 
 def test_defaults_are_safe_and_fast() -> None:
-    mine = configured()
-    assert (mine["enable.idempotence"], mine["queue.buffering.max.ms"]) == ("true", "0")
-    assert (mine["request.required.acks"], mine["partitioner"]) == ("-1", "murmur2_random")
+    options = client_options()
+    assert (options["enable.idempotence"], options["queue.buffering.max.ms"]) == ("true", "0")
+    assert (options["request.required.acks"], options["partitioner"]) == ("-1", "murmur2_random")
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "value"),
+    ("options", "name", "value"),
     [
         ({"acks": 1}, "request.required.acks", "1"),
         ({"request_required_acks": 1}, "request.required.acks", "1"),
@@ -126,13 +116,13 @@ def test_defaults_are_safe_and_fast() -> None:
         ({"enable_idempotence": False, "acks": 0}, "request.required.acks", "0"),
     ],
 )
-def test_user_options_override_the_defaults(given: dict[str, Any], name: str, value: str) -> None:
-    assert configured(**given)[name] == value
+def test_user_options_override_the_defaults(options: dict[str, Any], name: str, value: str) -> None:
+    assert client_options(**options)[name] == value
 
 
 def test_send_succeeds_with_delivery_report_only_error(broker: EmbeddedBroker) -> None:
     with producer_for(broker, delivery_report_only_error=True) as producer:
-        assert producer.send("dice", message("x"), timeout=PATIENCE).retcode == 0
+        assert producer.send("dice", message("x"), timeout=WAIT_SECONDS).retcode == 0
 
 
 def test_config_shared_with_consumers_gives_no_warning(
@@ -155,10 +145,10 @@ def test_app_config_is_read(broker: EmbeddedBroker) -> None:
 
 
 def test_config_argument_is_used_as_is_and_not_modified(broker: EmbeddedBroker) -> None:
-    given = {"bootstrap.servers": broker.bootstrap_servers, "client.id": "me"}
-    before = dict(given)
-    Producer(given).close()
-    assert given == before
+    config = {"bootstrap.servers": broker.bootstrap_servers, "client.id": "me"}
+    copy = dict(config)
+    Producer(config).close()
+    assert config == copy
     assert options_for("producer", {"group.id": "g"}, Settings()) == {"group.id": "g"}
 
 
@@ -194,11 +184,13 @@ def test_invalid_option_value_is_a_setting_error() -> None:
 def test_option_tables_match_the_warnings_of_librdkafka(
     client: Callable[..., Any], foreign: frozenset[str], base: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tables, checked against librdkafka itself, which has other names for some."""
+    """librdkafka has several names for some options, so the test compares the tables with its warnings."""
     caplog.set_level(logging.WARNING)
     for name in sorted(foreign - CALLBACKS):
         caplog.clear()
-        instance = connect(client, {**base, name: VALUES.get(name, 1000)}, logger=logging.getLogger("confluent_kafka"))
+        instance = connect(
+            client, {**base, name: OPTION_VALUES.get(name, 1000)}, logger=logging.getLogger("confluent_kafka")
+        )
         instance.poll(0)
         assert "property and will be ignored by this" in caplog.text, name
 
@@ -222,25 +214,27 @@ def test_missing_confluent_kafka_error_names_the_package_to_install() -> None:
     assert "pip install 'kser[confluent]'" in done.stderr
 
 
-# -- what the client says ----------------------------------------------------------------------------------------------
+# -- logs and callbacks ------------------------------------------------------------------------------------------------
 
 
-def test_client_logs_go_to_logging_and_not_to_stderr(nobody: str) -> None:
+def test_client_logs_go_to_logging_and_not_to_stderr(unused_address: str) -> None:
     code = (
         "import logging, sys; logging.basicConfig(stream=sys.stdout);"
         "from kser.confluent.producer import Producer; from kser.schemas import Message;"
         "p = Producer({'bootstrap.servers': sys.argv[1], 'group.id': 'g'});"
         "p.send('dice', Message('u', 'x'), timeout=0.3); p.close()"
     )
-    done = run_python(code, nobody)
+    done = run_python(code, unused_address)
     assert done.stderr == ""
     assert "ERROR:confluent_kafka:FAIL" in done.stdout
     assert "WARNING:confluent_kafka:CONFWARN" in done.stdout
 
 
-def test_logger_and_error_callback_of_the_user_are_called(nobody: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logger_and_error_callback_of_the_user_are_called(
+    unused_address: str, caplog: pytest.LogCaptureFixture
+) -> None:
     errors: list[Any] = []
-    options = {"bootstrap.servers": nobody, "logger": logging.getLogger("mine"), "error_cb": errors.append}
+    options = {"bootstrap.servers": unused_address, "logger": logging.getLogger("mine"), "error_cb": errors.append}
     with closing(Producer(options)) as producer:
         result = producer.send("dice", message("x"), timeout=0.3)
     assert {error.code() for error in errors} >= {confluent_kafka.KafkaError._TRANSPORT}
@@ -249,12 +243,12 @@ def test_logger_and_error_callback_of_the_user_are_called(nobody: str, caplog: p
 
 
 def test_client_errors_are_reported_while_the_producer_is_idle(
-    nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    unused_address: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     called = threading.Event()
-    with closing(Producer({"bootstrap.servers": nobody, "error_cb": lambda error: called.set()})):
-        assert called.wait(PATIENCE)
+    with closing(Producer({"bootstrap.servers": unused_address, "error_cb": lambda error: called.set()})):
+        assert called.wait(WAIT_SECONDS)
 
 
 def test_raising_user_callback_is_logged_and_does_not_fail_sends(
@@ -263,80 +257,79 @@ def test_raising_user_callback_is_logged_and_does_not_fail_sends(
     monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     raised: list[str] = []
 
-    def broken(text: str) -> None:
+    def raising_callback(text: str) -> None:
         raised.append(threading.current_thread().name)
-        raise ValueError("as it was told")
+        raise ValueError("raised by the user's callback")
 
     results: list[Any] = []
-    options = {"bootstrap.servers": broker.bootstrap_servers, "statistics.interval.ms": 5, "stats_cb": broken}
+    options = {"bootstrap.servers": broker.bootstrap_servers, "statistics.interval.ms": 5, "stats_cb": raising_callback}
     with closing(Producer(options)) as producer:
         wait_until(lambda: raised.count("kser-delivery-reports") > 1)
         assert producer.send("dice", message("x")).retcode == 0
         for _ in range(20):
             producer.send_nowait("dice", message("x"), results.append)
         wait_until(lambda: len(results) == 20)
-    assert {result.retcode for result in results} == {0}
-    assert len(results) == 20
+    assert [result.retcode for result in results] == [0] * 20
     assert any("a callback in the producer's configuration raised an exception" in line for line in lines(caplog))
 
 
 def test_unreferenced_producer_leaves_no_thread(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The detector of leaks looks for it when the test has ended."""
+    """The leak detector fails the test if a thread is left."""
     monkeypatch.setattr(reports_module, "IDLE_POLL_INTERVAL", 0.01)
     producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
-    forgotten = weakref.ref(producer)
+    reference = weakref.ref(producer)
     del producer
     gc.collect()
-    assert forgotten() is None
+    assert reference() is None
 
 
-# -- when it does not work ---------------------------------------------------------------------------------------------
+# -- failures and outages ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["send", "bulk_send", "produce"])
-def test_unreachable_broker_is_named_within_the_timeout(nobody: str, call: str) -> None:
+def test_unreachable_broker_is_named_within_the_timeout(unused_address: str, call: str) -> None:
     """D2"""
-    with closing(Producer({"bootstrap.servers": nobody})) as producer:
-        begin = time.monotonic()
+    with closing(Producer({"bootstrap.servers": unused_address})) as producer:
+        start = time.monotonic()
         if call == "produce":
-            with pytest.raises(DeliveryError, match=f"No broker responds at {nobody}"):
+            with pytest.raises(DeliveryError, match=f"No broker responds at {unused_address}"):
                 producer.produce("dice", b"x", timeout=0.3)
         else:
             argument: Any = message("x") if call == "send" else [message("x"), message("x", uuid="2")]
             result = getattr(producer, call)("dice", argument, timeout=0.3)
             assert result.retcode == 500
-            assert f"No broker responds at {nobody}: start one there, or correct 'bootstrap.servers'" in result.stderr
-        assert time.monotonic() - begin < 1.5
+            assert (
+                f"No broker responds at {unused_address}: start one there, or correct 'bootstrap.servers'"
+                in result.stderr
+            )
+        assert time.monotonic() - start < PROMPT_SECONDS
 
 
-def test_threads_sharing_a_producer_wait_no_longer_than_their_timeout(nobody: str) -> None:
-    with closing(Producer({"bootstrap.servers": nobody})) as producer:
-        results: list[Any] = []
-
-        def send() -> None:
-            results.append(producer.send("dice", message("x"), timeout=0.3))
-
-        begin = time.monotonic()
-        run_together([send] * 3)
-        assert time.monotonic() - begin < 1.5
-    assert [result.retcode for result in results] == [500] * 3
+def test_threads_sharing_a_producer_wait_no_longer_than_their_timeout(unused_address: str) -> None:
+    """The timeouts of all threads together are longer than the limit of the test."""
+    count = 30
+    with closing(Producer({"bootstrap.servers": unused_address})) as producer:
+        start = time.monotonic()
+        results = run_concurrently(*[lambda: producer.send("dice", message("x"), timeout=0.3)] * count)
+        assert time.monotonic() - start < PROMPT_SECONDS < count * 0.3
+    assert [result.retcode for result in results] == [500] * count
 
 
-def test_full_queue_is_awaited(broker: EmbeddedBroker) -> None:
+def test_bulk_send_waits_while_the_client_queue_is_full(broker: EmbeddedBroker) -> None:
     broker.create_topic("full")
     with producer_for(broker, queue_buffering_max_messages=10) as producer:
-        result = producer.bulk_send("full", [message("x", uuid=str(n)) for n in range(500)], timeout=PATIENCE)
+        result = producer.bulk_send("full", [message("x", uuid=str(n)) for n in range(500)], timeout=WAIT_SECONDS)
     assert (result.retcode, result.stdout) == (0, "500 message(s) sent")
 
 
-def test_queue_that_stays_full_is_named_within_the_timeout() -> None:
+def test_full_client_queue_is_reported_within_the_timeout() -> None:
     with EmbeddedBroker("dice") as broker:
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers, "queue.buffering.max.messages": 2})
         assert producer.send("dice", message("x")).retcode == 0
     with closing(producer):
-        begin = time.monotonic()
+        start = time.monotonic()
         result = producer.bulk_send("dice", [message("x", uuid=str(n)) for n in range(5)], timeout=0.3)
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - start < PROMPT_SECONDS
     reasons = result.retval["failed"]
     assert len(reasons) == 5
     assert sum("may still arrive" in reason for reason in reasons.values()) == 2
@@ -352,13 +345,13 @@ def test_bulk_send_may_exceed_the_in_flight_limit(broker: EmbeddedBroker) -> Non
 
 
 def test_message_expired_in_the_client_is_reported_as_possibly_sent() -> None:
-    """``message.timeout.ms`` is over before the timeout of the call."""
+    """``message.timeout.ms`` is shorter than the timeout of the call."""
     with EmbeddedBroker("dice") as broker:
         options = {"bootstrap.servers": broker.bootstrap_servers, "message.timeout.ms": 1500}
         producer = Producer(options)
         assert producer.send("dice", message("x")).retcode == 0
     with closing(producer):
-        result = producer.send("dice", message("x"), timeout=PATIENCE)
+        result = producer.send("dice", message("x"), timeout=WAIT_SECONDS)
     assert (result.uuid, result.retcode) == (UUID, 500)
     assert "may still arrive" in result.stderr
 
@@ -368,129 +361,126 @@ def test_close_with_messages_in_flight_is_bounded_and_logged(caplog: pytest.LogC
         producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
         producer.send("dice", message("x"))
     producer.send("dice", message("x"), timeout=0)
-    begin = time.monotonic()
+    start = time.monotonic()
     producer.close()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - start < PROMPT_SECONDS
     text = f"Producer: closed with messages in flight to {broker.bootstrap_servers}: 1 not confirmed"
     assert lines(caplog, logging.WARNING)[-1:] == [text]
 
 
-# -- who polls ---------------------------------------------------------------------------------------------------------
+# -- polling -----------------------------------------------------------------------------------------------------------
 
 
-def run_together(targets: list[Callable[[], Any]]) -> None:
-    threads = [threading.Thread(target=target) for target in targets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert [thread for thread in threads if thread.is_alive()] == []
-
-
-class Client:
-    """What polls: it reports what a test puts in, and counts who polls at once."""
+class ScriptedClient:
+    """A client whose delivery reports the test queues, and which counts the threads that poll at the same time."""
 
     def __init__(self) -> None:
-        self.deliveries: list[DeliveryWaiter] = []
-        self.news = threading.Condition()
-        self.polling = 0
-        self.most = 0
+        self._reported: list[DeliveryWaiter] = []
+        self._changed = threading.Condition()
+        self._polling = 0
+        #: The highest number of threads that polled at the same time.
+        self.max_polling = 0
 
     def poll(self, seconds: float) -> None:
-        with self.news:
-            self.polling += 1
-            self.most = max(self.most, self.polling)
-            self.news.notify_all()
-            self.news.wait_for(lambda: self.deliveries, seconds)
-            waiter = self.deliveries.pop(0) if self.deliveries else None
-            self.polling -= 1
+        """Deliver the next report, if one is queued within ``seconds``."""
+        with self._changed:
+            self._polling += 1
+            self.max_polling = max(self.max_polling, self._polling)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._reported, seconds)
+            waiter = self._reported.pop(0) if self._reported else None
+            self._polling -= 1
         if waiter is not None:
             waiter(None, None)
 
-    def report(self, delivery: DeliveryWaiter) -> None:
-        with self.news:
-            self.deliveries.append(delivery)
-            self.news.notify_all()
+    def report(self, waiter: DeliveryWaiter) -> None:
+        """Queue a delivery report for a waiter."""
+        with self._changed:
+            self._reported.append(waiter)
+            self._changed.notify_all()
 
     def wait_until_polled(self) -> None:
-        with self.news:
-            assert self.news.wait_for(lambda: self.polling, PATIENCE)
+        """Wait until a thread polls."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._polling, WAIT_SECONDS)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
 def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[int, ...]) -> None:
-    """The first that waits leads. Whichever report comes first, the others get theirs before their time is over."""
-    client = Client()
-    reports = DeliveryReportPoller(client.poll)
-    deliveries = [DeliveryWaiter() for _ in order]
-    begin = time.monotonic()
+    """The first waiting thread polls for all; after its own report another one polls."""
+    client = ScriptedClient()
+    poller = DeliveryReportPoller(client.poll)
+    waiters = [DeliveryWaiter() for _ in order]
+    start = time.monotonic()
     threads = []
-    for delivery in deliveries:
-        thread = threading.Thread(target=reports.wait, args=(delivery, begin + PATIENCE))
+    for waiter in waiters:
+        thread = threading.Thread(target=poller.wait, args=(waiter, start + WAIT_SECONDS))
         thread.start()
         threads.append(thread)
         client.wait_until_polled()
     for number in order:
-        client.report(deliveries[number])
-        threads[number].join(PATIENCE)
-        assert deliveries[number].done() and not threads[number].is_alive()
-    reports.close()
-    assert client.most == 1
-    assert time.monotonic() - begin < PATIENCE / 2
+        client.report(waiters[number])
+        threads[number].join(WAIT_SECONDS)
+        assert waiters[number].done() and not threads[number].is_alive()
+    poller.close()
+    assert client.max_polling == 1
+    # A thread that missed its report would have waited until its deadline.
+    assert time.monotonic() - start < WAIT_SECONDS
 
 
 def test_polling_thread_hands_over_the_lead_after_its_timeout() -> None:
-    client = Client()
-    reports = DeliveryReportPoller(client.poll)
-    late, waits = DeliveryWaiter(), DeliveryWaiter()
-    leader = threading.Thread(target=reports.wait, args=(late, time.monotonic() + 0.2))
+    client = ScriptedClient()
+    poller = DeliveryReportPoller(client.poll)
+    expired, reported = DeliveryWaiter(), DeliveryWaiter()
+    leader = threading.Thread(target=poller.wait, args=(expired, time.monotonic() + 0.2))
     leader.start()
     client.wait_until_polled()
-    follower = threading.Thread(target=reports.wait, args=(waits, time.monotonic() + PATIENCE))
+    follower = threading.Thread(target=poller.wait, args=(reported, time.monotonic() + 2 * WAIT_SECONDS))
     follower.start()
     leader.join()
-    client.report(waits)
-    follower.join(PATIENCE / 2)
-    assert (late.done(), waits.done(), follower.is_alive()) == (False, True, False)
-    reports.close()
+    client.report(reported)
+    # The deadline of the follower is later, so only its report ends the thread.
+    follower.join(WAIT_SECONDS)
+    assert (expired.done(), reported.done(), follower.is_alive()) == (False, True, False)
+    poller.close()
 
 
 def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
-    """A signal's handler may raise in the thread that polls."""
-    client = Client()
+    """A signal handler may raise in the thread that polls."""
+    client = ScriptedClient()
 
     def poll(seconds: float) -> None:
         client.poll(seconds)
         if threading.current_thread().name == "interrupted":
             raise KeyboardInterrupt
 
-    reports = DeliveryReportPoller(poll)
-    caught: list[BaseException] = []
+    poller = DeliveryReportPoller(poll)
+    errors: list[BaseException] = []
 
     def wait() -> None:
         try:
-            reports.wait(DeliveryWaiter(), time.monotonic() + PATIENCE)
+            poller.wait(DeliveryWaiter(), time.monotonic() + WAIT_SECONDS)
         except KeyboardInterrupt as error:
-            caught.append(error)
+            errors.append(error)
 
     interrupted = threading.Thread(target=wait, name="interrupted")
     interrupted.start()
     interrupted.join()
-    waits = DeliveryWaiter()
-    client.report(waits)
-    reports.wait(waits, time.monotonic() + PATIENCE)
-    reports.close()
-    assert waits.done() and len(caught) == 1
+    reported = DeliveryWaiter()
+    client.report(reported)
+    poller.wait(reported, time.monotonic() + WAIT_SECONDS)
+    poller.close()
+    assert reported.done() and len(errors) == 1
 
 
 def test_idle_poller_leaves_delivery_reports_to_senders() -> None:
-    client = Client()
-    reports = DeliveryReportPoller(client.poll)
-    delivery = DeliveryWaiter()
-    client.report(delivery)
-    with reports:
-        reports.poll_if_idle()
-        assert not delivery.done()
-    reports.poll_if_idle()
-    assert delivery.done()
-    reports.close()
+    client = ScriptedClient()
+    poller = DeliveryReportPoller(client.poll)
+    waiter = DeliveryWaiter()
+    client.report(waiter)
+    with poller:
+        poller.poll_if_idle()
+        assert not waiter.done()
+    poller.poll_if_idle()
+    assert waiter.done()
+    poller.close()

@@ -1,4 +1,4 @@
-"""Tests of the shop when consumers join, leave and die, driven step by step."""
+"""Tests of the shop when consumers join, leave and die. Each test controls the consumers step by step."""
 
 import pytest
 
@@ -21,14 +21,14 @@ class Charge(Task):
 
 
 @pytest.fixture(autouse=True)
-def bus(tmp_path, monkeypatch):
+def broker(tmp_path, monkeypatch):
     for name in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE"):
         monkeypatch.setenv(name, str(tmp_path / name))
     InMemoryBroker.reset()
     charged.clear()
-    bus = InMemoryBroker.at("")
-    bus.create_topic("orders", partitions=2)
-    return bus
+    broker = InMemoryBroker.at("")
+    broker.create_topic("orders", partitions=2)
+    return broker
 
 
 def new_consumer(**options):
@@ -56,21 +56,21 @@ def test_two_consumers_share_the_partitions():
     assert len(first.assignment) == 2
 
 
-def test_a_consumer_that_leaves_has_its_work_committed(bus):
+def test_a_consumer_that_leaves_has_its_work_committed(broker):
     first = new_consumer()
     for number in range(4):
         Producer().send("orders", Message(f"order-{number}", Charge.path))
     first.run_until_idle()
     first.close()
-    assert [bus.committed["shop", Partition("orders", number)].offset for number in (0, 1)] == [2, 2]
+    assert [broker.committed["shop", Partition("orders", number)].offset for number in (0, 1)] == [2, 2]
 
 
-def test_an_order_of_a_consumer_that_dies_is_charged_by_another(bus):
+def test_an_order_of_a_consumer_that_dies_is_charged_by_another(broker):
     first = new_consumer()
     Producer().send("orders", Message("order-1", Charge.path, {"crash": True}))
     with pytest.raises(KeyboardInterrupt):
         first.run_until_idle()
-    bus.groups["shop"].members[0].expel()  # its session has timed out
+    broker.groups["shop"].members[0].expel()  # as if its session had timed out
     second = new_consumer()
     with pytest.raises(KeyboardInterrupt):
         second.run_until_idle()

@@ -48,7 +48,7 @@ def test_a_task_returns_a_receipt():
     assert Charge().execute().retval == {"receipt": "R-17"}
 
 
-def test_one_step_handles_what_has_been_sent(consumer):
+def test_step_handles_the_available_messages(consumer):
     Producer().send("orders", Message("order-1", Charge.path))
     assert consumer.step(timeout=0) == 1
     assert consumer.step(timeout=0) == 0
@@ -62,13 +62,13 @@ def test_an_order_is_charged_and_tipped(consumer, caplog):
     assert f"Charge.Success: {Charge.path}[tip]: charged" in caplog.messages
 
 
-def test_what_was_sent_can_be_read_back():
+def test_sent_messages_can_be_read_back():
     elsewhere = {"bootstrap_servers": "elsewhere"}  # a separate in-memory broker
     Producer(elsewhere).send("orders", Message("order-2", Charge.path))
     assert [Message.loads(value).uuid for value in InMemoryBroker.at("elsewhere").values("orders")] == ["order-2"]
 
 
-def test_a_message_that_fails_becomes_a_dead_letter():
+def test_failed_message_becomes_a_dead_letter():
     InMemoryBroker.reset()
     consumer = Consumer(topics=["orders"], dead_letter=True)
     consumer.REGISTRY = oregistry.controller

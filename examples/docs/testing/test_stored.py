@@ -1,4 +1,4 @@
-"""Tests of a stored operation with an in-memory database and a manual clock."""
+"""Tests of a stored operation with an in-memory store and a clock that the test sets."""
 
 import pytest
 from cdumay_result import Result

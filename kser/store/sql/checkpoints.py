@@ -42,7 +42,7 @@ class Position(NamedTuple):
 
 
 class RowCountMismatch(Exception):
-    """A statement changed fewer rows than expected: a checkpoint does not match the stored rows."""
+    """A statement changed fewer rows than expected, so a checkpoint does not match the stored rows."""
 
 
 class CheckpointRows:
@@ -94,7 +94,7 @@ class CheckpointRows:
     def add_rest(self, checkpoint: Checkpoint, first_id: int, events: Sequence[NewEvent]) -> None:
         """Add all rows of a checkpoint except the update of its root.
 
-        :param first_id: first of the reserved consecutive ids for the operations nested in newly built tasks.
+        :param first_id: the first of the consecutive ids that are reserved for operations nested in newly built tasks.
         """
         self.children += (_child_row(update) for update in checkpoint.updates[:-1])
         for outcome in checkpoint.outcomes:
@@ -183,7 +183,9 @@ class CheckpointWriter:
         return not any(checkpoint.built or len(checkpoint.updates) > 1 for checkpoint in checkpoints)
 
     def record_in_one_statement(self, transaction: Transaction, checkpoints: Sequence[Checkpoint]) -> list[str]:
-        """Record checkpoints as :meth:`record` does, in one statement: a round trip takes as long as a statement.
+        """Record checkpoints in one statement, with the same effect as :meth:`record`.
+
+        One statement is faster, because a round trip to the server takes as long as a statement.
 
         :raises kser.errors.StoreError: a checkpoint does not match the stored rows; nothing was recorded.
         """
@@ -215,8 +217,8 @@ class CheckpointWriter:
     def _write(self, transaction: Transaction, rows: CheckpointRows) -> None:
         statements = [(self._keep_claim, rows.kept), (self._update_roots, rows.released)]
         if self._single_statement is not None:
-            # Update all roots in one statement, ordered by id; otherwise this transaction and one that renews leases
-            # could deadlock.
+            # Update all roots in one statement, ordered by id; otherwise this transaction and a transaction that renews
+            # leases could deadlock.
             statements = [(self._update_roots, rows.in_order())]
         for statement, roots in statements:
             if transaction.execute_many(statement, roots) != len(roots):
@@ -235,8 +237,8 @@ class CheckpointWriter:
     def resolve_mismatch(self, transaction: Transaction, checkpoint: Checkpoint) -> str:
         """Record one checkpoint that could not be recorded with its batch.
 
-        A checkpoint that was recorded before changes nothing. If cancellation of the root was requested, the root
-        becomes CANCELLED.
+        If this checkpoint was recorded before, the call changes nothing. If cancellation of the root was requested, the
+        root becomes CANCELLED.
 
         :return: the status of the root.
         :raises kser.errors.FencedError: the checkpoint does not match the stored rows.
@@ -265,7 +267,7 @@ class CheckpointWriter:
     def _is_recorded(
         self, transaction: Transaction, checkpoint: Checkpoint, root: OperationRow, positions: Mapping[int, Position]
     ) -> bool:
-        """Return whether this same checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
+        """Return whether this checkpoint was recorded before, by a COMMIT whose outcome was unknown."""
         kept = checkpoint.keep and not states.is_final(root.status)
         if root.token != checkpoint.token or root.epoch != checkpoint.epoch + (not kept):
             return False
@@ -278,7 +280,8 @@ class CheckpointWriter:
         ]
         if len(transaction.fetch(self._read_attempts, keys)) < len(keys):
             return False
-        # A checkpoint that leaves no trace cannot be recognised. Recording it again has the same result.
+        # This method cannot recognise a checkpoint that leaves no trace in the rows. Recording such a checkpoint a
+        # second time has the same result.
         built = checkpoint.built is not None and positions[checkpoint.built.operation_id].task_count is not None
         return bool(not kept or keys or built or any(update.changes_position for update in checkpoint.updates))
 
@@ -337,7 +340,7 @@ def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
-#: Values that must match the stored root, so that an update by a stale owner changes no row.
+#: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "stored_step": Integer(), "stored_phase": Text(), "cancelled": Boolean()}
 
 #: Values of an update that may release the claim.
@@ -446,7 +449,8 @@ def single_statement(database: Database) -> Any:
     events = insert_events(database, "events").cte("inserted_events")
     changed_roots, changed_tasks = (select(func.count()).select_from(part).scalar_subquery() for part in (roots, tasks))
     changed = changed_roots + changed_tasks
-    # The cast of a text to a number makes the statement fail, and the server's log shows the text as the reason.
+    # If the numbers differ, the cast of a text to a number makes the statement fail, and the server's log shows the
+    # text as the reason.
     problem = literal("not every checkpoint of kser matches the stored rows: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
     return select(check).add_cte(attempts, events)

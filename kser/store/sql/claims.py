@@ -1,4 +1,4 @@
-"""Batched claims, and the reads of claimed operations."""
+"""Batched claims, and the statements that read claimed operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kser.store.sql.statements import types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
 from kser.store.transitions import claim_refusal
 
-#: Tasks by operation id and position.
+#: Tasks, keyed by operation id and position.
 Tasks = dict[tuple[int, int], TaskRow]
 _OPERATION = slice(len(OPERATION_COLUMNS))
 _CURRENT = slice(len(OPERATION_COLUMNS), len(OPERATION_COLUMNS) + len(TASK_COLUMNS))
@@ -60,7 +60,7 @@ class Claims:
         )
 
     def claim(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
-        """Claim roots independently of each other, and return the result for each."""
+        """Claim each root independently of the others, and return the result for each request."""
         granted = transaction.fetch(self._claim, _claim_rows(commands))
         events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in granted]
         transaction.execute_many(self._inserts.events, events)
@@ -80,7 +80,8 @@ class Claims:
             elif row.token == command.request.token:
                 own.append((index, row, command.request))
             else:
-                # A root that no rule refuses became free after the claim statement; the next claim succeeds.
+                # If no rule refuses the claim now, the root became free after the claim statement. The next claim will
+                # succeed.
                 reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
                 results[index] = ClaimRefused(reason, row)
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
@@ -88,7 +89,7 @@ class Claims:
         return [results[index] for index in range(len(commands))]
 
     def claim_in_one_statement(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | None]:
-        """Claim roots as :meth:`claim` does, in one statement that also reads their current tasks.
+        """Claim roots like :meth:`claim`, but in one statement that also reads the current tasks of the roots.
 
         :return: None for each root that this statement did not claim.
         """
@@ -114,7 +115,7 @@ class Claims:
         return [operation_row(row) for row in transaction.fetch(self._by_uuid, [{"uuid": uuid} for uuid in uuids])]
 
     def rows_of(self, transaction: Transaction, ids: Sequence[int]) -> dict[int, OperationRow]:
-        """Return the rows of operations by id."""
+        """Return the rows of operations, keyed by id."""
         return {
             row[0]: operation_row(row)
             for row in transaction.fetch(self._by_id, [{"id": operation_id} for operation_id in ids])
@@ -123,9 +124,9 @@ class Claims:
     def claims(
         self, transaction: Transaction, roots: Sequence[tuple[OperationRow, ClaimRequest | None]], tasks: Tasks
     ) -> list[Claim]:
-        """Return the claims on roots, each with its path down to the current task.
+        """Return the claims on roots. Each claim contains the path from the root down to the current operation.
 
-        :param tasks: the tasks that are already read; missing ones are read and added to it.
+        :param tasks: tasks that have already been read. The method reads missing tasks and adds them to this dict.
         """
         paths = [[root] for root, _ in roots]
         deeper = paths
@@ -162,22 +163,23 @@ def _claim_statement(database: Database) -> Any:
         operation.c.target_uuid == row["step"],
         or_(operation.c.owner.is_(None), operation.c.next_check_at <= now),
         operation.c.due_at <= now,
-        # A root that has the token of the request is already claimed by it: the call is a repeated one.
+        # If the root has the token of the request, an earlier call of the same request has already claimed the root.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
     )
 
 
 def _single_statement(database: Database) -> Any:
-    """Return a single statement that claims roots, inserts the events, and reads each root with two tasks.
+    """Return one statement that claims roots, inserts the events, and reads each root with two of its tasks.
 
-    The tasks are the current one and the one after it.
+    The two tasks are the current task and the task after it.
     """
     claimed = _claim_statement(database).returning(*OPERATION_COLUMNS).cte("claimed")
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(claimed.c.id, database.now, literal("claimed", Text), claimed.c.epoch, claimed.c.owner)
     events = insert(event).from_select(list(names), values).cte("inserted_events")
-    # After waiting for a lock, PostgreSQL reads only the updated rows again, and all others from the snapshot at the
-    # start of the statement. If the operation has advanced meanwhile, its tasks do not join here and are read later.
+    # After a wait for a lock, PostgreSQL reads only the updated rows again. It reads all other rows from the snapshot
+    # at the start of the statement. If the operation has advanced meanwhile, the join finds none of its tasks here, and
+    # a later statement reads them.
     stored, current, following = operation.alias("stored"), task.alias("current"), task.alias("following")
     unchanged = and_(
         stored.c.id == claimed.c.id,
@@ -199,7 +201,7 @@ def _single_statement(database: Database) -> Any:
 
 
 def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
-    """Return the positions of the tasks to read for the current operation, which is the last of the path."""
+    """Return the positions of the tasks to read for the current operation, which is the last one in ``path``."""
     last = path[-1]
     steps = (last.step, last.step + 1) if path[0].mode == Mode.DISTRIBUTED else (last.step,)
     return [{"operation_id": last.id, "position": step} for step in steps]

@@ -14,22 +14,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from kser.errors import KserError, StoreError, StoreUnavailable
 from kser.store.sql.statements import CLOCK, ROWS, RowSource, Statement, Types
 
-#: Maximum number of times that a transaction is tried if it fails because of a conflict.
+#: Maximum number of tries of a transaction that fails because of a conflict with another transaction.
 CONFLICT_ATTEMPTS: Final = 3
 
-#: Builtin exceptions that drivers raise for values: for a text that is not valid Unicode, for a number out of range.
+#: Builtin exceptions that drivers raise for a text that is not valid Unicode, or for a number out of range.
 BAD_VALUES: Final = (UnicodeError, OverflowError)
 
 
 class SerializationConflict(StoreUnavailable):
-    """A conflict with another transaction aborted this one; nothing was written"""
+    """A conflict with another transaction aborted this transaction; nothing was written"""
 
 
 class Transaction:
     """An open transaction that executes statements.
 
     :param cursor: the cursor of the driver.
-    :param clock: value of the bind parameter ``clock``.
+    :param clock: the value of the bind parameter ``clock``.
     :param time: the time by the database's clock, or slightly earlier.
     :param json_batches: True if a statement gets all its rows as one JSON text.
     """
@@ -43,14 +43,15 @@ class Transaction:
     def execute(self, statement: Statement, values: Mapping[str, Any] | None = None, *, replan: bool = False) -> Any:
         """Execute a statement with one set of values, and return the cursor of the driver.
 
-        :param replan: True to plan the statement for these values, because the best plan depends on them.
+        :param replan: True if the server must plan the statement for these values, because the best plan depends on
+            them.
         """
         options = {"prepare": False} if replan and self._json_batches else {}
         self._cursor.execute(statement.sql, {**statement.constants, CLOCK: self._clock, **(values or {})}, **options)
         return self._cursor
 
     def execute_many(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> int:
-        """Execute a statement for all rows, and return the number of changed table rows."""
+        """Execute a statement for all rows of values, and return the number of changed table rows."""
         if not rows:
             return 0
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
@@ -61,7 +62,7 @@ class Transaction:
         return int(cursor.rowcount)
 
     def fetch(self, statement: Statement, rows: Sequence[Mapping[str, Any]], **values: Any) -> list[Any]:
-        """Execute a statement for all rows, and return the resulting rows."""
+        """Execute a statement for all rows of values, and return the rows that it produces."""
         if not rows:
             return []
         cursor, base = self._cursor, {**statement.constants, CLOCK: self._clock, **values}
@@ -76,22 +77,22 @@ class Transaction:
 
 
 def no_offset() -> float:
-    """Return 0: the clock of the database is used as it is."""
+    """Return an offset of 0 seconds, with which the clock of the database stays unchanged."""
     return 0.0
 
 
 class Database(ABC):
     """A SQLite or PostgreSQL database.
 
-    :param url: its address.
-    :param clock_offset: returns the seconds to add to the clock.
+    :param url: the address of the database.
+    :param clock_offset: returns the number of seconds to add to the clock of the database.
     """
 
     #: Scheme of the address.
     prefix: ClassVar[str]
     #: True if a statement gets all its rows as one JSON text.
     json_batches: ClassVar[bool]
-    #: Number of concurrent write transactions that improves the throughput.
+    #: The number of concurrent write transactions with which the throughput is highest.
     max_concurrent_writers: ClassVar[int]
     #: The current time in seconds since 1970, as an SQL expression.
     now: ColumnElement[float]
@@ -108,12 +109,12 @@ class Database(ABC):
         return Statement(clause, self.engine.dialect)
 
     def source(self, types: Types, name: str = ROWS) -> RowSource:
-        """Return the source of the row values of a statement."""
+        """Return the source of the row values for a statement."""
         return RowSource(self.json_batches, types, name)
 
     @contextmanager
     def write(self, *, single: bool = False) -> Iterator[Transaction]:
-        """Provide a transaction that is committed at the end. No locks are held afterwards.
+        """Provide a transaction and commit it at the end of the block. After the block, the transaction holds no locks.
 
         :param single: True if the transaction has one statement only.
         :raises kser.errors.StoreUnavailable: the database cannot be used now.
@@ -144,7 +145,10 @@ class Database(ABC):
             yield connection
 
     def exists(self) -> bool:
-        """Return whether the database exists. Connecting to a missing SQLite file would create it."""
+        """Return whether the database exists.
+
+        Call this method before connecting, because a connection would create a missing SQLite file.
+        """
         return True
 
     @abstractmethod

@@ -29,20 +29,21 @@ class PendingWrite(Generic[Item]):
         self.error: BaseException | None = None
         #: True once the thread of this entry is the leader, which writes the next group.
         self.is_leader = False
-        #: True once that thread has written its group and has handed the lead over.
+        #: True once the thread of this entry has written its group and has handed the lead over to another thread.
         self.has_led = False
-        #: Locked while the thread of this entry waits; a bare lock is the cheapest way to wait.
+        #: Locked while the thread of this entry waits. A bare lock is the cheapest way to wait.
         self.wake = threading.Lock()
 
 
 class GroupCommit(Generic[Item]):
     """Leader/follower group commit.
 
-    A thread that finds fewer than ``leaders`` leaders becomes a leader: it writes its own entry and the queued ones as
-    one group, and the other threads block until theirs are written. If only one thread writes, it writes its entry
-    itself, without a thread switch. After a group, the thread of the oldest queued entry leads the next group.
+    A thread becomes a leader if there are fewer than ``leaders`` leaders. A leader writes its own entry and the queued
+    entries as one group. A thread that is not a leader blocks until its entry is written. After a group, the thread of
+    the oldest queued entry leads the next group. If only one thread writes, it is always the leader, so there is no
+    thread switch.
 
-    :param run: writes a group of entries, and sets a result or an error on each.
+    :param run: writes a group of entries, and sets a result or an error on each entry.
     :param leaders: maximum number of groups that are written at the same time.
     """
 
@@ -59,13 +60,13 @@ class GroupCommit(Generic[Item]):
         try:
             self._queue(entry)
             if not entry.is_leader:
-                # Blocks until a leader has written this entry or hands the lead over to this thread.
+                # The call blocks until a leader has written this entry or hands the lead over to this thread.
                 entry.wake.acquire()
             if entry.is_leader:
                 self._lead(entry)
         except BaseException:
-            # An exception in this thread, such as KeyboardInterrupt while it waits, must not block the other threads:
-            # remove the entry from the queue, and hand the lead over.
+            # An exception in this thread, such as KeyboardInterrupt during the wait, must not block the other threads.
+            # So remove the entry from the queue and hand the lead over.
             self._abandon(entry)
             raise
         if entry.error is not None:

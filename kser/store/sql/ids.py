@@ -13,7 +13,7 @@ RANDOM_BITS: Final = 12
 
 
 class IdGenerator:
-    """A generator of ids that increase with time: strictly in one process, approximately across processes."""
+    """A generator of ids. The ids increase strictly within a process, and approximately across processes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class IdGenerator:
 
 
 def id_at(moment: float) -> int:
-    """Return the lowest id of a time."""
+    """Return the lowest id that can be generated at a time."""
     return int(max(moment - ID_EPOCH, 0) * 1_000_000) << RANDOM_BITS
 
 

@@ -19,7 +19,7 @@ from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
-#: Values of a new operation's row that are not columns.
+#: Types of the values that a row for a new operation has in addition to the columns.
 _EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns with the same value in every new row.
@@ -109,7 +109,10 @@ def event_row(
 
 
 def without_nul(text: str | None) -> str | None:
-    """Replace the characters that a database rejects, in a text of a user or an exception."""
+    """Replace the characters that a database rejects.
+
+    :param text: a text from a user or from an exception.
+    """
     if text is None:
         return None
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
@@ -124,9 +127,10 @@ class InsertRows:
         self.labels: list[dict[str, Any]] = []
 
     def add_root(self, new: NewOperation, first_id: int, request: ClaimRequest | None) -> None:
-        """Add the rows of a root, claimed if ``request`` is given.
+        """Add the rows of a root. If ``request`` is given, the root is claimed.
 
-        :param first_id: first of the reserved consecutive ids, one per operation in the root (:func:`count`).
+        :param first_id: the first of the consecutive ids that are reserved for the root and its nested operations;
+            their number is :func:`count`.
         """
         claimed = {} if request is None else {"owner": request.owner, "token": request.token}
         root = {
@@ -195,7 +199,7 @@ class InsertRows:
         return identifier
 
 
-#: Column defaults of a nested operation, for the columns that describe the claim of a root.
+#: Default values of the columns that describe the claim of a root, in the row of a nested operation.
 CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,

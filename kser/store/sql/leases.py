@@ -1,4 +1,4 @@
-"""Leases, due steps and marks of sent steps."""
+"""The statements that renew leases, reserve due steps, and mark steps as sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
-#: Number of doublings after which the resend delay is ``MAX_RESEND_DELAY``; by then the doubled delay exceeds it.
+#: Number of sends after which the resend delay is always ``MAX_RESEND_DELAY``. By then, the doubled delay exceeds this
+#: maximum.
 MAX_DOUBLINGS = 20
 
 
@@ -50,8 +51,8 @@ class Leases:
             else_=doubled,
         )
         sent = {"send_count": own.send_count + 1, "sent_at": now, "next_check_at": start + wait}
-        # Skip locked rows: the transaction that holds the lock is claiming the step, and no send of a claimed step is
-        # recorded.
+        # Skip locked rows. The transaction that holds the lock is claiming the step, and kser does not record sends of
+        # claimed steps.
         self._mark_sent = database.statement(row.update_skip_locked(operation, sent, *unclaimed))
         self._postpone_send = database.statement(row.update(operation, {"next_check_at": now + seconds}, *unclaimed))
         self._prepare_due(database)
@@ -73,12 +74,12 @@ class Leases:
     def renew_unlocked(self, transaction: Transaction, claims: Pairs, owner: str, lease: float) -> set[int]:
         """Renew leases, skipping rows that other transactions have locked.
 
-        Waiting for them while holding locks on the renewed rows could deadlock.
+        A wait for locked rows could deadlock, because the transaction already holds locks on the renewed rows.
         """
         return _ids(transaction.fetch(self._renew_unlocked, _rows(claims), owner=owner, lease=lease))
 
     def renew(self, transaction: Transaction, claim: tuple[int, int], owner: str, lease: float) -> set[int]:
-        """Renew the lease of one claim, if the claim exists; wait for its row if another transaction has locked it."""
+        """Renew the lease of one claim, if the claim exists. Wait for its row if another transaction has locked it."""
         return _ids(transaction.fetch(self._renew, _rows([claim]), owner=owner, lease=lease))
 
     def mark_sent(self, transaction: Transaction, steps: Pairs, resend_after: float) -> None:

@@ -83,8 +83,9 @@ class Lifecycle:
         old = select(own.id).where(
             own.status == bindparam("status", type_=Text),
             own.parent_id.is_(None),
-            # An operation that ended before that time was also created before it. Ids increase with the time of
-            # creation, so this condition limits the range of the index on status and id.
+            # An operation that ended before a time was also created before that time. Ids increase with the time of
+            # creation, so this condition on the id limits the range that the database reads from the index on status
+            # and id.
             own.id < bindparam("before"),
             own.ended_at < database.now - bindparam("seconds"),
         )
@@ -144,7 +145,7 @@ class Lifecycle:
         return self._row(transaction, root.id)
 
     def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
-        """Set an operation back to its first task that is not SUCCESS, and return the message of that step."""
+        """Move an operation back to its first task that is not SUCCESS, and return the message of the step to run."""
         while True:
             first = transaction.execute(self._first, {"key": row.id}).fetchone()
             if first is None:

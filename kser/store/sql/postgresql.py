@@ -24,9 +24,10 @@ CONNECT: Final = {
     "application_name": "kser",
 }
 
-#: Session settings. The timeouts limit how long a session waits, above all for a process that hangs inside a
-#: transaction. Prepared statements are planned once, possibly while the tables are still empty, so disable sequential
-#: scans, hash joins and merge joins: every statement is written for an index, whatever the size of the tables.
+#: Session settings. The timeouts limit how long a session waits, for example for a process that hangs inside a
+#: transaction. The server plans a prepared statement once, possibly while the tables are still empty. So the settings
+#: disable sequential scans, hash joins and merge joins, because every statement must use an index, whatever the size of
+#: the tables.
 SESSION: Final = """\
 SET statement_timeout = '30s';
 SET lock_timeout = '10s';
@@ -68,16 +69,16 @@ LOCK_KEY: Final = 0x6B736572  # "kser"
 class Postgresql(Database):
     """A PostgreSQL server.
 
-    :param url: its address.
-    :param clock_offset: returns the seconds to add to the clock.
+    :param url: the address of the server.
+    :param clock_offset: returns the number of seconds to add to the clock of the server.
     """
 
     prefix = "postgresql+psycopg"
     json_batches = True
-    # While the first transaction waits for the disk at its COMMIT, the second one executes.
+    # While one transaction waits for the disk at its COMMIT, the other one executes its statements.
     max_concurrent_writers = 2
-    # statement_timestamp() is constant within a statement, so conditions on it can use an index, and all columns that a
-    # statement sets to the current time get the same value.
+    # statement_timestamp() is constant within a statement. So conditions on the current time can use an index, and all
+    # columns that a statement sets to the current time get the same value.
     now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
@@ -90,10 +91,11 @@ class Postgresql(Database):
         self.engine.dispose()
 
     def _time(self, connection: Any) -> float:
-        # Use the wall clock: the monotonic clock stops while the machine is suspended.
+        # Use the wall clock here, because the monotonic clock stops while the machine is suspended.
         if self._server_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-            # Read the local clock after the response, so that the estimate of the server's time is never ahead of it.
+            # Read the local clock after the response, so that the estimate of the server's time is never later than its
+            # real time.
             self._measured_at = time.time()
             self._server_offset = there - self._measured_at
         return time.time() + self._server_offset + self._clock_offset()
@@ -103,8 +105,8 @@ class Postgresql(Database):
             self.url,
             connect_args=self._arguments(),
             poolclass=QueuePool,
-            # Do not overflow the pool: waiting for a pooled connection is faster than opening one, and overflow
-            # connections, which are closed right after use, cost half of the server's time in load tests.
+            # Do not allow overflow connections. They are closed right after use, and cost half of the server's time in
+            # load tests; a wait for a pooled connection is faster.
             pool_size=8,
             max_overflow=0,
             pool_use_lifo=True,
@@ -118,7 +120,7 @@ class Postgresql(Database):
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Provide a pooled connection; discard it if it is lost, broken or interrupted."""
+        """Provide a pooled connection. Discard it if it is lost or broken, or if an interrupt ended the block."""
         pooled = self.engine.raw_connection()
         connection: Any = pooled.driver_connection
         try:
@@ -140,7 +142,7 @@ class Postgresql(Database):
         with self._connection() as connection:
             now = self._time(connection)
             cursor = connection.cursor()
-            # In autocommit mode a single statement is its own transaction, which saves the round trips of BEGIN and
+            # In autocommit mode, a single statement is its own transaction. That saves the round trips of BEGIN and
             # COMMIT.
             if not single:
                 cursor.execute("BEGIN")
@@ -178,7 +180,6 @@ class Postgresql(Database):
 
 
 def _prepare(connection: Any, _record: Any) -> None:
-    # Transactions are started and committed by explicit statements, because the transactions of the driver cost another
-    # round trip.
+    # The driver's own transactions would cost another round trip, so explicit statements start and commit transactions.
     connection.autocommit = True
     connection.execute(SESSION)

@@ -1,4 +1,4 @@
-"""Queries: read an operation, its tasks and its events, and search for operations."""
+"""Statements that read an operation with its tasks and events, and statements that search for operations."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ STATES: Final = (states.PENDING, states.RUNNING, states.SUCCESS, states.FAILED, 
 #: Seconds by which the time in an id may differ from the time in a column, because of rounding.
 ROUNDING: Final = 2e-6
 
-#: Limit for counting the operations that a filter matches; a filter that reaches it counts as unselective.
+#: Maximum number of operations to count for a filter. A filter that matches this number counts as unselective.
 COUNT_LIMIT: Final = 20_000
 
 
@@ -131,13 +131,15 @@ class OperationSearch:
     def _most_selective(
         self, transaction: Transaction, query: OperationQuery, filters: list[LabelFilter], before: int | None
     ) -> LabelFilter | None:
-        """Return the label that drives the query; None if the other filters (status, entrypoint, parent) drive it.
+        """Return the label filter that drives the query.
 
-        The query walks the matches of the driving filter and tests each of them against the remaining filters until a
-        page is full. So the driving filter must be the one with the fewest matches. This method counts the matches,
-        because databases estimate them badly. If no label has fewer than ``COUNT_LIMIT`` matches, the other filters
-        drive, if there are any: an index is enough to test an operation for a label, but testing the other filters
-        reads its row.
+        :return: None if the other filters (status, entrypoint, parent) drive the query.
+
+        The query walks through the matches of the driving filter, and tests each match against the remaining filters
+        until a page is full. So the driving filter must be the filter with the fewest matches. This method counts the
+        matches, because databases estimate these numbers badly. If no label has fewer than ``COUNT_LIMIT`` matches, the
+        other filters drive the query if there are any. The reason is that the database can test for a label with an
+        index alone, but must read the row of an operation to test the other filters.
         """
         has_filters = (query.status, query.entrypoint, query.parent) != (None, None, None)
         if not has_filters and len(filters) == 1:
@@ -172,7 +174,7 @@ class LabelFilter:
         self._bounds = _bounds(query, self._table.c.operation_id, before)
 
     def ids(self) -> Select[Any]:
-        """Return a query for the ids of the operations with the label."""
+        """Return a query for the ids of the operations that have the label."""
         return select(self._table.c.operation_id.label("id")).where(*self._where, *self._bounds)
 
     def matches(self, identifier: ColumnElement[int]) -> ColumnElement[bool]:
@@ -180,14 +182,15 @@ class LabelFilter:
         return _exists(self._table, *self._where, self._table.c.operation_id == identifier)
 
     def with_rest(self, query: OperationQuery, others: Sequence[Condition]) -> Select[Any]:
-        """Return a query for the ids of the operations with the label that match all remaining filters."""
+        """Return a query for the ids of the operations that have the label and match all other filters."""
         key = self._table.c.operation_id
         rest = _exists(operation, operation.c.id == key, _root_or_parent(query), *_filters(query), *_times(query))
         return self.ids().where(*(matches(key) for matches in others), rest).order_by(key.desc())
 
 
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
-    # OFFSET 0 keeps PostgreSQL from merging this subquery into the outer query and driving the query by it.
+    # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query and using it to drive the outer
+    # query.
     return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
 
 
@@ -200,10 +203,12 @@ def _cursor(after: str | None) -> int | None:
 
 
 def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
-    """Return queries for the operations that match all filters except labels, each in the order of an index.
+    """Return queries for the operations that match all filters except labels.
 
-    There is one query per status: within one status an index has the operations in the order of pages, across several
-    statuses it does not.
+    Each query reads in the order of an index.
+
+    There is one query per status, because an index contains the operations of one status in the order of pages, but not
+    the operations of several statuses.
     """
     own = operation.c
     base = select(own.id).where(_root_or_parent(query), *_bounds(query, own.id, before), *_times(query))
@@ -216,7 +221,7 @@ def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
-    """Return a query for the newest operations of all parts that meet the conditions."""
+    """Return a query that merges the results of all parts: the newest operations that meet the conditions."""
     own = operation.c.id
     where = [condition(own) for condition in conditions]
     merged = _union([part.where(*where).order_by(own.desc()).limit(limit) for part in parts]).subquery()
@@ -244,7 +249,7 @@ def _filters(query: OperationQuery) -> list[ColumnElement[bool]]:
 
 
 def _bounds(query: OperationQuery, key: Any, before: int | None) -> list[ColumnElement[bool]]:
-    """Return the bounds of the id, which increases with the time of creation."""
+    """Return the bounds of the id. An id increases with the time of creation."""
     bounds: list[ColumnElement[bool]] = []
     if before is not None:
         bounds.append(key < before)
@@ -256,7 +261,7 @@ def _bounds(query: OperationQuery, key: Any, before: int | None) -> list[ColumnE
 
 
 def _times(query: OperationQuery) -> list[ColumnElement[bool]]:
-    """Return the exact bounds of the time of creation; the bounds of the id allow for rounding."""
+    """Return the exact bounds of the time of creation, because the bounds of the id are wider to allow for rounding."""
     times: list[ColumnElement[bool]] = []
     if query.since is not None:
         times.append(operation.c.created_at >= query.since)

@@ -43,7 +43,7 @@ class OperationInserts:
 
     :param database: the database to write to.
     :param inserts: the insert statements of this database.
-    :param claims: reads operations that are stored and claimed in the same transaction.
+    :param claims: reads operations that the same transaction has stored and claimed.
     :param ids: generates the ids of new operations.
     """
 
@@ -55,7 +55,10 @@ class OperationInserts:
             self._single_statement = database.statement(_single_statement(database))
 
     def store(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
-        """Store operations that are not stored yet, and return the claim on each, or its id without a claim."""
+        """Store operations that are not stored yet.
+
+        :return: for each operation, the claim, or the id of the operation if no claim was requested.
+        """
         rows, events = self._rows(transaction, saves)
         self._inserts.insert(transaction, rows)
         transaction.execute_many(self._inserts.events, events)
@@ -67,7 +70,10 @@ class OperationInserts:
         return all(count(save.operation) == 1 for save in saves)
 
     def store_in_one_statement(self, transaction: Transaction, saves: Sequence[SaveRequest]) -> list[Claim | int]:
-        """Store operations as :meth:`store` does, in one statement. None of them may have nested operations."""
+        """Store operations in one statement, with the same effect as :meth:`store`.
+
+        None of the operations may have nested operations.
+        """
         rows, events = self._rows(transaction, saves)
         parts = {"operations": rows.operations, "tasks": rows.tasks, "labels": rows.labels, "events": events}
         cursor = transaction.execute(self._single_statement, {name: json.dumps(part) for name, part in parts.items()})
@@ -75,7 +81,7 @@ class OperationInserts:
         return self._stored(transaction, saves, rows, {root.id: root for root in roots})
 
     def known(self, transaction: Transaction, save: SaveRequest) -> Claim | ClaimRefused | None:
-        """Return the claim or refusal for an operation that is already stored; None when it is not stored.
+        """Return the claim or the refusal for an operation that is already stored, or None if it is not stored.
 
         :raises kser.errors.StoreError: the uuid of a nested operation is already stored, or occurs twice.
         """
@@ -117,7 +123,7 @@ class OperationInserts:
 
 
 def _single_statement(database: Database) -> Any:
-    """Return a statement that inserts all rows of operations without nested ones and reads the operation rows."""
+    """Return a statement that inserts all rows of operations without nested ones, and that reads the operation rows."""
     operations = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("inserted_operations")
     tasks = insert_tasks(database, "tasks").cte("inserted_tasks")
     labels = insert_labels(database, "labels").cte("inserted_labels")

@@ -1,4 +1,4 @@
-"""The version of the tables: check and upgrade."""
+"""The version of the tables: how to check it and how to upgrade the tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Version(NamedTuple):
 
 
 def version_of(database: Database) -> Version | None:
-    """Return the version of the tables; None when the tables do not exist.
+    """Return the version of the tables, or None if the tables do not exist.
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -42,7 +42,7 @@ def version_of(database: Database) -> Version | None:
 def check(database: Database, *, create: bool) -> None:
     """Check that this code can use the tables.
 
-    :param create: True to create missing tables; several processes may do so at the same time.
+    :param create: True to create missing tables. Several processes may create them at the same time.
     :raises kser.errors.SchemaMismatch: the tables are missing or incompatible.
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -59,7 +59,9 @@ def check(database: Database, *, create: bool) -> None:
 
 
 def upgrade(database: Database) -> tuple[Version | None, Version]:
-    """Upgrade the tables to the version of this code, and return the version before and after; skip newer tables.
+    """Upgrade the tables to the version of this code. Newer tables are not changed.
+
+    :return: the version before the upgrade and the version after it.
 
     :raises kser.errors.StoreUnavailable: the database cannot be used now.
     """
@@ -73,7 +75,10 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
 
 
 def mismatch(version: Version | None) -> str:
-    """Return why this code cannot use tables of a version, and what to do; an empty text when it can."""
+    """Return the reason why this code cannot use tables of a version, and what to do.
+
+    :return: an empty text if this code can use the tables.
+    """
     if version is None:
         return f"has no tables of kser; run: {UPGRADE}"
     if version.version < VERSION:
@@ -96,9 +101,10 @@ def _version(connection: Connection) -> Version | None:
 def _migrate(connection: Connection) -> None:
     plugins = logging.getLogger("alembic.runtime.plugins")
     if plugins.level == logging.NOTSET:
-        # At INFO alembic logs each of its plugins while it is imported.
+        # While Python imports alembic, alembic logs each of its plugins at INFO.
         plugins.setLevel(logging.WARNING)
-    # Import alembic here: its import takes longer than that of all other modules, and few processes need it.
+    # Import alembic only here, because its import takes longer than that of all other modules, and few processes need
+    # it.
     from alembic import command
     from alembic.config import Config
 

@@ -1,4 +1,4 @@
-"""SQLite with one writing connection, and with reading ones that see committed data and never wait for the writer."""
+"""SQLite with one connection that writes, and several that read committed data and never wait for the writer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHE_KIB: Final = 16_384
 
 SYNCHRONOUS: Final = ("FULL", "NORMAL")
 
-#: Result codes of errors that are not caused by the data, with advice for the operator.
+#: Result codes of errors that the data does not cause, with advice for the operator.
 ERROR_TEXTS: Final = {
     sqlite3.SQLITE_ERROR: "its tables may be missing or of another version: run 'python -m kser.store status'",
     sqlite3.SQLITE_PERM: "this process is not allowed to open the file",
@@ -49,9 +49,9 @@ ERROR_TEXTS: Final = {
 class Sqlite(Database):
     """A SQLite file.
 
-    :param url: its address.
-    :param clock_offset: returns the seconds to add to the clock.
-    :param synchronous: ``"FULL"``, or ``"NORMAL"``, which loses the last transactions when the power fails.
+    :param url: the address of the file.
+    :param clock_offset: returns the number of seconds to add to the clock.
+    :param synchronous: ``"FULL"`` or ``"NORMAL"``. With ``"NORMAL"``, a power failure loses the last transactions.
     """
 
     prefix = "sqlite"
@@ -81,7 +81,7 @@ class Sqlite(Database):
         self.engine.dispose()
 
     def _engine(self) -> Engine:
-        # Disable the implicit transactions of the driver: they start too late, and without the write lock.
+        # Disable the implicit transactions of the driver, because they start too late and without the write lock.
         options = {"check_same_thread": False, "isolation_level": None, "timeout": BUSY_SECONDS}
         options = {name: value for name, value in options.items() if name not in self.url.query}
         engine = create_engine(
@@ -119,7 +119,7 @@ class Sqlite(Database):
                     self._drop_writer()
 
     def _transaction(self, cursor: Any) -> Transaction:
-        # Read the clock inside the transaction, after the write lock was obtained: a time from before the wait for the
+        # Read the clock inside the transaction, after the write lock was obtained. A time from before the wait for the
         # lock would be stale.
         now = time.time() + self._clock_offset()
         return Transaction(cursor, now, now, self.json_batches)
@@ -150,8 +150,8 @@ class Sqlite(Database):
                 connection.rollback()
             raise
         finally:
-            # A thread that is never joined may still read after close(). No pool takes its connection back then, so
-            # discard it.
+            # A thread that was not joined may still read after close(). By then, no pool takes the connection back, so
+            # discard the connection.
             connection.invalidate() if self._closed else connection.close()
 
     @contextmanager
@@ -162,7 +162,7 @@ class Sqlite(Database):
             connection.commit()
 
     def _classify_error(self, error: Exception) -> tuple[type[KserError], str]:
-        # The lowest byte of an extended result code is the primary one.
+        # The lowest byte of an extended result code is the primary result code.
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in ERROR_TEXTS:
             return StoreUnavailable, ERROR_TEXTS[code]

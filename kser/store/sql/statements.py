@@ -1,8 +1,8 @@
 """SQL statements that are compiled once from SQLAlchemy expressions.
 
-Executing a compiled statement costs only the time of the driver. SQLite is fastest with one row at a time. PostgreSQL
-gets all rows of a statement as one JSON text, which takes a fifth of the time that psycopg needs for the same values as
-parameters.
+The execution of a compiled statement costs no time in SQLAlchemy, only in the driver. SQLite is fastest if a statement
+gets one row at a time. PostgreSQL gets all rows of a statement as one JSON text, which takes a fifth of the time that
+psycopg needs for the same values as parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import ClauseElement
 
-#: Bind parameter for the time: the current time (SQLite) or an offset to the server's clock (PostgreSQL).
+#: Bind parameter for the clock: the current time in SQLite, or an offset to the server's clock in PostgreSQL.
 CLOCK: Final = "clock"
 #: Bind parameter for all rows of a statement as one JSON text.
 ROWS: Final = "rows"
@@ -38,7 +38,7 @@ Types = Mapping[str, Any]
 
 
 class Statement:
-    """A compiled statement, for one row or for all rows at once.
+    """A compiled statement. One execution handles one row of values, or all rows at once.
 
     :param clause: the expression to compile.
     :param dialect: the SQL dialect of the database.
@@ -55,11 +55,11 @@ class Statement:
 
 
 class RowSource:
-    """The source of the row values of a statement: bind parameters, or one JSON text with all rows.
+    """The source of the row values for a statement: bind parameters, or one JSON text with all rows.
 
-    :param json_batches: True for one JSON text.
+    :param json_batches: True if the source is one JSON text.
     :param types: names and types of the values.
-    :param name: bind parameter of the JSON text.
+    :param name: the bind parameter of the JSON text.
     """
 
     def __init__(self, json_batches: bool, types: Types, name: str = ROWS) -> None:
@@ -78,10 +78,10 @@ class RowSource:
         return bindparam(name, type_=self._types[name])
 
     def _row_estimate_hint(self) -> tuple[ColumnElement[bool], ...]:
-        """Return a condition that is always true and makes the planner estimate about one row.
+        """Return a condition that is always true, and that makes the planner estimate about one row.
 
-        Without it the planner estimates 100 rows and prefers to read a small table whole, and it keeps that plan after
-        the table has grown.
+        Without this condition, the planner estimates 100 rows and prefers to read all of a small table. The planner
+        keeps that plan after the table has grown.
         """
         first = next(iter(self._types))
         kind = self._types[first]
@@ -89,17 +89,17 @@ class RowSource:
         return (number % literal_column("1") == literal_column("0"),)
 
     def insert(self, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
-        """Return a statement that inserts each row."""
+        """Return a statement that inserts each row of values."""
         if self.json_batches:
             return insert(table).from_select(list(values), select(*values.values()).select_from(self._rows))
         return insert(table).values(dict(values)).inline()
 
     def update(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement that updates the table rows that match each row."""
+        """Return a statement that updates, for each row of values, the table rows that match it."""
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement like that of :meth:`update` that skips table rows locked by other transactions."""
+        """Return a statement like that of :meth:`update`, but skip the rows that another transaction has locked."""
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id
@@ -108,15 +108,15 @@ class RowSource:
         return update(table).where(key == unlocked.c.id).values(dict(values))
 
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
-        """Return a statement that deletes the table rows that match each row."""
+        """Return a statement that deletes, for each row of values, the table rows that match it."""
         return delete(table).where(*where, *self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
-        """Return a statement that reads the table rows that match each row."""
+        """Return a statement that reads, for each row of values, the table rows that match it."""
         matching = select(*columns).where(*where, *self._where)
         return matching.select_from(self._rows, table) if self.json_batches else matching.select_from(table)
 
 
 def types_of(table: Table, *names: str) -> dict[str, Any]:
-    """Return the types of the named columns by name; of all columns without names."""
+    """Return the types of the named columns, keyed by name. Without ``names``, return the types of all columns."""
     return {own.name: own.type for own in table.columns if not names or own.name in names}

@@ -1,4 +1,4 @@
-"""The store in a SQL database, which delegates the contract to one class per kind of statement."""
+"""The store in an SQL database. It delegates each part of the contract to one class per kind of statement."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ EXAMPLES = "sqlite:///shop.db or postgresql+psycopg://user@host/database"
 class SQLStore(Store):
     """A store in a SQLite file or in PostgreSQL.
 
-    A SQLite file is created with its tables at the first use. In PostgreSQL, create the tables with
-    ``python -m kser.store upgrade``.
+    The first use of a SQLite file creates the file and its tables. In PostgreSQL, create the tables with ``python -m
+    kser.store upgrade``.
 
     :param uri: ``sqlite:///file.db`` or ``postgresql+psycopg://user@host/database``, in any form that SQLAlchemy
         accepts.
-    :param synchronous: for SQLite: ``"FULL"``, or ``"NORMAL"``, which is faster and loses the last transactions when
-        the power fails.
-    :param clock_offset: for tests: returns the seconds to add to the clock of the database.
+    :param synchronous: for SQLite: ``"FULL"`` or ``"NORMAL"``. ``"NORMAL"`` is faster, but a power failure loses the
+        last transactions.
+    :param clock_offset: for tests: returns the number of seconds to add to the clock of the database.
     :raises kser.errors.SettingError: ``uri`` is not the address of a supported database.
     :raises kser.errors.MissingDependency: the driver is not installed.
     """
@@ -105,7 +105,8 @@ class SQLStore(Store):
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
         renewed = self._write(self._leases.renew_unlocked, pairs, owner, lease)
-        # In SQLite there is only one writer, so no row was locked and skipped; a missing claim is really lost.
+        # In SQLite there is only one writer, so the statement skipped no locked row, and a missing claim is really
+        # lost.
         missing = [pair for pair in pairs if pair[0] not in renewed] if self._database.json_batches else []
         for pair in missing:
             renewed |= self._write(self._leases.renew, pair, owner, lease)
@@ -133,7 +134,7 @@ class SQLStore(Store):
         self._database.close()
 
     def _ensure_schema(self) -> None:
-        """Check the schema before the first use: create a SQLite file, and reject incompatible tables."""
+        """Check the schema before the first use. This creates a SQLite file, and rejects incompatible tables."""
         if not self._checked:
             self.check()
 
@@ -150,7 +151,7 @@ class SQLStore(Store):
             return query(transaction, *args, **kwargs)
 
     def _write(self, change: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a change in a transaction, repeated after a conflict with another transaction."""
+        """Run a change in a transaction, and run it again after a conflict with another transaction."""
         self._ensure_schema()
 
         def run() -> R:

@@ -1,6 +1,6 @@
-"""The tables after the newest migration.
+"""The tables as the newest migration leaves them.
 
-Large text columns come last in a row and are in no index, so a search reads none of them. A checkpoint that keeps its
+Large text columns come last in a row and are in no index, so a search does not read them. A checkpoint that keeps its
 claim changes no indexed column.
 """
 
@@ -32,7 +32,7 @@ from kser.store.model import (
 
 metadata: Final = MetaData()
 
-#: SQLite uses a primary key as its rowid only if the type is INTEGER.
+#: SQLite uses a primary key as its rowid only if the type of the key is INTEGER.
 _KEY = BigInteger().with_variant(Integer(), "sqlite")
 
 operation: Final = Table(
@@ -153,7 +153,7 @@ label: Final = Table(
 )
 Index("kser_label_operation", label.c.operation_id)
 
-#: One row: the version of the tables, and the oldest version of the code that can use them.
+#: The table has one row: the version of the tables, and the oldest version of the code that can use the tables.
 schema: Final = Table(
     "kser_schema",
     metadata,
@@ -161,12 +161,12 @@ schema: Final = Table(
     Column("oldest", Integer, nullable=False),
 )
 
-#: Maximum number of characters of a label that are stored and searched, because an index entry of PostgreSQL is limited
+#: Maximum number of characters of a label that the store saves and searches, because PostgreSQL limits an index entry
 #: to about 2,700 bytes.
 MAX_LABEL_KEY: Final = 128
 MAX_LABEL_VALUE: Final = 512
 
-#: The columns of the tables, in the field order of the contract's rows.
+#: The columns of the tables, in the order of the fields of OperationRow and TaskRow.
 OPERATION_COLUMNS: Final = (
     *(operation.c[name] for name in OperationRow._fields if name != "target"),
     operation.c.target_uuid,
@@ -180,12 +180,12 @@ _CANCEL: Final = OperationRow._fields.index("cancel_requested")
 
 
 def operation_row(row: Sequence[Any]) -> OperationRow:
-    """Convert a row that was read with :data:`OPERATION_COLUMNS`."""
+    """Convert a table row that was read with :data:`OPERATION_COLUMNS` to an OperationRow."""
     values = [*row[:_PLAIN], StepMessage(*row[_PLAIN : _PLAIN + 3])]
     values[_CANCEL] = bool(values[_CANCEL])
     return OperationRow._make(values)
 
 
 def label_row(key: str, value: str) -> tuple[str, str]:
-    """Return a label, cut to the lengths that are stored and searched."""
+    """Return a label, shortened to the lengths that the store saves and searches."""
     return key[:MAX_LABEL_KEY], value[:MAX_LABEL_VALUE]

@@ -1,4 +1,4 @@
-"""Batched writes of workers: new operations, claims and checkpoints."""
+"""The writer of new operations, claims and checkpoints, which writes them in batches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kser.store.sql.saves import OperationInserts, SaveRequest
 Item = SaveRequest | ClaimCommand | Checkpoint
 R = TypeVar("R")
 
-#: Marks an entry that was not written with its batch; it is written in a transaction of its own.
+#: The result of an entry that was not written with its batch. Such an entry is then written in its own transaction.
 NOT_WRITTEN: Final = object()
 
 
 class Batch:
-    """A batch of entries, grouped by kind of write and keyed by index.
+    """A batch of entries. The entries are grouped by the kind of write, and keyed by index.
 
     :param entries: the entries to write.
     """
@@ -50,7 +50,7 @@ class Batch:
 
 
 class BatchWriter:
-    """Writer that all threads of the process share, with a group commit.
+    """The writer that all threads of the process share. It writes with a group commit.
 
     :param database: the database to write to.
     """
@@ -64,8 +64,9 @@ class BatchWriter:
         self._database = database
         kinds: tuple[type[Item], ...] = (SaveRequest, ClaimCommand, Checkpoint)
         shared: GroupCommit[Item] = GroupCommit(self._run, database.max_concurrent_writers)
-        # PostgreSQL writes a batch in one statement, which is its own transaction, and one statement can write only one
-        # kind. So each kind has a group there; SQLite has one group, whose transactions are shared by all kinds.
+        # In PostgreSQL, one statement writes a batch, and is a transaction by itself. One statement can write only one
+        # kind of item, so each kind has its own group commit there. In SQLite, all kinds share one group commit and its
+        # transactions.
         self._groups = {
             kind: GroupCommit(self._run, database.max_concurrent_writers) if database.json_batches else shared
             for kind in kinds
@@ -81,7 +82,7 @@ class BatchWriter:
     def write(self, item: Checkpoint) -> str: ...
 
     def write(self, item: Item) -> Any:
-        """Write one item, batched with the concurrent writes of other threads."""
+        """Write one item in a batch with the concurrent writes of other threads."""
         return self._groups[type(item)].write(item)
 
     def _run(self, entries: Sequence[PendingWrite[Item]]) -> None:
@@ -98,14 +99,15 @@ class BatchWriter:
             elif outage is None:
                 self._run_single(entry)
             else:
-                # Each thread raises its own object: raising one object in several threads would mix their tracebacks.
+                # Each thread raises its own exception object, because one object in several threads would mix their
+                # tracebacks.
                 entry.error = type(outage)(outage.message)
                 entry.error.__cause__ = outage.__cause__
 
     def _write_batch(self, entries: Sequence[PendingWrite[Item]], results: list[Any]) -> None:
-        """Write entries in one statement, then the remaining ones in one transaction.
+        """Write entries in one statement, and then the entries that remain in one transaction.
 
-        The result of an entry that was not written in either way stays ``NOT_WRITTEN``.
+        If neither writes an entry, the result of the entry stays ``NOT_WRITTEN``.
         """
         remaining, batch = list(range(len(entries))), Batch(entries)
         for write in (
@@ -122,7 +124,7 @@ class BatchWriter:
             batch = Batch([entries[index] for index in remaining])
 
     def _fits_one_statement(self, batch: Batch) -> bool:
-        """Return whether one statement can write the batch. On PostgreSQL all its entries are of one kind."""
+        """Return whether one statement can write the batch. In PostgreSQL, all entries of a batch are of one kind."""
         return (
             self._database.json_batches
             and self.checkpoints.fits_one_statement(list(batch.checkpoints.values()))
@@ -132,7 +134,8 @@ class BatchWriter:
     def _in_one_statement(self, batch: Batch) -> list[Any]:
         """Write a batch in one statement.
 
-        A claim that this statement cannot make is left out; any other entry that does not fit fails the statement.
+        If the statement cannot make a claim, that claim gets no result. If another entry cannot be written, the whole
+        statement fails.
         """
         pairs: list[tuple[int, Any]] = []
         with self._database.write(single=True) as transaction:
@@ -192,9 +195,9 @@ class BatchWriter:
 
 
 def retry_on_conflict(call: Callable[[], R]) -> R:
-    """Return the result of ``call``, which is repeated after a conflict with another transaction.
+    """Return the result of ``call``, and repeat the call after a conflict with another transaction.
 
-    :raises kser.errors.StoreUnavailable: every try ended with a conflict.
+    :raises kser.errors.StoreUnavailable: every call ended with a conflict.
     """
     for _ in range(CONFLICT_ATTEMPTS - 1):
         try:

@@ -1,4 +1,4 @@
-"""Section 8: which offsets a consumer commits, and when."""
+"""Section 8: the offsets that a consumer commits, and the time of each commit."""
 
 import logging
 import threading
@@ -17,14 +17,14 @@ patch_long_sleeps()
 
 
 def consumer(topic: str, special=None, **options) -> Consumer:
-    """A consumer in the group that is named as its topic."""
+    """Return a consumer of a topic; its group has the name of the topic."""
     target = Consumer(group(topic, **options), [topic])
     target.REGISTRY = Registry(special)
     return target
 
 
 class Commits(logging.Handler):
-    """Orders the end of a scenario with two messages: commit, second message, commit, terminate file noticed.
+    """A fixed order for the end of a scenario with two messages: commit, second message, commit, terminate file.
 
     A commit at once takes a moment in another thread, and the control files are checked in a third one. So the second
     message waits until the commit of the first one is logged, and the consumer notices the terminate file after the
@@ -34,7 +34,7 @@ class Commits(logging.Handler):
     def __init__(self, target: Consumer) -> None:
         super().__init__()
         self.logged = [threading.Event(), threading.Event()]
-        # The handler of the recorder shows the line first.
+        # The handler of the recorder was added before, so it prints the line first.
         logging.getLogger("kser").addHandler(self)
         target.REGISTRY.before["end"] = lambda: self.logged[0].wait(2)
         noticed = target.should_stop
@@ -102,7 +102,7 @@ def where_a_new_group_begins() -> None:
     seen: list = []
 
     class First:
-        """Notes the first message and ends."""
+        """A registry that records the first message and terminates the consumer."""
 
         def run(self, data):
             if not seen:

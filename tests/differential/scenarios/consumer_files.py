@@ -17,25 +17,25 @@ FILES = ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")
 
 
 def write_files() -> None:
-    """Make all three files."""
+    """Create the three control files."""
     for name in FILES:
         Path(os.environ[name]).write_text("shop.Order[u]")
 
 
 def show_files() -> None:
-    """Print the three files."""
+    """Print the content of the three control files."""
     for name in FILES:
         file(name, os.environ[name])
 
 
 def remove_files() -> None:
-    """Leave none of the three files."""
+    """Delete the three control files."""
     for name in FILES:
         Path(os.environ[name]).unlink(missing_ok=True)
 
 
 def consumer(**options) -> Consumer:
-    """A consumer in a group that never joins."""
+    """Return a consumer that never joins its group."""
     return Consumer({**CLIENT, "group_id": "files", **options}, ["any"])
 
 

@@ -1,4 +1,4 @@
-"""Section 8: the consumer's loop, outside any group, so that nothing but the loop is seen."""
+"""Section 8: the consumer's loop, without a group, so that a trace contains only the loop."""
 
 import os
 import threading
@@ -30,7 +30,7 @@ patch_long_sleeps()
 
 
 def consumer(topic: str, kind=Consumer, special=None, **options) -> Consumer:
-    """A consumer of everything in a topic."""
+    """Return a consumer of all records of a topic."""
     target = kind({**CLIENT, "auto_offset_reset": "earliest", "enable_auto_commit": True, **options}, [topic])
     target.REGISTRY = Registry(special)
     return target
@@ -45,7 +45,7 @@ def messages_go_to_the_registry_until_the_terminate_file() -> None:
 @case("8.run.starting-name")
 def the_name_of_a_subclass_is_logged() -> None:
     class Own(Consumer):
-        """A subclass."""
+        """A consumer class of the user."""
 
     feed("own", b"end")
     run(consumer("own", Own))

@@ -1,4 +1,4 @@
-"""Section 8: what signals do to a consumer that handles a message."""
+"""Section 8: signals during a message."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ Consumer({**CLIENT, "auto_offset_reset": "earliest"}, [sys.argv[1]]).run()
 
 
 def child(topic: str, number: int) -> None:
-    """Run a consumer whose only task sends it this signal."""
+    """Run a consumer whose only task sends a signal to the process."""
     feed(topic, b'{"uuid": "u", "entrypoint": "probe"}')
     done = subprocess.run(
         [sys.executable, "-c", CHILD, topic, str(number)], capture_output=True, text=True, check=False, timeout=60

@@ -12,12 +12,12 @@ from kser.schemas import Message
 
 
 def message(**fields) -> Message:
-    """A message with a readable uuid and these fields."""
+    """Return a message with a readable uuid and the given fields."""
     return Message(**{"uuid": "u-1", "entrypoint": "shop.Order", **fields})
 
 
 class Probe(Entrypoint):
-    """An entrypoint."""
+    """An entrypoint to register."""
 
 
 @case("4.base.hooks")
@@ -108,10 +108,10 @@ def a_base_producer_sends_nothing() -> None:
 @case("4.class.attributes", "4.class.shared")
 def entrypoints_are_shared_by_all_controllers() -> None:
     class Child(Controller):
-        """Shares."""
+        """A controller that shares its entrypoints with its base class."""
 
     class Apart(Controller):
-        """Does not share."""
+        """A controller with its own entrypoints."""
 
         ENTRYPOINTS: ClassVar[dict] = {}
 
@@ -128,7 +128,7 @@ def entrypoints_are_shared_by_all_controllers() -> None:
 @case("4.register.stores", "4.log.registered")
 def register_stores_and_overwrites() -> None:
     class Other(Probe):
-        """Another one."""
+        """A second entrypoint for the same name."""
 
     call("register", Controller.register, "name", Probe)
     call("again", Controller.register, "name", Other)

@@ -16,14 +16,14 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 class Probe(Entrypoint):
-    """Says that it ran."""
+    """An entrypoint that prints a line when it runs."""
 
     def run(self):
         return Result(stdout="ran")
 
 
 class Noisy(Controller):
-    """Tells about its onerror hook."""
+    """A controller that prints the calls of its onerror hook."""
 
     ENTRYPOINTS: ClassVar[dict] = {"probe": Probe}
 
@@ -34,7 +34,7 @@ class Noisy(Controller):
 
 
 def raw(**fields) -> str:
-    """A message as text."""
+    """Return a message as JSON."""
     return json.dumps({"uuid": UUID, "entrypoint": "probe", **fields})
 
 

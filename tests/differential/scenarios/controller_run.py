@@ -1,4 +1,4 @@
-"""Section 4: a message from its bytes to its result."""
+"""Section 4: a message, from its bytes to its result."""
 
 import json
 import os
@@ -14,7 +14,7 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 class Probe(Entrypoint):
-    """Tells what the running file says meanwhile."""
+    """An entrypoint that prints the content of the running file."""
 
     def run(self):
         file("running", os.environ["RUNNING_FILE"])
@@ -22,7 +22,7 @@ class Probe(Entrypoint):
 
 
 class Noisy(Controller):
-    """Tells about its hooks and returns values of its own."""
+    """A controller whose hooks print their calls and return values of their own."""
 
     @classmethod
     def onmessage(cls, kmsg):
@@ -41,17 +41,17 @@ class Noisy(Controller):
 
 
 def raw(entrypoint: str = "probe", **fields) -> str:
-    """A message as text."""
+    """Return a message as JSON."""
     return json.dumps({"uuid": UUID, "entrypoint": entrypoint, **fields})
 
 
 def entry(**members) -> None:
-    """Register an entrypoint with these members under the name probe."""
+    """Register an entrypoint with the given members under the name probe."""
     Controller.register("probe", type("Probe", (Probe,), members))
 
 
 def returning(value):
-    """Register an entrypoint whose run returns this value."""
+    """Register an entrypoint whose run returns a value."""
     entry(run=lambda self: value)
 
 

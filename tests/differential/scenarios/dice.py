@@ -1,4 +1,4 @@
-"""Section 7: the documented dice example, word for word as far as names go, with a die that always shows one."""
+"""Section 7: the documented dice example with its names, and a die that always shows one."""
 
 import random
 
@@ -17,7 +17,7 @@ oregistry = OperationRegistry()
 
 @oregistry.subscribe
 class DiceRoll(Task):
-    """Rolls."""
+    """A roll of a die."""
 
     def run(self):
         launch = random.randint(1, 6)
@@ -26,7 +26,7 @@ class DiceRoll(Task):
 
 @oregistry.subscribe
 class DiceLaunch(Operation):
-    """Rolls three times."""
+    """An operation of three rolls."""
 
     def build_tasks(self, **kwargs):
         return [DiceRoll(uuid="t1"), DiceRoll(uuid="t2"), DiceRoll(uuid="t3")]

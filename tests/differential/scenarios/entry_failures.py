@@ -8,7 +8,7 @@ from kser.entry import Entrypoint
 
 
 class Probe(Entrypoint):
-    """Tells about its end."""
+    """An entrypoint that prints the calls of its last hooks."""
 
     REQUIRED_FIELDS = ()
 
@@ -26,7 +26,7 @@ class Probe(Entrypoint):
 
 
 def raising(error: BaseException, where: str = "run"):
-    """An entrypoint whose method raises this error."""
+    """Return an entrypoint whose method raises an error."""
 
     def method(self, *_args):
         emit(where)

@@ -1,4 +1,4 @@
-"""Section 3: the order of an entrypoint's life, what it logs and what it returns."""
+"""Section 3: the life cycle of an entrypoint, its log lines and its result."""
 
 from cdumay_result import Result
 from recorder import call, case, emit, main, show
@@ -7,7 +7,7 @@ from kser.entry import Entrypoint
 
 
 class Probe(Entrypoint):
-    """Returns what it is told to."""
+    """An entrypoint that returns the value of ``RETURNS``."""
 
     RETURNS = None
 
@@ -17,12 +17,12 @@ class Probe(Entrypoint):
 
 
 def returning(value, **attributes):
-    """An entrypoint whose run returns this value."""
+    """Return an entrypoint whose run returns a value."""
     return type("Probe", (Probe,), {"RETURNS": value, **attributes})
 
 
 class Noisy(Entrypoint):
-    """Tells about every hook."""
+    """An entrypoint that prints the calls of its hooks."""
 
     def postinit(self):
         emit("postinit")

@@ -1,4 +1,4 @@
-"""Section 3: what an entrypoint has and does apart from its life cycle."""
+"""Section 3: the members of an entrypoint, apart from its life cycle."""
 
 import logging
 
@@ -10,21 +10,21 @@ from kser.schemas import Message
 
 
 class Probe(Entrypoint):
-    """Does nothing."""
+    """An entrypoint that does nothing."""
 
     def run(self):
         return Result(stdout="done")
 
 
 class Outer:
-    """Holds a nested entrypoint."""
+    """A class with a nested entrypoint."""
 
     class Probe(Entrypoint):
-        """Nested."""
+        """An entrypoint in the namespace of a class."""
 
 
 class Pathed(Entrypoint):
-    """Has an attribute named path."""
+    """An entrypoint with an attribute named path."""
 
     path = "mine"
 
@@ -80,7 +80,7 @@ def required_fields_may_be_any_iterable() -> None:
 @case("3.path")
 def the_path_of_a_class_is_its_module_and_name() -> None:
     class Local(Entrypoint):
-        """Local to a function."""
+        """An entrypoint in the namespace of a function."""
 
     show("paths", (Entrypoint.path, Probe.path, Outer.Probe.path, Local.path))
     show("meta", type(Probe) is EntrypointMeta)

@@ -9,7 +9,7 @@ from kser.sequencing.task import Task
 
 
 class Step(Task):
-    """Says that it runs."""
+    """A task that prints a line when it runs."""
 
     def run(self):
         emit(f"{self.params} runs")
@@ -21,7 +21,7 @@ class Step(Task):
 
 
 class Failing(Step):
-    """Raises."""
+    """A task that fails."""
 
     def run(self):
         emit(f"{self.params} raises")
@@ -29,7 +29,7 @@ class Failing(Step):
 
 
 class Launch(Operation):
-    """Tells about its end."""
+    """An operation that prints the calls of its last hooks."""
 
     def onsuccess(self, result):
         emit("onsuccess")
@@ -41,7 +41,7 @@ class Launch(Operation):
 
 
 def raising(where: str, error: Exception, kind=Launch):
-    """An operation whose method raises."""
+    """Return an operation whose method raises an error."""
 
     def method(self, *_args, **_kwargs):
         emit(where)
@@ -51,7 +51,7 @@ def raising(where: str, error: Exception, kind=Launch):
 
 
 def tasks(*kinds) -> list:
-    """Fresh tasks of these kinds; all have the operation's uuid, so that results do not differ by it."""
+    """Return new tasks of the given classes, with the uuid of the operation, so that the uuids of results are equal."""
     return [kind(uuid="u", params={"step": n}) for n, kind in enumerate(kinds, 1)]
 
 

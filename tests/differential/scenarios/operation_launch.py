@@ -1,4 +1,4 @@
-"""Section 6: finding the next task and launching."""
+"""Section 6: the search for the next task, and the launch."""
 
 import uuid
 
@@ -10,7 +10,7 @@ from kser.sequencing.task import Task
 
 
 class Sent(Task):
-    """A task whose user wrote send, as published users had to."""
+    """A task with a send method, which users of the published package had to write."""
 
     def run(self):
         return Result(stdout="ran")
@@ -21,24 +21,24 @@ class Sent(Task):
 
 
 class Plain(Task):
-    """A task without send of its own."""
+    """A task without a send method of the user."""
 
     def run(self):
         return Result(stdout="ran")
 
 
 class Launch(Operation):
-    """An operation."""
+    """An operation of given tasks."""
 
 
 def operation(*states: str, kind=Sent, **fields) -> Launch:
-    """An operation with one task for each state."""
+    """Return an operation with one task for each of the given statuses."""
     tasks = [kind(uuid=f"t{n}", status=state) for n, state in enumerate(states, 1)]
     return Launch(uuid="u", tasks=tasks, **fields)
 
 
 def next_of(target: Launch, task) -> str | None:
-    """The uuid of the next task."""
+    """Return the uuid of the next task."""
     found = target.next(task)
     return found and found.uuid
 
@@ -58,7 +58,7 @@ def next_is_the_following_unfinished_task() -> None:
 @case("6.next.uuid-only")
 def next_needs_a_uuid_only() -> None:
     class Thing:
-        """Has a uuid."""
+        """An object with a uuid."""
 
         uuid = "t1"
 
@@ -75,7 +75,7 @@ def tasks_whose_uuid_is_an_object() -> None:
     show("object", next_of(target, first))
 
     class Thing:
-        """Has the same uuid as text."""
+        """An object whose uuid is equal as text."""
 
         uuid = str(first.uuid)
 

@@ -1,4 +1,4 @@
-"""Section 6: what an operation has, and how it is built."""
+"""Section 6: the members of an operation, and how it is built."""
 
 from cdumay_result import Result
 from recorder import call, case, emit, main, printed, show
@@ -25,7 +25,7 @@ class Launch(Operation):
 
 
 def uuids(operation) -> list:
-    """The uuids of the operation's tasks."""
+    """Return the uuids of the operation's tasks."""
     return [task.uuid for task in operation.tasks]
 
 

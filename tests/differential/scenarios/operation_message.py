@@ -13,7 +13,7 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 class Step(Task):
-    """Says what it sees."""
+    """A task that prints the result that it got."""
 
     def run(self):
         emit(f"runs with {self.result.stdout!r} {sorted(self.result.retval)}")
@@ -21,7 +21,7 @@ class Step(Task):
 
 
 class Launch(Operation):
-    """An operation whose tasks are built when it is."""
+    """An operation with the default life cycle, which builds its tasks."""
 
     def build_tasks(self, **kwargs):
         emit(f"build_tasks {sorted(kwargs)}")
@@ -29,18 +29,18 @@ class Launch(Operation):
 
 
 class SelfBuilt(Launch):
-    """Builds itself, as published users had to."""
+    """An operation that builds its tasks in prerun, as users of the published package had to."""
 
     def prerun(self):
         self.build()
 
 
 class Empty(Operation):
-    """Never has tasks."""
+    """An operation without tasks."""
 
 
 def raw(entrypoint: str, **fields) -> str:
-    """A message as text."""
+    """Return a message as JSON."""
     return json.dumps({"uuid": UUID, "entrypoint": entrypoint, **fields})
 
 

@@ -8,7 +8,7 @@ from kser.sequencing.task import Task
 
 
 class Step(Task):
-    """Says what it sees."""
+    """A task that prints the names in the result that it got."""
 
     def run(self):
         emit(f"{self.uuid} runs with {sorted(self.result.retval)}")
@@ -16,11 +16,11 @@ class Step(Task):
 
 
 class Launch(Operation):
-    """An operation."""
+    """An operation of given tasks."""
 
 
 def nested(*inner) -> Launch:
-    """A task, an operation with these tasks, a task; the last one has the uuid of the outer operation."""
+    """Return an operation whose second task is an operation with the given tasks; the last task has its uuid."""
     return Launch(uuid="u", tasks=[Step(uuid="t1"), Launch(uuid="inner", tasks=list(inner)), Step(uuid="u")])
 
 

@@ -8,7 +8,7 @@ from kser.sequencing.task import Task
 
 
 class Step(Task):
-    """Says what it sees, and returns its number."""
+    """A task that prints the result that it got, and returns its number."""
 
     def run(self):
         emit(f"{self.uuid} runs with {self.result.stdout!r} {sorted(self.result.retval)}")
@@ -24,7 +24,7 @@ class Step(Task):
 
 
 class Launch(Operation):
-    """Tells about its hooks."""
+    """An operation that prints the calls of its hooks."""
 
     def prerun(self):
         emit("prerun")
@@ -46,12 +46,12 @@ class Launch(Operation):
 
 
 def steps(count: int = 2) -> list[Step]:
-    """Fresh tasks; the last one has the operation's uuid, so that only cases about the result's uuid show it."""
+    """Return new tasks; the last one has the uuid of the operation, so that the result keeps its uuid."""
     return [*(Step(uuid=f"t{n}") for n in range(1, count)), Step(uuid="u")]
 
 
 def returning(value, uuid: str = "u") -> Step:
-    """A task that returns this value."""
+    """Return a task that returns a value."""
     task = Step(uuid=uuid)
     task.run = lambda: value
     return task

@@ -1,4 +1,4 @@
-"""Section 1: what `import kser` gives and does to the environment. Each case imports in a process of its own."""
+"""Section 1: the results of `import kser`, and its effect on the environment. Each case imports in another process."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from recorder import case, emit, main, normalise
 NAMES = ("LOCK_PATH", "RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")
 METRICS = ("KSER_METRICS_ENABLED", "KSER_METRICS_ADDRESS", "KSER_METRICS_PORT")
 
-# The same host name everywhere, and no Prometheus client, whatever is installed beside the package.
+# Traces must not depend on the host name, nor on whether the Prometheus client is installed.
 PREAMBLE = """
 import importlib.abc, os, socket, sys
 socket.gethostname = lambda: "testhost"
@@ -38,7 +38,7 @@ def attempt(name, function, *args):
 
 
 def child(code: str, **variables: str) -> None:
-    """Run code after the preamble in a fresh interpreter whose environment has only these variables of kser."""
+    """Run code after the preamble in a new interpreter, whose only environment variables of kser are the given ones."""
     environment = {k: v for k, v in os.environ.items() if k not in (*NAMES, *METRICS)} | variables
     done = subprocess.run(
         [sys.executable, "-c", f"NAMES = {(*NAMES, *METRICS)!r}\n{PREAMBLE}{textwrap.dedent(code)}"],
@@ -82,14 +82,14 @@ def the_package_is_imported_without_metadata_of_its_distribution() -> None:
 def what_the_distribution_asks_for() -> None:
     child(
         """
-        # Ours need not be installed where it is tested: its setup script says what its metadata would.
+        # Our package may be tested without being installed, so its setup script replaces its metadata.
         script = os.environ.get("DIFFERENTIAL_SETUP")
         if script:
             import runpy, types
-            said = {}
-            sys.modules["setuptools"] = types.SimpleNamespace(setup=said.update, find_packages=lambda **options: [])
+            setup = {}
+            sys.modules["setuptools"] = types.SimpleNamespace(setup=setup.update, find_packages=lambda **options: [])
             runpy.run_path(script)
-            extras, requirements = said["extras_require"], said["install_requires"]
+            extras, requirements = setup["extras_require"], setup["install_requires"]
         else:
             import importlib.metadata as metadata
             found = metadata.metadata("kser")
@@ -203,7 +203,7 @@ def the_running_file_of_the_package_is_the_one_that_the_controller_uses() -> Non
 
 
 def fresh_folder(name: str) -> str:
-    """An empty folder below the working directory."""
+    """Create an empty folder in the working directory."""
     os.mkdir(name)
     return os.path.abspath(name)
 

@@ -1,4 +1,4 @@
-"""Section 8: the producer and a broker that answers."""
+"""Section 8: the producer with a broker that responds."""
 
 from cdumay_result import Result
 from kafka import KafkaProducer
@@ -15,12 +15,12 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 def message(**fields) -> Message:
-    """A message with these fields."""
+    """Return a message with the given fields."""
     return Message(**{"uuid": UUID, "entrypoint": "shop.Order", **fields})
 
 
 class Noisy(Producer):
-    """Tells about its hooks and returns values of its own."""
+    """A producer whose hooks print their calls and return values of their own."""
 
     @classmethod
     def onmessage(cls, kmsg):
@@ -39,7 +39,7 @@ class Noisy(Producer):
 
 
 def watched(producer: Producer) -> Producer:
-    """Tell what the client is called with."""
+    """Print the arguments of the calls to the client."""
     send, flush = producer.client.send, producer.client.flush
 
     def watched_send(*args, **kwargs):

@@ -13,19 +13,19 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 def message(**fields) -> Message:
-    """A message with these fields."""
+    """Return a message with the given fields."""
     return Message(**{"uuid": UUID, "entrypoint": "shop.Order", **fields})
 
 
 def producer_whose_client(send) -> Producer:
-    """A producer with a client whose send is replaced."""
+    """Return a producer whose client has another send method."""
     producer = Producer(CLIENT)
     producer.client.send = send
     return producer
 
 
 class Undelivered:
-    """What the client gives for a record that it could not deliver."""
+    """A future of a record that the client could not deliver."""
 
     def get(self, timeout=None):
         raise KafkaTimeoutError("the broker died")

@@ -12,7 +12,7 @@ from kser.sequencing.task import Task
 
 
 class Own(Controller):
-    """Has entrypoints of its own."""
+    """A controller with its own entrypoints."""
 
     ENTRYPOINTS: ClassVar[dict] = {}
 
@@ -22,21 +22,21 @@ class Roll(Task):
 
 
 class Launch(Operation):
-    """An operation."""
+    """An operation to register."""
 
 
 class Plain(Entrypoint):
-    """Neither."""
+    """An entrypoint that is neither a task nor an operation."""
 
 
 def registry(*args, **kwargs) -> OperationRegistry:
-    """A registry on an empty controller."""
+    """Return a registry with an empty controller."""
     Own.ENTRYPOINTS = {}
     return OperationRegistry(*args, controller_class=Own, **kwargs)
 
 
 class App:
-    """Something that stands for an application."""
+    """A replacement for a Flask application."""
 
     def __init__(self) -> None:
         self.config: dict = {}

@@ -1,4 +1,4 @@
-"""Section 2: building messages, and what they write."""
+"""Section 2: construction of messages, and their dumped form."""
 
 import datetime
 import decimal
@@ -11,7 +11,7 @@ from kser.schemas import Base, BaseSchema, Message, MessageSchema
 
 
 def message(**fields) -> Message:
-    """A message with a readable uuid and these fields."""
+    """Return a message with a readable uuid and the given fields."""
     return Message(**{"uuid": "u-1", "entrypoint": "shop.Order", **fields})
 
 
@@ -146,7 +146,7 @@ def values_that_json_does_not_know() -> None:
 
 
 def cyclic() -> dict:
-    """A mapping that holds itself."""
+    """Return a mapping that contains itself."""
     target: dict = {}
     target["self"] = target
     return target

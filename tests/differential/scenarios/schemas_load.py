@@ -1,4 +1,4 @@
-"""Section 2: reading messages, what is accepted and what is refused."""
+"""Section 2: loading of messages that are accepted, and of messages that are rejected."""
 
 import json
 
@@ -11,16 +11,16 @@ UUID = "11111111-1111-4111-8111-111111111111"
 
 
 class Special(Message):
-    """A subclass, as kser-crypto has one."""
+    """A subclass of Message, like the one of kser-crypto."""
 
 
 def payload(**fields) -> dict:
-    """A message as a mapping, with these fields in place of the plain ones."""
+    """Return a valid message as a mapping, with the given fields instead of the default ones."""
     return {"uuid": UUID, "entrypoint": "shop.Order", **fields}
 
 
 def loads(label: str, **fields) -> None:
-    """Load a message with these fields and print it."""
+    """Load a message with the given fields and print it."""
     call(label, Message.loads, json.dumps(payload(**fields)))
 
 
@@ -132,7 +132,7 @@ def what_is_no_text_is_refused_as_such() -> None:
 
 
 def refused(label: str, **fields) -> None:
-    """Load a message that is refused, and print the whole error."""
+    """Load a message that is rejected, and print the whole error."""
     try:
         Message.loads(json.dumps(payload(**fields)))
     except Exception as error:

@@ -5,7 +5,7 @@ import inspect
 
 from recorder import case, emit, main
 
-# The underscore triggers that users override; other private names are nobody's business.
+# The underscore triggers that users override. Other private names are not published.
 TRIGGERS = frozenset(
     (
         *("_post_init", "_prerun", "_run", "_postrun", "_onsuccess", "_onerror"),
@@ -14,7 +14,7 @@ TRIGGERS = frozenset(
 )
 SPECIAL = ("__init__", "__repr__", "__del__")
 
-# What was published. Helpers of a module, on either side, are no part of its surface.
+# The published names. Helpers of a module are not part of its surface in either package.
 PUBLISHED = {
     "kser.schemas": ("BaseSchema", "MessageSchema", "Base", "Message"),
     "kser.entry": ("EntrypointMeta", "Entrypoint"),
@@ -28,7 +28,7 @@ PUBLISHED = {
 
 
 def kind_of(owner: type, name: str) -> str:
-    """How a member is declared."""
+    """Return the kind of a member."""
     static = inspect.getattr_static(owner, name)
     if isinstance(static, staticmethod | classmethod | property):
         return type(static).__name__
@@ -36,19 +36,19 @@ def kind_of(owner: type, name: str) -> str:
 
 
 def parameters(member) -> str:
-    """Names, kinds and defaults of the parameters; without annotations, which change nothing at run time."""
+    """Return names, kinds and defaults of the parameters, without annotations, which have no effect at run time."""
     signature = inspect.signature(member)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
 def declared(owner: type, name: str) -> bool:
-    """Whether the class, or one that it inherits from inside the package, declares a special method."""
+    """Return whether a class, or a base class inside the package, declares a special method."""
     return any(name in vars(base) for base in owner.__mro__ if base.__module__.partition(".")[0] == "kser")
 
 
 def show_class(owner: type) -> None:
-    """Print a class, the published ones that it inherits from, and its members."""
+    """Print a class, its published base classes, and its members."""
     published = {name for names in PUBLISHED.values() for name in names}
     bases = [base.__name__ for base in owner.__mro__[1:] if base.__name__ in published]
     emit(f"class {owner.__name__}({', '.join(bases)})")
@@ -64,7 +64,7 @@ def show_class(owner: type) -> None:
 
 
 def show_module(name: str) -> None:
-    """Print the published classes of a module, where they say that they come from, and the module's logger."""
+    """Print the published classes of a module, the module that each one names, and the module's logger."""
     module = importlib.import_module(name)
     logger = getattr(module, "logger", None)
     emit(f"module {name} logger={logger and logger.name}")

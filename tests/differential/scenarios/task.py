@@ -57,7 +57,7 @@ def init_by_id_gives_nothing() -> None:
 @case("5.get-attr")
 def get_attr_looks_for_an_id() -> None:
     class Parent:
-        """Has an id."""
+        """An object with an id."""
 
         parentId = 7  # noqa: N815
 

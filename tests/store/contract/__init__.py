@@ -1,4 +1,4 @@
-"""The contract of a store."""
+"""The contract that each store fulfils."""
 
 from __future__ import annotations
 

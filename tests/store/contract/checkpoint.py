@@ -1,4 +1,4 @@
-"""Contract tests of checkpoints, run against each store."""
+"""Contract tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from kser.store.model import (
     StepMessage,
 )
 from tests.store.harness import (
-    CLOSE,
     LEASE,
+    TIME_TOLERANCE,
     StoreHarness,
     claim_request,
     claim_root,
@@ -36,18 +36,18 @@ from tests.store.harness import (
     outcome_of,
     resume_stored,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
     update_of,
 )
+from tests.support import run_concurrently
 
 
 class CheckpointContract:
-    """Tests of checkpoints."""
+    """The contract of checkpoints."""
 
     def test_checkpoint_records_result_attempt_event_and_step_together(self, harness: StoreHarness) -> None:
-        """Rule 13: the task's result, the operation's, attempt, events, and which step is current."""
+        """Rule 13: one transaction writes the results of task and operation, the attempt, the events and the step."""
         claim = save_and_claim(harness.store, new_operation(3))
         assert harness.store.checkpoint(step_checkpoint(claim, 0)) == states.RUNNING
         stored = harness.other.snapshot(claim.root.uuid)
@@ -67,7 +67,7 @@ class CheckpointContract:
             ended_at=attempt.ended_at,
             error=None,
         )
-        assert attempt.ended_at == pytest.approx(harness.now, abs=CLOSE)
+        assert attempt.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert attempt.ended_at - attempt.started_at == pytest.approx(0.25)
         event = stored.events[-1]
         assert event == EventRow(
@@ -79,7 +79,7 @@ class CheckpointContract:
             uuid="task 0",
             text=None,
         )
-        assert event.at == pytest.approx(harness.now, abs=CLOSE)
+        assert event.at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert stored.root_uuid == claim.root.uuid
 
     def test_ending_checkpoint_releases_the_claim(self, harness: StoreHarness) -> None:
@@ -88,7 +88,7 @@ class CheckpointContract:
         row = row_of(harness.store, claim.root.uuid)
         assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"all": "over"}', Phase.END_SUCCESS)
         assert (row.epoch, row.owner, row.next_check_at) == (2, None, None)
-        assert row.ended_at == pytest.approx(harness.now, abs=CLOSE)
+        assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert event_kinds(harness.store, row.uuid) == ["accepted", "claimed", "ended"]
 
     def test_checkpoint_may_record_the_result_before_the_end(self, harness: StoreHarness) -> None:
@@ -99,20 +99,14 @@ class CheckpointContract:
         assert (row.result, row.status, row.ended_at) == ('{"nearly": 1}', states.RUNNING, None)
 
     def test_released_claim_can_be_claimed_by_any_consumer(self, harness: StoreHarness) -> None:
-        """Rule 30."""
+        """Rule 30: a hand-over releases the claim."""
         claim = save_and_claim(harness.store, new_operation(3))
         target = StepMessage("task-1", "shop.Ship", "gpu")
         assert harness.store.checkpoint(step_checkpoint(claim, 0, keep=False, target=target)) == states.RUNNING
         row = row_of(harness.store, claim.root.uuid)
-        assert (row.epoch, row.owner, row.target, row.claim_count, row.send_count, row.sent_at) == (
-            2,
-            None,
-            target,
-            0,
-            0,
-            None,
-        )
-        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=CLOSE)
+        assert (row.epoch, row.owner, row.target, row.claim_count) == (2, None, target, 0)
+        assert (row.send_count, row.sent_at) == (0, None)
+        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=TIME_TOLERANCE)
         assert row.due_at <= harness.now
         assert claim_root(harness.other, row).epoch == 3
 
@@ -128,25 +122,26 @@ class CheckpointContract:
         retry = step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False, delay=50)
         harness.store.checkpoint(retry)
         row = row_of(harness.store, claim.root.uuid)
-        assert row.due_at == row.next_check_at == pytest.approx(harness.now + 50, abs=CLOSE)
+        assert row.due_at == row.next_check_at == pytest.approx(harness.now + 50, abs=TIME_TOLERANCE)
         refusal = harness.store.claim(row.uuid, row.target.uuid, claim_request())
         assert refusal == ClaimRefused(RefusalReason.WAITING, row)
         stored = harness.store.snapshot(row.uuid)
         assert stored is not None
         assert (stored.tasks[0].status, stored.tasks[0].attempts) == (states.PENDING, 1)
-        assert (stored.attempts[0].status, stored.attempts[0].error) == (states.FAILED, "ConnectionError: later")
+        (attempt,) = stored.attempts
+        assert (attempt.status, attempt.error) == (states.FAILED, "ConnectionError: later")
         assert due_steps(harness.store) == []
         harness.advance(51)
         assert due_steps(harness.store) == [(row.uuid, DueReason.RETRY)]
         assert claim_root(harness.store, row).epoch == 3
 
     def test_retry_keeps_the_result_saved_with_the_task(self, harness: StoreHarness) -> None:
-        claim = save_and_claim(harness.store, new_operation([new_task(result='{"came": "with"}')]))
+        claim = save_and_claim(harness.store, new_operation([new_task(result='{"saved": "with the task"}')]))
         failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
         harness.store.checkpoint(
             step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False)
         )
-        assert harness.store.get_tasks(claim.id)[0].result == '{"came": "with"}'
+        assert harness.store.get_tasks(claim.id)[0].result == '{"saved": "with the task"}'
 
     def test_attempts_are_appended_and_never_replaced(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(2))
@@ -207,13 +202,13 @@ class CheckpointContract:
         )
         assert [task.position for task in harness.store.get_tasks(claim.id)] == list(range(10_000))
 
-    # -- fences --------------------------------------------------------------------------------------------------------
+    # -- fencing -------------------------------------------------------------------------------------------------------
 
     def test_stale_owner_is_fenced_and_records_nothing(self, harness: StoreHarness) -> None:
-        """Rules 8 and 11, and what two processes are that both believe they own an operation."""
+        """Rules 8 and 11: two processes may both run as owner, and only the current claim may write."""
         stale = save_and_claim(harness.store, new_operation(3))
         harness.advance(LEASE + 1)
-        fresh = claim_root(harness.other, stale.root)
+        current = claim_root(harness.other, stale.root)
         before = harness.store.snapshot(stale.root.uuid)
         for checkpoint in (
             step_checkpoint(stale, 0),
@@ -223,12 +218,12 @@ class CheckpointContract:
             with pytest.raises(FencedError):
                 harness.store.checkpoint(checkpoint)
         assert harness.store.snapshot(stale.root.uuid) == before
-        assert harness.other.checkpoint(step_checkpoint(fresh, 0)) == states.RUNNING
+        assert harness.other.checkpoint(step_checkpoint(current, 0)) == states.RUNNING
         with pytest.raises(FencedError):
             harness.store.checkpoint(step_checkpoint(stale, 0))
 
     def test_checkpoint_after_lease_expiry_succeeds_until_another_claim(self, harness: StoreHarness) -> None:
-        """Rule 9: a lease that is over is no fence, a claim is."""
+        """Rule 9: only another claim fences the owner, not the expired lease."""
         claim = save_and_claim(harness.store, new_operation(3))
         harness.advance(LEASE + 1)
         assert harness.store.checkpoint(step_checkpoint(claim, 0)) == states.RUNNING
@@ -242,7 +237,7 @@ class CheckpointContract:
             harness.store.checkpoint(step_checkpoint(claim, 1))
 
     def test_checkpoint_from_wrong_step_is_fenced(self, harness: StoreHarness) -> None:
-        """Rule 8: the step is current."""
+        """Rule 8: the checkpoint must start from the current step."""
         claim = save_and_claim(harness.store, new_operation(5))
         harness.store.checkpoint(step_checkpoint(claim, 0))
         before = harness.store.snapshot(claim.root.uuid)
@@ -251,7 +246,7 @@ class CheckpointContract:
         assert harness.store.snapshot(claim.root.uuid) == before
 
     def test_checkpoint_from_wrong_phase_is_fenced(self, harness: StoreHarness) -> None:
-        """Rule 8: releasing a step must not undo a checkpoint that was recorded meanwhile."""
+        """Rule 8: a release must not undo a checkpoint that was written before it."""
         claim = save_and_claim(harness.store, new_operation(3, mode=Mode.DISTRIBUTED))
         harness.store.checkpoint(step_checkpoint(claim, 0, updates=[update_of(claim.root, 0, phase=Phase.CHOOSE_NEXT)]))
         before = harness.store.snapshot(claim.root.uuid)
@@ -279,11 +274,11 @@ class CheckpointContract:
         with pytest.raises(FencedError):
             harness.store.checkpoint(ending_checkpoint(claim, 0))
 
-    # -- again ---------------------------------------------------------------------------------------------------------
+    # -- repeated checkpoints ------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("keep", [True, False])
     def test_repeated_checkpoint_returns_the_same_status(self, harness: StoreHarness, keep: bool) -> None:
-        """Rule 10: after a COMMIT of unknown outcome."""
+        """Rule 10: the caller repeats a checkpoint after a commit of unknown outcome."""
         claim = save_and_claim(harness.store, new_operation(3))
         checkpoint = step_checkpoint(claim, 0, keep=keep)
         assert harness.store.checkpoint(checkpoint) == states.RUNNING
@@ -291,26 +286,28 @@ class CheckpointContract:
         assert harness.other.checkpoint(checkpoint) == states.RUNNING
         assert harness.store.snapshot(claim.root.uuid) == before
 
-    def test_repeated_ending_checkpoint_returns_the_same_status(self, harness: StoreHarness) -> None:
+    @pytest.mark.parametrize("status", [states.SUCCESS, states.FAILED])
+    def test_repeated_ending_checkpoint_returns_the_same_status(self, harness: StoreHarness, status: str) -> None:
         """Rule 10."""
-        for status in (states.SUCCESS, states.FAILED):
-            claim = save_and_claim(harness.store, new_operation(1))
-            checkpoint = ending_checkpoint(claim, 0, status)
-            assert harness.store.checkpoint(checkpoint) == status
-            before = harness.store.snapshot(claim.root.uuid)
-            assert harness.store.checkpoint(checkpoint) == status
-            assert harness.store.snapshot(claim.root.uuid) == before
+        claim = save_and_claim(harness.store, new_operation(1))
+        checkpoint = ending_checkpoint(claim, 0, status)
+        assert harness.store.checkpoint(checkpoint) == status
+        before = harness.store.snapshot(claim.root.uuid)
+        assert harness.store.checkpoint(checkpoint) == status
+        assert harness.store.snapshot(claim.root.uuid) == before
 
-    def test_repeated_retry_checkpoint_counts_one_attempt(self, harness: StoreHarness) -> None:
-        """Rule 10: the step is the same before and after."""
-        for keep in (False, True):
-            claim = save_and_claim(harness.store, new_operation(2))
-            failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
-            retry = step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=keep)
-            harness.store.checkpoint(retry)
-            before = harness.store.snapshot(claim.root.uuid)
-            assert harness.store.checkpoint(retry) == states.RUNNING
-            assert harness.store.snapshot(claim.root.uuid) == before
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_repeated_retry_checkpoint_counts_one_attempt(self, harness: StoreHarness, keep: bool) -> None:
+        """Rule 10: a retry does not change the step, so the step does not show that the retry was written."""
+        claim = save_and_claim(harness.store, new_operation(2))
+        failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="no")
+        retry = step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=keep)
+        harness.store.checkpoint(retry)
+        before = harness.store.snapshot(claim.root.uuid)
+        assert before is not None
+        assert len(before.attempts) == 1
+        assert harness.store.checkpoint(retry) == states.RUNNING
+        assert harness.store.snapshot(claim.root.uuid) == before
 
     def test_repeated_checkpoint_builds_tasks_once(self, harness: StoreHarness) -> None:
         """Rule 10."""
@@ -331,7 +328,7 @@ class CheckpointContract:
             harness.store.checkpoint(checkpoint)
 
     def test_repeated_checkpoint_after_a_resume_is_fenced(self, harness: StoreHarness) -> None:
-        """Rule 25: the token is another one."""
+        """Rule 25: a resume replaces the token."""
         claim = save_and_claim(harness.store, new_operation(1))
         checkpoint = ending_checkpoint(claim, 0, states.FAILED)
         harness.store.checkpoint(checkpoint)
@@ -339,7 +336,7 @@ class CheckpointContract:
         with pytest.raises(FencedError):
             harness.store.checkpoint(checkpoint)
 
-    # -- together ------------------------------------------------------------------------------------------------------
+    # -- concurrent checkpoints ----------------------------------------------------------------------------------------
 
     def test_concurrent_checkpoints_are_all_recorded(self, harness: StoreHarness) -> None:
         """Rule 14."""
@@ -359,40 +356,39 @@ class CheckpointContract:
             assert {task.status for task in stored.tasks} == {states.SUCCESS}
 
     def test_fenced_checkpoint_does_not_affect_concurrent_ones(self, harness: StoreHarness) -> None:
-        """Rule 14: each is fenced alone."""
-        claims = [save_and_claim(harness.store, new_operation(3)) for _ in range(12)]
-        for stale in claims[::3]:
-            harness.store.checkpoint(step_checkpoint(stale, 0, keep=False))
-        results = run_concurrently(
-            *(lambda claim=claim: harness.store.checkpoint(step_checkpoint(claim, 0)) for claim in claims[1::3]),
-            *(lambda claim=claim: harness.store.checkpoint(step_checkpoint(claim, 1)) for claim in claims[::3]),
-        )
-        assert results[:4] == [states.RUNNING] * 4
-        assert [type(result) for result in results[4:]] == [FencedError] * 4
+        """Rule 14: the store fences each checkpoint of a group separately."""
+        current, stale = ([save_and_claim(harness.store, new_operation(3)) for _ in range(4)] for _ in range(2))
+        for claim in stale:
+            harness.store.checkpoint(step_checkpoint(claim, 0, keep=False))
+        checkpoints = [step_checkpoint(claim, 0) for claim in current] + [step_checkpoint(claim, 1) for claim in stale]
+        results = run_concurrently(*(lambda item=item: harness.store.checkpoint(item) for item in checkpoints))
+        statuses, errors = results[: len(current)], results[len(current) :]
+        assert statuses == [states.RUNNING] * 4
+        assert [type(error) for error in errors] == [FencedError] * 4
 
-    # -- nested --------------------------------------------------------------------------------------------------------
+    # -- nested operations ---------------------------------------------------------------------------------------------
 
     def test_end_of_a_nested_operation_ends_the_outer_step_in_one_checkpoint(self, harness: StoreHarness) -> None:
-        """Rule 31: up to the root."""
+        """Rule 31: one checkpoint writes every operation up to the root."""
         leaf = new_operation(1)
         middle = new_operation([new_task(leaf)])
         claim = save_and_claim(harness.store, new_operation([new_task(middle), new_task()]))
-        root, two, three = claim.path
-        done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": '{"inner": 1}'}
+        root, middle_row, leaf_row = claim.path
+        success = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": '{"inner": 1}'}
         checkpoint = step_checkpoint(
             claim,
             0,
-            updates=[update_of(three, 0, **done), update_of(two, 0, **done), update_of(root, 1)],
-            outcomes=[outcome_of(three, 0), outcome_of(two, 0, 0), outcome_of(root, 0, 0)],
+            updates=[update_of(leaf_row, 0, **success), update_of(middle_row, 0, **success), update_of(root, 1)],
+            outcomes=[outcome_of(leaf_row, 0), outcome_of(middle_row, 0, 0), outcome_of(root, 0, 0)],
         )
         assert harness.store.checkpoint(checkpoint) == states.RUNNING
-        for row in (two, three):
-            now = row_of(harness.store, row.uuid)
-            assert (now.status, now.result, now.phase) == (states.SUCCESS, '{"inner": 1}', Phase.END_SUCCESS)
-            assert now.started_at is not None
-            assert now.ended_at == pytest.approx(harness.now, abs=CLOSE)
-        now = row_of(harness.store, root.uuid)
-        assert (now.step, now.status, now.ended_at, now.epoch) == (1, states.RUNNING, None, 1)
+        for operation in (middle, leaf):
+            row = row_of(harness.store, operation.uuid)
+            assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"inner": 1}', Phase.END_SUCCESS)
+            assert row.started_at is not None
+            assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        row = row_of(harness.store, root.uuid)
+        assert (row.step, row.status, row.ended_at, row.epoch) == (1, states.RUNNING, None, 1)
         assert [task.status for task in harness.store.get_tasks(root.id)] == [states.SUCCESS, states.PENDING]
         before = harness.store.snapshot(root.uuid)
         assert harness.store.checkpoint(checkpoint) == states.RUNNING
@@ -407,8 +403,8 @@ class CheckpointContract:
         )
         assert harness.store.checkpoint(checkpoint) == states.RUNNING
         assert harness.store.checkpoint(checkpoint) == states.RUNNING
-        now = row_of(harness.store, inner.uuid)
-        assert (now.step, now.status) == (1, states.RUNNING)
+        row = row_of(harness.store, inner.uuid)
+        assert (row.step, row.status) == (1, states.RUNNING)
         stored = harness.store.snapshot(inner.uuid)
         assert stored is not None
         assert (len(stored.attempts), stored.root_uuid) == (1, root.uuid)

@@ -1,4 +1,4 @@
-"""Contract tests of find and snapshot, run against each store."""
+"""Contract tests of find and snapshot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ import pytest
 
 from kser import status as states
 from kser.errors import UsageError
-from kser.store.model import (
-    EVENTS,
-    OperationQuery,
-    OperationRow,
-)
+from kser.store.model import EVENTS, OperationQuery, OperationRow
 from tests.store.harness import (
     StoreHarness,
     ending_checkpoint,
@@ -26,7 +22,7 @@ from tests.store.harness import (
 
 
 class FindContract:
-    """Tests of get and find."""
+    """The contract of find and snapshot."""
 
     def test_snapshot_contains_operation_tasks_attempts_and_events(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(2))
@@ -51,7 +47,7 @@ class FindContract:
             uuids += (row.uuid for row in page.rows)
             sizes.append(len(page.rows))
             cursor = page.cursor
-            # A later operation does not change the pages that follow.
+            # An operation that is saved between two pages changes none of them.
             harness.store.save(new_operation(1, entrypoint="shop.Late"))
             if cursor is None:
                 break
@@ -68,25 +64,25 @@ class FindContract:
         with pytest.raises(UsageError, match="cursor"):
             harness.store.find(OperationQuery(), 3, after)
 
-    def _some(self, harness: StoreHarness) -> dict[str, OperationRow]:
-        """Operations of all kinds, one a minute."""
+    def _save_examples(self, harness: StoreHarness) -> dict[str, OperationRow]:
+        """Save five operations with different statuses, one minute apart; return their rows by name."""
         store = harness.store
         rows: dict[str, OperationRow] = {}
-        for which, entrypoint, status in (
+        for name, entrypoint, status in (
             ("pending", "shop.PlaceOrder", None),
             ("running", "shop.PlaceOrder", ""),
             ("failed", "shop.PlaceOrder", states.FAILED),
             ("success", "shop.PlaceOrder", states.SUCCESS),
             ("refund", "shop.Refund", states.FAILED),
         ):
-            labels = [("which", which), ("customer", "7" if which in ("failed", "refund") else "8")]
+            labels = [("name", name), ("customer", "7" if name in ("failed", "refund") else "8")]
             operation = new_operation(1, entrypoint=entrypoint, labels=labels)
             claim = None if status is None else save_and_claim(store, operation)
             if claim is None:
                 store.save(operation)
             elif status:
                 store.checkpoint(ending_checkpoint(claim, 0, status))
-            rows[which] = row_of(store, operation.uuid)
+            rows[name] = row_of(store, operation.uuid)
             harness.advance(60)
         return rows
 
@@ -97,36 +93,36 @@ class FindContract:
             (OperationQuery(status=["FAILED"]), "refund failed"),
             (OperationQuery(status={"PENDING", "SUCCESS"}), "success pending"),
             (OperationQuery(status=[]), ""),
-            (OperationQuery(status=["UNHEARD"]), ""),
+            (OperationQuery(status=["UNKNOWN"]), ""),
             (OperationQuery(entrypoint="shop.Refund"), "refund"),
             (OperationQuery(entrypoint="shop.PlaceOrder"), "success failed running pending"),
             (OperationQuery(entrypoint="shop.PlaceOrder", status=["FAILED"]), "failed"),
             (OperationQuery(entrypoint="shop.Other"), ""),
             (OperationQuery(labels=[("customer", "7")]), "refund failed"),
-            (OperationQuery(labels=[("customer", "7"), ("which", "failed")]), "failed"),
-            (OperationQuery(labels=[("customer", "7"), ("which", "running")]), ""),
+            (OperationQuery(labels=[("customer", "7"), ("name", "failed")]), "failed"),
+            (OperationQuery(labels=[("customer", "7"), ("name", "running")]), ""),
             (OperationQuery(labels=[("customer", "7")], entrypoint="shop.Refund"), "refund"),
             (OperationQuery(labels=[("customer", "8")], status=["RUNNING", "PENDING"]), "running pending"),
             (OperationQuery(labels=[("customer", "8")], status=[]), ""),
             (OperationQuery(labels=[("customer", "%")]), ""),
-            (OperationQuery(parent="nobody"), ""),
+            (OperationQuery(parent="unknown-uuid"), ""),
         ],
     )
     def test_find_applies_every_filter(self, harness: StoreHarness, query: OperationQuery, expected: str) -> None:
         """An operation must match every filter of the query."""
-        rows = self._some(harness)
-        assert harness.store.find(query, 10).rows == [rows[which] for which in expected.split()]
+        rows = self._save_examples(harness)
+        assert harness.store.find(query, 10).rows == [rows[name] for name in expected.split()]
 
     def test_find_filters_by_creation_time(self, harness: StoreHarness) -> None:
-        """From ``since`` on, and before ``until``, exactly."""
-        rows = self._some(harness)
+        """``since`` is inclusive, and ``until`` is exclusive."""
+        rows = self._save_examples(harness)
         since, until = rows["running"].created_at, rows["success"].created_at
 
         def find(**values: Any) -> list[OperationRow]:
             return list(harness.store.find(OperationQuery(**values), 10).rows)
 
-        assert find(since=since) == [rows[which] for which in ("refund", "success", "failed", "running")]
-        assert find(until=until) == [rows[which] for which in ("failed", "running", "pending")]
+        assert find(since=since) == [rows[name] for name in ("refund", "success", "failed", "running")]
+        assert find(until=until) == [rows[name] for name in ("failed", "running", "pending")]
         assert find(since=since, until=until) == [rows["failed"], rows["running"]]
         assert find(since=since, until=until, status=["FAILED"]) == [rows["failed"]]
         assert find(since=since, until=until, labels=[("customer", "8")]) == [rows["running"]]
@@ -137,8 +133,8 @@ class FindContract:
     def test_find_returns_roots_unless_a_parent_is_given(self, harness: StoreHarness) -> None:
         """Rule 31."""
         leaf = new_operation(1)
-        one, two = new_operation([new_task(leaf)], entrypoint="shop.One"), new_operation(1, labels=[("a", "1")])
-        outer = new_operation([new_task(one), new_task(two)], labels=[("a", "1")])
+        first, second = new_operation([new_task(leaf)], entrypoint="shop.One"), new_operation(1, labels=[("a", "1")])
+        outer = new_operation([new_task(first), new_task(second)], labels=[("a", "1")])
         harness.store.save(outer)
         saved_row = row_of(harness.store, outer.uuid)
 
@@ -147,16 +143,16 @@ class FindContract:
 
         assert find() == [outer.uuid]
         assert find(labels=[("a", "1")]) == [outer.uuid]
-        assert find(parent=outer.uuid) == [two.uuid, one.uuid]
-        assert find(parent=one.uuid) == [leaf.uuid]
+        assert find(parent=outer.uuid) == [second.uuid, first.uuid]
+        assert find(parent=first.uuid) == [leaf.uuid]
         assert find(parent=leaf.uuid) == []
-        assert find(parent=outer.uuid, entrypoint="shop.One") == [one.uuid]
+        assert find(parent=outer.uuid, entrypoint="shop.One") == [first.uuid]
         assert find(parent=outer.uuid, status=["FAILED"]) == []
-        assert find(parent=outer.uuid, labels=[("a", "1")]) == [two.uuid]
-        assert find(parent=outer.uuid, since=saved_row.created_at - 5) == [two.uuid, one.uuid]
+        assert find(parent=outer.uuid, labels=[("a", "1")]) == [second.uuid]
+        assert find(parent=outer.uuid, since=saved_row.created_at - 5) == [second.uuid, first.uuid]
         page = harness.store.find(OperationQuery(parent=outer.uuid), 1)
         assert harness.store.find(OperationQuery(parent=outer.uuid), 1, page.cursor).rows == [
-            row_of(harness.store, one.uuid)
+            row_of(harness.store, first.uuid)
         ]
 
     def test_label_may_have_any_length(self, harness: StoreHarness) -> None:
@@ -166,7 +162,7 @@ class FindContract:
             assert [row.uuid for row in harness.store.find(OperationQuery(labels=[pair]), 5).rows] == [operation.uuid]
 
     def test_special_characters_are_stored_as_plain_text(self, harness: StoreHarness) -> None:
-        """Quotes, percent signs, colons and question marks have no special meaning."""
+        """Characters that SQL or a driver gives a meaning to are stored as any other text."""
         text = "'; DROP TABLE kser_operation; -- %s %(x)s :x ? $1 \\ \""
         operation = new_operation(1, uuid=text, entrypoint=text, labels=[(text, text)])
         harness.store.save(operation)

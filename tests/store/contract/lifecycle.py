@@ -1,4 +1,4 @@
-"""Contract tests of cancel, resume and purge, run against each store."""
+"""Contract tests of cancel, resume and purge."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from kser.store.model import (
     StepMessage,
 )
 from tests.store.harness import (
-    CLOSE,
     LEASE,
+    TIME_TOLERANCE,
     StoreHarness,
     claim_request,
     claim_root,
@@ -32,21 +32,21 @@ from tests.store.harness import (
     outcome_of,
     resume_stored,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
     unique_name,
     update_of,
 )
+from tests.support import run_concurrently
 
 
 class LifecycleContract:
-    """Tests of cancel, resume and purge."""
+    """The contract of cancel, resume and purge."""
 
     def test_cancel_of_an_unclaimed_operation_takes_effect_at_once(self, harness: StoreHarness) -> None:
-        """Rule 24, with everything in it; what has ended stays."""
-        done, never = new_operation(1), new_operation([new_task(new_operation(1))])
-        claim = save_and_claim(harness.store, new_operation([new_task(done), new_task(never)]))
+        """Rule 24: the nested operations are cancelled too, except those that have ended."""
+        finished, waiting = new_operation(1), new_operation([new_task(new_operation(1))])
+        claim = save_and_claim(harness.store, new_operation([new_task(finished), new_task(waiting)]))
         root, first = claim.path
         ended = update_of(first, 0, status=states.SUCCESS, phase=Phase.END_SUCCESS, result="{}")
         outcomes = [outcome_of(first, 0), outcome_of(root, 0, 0)]
@@ -57,14 +57,12 @@ class LifecycleContract:
         row = harness.other.cancel(root.uuid, "changed my mind")
         assert row is not None
         assert row == row_of(harness.store, root.uuid)
-        assert (row.status, row.cancel_reason, row.owner, row.token) == (
-            *(states.CANCELLED, "changed my mind"),
-            *(None, None),
-        )
+        assert (row.status, row.cancel_reason) == (states.CANCELLED, "changed my mind")
+        assert (row.owner, row.token) == (None, None)
         assert (row.epoch, row.next_check_at) == (before.epoch + 1, None)
-        assert row.ended_at == pytest.approx(harness.now, abs=CLOSE)
-        assert row_of(harness.store, done.uuid).status == states.SUCCESS
-        children = [row for row in harness.store.get_children(root.id) if row.uuid != done.uuid]
+        assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        assert row_of(harness.store, finished.uuid).status == states.SUCCESS
+        children = [row for row in harness.store.get_children(root.id) if row.uuid != finished.uuid]
         assert {row.status for row in children} == {states.CANCELLED}
         assert event_kinds(harness.store, root.uuid)[-1] == "ended"
         assert harness.store.cancel(root.uuid, "again") == row
@@ -88,7 +86,7 @@ class LifecycleContract:
             harness.store.checkpoint(step_checkpoint(claim, 0))
 
     def test_cancel_of_a_running_operation_takes_effect_at_its_next_checkpoint(self, harness: StoreHarness) -> None:
-        """Rule 24: the running task's result is still recorded, then CANCELLED."""
+        """Rule 24: the result of the running task is recorded, and the operation ends as CANCELLED."""
         inner = new_operation(2)
         claim = save_and_claim(harness.store, new_operation([new_task(), new_task(inner)]))
         row = harness.other.cancel(claim.root.uuid, "why \0")
@@ -103,7 +101,7 @@ class LifecycleContract:
         row = stored.operation
         assert (row.status, row.step, row.accumulated, row.epoch) == (states.CANCELLED, 1, '{"up to": 1}', 2)
         assert (row.owner, row.next_check_at) == (None, None)
-        assert row.ended_at == pytest.approx(harness.now, abs=CLOSE)
+        assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert (stored.tasks[0].status, stored.tasks[0].result) == (states.SUCCESS, '{"of": 0}')
         assert row_of(harness.store, inner.uuid).status == states.CANCELLED
         assert [(event.kind, event.text) for event in stored.events[-2:]] == [
@@ -123,7 +121,7 @@ class LifecycleContract:
     def test_last_checkpoint_of_a_cancelled_operation_returns_cancelled(
         self, harness: StoreHarness, status: str
     ) -> None:
-        """The status in the update of the root does not matter."""
+        """The status that the checkpoint has for the root operation is not used."""
         claim = save_and_claim(harness.store, new_operation(1))
         harness.store.cancel(claim.root.uuid, None)
         assert harness.store.checkpoint(ending_checkpoint(claim, 0, status)) == states.CANCELLED
@@ -146,7 +144,7 @@ class LifecycleContract:
         assert (row.status, row.next_check_at) == (states.CANCELLED, None)
 
     def test_cancel_during_a_nested_step_cancels_all_outer_operations(self, harness: StoreHarness) -> None:
-        """Rule 31: cancel goes through the root."""
+        """Rule 31: cancel names the root operation."""
         inner = new_operation(2)
         claim = save_and_claim(harness.store, new_operation([new_task(inner)]))
         root, child = claim.path
@@ -155,9 +153,9 @@ class LifecycleContract:
             claim, 0, updates=[update_of(child, 1), update_of(root, 0)], outcomes=[outcome_of(child, 0)]
         )
         assert harness.store.checkpoint(checkpoint) == states.CANCELLED
-        now = row_of(harness.store, inner.uuid)
-        assert (now.status, now.step) == (states.CANCELLED, 1)
-        assert now.ended_at == pytest.approx(harness.now, abs=CLOSE)
+        row = row_of(harness.store, inner.uuid)
+        assert (row.status, row.step) == (states.CANCELLED, 1)
+        assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert harness.store.get_tasks(child.id)[0].status == states.SUCCESS
 
     def test_stale_owner_of_a_cancelled_operation_is_fenced(self, harness: StoreHarness) -> None:
@@ -169,15 +167,15 @@ class LifecycleContract:
             harness.store.checkpoint(step_checkpoint(stale, 0))
         assert row_of(harness.store, stale.root.uuid).status == states.RUNNING
 
-    def test_cancel_after_the_end_changes_nothing(self, harness: StoreHarness) -> None:
-        """Rule 24: cancel returns the real status."""
-        for status in (states.SUCCESS, states.FAILED):
-            claim = save_and_claim(harness.store, new_operation(1))
-            harness.store.checkpoint(ending_checkpoint(claim, 0, status))
-            before = harness.store.snapshot(claim.root.uuid)
-            assert before is not None
-            assert harness.store.cancel(claim.root.uuid, "late") == before.operation
-            assert harness.store.snapshot(claim.root.uuid) == before
+    @pytest.mark.parametrize("status", [states.SUCCESS, states.FAILED])
+    def test_cancel_after_the_end_changes_nothing(self, harness: StoreHarness, status: str) -> None:
+        """Rule 24: cancel returns the status with which the operation ended."""
+        claim = save_and_claim(harness.store, new_operation(1))
+        harness.store.checkpoint(ending_checkpoint(claim, 0, status))
+        before = harness.store.snapshot(claim.root.uuid)
+        assert before is not None
+        assert harness.store.cancel(claim.root.uuid, "late") == before.operation
+        assert harness.store.snapshot(claim.root.uuid) == before
 
     def test_cancel_and_resume_accept_only_root_operations(self, harness: StoreHarness) -> None:
         """Rule 31."""
@@ -189,8 +187,8 @@ class LifecycleContract:
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def _failed(self, store: Store, **values: Any) -> OperationRow:
-        """A root of three tasks, the second of which failed."""
+    def _save_failed(self, store: Store, **values: Any) -> OperationRow:
+        """Save an operation of three tasks whose second task has failed; return its row."""
         claim = save_and_claim(store, new_operation(3, **values))
         store.checkpoint(step_checkpoint(claim, 0))
         store.checkpoint(ending_checkpoint(claim, 1, states.FAILED))
@@ -198,7 +196,7 @@ class LifecycleContract:
 
     def test_resume_continues_at_the_failed_task(self, harness: StoreHarness) -> None:
         """Rule 25."""
-        failed = self._failed(harness.store)
+        failed = self._save_failed(harness.store)
         row = harness.other.resume(failed.uuid, failed.epoch, "token")
         assert row is not None
         assert row == row_of(harness.store, failed.uuid)
@@ -206,7 +204,7 @@ class LifecycleContract:
         assert (row.owner, row.token, row.result, row.ended_at) == (None, "token", None, None)
         assert (row.cancel_requested, row.cancel_reason) == (False, None)
         assert (row.claim_count, row.send_count, row.sent_at) == (0, 0, None)
-        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=CLOSE)
+        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=TIME_TOLERANCE)
         assert row.due_at <= harness.now
         assert row.target == failed.target
         assert row.started_at == failed.started_at
@@ -218,9 +216,8 @@ class LifecycleContract:
         assert harness.store.checkpoint(step_checkpoint(claim, 1, outcomes=[outcome_of(row, 1, 2)])) == states.RUNNING
 
     def test_resume_of_a_distributed_operation_targets_the_failed_task(self, harness: StoreHarness) -> None:
-        failed = self._failed(harness.store, mode=Mode.DISTRIBUTED)
+        failed = self._save_failed(harness.store, mode=Mode.DISTRIBUTED)
         row = resume_stored(harness.store, failed.uuid)
-        assert row is not None
         task = harness.store.get_tasks(row.id)[1]
         assert row.target == StepMessage(task.uuid, task.entrypoint, task.topic)
 
@@ -230,28 +227,25 @@ class LifecycleContract:
         harness.store.cancel(claim.root.uuid, "stop")
         harness.store.checkpoint(step_checkpoint(claim, 0))
         row = resume_stored(harness.store, claim.root.uuid)
-        assert row is not None
         assert (row.status, row.step, row.cancel_requested, row.cancel_reason) == (states.RUNNING, 1, False, None)
         claim = claim_root(harness.store, row)
         assert harness.store.checkpoint(ending_checkpoint(claim, 1)) == states.SUCCESS
 
-    def test_resume_of_an_operation_with_unbuilt_tasks_starts_it(self, harness: StoreHarness) -> None:
-        for mode in ("local", Mode.DISTRIBUTED):
-            operation = new_operation(None, mode=mode)
-            harness.store.save(operation)
-            harness.store.cancel(operation.uuid, None)
-            row = resume_stored(harness.store, operation.uuid)
-            assert row is not None
-            assert (row.phase, row.step, row.status) == (Phase.BUILD, 0, states.RUNNING)
-            assert row.target == operation.target
+    @pytest.mark.parametrize("mode", [Mode.LOCAL, Mode.DISTRIBUTED])
+    def test_resume_of_an_operation_with_unbuilt_tasks_starts_it(self, harness: StoreHarness, mode: Mode) -> None:
+        operation = new_operation(None, mode=mode)
+        harness.store.save(operation)
+        harness.store.cancel(operation.uuid, None)
+        row = resume_stored(harness.store, operation.uuid)
+        assert (row.phase, row.step, row.status) == (Phase.BUILD, 0, states.RUNNING)
+        assert row.target == operation.target
 
     def test_resume_after_all_tasks_succeeded_repeats_only_the_end(self, harness: StoreHarness) -> None:
-        """Rule 23: a raising ``onsuccess`` made it FAILED."""
+        """Rule 23: the operation is FAILED because its ``onsuccess`` raised."""
         claim = save_and_claim(harness.store, new_operation(1, mode=Mode.DISTRIBUTED))
         end = ending_checkpoint(claim, 0, states.FAILED, outcomes=[outcome_of(claim.root, 0)])
-        harness.store.checkpoint(end._replace(target=StepMessage("else", "shop.Else", "else")))
+        harness.store.checkpoint(end._replace(target=StepMessage("other-uuid", "shop.Other", "other-topic")))
         row = resume_stored(harness.store, claim.root.uuid)
-        assert row is not None
         assert (row.phase, row.status) == (Phase.END_SUCCESS, states.RUNNING)
         assert row.target == StepMessage(row.uuid, row.entrypoint, row.topic)
 
@@ -262,46 +256,47 @@ class LifecycleContract:
         claim = save_and_claim(harness.store, new_operation([new_task(), new_task(middle)], mode=Mode.DISTRIBUTED))
         harness.store.checkpoint(step_checkpoint(claim, 0, keep=False))
         claim = claim_root(harness.store, row_of(harness.store, claim.root.uuid))
-        root, two, three = claim.path
+        root, middle_row, leaf_row = claim.path
         harness.store.checkpoint(
             step_checkpoint(
                 claim,
                 1,
-                updates=[update_of(three, 1), update_of(two, 0), update_of(root, 1)],
-                outcomes=[outcome_of(three, 0)],
+                updates=[update_of(leaf_row, 1), update_of(middle_row, 0), update_of(root, 1)],
+                outcomes=[outcome_of(leaf_row, 0)],
             )
         )
         failed: dict[str, Any] = {"status": states.FAILED, "phase": "FAILED", "result": "{}"}
-        moves = [
-            update_of(three._replace(step=1), 1, **failed),
-            update_of(two, 0, **failed),
+        updates = [
+            update_of(leaf_row._replace(step=1), 1, **failed),
+            update_of(middle_row, 0, **failed),
             update_of(root, 1, **failed),
         ]
-        broken = {"status": states.FAILED, "error": "no"}
-        ends = [outcome_of(three, 1, **broken), outcome_of(two, 0, 0, **broken), outcome_of(root, 1, 0, **broken)]
-        assert harness.store.checkpoint(step_checkpoint(claim, 1, updates=moves, outcomes=ends)) == states.FAILED
+        error = {"status": states.FAILED, "error": "no"}
+        outcomes = [
+            outcome_of(leaf_row, 1, **error),
+            outcome_of(middle_row, 0, 0, **error),
+            outcome_of(root, 1, 0, **error),
+        ]
+        end = step_checkpoint(claim, 1, updates=updates, outcomes=outcomes)
+        assert harness.store.checkpoint(end) == states.FAILED
         row = resume_stored(harness.store, root.uuid)
-        assert row is not None
-        assert [row_of(harness.store, each.uuid).status for each in claim.path] == [states.RUNNING] * 3
-        task = harness.store.get_tasks(three.id)[1]
+        assert [row_of(harness.store, member.uuid).status for member in claim.path] == [states.RUNNING] * 3
+        task = harness.store.get_tasks(leaf_row.id)[1]
         assert row.target == StepMessage(task.uuid, task.entrypoint, task.topic)
-        assert [harness.store.get_tasks(each.id)[-1].status for each in claim.path] == [states.PENDING] * 3
-        again = claim_root(harness.store, row)
-        assert [each.uuid for each in again.path] == [root.uuid, middle.uuid, leaf.uuid]
-        assert again.task == task
-        inner = row_of(harness.store, leaf.uuid)
-        assert (inner.ended_at, inner.result, inner.step, inner.phase) == (None, None, 1, Phase.RUN_TASK)
+        assert [harness.store.get_tasks(member.id)[-1].status for member in claim.path] == [states.PENDING] * 3
+        next_claim = claim_root(harness.store, row)
+        assert [member.uuid for member in next_claim.path] == [root.uuid, middle.uuid, leaf.uuid]
+        assert next_claim.task == task
+        leaf_row = row_of(harness.store, leaf.uuid)
+        assert (leaf_row.ended_at, leaf_row.result, leaf_row.step, leaf_row.phase) == (None, None, 1, Phase.RUN_TASK)
 
     def test_resume_of_an_operation_that_did_not_fail_is_rejected(self, harness: StoreHarness) -> None:
         """Rule 26."""
-        waiting, running, done = (
-            new_operation(1),
-            save_and_claim(harness.store, new_operation(1)),
-            save_and_claim(harness.store, new_operation(1)),
-        )
-        harness.store.save(waiting)
-        harness.store.checkpoint(ending_checkpoint(done, 0))
-        for uuid in (waiting.uuid, running.root.uuid, done.root.uuid):
+        pending = new_operation(1)
+        harness.store.save(pending)
+        running, succeeded = (save_and_claim(harness.store, new_operation(1)) for _ in range(2))
+        harness.store.checkpoint(ending_checkpoint(succeeded, 0))
+        for uuid in (pending.uuid, running.root.uuid, succeeded.root.uuid):
             before = harness.store.snapshot(uuid)
             with pytest.raises(StateConflict):
                 resume_stored(harness.store, uuid)
@@ -309,27 +304,27 @@ class LifecycleContract:
 
     def test_concurrent_resumes_have_one_winner(self, harness: StoreHarness) -> None:
         """Rule 25."""
-        failed = self._failed(harness.store)
-        answers = run_concurrently(
+        failed = self._save_failed(harness.store)
+        results = run_concurrently(
             *(lambda store=store: resume_stored(store, failed.uuid) for store in (harness.store, harness.other) * 3)
         )
-        assert sorted(type(answer).__name__ for answer in answers) == ["OperationRow"] + ["StateConflict"] * 5
+        assert sorted(type(result).__name__ for result in results) == ["OperationRow"] + ["StateConflict"] * 5
         assert row_of(harness.store, failed.uuid).epoch == failed.epoch + 1
 
     def test_concurrent_resumes_from_one_row_have_one_winner(self, harness: StoreHarness) -> None:
-        """Rule 25: every caller has seen the same epoch."""
-        failed = self._failed(harness.store)
+        """Rule 25: each caller has read the same epoch."""
+        failed = self._save_failed(harness.store)
 
         def resume(store: Store) -> OperationRow | None:
             return store.resume(failed.uuid, failed.epoch, unique_name())
 
-        answers = run_concurrently(*(lambda store=store: resume(store) for store in (harness.store, harness.other) * 3))
-        assert sorted(type(answer).__name__ for answer in answers) == ["OperationRow"] + ["StateConflict"] * 5
+        results = run_concurrently(*(lambda store=store: resume(store) for store in (harness.store, harness.other) * 3))
+        assert sorted(type(result).__name__ for result in results) == ["OperationRow"] + ["StateConflict"] * 5
         assert row_of(harness.store, failed.uuid).epoch == failed.epoch + 1
 
     def test_repeated_resume_returns_the_same_row_and_changes_nothing(self, harness: StoreHarness) -> None:
         """Rules 10 and 25: the response to the first call was lost."""
-        failed = self._failed(harness.store, mode=Mode.DISTRIBUTED)
+        failed = self._save_failed(harness.store, mode=Mode.DISTRIBUTED)
         row = harness.store.resume(failed.uuid, failed.epoch, "token")
         before = harness.store.snapshot(failed.uuid)
         assert harness.other.resume(failed.uuid, failed.epoch, "token") == row
@@ -340,8 +335,8 @@ class LifecycleContract:
         assert harness.store.snapshot(failed.uuid) == before
 
     def test_resume_with_an_old_epoch_is_rejected(self, harness: StoreHarness) -> None:
-        """Rule 25: the operation was resumed and has failed again since the caller has read it."""
-        failed = self._failed(harness.store)
+        """Rule 25: since the caller read the operation, it was resumed and has failed a second time."""
+        failed = self._save_failed(harness.store)
         claim = claim_root(harness.store, resume_stored(harness.store, failed.uuid))
         harness.store.checkpoint(ending_checkpoint(claim, 1, states.FAILED, outcomes=[outcome_of(claim.root, 1, 2)]))
         before = harness.store.snapshot(failed.uuid)
@@ -356,8 +351,8 @@ class LifecycleContract:
         inner = new_operation(1, labels=[("a", "1")])
         claim = save_and_claim(harness.store, new_operation([new_task(inner)], labels=[("a", "1")]))
         root, child = claim.path
-        done = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": "{}"}
-        updates = [update_of(child, 0, **done), update_of(root, 0, **done)]
+        success = {"status": states.SUCCESS, "phase": Phase.END_SUCCESS, "result": "{}"}
+        updates = [update_of(child, 0, **success), update_of(root, 0, **success)]
         harness.store.checkpoint(
             step_checkpoint(claim, 0, updates=updates, outcomes=[outcome_of(child, 0), outcome_of(root, 0, 0)])
         )
@@ -369,20 +364,13 @@ class LifecycleContract:
         assert harness.store.purge(60, [states.SUCCESS, states.FAILED], 10) == 1
         assert harness.store.snapshot(root.uuid) is None
         assert harness.store.snapshot(inner.uuid) is None
-        assert (
-            harness.store.get_tasks(root.id),
-            harness.store.get_tasks(child.id),
-            harness.store.get_children(root.id),
-        ) == (
-            [],
-            [],
-            [],
-        )
+        assert harness.store.get_tasks(root.id) == harness.store.get_tasks(child.id) == []
+        assert harness.store.get_children(root.id) == []
         assert harness.store.find(OperationQuery(labels=[("a", "1")]), 5).rows == []
         assert harness.store.get_operation(young.root.uuid) is not None
-        # The uuid is free again, with nothing left of before.
-        again = save_and_claim(harness.store, new_operation([new_task(inner)], uuid=root.uuid))
-        stored = harness.store.snapshot(again.root.uuid)
+        # A new operation may have the same uuid, and no row of the purged one belongs to it.
+        successor = save_and_claim(harness.store, new_operation([new_task(inner)], uuid=root.uuid))
+        stored = harness.store.snapshot(successor.root.uuid)
         assert stored is not None
         assert (len(stored.events), stored.attempts) == (2, [])
 
@@ -390,8 +378,8 @@ class LifecycleContract:
         for status in (states.SUCCESS, states.FAILED) * 4:
             harness.store.checkpoint(ending_checkpoint(save_and_claim(harness.store, new_operation(1)), 0, status))
         harness.advance(100)
-        every = [states.SUCCESS, states.FAILED]
-        assert [harness.store.purge(60, every, 3) for _ in range(4)] == [3, 3, 2, 0]
+        statuses = [states.SUCCESS, states.FAILED]
+        assert [harness.store.purge(60, statuses, 3) for _ in range(4)] == [3, 3, 2, 0]
 
     def test_purge_keeps_unfinished_operations(self, harness: StoreHarness) -> None:
         save_and_claim(harness.store, new_operation(1))

@@ -1,4 +1,4 @@
-"""Contract tests of heartbeat and reaper, run against each store."""
+"""Contract tests of heartbeat and reaper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kser.store.model import (
     EventRow,
 )
 from tests.store.harness import (
-    CLOSE,
     LEASE,
     RESEND,
+    TIME_TOLERANCE,
     StoreHarness,
     claim_request,
     claim_root,
@@ -24,17 +24,17 @@ from tests.store.harness import (
     ending_checkpoint,
     new_operation,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
 )
+from tests.support import run_concurrently
 
 
 class ReaperContract:
-    """Tests of leases, due steps and sends."""
+    """The contract of leases, due steps and sends."""
 
     def test_heartbeat_renews_exactly_the_named_claims(self, harness: StoreHarness) -> None:
-        """Rule 9: exactly the pairs that are named."""
+        """Rule 9: the heartbeat names each claim by its id and epoch."""
         claims = [save_and_claim(harness.store, new_operation(1)) for _ in range(3)]
         harness.advance(LEASE - 5)
         renewed = harness.store.renew([(claim.id, claim.epoch) for claim in claims[:2]], "consumer-a", LEASE)
@@ -44,7 +44,7 @@ class ReaperContract:
         assert harness.store.renew([], "consumer-a", LEASE) == set()
 
     def test_heartbeat_renews_an_expired_lease_until_another_claim(self, harness: StoreHarness) -> None:
-        """Rule 9."""
+        """Rule 9: an expired lease alone does not end a claim."""
         claim = save_and_claim(harness.store, new_operation(1))
         harness.advance(LEASE + 10)
         assert due_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
@@ -52,18 +52,20 @@ class ReaperContract:
         assert harness.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {claim.id}
         row = row_of(harness.store, claim.root.uuid)
         assert row.owner == "consumer-a"
-        assert row.next_check_at == pytest.approx(harness.now + LEASE, abs=CLOSE)
+        assert row.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
         assert isinstance(harness.other.claim(row.uuid, row.target.uuid, claim_request()), ClaimRefused)
         harness.advance(LEASE + 10)
-        other = claim_root(harness.other, row)
+        next_claim = claim_root(harness.other, row)
         assert harness.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == set()
-        assert row_of(harness.store, row.uuid) == other.root
+        assert row_of(harness.store, row.uuid) == next_claim.root
 
     def test_heartbeat_does_not_renew_released_or_ended_claims(self, harness: StoreHarness) -> None:
-        back, ended = save_and_claim(harness.store, new_operation(2)), save_and_claim(harness.store, new_operation(1))
-        harness.store.checkpoint(step_checkpoint(back, 0, keep=False))
+        released = save_and_claim(harness.store, new_operation(2))
+        ended = save_and_claim(harness.store, new_operation(1))
+        harness.store.checkpoint(step_checkpoint(released, 0, keep=False))
         harness.store.checkpoint(ending_checkpoint(ended, 0))
-        assert harness.store.renew([(back.id, 1), (ended.id, 1), (ended.id, 2), (5, 1)], "consumer-a", LEASE) == set()
+        claims = [(released.id, 1), (ended.id, 1), (ended.id, 2), (5, 1)]
+        assert harness.store.renew(claims, "consumer-a", LEASE) == set()
 
     def test_unsent_step_is_due_after_a_few_seconds(self, harness: StoreHarness) -> None:
         """Rules 1 and 20."""
@@ -74,9 +76,9 @@ class ReaperContract:
         row = row_of(harness.store, operation.uuid)
         steps = harness.store.take_due_steps(5, "reaper", expired=True)
         assert steps == [DueStep(id=row.id, uuid=row.uuid, epoch=0, target=operation.target, reason=DueReason.UNSENT)]
-        now = row_of(harness.store, operation.uuid)
-        assert (now.send_count, now.sent_at) == (0, None)
-        assert now.next_check_at == pytest.approx(harness.now + SEND_GRACE, abs=CLOSE)
+        row = row_of(harness.store, operation.uuid)
+        assert (row.send_count, row.sent_at) == (0, None)
+        assert row.next_check_at == pytest.approx(harness.now + SEND_GRACE, abs=TIME_TOLERANCE)
         stored = harness.store.snapshot(operation.uuid)
         assert stored is not None
         event = stored.events[-1]
@@ -91,29 +93,29 @@ class ReaperContract:
         )
 
     def test_sent_step_is_due_again_with_doubling_backoff(self, harness: StoreHarness) -> None:
-        """Rule 20: ``resend_after``, doubling to an hour."""
+        """Rule 20: ``resend_after``, doubled after each send, at most an hour."""
         operation = new_operation(2)
         harness.store.save(operation)
         row = row_of(harness.store, operation.uuid)
         harness.store.mark_sent([(row.id, row.epoch)], RESEND)
         row = row_of(harness.store, operation.uuid)
         assert row.send_count == 1
-        assert row.sent_at == pytest.approx(harness.now, abs=CLOSE)
-        waits = [RESEND]
+        assert row.sent_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        delays = [RESEND]
         for _ in range(8):
-            harness.advance(waits[-1] - 10)
+            harness.advance(delays[-1] - 10)
             assert due_steps(harness.store) == []
             harness.advance(20)
-            before = harness.now
+            taken_at = harness.now
             assert due_steps(harness.store) == [(row.uuid, DueReason.UNCLAIMED)]
             harness.store.mark_sent([(row.id, row.epoch)], RESEND)
             next_check_at = row_of(harness.store, row.uuid).next_check_at
             assert next_check_at is not None
-            waits.append(next_check_at - before)
-        assert waits == pytest.approx([60, 120, 240, 480, 960, 1920, *[MAX_RESEND_DELAY] * 3], abs=CLOSE)
+            delays.append(next_check_at - taken_at)
+        assert delays == pytest.approx([60, 120, 240, 480, 960, 1920, *[MAX_RESEND_DELAY] * 3], abs=TIME_TOLERANCE)
 
     def test_claim_counts_as_successful_send(self, harness: StoreHarness) -> None:
-        """Rule 15: a send is recorded lazily, and recording it changes nothing after the claim."""
+        """Rule 15: a send may be recorded after the claim, and then changes nothing."""
         operation = new_operation(2)
         harness.store.save(operation)
         row = row_of(harness.store, operation.uuid)
@@ -136,7 +138,7 @@ class ReaperContract:
         assert due_steps(harness.store) == [(claim.root.uuid, DueReason.UNCLAIMED)]
 
     def test_step_of_a_dead_reaper_is_due_for_another_reaper(self, harness: StoreHarness) -> None:
-        """Rule 20: a reaper may die as any other process."""
+        """Rule 20: a reaper that dies before it sends the message delays the step, and does not lose it."""
         operation = new_operation(1)
         harness.store.save(operation)
         harness.advance(RESEND_UNSENT_AFTER + 1)
@@ -147,16 +149,16 @@ class ReaperContract:
         assert due_steps(harness.other) == [(operation.uuid, DueReason.UNSENT)]
 
     def test_each_due_step_is_taken_by_one_reaper(self, harness: StoreHarness) -> None:
-        """Rule 20: N reapers act once."""
-        rows = [new_operation(1) for _ in range(30)]
-        for operation in rows:
+        """Rule 20: several reapers send one message for each step."""
+        operations = [new_operation(1) for _ in range(30)]
+        for operation in operations:
             harness.store.save(operation)
         harness.advance(RESEND_UNSENT_AFTER + 1)
         results = run_concurrently(
             *(lambda store=store: due_steps(store, 30) for store in (harness.store, harness.other) * 3)
         )
         taken = [uuid for result in results for uuid, _ in result]
-        assert sorted(taken) == sorted(operation.uuid for operation in rows)
+        assert sorted(taken) == sorted(operation.uuid for operation in operations)
 
     def test_take_due_respects_its_limit_and_takes_the_longest_due_first(self, harness: StoreHarness) -> None:
         operations = [new_operation(1) for _ in range(5)]
@@ -164,15 +166,15 @@ class ReaperContract:
             harness.store.save(operation)
             harness.advance(1)
         harness.advance(RESEND_UNSENT_AFTER + 1)
-        parts = [due_steps(harness.store, 2), due_steps(harness.store, 2), due_steps(harness.store, 2)]
-        assert [[uuid for uuid, _ in part] for part in parts] == [
+        batches = [due_steps(harness.store, 2), due_steps(harness.store, 2), due_steps(harness.store, 2)]
+        assert [[uuid for uuid, _ in batch] for batch in batches] == [
             [operation.uuid for operation in operations[:2]],
             [operation.uuid for operation in operations[2:4]],
             [operations[4].uuid],
         ]
 
     def test_lease_expiry_counts_as_due_only_when_requested(self, harness: StoreHarness) -> None:
-        """Rule 21: the store's part."""
+        """Rule 21: after an outage the reaper does not request the steps with an expired lease."""
         claim, operation = save_and_claim(harness.store, new_operation(1)), new_operation(1)
         harness.store.save(operation)
         harness.advance(LEASE + 1)

@@ -1,4 +1,4 @@
-"""Contract tests of save and claim, run against each store."""
+"""Contract tests of save and claim."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kser.store.model import (
     TaskRow,
 )
 from tests.store.harness import (
-    CLOSE,
     LEASE,
+    TIME_TOLERANCE,
     StoreHarness,
     claim_request,
     claim_root,
@@ -26,18 +26,18 @@ from tests.store.harness import (
     new_operation,
     new_task,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
     unique_name,
 )
+from tests.support import run_concurrently
 
 
 class SaveAndClaimContract:
-    """Tests of save and claim."""
+    """The contract of save and claim."""
 
     def test_saved_operation_is_read_back_unchanged(self, harness: StoreHarness) -> None:
-        """Rules 1 and 16: texts stay what they were, NaN included."""
+        """Rules 1 and 16: the store changes no text, also with NaN or a lone surrogate in it."""
         operation = new_operation(2, metadata='{"text": "\\u0000 \\ud800"}')
         operation_id = harness.store.save(operation)
         row = row_of(harness.other, operation.uuid)
@@ -74,7 +74,7 @@ class SaveAndClaimContract:
             sent_at=None,
             target=operation.target,
         )
-        assert row.created_at == pytest.approx(harness.now, abs=CLOSE)
+        assert row.created_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert row.next_check_at == pytest.approx(row.created_at + RESEND_UNSENT_AFTER, abs=0.5)
         assert row.due_at <= harness.now
         assert operation.tasks is not None
@@ -112,34 +112,34 @@ class SaveAndClaimContract:
         assert claim.task.result == '{"retval": 1}'
 
     def test_save_with_a_claim_request_claims_the_operation(self, harness: StoreHarness) -> None:
-        """Rule 2: saved and claimed in one transaction."""
+        """Rule 2: one transaction saves and claims."""
         operation, request = new_operation(2), claim_request()
         claim = save_and_claim(harness.store, operation, request)
         root = claim.root
         assert (claim.epoch, root.epoch, root.status, root.claim_count) == (1, 1, states.RUNNING, 1)
         assert (root.owner, root.token) == (request.owner, request.token)
-        assert root.next_check_at == pytest.approx(harness.now + LEASE, abs=CLOSE)
-        assert root.started_at == pytest.approx(harness.now, abs=CLOSE)
+        assert root.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert root.started_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert root == row_of(harness.other, operation.uuid)
         assert claim.path == (root,)
         assert claim.task == harness.store.get_task(root.id, 0)
         assert event_kinds(harness.store, operation.uuid) == ["accepted", "claimed"]
 
     def test_duplicate_save_of_a_uuid_is_rejected_and_changes_nothing(self, harness: StoreHarness) -> None:
-        """Rule 3: the stored state stays untouched, also when it is the very same operation."""
+        """Rule 3: the stored operation does not change, whether the second one is equal to it or not."""
         operation = new_operation(2)
         harness.store.save(operation)
         before = harness.store.snapshot(operation.uuid)
-        for again in (operation, new_operation(5, uuid=operation.uuid, params="{}")):
+        for duplicate in (operation, new_operation(5, uuid=operation.uuid, params="{}")):
             for request in (None, claim_request()):
-                refusal = harness.other.save(again, request)
+                refusal = harness.other.save(duplicate, request)
                 assert isinstance(refusal, ClaimRefused)
                 assert before is not None
                 assert refusal == ClaimRefused(reason=RefusalReason.STALE, root=before.operation)
         assert harness.store.snapshot(operation.uuid) == before
 
     def test_repeated_save_with_the_same_token_returns_the_same_claim(self, harness: StoreHarness) -> None:
-        """Rule 10: the outcome of the first save is unknown to its caller."""
+        """Rule 10: the caller repeats a save whose outcome it does not know."""
         operation, request = new_operation(2), claim_request()
         first = save_and_claim(harness.store, operation, request)
         assert harness.other.save(operation, request) == first
@@ -169,7 +169,7 @@ class SaveAndClaimContract:
     def test_ids_increase_over_time(self, harness: StoreHarness) -> None:
         ids = [save_and_claim(harness.store, new_operation(1)).id for _ in range(20)]
         for store in (harness.other, harness.store) * 5:
-            # Two processes do not agree to the millisecond.
+            # The clocks of two processes may differ by a millisecond, and ids contain milliseconds.
             harness.advance(1)
             ids.append(save_and_claim(store, new_operation(1)).id)
         assert ids == sorted(set(ids))
@@ -177,7 +177,7 @@ class SaveAndClaimContract:
     # -- claims --------------------------------------------------------------------------------------------------------
 
     def test_claim_returns_the_updated_row_and_its_task(self, harness: StoreHarness) -> None:
-        """Rule 7: owner, token, epoch + 1 and lease; everything else stays."""
+        """Rule 7: a claim writes owner, token, the next epoch and the lease."""
         operation, request = new_operation(2), claim_request("consumer-b")
         harness.store.save(operation)
         before = row_of(harness.store, operation.uuid)
@@ -191,8 +191,8 @@ class SaveAndClaimContract:
             next_check_at=claim.root.next_check_at,
             started_at=claim.root.started_at,
         )
-        assert claim.root.next_check_at == pytest.approx(harness.now + LEASE, abs=CLOSE)
-        assert claim.root.started_at == pytest.approx(harness.now, abs=CLOSE)
+        assert claim.root.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert claim.root.started_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert claim.task == harness.store.get_task(claim.id, 0)
         assert (claim.exhausted, claim.next_task) == (False, None)
         assert event_kinds(harness.store, operation.uuid) == ["accepted", "claimed"]
@@ -201,7 +201,7 @@ class SaveAndClaimContract:
         assert harness.store.claim(unique_name(), unique_name(), claim_request()) is None
 
     def test_nested_operation_cannot_be_claimed(self, harness: StoreHarness) -> None:
-        """Rule 31: one claim, the root's."""
+        """Rule 31: only the root operation has a claim."""
         inner = new_operation(1)
         harness.store.save(new_operation([new_task(inner)]))
         assert harness.store.claim(inner.uuid, inner.uuid, claim_request()) is None
@@ -212,12 +212,12 @@ class SaveAndClaimContract:
         refusal = harness.other.claim(claim.root.uuid, claim.root.target.uuid, claim_request())
         assert refusal == ClaimRefused(RefusalReason.HELD, claim.root)
         harness.advance(LEASE + 1)
-        other = claim_root(harness.other, claim.root, claim_request("consumer-b"))
-        assert (other.epoch, other.root.owner, other.root.claim_count) == (2, "consumer-b", 2)
-        assert other.root.started_at == claim.root.started_at
+        next_claim = claim_root(harness.other, claim.root, claim_request("consumer-b"))
+        assert (next_claim.epoch, next_claim.root.owner, next_claim.root.claim_count) == (2, "consumer-b", 2)
+        assert next_claim.root.started_at == claim.root.started_at
 
     def test_concurrent_claims_have_one_winner(self, harness: StoreHarness) -> None:
-        """Rule 7: one compare-and-set."""
+        """Rule 7: a claim is one compare-and-set."""
         operation = new_operation(2)
         harness.store.save(operation)
         row = row_of(harness.store, operation.uuid)
@@ -261,7 +261,7 @@ class SaveAndClaimContract:
             claims.append(claim_root(harness.store, row, claim_request(max_claims=3)))
             harness.advance(LEASE + 1)
         assert [claim.exhausted for claim in claims] == [False, False, False, True]
-        # The fourth one's own, asked for again.
+        # A repeated claim with the token of the fourth one returns the same claim.
         token = claims[-1].root.token or ""
         assert claim_root(harness.store, row, claim_request(max_claims=3, token=token)).exhausted
         harness.store.checkpoint(step_checkpoint(claims[-1], 0))

@@ -14,29 +14,27 @@ import pytest
 from sqlalchemy import text
 
 from kser import status as states
-from kser.errors import (
-    StoreError,
-    StoreUnavailable,
-)
+from kser.errors import StoreError, StoreUnavailable
 from kser.store.model import Claim, OperationQuery
 from kser.store.sql import SQLStore, schema
 from kser.store.sql.store import database_at
 from tests.conftest import own_postgresql
 from tests.postgres import Database
 from tests.store.harness import (
+    TIME_TOLERANCE,
     claim_request,
     new_operation,
     outcome_of,
     row_of,
-    run_concurrently,
     save_and_claim,
     step_checkpoint,
 )
-from tests.store.sql.helpers import HeldGroups
+from tests.store.sql.helpers import GroupCommitGate
+from tests.support import WAIT_SECONDS, run_concurrently, wait_until
 
 
 def test_locked_sqlite_file_raises_store_unavailable_and_recovers(path: Path) -> None:
-    """Rule 33: nothing is recorded during the lock, and the same checkpoint succeeds afterwards."""
+    """durability rule 33: a failed checkpoint records nothing, and its repetition succeeds after the lock."""
     with contextlib.closing(SQLStore(f"sqlite:///{path}?timeout=0.2")) as store:
         claim = save_and_claim(store, new_operation(3))
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as foreign:
@@ -104,30 +102,30 @@ def test_missing_table_raises_store_unavailable(any_store: SQLStore) -> None:
             transaction._cursor.execute("ALTER TABLE gone RENAME TO kser_event")
 
 
-@pytest.mark.parametrize("bad", ["nul \0", "lone \ud800"])
-def test_text_that_no_column_accepts_is_rejected_alone(any_store: SQLStore, bad: str) -> None:
-    """And what is asked for with it is not there."""
+@pytest.mark.parametrize("text", ["nul \0", "lone surrogate \ud800"])
+def test_text_that_a_column_cannot_store_is_rejected(any_store: SQLStore, text: str) -> None:
     any_store.save(new_operation(1))
-    if any_store._database.json_batches or bad != "nul \0":
+    # SQLite stores a NUL as any other character.
+    if any_store._database.json_batches or "\0" not in text:
         with pytest.raises(StoreError):
-            any_store.save(new_operation(1, entrypoint=bad))
-    for call in (lambda: any_store.get_operation(bad), lambda: any_store.claim(bad, bad, claim_request())):
+            any_store.save(new_operation(1, entrypoint=text))
+    for call in (lambda: any_store.get_operation(text), lambda: any_store.claim(text, text, claim_request())):
+        # A driver may reject the text as a parameter.
         with contextlib.suppress(StoreError):
             assert call() is None
     assert isinstance(any_store.save(new_operation(1)), int)
 
 
-def test_close_releases_the_sqlite_file(store: SQLStore, path: Path) -> None:
+def test_closed_store_releases_the_sqlite_file_and_reopens_it(store: SQLStore, path: Path) -> None:
     save_and_claim(store, new_operation(1))
     store.close()
     assert not path.with_name("kser.db-wal").exists()
-    # And it can be used again.
     assert len(store.find(OperationQuery(), 5).rows) == 1
 
 
 @pytest.mark.postgresql
 def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
-    """Rules 10 and 33: each call is repeated with the same arguments."""
+    """durability rules 10 and 33: each call can be repeated with the same arguments."""
     caplog.set_level(logging.WARNING)
     with own_postgresql() as server, contextlib.closing(database_at(server.uri)) as database:
         schema.upgrade(database)
@@ -142,16 +140,19 @@ def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.
                 lambda: store.renew([(1, 1)], "a", 30),
                 lambda: store.save(new_operation(1)),
             ]
-            begun = time.monotonic()
+            start = time.monotonic()
             assert {type(result) for result in run_concurrently(*calls)} == {StoreUnavailable}
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - start < WAIT_SECONDS
             server.start()
-            # One pooled connection may still be broken.
-            deadline = time.monotonic() + 10
-            results = run_concurrently(*calls)
-            while {type(result) for result in results} & {StoreUnavailable} and time.monotonic() < deadline:
-                results = run_concurrently(*calls)
-            assert results[:8] == [states.RUNNING] * 8
+            results: list[Any] = []
+
+            def every_call_succeeds() -> bool:
+                # The first calls may get broken connections from the pool.
+                results[:] = run_concurrently(*calls)
+                return StoreUnavailable not in {type(result) for result in results}
+
+            wait_until(every_call_succeeds)
+            assert results[: len(checkpoints)] == [states.RUNNING] * len(checkpoints)
             for claim in claims:
                 stored = store.snapshot(claim.root.uuid)
                 assert stored is not None
@@ -159,56 +160,53 @@ def test_killed_server_raises_store_unavailable_until_it_is_back(caplog: pytest.
 
 
 @pytest.mark.postgresql
-def test_postgresql_session_has_statement_lock_and_idle_timeouts(in_postgresql: SQLStore, database: Database) -> None:
-    """Its locks are given up, as those of a process that was stopped must be."""
-    with in_postgresql._database.write() as transaction:
-        timeouts = {
-            unique_name: transaction._cursor.execute(f"SHOW {unique_name}").fetchone()[0]
-            for unique_name in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-        }
-    assert timeouts == {
-        "statement_timeout": "30s",
-        "lock_timeout": "10s",
-        "idle_in_transaction_session_timeout": "10s",
-    }
+def test_postgresql_session_has_statement_lock_and_idle_timeouts(
+    postgresql_store: SQLStore, database: Database
+) -> None:
+    """A process that hangs in a transaction loses its locks after the timeout."""
+    with postgresql_store._database.write() as transaction:
+        cursor = transaction._cursor
+        assert cursor.execute("SHOW statement_timeout").fetchone() == ("30s",)
+        assert cursor.execute("SHOW lock_timeout").fetchone() == ("10s",)
+        assert cursor.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("10s",)
 
 
 @pytest.mark.postgresql
-def test_terminated_connections_are_replaced(in_postgresql: SQLStore, database: Database) -> None:
-    claim = save_and_claim(in_postgresql, new_operation(5))
+def test_terminated_connections_are_replaced(postgresql_store: SQLStore, database: Database) -> None:
+    claim = save_and_claim(postgresql_store, new_operation(5))
     for step in range(3):
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
         with pytest.raises(StoreUnavailable):
-            in_postgresql.checkpoint(step_checkpoint(claim, step))
-        assert in_postgresql.checkpoint(step_checkpoint(claim, step)) == states.RUNNING
+            postgresql_store.checkpoint(step_checkpoint(claim, step))
+        assert postgresql_store.checkpoint(step_checkpoint(claim, step)) == states.RUNNING
 
 
 @pytest.mark.postgresql
 def test_group_commit_returns_claims_granted_before_a_lost_connection(
-    in_postgresql: SQLStore, database: Database
+    postgresql_store: SQLStore, database: Database
 ) -> None:
-    """A second query reads the reasons of refused claims, and may find the connection lost."""
+    """The reasons of refused claims are read by a second query, whose connection may be lost."""
     operations = [new_operation(1) for _ in range(3)]
-    for each in operations:
-        in_postgresql.save(each)
-    in_postgresql.claim(operations[2].uuid, operations[2].uuid, claim_request("another"))
-    writer, in_one_statement = in_postgresql._writer, in_postgresql._writer._in_one_statement
+    for operation in operations:
+        postgresql_store.save(operation)
+    postgresql_store.claim(operations[2].uuid, operations[2].uuid, claim_request("another"))
+    writer, write_batch = postgresql_store._writer, postgresql_store._writer._in_one_statement
 
     def lose_connection_afterwards(batch: Any) -> list[Any]:
-        results = in_one_statement(batch)
+        results = write_batch(batch)
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
         return results
 
     writer._in_one_statement = lose_connection_afterwards  # type: ignore[method-assign]
-    results = HeldGroups(in_postgresql).together(
-        *(lambda uuid=root.uuid: in_postgresql.claim(uuid, uuid, claim_request()) for root in operations)
+    results = GroupCommitGate(postgresql_store).run(
+        *(lambda uuid=root.uuid: postgresql_store.claim(uuid, uuid, claim_request()) for root in operations)
     )
     assert [type(result) for result in results] == [Claim, Claim, StoreUnavailable]
 
 
 @pytest.mark.postgresql
-def test_read_only_postgresql_session_raises_store_unavailable(in_postgresql: SQLStore, database: Database) -> None:
-    claim = save_and_claim(in_postgresql, new_operation(3))
+def test_read_only_postgresql_session_raises_store_unavailable(postgresql_store: SQLStore, database: Database) -> None:
+    claim = save_and_claim(postgresql_store, new_operation(3))
     separator = "&" if "?" in database.uri else "?"
     uri = f"{database.uri}{separator}options=-c%20default_transaction_read_only%3Don"
     with contextlib.closing(SQLStore(uri)) as store:
@@ -218,18 +216,18 @@ def test_read_only_postgresql_session_raises_store_unavailable(in_postgresql: SQ
 
 
 @pytest.mark.postgresql
-def test_timestamps_come_from_the_postgresql_clock(in_postgresql: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rule 11: a host whose clock is wrong writes no wrong time, and its identifiers are in order."""
-    right = save_and_claim(in_postgresql, new_operation(1))
-    really = time.time
-    monkeypatch.setattr("kser.store.sql.postgresql.time.time", lambda: really() - 5000)
-    skewed = save_and_claim(in_postgresql, new_operation(1))
-    assert skewed.id > right.id
-    row = skewed.root
+def test_timestamps_come_from_the_postgresql_clock(postgresql_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability rule 11: a wrong clock of a host affects neither times nor the order of ids."""
+    before = save_and_claim(postgresql_store, new_operation(1))
+    correct_time = time.time
+    monkeypatch.setattr("kser.store.sql.postgresql.time.time", lambda: correct_time() - 5000)
+    after = save_and_claim(postgresql_store, new_operation(1))
+    assert after.id > before.id
+    row = after.root
     assert row.started_at is not None
-    assert row.created_at == pytest.approx(really(), abs=5)
+    assert row.created_at == pytest.approx(correct_time(), abs=TIME_TOLERANCE)
     assert row.created_at <= row.started_at
-    assert row.started_at == pytest.approx(really(), abs=5)
+    assert row.started_at == pytest.approx(correct_time(), abs=TIME_TOLERANCE)
 
 
 def test_sqlalchemy_errors_are_wrapped(any_store: SQLStore) -> None:

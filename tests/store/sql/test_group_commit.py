@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 
 from kser import status as states
-from kser.errors import (
-    FencedError,
-    StoreError,
-    StoreUnavailable,
-)
+from kser.errors import FencedError, StoreError, StoreUnavailable
 from kser.store.model import Claim, ClaimRefused
 from kser.store.sql import SQLStore
 from kser.store.sql.database import SerializationConflict, Transaction
@@ -28,38 +24,39 @@ from tests.store.harness import (
     step_checkpoint,
     update_of,
 )
-from tests.store.sql.helpers import HeldGroups
-from tests.support import wait_until
+from tests.store.sql.helpers import GroupCommitGate
+from tests.support import WAIT_SECONDS, wait_until
 
 
 def test_group_commit_writes_concurrent_calls_in_one_transaction(any_store: SQLStore) -> None:
-    """Rule 14: saving, claiming and checkpoints, all in one; or each in one where one statement is a transaction."""
+    """durability rule 14. SQLite writes one transaction, PostgreSQL one for each kind of write."""
     claims = [save_and_claim(any_store, new_operation(2)) for _ in range(5)]
     free = [new_operation(1) for _ in range(3)]
-    for each in free:
-        any_store.save(each)
-    held = HeldGroups(any_store)
+    for operation in free:
+        any_store.save(operation)
+    gate = GroupCommitGate(any_store)
     commits = _count_commits(any_store)
-    results = held.together(
+    results = gate.run(
         *(lambda claim=claim: any_store.checkpoint(step_checkpoint(claim, 0)) for claim in claims),
         *(lambda uuid=root.uuid: any_store.claim(uuid, uuid, claim_request()).epoch for root in free),
         *[lambda: any_store.save(new_operation(2))] * 2,
     )
-    assert results[:8] == [states.RUNNING] * 5 + [1] * 3
-    assert [type(result) for result in results[8:]] == [int, int]
+    *statuses_and_epochs, first_id, second_id = results
+    assert statuses_and_epochs == [states.RUNNING] * 5 + [1] * 3
+    assert (type(first_id), type(second_id)) == (int, int)
     sizes = [2, 3, 5] if any_store._database.json_batches else [10]
-    assert (sorted(held.sizes), len(commits)) == (sizes, len(sizes))
+    assert (sorted(gate.sizes), len(commits)) == (sizes, len(sizes))
 
 
 def test_group_commit_includes_refused_claims(any_store: SQLStore) -> None:
-    """Typical after a crash: the reaper has sent steps that other consumers have claimed."""
+    """After a crash the reaper sends steps that other consumers may claim first."""
     operations = [new_operation(1) for _ in range(5)]
-    for each in operations:
-        any_store.save(each)
-    for each in operations[2:]:
-        any_store.claim(each.uuid, each.uuid, claim_request("another"))
+    for operation in operations:
+        any_store.save(operation)
+    for operation in operations[2:]:
+        any_store.claim(operation.uuid, operation.uuid, claim_request("another"))
     commits = _count_commits(any_store)
-    results = HeldGroups(any_store).together(
+    results = GroupCommitGate(any_store).run(
         *(lambda uuid=root.uuid: any_store.claim(uuid, uuid, claim_request()) for root in operations)
     )
     assert [type(result) for result in results] == [Claim, Claim, ClaimRefused, ClaimRefused, ClaimRefused]
@@ -83,48 +80,48 @@ def _count_commits(store: SQLStore) -> list[None]:
 
 
 def test_group_commit_rejects_an_invalid_value_alone(any_store: SQLStore) -> None:
-    """Rule 14: the group is split."""
+    """durability rule 14: the group is split until the invalid write is alone."""
     claims = [save_and_claim(any_store, new_operation(3)) for _ in range(6)]
     offender = claims[2]
-    bad = step_checkpoint(offender, 0, outcomes=[outcome_of(offender.root, 0, status=None)])
-    results = HeldGroups(any_store).together(
+    invalid = step_checkpoint(offender, 0, outcomes=[outcome_of(offender.root, 0, status=None)])
+    results = GroupCommitGate(any_store).run(
         *(
-            lambda claim=claim: any_store.checkpoint(bad if claim is offender else step_checkpoint(claim, 0))
+            lambda claim=claim: any_store.checkpoint(invalid if claim is offender else step_checkpoint(claim, 0))
             for claim in claims
         ),
         lambda: any_store.save(new_operation(1, params=None)),
         lambda: any_store.save(new_operation(1)),
     )
     assert [type(result) for result in results] == [str, str, StoreError, str, str, str, StoreError, int]
-    assert "rejects the statement" in str(results[2])
+    assert "rejects the statement" in str(results[claims.index(offender)])
     for claim in claims:
         assert row_of(any_store, claim.root.uuid).step == (0 if claim is offender else 1)
     assert any_store.checkpoint(step_checkpoint(offender, 0)) == states.RUNNING
 
 
 def test_group_commit_fences_each_checkpoint_alone(any_store: SQLStore) -> None:
-    """Rules 8, 14 and 24."""
-    good, stale, cancelled, again = (save_and_claim(any_store, new_operation(3)) for _ in range(4))
+    """durability rules 8, 14 and 24."""
+    current, stale, cancelled, repeated = (save_and_claim(any_store, new_operation(3)) for _ in range(4))
     any_store.checkpoint(step_checkpoint(stale, 0, keep=False))
     any_store.cancel(cancelled.root.uuid, None)
-    any_store.checkpoint(step_checkpoint(again, 0))
-    results = HeldGroups(any_store).together(
-        lambda: any_store.checkpoint(step_checkpoint(good, 0)),
+    any_store.checkpoint(step_checkpoint(repeated, 0))
+    status, error, cancelled_status, repeated_status = GroupCommitGate(any_store).run(
+        lambda: any_store.checkpoint(step_checkpoint(current, 0)),
         lambda: any_store.checkpoint(step_checkpoint(stale, 0, token="another")),
         lambda: any_store.checkpoint(step_checkpoint(cancelled, 0)),
-        lambda: any_store.checkpoint(step_checkpoint(again, 0)),
+        lambda: any_store.checkpoint(step_checkpoint(repeated, 0)),
     )
-    assert isinstance(results.pop(1), FencedError)
-    assert results == [states.RUNNING, states.CANCELLED, states.RUNNING]
+    assert isinstance(error, FencedError)
+    assert (status, cancelled_status, repeated_status) == (states.RUNNING, states.CANCELLED, states.RUNNING)
 
 
 def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLStore) -> None:
-    """Rule 8: as when an attempt that was given up comes back."""
+    """durability rule 8: for example, an abandoned attempt ends beside its retry."""
     claim = save_and_claim(any_store, new_operation(3))
     other = step_checkpoint(
         claim, 0, updates=[update_of(claim.root, 2)], outcomes=[outcome_of(claim.root, 0, result='{"other": 1}')]
     )
-    results = HeldGroups(any_store).together(
+    results = GroupCommitGate(any_store).run(
         lambda: any_store.checkpoint(step_checkpoint(claim, 0)), lambda: any_store.checkpoint(other)
     )
     assert sorted(type(result).__name__ for result in results) == ["FencedError", "str"]
@@ -134,9 +131,9 @@ def test_group_commit_records_one_of_two_checkpoints_of_a_root(any_store: SQLSto
 
 
 def test_group_commit_stores_a_duplicate_operation_once(any_store: SQLStore) -> None:
-    """Rule 3."""
+    """durability rule 3."""
     root = new_operation(2)
-    results = HeldGroups(any_store).together(
+    results = GroupCommitGate(any_store).run(
         *[lambda: any_store.save(root, claim_request())] * 2, lambda: any_store.save(new_operation(1), claim_request())
     )
     assert sorted(type(result).__name__ for result in results) == ["Claim", "Claim", "ClaimRefused"]
@@ -148,11 +145,11 @@ def test_group_commit_reports_a_database_error_to_every_caller(
     claims = [save_and_claim(store, new_operation(2)) for _ in range(3)]
     monkeypatch.setattr(store._database, "_writing", _unavailable)
     calls = [lambda claim=claim: store.checkpoint(step_checkpoint(claim, 0)) for claim in claims]
-    results = HeldGroups(store).together(*calls)
+    results = GroupCommitGate(store).run(*calls)
     assert [type(result) for result in results] == [StoreUnavailable] * 3
     assert len({id(result) for result in results}) == 3
     monkeypatch.undo()
-    assert HeldGroups(store).together(*calls) == [states.RUNNING] * 3
+    assert GroupCommitGate(store).run(*calls) == [states.RUNNING] * 3
 
 
 @contextlib.contextmanager
@@ -162,26 +159,26 @@ def _unavailable(*_: Any) -> Iterator[Any]:
 
 
 def test_serialization_conflict_is_retried(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    writing, failures = store._database._writing, iter([SerializationConflict("deadlock")] * 4)
+    writing, conflicts = store._database._writing, iter([SerializationConflict("deadlock")] * 4)
     claim = save_and_claim(store, new_operation(3))
 
     @contextlib.contextmanager
-    def sometimes(*arguments: Any) -> Iterator[Any]:
-        for error in failures:
+    def conflicting(*arguments: Any) -> Iterator[Any]:
+        for error in conflicts:
             raise error
         with writing(*arguments) as transaction:
             yield transaction
 
-    monkeypatch.setattr(store._database, "_writing", sometimes)
+    monkeypatch.setattr(store._database, "_writing", conflicting)
     with pytest.raises(StoreUnavailable, match="deadlock"):
         store.checkpoint(step_checkpoint(claim, 0))
     assert store.checkpoint(step_checkpoint(claim, 0)) == states.RUNNING
-    failures = iter([SerializationConflict("deadlock")])
+    conflicts = iter([SerializationConflict("deadlock")])
     assert store.renew([(claim.id, 1)], "consumer-a", 30) == {claim.id}
 
 
 def test_group_commit_continues_after_an_interrupted_leader() -> None:
-    """The followers get an error, and another thread leads."""
+    """Calls that were queued when the leader was interrupted are written by another leader."""
     interrupted = threading.Event()
 
     def run(entries: Any) -> None:
@@ -193,11 +190,11 @@ def test_group_commit_continues_after_an_interrupted_leader() -> None:
             entry.result = entry.item
 
     group: GroupCommit[int] = GroupCommit(run, 1)
-    others: list[Any] = []
-    threads = [threading.Thread(target=lambda n=n: others.append(group.write(n))) for n in range(3)]
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda n=n: results.append(group.write(n))) for n in range(3)]
 
     def start() -> None:
-        interrupted.wait(10)
+        interrupted.wait(WAIT_SECONDS)
         for thread in threads:
             thread.start()
 
@@ -206,17 +203,17 @@ def test_group_commit_continues_after_an_interrupted_leader() -> None:
     with pytest.raises(KeyboardInterrupt):
         group.write(99)
     for thread in (starter, *threads):
-        thread.join(10)
-    assert sorted(others) == [0, 1, 2]
+        thread.join(WAIT_SECONDS)
+    assert sorted(results) == [0, 1, 2]
     assert group.write(7) == 7
 
 
 def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    started, may_continue = threading.Event(), threading.Event()
 
     def run(entries: list[PendingWrite[int]]) -> None:
-        begun.set()
-        go_on.wait(10)
+        started.set()
+        may_continue.wait(WAIT_SECONDS)
         if len(entries) > 1:
             raise KeyboardInterrupt
         entries[0].result = entries[0].item
@@ -232,11 +229,11 @@ def test_group_commit_reports_an_interrupted_leader_to_its_followers() -> None:
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     threads[0].start()
-    begun.wait(10)
+    started.wait(WAIT_SECONDS)
     for thread in threads[1:]:
         thread.start()
     wait_until(lambda: len(group._waiting) == 3)
-    go_on.set()
+    may_continue.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(WAIT_SECONDS)
     assert sorted(results) == ["0", "KeyboardInterrupt", "StoreUnavailable", "StoreUnavailable"]

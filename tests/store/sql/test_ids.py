@@ -8,10 +8,7 @@ import pytest
 
 from kser.store.sql import SQLStore
 from kser.store.sql.ids import ID_EPOCH, IdGenerator, id_at, time_of
-from tests.store.harness import (
-    new_operation,
-    save_and_claim,
-)
+from tests.store.harness import new_operation, save_and_claim
 
 
 def test_ids_contain_their_time_and_fit_until_2091() -> None:
@@ -29,13 +26,14 @@ def test_ids_increase_even_when_the_clock_steps_back() -> None:
     assert ids.next_ids(ID_EPOCH + 1000, 1) < ids.next_ids(ID_EPOCH + 10, 1) < ids.next_ids(0, 1)
 
 
-def test_id_that_is_taken_is_replaced(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes may come upon the same one."""
-    taken = save_and_claim(any_store, new_operation(1)).id
+def test_duplicate_id_is_replaced(any_store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes may generate the same id in one millisecond."""
+    duplicate_id = save_and_claim(any_store, new_operation(1)).id
     ids = any_store._writer.saves._ids
-    take, first = ids.next_ids, iter([taken])
-    monkeypatch.setattr(ids, "next_ids", lambda now, count: next(first, None) or take(now, count))
+    next_ids, duplicate = ids.next_ids, iter([duplicate_id])
+    monkeypatch.setattr(ids, "next_ids", lambda now, count: next(duplicate, None) or next_ids(now, count))
     root = new_operation(1)
     claim = save_and_claim(any_store, root)
     assert (claim.root.uuid, claim.epoch) == (root.uuid, 1)
-    assert claim.id != taken
+    assert claim.id != duplicate_id
+    assert next(duplicate, None) is None

@@ -1,4 +1,4 @@
-"""Tests of query plans: no query reads a whole table."""
+"""Tests of query plans: no query scans a whole table."""
 
 from __future__ import annotations
 
@@ -37,99 +37,102 @@ FILTERS = [
     OperationQuery(since=1.7e9, until=1.9e9, status=["SUCCESS"]),
     OperationQuery(labels=[("customer", "7")]),
     OperationQuery(labels=[("customer", "7"), ("shop", "1")], status=["FAILED"]),
-    OperationQuery(parent="somebody"),
-    OperationQuery(parent="somebody", status=["FAILED"], entrypoint="x"),
+    OperationQuery(parent="parent-uuid"),
+    OperationQuery(parent="parent-uuid", status=["FAILED"], entrypoint="x"),
 ]
 
 
 def _plans(store: SQLStore, call: Callable[[], Any]) -> list[str]:
     """Return the query plans of the statements that ``call`` executes."""
-    explained: list[str] = []
+    plans: list[str] = []
     database = store._database
-    word = "EXPLAIN" if database.json_batches else "EXPLAIN QUERY PLAN"
-    original = Transaction.execute, Transaction.fetch, Transaction.execute_many
+    explain_sql = "EXPLAIN" if database.json_batches else "EXPLAIN QUERY PLAN"
+    execute = Transaction.execute
 
     def explain(transaction: Transaction, statement: Any, values: Any) -> None:
         cursor = transaction._cursor
-        cursor.execute(f"{word} {statement.sql}", {**statement.constants, "clock": transaction._clock, **values})
-        explained.append("\n".join(str(row[-1]) for row in cursor.fetchall()))
+        cursor.execute(f"{explain_sql} {statement.sql}", {**statement.constants, "clock": transaction._clock, **values})
+        # The text of the plan is the last column in SQLite, and the only one in PostgreSQL.
+        plans.append("\n".join(str(text) for *_, text in cursor.fetchall()))
 
-    def run(self: Transaction, statement: Any, values: Any = None, **options: Any) -> Any:
+    def explain_and_execute(self: Transaction, statement: Any, values: Any = None, **options: Any) -> Any:
         explain(self, statement, values or {})
-        return original[0](self, statement, values, **options)
+        return execute(self, statement, values, **options)
 
-    def many(which: int) -> Any:
-        def explained_first(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
+    def explained_batch(method: Callable[..., Any]) -> Callable[..., Any]:
+        def explain_and_call(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
             if rows:
                 explain(self, statement, {**values, **({"rows": "[]"} if database.json_batches else rows[0])})
-            return original[which](self, statement, rows, **values)
+            return method(self, statement, rows, **values)
 
-        return explained_first
+        return explain_and_call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Transaction, "execute", run)
-        patch.setattr(Transaction, "fetch", many(1))
-        patch.setattr(Transaction, "execute_many", many(2))
+        patch.setattr(Transaction, "execute", explain_and_execute)
+        patch.setattr(Transaction, "fetch", explained_batch(Transaction.fetch))
+        patch.setattr(Transaction, "execute_many", explained_batch(Transaction.execute_many))
         call()
-    assert explained
-    return explained
+    assert plans
+    return plans
 
 
 #: A scan of a whole table, in a plan of SQLite or PostgreSQL.
-WHOLE = re.compile(r"SCAN (kser_|label_)|Seq Scan on kser_")
+WHOLE_TABLE_SCAN = re.compile(r"SCAN (kser_|label_)|Seq Scan on kser_")
+
+#: A sort of rows. SQLite lists it below the search whose rows it sorts, or right after it.
+SORT_OF_ROWS = re.compile(r"SEARCH .*\n *USE TEMP B-TREE|\bSort  \(")
 
 
-def _no_whole_table(plans: list[str]) -> None:
+def _assert_no_whole_table_scan(plans: list[str]) -> None:
     for plan in plans:
-        assert not WHOLE.search(plan), plan
+        assert not WHOLE_TABLE_SCAN.search(plan), plan
 
 
 @pytest.mark.parametrize("query", FILTERS, ids=str)
 def test_find_uses_an_index_in_page_order(any_store: SQLStore, query: OperationQuery) -> None:
-    """No whole table is read, and nothing but a few identifiers is sorted."""
+    """Ids may be sorted, but not rows."""
     any_store.save(new_operation(1))
     plans = _plans(any_store, lambda: any_store.find(query, 50))
-    _no_whole_table(plans)
+    _assert_no_whole_table_scan(plans)
     for plan in plans:
-        # SQLite sorts what is below in the tree, or was said right before.
-        assert not re.search(r"SEARCH .*\n *USE TEMP B-TREE|\bSort  \(", plan), plan
+        assert not SORT_OF_ROWS.search(plan), plan
 
 
 @pytest.mark.parametrize("query", FILTERS, ids=str)
 def test_large_columns_are_read_only_for_returned_rows(
     store: SQLStore, query: OperationQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The statements that look for rows name no text, and no index holds one."""
-    large = {"params", "metadata", "accumulated", "result"}
+    """The statements that select ids name no large column, and no index contains one."""
+    large_columns = {"params", "metadata", "accumulated", "result"}
     statements: list[str] = []
-    run = Transaction.execute
-    monkeypatch.setattr(
-        Transaction,
-        "execute",
-        lambda self, statement, *values, **options: (
-            statements.append(statement.sql) or run(self, statement, *values, **options)
-        ),
-    )
+    execute = Transaction.execute
+
+    def record_and_execute(self: Transaction, statement: Any, *values: Any, **options: Any) -> Any:
+        statements.append(statement.sql)
+        return execute(self, statement, *values, **options)
+
+    monkeypatch.setattr(Transaction, "execute", record_and_execute)
     store.find(query, 50)
     assert statements
-    assert not large & set(re.findall(r"\w+", " ".join(statements)))
-    assert not large & {column.name for index in operation.indexes for column in index.columns}
+    assert not large_columns & set(re.findall(r"\w+", " ".join(statements)))
+    assert not large_columns & {column.name for index in operation.indexes for column in index.columns}
 
 
 def test_take_due_uses_an_index_range(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     any_store.save(new_operation(1))
     clock_offset.seconds = 10
     plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
-    _no_whole_table(plans)
-    assert "kser_operation_next_check" in plans[0]
-    assert "TEMP B-TREE" not in plans[0]
-    assert "Sort" not in plans[0]
+    _assert_no_whole_table_scan(plans)
+    select_plan = plans[0]
+    assert "kser_operation_next_check" in select_plan
+    assert "TEMP B-TREE" not in select_plan
+    assert "Sort" not in select_plan
 
 
 def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, clock_offset: ClockOffset) -> None:
     inner = new_operation(1)
 
-    def everything() -> None:
+    def call_every_method() -> None:
         claim = save_and_claim(any_store, new_operation([new_task(), new_task(inner)], labels=[("a", "1")]))
         any_store.save(new_operation(1, uuid=claim.root.uuid))
         any_store.renew([(claim.id, 1)], "consumer-a", 30)
@@ -151,25 +154,32 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, c
         clock_offset.seconds = 100
         assert any_store.purge(10, [states.SUCCESS], 10) == 1
 
-    _no_whole_table(_plans(any_store, everything))
+    _assert_no_whole_table_scan(_plans(any_store, call_every_method))
 
 
 @pytest.mark.postgresql
-def test_checkpoint_of_a_step_is_a_heap_only_update_in_postgresql(in_postgresql: SQLStore, database: Database) -> None:
-    """PostgreSQL calls it a heap-only tuple."""
+def test_checkpoint_of_a_step_is_a_heap_only_update_in_postgresql(
+    postgresql_store: SQLStore, database: Database
+) -> None:
+    """A heap-only update writes no index entry."""
     database.run("SELECT pg_stat_reset()")
-    claim = save_and_claim(in_postgresql, new_operation(12))
+    claim = save_and_claim(postgresql_store, new_operation(12))
     for step in range(10):
-        in_postgresql.checkpoint(step_checkpoint(claim, step))
-    in_postgresql.close()
+        postgresql_store.checkpoint(step_checkpoint(claim, step))
+    postgresql_store.close()
     sql = "SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'kser_operation'"
-    # The server counts now and then.
-    wait_until(lambda: database.run(sql)[0][0] >= 10)
+
+    def heap_only_updates() -> int:
+        ((count,),) = database.run(sql)
+        return int(count)
+
+    # The server publishes its statistics with a delay.
+    wait_until(lambda: heap_only_updates() >= 10)
 
 
 def test_checkpoint_of_a_step_changes_no_indexed_column(store: SQLStore) -> None:
-    """SQLite writes the entries of every index with a column that a statement names."""
-    changed = re.search(r"SET (.*) WHERE", store._writer.checkpoints._keep_claim.sql)
-    assert changed
+    """SQLite writes an index entry whenever an UPDATE names a column of the index, even with an equal value."""
+    assignments = re.search(r"SET (.*) WHERE", store._writer.checkpoints._keep_claim.sql)
+    assert assignments
     indexed = {column.name for index in operation.indexes for column in index.columns}
-    assert not indexed & set(re.findall(r"(\w+)=", changed[1]))
+    assert not indexed & set(re.findall(r"(\w+)=", assignments[1]))

@@ -10,17 +10,12 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from kser.errors import (
-    SchemaMismatch,
-)
+from kser.errors import SchemaMismatch
 from kser.store.model import OperationQuery
 from kser.store.sql import SQLStore
 from kser.store.sql.tables import metadata
 from tests.postgres import Database
-from tests.store.harness import (
-    new_operation,
-    unique_name,
-)
+from tests.store.harness import new_operation, unique_name
 from tests.store.sql.helpers import run_in_processes, set_schema_version
 
 
@@ -33,14 +28,14 @@ def test_sqlite_file_is_created_with_its_tables_on_first_use(path: Path) -> None
 
 
 def test_concurrent_processes_create_one_sqlite_file(path: Path) -> None:
-    assert run_in_processes(6, "make", f"sqlite:///{path}") == [1] * 6
+    assert run_in_processes(6, "save_and_run", f"sqlite:///{path}") == [1] * 6
     with contextlib.closing(SQLStore(f"sqlite:///{path}")) as store:
         assert len(store.find(OperationQuery(status=["SUCCESS"]), 10).rows) == 6
 
 
 @pytest.mark.postgresql
 def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Database) -> None:
-    """Rule 34: the error says what to run."""
+    """durability rule 34: the error contains the command that creates them."""
     database.run("ALTER TABLE kser_schema RENAME TO gone")
     try:
         with contextlib.closing(SQLStore(database.uri)) as store:
@@ -63,7 +58,7 @@ def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Dat
 def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
     any_store: SQLStore, version: int, oldest: int, problem: str
 ) -> None:
-    """Rule 34: incompatible ones are refused with the command to run; newer compatible ones are accepted."""
+    """durability rule 34: newer tables are accepted if they declare that this version may use them."""
     any_store.check()
     set_schema_version(any_store, version, oldest)
     try:
@@ -85,6 +80,6 @@ def test_migrations_create_the_tables_that_the_code_declares(any_store: SQLStore
         assert compare_metadata(context, metadata) == []
 
 
-def _is_ours(_object: Any, unique_name: str | None, *_: Any) -> bool:
-    # What alembic and SQLite have for themselves.
-    return not (unique_name or "").startswith(("kser_migration", "sqlite_"))
+def _is_ours(_object: Any, name: str | None, *_: Any) -> bool:
+    # Alembic and SQLite have tables of their own, which the metadata does not declare.
+    return not (name or "").startswith(("kser_migration", "sqlite_"))

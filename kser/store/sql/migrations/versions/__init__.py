@@ -1,1 +1,1 @@
-"""One module per version of the tables: ``v0001`` and so on."""
+"""The migrations: one module per version of the tables, with the name ``v0001`` and so on."""

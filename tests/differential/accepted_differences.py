@@ -1,4 +1,4 @@
-"""The one list of intended differences, ``differences.txt``, and how it is read.
+"""Reader of the list of accepted differences, ``accepted_differences.txt``.
 
 An entry is a heading, then the lines of the published package (``-``) and ours (``+``)::
 
@@ -7,7 +7,7 @@ An entry is a heading, then the lines of the published package (``-``) and ours 
     + t1 runs RUNNING
 
 The heading names the decisions, the scenario, the case (``*`` stands for any case of the scenario) and how often the
-difference shows there, once unless it says otherwise. Lines that begin with ``#`` are comments.
+difference occurs there (default: once). Lines that begin with ``#`` are comments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-LIST = Path(__file__).with_name("differences.txt")
+LIST = Path(__file__).with_name("accepted_differences.txt")
 
 ANY_CASE = "*"
 
@@ -40,7 +40,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class Difference:
-    """An intended difference: a hunk with the decisions that want it."""
+    """An accepted difference: a hunk with the decisions that require it."""
 
     ids: tuple[str, ...]
     scenario: str
@@ -52,13 +52,13 @@ class Difference:
         return f"[{' '.join(self.ids)}] {self.scenario} / {self.hunk.case}{times}\n{self.hunk}"
 
 
-def listed() -> list[Difference]:
-    """All entries of the list."""
+def accepted_differences() -> list[Difference]:
+    """Return all entries of the list."""
     return list(parse(LIST.read_text(encoding="utf-8")))
 
 
 def parse(text: str) -> Iterator[Difference]:
-    """The entries of a list.
+    """Yield the entries of a list.
 
     :raises ValueError: a line is neither a heading nor part of an entry nor a comment.
     """
