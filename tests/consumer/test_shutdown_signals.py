@@ -134,7 +134,7 @@ def test_repeated_signals_do_not_delay_the_shutdown() -> None:
         process.send_signals(*[signal.SIGTERM] * 4, after="starts endless")
         status, _, _ = process.wait()
     assert status in (143, -signal.SIGTERM)
-    # On a loaded machine, the third or fourth signal can interrupt the clean-up, and then the running file keeps a line.
+    # The third or fourth signal can interrupt the clean-up of a slow process, and then the running file keeps a line.
     Path(os.environ["RUNNING_FILE"]).write_text("")
 
 
