@@ -6,14 +6,12 @@ with the imports of the code.
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from _modules import MODULES, ROOT, imports, tree
+
 DRAWING = ROOT / "docs" / "architecture.svg"
 
 WIDTH, ROW, PADDING, LINE = 960, 44, 14, 15
@@ -53,17 +51,11 @@ ROOMS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    """Return the modules of the package with their files."""
-    files = sorted((ROOT / "kser").rglob("*.py"))
-    names = (
-        ".".join(part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__") for path in files
-    )
-    return {name: path for name, path in zip(names, files, strict=True) if ".migrations" not in name}
-
+#: The modules in the drawing.
+DRAWN = [name for name in MODULES if ".migrations" not in name]
 
 #: Packages, whose ``__init__`` defines nothing worth a name in the drawing.
-PACKAGES = tuple(name for name, path in modules().items() if path.name == "__init__.py")
+PACKAGES = {name for name in DRAWN if MODULES[name].name == "__init__.py"}
 
 
 def room_of(module: str) -> Room:
@@ -77,34 +69,24 @@ def room_of(module: str) -> Room:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
-def _imports(node: ast.AST) -> Iterator[str]:
-    """Yield the modules that ``node`` imports when it is loaded: functions import optional dependencies alone."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ImportFrom) and child.module:
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not isinstance(child, ast.FunctionDef) and not (
-            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
-        ):
-            yield from _imports(child)
-
-
 def arrows() -> Counter[tuple[str, str]]:
-    """Count the imports from room to room, except those of values."""
-    known = modules()
-    found: Counter[tuple[str, str]] = Counter()
-    for module, path in known.items():
-        for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
-            target = name if name in known else name.rpartition(".")[0]
-            room = room_of(module)
-            if target in known and room_of(target) is not room and room_of(target).name != "values":
-                found[room.name, room_of(target).name] += 1
-    return found
+    """Count the imported names from room to room, except those of values.
+
+    Imports inside functions do not count, because functions import only optional dependencies.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for module in DRAWN:
+        room = room_of(module)
+        for target in imports(tree(module), in_functions=False):
+            if target in DRAWN and room_of(target) is not room and room_of(target).name != "values":
+                counts[room.name, room_of(target).name] += 1
+    return counts
 
 
 def _lines(room: Room) -> list[str]:
     """Return the module names of a room, wrapped to its width."""
     lines = [""]
-    for name in modules():
+    for name in DRAWN:
         if room_of(name) is not room or name in ("kser", "kser.store.__main__") or name in PACKAGES:
             continue
         short = name.removeprefix("kser.") if room.prefixes == TRANSPORTS else name.rpartition(".")[2]
