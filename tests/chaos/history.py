@@ -102,7 +102,7 @@ class Rules:
     session_timeout: float = 6
     commit_interval: float = 1
     shutdown_timeout: float = 30
-    #: How long a running task may delay the revocation of its partition.
+    #: The longest time that a running task may delay the revocation of its partition.
     revoke_timeout: float = 10
     #: ``max.poll.interval.ms``, in runs that test it.
     poll_interval: float | None = None
@@ -179,7 +179,7 @@ class History:
 
     @cached_property
     def finished(self) -> dict[str, tuple[int | None, int | None]]:
-        """By subject: the ledger position of the first success, and the offset of the first dead letter."""
+        """The ledger position of the first success and the offset of the first dead letter, by subject."""
         done: dict[str, int] = {}
         for entry in self.entries:
             failed = not self.rules.dead_letters and entry.event in (*FAILURES, ledger.REFUSED)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 #: The number of tasks of an operation.
 SIZE = 5
 
-#: How an operation is sent: with ``send()``, as a plain message, with ``launch()``, or as a plain message for a class
+#: Ways to send an operation: with ``send()``, as a plain message, with ``launch()``, or as a plain message for a class
 #: with ``DISTRIBUTED``.
 SEND, MESSAGE, LAUNCH, MESSAGE_DISTRIBUTED = WAYS = ("send()", "message", "launch()", "message, DISTRIBUTED")
 

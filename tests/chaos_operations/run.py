@@ -135,7 +135,7 @@ class ChaosRun:
         self._started = time.monotonic()
         #: The start of each running outage, by its number in the plan.
         self._outages: dict[int, float] = {}
-        #: When a process was suspended that holds a lock in the database, by name.
+        #: The time of the SIGSTOP, by name, of each suspended process that holds a lock in the database.
         self._locked: dict[str, float] = {}
         #: Kinds of faults that hit a busy process.
         self._kinds_that_hit: set[str] = set()
