@@ -125,7 +125,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the work.
     :param result: the forwarded result of the previous task.
-    :param metadata: data of the user, which kser copies unchanged into each message.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     """
 
     #: Names of the parameters that must be present.
@@ -149,7 +149,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.uuid: str = uuid or str(uuid4())
         #: Parameters of the work.
         self.params: Any = params or {}
-        #: Data of the user, which kser copies unchanged into each message.
+        #: Data of the user, which kser stores in the message unchanged.
         self.metadata: Any = metadata or {}
         #: The forwarded result of the previous task, into which kser merges the result of this work.
         self.result: Result = result or Result(uuid=self.uuid)

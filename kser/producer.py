@@ -38,7 +38,7 @@ def key_bytes(key: Key) -> bytes | None:
 
 
 def header_list(headers: Headers | None) -> HeaderList:
-    """Return headers in the form that the Kafka clients accept.
+    """Return headers as a list of pairs of a name and bytes, which the Kafka clients accept.
 
     :raises kser.errors.UsageError: a header is not a pair of a name and bytes.
     """

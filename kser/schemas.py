@@ -166,7 +166,7 @@ class Message(Base):
     :param entrypoint: path (``module.ClassName``) of the class to execute.
     :param params: parameters of the work.
     :param result: the forwarded result of a previous task: a Result, or a mapping of the arguments of a Result.
-    :param metadata: data of the user, which kser copies unchanged into each message.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     :raises TypeError: ``result`` is neither a Result nor a mapping.
     """
 

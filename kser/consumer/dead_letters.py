@@ -16,7 +16,7 @@ from kser.controller import BaseProducer
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
 
-#: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
+#: Prefix of the headers that kser adds to a dead letter. The headers of the original record stay unchanged.
 PREFIX = "kser-dlq-"
 
 #: Maximum number of characters of the error message in a dead letter. The first limit is for the first write; the

@@ -83,8 +83,8 @@ class PartitionCounts:
     records of the added partition are newer than the subscription. So the group starts at the beginning of the added
     partition, even with the reset policy ``latest``.
 
-    :param reset: the reset policy of the group. The commits contain the counts only with ``"latest"``, because the
-        other policies do not need them.
+    :param reset: the reset policy of the group (``auto.offset.reset``). The commits contain the counts only with
+        ``"latest"``, because the other policies do not need them.
     """
 
     def __init__(self, reset: str) -> None:
@@ -101,7 +101,7 @@ class PartitionCounts:
         return commit if size is None else Commit(commit.offset, f"{COUNT_PREFIX}{size} {commit.metadata}".rstrip())
 
     def restore(self, key: Partition, commit: Commit) -> None:
-        """Read the partition count of a topic from the metadata of a commit of the group.
+        """Read the partition count of a topic from the metadata of ``commit``, a commit of the group.
 
         If several commits contain a count for the topic, the smallest count applies.
         """

@@ -13,7 +13,7 @@ from kser.retry import Retry
 
 AFTER, BEFORE, NEVER = COMMIT_MODES = ("after", "before", "never")
 
-#: The reset policies of a group without committed offsets, by their names in Kafka's clients.
+#: The reset policies (``auto.offset.reset``) of a group without committed offsets, by their names in Kafka's clients.
 _RESETS = {
     **dict.fromkeys(("earliest", "smallest", "beginning"), "earliest"),
     **dict.fromkeys(("latest", "largest", "end"), "latest"),

@@ -119,7 +119,7 @@ class Poller:
         return queued
 
     def _guard(self, call: Callable[[], int], timeout: float) -> int:
-        """Call a function that uses the client. After an exception, log it, back off and return 0."""
+        """Call a function that uses the client. If it raises an exception, log the exception, back off and return 0."""
         try:
             return call()
         except ClientError as error:

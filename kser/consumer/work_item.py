@@ -50,7 +50,7 @@ class WorkItem:
         return self.attempt.acked or (commit_before and self.was_started)
 
     def next_attempt(self, due_at: float) -> WorkItem:
-        """Create the item for the next attempt at the record, which replaces this item.
+        """Create the item that replaces this item in the work queue, for the next attempt at the record.
 
         The new item has the attempt number of this item. For a retry, the caller increments the number.
 

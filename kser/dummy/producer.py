@@ -62,7 +62,7 @@ class Producer(KafkaProducerBase):
 class _Bulk(Bulk):
     """The messages of one ``bulk_send``.
 
-    The Result shows the topic and the timeout, like the Result of a single message.
+    The Result contains the topic and the timeout, as the Result of a single message does.
     """
 
     def finish(self) -> Result:
