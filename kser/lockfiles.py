@@ -32,8 +32,8 @@ class RunningFile:
     This class keeps the file open and rewrites it in place, because opening it for each message would take longer than
     a small task.
 
-    The file is reopened when its environment variable has changed or when the file was deleted. If the file cannot be
-    written, kser logs one warning, and handles the messages anyway.
+    This class reopens the file if the variable ``RUNNING_FILE`` has changed, or if the file was deleted. If the file
+    cannot be written, kser logs one warning, and handles the messages anyway.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Producer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which neither sent nor received."""
+"""Producer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which sent and received no messages."""
 
 from __future__ import annotations
 
