@@ -93,8 +93,8 @@ class BaseConsumer:
         options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
-            # With commit="before" a crash loses every record that was committed and not finished. So the queue buffers no
-            # more records than the workers can run at the same time.
+            # With commit="before", a crash loses every record that was committed and not finished. So the queue buffers
+            # no more records than the workers can run at the same time.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
             retry=options.retry,
