@@ -1,4 +1,4 @@
-"""Attempt: one run of a message. The consumer that makes the attempt and the entrypoint that runs share this object."""
+"""Attempt: one run of a record or of a task. The consumer and the running entrypoint share one Attempt object."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from kser.errors import RetryLater
 from kser.retry import DEFAULT_RETRY, Retry
 
-#: Reasons of a permanent failure.
+#: Reasons of a permanent failure, as a dead letter names them.
 UNDECODABLE: Final = "undecodable"
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
 
-#: Outcomes of an attempt.
+#: The two outcomes of an attempt: the attempt ended, or it exceeded its time limit.
 FINISHED: Final = "ended"
 TIMED_OUT: Final = "given up"
 
 
 class AttemptAbandoned(BaseException):
-    """A request to stop, raised in an attempt that the consumer has abandoned and whose result would be dropped."""
+    """Exception that ends an abandoned attempt, which the consumer no longer waits for and whose result it drops."""
 
 
 class _UserCodeGuard(AbstractContextManager[object]):
     """Guard that turns SystemExit, asyncio's CancelledError and similar exceptions of user code into a RuntimeError.
 
-    Without the guard, one message could end the consumer, and end it again after each restart. KeyboardInterrupt and
-    the consumer's own :exc:`AttemptAbandoned` pass unchanged, because user code did not raise them.
+    Without the guard, one message could end the consumer, and could end it again after each restart, because Kafka
+    redelivers the message. KeyboardInterrupt and the consumer's own :exc:`AttemptAbandoned` pass unchanged, because
+    user code did not raise them.
     """
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
@@ -44,7 +45,7 @@ user_code_guard = _UserCodeGuard()
 
 
 class Failure(NamedTuple):
-    """Permanent failure of a message: ``undecodable``, ``unknown-entrypoint`` or ``failed``, and its error."""
+    """Permanent failure of a message: a reason (``undecodable``, ``unknown-entrypoint``, ``failed``) and the error."""
 
     reason: str
     error_class: str
@@ -52,12 +53,12 @@ class Failure(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """Placeholder for a result: the message is acked, but this attempt did not finish its work.
+    """Placeholder for the result of an attempt that acked its record, but did not finish the work.
 
-    The store is responsible for the work. No hook is called, and no counter is increased.
+    The store is responsible for the rest of the work, so the controller calls no hook.
     """
 
-    #: The result that the store has so far.
+    #: The result that the store has recorded so far.
     result: Any
 
 
@@ -65,9 +66,9 @@ class Deferred(NamedTuple):
 class ConsumerCallbacks:
     """The functions that an attempt calls in the consumer that runs it.
 
-    :param ack: acks the attempt.
-    :param abandon: abandons the attempt.
-    :param clock: returns the current time, by the clock with which the consumer enforces time limits.
+    :param ack: acks the record of an attempt.
+    :param abandon: abandons an attempt.
+    :param clock: returns the current time in seconds, by the clock with which the consumer enforces time limits.
     :param cluster: returns the id of the Kafka cluster, or "" if the id is unknown.
     :param is_stopping: returns whether the consumer is shutting down.
     """
@@ -86,32 +87,33 @@ class Attempt:
     :param record: the Kafka record of the message; None if the message has no record.
     """
 
-    #: Callbacks of the consumer that runs the attempt; None before the start and outside of a consumer.
+    #: Callbacks of the consumer that runs the attempt; None before the start of the attempt, and outside of a consumer.
     callbacks: ConsumerCallbacks | None = None
     #: Number of the attempt, from 1.
     number = 1
-    #: Number of earlier attempts that do not count for the retry policy.
+    #: Number of earlier attempts that the retry policy does not count, such as the attempts before a resume.
     attempts_not_counted = 0
     #: Seconds until the next attempt; None unless this attempt has failed and a retry follows.
     retry_in: float | None = None
-    #: Permanent failure of the message.
+    #: Permanent failure of the message; None unless the attempt has failed and no retry follows.
     failure: Failure | None = None
-    #: The timeout error of an earlier attempt that was abandoned. This attempt does not run the message, but raises the
-    #: error to record the failure.
+    #: The error of an earlier attempt that exceeded its time limit; None without such an attempt. If the error is set,
+    #: this attempt does not run the message, but raises the error, so that the failure is recorded.
     timeout_error: Exception | None = None
-    #: Time at which the attempt started, by the clock of the consumer.
+    #: Time in seconds at which the attempt started, by the clock of the consumer.
     started_at = 0.0
     #: Time limit of the attempt in seconds; None without a limit.
     time_limit: float | None = None
-    #: True if the record is acked because the store has the message. Then the consumer writes no dead letter and does
-    #: not retry the message.
+    #: True if the record is acked, because the store is responsible for the message. In that case, the consumer writes
+    #: no dead letter and does not retry the message.
     acked = False
     #: uuid of the stored operation whose task this attempt runs; None for any other attempt.
     operation_uuid: str | None = None
 
-    #: Entrypoint of the message. The attempt ignores other entrypoints that run inside this entrypoint.
+    #: The entrypoint object that runs the message. Its ``run`` method may execute further entrypoints, which the
+    #: attempt ignores.
     entry: Any = None
-    #: Class of the message's entrypoint, once it is known.
+    #: The class that the message names; None until the controller has looked up the class.
     entrypoint_class: type | None = None
 
     _abandoned = False
@@ -119,9 +121,9 @@ class Attempt:
     def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
         #: Retry policy for classes that declare no policy.
         self.retry = retry
-        #: The record; None if the message has no record.
+        #: The Kafka record; None if the message has no record.
         self.record = record
-        #: The outcome latch: the first value is the outcome, and later values are ignored.
+        #: The outcome latch, a list: its first value is the outcome of the attempt, and all later values are ignored.
         self.outcome: list[str] = []
 
     @property
@@ -131,7 +133,7 @@ class Attempt:
 
     @property
     def abandoned(self) -> bool:
-        """True if the attempt was abandoned."""
+        """True if the consumer has abandoned the attempt: it does not wait for the attempt, and drops its result."""
         return self._abandoned
 
     @property
@@ -141,21 +143,24 @@ class Attempt:
 
     @property
     def shutting_down(self) -> bool:
-        """True if the consumer is shutting down. Release work then, so that another consumer can continue it."""
+        """True if the consumer is shutting down.
+
+        At the next checkpoint, a stored operation is then released, so that another consumer continues it.
+        """
         return self.callbacks is not None and self.callbacks.is_stopping()
 
     def on_constructed(self, entry: Any) -> None:
-        """Register an entrypoint that was constructed.
+        """Register an entrypoint object that was just constructed.
 
-        The first entrypoint of the message's class is the entrypoint of the message.
+        The first object of the class that the message names becomes the entrypoint of the message.
         """
         if self.entry is None and type(entry) is self.entrypoint_class:
             self.entry = entry
 
     def on_started(self, entry: Any) -> None:
-        """Register an entrypoint that starts.
+        """Register an entrypoint object whose execution starts.
 
-        If the entrypoint of the message is not known yet, ``entry`` becomes the entrypoint of the message.
+        If the message has no entrypoint object yet, ``entry`` becomes the entrypoint of the message.
 
         :raises kser.errors.TaskTimeout: this attempt records the timeout of an earlier attempt.
         """
@@ -168,7 +173,9 @@ class Attempt:
         self.time_limit = time_limit_of(type(entry))
 
     def should_retry(self, exc: BaseException | None, error: Failure) -> bool:
-        """Return whether another attempt follows a failure; if none follows, record the failure as permanent.
+        """Return whether a retry follows this failed attempt. If no retry follows, record the failure as permanent.
+
+        If the record is acked, record nothing, because the store is responsible for the message.
 
         :param exc: the exception of the attempt; None for a failed result.
         :param error: the failure to record.
@@ -185,24 +192,24 @@ class Attempt:
         return self.retry_in is not None
 
     def reject(self, reason: str, exc: BaseException) -> None:
-        """Reject the message, because no attempt can handle it."""
+        """Record a permanent failure, because no other attempt could handle the message."""
         self.failure = Failure(reason, error_name(exc), str(exc))
 
     def ack(self) -> None:
-        """Ack the record. The store is now responsible for the message, whatever the outcome of the attempt."""
+        """Ack the record. From now on, the store is responsible for the message, even if this attempt fails."""
         if self.callbacks is not None and not self.acked:
             self.callbacks.ack(self)
         self.acked = True
 
     def restart_timer(self, time_limit: float | None) -> None:
-        """Restart the timer for a part of the work. This part can time out separately.
+        """Restart the timer and clear the outcome, so that the next part of the work has a time limit of its own.
 
-        :param time_limit: time limit of the part in seconds; None without a limit.
+        :param time_limit: time limit of the next part in seconds; None without a limit.
         """
         if self.callbacks is not None:
             self.started_at = self.callbacks.clock()
-        # Clear the limit before replacing the latch. The supervisor reads the latch before the limit, so it never
-        # applies the old limit to the new latch.
+        # Clear the old limit before replacing the outcome latch. The supervisor thread reads the latch first and the
+        # limit second, so it never applies the old limit to the new latch.
         self.time_limit = None
         self.outcome = []
         self.time_limit = time_limit
@@ -218,11 +225,14 @@ class Attempt:
         raise AttemptAbandoned
 
     def mark_abandoned(self) -> None:
-        """Mark the attempt as abandoned, so that the next call of :meth:`raise_if_abandoned` raises."""
+        """Mark the attempt as abandoned; the next call of :meth:`raise_if_abandoned` then raises AttemptAbandoned."""
         self._abandoned = True
 
     def deterministic_uuid(self) -> str:
-        """Return a uuid for a message that has no uuid. For a record, the uuid is the same at each redelivery."""
+        """Return a uuid for a message that has no uuid.
+
+        If the message has a record, each redelivery of the record gives the same uuid. Otherwise, the uuid is random.
+        """
         if self.record is None:
             return str(uuid4())
         cluster = "" if self.callbacks is None else self.callbacks.cluster()
@@ -240,19 +250,19 @@ class Attempt:
         return outcome[0] == value
 
     def raise_if_abandoned(self) -> None:
-        """Raise if the attempt was abandoned.
+        """Raise AttemptAbandoned if the attempt was abandoned or has timed out.
 
-        :raises AttemptAbandoned: the attempt was abandoned.
+        :raises AttemptAbandoned: the attempt was abandoned or has timed out.
         """
         if self.abandoned or (self.outcome and self.outcome[0] == TIMED_OUT):
             raise AttemptAbandoned
 
     def on_finished(self, entry: Any) -> None:
-        """Register an entrypoint that has finished.
+        """Register an entrypoint object whose work has finished.
 
-        If it is the entrypoint of the message, the attempt can no longer time out.
+        If ``entry`` is the entrypoint of the message, the attempt can no longer time out.
 
-        :raises AttemptAbandoned: the attempt was abandoned before.
+        :raises AttemptAbandoned: the attempt was abandoned or timed out before ``entry`` finished.
         """
         if entry is self.entry:
             self.resolve()
@@ -266,17 +276,17 @@ current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default
 def raise_if_decided(entry: Any) -> None:
     """Report to the current attempt, if there is one, that an entrypoint has finished.
 
-    :raises AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
+    :raises AttemptAbandoned: the attempt was abandoned or has timed out, so the consumer drops its result.
     """
     if (attempt := current_attempt.get()) is not None:
         attempt.on_finished(entry)
 
 
 def time_limit_of(cls: type) -> float | None:
-    """Return the time limit of an attempt at a class in seconds, or None if there is no limit."""
+    """Return ``TIME_LIMIT`` of a class: the time limit of each attempt in seconds, or None without a limit."""
     timeout = getattr(cls, "TIME_LIMIT", None)
-    # Ignore a value of another type, because the attribute is then the user's own (decision C18). The same applies to
-    # ``RETRY``.
+    # Ignore a value that is not a positive number, because the user's class then uses the name ``TIME_LIMIT`` for
+    # something else (decision C18). For the same reason, kser ignores a ``RETRY`` that is not a Retry.
     fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
     return timeout if fits else None
 
@@ -287,7 +297,7 @@ def error_name(exc: BaseException) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-#: Minimum seconds between two database reads of ``cancel_requested``, for a task that polls it in a loop.
+#: Minimum seconds between two database reads by ``cancel_requested``, because a task may check this property in a loop.
 CANCEL_CHECK_INTERVAL = 0.5
 
 
@@ -299,7 +309,7 @@ class TaskAttempt(Attempt):
     :param number: number of the attempt, which is the number of recorded attempts plus 1.
     :param retry: the retry policy if the class of the task declares no policy.
     :param operation_uuid: uuid of the operation that the task belongs to.
-    :param is_cancelled: reads from the database whether the task should stop.
+    :param is_cancelled: reads from the database whether a cancel of the operation was requested.
     """
 
     def __init__(
@@ -332,7 +342,7 @@ class TaskAttempt(Attempt):
         return self.parent is not None and self.parent.abandoned
 
     def abandon(self) -> None:
-        """Leave the step, because the consumer is shutting down or has abandoned the attempt at the record.
+        """Leave the step, because the consumer is shutting down or has abandoned the attempt at the record of the step.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

@@ -9,8 +9,8 @@ def delay(failures: int, *, first: float, ceiling: float, factor: float = 2.0) -
     """Return the back-off after a failure, in seconds.
 
     :param failures: the number of consecutive failures, counted from 1.
-    :param first: the back-off after the first failure.
-    :param ceiling: the longest back-off.
+    :param first: the back-off after the first failure, in seconds.
+    :param ceiling: the longest back-off, in seconds.
     :param factor: the factor by which the back-off grows from one failure to the next.
     """
     try:
@@ -20,5 +20,8 @@ def delay(failures: int, *, first: float, ceiling: float, factor: float = 2.0) -
 
 
 def random_delay(failures: int, *, first: float, ceiling: float, lowest: float) -> float:
-    """Return a random back-off between ``lowest`` and :func:`delay`, so that several clients do not retry at once."""
+    """Return a random back-off in seconds, between ``lowest`` and the value of :func:`delay`.
+
+    The back-off is random so that several clients do not retry at the same time.
+    """
     return random.uniform(lowest, max(lowest, delay(failures, first=first, ceiling=ceiling)))

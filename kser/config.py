@@ -6,7 +6,7 @@ The order of precedence is: explicit argument, ``config`` of the Flask app, envi
 setting               value                                                          in the environment
 ===================== ============================================================== ==========================
 ``KSER_CONFIG``       options of the Kafka client, for producers and consumers       a JSON object
-``KSER_TOPICS``       topics to consume; tasks are sent to the first one             names, separated by commas
+``KSER_TOPICS``       topics to consume; tasks are sent to the first topic           names, separated by commas
 ``KSER_DATABASE_URI`` the shared database, which stores the operations               a database URL
 ===================== ============================================================== ==========================
 """
@@ -55,14 +55,15 @@ class Settings:
     def number(self, name: str, default: float, *, whole: bool = False) -> float:
         """Return a setting that must be a number above 0, or ``default`` if the setting is not set.
 
-        :raises SettingError: the value is not such a number.
+        :param whole: whether the number must be whole.
+        :raises SettingError: the value is not a number above 0, or not a whole number although ``whole`` is True.
         """
         value = self.get(name)
         return check_number(name, default if value is None else value, whole=whole)
 
     @property
     def client(self) -> dict[str, Any] | None:
-        """Client options in ``KSER_CONFIG``, or None if it is not set.
+        """Options of the Kafka client from ``KSER_CONFIG``, or None if ``KSER_CONFIG`` is not set.
 
         :raises SettingError: the value is not a JSON object.
         """
@@ -74,7 +75,7 @@ class Settings:
     def consumed_topics(self, topics: Any = None) -> Any:
         """Return the topics to consume: ``topics``, or the topics in ``KSER_TOPICS`` if ``topics`` is None.
 
-        :raises SettingError: there is no topic.
+        :raises SettingError: ``topics`` is empty, or it is None and ``KSER_TOPICS`` contains no topic.
         :raises UsageError: ``topics`` is a str, which Python would read as a list of letters.
         """
         consumed = self.topics if topics is None else topics
@@ -88,7 +89,7 @@ class Settings:
 
     @property
     def topics(self) -> list[str]:
-        """Topics in ``KSER_TOPICS``; empty if it is not set.
+        """Topics in ``KSER_TOPICS``; empty if ``KSER_TOPICS`` is not set.
 
         :raises SettingError: the value contains something other than topic names.
         """
@@ -99,7 +100,7 @@ class Settings:
         return [name.strip() for name in names if name.strip()]
 
     def first_topic(self, fallback: str) -> str:
-        """Return the first topic of ``KSER_TOPICS``, or ``fallback`` if it is not set.
+        """Return the first topic of ``KSER_TOPICS``, or ``fallback`` if ``KSER_TOPICS`` contains no topic.
 
         :raises SettingError: the value contains something other than topic names.
         """
@@ -107,7 +108,7 @@ class Settings:
 
 
 def _python_value(key: str, value: Any) -> Any:
-    """Convert ``value`` to the type that Python clients expect, if JSON and the environment cannot express it."""
+    """Convert ``api_version`` to a tuple, because JSON has no tuples. Return other options unchanged."""
     if key == "api_version" and isinstance(value, str | list):
         try:
             return tuple(int(part) for part in (value.split(".") if isinstance(value, str) else value))
@@ -117,11 +118,12 @@ def _python_value(key: str, value: Any) -> Any:
 
 
 def known_options(config: Mapping[str, Any], own: Iterable[str], *others: Iterable[str]) -> dict[str, Any]:
-    """Return the options of ``config`` that a client knows. Other clients use the same ``config``.
+    """Return the options of ``config`` that a client knows. ``config`` may also contain options of other clients.
 
     :param own: option names of this client.
     :param others: option names of the other clients; these options are dropped silently.
-    :raises SettingError: no client knows an option; the error text contains the most similar option name.
+    :raises SettingError: ``config`` has an option that no client knows. The error text contains the most similar name
+        of an option.
     """
     own = set(own)
     known = own.union(*others)
@@ -138,7 +140,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 
 
 def parse_json(source: str, value: Any) -> Any:
-    """Return the value of a setting. If the value is a str, it must be JSON, and is decoded.
+    """Return the value of a setting. A str must contain JSON, and this function decodes it.
 
     :param source: the name of the setting, for the error text.
     :raises SettingError: ``value`` is a str that is not JSON.
@@ -165,9 +167,9 @@ def check_number(
     :param source: the name of the setting, for the error text.
     :param lowest: the lowest number that is allowed; None allows every number above 0.
     :param whole: whether the number must be whole. In that case, the result is an int.
-    :param unit: the unit, for the error text.
+    :param unit: the unit of the number, for the error text.
     :param types: the types that are allowed; by default, every type that ``float`` converts, except bool.
-    :raises SettingError: the value is not such a number.
+    :raises SettingError: ``value`` is not a number, or the other parameters do not allow it.
     """
     number = math.nan
     accepted = isinstance(value, types) and not isinstance(value, bool)
@@ -179,5 +181,5 @@ def check_number(
         kind = f"{'whole ' * whole}number{unit and f' of {unit}'}"
         limit = " above 0" if lowest is None else f", {lowest:g} or more"
         raise SettingError(f"{source} must be a {kind}{limit}; it is {value!r}")
-    # An int is exact; float() would round a number above 2**53.
+    # Return an int unchanged, because float() would round an int above 2**53.
     return (value if isinstance(value, int) else int(number)) if whole else number

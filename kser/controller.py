@@ -1,4 +1,4 @@
-"""Controller, which runs the entrypoint of a raw message, and the base class of all producers.
+"""Controller and BaseProducer: the class that decodes and runs messages, and the interface of all producers.
 
 This module is a drop-in replacement for ``kser.controller`` of 0.8.27.
 """
@@ -33,15 +33,16 @@ from kser.schemas import OPERATION_KEY, Message, dump_result
 
 logger = logging.getLogger(__name__)
 
-#: Headers of a Kafka record: names and bytes.
+#: Headers of a Kafka record: a mapping from names to bytes, or a sequence of pairs of a name and bytes.
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
 
-#: Maximum number of unknown names that are remembered and logged. Without a limit, random names could fill the memory.
+#: Maximum number of unknown entrypoint names that a controller remembers, so that it logs each name only once. Without
+#: a limit, messages with random names could fill the memory.
 MAX_UNKNOWN_NAMES = 1000
 
 
 class BaseController:
-    """Hooks around messages, shared by controllers and producers.
+    """Hooks for the messages that a controller runs or that a producer sends.
 
     The hooks are classmethods; override them as classmethods.
     """
@@ -57,7 +58,10 @@ class BaseController:
 
     @classmethod
     def onmessage(cls, kmsg: Message) -> Any:
-        """Return the message to handle in place of ``kmsg``. This hook is called before each message is handled."""
+        """Return the message to use in place of ``kmsg``; by default, ``kmsg``.
+
+        A controller calls this hook before it runs a message. A producer calls this hook before it sends a message.
+        """
         return kmsg
 
     @classmethod
@@ -84,12 +88,12 @@ class BaseController:
 
     @classmethod
     def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
-        """Log the outcome of a message and call its hook.
+        """Log the outcome of a message and call ``onsuccess`` or ``onerror``.
 
         An exception of the hook makes the message fail (decision C13).
 
-        :param succeeded: whether ``result`` is a success. A falsy value in place of a Result counts as a failure, as in
-            kser 0.8. It means that a hook of the entrypoint returned nothing.
+        :param succeeded: whether ``result`` is a success. If a hook of the entrypoint returned nothing, ``result`` is
+            None, which counts as a failure, as in kser 0.8.
         """
         try:
             with user_code_guard:
@@ -102,9 +106,10 @@ class BaseController:
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
-        """Do nothing.
+        """Keep the recorded failure of the current attempt. A controller overrides this method.
 
-        A message that a producer sends does not change the outcome of the message that is being handled.
+        A producer calls this method after it has sent a message. The success of this send must not change the outcome
+        of the message that the consumer runs.
         """
 
     @classmethod
@@ -114,7 +119,7 @@ class BaseController:
         try:
             return merge(result, failed)
         except Exception:
-            # Merging fails because `result` is not a Result, or because it contains invalid values.
+            # The merge fails if ``result`` is not a Result, or if it contains invalid values.
             return failed
 
 
@@ -141,10 +146,11 @@ class BaseProducer(BaseController):
         :param key: messages with the same key go to the same partition and are handled one after the other; messages
             without a key are spread over the partitions.
         :param headers: headers of the record: pairs of a name and bytes, or a mapping.
-        :return: a Result, which is a failed one if delivery was not confirmed. In that case, the message may still be
-            delivered later.
+        :return: a Result, which is a failed Result if the message was not sent or its delivery was not confirmed. A
+            message without confirmation may still be delivered later.
         """
-        # Pass only the options that were given, because third parties implement `_send` with the signature of 0.8.
+        # Pass only the options that were given, because third parties implement ``_send`` with the signature of kser
+        # 0.8, which has neither ``key`` nor ``headers``.
         options = {"key": key, "headers": headers}
         return self._send(topic, kmsg, timeout, **{name: value for name, value in options.items() if value is not None})
 
@@ -159,7 +165,7 @@ class BaseProducer(BaseController):
     ) -> None:
         """Write a raw record, without hooks and log lines, and wait until it is delivered.
 
-        :param value: the bytes of the record.
+        :param value: the value of the record.
         :param timeout: seconds for the whole call.
         :raises kser.errors.MessageTooLarge: the record exceeds the size limit of the client or of the broker.
         :raises kser.errors.DeliveryError: delivery was not confirmed; the record may still be delivered later.
@@ -170,7 +176,10 @@ class BaseProducer(BaseController):
         """Close the connection, after a short wait for messages that are still in flight."""
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
-        """Log a sent message, call its hook and emit the signal; return the result that the hook returned."""
+        """Log the outcome of a send, call ``onsuccess`` or ``onerror``, and emit ``message_sent`` after a success.
+
+        :return: the return value of the hook.
+        """
         # Read the status before the hook runs, because a hook that raises makes the result a failure although the
         # message was sent.
         delivered = status.final_status(result) == status.SUCCESS
@@ -188,14 +197,14 @@ class Controller(BaseController):
 
     #: Entrypoint classes, keyed by path. All controllers share this dict, unless a subclass defines its own dict.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
-    #: Class that decodes messages: any class that has ``loads``.
+    #: Class that decodes messages: any class with a method ``loads``.
     TRANSPORT: ClassVar[Any] = Message
 
     _kser_unknown_names: ClassVar[set[str]] = set()
 
     @classmethod
     def register(cls, name: Any, entrypoint: type[Entrypoint]) -> None:
-        """Register ``entrypoint`` under ``name``, in place of an earlier registration.
+        """Register ``entrypoint`` under ``name``; replace the class that was registered under this name before.
 
         :raises cdumay_error.types.ValidationError: ``entrypoint`` is not a subclass of Entrypoint.
         """
@@ -241,8 +250,8 @@ class Controller(BaseController):
     @classmethod
     def _kser_clear_failure(cls) -> None:
         if (attempt := current_attempt.get()) is not None:
-            # A hook of the entrypoint has turned a failure into a success. If the failure stayed recorded, the message
-            # would still fail.
+            # A hook of the entrypoint has turned a failure into a success. If the failure stayed recorded, the consumer
+            # would still treat the message as failed.
             attempt.failure = None
 
     @classmethod
@@ -262,7 +271,7 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_process(cls, kmsg: Message) -> tuple[Any, bool]:
-        """Execute a message; return its result, and whether that is a success."""
+        """Execute a message; return its result, and whether the result is a success."""
         try:
             with user_code_guard:
                 try:
@@ -270,8 +279,8 @@ class Controller(BaseController):
                     result = cls._kser_execute(kmsg)
                 finally:
                     cls.stop_processing()
-            # The code below needs a Result. For any other type, ``final_status`` raises an error whose text contains
-            # the type.
+            # ``final_status`` needs a Result. For a value of another type, it raises an error whose text contains the
+            # type.
             if not result:
                 return result, False
             if type(result) is Deferred or status.final_status(result) == status.SUCCESS:
@@ -282,7 +291,10 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:
-        """Report a failure to the current attempt, if there is one and the entrypoint has not reported it yet."""
+        """Report a failure to the current attempt, if there is one.
+
+        Do nothing if the entrypoint has already reported the failure, or if the record is acked.
+        """
         attempt = current_attempt.get()
         if attempt is None or attempt.failure is not None or attempt.retry_in is not None or attempt.acked:
             return result
@@ -342,11 +354,12 @@ class Controller(BaseController):
     def _kser_handle_undecodable(cls, raw_data: Any, exc: Exception) -> Any:
         """Log input that is not a message, and return a failed result.
 
-        Call this method inside the handler of ``exc``.
+        Call this method inside the ``except`` block of ``exc``, because the error that it builds contains the traceback
+        of the exception that is being handled.
         """
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # Use the stack of the transport's error if it has a stack. None selects the traceback of the exception being
-        # handled.
+        # If :attr:`TRANSPORT` raised an error that has a stack, use that stack. With None, ValidationError uses the
+        # traceback of the exception that is being handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _partial_message(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
@@ -364,7 +377,7 @@ class Controller(BaseController):
 
 
 def _reject_attempt(reason: str, exc: Exception) -> None:
-    """Reject the current attempt, if there is one, because another attempt would fail as well."""
+    """Record a permanent failure of the current attempt, if there is one, because a retry would fail as well."""
     if (attempt := current_attempt.get()) is not None:
         attempt.reject(reason, exc)
 
@@ -378,12 +391,15 @@ def _extra(kmsg: Message, result: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether ``value`` has the attributes of a message. Third parties have their own message classes."""
+    """Return whether ``value`` has the attributes of a message.
+
+    This function does not check the class, because third parties have message classes of their own.
+    """
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
 def _partial_message(raw_data: Any) -> Message:
-    """Build a message for the hooks from undecodable input, with its uuid and entrypoint if these can be read."""
+    """Build a message for the hooks from undecodable input; read uuid and entrypoint from the input if possible."""
     try:
         data = json.loads(raw_data)
     except Exception:

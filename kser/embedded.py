@@ -30,17 +30,20 @@ from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageEr
 #: Seconds to wait for a response of the broker, which runs in this process.
 _START_TIMEOUT = 10
 
-# The mock cluster accepts any topic name. Without this check, a program that works here could fail with a real broker.
+# Apache Kafka accepts only these topic names, but the mock cluster accepts any name. Without this check, a program that
+# works here could fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-# Log warnings and worse. The only line at a lower level reports that the mock cluster is in use, which is intended.
+# Log level of librdkafka: warnings and worse. Its only line at a lower level reports that the mock cluster is in use,
+# which is intended here.
 _SYSLOG_WARNING = 4
 
 
 class EmbeddedBroker:
-    """Running development broker: the constructor starts it; :meth:`close` or the end of the ``with`` block stops it.
+    """Development broker. The constructor starts it, and :meth:`close` or the end of the ``with`` block stops it.
 
-    :param topics: topics to create. A consumer joins its group smoothly only if its topics exist beforehand.
+    :param topics: topics to create. Create the topics of a consumer before the consumer starts: a topic that appears
+        after the consumer has joined its group may cause another rebalance.
     :raises MissingDependency: confluent-kafka is not installed.
     :raises BrokerUnavailable: the broker does not start.
     """
@@ -56,25 +59,25 @@ class EmbeddedBroker:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Options of kafka-python for a consumer, in a new dict each time; you may add options."""
+        """Options of kafka-python for a consumer. Each access returns a new dict, to which you may add options."""
         return {
             **self.producer_config,
             # When the group changes, the broker waits for lost members until their session times out, and the other
-            # members learn of the change with their next heartbeat. With the client's defaults, 45 s and 3 s, each
-            # restart would take that long.
+            # members learn of the change with their next heartbeat. With the client's defaults, a session timeout of 45
+            # s and a heartbeat every 3 s, each restart of a consumer would take that long.
             "session_timeout_ms": 6000,
             "heartbeat_interval_ms": 500,
         }
 
     @property
     def producer_config(self) -> dict[str, Any]:
-        """Options of kafka-python for a producer, in a new dict each time."""
-        # Set the version, because otherwise kafka-python 3 requests it endlessly, in a format that is too new for the
-        # mock cluster.
+        """Options of kafka-python for a producer. Each access returns a new dict."""
+        # Set ``api_version``, because otherwise kafka-python 3 asks the broker for its version endlessly, in a format
+        # that is too new for the mock cluster.
         return {"bootstrap_servers": self.bootstrap_servers, "api_version": (2, 0)}
 
     def environment(self, group_id: str = "kser") -> dict[str, str]:
-        """Return ``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
+        """Return the values of ``KSER_CONFIG`` and ``KSER_TOPICS`` for consumers and producers in other processes.
 
         :param group_id: the consumer group. The group starts at the earliest message.
         """
@@ -93,7 +96,7 @@ class EmbeddedBroker:
             )
         if self._client is None:
             raise UsageError(f"topic {name!r} cannot be created: this development broker is closed; start another one")
-        # A metadata request for a topic creates it.
+        # The mock cluster creates a topic when a client requests the metadata of the topic.
         problem = self._metadata(name).topics[name].error
         if problem is not None:
             raise BrokerUnavailable(f"the development broker did not create topic {name!r}: {problem}")
@@ -101,7 +104,7 @@ class EmbeddedBroker:
             self.topics.append(name)
 
     def close(self) -> None:
-        """Stop the broker and discard its messages; closing twice is harmless."""
+        """Stop the broker and discard its messages. A second call has no effect."""
         # librdkafka stops the mock cluster when the last reference to its client is gone.
         self._client = None
 
@@ -133,7 +136,7 @@ class EmbeddedBroker:
 
 
 def _mock_cluster() -> Any:
-    """Create the client that holds a mock cluster of one broker."""
+    """Create the librdkafka client that runs the mock cluster, which has one broker."""
     try:
         from confluent_kafka import Producer
     except ImportError as error:
@@ -157,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # Block both signals before the broker starts and wait for them later, so that no signal is lost and no signal
-    # interrupts a call. Keep them blocked, because the process ends here and a second Ctrl-C must not disturb the end.
+    # interrupts a call. Keep both signals blocked, so that a second Ctrl-C does not interrupt the shutdown of the
+    # broker.
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:
@@ -167,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 " messages at exit; stop it with Ctrl-C\n"
             )
             for name, value in broker.environment().items():
-                # Single quotes are safe, because neither these options nor topic names contain one.
+                # Single quotes are safe, because neither the options nor the topic names contain a single quote.
                 sys.stdout.write(f"export {name}='{value}'\n")
             sys.stdout.flush()
             signal.sigwait(ends)
@@ -181,14 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kser.embedded",
         description="Run a broker for development, in memory, on a free port of the loopback interface.",
-        epilog="Paste the lines that it prints into the shell where you start consumers and producers.",
+        epilog="Paste the printed lines into the shell where you start consumers and producers.",
     )
     parser.add_argument(
         "--topic",
         metavar="NAME",
         action="append",
         default=[],
-        help="create this topic; repeat the option for more topics; tasks are sent to the first one",
+        help="create this topic; repeat the option for more topics; tasks are sent to the first topic",
     )
     return parser
 

@@ -25,13 +25,13 @@ NO_INIT_FAILURE: Final = object()
 
 
 class OperationsProtocol(Protocol):
-    """Client of stored operations: the methods that an operation calls."""
+    """Interface to the stored operations of a registry, as the methods of an Operation use it."""
 
     def send(self, operation: Any, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
         """Save an operation and send it."""
 
     def launch(self, operation: Any) -> Result:
-        """Save a distributed operation and send its first task."""
+        """Save an operation that runs over the consumers, and send its first task."""
         ...
 
     def get(self, uuid: str) -> Any:
@@ -51,10 +51,9 @@ class OperationsProtocol(Protocol):
 
 
 class RegistryProtocol(Protocol):
-    """Registry of a class: the methods that entrypoints, controllers and durable operations call.
+    """Interface of ``OperationRegistry``, as entrypoints, controllers and stored operations use it.
 
-    This module cannot import ``OperationRegistry``, because a module may import only from modules of a lower rank. So
-    it uses this protocol instead.
+    This module uses this protocol because it cannot import ``OperationRegistry``, whose module imports this module.
     """
 
     controller: Any
@@ -75,7 +74,7 @@ class RegistryProtocol(Protocol):
         ...
 
     def _kser_app_context(self) -> AbstractContextManager[Any]:
-        """Return the context manager to enter around a whole execution."""
+        """Return the context manager for one execution: the app context, or a null context if there is no app."""
         ...
 
     @property
@@ -89,7 +88,7 @@ class RegistryProtocol(Protocol):
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message of a durable operation or of one of its steps. The operation is already stored, or is new.
+        """Handle a message that names a durable operation, or a message that is a step of a stored operation.
 
         :param entrypoint: the class that the message names; None if the class is not registered here.
         :return: a Result or a :class:`kser.attempt.Deferred`.
@@ -107,9 +106,10 @@ class EntrypointMeta(type):
 
 
 class _InstancePath:
-    """The attribute ``path`` of instances.
+    """Descriptor of the attribute ``path`` of an instance.
 
-    It is a non-data descriptor, so a user's attribute of the same name takes precedence (decision C18).
+    This class is a non-data descriptor, so an attribute ``path`` that the user sets on the instance takes precedence
+    (decision C18).
     """
 
     def __get__(self, instance: Any, owner: EntrypointMeta) -> str:
@@ -125,7 +125,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     :param uuid: identifier; by default, a new uuid.
     :param params: parameters of the work.
     :param result: the forwarded result of the previous task.
-    :param metadata: context that kser passes on unchanged.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     """
 
     #: Names of the parameters that must be present.
@@ -134,7 +134,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[RegistryProtocol | None] = None
-    #: True if the registry handles the messages of this class, provided that it has a store.
+    #: True if a registry that has a store handles the messages of this class as stored operations.
     _kser_is_durable: ClassVar[bool] = False
     _kser_init_failure: Any = NO_INIT_FAILURE
 
@@ -145,13 +145,13 @@ class Entrypoint(metaclass=EntrypointMeta):
         result: Result | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        #: Identifier; the same in the message, the logs and the result.
+        #: Identifier, which is the same in the message, the log lines and the result.
         self.uuid: str = uuid or str(uuid4())
         #: Parameters of the work.
         self.params: Any = params or {}
-        #: Context that kser passes on unchanged.
+        #: Data of the user, which kser stores in the message unchanged.
         self.metadata: Any = metadata or {}
-        #: The incoming result, with the result of the work merged into it.
+        #: The forwarded result of the previous task, into which kser merges the result of this work.
         self.result: Result = result or Result(uuid=self.uuid)
         self._post_init()
 
@@ -193,7 +193,7 @@ class Entrypoint(metaclass=EntrypointMeta):
 
         :param result: the final result.
 
-        If this hook raises an exception, kser logs it, merges it into the result, and calls no further hook.
+        If this hook raises an exception, kser logs the exception, merges it into the result, and calls no further hook.
         """
         return result
 
@@ -239,7 +239,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         """Execute the entrypoint. Exceptions of the hooks and of :meth:`run` reach the caller.
 
         :param result: a result to merge into :attr:`result` first.
-        :return: the return value of :meth:`onsuccess` or, for a returned failure, of :meth:`onerror`.
+        :return: the return value of :meth:`onsuccess`; if :meth:`run` returned a failed Result, the return value of
+            :meth:`onerror`.
         """
         if self._kser_init_failure is not NO_INIT_FAILURE:
             return self._kser_init_failure
@@ -286,7 +287,9 @@ class Entrypoint(metaclass=EntrypointMeta):
     # -- messages and logs ---------------------------------------------------------------------------------------------
 
     def to_Message(self, result: Result | None = None) -> Message:
-        """Return the message that starts this work. The message shares the params, result and metadata of this object.
+        """Return the message that requests this work.
+
+        The message shares the params, result and metadata of this object.
 
         :param result: a result to forward in place of :attr:`result`.
         """
@@ -309,7 +312,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         return f"{label} - {action}" if action else label
 
     def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
-        """Log ``message``, formatted with ``args``, after this object's name, path and uuid.
+        """Log ``message``, formatted with ``args``, after a prefix with the class name, path and uuid of this object.
 
         :param level: level of the log record.
         :param kwargs: keywords of :meth:`logging.Logger.log`: ``extra``, ``exc_info``, ``stack_info``, ``stacklevel``.
@@ -327,8 +330,8 @@ def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None)
 
     :param result: the failed result.
     :param exc: the exception of the attempt; None for a returned failure.
-    :return: the result of this attempt, or None if the failure is final.
-    :raises kser.attempt.AttemptAbandoned: the attempt was abandoned, so its result would be dropped.
+    :return: the result of this attempt, or None if no retry follows.
+    :raises kser.attempt.AttemptAbandoned: the attempt was abandoned or has timed out, so the consumer drops its result.
     """
     attempt = current_attempt.get()
     if attempt is None:
@@ -352,7 +355,10 @@ def _error_name(result: Result) -> str:
 
 
 def notify_failure(entry: Entrypoint) -> Any:
-    """Emit ``entry_failed`` and call ``onerror``. If the hook raises, add its error to the result (decision C6)."""
+    """Emit ``entry_failed`` and call ``onerror``.
+
+    If ``onerror`` raises an exception, merge the exception into the result (decision C6).
+    """
     signals.emit(signals.entry_failed, type(entry), entry=entry, result=entry.result)
     try:
         return entry.onerror(entry.result)

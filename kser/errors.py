@@ -11,7 +11,7 @@
     ├── UsageError (also TypeError)                                 the call is invalid
     ├── MissingDependency        an optional dependency is not installed
     ├── BrokerUnavailable        no broker responds
-    ├── ClientError              a call of the Kafka client failed; the consumer retries it
+    ├── ClientError              a call of the Kafka client failed; the consumer retries the call
     ├── DeliveryError            delivery was not confirmed
     │   └── MessageTooLarge      the record exceeds the size limit
     ├── SendError                an operation was not delivered

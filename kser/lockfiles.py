@@ -22,7 +22,7 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-#: Start time of this process; a terminate file that is older was meant for another process.
+#: Start time of this process. A terminate file that is older than this process was meant for another process.
 PROCESS_START = time.time()
 
 
@@ -32,8 +32,8 @@ class RunningFile:
     This class keeps the file open and rewrites it in place, because opening it for each message would take longer than
     a small task.
 
-    The file is reopened when its environment variable has changed or when the file was deleted. If the file cannot be
-    written, that is logged once, and messages are handled anyway.
+    This class reopens the file if the variable ``RUNNING_FILE`` has changed, or if the file was deleted. If the file
+    cannot be written, kser logs one warning, and handles the messages anyway.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class RunningFile:
     def _flush(self, rounds: int) -> None:
         """Write the changed lines.
 
-        If another thread is writing the file, that thread also writes this line. If this thread blocked instead,
-        consumers with many workers would wait here longer than their small tasks take.
+        If another thread is writing the file, return at once, because that thread then also writes the changes of this
+        thread. If this thread waited for the lock instead, the wait would take longer than a small task.
 
-        :param rounds: maximum number of writes. The limit exists because the message of the writing thread waits
-            meanwhile. The next call writes any change that remains.
+        :param rounds: maximum number of writes. Without a limit, a thread could write the changes of other threads
+            endlessly, while its own message waits. The next call writes the changes that remain.
         """
         for _ in range(rounds):
             if not self._is_stale or not self._lock.acquire(blocking=False):
@@ -77,17 +77,17 @@ class RunningFile:
                 self._lock.release()
 
     def _write(self) -> None:
-        # Escape characters that have no UTF-8 form (lone surrogates), because people read the file.
+        # Escape characters that have no UTF-8 form (lone surrogates), so that they do not prevent the write.
         data = "\n".join(list(self._lines.values())).encode("utf-8", "backslashreplace")
         descriptor, size = self._open()
         if data:
             os.pwrite(descriptor, data, 0)
-        # Truncate, because another consumer of this host may have left a longer text.
+        # Truncate the file, because another consumer of this host may have written a longer text before.
         if size > len(data):
             os.ftruncate(descriptor, len(data))
 
     def clear(self) -> None:
-        """Remove this thread's line. A missing file is created, and the file is never deleted."""
+        """Remove this thread's line. If the file is missing, create it. kser never deletes the file."""
         self.show("")
 
     def open(self) -> None:
@@ -98,7 +98,7 @@ class RunningFile:
         self._flush(2)
 
     def close(self) -> None:
-        """Unregister a consumer of this process when it has ended. The last consumer releases the file."""
+        """Unregister a consumer of this process when it has ended. The end of the last consumer releases the file."""
         with self._lock:
             self._consumers -= 1
         if self._consumers <= 0:
@@ -115,7 +115,7 @@ class RunningFile:
             self._close()
 
     def clear_stale(self) -> None:
-        """Empty a file that a dead process left behind. Each live process holds a lock on the file."""
+        """Empty the file if no live process writes it. Each live process that writes the file holds a lock on it."""
         try:
             descriptor = os.open(os.environ["RUNNING_FILE"], os.O_WRONLY)
         except (OSError, KeyError):
@@ -172,7 +172,7 @@ def is_paused() -> bool:
 
 
 def remove_pause_file() -> str | None:
-    """Remove the pause file. Return its path if the file existed and could be removed."""
+    """Remove the pause file. Return its path; return None if the file did not exist or could not be removed."""
     path = os.environ["LOCK_FILE"]
     if not is_paused():
         return None
@@ -187,7 +187,10 @@ def remove_pause_file() -> str | None:
 
 
 class TerminateFile:
-    """Terminate file, which is never deleted. A file that is older than this process is logged once and ignored."""
+    """Reader of the terminate file. kser never deletes the file.
+
+    If the file is older than this process, kser logs one warning and ignores the file.
+    """
 
     def __init__(self) -> None:
         self._ignored: tuple[str, float] | None = None
@@ -199,7 +202,8 @@ class TerminateFile:
             written = os.stat(path).st_mtime
         except OSError:
             return False
-        # Allow 20 ms, because file times come from a coarser clock that may lag by some milliseconds.
+        # Subtract 20 ms, because file times come from a coarser clock than PROCESS_START, and this clock may lag by
+        # some milliseconds.
         if written >= PROCESS_START - 0.02:
             return True
         if self._ignored != (path, written):
@@ -212,5 +216,5 @@ class TerminateFile:
         return False
 
 
-#: The terminate file as this process sees it.
+#: The reader of the terminate file in this process.
 terminate_file = TerminateFile()

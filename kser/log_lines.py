@@ -1,7 +1,7 @@
 """Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-They are functions and not methods of Entrypoint, because an additional method could have the same name as an attribute
-of a user's class.
+This module has functions in place of methods of Entrypoint, because an additional method could have the same name as an
+attribute of a user's class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def log_prefix(entry: Any, tag: str) -> str:
 
 
 def dump_entry(entry: Any) -> dict[str, Any]:
-    """Return the message of an entrypoint with a blank result, for log records."""
+    """Return the message of an entrypoint as a dict with a blank result, for the ``extra`` of a log record."""
     return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
 
 
@@ -65,5 +65,5 @@ def log_retry(logger: logging.Logger, entry: Any, attempt: int, seconds: float) 
 def log_message(logger: logging.Logger, entry: Any, tag: str, text: str, level: int, *args: Any, **kwargs: Any) -> None:
     """Log a text of the user after the prefix of the entrypoint."""
     prefix = f"{log_prefix(entry, tag)}: "
-    # Escape % only if there are arguments, because logging formats the text only then.
+    # Escape % only if there are arguments, because logging does not format a text without arguments.
     logger.log(level, f"{prefix.replace('%', '%%') if args else prefix}{text}", *args, **kwargs)

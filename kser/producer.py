@@ -38,7 +38,7 @@ def key_bytes(key: Key) -> bytes | None:
 
 
 def header_list(headers: Headers | None) -> HeaderList:
-    """Return headers in the form that the Kafka clients accept.
+    """Return headers as a list of pairs of a name and bytes, which the Kafka clients accept.
 
     :raises kser.errors.UsageError: a header is not a pair of a name and bytes.
     """
@@ -64,7 +64,7 @@ def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> t
 
 
 def record_options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return the key and the headers as keyword arguments of the Kafka clients, if they are not empty."""
+    """Return a key and headers as keyword arguments for the Kafka clients; omit a missing key and empty headers."""
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key
@@ -99,7 +99,7 @@ def rejected_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarg
 
 
 def error_text(error: BaseException) -> str:
-    """Return the text of an error in the form that the Result of a single message contains."""
+    """Return the text of an error, as the failed Result of a single message contains it."""
     text = error.message if isinstance(error, Error) else str(error)
     return text or repr(error)
 
@@ -129,7 +129,8 @@ class BulkResult:
     def result(self, ending: str = "") -> Result:
         """Return one Result for all messages, with the number of sent messages.
 
-        ``retval["failed"]`` maps the uuid of each message that was not sent to the reason.
+        ``retval["failed"]`` is a dict with one entry for each message that was not sent: the key is the uuid of the
+        message, and the value is the reason.
 
         :param ending: text to append after the number of sent messages.
         """
@@ -146,7 +147,7 @@ class BulkResult:
 
 
 class Bulk:
-    """The messages of one ``bulk_send``. This class delivers them one after the other.
+    """Sender of the messages of one ``bulk_send``. It waits for the delivery of each message before it sends the next.
 
     :param topic: the topic of all messages.
     :param timeout: seconds for the whole bulk.
@@ -223,7 +224,8 @@ class KafkaProducerBase(BaseProducer):
         """Send a record without waiting for its delivery.
 
         :param deadline: time by which the client must have accepted the record, by the monotonic clock.
-        :param on_delivered: called with None after the delivery or with the error, in any thread.
+        :param on_delivered: called with None after the delivery, or with the error if the delivery failed. The client
+            may call the function in any thread.
         """
         raise NotImplementedError
 
@@ -243,15 +245,16 @@ class KafkaProducerBase(BaseProducer):
     def send_nowait(self, topic: str, kmsg: Message, on_delivered: Callable[[Any], Any], timeout: float = 60) -> None:
         """Send one message without waiting for its delivery.
 
-        If the producer has hooks of its own, or if ``message_sent`` has receivers, this method waits for the delivery
-        like :meth:`~kser.controller.BaseProducer.send`, because hooks and receivers are called in this thread.
+        If the producer's class overrides hooks, or if the signal ``message_sent`` has listeners, this method waits for
+        the delivery as :meth:`~kser.controller.BaseProducer.send` does. The reason is that hooks and listeners are user
+        code, which must run in the calling thread and not in the client's own thread.
 
         :param topic: the topic to send to.
         :param kmsg: the message.
         :param on_delivered: called with the value that :meth:`~kser.controller.BaseProducer.send` would return, in the
             thread that receives the delivery report; the function must be quick.
-        :param timeout: seconds until the client must have accepted the message; another setting limits the time for
-            its delivery.
+        :param timeout: seconds within which the client must accept the message. The client's delivery timeout
+            (``delivery_timeout_ms`` or ``delivery.timeout.ms``) limits the time after that.
         """
         if self._kser_has_user_hooks():
             on_delivered(self.send(topic, kmsg, timeout))
@@ -277,9 +280,9 @@ class KafkaProducerBase(BaseProducer):
         :param kmsgs: any iterable of messages, which is consumed once.
         :param timeout: seconds for the whole call. The in-memory transport only shows this number in the Result.
         :param key: a function that returns the key of a message, or None to send all messages without a key.
-        :return: a Result with the number of sent messages. If some messages were not sent, the Result is a failed one,
-            and ``retval["failed"]`` maps the uuids of these messages to the reasons. A message that timed out may still
-            arrive.
+        :return: a Result with the number of sent messages. If some messages were not sent, the Result is a failed
+            Result, and the dict ``retval["failed"]`` contains the uuid of each of these messages with the reason. A
+            message that timed out may still arrive.
         """
         return self._kser_new_bulk(topic, timeout, key).run(kmsgs)
 
@@ -287,10 +290,10 @@ class KafkaProducerBase(BaseProducer):
         return Bulk(self, topic, timeout, key)
 
     def _kser_has_user_hooks(self) -> bool:
-        """Return whether user code takes part in sending.
+        """Return whether sending calls user code: an overridden hook, or a listener of ``message_sent``.
 
-        User code may send a message and wait for its delivery. In the client's own thread this wait would never end,
-        because only that thread can receive the delivery report.
+        The user code may itself send a message and wait for its delivery. In the client's own thread, this wait would
+        never end, because only that thread can receive the delivery report.
         """
         if signals.message_sent.receivers:
             return True
@@ -340,7 +343,8 @@ class KafkaProducerBase(BaseProducer):
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
-#: The methods that take part in sending, as KafkaProducerBase implements them. Methods of a transport are not included.
+#: The methods that sending calls, as KafkaProducerBase implements them. A class that overrides one of them has user
+#: code. The methods that each transport implements are not in this dict.
 _HOOK_METHODS = {
     name: _function(KafkaProducerBase, name)
     for name in (

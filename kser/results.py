@@ -9,7 +9,7 @@ from cdumay_result import Result
 
 
 def merge(result: Result, other: Result | None) -> Result:
-    """Merge ``other``, unless it is None, into ``result``. This changes ``result`` in place, as cdumay does.
+    """Merge ``other`` into ``result``, which changes in place, as in cdumay. If ``other`` is None, change nothing.
 
     :return: ``result``.
     """
@@ -40,6 +40,6 @@ def failed_result(exc: BaseException, uuid: str) -> Result:
 def error_dict(result: Result) -> Any:
     """Return the error in a Result, as ``search_value("error")`` does.
 
-    That method takes 25 ms, because it builds a parser.
+    This function exists because ``search_value`` takes 25 ms: it builds a parser at each call.
     """
     return result.retval.get("error") if isinstance(result.retval, Mapping) else None

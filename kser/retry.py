@@ -27,14 +27,14 @@ class Retry:
     """Retry policy.
 
     The delay after attempt ``n`` is ``delay * backoff ** (n - 1)`` seconds, at most ``max_delay``. A
-    ``ValidationError`` means that the message itself is wrong, for example that a parameter is missing. It causes a
-    retry only if ``on`` names it.
+    ``ValidationError`` means that the message itself is wrong, for example that a parameter is missing. So a
+    ``ValidationError`` causes a retry only if ``on`` includes it.
 
     :param max_attempts: maximum number of attempts, including the first.
     :param delay: seconds between the first attempt and the second.
     :param backoff: factor by which the delay grows from one attempt to the next.
     :param max_delay: the longest delay, in seconds.
-    :param jitter: whether to use a random delay between half of the delay and the whole delay. Then messages that
+    :param jitter: whether to use a random delay between half of the delay and the whole delay, so that messages that
         failed at the same time are not retried at the same time.
     :param on: the exceptions after which to retry; other failures cause no retry. None means: retry after each
         exception, and after a failed result without an exception.
@@ -70,7 +70,7 @@ class Retry:
 
         :param value: a Retry, or a mapping of constructor arguments other than ``on`` and ``give_up_on``.
 
-        :raises kser.errors.SettingError: ``value`` is neither a Retry nor such a mapping.
+        :raises kser.errors.SettingError: ``value`` is neither a Retry nor a mapping of these arguments.
         """
         if isinstance(value, cls):
             return value

@@ -1,8 +1,8 @@
-"""Message and its wire format, declared once.
+"""Message and its wire format, which is the JSON in the value of a record.
 
-:data:`MESSAGE` and :data:`RESULT` declare the format. The marshmallow schemas are generated from this declaration. The
-fast load and the fast dump follow the declaration too, but handle only values of the declared types. All other values
-are left to the schemas, which accept, convert or reject them.
+:data:`MESSAGE` and :data:`RESULT` declare the format once, and this module generates the marshmallow schemas from the
+declaration. ``_fast_load`` and ``_fast_dump`` also follow the declaration, and are faster than marshmallow, but handle
+only values of the declared types. The schemas handle all other values: they accept, convert or reject each value.
 
 This module is a drop-in replacement for ``kser.schemas`` of 0.8.27.
 """
@@ -21,14 +21,14 @@ from marshmallow.orderedset import OrderedSet
 
 
 class WireField(NamedTuple):
-    """A key of the wire format."""
+    """Declaration of one key of the wire format."""
 
     name: str
     kind: type
     required: bool = False
     #: True if loading accepts ``null`` and treats it like a missing key.
     nullable: bool = False
-    #: Value to dump when the object has no such attribute; ``None`` omits the key.
+    #: Value to dump if the object has no attribute of this name; with None, the dump omits the key.
     default: Any = None
 
 
@@ -48,17 +48,18 @@ BASE = (
 
 MESSAGE = (*BASE, WireField("result", Result, nullable=True), WireField("metadata", dict))
 
-#: Metadata key of a message: the uuid of the stored operation that the message is a step of. Keys that begin with
-#: ``kser.`` are reserved.
+#: Metadata key of a message that is a step of a stored operation; the value is the uuid of the operation. kser reserves
+#: all metadata keys that begin with ``kser.``.
 OPERATION_KEY = "kser.operation"
-#: Metadata key of a stored operation: JSON of the original message's params, if user code has changed them.
+#: Metadata key of a stored operation whose params were changed by user code; the value is the JSON of the params in the
+#: original message.
 ORIGINAL_PARAMS_KEY = "kser.given"
 
 _MISSING = object()
 
 
 class _WireSchema(Schema):
-    # Keep the order of the wire format here, because marshmallow before 3.20 or so does not keep it by itself.
+    # Keep the keys in the declared order, because marshmallow before about 3.20 does not keep the order by itself.
     set_class = OrderedSet
 
     class Meta:
@@ -92,7 +93,7 @@ class MessageSchema(BaseSchema.from_dict(_marshmallow_fields(MESSAGE[len(BASE) :
 
 
 def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """Return the declared keys of ``data``, or None if the schema must load it."""
+    """Return the declared keys of ``data``, or None if only the marshmallow schema can load one of the values."""
     if type(data) is not dict:
         return None
     values = {}
@@ -110,7 +111,7 @@ def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[
 
 
 def _fast_dump(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """Return the declared attributes of ``source``, or None if the schema must dump it."""
+    """Return the declared attributes of ``source``, or None if only the marshmallow schema can dump one of them."""
     values = vars(source)
     data: dict[str, Any] = {}
     for name, kind, *_ in declaration:
@@ -126,7 +127,7 @@ def _fast_dump(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dic
 
 
 class Base:
-    """Message without a result: the part that :class:`Message` and messages of third parties share.
+    """Message without result and metadata: the base of :class:`Message` and of message classes of third parties.
 
     :param uuid: identifier of the task or operation.
     :param entrypoint: path (``module.ClassName``) of the class to execute.
@@ -141,7 +142,7 @@ class Base:
         self.params = params or {}
 
     def dump(self) -> dict[str, Any]:
-        """Return the message as a dict; ``params``, ``metadata`` and ``retval`` are copied one level deep.
+        """Return the message as a dict with shallow copies of ``params``, ``metadata`` and ``retval``.
 
         :raises TypeError: ``params``, ``metadata`` or ``retval`` is not a mapping.
         """
@@ -164,8 +165,8 @@ class Message(Base):
     :param uuid: identifier of the task or operation.
     :param entrypoint: path (``module.ClassName``) of the class to execute.
     :param params: parameters of the work.
-    :param result: the forwarded result of a previous task: a Result, or its arguments as a mapping.
-    :param metadata: context that kser passes on unchanged.
+    :param result: the forwarded result of a previous task: a Result, or a mapping of the arguments of a Result.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     :raises TypeError: ``result`` is neither a Result nor a mapping.
     """
 
@@ -226,12 +227,13 @@ class Message(Base):
         return f"Message<uuid='{self.uuid}', entrypoint='{self.entrypoint}', result={self.result}>"
 
 
-#: The fast load and the fast dump replace only this schema. A class with another schema uses its own schema.
+#: The only schema that ``_fast_load`` and ``_fast_dump`` can replace. A message class with another schema always uses
+#: that schema.
 _DEFAULT_SCHEMA = Message.MARSHMALLOW_SCHEMA
 
 
 def dump_result(result: Result | None) -> dict[str, Any]:
-    """Return a result as a dict, with ``retval`` copied one level deep. For None, return an empty dict."""
+    """Return a result as a dict with a shallow copy of ``retval``. For None, return an empty dict."""
     if not result:
         return {}
     data = _fast_dump(result, RESULT)

@@ -6,7 +6,7 @@ signal                 sender                 keywords
 ``entry_started``      the Entrypoint class   ``entry``
 ``entry_succeeded``    the Entrypoint class   ``entry``, ``result``
 ``entry_failed``       the Entrypoint class   ``entry``, ``result``
-``entry_retried``      the Entrypoint class   ``entry``, ``result``, ``attempt`` (the one that failed, from 1)
+``entry_retried``      the Entrypoint class   ``entry``, ``result``, ``attempt`` (number of the failed attempt)
 ``operation_changed``  the registry           ``uuid``, ``entrypoint``, ``old`` and ``new`` (status), ``result``
 ``task_changed``       the registry           ``operation`` (the root's uuid), ``position``, ``new``, ``attempt``,
                                               ``error``
@@ -15,7 +15,8 @@ signal                 sender                 keywords
 ``dead_lettered``      the Consumer class     ``topic``, ``record``, ``failure`` (reason, error_class, message)
 =====================  =====================  =========================================================
 
-The two ``…_changed`` signals are about stored operations. They are emitted after the change was recorded.
+kser emits ``operation_changed`` and ``task_changed`` only for stored operations, after the store has recorded the
+change.
 
 Connect a listener with ``entry_failed.connect(function)``. kser calls the listener as ``function(sender, **keywords)``
 in the thread that does the work, and the work continues after the call. If a listener raises an exception, kser logs

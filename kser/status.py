@@ -33,8 +33,8 @@ def is_final(state: str) -> bool:
 def can_transition(old: str, new: str) -> bool:
     """Return whether a *stored* operation may change from ``old`` to ``new``.
 
-    Operations in memory are not checked, because users may set their own states there (decision S1). A state that is
-    missing from the table has no transition.
+    kser does not check operations in memory, because users may set states of their own for these operations (decision
+    S1). A state that is not in :data:`TRANSITIONS` has no transition.
     """
     return new in TRANSITIONS.get(old, ())
 

@@ -6,14 +6,12 @@ with the imports of the code.
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from _modules import MODULES, ROOT, imports, tree
+
 DRAWING = ROOT / "docs" / "architecture.svg"
 
 WIDTH, ROW, PADDING, LINE = 960, 44, 14, 15
@@ -54,17 +52,11 @@ COMPONENTS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    """Return the modules of the package with their files."""
-    files = sorted((ROOT / "kser").rglob("*.py"))
-    names = (
-        ".".join(part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__") for path in files
-    )
-    return {name: path for name, path in zip(names, files, strict=True) if ".migrations" not in name}
-
+#: The modules in the drawing.
+DRAWN = [name for name in MODULES if ".migrations" not in name]
 
 #: Packages. The drawing omits their ``__init__`` modules, because these define nothing.
-PACKAGES = tuple(name for name, path in modules().items() if path.name == "__init__.py")
+PACKAGES = {name for name in DRAWN if MODULES[name].name == "__init__.py"}
 
 
 def component_of(module: str) -> Component:
@@ -78,37 +70,24 @@ def component_of(module: str) -> Component:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
-def _imports(node: ast.AST) -> Iterator[str]:
-    """Yield the modules that ``node`` imports when Python loads it.
-
-    Skip functions, because they import only optional dependencies.
-    """
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ImportFrom) and child.module:
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not isinstance(child, ast.FunctionDef) and not (
-            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
-        ):
-            yield from _imports(child)
-
-
 def arrows() -> Counter[tuple[str, str]]:
-    """Count the imports between components, except imports from the component ``values``."""
-    known = modules()
-    found: Counter[tuple[str, str]] = Counter()
-    for module, path in known.items():
-        for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
-            target = name if name in known else name.rpartition(".")[0]
-            component = component_of(module)
-            if target in known and component_of(target) is not component and component_of(target).name != "values":
-                found[component.name, component_of(target).name] += 1
-    return found
+    """Count the imported names between components, except names from the component ``values``.
+
+    Imports inside functions do not count, because functions import only optional dependencies.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for module in DRAWN:
+        component = component_of(module)
+        for target in imports(tree(module), in_functions=False):
+            if target in DRAWN and component_of(target) is not component and component_of(target).name != "values":
+                counts[component.name, component_of(target).name] += 1
+    return counts
 
 
 def _lines(component: Component) -> list[str]:
     """Return the names of a component's modules, wrapped to the width of its box."""
     lines = [""]
-    for name in modules():
+    for name in DRAWN:
         if component_of(name) is not component or name in ("kser", "kser.store.__main__") or name in PACKAGES:
             continue
         short = name.removeprefix("kser.") if component.prefixes == TRANSPORTS else name.rpartition(".")[2]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.durable.harness import DurableHarness
     from tests.postgres import Database, Postgresql
 
-# pytest explains failed assertions in test modules only, and the contracts are not test modules.
+# pytest explains failed assertions only in test modules and in registered ones; the contracts are not test modules.
 pytest.register_assert_rewrite(
     "tests.store.contract",
     *(f"tests.transports.{name}_contract" for name in ("client", "group", "producer")),
@@ -39,7 +39,7 @@ SLOW_FOLDERS = {Path(__file__).parent / "crash", Path(__file__).parent / "differ
 
 #: Seconds after which a test fails.
 TIME_LIMIT_SECONDS = 300
-#: Seconds that threads and processes have to end after a test.
+#: Seconds within which threads and processes must end after a test.
 GRACE_SECONDS = 3
 
 # Look up the path now, because tests change the PATH.
@@ -125,19 +125,19 @@ def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def leak_detector(time_limit: None, lock_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves something behind, and restore the shared registry."""
     registry = Controller.ENTRYPOINTS
-    before = {name: look() for name, look in TRACES.items()}
+    before = {name: traces() for name, traces in TRACES.items()}
     handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
     registered = dict(registry)
     monkeypatch.setattr(Controller, "ENTRYPOINTS", dict(registry))
     yield
-    leaks = [leak for name, look in TRACES.items() if (leak := _left_behind(name, look, before[name]))]
+    leaks = [leak for name, traces in TRACES.items() if (leak := _leaked(name, traces, before[name]))]
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if registry != registered:
         leaks.append(f"entries in the shared registry: {sorted(registry.keys() - registered.keys())}")
         registry.clear()
         registry.update(registered)
-    leaks += _left_in(lock_path)
+    leaks += _leaked_files(lock_path)
     if leaks:
         pytest.fail("the test left behind " + "; ".join(leaks), pytrace=False)
 
@@ -168,8 +168,8 @@ def database(postgresql: str) -> Iterator[Database]:
     """Return the shared database with kser's tables; each test empties it first."""
     from tests.postgres import Database
 
-    with contextlib.closing(Database(postgresql)) as found:
-        yield found
+    with contextlib.closing(Database(postgresql)) as database:
+        yield database
 
 
 @pytest.fixture
@@ -199,37 +199,39 @@ def harness(
         yield harness
 
 
-def _left_behind(name: str, look: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:
-    """Return a text about the traces of a test that are left after the grace period."""
+def _leaked(name: str, traces: Callable[[], dict[Any, str]], before: dict[Any, str]) -> str:
+    """Return a text about the traces that a test left and that are still there after the grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while left := {key: text for key, text in look().items() if before.get(key) != text}:
+    while leaked := {key: text for key, text in traces().items() if before.get(key) != text}:
         if time.monotonic() > deadline:
-            return f"{name}: {sorted(left.values())}"
-        # An object that waits for the collector holds its thread or its child.
+            return f"{name}: {sorted(leaked.values())}"
+        # Garbage that is not collected yet may keep a thread or a child process alive.
         gc.collect()
         time.sleep(0.02)
     return ""
 
 
-def _left_in(folder: Path) -> list[str]:
-    """Return texts about wrong control files.
+def _leaked_files(folder: Path) -> list[str]:
+    """Return a text about each wrong file in the folder of the control files.
 
-    The running file stays, but empty. Only operators, and so tests, create the two others.
+    kser leaves an empty running file. Tests create the pause file and the terminate file, as operators do.
     """
     texts = []
     for path in folder.iterdir():
         if path.name not in {f"kser-test-{suffix}.lock" for suffix in FILES.values()}:
             texts.append(f"a file in LOCK_PATH: {path.name}")
         elif path.name == "kser-test-run.lock" and path.read_bytes():
-            texts.append(f"a running file that still says {path.read_text(errors='replace')!r}")
+            texts.append(f"a running file that still contains {path.read_text(errors='replace')!r}")
     return texts
 
 
 def _threads() -> dict[Any, str]:
+    """Return the names of the live threads."""
     return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
 def _children() -> dict[Any, str]:
+    """Return the command lines of the child processes."""
     if hasattr(os, "waitid"):
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -249,7 +251,7 @@ def _children_of_proc() -> Iterator[tuple[Any, str]]:
 
 
 def _children_of_ps() -> Iterator[tuple[Any, str]]:
-    # Name the path, because tests change PATH.
+    # Use the absolute path, because tests change PATH.
     command = ["/bin/ps", "-A", "-o", "ppid=", "-o", "pid=", "-o", "command="]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ps:
         assert ps.stdout is not None

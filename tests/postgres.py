@@ -1,4 +1,4 @@
-"""PostgreSQL for the tests: a server of our own on loopback in a temporary folder, or an existing one."""
+"""PostgreSQL for the tests: a server on loopback in a temporary folder, and databases with kser's tables."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.kafka.broker import free_ports
 START_SECONDS = 60
 STOP_SECONDS = 30
 
-#: Where Debian keeps the binaries that are not on the PATH; the newest version is taken.
+#: The folder in which Debian installs PostgreSQL, one version per subfolder; it is not on the PATH.
 DEBIAN = Path("/usr/lib/postgresql")
 
-#: How a server is told to stop: as a crash would, or in order, without waiting for its clients.
+#: The signal of each shutdown mode: ``immediate`` is like a crash, ``fast`` disconnects the clients first.
 SIGNALS = {"immediate": signal.SIGQUIT, "fast": signal.SIGINT}
 
 SETTINGS = """\
@@ -41,13 +41,13 @@ max_connections = 100
 
 
 class ServiceMissing(Exception):
-    """What is needed to run PostgreSQL is not there; the text says what."""
+    """The binaries of PostgreSQL are not installed; the text names the missing one."""
 
 
 class Postgresql:
-    """A server of our own; it keeps its port and its data until :meth:`close`.
+    """A PostgreSQL server; restarts keep its port and its data until :meth:`close`.
 
-    :raises ServiceMissing: its binaries are not installed.
+    :raises ServiceMissing: the binaries of PostgreSQL are not installed.
     """
 
     def __init__(self) -> None:
@@ -64,32 +64,35 @@ class Postgresql:
 
     @property
     def uri(self) -> str:
-        """Where its first database is."""
+        """The URI of the database that every server has."""
         return self.uri_of("postgres")
 
     def uri_of(self, database: str) -> str:
-        """Where a database is."""
+        """Return the URI of a database on this server."""
         return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
-        assert self._process is None, "it runs already"
+        """Start the server and wait until it accepts connections."""
+        assert self._process is None, "the server runs already"
         command = [str(self._binaries / "postgres"), "-D", str(self._data)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **self._account()
             )
         deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
+        while not self._accepts_connections():
             status = self._process.poll()
             if status is not None or time.monotonic() > deadline:
                 self.stop("immediate")
-                happened = f"ended with status {status}" if status is not None else f"took over {START_SECONDS} s"
-                raise RuntimeError(f"PostgreSQL {happened} while it started; it wrote:\n{self._log.read_text()}")
+                problem = f"ended with status {status}" if status is not None else f"took over {START_SECONDS} s"
+                raise RuntimeError(f"PostgreSQL {problem} while it started; it wrote:\n{self._log.read_text()}")
             time.sleep(0.02)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop it, ``"immediate"`` as a crash would or ``"fast"``, and wait for that."""
+        """Stop the server and wait until it has ended.
+
+        :param mode: ``"immediate"``, which is like a crash, or ``"fast"``, which disconnects the clients first.
+        """
         process, self._process = self._process, None
         if process is None:
             return
@@ -101,13 +104,13 @@ class Postgresql:
             process.wait()
 
     def restart(self, mode: str = "immediate", seconds: float = 0) -> None:
-        """Stop it and start it again, ``seconds`` later."""
+        """Stop the server and start it ``seconds`` later."""
         self.stop(mode)
         time.sleep(seconds)
         self.start()
 
     def close(self) -> None:
-        """Stop it if it runs, and delete its data."""
+        """Stop the server if it runs, and delete its data."""
         try:
             self.stop()
         finally:
@@ -144,11 +147,11 @@ class Postgresql:
             **account,
         )
         if done.returncode:
-            raise RuntimeError(f"PostgreSQL could not make its data:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"initdb could not create the data folder:\n{done.stdout}{done.stderr}")
         with (self._data / "postgresql.conf").open("a") as settings:
             settings.write(SETTINGS.format(port=self.port, folder=self.folder))
 
-    def _answers(self) -> bool:
+    def _accepts_connections(self) -> bool:
         try:
             psycopg.connect(host="127.0.0.1", port=self.port, user="postgres", connect_timeout=2).close()
         except psycopg.OperationalError:
@@ -156,18 +159,18 @@ class Postgresql:
         return True
 
     def _account(self) -> dict[str, Any]:
-        """Who runs it: it refuses to be run by root."""
+        """Return the account of the server process; PostgreSQL refuses to run as root."""
         if os.geteuid():
             return {}
         account = pwd.getpwnam("nobody")
-        # Not in a folder that this account may not enter.
+        # The account may not enter the current folder, and PostgreSQL fails in a folder that it cannot enter.
         return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": [], "cwd": self.folder}
 
 
 class Database:
-    """A database of our own on a server, with kser's tables, gone after :meth:`close`.
+    """A new database with kser's tables; :meth:`close` drops it.
 
-    :param server: an address on the server, of somebody who may create databases.
+    :param server: the URI of any database on the server, with an account that may create databases.
     """
 
     def __init__(self, server: str) -> None:
@@ -179,29 +182,32 @@ class Database:
             schema.upgrade(database)
 
     def run(self, statement: str, database: str | None = None) -> list[Any]:
-        """Run a statement from outside; returns its rows."""
+        """Run a statement on a connection of its own, and return its rows.
+
+        :param database: the name of the database; this database when None.
+        """
         url = self._server.set(drivername="postgresql", database=database or self.name)
         with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
     def empty(self) -> None:
-        """Delete what is in the tables."""
+        """Delete the rows of all tables."""
         tables = ", ".join(table.name for table in metadata.sorted_tables if table.name != "kser_schema")
         self.run(f"TRUNCATE {tables}")
 
     def close(self) -> None:
-        """Delete it."""
+        """Drop the database."""
         self.run(f"DROP DATABASE {self.name} WITH (FORCE)", self._server.database)
 
 
 def binaries() -> Path:
-    """The folder with PostgreSQL's binaries.
+    """Return the folder with the binaries of PostgreSQL; of several versions, the newest.
 
-    :raises ServiceMissing: there is none.
+    :raises ServiceMissing: PostgreSQL is not installed.
     """
-    if found := shutil.which("postgres"):
-        return Path(found).resolve().parent
+    if postgres := shutil.which("postgres"):
+        return Path(postgres).resolve().parent
     versions = [folder for folder in DEBIAN.glob("*/bin") if (folder / "postgres").exists()]
     if not versions:
         raise ServiceMissing(f"there is no postgres on the PATH nor in {DEBIAN}; install PostgreSQL (its server)")

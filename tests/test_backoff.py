@@ -1,4 +1,4 @@
-"""Tests of the back-off: growth, ceiling and the range of the random one."""
+"""Tests of the back-off: growth, ceiling and the range of the random delay."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_first_delay_above_the_ceiling_is_the_ceiling() -> None:
 
 @pytest.mark.parametrize(("failures", "highest"), [(1, 0.2), (3, 0.8), (50, 10.0)])
 def test_random_delay_is_between_the_lowest_and_the_delay(failures: int, highest: float) -> None:
-    found = [random_delay(failures, first=0.2, ceiling=10, lowest=0.1) for _ in range(500)]
-    assert all(0.1 <= seconds <= highest for seconds in found)
-    assert max(found) - min(found) > (highest - 0.1) / 2
+    delays = [random_delay(failures, first=0.2, ceiling=10, lowest=0.1) for _ in range(500)]
+    assert all(0.1 <= seconds <= highest for seconds in delays)
+    assert max(delays) - min(delays) > (highest - 0.1) / 2
 
 
 def test_random_delay_is_at_least_the_lowest() -> None:

@@ -46,10 +46,10 @@ def test_arguments_override_all_settings(environment: pytest.MonkeyPatch) -> Non
     assert Settings().consumed_topics() == ["from", "environment"]
 
 
-@pytest.mark.parametrize("given", [None, []])
-def test_missing_topics_error_names_the_setting(given: Any) -> None:
+@pytest.mark.parametrize("argument", [None, []])
+def test_missing_topics_error_names_the_setting(argument: Any) -> None:
     with pytest.raises(SettingError, match="no topic to consume: pass topics, or set KSER_TOPICS"):
-        Settings().consumed_topics(given)
+        Settings().consumed_topics(argument)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,11 @@ def test_config_that_is_not_an_object_is_rejected(value: Any) -> None:
 
 
 def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Container files set empty variables where nothing is meant; KSER_TOPICS takes that too."""
+    """Container files declare empty variables for settings that are not needed."""
     monkeypatch.setenv("KSER_CONFIG", "")
+    monkeypatch.setenv("KSER_TOPICS", "")
     assert Settings().client is None
+    assert Settings().topics == []
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.0.0", [2, 0], (2, 0)])
@@ -107,9 +109,9 @@ def test_invalid_api_version_is_rejected(version: Any) -> None:
 
 
 def test_config_of_the_app_is_not_modified() -> None:
-    given = {"api_version": "2.0"}
-    assert Settings({"KSER_CONFIG": given}).client == {"api_version": (2, 0)}
-    assert given == {"api_version": "2.0"}
+    config = {"api_version": "2.0"}
+    assert Settings({"KSER_CONFIG": config}).client == {"api_version": (2, 0)}
+    assert config == {"api_version": "2.0"}
 
 
 def test_client_receives_only_the_options_it_knows() -> None:
@@ -140,17 +142,17 @@ def test_number_is_the_setting_or_the_default(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("value", ["7", 7, 7.0])
 def test_whole_number_is_an_int(value: Any) -> None:
-    number = check_number("it", value, whole=True)
+    number = check_number("workers", value, whole=True)
     assert (number, type(number)) == (7, int)
 
 
 @pytest.mark.parametrize("value", [None, True, "", "x", "nan", "inf", 0, -1, [1], 10**400, math.nan, math.inf])
 def test_value_that_is_no_number_above_zero_is_rejected(value: Any) -> None:
-    with pytest.raises(SettingError, match="it must be a number above 0; it is "):
-        check_number("it", value)
+    with pytest.raises(SettingError, match="workers must be a number above 0; it is "):
+        check_number("workers", value)
 
 
 @pytest.mark.parametrize("value", ["1", "1e3", None, True])
 def test_value_of_another_type_is_rejected(value: Any) -> None:
-    with pytest.raises(SettingError, match="it must be a number of seconds, 1 or more; it is "):
-        check_number("it", value, lowest=1, unit="seconds", types=int | float)
+    with pytest.raises(SettingError, match="lease must be a number of seconds, 1 or more; it is "):
+        check_number("lease", value, lowest=1, unit="seconds", types=int | float)

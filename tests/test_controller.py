@@ -21,28 +21,33 @@ LABEL = f"{PATH}[{UUID}]"
 
 
 class Greet(Entrypoint):
+    """Entrypoint that succeeds, or returns the value of the parameter ``returns``."""
+
     def run(self) -> Any:
         return self.params.get("returns") or ok_result("hello")
 
 
-class Code(Entrypoint):
+class ReturnCode(Entrypoint):
+    """Entrypoint that returns the code of its parameter ``code``."""
+
     def run(self) -> Result:
         return Result(retcode=self.params["code"], stderr="code")
 
 
-class Show(Entrypoint):
+class ShowRunningFile(Entrypoint):
     def run(self) -> Result:
         return ok_result(Path(os.environ["RUNNING_FILE"]).read_text())
 
 
-class End(Entrypoint):
+class Interrupted(Entrypoint):
     def run(self) -> Result:
         raise KeyboardInterrupt
 
 
 @pytest.fixture(autouse=True)
 def registered(caplog: pytest.LogCaptureFixture) -> None:
-    for cls in (Greet, Code, Show, End):
+    """Register the entrypoints of this module, and log everything."""
+    for cls in (Greet, ReturnCode, ShowRunningFile, Interrupted):
         Controller.register(cls.path, cls)
     caplog.set_level(logging.DEBUG, "kser")
     caplog.clear()
@@ -59,15 +64,15 @@ def test_class_is_registered_under_any_name(caplog: pytest.LogCaptureFixture) ->
 
 def test_registering_a_name_again_replaces_its_class() -> None:
     Controller.register("name", Greet)
-    Controller.register("name", Code)
-    assert Controller.ENTRYPOINTS["name"] is Code
+    Controller.register("name", ReturnCode)
+    assert Controller.ENTRYPOINTS["name"] is ReturnCode
 
 
-@pytest.mark.parametrize("what", [int, "Greet", None, Greet(), lambda: None])
-def test_only_entrypoint_classes_are_registered(what: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("value", [int, "Greet", None, Greet(), lambda: None])
+def test_only_entrypoint_classes_are_registered(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C17"""
     with pytest.raises(ValidationError) as caught:
-        Controller.register("name", what)
+        Controller.register("name", value)
     assert caught.value.message == "Invalid type for entry 'name', MUST implement kser.entry.Entrypoint"
     assert caught.value.extra == {"entrypoint": "name"}
     assert lines(caplog) == []
@@ -76,16 +81,16 @@ def test_only_entrypoint_classes_are_registered(what: Any, caplog: pytest.LogCap
 def test_entrypoints_are_shared_unless_a_subclass_has_its_own() -> None:
     """B19"""
 
-    class Sharing(Controller):
+    class SharedRegistry(Controller):
         pass
 
-    class Apart(Controller):
-        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
+    class OwnRegistry(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  as documented
 
-    Sharing.register("shared", Greet)
-    Apart.register("apart", Greet)
+    SharedRegistry.register("shared", Greet)
+    OwnRegistry.register("own", Greet)
     assert Controller.ENTRYPOINTS["shared"] is Greet
-    assert "apart" not in Controller.ENTRYPOINTS
+    assert "own" not in Controller.ENTRYPOINTS
 
 
 # -- a message that succeeds -------------------------------------------------------------------------------------------
@@ -121,15 +126,15 @@ def test_raw_bytes_are_logged_as_bytes(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_controller_runs_through_an_instance_and_a_subclass(caplog: pytest.LogCaptureFixture) -> None:
-    class Mine(Controller):
+    class ShopController(Controller):
         pass
 
-    assert Mine().run(message(Greet).dumps()).stdout == "hello"
-    assert lines(caplog)[-1] == f"Mine.Success: {LABEL}: hello"
+    assert ShopController().run(message(Greet).dumps()).stdout == "hello"
+    assert lines(caplog)[-1] == f"ShopController.Success: {LABEL}: hello"
 
 
 def test_running_file_shows_the_message_and_is_then_empty() -> None:
-    assert Controller.run(message(Show).dumps()).stdout == f"{Show.path}[{UUID}]"
+    assert Controller.run(message(ShowRunningFile).dumps()).stdout == f"{ShowRunningFile.path}[{UUID}]"
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
 
 
@@ -150,7 +155,7 @@ def test_onmessage_may_replace_the_message() -> None:
     class Redirect(Controller):
         @classmethod
         def onmessage(cls, kmsg: Message) -> Message:
-            return message(Code, uuid="other", params={"code": 7})
+            return message(ReturnCode, uuid="other", params={"code": 7})
 
     result = Redirect.run(message(Greet).dumps())
     assert (result.uuid, result.retcode) == ("other", 7)
@@ -158,10 +163,19 @@ def test_onmessage_may_replace_the_message() -> None:
 
 def test_every_attempt_starts_from_a_fresh_object() -> None:
     """C7"""
-    raw = message(Code, params={"code": 1}).dumps()
+
+    class CountRuns(Entrypoint):
+        runs = 0
+
+        def run(self) -> Result:
+            self.runs += 1
+            return Result(retcode=self.runs, stdout=f"run {self.runs}", stderr=self.result.stderr)
+
+    Controller.register(CountRuns.path, CountRuns)
+    raw = message(CountRuns).dumps()
     first, second = Controller.run(raw), Controller.run(raw)
-    assert first is not second
-    assert Controller.run(message(Greet).dumps()).retcode == 0
+    assert (first.stdout, first.retcode, first.stderr) == ("run 1", 1, "")
+    assert (second.stdout, second.retcode, second.stderr) == ("run 1", 1, "")
 
 
 # -- a message that fails ----------------------------------------------------------------------------------------------
@@ -170,17 +184,17 @@ def test_every_attempt_starts_from_a_fresh_object() -> None:
 @pytest.mark.parametrize("code", [1, 299, 300, 500])
 def test_entry_and_controller_agree_on_success_and_failure(code: int, caplog: pytest.LogCaptureFixture) -> None:
     """C3"""
-    assert Controller.run(message(Code, params={"code": code}).dumps()).retcode == code
+    assert Controller.run(message(ReturnCode, params={"code": code}).dumps()).retcode == code
     assert lines(caplog, logging.INFO) == [
-        f"Code.Failed: {Code.path}[{UUID}]: code",
-        f"Controller.Failed: {Code.path}[{UUID}]: code",
+        f"ReturnCode.Failed: {ReturnCode.path}[{UUID}]: code",
+        f"Controller.Failed: {ReturnCode.path}[{UUID}]: code",
     ]
     assert not hasattr(record_of(caplog, "Controller.Failed"), "error")
 
 
 def test_negative_return_code_is_a_success() -> None:
     """C3"""
-    assert Controller.run(message(Code, params={"code": -1}).dumps()).retcode == 0
+    assert Controller.run(message(ReturnCode, params={"code": -1}).dumps()).retcode == 0
 
 
 def test_failed_incoming_result_fails_the_message_after_it_ran(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,13 +205,13 @@ def test_failed_incoming_result_fails_the_message_after_it_ran(caplog: pytest.Lo
 
 
 def test_entrypoint_that_cannot_be_built_fails_its_message() -> None:
-    class Unmade(Greet):
+    class Unbuildable(Greet):
         @classmethod
         def from_Message(cls, kmsg: Message) -> Any:
             raise LookupError("not found")
 
-    Controller.register(Unmade.path, Unmade)
-    result = Controller.run(message(Unmade).dumps())
+    Controller.register(Unbuildable.path, Unbuildable)
+    result = Controller.run(message(Unbuildable).dumps())
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "not found")
 
 
@@ -205,14 +219,14 @@ def test_entrypoint_that_cannot_be_built_fails_its_message() -> None:
 def test_falsy_hook_value_is_a_failure_and_is_returned(
     value: Any, shown: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Nothing(Greet):
+    class FalsyHookValue(Greet):
         def onsuccess(self, result: Result) -> Any:
             return value
 
-    Controller.register(Nothing.path, Nothing)
-    assert Controller.run(message(Nothing).dumps()) == value
+    Controller.register(FalsyHookValue.path, FalsyHookValue)
+    assert Controller.run(message(FalsyHookValue).dumps()) == value
     record = record_of(caplog, "Controller.Failed")
-    assert record.getMessage() == f"Controller.Failed: {Nothing.path}[{UUID}]: {shown}"
+    assert record.getMessage() == f"Controller.Failed: {FalsyHookValue.path}[{UUID}]: {shown}"
     assert record.kresult == {}  # type: ignore[attr-defined]
 
 
@@ -220,12 +234,12 @@ def test_falsy_hook_value_is_a_failure_and_is_returned(
 def test_truthy_hook_value_that_is_no_result_gives_a_failed_result(value: Any) -> None:
     """C16"""
 
-    class Odd(Greet):
+    class NoResult(Greet):
         def onsuccess(self, result: Result) -> Any:
             return value
 
-    Controller.register(Odd.path, Odd)
-    result = Controller.run(message(Odd).dumps())
+    Controller.register(NoResult.path, NoResult)
+    result = Controller.run(message(NoResult).dumps())
     assert (result.uuid, result.retcode) == (UUID, 500)
     assert type(value).__name__ in result.stderr
 
@@ -240,18 +254,20 @@ def test_raising_hook_is_merged_and_no_hook_is_called_again(hook: str, caplog: p
         raise RuntimeError("hook")
 
     cls = type("Hooked", (Controller,), {hook: classmethod(raising)})
-    kmsg = message(Code, params={"code": 0 if hook == "onsuccess" else 3}, result=Result(uuid="r", retval={"kept": 1}))
+    kmsg = message(
+        ReturnCode, params={"code": 0 if hook == "onsuccess" else 3}, result=Result(uuid="r", retval={"kept": 1})
+    )
     result = cls.run(kmsg.dumps())  # type: ignore[attr-defined]
     assert (result.uuid, result.retcode, result.stderr) == ("r", 500, "hook")
     assert result.retval["kept"] == 1
     assert calls == [hook]
     last = records(caplog)[-1]
     assert (last.levelname, bool(last.exc_info)) == ("ERROR", True)
-    assert last.getMessage() == f"Hooked.Failed: {Code.path}[{UUID}]: a hook raised: hook"
+    assert last.getMessage() == f"Hooked.Failed: {ReturnCode.path}[{UUID}]: a hook raised: hook"
 
 
 def test_raising_hook_without_a_result_creates_a_failed_result() -> None:
-    class Nothing(Greet):
+    class FalsyHookValue(Greet):
         def onsuccess(self, result: Result) -> Any:
             return None
 
@@ -260,15 +276,15 @@ def test_raising_hook_without_a_result_creates_a_failed_result() -> None:
         def onerror(cls, kmsg: Any, result: Any) -> Any:
             raise RuntimeError(f"hook got {result}")
 
-    Hooked.register(Nothing.path, Nothing)
-    result = Hooked.run(message(Nothing).dumps())
+    Hooked.register(FalsyHookValue.path, FalsyHookValue)
+    result = Hooked.run(message(FalsyHookValue).dumps())
     assert (result.uuid, result.stderr) == (UUID, "hook got None")
 
 
 def test_interrupt_propagates_and_clears_the_running_file(caplog: pytest.LogCaptureFixture) -> None:
     """C8"""
     with pytest.raises(KeyboardInterrupt):
-        Controller.run(message(End).dumps())
+        Controller.run(message(Interrupted).dumps())
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
     assert not any("Controller.Failed" in line or "Controller.Success" in line for line in lines(caplog))
 
@@ -277,13 +293,13 @@ def test_interrupt_propagates_and_clears_the_running_file(caplog: pytest.LogCapt
 
 
 def test_producer_sends_with_its_underscored_method() -> None:
-    class Mine(BaseProducer):
+    class EchoProducer(BaseProducer):
         def _send(self, topic: str, kmsg: Message, timeout: float = 60) -> Any:
             return topic, kmsg, timeout
 
     kmsg = message("x")
-    assert Mine().send("dice", kmsg) == ("dice", kmsg, 60)
-    assert Mine().send("dice", kmsg, 5) == ("dice", kmsg, 5)
+    assert EchoProducer().send("dice", kmsg) == ("dice", kmsg, 60)
+    assert EchoProducer().send("dice", kmsg, 5) == ("dice", kmsg, 5)
 
 
 def test_base_producer_sends_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Test that each durability rule is cited by a test."""
+"""Test of the citations of the durability rules: a test cites each rule."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-#: How many rules there are.
+#: The number of durability rules.
 RULES = 34
 
-#: ``durability rule 7``, ``durability rules 8 and 25``; where everything is about them, ``Rules 1 and 16`` will do.
+#: ``durability rule 7``, ``durability rules 8 and 25``.
 CITATION = re.compile(r"durability rules? ((?:\d+(?:, | and |(?=\D)|$))+)")
-SHORT = re.compile(r"\b[Rr]ules? ((?:\d+(?:, | and |(?=\D)|$))+)")
+#: ``Rules 1 and 16``: in the store contract and in the crash tests, which are all about the rules.
+SHORT_CITATION = re.compile(r"\b[Rr]ules? ((?:\d+(?:, | and |(?=\D)|$))+)")
 
 
 def cited_in(path: Path) -> set[int]:
-    """The rules that the tests of a module cite."""
+    """Return the numbers of the rules that the tests of a module cite in their docstrings."""
     about_rules = bool({"contract", "crash"} & set(path.parts))
-    pattern = SHORT if about_rules else CITATION
-    found: set[int] = set()
+    pattern = SHORT_CITATION if about_rules else CITATION
+    rules: set[int] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             for numbers in pattern.findall(ast.get_docstring(node) or ""):
-                found.update(int(number) for number in re.findall(r"\d+", numbers))
-    return found
+                rules.update(int(number) for number in re.findall(r"\d+", numbers))
+    return rules
 
 
 def test_each_rule_of_durability_has_a_test() -> None:

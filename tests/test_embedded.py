@@ -27,11 +27,12 @@ from kser.schemas import Message
 
 @pytest.fixture
 def broker() -> Iterator[EmbeddedBroker]:
-    with EmbeddedBroker("dice") as running:
-        yield running
+    with EmbeddedBroker("dice") as broker:
+        yield broker
 
 
 def listens(host: str, port: int) -> bool:
+    """Return whether a server accepts connections at this address."""
     try:
         with socket.create_connection((host, port), timeout=1):
             return True
@@ -44,6 +45,7 @@ def port_of(broker: EmbeddedBroker) -> int:
 
 
 def consume_one(consumer: Consumer) -> None:
+    """Step the consumer until it has handled a record."""
     for _ in range(30):
         if consumer.step():
             return
@@ -53,10 +55,10 @@ def consume_one(consumer: Consumer) -> None:
 def test_message_passes_from_producer_through_broker_to_consumer(broker: EmbeddedBroker) -> None:
     class Hello(Entrypoint):
         def run(self) -> Result:
-            seen.append(self.uuid)
+            handled.append(self.uuid)
             return Result(uuid=self.uuid)
 
-    seen: list[str] = []
+    handled: list[str] = []
     Controller.register(Hello.path, Hello)
     message = Message(uuid=str(uuid.uuid4()), entrypoint=Hello.path)
     producer = Producer(broker.producer_config)
@@ -69,7 +71,7 @@ def test_message_passes_from_producer_through_broker_to_consumer(broker: Embedde
         consume_one(consumer)
     finally:
         consumer.close()
-    assert seen == [message.uuid]
+    assert handled == [message.uuid]
 
 
 def test_environment_of_the_broker_configures_producer_and_consumer(
@@ -79,7 +81,7 @@ def test_environment_of_the_broker_configures_producer_and_consumer(
         monkeypatch.setenv(name, value)
     producer = Producer()
     try:
-        assert producer.send("dice", Message(uuid="1", entrypoint="nobody.Knows")).retcode == 0
+        assert producer.send("dice", Message(uuid="1", entrypoint="unknown.Task")).retcode == 0
     finally:
         producer.close()
     consumer = Consumer()
@@ -92,18 +94,19 @@ def test_environment_of_the_broker_configures_producer_and_consumer(
 def test_broker_listens_on_127_0_0_1_alone(broker: EmbeddedBroker) -> None:
     assert broker.bootstrap_servers.startswith("127.0.0.1:")
     assert listens("127.0.0.1", port_of(broker))
-    # Another address of the same machine: whoever listens on all of them would take this call too.
+    # 127.0.0.2 is also an address of this machine: a broker that listened on all addresses would accept this one too.
     assert not listens("127.0.0.2", port_of(broker))
 
 
 def test_signal_to_the_process_does_not_end_the_broker(broker: EmbeddedBroker) -> None:
-    # The system hands a signal that the main thread blocks to some other thread, if there is one that takes it.
+    # While the main thread blocks a signal, the system delivers it to any other thread that does not block it.
     previous = signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
+        # Leave a thread of the broker time to receive the signal.
         time.sleep(0.1)
-        broker.create_topic("still-there")
+        broker.create_topic("created-afterwards")
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         signal.signal(signal.SIGUSR1, previous)
@@ -149,16 +152,16 @@ def test_missing_confluent_kafka_error_names_the_package_to_install(monkeypatch:
 def test_broker_that_does_not_respond_is_reported(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     from confluent_kafka import KafkaException
 
-    class Silent:
+    class UnresponsiveCluster:
         def list_topics(self, *_topic: str, timeout: float) -> None:
             raise KafkaException("timed out")
 
-    monkeypatch.setattr(embedded, "_mock_cluster", Silent)
+    monkeypatch.setattr(embedded, "_mock_cluster", UnresponsiveCluster)
     with pytest.raises(BrokerUnavailable, match="does not respond on the loopback interface"):
         EmbeddedBroker()
 
 
-class Running:
+class BrokerProgram:
     """``python -m kser.embedded`` in a process of its own."""
 
     def __init__(self, *arguments: str) -> None:
@@ -170,11 +173,12 @@ class Running:
             text=True,
         )
 
-    def lines(self) -> list[str]:
+    def read_exports(self) -> list[str]:
+        """Return the two lines for a shell that the program prints when the broker runs."""
         assert self.process.stdout is not None
         return [self.process.stdout.readline() for _ in range(2)]
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> BrokerProgram:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -183,15 +187,15 @@ class Running:
 
 
 def test_program_prints_lines_for_a_shell() -> None:
-    with Running("--topic", "dice", "--topic", "cards") as running:
-        lines = running.lines()
+    with BrokerProgram("--topic", "dice", "--topic", "cards") as program:
+        exports = program.read_exports()
         output = subprocess.run(
-            ["sh", "-c", "".join(lines) + 'printf "%s\\n%s\\n" "$KSER_CONFIG" "$KSER_TOPICS"'],
+            ["sh", "-c", "".join(exports) + 'printf "%s\\n%s\\n" "$KSER_CONFIG" "$KSER_TOPICS"'],
             capture_output=True,
             text=True,
             check=True,
         ).stdout.splitlines()
-        assert all(line.startswith("export ") for line in lines)
+        assert all(line.startswith("export ") for line in exports)
         config = json.loads(output[0])
         host, _, port = config.pop("bootstrap_servers").partition(":")
         assert listens(host, int(port))
@@ -208,22 +212,21 @@ def test_program_prints_lines_for_a_shell() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_program_ends_at_a_signal_with_status_0_and_prints_only_its_greeting(number: signal.Signals) -> None:
-    with Running("--topic", "dice") as running:
-        running.lines()
-        running.process.send_signal(number)
-        # The impatient press Ctrl-C twice.
-        running.process.send_signal(signal.SIGINT)
-        rest, talk = running.process.communicate(timeout=10)
-        assert running.process.returncode == 0
-    assert rest == ""
-    assert len(talk.splitlines()) == 1
-    assert "keeps 5 MB per partition and loses all messages at exit" in talk
+    with BrokerProgram("--topic", "dice") as program:
+        program.read_exports()
+        program.process.send_signal(number)
+        # Users may press Ctrl-C twice.
+        program.process.send_signal(signal.SIGINT)
+        stdout, stderr = program.process.communicate(timeout=10)
+        assert program.process.returncode == 0
+    assert stdout == ""
+    assert len(stderr.splitlines()) == 1
+    assert "keeps 5 MB per partition and loses all messages at exit" in stderr
 
 
 def test_program_rejects_an_invalid_topic_in_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kser.embedded", "--topic", "a b"], capture_output=True, text=True, timeout=30
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("kser: 'a b' is not a valid topic name")
-    assert len(done.stderr.splitlines()) == 1
+    command = [sys.executable, "-m", "kser.embedded", "--topic", "a b"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.startswith("kser: 'a b' is not a valid topic name")
+    assert len(process.stderr.splitlines()) == 1

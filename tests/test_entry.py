@@ -19,13 +19,17 @@ LABEL = f"{PATH}[{UUID}]"
 
 
 class Greet(Entrypoint):
+    """Entrypoint that greets ``name``, or returns the value of the parameter ``returns``."""
+
     REQUIRED_FIELDS = ("name",)
 
     def run(self) -> Any:
         return self.params.get("returns", ok_result(f"hello {self.params['name']}"))
 
 
-class Raise(Entrypoint):
+class Raising(Entrypoint):
+    """Entrypoint that raises the exception of its parameter ``error``."""
+
     def run(self) -> Any:
         raise self.params["error"]
 
@@ -69,18 +73,18 @@ def test_path_is_that_of_the_class_everywhere() -> None:
 
 
 def test_user_path_overrides_the_path_of_instances() -> None:
-    """C18: `path` on instances gives way."""
+    """C18"""
 
-    class Walk(Entrypoint):
-        path = "over the hills"
+    class PathAttribute(Entrypoint):
+        path = "over.the.Hills"
 
-    class Set(Entrypoint):
+    class PathSetInPostinit(Entrypoint):
         def postinit(self) -> None:
-            self.path = "far away"
+            self.path = "far.Away"
 
-    assert (Walk().path, Walk.path) == ("over the hills", "tests.test_entry.Walk")
-    assert Set().path == "far away"
-    assert Set().to_Message().entrypoint == "tests.test_entry.Set"
+    assert (PathAttribute().path, PathAttribute.path) == ("over.the.Hills", "tests.test_entry.PathAttribute")
+    assert PathSetInPostinit().path == "far.Away"
+    assert PathSetInPostinit().to_Message().entrypoint == "tests.test_entry.PathSetInPostinit"
 
 
 def test_label_contains_the_action_if_given() -> None:
@@ -110,11 +114,11 @@ def test_entry_shares_the_values_of_its_message() -> None:
 
 
 def test_entry_is_built_from_a_message_by_keywords() -> None:
-    class Picky(Entrypoint):
+    class KeywordOnly(Entrypoint):
         def __init__(self, *, uuid: Any, params: Any, result: Any, metadata: Any) -> None:
             super().__init__(uuid, params, result, metadata)
 
-    assert Picky.from_Message(Message(UUID, "x")).uuid == UUID
+    assert KeywordOnly.from_Message(Message(UUID, "x")).uuid == UUID
 
 
 def test_required_parameter_must_be_present_and_may_be_none() -> None:
@@ -186,25 +190,25 @@ def test_falsy_return_value_is_a_blank_success(value: Any, caplog: pytest.LogCap
 
 
 def test_negative_return_code_becomes_zero() -> None:
-    """C3: judged on the merged result."""
+    """C3: the return code of the merged result decides."""
     assert greet(returns=Result(retcode=-1)).execute().retcode == 0
 
 
 def test_hook_return_values_are_passed_on() -> None:
-    class Chain(Greet):
+    class ChainedHooks(Greet):
         def postrun(self, result: Result) -> Result:
             return Result(stdout=f"{result.stdout}, postrun")
 
         def onsuccess(self, result: Result) -> Any:
             return f"{result.stdout}, onsuccess"
 
-    assert Chain(params={"name": "x"}).execute() == "hello x, postrun, onsuccess"
+    assert ChainedHooks(params={"name": "x"}).execute() == "hello x, postrun, onsuccess"
 
 
 def test_triggers_may_be_overridden() -> None:
     calls: list[str] = []
 
-    class Wrapped(Greet):
+    class OverriddenTriggers(Greet):
         def _run(self) -> Any:
             calls.append("_run")
             return super()._run()
@@ -225,7 +229,7 @@ def test_triggers_may_be_overridden() -> None:
             calls.append("_post_init")
             super()._post_init()
 
-    Wrapped(params={"name": "x"}).execute()
+    OverriddenTriggers(params={"name": "x"}).execute()
     assert calls == ["_post_init", "_prerun", "_run", "_postrun", "_onsuccess"]
 
 
@@ -233,24 +237,24 @@ def test_triggers_may_be_overridden() -> None:
 
 
 def test_exception_becomes_a_failed_result(caplog: pytest.LogCaptureFixture) -> None:
-    result = Raise(UUID, {"error": ValueError("x")}).execute()
+    result = Raising(UUID, {"error": ValueError("x")}).execute()
     error = result.retval["error"]
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "x")
-    # Their order is cdumay's; with old versions of marshmallow it has none.
+    # Compare without order, because old versions of marshmallow have no defined order.
     assert set(error) == {"code", "name", "message", "msgid", "extra", "stack"}
     assert (error["name"], error["msgid"], error["extra"]) == ("InternalError", "ERR-29885", {"uuid": UUID})
     assert error["stack"].startswith("Traceback (most recent call last):")
     assert [(record.levelname, record.getMessage()) for record in records(caplog)][2:] == [
-        ("ERROR", f"Raise.Failed: tests.test_entry.Raise[{UUID}]: x")
+        ("ERROR", f"Raising.Failed: {Raising.path}[{UUID}]: x")
     ]
-    record = record_of(caplog, "Raise.Failed")
+    record = record_of(caplog, "Raising.Failed")
     assert record.error == error  # type: ignore[attr-defined]
     assert record.kresult["retcode"] == 500  # type: ignore[attr-defined]
     assert record.kmsg["result"]["retcode"] == 0  # type: ignore[attr-defined]
 
 
 def test_cdumay_error_preserves_its_code_and_text() -> None:
-    result = Raise(UUID, {"error": ValidationError("bad", extra={"field": "x"})}).execute()
+    result = Raising(UUID, {"error": ValidationError("bad", extra={"field": "x"})}).execute()
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "bad")
     assert result.retval["error"]["extra"] == {"field": "x"}
 
@@ -273,7 +277,7 @@ def test_return_value_that_is_no_result_is_a_failure(value: Any) -> None:
 @pytest.mark.parametrize("method", ["execute", "unsafe_execute"])
 @pytest.mark.parametrize("retcode", [1, 299, 300, 500])
 def test_returned_failure_is_a_failure(retcode: int, method: str, caplog: pytest.LogCaptureFixture) -> None:
-    """C3: to `onerror`, never to `onsuccess`; nothing is raised that was returned."""
+    """C3: the result is passed to `onerror`, never to `onsuccess`, and no exception is raised."""
     entry = greet(returns=Result(retcode=retcode, stderr="no"))
     assert getattr(entry, method)().retcode == retcode
     assert lines(caplog, logging.INFO) == [f"Greet.Failed: {LABEL}: no"]
@@ -292,7 +296,7 @@ def test_incoming_failure_fails_the_entry_after_it_ran(as_argument: bool, caplog
 
 def test_postrun_is_not_called_when_run_raised(caplog: pytest.LogCaptureFixture) -> None:
     """C4"""
-    Raise(params={"error": ValueError("x")}).execute()
+    Raising(params={"error": ValueError("x")}).execute()
     assert not any(".PostRun" in line for line in lines(caplog))
 
 
@@ -322,12 +326,12 @@ def test_raising_onerror_is_contained_and_not_called_again(caplog: pytest.LogCap
     """C6, C13"""
     calls: list[Result] = []
 
-    class Clumsy(Raise):
+    class RaisingOnerror(Raising):
         def onerror(self, result: Result) -> Result:
             calls.append(result)
             raise RuntimeError("hook")
 
-    result = Clumsy(UUID, {"error": ValueError("x")}).execute()
+    result = RaisingOnerror(UUID, {"error": ValueError("x")}).execute()
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "hook")
     assert len(calls) == 1
     last = records(caplog)[-1]
@@ -336,39 +340,39 @@ def test_raising_onerror_is_contained_and_not_called_again(caplog: pytest.LogCap
 
 
 def test_onerror_return_value_is_returned() -> None:
-    class Mild(Raise):
+    class OverriddenOnerror(Raising):
         def onerror(self, result: Result) -> Any:
-            return "never mind"
+            return "value of onerror"
 
-    assert Mild(params={"error": ValueError("x")}).execute() == "never mind"
+    assert OverriddenOnerror(params={"error": ValueError("x")}).execute() == "value of onerror"
 
 
 @pytest.mark.parametrize("method", ["execute", "unsafe_execute"])
 def test_entry_with_a_raising_postinit_is_not_run(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    """C5: its failure is the result, logged once."""
+    """C5: the result is the failure, which is logged once."""
 
-    class Broken(Greet):
+    class RaisingPostinit(Greet):
         def postinit(self) -> None:
             raise ValueError("postinit")
 
-    entry = Broken(UUID, {"name": "x"})
+    entry = RaisingPostinit(UUID, {"name": "x"})
     result = getattr(entry, method)()
     assert result is entry.result
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "postinit")
-    assert lines(caplog) == [f"Broken.Failed: tests.test_entry.Broken[{UUID}]: postinit"]
+    assert lines(caplog) == [f"RaisingPostinit.Failed: tests.test_entry.RaisingPostinit[{UUID}]: postinit"]
 
 
 def test_construction_survives_raising_postinit_and_onerror() -> None:
     """C5, C6"""
 
-    class Hopeless(Greet):
+    class RaisingHooks(Greet):
         def postinit(self) -> None:
             raise ValueError("postinit")
 
         def onerror(self, result: Result) -> Result:
             raise ValueError("onerror")
 
-    assert Hopeless().execute().stderr == "onerror"
+    assert RaisingHooks().execute().stderr == "onerror"
 
 
 def test_failure_persists_when_an_entry_is_executed_twice() -> None:
@@ -387,23 +391,23 @@ def test_system_exit_and_interrupt_propagate(
 ) -> None:
     """C8"""
     with pytest.raises(type(error)):
-        getattr(Raise(params={"error": error}), method)()
+        getattr(Raising(params={"error": error}), method)()
     assert not any("Failed" in line for line in lines(caplog))
 
 
 @pytest.mark.parametrize(("level", "dumps"), [(logging.CRITICAL, 0), (logging.ERROR, 1), (logging.DEBUG, 6)])
-def test_only_log_records_of_enabled_levels_are_dumped(
+def test_message_is_dumped_only_for_log_records_of_enabled_levels(
     level: int, dumps: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Design page, "Speed"."""
     dumped: list[dict[str, Any]] = []
     dump = Message.dump
 
-    def counted(kmsg: Message) -> dict[str, Any]:
+    def counting_dump(kmsg: Message) -> dict[str, Any]:
         dumped.append(dump(kmsg))
         return dumped[-1]
 
-    monkeypatch.setattr(Message, "dump", counted)
+    monkeypatch.setattr(Message, "dump", counting_dump)
     caplog.set_level(level, "kser")
     assert Greet(params={"name": "x"}).execute().retcode == 0
     assert Greet().execute().stderr == "Missing parameter: name"

@@ -9,33 +9,36 @@ from cdumay_result import Result
 
 from kser import errors
 
-CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.KserError)]
-#: Those that are given a text.
-WITH_TEXT = [cls for cls in CLASSES if cls is not errors.RetryLater]
+TEXT = "the topic is missing: create it"
+
+ERRORS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.KserError)]
+#: The errors whose constructor takes the text.
+ERRORS_WITH_TEXT = [cls for cls in ERRORS if cls is not errors.RetryLater]
 
 
-def _make(cls: type[errors.KserError]) -> errors.KserError:
-    return cls("what, why and what to do", Result()) if cls is errors.SendError else cls("what, why and what to do")
+def new_error(cls: type[errors.KserError]) -> errors.KserError:
+    """Return an error with :data:`TEXT`."""
+    return cls(TEXT, Result()) if cls is errors.SendError else cls(TEXT)
 
 
-@pytest.mark.parametrize("cls", WITH_TEXT)
+@pytest.mark.parametrize("cls", ERRORS_WITH_TEXT)
 def test_every_error_is_a_cdumay_error_with_one_root(cls: type[errors.KserError]) -> None:
-    error = _make(cls)
+    error = new_error(cls)
     assert isinstance(error, Error)
-    assert error.message == "what, why and what to do"
-    assert str(error) == f"{cls.MSGID}: what, why and what to do"
+    assert error.message == TEXT
+    assert str(error) == f"{cls.MSGID}: {TEXT}"
 
 
-@pytest.mark.parametrize("cls", WITH_TEXT)
+@pytest.mark.parametrize("cls", ERRORS_WITH_TEXT)
 def test_result_preserves_code_and_text_of_an_error(cls: type[errors.KserError]) -> None:
-    result = Result.from_exception(_make(cls))
-    assert (result.retcode, result.stderr) == (cls.CODE, "what, why and what to do")
+    result = Result.from_exception(new_error(cls))
+    assert (result.retcode, result.stderr) == (cls.CODE, TEXT)
     assert result.retval["error"]["msgid"] == cls.MSGID
     assert result.retval["error"]["name"] == cls.__name__
 
 
 def test_error_message_ids_are_unique() -> None:
-    assert len({cls.MSGID for cls in CLASSES}) == len(CLASSES)
+    assert len({cls.MSGID for cls in ERRORS}) == len(ERRORS)
 
 
 @pytest.mark.parametrize("cls", [errors.ProducerMissing, errors.TopicMissing, errors.StoreMissing])
@@ -49,10 +52,10 @@ def test_usage_error_is_a_type_error() -> None:
 
 
 def test_send_error_contains_the_result_of_the_producer() -> None:
-    answer = Result(retcode=500, stderr="no broker")
-    error = errors.SendError("not delivered", answer)
-    assert error.result is answer
-    assert Result.from_exception(error).uuid == answer.uuid
+    send_result = Result(retcode=500, stderr="no broker")
+    error = errors.SendError("not delivered", send_result)
+    assert error.result is send_result
+    assert Result.from_exception(error).uuid == send_result.uuid
 
 
 def test_retry_later_contains_its_delay() -> None:
@@ -75,4 +78,4 @@ def test_task_timeout_is_a_timeout_error_of_python() -> None:
 
 def test_docstring_tree_lists_every_error() -> None:
     assert errors.__doc__
-    assert all(cls.__name__ in errors.__doc__ for cls in CLASSES)
+    assert all(cls.__name__ in errors.__doc__ for cls in ERRORS)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("kser", "setup.py", "pyproject.toml", "README.rst", "LICENSE")
-PATIENCE_SECONDS = 30
+WAIT_SECONDS = 30
 
 RUN_A_TASK = """
 import sys
@@ -44,7 +44,7 @@ print(sorted({"confluent_kafka", "flask"} & sys.modules.keys()))
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the package is built from: a build leaves files beside it."""
+    """Copy the files that the package is built from, because a build leaves files next to them."""
     folder = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -56,6 +56,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel."""
     folder = tmp_path_factory.mktemp("dist")
     run_with_index([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(sources)])
     (built,) = folder.glob("*.whl")
@@ -64,13 +65,13 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the wheel and what its users choose for development."""
+    """Return the interpreter of an environment with the wheel and the extras for development."""
     return environment_with(f"{wheel}[embedded,flask]", tmp_path_factory.mktemp("installed"))
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder outside the checkout to work in, with the examples."""
+    """Return the working folder: it is outside the checkout, and contains the examples."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     shutil.copytree(ROOT / "examples" / "dice", tmp_path / "dice")
@@ -78,21 +79,23 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_with_index(command: list[str]) -> None:
-    """Run what fetches packages: without a network it is not the package that failed."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = f"{shlex.join(command)} said:\n{done.stdout}{done.stderr}"
-        if not index_answers():
-            needs("a package index", said)
-        pytest.fail(said, pytrace=False)
+    """Run a command that fetches packages; skip the test if the package index does not respond."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        text = f"{shlex.join(command)} wrote:\n{process.stdout}{process.stderr}"
+        if not index_responds():
+            needs("a package index", text)
+        pytest.fail(text, pytrace=False)
 
 
-def index_answers() -> bool:
+def index_responds() -> bool:
+    """Return whether the package index can be reached."""
     probe = [sys.executable, "-m", "pip", "--quiet", "index", "versions", "cdumay-result"]
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
 def environment_with(requirement: str, folder: Path) -> Path:
+    """Create an environment, install the requirement, and return the interpreter."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     run_with_index([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement])
@@ -100,13 +103,14 @@ def environment_with(requirement: str, folder: Path) -> Path:
 
 
 def run(python: Path, *arguments: str) -> str:
-    done = subprocess.run([str(python), *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """Run Python, which must succeed, and return its whole output."""
+    process = subprocess.run([str(python), *arguments], capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
 
 
 class Program:
-    """A program that runs until it is stopped, and what it has written so far."""
+    """A Python program that runs until it is stopped; its output goes to a file."""
 
     def __init__(self, python: Path, *arguments: str) -> None:
         self.log = Path(f"{arguments[-1].rpartition(os.sep)[2]}.log").absolute()
@@ -114,19 +118,22 @@ class Program:
             self.process = subprocess.Popen([str(python), *arguments], stdout=output, stderr=subprocess.STDOUT)
 
     def text(self) -> str:
+        """Return the output so far."""
         return self.log.read_text()
 
     def wait_for(self, text: str) -> str:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        """Wait until the output contains ``text``, and return the output."""
+        deadline = time.monotonic() + WAIT_SECONDS
         while text not in self.text():
-            assert self.process.poll() is None, f"it ended: {self.text()}"
+            assert self.process.poll() is None, f"the program ended: {self.text()}"
             assert time.monotonic() < deadline, f"{text!r} is not in: {self.text()}"
             time.sleep(0.05)
         return self.text()
 
     def stop(self) -> int:
+        """Terminate the program, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_SECONDS)
+        return self.process.wait(WAIT_SECONDS)
 
     def __enter__(self) -> Program:
         return self
@@ -138,7 +145,7 @@ class Program:
 
 @pytest.fixture
 def broker(installed: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
-    """The development broker of the installed package; what starts later finds it in its environment."""
+    """Run the development broker of the installed package, and set the environment that it prints."""
     with Program(installed, "-m", "kser.embedded", "--topic", "dice") as program:
         text = program.wait_for("KSER_TOPICS=")
         for word in shlex.split(text, comments=True):
@@ -149,20 +156,20 @@ def broker(installed: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_installed_package_is_complete_and_typed(installed: Path, elsewhere: Path) -> None:
-    found = run(installed, "-c", "import kser; print(kser.__file__)").strip()
-    assert Path(found).is_relative_to(installed.parent.parent)
+    package = Path(run(installed, "-c", "import kser; print(kser.__file__)").strip()).parent
+    assert package.is_relative_to(installed.parent.parent)
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "kser").rglob("*.py")} | {"kser/py.typed"}
-    assert {name for name in files if not (Path(found).parent.parent / name).is_file()} == set()
+    assert {name for name in files if not (package.parent / name).is_file()} == set()
 
 
 def test_documented_programs_run_outside_the_checkout(installed: Path, broker: Program) -> None:
     with Program(installed, "dice/consumer.py") as consumer:
-        sent = run(installed, "dice/producer.py") + run(installed, "dice/launch.py")
-        assert "Producer.Success: __main__.DiceRoll[" in sent
-        assert "Producer.Success: __main__.DiceLaunch[" in sent
+        producer_log = run(installed, "dice/producer.py") + run(installed, "dice/launch.py")
+        assert "Producer.Success: __main__.DiceRoll[" in producer_log
+        assert "Producer.Success: __main__.DiceLaunch[" in producer_log
         consumer.wait_for("Controller.Success: __main__.DiceRoll[")
-        text = consumer.wait_for("Controller.Success: __main__.DiceLaunch[")
-        assert text.count("DiceRoll.Success: __main__.DiceRoll[") == 4
+        consumer_log = consumer.wait_for("Controller.Success: __main__.DiceLaunch[")
+        assert consumer_log.count("DiceRoll.Success: __main__.DiceRoll[") == 4
         assert consumer.stop() == 0
     assert "Traceback" not in consumer.text()
     assert broker.stop() == 0

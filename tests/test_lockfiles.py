@@ -17,6 +17,7 @@ from tests.support import lines
 
 @pytest.fixture
 def running() -> Iterator[RunningFile]:
+    """Return a running file, which is released after the test."""
     running = RunningFile()
     yield running
     running.release()
@@ -24,6 +25,7 @@ def running() -> Iterator[RunningFile]:
 
 @pytest.fixture
 def path() -> Path:
+    """Return the path of the running file."""
     return Path(os.environ["RUNNING_FILE"])
 
 
@@ -41,7 +43,7 @@ def test_shorter_text_replaces_a_longer_one(running: RunningFile, path: Path) ->
 
 
 def test_text_of_another_process_is_replaced(running: RunningFile, path: Path) -> None:
-    path.write_text("left by somebody whose text was longer")
+    path.write_text("a longer text of another process")
     running.show("mine")
     assert path.read_bytes() == b"mine"
 
@@ -80,7 +82,7 @@ def test_clear_creates_the_file(running: RunningFile, path: Path) -> None:
 
 
 def test_file_of_another_process_is_not_cleared_at_the_end(path: Path) -> None:
-    """D9: a clean exit clears only what this process wrote."""
+    """D9: a clean exit clears only the text of this process."""
     path.write_text("theirs")
     RunningFile().release()
     assert path.read_text() == "theirs"
@@ -98,13 +100,13 @@ def test_own_file_is_cleared_at_the_end_and_may_be_written_again(running: Runnin
 def test_each_thread_has_a_line_of_its_own(running: RunningFile, path: Path) -> None:
     turns = threading.Barrier(2, timeout=10)
 
-    def other() -> None:
+    def run_in_other_thread() -> None:
         running.show("shop.Ship[2]")
         turns.wait()
         turns.wait()
         running.clear()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=run_in_other_thread)
     running.show("shop.Pay[1]")
     thread.start()
     turns.wait()
@@ -119,21 +121,21 @@ def test_each_thread_has_a_line_of_its_own(running: RunningFile, path: Path) -> 
 
 
 def test_concurrent_writer_leaves_its_line_to_the_writing_thread(running: RunningFile, path: Path) -> None:
-    write, writing, go_on = running._write, threading.Event(), threading.Event()
+    write, writing, may_write = running._write, threading.Event(), threading.Event()
 
-    def slow() -> None:
+    def blocked_write() -> None:
         writing.set()
-        assert go_on.wait(10)
+        assert may_write.wait(10)
         write()
 
-    running._write = slow  # type: ignore[method-assign]
+    running._write = blocked_write  # type: ignore[method-assign]
     thread = threading.Thread(target=running.show, args=["shop.Pay[1]"])
     thread.start()
     assert writing.wait(10)
     running.show("shop.Ship[2]")
     assert not path.exists()
     running._write = write  # type: ignore[method-assign]
-    go_on.set()
+    may_write.set()
     thread.join()
     assert path.read_bytes() == b"shop.Pay[1]\nshop.Ship[2]"
 
@@ -164,27 +166,27 @@ def test_lines_of_ended_threads_are_cleared_at_the_end(running: RunningFile, pat
 
 def test_file_of_a_dead_process_is_cleared(running: RunningFile, path: Path) -> None:
     """D9"""
-    path.write_text("left by a dead process")
+    path.write_text("text of a dead process")
     running.clear_stale()
     assert path.read_bytes() == b""
 
 
 def test_file_of_a_live_process_is_not_cleared(running: RunningFile, path: Path) -> None:
-    """D9: siblings on this host share the file."""
+    """D9: the consumers of a host share the file."""
     running.show("alive")
     RunningFile().clear_stale()
     assert path.read_bytes() == b"alive"
     running.release()
-    path.write_text("left")
-    with path.open() as sibling:
-        fcntl.flock(sibling, fcntl.LOCK_SH)
+    path.write_text("text of another consumer")
+    with path.open() as other_consumer:
+        fcntl.flock(other_consumer, fcntl.LOCK_SH)
         RunningFile().clear_stale()
-        assert path.read_bytes() == b"left"
+        assert path.read_bytes() == b"text of another consumer"
     RunningFile().clear_stale()
     assert path.read_bytes() == b""
 
 
-def test_missing_file_needs_no_clearing(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_stale_accepts_a_missing_file(running: RunningFile, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running.clear_stale()
     assert not path.exists()
     monkeypatch.delenv("RUNNING_FILE")
@@ -243,7 +245,7 @@ def test_pause_file_is_removed() -> None:
 
 
 def test_pause_file_that_cannot_be_removed_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """C10: a folder of that name stands in for what permissions forbid."""
+    """C10: the file is a folder here, because root may remove any file."""
     pause = Path(os.environ["LOCK_FILE"])
     pause.mkdir()
     assert lockfiles.remove_pause_file() is None
@@ -260,7 +262,7 @@ def test_removed_variable_is_a_key_error(variable: str, monkeypatch: pytest.Monk
 
 
 def test_new_terminate_file_is_present_and_is_kept() -> None:
-    """D6: none is ever deleted."""
+    """D6: the terminate file is never deleted."""
     path = Path(os.environ["TERMINATE_FILE"])
     terminate = TerminateFile()
     assert not terminate.is_present()

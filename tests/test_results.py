@@ -1,4 +1,4 @@
-"""Tests of results: merging, copying and failures, beyond the functions of cdumay."""
+"""Tests of results: merging, copying and failed results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_copied_result_is_independent_of_the_original() -> None:
     "error", [ValueError("x"), ValidationError("x"), ValidationError("x", extra={"uuid": ["a", "b"]})]
 )
 def test_failed_result_has_the_uuid_of_its_entry(error: Exception) -> None:
-    """C12: also if the error carries another uuid."""
+    """C12: even if the error contains another uuid."""
     result = failed_result(error, UUID)
     assert (result.uuid, result.stderr) == (UUID, "x")
     assert result.retval["error"]["message"] == "x"

@@ -1,4 +1,4 @@
-"""Tests of the retry policy: the number of attempts, their backoff, and the retried exceptions."""
+"""Tests of the retry policy: the number of attempts, their back-off, and the retried exceptions."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from kser.errors import RetryLater, SettingError
 from kser.retry import Retry
 
 
-def waits(policy: Retry, attempts: int, exc: BaseException | None = None) -> list[float | None]:
-    """What is waited after each of the first attempts."""
+def delays(policy: Retry, attempts: int, exc: BaseException | None = None) -> list[float | None]:
+    """Return the delay after each of the first attempts; None for no further attempt."""
     return [policy.delay_after(attempt, exc) for attempt in range(1, attempts + 1)]
 
 
-# -- when --------------------------------------------------------------------------------------------------------------
+# -- delays ------------------------------------------------------------------------------------------------------------
 
 
 def test_backoff_grows_up_to_max_delay() -> None:
     policy = Retry(max_attempts=6, delay=1, backoff=3, max_delay=10, jitter=False)
-    assert waits(policy, 6) == [1, 3, 9, 10, 10, None]
+    assert delays(policy, 6) == [1, 3, 9, 10, 10, None]
 
 
 def test_default_retry_policy_has_three_attempts_with_doubling_backoff() -> None:
     policy = Retry()
     assert (policy.max_attempts, policy.delay, policy.backoff, policy.max_delay) == (3, 1, 2, 60)
     assert policy.jitter
-    assert waits(policy, 3)[2] is None
+    assert delays(policy, 3)[2] is None
 
 
 def test_jitter_gives_half_to_all_of_the_backoff() -> None:
     policy = Retry(max_attempts=2, delay=10)
-    found = [wait for _ in range(500) if (wait := policy.delay_after(1)) is not None]
-    assert len(found) == 500
-    assert all(5 <= wait <= 10 for wait in found)
-    assert max(found) - min(found) > 4
+    jittered = [delay for _ in range(500) if (delay := policy.delay_after(1)) is not None]
+    assert len(jittered) == 500
+    assert all(5 <= delay <= 10 for delay in jittered)
+    assert max(jittered) - min(jittered) > 4
 
 
 def test_jitter_does_not_exceed_max_delay() -> None:
@@ -52,7 +52,7 @@ def test_backoff_beyond_float_range_is_max_delay() -> None:
 
 
 def test_retry_without_delay_is_immediate() -> None:
-    assert waits(Retry(delay=0), 3) == [0, 0, None]
+    assert delays(Retry(delay=0), 3) == [0, 0, None]
 
 
 def test_single_attempt_is_not_retried() -> None:
@@ -60,57 +60,57 @@ def test_single_attempt_is_not_retried() -> None:
 
 
 def test_attempt_number_beyond_max_attempts_is_not_retried() -> None:
-    """The class may have fewer attempts than it had when the message was tried first."""
+    """A deployment between two attempts may have lowered ``max_attempts``."""
     assert Retry(max_attempts=2).delay_after(5) is None
 
 
-# -- after what --------------------------------------------------------------------------------------------------------
+# -- exceptions --------------------------------------------------------------------------------------------------------
 
 
-class Refused(ConnectionError):
-    """An exception below another one."""
+class ConnectionRefused(ConnectionError):
+    """Subclass of an exception that a policy names."""
 
 
-ANY = Retry()
-SOME = Retry(on=(ConnectionError, KeyError))
-BUT = Retry(give_up_on=ConnectionError)
-BOTH = Retry(on=OSError, give_up_on=(ConnectionError,))
-MENDED = Retry(on=(ValidationError,))
+DEFAULT = Retry()
+ON = Retry(on=(ConnectionError, KeyError))
+GIVE_UP_ON = Retry(give_up_on=ConnectionError)
+ON_AND_GIVE_UP_ON = Retry(on=OSError, give_up_on=(ConnectionError,))
+ON_VALIDATION_ERROR = Retry(on=(ValidationError,))
 
 
 @pytest.mark.parametrize(
-    ("policy", "exc", "admitted"),
+    ("policy", "exc", "retried"),
     [
-        (ANY, ConnectionError(), True),
-        (ANY, ValueError(), True),
-        (ANY, None, True),
-        (ANY, ValidationError("Missing parameter"), False),
-        (ANY, NotImplementedYet("no run"), False),
-        (SOME, ConnectionError(), True),
-        (SOME, Refused(), True),
-        (SOME, KeyError("x"), True),
-        (SOME, ValueError(), False),
-        (SOME, None, False),
-        (BUT, ConnectionError(), False),
-        (BUT, Refused(), False),
-        (BUT, ValueError(), True),
-        (BUT, None, True),
-        (BOTH, OSError(), True),
-        (BOTH, Refused(), False),
-        (BOTH, ValueError(), False),
-        (MENDED, ValidationError("not yet"), True),
-        (MENDED, ValueError(), False),
+        (DEFAULT, ConnectionError(), True),
+        (DEFAULT, ValueError(), True),
+        (DEFAULT, None, True),
+        (DEFAULT, ValidationError("Missing parameter"), False),
+        (DEFAULT, NotImplementedYet("no run"), False),
+        (ON, ConnectionError(), True),
+        (ON, ConnectionRefused(), True),
+        (ON, KeyError("x"), True),
+        (ON, ValueError(), False),
+        (ON, None, False),
+        (GIVE_UP_ON, ConnectionError(), False),
+        (GIVE_UP_ON, ConnectionRefused(), False),
+        (GIVE_UP_ON, ValueError(), True),
+        (GIVE_UP_ON, None, True),
+        (ON_AND_GIVE_UP_ON, OSError(), True),
+        (ON_AND_GIVE_UP_ON, ConnectionRefused(), False),
+        (ON_AND_GIVE_UP_ON, ValueError(), False),
+        (ON_VALIDATION_ERROR, ValidationError("not yet"), True),
+        (ON_VALIDATION_ERROR, ValueError(), False),
     ],
 )
-def test_retry_policy_decides_by_exception_type(policy: Retry, exc: Exception | None, admitted: bool) -> None:
-    """Errors of the message or the class are not retried unless the class names them: no attempt mends them."""
-    assert policy.is_retryable(exc) is admitted
-    assert (policy.delay_after(1, exc) is not None) is admitted
+def test_retry_policy_decides_by_exception_type(policy: Retry, exc: Exception | None, retried: bool) -> None:
+    """Errors of the message or the class would recur, so they are retried only if the policy names them."""
+    assert policy.is_retryable(exc) is retried
+    assert (policy.delay_after(1, exc) is not None) is retried
 
 
 def test_retry_later_overrides_the_backoff_within_max_attempts() -> None:
     policy = Retry(max_attempts=3, on=(KeyError,), give_up_on=(Exception,))
-    assert waits(policy, 3, RetryLater(12.5)) == [12.5, 12.5, None]
+    assert delays(policy, 3, RetryLater(12.5)) == [12.5, 12.5, None]
 
 
 def test_retry_later_is_raised_by_a_task() -> None:
@@ -120,15 +120,15 @@ def test_retry_later_is_raised_by_a_task() -> None:
 
 @pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, "soon", None])
 def test_retry_later_rejects_invalid_delays(seconds: Any) -> None:
-    """A time that never comes would block its partition without end."""
+    """An infinite delay would block the partition forever."""
     with pytest.raises((TypeError, SettingError), match="seconds"):
         Retry.later(seconds)
 
 
-# -- declaring one -----------------------------------------------------------------------------------------------------
+# -- declarations ------------------------------------------------------------------------------------------------------
 
 
-NONSENSE: list[tuple[dict[str, Any], str]] = [
+INVALID_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"max_attempts": 0}, "max_attempts must be a whole number, 1 or more; it is 0"),
     ({"max_attempts": 2.5}, "max_attempts must be a whole number, 1 or more; it is 2.5"),
     ({"max_attempts": "3"}, "max_attempts must be a whole number, 1 or more; it is '3'"),
@@ -149,7 +149,7 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "text"), NONSENSE)
+@pytest.mark.parametrize(("values", "text"), INVALID_ARGUMENTS)
 def test_invalid_retry_arguments_are_rejected(values: dict[str, Any], text: str) -> None:
     with pytest.raises(SettingError) as caught:
         Retry(**values)

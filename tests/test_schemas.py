@@ -23,44 +23,45 @@ WIRE = (
 )
 
 
-class Slow(Message):
-    """Reads and writes through a schema, never directly."""
+class SchemaMessage(Message):
+    """Message that is read and written with a schema, never on the fast path."""
 
     MARSHMALLOW_SCHEMA = MessageSchema()
 
 
-BOTH = pytest.mark.parametrize("cls", [Message, Slow])
+#: Runs a test on the fast path and with a schema.
+DIRECT_AND_SCHEMA = pytest.mark.parametrize("cls", [Message, SchemaMessage])
 
 
-def _loads(cls: type[Message], data: Any) -> Message:
+def load(cls: type[Message], data: Any) -> Message:
     return cls.loads(json.dumps(data))
 
 
-def _result(**changes: Any) -> dict[str, Any]:
-    return {"uuid": "1", "entrypoint": "shop.Pay", "result": {"uuid": "2", **changes}}
+def data_with_result(**fields: Any) -> dict[str, Any]:
+    return {"uuid": "1", "entrypoint": "shop.Pay", "result": {"uuid": "2", **fields}}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_serialised_message_equals_the_published_one(cls: type[Message]) -> None:
     assert cls("1", "shop.Pay", {"café": [1, None]}).dumps() == WIRE
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_loaded_message_is_written_unchanged(cls: type[Message]) -> None:
     assert cls.loads(WIRE).dumps() == WIRE
     assert cls.loads(WIRE.encode("utf-16")).dumps() == WIRE
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_nan_surrogates_and_non_text_keys_are_written_as_json_does(cls: type[Message]) -> None:
     text = cls("1", "x", {"n": float("nan"), 1: "\ud800", None: "\U0001f600"}).dumps()
     assert '{"n": NaN, "1": "\\ud800", "null": "\\ud83d\\ude00"}' in text
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("value", [datetime(2020, 1, 1), uuid.UUID(int=1), Decimal(1), {1}, b"x", object()])
 def test_value_that_is_not_json_is_a_type_error(cls: type[Message], value: Any) -> None:
     kmsg = cls("1", "x", {"value": value})
@@ -69,7 +70,7 @@ def test_value_that_is_not_json_is_a_type_error(cls: type[Message], value: Any) 
         kmsg.dumps()
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_dump_copies_one_level_deep(cls: type[Message]) -> None:
     inner: list[Any] = []
     kmsg = cls("1", "x", {"inner": inner}, Result(retval={"inner": inner}), {"inner": inner})
@@ -153,7 +154,7 @@ def test_attributes_are_exactly_the_names_of_the_constructor() -> None:
 
 def test_message_is_rebuilt_from_its_attributes() -> None:
     kmsg = Message("1", "x", {"a": 1}, Result(stdout="s"), {"m": 1})
-    assert Slow(**vars(kmsg)).dumps() == kmsg.dumps()
+    assert SchemaMessage(**vars(kmsg)).dumps() == kmsg.dumps()
 
 
 def test_truthy_arguments_are_stored_and_falsy_ones_become_fresh() -> None:
@@ -166,8 +167,8 @@ def test_truthy_arguments_are_stored_and_falsy_ones_become_fresh() -> None:
 
 @pytest.mark.parametrize("result", [None, {}, [], False])
 def test_falsy_result_becomes_a_blank_one_with_the_message_uuid(result: Any) -> None:
-    made = Message("1", "x", result=result).result
-    assert (made.uuid, made.retcode, made.retval) == ("1", 0, {})
+    blank = Message("1", "x", result=result).result
+    assert (blank.uuid, blank.retcode, blank.retval) == ("1", 0, {})
 
 
 def test_result_may_be_given_as_a_dict() -> None:
@@ -201,60 +202,60 @@ def test_messages_are_equal_only_to_themselves() -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])
 def test_bytes_are_decoded_as_json_decodes_them(cls: type[Message], encoding: str) -> None:
     assert cls.loads(WIRE.encode(encoding)).entrypoint == "shop.Pay"
     assert cls.loads(bytearray(WIRE.encode(encoding))).entrypoint == "shop.Pay"
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_minimal_message_is_completed(cls: type[Message]) -> None:
-    kmsg = _loads(cls, {"uuid": "1", "entrypoint": "x"})
+    kmsg = load(cls, {"uuid": "1", "entrypoint": "x"})
     assert type(kmsg) is cls
     assert (kmsg.params, kmsg.metadata, kmsg.result.uuid) == ({}, {}, "1")
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("result", [None, {}])
 def test_empty_result_becomes_a_blank_one_with_the_message_uuid(cls: type[Message], result: Any) -> None:
-    assert _loads(cls, {"uuid": "1", "entrypoint": "x", "result": result}).result.uuid == "1"
+    assert load(cls, {"uuid": "1", "entrypoint": "x", "result": result}).result.uuid == "1"
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_unknown_and_duplicate_keys_are_accepted(cls: type[Message]) -> None:
     kmsg = cls.loads(' {"uuid": "0", "uuid": "1", "entrypoint": "x", "new": 1, "result": {"uuid": "2", "new": 1}} \n')
     assert (kmsg.uuid, kmsg.result.uuid) == ("1", "2")
 
 
-@BOTH
-@pytest.mark.parametrize(("given", "read"), [("12", 12), (2.7, 2)])
-def test_return_codes_are_converted(cls: type[Message], given: Any, read: int) -> None:
-    assert _loads(cls, _result(retcode=given)).result.retcode == read
+@DIRECT_AND_SCHEMA
+@pytest.mark.parametrize(("written", "loaded"), [("12", 12), (2.7, 2)])
+def test_return_codes_are_converted(cls: type[Message], written: Any, loaded: int) -> None:
+    assert load(cls, data_with_result(retcode=written)).result.retcode == loaded
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("field", ["uuid", "retcode", "stdout", "stderr", "retval"])
 def test_null_is_accepted_in_every_field_of_a_result(cls: type[Message], field: str) -> None:
-    """C14: every text that can be written can be read."""
-    read = _loads(cls, _result(**{field: None})).result
-    assert getattr(read, field) == getattr(Result(uuid="1"), field)
+    """C14: every text that kser writes can be read."""
+    result = load(cls, data_with_result(**{field: None})).result
+    assert getattr(result, field) == getattr(Result(uuid="1"), field)
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("data", ["", "{", "{} x", "\ufeff{}", "NULL"])
 def test_text_that_is_not_json_is_a_value_error(cls: type[Message], data: str) -> None:
     with pytest.raises(json.JSONDecodeError):
         cls.loads(data)
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 def test_bytes_that_are_no_text_are_a_unicode_error(cls: type[Message]) -> None:
     with pytest.raises(UnicodeDecodeError):
         cls.loads(b'{"uuid": "\xff"}')
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize("data", [None, {}, 5])
 def test_input_that_is_neither_text_nor_bytes_is_a_type_error(cls: type[Message], data: Any) -> None:
     with pytest.raises(TypeError, match="must be str, bytes or bytearray"):
@@ -267,7 +268,7 @@ NO_TEXT = ["Not a valid string."]
 NO_MAPPING = ["Not a valid mapping type."]
 
 
-@BOTH
+@DIRECT_AND_SCHEMA
 @pytest.mark.parametrize(
     ("data", "extra"),
     [
@@ -280,9 +281,9 @@ NO_MAPPING = ["Not a valid mapping type."]
         ),
         ({"uuid": "1", "entrypoint": "x", "params": None, "metadata": None}, {"params": NULL, "metadata": NULL}),
         ({"uuid": "1", "entrypoint": "x", "result": 5}, {"result": {"_schema": ["Invalid input type."]}}),
-        (_result(retcode="abc"), {"result": {"retcode": ["Not a valid integer."]}}),
-        (_result(retcode=True), {"result": {"retcode": ["Not a valid integer."]}}),
-        (_result(stdout=1, retval=[]), {"result": {"stdout": NO_TEXT, "retval": NO_MAPPING}}),
+        (data_with_result(retcode="abc"), {"result": {"retcode": ["Not a valid integer."]}}),
+        (data_with_result(retcode=True), {"result": {"retcode": ["Not a valid integer."]}}),
+        (data_with_result(stdout=1, retval=[]), {"result": {"stdout": NO_TEXT, "retval": NO_MAPPING}}),
         ([], {"_schema": ["Invalid input type."]}),
         (None, {"_schema": ["Invalid input type."]}),
     ],
@@ -291,7 +292,7 @@ def test_json_that_is_no_message_is_rejected_with_the_reasons(
     cls: type[Message], data: Any, extra: dict[str, Any]
 ) -> None:
     with pytest.raises(ValidationError) as caught:
-        _loads(cls, data)
+        load(cls, data)
     error = caught.value
     assert (error.message, error.code, error.msgid) == ("Failed to load message", 400, "ERR-04413")
     assert error.extra == extra
@@ -299,7 +300,7 @@ def test_json_that_is_no_message_is_rejected_with_the_reasons(
 
 
 def test_empty_uuid_and_entrypoint_are_accepted() -> None:
-    kmsg = _loads(Message, {"uuid": "", "entrypoint": ""})
+    kmsg = load(Message, {"uuid": "", "entrypoint": ""})
     assert (kmsg.uuid, kmsg.entrypoint) == ("", "")
     assert kmsg.result.uuid
 
@@ -309,7 +310,7 @@ def test_schema_load_returns_a_plain_dict() -> None:
     assert data == {"uuid": "1", "entrypoint": "x", "result": None}
 
 
-# -- both ways decide alike --------------------------------------------------------------------------------------------
+# -- fast path and schema ----------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
@@ -342,7 +343,8 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-def _outcome(cls: type[Message], text: str) -> Any:
+def outcome(cls: type[Message], text: str) -> Any:
+    """Return the written forms of the loaded message, or the error."""
     try:
         kmsg = cls.loads(text)
         return [kmsg.dumps(), kmsg.dump(), dump_result(kmsg.result)]
@@ -353,6 +355,6 @@ def _outcome(cls: type[Message], text: str) -> Any:
 @settings(database=None, deadline=None, max_examples=300, print_blob=True)
 @given(MESSAGES | JSON)
 def test_fast_path_and_schema_give_the_same_result(data: Any) -> None:
-    """Design page, "Speed": a property proves it; hypothesis prints what breaks it and how to see it again."""
+    """Design page, "Speed"."""
     text = json.dumps(data)
-    assert _outcome(Message, text) == _outcome(Slow, text)
+    assert outcome(Message, text) == outcome(SchemaMessage, text)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GRACE_SECONDS, needs
-from tests.test_install import index_answers
+from tests.test_install import index_responds
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scripts")]
 
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 SETUP_SECONDS = 240
 DEMO_SECONDS = 30
 
-#: What the scripts may leave in a checkout; git ignores it.
-MADE_BY_SETUP = {".venv", "kser.egg-info", "__pycache__", ".pytest_cache"}
+#: Files and folders that the scripts may leave in a checkout; git ignores them.
+CREATED_BY_SETUP = {".venv", "kser.egg-info", "__pycache__", ".pytest_cache"}
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
 UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -32,9 +32,9 @@ ROLL = rf"__main__\.DiceRoll\[{UUID}\]: You made a [1-6]"
 
 @pytest.fixture(scope="module")
 def fresh_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of this checkout that a commit would have, and nothing else."""
-    if not index_answers():
-        needs("a package index", "the scripts install what they need")
+    """Copy the files of this checkout that a commit would contain."""
+    if not index_responds():
+        needs("a package index", "the scripts install packages")
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -50,19 +50,19 @@ def fresh_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(fresh_checkout: Path) -> Path:
-    """The same, set up by an earlier run."""
+    """Return the fresh checkout after a run of a script has set it up."""
     if not (fresh_checkout / ".venv" / "kser-stamp").exists():
         subprocess.run([fresh_checkout / "scripts" / "demo"], capture_output=True, timeout=SETUP_SECONDS)
     return fresh_checkout
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the scripts keep temporary files; it has to be empty again at the end."""
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the folder of the scripts' temporary files, which must be empty at the end."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    # The scripts would inherit ignored signals: "nohup" ignores SIGHUP.
+    # The scripts inherit ignored signals, and a test run under "nohup" ignores SIGHUP.
     previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield folder
     signal.signal(signal.SIGHUP, previous)
@@ -70,10 +70,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 class Script:
-    """A script that runs in a process group of its own, as a shell would start it."""
+    """A script in a process group of its own, as a shell starts it."""
 
     def __init__(self, checkout: Path, *command: str) -> None:
-        self.said = ""
+        self.stderr = ""
         self._checkout = checkout
         self.process = subprocess.Popen(
             command,
@@ -86,14 +86,16 @@ class Script:
         )
 
     def wait_for(self, text: str) -> None:
+        """Wait until the script writes ``text`` to its standard error."""
         assert self.process.stderr is not None
-        while text not in self.said:
+        while text not in self.stderr:
             line = self.process.stderr.readline()
-            assert line, f"it ended, and said no {text!r}: {self.said}"
-            self.said += line
+            assert line, f"the script ended without writing {text!r}: {self.stderr}"
+            self.stderr += line
 
-    def end(self) -> int:
-        self.said += self.process.communicate(timeout=DEMO_SECONDS)[1]
+    def wait(self) -> int:
+        """Wait until the script ends, and return its exit status."""
+        self.stderr += self.process.communicate(timeout=DEMO_SECONDS)[1]
         return self.process.returncode
 
     def __enter__(self) -> Script:
@@ -107,68 +109,70 @@ class Script:
 
 
 def processes_of(checkout: Path) -> list[str]:
-    """What still runs from there; what was interrupted just now gets some time to end."""
+    """Return the command lines of the processes that still run from a checkout after the grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
-        shown = subprocess.run(["ps", "-A", "-ww", "-o", "command="], capture_output=True, text=True, check=True).stdout
-        found = [line for line in shown.splitlines() if str(checkout) in line]
-        if not found or time.monotonic() > deadline:
-            return found
+        ps = subprocess.run(["ps", "-A", "-ww", "-o", "command="], capture_output=True, text=True, check=True)
+        commands = [line for line in ps.stdout.splitlines() if str(checkout) in line]
+        if not commands or time.monotonic() > deadline:
+            return commands
         time.sleep(0.05)
 
 
 def run_script(checkout: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=SETUP_SECONDS)
+    """Run a script, which must leave no process behind."""
+    process = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=SETUP_SECONDS)
     assert processes_of(checkout) == []
-    return done
+    return process
 
 
 def files_of(checkout: Path) -> set[str]:
+    """Return the files of a checkout, except those that the set-up creates."""
     names = set()
     for folder, folders, files in os.walk(checkout):
-        folders[:] = [name for name in folders if name not in MADE_BY_SETUP]
+        folders[:] = [name for name in folders if name not in CREATED_BY_SETUP]
         names |= {str(Path(folder, name).relative_to(checkout)) for name in files}
     return names
 
 
-def test_interrupted_setup_is_not_trusted(fresh_checkout: Path) -> None:
+def test_setup_is_repeated_after_an_interruption(fresh_checkout: Path) -> None:
     stamp = fresh_checkout / ".venv" / "kser-stamp"
     with Script(fresh_checkout, "scripts/demo") as script:
         script.wait_for("kser: installing")
         time.sleep(1)
         os.killpg(script.process.pid, signal.SIGINT)
-        assert script.end() == 130
-    assert "Traceback" not in script.said
+        assert script.wait() == 130
+    assert "Traceback" not in script.stderr
     assert not stamp.exists()
-    done = run_script(fresh_checkout, "scripts/demo")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0].startswith("kser: making .venv with python3")
+    process = run_script(fresh_checkout, "scripts/demo")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.splitlines()[0].startswith("kser: making .venv with python3")
     assert stamp.exists()
 
 
 def test_demo_prints_both_logs_as_documented_and_leaves_no_files(checkout: Path) -> None:
     before = files_of(checkout)
     start = time.monotonic()
-    done = run_script(checkout, "scripts/demo")
+    process = run_script(checkout, "scripts/demo")
     assert time.monotonic() - start < DEMO_SECONDS
-    assert done.returncode == 0, done.stderr
-    assert "installing" not in done.stderr
-    _, producer, consumer = re.split(r"^(?:Producer|Consumer) console output::\n\n", done.stdout, flags=re.MULTILINE)
-    shown = [re.sub(rf"^    {STAMP} ", "", line) for line in producer.splitlines() if line]
-    for name, line in zip(("DiceRoll", "DiceLaunch"), shown, strict=True):
+    assert process.returncode == 0, process.stderr
+    assert "installing" not in process.stderr
+    _, producer, consumer = re.split(r"^(?:Producer|Consumer) console output::\n\n", process.stdout, flags=re.MULTILINE)
+    producer_lines = [re.sub(rf"^    {STAMP} ", "", line) for line in producer.splitlines() if line]
+    for name, line in zip(("DiceRoll", "DiceLaunch"), producer_lines, strict=True):
         message = rf"__main__\.{name}\[{UUID}\]"
         assert re.fullmatch(rf"INFO     Producer\.Success: {message}: Message {message} sent in dice", line)
-    shown = [re.sub(rf"^    {STAMP} INFO     ", "", line) for line in consumer.splitlines()]
-    assert shown[:3] == [
+    log_lines = [re.sub(rf"^    {STAMP} INFO     ", "", line) for line in consumer.splitlines()]
+    assert log_lines[:3] == [
         "Operation registry: loaded __main__.DiceRoll",
         "Operation registry: loaded __main__.DiceLaunch",
         "Consumer.Starting...",
     ]
-    assert shown[-1] == "Closing consumer and exiting"
-    rolls = [line for line in shown if re.fullmatch(rf"DiceRoll\.Success: {ROLL}", line)]
+    assert log_lines[-1] == "Closing consumer and exiting"
+    rolls = [line for line in log_lines if re.fullmatch(rf"DiceRoll\.Success: {ROLL}", line)]
     assert len(rolls) == 4
-    assert len([line for line in shown if re.fullmatch(rf"Controller\.Success: {ROLL}", line)]) == 1
-    assert [line.partition(":")[0] for line in shown if "__main__.DiceLaunch[" in line] == [
+    assert len([line for line in log_lines if re.fullmatch(rf"Controller\.Success: {ROLL}", line)]) == 1
+    assert [line.partition(":")[0] for line in log_lines if "__main__.DiceLaunch[" in line] == [
         "DiceLaunch.SetStatus",
         "DiceLaunch.SetStatus",
         "DiceLaunch.Success",
@@ -180,12 +184,13 @@ def test_demo_prints_both_logs_as_documented_and_leaves_no_files(checkout: Path)
 def test_shop_demo_prints_each_attempt_and_leaves_no_files(checkout: Path) -> None:
     before = files_of(checkout)
     start = time.monotonic()
-    done = run_script(checkout, "scripts/demo", "shop")
+    process = run_script(checkout, "scripts/demo", "shop")
     assert time.monotonic() - start < DEMO_SECONDS
-    assert done.returncode == 0, done.stderr
-    everywhere, bank = re.findall(r"^Output of worker\.py for (\S+) \(process (\d+)\)::$", done.stdout, re.MULTILINE)
-    assert (everywhere[0], bank[0]) == ("orders,warehouse", "bank")
-    order = [
+    assert process.returncode == 0, process.stderr
+    heading = r"^Output of worker\.py for (\S+) \(process (\d+)\)::$"
+    (shop_topics, shop_pid), (bank_topics, bank_pid) = re.findall(heading, process.stdout, re.MULTILINE)
+    assert (shop_topics, bank_topics) == ("orders,warehouse", "bank")
+    attempts = [
         ("Reserve", "1", "SUCCESS"),
         ("Charge", "1", "FAILED"),
         ("Charge", "2", "FAILED"),
@@ -193,19 +198,19 @@ def test_shop_demo_prints_each_attempt_and_leaves_no_files(checkout: Path) -> No
         ("Ship", "1", "FAILED"),
         ("Ship", "2", "SUCCESS"),
     ]
-    kettle = [(*attempt, everywhere[1]) for attempt in order]
-    teapot = [(*attempt, bank[1] if attempt[0] == "Charge" else everywhere[1]) for attempt in order]
-    assert (
-        re.findall(r"^    (\w+) +(\d) +(SUCCESS|FAILED) +(\d+) +\d+\.\d\d", done.stdout, re.MULTILINE)
-        == kettle + teapot
-    )
+    local_order = [(task, number, status, shop_pid) for task, number, status in attempts]
+    distributed_order = [
+        (task, number, status, bank_pid if task == "Charge" else shop_pid) for task, number, status in attempts
+    ]
+    row = r"^    (\w+) +(\d) +(SUCCESS|FAILED) +(\d+) +\d+\.\d\d"
+    assert re.findall(row, process.stdout, re.MULTILINE) == local_order + distributed_order
     assert files_of(checkout) == before
 
 
 def test_demo_rejects_an_unknown_example(checkout: Path) -> None:
-    done = run_script(checkout, "scripts/demo", "opera")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kser: usage: scripts/demo [dice|shop]\n"
+    process = run_script(checkout, "scripts/demo", "opera")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "kser: usage: scripts/demo [dice|shop]\n"
 
 
 @pytest.mark.parametrize(
@@ -234,70 +239,73 @@ def test_interrupted_demo_leaves_no_files_and_processes(
     with Script(checkout, "scripts/demo", example) as script:
         script.wait_for(moment)
         (os.killpg if whole_group else os.kill)(script.process.pid, number)
-        assert script.end() == status
+        assert script.wait() == status
         assert processes_of(checkout) == []
-    assert "Traceback" not in script.said
+    assert "Traceback" not in script.stderr
     assert files_of(checkout) == before
 
 
 @pytest.fixture
-def broken_consumer(checkout: Path) -> Iterator[Path]:
+def replaced_consumer(checkout: Path) -> Iterator[Path]:
+    """Return the path of the dice game's consumer, which is restored after the test."""
     path = checkout / "examples" / "dice" / "consumer.py"
     text = path.read_text()
     yield path
     path.write_text(text)
 
 
-def test_demo_whose_consumer_dies_fails_at_once_and_prints_everything(checkout: Path, broken_consumer: Path) -> None:
-    broken_consumer.write_text("raise SystemExit('no dice today')\n")
-    done = run_script(checkout, "scripts/demo")
-    assert done.returncode == 1
-    assert "no dice today" in done.stdout
-    assert "the demo failed: consumer.py ended with exit status 1 while" in done.stderr
+def test_demo_whose_consumer_dies_fails_at_once_and_prints_everything(checkout: Path, replaced_consumer: Path) -> None:
+    replaced_consumer.write_text("raise SystemExit('no dice today')\n")
+    process = run_script(checkout, "scripts/demo")
+    assert process.returncode == 1
+    assert "no dice today" in process.stdout
+    assert "the demo failed: consumer.py ended with exit status 1 while" in process.stderr
 
 
 def test_demo_without_a_result_fails_at_its_deadline_and_prints_everything(
-    checkout: Path, broken_consumer: Path
+    checkout: Path, replaced_consumer: Path
 ) -> None:
-    broken_consumer.write_text("import time\nprint('asleep', flush=True)\ntime.sleep(60)\n")
+    replaced_consumer.write_text("import time\nprint('asleep', flush=True)\ntime.sleep(60)\n")
     program = checkout / "scripts" / "_demo.py"
     text = program.read_text()
     program.write_text(re.sub(r"^DEADLINE_SECONDS = \d+$", "DEADLINE_SECONDS = 3", text, flags=re.MULTILINE))
     try:
-        done = run_script(checkout, "scripts/demo")
+        process = run_script(checkout, "scripts/demo")
     finally:
         program.write_text(text)
-    assert done.returncode == 1
-    assert "asleep" in done.stdout
-    assert "Producer.Success: __main__.DiceLaunch[" in done.stdout
-    assert "timed out after 3 s while it waited for 'Controller.Success: __main__.DiceRoll['" in done.stderr
+    assert process.returncode == 1
+    assert "asleep" in process.stdout
+    assert "Producer.Success: __main__.DiceLaunch[" in process.stdout
+    assert "timed out after 3 s while it waited for 'Controller.Success: __main__.DiceRoll['" in process.stderr
 
 
 def test_test_script_passes_arguments_and_shares_its_installation_with_the_demo(checkout: Path) -> None:
-    wanted = "tests/test_embedded.py::test_broker_listens_on_127_0_0_1_alone"
-    assert "1 passed" in run_script(checkout, "scripts/test", wanted).stdout
-    again = run_script(checkout, "scripts/test", "tests/missing.py")
-    assert again.returncode == 4
-    assert "missing.py" in again.stderr
+    test_id = "tests/test_embedded.py::test_broker_listens_on_127_0_0_1_alone"
+    assert "1 passed" in run_script(checkout, "scripts/test", test_id).stdout
+    # Use one process, because pytest-xdist reports a missing file as "no tests ran".
+    missing = run_script(checkout, "scripts/test", "-n", "0", "tests/missing.py")
+    assert missing.returncode == 4
+    assert "missing.py" in missing.stderr
     demo = run_script(checkout, "scripts/demo")
     assert demo.returncode == 0
-    assert "installing" not in again.stderr + demo.stderr
+    assert "installing" not in missing.stderr + demo.stderr
 
 
 @pytest.fixture
-def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The PATH, with these few commands alone; tests add theirs."""
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the only folder of the PATH; it contains the tools of the scripts, and tests add further commands."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("dirname", "rm", "sed", "cat", "mktemp", "mkdir", "env", "grep", "mv"):
-        found = shutil.which(name)
-        assert found is not None
-        (folder / name).symlink_to(found)
+        path = shutil.which(name)
+        assert path is not None
+        (folder / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(folder))
     return folder
 
 
-def command(path: Path, text: str) -> None:
+def add_command(path: Path, text: str) -> None:
+    """Create an executable shell script."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
 
@@ -305,20 +313,22 @@ def command(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("system", "advice"), [("Linux", "apt-get install python3 python3-venv"), ("Darwin", "comes with macOS is older")]
 )
-def test_script_without_a_usable_python_names_the_package_to_install(only: Path, system: str, advice: str) -> None:
-    command(only / "uname", f"echo {system}")
-    command(only / "python3", 'case $1 in --version) echo "Python 3.9.6" ;; *) exit 1 ;; esac')
-    done = subprocess.run(["/bin/sh", ROOT / "scripts" / "demo"], capture_output=True, text=True, timeout=SETUP_SECONDS)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "kser needs 3.11 or newer, with its modules venv and ensurepip" in done.stderr
-    assert "python3 is Python 3.9.6" in done.stderr
-    assert advice in done.stderr
+def test_script_without_a_usable_python_names_the_package_to_install(commands: Path, system: str, advice: str) -> None:
+    add_command(commands / "uname", f"echo {system}")
+    add_command(commands / "python3", 'case $1 in --version) echo "Python 3.9.6" ;; *) exit 1 ;; esac')
+    process = subprocess.run(
+        ["/bin/sh", ROOT / "scripts" / "demo"], capture_output=True, text=True, timeout=SETUP_SECONDS
+    )
+    assert (process.returncode, process.stdout) == (1, "")
+    assert "kser needs 3.11 or newer, with its modules venv and ensurepip" in process.stderr
+    assert "python3 is Python 3.9.6" in process.stderr
+    assert advice in process.stderr
 
 
-def test_python_that_does_not_run_is_skipped(only: Path) -> None:
-    command(only / "python3.13", "exit 127")
-    command(only / "python3.12", "exit 0")
-    command(only / "python3.11", "exit 0")
+def test_python_that_does_not_run_is_skipped(commands: Path) -> None:
+    add_command(commands / "python3.13", "exit 127")
+    add_command(commands / "python3.12", "exit 0")
+    add_command(commands / "python3.11", "exit 0")
     shell = f'. "{ROOT}/scripts/_env"; kser_find_python'
-    done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, timeout=SETUP_SECONDS)
-    assert done.stdout == "python3.12\n"
+    process = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, timeout=SETUP_SECONDS)
+    assert process.stdout == "python3.12\n"

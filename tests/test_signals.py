@@ -15,7 +15,7 @@ from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from tests.support import lines, message
+from tests.support import message, record_of
 
 ENTRY_SIGNALS = (signals.entry_started, signals.entry_succeeded, signals.entry_failed)
 
@@ -25,7 +25,7 @@ class Greet(Task):
         return Result(stdout="hello")
 
 
-class Fail(Task):
+class FailingTask(Task):
     def run(self) -> Result:
         raise ValueError("no")
 
@@ -35,25 +35,27 @@ class Welcome(Operation):
         return [Greet()]
 
 
-class Stumble(Operation):
+class FailingOperation(Operation):
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [Fail()]
+        return [FailingTask()]
 
 
-class Witness:
-    """Notes what signals say, for as long as the ``with`` block lasts."""
+class SignalRecorder:
+    """Listener that records the emissions of some signals during a ``with`` block."""
 
-    def __init__(self, *watched: NamedSignal) -> None:
-        self.watched = watched
-        self.heard: list[tuple[str, Any, dict[str, Any]]] = []
+    def __init__(self, *recorded: NamedSignal) -> None:
+        self._recorded = recorded
+        #: The name of the signal, its sender and its keywords, of each emission.
+        self.emissions: list[tuple[str, Any, dict[str, Any]]] = []
         self._receivers: list[Any] = []
 
     @property
     def names(self) -> list[tuple[str, Any]]:
-        return [(name, sender) for name, sender, _ in self.heard]
+        """The name of the signal and its sender, of each emission."""
+        return [(name, sender) for name, sender, _ in self.emissions]
 
-    def __enter__(self) -> Witness:
-        for signal in self.watched:
+    def __enter__(self) -> SignalRecorder:
+        for signal in self._recorded:
             self._receivers.append((signal, self._receiver(signal.name)))
             signal.connect(self._receivers[-1][1])
         return self
@@ -64,46 +66,46 @@ class Witness:
 
     def _receiver(self, name: str) -> Any:
         def receive(sender: Any, **keywords: Any) -> None:
-            self.heard.append((name, sender, keywords))
+            self.emissions.append((name, sender, keywords))
 
         return receive
 
 
 def test_successful_entry_emits_started_and_succeeded() -> None:
     entry = Greet()
-    with Witness(*ENTRY_SIGNALS) as witness:
+    with SignalRecorder(*ENTRY_SIGNALS) as recorder:
         result = entry.execute()
-    assert witness.heard == [
+    assert recorder.emissions == [
         ("entry-started", Greet, {"entry": entry}),
         ("entry-succeeded", Greet, {"entry": entry, "result": result}),
     ]
 
 
 def test_raising_entry_emits_started_and_failed() -> None:
-    entry = Fail()
-    with Witness(*ENTRY_SIGNALS) as witness:
+    entry = FailingTask()
+    with SignalRecorder(*ENTRY_SIGNALS) as recorder:
         result = entry.execute()
-    assert witness.heard == [
-        ("entry-started", Fail, {"entry": entry}),
-        ("entry-failed", Fail, {"entry": entry, "result": result}),
+    assert recorder.emissions == [
+        ("entry-started", FailingTask, {"entry": entry}),
+        ("entry-failed", FailingTask, {"entry": entry, "result": result}),
     ]
 
 
 def test_raising_postinit_emits_failed_once() -> None:
-    class Broken(Task):
+    class RaisingPostinit(Task):
         def postinit(self) -> None:
             raise ValueError("no")
 
-    with Witness(*ENTRY_SIGNALS) as witness:
-        Broken().execute()
-    assert witness.names == [("entry-failed", Broken)]
+    with SignalRecorder(*ENTRY_SIGNALS) as recorder:
+        RaisingPostinit().execute()
+    assert recorder.names == [("entry-failed", RaisingPostinit)]
 
 
 def test_successful_operation_emits_signals_for_itself_and_its_tasks() -> None:
-    """D16: operations and their tasks are counted."""
-    with Witness(*ENTRY_SIGNALS) as witness:
+    """D16"""
+    with SignalRecorder(*ENTRY_SIGNALS) as recorder:
         Welcome().execute()
-    assert witness.names == [
+    assert recorder.names == [
         ("entry-started", Welcome),
         ("entry-started", Greet),
         ("entry-succeeded", Greet),
@@ -112,21 +114,21 @@ def test_successful_operation_emits_signals_for_itself_and_its_tasks() -> None:
 
 
 def test_failed_operation_emits_signals_for_itself_and_its_tasks() -> None:
-    """D16: also a task that raises inside an operation."""
-    with Witness(*ENTRY_SIGNALS) as witness:
-        Stumble().execute()
-    assert witness.names == [
-        ("entry-started", Stumble),
-        ("entry-started", Fail),
-        ("entry-failed", Fail),
-        ("entry-failed", Stumble),
+    """D16"""
+    with SignalRecorder(*ENTRY_SIGNALS) as recorder:
+        FailingOperation().execute()
+    assert recorder.names == [
+        ("entry-started", FailingOperation),
+        ("entry-started", FailingTask),
+        ("entry-failed", FailingTask),
+        ("entry-failed", FailingOperation),
     ]
 
 
 def test_rejected_message_emits_message_refused() -> None:
-    with Witness(signals.message_refused) as witness:
+    with SignalRecorder(signals.message_refused) as recorder:
         result = Controller.run("nonsense")
-    ((_, sender, keywords),) = witness.heard
+    ((_, sender, keywords),) = recorder.emissions
     assert sender is Controller
     assert keywords["raw_data"] == "nonsense"
     assert isinstance(keywords["error"], ValueError)
@@ -135,42 +137,42 @@ def test_rejected_message_emits_message_refused() -> None:
 
 def test_sent_message_emits_message_sent() -> None:
     kmsg = message("some.Task")
-    with Witness(signals.message_sent) as witness:
+    with SignalRecorder(signals.message_sent) as recorder:
         result = Producer({"bootstrap_servers": "signals"}).send("dice", kmsg)
     InMemoryBroker.reset()
-    assert witness.heard == [("message-sent", Producer, {"topic": "dice", "kmsg": kmsg, "result": result})]
+    assert recorder.emissions == [("message-sent", Producer, {"topic": "dice", "kmsg": kmsg, "result": result})]
 
 
 def test_unsent_message_emits_no_signal() -> None:
-    with Witness(signals.message_sent) as witness:
+    with SignalRecorder(signals.message_sent) as recorder:
         Producer().send("dice", message("some.Task", params={"when": object()}))
     InMemoryBroker.reset()
-    assert witness.heard == []
+    assert recorder.emissions == []
 
 
 def test_raising_listener_is_logged_and_the_others_are_called(caplog: pytest.LogCaptureFixture) -> None:
-    def raising(sender: Any, **keywords: Any) -> None:
+    def raising_listener(sender: Any, **keywords: Any) -> None:
         raise RuntimeError("listener")
 
-    with signals.entry_succeeded.connected_to(raising), Witness(signals.entry_succeeded) as witness:
+    with signals.entry_succeeded.connected_to(raising_listener), SignalRecorder(signals.entry_succeeded) as recorder:
         result = Greet().execute()
     assert result.retcode == 0
-    assert len(witness.heard) == 1
-    (line,) = [line for line in lines(caplog) if "listener of" in line]
-    assert line.startswith("a listener of 'entry-succeeded' raised an exception, which is ignored: ")
+    assert len(recorder.emissions) == 1
+    record = record_of(caplog, "a listener of ")
+    assert record.getMessage().startswith("a listener of 'entry-succeeded' raised an exception, which is ignored: ")
 
 
-def test_listener_may_choose_its_sender() -> None:
+def test_listener_of_one_sender_receives_no_signal_of_another() -> None:
     class Other(Entrypoint):
         def run(self) -> None:
             return None
 
-    heard: list[Any] = []
+    senders: list[Any] = []
 
     def listen(sender: Any, **keywords: Any) -> None:
-        heard.append(sender)
+        senders.append(sender)
 
     with signals.entry_started.connected_to(listen, sender=Other):
         Greet().execute()
         Other().execute()
-    assert heard == [Other]
+    assert senders == [Other]

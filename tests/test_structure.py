@@ -1,18 +1,14 @@
-"""Tests of the structure: imports between modules point one way, and modules and functions are short."""
+"""Tests of the structure: imports between modules point one way, and modules, classes and functions are short."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from _modules import FUNCTION, MODULES, imports, tree
 
-from tests.support import ROOT
-
-PACKAGE = ROOT / "kser"
-
-#: A module may import from those in lines above its own, and from no other.
+#: A module may import only from modules in lines above its own.
 ORDER = (
     {"kser"},
     {"kser.errors", "kser.backoff"},
@@ -73,8 +69,8 @@ ORDER = (
 )
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
 
-#: Transports that know nothing of each other, and consumers that know nothing of sequencing.
-APART = (
+#: The first package must not import the second: transports do not depend on each other, nor consumers on sequencing.
+SEPARATE = (
     ("kser.dummy", "kser.python_kafka"),
     ("kser.dummy", "kser.confluent"),
     ("kser.python_kafka", "kser.dummy"),
@@ -95,47 +91,15 @@ APART = (
     ("kser.store", "kser.sequencing"),
 )
 
-#: What may be imported inside a function, because it may not be installed.
+#: Modules that a function may import, because they may not be installed.
 OPTIONAL = {
     "kser.embedded": {"confluent_kafka"},
     "kser.store": {"kser.store.sql"},
     "kser.store.sql.schema": {"alembic", "alembic.config"},
 }
 
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def _name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-MODULES = {_name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def _tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
-
-
-def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports below ``node`` that are executed: those for annotations alone are not."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child
-        elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
-            yield from _imports(child)
-
-
-def _targets(statement: ast.Import | ast.ImportFrom) -> set[str]:
-    if isinstance(statement, ast.Import):
-        return {alias.name for alias in statement.names}
-    assert statement.level == 0, f"line {statement.lineno}: a relative import"
-    full = {f"{statement.module}.{alias.name}" for alias in statement.names}
-    return {name if name in MODULES else str(statement.module) for name in full}
-
-
-def _imported(module: str) -> set[str]:
-    return {name for statement in _imports(_tree(module)) for name in _targets(statement)}
+#: Modules that import each other for annotations alone. Every other cycle is a fault.
+KNOWN_CYCLES = [["kser.sequencing.operation", "kser.sequencing.runner"]]
 
 
 def test_every_module_has_a_rank_in_the_order() -> None:
@@ -144,63 +108,53 @@ def test_every_module_has_a_rank_in_the_order() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_import_only_lower_ranked_modules(module: str) -> None:
-    ours = {name for name in _imported(module) if name.split(".")[0] == "kser"}
-    assert {name for name in ours if RANK[name] >= RANK[module]} == set()
+    imported = {name for name in imports(tree(module)) if name.split(".")[0] == "kser"}
+    assert {name for name in imported if RANK[name] >= RANK[module]} == set()
 
 
-@pytest.mark.parametrize(("one", "other"), APART)
-def test_separate_packages_do_not_import_each_other(one: str, other: str) -> None:
-    members = [module for module in MODULES if module == one or module.startswith(f"{one}.")]
-    known = {name for module in members for name in _imported(module)}
-    assert {name for name in known if name == other or name.startswith(f"{other}.")} == set()
+@pytest.mark.parametrize(("package", "other"), SEPARATE)
+def test_separate_packages_do_not_import_each_other(package: str, other: str) -> None:
+    members = [module for module in MODULES if f"{module}.".startswith(f"{package}.")]
+    assert members
+    imported = {name for module in members for name in imports(tree(module))}
+    assert {name for name in imported if f"{name}.".startswith(f"{other}.")} == set()
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_import_only_optional_dependencies(module: str) -> None:
-    functions = [node for node in ast.walk(_tree(module)) if isinstance(node, FUNCTION)]
-    found = {name for function in functions for statement in _imports(function) for name in _targets(statement)}
-    assert found <= OPTIONAL.get(module, set())
-
-
-#: Pairs of modules that import each other for annotations alone. Every other cycle is a fault.
-PAIRS: frozenset[frozenset[str]] = frozenset({frozenset({"kser.sequencing.operation", "kser.sequencing.runner"})})
-
-
-def _typing_imports(module: str) -> set[str]:
-    """Return every kser module that a module names in an import, also those for annotations alone."""
-    statements = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {name for statement in statements for name in _targets(statement) if name in MODULES}
+    functions = [node for node in ast.walk(tree(module)) if isinstance(node, FUNCTION)]
+    assert {name for function in functions for name in imports(function)} <= OPTIONAL.get(module, set())
 
 
 def _cycles() -> list[list[str]]:
-    """Return the strongly connected components of the import graph with more than one module."""
-    graph = {module: _typing_imports(module) for module in MODULES}
+    """Return the strongly connected components of the import graph, annotations included, with more than one module."""
+    graph = {module: set(imports(tree(module), for_annotations=True)) & MODULES.keys() for module in MODULES}
     reached: dict[str, set[str]] = {}
     for module in graph:
         seen: set[str] = set()
-        todo = [module]
-        while todo:
-            new = graph[todo.pop()] - seen
+        unvisited = [module]
+        while unvisited:
+            new = graph[unvisited.pop()] - seen
             seen |= new
-            todo += new
+            unvisited += new
         reached[module] = seen
     groups = {frozenset(other for other in seen if module in reached[other]) for module, seen in reached.items()}
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 def test_import_cycles_for_annotations_are_the_known_ones() -> None:
-    assert [cycle for cycle in _cycles() if frozenset(cycle) not in PAIRS] == []
+    assert _cycles() == KNOWN_CYCLES
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_and_functions_are_short(module: str) -> None:
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 600
-    long = [
+    long_functions = [
         node.name
-        for node in ast.walk(_tree(module))
+        for node in ast.walk(tree(module))
         if isinstance(node, FUNCTION) and (node.end_lineno or 0) - node.lineno + 1 > 50
     ]
-    assert long == []
+    assert long_functions == []
 
 
 #: Classes that users subclass. Their public methods are the interface of the library, so only private ones count.
@@ -214,11 +168,11 @@ LARGE_CLASSES = {
 
 def _classes() -> Iterator[ast.ClassDef]:
     for module in MODULES:
-        yield from (node for node in ast.walk(_tree(module)) if isinstance(node, ast.ClassDef))
+        yield from (node for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef))
 
 
 def _methods(node: ast.ClassDef) -> set[str]:
-    """Return the methods of a class, without those that only declare overloads or properties again."""
+    """Return the names of the methods of a class; overloads and property setters share a name, so they count once."""
     return {child.name for child in node.body if isinstance(child, FUNCTION)}
 
 

@@ -28,22 +28,25 @@ from tests.support import UUID, message, ok_result
 
 
 class Greet(Entrypoint):
+    """Entrypoint whose result shows params, metadata and result of its message."""
+
     def run(self) -> Result:
         return ok_result(f"hello {self.params['name']}, {self.metadata.get('from')}, {self.result.stdout}")
 
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
+    """Register the entrypoint, and empty the in-memory broker after the test."""
     Controller.register(Greet.path, Greet)
     yield
     InMemoryBroker.reset()
 
 
-# -- shaped like kser-crypto -------------------------------------------------------------------------------------------
+# -- in the shape of kser-crypto ---------------------------------------------------------------------------------------
 
 
 class SecretSchema(BaseSchema):
-    """Wraps a whole message into one unreadable field."""
+    """Schema that encodes a whole message into one field."""
 
     result = fields.Dict()
     metadata = fields.Dict()
@@ -71,7 +74,7 @@ class SecretMessage(Message):
         values = vars(kmsg)
         result = values["result"]
         secret = cls(**values)
-        secret.result = {"stdout": result.stdout}  # type: ignore[assignment]  # what its schema knows to dump
+        secret.result = {"stdout": result.stdout}  # type: ignore[assignment]  # the schema dumps a dict
         return secret
 
 
@@ -106,7 +109,7 @@ def test_plain_controller_rejects_a_message_of_an_overridden_transport() -> None
 
 
 def test_overridden_schema_replaces_the_fast_path() -> None:
-    """The direct way of reading and writing stands in for the package's own schema only."""
+    """The fast path replaces only the schema of the package itself."""
     plain = Message(UUID, Greet.path).dumps()
     assert SecretController.run(plain).retcode == 400
     assert list(json.loads(SecretMessage.of(message(Greet)).dumps())) == ["secret"]
@@ -119,12 +122,12 @@ def test_messages_are_rebuilt_from_their_attributes() -> None:
     assert Message.MARSHMALLOW_SCHEMA.dumps(rebuilt) == kmsg.dumps()
 
 
-def test_task_with_an_overridden_producer_is_sent_encrypted() -> None:
-    """`_send` is found however a message is sent: by an operation as well."""
+def test_task_and_operation_are_sent_with_an_overridden_producer() -> None:
+    """Tasks and operations call the overridden `_send`."""
     registry = OperationRegistry(controller_class=SecretController, producer=SecretProducer({}))
 
     @registry.subscribe
-    class Sent(Task):
+    class SentTask(Task):
         TOPIC = "dice"
 
     @registry.subscribe
@@ -138,14 +141,14 @@ def test_task_with_an_overridden_producer_is_sent_encrypted() -> None:
         def run(self) -> Result:
             return ok_result("ran")
 
-    Sent().send()
+    SentTask().send()
     Order().send()
     assert [list(json.loads(raw)) for raw in InMemoryBroker.at("").values("dice")] == [["secret"], ["secret"]]
     assert SecretController.run(InMemoryBroker.at("").values("dice")[1]).stdout == "ran"
 
 
 def test_triggers_of_a_controller_are_called_by_keyword() -> None:
-    class Picky(Controller):
+    class KeywordOnly(Controller):
         @classmethod
         def _onsuccess(cls, *, kmsg: Message, result: Result) -> Any:  # type: ignore[override]
             return "success"
@@ -154,31 +157,31 @@ def test_triggers_of_a_controller_are_called_by_keyword() -> None:
         def _onerror(cls, *, kmsg: Message, result: Result) -> Any:  # type: ignore[override]
             return "error"
 
-    assert Picky.run(message(Greet, params={"name": "x"}).dumps()) == "success"
-    assert Picky.run(message(Greet).dumps()) == "error"
+    assert KeywordOnly.run(message(Greet, params={"name": "x"}).dumps()) == "success"
+    assert KeywordOnly.run(message(Greet).dumps()) == "error"
 
 
 def test_controller_may_override_start_and_stop_processing() -> None:
-    shown: list[str] = []
+    calls: list[str] = []
 
-    class Shown(Controller):
+    class OverriddenProcessing(Controller):
         @classmethod
         def start_processing(cls, kmsg: Message) -> None:
-            shown.append(kmsg.uuid)
+            calls.append(f"started {kmsg.uuid}")
 
         @classmethod
         def stop_processing(cls) -> None:
-            shown.append("stopped")
+            calls.append("stopped")
 
-    Shown.run(message(Greet, params={"name": "x"}).dumps())
-    assert shown == [UUID, "stopped"]
+    OverriddenProcessing.run(message(Greet, params={"name": "x"}).dumps())
+    assert calls == [f"started {UUID}", "stopped"]
 
 
-# -- shaped like flask-kser --------------------------------------------------------------------------------------------
+# -- in the shape of flask-kser ----------------------------------------------------------------------------------------
 
 
 class FlaskKser:
-    """Makes producer and consumer from an app's config, with positional arguments."""
+    """Extension that creates a producer and a consumer from an app's config, with positional arguments."""
 
     def __init__(self, app: Flask, producer: Any, consumer: Any) -> None:
         config = app.config["KAFKA"]
@@ -197,7 +200,7 @@ def test_producers_and_consumers_are_constructed_positionally() -> None:
     assert app.config["KAFKA"] == {"bootstrap_servers": "here"}
 
 
-def test_default_transport_has_the_same_arguments() -> None:
+def test_default_transport_accepts_config_and_topics_positionally() -> None:
     producer, consumer = inspect.signature(KafkaProducer).parameters, inspect.signature(KafkaConsumer).parameters
     assert (next(iter(producer)), list(consumer)[:2]) == ("config", ["config", "topics"])
     kinds = {producer["config"].kind, consumer["config"].kind, consumer["topics"].kind}

@@ -40,7 +40,7 @@ PROBE_TIMEOUT = 0.5
 #: Seconds between two probes.
 PROBE_INTERVAL = 2.0
 
-#: Seconds between two tries to start partitions.
+#: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
 #: Transient errors. Commits fail with these errors during a rebalance.
@@ -48,11 +48,12 @@ _TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, K
 
 
 class ConfluentClient(ConsumerClient):
-    """A member of a consumer group.
+    """A member of a consumer group, on librdkafka.
 
     :param options: the user's options of librdkafka.
     :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
-    :param max_bytes: the limit of the data that librdkafka prefetches, in bytes, unless the options set a limit.
+    :param max_bytes: the limit of the data that librdkafka prefetches, in bytes. ``queued.max.messages.kbytes`` in the
+        options has precedence.
     :param commits: False if the client must not commit offsets.
     """
 
@@ -73,7 +74,7 @@ class ConfluentClient(ConsumerClient):
         self._missing: set[str | None] = set()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
-        #: Incremented at each revocation or loss of partitions.
+        #: Number of revocations and losses of partitions so far.
         self._assignment_epoch = 0
         self._last_error: KafkaError | None = None
         self._down = False
@@ -131,8 +132,8 @@ class ConfluentClient(ConsumerClient):
         return lags
 
     def close(self, timeout: float) -> None:
-        # A new client may already own the partitions when librdkafka revokes them, so the late callback must have no
-        # effect.
+        # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
+        # the callback must have no effect.
         self._listener = None
         # librdkafka's close has no timeout, so run it in a thread. After the timeout, this method returns although that
         # thread still runs.
@@ -158,7 +159,7 @@ class ConfluentClient(ConsumerClient):
         try:
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
-            # The next poll raises this error, because to raise it here would lose the first message.
+            # The next poll raises this error. If this poll raised the error, the first message would be lost.
             self._last_error = error.args[0]
             more = []
         # If ``consume`` ran a rebalance callback, the first message may belong to a revoked partition, so drop it.
@@ -194,7 +195,7 @@ class ConfluentClient(ConsumerClient):
         key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
             if key is not None:
-                # The end can be above the last record, because transaction markers have offsets too.
+                # The end of the partition can be above the last record, because transaction markers have offsets too.
                 self._positions[key] = max(message.offset(), self._positions.get(key, 0))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
             self._out_of_range.add(key)
@@ -230,13 +231,16 @@ class ConfluentClient(ConsumerClient):
         self._pending_error = self._start_partitions()
 
     def _start_pending(self) -> ClientError | None:
-        """Start pending partitions if a retry is due, and return the error if some partitions are still pending."""
+        """Retry to start the partitions without a start position, if a retry is due.
+
+        :return: the error if some partitions still have no start position, otherwise None.
+        """
         if self._unstarted and time.monotonic() >= self._start_at:
             self._pending_error = self._start_partitions()
         return self._pending_error if self._unstarted else None
 
     def _start_partitions(self) -> ClientError | None:
-        """Start the new partitions at their committed offsets, or as the reset policy demands if they have none.
+        """Start each new partition at its committed offset or, without a committed offset, as the reset policy demands.
 
         :return: the error if some partitions could not be started. The other partitions are started anyway.
         """
@@ -246,7 +250,8 @@ class ConfluentClient(ConsumerClient):
         try:
             committed = self.client.committed(new, timeout=QUERY_TIMEOUT) if new else []
         except KafkaException as error:
-            # Call ``assign`` even without a partition, because otherwise librdkafka assigns the partitions by itself.
+            # Call ``assign`` even without a partition. If the callback does not call ``assign``, librdkafka assigns the
+            # partitions by itself.
             self._assign({})
             return self._as_client_error("read the committed offsets of the group", error.args[0])
         known: dict[Partition, Commit] = {}
@@ -334,8 +339,8 @@ class ConfluentClient(ConsumerClient):
             return
         revocation = self._listener.on_revoke(keys)
         if not revocation.drained:
-            # Commit before the wait. If the topic gets new partitions during the wait, librdkafka does not wait any
-            # longer, and finished records that are not committed would run again.
+            # Commit before the wait. If the topic gets new partitions during the wait, librdkafka does not wait for the
+            # end of this callback, and finished records without a commit would run again.
             with suppress(KafkaException):
                 self._commit_now(revocation.commits())
             revocation.wait()
@@ -365,7 +370,7 @@ class ConfluentClient(ConsumerClient):
         return keys
 
     def _recover(self, key: Partition) -> None:
-        """Log the lost offsets of an out-of-range position, and restart as ``auto.offset.reset`` demands."""
+        """Log the lost offsets of an out-of-range position, and continue as ``auto.offset.reset`` demands."""
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         start = high if self._reset == "latest" else low
@@ -447,10 +452,10 @@ class ConfluentRecord:
 
 
 def commit_of(tp: TopicPartition) -> Commit:
-    """Return an offset that librdkafka has read from the group, as a Commit."""
+    """Return a committed offset, which librdkafka has read from the group, as a Commit."""
     try:
         return Commit(tp.offset, strip_checksum(tp.metadata or ""))
     except UnicodeDecodeError:
         # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past the end of the
-        # metadata.
+        # metadata, into bytes that may not be UTF-8.
         return Commit(tp.offset)

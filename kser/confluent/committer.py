@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 
 class Committer:
-    """A thread that runs commits one after the other, so that a caller can stop waiting for a commit.
+    """A thread that runs commits one after the other, so that a caller can stop waiting at its timeout.
 
     :param client: librdkafka's client. Several threads may use it at the same time.
     """
@@ -35,8 +35,8 @@ class Committer:
             self._requests.put(offsets)
             self._pending = 1
         else:
-            # This result belongs to the previous commit, which had other offsets. So fail, and the caller commits the
-            # current offsets in its next call.
+            # The previous commit, which had other offsets, had no result yet. Wait for this result, and then fail, so
+            # that the caller commits the current offsets in its next call.
             self._result(timeout)
             raise TimeoutError("the previous commit has only finished now")
         if (error := self._result(timeout)) is not None:

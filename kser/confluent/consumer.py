@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 class Consumer(BaseConsumer):
     """A consumer that polls ``confluent_kafka.Consumer`` and passes messages to :attr:`REGISTRY`.
 
-    librdkafka never commits by itself. If ``enable.auto.commit`` is True (the default), the consumer commits offsets
-    every ``auto.commit.interval.ms``. If it is False, the consumer commits as soon as a message is finished. With
-    ``commit="after"``, a group without committed offsets starts at the earliest record, unless ``auto.offset.reset``
-    says otherwise (decision D17).
+    The consumer disables the automatic commits of librdkafka and commits the offsets itself. If ``enable.auto.commit``
+    is True (the default), the consumer commits every ``auto.commit.interval.ms`` milliseconds. If
+    ``enable.auto.commit`` is False, the consumer commits as soon as a message is finished. With ``commit="after"``, a
+    group without committed offsets starts at the earliest record, unless ``auto.offset.reset`` is set to another value
+    (decision D17).
 
     :param config: options of librdkafka; None means the consumer options in ``KSER_CONFIG``. ``group.id`` is required.
     :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.

@@ -41,7 +41,7 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
 class LastError:
     """The last error that the client reported.
 
-    An instance serves as the ``error_cb`` of the client, and calls the user's ``error_cb``.
+    The client calls an instance of this class as its ``error_cb``, and the instance calls the user's ``error_cb``.
     """
 
     def __init__(self, user_callback: Callable[[Any], Any] | None) -> None:
@@ -62,14 +62,18 @@ class LastError:
             self._at = time.monotonic()
 
     def text_since(self, began: float) -> str:
-        """Return the last error as the end of an error text, or ``""`` if it is older than ``began``."""
+        """Return the last error in the form ``" (last error of the client: <text>)"``, to append to an error text.
+
+        :param began: the start of the failed call, by the monotonic clock. If the last error is older, the result is
+            empty.
+        """
         return f" (last error of the client: {self._text})" if self._text and self._at >= began else ""
 
 
 class Waiter:
-    """A condition for which a thread waits while delivery reports arrive."""
+    """The condition for which one thread waits while delivery reports arrive."""
 
-    #: The event that wakes the thread while another thread polls.
+    #: The event that wakes the waiting thread; None unless another thread polls for it.
     wake: threading.Event | None = None
 
     def done(self) -> bool:
@@ -77,7 +81,7 @@ class Waiter:
         raise NotImplementedError
 
     def reported(self) -> None:
-        """Wake the thread if the wait is over. This method must be called after each report."""
+        """Wake the waiting thread if its wait is over. Call this method after each delivery report."""
         if self.wake is not None and self.done():
             self.wake.set()
 
@@ -100,10 +104,12 @@ class DeliveryWaiter(Waiter):
 
 
 class DeliveryReportPoller:
-    """Leader/follower polling: one waiting thread polls for all, until its own report arrives and another takes over.
+    """Leader/follower polling: one of the waiting threads, the leader, polls for all waiting threads.
 
-    A sender that polls for itself gets its report without a thread switch, whereas a dedicated polling thread would add
-    two switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
+    When the delivery report of the leader arrives, another waiting thread becomes the leader.
+
+    A leader gets its own report without a thread switch. A separate thread that only polls would add two thread
+    switches to each message. While no thread sends, a housekeeping thread polls once a second, because librdkafka
     delivers its events (for example that a broker is down) only during a poll.
 
     :param poll: the client's ``poll``, which takes a timeout in seconds and runs the callback of each report.
@@ -146,9 +152,10 @@ class DeliveryReportPoller:
         return True
 
     def __enter__(self) -> None:
-        """Register a sender, which polls for itself.
+        """Register a thread that sends, so that the housekeeping thread does not poll.
 
-        If the housekeeping thread polled too, it would compete with the sender for the GIL at each report.
+        A sending thread polls by itself. If the housekeeping thread polled too, the two threads would compete for the
+        GIL at each delivery report.
         """
         with self._mutex:
             self._busy += 1
@@ -193,8 +200,8 @@ class DeliveryReportPoller:
     def _remove(self, waiting: Waiter) -> None:
         """Remove a waiting thread from the followers, and wake the next follower if no thread polls.
 
-        A follower that was woken to lead may already have its own report. If it did not wake another follower, no
-        thread would poll.
+        A follower that was woken to become the leader may already have its own report, and then does not poll. Without
+        this method, no thread would poll for the remaining followers.
         """
         with self._mutex:
             self._followers.pop(id(waiting), None)
@@ -211,8 +218,8 @@ class DeliveryReportPoller:
 def _poll_while_idle(reference: weakref.ref[DeliveryReportPoller], closed: threading.Event) -> None:
     """Poll once a second while the producer is idle.
 
-    Between polls, this function holds only a weak reference to the poller. So a producer that was never closed can be
-    garbage-collected, and then this thread ends.
+    Between polls, this function holds only a weak reference to the poller. So Python can garbage-collect a producer
+    that was never closed, and this thread then ends.
     """
     while not closed.wait(IDLE_POLL_INTERVAL):
         poller = reference()

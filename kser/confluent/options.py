@@ -78,7 +78,7 @@ def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings
 
 
 def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` without options of the other kind of client, because librdkafka would warn about these."""
+    """Return ``options`` without options of the other kind of client, about which librdkafka would log warnings."""
     foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
     return {key: value for key, value in options.items() if key not in foreign}
 
@@ -143,5 +143,5 @@ def _nearest(key: str) -> str:
 
 
 def servers(options: Mapping[str, Any]) -> str:
-    """Return the bootstrap servers, for error texts."""
+    """Return the bootstrap servers as text, for error texts."""
     return str(options.get("bootstrap.servers") or options.get("metadata.broker.list") or "no 'bootstrap.servers'")

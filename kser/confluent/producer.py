@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 MAX_BLOCK = 5.0
 #: Seconds between two metadata requests for an unknown topic. A topic that was just created appears with a delay.
 TOPIC_POLL_INTERVAL = 0.1
-#: Seconds that ``close`` waits for messages in flight.
+#: Seconds that ``close`` waits for the confirmation of sent messages.
 CLOSE_TIMEOUT = 0.5
 #: librdkafka's default of ``message.max.bytes``.
 MESSAGE_MAX_BYTES = 1_000_000
 #: Number of messages of a bulk between two reads of delivery reports.
 CHUNK = 500
-#: Number of messages of a bulk that may be in flight before ``send`` waits for delivery reports.
+#: Number of messages of a bulk that may be sent without a confirmation before the bulk waits for delivery reports.
 MAX_IN_FLIGHT = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
@@ -159,7 +159,7 @@ class Producer(KafkaProducerBase):
     def _kser_look_up_topic(self, topic: str, deadline: float) -> None:
         """Check that the topic exists.
 
-        Without this check, librdkafka holds a message for a missing topic for half a minute before it reports the
+        Without this check, librdkafka would keep a message for a missing topic for half a minute before it reports the
         error.
         """
         began = time.monotonic()
@@ -207,7 +207,7 @@ class Producer(KafkaProducerBase):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return rejected_as_too_large(size, topic, self._kser_servers)
         if error.code() in _UNKNOWN_TOPIC:
-            # The topic existed before, so it was deleted. Look it up again before the next message.
+            # The topic was found before, so it was deleted since then. Look the topic up again before the next message.
             self._kser_topics.discard(topic)
             return KafkaException(self._kser_missing_topic_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
@@ -253,8 +253,8 @@ class _Bulk(Bulk, Waiter):
         self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
         while self._in_flight:
-            # A late report may remove its message in another thread meanwhile. So pop the messages one by one instead
-            # of iterating over them.
+            # A late delivery report in another thread may remove a message meanwhile. So pop the messages one by one,
+            # because a loop over the dict would fail.
             _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
         self._process_reports()
@@ -278,8 +278,8 @@ class _Bulk(Bulk, Waiter):
         except Exception as exc:
             del self._in_flight[number]
             if isinstance(exc, KafkaException):
-                # Fail the rest of the bulk with this error, because each further message would wait for the same
-                # reason.
+                # Fail the remaining messages of the bulk with this error, because each of them would wait for its
+                # deadline and then fail for the same reason.
                 self._first_error = exc
             raise
 
@@ -291,7 +291,7 @@ class _Bulk(Bulk, Waiter):
         self.reported()
 
     def _drain_reports(self) -> None:
-        """Read delivery reports, and wait while too many messages are in flight."""
+        """Read delivery reports, and wait while too many messages are not confirmed."""
         self._producer._kser_report_poller.poll()
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._enough = MAX_IN_FLIGHT // 2

@@ -43,7 +43,8 @@ CONTROL_FILE_INTERVAL = 1.0
 SUPERVISE_INTERVAL = 0.1
 #: Seconds between two warnings about a paused consumer.
 PAUSE_REMINDER_INTERVAL = 30.0
-#: Seconds to wait for the client thread at shutdown. A rebalance can block this thread, so ``revoke_timeout`` is added.
+#: Seconds to wait for the client thread at shutdown. The consumer adds ``revoke_timeout``, because a rebalance can
+#: block this thread for that time.
 JOIN_TIMEOUT = 5.0
 
 
@@ -54,9 +55,9 @@ class BaseConsumer:
     :param options: the options of the consumer.
     :param group: the consumer group, for the log.
     :param interval: seconds between commits; 0 commits after each message.
-    :param poll_limit: the longest time in seconds that the client may spend between two polls.
-    :param session: seconds without a heartbeat after which the group removes a member.
-    :param clock: returns the time in seconds, which only rises.
+    :param poll_limit: ``max.poll.interval.ms`` of the client, in seconds.
+    :param session: ``session.timeout.ms`` of the client, in seconds.
+    :param clock: returns the time in seconds, which must never decrease.
     :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
     """
 
@@ -92,8 +93,8 @@ class BaseConsumer:
         options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
-            # With commit="before" a crash loses every buffered record, so the queue buffers no more records than the
-            # workers can run at the same time.
+            # With commit="before", a crash loses every record that was committed and not finished. So the queue buffers
+            # no more records than the workers can run at the same time.
             max_in_flight=options.workers if options.commit == BEFORE else max(options.max_in_flight, options.workers),
             max_bytes=options.max_buffered_bytes,
             retry=options.retry,
@@ -268,7 +269,7 @@ class BaseConsumer:
         return handled
 
     def _kser_read(self, timeout: float, poll_timeout: float, batch: int) -> Iterator[Record]:
-        """Iterate over the records of the topics, up to the current end of each topic. The messages do not run.
+        """Iterate over the records of the topics, up to the current end of each topic, without running their messages.
 
         A record counts as finished when the caller requests the next record.
 
@@ -305,7 +306,7 @@ class BaseConsumer:
             self._kser_stopping = True
             last_to_first.callback(self._kser_shared_producer.close)
             self._kser_worker_pool.shutdown()
-            # Background services send messages, so they close before the producer does.
+            # Close the background services before the producer, because background services send messages.
             self._kser_services.close(JOIN_TIMEOUT)
             self._kser_shared_producer.detach(self.REGISTRY)
             if self._kser_client_thread is None:
@@ -344,7 +345,7 @@ class BaseConsumer:
     def _kser_commit_before_run(self, item: WorkItem) -> None:
         """Wait until the offset of the record is committed.
 
-        If the time limit passes before the commit, the attempt starts anyway.
+        If the group does not confirm the commit within ``CLIENT_TIMEOUT`` seconds, the attempt starts anyway.
         """
         if self._kser_client_thread is None:
             self._kser_poller.commit()
@@ -356,7 +357,7 @@ class BaseConsumer:
         try:
             data: Any = value.decode("utf-8") if isinstance(value, bytes) else value
         except UnicodeDecodeError:
-            # The registry rejects the undecodable value and calls its error hook.
+            # Pass the undecodable bytes on, because the controller rejects them and calls ``onerror``.
             data = value
         registry = self.REGISTRY
         if self._kser_shared_producer.attach_if_changed(registry) and self._kser_client_thread is not None:
@@ -369,8 +370,9 @@ class BaseConsumer:
         try:
             self._kser_supervise_until_stopped()
         except Exception as exc:
-            # is_active and should_stop may be user code that raises an exception. Without the supervisor thread, the
-            # consumer would not notice a request to stop. So the consumer stops, and run() raises the exception.
+            # An override of is_active or should_stop in a user's class may raise an exception, which ends the
+            # supervisor thread. Without this thread, the consumer would not notice a request to stop. So stop the
+            # consumer now, and let run() raise the exception.
             self._kser_crash = exc
             self.stop()
         self._kser_poller.shutting_down = True

@@ -86,9 +86,9 @@ class RebalanceListener(Protocol):
         """
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
-        """Handle assigned partitions whose position was reset, and discard all state of these partitions.
+        """Handle assigned partitions whose fetch position was reset, and discard all state of these partitions.
 
-        :param starts: the new position of each partition.
+        :param starts: the new fetch position of each partition.
         """
 
     def on_revoke(self, partitions: Collection[Partition]) -> Revocation:
@@ -106,10 +106,10 @@ class RebalanceListener(Protocol):
 class ConsumerClient(ABC):
     """A member of a consumer group. Only one thread uses the client.
 
-    A partition starts at the committed offset of the group. If the group has no committed offset there, the partition
-    starts at the position that ``auto_offset_reset`` names, and the client commits this position before it returns the
-    first record. Apart from that, the client commits only when :meth:`commit` is called. Each method raises
-    :class:`kser.errors.ClientError` if it fails, and the caller retries the call.
+    A partition starts at the committed offset of the group. If the group has no committed offset in the partition, the
+    partition starts at the position that ``auto_offset_reset`` names, and the client commits this position before it
+    returns the first record. Apart from this commit of a start position, the client commits only when :meth:`commit` is
+    called. Each method raises :class:`kser.errors.ClientError` if it fails, and the caller retries the call.
     """
 
     #: True if the client can commit offsets; False without a consumer group.
@@ -134,7 +134,7 @@ class ConsumerClient(ABC):
         :param timeout: seconds to wait if no record is available.
         :param limit: the maximum number of records. With 0, the call may still return records of partitions that the
             group assigns during the call.
-        :param paused: the paused partitions; the call returns no records of these.
+        :param paused: the paused partitions; the call returns no records of these partitions.
         """
 
     @abstractmethod
@@ -154,12 +154,12 @@ class ConsumerClient(ABC):
 
 
 def out_of_range_text(partition: Partition, was: int | None, begin: int, end: int, start: int) -> str:
-    """Return the log text for a position outside of the partition's log.
+    """Return the text of a log line about a fetch position outside of the offset range of the partition.
 
-    :param was: the position; None if it is unknown.
-    :param begin: the first offset of the log.
-    :param end: the offset after the last record of the log.
-    :param start: the position to continue at.
+    :param was: the fetch position; None if it is unknown.
+    :param begin: the first offset of the partition.
+    :param end: the offset after the last record of the partition.
+    :param start: the fetch position at which the consumer continues.
     """
     position = -1 if was is None else was
     if position < begin:
@@ -169,7 +169,7 @@ def out_of_range_text(partition: Partition, was: int | None, begin: int, end: in
     return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; continuing at {start}"
 
 
-#: Advice for errors of a client library. The keys are parts of the text of such an error.
+#: Advice for errors of a client library. Each key is a part of the error's text, in lower case.
 _REMEDIES = {
     "authenticat": "check user, password and mechanism in the client's security settings",
     "authoriz": "grant the user Read on the topic and on the consumer group",
@@ -188,7 +188,8 @@ def client_error(
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
-    :param transient: whether the error is normal for a while; the consumer logs such an error at INFO.
+    :param transient: whether the error is normal for a while, for example during a rebalance; the consumer logs it at
+        INFO.
     """
     text = f"cannot {activity} at {servers}: {reason}"
     remedy = next((advice for word, advice in _REMEDIES.items() if word in str(reason).lower()), None)
@@ -205,6 +206,6 @@ def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
 
 
 def revoked_before_commit_text(commits: Mapping[Partition, Commit], error: Exception) -> str:
-    """Return the log text for partitions that were revoked before their finished records were committed."""
+    """Return the text of a log line about partitions that were revoked before their finished records were committed."""
     offsets = ", ".join(f"{key} at {commit.offset}" for key, commit in commits.items())
     return f"partitions were revoked before {offsets} could be committed ({error}): messages will be redelivered"

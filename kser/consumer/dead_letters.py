@@ -16,11 +16,11 @@ from kser.controller import BaseProducer
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
 
-#: Prefix of the headers that kser adds; the headers of the original message stay unchanged.
+#: Prefix of the headers that kser adds to a dead letter. The headers of the original record stay unchanged.
 PREFIX = "kser-dlq-"
 
-#: Maximum number of characters of the error message in a dead letter: first for the normal write, then for another
-#: write if the dead letter was too large.
+#: Maximum number of characters of the error message in a dead letter. The first limit is for the first write; the
+#: second limit is for a second write, if the first dead letter was too large.
 TEXT_LIMITS = (2000, 0)
 
 #: Time limit for writing a dead letter, in seconds.
@@ -104,7 +104,7 @@ class DeadLetterWriter:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A permanently failed message.
+    """A permanently failed message, parsed from its dead letter.
 
     :param key: the key of the original record.
     :param value: the value of the original record.

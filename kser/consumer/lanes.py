@@ -20,8 +20,8 @@ class LaneQueue:
     def __init__(self) -> None:
         #: The items that may start immediately.
         self.ready: deque[WorkItem] = deque()
-        # A lane has an entry while one of its items is ready, running or delayed. The value is the queue of the items
-        # behind that item.
+        # A lane has an entry while one of its items is ready, running or delayed. The value of the entry is the queue
+        # of the items that wait behind this item.
         self._lanes: dict[tuple[OffsetTracker, bytes | str | None], deque[WorkItem]] = {}
         self._delayed: list[tuple[float, int, WorkItem]] = []
         self._ticket = count()

@@ -1,11 +1,11 @@
 """The offset tracker: computes the offset to commit and the finished offsets above it.
 
 All records below the committed offset are finished. The metadata of the commit lists the finished offsets above the
-committed offset, so that the next owner of the partition does not run these records again. For example,
+committed offset, so that the next consumer of the partition does not run their records again. For example,
 ``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and 3
 finished. An offset without a record (compacted, or a transaction marker) counts as finished. With the reset policy
-``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. Metadata in Kafka ends with a checksum,
-because damaged metadata must not mark a record as finished.
+``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. Metadata that is written to Kafka ends with
+a checksum, because damaged metadata must not mark a record as finished.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_checksum(metadata: str) -> str:
 
 
 def strip_checksum(written: str) -> str:
-    """Return metadata from Kafka without its checksum, or "" if the metadata is foreign or damaged."""
+    """Return metadata from Kafka without its checksum, or "" if another program wrote the metadata or damaged it."""
     metadata, _, rest = written.partition(";")
     # confluent-kafka may read past the end of the metadata, so text behind the checksum is ignored.
     return metadata if written.startswith(add_checksum(metadata)) and rest else ""
@@ -77,13 +77,14 @@ def decode(commit: Commit) -> Ranges:
 
 
 class PartitionCounts:
-    """The partition counts of topics, which show whether a partition was added after the group had subscribed.
+    """The number of partitions of each topic at the time when the group subscribed to the topic.
 
-    A partition that was added later was empty when the group subscribed. So the group starts at the beginning of such a
+    A partition with a number equal to or above this count was added to the topic after the group had subscribed. All
+    records of the added partition are newer than the subscription. So the group starts at the beginning of the added
     partition, even with the reset policy ``latest``.
 
-    :param reset: the reset policy of the group. The commits contain the counts only with ``"latest"``, because the
-        other policies do not need them.
+    :param reset: the reset policy of the group (``auto.offset.reset``). The commits contain the counts only with
+        ``"latest"``, because the other policies do not need them.
     """
 
     def __init__(self, reset: str) -> None:
@@ -100,7 +101,7 @@ class PartitionCounts:
         return commit if size is None else Commit(commit.offset, f"{COUNT_PREFIX}{size} {commit.metadata}".rstrip())
 
     def restore(self, key: Partition, commit: Commit) -> None:
-        """Restore the partition count of a topic from a commit of the group.
+        """Read the partition count of a topic from the metadata of ``commit``, a commit of the group.
 
         If several commits contain a count for the topic, the smallest count applies.
         """
@@ -168,7 +169,8 @@ class OffsetTracker:
             del self.unfinished[offset]
             return True
         if self._carried_over.pop(offset, None) is not None:
-            # The record finished before the client returned it again, so the tracker must drop the redelivered record.
+            # An attempt from an earlier assignment finished the record before the client returned the record again.
+            # Remember the offset, so that :meth:`track` drops the redelivered record.
             self._finished_early.add(offset)
         return False
 
@@ -183,7 +185,8 @@ class OffsetTracker:
     def finished_ranges(self, unfinished: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
         """Iterate over the finished ranges, from the committed offset on.
 
-        :param unfinished: the unfinished offsets of the received records, in order; by default, those in the tracker.
+        :param unfinished: the unfinished offsets of the received records, in order; by default, the unfinished offsets
+            in the tracker.
         """
         start = self.committed.offset
         for offset in self.unfinished if unfinished is None else unfinished:
@@ -206,7 +209,7 @@ class OffsetTracker:
                 self.unfinished[offset] = None
 
     def started(self) -> dict[int, Any]:
-        """Return the started and unfinished items. Call it after :meth:`revoke`."""
+        """Return the items that were started and are unfinished. Call this method after :meth:`revoke`."""
         return {**{offset: item for offset, item in self.unfinished.items() if item is not None}, **self._carried_over}
 
     def commit(self, counts_as_finished: Callable[[Any], bool] | None = None) -> Commit:

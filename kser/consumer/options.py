@@ -1,4 +1,4 @@
-"""Consumer options: constructor arguments, each with a setting of the same name."""
+"""Options of a consumer. Each option is a constructor argument, and also a setting with the name ``KSER_<NAME>``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kser.retry import Retry
 
 AFTER, BEFORE, NEVER = COMMIT_MODES = ("after", "before", "never")
 
-#: The reset policies of a group without committed offsets, by their names in Kafka's clients.
+#: The reset policies (``auto.offset.reset``) of a group without committed offsets, by their names in Kafka's clients.
 _RESETS = {
     **dict.fromkeys(("earliest", "smallest", "beginning"), "earliest"),
     **dict.fromkeys(("latest", "largest", "end"), "latest"),
@@ -53,14 +53,14 @@ class ConsumerOptions:
     :param commit: ``"after"`` commits a message when it is finished; ``"before"`` commits it before it runs, as kser
         0.8 did; ``"never"`` commits nothing.
     :param retry: the retry policy for classes that declare no policy.
-    :param dead_letter: the topic for permanently failed messages. True stands for the topic of the message with the
-        suffix ``.dlq``.
+    :param dead_letter: the topic for permanently failed messages. True means the name of the message's topic with the
+        suffix ``.dlq``; False disables dead letters.
     :param shutdown_timeout: seconds that running messages have to finish when the consumer shuts down.
     :param revoke_timeout: seconds that running messages have to finish when their partition is revoked. The consumer
-        uses at most a third of the client's longest time between two polls.
+        reduces a value above a third of ``max.poll.interval.ms`` to that third.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
-    :param stall_timeout: seconds without progress after which a consumer with lag logs an error.
+    :param stall_timeout: seconds without a finished message after which a consumer with lag logs an error.
     """
 
     workers: int = 1
@@ -99,7 +99,7 @@ class ConsumerOptions:
         """Check that a consumer does not read its own dead letters.
 
         :param topics: the consumed topics.
-        :raises kser.errors.SettingError: the dead letter topic is one of them.
+        :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
         """
         if self.dead_letter in topics:
             raise SettingError(

@@ -1,4 +1,4 @@
-"""The partition table: the partitions of a consumer with their offset trackers, commits and rebalances."""
+"""The partition table, which contains the assigned partitions of a consumer and handles commits and rebalances."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PartitionTable(RebalanceListener):
         self._trackers: dict[Partition, OffsetTracker] = {}
         self._revoked: dict[Partition, OffsetTracker] = {}
         self._assigned = self._closed = False
-        #: False if the consumer cannot commit or must not commit. Then :meth:`commits` and revocations return no
-        #: offsets.
+        #: False if the consumer cannot commit or must not commit. In that case, :meth:`commits` and revocations return
+        #: no offsets.
         self.commit_enabled = True
 
     @property
@@ -45,14 +45,18 @@ class PartitionTable(RebalanceListener):
                     # The partition was revoked after the client had fetched these records, so drop them.
                     continue
                 if tracker is None:
-                    # Without a group, no assignment defines a start offset, so the first record defines it.
+                    # Without a group, no assignment defines the start offset, so start at the first received record.
                     tracker = self._trackers[partition] = OffsetTracker(Commit(records[0].offset))
                 self._work_queue.put(tracker, records)
                 queued += len(records)
         return queued
 
     def blocked_partitions(self) -> Collection[Partition]:
-        """Return the partitions with a dead letter that cannot be written, or with full commit metadata."""
+        """Return the partitions of which the client must fetch no more records.
+
+        These are the partitions with a dead letter that is not written yet, and the partitions whose finished offsets
+        might not fit into the metadata of a commit.
+        """
         with self._work_queue.lock:
             return {key for key, tracker in self._trackers.items() if tracker.is_full or tracker.dead_letter_pending}
 
@@ -96,8 +100,8 @@ class PartitionTable(RebalanceListener):
             self._assigned = True
             for key, start in starts.items():
                 revoked = self._revoked.pop(key, None) or self._detach(key)
-                # The committed offset of a group decreases only if the offset was deleted; then the old state is
-                # invalid.
+                # The committed offset of a group decreases only if the offset was deleted. In that case, the offset
+                # tracker of the earlier assignment is invalid, so create a new one.
                 if revoked is None or start.offset < revoked.committed.offset:
                     self._trackers[key] = OffsetTracker(start)
                     self._work_queue.resume_partition(key, self._trackers[key], {})
@@ -113,15 +117,15 @@ class PartitionTable(RebalanceListener):
                 self._trackers[key] = OffsetTracker(start)
 
     def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
-        # Leaving the group revokes the partitions. By then, the final commit has already succeeded or failed for good,
-        # so return an empty revocation, which commits nothing.
+        # When a closing client leaves the group, its partitions are revoked. The final commit was made before, so
+        # return an empty revocation, which commits nothing.
         return self._revoke(() if self._closed else partitions)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
         self._revoke(partitions)
 
     def close(self) -> None:
-        """Ignore later revocations, because the client leaves the group after the final commit."""
+        """Ignore the revocation at the end, because the client leaves the group after the final commit."""
         self._closed = True
 
     def _revoke(self, partitions: Collection[Partition]) -> PendingRevocation:

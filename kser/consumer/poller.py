@@ -44,7 +44,7 @@ class Poller:
     :param partitions: the partition table.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
-    :param stall_timeout: seconds without progress after which the poller logs lag as an error.
+    :param stall_timeout: seconds without a finished record after which the poller logs lag as an error.
     :param log: the logger of the consumer.
     """
 
@@ -119,7 +119,7 @@ class Poller:
         return queued
 
     def _guard(self, call: Callable[[], int], timeout: float) -> int:
-        """Call a function that uses the client. After an exception, log it, back off and return 0."""
+        """Call a function that uses the client. If it raises an exception, log the exception, back off and return 0."""
         try:
             return call()
         except ClientError as error:
@@ -148,14 +148,19 @@ class Poller:
         return self._partitions.put(batches) if batches else 0
 
     def _limit(self, timeout: float) -> int:
-        """Return how many records to fetch. Wait for capacity first, but poll again in time to stay in the group."""
+        """Return how many records to fetch.
+
+        Wait for capacity of the work queue first, but at most ``MAX_POLL_GAP`` seconds, so that the client polls often
+        enough to stay in its group.
+        """
         if self.paused or self.shutting_down:
             return 0
         room = self._work_queue.capacity()
         in_flight = self._work_queue.in_flight
         enough = in_flight // 2
-        # Wait for capacity, because otherwise each poll would fetch only a few records. With interval 0, wait for a
-        # finished record too, because no offset can be committed while a poll blocks.
+        # Wait for capacity, because otherwise each poll would fetch only a few records. With ``interval`` 0, also wait
+        # until a record is started or finished, because the consumer commits each record separately and cannot commit
+        # while a poll blocks.
         if timeout and (room <= enough or (not self._interval and in_flight and self._work_queue.is_busy)):
             wait = min(MAX_POLL_GAP, self._until_commit())
             seen = self._work_queue.finished_count + self._work_queue.started_count
@@ -222,7 +227,8 @@ class Poller:
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
         except ClientError as error:
-            # The offsets stay pending, so the next commit includes them. Uncommitted records will be redelivered.
+            # The offsets stay pending, so the next commit includes them. If the consumer crashes before the next commit
+            # succeeds, Kafka redelivers the records.
             self._report("commit", error)
             return 0
         self._report("commit", None)

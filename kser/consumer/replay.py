@@ -13,8 +13,8 @@ from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
 from kser.consumer.services import SharedProducer
 from kser.errors import BrokerUnavailable
 
-#: Number of dead letters that are replayed between two commits. After a crash, the next replay sends the dead letters
-#: since the last commit a second time.
+#: Number of dead letters that are replayed between two commits. After a crash, the next replay sends those dead letters
+#: a second time that were replayed after the last commit.
 READ_BATCH = 100
 
 #: Time limit of one poll for dead letters, in seconds.
@@ -26,7 +26,7 @@ def iter_dead_letters(
 ) -> Iterator[DeadLetter]:
     """Iterate over the dead letters currently on a topic, oldest first within a partition, without committing offsets.
 
-    :param consumer: the consumer class of the transport: ``kser.python_kafka.consumer.Consumer`` or another one.
+    :param consumer: the consumer class of the transport, for example ``kser.python_kafka.consumer.Consumer``.
     :param config: options of the consumer's client; the group in ``config`` is ignored.
     :param topic: the topic of the dead letters.
     :param timeout: seconds to wait for a response of the broker.
@@ -49,7 +49,7 @@ def replay(
     group: str | None = None,
     timeout: float = 10,
 ) -> int:
-    """Send dead letters back to their original topics, unchanged; skip dead letters that ``where`` does not select.
+    """Send the original message of each dead letter to its original topic; skip dead letters that ``where`` rejects.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
@@ -57,7 +57,7 @@ def replay(
     :param consumer: the consumer class of the transport.
     :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
     :param topic: the topic of the dead letters.
-    :param where: selects the dead letters to send; None sends all of them.
+    :param where: returns whether to send a dead letter; None sends all dead letters.
     :param limit: the maximum number of messages to send.
     :param to: a topic to send all messages to, instead of their original topics.
     :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
@@ -103,7 +103,7 @@ def _reader(
 
 
 def _records(reader: BaseConsumer, topic: str, timeout: float) -> Iterator[Record]:
-    """Iterate over the records of the topic, up to its current end."""
+    """Iterate over the records of the topic, up to the current end of the topic."""
     try:
         yield from reader._kser_read(timeout, POLL_TIMEOUT, READ_BATCH)
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""Services that a consumer offers to the registries of its classes: background services and a shared producer."""
+"""Services that a consumer offers to the registries of its entrypoint classes: background services and a producer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class BackgroundService(Protocol):
 class BackgroundServices:
     """The thread that runs the background services of a consumer.
 
-    :param find_services: returns the background services. The thread calls this function repeatedly, because registries
-        may add services later.
+    :param find_services: returns the background services. The thread calls this function repeatedly, because a registry
+        may add a service while the consumer runs.
     """
 
     def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
@@ -77,15 +77,15 @@ class BackgroundServices:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Reload the services, because classes of further registries may have been registered since the last call."""
+        """Reload the services, because classes of another registry may have been registered since the last call."""
         try:
             self._services = self._find_services()
         except StoreUnavailable:
             # The store has logged the outage; the next cycle reloads the services.
             pass
         except Exception:
-            # Services call user and driver code, which may raise any exception. No exception may end this thread,
-            # because otherwise the leases of all claims would expire.
+            # The services call user code and database drivers, which may raise any exception. No exception may end this
+            # thread, because this thread renews the leases of all claims.
             logger.exception("background services could not be loaded; trying again")
 
 
@@ -111,8 +111,9 @@ class SharedProducer:
     def attach(self, controller: Any) -> None:
         """Attach the producer to the registries of a controller's classes, so that the tasks of these classes can send.
 
-        Call this method regularly, because classes may be registered later, and because other consumers of the process
-        attach and detach their own producers.
+        Call this method regularly, for two reasons. A registry whose classes are registered later has no producer yet.
+        And if another consumer of this process attached its own producer to the same registry and has closed, the
+        registry has no producer any more.
         """
         self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):

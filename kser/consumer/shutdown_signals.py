@@ -16,7 +16,7 @@ from typing import Any
 from kser.attempt import Attempt, AttemptAbandoned, current_attempt
 
 #: Seconds within which a repeated signal counts as the same signal, because a terminal and a wrapper program may both
-#: forward one signal.
+#: forward the same signal.
 REPEATED_SIGNAL_WINDOW = 0.2
 
 #: Seconds between two wake-up signals to the main thread.
@@ -25,7 +25,7 @@ WAKEUP_INTERVAL = 0.1
 #: Seconds that the main thread has to leave an abandoned attempt, including the clean-up code of the task.
 CLEANUP_GRACE = 5.0
 
-#: The wake-up signal. SIGURG has no other use here, and a process without a handler ignores it.
+#: The wake-up signal. kser uses SIGURG for nothing else, and a process without a handler for SIGURG ignores it.
 WAKEUP_SIGNAL = signal.SIGURG
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,7 +36,8 @@ class ShutdownSignals:
     The first signal stops the consumer, and the second signal interrupts the main thread.
 
     Python runs a signal handler only when the main thread executes Python code, and a blocking task can delay that for
-    a long time. So Python also writes each signal to a socket, which another thread reads with :meth:`wait`.
+    a long time. So this class lets Python also write each signal to a socket (:func:`signal.set_wakeup_fd`), which
+    another thread reads with :meth:`wait`.
 
     :param stop: called at each signal. The call may happen inside a signal handler, so ``stop`` must only set flags.
     """
@@ -83,13 +84,13 @@ class ShutdownSignals:
             signal.signal(number, handler)
 
     def close(self) -> None:
-        """Close the sockets. Call it when no thread waits for a signal."""
+        """Close the sockets. Call this method when no thread waits for a signal."""
         connections, self._sockets = self._sockets, None
         for connection in connections or ():
             connection.close()
 
     def wait(self, timeout: float) -> None:
-        """Wait for a signal, up to ``timeout`` seconds. Any thread may call it."""
+        """Wait for a signal, up to ``timeout`` seconds. Any thread may call this method."""
         if select.select(self._sockets[:1] if self._sockets else [], [], [], timeout)[0]:
             self._read_pending()
 
@@ -100,7 +101,8 @@ class ShutdownSignals:
         thread. The handler raises the exception only once per attempt.
 
         :param is_running: returns whether the main thread still runs tasks.
-        :return: whether the main thread has left the attempt within ``CLEANUP_GRACE`` seconds, clean-up included.
+        :return: whether the main thread has left the attempt, including its clean-up code, within ``CLEANUP_GRACE``
+            seconds.
         """
         deadline = time.monotonic() + CLEANUP_GRACE
         while is_running() and time.monotonic() < deadline:
@@ -140,7 +142,7 @@ _installed: list[ShutdownSignals] = []
 
 
 def _uninstall_in_child() -> None:
-    """Restore the previous signal handlers in a forked child process, because only its parent process is a consumer."""
+    """Restore the previous signal handlers in a forked child process, because only the parent runs a consumer."""
     while _installed:
         _installed.pop().uninstall()
 

@@ -11,11 +11,11 @@ from kser.consumer.work_queue import WorkQueue
 
 
 class StallDetector:
-    """A detector of stalls. A consumer stalls if it has lag and makes no progress. Each stall is logged once.
+    """A detector of stalls. A consumer stalls if it has lag and finishes no record. The detector logs each stall once.
 
     :param work_queue: the work queue.
     :param partitions: the partition table.
-    :param timeout: seconds without progress after which a consumer with lag counts as stalled.
+    :param timeout: seconds without a finished record after which a consumer with lag counts as stalled.
     :param log: the logger of the consumer.
     """
 

@@ -1,4 +1,4 @@
-"""The items of the work queue: a record, its place in the queue, and the attempt at it."""
+"""The items of the work queue. Each item contains a record, the lane of the record and the attempt at the record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import OffsetTracker
 from kser.retry import Retry
 
-#: Returns whether an attempt at the record of an item was started.
+#: Function that returns whether an attempt at the record of an item was started.
 was_started = attrgetter("was_started")
 
 
@@ -37,22 +37,22 @@ class WorkItem:
         #: The attempt at the record.
         self.attempt = Attempt(retry, record)
         key, value = record.key, record.value
-        #: The bytes of the record's key and value.
+        #: The total size of the record's key and value, in bytes.
         self.size = (len(key) if key else 0) + (len(value) if value else 0)
 
     def survives_revocation(self, commit_before: bool) -> bool:
         """Return whether the item continues after a revocation of its partition.
 
-        An item continues if its record will not be redelivered.
+        The item continues if Kafka will not redeliver its record, because the record is acked or counts as finished.
 
         :param commit_before: whether a record counts as finished as soon as its attempt has started.
         """
         return self.attempt.acked or (commit_before and self.was_started)
 
     def next_attempt(self, due_at: float) -> WorkItem:
-        """Create the item that replaces this item.
+        """Create the item that replaces this item in the work queue, for the next attempt at the record.
 
-        The new item has the same attempt number. For a retry, the caller increments the number.
+        The new item has the attempt number of this item. For a retry, the caller increments the number.
 
         :param due_at: the time at which the new item is due.
         """

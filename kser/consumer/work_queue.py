@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class InFlightLimit:
-    """Counter of the records in flight, with a limit of their number and bytes.
+    """Counter of the records in flight, with a limit of their number and of their total size.
 
     :param max_count: the maximum number of records.
     :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
@@ -32,11 +32,14 @@ class InFlightLimit:
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._average = 0
-        #: The number of records in flight, and their bytes.
+        #: The number of records in flight, and their total size in bytes.
         self.count = self.bytes = 0
 
     def acquire(self, count: int, size: int) -> None:
-        """Count additional records in flight."""
+        """Add records to the counters.
+
+        :param size: the total size of the records, in bytes.
+        """
         self.count += count
         self.bytes += size
         if count:
@@ -50,8 +53,8 @@ class InFlightLimit:
     def available(self, delayed: int) -> int:
         """Return how many more records may be in flight.
 
-        :param delayed: the number of records in flight that wait for a retry. Their bytes count, but their number does
-            not.
+        :param delayed: the number of records in flight that wait for a retry. These records count towards
+            ``max_bytes``, but not towards ``max_count``.
         """
         room = self._max_count - self.count + delayed
         spare = self._max_bytes - self.bytes
@@ -81,7 +84,7 @@ class ConditionWaiters:
                 self.predicates.remove(predicate)
 
     def notify_satisfied(self) -> None:
-        """Wake the waiting threads if the predicate of at least one is true."""
+        """Wake all waiting threads if at least one of their predicates is true."""
         if any(predicate() for predicate in self.predicates):
             self._condition.notify_all()
 
@@ -91,7 +94,7 @@ class ConditionWaiters:
 
 
 class GroupLease:
-    """A lease on the group membership. Each poll of the client renews the lease.
+    """The group lease: the period in which attempts may start. Each poll of the client renews the lease.
 
     If the process was suspended or got no CPU time, it did not poll, and the group may have reassigned the partitions.
     While the lease is expired, no attempt starts.
@@ -112,7 +115,7 @@ class GroupLease:
 
     @property
     def is_expired(self) -> bool:
-        """True if the lease has expired."""
+        """True if the group lease has expired."""
         return self._clock() >= self.deadline
 
 
@@ -209,8 +212,8 @@ class WorkQueue:
                 continue
             count += 1
             size += item.size
-            # If ``entered`` is not the new item, an attempt from before the rebalance continues and already occupies
-            # the lane.
+            # If ``entered`` is an earlier item, an attempt that was started before the rebalance continues, and already
+            # occupies the lane.
             if entered is item:
                 lanes.add(item) if lane is not None else lanes.ready.append(item)
         self._in_flight_limit.acquire(count, size)
@@ -244,7 +247,7 @@ class WorkQueue:
                 self.lanes.delay(item)
         if carried_over:
             self._work_available.notify_all()
-        # Acked attempts that survived the revocation block their lanes again.
+        # A running attempt whose record is acked survived the revocation. It occupies its lane again.
         for item in self._running.values():
             if item.attempt.acked and item.partition == partition:
                 item.tracker = tracker
@@ -320,7 +323,7 @@ class WorkQueue:
             self.waiters.notify_satisfied()
 
     def requeue(self, item: WorkItem, seconds: float) -> None:
-        """Schedule the next attempt at a record in ``seconds``. The lane of the record stays occupied."""
+        """Schedule the next attempt at a record in ``seconds`` seconds. The lane of the record stays occupied."""
         with self.lock:
             if self._remove_running(item.attempt):
                 following = item.next_attempt(self.clock() + seconds)
@@ -328,7 +331,7 @@ class WorkQueue:
                 self._schedule_next(item, following)
 
     def retry_dead_letter(self, item: WorkItem, seconds: float) -> None:
-        """Schedule another try to write the dead letter of a failed record in ``seconds``."""
+        """Schedule another try to write the dead letter of a failed record, after ``seconds`` seconds."""
         with self.lock:
             if self._remove_running(item.attempt):
                 item.tracker.dead_letter_pending.add(item.record.offset)
@@ -338,7 +341,7 @@ class WorkQueue:
                 self._schedule_next(item, following)
 
     def time_out(self, item: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
-        """Time out a running attempt: queue a replacement that fails with ``timeout_error``.
+        """Time out a running attempt: queue a replacement attempt that fails with ``timeout_error``.
 
         :param outcome: the outcome latch of the attempt.
         :return: False if the attempt has already ended.

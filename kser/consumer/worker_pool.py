@@ -27,11 +27,11 @@ _DEAD_LETTER_BACKOFF = partial(delay, first=1.0, ceiling=30.0)
 
 
 class WorkerPool:
-    """A pool of workers: each worker takes items from the work queue, runs the registry and applies the outcome.
+    """A pool of workers. Each worker takes an item from the work queue, runs its message and applies the outcome.
 
     :param work_queue: the work queue.
     :param before_attempt: a function to call with each item before its attempt starts, or None.
-    :param handle: passes the value of a record to the registry.
+    :param handle: passes the value of a record to the controller.
     :param dead_letters: the writer of dead letters.
     :param size: the number of workers.
     :param cluster: returns the id of the Kafka cluster.
@@ -87,7 +87,7 @@ class WorkerPool:
             if self._size == 1:
                 self._work()
             while not self._shut_down.wait(IDLE_WAIT):
-                # The wait has a timeout, because a wait without one would block signal handlers.
+                # The wait has a timeout, because a wait without a timeout would block signal handlers.
                 pass
             if self.interrupt is not None:
                 raise self.interrupt

@@ -1,7 +1,7 @@
 """Broker of the in-memory transport: topics with partitions, consumer groups and their committed offsets.
 
-The broker has no threads. Everything happens inside calls, so a test controls each step. As in Kafka, a member that
-does not poll delays a rebalance until the group expels the member.
+The broker has no threads. It works only inside calls of its methods, so a test controls each step. As in Kafka, a
+member that does not poll delays a rebalance until the group expels the member.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class InMemoryBroker:
     ) -> None:
         """Append a record to a partition.
 
-        :param partition: the partition; None selects the partition of the key, or without a key the next partition in
-            turn.
+        :param partition: the partition. None selects a partition: with a key, always the same partition for the same
+            key; without a key, the next partition in turn.
         """
         with self.message_arrived:
             logs = self.topics.setdefault(topic, [[]])
@@ -87,7 +87,7 @@ class InMemoryBroker:
             self.message_arrived.notify_all()
 
     def values(self, topic: str) -> list[bytes | None]:
-        """Return the values of a topic, partition by partition."""
+        """Return the values of all records of a topic, partition by partition."""
         return [record.value for log in self.topics.get(topic, []) for record in log]
 
     def partitions_of(self, topics: Iterable[str]) -> list[Partition]:

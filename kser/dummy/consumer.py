@@ -1,4 +1,4 @@
-"""Consumer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which neither sent nor received."""
+"""Consumer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which sent and received no messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Producer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which neither sent nor received."""
+"""Producer of the in-memory transport. Replaces ``kser.dummy`` of 0.8.27, which sent and received no messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Producer(KafkaProducerBase):
 class _Bulk(Bulk):
     """The messages of one ``bulk_send``.
 
-    The Result shows the topic and the timeout, like the Result of a single message.
+    The Result contains the topic and the timeout, as the Result of a single message does.
     """
 
     def finish(self) -> Result:

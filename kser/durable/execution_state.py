@@ -216,8 +216,8 @@ class ExecutionState:
             return
         self.frames.pop()
         parent = self.frames[-1]
-        # The attempt number 0 means that the store adds no attempt row, because attempts are recorded for plain tasks
-        # only.
+        # The attempt number 0 means that the store adds no attempt row, because the store records no attempts for
+        # nested operations.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
         self._end_task(parent, status, *add_result(parent.accumulated, result, status))

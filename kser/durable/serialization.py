@@ -273,7 +273,8 @@ class EntrypointLoader:
     def operation(self, row: OperationRow) -> Operation:
         """Build an operation from its row, but without its tasks.
 
-        If its class is not registered in this process or raises an exception, build a plain Operation with the error.
+        If its class is not registered in this process or raises an exception, build an :class:`.Operation` with the
+        error.
         """
         operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
         operation.status = row.status
@@ -283,7 +284,7 @@ class EntrypointLoader:
     def task(self, row: TaskRow) -> Task:
         """Build a task from its row.
 
-        If its class is not registered in this process or raises an exception, build a plain Task with the error.
+        If its class is not registered in this process or raises an exception, build a :class:`.Task` with the error.
         """
         task = self._construct(Task, row, row.result)
         task.status = row.status

@@ -1,4 +1,4 @@
-"""Consumer client on ``kafka.KafkaConsumer``, for kafka-python 2.3 and 3."""
+"""Consumer client on ``kafka.KafkaConsumer``, for kafka-python 2.3 and kafka-python 3."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ QUERY_TIMEOUT_MS = 5000
 PROBE_TIMEOUT_MS = 1000
 #: Seconds between two health checks of the topics and of the group coordinator, while no records arrive.
 HEALTH_CHECK_INTERVAL = 5.0
-#: Seconds between two tries to start partitions.
+#: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Errors that report a position outside of the partition's log.
+#: Errors that report a fetch position outside of the offset range of the partition.
 _OUT_OF_RANGE = tuple(
     getattr(errors, name) for name in ("OffsetOutOfRangeError", "LogTruncationError") if hasattr(errors, name)
 )
-#: Errors of a partition without a position. kafka-python 2 has two errors with this name.
+#: Errors of a partition without a position. kafka-python 2 has two error classes with the name
+#: NoOffsetForPartitionError.
 _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
@@ -53,12 +54,12 @@ _TRANSIENT = (
     errors.UnknownMemberIdError,
     errors.CommitFailedError,
 )
-#: Errors after which this client cannot be used.
+#: Errors after which the client cannot be used any more.
 _FATAL = (errors.IllegalStateError,)
 
 
 class KafkaPythonClient(ConsumerClient):
-    """A member of a consumer group.
+    """A member of a consumer group, on kafka-python.
 
     :param client: the KafkaConsumer. If it has a group, its ``auto_offset_reset`` must be ``"none"``, because this
         class chooses the start positions.
@@ -118,9 +119,9 @@ class KafkaPythonClient(ConsumerClient):
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
 
-        Without this method, the client would never read the result of a join that started because the partitions of a
-        topic changed. If such a join finishes between two polls, the client would discard the result and join again.
-        That would revoke all partitions of the whole group again.
+        The problem affects a join that starts because the number of partitions of a topic changed. If this join
+        finishes between two polls, the client discards the result of the join and joins again, which revokes all
+        partitions of the whole group again.
         """
         coordinator = self._client._coordinator
         if not ASYNC or not coordinator.rejoining:
@@ -134,8 +135,8 @@ class KafkaPythonClient(ConsumerClient):
     def _requeue_parked_records(self) -> None:
         """Make kafka-python 3 return the records that it set aside while their partition was paused.
 
-        The client returns these records only if its slot for the current batch is None, but it leaves an exhausted
-        batch in this slot.
+        The client returns these records only if its slot for the current batch is None, but it leaves a batch without
+        records in this slot.
         """
         fetcher = self._client._fetcher
         if ASYNC and fetcher._next_partition_records is not None and not fetcher._next_partition_records:
@@ -148,7 +149,7 @@ class KafkaPythonClient(ConsumerClient):
             )
             return batches
         except _NO_POSITION:
-            # The partitions without a position are new. They get a position after this poll.
+            # The partitions without a position are new partitions. They get a position after this poll.
             return {}
         except _OUT_OF_RANGE as error:
             self._recover_from(error)
@@ -159,7 +160,7 @@ class KafkaPythonClient(ConsumerClient):
     def _health_check(self) -> None:
         """Check for missing topics and unreachable brokers.
 
-        kafka-python does not report these errors, because it retries without end.
+        kafka-python does not report a missing topic or an unreachable broker, because it retries without end.
 
         :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
         """
@@ -219,8 +220,8 @@ class KafkaPythonClient(ConsumerClient):
             raise self._as_client_error("read the lag", error) from error
 
     def close(self, timeout: float) -> None:
-        # kafka-python revokes the partitions during close, when a new client of this process may already own them. An
-        # inactive listener ignores this late call.
+        # kafka-python calls the listener during close, to revoke the partitions. A new client of this process may
+        # already have these partitions then, so make the listener ignore the call.
         if self._client_listener is not None:
             self._client_listener.active = False
         try:
@@ -232,7 +233,7 @@ class KafkaPythonClient(ConsumerClient):
             )
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
-        # A rebalance resets the paused partitions, so set them again before each poll.
+        # A rebalance may resume paused partitions, so pause them again before each poll.
         if limit and not held and not self._unstarted:
             if paused := self._client.paused():
                 self._client.resume(*paused)
@@ -245,7 +246,7 @@ class KafkaPythonClient(ConsumerClient):
     # -- start positions -----------------------------------------------------------------------------------------------
 
     def _start_new_partitions(self) -> None:
-        """Start the new partitions at their committed offsets, or as the reset policy demands if they have none.
+        """Start each new partition at its committed offset or, without a committed offset, as the reset policy demands.
 
         Partitions that cannot be started stay paused until a retry succeeds. The client returns records of the other
         partitions meanwhile.
@@ -268,7 +269,7 @@ class KafkaPythonClient(ConsumerClient):
             except ClientError as error:
                 self._pending_error = error
             # Set an arbitrary position, because a partition without a position makes every poll of the client fail. The
-            # partition stays paused.
+            # client reads nothing from this position, because the partition stays paused.
             self._client.seek(tp, 0)
         if not (self._unstarted & self._client.assignment()):
             self._start_at = 0.0
@@ -321,7 +322,7 @@ class KafkaPythonClient(ConsumerClient):
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _recover_from(self, error: KafkaError) -> None:
-        """Log the lost offsets of out-of-range positions, and restart as ``auto_offset_reset`` demands."""
+        """Log the lost offsets of out-of-range positions, and continue as ``auto_offset_reset`` demands."""
         assert self._listener is not None
         positions: Mapping[TopicPartition, Any] = getattr(error, "divergent_offsets", None) or error.args[0]
         # Skip new partitions. They start at their committed offset, and cause this error again if that offset is out of

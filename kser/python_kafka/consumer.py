@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 class Consumer(BaseConsumer):
     """A consumer that polls ``kafka.KafkaConsumer`` and passes messages to :attr:`REGISTRY`.
 
-    kafka-python never commits by itself. If ``enable_auto_commit`` is True (the default), the consumer commits offsets
-    every ``auto_commit_interval_ms``. If it is False, the consumer commits as soon as a message is finished. With
-    ``commit="after"``, a group without committed offsets starts at the earliest record, unless ``auto_offset_reset``
-    says otherwise (decision D17).
+    The consumer disables the automatic commits of kafka-python and commits the offsets itself. If
+    ``enable_auto_commit`` is True (the default), the consumer commits every ``auto_commit_interval_ms`` milliseconds.
+    If ``enable_auto_commit`` is False, the consumer commits as soon as a message is finished. With ``commit="after"``,
+    a group without committed offsets starts at the earliest record, unless ``auto_offset_reset`` is set to another
+    value (decision D17).
 
     :param config: options of KafkaConsumer; None means the options of KafkaConsumer in ``KSER_CONFIG``.
     :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.
@@ -64,8 +65,9 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
-        # Run the value deserializer here for each record, because an exception would stop the client if the client ran
-        # it. Ignore the key deserializer, because the consumer only compares keys, as bytes.
+        # Remove both deserializers from the options of the client. The consumer runs the value deserializer itself for
+        # each record, because an exception inside the client would stop the client. The consumer does not need the key
+        # deserializer, because it only compares keys, as bytes.
         self._kser_deserialize = self._kser_take_deserializer("value_deserializer")
         self._kser_take_deserializer("key_deserializer")
         super().__init__(

@@ -53,6 +53,6 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
 
 
 def servers(options: Mapping[str, Any]) -> str:
-    """Return the bootstrap servers, for error texts."""
+    """Return the bootstrap servers as text, for error texts."""
     value = options.get("bootstrap_servers", "localhost:9092, the default")
     return value if isinstance(value, str) else ", ".join(map(str, value))

@@ -30,12 +30,12 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: Default of ``max_block_ms``, which is the client's timeout for the metadata of a topic.
+#: kser's default of ``max_block_ms``, the time in milliseconds for which ``send`` may wait for the metadata of a topic.
 MAX_BLOCK_MS = 5000
 #: Seconds that ``close`` waits for messages in flight.
 CLOSE_TIMEOUT = 0.5
-#: Limits of a chunk of a bulk: the number of messages, and the seconds of encoding. A chunk is encoded first, and then
-#: passed to the client.
+#: Limits of a chunk: the number of messages, and the seconds of encoding. A chunk is a part of a bulk that the producer
+#: encodes first and then passes to the client.
 CHUNK = 500
 CHUNK_SECONDS = 0.05
 
@@ -44,8 +44,8 @@ class Producer(KafkaProducerBase):
     """A producer on ``kafka.KafkaProducer`` that checks the delivery of every message. Threads can share it.
 
     The default of ``acks`` is ``"all"``. With kafka-python 3, the producer is idempotent unless other options forbid
-    it. With kafka-python 2, the producer is idempotent only with ``enable_idempotence``. This option is not the
-    default, because an idempotent producer of kafka-python 2 cannot end its thread while no broker responds.
+    it. With kafka-python 2, the producer is idempotent only with ``enable_idempotence``. kser does not set this option,
+    because an idempotent producer of kafka-python 2 cannot end its thread while no broker responds.
 
     All threads share the client's single timeout for metadata, ``max_block_ms``. While one thread sends with a shorter
     timeout, another thread that sends to a new topic may time out too early. The Result of that other thread then
@@ -78,8 +78,8 @@ class Producer(KafkaProducerBase):
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
             logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {error}")
-            # ``close`` timed out before it stopped the client's thread. Stop the thread by force, because it would
-            # retry without end.
+            # ``close`` timed out before it stopped the client's thread. Stop the thread by force, because otherwise the
+            # thread would retry without end.
             self.client._sender.force_close()
             with suppress(KafkaError):
                 self.client.close(timeout=CLOSE_TIMEOUT)
@@ -120,8 +120,8 @@ class Producer(KafkaProducerBase):
                 delivery = self.client.send(topic, value, **options)
             else:
                 delivery = self._kser_send_before(topic, value, options, deadline)
-            # The client checks the size including the protocol's overhead. kafka-python 3 raises the error, and
-            # kafka-python 2 stores the error in the future.
+            # The client checks the size including the protocol's overhead. kafka-python 3 raises
+            # MessageSizeTooLargeError, and kafka-python 2 returns a future that has this error.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
@@ -171,7 +171,8 @@ class Producer(KafkaProducerBase):
         return float(self.client._metadata._last_successful_refresh_ms)
 
     def _kser_explain(self, topic: str, last_response: float) -> str:
-        # Only a new metadata response shows whether the topic is unknown or the broker does not respond.
+        # If the broker has sent metadata since the start of the call, the topic is unknown. Otherwise, no broker
+        # responds.
         if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
         return (
@@ -183,8 +184,8 @@ class _Bulk(Bulk):
     """The messages of one ``bulk_send``.
 
     This class encodes messages in chunks, passes them to the client in chunks, and checks their delivery in chunks. If
-    it passed each message separately, each message would wake the client's own thread, and most messages would be sent
-    in a request of their own.
+    this class passed each message separately, each message would wake the client's own thread, and the client would
+    send most messages in separate requests.
     """
 
     _producer: Producer
@@ -227,8 +228,8 @@ class _Bulk(Bulk):
                 delivery = self._producer._kser_enqueue(self._topic, data, options, self._metadata_deadline)
                 self._unchecked.append((kmsg, len(data), delivery))
             except KafkaTimeoutError as exc:
-                # Fail the rest of the bulk without a wait. Use this first error for all, because only the first error
-                # has the cause.
+                # Fail the remaining messages of the bulk without a wait. Record this first error for all of them,
+                # because only the first error contains the cause.
                 self._metadata_deadline = time.monotonic()
                 self._first_error = self._first_error or exc
                 self._results.fail(kmsg, self._first_error)
@@ -250,5 +251,5 @@ class _Bulk(Bulk):
 
 
 def _text(error: KafkaTimeoutError) -> str:
-    """Return the text of the client's error without the error's name, because the new error adds this name again."""
+    """Return the text of a client's error without the name of its class, because the new error adds the name again."""
     return str(error.args[0] if error.args else error)

@@ -38,13 +38,13 @@ def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, 
 
 
 class PendingJoin:
-    """A join that was pending at the end of a poll. This class makes the next poll await the join even if it is done.
+    """A join that was pending at the end of a poll. The next poll awaits this join, even if the join is done by then.
 
     :param task: kafka-python's future of the join.
     :param polled: the end of the last poll, when the join was still pending.
     """
 
-    #: Always False, because kafka-python joins again instead of reading the result of a future that is done.
+    #: Always False, because kafka-python does not read the result of a future that is done, but joins again.
     is_done = False
 
     def __init__(self, task: Any, polled: float) -> None:
@@ -71,13 +71,14 @@ def _partitions(client_partitions: Collection[TopicPartition]) -> set[Partition]
 
 
 class ClientListener:
-    """Shared parts of the listeners.
+    """Base of the rebalance listeners for kafka-python 2 and kafka-python 3.
 
-    The client calls a listener, which passes the call to the listener of the consumer.
+    The Kafka client calls this listener, and this listener calls the rebalance listener of the consumer.
 
-    :param client: the client.
-    :param listener: the listener of the consumer, which receives the calls.
-    :param unstarted: the assigned partitions without a start position, which this class keeps up to date.
+    :param client: the Kafka client.
+    :param listener: the rebalance listener of the consumer.
+    :param unstarted: the set of the assigned partitions without a start position; this class adds and removes
+        partitions.
     :param annotate: adds the topic's number of partitions to the metadata of a commit.
     """
 
@@ -119,7 +120,7 @@ class RebalanceListenerV2(ClientListener):
                 logger.warning(revoked_before_commit_text(commits, error))
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        """Record the assigned partitions. The client starts them after the poll."""
+        """Record the assigned partitions. KafkaPythonClient sets their start positions after the poll."""
         self._unstarted.update(assigned)
 
 
@@ -149,12 +150,13 @@ class RebalanceListenerV3(ClientListener):
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Record the assigned partitions.
 
-        The client starts them after the poll, because this thread cannot query committed offsets.
+        KafkaPythonClient sets their start positions after the poll, because this thread cannot query committed offsets.
         """
         self._unstarted.update(assigned)
 
 
-# Register the classes instead of subclassing, because kafka-python 2 has no ``AsyncConsumerRebalanceListener``.
+# Register the listener classes as virtual subclasses of kafka-python's classes. A real subclass is not possible,
+# because kafka-python 2 has no ``AsyncConsumerRebalanceListener``.
 if ASYNC:
     kafka.AsyncConsumerRebalanceListener.register(RebalanceListenerV3)
 else:

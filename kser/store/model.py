@@ -172,7 +172,7 @@ class TaskRow(NamedTuple):
     result: str | None
     #: Number of recorded attempts.
     attempts: int
-    #: If the task is an operation, the ``id`` of this operation; None for a plain task.
+    #: If the task is an operation, the ``id`` of this operation; None for any other task.
     child_id: int | None
     #: Number of recorded attempts at the time of the last resume. A retry policy counts only the attempts after the
     #: last resume.
@@ -240,7 +240,7 @@ class NewTask:
     params: str
     metadata: str
     result: str | None
-    #: The operation to store for a task that is an operation; None for a plain task.
+    #: The nested operation, if the task is an operation; None for any other task.
     child: NewOperation | None = None
     #: PENDING, or SUCCESS if the task has already succeeded. With SUCCESS, ``result`` is the final result of the task.
     status: str = "PENDING"

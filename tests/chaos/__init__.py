@@ -1,1 +1,1 @@
-"""Faults of all kinds against groups of consumers, and what must hold all the same."""
+"""Faults of all kinds against groups of consumers, and the promises that must hold nevertheless."""

@@ -18,22 +18,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("KSER_TEST_CHAOS_SECONDS") or 1800))
     parser.add_argument("--seed", type=int, default=int(os.environ.get("KSER_TEST_CHAOS_SEED") or 0))
     parser.add_argument("--transport", choices=scenarios.TRANSPORTS, default=scenarios.TRANSPORTS[0])
-    parser.add_argument("--keep", type=Path, help="a folder for ledgers and logs; thrown away otherwise")
-    given = parser.parse_args()
-    seed = given.seed or random.randrange(1, 1_000_000)
-    print(f"seed {seed}, {given.seconds:g} s, {given.transport}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="kser-chaos-") as folder, KafkaBroker() as kafka:
-        if given.keep is not None:
-            given.keep.mkdir(parents=True, exist_ok=True)
-        outcomes = scenarios.churn(
-            kafka, given.keep or Path(folder), seed, given.seconds, given.transport, outages=True
-        )
+    parser.add_argument("--keep", type=Path, help="a folder for ledgers and logs, which are deleted otherwise")
+    arguments = parser.parse_args()
+    seed = arguments.seed or random.randrange(1, 1_000_000)
+    print(f"seed {seed}, {arguments.seconds:g} s, {arguments.transport}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="kser-chaos-") as temporary_folder, KafkaBroker() as kafka:
+        folder = arguments.keep or Path(temporary_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcomes = scenarios.churn(kafka, folder, seed, arguments.seconds, arguments.transport, outages=True)
     report.add_to_table(outcomes)
     for outcome in outcomes:
         print(report.text(outcome))
-        for text in outcome.broken:
+        for text in outcome.violations:
             print(text)
-    return 1 if any(outcome.broken for outcome in outcomes) else 0
+    return 1 if any(outcome.violations for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Three nodes of Apache Kafka, each broker and controller, that hold copies of everything."""
+"""A cluster of three Apache Kafka nodes; each is broker and controller, and has a copy of every partition."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tests.kafka.broker import PROPERTIES, Kafka, KafkaBroker, free_ports, new_c
 
 NODES = 3
 
-#: Where the settings differ from those of one node alone; what stands later in a file of properties wins.
+#: Settings that differ from those of a single node; the later line of a properties file wins.
 REPLICATED = """
 node.id={node}
 offsets.topic.replication.factor=3
 transaction.state.log.replication.factor=3
 transaction.state.log.min.isr=2
 min.insync.replicas=2
-# A leader that is gone is missed soon.
+# Elect a new leader soon after the old one is gone.
 broker.session.timeout.ms=2000
 controller.quorum.election.timeout.ms=500
 controller.quorum.fetch.timeout.ms=1000
-# A node that is back leads nothing until it is asked to: leaders move when a test says so.
+# Leaders move only when a test kills a node: a restarted node does not become leader by itself.
 auto.leader.rebalance.enable=false
 """
 
@@ -29,15 +29,15 @@ OFFSETS = "__consumer_offsets"
 
 
 class Node(KafkaBroker):
-    """One of several."""
+    """One node of a cluster."""
 
     def __init__(self, number: int, port: int, controller_ports: list[int], cluster: str) -> None:
-        controllers = ",".join(f"127.0.0.1:{each}" for each in controller_ports)
-        voters = ",".join(f"{node}@127.0.0.1:{each}" for node, each in enumerate(controller_ports, 1))
-        own = PROPERTIES.format(port=port, controller_port=controller_ports[number - 1], folder="{folder}")
+        controllers = ",".join(f"127.0.0.1:{controller_port}" for controller_port in controller_ports)
+        voters = ",".join(f"{node}@127.0.0.1:{voter_port}" for node, voter_port in enumerate(controller_ports, 1))
+        properties = PROPERTIES.format(port=port, controller_port=controller_ports[number - 1], folder="{folder}")
         quorum = f"controller.quorum.bootstrap.servers={controllers}\ncontroller.quorum.voters={voters}\n"
         self.number = number
-        self._prepare(port, own + REPLICATED.format(node=number) + quorum)
+        self._prepare(port, properties + REPLICATED.format(node=number) + quorum)
         try:
             self._format(cluster)
         except BaseException:
@@ -46,9 +46,9 @@ class Node(KafkaBroker):
 
 
 class Cluster(Kafka):
-    """A running cluster; every topic has three copies, of which two must have what counts as written.
+    """A running cluster; each record has three replicas, and is acknowledged when two have it.
 
-    :raises tests.kafka.broker.ServiceMissing: Java or the jars cannot be had.
+    :raises tests.kafka.broker.ServiceMissing: Java or the jars are missing.
     """
 
     copies = NODES
@@ -61,7 +61,7 @@ class Cluster(Kafka):
         try:
             for number, port in enumerate(ports[:NODES], 1):
                 self.nodes[number] = Node(number, port, ports[NODES:], cluster)
-            # Together: none answers before there are enough of them.
+            # Launch all nodes first, because no node responds before a quorum of them runs.
             for node in self.nodes.values():
                 node.launch()
             for node in self.nodes.values():
@@ -71,15 +71,15 @@ class Cluster(Kafka):
             raise
 
     def leaders(self, topic: str) -> dict[int, int]:
-        """The number of the node that leads, by partition; -1 where there is none."""
+        """Return the number of the leading node by partition; -1 for a partition without a leader."""
         client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
-        found = client.list_topics(topic, timeout=10).topics[topic].partitions
-        return {number: partition.leader for number, partition in found.items()}
+        partitions = client.list_topics(topic, timeout=10).topics[topic].partitions
+        return {number: partition.leader for number, partition in partitions.items()}
 
     def close(self) -> None:
         """Stop all nodes, and delete their data."""
         for node in self.nodes.values():
-            # At once: two that are left would wait for the third.
+            # Kill the nodes, because a graceful shutdown of the last two would wait for the third.
             node.kill()
         for node in self.nodes.values():
             node.close()

@@ -1,4 +1,4 @@
-"""The tests in ``test_chaos.py`` are marked ``chaos``, and ``kafka``; the others here need no server."""
+"""Markers and fixtures: only the tests in ``test_chaos.py`` need a server, and are marked ``chaos`` and ``kafka``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAOS = Path(__file__).with_name("test_chaos.py")
 
 Service = TypeVar("Service")
 
-#: Replays a run that this seed was printed for.
+#: The variable that replays a run with its printed seed.
 SEED = "KSER_TEST_CHAOS_SEED"
 
 
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them here, so that no test can forget it."""
+    """Mark the chaos tests here, so that no test can lack the markers."""
     for item in items:
         if item.path == CHAOS:
             item.add_marker(pytest.mark.chaos)
@@ -36,11 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def seed() -> int:
-    """Of everything that is random; printed with each failure."""
+    """Return the seed of all random choices; each failure prints it."""
     return int(os.environ.get(SEED) or random.randrange(1_000_000))
 
 
 def _started(start: Callable[[], Service]) -> Service:
+    """Start a service, or skip the test if Kafka is missing."""
     try:
         return start()
     except ServiceMissing as problem:
@@ -49,20 +50,20 @@ def _started(start: Callable[[], Service]) -> Service:
 
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[KafkaBroker]:
-    """One node, which these tests share."""
+    """Return a broker that the tests share."""
     with _started(KafkaBroker) as broker:
         yield broker
 
 
 @pytest.fixture
 def own_kafka() -> Iterator[KafkaBroker]:
-    """One node for this test alone, which may stop, kill and start it."""
+    """Return a broker of this test, which may stop, kill and start it."""
     with _started(KafkaBroker) as broker:
         yield broker
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Three nodes."""
-    with _started(Cluster) as made:
-        yield made
+    """Return a cluster of three nodes."""
+    with _started(Cluster) as cluster:
+        yield cluster

@@ -1,4 +1,4 @@
-"""The consumer processes of one group, and what is done to them."""
+"""The consumer processes of one group, and the faults that hit them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.kafka.helpers import REPOSITORY, Program
 
 PYTHON_KAFKA, CONFLUENT = "python_kafka", "confluent"
 
-#: Seconds that a process may need to say where it is.
-DUMPING = 0.3
-#: Lines that a process wrote last, shown when it ended as it must not.
-LAST_WORDS = 30
+#: Seconds that a process may need to dump the stacks of its threads.
+DUMP_SECONDS = 0.3
+#: The number of lines of a process's output that a problem shows.
+LAST_LINES = 30
 
-#: librdkafka's name of an option is kafka-python's with dots, but for these.
+#: Options whose name in librdkafka is not that of kafka-python with dots.
 OTHER_NAMES = {"metadata_max_age_ms": "topic.metadata.refresh.interval.ms"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the consumers of a group are set up."""
+    """The settings of the consumers of a group."""
 
     transport: str = PYTHON_KAFKA
     rules: Rules = field(default_factory=Rules)
@@ -38,11 +38,11 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def client(self, servers: str, group: str) -> dict[str, Any]:
-        """Options of the Kafka client: a group in which everything goes quickly."""
+        """Return the options of the Kafka client, with short intervals."""
         options = {
             "bootstrap_servers": servers,
             "group_id": group,
-            "session_timeout_ms": int(self.rules.session * 1000),
+            "session_timeout_ms": int(self.rules.session_timeout * 1000),
             "heartbeat_interval_ms": 300,
             "auto_commit_interval_ms": int(self.rules.commit_interval * 1000),
             "reconnect_backoff_max_ms": 500,
@@ -54,26 +54,26 @@ class Settings:
         return {OTHER_NAMES.get(name, name.replace("_", ".")): value for name, value in options.items()}
 
     def consumer(self, dead_topic: str | None) -> dict[str, Any]:
-        """Arguments of the consumer."""
+        """Return the options of the consumer."""
         options = {
             "workers": self.workers,
             "ordering": self.rules.ordering,
             "shutdown_timeout": self.rules.shutdown_timeout,
             "revoke_timeout": self.rules.revoke_timeout,
-            # It should notice before the test does, and say what it waits for.
-            "stall_timeout": self.rules.patience / 2,
+            # The consumer reports a stall, with its cause, before the test does.
+            "stall_timeout": self.rules.stall_seconds / 2,
             **self.options,
         }
         return options | ({"dead_letter": dead_topic} if dead_topic else {})
 
 
 class Fleet:
-    """Consumer processes of one group. Whatever happens, none is left when it is over."""
+    """Consumer processes of one group; leaving the ``with`` block kills the remaining ones."""
 
-    #: What they run.
+    #: The module that the processes run.
     WORKER: ClassVar[str] = "tests.chaos.worker"
-    #: Seconds that a process may need to end on top of its shutdown_timeout.
-    GRACE: ClassVar[float] = 5
+    #: Seconds that a process may need to end in addition to its shutdown_timeout.
+    GRACE_SECONDS: ClassVar[float] = 5
 
     def __init__(self, settings: Settings, servers: str, topic: str, dead_topic: str | None, folder: Path) -> None:
         self.settings = settings
@@ -82,7 +82,7 @@ class Fleet:
         self.dead_topic = dead_topic
         self.ledger = folder / f"{settings.transport}.ledger"
         self.faults: list[Fault] = []
-        #: What processes did that nobody did to them.
+        #: Texts about processes that ended without a fault, with a wrong status or too late.
         self.problems: list[str] = []
         self._servers = servers
         self._folder = folder
@@ -90,16 +90,16 @@ class Fleet:
         self._terminated: dict[str, float] = {}
         self._stopped: dict[str, float] = {}
         self.started = 0
-        #: What they find in their environment.
+        #: Additional environment variables of the processes.
         self.environment: dict[str, str] = {}
-        #: Names by process id, of all that ever were.
+        #: Names by process id, also of ended processes.
         self.pids: dict[int, str] = {}
         self._programs: dict[str, Program] = {}
 
-    def start(self, guest: bool = True) -> str:
+    def start(self, joins: bool = True) -> str:
         """Start a process, and return its name.
 
-        :param guest: it joins a group that others are in: a fault for them.
+        :param joins: the process joins a running group, which is a fault because it causes a rebalance.
         """
         self.started += 1
         settings = self._settings()
@@ -107,16 +107,16 @@ class Fleet:
         at = time.monotonic()
         self._members[name] = self._programs[name] = self._program(name, settings)
         self.pids[self._members[name].pid] = name
-        if guest:
+        if joins:
             self.faults.append(Fault(JOIN, name, at, at))
         return name
 
     def _settings(self) -> Settings:
-        """How the next process is set up."""
+        """Return the settings of the next process."""
         return self.settings
 
     def _program(self, name: str, settings: Settings) -> Program:
-        given = {
+        worker = {
             "transport": settings.transport,
             "process": name,
             "ledger": str(self.ledger),
@@ -127,93 +127,94 @@ class Fleet:
         files = {variable: str(self._folder / f"{name}.{variable}") for variable in LOCKS}
         return Program(
             [sys.executable, "-m", self.WORKER],
-            {"PYTHONPATH": str(REPOSITORY), "KSER_TEST_WORKER": json.dumps(given), **files, **self.environment},
+            {"PYTHONPATH": str(REPOSITORY), "KSER_TEST_WORKER": json.dumps(worker), **files, **self.environment},
             self._folder / f"{name}.txt",
         )
 
     def kill(self, name: str) -> None:
-        """End it at once, as a crash of its machine would."""
+        """Kill a process; this is like a crash of its machine."""
         at = time.monotonic()
         self._members[name].end()
         self.faults.append(Fault(KILL, name, at, time.monotonic()))
         del self._members[name]
 
-    def stop(self, name: str) -> None:
-        """Let it stand still, until :meth:`go_on`."""
+    def sigstop(self, name: str) -> None:
+        """Suspend a process until :meth:`sigcont`."""
         self._stopped[name] = self._members[name].send_signal(signal.SIGSTOP)
 
-    def go_on(self, name: str) -> None:
+    def sigcont(self, name: str) -> None:
+        """Continue a suspended process."""
         at = time.monotonic()
         self._members[name].process.send_signal(signal.SIGCONT)
         self.faults.append(Fault(STOP, name, self._stopped.pop(name), at))
 
     def terminate(self, name: str) -> None:
-        """Ask it to end in order; :meth:`look` sees whether it did."""
+        """Request a graceful shutdown; :meth:`check_processes` checks the result."""
         self._terminated[name] = self._members[name].send_signal(signal.SIGTERM)
 
     @property
     def names(self) -> list[str]:
-        """Processes that were not told to end."""
+        """The names of the processes that were not terminated."""
         return [name for name in self._members if name not in self._terminated]
 
-    def has_noted(self, event: str) -> bool:
-        """Whether an event is in the ledger."""
+    def has_event(self, event: str) -> bool:
+        """Return whether the ledger contains an event."""
         return any(entry.event == event for entry in ledger.read(self.ledger))
 
     def is_busy(self, name: str) -> bool:
-        """Whether a process runs a task."""
+        """Return whether a process runs a long task."""
         return ledger.is_busy(self.ledger, name)
 
     def running(self, name: str) -> dict[str, float]:
-        """What a process runs, and since when."""
+        """Return the subjects that a process runs, with their start times."""
         return ledger.running(self.ledger, name)
 
-    def has_begun(self, name: str) -> bool:
-        """Whether a process ever ran a task."""
+    def has_started_a_task(self, name: str) -> bool:
+        """Return whether a process ever started a task."""
         return any(entry.process == name and entry.event == ledger.START for entry in ledger.read(self.ledger))
 
-    def last_words(self) -> list[str]:
-        """What each process wrote last, of all that ever were."""
-        return [f"{name} wrote:\n{_last_words(program)}" for name, program in self._programs.items()]
+    def last_output(self) -> list[str]:
+        """Return the last lines that each process wrote, also those of ended processes."""
+        return [f"{name} wrote:\n{_last_lines(program)}" for name, program in self._programs.items()]
 
-    def report_stuck(self) -> None:
-        """Have each process say where it is."""
+    def dump_stacks(self) -> None:
+        """Add the stacks of the threads of each running process to the problems."""
         for name in self.names:
             program = self._members[name]
-            said = len(program.text)
+            length = len(program.text)
             program.send_signal(signal.SIGUSR1)
-            time.sleep(DUMPING)
-            self.problems.append(f"{name} was here:\n{program.text[said:]}")
+            time.sleep(DUMP_SECONDS)
+            self.problems.append(f"stacks of {name}:\n{program.text[length:]}")
 
-    def look(self) -> None:
-        """Take note of processes that have ended, or should have."""
+    def check_processes(self) -> None:
+        """Record the processes that have ended; a process that ended without a fault or runs too long is a problem."""
         for name, program in list(self._members.items()):
             status = program.process.poll()
             at = self._terminated.get(name)
             now = time.monotonic()
             if at is None and status is not None:
-                self.problems.append(f"{name} ended by itself with status {status}:\n{_last_words(program)}")
+                self.problems.append(f"{name} ended by itself with status {status}:\n{_last_lines(program)}")
                 del self._members[name]
             elif at is not None and status is not None:
                 self.faults.append(Fault(TERM, name, at, now))
-                # One that has only just been started does not yet know what to do at a signal.
-                if status and not (status == -signal.SIGTERM and not self.has_begun(name)):
-                    self.problems.append(f"{name} ended with status {status} at SIGTERM:\n{_last_words(program)}")
+                # A process that has just started has no signal handler yet, so SIGTERM may kill it.
+                if status and not (status == -signal.SIGTERM and not self.has_started_a_task(name)):
+                    self.problems.append(f"{name} ended with status {status} at SIGTERM:\n{_last_lines(program)}")
                 del self._members[name]
-            elif at is not None and now - at > self.settings.rules.shutdown_timeout + self.GRACE:
-                self.problems.append(f"{name} still ran {now - at:.1f} s after SIGTERM:\n{_last_words(program)}")
+            elif at is not None and now - at > self.settings.rules.shutdown_timeout + self.GRACE_SECONDS:
+                self.problems.append(f"{name} still ran {now - at:.1f} s after SIGTERM:\n{_last_lines(program)}")
                 self.kill(name)
 
     def finish(self) -> None:
-        """Tell all to end, and wait for that."""
+        """Terminate all processes, and wait until they have ended."""
         for name in self.names:
             self.terminate(name)
         while self._members:
-            self.look()
+            self.check_processes()
             time.sleep(0.05)
 
     def close(self) -> None:
-        """End whatever there still is."""
+        """Kill the remaining processes."""
         for program in self._members.values():
             program.end()
 
@@ -226,9 +227,10 @@ class Fleet:
         self.close()
 
 
-#: Each process has lock files of its own: those of a killed one stay.
+#: Each process has its own control files, because a killed process leaves its files.
 LOCKS = ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")
 
 
-def _last_words(program: Program) -> str:
-    return "\n".join(program.text.splitlines()[-LAST_WORDS:])
+def _last_lines(program: Program) -> str:
+    """Return the last lines of a program's output."""
+    return "\n".join(program.text.splitlines()[-LAST_LINES:])

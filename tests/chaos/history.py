@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tests.chaos import ledger
 
-#: What an attempt that failed is noted as.
+#: The ledger events of a failed attempt.
 FAILURES = (ledger.FAIL, ledger.EXIT)
 
 #: Faults of processes.
@@ -21,8 +21,8 @@ BROKER_STOP, BROKER_KILL, LEADER_KILL = "broker stopped", "broker killed", "lead
 MORE_PARTITIONS = "partitions added"
 
 
-class Logged(NamedTuple):
-    """A record as Kafka keeps it. The subject is what the ledger calls it."""
+class LoggedRecord(NamedTuple):
+    """A record in the log of Kafka; the subject is its name in the ledger."""
 
     subject: str
     partition: int
@@ -31,150 +31,155 @@ class Logged(NamedTuple):
 
 
 class DeadLetter(NamedTuple):
-    """A record of the dead-letter topic, and which record it is about."""
+    """A record of the dead-letter topic, with the subject of its original record."""
 
     subject: str
-    #: Who wrote it.
+    #: The process that wrote the dead letter.
     process: str
     at: float
-    #: Its own offset.
+    #: The offset in the dead-letter topic.
     position: int
 
 
 class Fault(NamedTuple):
-    """Something that was done to a process, or to a broker."""
+    """A fault of a process; or of Kafka, where ``process`` is empty."""
 
     kind: str
     process: str
-    #: Before it was done.
+    #: The time just before the fault.
     at: float
-    #: When it was over: the process is gone, or was continued; the broker answers again.
+    #: The end of the fault: the process is gone or continued, or the broker responds again.
     until: float
 
 
 class Sample(NamedTuple):
-    """What Kafka said of the group, and then, read after the answer was there, how far ledger and dead letters were."""
+    """The committed offsets of the group, and the sizes of the ledger and of the dead-letter topic just after that."""
 
-    #: When the answer was there.
+    #: The time of Kafka's response.
     at: float
-    #: None when Kafka did not answer.
+    #: The committed offset by partition; None when Kafka did not respond.
     committed: Mapping[int, int] | None
-    #: Offsets above the committed one that the commit's metadata declares as finished.
-    above: Mapping[int, frozenset[int]]
+    #: Offsets above the committed one that the metadata of the commit marks as finished.
+    finished_above: Mapping[int, frozenset[int]]
     ledger_position: int
-    dead_position: int
-    #: How many records were in the log before Kafka was asked.
-    logged: int
+    dead_letter_count: int
+    #: The number of records in the log before the request.
+    log_size: int
 
-    def covers(self, record: Logged) -> bool:
-        """Whether the next owner of the partition would not be given this record."""
+    def covers(self, record: LoggedRecord) -> bool:
+        """Return whether the commit covers a record: the next owner of the partition would not receive it."""
         if self.committed is None:
             return False
         first = self.committed.get(record.partition, 0)
-        return record.offset < first or record.offset in self.above.get(record.partition, ())
+        return record.offset < first or record.offset in self.finished_above.get(record.partition, ())
 
     @property
     def lag(self) -> int:
-        """Records that are not below the committed offsets."""
-        return self.logged - sum((self.committed or {}).values())
+        """The number of records that are not below the committed offsets."""
+        return self.log_size - sum((self.committed or {}).values())
 
 
 @dataclass
 class Execution:
-    """A process ran a record once."""
+    """One run of a record in a process."""
 
     process: str
     start: float
     position: int
     end: float | None = None
-    #: ``end``, ``fail``, ``exit``, ``dead``; empty when it never came to an end.
+    #: ``end``, ``fail``, ``exit`` or ``dead``; empty when the run never ended.
     outcome: str = ""
 
-    def was_running(self, begin: float, end: float) -> bool:
-        """Whether it ran at some time between these two."""
-        return self.start <= end and (self.end is None or self.end >= begin)
+    def was_running(self, since: float, until: float) -> bool:
+        """Return whether the run overlaps a period."""
+        return self.start <= until and (self.end is None or self.end >= since)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The settings of the consumers, in seconds, as far as promises depend on them."""
+    """The settings of the consumers that promises depend on; times are in seconds."""
 
-    session: float = 6
+    session_timeout: float = 6
     commit_interval: float = 1
     shutdown_timeout: float = 30
-    #: How long a task may hold a partition that is to be given up.
+    #: The longest time that a running task may delay the revocation of its partition.
     revoke_timeout: float = 10
-    #: ``max.poll.interval.ms``, where a run is about that.
+    #: ``max.poll.interval.ms``, in runs that test it.
     poll_interval: float | None = None
     ordering: str = "key"
-    #: Whether the client gives partitions away without waiting for what runs when it hears of new ones.
-    hasty: bool = False
-    #: Whether what failed for good goes to a dead-letter topic; otherwise a failure is final, and logged.
+    #: True if the client revokes partitions without waiting for running tasks when partitions are added.
+    revokes_at_once: bool = False
+    #: True if permanent failures go to a dead-letter topic; otherwise a failure is only logged, and final.
     dead_letters: bool = False
-    #: A group with messages to handle that makes no progress for so long is stuck.
-    patience: float = 30
+    #: A group that has a lag and makes no progress for this time is stalled.
+    stall_seconds: float = 30
 
 
 @dataclass
 class History:
-    """Everything that was recorded of a run."""
+    """The recorded facts of a run."""
 
     rules: Rules
-    log: list[Logged]
+    log: list[LoggedRecord]
     entries: list[ledger.Entry]
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     dead: list[DeadLetter] = field(default_factory=list)
 
     @cached_property
-    def records(self) -> dict[str, Logged]:
+    def records(self) -> dict[str, LoggedRecord]:
+        """The records of the log by subject."""
         return {record.subject: record for record in self.log}
 
     @cached_property
-    def places(self) -> dict[tuple[int, int], Logged]:
+    def records_by_offset(self) -> dict[tuple[int, int], LoggedRecord]:
+        """The records of the log by partition and offset."""
         return {(record.partition, record.offset): record for record in self.log}
 
     @cached_property
     def executions(self) -> dict[str, list[Execution]]:
-        """By subject, in the order in which they began."""
-        found: dict[str, list[Execution]] = defaultdict(list)
+        """The runs by subject, in the order in which they started."""
+        executions: dict[str, list[Execution]] = defaultdict(list)
         running: dict[tuple[str, str], list[Execution]] = defaultdict(list)
         for entry in self.entries:
-            place = (entry.process, entry.subject)
+            key = (entry.process, entry.subject)
             if entry.event in (ledger.START, ledger.REFUSED):
                 execution = Execution(entry.process, entry.at, entry.position)
-                found[entry.subject].append(execution)
-                running[place].append(execution)
-            if entry.event in (ledger.END, *FAILURES, ledger.REFUSED) and running[place]:
-                execution = running[place].pop(0)
+                executions[entry.subject].append(execution)
+                running[key].append(execution)
+            if entry.event in (ledger.END, *FAILURES, ledger.REFUSED) and running[key]:
+                execution = running[key].pop(0)
                 execution.end = entry.at
                 execution.outcome = "fail" if entry.event == ledger.REFUSED else entry.event
         for letter in self.dead:
-            self._bury(found[letter.subject], letter)
-        return dict(found)
+            self._dead_letter(executions[letter.subject], letter)
+        return dict(executions)
 
-    def _bury(self, executions: list[Execution], letter: DeadLetter) -> None:
-        """The last attempt before a dead letter was its cause, and is finished with it."""
-        # Kafka counts in milliseconds.
+    def _dead_letter(self, executions: list[Execution], letter: DeadLetter) -> None:
+        """End the last failed attempt before a dead letter, which is the cause of the dead letter."""
+        # The timestamps of Kafka are rounded to milliseconds.
         latest = letter.at + 0.01
-        own = [each for each in executions if each.process == letter.process]
-        failed = [each for each in own if each.outcome in FAILURES and (each.end or 0) <= latest]
+        failed = [
+            execution
+            for execution in executions
+            if execution.process == letter.process and execution.outcome in FAILURES and (execution.end or 0) <= latest
+        ]
         if not failed:
-            # Nobody noted an attempt: a payload that names no known task.
+            # A payload that names no known task has a dead letter without an attempt in the ledger.
             failed = [Execution(letter.process, letter.at, letter.position)]
             executions.extend(failed)
-            executions.sort(key=lambda each: each.start)
+            executions.sort(key=lambda execution: execution.start)
         failed[-1].end, failed[-1].outcome = letter.at, "dead"
 
     def is_final(self, execution: Execution) -> bool:
-        """Whether nothing is left to do for the record after this."""
+        """Return whether the record is finished after a run."""
         if execution.outcome in FAILURES:
             return not self.rules.dead_letters
         return bool(execution.outcome)
 
     @cached_property
     def finished(self) -> dict[str, tuple[int | None, int | None]]:
-        """By subject: how far the ledger was when it was first done, and the dead letters when it was first there."""
+        """The ledger position of the first success and the offset of the first dead letter, by subject."""
         done: dict[str, int] = {}
         for entry in self.entries:
             failed = not self.rules.dead_letters and entry.event in (*FAILURES, ledger.REFUSED)
@@ -186,35 +191,40 @@ class History:
         return {subject: (done.get(subject), dead.get(subject)) for subject in done.keys() | dead.keys()}
 
     def was_finished(self, subject: str, sample: Sample) -> bool:
-        """Whether the record was done or dead-lettered by the time of a sample."""
+        """Return whether a record had succeeded or was dead-lettered at the time of a sample."""
         done, dead = self.finished.get(subject, (None, None))
         return (done is not None and done <= sample.ledger_position) or (
-            dead is not None and dead < sample.dead_position
+            dead is not None and dead < sample.dead_letter_count
         )
 
     def faults_of(self, process: str, *kinds: str) -> list[Fault]:
+        """Return the faults of a process, or of Kafka for an empty name."""
         return [fault for fault in self.faults if fault.process == process and fault.kind in kinds]
 
-    def story(self, subject: str) -> list[str]:
-        """All that is known about one record, in order of time: the evidence for what went wrong with it."""
+    def timeline(self, subject: str) -> list[str]:
+        """Return the known events of a record, in order of time, as evidence of a violation."""
         record = self.records.get(subject)
-        told = [(entry.at, f"{entry.event} in {entry.process}") for entry in self.entries if entry.subject == subject]
+        events = [(entry.at, f"{entry.event} in {entry.process}") for entry in self.entries if entry.subject == subject]
         processes = {entry.process for entry in self.entries if entry.subject == subject}
-        told += [(letter.at, f"dead letter of {letter.process}") for letter in self.dead if letter.subject == subject]
+        events += [(letter.at, f"dead letter of {letter.process}") for letter in self.dead if letter.subject == subject]
         for fault in self.faults:
             if fault.process in processes or not fault.process:
-                told.append((fault.at, f"{fault.kind} {fault.process} until {fault.until:.3f}"))
-        told += [(e.at, f"up: {e.process}") for e in self.entries if e.event == ledger.UP and e.process in processes]
+                events.append((fault.at, f"{fault.kind} {fault.process} until {fault.until:.3f}"))
+        events += [
+            (entry.at, f"up: {entry.process}")
+            for entry in self.entries
+            if entry.event == ledger.UP and entry.process in processes
+        ]
         if record is not None:
-            told += self._commits(record)
-        return [f"{subject}: {record}", *(f"    {at:.3f} {text}" for at, text in sorted(told))]
+            events += self._commits(record)
+        return [f"{subject}: {record}", *(f"    {at:.3f} {text}" for at, text in sorted(events))]
 
-    def _commits(self, record: Logged) -> list[tuple[float, str]]:
-        """When the group was first seen not to have, and when to have, what covers a record."""
-        answered = [sample for sample in self.samples if sample.committed is not None]
+    def _commits(self, record: LoggedRecord) -> list[tuple[float, str]]:
+        """Return the times at which the sampled commits began or ceased to cover a record."""
+        responses = [sample for sample in self.samples if sample.committed is not None]
         changes = [
-            (after.at, f"committed {dict(after.committed or {}).get(record.partition)}, covers it: {covers}")
-            for before, after in pairwise(answered)
+            (after.at, f"committed {dict(after.committed or {}).get(record.partition)}, covered: {covers}")
+            for before, after in pairwise(responses)
             if (covers := after.covers(record)) != before.covers(record)
         ]
-        return changes or [(sample.at, f"covers it: {sample.covers(record)}") for sample in answered[-1:]]
+        return changes or [(sample.at, f"covered: {sample.covers(record)}") for sample in responses[-1:]]

@@ -20,47 +20,49 @@ from tests.chaos.history import (
 )
 from tests.chaos.promises import is_past_session
 
-#: Faults that are no event of their own, but in what is sent, or in when something else hits.
+#: Faults that are in the sent messages or in the time of another fault, and are no entries of the plan.
 EXIT = "SystemExit in a task"
-FIRST = "SIGKILL before the first commit"
-LONG = "task of ten times max.poll.interval.ms"
-RUBBISH = "random payload"
+FIRST_KILL = "SIGKILL before the first commit"
+LONG_TASK = "task of ten times max.poll.interval.ms"
+RANDOM_PAYLOAD = "random payload"
 
 
 def hits(history: History) -> Counter[str]:
-    """By kind, how many faults hit."""
-    found = Counter(fault.kind for fault in history.faults if did_hit(history, fault))
+    """Count the faults that hit, by kind."""
+    counts = Counter(fault.kind for fault in history.faults if did_hit(history, fault))
     kills = [fault for fault in history.faults if fault.kind == KILL and did_hit(history, fault)]
     others = {
         EXIT: sum(entry.event == ledger.EXIT for entry in history.entries),
-        FIRST: sum(not _has_committed(history, fault.until) for fault in kills),
-        LONG: sum(
+        FIRST_KILL: sum(not _has_committed(history, fault.until) for fault in kills),
+        LONG_TASK: sum(
             _is_long(history, execution) for executions in history.executions.values() for execution in executions
         ),
-        RUBBISH: sum(record.subject.startswith("x") for record in history.log if record.subject in history.finished),
+        RANDOM_PAYLOAD: sum(
+            record.subject.startswith("x") and record.subject in history.finished for record in history.log
+        ),
     }
-    return found + Counter(others)
+    return counts + Counter(others)
 
 
 def did_hit(history: History, fault: Fault) -> bool:
-    """Whether a fault found what it was meant for."""
+    """Return whether a fault hit its target at work."""
     if fault.kind == JOIN:
         return any(entry.event == ledger.START for entry in history.entries if entry.process == fault.process)
     if fault.kind in (KILL, TERM):
-        return _found_work(history, fault)
+        return _hit_a_task(history, fault)
     if fault.kind == STOP:
-        return is_past_session(history, fault) and _found_work(history, fault)
+        return is_past_session(history, fault) and _hit_a_task(history, fault)
     if fault.kind in (BROKER_STOP, BROKER_KILL):
-        return _was_noticed(history, fault) and _went_on(history, fault)
+        return _had_no_response(history, fault) and _has_work_around(history, fault)
     if fault.kind == LEADER_KILL:
-        return _went_on(history, fault)
+        return _has_work_around(history, fault)
     if fault.kind == MORE_PARTITIONS:
         return _reached_new_partitions(history, fault)
     return True
 
 
-def _found_work(history: History, fault: Fault) -> bool:
-    """Whether a task was running in the process."""
+def _hit_a_task(history: History, fault: Fault) -> bool:
+    """Return whether a task was running in the process."""
     return any(
         execution.process == fault.process and execution.was_running(fault.at, fault.at)
         for executions in history.executions.values()
@@ -68,24 +70,24 @@ def _found_work(history: History, fault: Fault) -> bool:
     )
 
 
-def _was_noticed(history: History, fault: Fault) -> bool:
-    """Whether Kafka did not answer."""
+def _had_no_response(history: History, fault: Fault) -> bool:
+    """Return whether a request to Kafka failed during the fault."""
     return any(sample.committed is None for sample in history.samples if fault.at <= sample.at <= fault.until)
 
 
-def _went_on(history: History, fault: Fault) -> bool:
-    """Whether tasks were run before and after."""
+def _has_work_around(history: History, fault: Fault) -> bool:
+    """Return whether tasks started before and after the fault."""
     starts = [entry.at for entry in history.entries if entry.event == ledger.START]
     return min(starts, default=fault.at) < fault.at and max(starts, default=0) > fault.until
 
 
 def _reached_new_partitions(history: History, fault: Fault) -> bool:
-    """Whether tasks were run that came in partitions that nobody had seen before."""
-    begun: dict[int, float] = {}
+    """Return whether tasks ran before the fault, and later tasks from partitions that had none before."""
+    first_starts: dict[int, float] = {}
     for entry in history.entries:
         if entry.event == ledger.START and entry.subject in history.records:
-            begun.setdefault(history.records[entry.subject].partition, entry.at)
-    return any(at < fault.at for at in begun.values()) and any(at > fault.at for at in begun.values())
+            first_starts.setdefault(history.records[entry.subject].partition, entry.at)
+    return any(at < fault.at for at in first_starts.values()) and any(at > fault.at for at in first_starts.values())
 
 
 def _has_committed(history: History, at: float) -> bool:

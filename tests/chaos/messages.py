@@ -1,4 +1,4 @@
-"""Messages made from a seed: short, long and failing ones, and payloads that are no messages."""
+"""Records created from a seed: messages for short, long and failing tasks, and payloads that are no messages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import NamedTuple
 from kser.schemas import Message
 
 WORK = "__main__.Work"
-UNKNOWN = "nobody.HasThis"
+UNKNOWN = "unknown.Task"
 KEYS = 40
 
-#: What tasks do besides taking time: raise SystemExit at the first attempt in a process; fail whenever they are tried.
+#: Failures of tasks: SystemExit at the first attempt in each process, and an exception at each attempt.
 EXIT, POISON = "exit", "poison"
 
 
-class Order(NamedTuple):
+class OutgoingRecord(NamedTuple):
     """A record to send."""
 
     subject: str
@@ -30,46 +30,55 @@ class Order(NamedTuple):
     value: bytes | None
 
 
-def work(seed: int, partitions: int, *, first: int = 0, exits: float = 0, poison: float = 0) -> Iterator[Order]:
-    """Messages without end: most are short, one in twelve takes long enough to be found at work.
+def work_records(
+    seed: int, partitions: int, *, first: int = 0, exits: float = 0, poison: float = 0
+) -> Iterator[OutgoingRecord]:
+    """Yield records without end: most tasks are short, one in twelve is long enough for a fault to hit it.
 
-    :param first: the number of the first one.
-    :param exits: share of messages that raise SystemExit once.
-    :param poison: share of messages that always fail.
+    :param first: the number of the first record.
+    :param exits: the share of tasks that raise SystemExit once.
+    :param poison: the share of tasks that always fail.
     """
     chance = random.Random(f"work {seed}")
     for number in count(first):
         key = f"key-{chance.randrange(KEYS)}" if chance.random() < 0.8 else None
-        # Said, not left to the client: keys stay where they are when partitions are added.
+        # Do not leave the partition to the client, because its choice for a key changes when partitions are added.
         partition = zlib.crc32(key.encode()) % partitions if key else chance.randrange(partitions)
         seconds = chance.uniform(0.3, 0.9) if chance.random() < 0.08 else chance.uniform(0, 0.03)
-        then = chance.choices((EXIT, POISON, None), (exits, poison, 1 - exits - poison))[0]
-        yield order(f"{partition}-{number}", partition, key, chance, seconds=round(seconds, 3), then=then)
+        failure = chance.choices((EXIT, POISON, None), (exits, poison, 1 - exits - poison))[0]
+        yield work_record(f"{partition}-{number}", partition, key, chance, seconds=round(seconds, 3), failure=failure)
 
 
-def order(
-    subject: str, partition: int, key: str | None, chance: random.Random, *, seconds: float = 0, then: str | None = None
-) -> Order:
-    """A message that asks for work."""
-    params = {"subject": subject, "seconds": seconds, "then": then}
-    name = str(uuid.UUID(int=chance.getrandbits(128), version=4))
-    return Order(subject, partition, key, Message(uuid=name, entrypoint=WORK, params=params).dumps().encode())
+def work_record(
+    subject: str,
+    partition: int,
+    key: str | None,
+    chance: random.Random,
+    *,
+    seconds: float = 0,
+    failure: str | None = None,
+) -> OutgoingRecord:
+    """Return a record with a message for the task ``Work``."""
+    params = {"subject": subject, "seconds": seconds, "failure": failure}
+    message_uuid = str(uuid.UUID(int=chance.getrandbits(128), version=4))
+    message = Message(uuid=message_uuid, entrypoint=WORK, params=params)
+    return OutgoingRecord(subject, partition, key, message.dumps().encode())
 
 
 def payload_name(value: bytes | str | None) -> str:
-    """What the ledger calls a payload that no task is looked up for."""
+    """Return the subject of a payload that is rejected before a task is constructed."""
     raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value or b""
     return f"x{hashlib.sha1(raw).hexdigest()[:20]}"
 
 
-def rubbish(seed: int, number: int, partitions: int) -> list[Order]:
-    """So many payloads, no two alike, that are not messages for any task."""
+def random_payloads(seed: int, count: int, partitions: int) -> list[OutgoingRecord]:
+    """Return records with ``count`` different payloads, none of which is a message for a task."""
     chance = random.Random(f"rubbish {seed}")
     payloads: dict[str, bytes | None] = {payload_name(None): None}
-    while len(payloads) < number:
+    while len(payloads) < count:
         value = chance.choice(_KINDS)(chance)
         payloads.setdefault(payload_name(value), value)
-    return [Order(name, chance.randrange(partitions), None, value) for name, value in payloads.items()]
+    return [OutgoingRecord(name, chance.randrange(partitions), None, value) for name, value in payloads.items()]
 
 
 def _bytes(chance: random.Random) -> bytes:
@@ -77,24 +86,24 @@ def _bytes(chance: random.Random) -> bytes:
 
 
 def _cut_off(chance: random.Random) -> bytes:
-    """A message that ends too early."""
-    value = order("cut", 0, None, chance).value or b""
+    """Return a truncated message."""
+    value = work_record("cut", 0, None, chance).value or b""
     return value[: chance.randrange(1, len(value) - 1)]
 
 
 def _other_json(chance: random.Random) -> bytes:
-    """JSON that is no object."""
+    """Return JSON that is no object."""
     value: object = chance.choice((chance.random(), chance.getrandbits(2000), [chance.random()], str(chance.random())))
     return json.dumps(value).encode()
 
 
 def _deep(chance: random.Random) -> bytes:
-    """What a reader that calls itself cannot read."""
+    """Return JSON that is nested too deep for a recursive parser."""
     return b"[" * chance.randrange(1, 5000)
 
 
 def _wrong_types(chance: random.Random) -> bytes:
-    """Objects with the right names, of which one at least has no sense."""
+    """Return an object with the fields of a message, one of which has a value of a wrong type."""
     wrong: list[object] = [None, 7, [], ["x"], {"x": 1}, True]
     data: dict[str, object] = {"uuid": str(uuid.UUID(int=chance.getrandbits(128))), "entrypoint": UNKNOWN, "params": {}}
     data["uuid" if chance.random() < 0.5 else "entrypoint"] = chance.choice(wrong)
@@ -102,15 +111,16 @@ def _wrong_types(chance: random.Random) -> bytes:
 
 
 def _unknown(chance: random.Random) -> bytes:
-    """A message for a task that nobody has."""
+    """Return a message for an unknown task."""
     return Message(uuid=str(uuid.UUID(int=chance.getrandbits(128))), entrypoint=UNKNOWN, params={}).dumps().encode()
 
 
 def _broken_text(chance: random.Random) -> bytes:
-    """A message with a byte in it that is no text."""
-    value = bytearray(order("broken", 0, None, chance).value or b"")
+    """Return a message with a byte that is not UTF-8."""
+    value = bytearray(work_record("broken", 0, None, chance).value or b"")
     value[chance.randrange(len(value))] = chance.randrange(0xF8, 0x100)
     return bytes(value)
 
 
+#: Functions that create a payload; random bytes are twice as frequent as the others.
 _KINDS = (_bytes, _bytes, _cut_off, _other_json, _deep, _wrong_types, _unknown, _broken_text)

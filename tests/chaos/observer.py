@@ -1,4 +1,4 @@
-"""Kafka seen from outside, by a client that is no part of kser: what is sent, what is committed, what is in the log."""
+"""Clients that are not part of kser: they send the records, and read the log and the committed offsets of a group."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from kafka.structs import OffsetAndMetadata
 
 from tests.chaos import ledger
 from tests.chaos.history import Sample
-from tests.chaos.messages import Order
+from tests.chaos.messages import OutgoingRecord
 from tests.chaos.promises import StallWatch
 from tests.kafka.broker import answers
 
-#: Seconds from one look at the committed offsets to the next.
-INTERVAL = 0.2
-#: Seconds that Kafka has to answer.
-PATIENCE = 2.0
-#: Seconds in which everything in a topic has to be read.
-READING = 60.0
-#: The header of a record that says what the ledger calls it.
+#: Seconds between two samples of the committed offsets.
+SAMPLE_INTERVAL = 0.2
+#: Seconds after which a request to Kafka fails.
+REQUEST_SECONDS = 2.0
+#: Seconds within which all records of a topic must be read or sent.
+READ_SECONDS = 60.0
+#: The header with the subject of a record: its name in the ledger.
 SUBJECT = "subject"
-#: How the metadata of a commit begins.
-METADATA = "kser:"
+#: The prefix of the metadata of a commit.
+METADATA_PREFIX = "kser:"
 
-#: A broker that goes away is no news here.
+#: Options of clients that log no broker outage, because outages are planned.
 QUIET = {"log_level": 0, "error_cb": lambda _error: None, "reconnect.backoff.max.ms": 500}
 
 
-class Found(NamedTuple):
-    """A record as it was read."""
+class ReadRecord(NamedTuple):
+    """A record that was read from a topic."""
 
     partition: int
     offset: int
@@ -47,46 +47,50 @@ class Found(NamedTuple):
     value: bytes | None
     headers: dict[str, bytes]
     #: Seconds since 1970.
-    written: float
+    timestamp: float
 
 
-def make_outsider(servers: str) -> Any:
-    """A client that can ask and read, and is no member of any group."""
+def new_reader(servers: str) -> Any:
+    """Return a client that reads topics and joins no group."""
     group = f"reader-{uuid.uuid4()}"
     return confluent_kafka.Consumer(
         {**QUIET, "bootstrap.servers": servers, "group.id": group, "enable.auto.commit": False}
     )
 
 
-def read_topic(servers: str, topic: str) -> list[Found]:
-    """Everything that is in a topic."""
-    found: list[Found] = []
-    with contextlib.closing(make_outsider(servers)) as client:
+def read_topic(servers: str, topic: str) -> list[ReadRecord]:
+    """Return all records of a topic."""
+    records: list[ReadRecord] = []
+    with contextlib.closing(new_reader(servers)) as client:
         partitions = client.list_topics(topic, timeout=10).topics[topic].partitions
         ends = {n: client.get_watermark_offsets(TopicPartition(topic, n), timeout=10)[1] for n in partitions}
         client.assign([TopicPartition(topic, number, 0) for number in partitions])
-        deadline = time.monotonic() + READING
-        while len(found) < sum(ends.values()):
-            assert time.monotonic() < deadline, f"{len(found)} of {sum(ends.values())} records of {topic} could be read"
-            found += [_found(record) for record in client.consume(1000, timeout=1) if record.error() is None]
-    return found
+        total = sum(ends.values())
+        deadline = time.monotonic() + READ_SECONDS
+        while len(records) < total:
+            assert time.monotonic() < deadline, f"{len(records)} of {total} records of {topic} could be read"
+            records += [_read_record(record) for record in client.consume(1000, timeout=1) if record.error() is None]
+    return records
 
 
-def _found(record: Any) -> Found:
+def _read_record(record: Any) -> ReadRecord:
     headers = {name: value for name, value in record.headers() or () if value is not None}
-    written = record.timestamp()[1] / 1000
-    return Found(record.partition(), record.offset(), record.key(), record.value(), headers, written)
+    _, milliseconds = record.timestamp()
+    return ReadRecord(record.partition(), record.offset(), record.key(), record.value(), headers, milliseconds / 1000)
 
 
 class Feeder(threading.Thread):
-    """Sends records at a steady rate until it is told to stop, or has no more. Each arrives once."""
+    """Thread that sends records at a steady rate, without duplicates, until :meth:`stop` or the last record.
 
-    def __init__(self, servers: str, topic: str, orders: Iterator[Order], rate: float) -> None:
+    :param rate: records per second.
+    """
+
+    def __init__(self, servers: str, topic: str, records: Iterator[OutgoingRecord], rate: float) -> None:
         super().__init__(name="feeder")
         self._topic = topic
-        self._orders = orders
+        self._records = records
         self._rate = rate
-        self._enough = threading.Event()
+        self._stopping = threading.Event()
         self._producer = confluent_kafka.Producer(
             {**QUIET, "bootstrap.servers": servers, "enable.idempotence": True, "linger.ms": 5}
         )
@@ -94,48 +98,48 @@ class Feeder(threading.Thread):
         self.problems: list[str] = []
 
     def run(self) -> None:
-        begun = time.monotonic()
-        for number, order in enumerate(self._orders):
-            while (wait := begun + number / self._rate - time.monotonic()) > 0 and not self._enough.is_set():
+        started = time.monotonic()
+        for number, record in enumerate(self._records):
+            while (wait := started + number / self._rate - time.monotonic()) > 0 and not self._stopping.is_set():
                 self._producer.poll(min(wait, 0.05))
-            if self._enough.is_set():
+            if self._stopping.is_set():
                 break
-            self._send(order)
-        self._producer.flush(READING)
+            self._send(record)
+        self._producer.flush(READ_SECONDS)
 
-    def _send(self, order: Order) -> None:
+    def _send(self, record: OutgoingRecord) -> None:
         try:
             self._producer.produce(
                 self._topic,
-                order.value,
-                key=order.key,
-                partition=order.partition,
-                headers={SUBJECT: order.subject.encode()},
-                on_delivery=self._answered,
+                record.value,
+                key=record.key,
+                partition=record.partition,
+                headers={SUBJECT: record.subject.encode()},
+                on_delivery=self._on_delivery,
             )
         except confluent_kafka.KafkaException as problem:
             self.problems.append(str(problem))
         self._producer.poll(0)
 
-    def _answered(self, error: Any, _record: Any) -> None:
+    def _on_delivery(self, error: Any, _record: Any) -> None:
         if error:
             self.problems.append(str(error))
         else:
             self.delivered += 1
 
     @property
-    def waiting(self) -> int:
-        """How many records have not arrived yet."""
+    def undelivered(self) -> int:
+        """The number of sent records without a delivery report."""
         return len(self._producer)
 
     def stop(self) -> None:
-        """Send no more, and wait until everything has arrived."""
-        self._enough.set()
+        """Stop sending, and wait until all sent records are delivered."""
+        self._stopping.set()
         self.join()
 
 
-class Asking:
-    """Asks with a client that is made when it is needed, and anew after trouble."""
+class ReconnectingClient:
+    """Base of clients that are created at the first request, and again after an error."""
 
     _client: Any = None
 
@@ -151,54 +155,67 @@ class Asking:
         self._close()
 
 
-class GroupOffsets(Asking):
-    """What a group has committed. By kafka-python: confluent-kafka cannot read the metadata of others' commits."""
+class GroupOffsets(ReconnectingClient):
+    """Client that reads the committed offsets of a group.
+
+    It uses kafka-python, because confluent-kafka cannot read the metadata of another group's commits.
+    """
 
     def __init__(self, servers: str, group: str) -> None:
         self._group = group
         self._ports = [int(server.rpartition(":")[2]) for server in servers.split(",")]
-        limits = {"request_timeout_ms": int(PATIENCE * 1000), "bootstrap_timeout_ms": int(PATIENCE * 1000)}
+        limits = {
+            "request_timeout_ms": int(REQUEST_SECONDS * 1000),
+            "bootstrap_timeout_ms": int(REQUEST_SECONDS * 1000),
+        }
         self._options = {"bootstrap_servers": servers.split(","), "reconnect_backoff_max_ms": 500, **limits}
 
-    def of(self, topic: str) -> dict[int, OffsetAndMetadata] | None:
-        """By partition; None when Kafka does not answer."""
+    def committed(self, topic: str) -> dict[int, OffsetAndMetadata] | None:
+        """Return the committed offsets by partition; None if Kafka does not respond."""
         if self._client is None and not any(answers(port) for port in self._ports):
-            # One that cannot be made leaves a thread behind.
+            # A client whose constructor fails would leave a thread running.
             return None
         try:
             if self._client is None:
                 self._client = KafkaAdminClient(**self._options)
-            found = self._client.list_group_offsets(self._group)[self._group]
+            offsets = self._client.list_group_offsets(self._group)[self._group]
         except KafkaError:
-            # A new client knows nothing wrong about where the group is kept.
+            # Use a new client, because this one may look for the group's coordinator on a wrong node.
             self._close()
             return None
-        return {key.partition: each for key, each in found.items() if key.topic == topic and each.offset >= 0}
+        return {
+            partition.partition: committed
+            for partition, committed in offsets.items()
+            if partition.topic == topic and committed.offset >= 0
+        }
 
 
-class DeadLetters(Asking):
-    """How many records a topic of one partition has."""
+class DeadLetterCount(ReconnectingClient):
+    """Client that counts the records of a dead-letter topic, which has one partition.
+
+    :param topic: the topic; None for a group without dead letters.
+    """
 
     def __init__(self, servers: str, topic: str | None) -> None:
         self._servers, self._topic = servers, topic
 
     def count(self) -> int | None:
-        """None when Kafka does not answer; zero when there is no topic."""
+        """Return the number of dead letters; None if Kafka does not respond."""
         if self._topic is None:
             return 0
         if self._client is None:
-            self._client = make_outsider(self._servers)
+            self._client = new_reader(self._servers)
         try:
-            _, end = self._client.get_watermark_offsets(TopicPartition(self._topic, 0), timeout=PATIENCE)
+            _, end = self._client.get_watermark_offsets(TopicPartition(self._topic, 0), timeout=REQUEST_SECONDS)
         except confluent_kafka.KafkaException:
-            # One that has seen the topic without a leader may ask for its new one only minutes later.
+            # A client that has seen the topic without a leader may look for the new leader only minutes later.
             self._close()
             return None
         return int(end)
 
 
 class Sampler(threading.Thread):
-    """Asks Kafka again and again where the group is, and then looks how far the ledger is."""
+    """Thread that samples the committed offsets of a group, and then the sizes of the ledger and the dead letters."""
 
     def __init__(
         self,
@@ -209,61 +226,65 @@ class Sampler(threading.Thread):
         delivered: Callable[[], int],
         path: Path,
         dead_topic: str | None,
-        patience: float,
+        stall_seconds: float,
     ) -> None:
         super().__init__(name=f"sampler of {group}")
         self._servers, self._group, self._topic, self._dead_topic = servers, group, topic, dead_topic
         self._delivered = delivered
         self._path = path
-        self._watch = StallWatch(patience)
-        self._enough = threading.Event()
+        self._stall_watch = StallWatch(stall_seconds)
+        self._stopping = threading.Event()
         self.samples: list[Sample] = []
-        #: Why the run can be given up, once it can.
-        self.stuck: str | None = None
+        #: The text about a stall of the group, after which the run is aborted.
+        self.stall: str | None = None
 
     def run(self) -> None:
-        with GroupOffsets(self._servers, self._group) as offsets, DeadLetters(self._servers, self._dead_topic) as dead:
-            while not self._enough.is_set():
-                sample = self._sample(offsets, dead)
+        with (
+            GroupOffsets(self._servers, self._group) as offsets,
+            DeadLetterCount(self._servers, self._dead_topic) as dead_letters,
+        ):
+            while not self._stopping.is_set():
+                sample = self._sample(offsets, dead_letters)
                 self.samples.append(sample)
-                self.stuck = self.stuck or self._watch.see(sample)
-                self._enough.wait(INTERVAL)
+                self.stall = self.stall or self._stall_watch.add(sample)
+                self._stopping.wait(SAMPLE_INTERVAL)
 
-    def _sample(self, offsets: GroupOffsets, dead_letters: DeadLetters) -> Sample:
-        delivered = self._delivered()
-        answers = offsets.of(self._topic)
+    def _sample(self, offsets: GroupOffsets, dead_letters: DeadLetterCount) -> Sample:
+        log_size = self._delivered()
+        commits = offsets.committed(self._topic)
         at = time.monotonic()
-        # In this order: what was finished when it was committed is in the ledger, or dead-lettered, by now.
+        # Read the ledger after the offsets, because it then contains everything that was finished before the commit.
         position = ledger.size(self._path)
-        dead = None if answers is None else dead_letters.count()
-        if answers is None or dead is None:
-            return Sample(at, None, {}, position, 0, delivered)
-        committed = {number: found.offset for number, found in answers.items()}
-        above = {number: finished_above(found.offset, found.metadata) for number, found in answers.items()}
-        return Sample(at, committed, above, position, dead, delivered)
+        dead_letter_count = None if commits is None else dead_letters.count()
+        if commits is None or dead_letter_count is None:
+            return Sample(at, None, {}, position, 0, log_size)
+        committed = {partition: commit.offset for partition, commit in commits.items()}
+        above = {partition: finished_above(commit.offset, commit.metadata) for partition, commit in commits.items()}
+        return Sample(at, committed, above, position, dead_letter_count, log_size)
 
     def lag_since(self, at: float) -> float:
-        """How much was left to do when Kafka said so last; without end if that was before this time."""
+        """Return the lag in the last sample; infinite if that sample is older than ``at`` or had no response."""
         last = self.samples[-1] if self.samples else None
         return math.inf if last is None or last.committed is None or last.at < at else last.lag
 
     def stop(self) -> None:
-        self._enough.set()
+        """Take no more samples."""
+        self._stopping.set()
         self.join()
 
 
 def finished_above(offset: int, metadata: str | None) -> frozenset[int]:
-    """The offsets above the committed one that a commit declares as finished.
+    """Return the offsets above the committed one that a commit marks as finished.
 
-    Written down once more, as the format is documented: ``kser:1,14`` is 1 unfinished, then 20 finished.
+    This implements the documented format without kser: ``kser:1,14`` is 1 unfinished offset, then 20 finished ones.
     """
-    if not metadata or not metadata.startswith(METADATA):
+    if not metadata or not metadata.startswith(METADATA_PREFIX):
         return frozenset()
-    found: list[int] = []
-    # confluent-kafka also sends the zero with which texts end in C.
-    text = metadata.removeprefix(METADATA).partition(";")[0]
-    for number, run in enumerate(int(digits, 16) for digits in text.split(",")):
+    finished: list[int] = []
+    # Use the part before the checksum; confluent-kafka sends a zero byte after it.
+    text = metadata.removeprefix(METADATA_PREFIX).partition(";")[0]
+    for number, length in enumerate(int(digits, 16) for digits in text.split(",")):
         if number % 2:
-            found += range(offset, offset + run)
-        offset += run
-    return frozenset(found)
+            finished += range(offset, offset + length)
+        offset += length
+    return frozenset(finished)

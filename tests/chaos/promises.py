@@ -1,10 +1,10 @@
-"""The promises, each a function that reads a history and names what breaks it.
+"""The promises about messages; each has a function that reads a history and returns the violations.
 
-1. Every message is done or dead-lettered.
+1. Every message is finished: its task succeeded, or the message was dead-lettered.
 2. No committed offset is ever above the lowest unfinished one.
-3. A message is done twice only when its process was killed, stopped past its session or had to give it up.
-4. Messages with the same key are first begun in the order of the log, and do not overlap.
-5. Something happens while there is something to do.
+3. A message runs again only if its process was killed, was stopped past its session, or lost the partition.
+4. Messages with the same key first start in the order of the log, and do not overlap.
+5. The group makes progress while it has a lag.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from tests.chaos.history import (
     Execution,
     Fault,
     History,
-    Logged,
+    LoggedRecord,
     Sample,
 )
 
-#: Seconds that a commit may be late: it is asked for at a turn of the loop, and has to be answered.
-LATE = 3.0
-#: Seconds within which what was being begun when its process was stopped is noted after it goes on.
-WAKING = 0.05
-#: Seconds within which the end of a grace period is noticed.
-SHARP = 0.5
-#: Seconds from when partitions are given away until their next owner begins something of them.
-JOINING = 1.0
-#: Stories that are told of one promise.
-TOLD = 5
+#: Seconds that a commit may be late, because the poll loop requests it and Kafka must respond.
+COMMIT_DELAY = 3.0
+#: Seconds after SIGCONT in which a task may write the start that SIGSTOP interrupted.
+WAKE_UP = 0.05
+#: Seconds by which a consumer may end a grace period too early.
+GRACE_TOLERANCE = 0.5
+#: Seconds from the revocation of partitions until their next owner starts a record of them.
+TAKEOVER = 1.0
+#: The maximum number of subjects whose timelines are the evidence of a violation.
+MAX_EVIDENCE = 5
 
 
 class Violation(NamedTuple):
-    """A promise that was broken, with what is known about it."""
+    """A broken promise with its evidence."""
 
     promise: int
     text: str
@@ -54,291 +54,312 @@ class Violation(NamedTuple):
         return "\n".join((f"promise {self.promise}: {self.text}", *self.evidence))
 
 
-class Double(NamedTuple):
-    """A record that was begun again although an earlier execution had not failed."""
+class Duplicate(NamedTuple):
+    """A record that started again although an earlier execution had not failed."""
 
     subject: str
     earlier: Execution
     later: Execution
-    #: Why that is allowed; None when it is not.
+    #: The reason why the duplicate is allowed; None for a violation.
     cause: str | None
 
 
-def broken(history: History) -> list[Violation]:
-    """All violations of all promises."""
+def violations(history: History) -> list[Violation]:
+    """Return the violations of all promises."""
     return [
         *unfinished(history),
         *committed_too_far(history),
-        *forbidden_doubles(history),
+        *forbidden_duplicates(history),
         *out_of_order(history),
         *stalls(history),
     ]
 
 
-# -- 1 -----------------------------------------------------------------------------------------------------------------
+# -- 1: every message is finished --------------------------------------------------------------------------------------
 
 
 def unfinished(history: History) -> list[Violation]:
-    """Messages that are in the log, and neither done nor dead-lettered."""
+    """Return the violation about messages of the log that neither succeeded nor were dead-lettered."""
     missing = [record.subject for record in history.log if record.subject not in history.finished]
     if not missing:
         return []
-    return [Violation(1, f"{len(missing)} of {len(history.log)} messages were not finished", _told(history, missing))]
+    return [
+        Violation(1, f"{len(missing)} of {len(history.log)} messages were not finished", _evidence(history, missing))
+    ]
 
 
-# -- 2 -----------------------------------------------------------------------------------------------------------------
+# -- 2: commits --------------------------------------------------------------------------------------------------------
 
 
 def committed_too_far(history: History) -> list[Violation]:
-    """Samples in which Kafka had been told of records as finished that were not.
+    """Return the violation about commits that cover unfinished records.
 
-    Each sample's ledger position was read after its offsets, so what was finished by then is at least what was
-    finished when they were committed.
+    The ledger position of a sample was read after its offsets, so the ledger up to there contains every record that was
+    finished before the commit.
     """
-    found = covered_unfinished(history)
-    if not found:
+    subjects = covered_unfinished(history)
+    if not subjects:
         return []
-    text = f"{len(found)} messages were covered by a commit while they were unfinished"
-    return [Violation(2, text, _told(history, found))]
+    text = f"{len(subjects)} messages were covered by a commit while they were unfinished"
+    return [Violation(2, text, _evidence(history, subjects))]
 
 
 def covered_unfinished(history: History) -> list[str]:
-    """Subjects that a commit covered too early."""
-    found: dict[str, None] = {}
+    """Return the subjects that a commit covered too early."""
+    subjects: dict[str, None] = {}
     checked: set[str] = set()
-    ordered: dict[int, list[Logged]] = defaultdict(list)
-    for record in sorted(history.log, key=lambda each: each.offset, reverse=True):
-        ordered[record.partition].append(record)
+    # The lowest offset is last, so that it can be popped.
+    uncovered: dict[int, list[LoggedRecord]] = defaultdict(list)
+    for record in sorted(history.log, key=lambda record: record.offset, reverse=True):
+        uncovered[record.partition].append(record)
     for sample in history.samples:
-        for record in _newly_covered(sample, ordered, history, checked):
+        for record in _newly_covered(sample, uncovered, history, checked):
             if not history.was_finished(record.subject, sample):
-                found.setdefault(record.subject)
-    return list(found)
+                subjects.setdefault(record.subject)
+    return list(subjects)
 
 
 def _newly_covered(
-    sample: Sample, left: dict[int, list[Logged]], history: History, checked: set[str]
-) -> Iterator[Logged]:
-    """Records that this sample covers and none before did; what was finished once stays finished."""
-    for partition, first in (sample.committed or {}).items():
-        records = left.get(partition, [])
-        while records and records[-1].offset < first:
+    sample: Sample, uncovered: dict[int, list[LoggedRecord]], history: History, checked: set[str]
+) -> Iterator[LoggedRecord]:
+    """Yield the records that this sample is the first to cover; a finished record stays finished."""
+    for partition, committed in (sample.committed or {}).items():
+        records = uncovered.get(partition, [])
+        while records and records[-1].offset < committed:
             record = records.pop()
             if record.subject not in checked:
                 yield record
-    for place in ((partition, offset) for partition, offsets in sample.above.items() for offset in offsets):
-        above = history.places.get(place)
-        if above is not None and above.subject not in checked:
-            checked.add(above.subject)
-            yield above
+    for partition, offsets in sample.finished_above.items():
+        for offset in offsets:
+            above = history.records_by_offset.get((partition, offset))
+            if above is not None and above.subject not in checked:
+                checked.add(above.subject)
+                yield above
 
 
-# -- 3 -----------------------------------------------------------------------------------------------------------------
+# -- 3: duplicates -----------------------------------------------------------------------------------------------------
 
 
-def forbidden_doubles(history: History) -> list[Violation]:
-    """Records that were begun again without one of the causes that are allowed."""
-    forbidden = [double.subject for double in doubles(history) if double.cause is None]
+def forbidden_duplicates(history: History) -> list[Violation]:
+    """Return the violation about records that started again without an allowed cause."""
+    forbidden = [duplicate.subject for duplicate in duplicates(history) if duplicate.cause is None]
     if not forbidden:
         return []
     subjects = list(dict.fromkeys(forbidden))
-    return [Violation(3, f"{len(subjects)} messages were doubled without cause", _told(history, subjects))]
+    return [Violation(3, f"{len(subjects)} messages were duplicated without cause", _evidence(history, subjects))]
 
 
-def doubles(history: History) -> list[Double]:
-    """Every pair of executions of a record of which the earlier had not failed when the later began.
+def duplicates(history: History) -> list[Duplicate]:
+    """Return each pair of executions of a record of which the earlier had not failed when the later started.
 
-    Another attempt after a failure is none; neither is an attempt of somebody else, when the partition moved between.
+    A retry after a failure is no duplicate, also if the partition moved to another process in between.
     """
-    found: list[Double] = []
+    result: list[Duplicate] = []
     for subject, executions in history.executions.items():
         for number, later in enumerate(executions):
             for earlier in executions[:number]:
                 failed = earlier.outcome in (ledger.FAIL, ledger.EXIT) and (earlier.end or 0) <= later.start
                 if not failed or history.is_final(earlier):
-                    found.append(Double(subject, earlier, later, _cause(history, subject, earlier, later)))
-    return found
+                    result.append(Duplicate(subject, earlier, later, _cause(history, subject, earlier, later)))
+    return result
 
 
-def caused(history: History) -> Counter[str]:
-    """How many records were doubled, by cause; each counts once."""
-    causes = {double.subject: double.cause for double in doubles(history) if double.cause}
+def duplicates_by_cause(history: History) -> Counter[str]:
+    """Count the records with an allowed duplicate, by cause; each record counts once."""
+    causes = {duplicate.subject: duplicate.cause for duplicate in duplicates(history) if duplicate.cause}
     return Counter(causes.values())
 
 
 def _cause(history: History, subject: str, earlier: Execution, later: Execution) -> str | None:
+    """Return the fault or time limit that allows a duplicate; None if there is none."""
     for fault in _losses(history, earlier):
         if fault.at > later.start:
             continue
-        if earlier.was_running(fault.at, fault.until + (WAKING if fault.kind == STOP else 0)):
+        if earlier.was_running(fault.at, fault.until + (WAKE_UP if fault.kind == STOP else 0)):
             return f"running at {fault.kind}"
         if _was_uncommitted(history, subject, earlier, later, fault):
             return f"not yet committed at {fault.kind}"
-    if _was_being_begun(history, later):
+    if _was_starting_at_sigstop(history, later):
         return f"running at {STOP}"
     if _outlived_shutdown(history, earlier, later):
         return "longer than shutdown_timeout"
     if _outlived_revocation(history, earlier, later):
         return "longer than revoke_timeout"
-    if _was_given_away(history, subject, earlier, later):
+    if _lost_its_partition(history, subject, earlier, later):
         return f"running when {MORE_PARTITIONS}"
     return None
 
 
 def _losses(history: History, execution: Execution) -> list[Fault]:
-    """Faults after which what the process of an execution had in hand is another's."""
+    """Return the faults after which another process owns the partitions of an execution's process."""
     faults = history.faults_of(execution.process, KILL, STOP)
     return [fault for fault in faults if fault.kind == KILL or is_past_session(history, fault)]
 
 
 def is_past_session(history: History, fault: Fault) -> bool:
-    """Whether a process was stopped for so long that the group gave it up."""
-    return fault.until - fault.at > history.rules.session
+    """Return whether a process was stopped for longer than its session."""
+    return fault.until - fault.at > history.rules.session_timeout
 
 
 def _was_uncommitted(history: History, subject: str, earlier: Execution, later: Execution, fault: Fault) -> bool:
-    """Whether a record was finished, and could not yet be covered by a commit, when its process was lost."""
+    """Return whether a record was finished so shortly before the fault that no commit had to cover it."""
     if earlier.end is None or earlier.end > fault.at:
         return False
     record = history.records.get(subject)
     if record is None or any(sample.covers(record) for sample in history.samples if sample.at < later.start):
         return False
-    return fault.at - earlier.end - _outages(history, earlier.end, fault.at) <= history.rules.commit_interval + LATE
+    time_to_commit = fault.at - earlier.end - _outage_seconds(history, earlier.end, fault.at)
+    return time_to_commit <= history.rules.commit_interval + COMMIT_DELAY
 
 
-def _outages(history: History, begin: float, end: float) -> float:
-    """Seconds in which nothing could be committed because the broker was away."""
+def _outage_seconds(history: History, begin: float, end: float) -> float:
+    """Return the seconds of a period in which a broker outage prevented commits."""
     kinds = (BROKER_STOP, BROKER_KILL, LEADER_KILL)
-    away = (min(fault.until, end) - max(fault.at, begin) for fault in history.faults_of("", *kinds))
-    return sum(seconds for seconds in away if seconds > 0)
+    durations = (min(fault.until, end) - max(fault.at, begin) for fault in history.faults_of("", *kinds))
+    return sum(seconds for seconds in durations if seconds > 0)
 
 
-def _was_being_begun(history: History, later: Execution) -> bool:
-    """Whether a process had begun a record when it was stopped, and only could not note that before."""
+def _was_starting_at_sigstop(history: History, later: Execution) -> bool:
+    """Return whether SIGSTOP interrupted a start, which was then written to the ledger just after SIGCONT."""
     stops = history.faults_of(later.process, STOP)
-    return any(is_past_session(history, stop) and 0 <= later.start - stop.until <= WAKING for stop in stops)
+    return any(is_past_session(history, stop) and 0 <= later.start - stop.until <= WAKE_UP for stop in stops)
 
 
 def _outlived_shutdown(history: History, earlier: Execution, later: Execution) -> bool:
+    """Return whether a task ran longer than the shutdown_timeout of its process."""
     for fault in history.faults_of(earlier.process, TERM):
-        end = fault.at + history.rules.shutdown_timeout - SHARP
+        end = fault.at + history.rules.shutdown_timeout - GRACE_TOLERANCE
         if earlier.was_running(end, end) and later.start >= end:
             return True
     return False
 
 
-def _was_given_away(history: History, subject: str, earlier: Execution, later: Execution) -> bool:
-    """Whether a record was running when a hasty client, which had heard of new partitions, gave away its own."""
-    if not history.rules.hasty:
+def _lost_its_partition(history: History, subject: str, earlier: Execution, later: Execution) -> bool:
+    """Return whether a task was running when its client revoked the partition at once because of added partitions."""
+    if not history.rules.revokes_at_once:
         return False
     partition = history.records[subject].partition
-    same = [record.subject for record in history.log if record.partition == partition]
-    owned = [each.start for one in same for each in history.executions.get(one, ()) if each.process == later.process]
+    starts_of_new_owner = [
+        execution.start
+        for record in history.log
+        if record.partition == partition
+        for execution in history.executions.get(record.subject, ())
+        if execution.process == later.process
+    ]
     for fault in history.faults_of("", MORE_PARTITIONS):
-        taken = min((start for start in owned if start >= fault.at), default=math.inf)
-        if taken <= fault.until + LATE and earlier.was_running(taken - JOINING, taken):
+        taken_over = min((start for start in starts_of_new_owner if start >= fault.at), default=math.inf)
+        if taken_over <= fault.until + COMMIT_DELAY and earlier.was_running(taken_over - TAKEOVER, taken_over):
             return True
     return False
 
 
 def _outlived_revocation(history: History, earlier: Execution, later: Execution) -> bool:
-    """Whether a task ran on for the whole revoke_timeout after something that makes partitions move."""
-    grace = history.rules.revoke_timeout - SHARP
+    """Return whether a task ran longer than revoke_timeout after an event that causes a rebalance."""
+    grace = history.rules.revoke_timeout - GRACE_TOLERANCE
     if min(earlier.end or later.start, later.start) - earlier.start < grace:
         return False
-    moments = [entry.at for entry in history.entries if entry.event == ledger.UP]
-    moments += [moment for fault in history.faults for moment in (fault.at, fault.until)]
-    # Whoever is gone without a word is missed only when its session is over.
-    noticed = history.rules.session + LATE
-    return any(moment + grace <= later.start and moment + noticed >= earlier.start for moment in moments)
+    events = [entry.at for entry in history.entries if entry.event == ledger.UP]
+    events += [at for fault in history.faults for at in (fault.at, fault.until)]
+    # The group notices the loss of a killed process only after its session.
+    rebalance_delay = history.rules.session_timeout + COMMIT_DELAY
+    return any(at + grace <= later.start and at + rebalance_delay >= earlier.start for at in events)
 
 
-# -- 4 -----------------------------------------------------------------------------------------------------------------
+# -- 4: order ----------------------------------------------------------------------------------------------------------
 
 
 def out_of_order(history: History) -> list[Violation]:
-    """Records that were first begun before one that stands before them in their lane, or while it was running."""
-    found = {"after one that stands behind them": overtaken(history), "while the one before ran": overlapping(history)}
+    """Return the violations about records that started after a later record of their lane, or overlap with another."""
+    disordered = {
+        "after a later message of their lane": overtaken(history),
+        "while the previous message of their lane was running": overlapping(history),
+    }
     return [
-        Violation(4, f"{len(subjects)} messages were begun {how}", _told(history, subjects))
-        for how, subjects in found.items()
+        Violation(4, f"{len(subjects)} messages started {when}", _evidence(history, subjects))
+        for when, subjects in disordered.items()
         if subjects
     ]
 
 
 def overtaken(history: History) -> list[str]:
-    """Subjects that were first begun after one that stands behind them."""
-    found: list[str] = []
+    """Return the subjects that first started after a later record of their lane."""
+    subjects: list[str] = []
     for lane in lanes(history):
         latest = 0
         for record in lane:
             position = history.executions[record.subject][0].position
             if position < latest:
-                found.append(record.subject)
+                subjects.append(record.subject)
             latest = max(latest, position)
-    return found
+    return subjects
 
 
 def overlapping(history: History) -> list[str]:
-    """Subjects that were first begun while the same process ran the one before."""
-    found: list[str] = []
+    """Return the subjects that first started while the same process ran the previous record of their lane."""
+    subjects: list[str] = []
     for lane in lanes(history):
-        for one, other in pairwise(lane):
-            before, after = history.executions[one.subject][0], history.executions[other.subject][0]
+        for previous, record in pairwise(lane):
+            before, after = history.executions[previous.subject][0], history.executions[record.subject][0]
             ended = before.end is not None and before.end <= after.start
             if before.process == after.process and not ended:
-                found.append(other.subject)
-    return found
+                subjects.append(record.subject)
+    return subjects
 
 
-def lanes(history: History) -> list[list[Logged]]:
-    """Records that were begun, in order of the log, by what keeps them in order."""
-    found: dict[tuple[int, str | None], list[Logged]] = defaultdict(list)
-    for record in sorted(history.log, key=lambda each: each.offset):
+def lanes(history: History) -> list[list[LoggedRecord]]:
+    """Return the started records of each lane, in the order of the log."""
+    by_lane: dict[tuple[int, str | None], list[LoggedRecord]] = defaultdict(list)
+    for record in sorted(history.log, key=lambda record: record.offset):
         if record.subject not in history.executions:
             continue
         if history.rules.ordering == "partition":
-            found[record.partition, None].append(record)
+            by_lane[record.partition, None].append(record)
         elif record.key is not None:
-            found[record.partition, record.key].append(record)
-    return list(found.values())
+            by_lane[record.partition, record.key].append(record)
+    return list(by_lane.values())
 
 
-# -- 5 -----------------------------------------------------------------------------------------------------------------
+# -- 5: progress -------------------------------------------------------------------------------------------------------
 
 
 class StallWatch:
-    """Sees the samples one after the other, and how long nothing happened while there was something to do."""
+    """Stall detector: measures how long a group with a lag makes no progress.
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._since: float | None = None
-        self._last: tuple[int, int] | None = None
+    :param stall_seconds: a longer time without progress is a stall.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._progress_at: float | None = None
+        self._ledger_position = 0
+        self._committed = 0
         self._lag = 0
+        #: The longest time without progress, in seconds.
         self.longest = 0.0
 
-    def see(self, sample: Sample) -> str | None:
-        """Returns what is wrong, if the group is stuck at this sample."""
+    def add(self, sample: Sample) -> str | None:
+        """Add the next sample; return a text about the stall if the group is stalled."""
+        committed = self._committed
         if sample.committed is not None:
             self._lag = sample.lag
-        committed = sum(sample.committed.values()) if sample.committed is not None else (self._last or (0, 0))[1]
-        progress = (sample.ledger_position, committed)
-        if self._since is None or progress != self._last or self._lag <= 0:
-            self._since, self._last = sample.at, progress
-        quiet = sample.at - self._since
-        self.longest = max(self.longest, quiet)
-        return f"no progress for {quiet:.1f} s with a lag of {self._lag}" if quiet > self._patience else None
+            committed = sum(sample.committed.values())
+        has_progress = (sample.ledger_position, committed) != (self._ledger_position, self._committed)
+        if self._progress_at is None or has_progress or self._lag <= 0:
+            self._progress_at, self._ledger_position, self._committed = sample.at, sample.ledger_position, committed
+        pause = sample.at - self._progress_at
+        self.longest = max(self.longest, pause)
+        return f"no progress for {pause:.1f} s with a lag of {self._lag}" if pause > self._stall_seconds else None
 
 
 def stalls(history: History) -> list[Violation]:
-    """Times in which there were messages, and nothing was begun, ended or committed."""
-    watch = StallWatch(history.rules.patience)
-    found = [text for sample in history.samples if (text := watch.see(sample))]
-    return [Violation(5, found[-1], _standing(history))] if found else []
+    """Return the violation about a time with a lag in which no task started or ended and no commit was made."""
+    watch = StallWatch(history.rules.stall_seconds)
+    texts = [text for sample in history.samples if (text := watch.add(sample))]
+    return [Violation(5, texts[-1], _offsets_of_partitions(history))] if texts else []
 
 
-def _standing(history: History) -> tuple[str, ...]:
-    """Where the group is in each partition, as far as Kafka knows."""
+def _offsets_of_partitions(history: History) -> tuple[str, ...]:
+    """Return a text about the last sampled offsets of each partition."""
     ends: dict[int, int] = {}
     for record in history.log:
         ends[record.partition] = max(ends.get(record.partition, 0), record.offset + 1)
@@ -347,18 +368,18 @@ def _standing(history: History) -> tuple[str, ...]:
         return ()
     return tuple(
         f"    partition {number}: committed {(last.committed or {}).get(number)},"
-        f" {len(last.above.get(number, ()))} finished above, of {end}"
+        f" {len(last.finished_above.get(number, ()))} finished above, of {end}"
         for number, end in sorted(ends.items())
     )
 
 
 def longest_pause(history: History) -> float:
-    """The longest time without progress while there was something to do."""
-    watch = StallWatch(history.rules.patience)
+    """Return the longest time without progress during a lag, in seconds."""
+    watch = StallWatch(history.rules.stall_seconds)
     for sample in history.samples:
-        watch.see(sample)
+        watch.add(sample)
     return watch.longest
 
 
-def _told(history: History, subjects: Iterable[str]) -> tuple[str, ...]:
-    return tuple(line for subject in list(subjects)[:TOLD] for line in history.story(subject))
+def _evidence(history: History, subjects: Iterable[str]) -> tuple[str, ...]:
+    return tuple(line for subject in list(subjects)[:MAX_EVIDENCE] for line in history.timeline(subject))

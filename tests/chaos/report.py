@@ -1,4 +1,4 @@
-"""The figures of runs, as a row of a table each; the documentation shows the table."""
+"""The figures of runs, one row per run, for the table in the documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.chaos import ledger, promises
 from tests.chaos.run import Outcome
 
-#: Where runs add their rows to, when it is set.
+#: The variable with the path of the file to which runs add their rows.
 TABLE = "KSER_TEST_CHAOS_TABLE"
 
 HEADER = (
@@ -36,11 +36,11 @@ HEADER = (
 
 
 def row(outcome: Outcome) -> dict[str, str]:
-    """The figures of one group in one run."""
+    """Return the figures of one group in one run."""
     history = outcome.history
     done = {entry.subject for entry in history.entries if entry.event == ledger.END}
     dead = {letter.subject for letter in history.dead}
-    doubles = promises.doubles(history)
+    duplicates = promises.duplicates(history)
     values = (
         outcome.name,
         outcome.transport.replace("python_kafka", "kafka-python"),
@@ -51,9 +51,9 @@ def row(outcome: Outcome) -> dict[str, str]:
         len(done),
         len(dead),
         sum(record.subject not in history.finished for record in history.log),
-        _counted(outcome.hits),
-        _counted(promises.caused(history)),
-        len({double.subject for double in doubles if double.cause is None}),
+        _counts_text(outcome.hits),
+        _counts_text(promises.duplicates_by_cause(history)),
+        len({duplicate.subject for duplicate in duplicates if duplicate.cause is None}),
         len(promises.overtaken(history)) + len(promises.overlapping(history)),
         sum(sample.committed is not None for sample in history.samples),
         len(promises.covered_unfinished(history)),
@@ -62,17 +62,17 @@ def row(outcome: Outcome) -> dict[str, str]:
     return dict(zip(HEADER, map(str, values), strict=True))
 
 
-def _counted(counts: Counter[str]) -> str:
+def _counts_text(counts: Counter[str]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "none"
 
 
 def text(outcome: Outcome) -> str:
-    """The figures for people."""
+    """Return the figures as lines."""
     return "\n".join(f"{name + ':':<22} {value}" for name, value in row(outcome).items())
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """The figures as CSV, as ``csv-table`` of reStructuredText reads them."""
+    """Return the figures as CSV, for the directive ``csv-table`` of reStructuredText."""
     file = io.StringIO()
     writer = csv.DictWriter(file, HEADER, lineterminator="\n")
     writer.writeheader()
@@ -81,7 +81,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def add_to_table(outcomes: Iterable[Outcome]) -> None:
-    """Add the figures to the file that ``KSER_TEST_CHAOS_TABLE`` names, which begins with the header."""
+    """Add the figures to the file that ``KSER_TEST_CHAOS_TABLE`` names; a new file gets the header first."""
     if name := os.environ.get(TABLE):
         path = Path(name)
         header, _, rows = table(outcomes).partition("\n")

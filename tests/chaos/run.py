@@ -1,4 +1,4 @@
-"""One run: a topic that is fed, groups that consume it and are watched, faults, and in the end their histories."""
+"""One chaos run: it feeds a topic, lets groups consume it, samples their offsets, and causes faults."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from tests.chaos.history import (
     DeadLetter,
     Fault,
     History,
-    Logged,
+    LoggedRecord,
 )
 from tests.chaos.hits import hits
-from tests.chaos.messages import Order
-from tests.chaos.monkey import Action
-from tests.chaos.observer import SUBJECT, Feeder, Found, Sampler, read_topic
+from tests.chaos.messages import OutgoingRecord
+from tests.chaos.observer import SUBJECT, Feeder, ReadRecord, Sampler, read_topic
+from tests.chaos.plan import Action
 from tests.kafka.broker import Kafka, KafkaBroker
 
-#: Seconds that a group has to finish everything once no more is sent and all faults are over.
-DRAINING = 90.0
-#: Seconds that a group may need to begin.
-BEGINNING = 20.0
-#: Messages that a group may be behind while more are sent all the time.
-LITTLE = 200
-#: Seconds that a fault waits for its target to be at work: after a kill the others wait until its session is over.
-AIM = 7.0
-#: Kills until one finds a process at work.
-TRIES = 4
+#: Seconds that a group has to finish all records after the last one was sent and the last fault has ended.
+DRAIN_SECONDS = 90.0
+#: Seconds that a group may need to start its first task.
+START_SECONDS = 20.0
+#: The lag in records that a group may have while records are sent all the time.
+SMALL_LAG = 200
+#: Seconds that a fault waits until its target is busy: after a kill the others are idle until the session is over.
+AIM_SECONDS = 7.0
+#: The number of kills after which none has hit a busy process.
+KILL_TRIES = 4
 
 
-class GaveUp(Exception):
-    """A group is stuck, or one of its processes ended by itself; the histories tell the rest."""
+class RunAborted(Exception):
+    """A group is stalled, or one of its processes ended by itself; the histories contain the evidence."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run for one group."""
+    """The result of a run for one group."""
 
     name: str
     seed: int
@@ -62,27 +62,28 @@ class Outcome:
     transport: str
     processes: int
     history: History
-    #: What processes did that nobody did to them.
+    #: Texts about processes that ended without a fault, with a wrong status or too late.
     problems: Sequence[str]
-    #: What processes wrote last.
-    last_words: Sequence[str]
+    #: The last lines that each process wrote.
+    last_output: Sequence[str]
 
     @cached_property
-    def broken(self) -> list[str]:
-        """Everything that must not be."""
-        found = promises.broken(self.history)
+    def violations(self) -> list[str]:
+        """The problems, and the violations of promises."""
+        violations = promises.violations(self.history)
         if self.problems:
-            # It was cut short: of course something is missing.
-            found = [violation for violation in found if violation.promise != 1]
-        return [*self.problems, *map(str, found)]
+            # The run was aborted, so unfinished messages are expected.
+            violations = [violation for violation in violations if violation.promise != 1]
+        return [*self.problems, *map(str, violations)]
 
     @cached_property
     def hits(self) -> Counter[str]:
+        """The number of faults that hit, by kind."""
         return hits(self.history)
 
 
 class Run:
-    """To be used in a ``with``: whatever happens, no process and no thread is left after it."""
+    """A chaos run; leaving its ``with`` block ends all processes and threads."""
 
     def __init__(
         self, kafka: Kafka, folder: Path, name: str, seed: int, settings: Sequence[Settings], partitions: int = 6
@@ -90,15 +91,18 @@ class Run:
         self.name, self.seed, self.kafka, self.partitions = name, seed, kafka, partitions
         self.topic = f"chaos-{uuid.uuid4()}"
         self.kafka.create_topic(self.topic, partitions)
-        self.fleets = [Fleet(each, kafka.bootstrap_servers, self.topic, self._dead(each), folder) for each in settings]
-        self._begun = time.monotonic()
+        self.fleets = [
+            Fleet(each, kafka.bootstrap_servers, self.topic, self._new_dead_topic(each), folder) for each in settings
+        ]
+        self._started = time.monotonic()
         self._feeders: list[Feeder] = []
         self._samplers = [self._sampler(fleet) for fleet in self.fleets]
         self._stack = ExitStack()
         #: Faults of Kafka, which all groups share.
         self.faults: list[Fault] = []
 
-    def _dead(self, settings: Settings) -> str | None:
+    def _new_dead_topic(self, settings: Settings) -> str | None:
+        """Create the dead-letter topic of a group that needs one, and return its name."""
         if not settings.rules.dead_letters:
             return None
         name = f"{self.topic}.{settings.transport}.dead"
@@ -106,6 +110,7 @@ class Run:
         return name
 
     def _sampler(self, fleet: Fleet) -> Sampler:
+        """Return the sampler of a group."""
         return Sampler(
             self.kafka.bootstrap_servers,
             fleet.group,
@@ -113,7 +118,7 @@ class Run:
             delivered=lambda: sum(feeder.delivered for feeder in self._feeders),
             path=fleet.ledger,
             dead_topic=fleet.dead_topic,
-            patience=fleet.settings.rules.patience,
+            stall_seconds=fleet.settings.rules.stall_seconds,
         )
 
     def __enter__(self) -> Self:
@@ -129,127 +134,138 @@ class Run:
     ) -> None:
         self._stack.close()
 
-    # -- what is done --------------------------------------------------------------------------------------------------
+    # -- records and faults --------------------------------------------------------------------------------------------
 
-    def feed(self, orders: Iterable[Order], rate: float) -> None:
-        """Send these, so many a second, from now on."""
-        feeder = Feeder(self.kafka.bootstrap_servers, self.topic, iter(orders), rate)
+    def feed(self, records: Iterable[OutgoingRecord], rate: float) -> None:
+        """Start to send records.
+
+        :param rate: records per second.
+        """
+        feeder = Feeder(self.kafka.bootstrap_servers, self.topic, iter(records), rate)
         self._feeders.append(feeder)
         feeder.start()
 
     def stop_feeding(self) -> None:
-        """Send no more, and wait until everything has arrived."""
+        """Stop sending, and wait until all sent records are delivered."""
         for feeder in self._feeders:
             feeder.stop()
-            assert not feeder.problems, f"not sent, which is no fault of a consumer: {feeder.problems[:3]}"
+            assert not feeder.problems, f"records could not be sent, so the run proves nothing: {feeder.problems[:3]}"
 
     def wait_for_feeding(self, seconds: float) -> None:
-        """Wait until everything was sent."""
-        fed = self.wait_until(lambda: not any(feeder.is_alive() for feeder in self._feeders), seconds)
-        assert fed, f"not everything was sent within {seconds} s"
+        """Wait until all records are delivered."""
+        is_fed = self.wait_until(lambda: not any(feeder.is_alive() for feeder in self._feeders), seconds)
+        assert is_fed, f"not all records were sent within {seconds} s"
 
-    def wait_for_beginning(self) -> None:
-        """Wait until each group runs tasks."""
+    def wait_for_first_task(self) -> None:
+        """Wait until each group has started a task."""
         for fleet in self.fleets:
-            if not self.wait_until(partial(fleet.has_noted, ledger.START), BEGINNING):
-                fleet.problems.append(f"{fleet.group} began nothing within {BEGINNING} s")
-                raise GaveUp(fleet.problems[-1])
+            if not self.wait_until(partial(fleet.has_event, ledger.START), START_SECONDS):
+                fleet.problems.append(f"{fleet.group} started no task within {START_SECONDS} s")
+                raise RunAborted(fleet.problems[-1])
 
-    def wait_for_work(self, fleet: Fleet, name: str, seconds: float = AIM) -> None:
-        """Wait for a process to be at work, but not for long: what is done to an idle one shows nothing."""
+    def wait_until_busy(self, fleet: Fleet, name: str, seconds: float = AIM_SECONDS) -> None:
+        """Wait some time for a process to be busy, because a fault of an idle process proves nothing."""
         self.wait_until(lambda: fleet.is_busy(name), seconds)
 
     def kill_at_work(self, fleet: Fleet) -> None:
-        """Kill a process and start another one, again if it ended its task just before."""
-        for _ in range(TRIES):
+        """Replace a busy process by a new one; repeat this if the process had ended its task just before the kill."""
+        for _ in range(KILL_TRIES):
             name = fleet.names[0]
-            self.wait_for_work(fleet, name)
+            self.wait_until_busy(fleet, name)
             fleet.kill(name)
-            at, cut_off = fleet.faults[-1].at, fleet.running(name)
+            killed_at, interrupted = fleet.faults[-1].at, fleet.running(name)
             fleet.start()
-            if any(since <= at for since in cut_off.values()):
+            if any(started_at <= killed_at for started_at in interrupted.values()):
                 return
 
-    def grow(self, partitions: int) -> None:
-        """Add partitions to the topic."""
+    def add_partitions(self, partitions: int) -> None:
+        """Add partitions to the topic.
+
+        :param partitions: the new number of partitions.
+        """
         at = time.monotonic()
         self.kafka.grow_topic(self.topic, partitions)
         self.partitions = partitions
         self.faults.append(Fault(MORE_PARTITIONS, "", at, time.monotonic()))
 
     def start(self, count: int) -> None:
-        """Start so many consumers in each group."""
+        """Start ``count`` consumers in each group."""
         for fleet in self.fleets:
             for _ in range(count):
-                fleet.start(guest=False)
+                fleet.start(joins=False)
 
     def wait(self, seconds: float) -> None:
-        """Let things go on.
+        """Let the groups work for some time.
 
-        :raises GaveUp: that makes no sense any more.
+        :raises RunAborted: a group is stalled, or one of its processes ended by itself.
         """
         self.wait_until(lambda: False, seconds)
 
     def wait_until(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Let things go on until something is true, but not longer than this; returns whether it is."""
+        """Let the groups work until a condition is true, but at most ``seconds``; return whether it is true.
+
+        :raises RunAborted: a group is stalled, or one of its processes ended by itself.
+        """
         deadline = time.monotonic() + seconds
-        while not (found := condition()):
+        while not (is_met := condition()):
             for fleet, sampler in zip(self.fleets, self._samplers, strict=True):
-                fleet.look()
-                assert sampler.is_alive(), "nobody watches"
-                if sampler.stuck:
-                    fleet.report_stuck()
+                fleet.check_processes()
+                assert sampler.is_alive(), "the sampler has ended"
+                if sampler.stall:
+                    fleet.dump_stacks()
                 if fleet.problems:
-                    raise GaveUp(fleet.problems[0])
-            left = deadline - time.monotonic()
-            if left <= 0:
+                    raise RunAborted(fleet.problems[0])
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 break
-            time.sleep(min(0.02, left))
-        return bool(found)
+            time.sleep(min(0.02, remaining))
+        return bool(is_met)
 
     def drain(self) -> None:
-        """Send no more, wait until everything is committed, and end all consumers."""
+        """Stop sending, wait until all records are committed, and end all consumers."""
         self.stop_feeding()
         at = time.monotonic()
-        if not self.wait_until(lambda: not any(sampler.lag_since(at) for sampler in self._samplers), DRAINING):
+        if not self.wait_until(lambda: not any(sampler.lag_since(at) for sampler in self._samplers), DRAIN_SECONDS):
             for fleet, sampler in zip(self.fleets, self._samplers, strict=True):
-                fleet.report_stuck()
-                fleet.problems.append(f"{fleet.group} still had a lag of {sampler.lag_since(at)} after {DRAINING} s")
+                fleet.dump_stacks()
+                fleet.problems.append(
+                    f"{fleet.group} still had a lag of {sampler.lag_since(at)} after {DRAIN_SECONDS} s"
+                )
         for fleet in self.fleets:
             fleet.finish()
 
     def catch_up(self) -> None:
-        """Wait until no group lags behind what is sent by more than a moment."""
-        # What could not be sent comes first, or there would seem to be no lag.
-        self.wait_until(lambda: all(feeder.waiting < LITTLE for feeder in self._feeders), DRAINING)
+        """Wait until the lag of each group is small."""
+        # Deliver the records that were sent during the outage first, because undelivered records are no lag.
+        self.wait_until(lambda: all(feeder.undelivered < SMALL_LAG for feeder in self._feeders), DRAIN_SECONDS)
         at = time.monotonic()
-        self.wait_until(lambda: all(sampler.lag_since(at) < LITTLE for sampler in self._samplers), DRAINING)
+        self.wait_until(lambda: all(sampler.lag_since(at) < SMALL_LAG for sampler in self._samplers), DRAIN_SECONDS)
 
     def execute(self, actions: Sequence[Action]) -> None:
         """Carry out a plan, in each group at the same times."""
         slots = [dict(enumerate(fleet.names)) for fleet in self.fleets]
-        begun = time.monotonic()
-        steps = [(each.at, number, True) for number, each in enumerate(actions)]
-        steps += [(each.until, number, False) for number, each in enumerate(actions)]
-        for due, number, begins in sorted(steps):
-            self.wait(max(0, begun + due - time.monotonic()))
+        started = time.monotonic()
+        steps = [(action.at, number, True) for number, action in enumerate(actions)]
+        steps += [(action.until, number, False) for number, action in enumerate(actions)]
+        for due_at, number, is_begin in sorted(steps):
+            self.wait(max(0, started + due_at - time.monotonic()))
             action = actions[number]
             if action.kind in (BROKER_STOP, BROKER_KILL):
-                if begins:
+                if is_begin:
                     at = time.monotonic()
-                    self.lose_broker(action.kind, action.seconds)
-                    # What follows is as much later as starting and catching up took.
-                    begun += time.monotonic() - at - action.seconds
+                    self.broker_outage(action.kind, action.seconds)
+                    # Delay the rest of the plan by the time for the start of the broker and for catching up.
+                    started += time.monotonic() - at - action.seconds
                 continue
             for fleet, names in zip(self.fleets, slots, strict=True):
                 at = time.monotonic()
-                if begins and action.kind != JOIN:
-                    self.wait_for_work(fleet, names[action.slot])
-                begun += time.monotonic() - at
-                (_begin if begins else _end)(fleet, names, action)
+                if is_begin and action.kind != JOIN:
+                    self.wait_until_busy(fleet, names[action.slot])
+                started += time.monotonic() - at
+                (_begin if is_begin else _end)(fleet, names, action)
 
-    def lose_broker(self, kind: str, seconds: float) -> None:
-        """Stop or kill the broker, and start it again so much later."""
+    def broker_outage(self, kind: str, seconds: float) -> None:
+        """Stop or kill the broker, start it ``seconds`` later, and let the groups catch up."""
         broker = self.kafka
         assert isinstance(broker, KafkaBroker)
         at = time.monotonic()
@@ -259,27 +275,26 @@ class Run:
         self.faults.append(Fault(kind, "", at, time.monotonic()))
         self.catch_up()
 
-    def lose_leader(self, topic: str, seconds: float) -> None:
-        """Kill the node that leads the first partition of a topic, and start it again so much later."""
+    def leader_outage(self, topic: str, seconds: float) -> None:
+        """Kill the leader of a topic's first partition, start it ``seconds`` later, and let the groups catch up."""
         cluster = self.kafka
         assert isinstance(cluster, Cluster)
         number = cluster.leaders(topic)[0]
         at = time.monotonic()
         cluster.nodes[number].kill()
         self.wait(seconds)
-        assert cluster.leaders(topic)[0] not in (number, -1), "nobody leads in its place"
+        assert cluster.leaders(topic)[0] not in (number, -1), "the partition has no new leader"
         cluster.nodes[number].start()
         self.faults.append(Fault(LEADER_KILL, "", at, time.monotonic()))
         self.catch_up()
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- outcomes ------------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> list[Outcome]:
-        """To be asked for when the run is over, and Kafka still there."""
-        found = read_topic(self.kafka.bootstrap_servers, self.topic)
-        log = [_logged(record) for record in found]
-        assert len({record.subject for record in log}) == len(log), "something was sent twice: no fault of a consumer"
-        seconds = time.monotonic() - self._begun
+        """Return the outcome of each group, after the run and while Kafka still runs."""
+        log = [_logged(record) for record in read_topic(self.kafka.bootstrap_servers, self.topic)]
+        assert len({record.subject for record in log}) == len(log), "a record was sent twice, so the run proves nothing"
+        seconds = time.monotonic() - self._started
         return [
             Outcome(
                 name=self.name,
@@ -289,13 +304,13 @@ class Run:
                 processes=fleet.started,
                 history=self._history(fleet, sampler, log),
                 problems=fleet.problems,
-                last_words=fleet.last_words(),
+                last_output=fleet.last_output(),
             )
             for fleet, sampler in zip(self.fleets, self._samplers, strict=True)
         ]
 
-    def _history(self, fleet: Fleet, sampler: Sampler, log: list[Logged]) -> History:
-        places = {(record.partition, record.offset): record.subject for record in log}
+    def _history(self, fleet: Fleet, sampler: Sampler, log: list[LoggedRecord]) -> History:
+        subjects = {(record.partition, record.offset): record.subject for record in log}
         dead = read_topic(self.kafka.bootstrap_servers, fleet.dead_topic) if fleet.dead_topic else []
         return History(
             rules=fleet.settings.rules,
@@ -303,25 +318,26 @@ class Run:
             entries=ledger.read(fleet.ledger),
             samples=sampler.samples,
             faults=[*fleet.faults, *self.faults],
-            dead=[_dead_letter(record, places, fleet.pids) for record in dead],
+            dead=[_dead_letter(record, subjects, fleet.pids) for record in dead],
         )
 
 
-def perform(run: Run, what: Callable[[Run], None]) -> list[Outcome]:
-    """Do something to a run, let the groups finish, and tell what came of it."""
+def perform(run: Run, scenario: Callable[[Run], None]) -> list[Outcome]:
+    """Perform a scenario, let the groups finish, and return the outcome of each group."""
     with run:
         try:
-            what(run)
+            scenario(run)
             run.drain()
-        except GaveUp as problem:
-            # What is wrong with the run is in its history; what it was cut short for counts for all of its groups.
+        except RunAborted as problem:
+            # The abort is a problem of every group, because none could finish.
             reason = str(problem).partition("\n")[0]
             for fleet in run.fleets:
-                fleet.problems = fleet.problems or [f"cut short because of another group: {reason}"]
+                fleet.problems = fleet.problems or [f"aborted because of another group: {reason}"]
     return run.outcomes()
 
 
 def _begin(fleet: Fleet, names: dict[int, str], action: Action) -> None:
+    """Begin a fault of the process in a slot."""
     if action.kind == JOIN:
         names[action.slot] = fleet.start()
     elif action.kind == KILL:
@@ -329,29 +345,30 @@ def _begin(fleet: Fleet, names: dict[int, str], action: Action) -> None:
     elif action.kind == TERM:
         fleet.terminate(names[action.slot])
     elif action.kind == STOP:
-        fleet.stop(names[action.slot])
+        fleet.sigstop(names[action.slot])
 
 
 def _end(fleet: Fleet, names: dict[int, str], action: Action) -> None:
+    """End a fault: continue the process, or start another one in its slot."""
     if action.kind == JOIN:
         fleet.terminate(names.pop(action.slot))
     elif action.kind == STOP:
-        fleet.go_on(names[action.slot])
+        fleet.sigcont(names[action.slot])
     else:
         names[action.slot] = fleet.start()
 
 
-def _logged(record: Found) -> Logged:
+def _logged(record: ReadRecord) -> LoggedRecord:
     key = None if record.key is None else record.key.decode()
-    return Logged(record.headers[SUBJECT].decode(), record.partition, record.offset, key)
+    return LoggedRecord(record.headers[SUBJECT].decode(), record.partition, record.offset, key)
 
 
-def _dead_letter(record: Found, places: dict[tuple[int, int], str], processes: dict[int, str]) -> DeadLetter:
-    """Kafka writes down the time of day; the ledger counts from when the machine was started."""
-    about = {name: record.headers[f"kser-dlq-{name}"].decode() for name in ("partition", "offset", "consumer")}
+def _dead_letter(record: ReadRecord, subjects: dict[tuple[int, int], str], processes: dict[int, str]) -> DeadLetter:
+    """Return a dead letter of the history; its timestamp is converted to the clock of the ledger."""
+    headers = {name: record.headers[f"kser-dlq-{name}"].decode() for name in ("partition", "offset", "consumer")}
     return DeadLetter(
-        subject=places[int(about["partition"]), int(about["offset"])],
-        process=processes[int(about["consumer"].split()[-1])],
-        at=record.written - time.time() + time.monotonic(),
+        subject=subjects[int(headers["partition"]), int(headers["offset"])],
+        process=processes[int(headers["consumer"].split()[-1])],
+        at=record.timestamp - time.time() + time.monotonic(),
         position=record.offset,
     )

@@ -1,7 +1,7 @@
-"""Short chaos run: every kind of fault once, with the promises checked from the ledger and from Kafka.
+"""Short chaos runs: every kind of fault hits, and the promises are checked with the ledger and Kafka.
 
-``KSER_TEST_CHAOS_SEED`` replays a run; ``KSER_TEST_CHAOS_SECONDS`` says how long each churn takes; figures are added to
-the file that ``KSER_TEST_CHAOS_TABLE`` names. ``python -m tests.chaos`` is the long run.
+``KSER_TEST_CHAOS_SEED`` replays a run; ``KSER_TEST_CHAOS_SECONDS`` is the duration of each churn; the runs add their
+figures to the file that ``KSER_TEST_CHAOS_TABLE`` names. ``python -m tests.chaos`` is the long run.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ SECONDS = float(os.environ.get("KSER_TEST_CHAOS_SECONDS") or 24)
 
 
 def check(outcomes: Sequence[Outcome], *faults: str) -> None:
-    """Everything that was promised holds, although each of these faults hit."""
+    """Assert that all promises hold, and that each of these faults hit."""
     for outcome in outcomes:
         print(report.text(outcome), end="\n\n")
     report.add_to_table(outcomes)
-    broken = [
+    violations = [
         f"{outcome.transport}: {text}"
         for outcome in outcomes
-        for text in (*outcome.broken, *(outcome.last_words if outcome.broken else ()))
+        for text in (*outcome.violations, *(outcome.last_output if outcome.violations else ()))
     ]
-    replay = f"{SEED}={outcomes[0].seed} does the same again"
-    assert not broken, "\n".join((replay, *broken))
+    replay = f"{SEED}={outcomes[0].seed} plans the same run"
+    assert not violations, "\n".join((replay, *violations))
     for outcome in outcomes:
         missed = [fault for fault in faults if not outcome.hits[fault]]
-        assert not missed, f"{outcome.transport}: no {', '.join(missed)} hit, so nothing was shown; {replay}"
+        assert not missed, f"{outcome.transport}: no {', '.join(missed)} hit, so the run proves nothing; {replay}"
 
 
 @pytest.mark.parametrize("transport", scenarios.TRANSPORTS)
@@ -51,11 +51,11 @@ def test_consumer_group_keeps_its_promises_under_churn(
 
 
 def test_broker_outage_duplicates_no_message(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
-    check(scenarios.broker_away(own_kafka, tmp_path, seed), BROKER_STOP, BROKER_KILL)
+    check(scenarios.broker_outage(own_kafka, tmp_path, seed), BROKER_STOP, BROKER_KILL)
 
 
 def test_kill_before_the_first_commit_loses_no_message(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
-    check(scenarios.first_start_killed(kafka, tmp_path, seed), hits.FIRST)
+    check(scenarios.first_start_killed(kafka, tmp_path, seed), hits.FIRST_KILL)
 
 
 def test_records_in_added_partitions_are_consumed(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
@@ -63,14 +63,14 @@ def test_records_in_added_partitions_are_consumed(kafka: KafkaBroker, tmp_path: 
 
 
 def test_task_may_run_ten_times_longer_than_max_poll_interval(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
-    check(scenarios.long_task(kafka, tmp_path, seed), hits.LONG, JOIN)
+    check(scenarios.long_task(kafka, tmp_path, seed), hits.LONG_TASK, JOIN)
 
 
 def test_random_payloads_are_dead_lettered_and_block_nothing(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
-    outcomes = scenarios.rubbish(kafka, tmp_path, seed)
-    check(outcomes, hits.RUBBISH, KILL)
-    assert all(outcome.hits[hits.RUBBISH] == scenarios.PAYLOADS for outcome in outcomes)
+    outcomes = scenarios.random_payloads(kafka, tmp_path, seed)
+    check(outcomes, hits.RANDOM_PAYLOAD, KILL)
+    assert all(outcome.hits[hits.RANDOM_PAYLOAD] == scenarios.PAYLOADS for outcome in outcomes)
 
 
 def test_leader_loss_duplicates_no_message(cluster: Cluster, tmp_path: Path, seed: int) -> None:
-    check(scenarios.leader_lost(cluster, tmp_path, seed), LEADER_KILL)
+    check(scenarios.leader_outage(cluster, tmp_path, seed), LEADER_KILL)

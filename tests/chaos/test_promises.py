@@ -17,27 +17,31 @@ from tests.chaos.history import (
     DeadLetter,
     Fault,
     History,
-    Logged,
+    LoggedRecord,
     Rules,
     Sample,
 )
 from tests.chaos.observer import finished_above
 
 #: Three messages with one key, in one partition.
-LOG = [Logged(subject, 0, offset, "key") for offset, subject in enumerate("abc")]
+LOG = [LoggedRecord(subject, 0, offset, "key") for offset, subject in enumerate("abc")]
 
 LETTERS = Rules(dead_letters=True)
 
 
-def told(
+def history_of(
     *lines: str,
     faults: Sequence[Fault] = (),
     samples: Sequence[Sample] = (),
     dead: Sequence[DeadLetter] = (),
-    log: Sequence[Logged] = LOG,
+    log: Sequence[LoggedRecord] = LOG,
     rules: Rules | None = None,
 ) -> History:
-    """A history of lines like ``1.5 one start a``: at that time, in that process. The tenth line ends at 10."""
+    """Return a history whose ledger has these lines.
+
+    :param lines: ``1.5 one start a`` is the start of ``a`` in the process ``one`` at 1.5 s. The ledger position of a
+        line is its number, counted from 1.
+    """
     entries = []
     for position, line in enumerate(lines, 1):
         at, process, event, *subject = line.split()
@@ -46,10 +50,14 @@ def told(
 
 
 def sample(at: float, committed: int | None, position: int = 0, **more: object) -> Sample:
-    """Of partition 0, when so many lines of the ledger were there."""
+    """Return a sample.
+
+    :param committed: the committed offset of partition 0.
+    :param position: the number of ledger lines at that time.
+    """
     offsets: Mapping[int, int] | None = None if committed is None else {0: committed}
-    given: dict[str, object] = {"above": {}, "dead_position": 0, "logged": 3, **more}
-    return Sample(at=at, committed=offsets, ledger_position=position, **given)  # type: ignore[arg-type]
+    fields: dict[str, object] = {"finished_above": {}, "dead_letter_count": 0, "log_size": 3, **more}
+    return Sample(at=at, committed=offsets, ledger_position=position, **fields)  # type: ignore[arg-type]
 
 
 def letter(subject: str, at: float, position: int = 0, process: str = "one") -> DeadLetter:
@@ -64,82 +72,85 @@ ALL_DONE = (
 
 
 def test_run_without_faults_breaks_no_promise() -> None:
-    history = told(*ALL_DONE, samples=[sample(2, 3, 6)])
-    assert promises.broken(history) == []
-    assert promises.doubles(history) == []
+    history = history_of(*ALL_DONE, samples=[sample(2, 3, 6)])
+    assert promises.violations(history) == []
+    assert promises.duplicates(history) == []
 
 
-# -- 1: every message is done or dead-lettered -------------------------------------------------------------------------
+# -- 1: every message is finished --------------------------------------------------------------------------------------
 
 
 def test_message_that_never_started_is_reported_as_missing() -> None:
-    (violation,) = promises.unfinished(told(*ALL_DONE[:4]))
+    (violation,) = promises.unfinished(history_of(*ALL_DONE[:4]))
     assert "1 of 3 messages were not finished" in str(violation)
-    assert "Logged(subject='c'" in str(violation), "the evidence"
+    assert "LoggedRecord(subject='c'" in str(violation), "the evidence"
 
 
 def test_message_that_never_ended_is_reported_as_missing() -> None:
-    assert promises.unfinished(told(*ALL_DONE[:5]))
+    assert promises.unfinished(history_of(*ALL_DONE[:5]))
 
 
 def test_dead_letter_finishes_a_message() -> None:
-    assert not promises.unfinished(told(*ALL_DONE[:4], dead=[letter("c", 2)], rules=LETTERS))
+    assert not promises.unfinished(history_of(*ALL_DONE[:4], dead=[letter("c", 2)], rules=LETTERS))
 
 
 def test_failed_message_is_missing_only_with_dead_letters_enabled() -> None:
     lines = (*ALL_DONE[:5], "1.5 one fail c")
-    assert not promises.unfinished(told(*lines))
-    assert promises.unfinished(told(*lines, rules=LETTERS))
+    assert not promises.unfinished(history_of(*lines))
+    assert promises.unfinished(history_of(*lines, rules=LETTERS))
 
 
-# -- 2: nothing is committed too early ---------------------------------------------------------------------------------
+# -- 2: commits --------------------------------------------------------------------------------------------------------
 
 
 def test_commit_that_covers_a_running_message_is_reported() -> None:
-    history = told(*ALL_DONE, samples=[sample(1.25, 2, 3)])
+    history = history_of(*ALL_DONE, samples=[sample(1.25, 2, 3)])
     assert promises.covered_unfinished(history) == ["b"]
     assert "covered by a commit while they were unfinished" in str(promises.committed_too_far(history)[0])
 
 
 def test_commit_of_messages_finished_before_the_request_is_accepted() -> None:
-    history = told(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.35, 2, 4), sample(1.6, 3, 6)])
+    history = history_of(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.35, 2, 4), sample(1.6, 3, 6)])
     assert promises.committed_too_far(history) == []
 
 
 def test_invalid_commit_after_a_valid_one_is_reported() -> None:
-    history = told(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.2, 3, 2), sample(1.6, 3, 6)])
+    history = history_of(*ALL_DONE, samples=[sample(1.15, 1, 2), sample(1.2, 3, 2), sample(1.6, 3, 6)])
     assert promises.covered_unfinished(history) == ["b", "c"]
 
 
 def test_metadata_that_marks_a_running_message_as_finished_is_reported() -> None:
     above = {0: frozenset({2})}
-    assert promises.covered_unfinished(told(*ALL_DONE, samples=[sample(1.45, 1, 5, above=above)])) == ["c"]
-    assert promises.covered_unfinished(told(*ALL_DONE, samples=[sample(1.6, 1, 6, above=above)])) == []
+    assert promises.covered_unfinished(history_of(*ALL_DONE, samples=[sample(1.45, 1, 5, finished_above=above)])) == [
+        "c"
+    ]
+    assert promises.covered_unfinished(history_of(*ALL_DONE, samples=[sample(1.6, 1, 6, finished_above=above)])) == []
 
 
 def test_commit_ahead_of_its_dead_letter_is_reported() -> None:
     lines = (*ALL_DONE[:5], "1.5 one fail c")
-    for dead_position, found in ((0, ["c"]), (1, [])):
-        samples = [sample(1.6, 3, 6, dead_position=dead_position)]
-        assert promises.covered_unfinished(told(*lines, dead=[letter("c", 2)], rules=LETTERS, samples=samples)) == found
+    for dead_letter_count, subjects in ((0, ["c"]), (1, [])):
+        samples = [sample(1.6, 3, 6, dead_letter_count=dead_letter_count)]
+        history = history_of(*lines, dead=[letter("c", 2)], rules=LETTERS, samples=samples)
+        assert promises.covered_unfinished(history) == subjects
 
 
 def test_commit_metadata_is_read_as_documented() -> None:
     assert finished_above(100, "kser:1,14,2,3") == {*range(101, 121), *range(123, 126)}
-    assert finished_above(7, "") == finished_above(7, None) == finished_above(7, "of somebody else") == frozenset()
+    assert finished_above(7, "") == finished_above(7, None) == finished_above(7, "of another client") == frozenset()
 
 
-# -- 3: nothing is doubled without cause -------------------------------------------------------------------------------
+# -- 3: duplicates -----------------------------------------------------------------------------------------------------
 
 
-def cause(*lines: str, **given: object) -> str | None:
-    """Why ``a``, which is doubled in this history, may be."""
-    (double,) = promises.doubles(told(*lines, **given))  # type: ignore[arg-type]
-    return double.cause
+def cause(*lines: str, **recorded: object) -> str | None:
+    """Return the cause of the only duplicate in a history."""
+    (duplicate,) = promises.duplicates(history_of(*lines, **recorded))  # type: ignore[arg-type]
+    return duplicate.cause
 
 
-DONE_TWICE = ("1.0 one start a", "2.0 one end a", "9.0 two start a", "9.1 two end a")
-CUT_OFF = ("1.0 one start a", "9.0 two start a", "9.1 two end a")
+RUN_TWICE = ("1.0 one start a", "2.0 one end a", "9.0 two start a", "9.1 two end a")
+INTERRUPTED = ("1.0 one start a", "9.0 two start a", "9.1 two end a")
 
 
 def kill(at: float, process: str = "one") -> Fault:
@@ -147,13 +158,13 @@ def kill(at: float, process: str = "one") -> Fault:
 
 
 def test_duplicate_message_without_a_fault_is_reported() -> None:
-    (violation,) = promises.forbidden_doubles(told(*DONE_TWICE))
-    assert "1 messages were doubled without cause" in str(violation)
+    (violation,) = promises.forbidden_duplicates(history_of(*RUN_TWICE))
+    assert "1 messages were duplicated without cause" in str(violation)
     assert "9.000 start in two" in str(violation), "the evidence"
 
 
 def test_message_running_at_sigkill_may_be_duplicated() -> None:
-    assert cause(*CUT_OFF, faults=[kill(1.5)]) == "running at SIGKILL"
+    assert cause(*INTERRUPTED, faults=[kill(1.5)]) == "running at SIGKILL"
 
 
 def test_message_running_in_two_processes_without_a_fault_is_reported() -> None:
@@ -161,38 +172,38 @@ def test_message_running_in_two_processes_without_a_fault_is_reported() -> None:
 
 
 def test_kill_of_another_process_excuses_no_duplicate() -> None:
-    assert cause(*DONE_TWICE, faults=[kill(2.1, "two"), kill(2.1, "three")]) is None
+    assert cause(*RUN_TWICE, faults=[kill(2.1, "two"), kill(2.1, "three")]) is None
 
 
 def test_kill_after_the_second_execution_began_excuses_no_duplicate() -> None:
-    assert cause(*DONE_TWICE, faults=[kill(9.05)]) is None
+    assert cause(*RUN_TWICE, faults=[kill(9.05)]) is None
 
 
 def test_message_finished_just_before_sigkill_may_be_duplicated() -> None:
-    assert cause(*DONE_TWICE, faults=[kill(2.9)]) == "not yet committed at SIGKILL"
+    assert cause(*RUN_TWICE, faults=[kill(2.9)]) == "not yet committed at SIGKILL"
 
 
 def test_message_committed_before_sigkill_may_not_be_duplicated() -> None:
-    assert cause(*DONE_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 1, 2)]) is None
+    assert cause(*RUN_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 1, 2)]) is None
     above = {0: frozenset({0})}
-    assert cause(*DONE_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 0, 2, above=above)]) is None
+    assert cause(*RUN_TWICE, faults=[kill(2.9)], samples=[sample(2.5, 0, 2, finished_above=above)]) is None
 
 
 def test_message_finished_long_before_sigkill_may_not_be_duplicated() -> None:
-    assert cause(*DONE_TWICE, faults=[kill(2 + 1 + promises.LATE + 0.1)]) is None
+    assert cause(*RUN_TWICE, faults=[kill(2 + 1 + promises.COMMIT_DELAY + 0.1)]) is None
 
 
 def test_broker_outage_excuses_a_missing_commit() -> None:
     faults = [Fault(BROKER_KILL, "", 2.1, 7.1), kill(8.5)]
-    assert cause(*DONE_TWICE, faults=faults) == "not yet committed at SIGKILL"
+    assert cause(*RUN_TWICE, faults=faults) == "not yet committed at SIGKILL"
 
 
 def test_each_duplicate_needs_a_cause_of_its_own() -> None:
-    lines = (*CUT_OFF, "9.5 three start a", "9.6 three end a")
-    found = [double.cause for double in promises.doubles(told(*lines, faults=[kill(1.5)]))]
-    assert found == ["running at SIGKILL", "running at SIGKILL", None]
-    assert promises.forbidden_doubles(told(*lines, faults=[kill(1.5)]))
-    assert not promises.forbidden_doubles(told(*lines, faults=[kill(1.5), kill(9.2, "two")]))
+    lines = (*INTERRUPTED, "9.5 three start a", "9.6 three end a")
+    causes = [duplicate.cause for duplicate in promises.duplicates(history_of(*lines, faults=[kill(1.5)]))]
+    assert causes == ["running at SIGKILL", "running at SIGKILL", None]
+    assert promises.forbidden_duplicates(history_of(*lines, faults=[kill(1.5)]))
+    assert not promises.forbidden_duplicates(history_of(*lines, faults=[kill(1.5), kill(9.2, "two")]))
 
 
 def test_message_running_at_sigstop_past_the_session_may_be_duplicated() -> None:
@@ -219,15 +230,15 @@ def test_message_starting_at_sigstop_may_be_duplicated() -> None:
 
 def test_message_outliving_shutdown_timeout_may_be_duplicated() -> None:
     term = [Fault(TERM, "one", 1.5, 4.6)]
-    assert cause(*CUT_OFF, faults=term, rules=Rules(shutdown_timeout=3)) == "longer than shutdown_timeout"
+    assert cause(*INTERRUPTED, faults=term, rules=Rules(shutdown_timeout=3)) == "longer than shutdown_timeout"
 
 
 def test_message_ending_within_shutdown_timeout_may_not_be_duplicated() -> None:
-    assert cause(*DONE_TWICE, faults=[Fault(TERM, "one", 1.5, 2.1)], rules=Rules(shutdown_timeout=3)) is None
+    assert cause(*RUN_TWICE, faults=[Fault(TERM, "one", 1.5, 2.1)], rules=Rules(shutdown_timeout=3)) is None
 
 
 def test_message_finished_just_before_sigterm_may_not_be_duplicated() -> None:
-    assert cause(*DONE_TWICE, faults=[Fault(TERM, "one", 2.1, 2.2)]) is None
+    assert cause(*RUN_TWICE, faults=[Fault(TERM, "one", 2.1, 2.2)]) is None
 
 
 def test_message_outliving_revoke_timeout_may_be_duplicated() -> None:
@@ -238,12 +249,12 @@ def test_message_outliving_revoke_timeout_may_be_duplicated() -> None:
 
 
 def test_message_running_when_partitions_are_added_may_be_duplicated() -> None:
-    grown = [Fault(MORE_PARTITIONS, "", 1.5, 1.6)]
+    added = [Fault(MORE_PARTITIONS, "", 1.5, 1.6)]
     lines = ("1.0 one start a", "2.0 two start a", "2.1 one end a", "2.2 two end a")
-    assert cause(*lines, faults=grown, rules=Rules(hasty=True)) == "running when partitions added"
-    assert cause(*lines, faults=grown) is None
+    assert cause(*lines, faults=added, rules=Rules(revokes_at_once=True)) == "running when partitions added"
+    assert cause(*lines, faults=added) is None
     before = ("0.2 one start a", "0.9 one end a", "2.0 two start a", "2.2 two end a")
-    assert cause(*before, faults=grown, rules=Rules(hasty=True)) is None
+    assert cause(*before, faults=added, rules=Rules(revokes_at_once=True)) is None
 
 
 def test_long_message_may_not_be_duplicated_without_a_rebalance() -> None:
@@ -252,12 +263,12 @@ def test_long_message_may_not_be_duplicated_without_a_rebalance() -> None:
 
 
 def test_short_message_may_not_be_duplicated_by_a_rebalance() -> None:
-    assert cause(*DONE_TWICE, faults=[Fault(JOIN, "two", 2.1, 2.1)]) is None
+    assert cause(*RUN_TWICE, faults=[Fault(JOIN, "two", 2.1, 2.1)]) is None
 
 
 def test_retry_after_a_failure_is_no_duplicate() -> None:
     lines = ("1.0 one start a", "1.1 one exit a", "1.2 one start a", "1.3 one end a")
-    assert promises.doubles(told(*lines, rules=LETTERS)) == []
+    assert promises.duplicates(history_of(*lines, rules=LETTERS)) == []
     assert cause(*lines) is None, "without dead letters a failure is final"
 
 
@@ -280,8 +291,10 @@ def test_two_dead_letters_of_an_undecodable_payload_are_a_duplicate() -> None:
 
 
 def test_duplicate_messages_are_counted_once_per_cause() -> None:
-    lines = (*CUT_OFF, "9.5 three start a", "9.6 three end a")
-    assert promises.caused(told(*lines, faults=[kill(1.5), kill(9.05, "two")])) == {"running at SIGKILL": 1}
+    lines = (*INTERRUPTED, "9.5 three start a", "9.6 three end a")
+    assert promises.duplicates_by_cause(history_of(*lines, faults=[kill(1.5), kill(9.05, "two")])) == {
+        "running at SIGKILL": 1
+    }
 
 
 # -- 4: order ----------------------------------------------------------------------------------------------------------
@@ -292,13 +305,15 @@ OVERLAPPING = ("1.0 one start a", "1.1 one start b", "1.2 one end a", "1.3 one e
 
 
 def test_message_started_after_a_later_one_is_reported() -> None:
-    assert promises.overtaken(told(*OVERTAKEN)) == ["b"]
-    assert "begun after one that stands behind them" in str(promises.out_of_order(told(*OVERTAKEN))[0])
+    assert promises.overtaken(history_of(*OVERTAKEN)) == ["b"]
+    assert "started after a later message of their lane" in str(promises.out_of_order(history_of(*OVERTAKEN))[0])
 
 
 def test_overlapping_messages_of_one_key_are_reported() -> None:
-    assert promises.overlapping(told(*OVERLAPPING)) == ["b"]
-    assert "begun while the one before ran" in str(promises.out_of_order(told(*OVERLAPPING))[0])
+    assert promises.overlapping(history_of(*OVERLAPPING)) == ["b"]
+    assert "started while the previous message of their lane was running" in str(
+        promises.out_of_order(history_of(*OVERLAPPING))[0]
+    )
 
 
 @pytest.mark.parametrize("lines", [OVERTAKEN, OVERLAPPING])
@@ -307,13 +322,13 @@ def test_messages_of_different_keys_or_without_a_key_have_no_order(
     lines: Sequence[str], keys: Sequence[str | None]
 ) -> None:
     log = [record._replace(key=key) for record, key in zip(LOG, keys, strict=True)]
-    assert promises.out_of_order(told(*lines, log=log)) == []
-    assert promises.out_of_order(told(*lines, log=log, rules=Rules(ordering="partition")))
+    assert promises.out_of_order(history_of(*lines, log=log)) == []
+    assert promises.out_of_order(history_of(*lines, log=log, rules=Rules(ordering="partition")))
 
 
 def test_redelivered_message_may_start_after_later_ones() -> None:
     again = ("2.0 two start a", "2.1 two end a")
-    assert promises.out_of_order(told(*ALL_DONE, *again)) == []
+    assert promises.out_of_order(history_of(*ALL_DONE, *again)) == []
 
 
 # -- 5: progress -------------------------------------------------------------------------------------------------------
@@ -321,29 +336,31 @@ def test_redelivered_message_may_start_after_later_ones() -> None:
 
 def test_group_without_progress_despite_lag_is_reported_as_stalled() -> None:
     samples = [sample(second, 1, 2) for second in range(32)]
-    (violation,) = promises.stalls(told(*ALL_DONE[:2], samples=samples))
+    (violation,) = promises.stalls(history_of(*ALL_DONE[:2], samples=samples))
     assert violation.text == "no progress for 31.0 s with a lag of 2"
     assert "partition 0: committed 1, 0 finished above, of 3" in str(violation), "the evidence"
 
 
 def test_idle_group_is_not_stalled() -> None:
-    assert promises.stalls(told(samples=[sample(second, 3, 6) for second in range(100)])) == []
+    assert promises.stalls(history_of(samples=[sample(second, 3, 6) for second in range(100)])) == []
 
 
-@pytest.mark.parametrize("what", ["ledger", "commits"])
-def test_slow_group_is_not_stalled(what: str) -> None:
+@pytest.mark.parametrize("growing", ["ledger", "commits"])
+def test_slow_group_is_not_stalled(growing: str) -> None:
     samples = [
-        sample(second, 1 if what == "ledger" else second // 25, second // 25 if what == "ledger" else 0, logged=99)
+        sample(second, second // 25, 0, log_size=99)
+        if growing == "commits"
+        else sample(second, 1, second // 25, log_size=99)
         for second in range(100)
     ]
-    history = told(samples=samples)
+    history = history_of(samples=samples)
     assert promises.stalls(history) == []
     assert promises.longest_pause(history) == 24
 
 
 def test_group_is_stalled_although_kafka_does_not_respond() -> None:
     samples = [sample(0, 1, 2), *(sample(second, None, 2) for second in range(1, 32))]
-    assert promises.stalls(told(samples=samples))
+    assert promises.stalls(history_of(samples=samples))
 
 
 # -- 6: faults that hit ------------------------------------------------------------------------------------------------
@@ -351,30 +368,30 @@ def test_group_is_stalled_although_kafka_does_not_respond() -> None:
 
 def test_fault_hits_only_a_process_at_work() -> None:
     faults = [kill(1.05), kill(1.15), Fault(TERM, "one", 1.25, 2), Fault(TERM, "two", 1.25, 2)]
-    assert hits.hits(told(*ALL_DONE, faults=faults)) == {KILL: 1, TERM: 1, hits.FIRST: 1}
+    assert hits.hits(history_of(*ALL_DONE, faults=faults)) == {KILL: 1, TERM: 1, hits.FIRST_KILL: 1}
 
 
 def test_sigstop_hits_only_when_longer_than_the_session() -> None:
     faults = [Fault(STOP, "one", 1.05, 8), Fault(STOP, "one", 1.05, 6)]
-    assert hits.hits(told(*ALL_DONE, faults=faults)) == {STOP: 1}
+    assert hits.hits(history_of(*ALL_DONE, faults=faults)) == {STOP: 1}
 
 
 def test_kill_counts_as_first_start_only_before_any_commit() -> None:
-    assert hits.hits(told(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.1, 0)]))[hits.FIRST] == 1
-    assert hits.hits(told(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.15, 1)]))[hits.FIRST] == 0
+    assert hits.hits(history_of(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.1, 0)]))[hits.FIRST_KILL] == 1
+    assert hits.hits(history_of(*ALL_DONE, faults=[kill(1.25)], samples=[sample(1.15, 1)]))[hits.FIRST_KILL] == 0
 
 
 def test_outage_hits_only_with_work_before_and_after_it() -> None:
-    away = [Fault(BROKER_KILL, "", 1.15, 1.35)]
-    assert hits.hits(told(*ALL_DONE, faults=away, samples=[sample(1.2, None)])) == {BROKER_KILL: 1}
-    assert hits.hits(told(*ALL_DONE, faults=away, samples=[sample(1.2, 1)])) == {}
-    assert hits.hits(told(*ALL_DONE[:4], faults=away, samples=[sample(1.2, None)])) == {}
+    outage = [Fault(BROKER_KILL, "", 1.15, 1.35)]
+    assert hits.hits(history_of(*ALL_DONE, faults=outage, samples=[sample(1.2, None)])) == {BROKER_KILL: 1}
+    assert hits.hits(history_of(*ALL_DONE, faults=outage, samples=[sample(1.2, 1)])) == {}
+    assert hits.hits(history_of(*ALL_DONE[:4], faults=outage, samples=[sample(1.2, None)])) == {}
 
 
 def test_joins_exits_long_tasks_and_random_payloads_are_counted_as_hits() -> None:
-    log = [LOG[0], Logged("new", 1, 0, None), Logged("x1", 0, 1, None)]
+    log = [LOG[0], LoggedRecord("new", 1, 0, None), LoggedRecord("x1", 0, 1, None)]
     lines = ("1 one start a", "2 one exit a", "3 two start a", "99 two end a", "4 two start new", "5 two end new")
     faults = [Fault(JOIN, "two", 2.5, 2.5), Fault(JOIN, "three", 2.5, 2.5), Fault(MORE_PARTITIONS, "", 3.5, 3.6)]
     rules = Rules(poll_interval=2, dead_letters=True)
-    expected = {JOIN: 1, MORE_PARTITIONS: 1, hits.EXIT: 1, hits.LONG: 1, hits.RUBBISH: 1}
-    assert hits.hits(told(*lines, log=log, faults=faults, rules=rules, dead=[letter("x1", 6)])) == expected
+    expected = {JOIN: 1, MORE_PARTITIONS: 1, hits.EXIT: 1, hits.LONG_TASK: 1, hits.RANDOM_PAYLOAD: 1}
+    assert hits.hits(history_of(*lines, log=log, faults=faults, rules=rules, dead=[letter("x1", 6)])) == expected

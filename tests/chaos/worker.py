@@ -1,7 +1,7 @@
-"""A consumer whose tasks write into a ledger; the faults are aimed at processes that run this program.
+"""Program of the consumer processes that faults hit; its tasks write to a ledger.
 
-``KSER_TEST_WORKER`` says as JSON: the ``transport``, the ``process``'s name, the ``ledger``, the ``config`` of the
-client, the ``topic``, and the ``options`` of the consumer.
+``KSER_TEST_WORKER`` is a JSON object: the ``transport``, the name of the ``process``, the path of the ``ledger``, the
+``config`` of the client, the ``topic``, and the ``options`` of the consumer.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from kser.sequencing.task import Task
 from kser.signals import message_refused
 from tests.chaos import ledger, messages
 
-GIVEN = json.loads(os.environ["KSER_TEST_WORKER"])
-LEDGER = ledger.Ledger(GIVEN["ledger"], GIVEN["process"])
-Consumer: Any = importlib.import_module(f"kser.{GIVEN['transport']}.consumer").Consumer
+SETTINGS = json.loads(os.environ["KSER_TEST_WORKER"])
+LEDGER = ledger.Ledger(SETTINGS["ledger"], SETTINGS["process"])
+Consumer: Any = importlib.import_module(f"kser.{SETTINGS['transport']}.consumer").Consumer
 
 oregistry = OperationRegistry()
 
 
 @oregistry.subscribe
 class Work(Task):
-    """Takes ``seconds``, then does what ``then`` says."""
+    """Task that takes ``seconds``, and then fails as ``failure`` requests or succeeds."""
 
     RETRY = Retry(max_attempts=3, delay=0.1, backoff=2, max_delay=1, jitter=True)
 
@@ -43,28 +43,30 @@ class Work(Task):
 
     def run(self) -> Result:
         subject = self.params["subject"]
-        LEDGER.note(ledger.START, subject)
+        LEDGER.write(ledger.START, subject)
         deadline = time.monotonic() + self.params["seconds"]
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(left)
-        self._fail(subject, self.params["then"])
-        LEDGER.note(ledger.END, subject)
+        self._fail(subject, self.params["failure"])
+        LEDGER.write(ledger.END, subject)
         return Result(uuid=self.uuid, stdout="worked")
 
-    def _fail(self, subject: str, then: str | None) -> None:
+    def _fail(self, subject: str, failure: str | None) -> None:
+        """Raise the requested exception, if any; SystemExit only at the first attempt in this process."""
         with self._lock:
-            exits = then == messages.EXIT and subject not in self._exited
+            exits = failure == messages.EXIT and subject not in self._exited
             self._exited.add(subject)
         if exits:
-            LEDGER.note(ledger.EXIT, subject)
+            LEDGER.write(ledger.EXIT, subject)
             sys.exit(7)
-        if then == messages.POISON:
-            LEDGER.note(ledger.FAIL, subject)
-            raise ValueError("as it was told")
+        if failure == messages.POISON:
+            LEDGER.write(ledger.FAIL, subject)
+            raise ValueError("the message requests a failure")
 
 
-def refused(_sender: Any, raw_data: Any, **_: Any) -> None:
-    LEDGER.note(ledger.REFUSED, messages.payload_name(raw_data))
+def on_message_refused(_sender: Any, raw_data: Any, **_: Any) -> None:
+    """Write the rejection of a payload to the ledger."""
+    LEDGER.write(ledger.REFUSED, messages.payload_name(raw_data))
 
 
 class Worker(Consumer):
@@ -74,10 +76,10 @@ class Worker(Consumer):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=GIVEN.get("level", "WARNING"), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # For whoever wants to know where it hangs.
+    logging.basicConfig(level=SETTINGS.get("level", "WARNING"), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # The test requests the stacks of all threads with SIGUSR1 if the consumer hangs.
     faulthandler.register(signal.SIGUSR1)
-    message_refused.connect(refused)
-    worker = Worker(GIVEN["config"], [GIVEN["topic"]], **GIVEN["options"])
-    LEDGER.note(ledger.UP)
+    message_refused.connect(on_message_refused)
+    worker = Worker(SETTINGS["config"], [SETTINGS["topic"]], **SETTINGS["options"])
+    LEDGER.write(ledger.UP)
     worker.run()

@@ -1,1 +1,1 @@
-"""Faults of all kinds against consumers, Kafka and the shared database, and what must hold for operations."""
+"""Faults of all kinds against consumers, Kafka and the shared database, and the promises about operations."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.chaos_operations import report
 from tests.chaos_operations.databases import LockedSqlite, StoppedPostgresql
-from tests.chaos_operations.run import Chaos
+from tests.chaos_operations.run import ChaosRun
 from tests.kafka.broker import KafkaBroker
 from tests.postgres import Postgresql
 
@@ -20,33 +20,35 @@ DATABASES = ("postgresql", "sqlite")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos_operations", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=240, help="how long operations are handed in")
+    parser.add_argument("--seconds", type=float, default=240, help="seconds during which operations are sent")
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", choices=DATABASES, default=DATABASES[0])
-    parser.add_argument("--keep", type=Path, help="a folder for ledgers and logs; thrown away otherwise")
-    parser.add_argument("--table", type=Path, help="where to add the figures: docs/promises-operations.csv")
-    given = parser.parse_args()
-    seed = given.seed or random.randrange(1, 1_000_000)
-    print(f"seed {seed}, {given.seconds:g} s, {given.operations} operations, {given.database}", flush=True)
+    parser.add_argument("--keep", type=Path, help="a folder for ledgers and logs, which are deleted otherwise")
+    parser.add_argument(
+        "--table", type=Path, help="the file to which the figures are added, such as docs/promises-operations.csv"
+    )
+    arguments = parser.parse_args()
+    seed = arguments.seed or random.randrange(1, 1_000_000)
+    print(f"seed {seed}, {arguments.seconds:g} s, {arguments.operations} operations, {arguments.database}", flush=True)
     with ExitStack() as stack:
-        folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kser-operations-")))
+        folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kser-operations-")))
         folder.mkdir(parents=True, exist_ok=True)
         kafka = stack.enter_context(KafkaBroker())
-        if given.database == "sqlite":
+        if arguments.database == "sqlite":
             database = LockedSqlite(folder)
         else:
             database = StoppedPostgresql(stack.enter_context(Postgresql()))
-        outcome = Chaos(kafka, database, folder, seed, given.operations, given.seconds).perform()
-    report.add_to_table([outcome], given.table)
-    if given.keep is not None:
+        outcome = ChaosRun(kafka, database, folder, seed, arguments.operations, arguments.seconds).perform()
+    report.add_to_table([outcome], arguments.table)
+    if arguments.keep is not None:
         faults = sorted(outcome.history.faults, key=lambda fault: fault.at)
         lines = [f"{fault.at:.3f} {fault.until:.3f} {fault.kind} {fault.process}\n" for fault in faults]
         (folder / "faults.txt").write_text("".join(lines))
     print(report.text(outcome))
-    for problem in outcome.broken:
-        print(problem)
-    return 1 if outcome.broken else 0
+    for text in outcome.violations:
+        print(text)
+    return 1 if outcome.violations else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tests in ``test_chaos_operations.py`` need Kafka, and some of them PostgreSQL; the others here need no server."""
+"""Markers: only the tests in ``test_chaos_operations.py`` need Kafka, and one of them PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["own_kafka", "pytest_configure", "seed"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them here, so that no test can forget it."""
+    """Mark the chaos tests here, so that no test can lack the markers."""
     for item in items:
         if item.path == CHAOS:
             item.add_marker(pytest.mark.chaos)

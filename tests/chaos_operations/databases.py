@@ -11,28 +11,28 @@ from typing import Protocol
 from kser.store import open_store
 from tests.postgres import Database, Postgresql
 
-#: Seconds after which nobody who is at work can have the lock.
-HELD = 0.7
+#: Seconds after which a process that is not suspended has released the lock.
+LOCK_SECONDS = 0.7
 
 
-class Faulty(Protocol):
-    """A database with kser's tables."""
+class FaultyDatabase(Protocol):
+    """A database with kser's tables that can be made unavailable."""
 
     name: str
     uri: str
 
-    def take_away(self) -> None:
-        """Nobody can use it from now on."""
+    def start_outage(self) -> None:
+        """Make the database unavailable."""
 
-    def give_back(self) -> None:
-        """It can be used again."""
+    def end_outage(self) -> None:
+        """Make the database available."""
 
-    def is_held(self) -> bool:
-        """Whether a process that stands still keeps everybody from it."""
+    def is_locked(self) -> bool:
+        """Return whether a suspended process holds a lock that blocks all writers."""
 
 
 class StoppedPostgresql:
-    """A server that is stopped as by a crash."""
+    """A PostgreSQL server; an outage is a crash of the server."""
 
     name = "PostgreSQL"
 
@@ -40,57 +40,58 @@ class StoppedPostgresql:
         self._server = server
         self.uri = Database(server.uri).uri
 
-    def take_away(self) -> None:
+    def start_outage(self) -> None:
         self._server.stop("immediate")
 
-    def give_back(self) -> None:
+    def end_outage(self) -> None:
         self._server.start()
 
-    def is_held(self) -> bool:
-        # Only from the rows that it has locked, and not for long.
+    def is_locked(self) -> bool:
+        # A suspended process blocks only the rows that it has locked, and its session has timeouts.
         return False
 
 
 class LockedSqlite:
-    """A file that somebody else locks."""
+    """A SQLite file; an outage is a lock of another connection."""
 
     name = "SQLite"
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "operations.db"
         self.uri = f"sqlite:///{self._path}"
-        self._enough = threading.Event()
+        self._outage_over = threading.Event()
         self._thread: threading.Thread | None = None
         with closing(open_store(self.uri)) as store:
             store.check()
 
-    def take_away(self) -> None:
-        # Whoever has the lock may stand still until the caller lets it go on.
-        self._enough.clear()
+    def start_outage(self) -> None:
+        # Lock the file in a thread, because a suspended process may hold the lock until the caller continues it.
+        self._outage_over.clear()
         self._thread = threading.Thread(target=self._keep_locked, name="locks the database")
         self._thread.start()
 
-    def give_back(self) -> None:
-        self._enough.set()
+    def end_outage(self) -> None:
+        self._outage_over.set()
         if self._thread is not None:
             self._thread.join()
 
-    def is_held(self) -> bool:
-        with closing(self._connect(HELD)) as connection:
+    def is_locked(self) -> bool:
+        with closing(self._connect(LOCK_SECONDS)) as connection:
             return not _lock(connection)
 
     def _keep_locked(self) -> None:
         with closing(self._connect(0.1)) as connection:
             while not _lock(connection):
-                if self._enough.is_set():
+                if self._outage_over.is_set():
                     return
-            self._enough.wait()
+            self._outage_over.wait()
 
     def _connect(self, timeout: float) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=timeout, isolation_level=None)
 
 
 def _lock(connection: sqlite3.Connection) -> bool:
+    """Try to lock the file for writing; return whether that succeeded."""
     try:
         connection.execute("BEGIN IMMEDIATE")
     except sqlite3.OperationalError:

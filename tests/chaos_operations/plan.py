@@ -1,7 +1,7 @@
-"""The plan of faults, made from a seed before the run.
+"""The plan of faults, created from a seed before the run.
 
-What is done to consumers goes to slots, each of which is one process at a time; at every time at least one is left
-alone. The database and Kafka go away while that goes on.
+A fault of a consumer hits a slot, which is one process at a time. At any time at least one slot has no fault. The
+outages of the database and of Kafka come at the same time as faults of consumers.
 """
 
 from __future__ import annotations
@@ -10,64 +10,69 @@ import random
 from collections.abc import Iterator
 
 from tests.chaos.history import BROKER_KILL, BROKER_STOP, KILL, STOP, TERM
-from tests.chaos.monkey import Action
+from tests.chaos.plan import Action
 
-#: Faults of the database: for less and for more than a lease.
+#: Outages of the database that are shorter, and longer, than a lease.
 SHORT_OUTAGE, LONG_OUTAGE = "database away", "database away for more than a lease"
 
-#: SQLite: a process was stopped while it wrote.
-HELD = "database held by a stopped process"
+#: A process was suspended while it held the write lock of SQLite.
+LOCKED = "database held by a stopped process"
 
-#: What is done to consumers, and how often in relation to each other.
+#: Faults of consumers, with their relative frequencies.
 WEIGHTS = {KILL: 4, TERM: 3, STOP: 2}
-#: Seconds from one fault to the next.
+#: Seconds between two faults: least and most.
 PAUSE = (0.7, 1.6)
-#: Seconds until another process takes the place of one, and that this one has to settle.
-REPLACED, SETTLE = (0.1, 0.8), 1.5
-#: Seconds by which a stop is longer than a lease: others need some time to go on with what it had.
-STOPPED = (1.0, 6.0)
-#: Seconds that consumers have before the first fault.
-BEGIN = 2.0
-#: Seconds that the database is away for less than a lease, and by how much it is longer than one.
-AWAY, LONGER = (0.2, 1.0), (1.0, 2.5)
-#: Seconds that Kafka is away, and what it needs to start does not count.
-KAFKA_AWAY = (1.0, 3.0)
+#: Seconds until a new process replaces an ended one, and seconds without faults of its slot after that.
+REPLACE_SECONDS, SETTLE_SECONDS = (0.1, 0.8), 1.5
+#: Seconds by which a SIGSTOP is longer than a lease, so that another consumer can run the operations.
+STOP_BEYOND_LEASE = (1.0, 6.0)
+#: Seconds without faults at the start.
+START_SECONDS = 2.0
+#: Seconds of a short outage of the database, and seconds by which a long one is longer than a lease.
+SHORT_SECONDS, LONG_BEYOND_LEASE = (0.2, 1.0), (1.0, 2.5)
+#: Seconds of an outage of Kafka, without the time for its start.
+KAFKA_OUTAGE_SECONDS = (1.0, 3.0)
 
 
-def plan(seed: int, seconds: float, *, slots: int = 4, lease: float) -> list[Action]:
-    """What to do in a run of about so many seconds.
+def fault_plan(seed: int, seconds: float, *, slots: int = 4, lease: float) -> list[Action]:
+    """Return the faults of a run of about ``seconds`` seconds.
 
-    :param lease: after so many seconds a stopped process has lost its claims.
+    :param lease: seconds after which a suspended process has lost its claims.
     """
     chance = random.Random(f"operations {seed}")
-    return sorted([*_consumers(chance, seconds, slots, lease), *_servers(chance, seconds, lease)])
+    return sorted([*_consumer_faults(chance, seconds, slots, lease), *_outages(chance, seconds, lease)])
 
 
-def _consumers(chance: random.Random, seconds: float, slots: int, lease: float) -> Iterator[Action]:
-    busy = [BEGIN] * slots
-    # What is needed comes first.
-    wanted = [STOP, KILL, TERM, KILL, STOP]
-    now = BEGIN
+def _consumer_faults(chance: random.Random, seconds: float, slots: int, lease: float) -> Iterator[Action]:
+    busy_until = [START_SECONDS] * slots
+    # Plan the required faults first.
+    required = [STOP, KILL, TERM, KILL, STOP]
+    now = START_SECONDS
     while now < seconds:
-        kind = wanted[0] if wanted else chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0]
-        down = lease + chance.uniform(*STOPPED) if kind == STOP else chance.uniform(*REPLACED)
-        free = [slot for slot in range(slots) if busy[slot] <= now]
+        kind = required[0] if required else chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0]
+        down = lease + chance.uniform(*STOP_BEYOND_LEASE) if kind == STOP else chance.uniform(*REPLACE_SECONDS)
+        free = [slot for slot in range(slots) if busy_until[slot] <= now]
         if len(free) > 1:
             slot = chance.choice(free)
             yield Action(round(now, 3), kind, slot, round(down, 3))
-            busy[slot] = now + down + SETTLE
-            wanted = wanted[1:]
+            busy_until[slot] = now + down + SETTLE_SECONDS
+            required = required[1:]
         now += chance.uniform(*PAUSE)
 
 
-def _servers(chance: random.Random, seconds: float, lease: float) -> Iterator[Action]:
-    outages = [(SHORT_OUTAGE, AWAY), (SHORT_OUTAGE, AWAY), (LONG_OUTAGE, (lease + LONGER[0], lease + LONGER[1]))]
-    outages.append((chance.choice((BROKER_STOP, BROKER_KILL)), KAFKA_AWAY))
-    chance.shuffle(outages)
-    actions = [(kind, round(chance.uniform(*away), 3)) for kind, away in outages]
-    gap = (seconds - BEGIN - sum(away for _, away in actions)) / len(actions)
-    now = BEGIN
-    for kind, away in actions:
+def _outages(chance: random.Random, seconds: float, lease: float) -> Iterator[Action]:
+    least, most = LONG_BEYOND_LEASE
+    ranges = [
+        (SHORT_OUTAGE, SHORT_SECONDS),
+        (SHORT_OUTAGE, SHORT_SECONDS),
+        (LONG_OUTAGE, (lease + least, lease + most)),
+    ]
+    ranges.append((chance.choice((BROKER_STOP, BROKER_KILL)), KAFKA_OUTAGE_SECONDS))
+    chance.shuffle(ranges)
+    outages = [(kind, round(chance.uniform(*duration_range), 3)) for kind, duration_range in ranges]
+    gap = (seconds - START_SECONDS - sum(duration for _, duration in outages)) / len(outages)
+    now = START_SECONDS
+    for kind, duration in outages:
         at = round(now + gap * chance.uniform(0.3, 0.9), 3)
-        yield Action(at, kind, -1, away)
-        now = max(at, now + gap) + away
+        yield Action(at, kind, -1, duration)
+        now = max(at, now + gap) + duration

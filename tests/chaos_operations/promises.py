@@ -1,11 +1,11 @@
-"""The promises about operations, each a function that reads a history and names what breaks it.
+"""The promises about operations; each has a function that reads a history and returns the violations.
 
-1. Every operation that was accepted has ended, as it must and with the right result.
-2. What a task gave is recorded once, and it was given by a run of this task.
-3. A task begins when the result of the one before is stored, and sees exactly the stored results.
-4. A task is run again only when its process was killed, stopped past its lease, lost the database, or had to end.
-5. Nothing begins once an operation has ended.
-6. Something moves while operations are open.
+1. Every accepted operation has ended, with the expected status and the correct result.
+2. The result of a task is recorded once, and a run of this task returned it.
+3. A task starts after the result of the previous task is stored, and receives exactly the stored results.
+4. A task runs again only if its process was killed, was stopped past its lease, lost the database, or had to end.
+5. No task starts after its operation has ended.
+6. The tasks make progress while operations are open.
 """
 
 from __future__ import annotations
@@ -20,259 +20,278 @@ from kser.status import FAILED, SUCCESS
 from tests.chaos import ledger
 from tests.chaos.history import KILL, STOP, TERM, Fault
 from tests.chaos.promises import Violation
-from tests.chaos_operations.history import OUTAGES, History, Kept, Run
-from tests.chaos_operations.orders import CANCELLED, FAILING, SIZE, Order, values
+from tests.chaos_operations.history import OUTAGES, History, Run, StoredEvent, StoredOperation
+from tests.chaos_operations.orders import CANCELLED, FAILING, SIZE, Order, expected_results
 
-#: Seconds that a checkpoint may be late.
-LATE = 1.5
-#: Seconds that a process may need to go on once the database does, and to notice what happened meanwhile.
+#: Seconds from the end of a run within which its checkpoint is written.
+CHECKPOINT_DELAY = 1.5
+#: Seconds from the end of an outage within which a process has noticed the changes in the database.
 RECOVERY = 3.0
-#: Seconds within which what was claimed is begun.
-PROMPT = 1.0
-#: Stories that are told of one promise.
-TOLD = 4
+#: Seconds from a claim within which its task starts.
+START_DELAY = 1.0
+#: The maximum number of operations whose timelines are the evidence of a violation.
+MAX_EVIDENCE = 4
 
 
-class Double(NamedTuple):
-    """An attempt that was begun again."""
+class Rerun(NamedTuple):
+    """An attempt that ran again."""
 
     earlier: Run
     later: Run
-    #: Why that is allowed; None when it is not.
+    #: The reason why the rerun is allowed; None for a violation.
     cause: str | None
 
 
-def broken(history: History) -> list[Violation]:
-    """All violations of all promises."""
-    found: dict[tuple[int, str], list[str]] = {}
-    for promise, text, uuid in _found(history):
-        found.setdefault((promise, text), []).append(uuid)
-    violations = [
-        Violation(promise, f"{text}: {len(set(uuids))} operation(s)", _told(history, uuids))
-        for (promise, text), uuids in found.items()
+def violations(history: History) -> list[Violation]:
+    """Return the violations of all promises."""
+    uuids_by_text: dict[tuple[int, str], list[str]] = {}
+    for promise, text, uuid in _violations_by_operation(history):
+        uuids_by_text.setdefault((promise, text), []).append(uuid)
+    by_text = [
+        Violation(promise, f"{text}: {len(set(uuids))} operation(s)", _evidence(history, uuids))
+        for (promise, text), uuids in uuids_by_text.items()
     ]
-    return [*violations, *stalls(history)]
+    return [*by_text, *stalls(history)]
 
 
-def _told(history: History, uuids: list[str]) -> tuple[str, ...]:
-    return tuple(line for uuid in list(dict.fromkeys(uuids))[:TOLD] for line in history.story(uuid))
+def _evidence(history: History, uuids: list[str]) -> tuple[str, ...]:
+    return tuple(line for uuid in list(dict.fromkeys(uuids))[:MAX_EVIDENCE] for line in history.timeline(uuid))
 
 
-def _found(history: History) -> Iterator[tuple[int, str, str]]:
-    orders = {order.uuid: order for order in history.orders}
-    for uuid in history.kept.keys() - orders.keys():
-        yield 1, "stored, and never handed in", uuid
+def _violations_by_operation(history: History) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of the promise, a text and the uuid of the operation, of each violation."""
+    sent = {order.uuid for order in history.orders}
+    for uuid in history.stored.keys() - sent:
+        yield 1, "an operation is stored that was never sent", uuid
     for order in history.orders:
-        kept = history.kept.get(order.uuid)
+        operation = history.stored.get(order.uuid)
         if order.uuid not in history.accepted:
-            yield 1, "not accepted", order.uuid
-        elif kept is None:
-            yield 1, "accepted, and not stored", order.uuid
+            yield 1, "an operation was not accepted", order.uuid
+        elif operation is None:
+            yield 1, "an accepted operation is not stored", order.uuid
         else:
-            yield from ((1, text, order.uuid) for text in wrong_ends(order, kept, history))
-            yield from ((2, text, order.uuid) for text in wrong_records(order, kept, history))
-            yield from ((3, text, order.uuid) for text in wrong_starts(kept, history))
-            yield from ((5, text, order.uuid) for text in late_starts(kept, history))
-    for double in doubles(history):
-        if double.cause is None:
-            yield 4, "a task was run again without cause", double.earlier.told.operation
+            yield from ((1, text, order.uuid) for text in wrong_ends(order, operation, history))
+            yield from ((2, text, order.uuid) for text in wrong_records(order, operation, history))
+            yield from ((3, text, order.uuid) for text in wrong_starts(operation, history))
+            yield from ((5, text, order.uuid) for text in late_starts(operation, history))
+    for rerun in reruns(history):
+        if rerun.cause is None:
+            yield 4, "a task ran again without cause", rerun.earlier.info.operation
 
 
-# -- 1 -----------------------------------------------------------------------------------------------------------------
+# -- 1: ends and results -----------------------------------------------------------------------------------------------
 
 
-def wrong_ends(order: Order, kept: Kept, history: History) -> Iterator[str]:
-    """What is wrong with how an operation ended."""
+def wrong_ends(order: Order, operation: StoredOperation, history: History) -> Iterator[str]:
+    """Yield texts about a wrong status or result of an operation."""
     allowed = {SUCCESS, IS_CANCELLED} if order.kind == CANCELLED else {SUCCESS}
-    if kept.status not in allowed:
-        yield f"{order.kind} ended as {kept.status}"
+    if operation.status not in allowed:
+        yield f"a {order.kind} operation ended as {operation.status}"
         return
     if order.kind == FAILING and order.uuid not in history.resumed:
-        yield "ended well without having failed"
-    gave = [each for each in kept.gave if each is not None]
-    if kept.status == SUCCESS and len(gave) != SIZE:
-        yield "ended well without all of its tasks"
-    if kept.gave[: len(gave)] != gave:
-        yield "has a task that succeeded behind one that did not"
-    if [number for number, _ in gave] != values(order)[: len(gave)]:
-        yield "a task gave something wrong"
-    if dict(kept.retval) != {str(position): each for position, each in enumerate(gave)}:
-        yield "its result is not that of its tasks"
+        yield "a failing operation succeeded without a resume"
+    results = [result for result in operation.task_results if result is not None]
+    if operation.status == SUCCESS and len(results) != SIZE:
+        yield "an operation succeeded without all of its tasks"
+    if operation.task_results[: len(results)] != results:
+        yield "a task succeeded although an earlier one did not"
+    if [number for number, _ in results] != expected_results(order)[: len(results)]:
+        yield "a task has a wrong result"
+    if dict(operation.retval) != {str(position): result for position, result in enumerate(results)}:
+        yield "the result of an operation is not that of its tasks"
 
 
-# -- 2 -----------------------------------------------------------------------------------------------------------------
+# -- 2: records --------------------------------------------------------------------------------------------------------
 
 
-def wrong_records(order: Order, kept: Kept, history: History) -> Iterator[str]:
-    """What is wrong with what was recorded of its tasks."""
-    for position, gave in enumerate(kept.gave):
-        runs = history.runs.get((order.uuid, position), [])
-        attempts = [(number, status) for where, number, status in kept.attempts if where == position]
-        numbers = list(range(1, order.tries(position) + 1))
-        expected = [(number, SUCCESS if number == numbers[-1] else FAILED) for number in numbers]
-        if gave is not None and attempts != expected:
-            yield "the attempts that were recorded are not those that were to be made"
-        if gave is None and attempts != expected[: len(attempts)]:
-            yield "attempts were recorded that were not to be made"
-        if gave is not None and _recorded(runs, gave) is None:
-            yield "a result was recorded that no run gave"
-        if any(run.told.task != kept.tasks[position] for run in runs):
-            yield "a task had another uuid when it was run"
-        if any(run.told.attempt > len(numbers) for run in runs):
-            yield "an attempt was begun that was not to be made"
-    events = Counter(kind for kind, _, _ in kept.events)
-    succeeded = Counter(uuid for kind, uuid, _ in kept.events if kind == "task-succeeded")
-    if events["accepted"] != 1 or any(count != 1 for count in succeeded.values()):
-        yield "something that happens once was recorded more than once"
-    if events["ended"] != 1 + events["resumed"] or events["resumed"] != (order.kind == FAILING):
-        yield "it ended or was resumed more or less often than it was to"
-    if any(after < before for (_, before), (_, after) in pairwise(kept.marks)):
-        yield "something was recorded under a claim that was over"
+def wrong_records(order: Order, operation: StoredOperation, history: History) -> Iterator[str]:
+    """Yield texts about wrong attempts, results and events of an operation."""
+    for position in range(len(operation.task_results)):
+        yield from _wrong_attempts(order, operation, position, history.runs.get((order.uuid, position), []))
+    counts = Counter(event.kind for event in operation.events)
+    successes = Counter(event.uuid for event in operation.events if event.kind == "task-succeeded")
+    if counts["accepted"] != 1 or any(count != 1 for count in successes.values()):
+        yield "an event that happens once was recorded several times"
+    if counts["ended"] != 1 + counts["resumed"] or counts["resumed"] != (order.kind == FAILING):
+        yield "an operation ended or was resumed too often or too rarely"
+    if any(after.epoch < before.epoch for before, after in pairwise(operation.events)):
+        yield "an event was recorded under an old claim"
 
 
-def _recorded(runs: list[Run], gave: list[object]) -> Run | None:
-    """The run that gave what is recorded."""
-    return next((run for run in runs if run.told.nonce == gave[1] and run.outcome == ledger.END), None)
+def _wrong_attempts(order: Order, operation: StoredOperation, position: int, runs: list[Run]) -> Iterator[str]:
+    """Yield texts about wrong attempts and results of a task."""
+    result = operation.task_results[position]
+    attempts = [(attempt.number, attempt.status) for attempt in operation.attempts if attempt.position == position]
+    numbers = list(range(1, order.expected_attempts(position) + 1))
+    expected = [(number, SUCCESS if number == numbers[-1] else FAILED) for number in numbers]
+    if result is not None and attempts != expected:
+        yield "the recorded attempts of a task are not the expected ones"
+    if result is None and attempts != expected[: len(attempts)]:
+        yield "unexpected attempts were recorded"
+    if result is not None and _run_with_result(runs, result) is None:
+        yield "a result was recorded that no run returned"
+    if any(run.info.task != operation.task_uuids[position] for run in runs):
+        yield "a task ran with another uuid"
+    if any(run.info.attempt > len(numbers) for run in runs):
+        yield "an unexpected attempt was started"
 
 
-# -- 3 -----------------------------------------------------------------------------------------------------------------
+def _run_with_result(runs: list[Run], result: list[object]) -> Run | None:
+    """Return the run that returned a recorded result."""
+    _, nonce = result
+    return next((run for run in runs if run.info.nonce == nonce and run.outcome == ledger.END), None)
 
 
-def wrong_starts(kept: Kept, history: History) -> Iterator[str]:
-    """What is wrong with when its tasks began, and with what they saw."""
+# -- 3: order ----------------------------------------------------------------------------------------------------------
+
+
+def wrong_starts(operation: StoredOperation, history: History) -> Iterator[str]:
+    """Yield texts about tasks that started too early or with wrong results of earlier tasks."""
+    results = operation.task_results
     for position in range(SIZE):
-        stored = {str(before): kept.gave[before] for before in range(min(position, len(kept.gave)))}
-        for run in history.runs.get((kept.uuid, position), []):
-            if run.told.seen != stored:
-                yield "a task saw something else than the stored results"
-            if position and (gave := kept.gave[position - 1]) is not None:
-                before = _recorded(history.runs.get((kept.uuid, position - 1), []), gave)
-                if before is not None and (before.end_place or 0) > run.place:
-                    yield "a task began before the one before it had ended"
+        stored = {str(earlier): results[earlier] for earlier in range(min(position, len(results)))}
+        for run in history.runs.get((operation.uuid, position), []):
+            if run.info.earlier_results != stored:
+                yield "a task received other results than the stored ones"
+            if position and (result := results[position - 1]) is not None:
+                previous = _run_with_result(history.runs.get((operation.uuid, position - 1), []), result)
+                if previous is not None and (previous.end_position or 0) > run.start_position:
+                    yield "a task started before the previous one had ended"
 
 
-# -- 4 -----------------------------------------------------------------------------------------------------------------
+# -- 4: reruns ---------------------------------------------------------------------------------------------------------
 
 
-def doubles(history: History) -> list[Double]:
-    """Attempts that were begun again."""
-    found = []
+def reruns(history: History) -> list[Rerun]:
+    """Return the attempts that ran again."""
+    result = []
     for runs in history.runs.values():
-        ordered = sorted(runs, key=lambda run: (run.told.attempt, run.start))
-        for _, same in groupby(ordered, key=lambda run: run.told.attempt):
-            found += [Double(first, second, cause(history, first, second)) for first, second in pairwise(same)]
-    return found
+        ordered = sorted(runs, key=lambda run: (run.info.attempt, run.start))
+        for _, same_attempt in groupby(ordered, key=lambda run: run.info.attempt):
+            result += [Rerun(first, second, cause(history, first, second)) for first, second in pairwise(same_attempt)]
+    return result
 
 
 def cause(history: History, first: Run, second: Run) -> str | None:
-    """Why an attempt may have been begun again."""
+    """Return the fault that allows a rerun; None if there is none."""
     return _fault_cause(history, first, second) or _database_cause(history, first, second) or _starved(history, first)
 
 
 def _fault_cause(history: History, first: Run, second: Run) -> str | None:
+    """Return the fault of a process that allows a rerun."""
     rules = history.rules
-    ends = (first.end or second.start) + LATE
+    ends = (first.end or second.start) + CHECKPOINT_DELAY
     for fault in history.faults_of(first.process, KILL):
         if first.start <= fault.until and fault.at <= min(ends, second.start):
             return "killed"
     for run in (first, second):
-        begins, ends = run.start - PROMPT, (run.end or second.start) + LATE
+        claimed_at, ends = run.start - START_DELAY, (run.end or second.start) + CHECKPOINT_DELAY
         for fault in history.faults_of(run.process, STOP):
-            if _too_long(history, fault) and fault.at <= ends and fault.until >= begins and fault.at < second.start:
+            if (
+                _outlasts_lease(history, fault)
+                and fault.at <= ends
+                and fault.until >= claimed_at
+                and fault.at < second.start
+            ):
                 return "stopped past its lease"
     for fault in history.faults_of(first.process, TERM):
         over = fault.at + rules.shutdown_timeout
-        if first.start <= over <= second.start and (first.end is None or first.end > over - LATE):
+        if first.start <= over <= second.start and (first.end is None or first.end > over - CHECKPOINT_DELAY):
             return "longer than shutdown_timeout"
     return None
 
 
-def _too_long(history: History, fault: Fault) -> bool:
-    """Whether a stop may outlast what was left of a lease."""
+def _outlasts_lease(history: History, fault: Fault) -> bool:
+    """Return whether a SIGSTOP may have outlasted the rest of a lease."""
     return fault.until - fault.at >= history.rules.lease - 2 * history.rules.heartbeat
 
 
 def _database_cause(history: History, first: Run, second: Run) -> str | None:
+    """Return the outage of the database that allows a rerun."""
     for fault in history.faults_of("", *OUTAGES):
-        ends = (first.end or second.start) + LATE
-        if fault.at <= min(ends, second.start) and fault.until + RECOVERY >= first.start - PROMPT:
+        ends = (first.end or second.start) + CHECKPOINT_DELAY
+        if fault.at <= min(ends, second.start) and fault.until + RECOVERY >= first.start - START_DELAY:
             return "lost the database"
     return None
 
 
 def _starved(history: History, run: Run) -> str | None:
-    """Whether the machine did not let a process run for so long that its lease was over."""
+    """Return the cause of a rerun if a process got no processor time until its lease had expired."""
     rules = history.rules
     for begin, end in history.starved.get(run.process, ()):
-        during = begin <= (run.end or end) + LATE and end >= run.start
+        during = begin <= (run.end or end) + CHECKPOINT_DELAY and end >= run.start
         if during and end - begin >= rules.lease - 2 * rules.heartbeat:
             return "did not get to run"
     return None
 
 
-def caused(history: History) -> Counter[str]:
-    """How many doubles there are by cause."""
-    return Counter(double.cause or "no cause" for double in doubles(history))
+def reruns_by_cause(history: History) -> Counter[str]:
+    """Count the reruns by cause."""
+    return Counter(rerun.cause or "no cause" for rerun in reruns(history))
 
 
-def waits(history: History) -> list[float]:
-    """Seconds from each kill that cut a task off until it was sent again, or taken up; shortest first."""
-    found = []
-    for double in doubles(history):
-        kept = history.kept.get(double.earlier.told.operation)
-        if kept is None or double.cause != "killed":
+def recovery_times(history: History) -> list[float]:
+    """Return the seconds from each kill of a running task until its message was sent again, or claimed, sorted."""
+    times = []
+    for rerun in reruns(history):
+        operation = history.stored.get(rerun.earlier.info.operation)
+        if operation is None or rerun.cause != "killed":
             continue
-        kills = [fault.at for fault in history.faults_of(double.earlier.process, KILL)]
-        kill = max(at for at in kills if at <= double.later.start)
-        happened = zip(kept.events, kept.marks, strict=False)
-        found += [at - kill for (kind, _, _), (at, _) in happened if at > kill and kind in ("sent-again", "claimed")][
-            :1
-        ]
-    return sorted(found)
+        kills = [fault.at for fault in history.faults_of(rerun.earlier.process, KILL)]
+        killed_at = max(at for at in kills if at <= rerun.later.start)
+        recovery = next((event for event in operation.events if _is_recovery(event, killed_at)), None)
+        if recovery is not None:
+            times.append(recovery.at - killed_at)
+    return sorted(times)
 
 
-# -- 5 -----------------------------------------------------------------------------------------------------------------
+def _is_recovery(event: StoredEvent, killed_at: float) -> bool:
+    return event.at > killed_at and event.kind in ("sent-again", "claimed")
 
 
-def late_starts(kept: Kept, history: History) -> Iterator[str]:
-    """Tasks that were begun after the end, unless by a process that had no way to know of it."""
-    if kept.ended is None:
+# -- 5: no start after the end -----------------------------------------------------------------------------------------
+
+
+def late_starts(operation: StoredOperation, history: History) -> Iterator[str]:
+    """Yield a text about each task that started after the end, unless a fault hid the end from its process."""
+    if operation.ended is None:
         return
-    for run in history.runs_of(kept.uuid):
-        if run.start > kept.ended + PROMPT and not _was_away(history, run, kept.ended):
-            yield "a task was begun after the end"
+    for run in history.runs_of(operation.uuid):
+        if run.start > operation.ended + START_DELAY and not _missed_the_end(history, run, operation.ended):
+            yield "a task started after the end"
 
 
-def _was_away(history: History, run: Run, ended: float) -> bool:
+def _missed_the_end(history: History, run: Run, ended: float) -> bool:
+    """Return whether a suspension or an outage hid the end of the operation from the process of a run."""
     faults = [*history.faults_of(run.process, STOP), *history.faults_of("", *OUTAGES)]
-    return any(fault.at <= ended + PROMPT and fault.until + PROMPT >= run.start for fault in faults)
+    return any(fault.at <= ended + START_DELAY and fault.until + START_DELAY >= run.start for fault in faults)
 
 
-# -- 6 -----------------------------------------------------------------------------------------------------------------
+# -- 6: progress -------------------------------------------------------------------------------------------------------
 
 
 def stalls(history: History) -> list[Violation]:
-    """Whether nothing moved for too long although there was something to do."""
-    longest = longest_pause(history, healed=True)
-    if longest <= history.rules.patience:
+    """Return the violation about a time in which no task started or ended although operations were open."""
+    longest = longest_pause(history, without_faults=True)
+    if longest <= history.rules.stall_seconds:
         return []
-    left = [uuid for uuid, kept in history.kept.items() if kept.ended is None]
-    return [Violation(6, f"nothing moved for {longest:.1f} s", _told(history, left))]
+    open_uuids = [uuid for uuid, operation in history.stored.items() if operation.ended is None]
+    return [Violation(6, f"no progress for {longest:.1f} s", _evidence(history, open_uuids))]
 
 
-def longest_pause(history: History, healed: bool = False) -> float:
-    """The longest time in which no task began or ended although operations were open.
+def longest_pause(history: History, without_faults: bool = False) -> float:
+    """Return the longest time, in seconds, in which no task started or ended although operations were open.
 
-    :param healed: it begins anew after each fault, and while a server is away does not count.
+    :param without_faults: count only from the end of the latest fault.
     """
-    longest = since = 0.0
-    before: int | None = None
-    faults = history.faults if healed else ()
-    for look in history.looks:
-        if look.open == 0 or look.moves != before:
-            since, before = look.at, look.moves
-        begin = max([since, *(fault.until for fault in faults if fault.at <= look.at)])
-        longest = max(longest, look.at - begin)
+    longest = progress_at = 0.0
+    task_events: int | None = None
+    faults = history.faults if without_faults else ()
+    for sample in history.samples:
+        if sample.open == 0 or sample.task_events != task_events:
+            progress_at, task_events = sample.at, sample.task_events
+        begin = max([progress_at, *(fault.until for fault in faults if fault.at <= sample.at)])
+        longest = max(longest, sample.at - begin)
     return longest
 
 
@@ -280,14 +299,14 @@ def longest_pause(history: History, healed: bool = False) -> float:
 
 
 def hits(history: History) -> Counter[str]:
-    """By kind, how many faults hit operations that ran."""
+    """Count the faults that hit running tasks, by kind."""
     return Counter(fault.kind for fault in history.faults if _did_hit(history, fault))
 
 
 def _did_hit(history: History, fault: Fault) -> bool:
-    every = [run for runs in history.runs.values() for run in runs]
-    running = [run for run in every if run.start <= fault.at and (run.end is None or run.end >= fault.at)]
+    all_runs = [run for runs in history.runs.values() for run in runs]
+    running = [run for run in all_runs if run.start <= fault.at and (run.end is None or run.end >= fault.at)]
     if fault.process:
         too_short = fault.kind == STOP and fault.until - fault.at < history.rules.lease
         return not too_short and any(run.process == fault.process for run in running)
-    return bool(running) and any(run.start > fault.until for run in every)
+    return bool(running) and any(run.start > fault.until for run in all_runs)

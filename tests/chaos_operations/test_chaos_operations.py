@@ -1,7 +1,7 @@
-"""Short chaos run of operations on Kafka with PostgreSQL and with SQLite, with the promises checked at the end.
+"""Short chaos runs of operations on Kafka with PostgreSQL and with SQLite; the promises are checked at the end.
 
-``KSER_TEST_CHAOS_SEED`` replays a run; figures are added to the file that ``KSER_TEST_OPERATIONS_TABLE`` names.
-``python -m tests.chaos_operations`` is the long run.
+``KSER_TEST_CHAOS_SEED`` replays a run; the runs add their figures to the file that ``KSER_TEST_OPERATIONS_TABLE``
+names. ``python -m tests.chaos_operations`` is the long run.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 from tests.chaos.conftest import SEED
 from tests.chaos.history import BROKER_KILL, BROKER_STOP, KILL, STOP, TERM
 from tests.chaos_operations import report
-from tests.chaos_operations.databases import Faulty, LockedSqlite, StoppedPostgresql
+from tests.chaos_operations.databases import FaultyDatabase, LockedSqlite, StoppedPostgresql
 from tests.chaos_operations.plan import LONG_OUTAGE, SHORT_OUTAGE
-from tests.chaos_operations.run import Chaos
+from tests.chaos_operations.run import ChaosRun
 from tests.conftest import own_postgresql
 from tests.kafka.broker import KafkaBroker
 
@@ -23,17 +23,17 @@ from tests.kafka.broker import KafkaBroker
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
-def check(kafka: KafkaBroker, database: Faulty, folder: Path, seed: int, count: int, seconds: float) -> None:
-    """Everything that was promised holds, although faults of each kind hit."""
-    outcome = Chaos(kafka, database, folder, seed, count, seconds).perform()
+def check(kafka: KafkaBroker, database: FaultyDatabase, folder: Path, seed: int, count: int, seconds: float) -> None:
+    """Assert that all promises hold, and that faults of each kind hit."""
+    outcome = ChaosRun(kafka, database, folder, seed, count, seconds).perform()
     print(report.text(outcome))
     report.add_to_table([outcome])
-    replay = f"{SEED}={seed} does the same again"
-    assert not outcome.broken, "\n".join((replay, *outcome.broken, *outcome.last_words))
+    replay = f"{SEED}={seed} plans the same run"
+    assert not outcome.violations, "\n".join((replay, *outcome.violations, *outcome.last_output))
     missed = [kind for kind in (KILL, TERM, STOP, SHORT_OUTAGE, LONG_OUTAGE) if not outcome.hits[kind]]
     if not outcome.hits[BROKER_STOP] + outcome.hits[BROKER_KILL]:
         missed.append("outage of Kafka")
-    assert not missed, f"no {', '.join(missed)} hit, so nothing was shown; {replay}"
+    assert not missed, f"no {', '.join(missed)} hit, so the run proves nothing; {replay}"
 
 
 def test_operations_in_sqlite_survive_all_faults(own_kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:

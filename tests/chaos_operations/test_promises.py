@@ -2,266 +2,346 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.chaos import ledger
 from tests.chaos.history import KILL, STOP, TERM, Fault
 from tests.chaos_operations import promises
-from tests.chaos_operations.history import History, Kept, Look, Rules
-from tests.chaos_operations.orders import CANCELLED, FAILING, LAUNCH, PLAIN, SHAKY, SIZE, Order, orders, values
-from tests.chaos_operations.plan import LONG_OUTAGE, SHORT_OUTAGE, plan
-from tests.chaos_operations.shop import Told
-from tests.chaos_operations.worker import LATE
+from tests.chaos_operations.history import History, ProgressSample, Rules, StoredAttempt, StoredEvent, StoredOperation
+from tests.chaos_operations.orders import (
+    CANCELLED,
+    FAILING,
+    LAUNCH,
+    PLAIN,
+    SHAKY,
+    SIZE,
+    Order,
+    expected_results,
+    orders,
+)
+from tests.chaos_operations.plan import LONG_OUTAGE, SHORT_OUTAGE, fault_plan
+from tests.chaos_operations.shop import RunInfo
+from tests.chaos_operations.worker import STARVED
 
-RULES = Rules(lease=3, heartbeat=1, shutdown_timeout=3, patience=30)
-
-#: What came of it: the tasks that were done, as the database has them.
-GAVE = [[number, f"n{position}"] for position, number in enumerate(values(Order(1, "u", "", "", 0, (), 0, None, None)))]
-
-
-def order(kind: str = PLAIN, where: int = 2) -> Order:
-    return Order(1, "u", LAUNCH, kind, where, (0.1,) * SIZE, 0, None, None)
-
-
-def seen(count: int) -> dict[str, Any]:
-    return {str(position): GAVE[position] for position in range(count)}
-
-
-def run(position: int, start: float, end: float | None = None, **given: Any) -> list[tuple[float, str, str, str]]:
-    """The lines of one run of a task: when, in which process, which event, about what."""
-    process, outcome = given.pop("process", "one"), given.pop("outcome", ledger.END)
-    told = Told("u", position, 1, f"t{position}", f"n{position}", seen(position))._replace(**given)
-    lines = [(start, process, ledger.START, told.dump())]
-    return lines if end is None else [*lines, (end, process, outcome, told.dump())]
+RULES = Rules(lease=3, heartbeat=1, shutdown_timeout=3, stall_seconds=30)
 
 
-#: Task 0 from 10 to 10.5, task 1 from 11 to 11.5, and so on.
+class Line(NamedTuple):
+    """A line of the ledger."""
+
+    at: float
+    process: str
+    event: str
+    subject: str
+
+
+def order(kind: str = PLAIN) -> Order:
+    """Return an order; its task 2 fails if the kind has a failing task."""
+    return Order(
+        number=1,
+        uuid="u",
+        way=LAUNCH,
+        kind=kind,
+        failing_task=2,
+        seconds=(0.1,) * SIZE,
+        at=0,
+        repeat_after=None,
+        cancel_after=None,
+    )
+
+
+#: The result of each task: its number, and the nonce of the run that returned it.
+RESULTS = [[number, f"n{position}"] for position, number in enumerate(expected_results(order()))]
+
+
+#: The same numbers, as another run of the tasks would return them.
+OTHER_RESULTS = [[number, "other"] for number, _nonce in RESULTS]
+
+
+def results(count: int) -> dict[str, Any]:
+    """Return the results of the first tasks by position."""
+    return {str(position): RESULTS[position] for position in range(count)}
+
+
+def run(
+    position: int,
+    start: float,
+    end: float | None = None,
+    *,
+    process: str = "one",
+    outcome: str = ledger.END,
+    **changes: Any,
+) -> list[Line]:
+    """Return the ledger lines of one run of a task.
+
+    :param end: None for a run that was interrupted.
+    :param changes: fields of :class:`RunInfo`.
+    """
+    info = RunInfo("u", position, 1, f"t{position}", f"n{position}", results(position))._replace(**changes)
+    lines = [Line(start, process, ledger.START, info.dump())]
+    return lines if end is None else [*lines, Line(end, process, outcome, info.dump())]
+
+
+#: Task 0 runs from 10 to 10.5, task 1 from 11 to 11.5, and so on.
 ALL_RUN = [line for position in range(SIZE) for line in run(position, 10 + position, 10.5 + position)]
 
-
-def kept(count: int = SIZE, status: str = "SUCCESS", **given: Any) -> Kept:
-    """An operation of which so many tasks succeeded."""
-    gave = [*GAVE[:count], *[None] * (SIZE - count)]
-    ends = [("task-succeeded", f"t{position}", None) for position in range(count)]
-    return Kept(
-        "u",
-        status,
-        seen(count),
-        gave,
-        [f"t{position}" for position in range(SIZE)],
-        [(position, 1, "SUCCESS") for position in range(count)],
-        [("accepted", None, None), *ends, ("ended", None, status)],
-        15.0,
-    )._replace(**given)
+#: The lines of the first two tasks, and those of the last two.
+TWO_RUN = [*run(0, 10, 10.5), *run(1, 11, 11.5)]
+REST = [*run(3, 13, 13.5), *run(4, 14, 14.5)]
 
 
-def told(
-    lines: Sequence[tuple[float, str, str, str]] = ALL_RUN,
-    stored: Kept | None = None,
+def attempts(*numbers: tuple[int, int, str]) -> list[StoredAttempt]:
+    """Return attempts from their position, number and status."""
+    return [StoredAttempt(position, number, status) for position, number, status in numbers]
+
+
+def stored(count: int = SIZE, status: str = "SUCCESS", **changes: Any) -> StoredOperation:
+    """Return an operation of which the first ``count`` tasks succeeded.
+
+    :param changes: fields of :class:`StoredOperation`.
+    """
+    successes = [StoredEvent("task-succeeded", f"t{position}") for position in range(count)]
+    return StoredOperation(
+        uuid="u",
+        status=status,
+        retval=results(count),
+        task_results=[*RESULTS[:count], *[None] * (SIZE - count)],
+        task_uuids=[f"t{position}" for position in range(SIZE)],
+        attempts=attempts(*((position, 1, "SUCCESS") for position in range(count))),
+        events=[StoredEvent("accepted"), *successes, StoredEvent("ended", text=status)],
+        ended=15.0,
+    )._replace(**changes)
+
+
+def history_of(
+    lines: Sequence[Line] = ALL_RUN,
+    operation: StoredOperation | None = None,
     *faults: Fault,
-    made: Order | None = None,
-    looks: Sequence[Look] = (),
-    **given: Any,
+    kind: str = PLAIN,
+    samples: Sequence[ProgressSample] = (),
+    accepted: Mapping[str, float] | None = None,
+    resumed: frozenset[str] = frozenset(),
 ) -> History:
-    entries = [
-        ledger.Entry(event, subject, process, at, place)
-        for place, (at, process, event, subject) in enumerate(sorted(lines, key=lambda line: line[0]), 1)
-    ]
-    found: dict[str, Any] = {"accepted": {"u": 9.0}, "resumed": frozenset(), **given}
-    found |= {"kept": {"u": stored or kept()}, "entries": entries, "faults": faults, "looks": looks}
-    return History(RULES, [made or order()], **found)
+    """Return the history of one operation; by default it succeeded without faults."""
+    return History(
+        rules=RULES,
+        orders=[order(kind)],
+        accepted={"u": 9.0} if accepted is None else accepted,
+        resumed=resumed,
+        stored={"u": operation or stored()},
+        entries=[
+            ledger.Entry(line.event, line.subject, line.process, line.at, position)
+            for position, line in enumerate(sorted(lines, key=lambda line: line.at), 1)
+        ],
+        faults=faults,
+        samples=samples,
+    )
 
 
 def texts(history: History) -> str:
-    return "\n".join(f"{found.promise}: {found.text}" for found in promises.broken(history))
+    """Return the number and the text of each violation as lines."""
+    return "\n".join(f"{violation.promise}: {violation.text}" for violation in promises.violations(history))
 
 
 def test_run_without_faults_breaks_no_promise() -> None:
-    assert texts(told()) == ""
-    assert promises.doubles(told()) == []
+    assert texts(history_of()) == ""
+    assert promises.reruns(history_of()) == []
 
 
 # -- 1: ends and results -----------------------------------------------------------------------------------------------
 
 
 def test_operation_that_has_not_ended_is_reported() -> None:
-    assert "1: plain ended as RUNNING" in texts(told(ALL_RUN[:4], kept(2, "RUNNING", ended=None)))
+    assert "1: a plain operation ended as RUNNING" in texts(history_of(TWO_RUN, stored(2, "RUNNING", ended=None)))
 
 
-@pytest.mark.parametrize(("kind", "well"), [(PLAIN, False), (CANCELLED, True)])
-def test_cancelled_operation_without_a_cancel_request_is_reported(kind: str, well: bool) -> None:
-    assert (texts(told(ALL_RUN[:4], kept(2, "CANCELLED"), made=order(kind))) == "") == well
+def test_cancelled_operation_without_a_cancel_request_is_reported() -> None:
+    cancelled = stored(2, "CANCELLED")
+    assert "1: a plain operation ended as CANCELLED" in texts(history_of(TWO_RUN, cancelled))
+    assert texts(history_of(TWO_RUN, cancelled, kind=CANCELLED)) == ""
 
 
 def test_difference_between_accepted_and_stored_operations_is_reported() -> None:
-    assert "1: not accepted" in texts(told(accepted={}))
-    history = told()
-    history.kept = {"other": kept()}
+    assert "1: an operation was not accepted" in texts(history_of(accepted={}))
+    history = history_of()
+    history.stored = {"other": stored()}
     assert texts(history).splitlines() == [
-        "1: stored, and never handed in: 1 operation(s)",
-        "1: accepted, and not stored: 1 operation(s)",
+        "1: an operation is stored that was never sent: 1 operation(s)",
+        "1: an accepted operation is not stored: 1 operation(s)",
     ]
 
 
 def test_wrong_task_result_is_reported() -> None:
-    gave = [*GAVE[:4], [7, "n4"]]
-    wrong = kept(gave=gave, retval={str(position): each for position, each in enumerate(gave)})
-    assert "1: a task gave something wrong" in texts(told(stored=wrong))
+    retval = {**results(5), "4": [7, "n4"]}
+    wrong = stored(task_results=list(retval.values()), retval=retval)
+    assert "1: a task has a wrong result" in texts(history_of(operation=wrong))
 
 
-@pytest.mark.parametrize("retval", [seen(4), {**seen(5), "error": "no"}, {**seen(5), "4": [GAVE[4][0], "other"]}])
+@pytest.mark.parametrize("retval", [results(4), {**results(5), "error": "no"}, {**results(5), "4": OTHER_RESULTS[4]}])
 def test_operation_result_differing_from_its_tasks_is_reported(retval: Any) -> None:
-    assert "1: its result is not that of its tasks" in texts(told(stored=kept(retval=retval)))
+    text = "1: the result of an operation is not that of its tasks"
+    assert text in texts(history_of(operation=stored(retval=retval)))
 
 
 def test_success_of_a_failing_operation_without_a_resume_is_reported() -> None:
     failed = run(2, 12, 12.5, outcome=ledger.FAIL, nonce="first")
-    again = [line for position in (2, 3, 4) for line in run(position, 20 + position, 20.5 + position, attempt=2)]
-    again = [*again[:2], *run(3, 23, 23.5), *run(4, 24, 24.5)]
-    events = [*kept().events[:4], ("ended", None, "FAILED"), ("resumed", None, None), *kept().events[4:]]
-    attempts = [*kept().attempts[:2], (2, 1, "FAILED"), (2, 2, "SUCCESS"), *kept().attempts[3:]]
-    stored = kept(events=events, attempts=attempts, ended=25.0)
-    lines = [*ALL_RUN[:4], *failed, *again]
-    assert texts(told(lines, stored, made=order(FAILING), resumed=frozenset("u"))) == ""
-    assert "1: ended well without having failed" in texts(told(lines, stored, made=order(FAILING)))
+    lines = [*TWO_RUN, *failed, *run(2, 22, 22.5, attempt=2), *run(3, 23, 23.5), *run(4, 24, 24.5)]
+    failure = [StoredEvent("ended", text="FAILED"), StoredEvent("resumed")]
+    accepted, *successes, ended = stored().events
+    statuses = ((0, 1, "SUCCESS"), (1, 1, "SUCCESS"), (2, 1, "FAILED"), (2, 2, "SUCCESS"))
+    resumed = stored(
+        events=[accepted, *successes[:2], *failure, *successes[2:], ended],
+        attempts=attempts(*statuses, (3, 1, "SUCCESS"), (4, 1, "SUCCESS")),
+        ended=25.0,
+    )
+    assert texts(history_of(lines, resumed, kind=FAILING, resumed=frozenset("u"))) == ""
+    text = "1: a failing operation succeeded without a resume"
+    assert text in texts(history_of(lines, resumed, kind=FAILING))
 
 
 # -- 2: records --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("stored", "text"),
+    ("operation", "text"),
     [
-        (kept(attempts=[*kept().attempts, (4, 2, "SUCCESS")]), "the attempts that were recorded"),
-        (kept(attempts=kept().attempts[:4]), "the attempts that were recorded"),
-        (kept(events=[*kept().events, ("task-succeeded", "t1", None)]), "more than once"),
-        (kept(events=[*kept().events, ("ended", None, "SUCCESS")]), "more or less often"),
-        (kept(marks=[(1.0, 0), (2.0, 2), (3.0, 1)]), "under a claim that was over"),
-        (kept(tasks=["t0", "t1", "other", "t3", "t4"]), "another uuid"),
+        (stored(attempts=[*stored().attempts, StoredAttempt(4, 2, "SUCCESS")]), "the recorded attempts of a task"),
+        (stored(attempts=stored().attempts[:4]), "the recorded attempts of a task"),
+        (stored(events=[*stored().events, StoredEvent("task-succeeded", "t1")]), "recorded several times"),
+        (stored(events=[*stored().events, StoredEvent("ended", text="SUCCESS")]), "too often or too rarely"),
+        (stored(events=[*stored().events, StoredEvent("claimed", epoch=2), StoredEvent("sent", epoch=1)]), "old claim"),
+        (stored(task_uuids=["t0", "t1", "other", "t3", "t4"]), "another uuid"),
     ],
 )
-def test_records_that_do_not_match_the_ledger_are_reported(stored: Kept, text: str) -> None:
-    assert text in texts(told(stored=stored))
+def test_records_that_do_not_match_the_ledger_are_reported(operation: StoredOperation, text: str) -> None:
+    assert text in texts(history_of(operation=operation))
 
 
 def test_recorded_result_without_a_run_is_reported() -> None:
-    assert "2: a result was recorded that no run gave" in texts(told(ALL_RUN[:-1]))
+    assert "2: a result was recorded that no run returned" in texts(history_of(ALL_RUN[:-1]))
 
 
 def test_missing_attempts_of_a_retried_task_are_reported() -> None:
-    attempts = [*kept().attempts[:2], *((2, number, "FAILED") for number in (1, 2)), (2, 3, "SUCCESS")]
     first = run(2, 12.2, 12.3, attempt=1, nonce="x1", outcome=ledger.FAIL)
     second = run(2, 12.5, 12.6, attempt=2, nonce="x2", outcome=ledger.FAIL)
-    lines = [*ALL_RUN[:4], *first, *second, *run(2, 12.8, 12.9, attempt=3), *ALL_RUN[6:]]
-    whole = kept(attempts=[*attempts, *kept().attempts[3:]])
-    assert texts(told(lines, whole, made=order(SHAKY))) == ""
-    assert "2: the attempts that were recorded" in texts(told(lines, kept(), made=order(SHAKY)))
+    lines = [*TWO_RUN, *first, *second, *run(2, 12.8, 12.9, attempt=3), *REST]
+    statuses = ((0, 1, "SUCCESS"), (1, 1, "SUCCESS"), (2, 1, "FAILED"), (2, 2, "FAILED"), (2, 3, "SUCCESS"))
+    complete = stored(attempts=attempts(*statuses, (3, 1, "SUCCESS"), (4, 1, "SUCCESS")))
+    assert texts(history_of(lines, complete, kind=SHAKY)) == ""
+    assert "2: the recorded attempts of a task" in texts(history_of(lines, stored(), kind=SHAKY))
 
 
 # -- 3: order ----------------------------------------------------------------------------------------------------------
 
 
 def test_task_starting_before_its_predecessor_ended_is_reported() -> None:
-    early = [*ALL_RUN[:4], *run(2, 11.4, 12.5), *ALL_RUN[6:]]
-    assert texts(told(early)) == "3: a task began before the one before it had ended: 1 operation(s)"
+    lines = [*TWO_RUN, *run(2, 11.4, 12.5), *REST]
+    assert texts(history_of(lines)) == "3: a task started before the previous one had ended: 1 operation(s)"
 
 
-def test_task_seeing_other_results_than_the_stored_ones_is_reported() -> None:
-    for wrong in (seen(1), seen(3), {**seen(2), "1": [GAVE[1][0], "of another run"]}):
-        lines = [*ALL_RUN[:4], *run(2, 12, 12.5, seen=wrong), *ALL_RUN[6:]]
-        assert "3: a task saw something else" in texts(told(lines))
+@pytest.mark.parametrize("wrong", [results(1), results(3), {**results(2), "1": OTHER_RESULTS[1]}])
+def test_task_receiving_other_results_than_the_stored_ones_is_reported(wrong: dict[str, Any]) -> None:
+    lines = [*TWO_RUN, *run(2, 12, 12.5, earlier_results=wrong), *REST]
+    assert "3: a task received other results than the stored ones" in texts(history_of(lines))
 
 
-# -- 4: doubles --------------------------------------------------------------------------------------------------------
+# -- 4: reruns ---------------------------------------------------------------------------------------------------------
 
-#: Task 2 was begun in one process, and again in another.
-CUT_OFF = [*ALL_RUN[:4], *run(2, 12, nonce="lost"), *run(2, 16, 16.5, process="two")]
-DONE_TWICE = [*ALL_RUN[:4], *run(2, 12, 12.5, nonce="lost"), *run(2, 16, 16.5, process="two")]
-REST = [*run(3, 17, 17.5), *run(4, 18, 18.5)]
+#: Task 2 was interrupted in one process, and ran again in another.
+INTERRUPTED = [*TWO_RUN, *run(2, 12, nonce="lost"), *run(2, 16, 16.5, process="two")]
+#: Task 2 ended in one process, and ran again in another.
+RUN_TWICE = [*TWO_RUN, *run(2, 12, 12.5, nonce="lost"), *run(2, 16, 16.5, process="two")]
+REST_AFTER_RERUN = [*run(3, 17, 17.5), *run(4, 18, 18.5)]
 
 
-def cause(lines: Sequence[tuple[float, str, str, str]], *faults: Fault) -> str | None:
-    (double,) = promises.doubles(told([*lines, *REST], kept(ended=19.0), *faults))
-    return double.cause
+def cause(lines: Sequence[Line], *faults: Fault) -> str | None:
+    """Return the cause of the only rerun in a history."""
+    (rerun,) = promises.reruns(history_of([*lines, *REST_AFTER_RERUN], stored(ended=19.0), *faults))
+    return rerun.cause
 
 
 def test_rerun_of_a_task_without_a_fault_is_reported() -> None:
-    assert cause(CUT_OFF) is None
-    assert texts(told([*DONE_TWICE, *REST], kept(ended=19.0))) == (
-        "4: a task was run again without cause: 1 operation(s)"
-    )
+    assert cause(INTERRUPTED) is None
+    history = history_of([*RUN_TWICE, *REST_AFTER_RERUN], stored(ended=19.0))
+    assert texts(history) == "4: a task ran again without cause: 1 operation(s)"
 
 
 @pytest.mark.parametrize(
     ("lines", "fault", "expected"),
     [
-        (CUT_OFF, Fault(KILL, "one", 12.2, 12.2), "killed"),
-        (DONE_TWICE, Fault(KILL, "one", 12.6, 12.6), "killed"),
-        (DONE_TWICE, Fault(KILL, "one", 15.5, 15.5), None),
-        (CUT_OFF, Fault(KILL, "one", 11.8, 11.8), None),
-        (CUT_OFF, Fault(KILL, "two", 12.2, 12.2), None),
-        (CUT_OFF, Fault(KILL, "one", 16.2, 16.2), None),
-        (CUT_OFF, Fault(STOP, "one", 12.2, 17), "stopped past its lease"),
-        (DONE_TWICE, Fault(STOP, "one", 12.2, 12.4), None),
-        (DONE_TWICE, Fault(STOP, "three", 12.2, 17), None),
-        (CUT_OFF, Fault(TERM, "one", 12.2, 15.4), "longer than shutdown_timeout"),
-        (DONE_TWICE, Fault(TERM, "one", 12.2, 12.6), None),
-        (DONE_TWICE, Fault(LONG_OUTAGE, "", 12.2, 15.5), "lost the database"),
-        (DONE_TWICE, Fault(SHORT_OUTAGE, "", 13.9, 14.5), "lost the database"),
-        (DONE_TWICE, Fault(SHORT_OUTAGE, "", 14.5, 15), None),
-        (DONE_TWICE, Fault("broker killed", "", 12.2, 15), None),
+        (INTERRUPTED, Fault(KILL, "one", 12.2, 12.2), "killed"),
+        (RUN_TWICE, Fault(KILL, "one", 12.6, 12.6), "killed"),
+        (RUN_TWICE, Fault(KILL, "one", 15.5, 15.5), None),
+        (INTERRUPTED, Fault(KILL, "one", 11.8, 11.8), None),
+        (INTERRUPTED, Fault(KILL, "two", 12.2, 12.2), None),
+        (INTERRUPTED, Fault(KILL, "one", 16.2, 16.2), None),
+        (INTERRUPTED, Fault(STOP, "one", 12.2, 17), "stopped past its lease"),
+        (RUN_TWICE, Fault(STOP, "one", 12.2, 12.4), None),
+        (RUN_TWICE, Fault(STOP, "three", 12.2, 17), None),
+        (INTERRUPTED, Fault(TERM, "one", 12.2, 15.4), "longer than shutdown_timeout"),
+        (RUN_TWICE, Fault(TERM, "one", 12.2, 12.6), None),
+        (RUN_TWICE, Fault(LONG_OUTAGE, "", 12.2, 15.5), "lost the database"),
+        (RUN_TWICE, Fault(SHORT_OUTAGE, "", 13.9, 14.5), "lost the database"),
+        (RUN_TWICE, Fault(SHORT_OUTAGE, "", 14.5, 15), None),
+        (RUN_TWICE, Fault("broker killed", "", 12.2, 15), None),
     ],
 )
 def test_rerun_of_a_task_is_excused_only_by_a_matching_fault(
-    lines: list[tuple[float, str, str, str]], fault: Fault, expected: str | None
+    lines: list[Line], fault: Fault, expected: str | None
 ) -> None:
     assert cause(lines, fault) == expected
 
 
 def test_rerun_of_a_task_is_excused_when_its_process_was_starved_of_cpu() -> None:
-    assert cause([*CUT_OFF, (14, "one", LATE, "1.8")]) == "did not get to run"
-    assert cause([*CUT_OFF, (14, "one", LATE, "0.9")]) is None
+    assert cause([*INTERRUPTED, Line(14, "one", STARVED, "1.8")]) == "did not get to run"
+    assert cause([*INTERRUPTED, Line(14, "one", STARVED, "0.9")]) is None
 
 
-def test_wait_after_a_kill_is_measured() -> None:
-    events = [("claimed", None, None), ("sent-again", None, "lease-expired"), ("claimed", None, None)]
-    stored = kept(events=events, marks=[(11.9, 1), (15.2, 1), (15.9, 2)])
-    history = told([*CUT_OFF, *REST], stored, Fault(KILL, "one", 12.2, 12.2))
-    assert promises.waits(history) == [pytest.approx(3.0)]
+def test_recovery_time_after_a_kill_is_measured() -> None:
+    events = [
+        StoredEvent("claimed", at=11.9, epoch=1),
+        StoredEvent("sent-again", text="lease-expired", at=15.2, epoch=1),
+        StoredEvent("claimed", at=15.9, epoch=2),
+    ]
+    history = history_of([*INTERRUPTED, *REST_AFTER_RERUN], stored(events=events), Fault(KILL, "one", 12.2, 12.2))
+    assert promises.recovery_times(history) == [pytest.approx(3.0)]
 
 
-# -- 5: nothing begins after the end -----------------------------------------------------------------------------------
+# -- 5: no start after the end -----------------------------------------------------------------------------------------
 
 
 def test_task_starting_after_the_end_is_reported() -> None:
-    late = [*ALL_RUN[:4], *run(2, 18, 18.5)]
-    cancelled = kept(2, "CANCELLED", ended=12.0)
-    assert "5: a task was begun after the end" in texts(told(late, cancelled, made=order(CANCELLED)))
-    zombie = Fault(STOP, "one", 11.9, 17.9)
-    assert texts(told(late, cancelled, zombie, made=order(CANCELLED))) == ""
+    late = [*TWO_RUN, *run(2, 18, 18.5)]
+    cancelled = stored(2, "CANCELLED", ended=12.0)
+    assert "5: a task started after the end" in texts(history_of(late, cancelled, kind=CANCELLED))
+    suspension = Fault(STOP, "one", 11.9, 17.9)
+    assert texts(history_of(late, cancelled, suspension, kind=CANCELLED)) == ""
 
 
 # -- 6: progress -------------------------------------------------------------------------------------------------------
 
 
 def test_open_operations_without_progress_are_reported_as_stalled() -> None:
-    still = [Look(second, 5, 1) for second in range(40)]
-    assert "6: nothing moved for 39.0 s" in texts(told(looks=still))
-    assert texts(told((), None, looks=[Look(second, 5, 0) for second in range(40)])).count("6:") == 0
+    without_progress = [ProgressSample(second, 5, 1) for second in range(40)]
+    assert "6: no progress for 39.0 s" in texts(history_of(samples=without_progress))
+    without_open_operations = [ProgressSample(second, 5, 0) for second in range(40)]
+    assert promises.stalls(history_of(samples=without_open_operations)) == []
 
 
 def test_progress_or_a_recent_fault_is_no_stall() -> None:
-    assert promises.longest_pause(told(looks=[Look(second, second // 20, 1) for second in range(90)])) == 19
-    still = [Look(second, 5, None if 5 < second < 30 else 1) for second in range(40)]
-    away = told(ALL_RUN, None, Fault(LONG_OUTAGE, "", 5, 30), looks=still)
-    assert (promises.longest_pause(away), promises.longest_pause(away, healed=True)) == (39, 9)
-    assert promises.stalls(away) == []
-    hit = told(ALL_RUN, None, Fault(KILL, "one", 20, 20), looks=still)
-    assert promises.longest_pause(hit, healed=True) == 19
+    slow = history_of(samples=[ProgressSample(second, second // 20, 1) for second in range(90)])
+    assert promises.longest_pause(slow) == 19
+    samples = [ProgressSample(second, 5, None if 5 < second < 30 else 1) for second in range(40)]
+    with_outage = history_of(ALL_RUN, None, Fault(LONG_OUTAGE, "", 5, 30), samples=samples)
+    assert promises.longest_pause(with_outage) == 39
+    assert promises.longest_pause(with_outage, without_faults=True) == 9
+    assert promises.stalls(with_outage) == []
+    with_kill = history_of(ALL_RUN, None, Fault(KILL, "one", 20, 20), samples=samples)
+    assert promises.longest_pause(with_kill, without_faults=True) == 19
 
 
 # -- hits --------------------------------------------------------------------------------------------------------------
@@ -271,29 +351,29 @@ def test_fault_hits_only_while_a_task_is_running() -> None:
     faults = [Fault(KILL, "one", 10.2, 10.2), Fault(KILL, "two", 10.2, 10.2), Fault(KILL, "one", 10.7, 10.7)]
     faults += [Fault(STOP, "one", 11.2, 13), Fault(STOP, "one", 11.2, 15), Fault(SHORT_OUTAGE, "", 12.2, 12.9)]
     faults += [Fault(LONG_OUTAGE, "", 12.7, 12.9), Fault(LONG_OUTAGE, "", 14.2, 16)]
-    assert promises.hits(told(ALL_RUN, None, *faults)) == {KILL: 1, STOP: 1, SHORT_OUTAGE: 1}
+    assert promises.hits(history_of(ALL_RUN, None, *faults)) == {KILL: 1, STOP: 1, SHORT_OUTAGE: 1}
 
 
-# -- what is asked for, and what is done -------------------------------------------------------------------------------
+# -- orders and plans --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_same_seed_gives_the_same_orders_with_every_kind(seed: int) -> None:
-    found = orders(seed, 80, 24, long=4)
-    assert found == orders(seed, 80, 24, long=4)
-    assert {each.kind for each in found} == {PLAIN, SHAKY, FAILING, CANCELLED}
-    assert len({each.uuid for each in found}) == len(found)
+    seeded = orders(seed, 80, 24, long=4)
+    assert seeded == orders(seed, 80, 24, long=4)
+    assert {order.kind for order in seeded} == {PLAIN, SHAKY, FAILING, CANCELLED}
+    assert len({order.uuid for order in seeded}) == len(seeded)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_plan_spares_one_consumer_and_stops_both_servers(seed: int) -> None:
-    actions = plan(seed, 24, lease=3)
-    assert actions == plan(seed, 24, lease=3)
+    actions = fault_plan(seed, 24, lease=3)
+    assert actions == fault_plan(seed, 24, lease=3)
     consumers = [action for action in actions if action.slot >= 0]
     assert {action.kind for action in consumers} == {KILL, TERM, STOP}
     for number, action in enumerate(consumers):
-        during = [other for other in consumers[:number] if other.until > action.at]
-        assert len({other.slot for other in during} | {action.slot}) == len(during) + 1 < 4
+        simultaneous = [action, *(other for other in consumers[:number] if other.until > action.at)]
+        assert len({each.slot for each in simultaneous}) == len(simultaneous) < 4
     servers = [action for action in actions if action.slot < 0]
     assert [action.kind for action in servers].count(SHORT_OUTAGE) == 2
     assert any(action.kind == LONG_OUTAGE and action.seconds > 3 for action in servers)

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cdumay_result import Result
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
 from kser.consumer.options import NEVER
+from kser.consumer.work_item import WorkItem
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import ClientError
+from kser.retry import Retry
 from kser.sequencing.task import Task
 from tests.support import WAIT_SECONDS, Clock, message
 
-#: Client options that commit after each message.
+#: Client options for a commit after each message.
 MANUAL_COMMIT = {"enable_auto_commit": False}
+
+#: Client options for a commit interval that is longer than any test.
+NO_INTERVAL_COMMIT = {"auto_commit_interval_ms": 600_000}
+
+#: A retry policy with three attempts, ten seconds apart.
+THREE_ATTEMPTS = Retry(max_attempts=3, delay=10, backoff=1, jitter=False)
 
 DICE = Partition("dice", 0)
 
 
 class ScriptedTask(Task):
-    """A task that does what the script has under its uuid: raises it or calls it. A list has one entry per attempt."""
+    """A task with a scripted action per uuid: an exception or a function; a list has an action per attempt."""
 
     script: ClassVar[dict[str, Any]] = {}
-    #: The uuids of the attempts, in their order.
+    #: The uuid of each attempt, in the order of the attempts.
     ran: ClassVar[list[str]] = []
 
     def run(self) -> Any:
@@ -36,8 +44,8 @@ class ScriptedTask(Task):
             action = action.pop(0) if action else None
         if isinstance(action, BaseException):
             raise action
-        found = action() if callable(action) else action
-        return found if isinstance(found, Result) else None
+        value = action() if callable(action) else action
+        return value if isinstance(value, Result) else None
 
 
 def send_messages(*uuids: str, cls: Any = ScriptedTask, key: bytes | None = None, partition: int | None = None) -> None:
@@ -66,11 +74,19 @@ class SteppedConsumer:
 
     def attempts(self, *delays: float) -> list[int]:
         """Return the number of attempts of a step now, and of one more step after each delay in seconds."""
-        found = [self.consumer.step(timeout=0)]
+        counts = [self.consumer.step(timeout=0)]
         for seconds in delays:
             self.clock.advance(seconds)
-            found.append(self.consumer.step(timeout=0))
-        return found
+            counts.append(self.consumer.step(timeout=0))
+        return counts
+
+
+class Poll(NamedTuple):
+    """The arguments of one poll of a client."""
+
+    timeout: float
+    limit: int
+    paused: Collection[Partition]
 
 
 class FaultyClient(DummyClient):
@@ -80,8 +96,7 @@ class FaultyClient(DummyClient):
         super().__init__(broker, group, commits=commits)
         #: The fault of each method by its name: an exception, or the text of a :class:`ClientError`.
         self.faults: dict[str, Any] = {}
-        #: The timeout, the limit and the paused partitions of each poll.
-        self.polls: list[tuple[float, int, Collection[Partition]]] = []
+        self.polls: list[Poll] = []
         self.commits: list[Mapping[Partition, Commit]] = []
         self.closed = 0
 
@@ -90,7 +105,7 @@ class FaultyClient(DummyClient):
         super().subscribe(topics, listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        self.polls.append((timeout, limit, set(paused)))
+        self.polls.append(Poll(timeout, limit, set(paused)))
         self._raise_fault("poll")
         return super().poll(timeout, limit, paused)
 
@@ -117,7 +132,7 @@ class FaultyClient(DummyClient):
 
 
 class FaultyConsumer(Consumer):
-    """A consumer whose clients have faults.
+    """A consumer whose clients have faults, and whose cycle a test can run in parts: fetch, start, run and commit.
 
     :param initial_faults: the faults of each new client.
     """
@@ -144,6 +159,43 @@ class FaultyConsumer(Consumer):
         """The client in use."""
         return self.clients[-1]
 
+    @property
+    def in_flight(self) -> int:
+        """The number of records in flight."""
+        return self._kser_work_queue.in_flight
+
+    @property
+    def is_shutting_down(self) -> bool:
+        """True if the graceful shutdown has started."""
+        return self._kser_poller.shutting_down
+
+    def poll(self, timeout: float = 0) -> int:
+        """Poll and commit once, as the client thread does; return the number of fetched records."""
+        return self._kser_poller.poll_once(timeout)
+
+    def commit(self) -> None:
+        """Commit the finished records."""
+        self._kser_poller.commit()
+
+    def start_record(self) -> WorkItem:
+        """Start the next record without running it."""
+        item = self._kser_work_queue.get(0)
+        assert item is not None, "no record is ready"
+        return item
+
+    def run_started(self, item: WorkItem) -> None:
+        """Run a record that :meth:`start_record` has started."""
+        self._kser_worker_pool._attempt(item)
+
+    def run_record(self) -> bool:
+        """Start and run the next record, as a worker does; return False if no record is ready."""
+        return self._kser_worker_pool.step()
+
+
+def worker_threads() -> list[threading.Thread]:
+    """Return the running worker threads of this process."""
+    return [thread for thread in threading.enumerate() if thread.name == "kser-worker"]
+
 
 class ConsumerThread:
     """A consumer that runs in its own thread inside the ``with`` block, and stops at the end of the block."""
@@ -159,6 +211,11 @@ class ConsumerThread:
             self.consumer.run()
         except BaseException as exc:
             self.ending = exc
+
+    @property
+    def is_running(self) -> bool:
+        """True until ``run()`` has ended."""
+        return self._thread.is_alive()
 
     def __enter__(self) -> ConsumerThread:
         self._thread.start()

@@ -16,43 +16,48 @@ OTHER = Partition("dice", 1)
 
 
 def record(offset: int, key: bytes | None = None, value: bytes = b"", partition: int = 0) -> DummyRecord:
+    """Return a record of the topic ``dice``."""
     return DummyRecord("dice", partition, offset, key, value)
 
 
 class QueueUnderTest(WorkQueue):
-    """A work queue with the partition dice[0], whose time passes when a test says so."""
+    """A work queue with the assigned partition dice[0] and a clock that only the test advances."""
+
+    clock: Clock
 
     def __init__(self, *, revoke_timeout: float = 10, **options: Any) -> None:
-        self.time = Clock()
-        super().__init__(**options, clock=self.time)
+        super().__init__(**options, clock=Clock())
         self.partitions = PartitionTable(self, revoke_timeout)
         self.partitions.on_assign({DICE: Commit(0)})
 
-    def enter(self, *records: DummyRecord) -> None:
-        for each in records:
-            self.partitions.put({Partition(each.topic, each.partition): [each]})
+    def fetch(self, *records: DummyRecord) -> None:
+        """Queue records, as after a poll."""
+        for fetched in records:
+            self.partitions.put({Partition(fetched.topic, fetched.partition): [fetched]})
 
-    def enter_keys(self, keys: str) -> None:
-        """A record for each letter; those of ``-`` have no key."""
+    def fetch_keys(self, keys: str) -> None:
+        """Queue a record of dice[0] for each letter, its key; ``-`` stands for a record without a key."""
         self.partitions.put({DICE: [record(n, None if key == "-" else key.encode()) for n, key in enumerate(keys)]})
 
-    def next(self) -> WorkItem:
+    def start_next(self) -> WorkItem:
+        """Start the next record."""
         item = self.get(0)
-        assert item is not None, "there is nothing to take"
+        assert item is not None, "no record is ready"
         return item
 
-    def all(self) -> list[WorkItem]:
-        """What may run now at the same time."""
+    def start_all(self) -> list[WorkItem]:
+        """Start every record that may run concurrently now."""
         items = []
         while (item := self.get(0)) is not None:
             items.append(item)
         return items
 
-    def come_back(self, commit: Commit | None = None) -> None:
-        """The partition is given up, with everything committed that may be, and assigned again."""
+    def revoke_and_reassign(self) -> None:
+        """Revoke dice[0], commit its finished records, and assign it again."""
         commits = self.partitions.on_revoke([DICE]).commits()
-        self.partitions.on_assign({DICE: commit or commits.get(DICE, Commit(0))})
+        self.partitions.on_assign({DICE: commits.get(DICE, Commit(0))})
 
 
 def offsets(items: list[WorkItem]) -> list[int]:
+    """Return the offsets of records."""
     return [item.record.offset for item in items]

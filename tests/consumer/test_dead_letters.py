@@ -12,82 +12,91 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.attempt import FAILED, Attempt, Failure, current_attempt
-from kser.consumer.client import Partition
 from kser.consumer.dead_letters import PREFIX, TEXT_LIMITS
 from kser.controller import BaseProducer, Controller
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.retry import Retry
-from tests.consumer.harness import DICE, MANUAL_COMMIT, ScriptedTask, committed, new_consumer, send_messages
+from tests.consumer.harness import (
+    DICE,
+    MANUAL_COMMIT,
+    FaultyConsumer,
+    ScriptedTask,
+    committed,
+    new_consumer,
+    send_messages,
+)
 from tests.support import Clock, lines, message, record_of
 
 pytestmark = pytest.mark.usefixtures("bus")
 
-NOW = Retry(max_attempts=3, delay=0)
+RETRY_AT_ONCE = Retry(max_attempts=3, delay=0)
 
 
-def letters(topic: str = "dice.dlq") -> list[DummyRecord]:
+def dead_letters(topic: str = "dice.dlq") -> list[DummyRecord]:
+    """Return the records of a dead letter topic."""
     return [record for log in InMemoryBroker.at("").topics.get(topic, []) for record in log]
 
 
-def told(record: DummyRecord) -> dict[str, str]:
-    """What our headers say."""
+def failure_headers(record: DummyRecord) -> dict[str, str]:
+    """Return the headers that describe the failure, by their names without the prefix."""
     return {
         name.removeprefix(PREFIX): (value or b"").decode() for name, value in record.headers if name.startswith(PREFIX)
     }
 
 
 def consume(**options: Any) -> Consumer:
+    """Consume all messages with dead letters; return the consumer."""
     consumer = new_consumer(MANUAL_COMMIT, **{"dead_letter": True, **options})
     consumer.run_until_idle()
     return consumer
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- the content of a dead letter --------------------------------------------------------------------------------------
 
 
 def test_undecodable_record_is_dead_lettered_unchanged(bus: InMemoryBroker) -> None:
-    headers = (("trace", b"\x00\xff"), ("empty", None), ("trace", b"again"))
+    original = (("trace", b"\x00\xff"), ("empty", None), ("trace", b"again"))
     bus.create_topic("dice", 2)
     bus.send("dice", b"good bytes", partition=1)
-    bus.send("dice", b"\xff no message", key=b"k\xff", headers=headers, partition=1)
+    bus.send("dice", b"\xff no message", key=b"k\xff", headers=original, partition=1)
     consume()
-    _, letter = letters()
-    assert (letter.value, letter.key, letter.headers[:3]) == (b"\xff no message", b"k\xff", headers)
-    said = told(letter)
-    assert (said["reason"], said["attempts"]) == ("undecodable", "1")
-    assert (said["topic"], said["partition"], said["offset"], said["timestamp"]) == ("dice", "1", "1", "0")
-    assert said["error-class"]
-    assert said["error-message"]
+    _, letter = dead_letters()
+    assert (letter.value, letter.key, letter.headers[:3]) == (b"\xff no message", b"k\xff", original)
+    headers = failure_headers(letter)
+    assert (headers["reason"], headers["attempts"]) == ("undecodable", "1")
+    assert (headers["topic"], headers["partition"], headers["offset"], headers["timestamp"]) == ("dice", "1", "1", "0")
+    assert headers["error-class"]
+    assert headers["error-message"]
 
 
 def test_null_value_is_dead_lettered_as_null(bus: InMemoryBroker) -> None:
     bus.send("dice", None, key=b"k")
     consume()
-    (letter,) = letters()
-    assert (letter.value, letter.key, told(letter)["reason"]) == (None, b"k", "undecodable")
+    (letter,) = dead_letters()
+    assert (letter.value, letter.key, failure_headers(letter)["reason"]) == (None, b"k", "undecodable")
 
 
 def test_dead_letter_names_an_unknown_entrypoint() -> None:
     send_messages("1", cls="shop.Unknown")
-    consume(retry=NOW)
-    (letter,) = letters()
-    said = told(letter)
-    assert (said["reason"], said["attempts"]) == ("unknown-entrypoint", "1")
-    assert said["error-class"] == "cdumay_error.types.ValidationError"
-    assert "Entrypoint 'shop.Unknown' not registred" in said["error-message"]
+    consume(retry=RETRY_AT_ONCE)
+    (letter,) = dead_letters()
+    headers = failure_headers(letter)
+    assert (headers["reason"], headers["attempts"]) == ("unknown-entrypoint", "1")
+    assert headers["error-class"] == "cdumay_error.types.ValidationError"
+    assert "Entrypoint 'shop.Unknown' not registred" in headers["error-message"]
 
 
 def test_dead_letter_is_written_after_the_last_attempt_with_its_error() -> None:
-    ScriptedTask.script["1"] = ConnectionError("nobody there")
+    ScriptedTask.script["1"] = ConnectionError("refused")
     send_messages("1")
-    consumer = consume(retry=NOW)
+    consumer = consume(retry=RETRY_AT_ONCE)
     assert ScriptedTask.ran == ["1"] * 3
-    (letter,) = letters()
-    said = told(letter)
-    assert (said["reason"], said["attempts"]) == ("failed", "3")
-    assert (said["error-class"], said["error-message"]) == ("ConnectionError", "nobody there")
+    (letter,) = dead_letters()
+    headers = failure_headers(letter)
+    assert (headers["reason"], headers["attempts"]) == ("failed", "3")
+    assert (headers["error-class"], headers["error-message"]) == ("ConnectionError", "refused")
     assert consumer.counts == {"done": 1, "failed": 1, "retried": 2, "dead_lettered": 1}
 
 
@@ -95,24 +104,24 @@ def test_dead_letter_of_a_failed_result_has_no_error_class() -> None:
     ScriptedTask.script["1"] = lambda: Result(retcode=7, stderr="card declined")
     send_messages("1")
     consume()
-    (letter,) = letters()
-    assert (told(letter)["error-class"], told(letter)["error-message"]) == ("", "card declined")
+    (letter,) = dead_letters()
+    assert (failure_headers(letter)["error-class"], failure_headers(letter)["error-message"]) == ("", "card declined")
 
 
 def test_dead_letter_names_its_consumer_and_time() -> None:
     send_messages("1", cls="shop.Unknown")
     before = int(time.time() * 1000)
     consume()
-    said = told(letters()[0])
-    assert said["consumer"].split()[::2] == ["Consumer", str(os.getpid())]
-    assert before <= int(said["time"]) <= time.time() * 1000
+    headers = failure_headers(dead_letters()[0])
+    assert headers["consumer"].split()[::2] == ["Consumer", str(os.getpid())]
+    assert before <= int(headers["time"]) <= time.time() * 1000
 
 
 def test_dead_letter_escapes_text_without_a_utf_8_form() -> None:
     ScriptedTask.script["1"] = ValueError("caf\u00e9 \udc80")
     send_messages("1")
     consume()
-    assert told(letters()[0])["error-message"] == "caf\u00e9 \\udc80"
+    assert failure_headers(dead_letters()[0])["error-message"] == "caf\u00e9 \\udc80"
 
 
 @pytest.mark.parametrize("error", [SystemExit(2), ValueError("x")])
@@ -120,60 +129,60 @@ def test_raising_task_is_dead_lettered_even_with_system_exit(error: BaseExceptio
     ScriptedTask.script["1"] = error
     send_messages("1", "2")
     consume()
-    assert len(letters()) == 1
+    assert len(dead_letters()) == 1
     assert (ScriptedTask.ran, committed()) == (["1", "2"], 2)
 
 
 def test_raising_registry_gives_a_dead_letter() -> None:
-    class Raising:
+    class RaisingRegistry:
         @staticmethod
         def run(data: Any) -> None:
             raise RuntimeError("registry")
 
     send_messages("1")
     consumer = new_consumer(MANUAL_COMMIT, dead_letter=True)
-    consumer.REGISTRY = Raising
+    consumer.REGISTRY = RaisingRegistry
     consumer.run_until_idle()
-    assert told(letters()[0])["error-class"] == "RuntimeError"
+    assert failure_headers(dead_letters()[0])["error-class"] == "RuntimeError"
 
 
 def test_message_rejected_by_a_hook_is_dead_lettered() -> None:
-    class Refusing(Controller):
+    class RejectingController(Controller):
         @classmethod
         def onmessage(cls, kmsg: Any) -> Any:
-            raise ValueError("not you")
+            raise ValueError("rejected")
 
     send_messages("1")
     consumer = new_consumer(MANUAL_COMMIT, dead_letter=True)
-    consumer.REGISTRY = Refusing
+    consumer.REGISTRY = RejectingController
     consumer.run_until_idle()
-    assert (told(letters()[0])["reason"], ScriptedTask.ran) == ("failed", [])
+    assert (failure_headers(dead_letters()[0])["reason"], ScriptedTask.ran) == ("failed", [])
 
 
 def test_task_that_cannot_be_built_is_dead_lettered() -> None:
-    class Unmade(ScriptedTask):
+    class BrokenTask(ScriptedTask):
         def postinit(self) -> None:
-            raise ConnectionError("nobody there")
+            raise ConnectionError("refused")
 
-    Controller.register(Unmade.path, Unmade)
-    send_messages("1", cls=Unmade)
+    Controller.register(BrokenTask.path, BrokenTask)
+    send_messages("1", cls=BrokenTask)
     consumer = consume()
-    assert told(letters()[0])["error-message"] == "nobody there"
+    assert failure_headers(dead_letters()[0])["error-message"] == "refused"
     assert consumer.counts["failed"] == 1
 
 
 def test_successful_message_is_not_dead_lettered() -> None:
     ScriptedTask.script["1"] = [ConnectionError("no"), None]
     send_messages("1", "2")
-    consume(retry=NOW)
-    assert letters() == []
+    consume(retry=RETRY_AT_ONCE)
+    assert dead_letters() == []
 
 
-# -- where to ----------------------------------------------------------------------------------------------------------
+# -- the dead letter topic ---------------------------------------------------------------------------------------------
 
 
 def test_failed_message_is_committed_without_a_dead_letter_by_default(caplog: pytest.LogCaptureFixture) -> None:
-    """As published: it is logged and counted."""
+    """As in kser 0.8.27, a failed message is only logged and counted."""
     send_messages("1", cls="shop.Unknown")
     consumer = consume(dead_letter=None)
     assert (set(InMemoryBroker.at("").topics), committed()) == ({"dice"}, 1)
@@ -185,51 +194,51 @@ def test_each_topic_has_its_own_dead_letter_topic(bus: InMemoryBroker) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter=True).run_until_idle()
-    assert (len(letters("dice.dlq")), len(letters("cards.dlq"))) == (1, 1)
+    assert (len(dead_letters("dice.dlq")), len(dead_letters("cards.dlq"))) == (1, 1)
 
 
 def test_dead_letters_of_all_topics_may_share_a_named_topic(bus: InMemoryBroker) -> None:
     for topic in ("dice", "cards"):
         bus.send(topic, b"no message")
     Consumer({}, ["dice", "cards"], dead_letter="broken").run_until_idle()
-    assert {told(letter)["topic"] for letter in letters("broken")} == {"dice", "cards"}
+    assert {failure_headers(letter)["topic"] for letter in dead_letters("broken")} == {"dice", "cards"}
 
 
 def test_dead_lettered_signal_is_emitted() -> None:
-    heard: list[Any] = []
+    emitted: list[Any] = []
 
     def listen(sender: Any, topic: str, record: Any, failure: Failure) -> None:
-        heard.append((sender, topic, record.offset, failure))
+        emitted.append((sender, topic, record.offset, failure))
 
     ScriptedTask.script["1"] = KeyError("x")
     send_messages("1")
     with signals.dead_lettered.connected_to(listen):
         consume()
-    assert heard == [(Consumer, "dice.dlq", 0, Failure("failed", "KeyError", "'x'"))]
+    assert emitted == [(Consumer, "dice.dlq", 0, Failure("failed", "KeyError", "'x'"))]
 
 
-# -- what cannot be written --------------------------------------------------------------------------------------------
+# -- dead letters that cannot be written -------------------------------------------------------------------------------
 
 
-class Unwilling(Producer):
-    """Writes nothing for a while."""
+class FailingProducer(Producer):
+    """A producer that writes nothing until ``is_up``."""
 
-    willing = False
+    is_up = False
     tries = 0
 
     def produce(self, *arguments: Any, **options: Any) -> None:
         self.tries += 1
-        if not self.willing:
+        if not self.is_up:
             raise ConnectionError("no broker")
         super().produce(*arguments, **options)
 
 
-class Stuck(Consumer):
-    """A consumer whose dead letters cannot be written for a while."""
+class ConsumerWithFailingProducer(Consumer):
+    """A consumer whose dead letters fail to be written until its producer is up."""
 
     def make_producer(self) -> BaseProducer:
-        self.made = Unwilling(self.config)
-        return self.made
+        self.failing_producer = FailingProducer(self.config)
+        return self.failing_producer
 
 
 def test_unwritten_dead_letter_blocks_its_partition_alone(
@@ -239,7 +248,7 @@ def test_unwritten_dead_letter_blocks_its_partition_alone(
     ScriptedTask.script["bad"] = KeyError("x")
     send_messages("bad", partition=0)
     clock = Clock()
-    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
+    consumer = ConsumerWithFailingProducer(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
     consumer.step(timeout=0)
     send_messages("held", partition=0)
     send_messages("free", partition=1)
@@ -247,16 +256,16 @@ def test_unwritten_dead_letter_blocks_its_partition_alone(
         clock.advance(1)
         consumer.step(timeout=0)
     assert (ScriptedTask.ran, committed(0), committed(1)) == (["bad", "free"], 0, 1)
-    (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Stuck: ")]
+    (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("ConsumerWithFailingProducer: ")]
     assert line == (
-        "Stuck: offset 0 of dice[0] failed (failed) and its dead letter cannot be written to 'dice.dlq': no broker;"
-        " the partition is paused until the write succeeds"
+        "ConsumerWithFailingProducer: offset 0 of dice[0] failed (failed) and its dead letter cannot be written to"
+        " 'dice.dlq': no broker; the partition is paused until the write succeeds"
     )
-    assert 4 < consumer.made.tries < 10
-    consumer.made.willing = True
+    assert 4 < consumer.failing_producer.tries < 10
+    consumer.failing_producer.is_up = True
     clock.advance(30)
     consumer.run_until_idle()
-    assert (len(letters()), ScriptedTask.ran, committed(0)) == (1, ["bad", "free", "held"], 2)
+    assert (len(dead_letters()), ScriptedTask.ran, committed(0)) == (1, ["bad", "free", "held"], 2)
     assert consumer.counts == {"done": 3, "failed": 1, "dead_lettered": 1}
 
 
@@ -264,63 +273,64 @@ def test_unwritten_dead_letter_does_not_run_its_task_again() -> None:
     ScriptedTask.script["1"] = KeyError("x")
     send_messages("1")
     clock = Clock()
-    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
+    consumer = ConsumerWithFailingProducer(MANUAL_COMMIT, ["dice"], dead_letter=True, clock=clock)
     consumer.step(timeout=0)
     clock.advance(100)
     consumer.step(timeout=0)
-    assert (ScriptedTask.ran, consumer.made.tries, consumer.counts["failed"]) == (["1"], 2, 1)
+    assert (ScriptedTask.ran, consumer.failing_producer.tries, consumer.counts["failed"]) == (["1"], 2, 1)
 
 
 def test_message_with_an_unwritten_dead_letter_is_redelivered_after_close() -> None:
     ScriptedTask.script["1"] = KeyError("x")
     send_messages("1")
-    consumer = Stuck(MANUAL_COMMIT, ["dice"], dead_letter=True)
+    consumer = ConsumerWithFailingProducer(MANUAL_COMMIT, ["dice"], dead_letter=True)
     consumer.step(timeout=0)
     consumer.close()
-    assert (committed(), letters()) == (0, [])
+    assert (committed(), dead_letters()) == (0, [])
     consume()
-    assert (ScriptedTask.ran, committed(), len(letters())) == (["1", "1"], 1, 1)
+    assert (ScriptedTask.ran, committed(), len(dead_letters())) == (["1", "1"], 1, 1)
 
 
 def test_dead_letter_truncates_a_long_error_text() -> None:
     ScriptedTask.script["1"] = ValueError("long " * 10_000)
     send_messages("1")
     consume()
-    assert told(letters()[0])["error-message"] == ("long " * 10_000)[: TEXT_LIMITS[0]]
+    assert failure_headers(dead_letters()[0])["error-message"] == ("long " * 10_000)[: TEXT_LIMITS[0]]
 
 
 def test_dead_letter_of_a_nearly_oversized_message_omits_the_error_text() -> None:
-    """Our headers make it larger."""
+    """The headers of the failure make the record larger than its message was."""
     ScriptedTask.script["1"] = ScriptedTask.script["2"] = ValueError("long " * 300)
     send_messages("1")
     send_messages("2", key=b"k" * 4500)
     new_consumer({**MANUAL_COMMIT, "max_request_size": 5500}, dead_letter=True).run_until_idle()
-    with_text, without = letters()
-    assert told(with_text)["error-message"] == "long " * 300
-    assert (without.key, told(without)["error-message"]) == (b"k" * 4500, "")
-    assert (told(without)["reason"], told(without)["error-class"]) == ("failed", "ValueError")
+    with_text, without = dead_letters()
+    assert failure_headers(with_text)["error-message"] == "long " * 300
+    assert (without.key, failure_headers(without)["error-message"]) == (b"k" * 4500, "")
+    assert (failure_headers(without)["reason"], failure_headers(without)["error-class"]) == ("failed", "ValueError")
 
 
 def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
     caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
 ) -> None:
     bus.send("dice", b"x" * 5000)
-    consumer = new_consumer({**MANUAL_COMMIT, "max_request_size": 5000}, dead_letter=True)
+    consumer = FaultyConsumer({**MANUAL_COMMIT, "max_request_size": 5000}, dead_letter=True)
     consumer.step(timeout=0)
-    (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("Consumer: ")]
+    (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("FaultyConsumer: ")]
     assert "'max_request_size' allows 5,000" in line
     assert "raise the limits of the producer and of the topic 'dice.dlq'" in line
-    assert set(consumer._kser_partitions.blocked_partitions()) == {DICE} == {Partition("dice", 0)}
+    consumer.poll()
+    assert consumer.current_client.polls[-1].paused == {DICE}
     assert committed() == 0
 
 
 def test_send_by_user_code_does_not_change_the_failure_of_the_current_attempt() -> None:
-    """A hook of a failed message may send something, and a step of another operation may be told of in its thread."""
-    delivery = Attempt()
-    delivery.failure = Failure(FAILED, "ValueError", "boom")
-    before = current_attempt.set(delivery)
+    """A hook of a failed message may send a message."""
+    attempt = Attempt()
+    attempt.failure = Failure(FAILED, "ValueError", "boom")
+    before = current_attempt.set(attempt)
     try:
         assert Producer({}).send("elsewhere", message("x")).retcode == 0
     finally:
         current_attempt.reset(before)
-    assert delivery.failure == Failure(FAILED, "ValueError", "boom")
+    assert attempt.failure == Failure(FAILED, "ValueError", "boom")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ DEFAULTS = {
     "stall_timeout": 300,
 }
 
-#: Each option as an argument, as text in the environment, and what comes of both.
+#: For each option its name, an argument, the equivalent text in the environment, and the resulting value.
 OPTIONS: list[tuple[str, Any, str, Any]] = [
     ("workers", 4, "4", 4),
     ("ordering", "partition", "partition", "partition"),
@@ -57,10 +57,10 @@ OPTIONS: list[tuple[str, Any, str, Any]] = [
 ]
 
 
-def options_of(app: Flask | None = None, **given: Any) -> dict[str, Any]:
-    found = asdict(ConsumerOptions.from_settings(Settings.of(app), ConsumerKwargs(**given)))  # type: ignore[typeddict-item]
-    found["retry"] = ConsumerOptions.from_settings(Settings.of(app), ConsumerKwargs(**given)).retry  # type: ignore[typeddict-item]
-    return found
+def options_of(app: Flask | None = None, **arguments: Any) -> dict[str, Any]:
+    """Return the options of a consumer, by name."""
+    options = ConsumerOptions.from_settings(Settings.of(app), ConsumerKwargs(**arguments))  # type: ignore[typeddict-item]
+    return {field.name: getattr(options, field.name) for field in fields(options)}
 
 
 def test_options_have_defaults() -> None:
@@ -109,7 +109,7 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
     assert options_of() == DEFAULTS
 
 
-NONSENSE: list[tuple[str, Any, str]] = [
+INVALID_OPTIONS: list[tuple[str, Any, str]] = [
     ("workers", 0, "workers must be a whole number, 1 or more; it is 0"),
     ("workers", "two", "workers must be a whole number, 1 or more; it is 'two'"),
     ("workers", 1.5, "workers must be a whole number, 1 or more; it is 1.5"),
@@ -134,7 +134,7 @@ NONSENSE: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "text"), NONSENSE)
+@pytest.mark.parametrize(("name", "value", "text"), INVALID_OPTIONS)
 def test_invalid_option_is_rejected_with_its_allowed_values(name: str, value: Any, text: str) -> None:
     with pytest.raises(SettingError) as caught:
         options_of(**{name: value})
@@ -185,7 +185,7 @@ def test_dead_letter_option_gives_the_dead_letter_topic(dead_letter: Any, topic:
 
 
 def test_dead_letter_topic_may_not_be_consumed() -> None:
-    """Each dead letter would be written behind itself without end."""
+    """Each dead letter would become another message of the consumed topic, without end."""
     with pytest.raises(SettingError, match="'dice'"):
         new_consumer(dead_letter="dice")
 

@@ -1,6 +1,6 @@
-"""Tests of bad input: each kind ends in a failed result, one log line and the next message.
+"""Tests of poison messages: each kind has a failed result and one log line, and the consumer continues behind it.
 
-What producers do with bad input of theirs is in the modules of the transports.
+The contract tests of the transports test bad input of producers.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ from tests.consumer.harness import committed
 from tests.support import UUID, lines, message, ok_result, records, run_python
 
 
-class Good(Entrypoint):
+class SuccessfulTask(Entrypoint):
+    """A task that records its uuid and succeeds."""
+
     handled: list[str] = []  # noqa: RUF012  emptied after each test
 
     def run(self) -> Result:
         self.handled.append(self.uuid)
-        return ok_result("good")
+        return ok_result("done")
 
 
-class Bad(Entrypoint):
-    """Does at one step of its life what its params say."""
+class MisbehavingTask(Entrypoint):
+    """A task that exits, raises or returns a value, and whose hook may raise, as its params say."""
 
     def run(self) -> Any:
-        what = self.params["what"]
-        if what == "exit":
+        action = self.params["action"]
+        if action == "exit":
             raise SystemExit(1)
-        if what == "raise":
+        if action == "raise":
             raise ValueError("raised")
-        return what
+        return action
 
     def onerror(self, result: Result) -> Result:
         if self.params.get("onerror"):
@@ -50,8 +52,8 @@ class Bad(Entrypoint):
         return result
 
 
-class Hooked(Controller):
-    """Notes what its hooks get."""
+class RecordingController(Controller):
+    """A controller that records the messages and results of its error hook."""
 
     errors: list[tuple[Message, Result]] = []  # noqa: RUF012  emptied after each test
 
@@ -63,20 +65,20 @@ class Hooked(Controller):
 
 @pytest.fixture(autouse=True)
 def registered(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    for cls in (Good, Bad):
+    for cls in (SuccessfulTask, MisbehavingTask):
         Controller.register(cls.path, cls)
     caplog.set_level(logging.INFO, "kser")
     yield
     InMemoryBroker.reset()
-    Good.handled.clear()
-    Hooked.errors.clear()
+    SuccessfulTask.handled.clear()
+    RecordingController.errors.clear()
 
 
-def consume(*values: Any, registry: Any = Hooked) -> int | None:
-    """Have a consumer handle ``values`` and a good message behind them; returns the offset that it committed."""
-    bus = InMemoryBroker.at("")
-    for value in (*values, message(Good, uuid="next").dumps().encode()):
-        bus.send("dice", value)
+def consume(*values: Any, registry: Any = RecordingController) -> int | None:
+    """Consume records with ``values`` and then a valid message ``next``; return the committed offset."""
+    broker = InMemoryBroker.at("")
+    for value in (*values, message(SuccessfulTask, uuid="next").dumps().encode()):
+        broker.send("dice", value)
     consumer = Consumer({"enable_auto_commit": False}, ["dice"])
     consumer.REGISTRY = registry
     consumer.run_until_idle()
@@ -84,20 +86,21 @@ def consume(*values: Any, registry: Any = Hooked) -> int | None:
     return committed()
 
 
-def wire(**changes: Any) -> bytes:
-    """A good message with changes; None takes a field away."""
-    data = {**json.loads(message(Good).dumps()), **changes}
+def record_value(**changes: Any) -> bytes:
+    """Return the record value of a valid message with changed fields; ``...`` removes a field."""
+    data = {**json.loads(message(SuccessfulTask).dumps()), **changes}
     return json.dumps({key: value for key, value in data.items() if value is not ...}).encode()
 
 
 ANY = object()
 
-#: What is refused, then the uuid and the entrypoint that the hook sees (ANY: a new one).
-REFUSED = {
+#: Rejected record values, each with the uuid and the entrypoint of the message that the error hook gets. ANY stands
+#: for a new uuid.
+REJECTED = {
     "not UTF-8": (b'{"uuid": "\xff"}', ANY, ""),
-    "UTF-8 with a byte order mark": (b"\xef\xbb\xbf" + wire(), ANY, ""),
+    "UTF-8 with a byte order mark": (b"\xef\xbb\xbf" + record_value(), ANY, ""),
     "not JSON": (b"hello", ANY, ""),
-    "cut off": (wire()[:-1], ANY, ""),
+    "cut off": (record_value()[:-1], ANY, ""),
     "empty": (b"", ANY, ""),
     "a null value": (None, ANY, ""),
     "JSON null": (b"null", ANY, ""),
@@ -105,31 +108,31 @@ REFUSED = {
     "a number": (b"5", ANY, ""),
     "an empty object": (b"{}", ANY, ""),
     "5 MB of brackets": (b"[" * 5_000_000, ANY, ""),
-    "a number of 5000 digits": (wire(params={"n": 0}).replace(b'"n": 0', b'"n": 1' + b"0" * 5000), ANY, ""),
-    "no uuid": (wire(uuid=...), ANY, Good.path),
-    "a null uuid": (wire(uuid=None), ANY, Good.path),
-    "a uuid that is a number": (wire(uuid=5), ANY, Good.path),
-    "a uuid that is a list": (wire(uuid=["a"]), ANY, Good.path),
-    "no entrypoint": (wire(entrypoint=...), UUID, ""),
-    "a null entrypoint": (wire(entrypoint=None), UUID, ""),
-    "an entrypoint that is a number": (wire(entrypoint=5), UUID, ""),
-    "params that are text": (wire(params="a"), UUID, Good.path),
-    "params that are null": (wire(params=None), UUID, Good.path),
-    "metadata that is a list": (wire(metadata=[]), UUID, Good.path),
-    "a result that is text": (wire(result="a"), UUID, Good.path),
-    "a return code that is text": (wire(result={"retcode": "a"}), UUID, Good.path),
-    "a retval that is a list": (wire(result={"retval": []}), UUID, Good.path),
+    "a number of 5000 digits": (record_value(params={"n": 0}).replace(b'"n": 0', b'"n": 1' + b"0" * 5000), ANY, ""),
+    "no uuid": (record_value(uuid=...), ANY, SuccessfulTask.path),
+    "a null uuid": (record_value(uuid=None), ANY, SuccessfulTask.path),
+    "a uuid that is a number": (record_value(uuid=5), ANY, SuccessfulTask.path),
+    "a uuid that is a list": (record_value(uuid=["a"]), ANY, SuccessfulTask.path),
+    "no entrypoint": (record_value(entrypoint=...), UUID, ""),
+    "a null entrypoint": (record_value(entrypoint=None), UUID, ""),
+    "an entrypoint that is a number": (record_value(entrypoint=5), UUID, ""),
+    "params that are text": (record_value(params="a"), UUID, SuccessfulTask.path),
+    "params that are null": (record_value(params=None), UUID, SuccessfulTask.path),
+    "metadata that is a list": (record_value(metadata=[]), UUID, SuccessfulTask.path),
+    "a result that is text": (record_value(result="a"), UUID, SuccessfulTask.path),
+    "a return code that is text": (record_value(result={"retcode": "a"}), UUID, SuccessfulTask.path),
+    "a retval that is a list": (record_value(result={"retval": []}), UUID, SuccessfulTask.path),
 }
 
 
-@pytest.mark.parametrize(("value", "uuid", "entrypoint"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("value", "uuid", "entrypoint"), REJECTED.values(), ids=REJECTED)
 def test_poison_message_is_rejected_and_the_next_one_is_handled(
     value: Any, uuid: Any, entrypoint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """C12, C13, D3: undecodable input of any kind."""
     assert consume(value) == 2
-    assert Good.handled == ["next"]
-    ((kmsg, result),) = Hooked.errors
+    assert SuccessfulTask.handled == ["next"]
+    ((kmsg, result),) = RecordingController.errors
     assert kmsg.entrypoint == entrypoint
     assert isinstance(kmsg.uuid, str)
     assert kmsg.uuid
@@ -137,15 +140,15 @@ def test_poison_message_is_rejected_and_the_next_one_is_handled(
     assert (result.uuid, result.retcode, result.stderr) == (kmsg.uuid, 400, "Failed to load message")
     assert (result.retval["error"]["name"], result.retval["error"]["msgid"]) == ("ValidationError", "ERR-04413")
     (record,) = [record for record in records(caplog) if record.levelno >= logging.WARNING]
-    assert record.getMessage().startswith("Hooked.ImportError: Failed to load data from kafka: ")
+    assert record.getMessage().startswith("RecordingController.ImportError: Failed to load data from kafka: ")
     assert record.error["message"] == "Failed to load message"  # type: ignore[attr-defined]
     assert hasattr(record, "kafka_raw_data")
 
 
 def test_rejected_message_is_logged_with_its_data_and_reasons(caplog: pytest.LogCaptureFixture) -> None:
     """C13"""
-    raw = wire(uuid=5, params=None).decode()
-    result = Hooked.run(raw)
+    raw = record_value(uuid=5, params=None).decode()
+    result = RecordingController.run(raw)
     (record,) = records(caplog)
     reasons = {"uuid": ["Not a valid string."], "params": ["Field may not be null."]}
     assert record.getMessage().endswith(": ERR-04413: Failed to load message")
@@ -158,25 +161,25 @@ def test_rejected_message_is_logged_with_its_data_and_reasons(caplog: pytest.Log
 def test_rejected_message_returns_the_value_of_its_onerror_hook() -> None:
     """C13"""
 
-    class Answering(Controller):
+    class ReturningController(Controller):
         @classmethod
         def onerror(cls, kmsg: Message, result: Result) -> Any:
-            return "answer", result.retcode
+            return "returned", result.retcode
 
-    assert Answering.run("nonsense") == ("answer", 400)
+    assert ReturningController.run("nonsense") == ("returned", 400)
 
 
 def test_raising_onerror_hook_of_a_rejected_message_is_contained(caplog: pytest.LogCaptureFixture) -> None:
-    """C13: no hook is called again."""
+    """C13: the hook is not called a second time."""
     calls: list[str] = []
 
-    class Raising(Controller):
+    class RaisingController(Controller):
         @classmethod
         def onerror(cls, kmsg: Message, result: Result) -> Any:
             calls.append(kmsg.uuid)
             raise RuntimeError("hook")
 
-    result = Raising.run(wire(entrypoint=5).decode())
+    result = RaisingController.run(record_value(entrypoint=5).decode())
     assert (calls, result.uuid, result.retcode, result.stderr) == ([UUID], UUID, 500, "hook")
     assert records(caplog)[-1].exc_info
 
@@ -194,29 +197,29 @@ ACCEPTED = {
 @pytest.mark.parametrize("value", ACCEPTED.values(), ids=ACCEPTED)
 def test_unusual_input_accepted_by_earlier_versions_still_runs(value: bytes) -> None:
     """C14"""
-    assert consume(value % Good.path.encode()) == 2
-    assert (Good.handled, Hooked.errors) == (["x", "next"], [])
+    assert consume(value % SuccessfulTask.path.encode()) == 2
+    assert (SuccessfulTask.handled, RecordingController.errors) == (["x", "next"], [])
 
 
 def test_message_with_a_lone_surrogate_uuid_runs() -> None:
-    """C14: the running file shows it escaped."""
-    consume(wire(uuid="\ud800"))
-    assert Good.handled == ["\ud800", "next"]
+    """C14: the running file contains the uuid in escaped form."""
+    consume(record_value(uuid="\ud800"))
+    assert SuccessfulTask.handled == ["\ud800", "next"]
 
 
-# -- entrypoints that nobody knows -------------------------------------------------------------------------------------
+# -- unknown entrypoints -----------------------------------------------------------------------------------------------
 
 
 def test_unknown_entrypoint_fails_as_published(caplog: pytest.LogCaptureFixture) -> None:
     """C1b"""
     assert consume(message("shop.Pya").dumps().encode()) == 2
-    ((kmsg, result),) = Hooked.errors
+    ((kmsg, result),) = RecordingController.errors
     assert (kmsg.uuid, result.uuid, result.retcode) == (UUID, UUID, 400)
     assert result.stderr == "Entrypoint 'shop.Pya' not registred"
     extra = result.retval["error"]["extra"]
-    assert (extra["uuid"], extra["entrypoint"], Good.path in extra["allowed"]) == (UUID, "shop.Pya", True)
-    assert f"Hooked.Failed: shop.Pya[{UUID}]: Entrypoint 'shop.Pya' not registred" in lines(caplog)
-    assert Good.handled == ["next"]
+    assert (extra["uuid"], extra["entrypoint"], SuccessfulTask.path in extra["allowed"]) == (UUID, "shop.Pya", True)
+    assert f"RecordingController.Failed: shop.Pya[{UUID}]: Entrypoint 'shop.Pya' not registred" in lines(caplog)
+    assert SuccessfulTask.handled == ["next"]
 
 
 def test_each_unknown_entrypoint_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,11 +238,11 @@ def test_each_unknown_entrypoint_is_logged_once(caplog: pytest.LogCaptureFixture
 # -- entrypoints that misbehave ----------------------------------------------------------------------------------------
 
 MISBEHAVIOUR = {
-    "returns text": ({"what": "text"}, 500, "'str' object has no attribute 'retcode'"),
-    "returns a dict": ({"what": {"a": 1}}, 500, "'dict' object has no attribute 'retcode'"),
-    "raises": ({"what": "raise"}, 500, "raised"),
-    "exits": ({"what": "exit"}, 500, "SystemExit(1) ended the task"),
-    "raises, and so does its hook": ({"what": "raise", "onerror": True}, 500, "onerror raised"),
+    "returns text": ({"action": "text"}, 500, "'str' object has no attribute 'retcode'"),
+    "returns a dict": ({"action": {"a": 1}}, 500, "'dict' object has no attribute 'retcode'"),
+    "raises": ({"action": "raise"}, 500, "raised"),
+    "exits": ({"action": "exit"}, 500, "SystemExit(1) ended the task"),
+    "raises, and so does its hook": ({"action": "raise", "onerror": True}, 500, "onerror raised"),
 }
 
 
@@ -248,10 +251,10 @@ def test_misbehaving_entrypoint_fails_and_the_consumer_continues(
     params: dict[str, Any], retcode: int, stderr: str
 ) -> None:
     """C6, C8, C16"""
-    assert consume(message(Bad, params=params).dumps().encode()) == 2
-    ((_, result),) = Hooked.errors
+    assert consume(message(MisbehavingTask, params=params).dumps().encode()) == 2
+    ((_, result),) = RecordingController.errors
     assert (result.uuid, result.retcode, result.stderr) == (UUID, retcode, stderr)
-    assert Good.handled == ["next"]
+    assert SuccessfulTask.handled == ["next"]
     assert Path(os.environ["RUNNING_FILE"]).read_text() == ""
 
 
@@ -261,65 +264,68 @@ def test_misbehaving_entrypoint_fails_and_the_consumer_continues(
 def test_onmessage_that_returns_none_fails_the_received_message() -> None:
     """C14"""
 
-    class Forgetful(Hooked):
+    class NoneController(RecordingController):
         @classmethod
         def onmessage(cls, kmsg: Message) -> None:
             return None
 
-    assert consume(wire(), registry=Forgetful) == 2
-    kmsg, result = Hooked.errors[0]
-    assert (kmsg.uuid, kmsg.entrypoint) == (UUID, Good.path)
+    assert consume(record_value(), registry=NoneController) == 2
+    kmsg, result = RecordingController.errors[0]
+    assert (kmsg.uuid, kmsg.entrypoint) == (UUID, SuccessfulTask.path)
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 400, "onmessage returned None")
 
 
 def test_onmessage_that_raises_fails_the_received_message() -> None:
     """C14"""
 
-    class Raising(Hooked):
+    class RaisingController(RecordingController):
         @classmethod
         def onmessage(cls, kmsg: Message) -> Message:
             raise ValueError("no")
 
-    consume(wire(), registry=Raising)
-    kmsg, result = Hooked.errors[0]
-    assert (kmsg.entrypoint, result.uuid, result.retcode) == (Good.path, UUID, 400)
+    consume(record_value(), registry=RaisingController)
+    kmsg, result = RecordingController.errors[0]
+    assert (kmsg.entrypoint, result.uuid, result.retcode) == (SuccessfulTask.path, UUID, 400)
     assert result.stderr == "onmessage failed: no"
 
 
-@pytest.mark.parametrize("answer", [True, "text", {"uuid": "1"}])
-def test_onmessage_that_returns_no_message_fails_the_received_message(answer: Any) -> None:
-    """C14: `Controller.run` raises nothing but interrupts."""
+@pytest.mark.parametrize("value", [True, "text", {"uuid": "1"}])
+def test_onmessage_that_returns_no_message_fails_the_received_message(value: Any) -> None:
+    """C14: ``Controller.run`` raises nothing but interrupts."""
 
-    class Odd(Hooked):
+    class ReturningController(RecordingController):
         @classmethod
         def onmessage(cls, kmsg: Message) -> Any:
-            return answer
+            return value
 
-    result = Odd.run(wire().decode())
+    result = ReturningController.run(record_value().decode())
     assert (result.uuid, result.retcode >= 400) == (UUID, True)
 
 
 def test_transport_that_loads_none_gives_a_failed_result() -> None:
-    """C13: `Controller.run` raises nothing but interrupts."""
+    """C13: ``Controller.run`` raises nothing but interrupts."""
 
-    class Nothing:
+    class NoneTransport:
         @classmethod
         def loads(cls, data: Any) -> None:
             return None
 
-    class Reading(Hooked):
-        TRANSPORT = Nothing
+    class ControllerWithTransport(RecordingController):
+        TRANSPORT = NoneTransport
 
-    assert Reading.run(wire().decode()).retcode == 400
-
-
-# -- a machine that does not play along --------------------------------------------------------------------------------
+    assert ControllerWithTransport.run(record_value().decode()).retcode == 400
 
 
-def set_lock_path(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setenv("LOCK_PATH", str(folder))
-    for variable, name in (("RUNNING_FILE", "run"), ("LOCK_FILE", "pause"), ("TERMINATE_FILE", "terminate")):
-        monkeypatch.setenv(variable, str(folder / f"kser-{name}.lock"))
+# -- an unusable LOCK_PATH ---------------------------------------------------------------------------------------------
+
+
+def control_files(folder: str | Path) -> dict[str, str]:
+    """Return the environment variables of the control files in a folder."""
+    names = {"RUNNING_FILE": "run", "LOCK_FILE": "pause", "TERMINATE_FILE": "terminate"}
+    return {
+        "LOCK_PATH": str(folder),
+        **{variable: os.path.join(folder, f"kser-{name}.lock") for variable, name in names.items()},
+    }
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file"])
@@ -330,39 +336,39 @@ def test_invalid_lock_path_is_logged_once_and_messages_are_handled(
     folder = tmp_path / "locks"
     if kind == "a file":
         folder.touch()
-    set_lock_path(monkeypatch, folder)
-    assert consume(wire(), wire()) == 3
-    assert len(Good.handled) == 3
+    for variable, path in control_files(folder).items():
+        monkeypatch.setenv(variable, path)
+    assert consume(record_value(), record_value()) == 3
+    assert len(SuccessfulTask.handled) == 3
     (line,) = lines(caplog, logging.WARNING)
     assert str(folder) in line
     assert "LOCK_PATH" in line
 
 
-NOBODY = """
+#: A consumer that runs as the user nobody if the tests run as root, because root needs no permission.
+UNPRIVILEGED_PROGRAM = """
 import logging, os, sys
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
-from tests.consumer.test_poison_messages import Good, Controller, wire
-Controller.register(Good.path, Good)
+from tests.consumer.test_poison_messages import Controller, SuccessfulTask, record_value
+Controller.register(SuccessfulTask.path, SuccessfulTask)
 if os.geteuid() == 0:
     os.setuid(65534)
-InMemoryBroker.at("").send("dice", wire())
-InMemoryBroker.at("").send("dice", wire())
+InMemoryBroker.at("").send("dice", record_value())
+InMemoryBroker.at("").send("dice", record_value())
 consumer = Consumer({}, ["dice"])
-print(consumer.run_until_idle(), len(Good.handled))
+print(consumer.run_until_idle(), len(SuccessfulTask.handled))
 consumer.close()
 """
 
 
-@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["not writable", "not to be entered"])
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["not writable", "no access"])
 def test_lock_path_without_permission_is_logged_once_and_messages_are_handled(mode: int) -> None:
     """C10"""
-    names = {"RUNNING_FILE": "run", "LOCK_FILE": "pause", "TERMINATE_FILE": "terminate"}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, mode)
-        files = {variable: os.path.join(folder, f"kser-{name}.lock") for variable, name in names.items()}
-        done = run_python(NOBODY, LOCK_PATH=folder, COVERAGE_PROCESS_CONFIG=None, **files)
+        done = run_python(UNPRIVILEGED_PROGRAM, COVERAGE_PROCESS_CONFIG=None, **control_files(folder))
     assert done.stdout.split() == ["2", "2"], done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("WARNING")

@@ -1,4 +1,4 @@
-"""Tests of retried messages, in a consumer on the in-memory transport with a controlled clock."""
+"""Tests of retried messages: attempts, back-off and hooks, with a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -17,51 +17,50 @@ from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED
-from tests.consumer.harness import ScriptedTask, SteppedConsumer, committed, send_messages
+from tests.consumer.harness import THREE_ATTEMPTS, ScriptedTask, SteppedConsumer, committed, new_consumer, send_messages
 from tests.support import lines, record_of
 
 pytestmark = pytest.mark.usefixtures("bus")
 
-#: Three attempts, ten seconds apart.
-THRICE = Retry(max_attempts=3, delay=10, backoff=1, jitter=False)
 
+class RecordingTask(Task):
+    """A task that fails, and records its attempts and hooks."""
 
-class Told(Task):
-    """Notes what becomes of it."""
-
-    RETRY = THRICE
-    told: ClassVar[list[Any]] = []
+    RETRY = THREE_ATTEMPTS
+    events: ClassVar[list[Any]] = []
 
     def run(self) -> Any:
-        self.told.append(("run", self.attempt))
+        self.events.append(("run", self.attempt))
         raise ConnectionError("no")
 
     def onsuccess(self, result: Result) -> Result:
-        self.told.append("onsuccess")
+        self.events.append("onsuccess")
         return result
 
     def onerror(self, result: Result) -> Result:
-        self.told.append(("onerror", self.status))
+        self.events.append(("onerror", self.status))
         return result
 
 
-class Hooked(Controller):
+class RecordingController(Controller):
+    """A controller that records its hooks."""
+
     @classmethod
     def onsuccess(cls, kmsg: Any, result: Any) -> Any:
-        Told.told.append("controller: onsuccess")
+        RecordingTask.events.append("controller: onsuccess")
         return result
 
     @classmethod
     def onerror(cls, kmsg: Any, result: Any) -> Any:
-        Told.told.append("controller: onerror")
+        RecordingTask.events.append("controller: onerror")
         return result
 
 
 @pytest.fixture(autouse=True)
-def forget(bus: Any) -> Iterator[None]:
-    Controller.register(Told.path, Told)
+def registered(bus: Any) -> Iterator[None]:
+    Controller.register(RecordingTask.path, RecordingTask)
     yield
-    Told.told.clear()
+    RecordingTask.events.clear()
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------------
@@ -70,19 +69,19 @@ def forget(bus: Any) -> Iterator[None]:
 def test_failed_message_is_retried_after_the_backoff_until_it_succeeds() -> None:
     ScriptedTask.script["1"] = [ConnectionError("no"), ConnectionError("no"), None]
     send_messages("1")
-    running = SteppedConsumer(retry=THRICE)
-    assert running.attempts(9.9) == [1, 0]
+    stepped = SteppedConsumer(retry=THREE_ATTEMPTS)
+    assert stepped.attempts(9.9) == [1, 0]
     assert committed() == 0
-    assert running.attempts(0.2, 10) == [0, 1, 1]
-    assert (committed(), running.consumer.counts) == (1, {"done": 1, "retried": 2, "dead_lettered": 0})
+    assert stepped.attempts(0.2, 10) == [0, 1, 1]
+    assert (committed(), stepped.consumer.counts) == (1, {"done": 1, "retried": 2, "dead_lettered": 0})
 
 
 def test_message_fails_after_its_last_attempt() -> None:
     ScriptedTask.script["1"] = ConnectionError("no")
     send_messages("1")
-    running = SteppedConsumer(retry=THRICE)
-    assert running.attempts(10, 10, 10) == [1, 1, 1, 0]
-    assert (committed(), running.consumer.counts["failed"]) == (1, 1)
+    stepped = SteppedConsumer(retry=THREE_ATTEMPTS)
+    assert stepped.attempts(10, 10, 10) == [1, 1, 1, 0]
+    assert (committed(), stepped.consumer.counts["failed"]) == (1, 1)
 
 
 def test_message_without_a_retry_policy_has_one_attempt() -> None:
@@ -95,8 +94,8 @@ def test_message_without_a_retry_policy_has_one_attempt() -> None:
 def test_every_attempt_starts_from_a_fresh_object() -> None:
     objects: list[Task] = []
 
-    class Fresh(Task):
-        RETRY = THRICE
+    class CheckedTask(Task):
+        RETRY = THREE_ATTEMPTS
 
         def run(self) -> Result:
             assert self not in objects
@@ -106,36 +105,36 @@ def test_every_attempt_starts_from_a_fresh_object() -> None:
             self.result.stdout = "spoilt"
             raise ConnectionError("no")
 
-    Controller.register(Fresh.path, Fresh)
-    send_messages("1", cls=Fresh)
+    Controller.register(CheckedTask.path, CheckedTask)
+    send_messages("1", cls=CheckedTask)
     assert SteppedConsumer().attempts(10, 10) == [1, 1, 1]
     assert [entry.uuid for entry in objects] == ["1"] * 3
 
 
 def test_task_knows_its_attempt_number() -> None:
-    send_messages("1", cls=Told)
+    send_messages("1", cls=RecordingTask)
     SteppedConsumer().attempts(10, 10)
-    assert [number for what, number in Told.told if what == "run"] == [1, 2, 3]
+    assert [number for name, number in RecordingTask.events if name == "run"] == [1, 2, 3]
 
 
 def test_attempt_number_outside_a_consumer_is_one() -> None:
-    assert Told().attempt == 1
-    Told().execute()
-    assert Told.told == [("run", 1), ("onerror", FAILED)]
+    assert RecordingTask().attempt == 1
+    RecordingTask().execute()
+    assert RecordingTask.events == [("run", 1), ("onerror", FAILED)]
 
 
 def test_retry_policy_of_a_class_overrides_that_of_the_consumer() -> None:
-    send_messages("1", cls=Told)
+    send_messages("1", cls=RecordingTask)
     assert SteppedConsumer(retry=Retry(max_attempts=9, delay=0)).attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
 
 
 def test_class_may_disable_retries() -> None:
-    class Once(Told):
+    class TaskWithoutRetry(RecordingTask):
         RETRY = Retry(max_attempts=1)
 
-    Controller.register(Once.path, Once)
-    send_messages("1", cls=Once)
-    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 0]
+    Controller.register(TaskWithoutRetry.path, TaskWithoutRetry)
+    send_messages("1", cls=TaskWithoutRetry)
+    assert SteppedConsumer(retry=THREE_ATTEMPTS).attempts(10) == [1, 0]
 
 
 def test_retry_later_schedules_another_attempt() -> None:
@@ -149,7 +148,7 @@ def test_retry_later_schedules_another_attempt() -> None:
 def test_retry_later_counts_as_an_attempt_of_the_policy() -> None:
     ScriptedTask.script["1"] = [Retry.later(50), ConnectionError("no"), Retry.later(1), None]
     send_messages("1")
-    assert SteppedConsumer(retry=THRICE).attempts(50, 10, 100) == [1, 1, 1, 0]
+    assert SteppedConsumer(retry=THREE_ATTEMPTS).attempts(50, 10, 100) == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -166,189 +165,230 @@ def test_failed_result_is_retried_unless_the_policy_names_exceptions(on: Any, at
 def test_not_retryable_error_fails_at_once() -> None:
     ScriptedTask.script["1"] = ValidationError("Missing parameter: amount")
     send_messages("1")
-    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 0]
+    assert SteppedConsumer(retry=THREE_ATTEMPTS).attempts(10) == [1, 0]
 
 
 def test_undecodable_message_and_unknown_entrypoint_fail_at_once(bus: Any) -> None:
     bus.send("dice", b"no message")
     send_messages("1", cls="shop.Unknown")
-    running = SteppedConsumer(retry=Retry(delay=0, on=(Exception,)))
-    assert running.attempts(10) == [2, 0]
-    assert running.consumer.counts["failed"] == 2
+    stepped = SteppedConsumer(retry=Retry(delay=0, on=(Exception,)))
+    assert stepped.attempts(10) == [2, 0]
+    assert stepped.consumer.counts["failed"] == 2
 
 
 def test_task_that_raises_system_exit_is_retried() -> None:
     """C8: SystemExit is a failure of the task."""
     ScriptedTask.script["1"] = [SystemExit(3), None]
     send_messages("1")
-    assert SteppedConsumer(retry=THRICE).attempts(10) == [1, 1]
+    assert SteppedConsumer(retry=THREE_ATTEMPTS).attempts(10) == [1, 1]
     assert committed() == 1
 
 
 def test_plain_entrypoint_is_retried() -> None:
-    class Bare(Entrypoint):
-        tries: ClassVar[list[int]] = []
-
+    class FailingEntrypoint(Entrypoint):
         def run(self) -> None:
-            self.tries.append(1)
             raise ConnectionError("no")
 
-    Controller.register(Bare.path, Bare)
-    send_messages("1", cls=Bare)
-    assert SteppedConsumer(retry=THRICE).attempts(10, 10) == [1, 1, 1]
+    Controller.register(FailingEntrypoint.path, FailingEntrypoint)
+    send_messages("1", cls=FailingEntrypoint)
+    assert SteppedConsumer(retry=THREE_ATTEMPTS).attempts(10, 10) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("policy", [5, "often", None, False, {"max_attempts": 5}])
 def test_user_retry_attribute_that_is_no_policy_falls_back_to_the_consumer(policy: Any) -> None:
-    """C18: an attribute of the user with the same name and another meaning is not a policy."""
+    """C18: a class of the user may have an attribute of the same name with another meaning."""
 
-    class Mine(Told):
+    class UserTask(RecordingTask):
         RETRY = policy
         TIME_LIMIT = "12:00"
-        attempt = "mine"
+        attempt = "user value"
 
-    Controller.register(Mine.path, Mine)
-    send_messages("1", cls=Mine)
+    Controller.register(UserTask.path, UserTask)
+    send_messages("1", cls=UserTask)
     assert SteppedConsumer(retry=Retry(max_attempts=2, delay=1, jitter=False)).attempts(1, 1) == [1, 1, 0]
-    assert [number for what, number in Told.told if what == "run"] == ["mine", "mine"]
+    assert [number for name, number in RecordingTask.events if name == "run"] == ["user value", "user value"]
 
 
-# -- what others hear of it --------------------------------------------------------------------------------------------
+# -- the back-off and other records ------------------------------------------------------------------------------------
+
+
+def test_retry_backoff_blocks_the_key_and_no_other_record() -> None:
+    ScriptedTask.script["1"] = [ConnectionError("no"), None]
+    send_messages("1", "2", key=b"a")
+    send_messages("3", key=b"b")
+    send_messages("4")
+    stepped = SteppedConsumer(retry=THREE_ATTEMPTS)
+    assert stepped.attempts(5) == [3, 0]
+    assert sorted(ScriptedTask.ran) == ["1", "3", "4"]
+    assert stepped.attempts(5) == [0, 2]
+    assert (ScriptedTask.ran[-2:], committed()) == (["1", "2"], 4)
+
+
+@pytest.mark.parametrize(("ordering", "started"), [("partition", ["1"]), ("none", ["1", "2", "3"])])
+def test_retry_backoff_blocks_other_records_according_to_the_ordering(ordering: str, started: list[str]) -> None:
+    ScriptedTask.script["1"] = ConnectionError("no")
+    send_messages("1", "2", key=b"a")
+    send_messages("3")
+    SteppedConsumer(retry=THREE_ATTEMPTS, ordering=ordering).attempts()
+    assert ScriptedTask.ran == started
+
+
+def test_retry_backoff_blocks_the_commit_but_not_its_metadata() -> None:
+    ScriptedTask.script["1"] = [ConnectionError("no"), None]
+    send_messages("1", "2", "3")
+    stepped = SteppedConsumer(retry=THREE_ATTEMPTS)
+    stepped.attempts()
+    stepped.consumer.close()
+    assert committed() == 0
+    new_consumer().run_until_idle()
+    assert sorted(ScriptedTask.ran) == ["1", "1", "2", "3"]
+
+
+# -- hooks, log and signals --------------------------------------------------------------------------------------------
 
 
 def test_failure_hooks_are_called_only_for_the_last_attempt() -> None:
-    send_messages("1", cls=Told)
-    running = SteppedConsumer()
-    running.consumer.REGISTRY = Hooked
-    running.attempts(10)
-    assert Told.told == [("run", 1), ("run", 2)]
-    running.attempts(10)
-    assert Told.told[2:] == [("run", 3), ("onerror", FAILED), "controller: onerror"]
+    send_messages("1", cls=RecordingTask)
+    stepped = SteppedConsumer()
+    stepped.consumer.REGISTRY = RecordingController
+    stepped.attempts(10)
+    assert RecordingTask.events == [("run", 1), ("run", 2)]
+    stepped.attempts(10)
+    assert RecordingTask.events[2:] == [("run", 3), ("onerror", FAILED), "controller: onerror"]
 
 
 def test_successful_retry_calls_the_success_hooks() -> None:
-    class Second(Told):
+    class SecondAttemptTask(RecordingTask):
         def run(self) -> Any:
             return Result() if self.attempt == 2 else super().run()
 
-    Controller.register(Second.path, Second)
-    send_messages("1", cls=Second)
-    running = SteppedConsumer()
-    running.consumer.REGISTRY = Hooked
-    running.attempts(10)
-    assert Told.told == [("run", 1), "onsuccess", "controller: onsuccess"]
+    Controller.register(SecondAttemptTask.path, SecondAttemptTask)
+    send_messages("1", cls=SecondAttemptTask)
+    stepped = SteppedConsumer()
+    stepped.consumer.REGISTRY = RecordingController
+    stepped.attempts(10)
+    assert RecordingTask.events == [("run", 1), "onsuccess", "controller: onsuccess"]
 
 
 def test_retry_is_logged_as_a_warning_and_the_last_attempt_as_failed(caplog: pytest.LogCaptureFixture) -> None:
-    send_messages("1", cls=Told)
-    running = SteppedConsumer()
-    running.attempts(10)
+    send_messages("1", cls=RecordingTask)
+    stepped = SteppedConsumer()
+    stepped.attempts(10)
     record, _ = (record for record in caplog.records if ".Retry: " in record.getMessage())
     assert (record.levelname, record.name) == ("WARNING", "kser.entry")
-    assert record.getMessage() == f"Told.Retry: {Told.path}[1]: attempt 1 failed, the next follows in 10 s: no"
+    assert (
+        record.getMessage()
+        == f"RecordingTask.Retry: {RecordingTask.path}[1]: attempt 1 failed, the next follows in 10 s: no"
+    )
     fields: Any = record
     assert (fields.kmsg["uuid"], fields.kresult["stderr"]) == ("1", "no")
     assert lines(caplog, logging.ERROR) == []
-    running.attempts(10)
-    assert record_of(caplog, "Told.Failed: ")
+    stepped.attempts(10)
+    assert record_of(caplog, "RecordingTask.Failed: ")
     assert record_of(caplog, "Controller.Failed: ")
 
 
 def test_entry_retried_signal_is_emitted_for_each_retried_attempt() -> None:
-    heard: list[Any] = []
+    emitted: list[Any] = []
 
     def retried(sender: Any, entry: Any, result: Result, attempt: int) -> None:
-        heard.append(("retried", sender, entry.uuid, result.stderr, attempt))
+        emitted.append(("retried", sender, entry.uuid, result.stderr, attempt))
 
     def failed(sender: Any, entry: Any, result: Result) -> None:
-        heard.append(("failed", sender, entry.uuid))
+        emitted.append(("failed", sender, entry.uuid))
 
-    send_messages("1", cls=Told)
+    send_messages("1", cls=RecordingTask)
     with signals.entry_retried.connected_to(retried), signals.entry_failed.connected_to(failed):
         SteppedConsumer().attempts(10, 10)
-    assert heard == [("retried", Told, "1", "no", 1), ("retried", Told, "1", "no", 2), ("failed", Told, "1")]
+    assert emitted == [
+        ("retried", RecordingTask, "1", "no", 1),
+        ("retried", RecordingTask, "1", "no", 2),
+        ("failed", RecordingTask, "1"),
+    ]
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
-class Step(Told):
-    """A task of an operation, with a policy that does not count there."""
+class FailingStep(RecordingTask):
+    """A task of an operation, whose own retry policy has no effect."""
 
     RETRY = Retry(max_attempts=9, delay=0)
 
 
-class Both(Operation):
-    RETRY = THRICE
+class FailingOperation(Operation):
+    """An operation whose first task fails."""
+
+    RETRY = THREE_ATTEMPTS
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [Step(), Step()]
+        return [FailingStep(), FailingStep()]
 
     def onerror(self, result: Result) -> Result:
-        Told.told.append("operation: onerror")
+        RecordingTask.events.append("operation: onerror")
         return result
 
 
 def test_operation_is_retried_as_a_whole_with_its_own_policy(caplog: pytest.LogCaptureFixture) -> None:
-    Controller.register(Both.path, Both)
-    send_messages("1", cls=Both)
+    Controller.register(FailingOperation.path, FailingOperation)
+    send_messages("1", cls=FailingOperation)
     assert SteppedConsumer().attempts(0, 10, 10, 10) == [1, 0, 1, 1, 0]
     runs = [("run", number) for number in (1, 2, 3)]
-    assert [told for told in Told.told if told in runs] == runs
-    assert Told.told.count("operation: onerror") == 1
-    assert Told.told[-1] == "operation: onerror"
-    assert len([line for line in lines(caplog) if line.startswith("Both.Retry: ")]) == 2
+    assert [event for event in RecordingTask.events if event in runs] == runs
+    assert RecordingTask.events.count("operation: onerror") == 1
+    assert RecordingTask.events[-1] == "operation: onerror"
+    assert len([line for line in lines(caplog) if line.startswith("FailingOperation.Retry: ")]) == 2
 
 
 def test_task_executed_by_another_task_is_not_retried() -> None:
-    class Outer(Told):
+    class OuterTask(RecordingTask):
         RETRY = None
 
         def run(self) -> Any:
-            return Told().execute()
+            return RecordingTask().execute()
 
-    Controller.register(Outer.path, Outer)
-    send_messages("1", cls=Outer)
+    Controller.register(OuterTask.path, OuterTask)
+    send_messages("1", cls=OuterTask)
     assert SteppedConsumer().attempts(10) == [1, 0]
-    assert Told.told == [("run", 1), ("onerror", FAILED), ("onerror", FAILED)]
+    assert RecordingTask.events == [("run", 1), ("onerror", FAILED), ("onerror", FAILED)]
 
 
 def test_task_that_cannot_be_built_is_retried() -> None:
-    """``postinit`` may need what is not there for a moment, as ``run`` may."""
+    """``postinit`` may fail for a temporary reason, as ``run`` may."""
 
-    class Connecting(Told):
+    class BuiltAtThirdAttempt(RecordingTask):
         def postinit(self) -> None:
-            self.told.append("postinit")
-            if self.told.count("postinit") < 3:
+            self.events.append("postinit")
+            if self.events.count("postinit") < 3:
                 raise ConnectionError("no")
 
         def run(self) -> Any:
             return Result()
 
-    Controller.register(Connecting.path, Connecting)
-    send_messages("1", cls=Connecting)
-    running = SteppedConsumer()
-    assert running.attempts(10, 10) == [1, 1, 1]
-    assert Told.told == ["postinit", "postinit", "postinit", "onsuccess"]
-    assert running.consumer.counts == {"done": 1, "retried": 2, "dead_lettered": 0}
+    Controller.register(BuiltAtThirdAttempt.path, BuiltAtThirdAttempt)
+    send_messages("1", cls=BuiltAtThirdAttempt)
+    stepped = SteppedConsumer()
+    assert stepped.attempts(10, 10) == [1, 1, 1]
+    assert RecordingTask.events == ["postinit", "postinit", "postinit", "onsuccess"]
+    assert stepped.consumer.counts == {"done": 1, "retried": 2, "dead_lettered": 0}
 
 
 def test_onerror_that_returns_a_success_makes_the_attempt_a_success() -> None:
-    class Forgiving(Told):
+    class ForgivingTask(RecordingTask):
         RETRY = Retry(max_attempts=1)
 
         def onerror(self, result: Result) -> Result:
             return Result(uuid=self.uuid)
 
-    Controller.register(Forgiving.path, Forgiving)
-    send_messages("1", cls=Forgiving)
-    running = SteppedConsumer()
-    running.attempts()
-    assert running.consumer.counts == {"done": 1, "dead_lettered": 0}
+    Controller.register(ForgivingTask.path, ForgivingTask)
+    send_messages("1", cls=ForgivingTask)
+    stepped = SteppedConsumer()
+    stepped.attempts()
+    assert stepped.consumer.counts == {"done": 1, "dead_lettered": 0}
 
 
 def test_onsuccess_that_returns_a_failure_makes_the_attempt_a_failure() -> None:
-    class Picky(Told):
+    class StrictTask(RecordingTask):
         RETRY = Retry(max_attempts=1)
 
         def run(self) -> Any:
@@ -357,8 +397,8 @@ def test_onsuccess_that_returns_a_failure_makes_the_attempt_a_failure() -> None:
         def onsuccess(self, result: Result) -> Result:
             return Result(uuid=self.uuid, retcode=1, stderr="not enough")
 
-    Controller.register(Picky.path, Picky)
-    send_messages("1", cls=Picky)
-    running = SteppedConsumer()
-    running.attempts()
-    assert running.consumer.counts["failed"] == 1
+    Controller.register(StrictTask.path, StrictTask)
+    send_messages("1", cls=StrictTask)
+    stepped = SteppedConsumer()
+    stepped.attempts()
+    assert stepped.consumer.counts["failed"] == 1

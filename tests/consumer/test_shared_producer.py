@@ -10,15 +10,17 @@ from cdumay_result import Result
 
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
-from kser.dummy.consumer import Consumer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
+from tests.consumer.harness import new_consumer
 from tests.support import message
 
 
-class ScriptedTask(Entrypoint):
+class RecordingEntrypoint(Entrypoint):
+    """An entrypoint that records the uuids of its messages."""
+
     ran: list[str] = []  # noqa: RUF012  emptied after each test
 
     def run(self) -> None:
@@ -27,41 +29,37 @@ class ScriptedTask(Entrypoint):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    Controller.register(ScriptedTask.path, ScriptedTask)
+    Controller.register(RecordingEntrypoint.path, RecordingEntrypoint)
     yield
     InMemoryBroker.reset()
-    ScriptedTask.ran.clear()
+    RecordingEntrypoint.ran.clear()
 
 
-def new_consumer() -> Consumer:
-    return Consumer({}, ["dice"])
-
-
-def sending(registry: OperationRegistry, name: str = "Send") -> type[Task]:
-    """A class that sends a message of :class:`ScriptedTask` each time it runs."""
+def new_sending_task(registry: OperationRegistry, name: str = "SendingTask") -> type[Task]:
+    """Return a class that sends a message for :class:`RecordingEntrypoint` each time it runs."""
 
     def run(self: Task) -> Result:
-        registry.producer.send("dice", message(ScriptedTask, uuid=f"from {self.uuid}"))
+        registry.producer.send("dice", message(RecordingEntrypoint, uuid=f"from {self.uuid}"))
         return Result()
 
     return registry.subscribe(type(name, (Task,), {"run": run, "__module__": __name__}))
 
 
 def test_tasks_send_with_the_producer_of_their_consumer() -> None:
-    cls = sending(OperationRegistry())
+    cls = new_sending_task(OperationRegistry())
     InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     consumer = new_consumer()
     assert consumer.run_until_idle() == 2
     consumer.close()
-    assert ScriptedTask.ran == ["from 1"]
+    assert RecordingEntrypoint.ran == ["from 1"]
 
 
 def test_registry_replaced_later_gets_the_shared_producer() -> None:
-    class Apart(Controller):
-        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
+    class SeparateController(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  as in the documentation
 
-    registry = OperationRegistry(controller_class=Apart)
-    cls = sending(registry)
+    registry = OperationRegistry(controller_class=SeparateController)
+    cls = new_sending_task(registry)
     consumer = new_consumer()
     consumer.step(timeout=0)
     with pytest.raises(ProducerMissing):
@@ -72,41 +70,41 @@ def test_registry_replaced_later_gets_the_shared_producer() -> None:
 
 
 def test_classes_subscribed_later_get_the_shared_producer() -> None:
-    """A module with tasks may be imported when the consumer runs already."""
+    """A module with tasks may be imported while the consumer runs."""
     consumer = new_consumer()
     consumer.step(timeout=0)
-    cls = sending(OperationRegistry(), "Late")
+    cls = new_sending_task(OperationRegistry(), "LateTask")
     InMemoryBroker.at("").send("dice", message(cls, uuid="1").dumps().encode())
     assert consumer.run_until_idle() == 2
 
 
 def test_each_consumer_of_a_process_shares_its_own_producer() -> None:
-    """Tests of users make one consumer after the other, on a bus that is new each time."""
-    cls = sending(OperationRegistry())
+    """Tests of users create one consumer after another, each with a new broker."""
+    cls = new_sending_task(OperationRegistry())
     for number in ("1", "2"):
         InMemoryBroker.reset()
         InMemoryBroker.at("").send("dice", message(cls, uuid=number).dumps().encode())
         consumer = new_consumer()
         consumer.run_until_idle()
         consumer.close()
-    assert ScriptedTask.ran == ["from 1", "from 2"]
+    assert RecordingEntrypoint.ran == ["from 1", "from 2"]
 
 
 def test_entrypoint_without_a_registry_gets_no_producer() -> None:
-    InMemoryBroker.at("").send("dice", message(ScriptedTask, uuid="1").dumps().encode())
+    InMemoryBroker.at("").send("dice", message(RecordingEntrypoint, uuid="1").dumps().encode())
     assert new_consumer().run_until_idle() == 1
 
 
 def test_registry_that_is_no_controller_gets_no_producer() -> None:
-    class Anything:
-        seen: list[Any] = []  # noqa: RUF012
+    class PlainRegistry:
+        values: list[Any] = []  # noqa: RUF012
 
         @classmethod
         def run(cls, data: Any) -> None:
-            cls.seen.append(data)
+            cls.values.append(data)
 
     consumer = new_consumer()
-    consumer.REGISTRY = Anything
+    consumer.REGISTRY = PlainRegistry
     InMemoryBroker.at("").send("dice", b"text")
     assert consumer.step(timeout=0) == 1
-    assert Anything.seen == ["text"]
+    assert PlainRegistry.values == ["text"]

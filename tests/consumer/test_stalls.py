@@ -6,18 +6,17 @@ import logging
 
 import pytest
 
-from kser.dummy.consumer import Consumer
 from tests.consumer.harness import FaultyConsumer, send_messages
 from tests.support import Clock, lines
 
 pytestmark = pytest.mark.usefixtures("bus")
 
 
-def stalled(consumer: Consumer, clock: Clock, caplog: pytest.LogCaptureFixture, *seconds: float) -> list[str]:
-    """What is said of it in so many turns."""
-    for wait in seconds:
-        clock.advance(wait)
-        consumer._kser_poller.poll_once(0)
+def errors_after(consumer: FaultyConsumer, clock: Clock, caplog: pytest.LogCaptureFixture, *delays: float) -> list[str]:
+    """Poll after each delay in seconds; return all errors logged so far."""
+    for seconds in delays:
+        clock.advance(seconds)
+        consumer.poll()
     return lines(caplog, logging.ERROR)
 
 
@@ -25,10 +24,10 @@ def test_stalled_consumer_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     send_messages(*"123")
     clock = Clock()
     consumer = FaultyConsumer(max_in_flight=1, stall_timeout=60, clock=clock)
-    consumer._kser_poller.poll_once(0)
-    consumer._kser_work_queue.get(0)
-    assert stalled(consumer, clock, caplog, 30, 29.9) == []
-    (line,) = stalled(consumer, clock, caplog, 0.2, 60, 60)
+    consumer.poll()
+    consumer.start_record()
+    assert errors_after(consumer, clock, caplog, 30, 29.9) == []
+    (line,) = errors_after(consumer, clock, caplog, 0.2, 60, 60)
     assert line == (
         "FaultyConsumer: no message was finished for 60 s, but partitions lag: dice[0] by 3; 1 message(s) are being"
         " handled, the longest for 60 s: offset 0 of dice[0]; set TIME_LIMIT on its class, or add workers"
@@ -39,11 +38,11 @@ def test_stall_after_progress_is_logged_again(caplog: pytest.LogCaptureFixture) 
     send_messages(*"123")
     clock = Clock()
     consumer = FaultyConsumer(max_in_flight=1, stall_timeout=60, clock=clock)
-    consumer._kser_poller.poll_once(0)
-    assert len(stalled(consumer, clock, caplog, 61)) == 1
-    consumer._kser_worker_pool.step()
-    assert len(stalled(consumer, clock, caplog, 1, 59)) == 1
-    assert len(stalled(consumer, clock, caplog, 2)) == 2
+    consumer.poll()
+    assert len(errors_after(consumer, clock, caplog, 61)) == 1
+    consumer.run_record()
+    assert len(errors_after(consumer, clock, caplog, 1, 59)) == 1
+    assert len(errors_after(consumer, clock, caplog, 2)) == 2
     assert "no message is being handled" in lines(caplog, logging.ERROR)[-1]
 
 
@@ -52,7 +51,7 @@ def test_idle_consumer_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     consumer = FaultyConsumer(stall_timeout=60, clock=clock)
     consumer.step(timeout=0)
-    assert stalled(consumer, clock, caplog, 1000, 1000) == []
+    assert errors_after(consumer, clock, caplog, 1000, 1000) == []
 
 
 @pytest.mark.parametrize("state", ["paused", "shutting_down"])
@@ -60,16 +59,16 @@ def test_paused_or_stopping_consumer_does_not_stall(state: str, caplog: pytest.L
     send_messages(*"123")
     clock = Clock()
     consumer = FaultyConsumer(max_in_flight=1, stall_timeout=60, clock=clock)
-    consumer._kser_poller.poll_once(0)
+    consumer.poll()
     setattr(consumer._kser_poller, state, True)
-    assert stalled(consumer, clock, caplog, 1000, 1000) == []
+    assert errors_after(consumer, clock, caplog, 1000, 1000) == []
 
 
 def test_stall_without_a_known_lag_counts_the_queued_records(caplog: pytest.LogCaptureFixture) -> None:
     send_messages(*"123")
     clock = Clock()
     consumer = FaultyConsumer(max_in_flight=1, stall_timeout=60, clock=clock)
-    consumer._kser_poller.poll_once(0)
+    consumer.poll()
     consumer.current_client.faults = {"lag": "no broker"}
-    (line,) = stalled(consumer, clock, caplog, 61)
+    (line,) = errors_after(consumer, clock, caplog, 61)
     assert "partitions lag: dice[0] by 1;" in line

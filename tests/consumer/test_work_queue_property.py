@@ -1,9 +1,9 @@
 """Property test of the work queue: two consumers of a group never lose, reorder or needlessly repeat a record.
 
-Hypothesis makes up what happens: records arrive, are polled, taken, finished, tried again, given up after their
-TIME_LIMIT; offsets are committed or not; partitions are revoked, return, move to the other consumer, are lost;
-consumers are killed and started again. ``KSER_TEST_PROPERTY_CASES`` says how much of it,
-``KSER_TEST_PROPERTY_SEED`` repeats a run.
+Hypothesis generates sequences of events: records arrive, are fetched, started, finished, retried, or exceed their
+TIME_LIMIT; commits succeed or fail; partitions are revoked, reassigned, moved to the other consumer, or lost; consumers
+are killed and restarted. ``KSER_TEST_PROPERTY_CASES`` is the number of cases, and ``KSER_TEST_PROPERTY_SEED`` the seed
+of a run to repeat.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from tests.consumer.group_model import Group
 
 CASES = int(os.environ.get("KSER_TEST_PROPERTY_CASES") or (20_000 if os.environ.get("CI") == "true" else 2_000))
 SEED = int(os.environ.get("KSER_TEST_PROPERTY_SEED") or random.randrange(2**32))
-#: What happens in one example, and how many examples so many cases are.
+#: The maximum number of events in an example.
 STEPS = 60
+#: The number of cases that count as one example.
 CASES_PER_EXAMPLE = 5
 
 

@@ -1,12 +1,12 @@
-"""Every point at which a consumer can die in the life of an operation, one after the other.
+"""Every crash point in the life of an operation, one after the other.
 
-``faults.py``             what may go wrong, and the parts of a process in which it does
-``shop.py``               the operations, and the ledger of what ran
-``process.py``            processes that come, die, sleep and wake
-``world.py``              one database and one bus, and what becomes of an operation there
-``invariants.py``         what must hold whatever happened
-``table.py``              the table of points for the documentation
+``faults.py``       the kinds of faults, and wrappers of store, producer and client that inject them
+``shop.py``         the operations, and the ledger of the runs of their tasks and hooks
+``process.py``      simulated processes that start, die, stall and wake up
+``simulation.py``   one database and one broker, and the life of one operation under a plan of faults
+``invariants.py``   the invariants that hold after every fault
+``table.py``        the table of crash points for the documentation
 
-Points are not listed by hand: an undisturbed run numbers every call to the database, to Kafka and to the code of users;
-then there is a run for each number and for each thing that may go wrong there.
+No list of crash points is written by hand. A run without faults numbers every call to the database, to Kafka and to
+user code; then there is one run for each number and each fault that is possible at this call.
 """

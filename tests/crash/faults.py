@@ -10,30 +10,34 @@ from kser.consumer.client import Commit, Partition, Record
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ClientError, DeliveryError, StoreUnavailable
-from kser.store.model import Checkpoint
+from kser.store.model import Checkpoint, ClaimRequest
 
 if TYPE_CHECKING:
     from tests.crash.process import Process
 
-#: What goes wrong in a call. Of a transaction: its COMMIT is refused, unknown or acknowledged.
+#: The call fails, and takes no effect.
 REFUSED: Final = "refused"
-UNKNOWN: Final = "unknown"
-LOST: Final = "lost"
+#: The call takes effect, and its reply is lost.
+REPLY_LOST: Final = "reply lost"
+#: The record is lost, although the producer reports its delivery.
+RECORD_LOST: Final = "record lost"
+#: The process dies.
 KILLED_BEFORE: Final = "killed before"
 KILLED_AFTER: Final = "killed after"
-SLEPT_BEFORE: Final = "slept before"
-SLEPT_AFTER: Final = "slept after"
+#: The process stalls for longer than its lease and its group session, and then continues with the call.
+STALLED_BEFORE: Final = "stalled before"
+STALLED_AFTER: Final = "stalled after"
 
 KILLED: Final = (KILLED_BEFORE, KILLED_AFTER)
-SLEPT: Final = (SLEPT_BEFORE, SLEPT_AFTER)
-#: What happens instead of the call, or before it.
-BEFORE: Final = (REFUSED, LOST, KILLED_BEFORE, SLEPT_BEFORE)
-#: After these the same process goes on.
-TROUBLES: Final = (REFUSED, UNKNOWN, LOST)
+STALLED: Final = (STALLED_BEFORE, STALLED_AFTER)
+#: Faults that are injected before the call takes effect, the others after it.
+BEFORE_THE_CALL: Final = (REFUSED, RECORD_LOST, KILLED_BEFORE, STALLED_BEFORE)
+#: Faults that the process survives without a pause.
+CALL_FAULTS: Final = (REFUSED, REPLY_LOST, RECORD_LOST)
 
-#: When a process that slept wakes up: another one was told of its step by the reaper, has claimed it, has recorded
-#: something, or has ended the operation.
-MOMENTS: Final = ("reaped", "claimed", "recorded", "ended")
+#: Events at which a stalled process wakes up: a reaper has taken its step, or another process has claimed the
+#: operation, has written a checkpoint, or has ended the operation.
+WAKE_EVENTS: Final = ("reaped", "claimed", "recorded", "ended")
 
 POLL: Final = "poll"
 READ: Final = "read"
@@ -41,88 +45,84 @@ SAVE: Final = "save"
 CLAIM: Final = "claim"
 RUN: Final = "run"
 HEARTBEAT: Final = "heartbeat"
-RETRY: Final = "retry recorded"
+RETRY_CHECKPOINT: Final = "retry recorded"
 CHECKPOINT: Final = "checkpoint"
-SEND: Final = "send next"
-SENT: Final = "record sent"
-HOOK: Final = "ending hook"
-TERMINAL: Final = "terminal write"
-RELEASED: Final = "claim released"
-TAKE_UP: Final = "reaper take"
+SEND_NEXT: Final = "send next"
+MARK_SENT: Final = "record sent"
+END_HOOK: Final = "ending hook"
+END_CHECKPOINT: Final = "terminal write"
+RELEASE: Final = "claim released"
+REAPER_TAKE: Final = "reaper take"
 REAPER_SEND: Final = "reaper send"
-COMMIT: Final = "offset commit"
+OFFSET_COMMIT: Final = "offset commit"
 
-_WRITE: Final = (REFUSED, UNKNOWN, *KILLED, *SLEPT)
-_LOOK: Final = (REFUSED, KILLED_BEFORE, SLEPT_BEFORE)
+_WRITE_FAULTS: Final = (REFUSED, REPLY_LOST, *KILLED, *STALLED)
+_READ_FAULTS: Final = (REFUSED, KILLED_BEFORE, STALLED_BEFORE)
 
-#: Every point, in the order in which a step comes to them, and what may go wrong there.
-POINTS: Final[Mapping[str, Sequence[str]]] = {
-    POLL: (REFUSED, *KILLED, *SLEPT),
-    READ: _LOOK,
-    SAVE: _WRITE,
-    CLAIM: _WRITE,
-    RUN: (*KILLED, *SLEPT),
-    HEARTBEAT: _WRITE,
-    RETRY: _WRITE,
-    CHECKPOINT: _WRITE,
-    SEND: (LOST, *_WRITE),
-    SENT: _WRITE,
-    HOOK: (*KILLED, *SLEPT),
-    TERMINAL: _WRITE,
-    RELEASED: _WRITE,
-    TAKE_UP: _WRITE,
-    REAPER_SEND: (LOST, *_WRITE),
-    COMMIT: _WRITE,
+#: The crash points in the order in which a step passes them, with the faults that are possible at each.
+CRASH_POINTS: Final[Mapping[str, Sequence[str]]] = {
+    POLL: (REFUSED, *KILLED, *STALLED),
+    READ: _READ_FAULTS,
+    SAVE: _WRITE_FAULTS,
+    CLAIM: _WRITE_FAULTS,
+    RUN: (*KILLED, *STALLED),
+    HEARTBEAT: _WRITE_FAULTS,
+    RETRY_CHECKPOINT: _WRITE_FAULTS,
+    CHECKPOINT: _WRITE_FAULTS,
+    SEND_NEXT: (RECORD_LOST, *_WRITE_FAULTS),
+    MARK_SENT: _WRITE_FAULTS,
+    END_HOOK: (*KILLED, *STALLED),
+    END_CHECKPOINT: _WRITE_FAULTS,
+    RELEASE: _WRITE_FAULTS,
+    REAPER_TAKE: _WRITE_FAULTS,
+    REAPER_SEND: (RECORD_LOST, *_WRITE_FAULTS),
+    OFFSET_COMMIT: _WRITE_FAULTS,
 }
 
 
-class Killed(KeyboardInterrupt):
-    """The process is dead: nothing that comes after is done by anybody.
+class ProcessKilled(KeyboardInterrupt):
+    """The death of a process: no later call of the process takes effect.
 
-    It is a KeyboardInterrupt because no code may take that for a failure of its own.
+    It is a KeyboardInterrupt, because kser and user code must not handle it as a failure of the task.
     """
 
 
 class Fault(NamedTuple):
-    """Something that goes wrong."""
+    """A fault at one call."""
 
-    #: Number of the call, of all those that any process makes.
-    at: int
+    #: Number of the call, counted over all processes.
+    call_number: int
     kind: str
-    #: When it wakes up again, if it slept.
-    moment: str = ""
+    #: The event at which the process wakes up, if it stalls.
+    wake_event: str = ""
 
 
 class Call(NamedTuple):
-    """A call that a process made."""
+    """A call of a process at a crash point."""
 
     number: int
-    point: str
+    crash_point: str
     process: str
 
 
-def point_of(checkpoint: Checkpoint) -> str:
-    """Which of the points a checkpoint is."""
-    if any(end.status == states.PENDING for end in checkpoint.outcomes):
-        return RETRY
+def crash_point_of(checkpoint: Checkpoint) -> str:
+    """Return the crash point of a checkpoint."""
+    if any(outcome.status == states.PENDING for outcome in checkpoint.outcomes):
+        return RETRY_CHECKPOINT
     if states.is_final(checkpoint.updates[-1].status):
-        return TERMINAL
-    return RELEASED if any(note.kind == "released" for note in checkpoint.events) else CHECKPOINT
-
-
-def _trouble_of_store() -> Exception:
-    return StoreUnavailable("the test says that the database does not answer")
+        return END_CHECKPOINT
+    return RELEASE if any(event.kind == "released" for event in checkpoint.events) else CHECKPOINT
 
 
 class FaultyStore:
-    """The database, as one process reaches it."""
+    """The store of one process, with faults."""
 
-    _POINTS: Final = {
+    _CRASH_POINTS: Final = {
         "save": SAVE,
         "claim": CLAIM,
-        "mark_sent": SENT,
+        "mark_sent": MARK_SENT,
         "renew": HEARTBEAT,
-        "take_due_steps": TAKE_UP,
+        "take_due_steps": REAPER_TAKE,
         "postpone_send": REAPER_SEND,
         "get_operation": READ,
         "get_task": READ,
@@ -134,55 +134,71 @@ class FaultyStore:
         self._process = process
         self._store = store
         self.name = store.name
+        #: The owner that the process names in its claim requests, None before the first one.
+        self.owner: str | None = None
 
     def check(self) -> None:
-        """It fits."""
+        """Accept the schema."""
 
     def checkpoint(self, checkpoint: Checkpoint) -> Any:
-        """Record it, if the test lets it."""
-        return self._call(point_of(checkpoint), lambda: self._store.checkpoint(checkpoint))
+        """Write a checkpoint."""
+        return self._call(crash_point_of(checkpoint), lambda: self._store.checkpoint(checkpoint))
 
     def __getattr__(self, name: str) -> Any:
-        point, method = self._POINTS[name], getattr(self._store, name)
-        return lambda *args, **kwargs: self._call(point, lambda: method(*args, **kwargs))
+        crash_point, method = self._CRASH_POINTS[name], getattr(self._store, name)
 
-    def _call(self, point: str, act: Callable[[], Any]) -> Any:
-        return self._process.at(point, act, _trouble_of_store)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for request in args:
+                if isinstance(request, ClaimRequest):
+                    self.owner = request.owner
+            return self._call(crash_point, lambda: method(*args, **kwargs))
+
+        return call
+
+    def _call(self, crash_point: str, call: Callable[[], Any]) -> Any:
+        return self._process.crash_point(crash_point, call, _store_error)
 
 
 class FaultyProducer(Producer):
-    """A producer of one process."""
+    """The producer of one process, with faults."""
 
     def __init__(self, process: Process) -> None:
         super().__init__({})
         self._process = process
 
     def _kser_deliver(self, topic: str, value: bytes | None, key: bytes | None, headers: Any, deadline: float) -> None:
-        def act() -> None:
+        def deliver() -> None:
             Producer._kser_deliver(self, topic, value, key, headers, deadline)
-            self._process.simulation.put(self._process)
+            self._process.simulation.on_record_sent(self._process)
 
-        point = REAPER_SEND if self._process.reaps else SEND
-        self._process.at(point, act, lambda: DeliveryError("the test says that Kafka does not answer"))
+        self._process.crash_point(REAPER_SEND if self._process.is_reaping else SEND_NEXT, deliver, _delivery_error)
 
 
 class FaultyClient(DummyClient):
-    """A client of one process."""
+    """The client of one process, with faults."""
 
     def __init__(self, process: Process, broker: InMemoryBroker) -> None:
         super().__init__(broker, "dummy")
         self._process = process
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
-        return self._process.at(POLL, lambda: DummyClient.poll(self, timeout, limit, paused), _trouble_of_client)
+        return self._process.crash_point(POLL, lambda: DummyClient.poll(self, timeout, limit, paused), _client_error)
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
-        def act() -> None:
+        def commit() -> None:
             DummyClient.commit(self, commits, timeout)
-            self._process.simulation.check_commits()
+            self._process.simulation.check_committed_offsets()
 
-        self._process.at(COMMIT, act, _trouble_of_client)
+        self._process.crash_point(OFFSET_COMMIT, commit, _client_error)
 
 
-def _trouble_of_client() -> Exception:
-    return ClientError("the test says that Kafka does not answer")
+def _store_error() -> Exception:
+    return StoreUnavailable("injected fault: the database does not respond")
+
+
+def _delivery_error() -> Exception:
+    return DeliveryError("injected fault: Kafka does not respond")
+
+
+def _client_error() -> Exception:
+    return ClientError("injected fault: Kafka does not respond")

@@ -1,164 +1,178 @@
-"""Simulated processes that start, die, sleep and wake up."""
+"""Simulated processes that start, die, stall and wake up."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kser.consumer.client import ConsumerClient
 from kser.controller import Controller
 from kser.dummy.consumer import Consumer
 from kser.sequencing.registry import OperationRegistry
 from tests.consumer.harness import MANUAL_COMMIT
-from tests.crash.faults import FaultyClient, FaultyProducer, FaultyStore, Killed
+from tests.crash.faults import FaultyClient, FaultyProducer, FaultyStore, ProcessKilled
 from tests.crash.shop import TOPIC, classes_of
+from tests.store.harness import LEASE
 from tests.support import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from tests.crash.simulation import Simulation
 
+#: Seconds between two heartbeats, the default of ``KSER_HEARTBEAT``.
+HEARTBEAT_INTERVAL: Final = LEASE / 3
 
-class Member(Consumer):
-    """A consumer whose client is at hand."""
+
+class SimulatedConsumer(Consumer):
+    """A consumer whose client has faults."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
+        self.is_stopping = False
         super().__init__(MANUAL_COMMIT, [TOPIC])
 
     def _kser_connect(self) -> ConsumerClient:
-        self.member = FaultyClient(self._process, self.client)
-        return self.member
+        self.faulty_client = FaultyClient(self._process, self.client)
+        return self.faulty_client
+
+    def stop(self) -> None:
+        self.is_stopping = True
+        super().stop()
 
 
 class Process:
-    """A process: it has classes, a registry and, unless it only sends, a consumer of its own.
+    """A process with its own classes and registry.
 
-    :param name: for the ledger.
+    :param name: the name in the ledger.
+    :param consumes: whether the process has a consumer; without one it only sends.
     """
 
-    consumer: Member | None = None
+    consumer: SimulatedConsumer | None = None
 
     def __init__(self, simulation: Simulation, name: str, *, consumes: bool) -> None:
         self.simulation = simulation
         self.name = name
-        self.is_dead = self.sleeps = self.reaps = False
-        self._wake, self._stopped = threading.Event(), threading.Event()
+        self.is_dead = self.is_stalled = self.is_reaping = False
+        self._wake_up, self._paused = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._ending: BaseException | None = None
+        self._error: BaseException | None = None
         controller = type("Controller", (Controller,), {"ENTRYPOINTS": {}})
+        self.store = FaultyStore(self, simulation.store)
         self.registry = OperationRegistry(
             controller_class=controller,
-            store=FaultyStore(self, simulation.store),  # type: ignore[arg-type]
+            store=self.store,  # type: ignore[arg-type]
             producer=FaultyProducer(self),
         )
         self.classes = [self.registry.subscribe(cls) for cls in classes_of(self)]
-        self.background_service = self.registry._kser_background_service
+        self.background_service = self.registry.background_service
         assert self.background_service is not None
         self.background_service.clock = lambda: simulation.now
-        self.owner = self.registry._kser_operations._context.owner
         if consumes:
-            self.consumer = Member(self)
+            self.consumer = SimulatedConsumer(self)
             self.consumer.REGISTRY = controller
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def at(self, point: str, act: Callable[[], Any], trouble: Callable[[], Exception] | None = None) -> Any:
-        """Do something that a process can die at, or whatever the plan has in its place."""
+    def crash_point(self, name: str, call: Callable[[], Any], make_error: Callable[[], Exception] | None = None) -> Any:
+        """Make a call, or inject the fault that is planned for it.
+
+        :param make_error: creates the error of a failed call; without it the call cannot fail.
+        :raises ProcessKilled: the process is dead.
+        """
         if self.is_dead:
-            raise Killed
-        return self.simulation.at(self, point, act, trouble)
+            raise ProcessKilled
+        return self.simulation.crash_point(self, name, call, make_error)
 
-    def turn(self) -> bool:
-        """Poll, handle what there is, and look for what is due; returns whether anything was done.
+    def step(self) -> bool:
+        """Poll, handle the messages, run heartbeat and reaper; return whether a message was handled or sent.
 
-        :raises Killed: it died.
+        :raises ProcessKilled: the process died, or has shut down.
         """
         consumer = self.consumer
         assert consumer is not None
         handled = consumer.step(timeout=0)
-        if consumer._kser_stopping:
-            # It was told to end: what it has given back is sent, and it is gone.
-            self.beside()
-            raise Killed
-        return self.beside() or handled > 0
+        if consumer.is_stopping:
+            # The graceful shutdown records the sent steps, and the process is gone.
+            self.tick_background_service()
+            raise ProcessKilled
+        return self.tick_background_service() or handled > 0
 
-    def beside(self) -> bool:
-        """A turn of what runs beside the consumer; returns whether it sent something."""
-        sent = self.simulation.sends
-        self.reaps, before = True, self.reaps
+    def tick_background_service(self) -> bool:
+        """Run heartbeat and reaper; return whether a record was sent."""
+        sent_before = self.simulation.sent_records
+        self.is_reaping, was_reaping = True, self.is_reaping
         try:
             self.background_service.tick()
         finally:
-            self.reaps = before
-        return self.simulation.sends > sent
+            self.is_reaping = was_reaping
+        return self.simulation.sent_records > sent_before
 
-    def beat(self) -> None:
-        """Time passes while a task runs, and the claim is kept alive."""
-        self.simulation.now += self.background_service._settings.heartbeat
-        self.beside()
+    def heartbeat(self) -> None:
+        """Let the time of a heartbeat pass while a task runs, and renew the lease."""
+        self.simulation.now += HEARTBEAT_INTERVAL
+        self.tick_background_service()
 
-    # -- how it ends ---------------------------------------------------------------------------------------------------
+    # -- death and stalls ----------------------------------------------------------------------------------------------
 
-    def do(self, act: Callable[[], Any]) -> Any:
-        """Do something until it is done, dies or falls asleep.
+    def run_until_stalled(self, call: Callable[[], Any]) -> Any:
+        """Make a call, and return its result.
 
-        :raises Killed: it died, or sleeps.
+        :raises ProcessKilled: the process died or stalled.
         """
-        if not self.simulation.may_sleep_soon:
-            return act()
-        answers: list[Any] = []
+        if not self.simulation.may_stall_soon:
+            return call()
+        results: list[Any] = []
 
-        def body() -> None:
+        def run() -> None:
             try:
-                answers.append(act())
-            except BaseException as exc:
-                self._ending = exc
+                results.append(call())
+            except BaseException as error:
+                self._error = error
             finally:
-                self._stopped.set()
+                self._paused.set()
 
-        self._ending = None
-        self._thread = threading.Thread(target=body, name="kser-crash")
+        self._error = None
+        self._thread = threading.Thread(target=run, name="kser-crash")
         self._thread.start()
-        self._wait()
-        if self.sleeps:
-            raise Killed
-        if self._ending is not None:
-            raise self._ending
-        return answers[0]
+        self._wait_until_paused()
+        if self.is_stalled:
+            raise ProcessKilled
+        if self._error is not None:
+            raise self._error
+        return results[0]
 
-    def _wait(self) -> None:
-        assert self._stopped.wait(WAIT_SECONDS), "it hangs"
-        self._stopped.clear()
-        if not self.sleeps and self._thread is not None:
+    def _wait_until_paused(self) -> None:
+        assert self._paused.wait(WAIT_SECONDS), f"{self.name} neither stalls nor returns"
+        self._paused.clear()
+        if not self.is_stalled and self._thread is not None:
             self._thread.join(WAIT_SECONDS)
 
-    def sleep(self) -> None:
-        """It is stopped, for longer than anybody believes in it."""
-        self.sleeps = True
-        self._wake.clear()
-        self._stopped.set()
-        assert self._wake.wait(WAIT_SECONDS), "nobody wakes it"
+    def stall(self) -> None:
+        """Stop the thread of this process until :meth:`wake_up`."""
+        self.is_stalled = True
+        self._wake_up.clear()
+        self._paused.set()
+        assert self._wake_up.wait(WAIT_SECONDS), f"{self.name} is not woken up"
 
-    def wake(self) -> None:
-        """It goes on where it fell asleep, until what it did is done, or it sleeps again; then it ends."""
-        self.sleeps = False
-        self._wake.set()
-        self._wait()
-        if self.sleeps:
+    def wake_up(self) -> None:
+        """Continue after a stall until the call returns or stalls again; then kill the process."""
+        self.is_stalled = False
+        self._wake_up.set()
+        self._wait_until_paused()
+        if self.is_stalled:
             return
-        self.die()
-        if self._ending is not None and not isinstance(self._ending, Killed):
-            raise self._ending
+        self.kill()
+        if self._error is not None and not isinstance(self._error, ProcessKilled):
+            raise self._error
 
-    def die(self) -> None:
-        """It is dead: nothing of it does anything any more."""
+    def kill(self) -> None:
+        """Kill the process: none of its later calls takes effect."""
         self.is_dead = True
-        self.expel()
+        self.expel_from_group()
         if self.consumer is not None:
             self.consumer._kser_release_running_file()
 
-    def expel(self) -> None:
-        """The group has not heard of it for too long."""
+    def expel_from_group(self) -> None:
+        """Remove the consumer from its group, as the broker does after the session timeout."""
         if self.consumer is not None:
-            self.consumer.member.expel()
+            self.consumer.faulty_client.expel()

@@ -1,4 +1,4 @@
-"""The operations whose consumers die, and the ledger of what ran."""
+"""The operations whose consumers die, and the ledger of the runs of their tasks and hooks."""
 
 from __future__ import annotations
 
@@ -11,130 +11,141 @@ from kser import status as states
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from tests.crash.faults import HOOK, RUN
+from tests.crash.faults import END_HOOK, RUN
 
 if TYPE_CHECKING:
     from tests.crash.process import Process
 
-#: The tasks of an operation, in their order; the second one fails the first time.
-STEPS: Final = ("first", "second", "third")
+#: The tasks of an operation, in their order; the first attempt at the second one fails.
+TASK_NAMES: Final = ("first", "second", "third")
 TOPIC: Final = "steps"
 #: Seconds between two attempts.
-DELAY: Final = 10.0
+RETRY_DELAY: Final = 10.0
 
 
 class Scenario(NamedTuple):
-    """An operation, and how it comes."""
+    """An operation, and the way in which it is sent."""
 
-    #: ``send``, ``message`` (in one consumer), ``launch`` or ``distributed message`` (over the consumers).
-    way: str
-    #: Whether its class has ``onsuccess`` and ``onerror``.
-    hooks: bool
-    #: Whether its last task fails for good.
+    #: ``send``, ``message`` (both local), ``launch`` or ``distributed message``.
+    sent_by: str
+    #: True if its class has ``onsuccess`` and ``onerror``.
+    has_hooks: bool
+    #: True if its last task fails permanently.
     fails: bool = False
-    #: The task in which the consumer is told to end.
-    stops: str = ""
+    #: The task during which the consumer is stopped.
+    stopped_in: str = ""
 
     @property
-    def over_consumers(self) -> bool:
-        """Whether each task may run elsewhere."""
-        return self.way in ("launch", "distributed message")
+    def is_distributed(self) -> bool:
+        """True if each task may run on another consumer."""
+        return self.sent_by in ("launch", "distributed message")
 
     @property
-    def by_message(self) -> bool:
-        """Whether it comes from somebody without a database."""
-        return self.way in ("message", "distributed message")
+    def is_raw_message(self) -> bool:
+        """True if a sender without a store sends it."""
+        return self.sent_by in ("message", "distributed message")
 
     @property
-    def status(self) -> str:
-        """What it ends with."""
+    def final_status(self) -> str:
+        """The status with which the operation must end."""
         return states.FAILED if self.fails else states.SUCCESS
 
     def __str__(self) -> str:
-        parts = (self.way, "hooks" if self.hooks else "", "fails" if self.fails else "", self.stops and "stops")
+        parts = (
+            self.sent_by,
+            "hooks" if self.has_hooks else "",
+            "fails" if self.fails else "",
+            "stops" if self.stopped_in else "",
+        )
         return ", ".join(part for part in parts if part)
 
 
-#: All of them.
+#: Every scenario.
 SCENARIOS: Final = tuple(
-    Scenario(way, hooks, fails, stops)
-    for way in ("send", "message", "launch", "distributed message")
-    for hooks, fails, stops in ((False, False, ""), (True, False, ""), (True, True, ""), (False, False, "first"))
+    Scenario(sent_by, has_hooks, fails, stopped_in)
+    for sent_by in ("send", "message", "launch", "distributed message")
+    for has_hooks, fails, stopped_in in (
+        (False, False, ""),
+        (True, False, ""),
+        (True, True, ""),
+        (False, False, "first"),
+    )
 )
 
 
-class Entry(NamedTuple):
-    """Something that ran, or began to."""
+class LedgerEntry(NamedTuple):
+    """A run of a task, a hook or a build, recorded at its start."""
 
     process: str
-    what: str
-    #: The task's, or the operation's.
+    #: The name of the task or hook, or ``build``.
+    name: str
+    #: The uuid of the task or operation.
     uuid: str
     attempt: int
-    #: What the tasks before it gave, as it saw that.
-    seen: Mapping[str, Any]
-    #: What it gives, which no other run does.
-    mark: str
-    #: What was stored when it began: status and result of the tasks.
-    stored: tuple[tuple[str, Any], ...]
+    #: The results of earlier tasks that the run receives.
+    received: Mapping[str, Any]
+    #: The value that the run returns; no other run returns it.
+    value: str
+    #: Status and result of each task in the store at the start of the run.
+    stored_tasks: tuple[tuple[str, Any], ...]
 
 
 def classes_of(process: Process) -> list[type]:
-    """The classes as a process has them, the operation last."""
-    step, last = _tasks_of(process)
-    return [step, last, _operation_of(process, step, last)]
+    """Return the classes of a process, the operation last."""
+    step, last_step = _task_classes(process)
+    return [step, last_step, _operation_class(process, step, last_step)]
 
 
-def _tasks_of(process: Process) -> tuple[type[Task], type[Task]]:
+def _task_classes(process: Process) -> tuple[type[Task], type[Task]]:
     simulation, scenario = process.simulation, process.simulation.scenario
 
     class Step(Task):
         TOPIC = TOPIC
-        RETRY = Retry(max_attempts=3, delay=DELAY, jitter=False)
+        RETRY = Retry(max_attempts=3, delay=RETRY_DELAY, jitter=False)
 
         def run(self) -> Result:
-            return process.at(RUN, self._work)
+            return process.crash_point(RUN, self._perform)
 
-        def _work(self) -> Result:
+        def _perform(self) -> Result:
             name = self.params["name"]
-            mark = simulation.note(process, name, self)
-            if name == scenario.stops and process.consumer is not None:
+            value = simulation.record_run(process, name, self)
+            if name == scenario.stopped_in and process.consumer is not None:
                 process.consumer.stop()
             if name == "third":
-                # As the thread beside the worker does while a task takes its time.
-                process.beat()
+                # In a real consumer a background thread sends the heartbeat while the task runs.
+                process.heartbeat()
             if name == "second" and self.attempt == 1:
-                raise ConnectionError("not the first time")
+                raise ConnectionError("the first attempt fails")
             if name == "third" and scenario.fails:
-                return Result(retcode=3, stderr="never")
-            return Result(retval={name: mark})
+                return Result(retcode=3, stderr="permanent failure")
+            return Result(retval={name: value})
 
-    class Last(Step):
+    class LastStep(Step):
         RETRY = Retry(max_attempts=1)
 
-    return Step, Last
+    return Step, LastStep
 
 
-def _operation_of(process: Process, step: type[Task], last: type[Task]) -> type[Operation]:
+def _operation_class(process: Process, step: type[Task], last_step: type[Task]) -> type[Operation]:
     simulation, scenario = process.simulation, process.simulation.scenario
 
     class Order(Operation):
         TOPIC = TOPIC
-        DISTRIBUTED = scenario.over_consumers
+        DISTRIBUTED = scenario.is_distributed
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            simulation.note(process, "build", self)
-            return [(last if name == "third" else step)(params={"name": name}) for name in STEPS]
+            simulation.record_run(process, "build", self)
+            return [(last_step if name == "third" else step)(params={"name": name}) for name in TASK_NAMES]
 
     class HookedOrder(Order):
         def onsuccess(self, result: Result) -> Result:
-            return process.at(HOOK, lambda: self._told("onsuccess", result))
+            return process.crash_point(END_HOOK, lambda: self._run_hook("onsuccess", result))
 
         def onerror(self, result: Result) -> Result:
-            return process.at(HOOK, lambda: self._told("onerror", result))
+            return process.crash_point(END_HOOK, lambda: self._run_hook("onerror", result))
 
-        def _told(self, what: str, result: Result) -> Result:
-            result.retval = {**result.retval, what: simulation.note(process, what, self)}
+        def _run_hook(self, name: str, result: Result) -> Result:
+            result.retval = {**result.retval, name: simulation.record_run(process, name, self)}
             return result
 
-    return HookedOrder if scenario.hooks else Order
+    return HookedOrder if scenario.has_hooks else Order

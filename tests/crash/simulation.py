@@ -1,4 +1,4 @@
-"""One database and one in-memory broker, with the outcome of an operation under a plan of faults."""
+"""One database and one in-memory broker, and the life of one operation under a plan of faults."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from kser.dummy.broker import InMemoryBroker
 from kser.errors import StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.model import ClaimRefused, OperationSnapshot
+from kser.store.model import ClaimRefused, OperationRow, OperationSnapshot
 from tests.crash.faults import (
-    BEFORE,
+    BEFORE_THE_CALL,
     CHECKPOINT,
     CLAIM,
+    CRASH_POINTS,
+    END_CHECKPOINT,
     KILLED,
-    LOST,
-    MOMENTS,
-    POINTS,
-    RELEASED,
-    RETRY,
+    REAPER_TAKE,
+    RECORD_LOST,
+    RELEASE,
+    RETRY_CHECKPOINT,
     SAVE,
-    SLEPT,
-    TAKE_UP,
-    TERMINAL,
+    STALLED,
+    WAKE_EVENTS,
     Call,
     Fault,
-    Killed,
+    ProcessKilled,
 )
 from tests.crash.process import Process
-from tests.crash.shop import TOPIC, Entry, Scenario
+from tests.crash.shop import TOPIC, LedgerEntry, Scenario
 
-#: Seconds that pass when nothing happens.
-IDLE: Final = 5.0
-#: Turns in which nothing happens, after which something is wrong: what is lost again and again is sent once an hour.
-LONGEST: Final = 1500
-#: Calls that a turn makes at the most.
-TURN: Final = 60
-#: When those wake up whose moment never came.
-LAST: Final = "at last"
+#: Seconds that pass after a step in which the process had nothing to do.
+IDLE_SECONDS: Final = 5.0
+#: Idle steps in a row after which the operation counts as stuck: the longest resend delay of a lost step is an hour.
+MAX_IDLE_STEPS: Final = 1500
+#: An upper bound of the number of calls in one step.
+MAX_CALLS_PER_STEP: Final = 60
+#: The wake event of processes whose own wake event never happened.
+END_OF_RUN: Final = "end of run"
 
 
-class Story:
-    """What became of a fault.
+class Recovery:
+    """A fault that was injected, and the recovery from it.
 
-    :param stored: what was in the database then.
-    :param process: whom it hit.
-    :param last: offset of the last record then.
+    :param stored_state: the state of the operation in the database at the fault.
+    :param process: the name of the process with the fault.
+    :param last_offset: offset of the last record in the topic at the fault.
     """
 
-    def __init__(self, fault: Fault, stored: str, process: str, last: int) -> None:
+    def __init__(self, fault: Fault, stored_state: str, process: str, last_offset: int) -> None:
         self.fault = fault
-        self.stored = stored
+        self.stored_state = stored_state
         self.process = process
-        self.last = last
-        #: What came next, once that is known.
-        self.next = ""
+        self.last_offset = last_offset
+        #: The event that continued the operation, empty until it is known.
+        self.continued_by = ""
 
 
 class Simulation:
-    """Runs a scenario, with everything that a plan says.
+    """The life of one operation under a plan of faults.
 
     :param store: the database.
-    :param pass_by: puts its clock forward, to so many seconds.
+    :param set_clock: sets the clock of the database to a number of seconds.
     """
 
     def __init__(
@@ -74,40 +74,41 @@ class Simulation:
         self.store = store
         self.scenario = scenario
         self.uuid = str(uuid4())
-        self.plan: Mapping[int, Fault] = {fault.at: fault for fault in plan}
-        self._naps = [fault.at for fault in plan if fault.kind in SLEPT]
+        self.plan: Mapping[int, Fault] = {fault.call_number: fault for fault in plan}
+        self._stall_numbers = [fault.call_number for fault in plan if fault.kind in STALLED]
         self._set_clock = set_clock
         self._now = 0.0
-        #: What was called, what hit, and what ran.
+        #: All calls, and the faults that were injected into them.
         self.calls: list[Call] = []
-        self.hits: list[tuple[Fault, Call]] = []
-        self.ledger: list[Entry] = []
-        #: Numbers of calls that only repeat others, in turns in which nothing happens.
-        self.dull: set[int] = set()
-        #: At what sleepers woke.
-        self.wakings: list[str] = []
-        #: What is wrong, as soon as it is seen.
-        self.wrong: list[str] = []
-        #: How often whoever sends it got an error.
-        self.unsent = 0
-        #: What is told of each fault that hit, for the table: what was stored, and what came next.
-        self.stories: list[Story] = []
-        self.sends = self._idle = self._marks = 0
-        self._asleep: list[tuple[Process, str]] = []
-        #: Why the reaper took it up last, and why it sent the records that it sent, by their offset.
-        self._reason = ""
-        self._reasons: dict[int, str] = {}
-        self._count = 0
+        self.injected: list[tuple[Fault, Call]] = []
+        #: The runs of tasks and hooks.
+        self.ledger: list[LedgerEntry] = []
+        #: Numbers of the calls in idle steps, which only repeat the calls of earlier steps.
+        self.idle_calls: set[int] = set()
+        #: The events at which stalled processes woke up.
+        self.wake_events: list[str] = []
+        #: Violations of the invariants that were seen during the run.
+        self.violations: list[str] = []
+        #: The number of errors that ``send`` or ``launch`` raised.
+        self.failed_sends = 0
+        #: The recovery from each injected fault, for the table.
+        self.recoveries: list[Recovery] = []
+        self.sent_records = self._idle_steps = self._value_count = 0
+        self._stalled: list[tuple[Process, str]] = []
+        #: The reason of the step that the reaper took last, and of each record that it sent, by the offset.
+        self._due_reason = ""
+        self._due_reasons: dict[int, str] = {}
+        self._process_count = 0
         self.bus = InMemoryBroker.at("")
 
     @property
-    def may_sleep_soon(self) -> bool:
-        """Whether what is done next may fall asleep, and so needs a thread of its own."""
-        return any(len(self.calls) <= at < len(self.calls) + TURN for at in self._naps)
+    def may_stall_soon(self) -> bool:
+        """True if the next step may stall, and so needs its own thread."""
+        return any(len(self.calls) <= number < len(self.calls) + MAX_CALLS_PER_STEP for number in self._stall_numbers)
 
     @property
     def now(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start of the run."""
         return self._now
 
     @now.setter
@@ -115,214 +116,222 @@ class Simulation:
         self._now = seconds
         self._set_clock(seconds)
 
+    def snapshot(self) -> OperationSnapshot | None:
+        """Return the stored operation, None if there is none."""
+        stored: OperationSnapshot | None = self.store.snapshot(self.uuid)
+        return stored
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     def run(self) -> Simulation:
-        """Bring the operation to its end."""
-        self._begin()
-        process, done, turns = self._new(), 0, 0
-        while done < 2:
-            before = len(self.calls)
+        """Send the operation, and start one process after the other until the operation has ended."""
+        self._send_operation()
+        process, steps, steps_after_end = self._start_process(), 0, 0
+        while steps_after_end < 2:
+            first_call = len(self.calls)
             try:
-                busy = process.do(process.turn)
-            except Killed:
-                self._retire(process)
-                process, busy = self._new(), True
-            self._idle = 0 if busy else self._idle + 1
-            if self._idle:
-                self.now += IDLE
-            if self._idle > 1:
-                self.dull.update(range(before, len(self.calls)))
-            turns += 1
-            if self._idle > LONGEST or turns > 2 * LONGEST:
-                self.wrong.append(f"it does not end: {self.look()}")
+                is_busy = process.run_until_stalled(process.step)
+            except ProcessKilled:
+                self._remove_from_group(process)
+                process, is_busy = self._start_process(), True
+            self._idle_steps = 0 if is_busy else self._idle_steps + 1
+            if self._idle_steps:
+                self.now += IDLE_SECONDS
+            if self._idle_steps > 1:
+                self.idle_calls.update(range(first_call, len(self.calls)))
+            steps += 1
+            if self._idle_steps > MAX_IDLE_STEPS or steps > 2 * MAX_IDLE_STEPS:
+                self.violations.append(f"the operation does not end: {self.snapshot()}")
                 break
-            # One more turn, for what is only done then.
-            done = 0 if busy or not self._has_ended() else done + 1
-            if done and self._asleep:
-                self._rouse(LAST, *MOMENTS)
-                done = 0
-        self._rouse(LAST, *MOMENTS)
-        process.die()
+            # Run one step more, because sent steps are recorded after the end.
+            steps_after_end = 0 if is_busy or not self._has_ended() else steps_after_end + 1
+            if steps_after_end and self._stalled:
+                self._wake_stalled(END_OF_RUN, *WAKE_EVENTS)
+                steps_after_end = 0
+        self._wake_stalled(END_OF_RUN, *WAKE_EVENTS)
+        process.kill()
         return self
 
-    def _new(self, *, consumes: bool = True) -> Process:
-        self._count += 1
-        return Process(self, f"process {self._count}", consumes=consumes)
+    def _start_process(self, *, consumes: bool = True) -> Process:
+        self._process_count += 1
+        return Process(self, f"process {self._process_count}", consumes=consumes)
 
-    def _retire(self, process: Process) -> None:
-        process.expel() if process.sleeps else process.die()
+    def _remove_from_group(self, process: Process) -> None:
+        process.expel_from_group() if process.is_stalled else process.kill()
 
-    def _begin(self) -> None:
-        """The operation is sent, and sent again by somebody else as long as nobody has accepted it."""
-        if self.scenario.by_message:
-            process = self._new(consumes=False)
+    def _send_operation(self) -> None:
+        """Send the operation; a sender without a confirmation is followed by another one."""
+        if self.scenario.is_raw_message:
+            process = self._start_process(consumes=False)
             message = Message(uuid=self.uuid, entrypoint=process.classes[-1].path, params={"order": 42})
             self.bus.send(TOPIC, message.dumps().encode())
             return
         while self.store.get_operation(self.uuid) is None:
-            process = self._new(consumes=False)
+            process = self._start_process(consumes=False)
             try:
-                process.do(lambda: self._send(process))  # noqa: B023  it is called at once
+                process.run_until_stalled(lambda: self._send_from(process))  # noqa: B023  it is called at once
             except StoreUnavailable:
-                # After three attempts; whoever sends it hears of it.
-                self.unsent += 1
-            except Killed:
-                self._retire(process)
+                # The store was tried three times, so the sender gets the error.
+                self.failed_sends += 1
+            except ProcessKilled:
+                self._remove_from_group(process)
 
-    def _send(self, process: Process) -> None:
+    def _send_from(self, process: Process) -> None:
         order: Any = process.classes[-1]
         operation = order(uuid=self.uuid, params={"order": 42}).build()
-        operation.send() if self.scenario.way == "send" else operation.launch()
+        operation.send() if self.scenario.sent_by == "send" else operation.launch()
 
     def _has_ended(self) -> bool:
         row = self.store.get_operation(self.uuid)
         return row is not None and row.ended_at is not None
 
-    def look(self) -> OperationSnapshot | None:
-        """What is stored."""
-        found: OperationSnapshot | None = self.store.snapshot(self.uuid)
-        return found
+    # -- faults --------------------------------------------------------------------------------------------------------
 
-    # -- points --------------------------------------------------------------------------------------------------------
-
-    def at(self, process: Process, point: str, act: Callable[[], Any], trouble: Callable[[], Exception] | None) -> Any:
-        """A process calls something."""
-        call = Call(len(self.calls), point, process.name)
-        self.calls.append(call)
-        fault = self.plan.get(call.number)
-        if fault is None or fault.kind not in POINTS[point]:
-            return self._done(process, point, act())
-        self.hits.append((fault, call))
-        if fault.kind in BEFORE:
-            self._strike(process, fault, trouble)
-        if fault.kind == LOST:
-            # As if it had been sent.
+    def crash_point(
+        self, process: Process, name: str, call: Callable[[], Any], make_error: Callable[[], Exception] | None
+    ) -> Any:
+        """Number a call of a process, make it, and inject the fault that is planned for it."""
+        numbered = Call(len(self.calls), name, process.name)
+        self.calls.append(numbered)
+        fault = self.plan.get(numbered.number)
+        if fault is None or fault.kind not in CRASH_POINTS[name]:
+            return self._take_effect(process, name, call())
+        self.injected.append((fault, numbered))
+        if fault.kind in BEFORE_THE_CALL:
+            self._inject(process, fault, make_error)
+        if fault.kind == RECORD_LOST:
+            # Return as after a delivery.
             return None
         try:
-            answer = self._done(process, point, act())
+            result = self._take_effect(process, name, call())
         except Exception:
-            self._strike_after(process, fault, trouble)
+            self._inject_after(process, fault, make_error)
             raise
-        self._strike_after(process, fault, trouble)
-        return answer
+        self._inject_after(process, fault, make_error)
+        return result
 
-    def _strike_after(self, process: Process, fault: Fault, trouble: Callable[[], Exception] | None) -> None:
-        if fault.kind not in BEFORE:
-            self._strike(process, fault, trouble)
+    def _inject_after(self, process: Process, fault: Fault, make_error: Callable[[], Exception] | None) -> None:
+        if fault.kind not in BEFORE_THE_CALL:
+            self._inject(process, fault, make_error)
 
-    def _strike(self, process: Process, fault: Fault, trouble: Callable[[], Exception] | None) -> None:
-        """What is to go wrong does; returns when the process goes on."""
-        self._tell(process, fault)
+    def _inject(self, process: Process, fault: Fault, make_error: Callable[[], Exception] | None) -> None:
+        """Inject a fault; return if the process survives it."""
+        self._start_recovery(process, fault)
         if fault.kind in KILLED:
-            process.die()
-            raise Killed
-        if fault.kind in SLEPT:
-            self._fall_asleep(process, fault)
-        elif trouble is not None and fault.kind != LOST:
-            raise trouble()
+            process.kill()
+            raise ProcessKilled
+        if fault.kind in STALLED:
+            self._stalled.append((process, fault.wake_event))
+            process.stall()
+        elif make_error is not None and fault.kind != RECORD_LOST:
+            raise make_error()
 
-    def _fall_asleep(self, process: Process, fault: Fault) -> None:
-        self._asleep.append((process, fault.moment))
-        process.sleep()
+    def _take_effect(self, process: Process, crash_point: str, result: Any) -> Any:
+        """Record that a call took effect, and wake the stalled processes whose wake event it is."""
+        if crash_point in (CLAIM, SAVE) and not isinstance(result, ClaimRefused):
+            self._continue_operation(process)
+            if result is not None:
+                self._wake_stalled("claimed", but=process)
+        elif crash_point in (CHECKPOINT, RETRY_CHECKPOINT, RELEASE):
+            self._continue_operation(process)
+            self._wake_stalled("recorded", but=process)
+        elif crash_point == END_CHECKPOINT:
+            self._continue_operation(process)
+            self._wake_stalled("ended", but=process)
+        elif crash_point == REAPER_TAKE and result:
+            self._due_reason = result[0].reason
+            self._wake_stalled("reaped", but=process)
+        return result
 
-    def _done(self, process: Process, point: str, answer: Any) -> Any:
-        """A call of a process took effect: those wake who wait for that."""
-        if point in (CLAIM, SAVE) and not isinstance(answer, ClaimRefused):
-            self._continue(process)
-            if answer is not None:
-                self._rouse("claimed", but=process)
-        elif point in (CHECKPOINT, RETRY, RELEASED):
-            self._continue(process)
-            self._rouse("recorded", but=process)
-        elif point == TERMINAL:
-            self._continue(process)
-            self._rouse("ended", but=process)
-        elif point == TAKE_UP and answer:
-            self._reason = answer[0].reason
-            self._rouse("reaped", but=process)
-        return answer
+    def _wake_stalled(self, *events: str, but: Process | None = None) -> None:
+        for process, wake_event in list(self._stalled):
+            if wake_event in events and process is not but:
+                self._stalled.remove((process, wake_event))
+                self.wake_events.append(events[0])
+                before = self.snapshot()
+                process.wake_up()
+                self._check_fencing(process, before)
 
-    def _rouse(self, *moments: str, but: Process | None = None) -> None:
-        for process, moment in list(self._asleep):
-            if moment in moments and process is not but:
-                self._asleep.remove((process, moment))
-                self.wakings.append(moments[0])
-                before = self.look()
-                process.wake()
-                self._check_zombie(process, before)
+    def _check_fencing(self, process: Process, before: OperationSnapshot | None) -> None:
+        """Check that a process that woke up changed neither an ended operation nor one that another process owns."""
+        is_owned = before is not None and before.operation.owner not in (None, process.store.owner)
+        has_ended = before is not None and before.operation.ended_at is not None
+        if (is_owned or has_ended) and before != self.snapshot():
+            self.violations.append(f"{process.name} woke up and changed {before} to {self.snapshot()}")
 
-    def _check_zombie(self, process: Process, before: OperationSnapshot | None) -> None:
-        """What nobody but its owner may change, a process that has just woken up has not changed."""
-        held = before is not None and before.operation.owner not in (None, process.owner)
-        ended = before is not None and before.operation.ended_at is not None
-        if (held or ended) and before != self.look():
-            self.wrong.append(f"{process.name} woke up and changed {before} to {self.look()}")
+    # -- records -------------------------------------------------------------------------------------------------------
 
-    # -- what is watched -----------------------------------------------------------------------------------------------
+    def record_run(self, process: Process, name: str, entrypoint: Any) -> str:
+        """Enter the run of a task or hook in the ledger, and return the value that it returns."""
+        self._value_count += 1
+        stored = self.snapshot()
+        stored_tasks = [(task.status, task.result) for task in stored.tasks] if stored else []
+        value = f"{name} {self._value_count}"
+        self.ledger.append(
+            LedgerEntry(
+                process=process.name,
+                name=name,
+                uuid=entrypoint.uuid,
+                attempt=1 if isinstance(entrypoint, Operation) else entrypoint.attempt,
+                received=dict(entrypoint.result.retval),
+                value=value,
+                stored_tasks=tuple(stored_tasks),
+            )
+        )
+        return value
 
-    def note(self, process: Process, what: str, entry: Any) -> str:
-        """Something of the user's runs; returns what it gives."""
-        self._marks += 1
-        found = self.look()
-        stored = [(task.status, task.result) for task in found.tasks] if found else []
-        seen = dict(entry.result.retval)
-        mark = f"{what} {self._marks}"
-        attempt = 1 if isinstance(entry, Operation) else entry.attempt
-        self.ledger.append(Entry(process.name, what, entry.uuid, attempt, seen, mark, tuple(stored)))
-        return mark
+    def on_record_sent(self, process: Process) -> None:
+        """Count a record that was appended to the topic."""
+        self.sent_records += 1
+        if process.is_reaping:
+            self._due_reasons[self._last_offset()] = self._due_reason
 
-    def put(self, process: Process) -> None:
-        """A record was put on the bus."""
-        self.sends += 1
-        last = sum(len(log) for log in self.bus.topics[TOPIC]) - 1
-        if process.reaps:
-            self._reasons[last] = self._reason
-
-    def check_commits(self) -> None:
-        """What is committed, the database answers for."""
-        for (_group, place), commit in self.bus.committed.items():
-            for record in self.bus.topics[place.topic][place.partition][: commit.offset]:
+    def check_committed_offsets(self) -> None:
+        """Check that the database contains the operation of every committed record."""
+        for (_group, partition), commit in self.bus.committed.items():
+            for record in self.bus.topics[partition.topic][partition.partition][: commit.offset]:
                 message = json.loads(record.value or b"")
                 root = message["metadata"].get(OPERATION_KEY, message["uuid"])
                 if self.store.get_operation(root) is None:
-                    self.wrong.append(f"offset {record.offset} is committed, and nobody answers for it")
+                    self.violations.append(f"offset {record.offset} is committed, and operation {root} is not stored")
 
-    def _tell(self, process: Process, fault: Fault) -> None:
-        """Begin the story of a fault: what is stored now."""
+    def _last_offset(self) -> int:
+        return sum(len(log) for log in self.bus.topics.get(TOPIC, [])) - 1
+
+    def _start_recovery(self, process: Process, fault: Fault) -> None:
+        """Record the state of the operation at a fault."""
         row = self.store.get_operation(self.uuid)
-        if row is None:
-            text = "nothing"
-        elif row.ended_at is not None:
-            text = row.status
-        elif row.owner is not None:
-            text = "claimed"
-        else:
-            text = "ready, later" if row.due_at > self._clock_of_store(row) else "ready"
-        last = sum(len(log) for log in self.bus.topics.get(TOPIC, [])) - 1
-        self.stories.append(Story(fault, text, process.name, last))
+        self.recoveries.append(Recovery(fault, _state_of(row), process.name, self._last_offset()))
 
-    def _clock_of_store(self, row: Any) -> float:
-        # Nobody is told the time of the store: a step that waits is looked at when it is due.
-        return -1.0 if row.next_check_at == row.due_at else row.due_at
-
-    def _continue(self, process: Process) -> None:
-        """Somebody goes on: that is what came of all faults that were waiting for it."""
-        for story in self.stories:
-            if story.next:
+    def _continue_operation(self, process: Process) -> None:
+        """Record that a process continued the operation after the faults before it."""
+        for recovery in self.recoveries:
+            if recovery.continued_by:
                 continue
-            offset = _offset_in_hand()
-            if offset > story.last and offset in self._reasons:
-                story.next = f"the reaper sends the step: {self._reasons[offset]}"
-            elif story.process == process.name or offset > story.last:
-                story.next = "the operation continues normally"
+            offset = _current_offset()
+            if offset > recovery.last_offset and offset in self._due_reasons:
+                recovery.continued_by = f"the reaper sends the step: {self._due_reasons[offset]}"
+            elif recovery.process == process.name or offset > recovery.last_offset:
+                recovery.continued_by = "the operation continues normally"
             elif process.consumer is None:
-                story.next = "the sender received no confirmation and sends it again"
+                recovery.continued_by = "the sender received no confirmation and sends it again"
             else:
-                story.next = "Kafka redelivers the message"
+                recovery.continued_by = "Kafka redelivers the message"
 
 
-def _offset_in_hand() -> int:
-    """The record that this thread handles; -1 for none."""
+def _state_of(row: OperationRow | None) -> str:
+    """Return the state of an operation in the words of the table."""
+    if row is None:
+        return "nothing"
+    if row.ended_at is not None:
+        return row.status
+    if row.owner is not None:
+        return "claimed"
+    # A step that waits for a retry is due when the reaper looks at it next.
+    return "ready, later" if row.next_check_at == row.due_at else "ready"
+
+
+def _current_offset() -> int:
+    """Return the offset of the record that this thread handles, -1 outside an attempt."""
     attempt = current_attempt.get()
     return -1 if attempt is None or attempt.record is None else int(attempt.record.offset)

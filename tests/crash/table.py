@@ -1,4 +1,4 @@
-"""Table of crash points in the documentation, written from the outcome at each point."""
+"""Table of crash points in the documentation, written from the recovery at each crash point."""
 
 from __future__ import annotations
 
@@ -6,56 +6,70 @@ import csv
 import io
 from collections import defaultdict
 
-from tests.crash.faults import KILLED_AFTER, KILLED_BEFORE, POINTS, REFUSED, SLEPT_AFTER, SLEPT_BEFORE, UNKNOWN
-from tests.crash.invariants import doubled
+from tests.crash.faults import (
+    CRASH_POINTS,
+    KILLED_AFTER,
+    KILLED_BEFORE,
+    RECORD_LOST,
+    REFUSED,
+    REPLY_LOST,
+    STALLED_AFTER,
+    STALLED_BEFORE,
+)
+from tests.crash.invariants import duplicate_runs
 from tests.crash.simulation import Simulation
 
 COLUMNS = ("Point", "What goes wrong", "In the database then", "What happens next", "Doubled runs at most", "Cases")
 
-#: What goes wrong, for readers.
-WORDS = {
+#: The texts of the faults in the table.
+DESCRIPTIONS = {
     REFUSED: "the call is rejected",
-    UNKNOWN: "the call takes effect without a confirmation",
+    REPLY_LOST: "the call takes effect without a confirmation",
+    RECORD_LOST: "the record is lost",
     KILLED_BEFORE: "killed before the call",
     KILLED_AFTER: "killed after the call",
-    SLEPT_BEFORE: "stopped before the call, continues later",
-    SLEPT_AFTER: "stopped after the call, continues later",
+    STALLED_BEFORE: "stopped before the call, continues later",
+    STALLED_AFTER: "stopped after the call, continues later",
 }
 
 
-class Table:
-    """Counts what was seen."""
+class CrashPointTable:
+    """The recoveries of many runs, grouped by crash point and kind of fault."""
 
     def __init__(self) -> None:
-        self._stored: dict[tuple[str, str], set[str]] = defaultdict(set)
-        self._next: dict[tuple[str, str], set[str]] = defaultdict(set)
-        self._doubled: dict[tuple[str, str], int] = defaultdict(int)
+        self._stored_states: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._continuations: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._duplicates: dict[tuple[str, str], int] = defaultdict(int)
         self._cases: dict[tuple[str, str], int] = defaultdict(int)
 
     def add(self, simulation: Simulation) -> None:
         """Add a run with one fault."""
-        for fault, call in simulation.hits:
-            key = call.point, fault.kind
+        for fault, call in simulation.injected:
+            key = call.crash_point, fault.kind
             self._cases[key] += 1
-            self._doubled[key] = max(self._doubled[key], doubled(simulation))
-            for story in simulation.stories:
-                self._stored[key].add(story.stored)
-                self._next[key].add(story.next or "nothing: the operation has ended")
+            self._duplicates[key] = max(self._duplicates[key], duplicate_runs(simulation))
+            for recovery in simulation.recoveries:
+                self._stored_states[key].add(recovery.stored_state)
+                self._continuations[key].add(recovery.continued_by or "nothing: the operation has ended")
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """What was never hit."""
-        return [(point, kind) for point, kinds in POINTS.items() for kind in kinds if not self._cases[point, kind]]
+        """The crash points and faults without a case."""
+        return [
+            (point, kind) for point, kinds in CRASH_POINTS.items() for kind in kinds if not self._cases[point, kind]
+        ]
 
     def text(self) -> str:
-        """The table."""
+        """Return the table as CSV."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for point, kinds in POINTS.items():
+        for point, kinds in CRASH_POINTS.items():
             for kind in kinds:
                 key = point, kind
-                stored, following = ("; ".join(sorted(found[key])) for found in (self._stored, self._next))
-                words = WORDS.get(kind, "the record is lost")
-                writer.writerow((point, words, stored, following, self._doubled[key], self._cases[key]))
+                stored_states = "; ".join(sorted(self._stored_states[key]))
+                continuations = "; ".join(sorted(self._continuations[key]))
+                writer.writerow(
+                    (point, DESCRIPTIONS[kind], stored_states, continuations, self._duplicates[key], self._cases[key])
+                )
         return out.getvalue()

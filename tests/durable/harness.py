@@ -6,17 +6,20 @@ rebalance or a duplicate send.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
 from cdumay_result import Result
 
-from kser.controller import Controller
+from kser.consumer.work_queue import WorkQueue
+from kser.controller import BaseProducer, Controller
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.durable.recovery import RecoveryService
+from kser.errors import StoreUnavailable
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
@@ -24,13 +27,13 @@ from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
 from kser.store.model import Claim, OperationSnapshot
-from tests.consumer.harness import MANUAL_COMMIT, ScriptedTask, new_consumer
+from tests.consumer.harness import MANUAL_COMMIT, FaultyConsumer, ScriptedTask
 from tests.store.harness import LEASE, StoreHarness, claim_request
-from tests.support import WAIT_SECONDS, Clock, message
+from tests.support import WAIT_SECONDS, Clock, message, wait_until
 
 #: Seconds between two ticks of the background service, when a test lets time pass.
-TURN = 5.0
-#: Seconds after which a lease that nobody renews has expired.
+TICK_INTERVAL = 5.0
+#: Seconds after which a lease without a renewal has expired.
 LEASE_EXPIRED = LEASE + 1
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
@@ -39,20 +42,112 @@ TaskClass = TypeVar("TaskClass", bound=type[Task])
 class Sale(Operation):
     """A local operation of the three scripted tasks ``<uuid>.a``, ``<uuid>.b`` and ``<uuid>.c``."""
 
-    names: ClassVar[str] = "abc"
-
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [ScriptedTask(f"{self.uuid}.{name}") for name in self.names]
+        return [ScriptedTask(f"{self.uuid}.{name}") for name in "abc"]
 
 
-class Spread(Sale):
+class DistributedSale(Sale):
     """A distributed operation of the same three tasks."""
 
     DISTRIBUTED = True
 
 
+class HookedSale(Sale):
+    """A sale whose end hooks record their calls; see the fixture ``hooked_classes``."""
+
+    #: The name of each called hook, and the uuid of its operation.
+    hook_calls: ClassVar[list[tuple[str, str]]] = []
+    #: A function that each hook calls with its name and the result; its value is the value of the hook.
+    on_hook: ClassVar[Callable[[str, Result], Any] | None] = None
+
+    def onsuccess(self, result: Result) -> Any:
+        return self._record_call("onsuccess", result)
+
+    def onerror(self, result: Result) -> Any:
+        return self._record_call("onerror", result)
+
+    def _record_call(self, name: str, result: Result) -> Any:
+        self.hook_calls.append((name, self.uuid))
+        on_hook = HookedSale.on_hook
+        return on_hook(name, result) if on_hook else result
+
+
+class DistributedHookedSale(HookedSale):
+    """The distributed form of :class:`HookedSale`."""
+
+    DISTRIBUTED = True
+
+
+MODES = ("local", "distributed")
 #: Run a test with a local and with a distributed operation.
-BOTH_WAYS = pytest.mark.parametrize("cls", [Sale, Spread], ids=["in one consumer", "over the consumers"])
+BOTH_MODES = pytest.mark.parametrize("cls", [Sale, DistributedSale], ids=MODES)
+HOOKED = pytest.mark.parametrize("cls", [HookedSale, DistributedHookedSale], ids=MODES)
+
+
+class StoredAttempt(NamedTuple):
+    """A stored attempt: the position of its task, its number and its status."""
+
+    position: int
+    number: int
+    status: str
+
+
+class WrappedStore:
+    """A store that forwards each call to another store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+class RecordingStore(WrappedStore):
+    """A store that records the names of its calls."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return super().__getattr__(name)
+
+
+class UnavailableStore(WrappedStore):
+    """A store whose calls fail while ``error`` is set."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        #: The text of the error, empty while the database works.
+        self.error = ""
+        #: The number of failed calls.
+        self.failed_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = super().__getattr__(name)
+        if not callable(method):
+            return method
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.error:
+                self.failed_calls += 1
+                raise StoreUnavailable(self.error)
+            return method(*args, **kwargs)
+
+        return call
+
+
+class UnreachableProducer:
+    """A producer whose broker does not respond: each send returns a failed result."""
+
+    error: ClassVar[str] = "no broker answers"
+
+    def send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Result:
+        return Result(uuid=kmsg.uuid, retcode=500, stderr=self.error)
+
+    def bulk_send(self, topic: str, kmsgs: Any, timeout: float) -> Result:
+        return Result(retcode=500, retval={"failed": {kmsg.uuid: self.error for kmsg in kmsgs}})
 
 
 class Process:
@@ -60,29 +155,41 @@ class Process:
 
     :param store: the shared store, None for a process without a database.
     :param classes: the subscribed classes, in addition to :class:`ScriptedTask`.
+    :param producer: the producer of the registry.
+    :param opens_store: False if the first call opens the store, and not this constructor.
     :param options: options of the consumer; also ``group``, ``consumer_clock``, and ``app`` for the registry.
     """
 
-    def __init__(self, store: Store | None, *classes: type[Task], **options: Any) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        *classes: type[Task],
+        producer: BaseProducer | type[Producer] | None = Producer,
+        opens_store: bool = True,
+        **options: Any,
+    ) -> None:
         group, app = options.pop("group", "dummy"), options.pop("app", None)
         self.clock = Clock()
         clock = options.pop("consumer_clock", self.clock)
 
-        class Own(Controller):
+        class ProcessController(Controller):
             ENTRYPOINTS: ClassVar[dict[Any, Any]] = {}
 
-        self.registry = OperationRegistry(app, Own, producer=Producer({}), store=store)
-        self.consumer = new_consumer({**MANUAL_COMMIT, "group_id": group}, clock=clock, **options)
+        own_producer: Any = Producer({}) if producer is Producer else producer
+        self.registry = OperationRegistry(app, ProcessController, producer=own_producer, store=store)
+        self.consumer = FaultyConsumer({**MANUAL_COMMIT, "group_id": group}, clock=clock, **options)
         self.consumer.REGISTRY = self.registry.controller
         for cls in (ScriptedTask, *classes):
             self.subscribe_copy(cls)
-        if store is not None:
+        if store is not None and opens_store:
             self.background_service.clock = self.clock
+
+    # -- classes -------------------------------------------------------------------------------------------------------
 
     def subscribe_copy(self, cls: TaskClass) -> TaskClass:
         """Subscribe a subclass with the same path in this process, and return it."""
-        own = type(cls)(cls.__name__, (cls,), {"__module__": cls.__module__})
-        return self.registry.subscribe(own)  # type: ignore[return-value]
+        copy = type(cls)(cls.__name__, (cls,), {"__module__": cls.__module__})
+        return self.registry.subscribe(copy)  # type: ignore[return-value]
 
     def class_of(self, cls: type[Task]) -> Any:
         """Return this process's subscribed copy of a class."""
@@ -92,16 +199,7 @@ class Process:
         """Remove a class from this process's registry."""
         del self.registry.controller.ENTRYPOINTS[cls.path]
 
-    @property
-    def background_service(self) -> RecoveryService:
-        """The heartbeat and the reaper of this process."""
-        found = self.registry.background_service
-        assert found is not None
-        return found
-
-    def disable_background_service(self) -> None:
-        """Stop heartbeat and reaper, as on a machine that gives their thread no time."""
-        self.background_service.tick = lambda: None  # type: ignore[method-assign]
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def send(self, cls: type[Task], uuid: str = "1", **params: Any) -> Any:
         """Send an operation whose tasks are not built yet, and return it."""
@@ -111,14 +209,50 @@ class Process:
         """Handle messages until none are left, and return their number."""
         return self.consumer.run_until_idle()
 
-    def run(self, kmsg: Message) -> Result:
-        """Run a message that does not come from Kafka."""
-        found: Result = self.registry.controller.run(kmsg.dumps())
-        return found
-
     def step(self) -> int:
         """Handle the messages that exist now, but not the ones that they send."""
         return self.consumer.step(timeout=0)
+
+    def poll(self) -> int:
+        """Poll once, without handling a message: take part in a rebalance while a task runs."""
+        return self.consumer._kser_poller.poll_once(0)
+
+    def run(self, kmsg: Message) -> Result:
+        """Run a message that does not come from Kafka."""
+        result: Result = self.registry.controller.run(kmsg.dumps())
+        return result
+
+    def stop_gracefully(self) -> None:
+        """Stop the consumer, which runs in another thread, and wait for the start of its graceful shutdown."""
+        self.consumer.stop()
+        wait_until(lambda: self.consumer._kser_poller.shutting_down)
+
+    @property
+    def work_queue(self) -> WorkQueue:
+        """The work queue of the consumer, with the running attempts."""
+        return self.consumer._kser_work_queue
+
+    @contextlib.contextmanager
+    def producer_replaced(self, producer: Any) -> Iterator[None]:
+        """Send with another producer, of any class, inside the ``with`` block."""
+        original, self.registry._kser_producer = self.registry._kser_producer, producer
+        try:
+            yield
+        finally:
+            self.registry._kser_producer = original
+
+    # -- background service --------------------------------------------------------------------------------------------
+
+    @property
+    def background_service(self) -> RecoveryService:
+        """The heartbeat and the reaper of this process."""
+        service = self.registry.background_service
+        assert service is not None
+        return service
+
+    def disable_background_service(self) -> None:
+        """Stop heartbeat and reaper, as on a machine that gives their thread no time."""
+        self.background_service.tick = lambda: None  # type: ignore[method-assign]
 
 
 class DurableHarness:
@@ -131,10 +265,10 @@ class DurableHarness:
         self.store_harness = store_harness
         self.processes: list[Process] = []
         #: The only process of most tests.
-        self.first = self.process(Sale, Spread)
+        self.first = self.start_process(Sale, DistributedSale)
         self.registry = self.first.registry
 
-    def process(self, *classes: type[Task], **options: Any) -> Process:
+    def start_process(self, *classes: type[Task], **options: Any) -> Process:
         """Start another process, with these classes and options."""
         store = self.store_harness.other if self.processes else self.store_harness.store
         self.processes.append(Process(options.pop("store", store), *classes, **options))
@@ -156,40 +290,46 @@ class DurableHarness:
         passed = 0.0
         while passed < seconds:
             (process or self.first).background_service.tick()
-            self.advance(TURN)
-            passed += TURN
+            self.advance(TICK_INTERVAL)
+            passed += TICK_INTERVAL
         (process or self.first).background_service.tick()
 
-    def stored(self, uuid: str = "1") -> OperationSnapshot:
+    def operation(self, uuid: str = "1") -> Any:
+        """Return an operation as the registry of the first process loads it."""
+        operation = self.registry.get(uuid)
+        assert operation is not None
+        return operation
+
+    def snapshot(self, uuid: str = "1") -> OperationSnapshot:
         """Return the stored snapshot of an operation."""
-        found = self.store.snapshot(uuid)
-        assert found is not None
-        return found
+        snapshot = self.store.snapshot(uuid)
+        assert snapshot is not None
+        return snapshot
 
     def status(self, uuid: str = "1") -> str:
         """Return the stored status of an operation."""
-        return self.stored(uuid).operation.status
+        return self.snapshot(uuid).operation.status
 
     def has_ended(self, uuid: str = "1") -> bool:
         """Return whether an operation is stored and has ended."""
         row = self.store.get_operation(uuid)
         return row is not None and is_final(row.status)
 
-    def tasks(self, uuid: str = "1") -> list[str]:
+    def task_statuses(self, uuid: str = "1") -> list[str]:
         """Return the stored status of each task of an operation."""
-        return [task.status for task in self.stored(uuid).tasks]
+        return [task.status for task in self.snapshot(uuid).tasks]
 
     def event_kinds(self, uuid: str = "1") -> list[str]:
         """Return the kinds of the stored events of an operation."""
-        return [event.kind for event in self.stored(uuid).events]
+        return [event.kind for event in self.snapshot(uuid).events]
 
-    def attempts(self, uuid: str = "1") -> list[tuple[int, int, str]]:
-        """Return the stored attempts of an operation: position of the task, number and status."""
-        return [(each.position, each.number, each.status) for each in self.stored(uuid).attempts]
+    def attempts(self, uuid: str = "1") -> list[StoredAttempt]:
+        """Return the stored attempts of an operation."""
+        return [StoredAttempt(row.position, row.number, row.status) for row in self.snapshot(uuid).attempts]
 
     def claim_and_die(self, uuid: str = "1") -> Claim:
-        """Claim an operation for a consumer that then does nothing."""
-        row = self.stored(uuid).operation
+        """Claim an operation for a consumer that then dies."""
+        row = self.snapshot(uuid).operation
         claim = self.store.claim(uuid, row.target.uuid, claim_request("a dead consumer"))
         assert isinstance(claim, Claim), claim
         return claim
@@ -202,9 +342,9 @@ class DurableHarness:
 
 
 def in_other_thread(*calls: Callable[[], Any]) -> Callable[[], None]:
-    """Return an action for a script that runs calls in another thread and waits for their end."""
+    """Return an action for a script that makes calls in another thread and waits for their end."""
 
-    def act() -> None:
+    def action() -> None:
         errors: list[BaseException] = []
 
         def run() -> None:
@@ -221,7 +361,7 @@ def in_other_thread(*calls: Callable[[], Any]) -> Callable[[], None]:
         if errors:
             raise errors[0]
 
-    return act
+    return action
 
 
 def send_raw_message(cls: type[Task], uuid: str = "1", **arguments: Any) -> None:
@@ -232,3 +372,14 @@ def send_raw_message(cls: type[Task], uuid: str = "1", **arguments: Any) -> None
 def sent_messages(topic: str = "dice") -> list[Message]:
     """Return the messages in a topic."""
     return [Message.loads(value) for value in InMemoryBroker.at("").values(topic)]
+
+
+def lose_records(topic: str = "dice") -> None:
+    """Delete the records of a topic, as if they had been lost."""
+    for log in InMemoryBroker.at("").topics.get(topic, []):
+        log.clear()
+
+
+def worker_threads() -> list[threading.Thread]:
+    """Return the threads of all worker pools, also those that were replaced."""
+    return [thread for thread in threading.enumerate() if thread.name == "kser-worker"]

@@ -20,15 +20,16 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.runner import InMemoryRunner
 from kser.sequencing.task import Task
 from kser.status import PENDING, SUCCESS
-from kser.store.base import Store
-from kser.store.model import Mode
+from kser.store.model import Mode, OperationSnapshot
 from tests.consumer.harness import ScriptedTask, committed
 from tests.durable.harness import (
-    BOTH_WAYS,
+    BOTH_MODES,
+    DistributedSale,
     DurableHarness,
     Process,
     Sale,
-    Spread,
+    UnavailableStore,
+    UnreachableProducer,
     in_other_thread,
     send_raw_message,
     sent_messages,
@@ -36,31 +37,7 @@ from tests.durable.harness import (
 from tests.store.harness import MemoryStoreHarness
 from tests.support import lines, message
 
-
-class Unsaving:
-    """A producer to a Kafka that is down."""
-
-    def send(self, topic: str, kmsg: Any, timeout: float = 60, **options: Any) -> Result:
-        return Result(uuid=kmsg.uuid, retcode=500, stderr="no broker answers")
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
-class Refusing:
-    """A store whose ``save`` does not work."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def save(self, *_: Any) -> Any:
-        raise StoreUnavailable("the database is away")
-
-
-# -- by a call ---------------------------------------------------------------------------------------------------------
+# -- accepted by a call ------------------------------------------------------------------------------------------------
 
 
 def test_build_stores_nothing(harness: DurableHarness) -> None:
@@ -75,11 +52,14 @@ def test_send_saves_operation_tasks_mode_and_topic_before_sending(harness: Durab
     cls = harness.first.class_of(Sale)
     operation = cls("1", {"order": 42}, metadata={"customer": "7"}).build()
     assert operation.send(topic="orders") is operation
-    row, tasks, _, events, _ = harness.stored()
+    stored = harness.snapshot()
+    row = stored.operation
     assert (row.mode, row.topic, row.status, row.task_count) == (Mode.LOCAL, "orders", PENDING, 3)
     assert (json.loads(row.params), json.loads(row.metadata)) == ({"order": 42}, {"customer": "7"})
-    assert [(task.uuid, task.entrypoint) for task in tasks] == [(f"1.{name}", ScriptedTask.path) for name in "abc"]
-    assert [event.kind for event in events] == ["accepted"]
+    assert [(task.uuid, task.entrypoint) for task in stored.tasks] == [
+        (f"1.{name}", ScriptedTask.path) for name in "abc"
+    ]
+    assert [event.kind for event in stored.events] == ["accepted"]
     (kmsg,) = sent_messages("orders")
     assert (kmsg.uuid, kmsg.entrypoint, kmsg.metadata) == ("1", Sale.path, {OPERATION_KEY: "1"})
 
@@ -87,51 +67,49 @@ def test_send_saves_operation_tasks_mode_and_topic_before_sending(harness: Durab
 def test_launch_saves_the_operation_and_sends_its_first_task(harness: DurableHarness) -> None:
     """durability rule 1"""
     assert harness.first.class_of(Sale)("1").build().launch().retcode == 0
-    assert (harness.stored().operation.mode, harness.stored().operation.topic) == (Mode.DISTRIBUTED, "dice")
+    assert (harness.snapshot().operation.mode, harness.snapshot().operation.topic) == (Mode.DISTRIBUTED, "dice")
     assert [(kmsg.uuid, kmsg.entrypoint) for kmsg in sent_messages()] == [("1.a", ScriptedTask.path)]
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_operation_accepted_during_a_kafka_outage_is_sent_by_a_reaper(
     harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """durability rule 1: from the commit on it is accepted."""
-    harness.registry._kser_producer = Unsaving()  # type: ignore[assignment]
-    harness.first.class_of(cls)("1").build().send()
+    """durability rule 1: the commit accepts the operation."""
+    with harness.first.producer_replaced(UnreachableProducer()):
+        harness.first.class_of(cls)("1").build().send()
     (warning,) = lines(caplog, logging.WARNING)
     assert "could not be sent; the reaper of a consumer will send it: no broker answers" in warning
     assert (harness.status(), harness.first.handle()) == (PENDING, 0)
-    harness.registry._kser_producer = Producer({})
     harness.advance_with_reaper(5)
     harness.first.handle()
-    assert (harness.status(), harness.tasks()) == (SUCCESS, [SUCCESS] * 3)
+    assert (harness.status(), harness.task_statuses()) == (SUCCESS, [SUCCESS] * 3)
 
 
-def test_launch_that_cannot_be_sent_reports_it_and_is_still_accepted(harness: DurableHarness) -> None:
+def test_launch_during_a_kafka_outage_returns_the_failure_and_accepts_the_operation(harness: DurableHarness) -> None:
     """durability rule 1"""
-    harness.registry._kser_producer = Unsaving()  # type: ignore[assignment]
-    answer = harness.first.class_of(Sale)("1").build().launch()
-    assert (answer.retcode, answer.stderr) == (500, "no broker answers")
+    with harness.first.producer_replaced(UnreachableProducer()):
+        result = harness.first.class_of(Sale)("1").build().launch()
+    assert (result.retcode, result.stderr) == (500, UnreachableProducer.error)
     assert harness.status() == PENDING
 
 
-@pytest.mark.parametrize("how", ["send", "launch"])
-def test_operation_that_cannot_be_saved_is_not_sent_and_raises(harness: DurableHarness, how: str) -> None:
+@pytest.mark.parametrize("method", ["send", "launch"])
+def test_operation_that_cannot_be_saved_is_not_sent_and_raises(harness: DurableHarness, method: str) -> None:
     """durability rule 1: otherwise an operation would run without a stored state."""
-    process = Process(Refusing(harness.store), Sale)  # type: ignore[arg-type]
-    operation = process.class_of(Sale)("1").build()
-    with pytest.raises(StoreUnavailable, match="the database is away"):
-        getattr(operation, how)()
+    store = UnavailableStore(harness.store)
+    operation = harness.start_process(Sale, store=store).class_of(Sale)("1").build()
+    store.error = "the database does not respond"
+    with pytest.raises(StoreUnavailable, match="the database does not respond"):
+        getattr(operation, method)()
     assert (sent_messages(), harness.registry.get("1")) == ([], None)
-    process.consumer.close()
 
 
 def test_incoming_result_is_saved_with_the_operation(harness: DurableHarness) -> None:
     """durability rule 1"""
     harness.first.class_of(Sale)("1").build().send(result=Result(retval={"before": 1}))
     harness.first.handle()
-    operation = harness.registry.get("1")
-    assert operation is not None
+    operation = harness.operation()
     assert operation.result.retval == {"before": 1}
 
 
@@ -139,8 +117,8 @@ def test_launch_of_an_operation_without_tasks_stores_nothing(harness: DurableHar
     class Empty(Operation):
         pass
 
-    answer = harness.first.subscribe_copy(Empty)("1").build().launch()
-    assert (answer.retcode, answer.stderr) == (1, "Nothing to do, empty operation !")
+    result = harness.first.subscribe_copy(Empty)("1").build().launch()
+    assert (result.retcode, result.stderr) == (1, "Nothing to do, empty operation !")
     assert harness.registry.get("1") is None
 
 
@@ -152,7 +130,7 @@ def test_operation_without_tasks_succeeds_when_sent(harness: DurableHarness, bui
     operation = harness.first.subscribe_copy(Empty)("1")
     (operation.build() if built else operation).send()
     harness.first.handle()
-    assert (harness.status(), harness.tasks()) == (SUCCESS, [])
+    assert (harness.status(), harness.task_statuses()) == (SUCCESS, [])
 
 
 def test_tasks_added_before_send_are_stored(harness: DurableHarness) -> None:
@@ -169,31 +147,31 @@ def test_params_that_are_not_json_are_rejected_before_anything_is_stored(harness
     assert (harness.registry.get("1"), sent_messages()) == (None, [])
 
 
-# -- by a message ------------------------------------------------------------------------------------------------------
+# -- accepted from a message -------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_operation_received_as_a_message_is_built_saved_and_run(harness: DurableHarness, cls: type[Sale]) -> None:
-    """durability rule 2: its uuid is the message's. The sender needs neither the class nor a database."""
+    """durability rule 2: the operation has the uuid of the message. The sender needs neither class nor database."""
     send_raw_message(cls, params={"order": 42}, metadata={"customer": "7"})
     harness.first.handle()
-    row = harness.stored().operation
+    row = harness.snapshot().operation
     assert (row.status, json.loads(row.params), row.mode) == (
         SUCCESS,
         {"order": 42},
-        Mode.DISTRIBUTED if cls is Spread else Mode.LOCAL,
+        Mode.DISTRIBUTED if cls is DistributedSale else Mode.LOCAL,
     )
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
-    assert [found.uuid for found in harness.registry.find(metadata={"customer": 7})] == ["1"]
+    assert [operation.uuid for operation in harness.registry.find(metadata={"customer": 7})] == ["1"]
 
 
 def test_received_operation_is_saved_and_claimed_in_one_transaction(harness: DurableHarness) -> None:
-    """durability rule 2: no other consumer can claim it in between."""
-    seen: list[Any] = []
-    ScriptedTask.script["1.a"] = lambda: seen.append(harness.stored())
+    """durability rule 2: no other consumer can claim the operation in between."""
+    snapshots: list[OperationSnapshot] = []
+    ScriptedTask.script["1.a"] = lambda: snapshots.append(harness.snapshot())
     send_raw_message(Sale)
     harness.first.handle()
-    (stored,) = seen
+    (stored,) = snapshots
     assert [event.kind for event in stored.events] == ["accepted", "claimed"]
     assert stored.operation.owner is not None
 
@@ -203,16 +181,15 @@ def test_redelivered_message_with_an_empty_uuid_gets_the_same_uuid(harness: Dura
     send_raw_message(Sale, uuid="")
     send_raw_message(Sale, uuid="")
     harness.first.handle()
-    first = {operation.uuid for operation in harness.registry.find()}
-    assert len(first) == 2
-    assert {UUID(uuid).version for uuid in first} == {5}
-    again = harness.process(Sale, group="again")
-    again.handle()
-    assert {operation.uuid for operation in harness.registry.find()} == first
+    uuids = {operation.uuid for operation in harness.registry.find()}
+    assert len(uuids) == 2
+    assert {UUID(uuid).version for uuid in uuids} == {5}
+    harness.start_process(Sale, group="redelivered").handle()
+    assert {operation.uuid for operation in harness.registry.find()} == uuids
     assert len(ScriptedTask.ran) == 6
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_duplicate_message_runs_one_operation(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 3"""
     send_raw_message(cls, params={"order": 42, "rate": 1.5})
@@ -227,124 +204,123 @@ def test_duplicate_message_runs_one_operation(harness: DurableHarness, cls: type
 def test_duplicate_message_does_not_build_the_operation_again(harness: DurableHarness) -> None:
     """durability rule 3: the stored tasks win."""
 
-    class Counting(Sale):
+    class CountedBuild(Sale):
         built: ClassVar[list[str]] = []
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             self.built.append(self.uuid)
             return super().build_tasks(**kwargs)
 
-    harness.first.subscribe_copy(Counting)
-    send_raw_message(Counting)
-    send_raw_message(Counting)
+    harness.first.subscribe_copy(CountedBuild)
+    send_raw_message(CountedBuild)
+    send_raw_message(CountedBuild)
     harness.first.handle()
-    assert Counting.built == ["1"]
+    assert CountedBuild.built == ["1"]
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_duplicate_message_is_recognised_after_user_code_changed_the_params(
     harness: DurableHarness, cls: type[Sale]
 ) -> None:
-    """durability rule 3: Kafka may deliver it again, with the params that it came with."""
+    """durability rule 3: Kafka redelivers the message with its original params."""
 
-    class Completing(cls):  # type: ignore[valid-type,misc]
+    class CompletingSale(cls):  # type: ignore[valid-type,misc]
         def prebuild(self, **kwargs: Any) -> Any:
             self.params["currency"] = "EUR"
             return self.params
 
-    harness.first.subscribe_copy(Completing)
+    harness.first.subscribe_copy(CompletingSale)
     for params in ({"order": 1}, {"order": 1}, {"order": 2}):
-        send_raw_message(Completing, params=params)
+        send_raw_message(CompletingSale, params=params)
     harness.first.handle()
     assert (ScriptedTask.ran, harness.first.consumer.counts["failed"]) == (["1.a", "1.b", "1.c"], 1)
-    operation = harness.registry.get("1")
-    assert operation is not None
+    operation = harness.operation()
     assert operation.params == {"order": 1, "currency": "EUR"}
 
 
 def test_registry_runner_runs_only_operations_that_are_not_stored(harness: DurableHarness) -> None:
-    seen: list[str] = []
+    run_in_memory: list[str] = []
 
-    class Counting(InMemoryRunner):
+    class RecordingRunner(InMemoryRunner):
         def run(self, operation: Operation, result: Result | None) -> Any:
-            seen.append(operation.uuid)
+            run_in_memory.append(operation.uuid)
             return super().run(operation, result)
 
-    harness.registry.runner = runner = Counting()
+    harness.registry.runner = runner = RecordingRunner()
     send_raw_message(Sale)
     harness.first.handle()
-    assert (harness.status(), seen) == (SUCCESS, [])
+    assert (harness.status(), run_in_memory) == (SUCCESS, [])
     assert harness.first.class_of(Sale)("2").execute().retcode == 0
-    assert (harness.registry.get("2"), seen, harness.registry.runner) == (None, ["2"], runner)
+    assert (harness.registry.get("2"), run_in_memory, harness.registry.runner) == (None, ["2"], runner)
 
 
 def test_copies_of_an_operation_from_a_message_are_not_stored(harness: DurableHarness) -> None:
     copies: list[Sale] = []
 
-    class Copied(Sale):
+    class CopiedSale(Sale):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             if not copies:
                 copies.append(copy.deepcopy(self))
                 assert copies[0].execute().retcode == 0
             return super().build_tasks(**kwargs)
 
-    harness.first.subscribe_copy(Copied)
-    send_raw_message(Copied)
+    harness.first.subscribe_copy(CopiedSale)
+    send_raw_message(CopiedSale)
     harness.first.handle()
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"] * 2
     assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
 
 
 def test_concurrent_operations_under_one_uuid_have_one_winner(harness: DurableHarness) -> None:
-    """durability rule 3: also when neither finds it stored before."""
-    second = harness.process(Sale, group="second")
+    """durability rule 3: both consumers build the operation before one of them has stored it."""
+    second = harness.start_process(Sale, group="second")
 
-    class Racing(Sale):
+    class RacingSale(Sale):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            in_other_thread(lambda: second.run(message(Racing, uuid="1", params={"order": 2})))()
+            in_other_thread(lambda: second.run(message(RacingSale, uuid="1", params={"order": 2})))()
             return super().build_tasks(**kwargs)
 
-    second.subscribe_copy(type("Racing", (Sale,), {"__module__": __name__}))
-    harness.first.subscribe_copy(Racing)
-    send_raw_message(Racing, params={"order": 1})
+    second.subscribe_copy(type("RacingSale", (Sale,), {"__module__": __name__}))
+    harness.first.subscribe_copy(RacingSale)
+    send_raw_message(RacingSale, params={"order": 1})
     harness.first.handle()
     assert harness.first.consumer.counts["failed"] == 1
-    assert (ScriptedTask.ran, json.loads(harness.stored().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})
+    assert (ScriptedTask.ran, json.loads(harness.snapshot().operation.params)) == (["1.a", "1.b", "1.c"], {"order": 2})
 
 
 @pytest.mark.parametrize("other", [{"order": 43}, None], ids=["other params", "another class"])
 def test_message_with_a_taken_uuid_is_rejected(
     harness: DurableHarness, other: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """durability rule 3: 409, the controller's hook, and what is stored stays as it is."""
-    told: list[Result] = []
+    """durability rule 3: code 409 reaches the controller's hook, and the stored operation stays unchanged."""
+    failures: list[Result] = []
 
     def onerror(kmsg: Any, result: Result) -> Result:
-        told.append(result)
+        failures.append(result)
         return result
 
     type(harness.registry.controller).onerror = staticmethod(onerror)  # type: ignore[method-assign,assignment]
     send_raw_message(Sale, params={"order": 42})
     harness.first.handle()
-    before = harness.stored()
-    send_raw_message(Sale if other else Spread, params=other or {"order": 42})
+    before = harness.snapshot()
+    send_raw_message(Sale if other else DistributedSale, params=other or {"order": 42})
     harness.first.handle()
-    (result,) = told
+    (result,) = failures
     assert result.retcode == 409
     assert "the uuid 1 is taken by a stored tests.durable.harness.Sale with params" in result.stderr
-    assert (harness.stored(), harness.first.consumer.counts["failed"]) == (before, 1)
+    assert (harness.snapshot(), harness.first.consumer.counts["failed"]) == (before, 1)
 
 
 def test_send_with_a_taken_uuid_raises(harness: DurableHarness) -> None:
     """durability rule 3"""
     cls = harness.first.class_of(Sale)
     cls("1", {"order": 42}).build().send()
-    before = harness.stored()
+    before = harness.snapshot()
     cls("1", {"order": 42}).build().send()
     with pytest.raises(StateConflict, match="needs a uuid of its own") as caught:
         cls("1", {"order": 43}).build().send()
     assert caught.value.code == 409
-    assert (harness.stored(), len(sent_messages())) == (before, 1)
+    assert (harness.snapshot(), len(sent_messages())) == (before, 1)
 
 
 def test_send_of_an_ended_operation_raises(harness: DurableHarness) -> None:
@@ -356,14 +332,13 @@ def test_send_of_an_ended_operation_raises(harness: DurableHarness) -> None:
         cls("1").build().send()
 
 
-# -- what users override -----------------------------------------------------------------------------------------------
+# -- build hooks of users ----------------------------------------------------------------------------------------------
 
 
-class Overridden(Sale):
-    """Users record what they like in these."""
+class BuildHooks(Sale):
+    """An operation whose build hooks record their calls."""
 
     called: ClassVar[list[str]] = []
-    seen_stored: ClassVar[Any] = None
 
     def prebuild(self, **kwargs: Any) -> Any:
         self.called.append("prebuild")
@@ -378,30 +353,30 @@ class Overridden(Sale):
         return self
 
 
-class OverriddenSpread(Overridden):
+class DistributedBuildHooks(BuildHooks):
     DISTRIBUTED = True
 
 
-@pytest.mark.parametrize("cls", [Overridden, OverriddenSpread])
-@pytest.mark.parametrize("by", ["a message", "send", "send without build", "launch"])
+@pytest.mark.parametrize("cls", [BuildHooks, DistributedBuildHooks])
+@pytest.mark.parametrize("sent_by", ["a message", "send", "send without build", "launch"])
 def test_build_hooks_without_super_are_called_once_and_the_operation_is_saved(
-    harness: DurableHarness, cls: type[Overridden], by: str
+    harness: DurableHarness, cls: type[BuildHooks], sent_by: str
 ) -> None:
-    """durability rule 4: none of them has to call ``super()``."""
+    """durability rule 4: no build hook has to call ``super()``."""
     cls.called.clear()
-    own = harness.first.subscribe_copy(cls)
-    if by == "a message":
+    subscribed = harness.first.subscribe_copy(cls)
+    if sent_by == "a message":
         send_raw_message(cls)
-    elif by == "launch":
-        own("1").build().launch()
+    elif sent_by == "launch":
+        subscribed("1").build().launch()
     else:
-        (own("1") if by == "send without build" else own("1").build()).send()
+        (subscribed("1") if sent_by == "send without build" else subscribed("1").build()).send()
     harness.first.handle()
     assert cls.called == ["prebuild", "build_tasks", "finalize"]
     assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
-# -- without ---------------------------------------------------------------------------------------------------------
+# -- without a database or a producer ----------------------------------------------------------------------------------
 
 
 def test_launch_without_a_database_names_the_setting() -> None:
@@ -412,14 +387,14 @@ def test_launch_without_a_database_names_the_setting() -> None:
         operation.launch()
 
 
-@pytest.mark.parametrize("how", ["launch", "send"])
-def test_operation_without_a_producer_is_not_accepted(harness: DurableHarness, how: str) -> None:
+@pytest.mark.parametrize("method", ["launch", "send"])
+def test_operation_without_a_producer_is_not_accepted(harness: DurableHarness, method: str) -> None:
     """durability rule 5, decision B22"""
-    harness.registry._kser_producer = None
-    for cls in (Sale, Spread):
-        operation = harness.first.class_of(cls)("1").build()
+    process = harness.start_process(Sale, DistributedSale, producer=None)
+    for cls in (Sale, DistributedSale):
+        operation = process.class_of(cls)("1").build()
         with pytest.raises(ProducerMissing, match=r"OperationRegistry\(producer=Producer\(\)\)"):
-            getattr(operation, how)()
+            getattr(operation, method)()
         assert harness.registry.get("1") is None
 
 
@@ -427,9 +402,9 @@ def test_operation_without_a_producer_is_not_accepted(harness: DurableHarness, h
 def test_distributed_operation_without_a_database_fails_with_the_setting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """durability rule 5, decision B22: running it here would not be what its class asks for."""
-    process = Process(None, Spread)
-    send_raw_message(Spread)
+    """durability rule 5, decision B22: without a database the consumer cannot distribute the tasks."""
+    process = Process(None, DistributedSale)
+    send_raw_message(DistributedSale)
     process.handle()
     assert ScriptedTask.ran == []
     assert any("KSER_DATABASE_URI" in line for line in lines(caplog, logging.ERROR))
@@ -438,9 +413,9 @@ def test_distributed_operation_without_a_database_fails_with_the_setting(
 
 @pytest.mark.usefixtures("bus")
 def test_tasks_with_their_own_send_need_no_database() -> None:
-    """durability rule 5, decision B22: as users of 0.8 wrote them."""
+    """durability rule 5, decision B22: users of 0.8 override ``send`` of their tasks."""
 
-    class Own(ScriptedTask):
+    class SelfSendingTask(ScriptedTask):
         def send(self, result: Result | None = None) -> Any:  # type: ignore[override]
             ScriptedTask.ran.append(f"sent {self.uuid}")
             return Result(uuid=self.uuid)
@@ -449,7 +424,7 @@ def test_tasks_with_their_own_send_need_no_database() -> None:
         DISTRIBUTED = True
 
         def build_tasks(self, **kwargs: Any) -> list[Task]:
-            return [Own("a"), Own("b")]
+            return [SelfSendingTask("a"), SelfSendingTask("b")]
 
     registry = OperationRegistry(producer=Producer({}))
     assert registry.subscribe(Game)("1").build().launch().retcode == 0
@@ -457,7 +432,6 @@ def test_tasks_with_their_own_send_need_no_database() -> None:
 
 
 def test_execute_does_not_store_the_operation(harness: DurableHarness) -> None:
-    """An operation that was neither sent nor launched runs as without a database."""
     assert harness.first.class_of(Sale)("1").execute().retcode == 0
     assert (harness.registry.get("1"), ScriptedTask.ran) == (None, ["1.a", "1.b", "1.c"])
 
@@ -465,34 +439,35 @@ def test_execute_does_not_store_the_operation(harness: DurableHarness) -> None:
 def test_operation_of_ten_thousand_tasks_is_stored_and_runs() -> None:
     store_harness = MemoryStoreHarness()
     harness = DurableHarness(store_harness)
-    operation = harness.first.class_of(Sale)("1")
-    operation.tasks = [ScriptedTask(f"1.{number}") for number in range(10_000)]
-    operation._kser_built = []
-    operation.send(topic="dice")
+    tasks = [ScriptedTask(f"1.{number}") for number in range(10_000)]
+    harness.first.class_of(Sale)("1", tasks=tasks).send(topic="dice")
     harness.first.handle()
-    assert (harness.status(), len(harness.tasks()), set(harness.tasks())) == (SUCCESS, 10_000, {SUCCESS})
+    assert (harness.status(), len(harness.task_statuses()), set(harness.task_statuses())) == (
+        SUCCESS,
+        10_000,
+        {SUCCESS},
+    )
     harness.close()
     InMemoryBroker.reset()
     ScriptedTask.ran.clear()
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_tasks_that_already_succeeded_are_not_run_again(harness: DurableHarness, cls: type[Sale]) -> None:
-    """Decision B6, and durability rule 1: users of 0.8 load their tasks from tables of their own."""
+    """Decision B6, and durability rule 1: users of 0.8 load the status of their tasks from their own tables."""
     operation = harness.first.class_of(cls)("1").build()
     for name, task in zip("ab", (operation.tasks[0], operation.tasks[2]), strict=True):
         task.status, task.result = SUCCESS, Result(uuid=task.uuid, retval={name: 1})
     operation.send()
-    stored = harness.stored()
+    stored = harness.snapshot()
     assert (stored.operation.step, [task.status for task in stored.tasks]) == (1, ["SUCCESS", "PENDING", "SUCCESS"])
     harness.first.handle()
     assert ScriptedTask.ran == ["1.b"]
-    found = harness.registry.get("1")
-    assert found is not None
-    assert (found.status, found.result.retval, len(found.attempts)) == ("SUCCESS", {"a": 1, "b": 1}, 1)
+    loaded = harness.operation()
+    assert (loaded.status, loaded.result.retval, len(loaded.attempts)) == ("SUCCESS", {"a": 1, "b": 1}, 1)
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_operation_whose_tasks_all_succeeded_ends(harness: DurableHarness, cls: type[Sale]) -> None:
     """Decision B6."""
     operation = harness.first.class_of(cls)("1").build()
@@ -500,4 +475,4 @@ def test_operation_whose_tasks_all_succeeded_ends(harness: DurableHarness, cls: 
         task.status = SUCCESS
     operation.send()
     harness.first.handle()
-    assert (harness.stored().operation.status, ScriptedTask.ran) == ("SUCCESS", [])
+    assert (harness.snapshot().operation.status, ScriptedTask.ran) == ("SUCCESS", [])

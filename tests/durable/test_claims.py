@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from cdumay_result import Result
 
 from kser.durable.context import DurabilitySettings
-from kser.errors import SettingError, StoreUnavailable
+from kser.errors import FencedError, SettingError, StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.registry import OperationRegistry
@@ -18,48 +20,89 @@ from kser.status import FAILED, RUNNING, SUCCESS
 from kser.store import retrying
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
-from kser.store.model import ClaimRefused, Mode
-from tests.consumer.harness import ScriptedTask, committed
+from kser.store.model import Checkpoint, ClaimRefused, Mode, OperationSnapshot
+from tests.consumer.harness import ConsumerThread, ScriptedTask, committed
 from tests.durable.harness import (
-    BOTH_WAYS,
+    BOTH_MODES,
     LEASE_EXPIRED,
-    TURN,
+    TICK_INTERVAL,
+    DistributedSale,
     DurableHarness,
     Sale,
-    Spread,
+    WrappedStore,
     in_other_thread,
     send_raw_message,
 )
 from tests.store.harness import LEASE, claim_request
-from tests.support import lines
+from tests.support import WAIT_SECONDS, lines, wait_until
 
 
-def retval(**values: Any) -> Result:
-    """A successful result with something in it."""
-    return Result(retval=values)
+class LostReplyStore(WrappedStore):
+    """A store in which one call ends in an outage.
+
+    :param number: which call of ``method`` it is, counted from 1.
+    :param takes_effect: whether the call takes effect, so that only its reply is lost.
+    """
+
+    def __init__(self, store: Store, method: str, number: int, takes_effect: bool) -> None:
+        super().__init__(store)
+        self._calls_left = {method: number}
+        self._takes_effect = takes_effect
+
+    def __getattr__(self, name: str) -> Any:
+        method = super().__getattr__(name)
+        if name not in self._calls_left:
+            return method
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._calls_left[name] -= 1
+            if self._calls_left[name]:
+                return method(*args, **kwargs)
+            if self._takes_effect:
+                method(*args, **kwargs)
+            raise StoreUnavailable("the connection broke")
+
+        return call
 
 
-# -- one claim, the root's -----------------------------------------------------------------------------------------
+class RenewalStore(WrappedStore):
+    """A store that records the claims of each renewal."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.renewals: list[list[tuple[int, int]]] = []
+
+    def renew(self, claims: Any, owner: str, lease: float) -> Any:
+        self.renewals.append(sorted(claims))
+        return self._store.renew(claims, owner, lease)
 
 
-@BOTH_WAYS
+# -- owner and mode ----------------------------------------------------------------------------------------------------
+
+
+@BOTH_MODES
 def test_running_operation_row_names_its_owner_and_lease(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 6"""
-    seen: list[Any] = []
-    ScriptedTask.script["1.b"] = lambda: seen.append(harness.stored().operation)
+    snapshots: list[OperationSnapshot] = []
+    ScriptedTask.script["1.b"] = lambda: snapshots.append(harness.snapshot())
     send_raw_message(cls)
     harness.first.handle()
-    (row,) = seen
-    assert (row.status, row.step, row.owner) == (RUNNING, 1, harness.first.registry._kser_operations._context.owner)
+    (running,) = snapshots
+    row = running.operation
+    assert (row.status, row.step, row.owner) == (RUNNING, 1, running.attempts[0].consumer)
     assert row.next_check_at - harness.store_harness.now == pytest.approx(LEASE, abs=5)
-    after = harness.stored().operation
+    after = harness.snapshot().operation
     assert (after.owner, after.next_check_at) == (None, None)
 
 
 def test_owner_differs_at_each_start_of_a_process(harness: DurableHarness) -> None:
     """durability rule 6"""
-    second = harness.process()
-    assert second.registry._kser_operations._context.owner != harness.registry._kser_operations._context.owner
+    send_raw_message(Sale)
+    harness.first.handle()
+    second = harness.start_process(Sale, group="second")
+    send_raw_message(Sale, uuid="2")
+    second.handle()
+    assert harness.snapshot("1").attempts[0].consumer != harness.snapshot("2").attempts[0].consumer
 
 
 def test_message_of_a_launched_operation_follows_the_stored_mode(harness: DurableHarness) -> None:
@@ -67,7 +110,7 @@ def test_message_of_a_launched_operation_follows_the_stored_mode(harness: Durabl
     harness.first.class_of(Sale)("1").build().launch()
     send_raw_message(Sale)
     assert harness.first.step() == 2
-    assert (harness.stored().operation.mode, ScriptedTask.ran) == (Mode.DISTRIBUTED, ["1.a"])
+    assert (harness.snapshot().operation.mode, ScriptedTask.ran) == (Mode.DISTRIBUTED, ["1.a"])
     harness.first.handle()
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
 
@@ -76,16 +119,16 @@ def test_task_message_of_a_local_operation_runs_nothing(harness: DurableHarness)
     """durability rule 6"""
     harness.first.class_of(Sale)("1").build().send()
     result = harness.first.run(Message("1.b", ScriptedTask.path, metadata={OPERATION_KEY: "1"}))
-    assert (result.retcode, ScriptedTask.ran, harness.stored().operation.mode) == (0, [], Mode.LOCAL)
+    assert (result.retcode, ScriptedTask.ran, harness.snapshot().operation.mode) == (0, [], Mode.LOCAL)
 
 
-# -- one compare-and-set -------------------------------------------------------------------------------------------
+# -- claims and epochs -------------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_claimed_operation_is_not_claimed_by_another_consumer(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 7"""
-    second = harness.process(cls, group="second")
+    second = harness.start_process(cls, group="second")
     ScriptedTask.script["1.b"] = in_other_thread(second.handle)
     send_raw_message(cls)
     harness.first.handle()
@@ -94,7 +137,7 @@ def test_claimed_operation_is_not_claimed_by_another_consumer(harness: DurableHa
     assert isinstance(claim, ClaimRefused)
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_claim_of_a_dead_consumer_is_taken_over_after_lease_expiry(
     harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,65 +149,57 @@ def test_claim_of_a_dead_consumer_is_taken_over_after_lease_expiry(
     assert (ScriptedTask.ran, committed()) == ([], 1)
     assert f"{cls.path}[1]: nothing to do for this message: held, RUNNING" in lines(caplog, logging.INFO)
     harness.advance(6)
-    again = harness.process(cls, group="again")
-    again.handle()
+    harness.start_process(cls, group="second").handle()
     assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ["1.a", "1.b", "1.c"])
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_epoch_always_increases(harness: DurableHarness, cls: type[Sale]) -> None:
-    """durability rule 7: not for another attempt, not for a resume."""
-    seen: list[int] = []
+    """durability rule 7: neither a retry nor a resume starts the epochs over."""
+    epochs: list[int] = []
 
-    def look(then: BaseException | None = None) -> Any:
-        def act() -> None:
-            seen.append(harness.stored().operation.epoch)
-            if then is not None:
-                raise then
+    def record_epoch(error: BaseException | None = None) -> Any:
+        def action() -> None:
+            epochs.append(harness.snapshot().operation.epoch)
+            if error is not None:
+                raise error
 
-        return act
+        return action
 
-    ScriptedTask.script["1.b"] = [look(Retry.later(5)), look(ConnectionError("no")), look(), look()]
+    ScriptedTask.script["1.b"] = [record_epoch(Retry.later(5)), record_epoch(ConnectionError("no")), record_epoch()]
     send_raw_message(cls)
     harness.first.handle()
     harness.advance(6)
     harness.first.background_service.reap()
     harness.first.handle()
-    while harness.status() != FAILED:
-        harness.advance(60)
-        harness.first.background_service.reap()
-        harness.first.handle()
-        ScriptedTask.script["1.b"] = look(ConnectionError("no"))
-    ScriptedTask.script["1.b"] = look()
-    operation = harness.registry.get("1")
-    assert operation is not None
-    operation.resume()
+    assert harness.status() == FAILED
+    harness.operation().resume()
     harness.first.handle()
     assert harness.status() == SUCCESS
-    assert seen == sorted(set(seen))
-    assert harness.stored().operation.epoch > seen[-1]
+    assert len(epochs) == 3
+    assert epochs == sorted(set(epochs))
+    assert harness.snapshot().operation.epoch > epochs[-1]
 
 
-# -- the fence -----------------------------------------------------------------------------------------------------
+# -- fencing -----------------------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_consumer_that_lost_its_claim_is_fenced(
     harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """durability rule 8: its code ran, and the result of the later claim is the one that is kept."""
-    second = harness.process(cls, group="second")
+    """durability rule 8: the task ran under both claims, and the result of the later claim is stored."""
+    second = harness.start_process(cls, group="second")
 
-    def late() -> Result:
+    def exceed_the_lease() -> Result:
         in_other_thread(lambda: harness.advance(LEASE_EXPIRED), second.handle)()
-        return retval(by="the first")
+        return Result(retval={"by": "the first"})
 
-    ScriptedTask.script["1.b"] = [late, lambda: retval(by="the second")]
+    ScriptedTask.script["1.b"] = [exceed_the_lease, lambda: Result(retval={"by": "the second"})]
     send_raw_message(cls)
     harness.first.handle()
     assert ScriptedTask.ran == ["1.a", "1.b", "1.b", "1.c"]
-    operation = harness.registry.get("1")
-    assert operation is not None
+    operation = harness.operation()
     assert (operation.status, operation.result.retval) == (SUCCESS, {"by": "the second"})
     assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     (dropped,) = [line for line in lines(caplog, logging.WARNING) if "is dropped" in line]
@@ -174,41 +209,41 @@ def test_consumer_that_lost_its_claim_is_fenced(
     )
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_consumer_that_lost_its_claim_neither_runs_nor_sends_the_next_step(
     harness: DurableHarness, cls: type[Sale]
 ) -> None:
     """durability rule 8"""
-    second = harness.process(cls, group="second")
+    second = harness.start_process(cls, group="second")
     ScriptedTask.script["1.a"] = [in_other_thread(lambda: harness.advance(LEASE_EXPIRED), second.step), None]
     send_raw_message(cls)
-    if cls is Spread:
-        # The first one only sends the task.
+    if cls is DistributedSale:
+        # The first step only sends the message of the first task.
         harness.first.step()
     harness.first.step()
     if cls is Sale:
         assert ScriptedTask.ran == ["1.a", "1.a", "1.b", "1.c"]
     else:
-        assert (ScriptedTask.ran, harness.stored().operation.step) == (["1.a", "1.a"], 1)
+        assert (ScriptedTask.ran, harness.snapshot().operation.step) == (["1.a", "1.a"], 1)
         harness.first.handle()
         assert ScriptedTask.ran == ["1.a", "1.a", "1.b", "1.c"]
-    assert Counter(kind for kind in harness.event_kinds() if kind == "task-succeeded") == {"task-succeeded": 3}
+    assert harness.event_kinds().count("task-succeeded") == 3
 
 
-# -- the heartbeat -------------------------------------------------------------------------------------------------
+# -- heartbeat ---------------------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_heartbeat_renews_the_claim_while_its_task_runs(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 9"""
-    second = harness.process(cls, group="second")
+    second = harness.start_process(cls, group="second")
 
-    def long() -> None:
+    def run_for_several_leases() -> None:
         for _ in range(10):
             harness.advance(LEASE / 3)
             harness.first.background_service.renew_leases()
 
-    ScriptedTask.script["1.b"] = in_other_thread(long, second.handle)
+    ScriptedTask.script["1.b"] = in_other_thread(run_for_several_leases, second.handle)
     send_raw_message(cls)
     harness.first.handle()
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
@@ -216,28 +251,21 @@ def test_heartbeat_renews_the_claim_while_its_task_runs(harness: DurableHarness,
 
 def test_heartbeat_renews_only_active_claims(harness: DurableHarness) -> None:
     """durability rule 9: a leaked claim would otherwise be renewed without end."""
-    asked: list[Any] = []
-
-    class Asked(Watching):
-        def renew(self, claims: Any, owner: str, lease: float) -> Any:
-            asked.append(sorted(claims))
-            return self._store.renew(claims, owner, lease)
-
-    process = harness.process(Sale, store=Asked(harness.store))
+    store = RenewalStore(harness.store)
+    process = harness.start_process(Sale, store=store)
     ScriptedTask.script["1.b"] = in_other_thread(process.background_service.renew_leases)
     harness.first.send(Sale, "other")
     harness.claim_and_die("other")
     send_raw_message(Sale)
     process.background_service.renew_leases()
-    process.consumer.REGISTRY.run(Message("1", Sale.path).dumps())
+    process.run(Message("1", Sale.path))
     process.background_service.renew_leases()
-    row = harness.stored().operation
-    assert asked == [[(row.id, 1)]]
+    assert store.renewals == [[(harness.snapshot().operation.id, 1)]]
 
 
 def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(harness: DurableHarness) -> None:
-    """durability rule 9: a process that was stopped for long continues."""
-    second = harness.process(Sale, group="second")
+    """durability rule 9: a process that was stopped for longer than its lease continues."""
+    second = harness.start_process(Sale, group="second")
     ScriptedTask.script["1.b"] = in_other_thread(
         lambda: harness.advance(5 * LEASE),
         harness.first.background_service.renew_leases,
@@ -249,121 +277,160 @@ def test_heartbeat_renews_the_claim_after_lease_expiry_without_another_owner(har
     assert ScriptedTask.ran == ["1.a", "1.b", "1.c"]
 
 
-def test_lost_claim_is_logged_at_the_next_heartbeat(harness: DurableHarness, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_claim_is_logged_once_at_the_next_heartbeat(
+    harness: DurableHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     """durability rule 9"""
-    second = harness.process(Sale, group="second")
+    second = harness.start_process(Sale, group="second")
+    heartbeats = [harness.first.background_service.renew_leases] * 3
     ScriptedTask.script["1.b"] = [
-        in_other_thread(
-            lambda: harness.advance(LEASE_EXPIRED), second.handle, harness.first.background_service.renew_leases
-        ),
+        in_other_thread(lambda: harness.advance(LEASE_EXPIRED), second.handle, *heartbeats),
         None,
     ]
     send_raw_message(Sale)
     harness.first.handle()
-    assert f"{Sale.path}[1]: the claim was lost; the result of the running task will not be recorded" in lines(
-        caplog, logging.WARNING
-    )
+    assert [line for line in lines(caplog, logging.WARNING) if "the claim was lost" in line] == [
+        f"{Sale.path}[1]: the claim was lost; the result of the running task will not be recorded"
+    ]
 
 
 @pytest.mark.parametrize(
-    "end",
+    "outcome",
     [None, ConnectionError("no"), SystemExit(3), KeyboardInterrupt()],
     ids=["success", "failure", "SystemExit", "KeyboardInterrupt"],
 )
-@BOTH_WAYS
-def test_every_outcome_releases_the_claim(harness: DurableHarness, cls: type[Sale], end: BaseException | None) -> None:
+@BOTH_MODES
+def test_every_outcome_releases_the_claim(
+    harness: DurableHarness, cls: type[Sale], outcome: BaseException | None
+) -> None:
     """durability rule 9"""
-    ScriptedTask.script["1.b"] = end
+    store = RenewalStore(harness.store)
+    process = harness.start_process(cls, store=store, group="second")
+    ScriptedTask.script["1.b"] = outcome
     send_raw_message(cls)
     try:
-        harness.first.handle()
+        process.handle()
     except KeyboardInterrupt:
-        assert isinstance(end, KeyboardInterrupt)
-    assert harness.registry._kser_operations._context.active_claims() == []
-    assert harness.stored().operation.owner is None
+        assert isinstance(outcome, KeyboardInterrupt)
+    process.background_service.renew_leases()
+    assert store.renewals == []
+    assert harness.snapshot().operation.owner is None
 
 
 def test_raising_prerun_hook_releases_the_claim(harness: DurableHarness) -> None:
     """durability rule 9"""
 
-    class Bad(Sale):
+    class FailingPrerun(Sale):
         def prerun(self) -> None:
             raise ConnectionError("no")
 
-    harness.first.subscribe_copy(Bad)
-    send_raw_message(Bad)
-    harness.first.handle()
-    assert harness.registry._kser_operations._context.active_claims() == []
+    store = RenewalStore(harness.store)
+    process = harness.start_process(FailingPrerun, store=store, group="second")
+    send_raw_message(FailingPrerun)
+    process.handle()
+    assert process.consumer.counts["failed"] == 1
+    process.background_service.renew_leases()
+    assert store.renewals == []
     assert ScriptedTask.ran == []
 
 
-# -- a COMMIT of unknown outcome -----------------------------------------------------------------------------------
+def test_released_claim_is_not_logged_as_lost_while_the_next_step_is_sent(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 9"""
+    harness.first.send(DistributedSale)
+    send = harness.registry.producer.send
+
+    def renew_and_send(*args: Any, **options: Any) -> Any:
+        harness.first.background_service.renew_leases()
+        return send(*args, **options)
+
+    monkeypatch.setattr(harness.registry.producer, "send", renew_and_send)
+    harness.first.handle()
+    assert harness.status() == SUCCESS
+    assert [line for line in lines(caplog, logging.WARNING) if "was lost" in line] == []
 
 
-class Watching:
-    """A store that somebody looks over the shoulder of."""
+def test_claim_that_cannot_be_released_does_not_affect_the_others(
+    harness: DurableHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 9: at the shutdown of a consumer whose running tasks were abandoned."""
+    gate = threading.Event()
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    class FencedRelease(WrappedStore):
+        def checkpoint(self, checkpoint: Checkpoint) -> str:
+            is_release = any(event.kind == "released" for event in checkpoint.events)
+            if is_release and checkpoint.root_id == harness.snapshot("1").operation.id:
+                raise FencedError("the worker has recorded its step")
+            return self._store.checkpoint(checkpoint)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+    process = harness.start_process(
+        Sale,
+        store=FencedRelease(harness.store),
+        group="second",
+        workers=2,
+        shutdown_timeout=0,
+        consumer_clock=time.monotonic,
+    )
+    for uuid in ("1", "2"):
+        ScriptedTask.script[f"{uuid}.a"] = lambda: gate.wait(WAIT_SECONDS)
+        send_raw_message(Sale, uuid=uuid)
+    with ConsumerThread(process.consumer) as thread:
+        wait_until(lambda: {"1.a", "2.a"} <= set(ScriptedTask.ran))
+        process.consumer.stop()
+        thread.join()
+        owners = [harness.snapshot(uuid).operation.owner for uuid in ("1", "2")]
+        gate.set()
+    assert owners[0] is not None
+    assert owners[1] is None
+    assert [line for line in lines(caplog, logging.WARNING) if "could not be released" in line] == [
+        "a claim could not be released, and expires with its lease: the worker has recorded its step"
+    ]
 
 
-class Unsure(Watching):
-    """A store whose answer to a call gets lost, the so-manieth one."""
-
-    def __init__(self, store: Store, method: str, number: int, before: bool) -> None:
-        super().__init__(store)
-        self._left = {method: number}
-        self._before = before
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._store, name)
-        if name not in self._left:
-            return found
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._left[name] -= 1
-            if self._left[name] or not self._before:
-                answer = found(*args, **kwargs)
-            if not self._left[name]:
-                raise StoreUnavailable("the connection broke")
-            return answer
-
-        return call
+# -- calls with an unknown outcome -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["refused", "acknowledgement lost"])
+@pytest.mark.parametrize("takes_effect", [False, True], ids=["refused", "reply lost"])
 @pytest.mark.parametrize(
     ("method", "number"), [("save", 1), ("claim", 1), ("claim", 2), *(("checkpoint", number) for number in range(1, 5))]
 )
-@BOTH_WAYS
+@BOTH_MODES
 def test_store_call_with_unknown_outcome_is_repeated_and_applied_once(
-    harness: DurableHarness, cls: type[Sale], method: str, number: int, before: bool, monkeypatch: pytest.MonkeyPatch
+    harness: DurableHarness,
+    cls: type[Sale],
+    method: str,
+    number: int,
+    takes_effect: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """durability rule 10: the call is repeated with the same arguments and returns the same value."""
     monkeypatch.setattr(retrying, "_BACKOFF", lambda _failures: 0.01)
-    process = harness.process(cls, store=Unsure(harness.store, method, number, before), group="unsure")
+    store = LostReplyStore(harness.store, method, number, takes_effect)
+    process = harness.start_process(cls, store=store, group="second")
     send_raw_message(cls)
     process.handle()
-    # One that was accepted without its consumer hearing of it is sent by a reaper.
-    harness.advance_with_reaper(TURN)
+    # If the reply of the acceptance was lost, the reaper sends the first step.
+    harness.advance_with_reaper(TICK_INTERVAL)
     process.handle()
-    assert (harness.status(), harness.tasks(), ScriptedTask.ran) == (SUCCESS, [SUCCESS] * 3, ["1.a", "1.b", "1.c"])
+    assert (harness.status(), harness.task_statuses(), ScriptedTask.ran) == (
+        SUCCESS,
+        [SUCCESS] * 3,
+        ["1.a", "1.b", "1.c"],
+    )
     assert harness.attempts() == [(0, 1, SUCCESS), (1, 1, SUCCESS), (2, 1, SUCCESS)]
     assert Counter(harness.event_kinds())["task-succeeded"] == 3
     assert Counter(harness.event_kinds())["claimed"] == (1 if cls is Sale else 3)
 
 
-# -- time ----------------------------------------------------------------------------------------------------------
+# -- clocks and settings -----------------------------------------------------------------------------------------------
 
 
 def test_fast_process_clock_causes_no_lease_expiry(harness: DurableHarness) -> None:
     """durability rule 11: times are compared inside the store."""
     harness.first.send(Sale)
     harness.claim_and_die()
-    fast = harness.process(Sale, group="fast")
+    fast = harness.start_process(Sale, group="fast")
     fast.clock.advance(100 * LEASE)
     fast.handle()
     assert ScriptedTask.ran == []
@@ -374,22 +441,22 @@ def test_timestamps_come_from_the_store(harness: DurableHarness) -> None:
     harness.store_harness.advance(1_000_000)
     send_raw_message(Sale)
     harness.first.handle()
-    row, _, attempts, events, _ = harness.stored()
-    times = [row.created_at, row.started_at, row.ended_at, *(each.ended_at for each in attempts)]
-    for at in [*times, *(event.at for event in events)]:
-        assert at == pytest.approx(harness.store_harness.now, abs=30)
+    stored = harness.snapshot()
+    row = stored.operation
+    times = [row.created_at, row.started_at, row.ended_at]
+    times += [attempt.ended_at for attempt in stored.attempts] + [event.at for event in stored.events]
+    for recorded_at in times:
+        assert recorded_at == pytest.approx(harness.store_harness.now, abs=30)
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_operation_continues_within_five_seconds_of_lease_expiry(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 12"""
     harness.first.class_of(cls)("1").build().send()
-    harness.first.consumer._kser_work_queue.pause(True)
     harness.advance_with_reaper(2 * LEASE)
     harness.claim_and_die()
-    harness.advance_with_reaper(LEASE + 5 - TURN)
+    harness.advance_with_reaper(LEASE + 5 - TICK_INTERVAL)
     assert harness.event_kinds().count("sent-again") >= 1
-    harness.first.consumer._kser_work_queue.pause(False)
     harness.first.handle()
     assert harness.status() == SUCCESS
 
@@ -398,12 +465,12 @@ def test_durability_settings_have_defaults_and_are_configurable(
     harness: DurableHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """durability rule 12"""
-    terms = DurabilitySettings(harness.registry.settings)
-    assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (30, 10, 1, 60, 20)
+    defaults = DurabilitySettings(harness.registry.settings)
+    assert vars(defaults) == {"lease": 30, "heartbeat": 10, "reaper": 1, "resend": 60, "max_claims": 20}
     for name, value in {"LEASE": "60", "REAPER": "0.5", "RESEND": "90", "MAX_CLAIMS": "3"}.items():
         monkeypatch.setenv(f"KSER_{name}", value)
-    terms = DurabilitySettings(harness.registry.settings)
-    assert (terms.lease, terms.heartbeat, terms.reaper, terms.resend, terms.max_claims) == (60, 20, 0.5, 90, 3)
+    configured = DurabilitySettings(harness.registry.settings)
+    assert vars(configured) == {"lease": 60, "heartbeat": 20, "reaper": 0.5, "resend": 90, "max_claims": 3}
 
 
 @pytest.mark.parametrize(
@@ -423,4 +490,4 @@ def test_invalid_durability_settings_are_rejected_at_the_start(
     """durability rule 12"""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingError, match=text):
-        _ = OperationRegistry(store=MemoryStore())._kser_background_service
+        _ = OperationRegistry(store=MemoryStore()).background_service

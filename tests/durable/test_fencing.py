@@ -1,22 +1,24 @@
-"""Test with two real processes that both believe to own an operation: the stopped one is fenced."""
+"""Test of fencing with two real processes: the first one is stopped for longer than its lease."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from kser.schemas import Message
 from kser.store.model import OperationSnapshot
-from tests.support import ROOT, wait_until
+from tests.support import ROOT, WAIT_SECONDS, wait_until
 
-#: A consumer; the first task waits for a file of its process's name, the second one for one that all wait for.
+#: A consumer. Its first task waits for a file with the name of the process, its second task for the file ``second``.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -30,28 +32,28 @@ from kser.sequencing.task import Task
 folder, name, message = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 oregistry = OperationRegistry()
 
-def wait(what):
-    (folder / f"{name} waits for {what}").touch()
-    while not (folder / what).exists():
+def wait_for(file):
+    (folder / f"{name} waits for {file}").touch()
+    while not (folder / file).exists():
         time.sleep(0.01)
 
 class First(Task):
     def run(self):
-        wait(f"first of {name}")
+        wait_for(f"first of {name}")
         (folder / f"{name} ran first").touch()
         return Result(retval={"first": name})
 
 class Second(Task):
     def run(self):
-        wait("second")
-        return Result(retval={"second": name, "seen": self.result.retval["first"]})
+        wait_for("second")
+        return Result(retval={"second": name, "received": self.result.retval["first"]})
 
 class Order(Operation):
     def build_tasks(self, **kwargs):
         return [First(), Second()]
 
-for each in (First, Second, Order):
-    oregistry.subscribe(each)
+for cls in (First, Second, Order):
+    oregistry.subscribe(cls)
 if message:
     InMemoryBroker.at("").send("orders", message.encode())
 Consumer({}, ["orders"]).run()
@@ -59,7 +61,7 @@ Consumer({}, ["orders"]).run()
 
 
 class Consumers:
-    """Processes that share a database, each with a bus of its own: what they have of each other comes from there."""
+    """Consumer processes that share a database; each has its own in-memory broker."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,12 +69,12 @@ class Consumers:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, name: str, message: str = "") -> subprocess.Popen[str]:
-        """Start one; it gets a message if there is one."""
-        own = {key: str(self.folder / f"{name} {key}") for key in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")}
-        terms = {"KSER_LEASE": "2", "KSER_HEARTBEAT": "0.5", "KSER_REAPER": "0.2", "KSER_DATABASE_URI": self.uri}
+        """Start a consumer, and send a message to it."""
+        files = {key: str(self.folder / f"{name} {key}") for key in ("RUNNING_FILE", "LOCK_FILE", "TERMINATE_FILE")}
+        settings = {"KSER_LEASE": "2", "KSER_HEARTBEAT": "0.5", "KSER_REAPER": "0.2", "KSER_DATABASE_URI": self.uri}
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(self.folder), name, message],
-            env={**os.environ, **own, **terms},
+            env={**os.environ, **files, **settings},
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,22 +83,22 @@ class Consumers:
         return process
 
     def wait_for(self, file: str) -> None:
-        """Wait until a consumer has made a file."""
+        """Wait until a consumer has created a file."""
         wait_until((self.folder / file).exists)
 
-    def let(self, file: str) -> None:
-        """Let consumers go on that wait for a file."""
+    def create(self, file: str) -> None:
+        """Create a file, so that the consumers that wait for it continue."""
         (self.folder / file).touch()
 
-    def end(self, process: subprocess.Popen[str]) -> str:
-        """End one in order; returns what it logged."""
+    def stop(self, process: subprocess.Popen[str]) -> str:
+        """Stop a consumer gracefully, and return its log."""
         process.terminate()
-        _, logged = process.communicate(timeout=20)
-        assert process.returncode == 0, logged
-        return logged
+        _, log = process.communicate(timeout=WAIT_SECONDS)
+        assert process.returncode == 0, log
+        return log
 
     def close(self) -> None:
-        """End all that there are."""
+        """Kill all consumers that still run."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()
@@ -104,14 +106,13 @@ class Consumers:
 
 
 @pytest.fixture
-def consumers(tmp_path: Path) -> Any:
-    found = Consumers(tmp_path)
-    yield found
-    found.close()
+def consumers(tmp_path: Path) -> Iterator[Consumers]:
+    with contextlib.closing(Consumers(tmp_path)) as consumers:
+        yield consumers
 
 
 def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> None:
-    """Rules 8 and 9: the stopped process still believes in its claim, and the database does not."""
+    """durability rules 8 and 9: the stopped process still works under its claim, which is no longer in force."""
     sql = pytest.importorskip("kser.store.sql")
     store = sql.SQLStore(consumers.uri)
     uuid = str(uuid4())
@@ -122,26 +123,24 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
     consumers.wait_for("other waits for first of other")
     claimed: OperationSnapshot = store.snapshot(uuid)
     assert claimed.operation.epoch == 2
-    # Now both are in the first task, each under a claim of its own.
-    consumers.let("first of stale")
+    # Both consumers now run the first task, each under its own claim.
+    consumers.create("first of stale")
     stale.send_signal(signal.SIGCONT)
     consumers.wait_for("stale ran first")
-    logged = consumers.end(stale)
-    assert "the outcome of its step is dropped" in logged
-    after: OperationSnapshot = store.snapshot(uuid)
-    assert _without_lease(after) == _without_lease(claimed)
-    consumers.let("first of other")
-    consumers.let("second")
+    assert "the outcome of its step is dropped" in consumers.stop(stale)
+    assert without_lease(store.snapshot(uuid)) == without_lease(claimed)
+    consumers.create("first of other")
+    consumers.create("second")
     wait_until(lambda: store.get_operation(uuid).ended_at is not None)
-    consumers.end(other)
-    found: OperationSnapshot = store.snapshot(uuid)
+    consumers.stop(other)
+    stored: OperationSnapshot = store.snapshot(uuid)
     store.close()
-    assert found.operation.status == "SUCCESS"
-    assert '"first": "other"' in (found.operation.result or "")
-    assert '"seen": "other"' in (found.operation.result or "")
-    assert [(row.position, row.number, row.epoch) for row in found.attempts] == [(0, 1, 2), (1, 1, 2)]
+    assert stored.operation.status == "SUCCESS"
+    retval = json.loads(stored.operation.result or "{}")["retval"]
+    assert retval == {"first": "other", "second": "other", "received": "other"}
+    assert [(row.position, row.number, row.epoch) for row in stored.attempts] == [(0, 1, 2), (1, 1, 2)]
 
 
-def _without_lease(found: OperationSnapshot) -> OperationSnapshot:
-    """What its owner prolongs all the time left out."""
-    return found._replace(operation=found.operation._replace(next_check_at=None))
+def without_lease(snapshot: OperationSnapshot) -> OperationSnapshot:
+    """Return a snapshot without the end of the lease, which each heartbeat changes."""
+    return snapshot._replace(operation=snapshot.operation._replace(next_check_at=None))

@@ -1,9 +1,8 @@
-"""Tests of a registry with a database: get, find, purge, wait, settings and signals."""
+"""Tests of a registry with a database: get, find, purge, wait, settings."""
 
 from __future__ import annotations
 
 import datetime
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,17 @@ import pytest
 from cdumay_result import Result
 from flask import Flask, current_app
 
-from kser import signals
 from kser.dummy.producer import Producer
-from kser.errors import MissingDependency, SettingError, UsageError, WaitTimeout
+from kser.errors import MissingDependency, SettingError, StoreMissing, UsageError, WaitTimeout
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationPage, OperationRegistry
 from kser.sequencing.task import Task
-from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
+from kser.status import FAILED, PENDING, RUNNING, SUCCESS
 from kser.store import open_store
-from kser.store.base import Store
 from kser.store.memory import MemoryStore
 from kser.store.model import EVENTS
 from tests.consumer.harness import ScriptedTask, send_messages
-from tests.durable.harness import BOTH_WAYS, DurableHarness, Sale, in_other_thread, send_raw_message
-from tests.support import lines
+from tests.durable.harness import BOTH_MODES, DurableHarness, RecordingStore, Sale, in_other_thread, send_raw_message
 
 # -- get ---------------------------------------------------------------------------------------------------------------
 
@@ -34,18 +30,17 @@ def test_get_of_an_unknown_operation_returns_none(harness: DurableHarness) -> No
     assert harness.registry.get("unknown") is None
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_get_returns_the_operation_with_tasks_attempts_and_events(harness: DurableHarness, cls: type[Sale]) -> None:
     ScriptedTask.script["1.b"] = ConnectionError("no")
     send_raw_message(cls, params={"order": 42}, metadata={"customer": "7"})
     harness.first.handle()
-    operation = harness.registry.get("1")
-    assert operation is not None
+    operation = harness.operation()
     assert type(operation) is harness.first.class_of(cls)
     assert (operation.uuid, operation.params, operation.metadata) == ("1", {"order": 42}, {"customer": "7"})
     assert (operation.status, [task.status for task in operation.tasks]) == (FAILED, [SUCCESS, FAILED, PENDING])
     assert [type(task) for task in operation.tasks] == [harness.first.class_of(ScriptedTask)] * 3
-    assert [(each.position, each.status, each.error) for each in operation.attempts] == [
+    assert [(attempt.position, attempt.status, attempt.error) for attempt in operation.attempts] == [
         (0, SUCCESS, None),
         (1, FAILED, "no"),
     ]
@@ -54,34 +49,32 @@ def test_get_returns_the_operation_with_tasks_attempts_and_events(harness: Durab
     assert operation.events[-1].text == FAILED
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_running_task_is_shown_as_running(harness: DurableHarness, cls: type[Sale]) -> None:
-    seen: list[Any] = []
+    statuses: list[Any] = []
 
     def look() -> None:
-        operation = harness.registry.get("1")
-        assert operation is not None
-        seen.append((operation.status, [task.status for task in operation.tasks]))
+        operation = harness.operation()
+        statuses.append((operation.status, [task.status for task in operation.tasks]))
 
     ScriptedTask.script["1.b"] = look
     send_raw_message(cls)
     harness.first.handle()
-    assert seen == [(RUNNING, [SUCCESS, RUNNING, PENDING])]
+    assert statuses == [(RUNNING, [SUCCESS, RUNNING, PENDING])]
 
 
 def test_unclaimed_operation_shows_no_task_as_running(harness: DurableHarness) -> None:
     harness.first.class_of(Sale)("1").build().send()
-    operation = harness.registry.get("1")
-    assert operation is not None
+    operation = harness.operation()
     assert (operation.status, [task.status for task in operation.tasks]) == (PENDING, [PENDING] * 3)
 
 
 def test_get_of_an_unknown_class_returns_a_plain_operation(harness: DurableHarness) -> None:
     send_raw_message(Sale, params={"order": 42})
     harness.first.handle()
-    desk = harness.process(group="desk")
-    desk.unsubscribe(ScriptedTask)
-    operation = desk.registry.get("1")
+    web_process = harness.start_process(group="web")
+    web_process.unsubscribe(ScriptedTask)
+    operation = web_process.registry.get("1")
     assert operation is not None
     assert (type(operation), operation.params, operation.status) == (Operation, {"order": 42}, SUCCESS)
     assert [type(task) for task in operation.tasks] == [Task] * 3
@@ -110,19 +103,19 @@ def test_find_returns_the_newest_first_in_pages(harness: DurableHarness) -> None
 
 
 def test_find_filters_by_class_status_metadata_and_time(harness: DurableHarness) -> None:
-    class Other(Sale):
+    class Refund(Sale):
         pass
 
-    harness.first.subscribe_copy(Other)
+    harness.first.subscribe_copy(Refund)
     ScriptedTask.script["2.a"] = ConnectionError("no")
     send_raw_message(Sale, uuid="1", metadata={"customer": "7", "shop": "north"})
     send_raw_message(Sale, uuid="2", metadata={"customer": 7})
-    send_raw_message(Other, uuid="3", metadata={"customer": "8"})
+    send_raw_message(Refund, uuid="3", metadata={"customer": "8"})
     harness.first.handle()
     start = harness.store_harness.now
 
-    def found(**what: Any) -> list[str]:
-        return [operation.uuid for operation in harness.registry.find(**what)]
+    def found(**filters: Any) -> list[str]:
+        return [operation.uuid for operation in harness.registry.find(**filters)]
 
     assert found(status=FAILED) == ["2"]
     assert found(status=[FAILED, SUCCESS]) == ["3", "2", "1"]
@@ -134,13 +127,13 @@ def test_find_filters_by_class_status_metadata_and_time(harness: DurableHarness)
     assert found(until=start - 3600) == []
     hour = datetime.timedelta(hours=1)
     now = datetime.datetime.fromtimestamp(start, datetime.UTC)
-    assert found(since=now - hour, until=now + hour, status=SUCCESS, entrypoint=Other) == ["3"]
+    assert found(since=now - hour, until=now + hour, status=SUCCESS, entrypoint=Refund) == ["3"]
 
 
-@pytest.mark.parametrize("what", [{"since": "yesterday"}, {"until": True}, {"after": "no cursor"}])
-def test_find_rejects_invalid_filters(harness: DurableHarness, what: Any) -> None:
+@pytest.mark.parametrize("filters", [{"since": "yesterday"}, {"until": True}, {"after": "no cursor"}])
+def test_find_rejects_invalid_filters(harness: DurableHarness, filters: Any) -> None:
     with pytest.raises(UsageError):
-        harness.registry.find(**what)
+        harness.registry.find(**filters)
 
 
 # -- purge -------------------------------------------------------------------------------------------------------------
@@ -170,7 +163,7 @@ def test_purge_accepts_only_final_statuses(harness: DurableHarness) -> None:
 # -- wait --------------------------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_wait_returns_the_result(harness: DurableHarness, cls: type[Sale]) -> None:
     ScriptedTask.script["1.c"] = lambda: Result(retval={"c": 1})
     operation = harness.first.class_of(cls)("1").build().send()
@@ -182,8 +175,8 @@ def test_wait_returns_the_failure_of_a_failed_operation(harness: DurableHarness)
     ScriptedTask.script["1.b"] = ConnectionError("no")
     operation = harness.first.class_of(Sale)("1").build().send()
     harness.first.handle()
-    found = operation.wait(timeout=5)
-    assert (found.retcode, found.stderr) == (500, "no")
+    result = operation.wait(timeout=5)
+    assert (result.retcode, result.stderr) == (500, "no")
 
 
 def test_wait_times_out_and_names_the_current_status(harness: DurableHarness) -> None:
@@ -193,11 +186,11 @@ def test_wait_times_out_and_names_the_current_status(harness: DurableHarness) ->
     assert isinstance(caught.value, TimeoutError)
 
 
-# -- where the database comes from -------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def kept_at(registry: OperationRegistry) -> str:
-    """The name of a registry's database, which is closed."""
+def open_and_close_store(registry: OperationRegistry) -> str:
+    """Open and close the store of a registry, and return its name."""
     store = registry.store
     store.close()
     return store.name
@@ -206,8 +199,7 @@ def kept_at(registry: OperationRegistry) -> str:
 def test_database_uri_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/from-environment.db")
     registry = OperationRegistry()
-    assert registry._kser_has_store
-    assert "from-environment.db" in kept_at(registry)
+    assert "from-environment.db" in open_and_close_store(registry)
 
 
 def test_database_uri_of_the_app_overrides_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +208,7 @@ def test_database_uri_of_the_app_overrides_the_environment(tmp_path: Path, monke
     app.config["KSER_DATABASE_URI"] = f"sqlite:///{tmp_path}/from-app.db"
     registry = OperationRegistry()
     registry.init_app(app)
-    assert "from-app.db" in kept_at(registry)
+    assert "from-app.db" in open_and_close_store(registry)
     assert not (tmp_path / "from-environment.db").exists()
 
 
@@ -230,10 +222,23 @@ def test_store_argument_overrides_all_settings(tmp_path: Path, monkeypatch: pyte
 def test_database_is_opened_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSER_DATABASE_URI", f"sqlite:///{tmp_path}/kser.db")
     registry = OperationRegistry()
-    registry.subscribe(type("Lazy", (Sale,), {"__module__": __name__}))
+    registry.subscribe(type("LazySale", (Sale,), {"__module__": __name__}))
     assert list(tmp_path.iterdir()) == []
-    kept_at(registry)
+    open_and_close_store(registry)
     assert (tmp_path / "kser.db").exists()
+
+
+def test_call_without_a_database_names_the_setting() -> None:
+    registry = OperationRegistry()
+    for call in (
+        lambda: registry.get("1"),
+        registry.find,
+        lambda: registry.purge(older_than=1),
+        lambda: registry.store,
+    ):
+        with pytest.raises(StoreMissing, match="there is no shared database: set KSER_DATABASE_URI in the environment"):
+            call()
+    assert registry.background_service is None
 
 
 @pytest.mark.parametrize("uri", ["shop.db", "", 5, "mysql://host/shop", "sqlite:/shop.db", "://"])
@@ -260,13 +265,13 @@ def test_password_is_hidden_in_the_store_name() -> None:
 # -- Flask -------------------------------------------------------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BOTH_MODES
 def test_tasks_and_hooks_run_inside_the_app_context(harness: DurableHarness, cls: type[Sale]) -> None:
     app = Flask("shop")
     app.config.update(CURRENCY="EUR")
     seen: list[Any] = []
 
-    class Own(cls):  # type: ignore[valid-type,misc]
+    class PricedSale(cls):  # type: ignore[valid-type,misc]
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             seen.append(("build", current_app.config["CURRENCY"]))
             return super().build_tasks(**kwargs)
@@ -275,127 +280,45 @@ def test_tasks_and_hooks_run_inside_the_app_context(harness: DurableHarness, cls
             seen.append(("onsuccess", current_app.config["CURRENCY"]))
             return result
 
-    process = harness.process(Own, app=app, group="app")
+    process = harness.start_process(PricedSale, app=app, group="app")
     ScriptedTask.script["1.a"] = lambda: seen.append(("run", current_app.config["CURRENCY"]))
-    send_raw_message(Own)
+    send_raw_message(PricedSale)
     process.handle()
     assert seen == [("build", "EUR"), ("run", "EUR"), ("onsuccess", "EUR")]
 
 
-# -- signals -----------------------------------------------------------------------------------------------------------
-
-
-@BOTH_WAYS
-def test_each_transition_is_emitted_after_its_commit(harness: DurableHarness, cls: type[Sale]) -> None:
-    heard: list[Any] = []
-
-    def operation_changed(sender: Any, uuid: str, entrypoint: str, old: Any, new: str, result: Any) -> None:
-        heard.append((old, new, harness.status(uuid), sender is harness.registry))
-
-    def task_changed(sender: Any, operation: str, position: int, new: str, attempt: int, error: Any) -> None:
-        heard.append((position, new, harness.tasks(operation)[position], attempt))
-
-    with (
-        signals.operation_changed.connected_to(operation_changed),
-        signals.task_changed.connected_to(task_changed),
-    ):
-        harness.first.class_of(cls)("1").build().send()
-        harness.first.handle()
-    assert heard == [
-        (None, PENDING, PENDING, True),
-        (PENDING, RUNNING, RUNNING, True),
-        (0, SUCCESS, SUCCESS, 1),
-        (1, SUCCESS, SUCCESS, 1),
-        (2, SUCCESS, SUCCESS, 1),
-        (RUNNING, SUCCESS, SUCCESS, True),
-    ]
-
-
-@BOTH_WAYS
-def test_transitions_of_an_operation_received_as_a_message_are_emitted(
-    harness: DurableHarness, cls: type[Sale]
-) -> None:
-    heard: list[Any] = []
-
-    def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
-        heard.append((old, new))
-
-    with signals.operation_changed.connected_to(operation_changed):
-        send_raw_message(cls)
-        harness.first.handle()
-    assert heard == [(None, PENDING), (PENDING, RUNNING), (RUNNING, SUCCESS)]
-
-
-def test_second_cancel_emits_no_signal(harness: DurableHarness) -> None:
-    heard: list[Any] = []
-
-    def operation_changed(sender: Any, old: Any, new: str, **_: Any) -> None:
-        heard.append((old, new))
-
-    operation = harness.first.class_of(Sale)("1").build().send()
-    with signals.operation_changed.connected_to(operation_changed):
-        assert [operation.cancel(), operation.cancel()] == [CANCELLED, CANCELLED]
-    assert heard == [(PENDING, CANCELLED)]
-
-
-def test_raising_listener_is_logged_and_changes_nothing(
-    harness: DurableHarness, caplog: pytest.LogCaptureFixture
-) -> None:
-    def raising(sender: Any, **_: Any) -> None:
-        raise ConnectionError("no")
-
-    with signals.operation_changed.connected_to(raising), signals.task_changed.connected_to(raising):
-        send_raw_message(Sale)
-        harness.first.handle()
-    assert harness.status() == SUCCESS
-    assert any("a listener of" in line for line in lines(caplog, logging.ERROR))
-
-
-# -- what it costs -----------------------------------------------------------------------------------------------------
-
-
-class Untouched:
-    """A store that notes what it is asked."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.asked: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        self.asked.append(name)
-        return getattr(self._store, name)
+# -- calls of the store ------------------------------------------------------------------------------------------------
 
 
 def test_plain_task_makes_no_store_call(harness: DurableHarness) -> None:
-    store = Untouched(harness.store)
-    process = harness.process(Sale, store=store, group="plain")
-    del store.asked[:]
+    store = RecordingStore(harness.store)
+    process = harness.start_process(Sale, store=store, group="second")
+    store.calls.clear()
     send_messages("1", "2")
     process.handle()
-    assert (ScriptedTask.ran, store.asked) == (["1", "2"], [])
+    assert (ScriptedTask.ran, store.calls) == (["1", "2"], [])
 
 
 def test_local_step_makes_one_store_call(harness: DurableHarness) -> None:
-    store = Untouched(harness.store)
-    process = harness.process(Sale, store=store, group="counted")
-    del store.asked[:]
+    store = RecordingStore(harness.store)
+    process = harness.start_process(Sale, store=store, group="second")
+    store.calls.clear()
     send_raw_message(Sale)
     process.handle()
-    assert store.asked == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
+    assert store.calls == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
 
 
 def test_metadata_of_operation_and_tasks_is_stored(harness: DurableHarness) -> None:
-    seen: list[Any] = []
     operation = harness.first.class_of(Sale)("1", metadata={"customer": "7"}).build()
     operation.tasks[1].metadata = {"of": "b"}
     operation.send()
-    ScriptedTask.script["1.b"] = lambda: seen.append("ran")
     harness.first.handle()
-    found = harness.registry.get("1")
-    assert found is not None
-    assert (found.metadata, found.tasks[1].metadata) == ({"customer": "7"}, {"of": "b"})
+    loaded = harness.operation()
+    assert (loaded.metadata, loaded.tasks[1].metadata) == ({"customer": "7"}, {"of": "b"})
 
 
 def test_registry_accepts_producer_and_store() -> None:
-    registry = OperationRegistry(producer=Producer({}), store=MemoryStore())
-    assert registry._kser_background_service is registry._kser_background_service
+    producer, store = Producer({}), MemoryStore()
+    registry = OperationRegistry(producer=producer, store=store)
+    assert (registry.producer, registry.store) == (producer, store)
+    assert registry.background_service is registry.background_service

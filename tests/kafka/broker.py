@@ -1,4 +1,4 @@
-"""Apache Kafka for the tests: one node that is broker and controller, on loopback, in a temporary folder."""
+"""Apache Kafka for the tests: one node, broker and controller in one process, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 START_SECONDS = 60
 STOP_SECONDS = 30
 
-# Started and stopped many times, each time for some seconds: a quick start counts more than a quick compiler. Without
-# the last two, files would stay in the system's temporary folder after a kill.
+# Tests run a broker for a few seconds, so a fast start is worth more than fast code. Without the last two options, a
+# killed broker would leave files in the system's temporary folder.
 JAVA_OPTIONS = (
     "-Xmx512m",
     "-XX:+UseSerialGC",
@@ -55,13 +55,13 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
-# What takes longer than a session, or than a poll may take, should not take long.
+# Allow short sessions, so that tests of expired sessions are short.
 group.min.session.timeout.ms=1000
-# Tests have no group whose members all arrive at once.
+# The delay would make each first rebalance slow, and no test starts many members at once.
 group.initial.rebalance.delay.ms=0
-# A topic that nobody created is missing, as it is where topics are managed.
+# Tests need missing topics, which a broker with this setting does not create.
 auto.create.topics.enable=false
-# A broker that was killed may come back only when its session is over; by default after 9 s.
+# A killed broker may restart only after its session has expired, by default after 9 s.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
 log.cleaner.dedupe.buffer.size=2097152
@@ -69,26 +69,26 @@ log.cleaner.dedupe.buffer.size=2097152
 
 
 class ServiceMissing(Exception):
-    """What is needed to run Apache Kafka is not there; the text says what."""
+    """A missing requirement of Apache Kafka; the text names it."""
 
 
 class Kafka:
-    """A running Apache Kafka, whoever started it."""
+    """A running Apache Kafka at an address."""
 
-    #: How many copies of a topic there are.
+    #: The replication factor of new topics.
     copies = 1
 
     def __init__(self, bootstrap_servers: str) -> None:
         self.bootstrap_servers = bootstrap_servers
 
     def create_topic(self, name: str, partitions: int = 1) -> None:
-        """Create a topic."""
+        """Create a topic with ``partitions`` partitions."""
         with self._admin() as admin:
             admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=self.copies)])
 
     def grow_topic(self, name: str, partitions: int) -> None:
-        """Add partitions to a topic, so that it has so many."""
-        # kafka-python 2 and 3 want to be asked in different ways.
+        """Add partitions to a topic, so that it has ``partitions``."""
+        # The call of kafka-python differs between its versions 2 and 3, so librdkafka makes it.
         client = AdminClient({"bootstrap.servers": self.bootstrap_servers})
         (grown,) = client.create_partitions([NewPartitions(name, partitions)]).values()
         grown.result(START_SECONDS)
@@ -103,9 +103,9 @@ class Kafka:
 
 
 class KafkaBroker(Kafka):
-    """An Apache Kafka of our own; it keeps its ports and its data until :meth:`close`.
+    """An Apache Kafka that the tests start; it keeps its ports and its data until :meth:`close`.
 
-    :raises ServiceMissing: Java or the jars cannot be had.
+    :raises ServiceMissing: Java or the jars are missing.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class KafkaBroker(Kafka):
             raise
 
     def _prepare(self, port: int, properties: str) -> None:
-        """Make a folder for it, and its settings."""
+        """Create the folder and the settings of the broker."""
         self._jars = jars()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = port
@@ -130,44 +130,47 @@ class KafkaBroker(Kafka):
 
     @property
     def pid(self) -> int | None:
-        """The process id, None while it does not run."""
+        """The process id; None while the broker is down."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the broker and wait until it responds."""
         self.launch()
         self.wait()
 
     def launch(self) -> None:
-        """Start it."""
-        assert self._process is None, "it runs already"
+        """Start the process of the broker."""
+        assert self._process is None, "the broker already runs"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._properties)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def wait(self) -> None:
-        """Wait until it answers."""
-        assert self._process is not None, "it was not launched"
+        """Wait until the broker responds.
+
+        :raises RuntimeError: the process has ended, or did not respond within ``START_SECONDS``.
+        """
+        assert self._process is not None, "call launch() first"
         deadline = time.monotonic() + START_SECONDS
         while not answers(self.port):
             status = self._process.poll()
             if status is not None or time.monotonic() > deadline:
                 self.kill()
-                happened = f"ended with status {status}" if status is not None else f"took over {START_SECONDS} s"
-                raise RuntimeError(f"Apache Kafka {happened} while it started; it wrote:\n{self._log.read_text()}")
+                problem = f"ended with status {status}" if status is not None else f"took over {START_SECONDS} s"
+                raise RuntimeError(f"Apache Kafka {problem} while it started; it wrote:\n{self._log.read_text()}")
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ask it to end in order, and wait for that."""
+        """Shut the broker down with SIGTERM, and wait for the end of its process."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once, as a crash of its machine would."""
+        """Kill the broker with SIGKILL, as after a crash."""
         self._end(signal.SIGKILL)
 
     def close(self) -> None:
-        """Stop it if it runs, and delete its data."""
+        """Stop the broker if it runs, and delete its data."""
         try:
             self.stop()
         finally:
@@ -215,9 +218,9 @@ class KafkaBroker(Kafka):
 
 
 def jars() -> Path:
-    """The folder with the jars, fetched through Maven at the first time.
+    """Return the folder with the jars of Apache Kafka; Maven downloads them at the first call.
 
-    :raises ServiceMissing: Java, Maven or the network is not there.
+    :raises ServiceMissing: Java, Maven or the network is missing.
     """
     if shutil.which("java") is None:
         raise ServiceMissing("there is no java on the PATH; install a Java runtime, 17 or newer")
@@ -227,7 +230,7 @@ def jars() -> Path:
         return folder
     if shutil.which("mvn") is None:
         raise ServiceMissing("there is no mvn on the PATH to fetch Apache Kafka; install Maven")
-    # Renamed when it is whole: an interrupted download is not taken for a complete one.
+    # Rename the folder only after the download, so that an interrupted download never counts as complete.
     unfinished = folder.with_name(f"unfinished-{os.getpid()}")
     try:
         done = subprocess.run(
@@ -242,7 +245,7 @@ def jars() -> Path:
         if done.returncode:
             raise ServiceMissing(f"Maven could not fetch Apache Kafka:\n{done.stdout}{done.stderr}")
         with contextlib.suppress(OSError):
-            # Somebody else was faster: theirs is as good.
+            # Another process has finished the same download first, so use its folder.
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -250,29 +253,30 @@ def jars() -> Path:
 
 
 def new_cluster() -> str:
-    """An identifier for a cluster."""
+    """Return a new cluster id."""
     return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on.
+    """Return unused ports of the loopback interface.
 
-    Below those that systems give to outgoing connections: while the broker is down, one of these could take its port.
+    The ports are below the ephemeral range. Otherwise an outgoing connection could take the port of a broker that is
+    down.
     """
     with contextlib.ExitStack() as sockets:
-        found: list[int] = []
-        while len(found) < count:
+        ports: list[int] = []
+        while len(ports) < count:
             port = random.randrange(20000, 32000)
             candidate = sockets.enter_context(socket.socket())
             candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 candidate.bind(("127.0.0.1", port))
-                found.append(port)
-        return found
+                ports.append(port)
+        return ports
 
 
 def answers(port: int) -> bool:
-    """Whether a broker handles requests on this port; it listens before it does."""
+    """Return whether a broker responds on this port. A starting broker listens before it responds."""
     size, api_versions, version, correlation, no_client = 10, 18, 0, 1, -1
     request = struct.pack(">ihhih", size, api_versions, version, correlation, no_client)
     try:

@@ -1,4 +1,4 @@
-"""Apache Kafka for the tests in this folder, each of which is marked ``kafka``."""
+"""Fixtures with Apache Kafka; each test in this folder is marked ``kafka``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them here, so that no test can forget it."""
+    """Mark each test in this folder."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.kafka)
 
 
-def _started() -> KafkaBroker:
+def _start_broker() -> KafkaBroker:
     try:
         return KafkaBroker()
     except ServiceMissing as problem:
@@ -31,24 +31,24 @@ def _started() -> KafkaBroker:
 
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[Kafka]:
-    """The Apache Kafka that all tests share: at ``KSER_TEST_BOOTSTRAP_SERVERS``, else one that is started here."""
+    """Return the shared Apache Kafka: ``KSER_TEST_BOOTSTRAP_SERVERS``, or a broker that is started here."""
     if address := os.environ.get("KSER_TEST_BOOTSTRAP_SERVERS"):
         yield Kafka(address)
         return
-    with _started() as broker:
+    with _start_broker() as broker:
         yield broker
 
 
 @pytest.fixture
 def own_kafka() -> Iterator[KafkaBroker]:
-    """An Apache Kafka for this test alone, which may stop, kill and start it."""
-    with _started() as broker:
+    """Return an Apache Kafka for this test alone, which the test may stop, kill and start."""
+    with _start_broker() as broker:
         yield broker
 
 
 @pytest.fixture
 def topic(kafka: Kafka) -> Iterator[Callable[..., str]]:
-    """``topic(partitions=1)`` creates a topic in the shared Apache Kafka, gone after the test, and gives its name."""
+    """Return ``topic(partitions=1)``: creates a topic for this test in the shared Apache Kafka and returns its name."""
     names: list[str] = []
 
     def create(partitions: int = 1) -> str:

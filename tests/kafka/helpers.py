@@ -1,4 +1,4 @@
-"""Shared parts of the Kafka tests: programs in their own processes, ledgers, and a view of Kafka from outside."""
+"""Helpers of the Kafka tests: programs in their own processes, their ledgers, and clients that bypass kser."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -30,34 +31,39 @@ WORKER = HERE / "worker.py"
 WORK = "__main__.Work"
 JOB = "__main__.Job"
 
-#: Packages of kser whose consumers the same tests are run against.
+#: The transports that each test of a worker runs with.
 TRANSPORTS = ["python_kafka", "confluent"]
 
-#: The shortest session that Kafka allows, so that a killed member is soon given up; heartbeats notice others at once.
+#: The shortest session that Kafka allows by default, so that a killed member soon leaves the group; and frequent
+#: heartbeats, so that members soon notice a rebalance.
 QUICK_GROUP = {"session_timeout_ms": 6000, "heartbeat_interval_ms": 200}
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 15) -> Any:
-    """Wait until ``condition`` gives something true, and return that."""
+def wait_until(condition: Callable[[], Any], event: str, seconds: float = 15) -> Any:
+    """Wait until ``condition`` returns a true value, and return this value.
+
+    :param event: describes the condition in the error.
+    """
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds} s")
+            raise AssertionError(f"{event}: not within {seconds} s")
         time.sleep(0.02)
-    return found
+    return value
 
 
 def message(entrypoint: str = WORK, **params: Any) -> Message:
-    """A message with a uuid of its own."""
+    """Return a message with a new uuid."""
     return Message(uuid=str(uuid.uuid4()), entrypoint=entrypoint, params=params)
 
 
 def uuids(messages: Iterable[Message]) -> list[str]:
-    return [each.uuid for each in messages]
+    """Return the uuids of messages."""
+    return [message.uuid for message in messages]
 
 
 def config(kafka: Kafka, group: str | None = None, **options: Any) -> dict[str, Any]:
-    """Options of a consumer; the group is named for nobody else unless it is said."""
+    """Return the options of a kafka-python consumer, by default of a new group."""
     return {
         "bootstrap_servers": kafka.bootstrap_servers,
         "group_id": group or f"kser-test-{uuid.uuid4()}",
@@ -66,47 +72,47 @@ def config(kafka: Kafka, group: str | None = None, **options: Any) -> dict[str, 
     }
 
 
-def named_for(transport: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the names that librdkafka has for them, where it is the transport."""
+def client_options(transport: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the names that the client of a transport has for them."""
     return {key.replace("_", ".") if transport == "confluent" else key: value for key, value in options.items()}
 
 
-# -- Kafka, seen by another client -------------------------------------------------------------------------------------
+# -- clients that bypass kser ------------------------------------------------------------------------------------------
 
 
-def put(
+def send_records(
     kafka: Kafka, topic: str, values: Iterable[bytes | Message], partitions: int = 1, *, keys: Iterable[str] = ()
 ) -> None:
-    """Send with a client that kser does not use, to the partitions in turn; all have arrived when it returns.
+    """Send records to the partitions in turn, and wait until all are delivered.
 
-    :param keys: what the records have for keys, in turn; they choose no partition.
+    :param keys: the keys of the records, in turn; they do not determine the partition.
     """
-    in_turn = itertools.cycle(keys or [None])
+    next_key = itertools.cycle(keys or [None])
     producer = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap_servers})
-    problems: list[Any] = []
+    errors: list[Any] = []
 
-    def delivered(error: Any, _: Any) -> None:
+    def on_delivered(error: Any, _: Any) -> None:
         if error:
-            problems.append(error)
+            errors.append(error)
 
     for number, value in enumerate(values):
         data = value.dumps().encode() if isinstance(value, Message) else value
-        producer.produce(topic, data, next(in_turn), partition=number % partitions, on_delivery=delivered)
-    left = producer.flush(15)
-    assert not left and not problems, f"{left} not delivered, {problems}"
+        producer.produce(topic, data, next(next_key), partition=number % partitions, on_delivery=on_delivered)
+    undelivered = producer.flush(15)
+    assert not undelivered and not errors, f"{undelivered} not delivered, {errors}"
 
 
 def committed(kafka: Kafka, group: str, topic: str, partitions: int = 1) -> int | None:
-    """The committed offsets of a group, summed up over all partitions; None when nothing is committed."""
-    with _outside(kafka, group) as client:
-        asked = [confluent_kafka.TopicPartition(topic, number) for number in range(partitions)]
-        offsets = [each.offset for each in client.committed(asked, timeout=10) if each.offset >= 0]
+    """Return the sum of the committed offsets of a group over all partitions; None if no offset is committed."""
+    with _independent_consumer(kafka, group) as client:
+        requested = [confluent_kafka.TopicPartition(topic, number) for number in range(partitions)]
+        offsets = [partition.offset for partition in client.committed(requested, timeout=10) if partition.offset >= 0]
     return sum(offsets) if offsets else None
 
 
-def stored(kafka: Kafka, topic: str) -> list[bytes]:
-    """All values in partition 0 of a topic."""
-    with _outside(kafka, f"kser-test-{uuid.uuid4()}") as client:
+def read_values(kafka: Kafka, topic: str) -> list[bytes]:
+    """Return all values in partition 0 of a topic."""
+    with _independent_consumer(kafka, f"kser-test-{uuid.uuid4()}") as client:
         partition = confluent_kafka.TopicPartition(topic, 0, 0)
         _, end = client.get_watermark_offsets(partition, timeout=10)
         client.assign([partition])
@@ -118,12 +124,13 @@ def stored(kafka: Kafka, topic: str) -> list[bytes]:
     return values
 
 
-def stored_uuids(kafka: Kafka, topic: str) -> list[str]:
-    return [json.loads(value)["uuid"] for value in stored(kafka, topic)]
+def read_uuids(kafka: Kafka, topic: str) -> list[str]:
+    """Return the uuids of all messages in partition 0 of a topic."""
+    return [json.loads(value)["uuid"] for value in read_values(kafka, topic)]
 
 
 @contextlib.contextmanager
-def _outside(kafka: Kafka, group: str) -> Iterator[Any]:
+def _independent_consumer(kafka: Kafka, group: str) -> Iterator[Any]:
     client = confluent_kafka.Consumer(
         {"bootstrap.servers": kafka.bootstrap_servers, "group.id": group, "enable.auto.commit": False}
     )
@@ -136,36 +143,58 @@ def _outside(kafka: Kafka, group: str) -> Iterator[Any]:
 # -- consumers of this process -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def consuming(consumer: Consumer) -> Iterator[Consumer]:
-    """Close the consumer in the end; the test calls ``step`` itself."""
-    try:
-        yield consumer
-    finally:
-        consumer.close()
+def step_until(
+    consumer: Consumer, condition: Callable[[], Any], event: str, *, seconds: float = 15, timeout: float = 0.5
+) -> None:
+    """Step a consumer until ``condition`` returns a true value.
 
-
-def step_until(consumer: Consumer, condition: Callable[[], Any], what: str, seconds: float = 15) -> None:
+    :param event: describes the condition in the error.
+    :param timeout: seconds that a step waits for records.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        consumer.step()
+        assert time.monotonic() < deadline, f"{event}: not within {seconds} s"
+        consumer.step(timeout)
+
+
+class MessageFlow(threading.Thread):
+    """A thread that sends 12 messages every 50 ms, to the partitions of a topic in turn."""
+
+    def __init__(self, kafka: Kafka, topic: str, partitions: int) -> None:
+        super().__init__(name="message-flow")
+        self._kafka = kafka
+        self._topic = topic
+        self._partitions = partitions
+        self._stopped = threading.Event()
+        self.sent: list[Message] = []
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.05):
+            batch = [message(seconds=0.002) for _ in range(12)]
+            send_records(self._kafka, self._topic, batch, self._partitions)
+            self.sent += batch
+
+    def stop(self) -> None:
+        """Stop sending; all messages in ``sent`` are delivered."""
+        self._stopped.set()
+        self.join()
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
-    """One line of a ledger."""
+class LedgerEntry(NamedTuple):
+    """One line of a ledger: an event of a process, for example the start of the task with the uuid ``subject``."""
 
     event: str
     subject: str
     pid: int
+    #: The time of ``time.monotonic()``, which is the same clock in all processes of a machine.
     at: float
 
 
 class Program:
-    """A Python program in a process of its own, which is gone when the test is."""
+    """A Python program in a process of its own; it is killed at the end of the ``with`` block."""
 
     def __init__(self, arguments: Iterable[str | Path], environment: Mapping[str, str], output: Path) -> None:
         self.output = output
@@ -184,23 +213,24 @@ class Program:
 
     @property
     def text(self) -> str:
-        """What it has written so far."""
+        """The output so far."""
         return self.output.read_text(errors="replace")
 
     def send_signal(self, number: signal.Signals) -> float:
-        """Send a signal; returns when that was, on the clock that all processes share."""
+        """Send a signal; return its time on the clock of :class:`LedgerEntry`."""
         at = time.monotonic()
         self.process.send_signal(number)
         return at
 
     def wait(self, seconds: float = 15) -> int:
-        """Wait for its end; returns its exit status."""
+        """Wait for the end of the process; return its exit status."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still runs after {seconds} s; it wrote:\n{self.text}") from None
 
     def wait_for_text(self, text: str, seconds: float = 15) -> None:
+        """Wait until the output contains a text."""
         wait_until(lambda: text in self.text or self._has_ended(), f"{text!r} in the output", seconds)
         assert text in self.text, self.text
 
@@ -208,7 +238,7 @@ class Program:
         return self.process.poll() is not None
 
     def end(self) -> None:
-        """Make sure that it is gone."""
+        """Kill the process if it runs."""
         self.process.kill()
         self.process.wait()
 
@@ -220,13 +250,14 @@ class Program:
     ) -> None:
         self.end()
         if kind is not None:
-            # pytest shows it with the failure.
+            # pytest shows the output with the failure.
             print(f"--- {self.output.name}:\n{self.text}")
 
 
 class Worker(Program):
-    """``worker.py``, with what it noted in its ledger. Several workers may share one."""
+    """A process of ``worker.py``, which records events in a ledger. Several workers may share a ledger."""
 
+    #: The number of workers started so far.
     started = 0
 
     def __init__(
@@ -246,7 +277,7 @@ class Worker(Program):
             [sys.executable, WORKER],
             {
                 "PYTHONPATH": str(REPOSITORY),
-                "KSER_CONFIG": json.dumps(named_for(transport, config)),
+                "KSER_CONFIG": json.dumps(client_options(transport, config)),
                 "KSER_TOPICS": topic,
                 "TRANSPORT": transport,
                 "LEDGER": str(ledger),
@@ -255,34 +286,35 @@ class Worker(Program):
             ledger.with_name(f"worker-{Worker.started}.txt"),
         )
 
-    def noted(self, event: str) -> list[str]:
-        """The subjects of this event, in order, whoever noted them."""
+    def all_recorded(self, event: str) -> list[str]:
+        """Return the subjects of an event in the ledger, of all workers."""
         return [entry.subject for entry in entries(self.ledger) if entry.event == event]
 
-    def mine(self, event: str) -> list[str]:
-        """The subjects of this event that this worker noted."""
+    def recorded(self, event: str) -> list[str]:
+        """Return the subjects of an event in the ledger, of this worker alone."""
         return [entry.subject for entry in entries(self.ledger) if entry.event == event and entry.pid == self.pid]
 
     def wait_for(self, event: str, count: int = 1, seconds: float = 15) -> None:
-        """Wait until the event was noted by this worker so many times."""
-        self._wait(lambda: len(self.mine(event)) >= count, f"{event} noted {count} times", seconds)
+        """Wait until this worker has recorded an event ``count`` times."""
+        self._wait(lambda: len(self.recorded(event)) >= count, f"{event} recorded {count} times", seconds)
 
     def wait_for_partitions(self, count: int, seconds: float = 15) -> None:
-        self._wait(lambda: self.mine("assigned")[-1:] == [str(count)], f"{count} partition(s) assigned", seconds)
+        """Wait until this worker has ``count`` partitions."""
+        self._wait(lambda: self.recorded("assigned")[-1:] == [str(count)], f"{count} partition(s) assigned", seconds)
 
-    def _wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
-        wait_until(lambda: condition() or self._has_ended(), what, seconds)
-        assert condition(), f"ended with {self.process.returncode} before {what}; it wrote:\n{self.text}"
+    def _wait(self, condition: Callable[[], bool], event: str, seconds: float) -> None:
+        wait_until(lambda: condition() or self._has_ended(), event, seconds)
+        assert condition(), f"ended with {self.process.returncode} before {event}; it wrote:\n{self.text}"
 
 
-def entries(ledger: Path) -> list[Entry]:
-    """What was noted; a line that is being written is left out."""
+def entries(ledger: Path) -> list[LedgerEntry]:
+    """Return the complete lines of a ledger."""
     if not ledger.exists():
         return []
     rows = [line.split() for line in ledger.read_text().split("\n")[:-1]]
-    return [Entry(event, subject, int(pid), float(at)) for event, subject, pid, at in rows]
+    return [LedgerEntry(event, subject, int(pid), float(at)) for event, subject, pid, at in rows]
 
 
 def repeated(subjects: Iterable[str]) -> dict[str, int]:
-    """What is there more than once, and how often."""
+    """Return the subjects that occur more than once, each with its number of occurrences."""
     return {subject: count for subject, count in Counter(subjects).items() if count > 1}

@@ -1,4 +1,4 @@
-"""The other end of test_published_peer.py: written for kser 0.8.27, and run with it.
+"""Peer of test_published_peer.py: a consumer and a producer for kser 0.8.27, which runs them.
 
 ``published_peer.py consume`` is a consumer with two tasks and an operation; ``published_peer.py send TOPIC`` sends a
 JSON list of messages from its standard input, the last three of them by ``bulk_send``.
@@ -23,7 +23,7 @@ assert kser.__version__ == "0.8.27", kser.__version__
 CONFIG = json.loads(os.environ["PEER_CONFIG"])
 
 
-def note(kind, uuid, params):
+def record(kind, uuid, params):
     with open(os.environ["LEDGER"], "a") as ledger:
         ledger.write(json.dumps({"kind": kind, "uuid": uuid, "params": params}) + "\n")
 
@@ -32,13 +32,13 @@ class Work(Task):
     REQUIRED_FIELDS = ["name"]  # noqa: RUF012
 
     def run(self):
-        note("work", self.uuid, self.params)
+        record("work", self.uuid, self.params)
         return Result(uuid=self.uuid, stdout="worked")
 
 
 class Job(Operation):
     def prerun(self):
-        # The published package builds no operation that came by message.
+        # kser 0.8.27 does not build the tasks of an operation that it received as a message.
         if not self.tasks:
             self.build(**self.params)
 
@@ -46,7 +46,7 @@ class Job(Operation):
         return [Work(params=kwargs), Work(params=kwargs)]
 
     def onsuccess(self, result):
-        note("job", self.uuid, self.params)
+        record("job", self.uuid, self.params)
         return result
 
 

@@ -13,6 +13,7 @@ from tests.kafka.broker import Kafka, KafkaBroker, answers, free_ports
 
 
 def read_one(bootstrap_servers: str, topic: str) -> bytes:
+    """Return the first value of a topic."""
     consumer = KafkaConsumer(
         topic, bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest", consumer_timeout_ms=20000
     )
@@ -23,6 +24,7 @@ def read_one(bootstrap_servers: str, topic: str) -> bytes:
 
 
 def send_one(bootstrap_servers: str, topic: str, value: bytes) -> None:
+    """Send a value and wait for its delivery."""
     producer = KafkaProducer(bootstrap_servers=bootstrap_servers)
     try:
         producer.send(topic, value).get(20)
@@ -30,7 +32,8 @@ def send_one(bootstrap_servers: str, topic: str, value: bytes) -> None:
         producer.close()
 
 
-def runs(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -67,9 +70,9 @@ def test_restarted_broker_keeps_its_address_and_messages(own_kafka: KafkaBroker)
 
 def test_closed_broker_leaves_no_process_and_no_folder(own_kafka: KafkaBroker) -> None:
     pid, folder, port = own_kafka.pid, own_kafka.folder, own_kafka.port
-    assert pid is not None and runs(pid) and folder.is_dir() and answers(port)
+    assert pid is not None and is_alive(pid) and folder.is_dir() and answers(port)
     own_kafka.close()
-    assert not runs(pid)
+    assert not is_alive(pid)
     assert not folder.exists()
     assert not answers(port)
 
@@ -84,10 +87,10 @@ def test_broker_that_cannot_start_reports_its_output_and_leaves_no_process(
     assert own_kafka.pid is None
 
 
-def test_a_broker_listens_on_127_0_0_1_alone(own_kafka: KafkaBroker) -> None:
+def test_broker_listens_on_127_0_0_1_alone(own_kafka: KafkaBroker) -> None:
     with socket.create_connection(("127.0.0.1", own_kafka.port), timeout=1):
         pass
-    # Another address of the same machine: whoever listens on all of them would take this call too.
+    # Another address of this machine; a broker that listens on all addresses would accept this connection.
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", own_kafka.port), timeout=1):
         pass
 

@@ -1,4 +1,4 @@
-"""Tests of every Kafka client on Apache Kafka: the client contract, and faults that only a real broker shows."""
+"""Tests of each Kafka clients on Apache Kafka: the client contract, and faults that only a real broker has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ from tests.transports.harness import ConfluentHarness, KafkaHarness, PythonKafka
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
+#: Seconds that a commit or a close with a short timeout may take; the request timeout of the clients is 30 s or more.
+REQUEST_SECONDS = 5
+
+
 class OnKafka(KafkaHarness):
+    """Harness of the client contract on Apache Kafka."""
+
     def __init__(self, kafka: Kafka) -> None:
         super().__init__(kafka.bootstrap_servers)
         self.kafka = kafka
@@ -36,6 +42,7 @@ class OnKafka(KafkaHarness):
         return self.make_topic(new_name(), partitions)
 
     def make_topic(self, name: str, partitions: int = 1) -> str:
+        """Create a topic; the fixture deletes it after the test."""
         self.kafka.create_topic(name, partitions)
         self.topics.append(name)
         return name
@@ -44,12 +51,13 @@ class OnKafka(KafkaHarness):
         self.kafka.grow_topic(topic, partitions)
 
     def delete_before(self, key: Partition, offset: int) -> None:
-        """Delete the oldest records, as the broker does when they are too old."""
+        """Delete the records of a partition below an offset, as the broker does after their retention time."""
         admin = AdminClient({"bootstrap.servers": self.servers})
         (done,) = admin.delete_records([confluent_kafka.TopicPartition(*key, offset)]).values()
         done.result(15)
 
-    def send_in_transactions(self, key: Partition, *batches: list[str], keep: bool = True) -> None:
+    def send_in_transactions(self, key: Partition, *batches: list[str]) -> None:
+        """Send each batch in a transaction of its own."""
         options = {"bootstrap.servers": self.servers, "transactional.id": new_name()}
         producer = confluent_kafka.Producer(options)
         producer.init_transactions(15)
@@ -57,7 +65,7 @@ class OnKafka(KafkaHarness):
             producer.begin_transaction()
             for value in values:
                 producer.produce(key.topic, value, partition=key.partition)
-            producer.commit_transaction(15) if keep else producer.abort_transaction(15)
+            producer.commit_transaction(15)
 
 
 class PythonKafka(OnKafka, PythonKafkaHarness):
@@ -75,9 +83,9 @@ both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 class TestClientsOnKafka(GroupContract):
     @pytest.fixture
     def harness(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[BrokerHarness]:
-        made = kind(kafka)
-        yield made
-        for topic in made.topics:
+        harness = kind(kafka)
+        yield harness
+        for topic in harness.topics:
             kafka.delete_topic(topic)
 
     # -- positions that are out of range -------------------------------------------------------------------------------
@@ -88,18 +96,18 @@ class TestClientsOnKafka(GroupContract):
     ) -> None:
         harness.send(key.topic, *map(str, range(8)))
         before = join(key.topic)
-        until(lambda: key in before.starts, "it has its partition", before)
+        until(lambda: key in before.starts, "the partition is assigned", before)
         before.client.commit({key: Commit(2, "kser:1,1")}, 5)
         before.close()
         harness.delete_before(key, 5)
         member = join(key.topic, reset=reset)
-        until(lambda: member.starts.get(key) == Commit(start), "it begins anew", member)
+        until(lambda: member.starts.get(key) == Commit(start), "its position is reset", member)
         assert [event for event, _ in member.events] == ["assign", "reset"]
         text = f"{key}: the position 2 is out of range (5 to 8): offsets 2 to 4 were deleted before they were handled"
         assert [line for line in lines(caplog) if line.startswith(text)]
         assert [record.levelname for record in caplog.records if record.getMessage().startswith(text)] == ["ERROR"]
         harness.send(key.topic, "8")
-        until(lambda: "8" in member.values(), "the last one comes", member)
+        until(lambda: "8" in member.values(), "the last record arrives", member)
         assert member.values() == [str(number) for number in range(start, 9)]
 
     def test_truncated_log_is_logged_and_consumed_from_its_beginning(
@@ -107,11 +115,11 @@ class TestClientsOnKafka(GroupContract):
     ) -> None:
         harness.send(key.topic, "0", "1", "2")
         before = join(key.topic)
-        until(lambda: key in before.starts, "it has its partition", before)
+        until(lambda: key in before.starts, "the partition is assigned", before)
         before.client.commit({key: Commit(50)}, 5)
         before.close()
         member = join(key.topic)
-        until(lambda: len(member.records) == 3, "all come", member)
+        until(lambda: len(member.records) == 3, "all records arrive", member)
         assert member.starts == {key: Commit(0)}
         assert f"{key}: the position 50 is out of range (0 to 3): offsets 3 to 49 are not in the log" in caplog.text
 
@@ -119,53 +127,53 @@ class TestClientsOnKafka(GroupContract):
         self, harness: OnKafka, join: Join, key: Partition, caplog: pytest.LogCaptureFixture
     ) -> None:
         member = join(key.topic)
-        until(lambda: key in member.starts, "it has its partition", member)
+        until(lambda: key in member.starts, "the partition is assigned", member)
         harness.send(key.topic, "0")
-        until(lambda: member.records, "the first comes", member)
+        until(lambda: member.records, "the first record arrives", member)
         for _ in range(3):
             member.poll(limit=0)
         harness.send(key.topic, *map(str, range(1, 9)))
         harness.delete_before(key, 6)
         harness.send(key.topic, "9")
-        until(lambda: "9" in member.values(), "the last one comes", member)
+        until(lambda: "9" in member.values(), "the last record arrives", member)
         values = [int(value) for value in member.values()]
         assert values == sorted(values) and {0, 6, 7, 8, 9} <= set(values)
         if len(values) < 10:
-            assert "out of range" in caplog.text, "nothing is left out without a word"
+            assert "out of range" in caplog.text, "skipped records are logged"
 
-    # -- partitions go away --------------------------------------------------------------------------------------------
+    # -- revocations ---------------------------------------------------------------------------------------------------
 
     def test_finished_records_are_committed_before_waiting_for_running_ones(
         self, harness: OnKafka, join: Join, group: str, kind: type[OnKafka]
     ) -> None:
         if kind is PythonKafka:
-            pytest.skip("only librdkafka may give partitions away meanwhile")
+            pytest.skip("kafka-python blocks in its rebalance callback, and only librdkafka can commit meanwhile")
         topic = harness.new_topic(2)
         first = join(topic)
-        until(lambda: len(first.starts) == 2, "the first has everything", first)
+        until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
         key = Partition(topic, 0)
         first.finished = {key: Commit(0, "kser:1,2")}
-        meanwhile: list[Commit | None] = []
+        commits_before_the_end: list[Commit | None] = []
 
         def end() -> None:
-            meanwhile.append(harness.committed(group, key))
+            commits_before_the_end.append(harness.committed(group, key))
             first.drained.set()
 
         first.drained.clear()
         second = join(topic)
-        until(lambda: second.starts, "they share", second, *self.drain_later(first, end))
-        assert meanwhile == [Commit(0, "kser:1,2")]
+        until(lambda: second.starts, "both members have a partition", second, *self.drain_later(first, end))
+        assert commits_before_the_end == [Commit(0, "kser:1,2")]
 
-    # -- gaps ----------------------------------------------------------------------------------------------------------
+    # -- gaps in the log -----------------------------------------------------------------------------------------------
 
     def test_transaction_markers_do_not_count_as_lag(self, harness: OnKafka, join: Join, key: Partition) -> None:
         harness.send_in_transactions(key, ["0", "1"], ["2"])
         member = join(key.topic)
-        until(lambda: len(member.records) == 3, "all come", member)
+        until(lambda: len(member.records) == 3, "all records arrive", member)
         assert [record.offset for record in member.records] == [0, 1, 3]
-        until(lambda: member.client.lag()[key] == 0, "none is ahead", member)
+        until(lambda: member.client.lag()[key] == 0, "the lag is 0", member)
 
-    # -- trouble -------------------------------------------------------------------------------------------------------
+    # -- missing topics ------------------------------------------------------------------------------------------------
 
     def test_missing_topic_is_awaited(self, harness: OnKafka, join: Join) -> None:
         name = new_name()
@@ -175,12 +183,12 @@ class TestClientsOnKafka(GroupContract):
             assert member.poll() == []
         harness.make_topic(name)
         harness.send(name, "0")
-        until(lambda: member.values() == ["0"], "it comes", member)
+        until(lambda: member.values() == ["0"], "the record arrives", member)
 
 
 @both
 class TestBrokerFailures:
-    """Tests that stop a broker of their own."""
+    """Tests of each client with a broker that fails."""
 
     @pytest.fixture
     def member(self, kind: type[OnKafka], own_kafka: KafkaBroker) -> Iterator[Member]:
@@ -189,7 +197,7 @@ class TestBrokerFailures:
         self.harness.send("work", "0")
         member = Member(self.harness.client("group"), "work")
         with closing(member):
-            until(lambda: member.records, "the first comes", member)
+            until(lambda: member.records, "the first record arrives", member)
             member.tolerates_errors = True
             yield member
 
@@ -202,33 +210,35 @@ class TestBrokerFailures:
             member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
         own_kafka.start()
         self.harness.send("work", "1")
-        until(lambda: "1" in member.values(), "it comes", member)
-        until(lambda: commits(member, Commit(1, "kser:0,1")), "it commits", member)
+        until(lambda: "1" in member.values(), "the second record arrives", member)
+        until(lambda: try_commit(member, Commit(1, "kser:0,1")), "the commit succeeds", member)
         assert self.harness.committed("group", Partition("work", 0)) == Commit(1, "kser:0,1")
         assert member.values() in (["0", "1"], ["0", "0", "1"])
 
     def test_hanging_broker_delays_neither_commit_nor_close(self, own_kafka: KafkaBroker, member: Member) -> None:
-        os.kill(own_kafka.pid or 0, signal.SIGSTOP)
+        assert own_kafka.pid is not None
+        os.kill(own_kafka.pid, signal.SIGSTOP)
         try:
-            wait_until(lambda: state_of(own_kafka.pid) == "T", "it is stopped")
-            began = time.monotonic()
+            wait_until(lambda: process_state(own_kafka.pid) == "T", "the broker is stopped")
+            started_at = time.monotonic()
             with pytest.raises(ClientError):
                 member.client.commit({Partition("work", 0): Commit(1)}, 0.5)
-            assert time.monotonic() - began < 1
-            began = time.monotonic()
+            assert time.monotonic() - started_at < REQUEST_SECONDS
+            started_at = time.monotonic()
             member.client.close(1)
             member.closed = True
-            assert time.monotonic() - began < 2.5
+            assert time.monotonic() - started_at < REQUEST_SECONDS
         finally:
-            os.kill(own_kafka.pid or 0, signal.SIGCONT)
+            os.kill(own_kafka.pid, signal.SIGCONT)
 
 
-def state_of(pid: int | None) -> str:
-    """A letter of the system's for what a process does: T when it is stopped."""
+def process_state(pid: int | None) -> str:
+    """Return the state of a process as a letter of /proc; T stands for a stopped process."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def commits(member: Member, commit: Commit) -> bool:
+def try_commit(member: Member, commit: Commit) -> bool:
+    """Commit an offset; return whether the commit has succeeded."""
     try:
         member.client.commit({Partition("work", 0): commit}, 1)
     except ClientError:

@@ -1,9 +1,9 @@
-"""Tests of the commit modes: which offset Kafka has at which moment."""
+"""Tests of the commit modes: the committed offset before, during and after each message."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,112 +12,124 @@ from cdumay_result import Result
 from kser.controller import Controller
 from kser.entry import Entrypoint
 from kser.python_kafka.consumer import Consumer
+from tests.consumer.harness import ConsumerThread
 from tests.kafka.broker import Kafka
-from tests.kafka.helpers import committed, config, consuming, message, put, step_until
+from tests.kafka.helpers import committed, config, message, send_records, step_until, wait_until
 
-#: Longer than any test: nothing is committed because of the time.
-NEVER: dict[str, Any] = {"auto_commit_interval_ms": 3_600_000}
-AT_ONCE: dict[str, Any] = {"enable_auto_commit": False}
+#: Client options for a commit interval that is longer than any test.
+LONG_INTERVAL: dict[str, Any] = {"auto_commit_interval_ms": 3_600_000}
+#: Client options for a commit after each message.
+MANUAL_COMMIT: dict[str, Any] = {"enable_auto_commit": False}
+
+#: The param of a message whose task does not read the committed offset.
+NO_READ = {"read": False}
 
 
-class Look(Entrypoint):
-    """Looks, while it runs, at what is committed."""
+class OffsetReader(Entrypoint):
+    """An entrypoint that reads the committed offset while it runs."""
 
+    #: The topic of the messages, and the name of the consumer group.
     topic: str
-    look: Callable[[], int | None]
-    seen: list[int | None]
+    read_offset: Callable[[], int | None]
+    #: The offset that each message has read, None for a message with ``NO_READ``.
+    offsets: list[int | None]
 
     def run(self) -> Result:
-        type(self).seen.append(type(self).look() if self.params.get("looks", True) else None)
+        type(self).offsets.append(type(self).read_offset() if self.params.get("read", True) else None)
         if self.params.get("then") == "interrupt":
             raise KeyboardInterrupt
         return Result(uuid=self.uuid)
 
 
 @pytest.fixture
-def look(kafka: Kafka, topic: Callable[..., str]) -> type[Look]:
-    """The task and, as ``topic``, where its messages go; the topic's name is that of the group, too."""
+def reader(kafka: Kafka, topic: Callable[..., str]) -> type[OffsetReader]:
+    """Return the entrypoint ``reader``, with a topic for its messages."""
     name = topic()
 
-    class Looking(Look):
+    class TopicReader(OffsetReader):
         topic = name
-        seen = []  # noqa: RUF012
-        look = staticmethod(lambda: committed(kafka, name, name))
+        offsets = []  # noqa: RUF012
+        read_offset = staticmethod(lambda: committed(kafka, name, name))
 
-    Controller.register("look", Looking)
-    return Looking
-
-
-def consumer_of(kafka: Kafka, task: type[Look], commit: str = "after", **options: Any) -> Consumer:
-    return Consumer(config(kafka, task.topic, **options), [task.topic], commit=commit)
+    Controller.register("reader", TopicReader)
+    return TopicReader
 
 
-def test_manual_commit_after_commits_each_message_when_it_finishes(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(4)])
-    with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
-        step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
-        assert look.seen == [0, 1, 2, 3]
-        assert look.look() == 4
+def consumer_of(kafka: Kafka, reader: type[OffsetReader], commit: str = "after", **options: Any) -> Consumer:
+    """Return a consumer of the topic of the entrypoint."""
+    return Consumer(config(kafka, reader.topic, **options), [reader.topic], commit=commit)
 
 
-def test_manual_commit_before_commits_each_message_when_it_starts(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(4)])
-    with consuming(consumer_of(kafka, look, "before", auto_offset_reset="earliest", **AT_ONCE)) as consumer:
-        step_until(consumer, lambda: len(look.seen) == 4, "all are handled")
-        assert look.seen == [1, 2, 3, 4]
+def test_manual_commit_after_commits_each_message_when_it_finishes(kafka: Kafka, reader: type[OffsetReader]) -> None:
+    send_records(kafka, reader.topic, [message("reader") for _ in range(4)])
+    with closing(consumer_of(kafka, reader, **MANUAL_COMMIT)) as consumer:
+        step_until(consumer, lambda: len(reader.offsets) == 4, "all messages are handled")
+        assert reader.offsets == [0, 1, 2, 3]
+        assert reader.read_offset() == 4
+
+
+def test_manual_commit_before_commits_each_message_when_it_starts(kafka: Kafka, reader: type[OffsetReader]) -> None:
+    send_records(kafka, reader.topic, [message("reader") for _ in range(4)])
+    with closing(consumer_of(kafka, reader, "before", auto_offset_reset="earliest", **MANUAL_COMMIT)) as consumer:
+        step_until(consumer, lambda: len(reader.offsets) == 4, "all messages are handled")
+        assert reader.offsets == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("commit", "expected"), [("after", 1), ("before", 2)])
 def test_interrupted_message_is_committed_only_with_commit_before(
-    kafka: Kafka, look: type[Look], commit: str, expected: int
+    kafka: Kafka, reader: type[OffsetReader], commit: str, expected: int
 ) -> None:
-    put(kafka, look.topic, [message("look"), message("look", then="interrupt")])
-    consumer = consumer_of(kafka, look, commit, auto_offset_reset="earliest")
-    with pytest.raises(KeyboardInterrupt), consuming(consumer):
+    send_records(kafka, reader.topic, [message("reader"), message("reader", then="interrupt")])
+    consumer = consumer_of(kafka, reader, commit, auto_offset_reset="earliest")
+    with pytest.raises(KeyboardInterrupt), closing(consumer):
         step_until(consumer, lambda: False, "an interrupt")
-    assert look.look() == expected
+    assert reader.read_offset() == expected
 
 
 @pytest.mark.parametrize("commit", ["after", "before"])
-def test_interval_commit_waits_for_the_interval_or_the_close(kafka: Kafka, look: type[Look], commit: str) -> None:
-    put(kafka, look.topic, [message("look") for _ in range(3)])
-    with consuming(consumer_of(kafka, look, commit, auto_offset_reset="earliest", **NEVER)) as consumer:
-        step_until(consumer, lambda: len(look.seen) == 3, "all are handled")
-        assert look.seen == [0, 0, 0], "more than where it began"
-        assert look.look() == 0
-    assert look.look() == 3
+def test_interval_commit_waits_for_the_interval_or_the_close(
+    kafka: Kafka, reader: type[OffsetReader], commit: str
+) -> None:
+    send_records(kafka, reader.topic, [message("reader") for _ in range(3)])
+    with closing(consumer_of(kafka, reader, commit, auto_offset_reset="earliest", **LONG_INTERVAL)) as consumer:
+        step_until(consumer, lambda: len(reader.offsets) == 3, "all messages are handled")
+        assert reader.offsets == [0, 0, 0], "only the start position is committed"
+        assert reader.read_offset() == 0
+    assert reader.read_offset() == 3
 
 
-def test_commit_interval_is_that_of_the_client(kafka: Kafka, look: type[Look]) -> None:
-    with consuming(consumer_of(kafka, look, auto_commit_interval_ms=100)) as consumer:
-        put(kafka, look.topic, [message("look", looks=False)])
-        step_until(consumer, lambda: look.look() == 1, "it is committed while the consumer goes on", 5)
+def test_commit_interval_is_that_of_the_client(kafka: Kafka, reader: type[OffsetReader]) -> None:
+    with closing(consumer_of(kafka, reader, auto_commit_interval_ms=100)) as consumer:
+        send_records(kafka, reader.topic, [message("reader", **NO_READ)])
+        step_until(
+            consumer, lambda: reader.read_offset() == 1, "the offset is committed while the consumer runs", seconds=5
+        )
 
 
-def test_poison_message_is_committed_like_any_other(kafka: Kafka, look: type[Look]) -> None:
+def test_poison_message_is_committed_like_any_other(kafka: Kafka, reader: type[OffsetReader]) -> None:
     pills = [b"", b"\xff\xfe\xfd", b"{", b"[]", b'{"uuid": 1}', message("unknown.Entrypoint").dumps().encode()]
-    put(kafka, look.topic, [*pills, message("look")])
-    with consuming(consumer_of(kafka, look, **AT_ONCE)) as consumer:
-        step_until(consumer, lambda: look.seen, "the message after them is handled")
-        assert look.seen == [len(pills)]
-        assert look.look() == len(pills) + 1
+    send_records(kafka, reader.topic, [*pills, message("reader")])
+    with closing(consumer_of(kafka, reader, **MANUAL_COMMIT)) as consumer:
+        step_until(consumer, lambda: reader.offsets, "the message after them is handled")
+        assert reader.offsets == [len(pills)]
+        assert reader.read_offset() == len(pills) + 1
 
 
 def test_unchanged_offset_is_not_committed_again(
-    kafka: Kafka, look: type[Look], monkeypatch: pytest.MonkeyPatch
+    kafka: Kafka, reader: type[OffsetReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with consuming(consumer_of(kafka, look, auto_commit_interval_ms=50)) as consumer:
+    with closing(consumer_of(kafka, reader, auto_commit_interval_ms=50)) as consumer:
         step_until(consumer, lambda: consumer.assignment, "the partition is assigned")
-        put(kafka, look.topic, [message("look", looks=False)])
+        send_records(kafka, reader.topic, [message("reader", **NO_READ)])
         commits: list[Any] = []
         commit = consumer.client.commit
 
-        def counting(offsets: Any, **options: Any) -> None:
+        def record_and_commit(offsets: Any, **options: Any) -> None:
             commits.append(offsets)
             commit(offsets, **options)
 
-        monkeypatch.setattr(consumer.client, "commit", counting)
-        step_until(consumer, lambda: look.look() == 1, "it is committed")
+        monkeypatch.setattr(consumer.client, "commit", record_and_commit)
+        step_until(consumer, lambda: reader.read_offset() == 1, "the offset is committed")
         for _ in range(3):
             consumer.step(0.1)
         assert len(commits) == 1
@@ -125,47 +137,34 @@ def test_unchanged_offset_is_not_committed_again(
 
 @pytest.mark.parametrize(("commit", "expected"), [("after", 2), ("before", 0)])
 def test_new_group_starts_at_the_earliest_message_only_with_commit_after(
-    kafka: Kafka, look: type[Look], commit: str, expected: int
+    kafka: Kafka, reader: type[OffsetReader], commit: str, expected: int
 ) -> None:
-    put(kafka, look.topic, [message("look", looks=False)] * 2)
-    with consuming(consumer_of(kafka, look, commit)) as consumer:
+    send_records(kafka, reader.topic, [message("reader", **NO_READ)] * 2)
+    with closing(consumer_of(kafka, reader, commit)) as consumer:
         step_until(consumer, consumer.client.assignment, "the partition is assigned")
         for _ in range(3):
             consumer.step()
-        assert len(look.seen) == expected
+        assert len(reader.offsets) == expected
 
 
 def test_consumer_without_a_group_handles_messages_and_commits_nothing(
-    kafka: Kafka, look: type[Look], caplog: pytest.LogCaptureFixture
+    kafka: Kafka, reader: type[OffsetReader], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # This consumer has no group_id.
     options = {"bootstrap_servers": kafka.bootstrap_servers, "auto_offset_reset": "earliest"}
-    put(kafka, look.topic, [message("look", looks=False)] * 3)
-    with consuming(Consumer(options, [look.topic])) as consumer:
-        step_until(consumer, lambda: len(look.seen) == 3, "all are handled")
+    send_records(kafka, reader.topic, [message("reader", **NO_READ)] * 3)
+    with closing(Consumer(options, [reader.topic])) as consumer:
+        step_until(consumer, lambda: len(reader.offsets) == 3, "all messages are handled")
     assert "without group_id no offset can be committed" in caplog.text
 
 
-def test_stop_ends_a_consumer_running_in_another_thread(kafka: Kafka, look: type[Look]) -> None:
-    put(kafka, look.topic, [message("look", looks=False)])
-    consumer = consumer_of(kafka, look)
-    ends: list[Any] = []
-
-    def run() -> None:
-        try:
-            consumer.run()
-        except BaseException as end:
-            ends.append(end)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        for _ in range(100):
-            if look.seen:
-                break
-            thread.join(0.1)
-    finally:
+def test_stop_ends_a_consumer_running_in_another_thread(kafka: Kafka, reader: type[OffsetReader]) -> None:
+    send_records(kafka, reader.topic, [message("reader", **NO_READ)])
+    consumer: Any = consumer_of(kafka, reader)
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: reader.offsets, "the message is handled")
         consumer.stop()
-        thread.join(5)
-    assert not thread.is_alive()
-    assert [type(end) for end in ends] == [SystemExit] and ends[0].code == 0
-    assert look.look() == 1
+        ending = thread.join()
+    assert isinstance(ending, SystemExit)
+    assert ending.code == 0
+    assert reader.read_offset() == 1

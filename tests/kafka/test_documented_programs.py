@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.kafka.broker import Kafka, KafkaBroker
-from tests.kafka.helpers import REPOSITORY, Program, Worker, config, message, put, wait_until
+from tests.kafka.helpers import REPOSITORY, Program, Worker, config, message, send_records, wait_until
 
 DICE = REPOSITORY / "examples" / "dice"
 
 
 @pytest.fixture
 def run(kafka: Kafka, tmp_path: Path) -> Iterator[Callable[[str], Program]]:
-    """``run("consumer")`` starts the program of that name."""
+    """Return ``run(name)``: starts a program of ``examples/dice``; the fixture ends it after the test."""
     kafka.create_topic("dice")
     settings = {
         "PYTHONPATH": str(REPOSITORY),
@@ -71,9 +71,9 @@ def test_documented_programs_start_in_any_order(run: Callable[[str], Program]) -
 def test_consumer_may_start_before_its_topic_exists(own_kafka: KafkaBroker, tmp_path: Path) -> None:
     with Worker(config(own_kafka), "late", tmp_path / "ledger") as worker:
         worker.wait_for_text("Worker.Starting...")
-        wait_until(lambda: "late" in worker.text, "it says that the topic is missing")
+        wait_until(lambda: "late" in worker.text, "the missing topic is logged")
         own_kafka.create_topic("late")
-        put(own_kafka, "late", [message()])
+        send_records(own_kafka, "late", [message()])
         worker.wait_for("end", 1)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0

@@ -1,4 +1,4 @@
-"""Tests of every producer on Apache Kafka."""
+"""Tests of each Kafka producers on Apache Kafka: the producer contract."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ PARTITIONS = 4
 
 
 class OnKafka(Transport):
+    """Transport of the producer contract on Apache Kafka."""
+
     def __init__(self, kafka: Kafka) -> None:
         self.kafka = kafka
         self.topics: list[str] = []
@@ -52,7 +54,7 @@ class Confluent(OnKafka):
 class TestProducers(KafkaContract):
     @pytest.fixture
     def transport(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[Transport]:
-        made = kind(kafka)
-        yield made
-        for topic in made.topics:
+        transport = kind(kafka)
+        yield transport
+        for topic in transport.topics:
             kafka.delete_topic(topic)

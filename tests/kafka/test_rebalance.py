@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kser.schemas import Message
 from tests.kafka.broker import Kafka
-from tests.kafka.helpers import Worker, committed, config, message, put, repeated, uuids, wait_until
+from tests.kafka.helpers import (
+    MessageFlow,
+    Worker,
+    committed,
+    config,
+    message,
+    repeated,
+    send_records,
+    uuids,
+    wait_until,
+)
 
 PARTITIONS = 4
-
-
-class Flow(threading.Thread):
-    """Sends some messages every 50 ms, to all partitions in turn."""
-
-    def __init__(self, kafka: Kafka, topic: str) -> None:
-        super().__init__(name="flow")
-        self._kafka = kafka
-        self._topic = topic
-        self._enough = threading.Event()
-        self.sent: list[Message] = []
-
-    def run(self) -> None:
-        while not self._enough.wait(0.05):
-            batch = [message(seconds=0.002) for _ in range(12)]
-            put(self._kafka, self._topic, batch, PARTITIONS)
-            self.sent += batch
-
-    def stop(self) -> None:
-        self._enough.set()
-        self.join()
 
 
 def test_rebalance_on_join_and_leave_loses_and_duplicates_nothing(
@@ -42,7 +28,7 @@ def test_rebalance_on_join_and_leave_loses_and_duplicates_nothing(
     name = topic(PARTITIONS)
     settings = config(kafka, name)
     ledger = tmp_path / "ledger"
-    flow = Flow(kafka, name)
+    flow = MessageFlow(kafka, name, PARTITIONS)
     with Worker(settings, name, ledger) as first:
         first.wait_for_partitions(PARTITIONS)
         flow.start()
@@ -53,20 +39,20 @@ def test_rebalance_on_join_and_leave_loses_and_duplicates_nothing(
                     second.wait_for_partitions(PARTITIONS // 2)
                     first.wait_for_partitions(PARTITIONS // 2)
                     second.wait_for("end", 20)
-                    at = second.send_signal(signal.SIGTERM)
+                    second.send_signal(signal.SIGTERM)
                     assert second.wait() == 0
+                    # Less than the session timeout: the worker has left the group.
                     first.wait_for_partitions(PARTITIONS, 5)
-                    print(f"handed over after {time.monotonic() - at:.2f} s; a session is 6 s")
         finally:
             flow.stop()
-        wait_until(lambda: set(first.noted("end")) >= set(uuids(flow.sent)), "all are handled")
-        had = [count for count in first.mine("assigned") if count != "0"]
-        assert had == ["4", "2", "4", "2", "4"], "no rebalance: nothing was tested"
+        wait_until(lambda: set(first.all_recorded("end")) >= set(uuids(flow.sent)), "all messages are handled")
+        assignments = [count for count in first.recorded("assigned") if count != "0"]
+        assert assignments == ["4", "2", "4", "2", "4"], "no rebalance, so the test shows nothing"
         first.send_signal(signal.SIGTERM)
         assert first.wait() == 0
-        doubled = repeated(first.noted("end"))
-        print(f"{len(flow.sent)} messages, {len(doubled)} more than once")
-        assert not doubled
+        duplicates = repeated(first.all_recorded("end"))
+        print(f"{len(flow.sent)} messages, {len(duplicates)} more than once")
+        assert not duplicates
         assert committed(kafka, name, name, PARTITIONS) == len(flow.sent)
 
 
@@ -76,7 +62,7 @@ def test_rebalance_after_a_killed_consumer_loses_nothing(
     name = topic(PARTITIONS)
     settings = config(kafka, name, auto_commit_interval_ms=500)
     ledger = tmp_path / "ledger"
-    flow = Flow(kafka, name)
+    flow = MessageFlow(kafka, name, PARTITIONS)
     with Worker(settings, name, ledger) as first, Worker(settings, name, ledger) as second:
         first.wait_for_partitions(PARTITIONS // 2)
         second.wait_for_partitions(PARTITIONS // 2)
@@ -88,8 +74,8 @@ def test_rebalance_after_a_killed_consumer_loses_nothing(
             first.wait_for_partitions(PARTITIONS)
         finally:
             flow.stop()
-        wait_until(lambda: set(first.noted("end")) >= set(uuids(flow.sent)), "all are handled")
-        print(f"{len(flow.sent)} messages, {len(repeated(first.noted('end')))} more than once")
+        wait_until(lambda: set(first.all_recorded("end")) >= set(uuids(flow.sent)), "all messages are handled")
+        print(f"{len(flow.sent)} messages, {len(repeated(first.all_recorded('end')))} more than once")
         first.send_signal(signal.SIGTERM)
         assert first.wait() == 0
         assert committed(kafka, name, name, PARTITIONS) == len(flow.sent)
@@ -102,16 +88,16 @@ def test_rebalance_lets_running_tasks_end_and_duplicates_no_other_task(
     settings = config(kafka, name)
     ledger = tmp_path / "ledger"
     messages = [message(seconds=0.6) for _ in range(12)]
-    # Both partitions' messages are in hand when the first one has to share.
-    put(kafka, name, messages, 2)
+    # The first worker has fetched the messages of both partitions before the second one joins.
+    send_records(kafka, name, messages, 2)
     with Worker(settings, name, ledger) as first:
         first.wait_for("start", 1)
         with Worker(settings, name, ledger) as second:
             second.wait_for_partitions(1)
-            wait_until(lambda: set(first.noted("end")) >= set(uuids(messages)), "all are handled")
-            doubled = repeated(first.noted("start"))
-            print(f"of {len(messages)} messages {len(doubled)} were begun twice")
-            assert len(doubled) <= 1
+            wait_until(lambda: set(first.all_recorded("end")) >= set(uuids(messages)), "all messages are handled")
+            duplicates = repeated(first.all_recorded("start"))
+            print(f"{len(duplicates)} of {len(messages)} messages were started twice")
+            assert len(duplicates) <= 1
             for worker in (first, second):
                 worker.send_signal(signal.SIGTERM)
                 assert worker.wait() == 0

@@ -1,4 +1,4 @@
-"""Tests of send failures: each returns a failed Result with its reason within the timeout."""
+"""Tests of send failures: each has a failed result with its reason, within the timeout."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ from kser.errors import BrokerUnavailable, DeliveryError, MessageTooLarge
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from tests.kafka.broker import Kafka, KafkaBroker, free_ports
-from tests.kafka.helpers import message, stored, stored_uuids, uuids
+from tests.kafka.helpers import message, read_uuids, read_values, uuids
 
 # kafka-python leaves the sockets of connections that were refused to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
-#: How long clients look for a broker; kafka-python 2 has another name for it.
-PATIENCE = (
+#: The option for the time that a new client looks for a broker; its name differs between kafka-python 2 and 3.
+BOOTSTRAP_TIMEOUT = (
     "bootstrap_timeout_ms" if "bootstrap_timeout_ms" in KafkaProducer.DEFAULT_CONFIG else "api_version_auto_timeout_ms"
 )
 
-#: What an answer may take beyond its timeout.
-SLACK = 0.5
+#: Seconds that a send may take beyond its timeout. The default timeouts of the clients are longer.
+SLACK = 2
+
+#: The options of each producer for its broker, and for the largest message.
+SERVERS = {Producer: "bootstrap_servers", ConfluentProducer: "bootstrap.servers"}
+LIMIT = {Producer: "max_request_size", ConfluentProducer: "message.max.bytes"}
+
+both_producers = pytest.mark.parametrize("kind", SERVERS, ids=["python_kafka", "confluent"])
 
 
 @pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
+def collect_garbage() -> Iterator[None]:
     yield
     gc.collect()
 
 
-#: How each producer names its broker, and the size that it may send.
-SERVERS = {Producer: "bootstrap_servers", ConfluentProducer: "bootstrap.servers"}
-LIMIT = {Producer: "max_request_size", ConfluentProducer: "message.max.bytes"}
-
-#: An arrangement for both that are there.
-both = pytest.mark.parametrize("kind", SERVERS, ids=["python_kafka", "confluent"])
-
-
 def connected(kind: type[Any], kafka: Kafka, **options: Any) -> Any:
-    """A producer, to be closed."""
+    """Return a context manager that creates a producer and closes it."""
     return closing(kind({SERVERS[kind]: kafka.bootstrap_servers, **options}))
 
 
 @pytest.fixture(params=SERVERS, ids=["python_kafka", "confluent"])
 def producer(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Any]:
-    with connected(request.param, kafka) as made:
-        yield made
+    with connected(request.param, kafka) as producer:
+        yield producer
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    at = time.monotonic()
+    """Check that the block takes no more than ``seconds``, with some slack."""
+    started_at = time.monotonic()
     yield
-    took = time.monotonic() - at
-    print(f"took {took:.2f} s")
-    assert took < seconds + SLACK, took
+    duration = time.monotonic() - started_at
+    print(f"took {duration:.2f} s")
+    assert duration < seconds + SLACK, duration
 
 
 def check_failed(result: Result, sent: Any, retcode: int = 500) -> None:
+    """Check that a result reports the failure of a message."""
     assert result.retcode == retcode
     assert result.uuid == sent.uuid
     assert result.retval["error"]["message"] == result.stderr
@@ -74,39 +74,39 @@ def check_failed(result: Result, sent: Any, retcode: int = 500) -> None:
 def test_send_to_a_missing_topic_fails_within_the_timeout(producer: Any) -> None:
     sent = message()
     with within(1):
-        result = producer.send("nobody-made-it", sent, timeout=1)
+        result = producer.send("missing-topic", sent, timeout=1)
     print(result.stderr)
     check_failed(result, sent)
-    assert "have no topic 'nobody-made-it'" in result.stderr
+    assert "have no topic 'missing-topic'" in result.stderr
 
 
 def test_produce_to_a_missing_topic_raises(producer: Any) -> None:
-    with within(1), pytest.raises(DeliveryError, match="have no topic 'nobody-made-it'"):
-        producer.produce("nobody-made-it", b"x", timeout=1)
+    with within(1), pytest.raises(DeliveryError, match="have no topic 'missing-topic'"):
+        producer.produce("missing-topic", b"x", timeout=1)
 
 
 def test_send_to_a_missing_topic_fails_within_five_seconds_by_default(producer: Any) -> None:
     sent = message()
     with within(5):
-        result = producer.send("nobody-made-it", sent)
+        result = producer.send("missing-topic", sent)
     check_failed(result, sent)
-    assert "have no topic 'nobody-made-it'" in result.stderr
+    assert "have no topic 'missing-topic'" in result.stderr
 
 
 def test_bulk_send_to_a_missing_topic_fails_within_the_timeout(producer: Any) -> None:
     messages = [message() for _ in range(200)]
     with within(2):
-        result = producer.bulk_send("nobody-made-it", messages, timeout=2)
+        result = producer.bulk_send("missing-topic", messages, timeout=2)
     assert result.retcode == 500
     assert result.stdout == "0 message(s) sent"
     assert sorted(result.retval["failed"]) == sorted(uuids(messages))
-    assert all("have no topic 'nobody-made-it'" in reason for reason in result.retval["failed"].values())
+    assert all("have no topic 'missing-topic'" in reason for reason in result.retval["failed"].values())
 
 
 def test_bulk_send_to_a_missing_topic_waits_for_metadata_once(kafka: Kafka) -> None:
     with closing(Producer({"bootstrap_servers": kafka.bootstrap_servers, "max_block_ms": 1000})) as producer:
         with within(1):
-            result = producer.bulk_send("nobody-made-it", [message() for _ in range(6)], timeout=6)
+            result = producer.bulk_send("missing-topic", [message() for _ in range(6)], timeout=6)
         assert len(result.retval["failed"]) == 6
 
 
@@ -117,7 +117,7 @@ def test_topic_created_later_can_be_sent_to(kafka: Kafka, producer: Any, topic: 
     kafka.create_topic(name)
     sent = message()
     assert producer.send(name, sent, timeout=5).retcode == 0
-    assert stored_uuids(kafka, name) == [sent.uuid]
+    assert read_uuids(kafka, name) == [sent.uuid]
 
 
 def test_oversized_message_is_rejected_at_once_and_the_others_are_sent(
@@ -136,10 +136,10 @@ def test_oversized_message_is_rejected_at_once_and_the_others_are_sent(
         result = producer.bulk_send(name, [small, large, *others], timeout=10)
     assert list(result.retval["failed"]) == [large.uuid]
     assert result.stdout == "11 message(s) sent"
-    assert stored_uuids(kafka, name) == uuids([small, *others])
+    assert read_uuids(kafka, name) == uuids([small, *others])
 
 
-@both
+@both_producers
 def test_message_too_large_for_the_broker_alone_is_rejected(
     kind: type[Any], kafka: Kafka, topic: Callable[..., str]
 ) -> None:
@@ -156,23 +156,23 @@ def test_message_too_large_for_the_broker_alone_is_rejected(
         with within(3):
             result = producer.bulk_send(name, [small, large], timeout=3)
         assert large.uuid in result.retval["failed"]
-        found = stored_uuids(kafka, name)
-        assert set(uuids([small, large])) - result.retval["failed"].keys() <= set(found)
-        assert large.uuid not in found
+        arrived = read_uuids(kafka, name)
+        assert set(uuids([small, large])) - result.retval["failed"].keys() <= set(arrived)
+        assert large.uuid not in arrived
 
 
 def test_message_that_is_not_json_is_rejected_and_the_others_are_sent(
     kafka: Kafka, producer: Any, topic: Callable[..., str]
 ) -> None:
     name = topic()
-    wrong = message(what=object())
-    result = producer.send(name, wrong)
-    check_failed(result, wrong)
+    invalid = message(param=object())
+    result = producer.send(name, invalid)
+    check_failed(result, invalid)
     assert "not JSON serializable" in result.stderr
     sent = message()
-    result = producer.bulk_send(name, [wrong, sent])
-    assert list(result.retval["failed"]) == [wrong.uuid]
-    assert stored_uuids(kafka, name) == [sent.uuid]
+    result = producer.bulk_send(name, [invalid, sent])
+    assert list(result.retval["failed"]) == [invalid.uuid]
+    assert read_uuids(kafka, name) == [sent.uuid]
 
 
 def test_bulk_send_accepts_any_iterable_and_counts_the_sent_messages(
@@ -180,13 +180,13 @@ def test_bulk_send_accepts_any_iterable_and_counts_the_sent_messages(
 ) -> None:
     name = topic()
     messages = [message(number=number) for number in range(1500)]
-    result = producer.bulk_send(name, (each for each in messages))
+    result = producer.bulk_send(name, iter(messages))
     assert (result.retcode, result.stdout) == (0, "1500 message(s) sent")
-    assert stored(kafka, name) == [each.dumps().encode() for each in messages]
+    assert read_values(kafka, name) == [message.dumps().encode() for message in messages]
     assert producer.bulk_send(name, []).stdout == "0 message(s) sent"
 
 
-@both
+@both_producers
 def test_deleted_topic_is_named_and_found_again_when_recreated(
     kind: type[Any], kafka: Kafka, topic: Callable[..., str]
 ) -> None:
@@ -213,26 +213,27 @@ def test_raising_iterable_fails_the_bulk_send_after_its_earlier_messages(
 
     result = producer.bulk_send(name, broken())
     assert result.retcode == 500 and "no more" in result.stderr
-    assert stored_uuids(kafka, name) == [first.uuid]
+    assert read_uuids(kafka, name) == [first.uuid]
 
 
 @pytest.mark.parametrize("client", [Producer, Consumer])
 def test_construction_names_an_address_without_a_broker(client: type[Any]) -> None:
     (port,) = free_ports(1)
-    options = {"bootstrap_servers": f"127.0.0.1:{port}", PATIENCE: 1000}
+    options = {"bootstrap_servers": f"127.0.0.1:{port}", BOOTSTRAP_TIMEOUT: 1000}
     arguments = (["work"],) if client is Consumer else ()
     with within(2), pytest.raises(BrokerUnavailable, match=f"no Kafka broker responds at 127.0.0.1:{port}"):
         client(options, *arguments)
 
 
-@both
+@both_producers
 def test_dead_broker_is_named_within_the_timeout_by_send_and_bulk_send(kind: type[Any], own_kafka: KafkaBroker) -> None:
     own_kafka.create_topic("work")
     with connected(kind, own_kafka) as producer:
         assert producer.send("work", message()).retcode == 0
         own_kafka.kill()
         known, unknown = message(), message()
-        # The client knows where the first topic is, so this one waits for its delivery, that one for metadata.
+        # The client has the metadata of the topic "work", so the first send waits for the delivery, and the second for
+        # metadata.
         for name, sent in (("work", known), ("other", unknown)):
             with within(1):
                 result = producer.send(name, sent, timeout=1)
@@ -244,5 +245,3 @@ def test_dead_broker_is_named_within_the_timeout_by_send_and_bulk_send(kind: typ
         print(result.stderr)
         assert len(result.retval["failed"]) == 50
         assert own_kafka.bootstrap_servers in result.stderr, result.stderr
-        at = time.monotonic()
-    print(f"closed in {time.monotonic() - at:.2f} s")

@@ -1,7 +1,7 @@
-"""A consumer whose tasks write into a ledger what they do; tests start it as a program of its own.
+"""Consumer that records its tasks and assignments in a ledger; tests start it as a program of its own.
 
-``LEDGER`` is the file, ``TRANSPORT`` the package of the consumer, ``COMMIT`` the commit mode; the rest comes from
-``KSER_CONFIG``, ``KSER_TOPICS`` and other settings. With ``COOPERATIVE``, kafka-python gives up only what has to go.
+``LEDGER`` is the file, ``TRANSPORT`` the package of the consumer, ``COMMIT`` the commit mode. ``COOPERATIVE`` selects
+the cooperative rebalance of kafka-python. Settings of kser, such as ``KSER_CONFIG`` and ``KSER_TOPICS``, apply too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Consumer: Any = import_module(f"kser.{os.environ.get('TRANSPORT', 'python_kafka'
 oregistry = OperationRegistry()
 
 
-def note(event: str, subject: Any = "") -> None:
-    """Append one line to the ledger; whole lines reach it even when this process is killed."""
+def record_event(event: str, subject: Any = "") -> None:
+    """Append a line to the ledger with one system call, so that a kill leaves no incomplete line."""
     descriptor = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(descriptor, f"{event} {subject} {os.getpid()} {time.monotonic()}\n".encode())
@@ -37,12 +37,16 @@ def note(event: str, subject: Any = "") -> None:
 
 @oregistry.subscribe
 class Work(Task):
-    """Takes ``seconds``, then does what ``then`` says; fails so many ``times`` first."""
+    """A task that runs for ``seconds`` and fails at its first ``times`` attempts.
+
+    The param ``then`` ends the task with ``interrupt`` (KeyboardInterrupt), ``exit`` (SystemExit) or ``fail``.
+    """
 
     def run(self) -> Result:
-        note("start", self.uuid)
-        note("attempt", f"{self.uuid}/{self.attempt}")
+        record_event("start", self.uuid)
+        record_event("attempt", f"{self.uuid}/{self.attempt}")
         deadline = time.monotonic() + self.params.get("seconds", 0)
+        # A signal handler can end a sleep early.
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(left)
         then = self.params.get("then")
@@ -51,48 +55,51 @@ class Work(Task):
         if then == "exit":
             sys.exit(7)
         if then == "fail" or self.attempt <= self.params.get("times", 0):
-            raise ValueError("as it was told")
-        note("end", self.uuid)
+            raise ValueError("scripted failure")
+        record_event("end", self.uuid)
         return Result(uuid=self.uuid, stdout="worked")
 
 
 @oregistry.subscribe
 class Job(Operation):
-    """Works twice."""
+    """An operation with two tasks."""
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
         return [Work(params=kwargs), Work(params=kwargs)]
 
 
 class Worker(Consumer):  # type: ignore[misc]
-    """Notes when it has got its partitions, each time they change."""
+    """A consumer that records each change of its assignment, and each revocation."""
 
     REGISTRY = oregistry.controller
 
     def run(self) -> None:
-        threading.Thread(target=self._note_assignments, daemon=True).start()
-        # What is taken away may be back at once, and is not seen by looking now and then.
+        threading.Thread(target=self._record_assignments, daemon=True).start()
+        # A revoked partition may return at once, so polling the assignment could miss the revocation.
         revoke = self._kser_partitions.on_revoke
 
-        def noted(partitions: Any) -> Any:
-            note("revoked", len(partitions))
+        def record_and_revoke(partitions: Any) -> Any:
+            record_event("revoked", len(partitions))
             return revoke(partitions)
 
-        self._kser_partitions.on_revoke = noted  # type: ignore[method-assign]
+        self._kser_partitions.on_revoke = record_and_revoke  # type: ignore[method-assign]
         super().run()
 
-    def _note_assignments(self) -> None:
-        had: frozenset[Any] = frozenset()
+    def _record_assignments(self) -> None:
+        recorded: frozenset[Any] = frozenset()
         while True:
-            has = self.assignment
-            if has != had:
-                had = has
-                note("assigned", len(has))
+            assignment = self.assignment
+            if assignment != recorded:
+                recorded = assignment
+                record_event("assigned", len(assignment))
             time.sleep(0.01)
 
 
 def _config() -> dict[str, Any] | None:
-    """None for what the environment says: assignors of kafka-python are classes, which it cannot name."""
+    """Return the client options for a cooperative rebalance; None for the options in ``KSER_CONFIG``.
+
+    kafka-python expects the class of an assignor, which a JSON setting cannot contain.
+    """
     if "COOPERATIVE" not in os.environ:
         return None
     from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor

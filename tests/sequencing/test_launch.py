@@ -19,12 +19,12 @@ from kser.sequencing.task import Task
 from tests.support import UUID, lines, ok_result
 
 
-class Plain(Task):
+class PlainTask(Task):
     pass
 
 
-class Own(Task):
-    """Sends itself, as users of 0.8 wrote it."""
+class SelfSendingTask(Task):
+    """A task with its own ``send``, as in users' code for 0.8."""
 
     def send(self, result: Result | None = None) -> Any:  # type: ignore[override]
         return Result(uuid=self.uuid, stdout=f"sent {self.uuid} after {result}")
@@ -37,7 +37,10 @@ def registry() -> Any:
 
 
 def operation(*statuses: str) -> Operation:
-    return Operation(UUID, tasks=[Own(str(number), status=status) for number, status in enumerate(statuses)])
+    """Return an operation with a task of each status; the uuids are 0, 1, 2 …"""
+    return Operation(
+        UUID, tasks=[SelfSendingTask(str(number), status=status) for number, status in enumerate(statuses)]
+    )
 
 
 # -- send --------------------------------------------------------------------------------------------------------------
@@ -72,37 +75,37 @@ def test_undelivered_operation_raises_send_error_with_the_result(registry: Opera
 def test_missing_producer_or_topic_is_named_by_send(registry: OperationRegistry) -> None:
     """B4 to B7"""
 
-    class Lost(Operation):
+    class NoTopic(Operation):
         pass
 
     with pytest.raises(ProducerMissing, match=r"@oregistry\.subscribe"):
-        Lost().send()
-    registry.subscribe(Lost)
+        NoTopic().send()
+    registry.subscribe(NoTopic)
     with pytest.raises(TopicMissing, match="KSER_TOPICS"):
-        Lost().send()
+        NoTopic().send()
 
 
 # -- next --------------------------------------------------------------------------------------------------------------
 
 
-def test_next_returns_the_first_unfinished_task_behind() -> None:
-    tasks = operation("SUCCESS", "PENDING", "SUCCESS", "SUCCESS", "FAILED", "SUCCESS")
-    found = [tasks.next(task) for task in tasks.tasks]
-    assert [task.uuid if task else None for task in found] == ["1", "4", "4", "4", None, None]
+def test_next_returns_the_next_task_that_has_not_succeeded() -> None:
+    sequence = operation("SUCCESS", "PENDING", "SUCCESS", "SUCCESS", "FAILED", "SUCCESS")
+    next_tasks = [sequence.next(task) for task in sequence.tasks]
+    assert [task.uuid if task else None for task in next_tasks] == ["1", "4", "4", "4", None, None]
 
 
 def test_next_finds_a_task_by_its_uuid_in_any_form() -> None:
     """B12"""
-    from_database = Own(12)  # type: ignore[arg-type]
-    last = Own("13")
-    tasks = Operation(tasks=[from_database, last])
-    assert tasks.next(Plain("12")) is last
-    assert tasks.next(from_database) is last
+    task_from_database = SelfSendingTask(12)  # type: ignore[arg-type]
+    last = SelfSendingTask("13")
+    sequence = Operation(tasks=[task_from_database, last])
+    assert sequence.next(PlainTask("12")) is last
+    assert sequence.next(task_from_database) is last
 
 
 def test_next_of_an_unknown_task_is_none() -> None:
-    assert operation("PENDING").next(Plain("unknown")) is None
-    assert Operation().next(Plain()) is None
+    assert operation("PENDING").next(PlainTask("unknown")) is None
+    assert Operation().next(PlainTask()) is None
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
@@ -128,17 +131,17 @@ def test_launch_of_an_empty_operation_fails_and_keeps_its_status() -> None:
 
 
 def test_launch_next_passes_the_previous_result() -> None:
-    tasks = operation("SUCCESS", "PENDING")
-    assert tasks.launch_next(tasks.tasks[0], ok_result("one")).stdout == "sent 1 after one"
+    sequence = operation("SUCCESS", "PENDING")
+    assert sequence.launch_next(sequence.tasks[0], ok_result("one")).stdout == "sent 1 after one"
 
 
 def test_launch_next_after_the_last_task_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
     """B5: SUCCESS, logged, and the Result returned."""
     caplog.set_level(logging.INFO, "kser")
-    tasks = operation("SUCCESS")
+    sequence = operation("SUCCESS")
     result = ok_result("done")
-    assert tasks.launch_next(tasks.tasks[0], result) is result
-    assert tasks.status == "SUCCESS"
+    assert sequence.launch_next(sequence.tasks[0], result) is result
+    assert sequence.status == "SUCCESS"
     assert lines(caplog) == [
         f"Operation.SetStatus: {Operation.path}[{UUID}] status update 'PENDING' -> 'SUCCESS'",
     ]
@@ -146,65 +149,65 @@ def test_launch_next_after_the_last_task_ends_the_operation(caplog: pytest.LogCa
 
 def test_launch_next_without_a_result_returns_the_accumulated_result() -> None:
     """B5"""
-    tasks = operation("SUCCESS")
-    assert tasks.launch_next(tasks.tasks[0]).retcode == 0
-    assert tasks.launch() is tasks.result
+    sequence = operation("SUCCESS")
+    assert sequence.launch_next(sequence.tasks[0]).retcode == 0
+    assert sequence.launch() is sequence.result
 
 
 def test_failed_result_ends_the_operation(caplog: pytest.LogCaptureFixture) -> None:
     """B6: through `_set_status`, logged."""
     caplog.set_level(logging.INFO, "kser")
-    tasks = operation("SUCCESS", "PENDING")
+    sequence = operation("SUCCESS", "PENDING")
     failure = Result(retcode=3)
-    assert tasks.launch_next(tasks.tasks[0], failure) is failure
-    assert tasks.status == "FAILED"
+    assert sequence.launch_next(sequence.tasks[0], failure) is failure
+    assert sequence.status == "FAILED"
     assert "'PENDING' -> 'FAILED'" in lines(caplog)[0]
 
 
 def test_failed_task_ends_the_operation_with_a_failed_result() -> None:
     """B6, C3: the returned result shows the failure."""
-    tasks = operation("FAILED", "PENDING")
-    tasks.tasks[0].result = Result(retcode=3, stderr="lost")
-    answer = tasks.launch_next(tasks.tasks[0])
-    assert tasks.status == "FAILED"
-    assert (answer.retcode, answer.stderr) == (3, "lost")
+    sequence = operation("FAILED", "PENDING")
+    sequence.tasks[0].result = Result(retcode=3, stderr="lost")
+    result = sequence.launch_next(sequence.tasks[0])
+    assert sequence.status == "FAILED"
+    assert (result.retcode, result.stderr) == (3, "lost")
 
 
 def test_return_value_of_a_user_send_becomes_a_result() -> None:
-    """B5: `launch_next` returns a Result whatever it sends."""
+    """B5: `launch_next` always returns a Result."""
 
-    class Silent(Task):
+    class NoResultTask(Task):
         def send(self, result: Result | None = None) -> Any:  # type: ignore[override]
             return self
 
-    answer = Operation(tasks=[Silent("1")]).launch()
-    assert (answer.uuid, answer.retcode) == ("1", 0)
+    result = Operation(tasks=[NoResultTask("1")]).launch()
+    assert (result.uuid, result.retcode) == ("1", 0)
 
 
 def test_send_attribute_of_a_task_instance_is_used() -> None:
     """B22"""
-    task = Plain("1")
+    task = PlainTask("1")
     task.send = lambda result=None: Result(stdout="own")  # type: ignore[method-assign,assignment,misc]
     assert Operation(tasks=[task]).launch().stdout == "own"
 
 
-@pytest.mark.parametrize("task", [Plain, Operation])
+@pytest.mark.parametrize("task", [PlainTask, Operation])
 def test_launch_without_a_shared_database_names_the_setting(task: type[Task]) -> None:
     """B22"""
     with pytest.raises(StoreMissing, match="KSER_DATABASE_URI"):
         Operation(tasks=[task()]).launch()
 
 
-# -- as users of 0.8 drove it ------------------------------------------------------------------------------------------
+# -- sequences driven by the tasks, as with 0.8 ------------------------------------------------------------------------
 
 
 def test_tasks_with_their_own_send_run_on_any_consumer(registry: OperationRegistry) -> None:
-    """B22: published users overrode `send`, and drove the sequence from the tasks."""
+    """B22: users' code for 0.8 overrides `send`, and calls `launch_next` in the tasks."""
     database: dict[str, Operation] = {}
     ran: list[str] = []
 
     @registry.subscribe
-    class Driven(Task):
+    class DrivingTask(Task):
         def send(self, result: Result | None = None) -> Any:  # type: ignore[override]
             return registry.producer.send("driven", self.to_Message(result=result))
 
@@ -214,12 +217,12 @@ def test_tasks_with_their_own_send_run_on_any_consumer(registry: OperationRegist
 
         def onsuccess(self, result: Result) -> Any:
             stored = database[self.params["operation"]]
-            (mine,) = (task for task in stored.tasks if task.uuid == self.uuid)
-            mine.status = self.status
-            stored.launch_next(mine, result)
+            (stored_task,) = (task for task in stored.tasks if task.uuid == self.uuid)
+            stored_task.status = self.status
+            stored.launch_next(stored_task, result)
             return result
 
-    stored = database[UUID] = Operation(UUID, tasks=[Driven(name, {"operation": UUID}) for name in "abc"])
+    stored = database[UUID] = Operation(UUID, tasks=[DrivingTask(name, {"operation": UUID}) for name in "abc"])
     stored.launch()
     consumer = Consumer({"bootstrap_servers": "launch"}, ["driven"])
     assert consumer.run_until_idle() == 3

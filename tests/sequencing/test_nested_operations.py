@@ -14,7 +14,9 @@ from kser.sequencing.task import Task
 from tests.support import UUID, lines, message
 
 
-class Add(Task):
+class CountingTask(Task):
+    """A task that returns the number of earlier results under its name; its first ``fails`` runs raise."""
+
     def postinit(self) -> None:
         self.runs = 0
 
@@ -25,18 +27,18 @@ class Add(Task):
         return Result(stdout=self.params["name"], retval={self.params["name"]: len(self.result.retval)})
 
 
-def add(name: str, **params: Any) -> Add:
-    return Add(name, {"name": name, **params})
+def counting_task(name: str, **params: Any) -> CountingTask:
+    return CountingTask(name, {"name": name, **params})
 
 
 class Inner(Operation):
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [add("i1"), add("i2")]
+        return [counting_task("i1"), counting_task("i2")]
 
 
 class Outer(Operation):
     def build_tasks(self, **kwargs: Any) -> list[Task]:
-        return [add("o1"), Inner("inner"), add("o2")]
+        return [counting_task("o1"), Inner("inner"), counting_task("o2")]
 
 
 def test_results_pass_into_and_out_of_a_nested_operation() -> None:
@@ -46,7 +48,7 @@ def test_results_pass_into_and_out_of_a_nested_operation() -> None:
 
 
 def test_nested_operation_builds_itself() -> None:
-    """B3: locally or nested."""
+    """B3: a nested operation without tasks is built before it runs."""
     outer = Outer(UUID)
     outer.execute()
     inner = outer.tasks[1]
@@ -59,13 +61,13 @@ def test_log_lines_of_both_levels_interleave(caplog: pytest.LogCaptureFixture) -
     Outer(UUID).execute()
     assert [line.split(": ")[0] for line in lines(caplog)] == [
         "Outer.SetStatus",
-        "Add.Success",
+        "CountingTask.Success",
         "Inner.SetStatus",
-        "Add.Success",
-        "Add.Success",
+        "CountingTask.Success",
+        "CountingTask.Success",
         "Inner.SetStatus",
         "Inner.Success",
-        "Add.Success",
+        "CountingTask.Success",
         "Outer.SetStatus",
         "Outer.Success",
     ]
@@ -79,38 +81,38 @@ def test_nested_operation_runs_by_message() -> None:
 
 def test_second_execution_continues_in_the_nested_operation_that_failed() -> None:
     """B8"""
-    first, bad, last = add("i1"), add("i2", fails=1), add("o2")
-    inner = Operation("inner", tasks=[first, bad])
-    outer = Operation(UUID, tasks=[add("o1"), inner, last])
+    first, failing, last = counting_task("i1"), counting_task("i2", fails=1), counting_task("o2")
+    inner = Operation("inner", tasks=[first, failing])
+    outer = Operation(UUID, tasks=[counting_task("o1"), inner, last])
     assert outer.execute().stderr == "i2 raised"
     assert (inner.status, outer.status, last.status) == ("FAILED", "FAILED", "PENDING")
     result = outer.execute()
     assert (result.retcode, result.stderr, list(result.retval)) == (0, "", ["o1", "i1", "i2", "o2"])
-    assert [task.runs for task in (first, bad, last)] == [1, 2, 1]
+    assert [task.runs for task in (first, failing, last)] == [1, 2, 1]
 
 
 def test_skipped_nested_operation_contributes_its_result() -> None:
-    """B9: 0.8 gave an empty result for it."""
-    inner = Operation("inner", tasks=[add("i1")])
-    bad = add("o2", fails=1)
-    outer = Operation(UUID, tasks=[inner, bad])
+    """B9: with 0.8, a skipped nested operation had an empty result."""
+    inner = Operation("inner", tasks=[counting_task("i1")])
+    failing = counting_task("o2", fails=1)
+    outer = Operation(UUID, tasks=[inner, failing])
     outer.execute()
     assert list(outer.execute().retval) == ["i1", "o2"]
-    assert [task.runs for task in inner.tasks if isinstance(task, Add)] == [1]
+    assert [task.runs for task in inner.tasks if isinstance(task, CountingTask)] == [1]
 
 
 def test_missing_parameter_of_a_nested_operation_fails_both_levels() -> None:
-    class Picky(Operation):
+    class StrictOperation(Operation):
         REQUIRED_FIELDS = ("bet",)
 
-    inner = Picky("inner")
+    inner = StrictOperation("inner")
     outer = Operation(UUID, tasks=[inner])
-    assert outer.execute().stderr == f"Missing parameter: bet for {Picky.path}"
+    assert outer.execute().stderr == f"Missing parameter: bet for {StrictOperation.path}"
     assert (inner.status, outer.status) == ("FAILED", "FAILED")
 
 
 def test_operations_nest_to_any_depth() -> None:
-    operation = Operation("0", tasks=[add("leaf")])
+    operation = Operation("0", tasks=[counting_task("leaf")])
     for depth in range(1, 20):
         operation = Operation(str(depth), tasks=[operation])
     assert operation.execute().retval == {"leaf": 0}

@@ -1,4 +1,4 @@
-"""Tests of operations: build and execute. Behaviour page, section 6; resume, nesting and launch have modules too."""
+"""Tests of operations: build and execute (section 6 of the behaviour page)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Game(Operation):
         return [Roll(params={"player": name}) for name in kwargs.get("players", ["x"])]
 
 
-# -- objects -----------------------------------------------------------------------------------------------------------
+# -- construction ------------------------------------------------------------------------------------------------------
 
 
 def test_constructor_arguments_follow_the_documented_order() -> None:
@@ -59,30 +59,30 @@ def test_positional_call_in_the_old_order_is_rejected() -> None:
 
 def test_tasks_are_copied_to_a_list() -> None:
     """B13"""
-    given = (Roll(),)
-    operation = Operation(tasks=given)
+    task_tuple = (Roll(),)
+    operation = Operation(tasks=task_tuple)
     operation.add_task(Roll())
-    assert (len(operation.tasks), len(given)) == (2, 1)
-    mine = [Roll()]
-    Operation(tasks=mine).add_task(Roll())
-    assert len(mine) == 1
+    assert (len(operation.tasks), len(task_tuple)) == (2, 1)
+    task_list = [Roll()]
+    Operation(tasks=task_list).add_task(Roll())
+    assert len(task_list) == 1
 
 
 def test_tasks_exist_when_postinit_fails() -> None:
     """B15"""
-    seen: list[tuple[str, list[Task]]] = []
+    status_changes: list[tuple[str, list[Task]]] = []
 
-    class Broken(Operation):
+    class FailingPostinit(Operation):
         def postinit(self) -> None:
             raise ValueError("postinit")
 
         def set_status(self, status: str, result: Result | None = None) -> Any:
-            seen.append((status, list(self.tasks)))
+            status_changes.append((status, list(self.tasks)))
             return super().set_status(status, result)
 
     task = Roll()
-    operation = Broken(tasks=[task])
-    assert seen == [("FAILED", [task])]
+    operation = FailingPostinit(tasks=[task])
+    assert status_changes == [("FAILED", [task])]
     assert operation.execute().stderr == "postinit"
     assert operation.status == "FAILED"
 
@@ -104,13 +104,13 @@ def test_new_is_deprecated_with_one_warning() -> None:
 
 
 def test_new_uses_an_override_of_parse_inputs() -> None:
-    class Parsed(Game):
+    class ParsingGame(Game):
         @classmethod
         def parse_inputs(cls, **kwargs: Any) -> dict[str, Any]:
             return {"params": kwargs}
 
     with pytest.warns(DeprecationWarning) as caught:
-        assert Parsed.new(a=1).params == {"a": 1}
+        assert ParsingGame.new(a=1).params == {"a": 1}
     assert len(caught) == 1
 
 
@@ -119,7 +119,7 @@ def test_parse_inputs_is_deprecated_and_returns_its_arguments() -> None:
         assert Game.parse_inputs(a=1) == {"a": 1}
 
 
-# -- building ----------------------------------------------------------------------------------------------------------
+# -- build -------------------------------------------------------------------------------------------------------------
 
 
 def test_build_adds_tasks_and_returns_the_operation() -> None:
@@ -154,19 +154,19 @@ def test_compute_tasks_adds_no_task() -> None:
 
 
 def test_build_returns_the_value_of_finalize() -> None:
-    class Counted(Game):
+    class CountedGame(Game):
         def finalize(self) -> Any:
             return len(self.tasks)
 
-    assert Counted().build() == 1
+    assert CountedGame().build() == 1
 
 
 def test_prebuild_replaces_the_arguments_unless_it_returns_none() -> None:
-    class Prepared(Game):
+    class PrebuildGame(Game):
         def prebuild(self, **kwargs: Any) -> Any:
             return {"players": ["prepared"]} if kwargs.get("prepare") else None
 
-    operation = Prepared()
+    operation = PrebuildGame()
     assert operation.compute_tasks(prepare=True)[0].params == {"player": "prepared"}
     assert operation.compute_tasks(players=["given"])[0].params == {"player": "given"}
 
@@ -175,28 +175,28 @@ def test_hooks_without_keywords_are_called_without_arguments(caplog: pytest.LogC
     """B21b"""
     caplog.set_level(logging.DEBUG, "kser")
 
-    class Bare(Operation):
+    class NoKeywords(Operation):
         def prebuild(self) -> None:  # type: ignore[override]
             return None
 
         def build_tasks(self) -> list[Task]:  # type: ignore[override]
             return [Lose()]
 
-    operation = Bare(UUID, {"a": 1})
+    operation = NoKeywords(UUID, {"a": 1})
     operation.build()
     assert len(operation.tasks) == 1
-    assert lines(caplog)[0] == f"Bare.PreBuild: tests.sequencing.test_operation.Bare[{UUID}]: {{}}"
+    assert lines(caplog)[0] == f"NoKeywords.PreBuild: tests.sequencing.test_operation.NoKeywords[{UUID}]: {{}}"
 
 
 def test_hooks_may_be_any_callables() -> None:
-    class Unhashable:
+    class UnhashableHook:
         __hash__ = None  # type: ignore[assignment]
 
         def __call__(self, players: list[str]) -> list[Task]:
             return [Lose() for _ in players]
 
     operation = Operation(UUID, {"players": ["a", "b"]})
-    operation.build_tasks = Unhashable()  # type: ignore[method-assign]
+    operation.build_tasks = UnhashableHook()  # type: ignore[method-assign]
     operation.prebuild = lambda: None  # type: ignore[method-assign, assignment]
     operation.build()
     assert len(operation.tasks) == 2
@@ -211,7 +211,7 @@ def test_build_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_required_parameters_are_those_of_the_operation_and_its_classes() -> None:
-    """B14: own params, not recursive."""
+    """B14: the classes in ``TASKS`` count, and their own ``TASKS`` do not."""
 
     class Inner(Operation):
         REQUIRED_FIELDS = ("inner",)
@@ -232,14 +232,14 @@ def test_required_parameters_are_those_of_the_operation_and_its_classes() -> Non
 def test_tasks_inherit_no_params() -> None:
     """B14"""
 
-    class Plain(Operation):
+    class RollOnce(Operation):
         def build_tasks(self, **kwargs: Any) -> list[Task]:
             return [Roll()]
 
-    assert Plain(params={"player": "x"}).execute().stderr == "Missing parameter: player"
+    assert RollOnce(params={"player": "x"}).execute().stderr == "Missing parameter: player"
 
 
-# -- running -----------------------------------------------------------------------------------------------------------
+# -- execution ---------------------------------------------------------------------------------------------------------
 
 
 def test_successful_operation_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
@@ -268,18 +268,18 @@ def test_log_records_of_an_operation_have_metadata_and_a_blank_result(caplog: py
     """B16"""
     caplog.set_level(logging.DEBUG, "kser")
     Game(UUID, result=ok_result("before"), metadata={"m": 1}).execute()
-    own = [record for record in records(caplog) if record.name == "kser.sequencing.operation"]
-    assert len(own) == 6
-    assert {str(record.kmsg["metadata"]) for record in own} == {"{'m': 1}"}  # type: ignore[attr-defined]
-    assert {record.kmsg["result"]["stdout"] for record in own} == {""}  # type: ignore[attr-defined]
+    operation_records = [record for record in records(caplog) if record.name == "kser.sequencing.operation"]
+    assert len(operation_records) == 6
+    assert {str(record.kmsg["metadata"]) for record in operation_records} == {"{'m': 1}"}  # type: ignore[attr-defined]
+    assert {record.kmsg["result"]["stdout"] for record in operation_records} == {""}  # type: ignore[attr-defined]
     assert record_of(caplog, "Game.Success").kresult["stdout"] == "x rolls"  # type: ignore[attr-defined]
 
 
 def test_failed_operation_logs_the_published_lines(caplog: pytest.LogCaptureFixture) -> None:
     """B6, B8"""
     caplog.set_level(logging.INFO, "kser")
-    never = Roll()
-    operation = Game(UUID, tasks=[Lose("1"), never])
+    second = Roll()
+    operation = Game(UUID, tasks=[Lose("1"), second])
     result = operation.execute()
     assert lines(caplog) == [
         f"Game.SetStatus: {LABEL} status update 'PENDING' -> 'RUNNING'",
@@ -287,22 +287,22 @@ def test_failed_operation_logs_the_published_lines(caplog: pytest.LogCaptureFixt
         f"Game.SetStatus: {LABEL} status update 'RUNNING' -> 'FAILED'",
         f"Game.Failed: {LABEL}: lost",
     ]
-    assert (result.retcode, operation.status, never.status) == (4, "FAILED", "PENDING")
+    assert (result.retcode, operation.status, second.status) == (4, "FAILED", "PENDING")
     assert not hasattr(record_of(caplog, "Game.Failed"), "error")
 
 
 def test_missing_parameter_fails_the_operation_before_it_runs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "kser")
 
-    class Picky(Game):
+    class StrictGame(Game):
         REQUIRED_FIELDS = ("bet",)
 
-    operation = Picky(UUID)
+    operation = StrictGame(UUID)
     assert operation.execute().retcode == 400
-    assert [line.split(": ")[0] for line in lines(caplog)] == ["Picky.SetStatus", "Picky.Failed"]
+    assert [line.split(": ")[0] for line in lines(caplog)] == ["StrictGame.SetStatus", "StrictGame.Failed"]
     assert "'PENDING' -> 'FAILED'" in lines(caplog)[0]
     with pytest.raises(ValidationError):
-        Picky(UUID).unsafe_execute()
+        StrictGame(UUID).unsafe_execute()
 
 
 @pytest.mark.parametrize(
@@ -311,41 +311,41 @@ def test_missing_parameter_fails_the_operation_before_it_runs(caplog: pytest.Log
 def test_raising_hook_fails_the_operation(hook: str, states: list[str]) -> None:
     seen: list[str] = []
 
-    def raising(self: Any, *_: Any) -> None:
+    def fail(self: Any, *_: Any) -> None:
         raise ValueError(hook)
 
     def set_status(self: Any, status: str, result: Result | None = None) -> None:
         seen.append(status)
 
-    cls = type("Hooked", (Game,), {hook: raising, "set_status": set_status})
+    cls = type("Hooked", (Game,), {hook: fail, "set_status": set_status})
     assert cls().execute().stderr == hook
     assert seen == states
 
 
-def test_raising_onerror_is_contained() -> None:
+def test_raising_onerror_hook_gives_a_failed_result() -> None:
     """C6"""
 
-    class Clumsy(Game):
+    class FailingOnerror(Game):
         def onerror(self, result: Result) -> Any:
             raise RuntimeError("hook")
 
-    result = Clumsy(UUID, tasks=[Lose()]).execute()
+    result = FailingOnerror(UUID, tasks=[Lose()]).execute()
     assert (result.uuid, result.retcode, result.stderr) == (UUID, 500, "hook")
 
 
 def test_set_status_receives_the_result_and_its_value_is_returned() -> None:
-    """S1: nothing is refused, users have states of their own."""
-    seen: list[tuple[str, Any]] = []
+    """S1: every status is accepted, because users have their own ones."""
+    calls: list[tuple[str, Any]] = []
 
-    class Recorded(Game):
+    class OwnStatusGame(Game):
         def set_status(self, status: str, result: Result | None = None) -> Any:
-            seen.append((status, result))
+            calls.append((status, result))
             self.status = f"own {status}"
             return "recorded"
 
-    operation = Recorded()
+    operation = OwnStatusGame()
     result = operation.execute()
-    assert seen == [("RUNNING", None), ("SUCCESS", result)]
+    assert calls == [("RUNNING", None), ("SUCCESS", result)]
     assert operation._set_status("HALTED") == "recorded"
     assert operation.status == "own HALTED"
 
@@ -366,13 +366,13 @@ def test_operation_that_builds_itself_is_not_built_twice(hook: str) -> None:
         builds.append(1)
         return []
 
-    cls = type("Own", (Operation,), {hook: lambda self: self.build(), "build_tasks": build_tasks})
+    cls = type("SelfBuilding", (Operation,), {hook: lambda self: self.build(), "build_tasks": build_tasks})
     assert cls().execute().retcode == 0
     assert len(builds) == 1
 
 
 def test_empty_operation_succeeds_with_its_own_blank_result(caplog: pytest.LogCaptureFixture) -> None:
-    """B4: the log line is the published one."""
+    """B4: the log line is the one of 0.8.27."""
     caplog.set_level(logging.INFO, "kser")
     operation = Operation(UUID)
     result = operation.execute()
@@ -408,12 +408,12 @@ def test_empty_operation_by_message_succeeds(caplog: pytest.LogCaptureFixture) -
     """B3, B4"""
     caplog.set_level(logging.INFO, "kser")
 
-    class Hollow(Operation):
+    class Empty(Operation):
         pass
 
-    Controller.register(Hollow.path, Hollow)
-    assert Controller.run(message(Hollow).dumps()).uuid == UUID
-    assert [line.split(":")[0] for line in lines(caplog)][-2:] == ["Hollow.Success", "Controller.Success"]
+    Controller.register(Empty.path, Empty)
+    assert Controller.run(message(Empty).dumps()).uuid == UUID
+    assert [line.split(":")[0] for line in lines(caplog)][-2:] == ["Empty.Success", "Controller.Success"]
 
 
 def test_controller_log_shows_the_result_of_an_operation(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,8 @@
-"""Tests of the registry: it subscribes classes, and provides controller and producer. Behaviour page, section 7."""
+"""Tests of the registry: subscription, controller, producer and Flask (section 7 of the behaviour page)."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from flask import Flask, current_app, has_app_context
 
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
+from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.errors import ProducerMissing, SettingError, TopicMissing
@@ -24,13 +26,14 @@ MODULE = "tests.sequencing.test_registry"
 
 
 @pytest.fixture(autouse=True)
-def everything_is_logged(caplog: pytest.LogCaptureFixture) -> Any:
+def debug_log_and_new_broker(caplog: pytest.LogCaptureFixture) -> Any:
+    """Log everything, and reset the in-memory broker after the test."""
     caplog.set_level(logging.DEBUG, "kser")
     yield
     InMemoryBroker.reset()
 
 
-# -- subscribing -------------------------------------------------------------------------------------------------------
+# -- subscribe ---------------------------------------------------------------------------------------------------------
 
 
 def test_subscribe_returns_the_class() -> None:
@@ -138,24 +141,24 @@ def test_subclass_sends_with_the_registry_of_its_parent_until_it_has_one() -> No
 
 
 def test_controller_is_created_by_the_controller_class() -> None:
-    class Mine(Controller):
+    class OwnController(Controller):
         pass
 
     assert isinstance(OperationRegistry().controller, Controller)
-    assert isinstance(OperationRegistry(None, Mine).controller, Mine)
-    made = Mine()
-    assert OperationRegistry(controller_class=lambda: made).controller is made
+    assert isinstance(OperationRegistry(None, OwnController).controller, OwnController)
+    controller = OwnController()
+    assert OperationRegistry(controller_class=lambda: controller).controller is controller
     with pytest.raises(TypeError, match="object is not callable"):
-        OperationRegistry(controller_class=made)  # type: ignore[arg-type]
+        OperationRegistry(controller_class=controller)  # type: ignore[arg-type]
 
 
 def test_controller_subclass_isolates_a_registry() -> None:
     """B19"""
 
-    class Apart(Controller):
-        ENTRYPOINTS = {}  # noqa: RUF012  how the docs say it is done
+    class SeparateController(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  as in the documentation
 
-    registry = OperationRegistry(controller_class=Apart)
+    registry = OperationRegistry(controller_class=SeparateController)
     registry.subscribe(type("Hidden", (Task,), {"__module__": MODULE}))
     assert list(registry.controller.ENTRYPOINTS) == [f"{MODULE}.Hidden"]
     assert f"{MODULE}.Hidden" not in Controller.ENTRYPOINTS
@@ -169,34 +172,50 @@ def test_missing_producer_error_names_the_argument() -> None:
         _ = OperationRegistry().producer
 
 
-def test_fallback_producer_is_created_on_first_use() -> None:
-    made: list[Producer] = []
+class ProducerRecorder(Consumer):
+    """A consumer that records the producers that it creates for its registry."""
 
-    def lend() -> Producer:
-        made.append(Producer())
-        return made[0]
+    def __init__(self) -> None:
+        super().__init__({}, ["dice"])
+        self.producers: list[Producer] = []
 
-    registry = OperationRegistry()
-    registry._kser_set_fallback_producer(lend)
-    assert made == []
-    assert registry.producer is made[0]
-
-
-def test_given_producer_is_not_replaced_by_the_fallback_producer() -> None:
-    given = Producer()
-    registry = OperationRegistry(producer=given)
-    registry._kser_set_fallback_producer(Producer)
-    assert registry.producer is given
+    def make_producer(self) -> Producer:
+        self.producers.append(Producer({}))
+        return self.producers[-1]
 
 
-def test_last_fallback_producer_wins() -> None:
-    """A consumer that has ended closed its producer; the next one lends its own."""
-    first, second = Producer(), Producer()
-    registry = OperationRegistry()
-    registry._kser_set_fallback_producer(lambda: first)
-    assert registry.producer is first
-    registry._kser_set_fallback_producer(lambda: second)
-    assert registry.producer is second
+def registry_in_consumer(**arguments: Any) -> OperationRegistry:
+    """Return a registry whose controller the consumers of this test use."""
+    registry = OperationRegistry(**arguments)
+    registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))
+    return registry
+
+
+def test_shared_producer_is_created_on_first_use() -> None:
+    registry = registry_in_consumer()
+    with contextlib.closing(ProducerRecorder()) as consumer:
+        consumer.step(timeout=0)
+        assert consumer.producers == []
+        assert registry.producer is registry.producer
+        assert consumer.producers == [registry.producer]
+
+
+def test_producer_of_the_constructor_is_not_replaced_by_the_shared_producer() -> None:
+    producer = Producer({})
+    registry = registry_in_consumer(producer=producer)
+    with contextlib.closing(ProducerRecorder()) as consumer:
+        consumer.step(timeout=0)
+        assert registry.producer is producer
+
+
+def test_shared_producer_comes_from_the_last_consumer() -> None:
+    registry = registry_in_consumer()
+    for _ in range(2):
+        with contextlib.closing(ProducerRecorder()) as consumer:
+            consumer.step(timeout=0)
+            assert registry.producer is consumer.producers[0]
+    with pytest.raises(ProducerMissing):
+        _ = registry.producer
 
 
 # -- Flask -------------------------------------------------------------------------------------------------------------
@@ -212,15 +231,15 @@ def app() -> Flask:
 def test_load_tasks_is_called_only_for_an_app() -> None:
     loads: list[Any] = []
 
-    class Loading(OperationRegistry):
+    class LoadingRegistry(OperationRegistry):
         def load_tasks(self) -> None:
             loads.append(self.app)
 
-    registry = Loading()
+    registry = LoadingRegistry()
     assert loads == []
     assert registry.init_app("anything") is None  # type: ignore[func-returns-value]
     registry.init_app()
-    Loading("app")
+    LoadingRegistry("app")
     assert loads == ["anything", None, "app"]
 
 
@@ -269,14 +288,14 @@ def test_operations_and_their_tasks_run_inside_the_app_context(app: Flask) -> No
 
 def test_failures_are_handled_inside_the_app_context(app: Flask) -> None:
     @OperationRegistry(app).subscribe
-    class Fail(Task):
+    class FailingTask(Task):
         def run(self) -> Result:
             raise ValueError("x")
 
         def onerror(self, result: Result) -> Any:
             return ok_result(current_app.config["CURRENCY"])
 
-    assert Fail().execute().stdout == "EUR"
+    assert FailingTask().execute().stdout == "EUR"
 
 
 def test_each_execution_has_its_own_app_context(app: Flask) -> None:
@@ -285,22 +304,22 @@ def test_each_execution_has_its_own_app_context(app: Flask) -> None:
     registry = OperationRegistry(app)
 
     @registry.subscribe
-    class Short(Task):
+    class EmptyTask(Task):
         def run(self) -> Result:
             return Result()
 
-    Short().execute()
-    Short().execute()
+    EmptyTask().execute()
+    EmptyTask().execute()
     assert len(ends) == 2
 
 
 def test_app_without_a_context_is_accepted() -> None:
     @OperationRegistry("any object").subscribe
-    class Simple(Task):
+    class SimpleTask(Task):
         def run(self) -> Result:
             return ok_result("ran")
 
-    assert Simple().execute().stdout == "ran"
+    assert SimpleTask().execute().stdout == "ran"
 
 
 def test_topic_comes_from_the_app_config(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,14 +340,14 @@ def test_invalid_setting_in_the_app_is_named(app: Flask) -> None:
         OperationRegistry(app).topic_for(Task())
 
 
-# -- what cannot be subscribed -----------------------------------------------------------------------------------------
+# -- rejected subscriptions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [int, "Pay", None, lambda: None, Task()])
-def test_only_entrypoint_classes_can_be_subscribed(what: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("value", [int, "Pay", None, lambda: None, Task()])
+def test_only_entrypoint_classes_can_be_subscribed(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C17"""
     with pytest.raises(ValidationError, match=r"Invalid type for entry .*, MUST implement kser\.entry\.Entrypoint"):
-        OperationRegistry().subscribe(what)
+        OperationRegistry().subscribe(value)
     assert lines(caplog) == []
 
 
@@ -345,4 +364,4 @@ def test_foreign_class_under_a_known_path_cannot_be_subscribed() -> None:
     registry = OperationRegistry()
     registry.subscribe(type("Known", (Task,), {"__module__": MODULE}))
     with pytest.raises(ValidationError, match=r"MUST implement kser\.entry\.Entrypoint"):
-        registry.subscribe(type("Stranger", (), {"path": f"{MODULE}.Known"}))  # type: ignore[type-var]
+        registry.subscribe(type("NoEntrypoint", (), {"path": f"{MODULE}.Known"}))  # type: ignore[type-var]

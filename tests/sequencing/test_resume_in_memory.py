@@ -1,4 +1,4 @@
-"""Tests of results passed from task to task, and of executing a failed operation again (B8 to B11)."""
+"""Tests of results that tasks receive, and of the repeated execution of a failed operation (B8 to B11)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from tests.support import UUID, lines
 
 
 class Step(Task):
-    """Adds a value of its own; fails as often as its params say, returning or raising."""
+    """A task that returns the number of its runs under its name.
+
+    Its first ``fails`` runs fail: with a failed result, or with an error if the param ``raises`` is set.
+    """
 
     def postinit(self) -> None:
         self.runs = 0
-        self.got: Result | None = None
+        self.received: Result | None = None
 
     def unsafe_execute(self, result: Result | None = None) -> Any:
-        self.got = result
+        self.received = result
         return super().unsafe_execute(result=result)
 
     def run(self) -> Result:
@@ -32,10 +35,11 @@ class Step(Task):
             if self.params.get("raises"):
                 raise ValueError(f"{name} raised")
             return Result(retcode=3, stderr=f"{name} failed", retval={"failed": name})
-        return Result(uuid="run's own", stdout=name, retval={name: self.runs})
+        return Result(uuid="another uuid", stdout=name, retval={name: self.runs})
 
 
 def step(name: str, **params: Any) -> Step:
+    """Return a step with a name, which is also part of its uuid."""
     return Step(f"uuid of {name}", {"name": name, **params})
 
 
@@ -52,73 +56,73 @@ def test_each_task_gets_a_copy_of_the_accumulated_result() -> None:
     a, b, c = step("a"), step("b"), step("c")
     operation = Operation(UUID, result=Result(retval={"m": 1}), tasks=[a, b, c])
     operation.execute(Result(retval={"x": 1}))
-    assert [task.got.retval for task in (a, b, c) if task.got] == [
+    assert [task.received.retval for task in (a, b, c) if task.received] == [
         {"m": 1, "x": 1},
         {"m": 1, "x": 1, "a": 1},
         {"m": 1, "x": 1, "a": 1, "b": 1},
     ]
-    assert operation.result not in (a.got, b.got, c.got)
+    assert operation.result not in (a.received, b.received, c.received)
 
 
 @pytest.mark.parametrize("incoming", ["constructor", "argument"])
 def test_incoming_result_is_passed_to_the_first_task(incoming: str) -> None:
-    """B10: also the message's own."""
-    first, given = step("a"), Result(uuid="given", stdout="before")
-    operation = Operation(UUID, tasks=[first], result=given if incoming == "constructor" else None)
-    operation.execute(given if incoming == "argument" else None)
-    assert first.got is not None
-    assert first.got.stdout == "before"
+    """B10: the result of a message is the argument of the constructor."""
+    first, incoming_result = step("a"), Result(uuid="incoming", stdout="before")
+    operation = Operation(UUID, tasks=[first], result=incoming_result if incoming == "constructor" else None)
+    operation.execute(incoming_result if incoming == "argument" else None)
+    assert first.received is not None
+    assert first.received.stdout == "before"
 
 
 def test_incoming_result_is_not_modified() -> None:
-    given = Result(uuid="given", stdout="before", retval={"m": 1})
-    Operation(UUID, tasks=[step("a")]).execute(given)
-    assert (given.uuid, given.stdout, given.retval) == ("given", "before", {"m": 1})
+    incoming = Result(uuid="incoming", stdout="before", retval={"m": 1})
+    Operation(UUID, tasks=[step("a")]).execute(incoming)
+    assert (incoming.uuid, incoming.stdout, incoming.retval) == ("incoming", "before", {"m": 1})
 
 
 def test_raising_task_gets_its_onerror_hook_and_a_failed_status(caplog: pytest.LogCaptureFixture) -> None:
-    """B11: Failed line, hook, status; what came before is kept."""
+    """B11: the Failed line is logged, and the earlier results are kept."""
     caplog.set_level(logging.INFO, "kser")
-    told: list[Result] = []
+    failures: list[Result] = []
 
-    class Told(Step):
+    class HookedStep(Step):
         def onerror(self, result: Result) -> Result:
-            told.append(result)
+            failures.append(result)
             return result
 
-    bad = Told("1", {"name": "b", "fails": 1, "raises": True})
-    operation = Operation(UUID, tasks=[step("a"), bad])
+    failing = HookedStep("1", {"name": "b", "fails": 1, "raises": True})
+    operation = Operation(UUID, tasks=[step("a"), failing])
     result = operation.execute()
     assert (result.uuid, result.retcode, result.stdout, result.stderr) == (UUID, 500, "a", "b raised")
     assert result.retval["a"] == 1
     assert result.retval["error"]["extra"] == {"uuid": "1"}
-    assert (len(told), bad.status, operation.status) == (1, "FAILED", "FAILED")
-    assert any(line.startswith("Told.Failed: ") for line in lines(caplog))
+    assert (len(failures), failing.status, operation.status) == (1, "FAILED", "FAILED")
+    assert any(line.startswith("HookedStep.Failed: ") for line in lines(caplog))
 
 
 def test_unsafe_execute_returns_the_result_of_a_raising_task() -> None:
-    """B11: the operation does not stay RUNNING."""
+    """B11: the operation becomes FAILED."""
     operation = Operation(UUID, tasks=[step("a", fails=1, raises=True)])
     assert operation.unsafe_execute().retcode == 500
     assert operation.status == "FAILED"
 
 
 def test_task_that_returns_none_fails_the_operation() -> None:
-    class Nothing(Step):
+    class NoResultStep(Step):
         def onsuccess(self, result: Result) -> None:
             return None
 
-    operation = Operation(UUID, tasks=[Nothing(params={"name": "a"})])
+    operation = Operation(UUID, tasks=[NoResultStep(params={"name": "a"})])
     assert operation.execute().stderr == "'NoneType' object has no attribute 'retcode'"
     assert operation.status == "FAILED"
 
 
 def test_negative_return_code_lets_the_operation_continue() -> None:
-    class Negative(Task):
+    class NegativeCodeTask(Task):
         def run(self) -> Result:
             return Result(retcode=-5)
 
-    assert Operation(tasks=[Negative(), step("b")]).execute().stdout == "b"
+    assert Operation(tasks=[NegativeCodeTask(), step("b")]).execute().stdout == "b"
 
 
 @pytest.mark.parametrize("raises", [True, False])
@@ -137,11 +141,16 @@ def test_second_execution_continues_at_the_failed_task(raises: bool) -> None:
 
 def test_retried_task_starts_with_a_blank_result() -> None:
     """C7"""
-    bad = step("b", fails=1)
-    operation = Operation(UUID, tasks=[bad])
+    failing = step("b", fails=1)
+    operation = Operation(UUID, tasks=[failing])
     operation.execute()
     operation.execute()
-    assert (bad.result.uuid, bad.result.retcode, bad.result.stderr, bad.result.retval) == ("uuid of b", 0, "", {"b": 2})
+    assert (failing.result.uuid, failing.result.retcode, failing.result.stderr, failing.result.retval) == (
+        "uuid of b",
+        0,
+        "",
+        {"b": 2},
+    )
 
 
 def test_skipped_tasks_are_merged_and_not_run() -> None:
@@ -149,15 +158,15 @@ def test_skipped_tasks_are_merged_and_not_run() -> None:
     a, b = step("a"), step("b")
     a.status, a.result = "SUCCESS", Result(stdout="stored", retval={"stored": 1})
     result = Operation(UUID, result=Result(retval={"m": 1}), tasks=[a, b]).execute()
-    assert (a.runs, b.got.retval if b.got else None) == (0, {"m": 1, "stored": 1})
+    assert (a.runs, b.received.retval if b.received else None) == (0, {"m": 1, "stored": 1})
     assert result.retval == {"m": 1, "stored": 1, "b": 1}
 
 
-def test_finished_operation_executed_again_runs_nothing_and_returns_the_same() -> None:
+def test_second_execution_of_a_finished_operation_returns_the_first_result() -> None:
     operation = Operation(UUID, result=Result(retval={"m": 1}), tasks=[step("a"), step("b")])
     first = operation.execute()
-    again = operation.execute()
-    assert (again.uuid, again.retval, again.stdout) == (first.uuid, first.retval, first.stdout)
+    second = operation.execute()
+    assert (second.uuid, second.retval, second.stdout) == (first.uuid, first.retval, first.stdout)
     assert [task.runs for task in operation.tasks if isinstance(task, Step)] == [1, 1]
 
 
@@ -184,7 +193,7 @@ def test_failed_incoming_result_fails_an_operation_without_unfinished_tasks() ->
 
 
 def test_interrupted_operation_continues_at_the_interrupted_task() -> None:
-    class Interrupted(Step):
+    class InterruptedStep(Step):
         def run(self) -> Result:
             self.result.print("half done")
             if self.runs == 0:
@@ -192,7 +201,7 @@ def test_interrupted_operation_continues_at_the_interrupted_task() -> None:
                 raise KeyboardInterrupt
             return super().run()
 
-    a, b = step("a"), Interrupted("b", {"name": "b"})
+    a, b = step("a"), InterruptedStep("b", {"name": "b"})
     operation = Operation(UUID, tasks=[a, b])
     with pytest.raises(KeyboardInterrupt):
         operation.execute()
@@ -204,13 +213,13 @@ def test_interrupted_operation_continues_at_the_interrupted_task() -> None:
 def test_repeatedly_failing_tasks_each_succeed_once_in_order() -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     names = [f"step {number}" for number in range(20)]
-    tasks = [step(name, fails=chance.randrange(3), raises=chance.random() < 0.5) for name in names]
+    tasks = [step(name, fails=generator.randrange(3), raises=generator.random() < 0.5) for name in names]
     operation = Operation(UUID, tasks=tasks)
-    attempts = 1
+    executions = 1
     while operation.execute().retcode:
-        attempts += 1
-    assert attempts == 1 + sum(task.params["fails"] for task in tasks)
+        executions += 1
+    assert executions == 1 + sum(task.params["fails"] for task in tasks)
     assert [task.runs for task in tasks] == [task.params["fails"] + 1 for task in tasks]
     assert list(operation.result.retval) == names

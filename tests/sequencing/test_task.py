@@ -1,4 +1,4 @@
-"""Tests of the task, an entrypoint with a status. Behaviour page, section 5."""
+"""Tests of tasks: entrypoints with a status (section 5 of the behaviour page)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ PATH = "tests.sequencing.test_task.Roll"
 
 
 class Roll(Task):
+    """A task that records its status in ``seen``, and then raises ``error`` or returns ``returns`` of its params."""
+
     def run(self) -> Any:
         self.params["seen"] = self.status
         if "error" in self.params:
@@ -29,7 +31,7 @@ class Roll(Task):
 
 @pytest.fixture
 def registry() -> Any:
-    """A registry with a producer, that knows a class of this test's own."""
+    """Return a registry with a producer."""
     yield OperationRegistry(producer=Producer({"bootstrap_servers": "tasks"}))
     InMemoryBroker.reset()
 
@@ -47,11 +49,11 @@ def test_constructor_arguments_follow_the_documented_order() -> None:
 
 
 def test_postinit_sees_the_status() -> None:
-    class Early(Task):
+    class StatusInPostinit(Task):
         def postinit(self) -> None:
             self.params["seen"] = self.status
 
-    assert Early(status="X", params={"a": 1}).params["seen"] == "X"
+    assert StatusInPostinit(status="X", params={"a": 1}).params["seen"] == "X"
 
 
 def test_params_that_are_text_are_rejected_by_name() -> None:
@@ -78,10 +80,10 @@ def test_status_changes_while_a_task_runs(params: dict[str, Any], status: str) -
 
 
 def test_task_with_missing_parameters_is_failed() -> None:
-    class Picky(Roll):
+    class StrictRoll(Roll):
         REQUIRED_FIELDS = ["missing"]  # noqa: RUF012  as users write it
 
-    task = Picky()
+    task = StrictRoll()
     task.execute()
     assert task.status == "FAILED"
 
@@ -89,11 +91,11 @@ def test_task_with_missing_parameters_is_failed() -> None:
 def test_task_with_a_raising_postinit_stays_failed() -> None:
     """C5"""
 
-    class Broken(Roll):
+    class FailingPostinit(Roll):
         def postinit(self) -> None:
             raise ValueError("x")
 
-    task = Broken()
+    task = FailingPostinit()
     assert task.status == "FAILED"
     task.execute()
     assert task.status == "FAILED"
@@ -122,7 +124,7 @@ def test_init_by_id_returns_none_by_default() -> None:
 
 def test_get_attr_uses_database_attribute_names() -> None:
     class Owner:
-        ownerId = 7  # noqa: N815  what it looks for
+        ownerId = 7  # noqa: N815  the name of the column
 
     task = Task()
     assert task.get_attr("owner") == ("ownerId", None)
@@ -153,59 +155,59 @@ def test_log_line_shows_the_current_status(caplog: pytest.LogCaptureFixture) -> 
 def test_log_call_does_not_modify_the_extra_of_its_caller(extra: Any, caplog: pytest.LogCaptureFixture) -> None:
     """C20"""
     caplog.set_level(logging.INFO, "kser")
-    given = dict(extra) if extra else extra
-    Roll(UUID).log("x", extra=given)
-    assert given == extra
+    argument = dict(extra) if extra else extra
+    Roll(UUID).log("x", extra=argument)
+    assert argument == extra
     assert record_of(caplog, "Roll.PENDING").kmsg["uuid"] == UUID  # type: ignore[attr-defined]
 
 
-# -- sending -----------------------------------------------------------------------------------------------------------
+# -- send --------------------------------------------------------------------------------------------------------------
 
 
 def test_task_sends_itself_with_the_producer_of_its_registry(registry: OperationRegistry) -> None:
     """B7"""
 
     @registry.subscribe
-    class Sent(Roll):
+    class DiceRoll(Roll):
         TOPIC = "dice"
 
-    result = Sent(UUID, {"a": 1}).send(result=Result(stdout="before"))
+    result = DiceRoll(UUID, {"a": 1}).send(result=Result(stdout="before"))
     assert (result.uuid, result.retcode) == (UUID, 0)
     kmsg = Message.loads(InMemoryBroker.at("tasks").values("dice")[0])
-    assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, Sent.path, {"a": 1}, "before")
+    assert (kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result.stdout) == (UUID, DiceRoll.path, {"a": 1}, "before")
 
 
 def test_topic_is_the_argument_then_the_class_then_the_setting(
     registry: OperationRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @registry.subscribe
-    class Plain(Roll):
+    class NoTopic(Roll):
         pass
 
     @registry.subscribe
-    class Placed(Roll):
-        TOPIC = "placed"
+    class OwnTopic(Roll):
+        TOPIC = "class"
 
     monkeypatch.setenv("KSER_TOPICS", "first,second")
-    Plain().send()
-    Placed().send()
-    Placed().send(topic="argument")
+    NoTopic().send()
+    OwnTopic().send()
+    OwnTopic().send(topic="argument")
     assert {topic: len(values) for topic, values in InMemoryBroker.at("tasks").topics.items()} == {
         "first": 1,
-        "placed": 1,
+        "class": 1,
         "argument": 1,
     }
 
 
 def test_missing_topic_error_names_the_setting(registry: OperationRegistry) -> None:
-    """B4: an error about a missing setting names it."""
+    """B4: an error about a missing setting names the setting."""
 
     @registry.subscribe
-    class Lost(Roll):
+    class NoTopic(Roll):
         pass
 
     with pytest.raises(TopicMissing, match=r"send\(topic=...\), set TOPIC on the class, or set KSER_TOPICS"):
-        Lost().send()
+        NoTopic().send()
 
 
 def test_missing_registry_error_names_the_decorator() -> None:
@@ -215,21 +217,21 @@ def test_missing_registry_error_names_the_decorator() -> None:
 
 def test_missing_producer_error_names_the_argument() -> None:
     @OperationRegistry().subscribe
-    class Mute(Roll):
+    class DiceRoll(Roll):
         TOPIC = "dice"
 
     with pytest.raises(ProducerMissing, match=r"OperationRegistry\(producer=Producer\(\)\)"):
-        Mute().send()
+        DiceRoll().send()
 
 
 def test_failed_send_returns_a_failed_result(registry: OperationRegistry) -> None:
     """B7: `Task.send` returns the producer's Result."""
 
     @registry.subscribe
-    class Heavy(Roll):
+    class DiceRoll(Roll):
         TOPIC = "dice"
 
-    result = Heavy(params={"when": object()}).send()
+    result = DiceRoll(params={"when": object()}).send()
     assert result.retcode == 500
     assert "not JSON serializable" in result.stderr
 
@@ -237,12 +239,12 @@ def test_failed_send_returns_a_failed_result(registry: OperationRegistry) -> Non
 def test_user_attributes_override_the_names_that_kser_adds() -> None:
     """C18"""
 
-    class Mine(Roll):
+    class OwnAttributes(Roll):
         TOPIC = ["several", "of", "them"]  # type: ignore[assignment]  # noqa: RUF012
 
         def postinit(self) -> None:
             self.send = "a parcel"  # type: ignore[method-assign,assignment]
 
-    task = Mine()
+    task = OwnAttributes()
     assert task.execute().retcode == 0
     assert (task.send, task.TOPIC[0]) == ("a parcel", "several")

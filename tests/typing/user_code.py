@@ -1,6 +1,6 @@
-"""User code that mypy checks and that never runs: it is fully typed, and its errors are found.
+"""User code that never runs: mypy checks that it is fully typed, and must find its errors.
 
-Each ``type: ignore`` is an error that mypy must find: one that it did not find would be reported as unused.
+Each ``type: ignore`` marks an error; if mypy does not find the error, it reports the comment as unused.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -66,7 +66,7 @@ class Strict(Controller):
         return kmsg
 
 
-# The decorator gives back the class itself, not some class.
+# The decorator returns the class with its own type.
 assert_type(oregistry.subscribe(Charge), type[Charge])
 assert_type(Charge(), Charge)
 assert_type(Charge().charged(), int)
@@ -137,9 +137,9 @@ for letter in iter_dead_letters(Consumer, {}, "payments.dlq"):
     assert_type(letter.message, Message | None)
 assert_type(replay(Consumer, {}, "payments.dlq", where=lambda letter: letter.reason == "failed", limit=5), int)
 
-kept = OperationRegistry(store=open_store("sqlite:///shop.db"), producer=Producer())
-assert_type(kept.store, Store)
-found = kept.get("872c3be0-51ac-457f-a4d9-12c2f7667b80")
+registry = OperationRegistry(store=open_store("sqlite:///shop.db"), producer=Producer())
+assert_type(registry.store, Store)
+found = registry.get("872c3be0-51ac-457f-a4d9-12c2f7667b80")
 assert_type(found, Operation | None)
 if found is not None:
     assert_type(found.wait(timeout=30), Result)
@@ -148,7 +148,7 @@ if found is not None:
     assert_type(found.launch(), Result)
     for task in found.tasks:
         assert_type(task, Task)
-page = kept.find(
+page = registry.find(
     status=["FAILED", "CANCELLED"],
     entrypoint=PlaceOrder,
     since=datetime.now(UTC) - timedelta(days=1),
@@ -159,12 +159,12 @@ page = kept.find(
 assert_type(page, OperationPage)
 assert_type(page.cursor, str | None)
 assert_type(page[0], Operation)
-assert_type(kept.purge(older_than=timedelta(days=30), status="SUCCESS"), int)
+assert_type(registry.purge(older_than=timedelta(days=30), status="SUCCESS"), int)
 
-# What mypy must refuse.
-kept.get(7)  # type: ignore[arg-type]
-kept.find(limit="50")  # type: ignore[arg-type]
-kept.purge(timedelta(days=30))  # type: ignore[call-arg]
+# Errors that mypy must find.
+registry.get(7)  # type: ignore[arg-type]
+registry.find(limit="50")  # type: ignore[arg-type]
+registry.purge(timedelta(days=30))  # type: ignore[call-arg]
 OperationRegistry(store="sqlite:///shop.db")  # type: ignore[arg-type]
 oregistry.subscribe(int)  # type: ignore[type-var]
 oregistry.subscribe(Charge())  # type: ignore[type-var]
@@ -183,6 +183,6 @@ Consumer({}, ["payments"], retry=5)  # type: ignore[arg-type]
 InMemoryBroker.at("").send("payments", "text")  # type: ignore[arg-type]
 
 
-class Wrong(Task):
+class InvalidPolicies(Task):
     RETRY = 5  # type: ignore[assignment]
     TIME_LIMIT = "30 s"  # type: ignore[assignment]
