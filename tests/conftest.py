@@ -37,8 +37,8 @@ pytest.register_assert_rewrite(
 #: The folders whose tests are all slow.
 SLOW_FOLDERS = {Path(__file__).parent / "crash", Path(__file__).parent / "differential"}
 
-#: Seconds after which a test fails.
-TIME_LIMIT_SECONDS = 300
+#: Seconds after which a test fails, and seconds after which a slow test fails.
+TIME_LIMIT_SECONDS, SLOW_TIME_LIMIT_SECONDS = 300, 900
 #: Seconds within which threads and processes must end after a test.
 GRACE_SECONDS = 3
 
@@ -69,15 +69,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Mark slow tests by their folder, and run chaos tests last: ``.ci/run`` runs nothing beside them by then."""
+    """Mark slow tests by their folder, run slow tests first and chaos tests last.
+
+    Slow tests run first, because otherwise one process would run them when the others have finished. Chaos tests run
+    last, because by then ``.ci/run`` runs nothing beside them.
+    """
     for item in items:
-        folder = item.path.parent
-        if folder in SLOW_FOLDERS:
+        if item.path.parent in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
-            # One process runs them, because they share an environment that is expensive to create.
-            item.add_marker(pytest.mark.xdist_group(folder.name))
     yield
-    items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
+    items.sort(key=lambda item: (item.get_closest_marker("chaos") is not None, item.get_closest_marker("slow") is None))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,14 +97,16 @@ def sigint_is_not_ignored() -> None:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
+def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that takes too long, with the traceback of the place where it hangs."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    seconds = SLOW_TIME_LIMIT_SECONDS if is_slow else TIME_LIMIT_SECONDS
 
     def too_long(_number: int, _frame: FrameType | None) -> NoReturn:
-        pytest.fail(f"the test takes more than {TIME_LIMIT_SECONDS} s")
+        pytest.fail(f"the test takes more than {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(TIME_LIMIT_SECONDS)
+    signal.alarm(seconds)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
