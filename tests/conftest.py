@@ -69,16 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Mark slow tests by their folder, run slow tests first and chaos tests last.
-
-    Slow tests run first, because otherwise one process would run them when the others have finished. Chaos tests run
-    last, because by then ``.ci/run`` runs nothing beside them.
-    """
+    """Mark slow tests by their folder, and run chaos tests last: ``.ci/run`` runs nothing beside them by then."""
     for item in items:
         if item.path.parent in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
     yield
-    items.sort(key=lambda item: (item.get_closest_marker("chaos") is not None, item.get_closest_marker("slow") is None))
+    items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
 
 
 @pytest.hookimpl(wrapper=True)

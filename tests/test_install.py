@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import needs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("kser", "setup.py", "pyproject.toml", "README.rst", "LICENSE")

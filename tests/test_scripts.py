@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import GRACE_SECONDS, needs
 from tests.test_install import index_responds
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scripts")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SETUP_SECONDS = 240
