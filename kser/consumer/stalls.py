@@ -15,7 +15,7 @@ class StallDetector:
 
     :param work_queue: the work queue.
     :param partitions: the partition table.
-    :param timeout: seconds without a finished record after which a consumer with lag counts as stalled.
+    :param timeout: a consumer with lag counts as stalled if it has finished no record for this number of seconds.
     :param log: the logger of the consumer.
     """
 
