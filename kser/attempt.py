@@ -85,8 +85,7 @@ class Attempt:
     """One attempt at a message.
 
     :param retry: the retry policy of the consumer, for classes that declare no policy.
-    :param record: the Kafka record that contains the message; None outside of a consumer, and in a
-        :class:`TaskAttempt`.
+    :param record: the Kafka record that contains the message; None outside of a consumer, and in a ``TaskAttempt``.
     """
 
     #: Callbacks of the consumer that runs the attempt; None before the start of the attempt, and outside of a consumer.
@@ -277,7 +276,7 @@ current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default
 
 
 def raise_if_decided(entry: Any) -> None:
-    """Report to the current attempt that an entrypoint has finished, and raise if the attempt has lost its effect.
+    """Report to the current attempt that an entrypoint has finished, and raise if its result is dropped.
 
     Outside of an attempt, do nothing.
 
@@ -349,8 +348,8 @@ class TaskAttempt(Attempt):
     def abandon(self) -> None:
         """End this attempt without a checkpoint. The step runs again later.
 
-        The reason is that the consumer is shutting down, or that it has abandoned the attempt at the record during
-        which the task runs.
+        Call this method if the consumer is shutting down, or if it has abandoned the attempt at the record during which
+        the task runs.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

@@ -232,7 +232,7 @@ class ConfluentClient(ConsumerClient):
         self._pending_error = self._start_partitions()
 
     def _start_pending(self) -> ClientError | None:
-        """If a retry is due, try again to start the partitions that have no start position yet.
+        """Try again, if a retry is due, to start the partitions that have no start position yet.
 
         :return: the error if some partitions still have no start position, otherwise None.
         """

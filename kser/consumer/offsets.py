@@ -2,12 +2,11 @@
 
 All records below the committed offset are finished. The metadata of the commit lists the finished offsets above the
 committed offset, so that the next consumer of the partition does not run their records again. For example,
-``kser:1,14,2,3`` contains hexadecimal numbers of offsets, from the committed offset on: 1 offset is unfinished, the
-next 20 (hexadecimal 14) are finished, the next 2 are unfinished, and the next 3 are finished. An offset without a
-record (compacted, or a transaction marker) counts as finished. With the reset policy ``latest``, the number of
-partitions that the topic had when the group subscribed precedes this list, for example ``of:4 kser:1,14,2,3`` for 4
-partitions. Metadata that is written to Kafka ends with a checksum, because damaged metadata must not mark a record as
-finished.
+``kser:1,14,2,3`` counts offsets in hexadecimal, from the committed offset on: 1 offset is unfinished, the next 20
+(hexadecimal 14) are finished, the next 2 are unfinished, and the next 3 are finished. An offset without a record
+(compacted, or a transaction marker) counts as finished. With the reset policy ``latest``, the number of partitions that
+the topic had when the group subscribed precedes this list, for example ``of:4 kser:1,14,2,3`` for 4 partitions.
+Metadata that is written to Kafka ends with a checksum, because damaged metadata must not mark a record as finished.
 """
 
 from __future__ import annotations
