@@ -33,8 +33,8 @@ _HOMES = {
     "Task": "kser.sequencing.task",
 }
 
-# Set the four variables of the control files at import, as kser 0.8 does, because scripts and child processes read
-# these variables.
+# At import, set the variables that locate the control files: the directory, and the path of each of the three files.
+# Scripts and child processes read these variables, as with kser 0.8.
 os.environ.setdefault("LOCK_PATH", "/var/run")
 for _variable, _suffix in (("RUNNING_FILE", "run"), ("LOCK_FILE", "pause"), ("TERMINATE_FILE", "terminate")):
     os.environ.setdefault(_variable, os.path.join(os.environ["LOCK_PATH"], f"kser-{__hostname__}-{_suffix}.lock"))

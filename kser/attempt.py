@@ -18,7 +18,8 @@ UNDECODABLE: Final = "undecodable"
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
 
-#: The two outcomes of an attempt: the attempt ended, or it exceeded its time limit.
+#: The two values of the outcome latch (``Attempt.outcome``). They state which event came first: the end of the work, or
+#: the end of the time limit. The latch does not store whether an attempt was abandoned.
 FINISHED: Final = "ended"
 TIMED_OUT: Final = "given up"
 
@@ -84,7 +85,7 @@ class Attempt:
     """One attempt at a message.
 
     :param retry: the retry policy of the consumer, for classes that declare no policy.
-    :param record: the Kafka record of the message; None if the message has no record.
+    :param record: the Kafka record that contains the message; None outside of a consumer, and in a ``TaskAttempt``.
     """
 
     #: Callbacks of the consumer that runs the attempt; None before the start of the attempt, and outside of a consumer.
@@ -104,8 +105,8 @@ class Attempt:
     started_at = 0.0
     #: Time limit of the attempt in seconds; None without a limit.
     time_limit: float | None = None
-    #: True if the record is acked, because the store is responsible for the message. In that case, the consumer writes
-    #: no dead letter and does not retry the message.
+    #: True after the record was acked before the end of the attempt, which happens when the store becomes responsible
+    #: for the message. From then on, the consumer writes no dead letter and does not retry the message.
     acked = False
     #: uuid of the stored operation whose task this attempt runs; None for any other attempt.
     operation_uuid: str | None = None
@@ -121,14 +122,14 @@ class Attempt:
     def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
         #: Retry policy for classes that declare no policy.
         self.retry = retry
-        #: The Kafka record; None if the message has no record.
+        #: The Kafka record that contains the message; None outside of a consumer, and in a TaskAttempt.
         self.record = record
         #: The outcome latch, a list: its first value is the outcome of the attempt, and all later values are ignored.
         self.outcome: list[str] = []
 
     @property
     def topic(self) -> str:
-        """Topic of the message; empty if the message has no record."""
+        """Topic of the message; empty if the attempt has no record."""
         return "" if self.record is None else str(self.record.topic)
 
     @property
@@ -145,24 +146,25 @@ class Attempt:
     def shutting_down(self) -> bool:
         """True if the consumer is shutting down.
 
-        At the next checkpoint, a stored operation is then released, so that another consumer continues it.
+        In this case, a stored operation is released at its next checkpoint, so that another consumer continues it.
         """
         return self.callbacks is not None and self.callbacks.is_stopping()
 
     def on_constructed(self, entry: Any) -> None:
         """Register an entrypoint object that was just constructed.
 
-        The first object of the class that the message names becomes the entrypoint of the message.
+        The first object of the class that the message names becomes the entrypoint object of the message.
         """
         if self.entry is None and type(entry) is self.entrypoint_class:
             self.entry = entry
 
     def on_started(self, entry: Any) -> None:
-        """Register an entrypoint object whose execution starts.
+        """Register that the execution of an entrypoint object starts.
 
-        If the message has no entrypoint object yet, ``entry`` becomes the entrypoint of the message.
+        If the message has no entrypoint object yet, ``entry`` becomes the entrypoint object of the message.
 
-        :raises kser.errors.TaskTimeout: this attempt records the timeout of an earlier attempt.
+        :raises kser.errors.TaskTimeout: an earlier attempt exceeded its time limit. This attempt does not run the
+            message; it raises the error, so that the failure is recorded.
         """
         if self.entry is None:
             self.entry = entry
@@ -175,7 +177,7 @@ class Attempt:
     def should_retry(self, exc: BaseException | None, error: Failure) -> bool:
         """Return whether a retry follows this failed attempt. If no retry follows, record the failure as permanent.
 
-        If the record is acked, record nothing, because the store is responsible for the message.
+        If the record is acked, return False and save no failure, because the store is responsible for the message.
 
         :param exc: the exception of the attempt; None for a failed result.
         :param error: the failure to record.
@@ -231,7 +233,7 @@ class Attempt:
     def deterministic_uuid(self) -> str:
         """Return a uuid for a message that has no uuid.
 
-        If the message has a record, each redelivery of the record gives the same uuid. Otherwise, the uuid is random.
+        If the attempt has a record, each redelivery of the record gives the same uuid. Otherwise, the uuid is random.
         """
         if self.record is None:
             return str(uuid4())
@@ -258,9 +260,9 @@ class Attempt:
             raise AttemptAbandoned
 
     def on_finished(self, entry: Any) -> None:
-        """Register an entrypoint object whose work has finished.
+        """Register that the work of an entrypoint object has finished.
 
-        If ``entry`` is the entrypoint of the message, the attempt can no longer time out.
+        If ``entry`` is the entrypoint object of the message, the attempt can no longer time out.
 
         :raises AttemptAbandoned: the attempt was abandoned or timed out before ``entry`` finished.
         """
@@ -274,7 +276,9 @@ current_attempt: ContextVar[Attempt | None] = ContextVar("kser_attempt", default
 
 
 def raise_if_decided(entry: Any) -> None:
-    """Report to the current attempt, if there is one, that an entrypoint has finished.
+    """Report to the current attempt that an entrypoint has finished, and raise if its result is dropped.
+
+    Outside of an attempt, do nothing.
 
     :raises AttemptAbandoned: the attempt was abandoned or has timed out, so the consumer drops its result.
     """
@@ -285,8 +289,8 @@ def raise_if_decided(entry: Any) -> None:
 def time_limit_of(cls: type) -> float | None:
     """Return ``TIME_LIMIT`` of a class: the time limit of each attempt in seconds, or None without a limit."""
     timeout = getattr(cls, "TIME_LIMIT", None)
-    # Ignore a value that is not a positive number, because the user's class then uses the name ``TIME_LIMIT`` for
-    # something else (decision C18). For the same reason, kser ignores a ``RETRY`` that is not a Retry.
+    # Ignore a value that is not a positive number, because it is an attribute of the user's class with another meaning
+    # (C18 in docs/differences.rst). For the same reason, kser ignores a ``RETRY`` that is not a Retry.
     fits = isinstance(timeout, int | float) and timeout > 0 and not isinstance(timeout, bool)
     return timeout if fits else None
 
@@ -342,7 +346,10 @@ class TaskAttempt(Attempt):
         return self.parent is not None and self.parent.abandoned
 
     def abandon(self) -> None:
-        """Leave the step, because the consumer is shutting down or has abandoned the attempt at the record of the step.
+        """End this attempt without a checkpoint. The step runs again later.
+
+        Call this method if the consumer is shutting down, or if it has abandoned the attempt at the record during which
+        the task runs.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

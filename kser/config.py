@@ -47,7 +47,8 @@ class Settings:
         """Return the value of a setting, or None if it is not set.
 
         A value from the app's config is returned unchanged. A value from the environment is a str. An empty variable
-        counts as not set, because containers define empty variables for settings that have no value.
+        counts as not set, because tools such as Docker Compose define an empty variable for a setting that has no
+        value.
         """
         value = self._app_config.get(name)
         return (os.environ.get(name) or None) if value is None else value

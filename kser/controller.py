@@ -1,6 +1,6 @@
 """Controller and BaseProducer: the class that decodes and runs messages, and the interface of all producers.
 
-This module is a drop-in replacement for ``kser.controller`` of 0.8.27.
+This module has the same interface as ``kser.controller`` in kser 0.8.27.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class BaseController:
     def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
         """Log the outcome of a message and call ``onsuccess`` or ``onerror``.
 
-        An exception of the hook makes the message fail (decision C13).
+        An exception of the hook makes the message fail (C13 in docs/differences.rst).
 
         :param succeeded: whether ``result`` is a success. If a hook of the entrypoint returned nothing, ``result`` is
             None, which counts as a failure, as in kser 0.8.
@@ -106,10 +106,11 @@ class BaseController:
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
-        """Keep the recorded failure of the current attempt. A controller overrides this method.
+        """Do nothing by default. :class:`Controller` overrides this method.
 
-        A producer calls this method after it has sent a message. The success of this send must not change the outcome
-        of the message that the consumer runs.
+        The override clears the failure of the current attempt. The default is for producers, which call this method
+        after they have sent a message. The success of a send must not change the outcome of the message that the
+        consumer runs.
         """
 
     @classmethod
@@ -173,7 +174,7 @@ class BaseProducer(BaseController):
         raise NotImplementedError(f"{type(self).__name__} cannot write raw records: it does not implement produce()")
 
     def close(self) -> None:
-        """Close the connection, after a short wait for messages that are still in flight."""
+        """Close the connection, after a short wait for the delivery of messages that are not confirmed yet."""
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log the outcome of a send, call ``onsuccess`` or ``onerror``, and emit ``message_sent`` after a success.
@@ -197,7 +198,8 @@ class Controller(BaseController):
 
     #: Entrypoint classes, keyed by path. All controllers share this dict, unless a subclass defines its own dict.
     ENTRYPOINTS: ClassVar[dict[Any, type[Entrypoint]]] = {}
-    #: Class that decodes messages: any class with a method ``loads``.
+    #: Class that decodes messages: any class with a method ``loads``. The name is from kser 0.8, and does not refer to
+    #: a broker.
     TRANSPORT: ClassVar[Any] = Message
 
     _kser_unknown_names: ClassVar[set[str]] = set()
@@ -216,10 +218,10 @@ class Controller(BaseController):
     def run(cls, raw_data: Any) -> Any:
         """Handle one raw message and return its result.
 
-        SystemExit in a task counts as a failure of that task (decision C8). This method raises only KeyboardInterrupt
-        and, in a consumer, :exc:`kser.attempt.AttemptAbandoned`.
+        SystemExit in a task counts as a failure of that task (C8 in docs/differences.rst). This method raises only
+        KeyboardInterrupt and, in a consumer, :exc:`kser.attempt.AttemptAbandoned`.
 
-        :param raw_data: the input of :attr:`TRANSPORT`: JSON, as text or bytes.
+        :param raw_data: the message: JSON, as text or bytes, which :attr:`TRANSPORT` decodes.
         :return: the return value of ``onsuccess`` or ``onerror``; by default, the Result.
         """
         if logger.isEnabledFor(logging.DEBUG):
@@ -326,7 +328,7 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
-        """Return a registry with a store, for a message that is a step of a stored operation.
+        """Return a registry with a store, which the message of a step of a stored operation needs.
 
         :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
@@ -358,8 +360,8 @@ class Controller(BaseController):
         of the exception that is being handled.
         """
         reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # If :attr:`TRANSPORT` raised an error that has a stack, use that stack. With None, ValidationError uses the
-        # traceback of the exception that is being handled.
+        # If :attr:`TRANSPORT` raised an error that has a stack, use that stack. Otherwise, pass None as the stack:
+        # ValidationError then uses the traceback of the exception that is being handled.
         error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
         kmsg = _partial_message(raw_data)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
@@ -377,7 +379,10 @@ class Controller(BaseController):
 
 
 def _reject_attempt(reason: str, exc: Exception) -> None:
-    """Record a permanent failure of the current attempt, if there is one, because a retry would fail as well."""
+    """Record the failure of the current attempt as permanent, because a retry would fail as well.
+
+    Outside of an attempt, do nothing.
+    """
     if (attempt := current_attempt.get()) is not None:
         attempt.reject(reason, exc)
 

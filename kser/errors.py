@@ -99,7 +99,7 @@ class ClientError(KserError):
     """A call of the Kafka client failed
 
     :param fatal: True if the client cannot recover, so that a new client must replace it.
-    :param transient: True if the error is normal for a while, for example during a rebalance.
+    :param transient: True if the error is expected and disappears without an action, for example during a rebalance.
     """
 
     MSGID = "ERR-50309"

@@ -9,7 +9,9 @@ from cdumay_result import Result
 
 
 def merge(result: Result, other: Result | None) -> Result:
-    """Merge ``other`` into ``result``, which changes in place, as in cdumay. If ``other`` is None, change nothing.
+    """Merge ``other`` into ``result`` with the operator ``+`` of ``cdumay_result.Result``.
+
+    The operator changes ``result`` in place. If ``other`` is None, change nothing.
 
     :return: ``result``.
     """

@@ -182,7 +182,8 @@ class ConfluentClient(ConsumerClient):
         batches: dict[Partition, Sequence[Record]] = {}
         for topic_partition, records in fetched.items():
             key = self._keys.get(topic_partition)
-            # A partition that was revoked after its messages were fetched has no key, so drop its messages.
+            # A partition that was revoked after its messages were fetched is no longer in ``_keys``, so drop its
+            # messages.
             if key is not None:
                 self._positions[key] = records[-1].offset + 1
                 batches[key] = records
@@ -231,7 +232,7 @@ class ConfluentClient(ConsumerClient):
         self._pending_error = self._start_partitions()
 
     def _start_pending(self) -> ClientError | None:
-        """Retry to start the partitions without a start position, if a retry is due.
+        """Try again, if a retry is due, to start the partitions that have no start position yet.
 
         :return: the error if some partitions still have no start position, otherwise None.
         """
@@ -291,7 +292,8 @@ class ConfluentClient(ConsumerClient):
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._listener.on_assign(known)
-        # If the client does not commit, only the listener knows the finished offsets, and ``on_reset`` would discard
+        # A client that never commits finds no committed offset when a partition is assigned to it again. So call
+        # ``on_assign`` in this case: the listener still knows the finished offsets, and ``on_reset`` would discard
         # them.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
         self._assign({key: start.offset for key, start in starts.items()})
@@ -339,8 +341,9 @@ class ConfluentClient(ConsumerClient):
             return
         revocation = self._listener.on_revoke(keys)
         if not revocation.drained:
-            # Commit before the wait. If the topic gets new partitions during the wait, librdkafka does not wait for the
-            # end of this callback, and finished records without a commit would run again.
+            # Commit before the wait. If the topic gets new partitions while this callback waits, librdkafka continues
+            # the rebalance before the callback has ended. Records that are finished and not committed by then would run
+            # again.
             with suppress(KafkaException):
                 self._commit_now(revocation.commits())
             revocation.wait()
@@ -370,7 +373,10 @@ class ConfluentClient(ConsumerClient):
         return keys
 
     def _recover(self, key: Partition) -> None:
-        """Log the lost offsets of an out-of-range position, and continue as ``auto.offset.reset`` demands."""
+        """Handle a fetch position that is out of range.
+
+        Log which offsets were lost, and continue at the position that the reset policy demands.
+        """
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         start = high if self._reset == "latest" else low
@@ -452,10 +458,11 @@ class ConfluentRecord:
 
 
 def commit_of(tp: TopicPartition) -> Commit:
-    """Return a committed offset, which librdkafka has read from the group, as a Commit."""
+    """Convert a committed offset of the group, in the form in which librdkafka returns it, to a Commit."""
     try:
         return Commit(tp.offset, strip_checksum(tp.metadata or ""))
     except UnicodeDecodeError:
-        # The metadata of another client has no terminating NUL, so librdkafka's Python client reads past the end of the
-        # metadata, into bytes that may not be UTF-8.
+        # Commit metadata that another client wrote has no terminating NUL. So librdkafka's Python client reads past the
+        # end of the metadata, into bytes that may not be UTF-8. kser does not need this metadata, so return only the
+        # offset.
         return Commit(tp.offset)

@@ -38,7 +38,7 @@ class Committer:
             # The previous commit, which had other offsets, had no result yet. Wait for this result, and then fail, so
             # that the caller commits the current offsets in its next call.
             self._result(timeout)
-            raise TimeoutError("the previous commit has only finished now")
+            raise TimeoutError("the previous commit took until now, so this commit was not sent")
         if (error := self._result(timeout)) is not None:
             raise error
 

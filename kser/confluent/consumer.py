@@ -1,4 +1,4 @@
-"""Consumer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
+"""Consumer on confluent-kafka. It has the same interface as the consumer of ``kser.confluent`` in kser 0.8.27."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Consumer(BaseConsumer):
     is True (the default), the consumer commits every ``auto.commit.interval.ms`` milliseconds. If
     ``enable.auto.commit`` is False, the consumer commits as soon as a message is finished. With ``commit="after"``, a
     group without committed offsets starts at the earliest record, unless ``auto.offset.reset`` is set to another value
-    (decision D17).
+    (D17 in docs/differences.rst).
 
     :param config: options of librdkafka; None means the consumer options in ``KSER_CONFIG``. ``group.id`` is required.
     :param topics: the topics to consume; None means the topics in ``KSER_TOPICS``.

@@ -71,9 +71,9 @@ class LastError:
 
 
 class Waiter:
-    """The condition for which one thread waits while delivery reports arrive."""
+    """A waiting thread and the condition that ends its wait. A delivery report can make the condition true."""
 
-    #: The event that wakes the waiting thread; None unless another thread polls for it.
+    #: The event that wakes the waiting thread. None if the thread has not waited yet while another thread polled.
     wake: threading.Event | None = None
 
     def done(self) -> bool:
@@ -200,8 +200,9 @@ class DeliveryReportPoller:
     def _remove(self, waiting: Waiter) -> None:
         """Remove a waiting thread from the followers, and wake the next follower if no thread polls.
 
-        A follower that was woken to become the leader may already have its own report, and then does not poll. Without
-        this method, no thread would poll for the remaining followers.
+        The leader is the thread that polls. When it stops, it wakes one follower to become the next leader. This
+        follower ends its wait without polling if its own report has arrived meanwhile, or if its deadline has passed.
+        No thread would then poll for the remaining followers, so this method wakes the next of them.
         """
         with self._mutex:
             self._followers.pop(id(waiting), None)

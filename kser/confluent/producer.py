@@ -1,4 +1,4 @@
-"""Producer on confluent-kafka. A drop-in replacement for ``kser.confluent`` of 0.8.27."""
+"""Producer on confluent-kafka. It has the same interface as the producer of ``kser.confluent`` in kser 0.8.27."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ TOPIC_POLL_INTERVAL = 0.1
 CLOSE_TIMEOUT = 0.5
 #: librdkafka's default of ``message.max.bytes``.
 MESSAGE_MAX_BYTES = 1_000_000
-#: Number of messages of a bulk between two reads of delivery reports.
+#: Number of messages that ``bulk_send`` sends between two reads of delivery reports.
 CHUNK = 500
-#: Number of messages of a bulk that may be sent without a confirmation before the bulk waits for delivery reports.
+#: Number of messages that ``bulk_send`` may send without a confirmation before it waits for delivery reports.
 MAX_IN_FLIGHT = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
@@ -207,7 +207,8 @@ class Producer(KafkaProducerBase):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return rejected_as_too_large(size, topic, self._kser_servers)
         if error.code() in _UNKNOWN_TOPIC:
-            # The topic was found before, so it was deleted since then. Look the topic up again before the next message.
+            # The brokers do not know the topic, although an earlier lookup found it, so the topic has been deleted
+            # since. Look the topic up again before the next message.
             self._kser_topics.discard(topic)
             return KafkaException(self._kser_missing_topic_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
@@ -218,7 +219,7 @@ class Producer(KafkaProducerBase):
 class _Bulk(Bulk, Waiter):
     """The messages of one ``bulk_send``.
 
-    Delivery reports arrive in the thread that polls; the thread of the bulk processes them.
+    Delivery reports arrive in the thread that polls; the thread that called ``bulk_send`` processes them.
     """
 
     _producer: Producer
@@ -278,8 +279,8 @@ class _Bulk(Bulk, Waiter):
         except Exception as exc:
             del self._in_flight[number]
             if isinstance(exc, KafkaException):
-                # Fail the remaining messages of the bulk with this error, because each of them would wait for its
-                # deadline and then fail for the same reason.
+                # Fail the remaining messages of this ``bulk_send`` immediately, with the same error. Otherwise, each of
+                # them would wait for the brokers again, and then fail for the same reason.
                 self._first_error = exc
             raise
 

@@ -58,7 +58,7 @@ class BaseConsumer:
     :param poll_limit: ``max.poll.interval.ms`` of the client, in seconds.
     :param session: ``session.timeout.ms`` of the client, in seconds.
     :param clock: returns the time in seconds, which must never decrease.
-    :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
+    :raises kser.errors.SettingError: the dead-letter topic is one of ``topics``.
     """
 
     #: The controller that handles the messages: a controller class or an instance of one. You may set this attribute on
@@ -327,12 +327,12 @@ class BaseConsumer:
         timeout = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
         self._kser_client_thread.join(timeout)
         if self._kser_client_thread.is_alive():
-            self._kser_log.warning("the Kafka client did not close in time; exiting without it")
+            self._kser_log.warning("the Kafka client did not close in time; the consumer ends without it")
 
     def _kser_start(self) -> None:
         self._kser_main_thread = threading.current_thread()
-        # Check the control files before the threads start, because the pause file or the terminate file may already
-        # exist.
+        # Check the control files before the threads start. Otherwise, the consumer could start a message although a
+        # control file was created after the constructor removed the pause file.
         self._kser_check_control_files()
         self._kser_shared_producer.attach(self.REGISTRY)
         self._kser_client_thread = threading.Thread(target=self._kser_poller.run, name="kser-client", daemon=True)
@@ -350,7 +350,8 @@ class BaseConsumer:
         if self._kser_client_thread is None:
             self._kser_poller.commit()
         else:
-            # The client thread commits. The offset counts as committed when the group has confirmed the commit.
+            # Only the client thread commits, so this thread waits. The offset counts as committed when the group has
+            # confirmed the commit.
             self._kser_work_queue.waiters.wait(lambda: item.tracker.is_committed(item.record.offset), CLIENT_TIMEOUT)
 
     def _kser_handle(self, value: Any) -> None:

@@ -182,14 +182,14 @@ _REMEDIES = {
 def client_error(
     activity: str, servers: str, reason: object, *, fatal: bool = False, transient: bool = False
 ) -> ClientError:
-    """Build the error of a failed client operation.
+    """Build the error of a failed call of the client library.
 
-    :param activity: the failed operation as an infinitive, for example "fetch messages".
+    :param activity: the purpose of the failed call as an infinitive, for example "fetch messages".
     :param servers: the bootstrap servers.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
-    :param transient: whether the error is normal for a while, for example during a rebalance; the consumer logs it at
-        INFO.
+    :param transient: whether the error is expected and disappears without an action, for example during a rebalance;
+        the consumer logs it at INFO.
     """
     text = f"cannot {activity} at {servers}: {reason}"
     remedy = next((advice for word, advice in _REMEDIES.items() if word in str(reason).lower()), None)

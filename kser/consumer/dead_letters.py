@@ -30,7 +30,8 @@ WRITE_TIMEOUT = 10.0
 class DeadLetterWriter:
     """Writer of dead letters.
 
-    :param topic_for: returns the dead letter topic of a source topic; None if the source topic has no dead letters.
+    :param topic_for: a function that returns the dead-letter topic of a source topic, or None if dead letters are
+        disabled for the source topic.
     :param producer: returns the producer that writes the dead letters.
     :param sender: the consumer class. Each dead letter contains the name of the class, and the class is the sender of
         the signal ``dead_lettered``.
@@ -57,7 +58,8 @@ class DeadLetterWriter:
         :param attempts: the number of attempts at the record.
         :param again: whether an earlier write of this dead letter failed. The earlier failure was logged at ERROR, so
             this call logs a failure at DEBUG.
-        :return: True if the record counts as finished: its dead letter is written, or its topic has no dead letters.
+        :return: True if the record counts as finished: its dead letter is written, or dead letters are disabled for its
+            topic.
         """
         topic = self._topic_for(record.topic)
         if topic is None:
@@ -84,7 +86,9 @@ class DeadLetterWriter:
                 return
             except MessageTooLarge as error:
                 too_large = error
-        raise DeliveryError(f"{too_large.message}; raise the limits of the producer and of the topic {topic!r}")
+        raise DeliveryError(
+            f"{too_large.message}; the producer and the topic {topic!r} must accept records of this size"
+        )
 
     def _headers(self, record: Record, failure: Failure, attempts: int, limit: int) -> list[tuple[str, bytes | None]]:
         values = {

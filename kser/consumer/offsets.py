@@ -2,10 +2,11 @@
 
 All records below the committed offset are finished. The metadata of the commit lists the finished offsets above the
 committed offset, so that the next consumer of the partition does not run their records again. For example,
-``kser:1,14,2,3`` means, in hexadecimal and from the committed offset on: 1 unfinished, 20 finished, 2 unfinished and 3
-finished. An offset without a record (compacted, or a transaction marker) counts as finished. With the reset policy
-``latest``, the metadata starts with ``of:4`` if the topic had 4 partitions. Metadata that is written to Kafka ends with
-a checksum, because damaged metadata must not mark a record as finished.
+``kser:1,14,2,3`` counts offsets in hexadecimal, from the committed offset on: 1 offset is unfinished, the next 20
+(hexadecimal 14) are finished, the next 2 are unfinished, and the next 3 are finished. An offset without a record
+(compacted, or a transaction marker) counts as finished. With the reset policy ``latest``, the number of partitions that
+the topic had when the group subscribed precedes this list, for example ``of:4 kser:1,14,2,3`` for 4 partitions.
+Metadata that is written to Kafka ends with a checksum, because damaged metadata must not mark a record as finished.
 """
 
 from __future__ import annotations
@@ -169,8 +170,9 @@ class OffsetTracker:
             del self.unfinished[offset]
             return True
         if self._carried_over.pop(offset, None) is not None:
-            # An attempt from an earlier assignment finished the record before the client returned the record again.
-            # Remember the offset, so that :meth:`track` drops the redelivered record.
+            # The partition was revoked and assigned to this consumer again. An attempt from the earlier assignment has
+            # finished the record, and the client has not fetched the record again yet. Remember the offset, so that
+            # :meth:`track` drops the record when it arrives.
             self._finished_early.add(offset)
         return False
 
@@ -185,8 +187,9 @@ class OffsetTracker:
     def finished_ranges(self, unfinished: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
         """Iterate over the finished ranges, from the committed offset on.
 
-        :param unfinished: the unfinished offsets of the received records, in order; by default, the unfinished offsets
-            in the tracker.
+        :param unfinished: the received offsets that are not finished, in ascending order; by default, all offsets that
+            the tracker contains as unfinished. :meth:`commit` passes fewer offsets if started records count as
+            finished.
         """
         start = self.committed.offset
         for offset in self.unfinished if unfinished is None else unfinished:
@@ -215,8 +218,9 @@ class OffsetTracker:
     def commit(self, counts_as_finished: Callable[[Any], bool] | None = None) -> Commit:
         """Return the commit for the current state.
 
-        :param counts_as_finished: returns whether an unfinished item counts as finished because it has started. With
-            None, no unfinished item counts as finished.
+        :param counts_as_finished: for ``commit="before"``, which commits a record when its attempt starts: returns
+            whether an item was started, so that its record counts as finished although the attempt still runs. With
+            None, only finished records count as finished.
         """
         unfinished: Collection[int] = self.unfinished
         if counts_as_finished is not None:
@@ -226,8 +230,8 @@ class OffsetTracker:
             return Commit(offset)
         finished = Ranges(self.finished_ranges(unfinished))
         if not unfinished:
-            # Finished ranges of an earlier assignment may follow the last received record directly, so move the offset
-            # behind these ranges.
+            # Finished ranges of an earlier assignment may follow the last received record directly. In this case, the
+            # offset to commit is the end of these ranges.
             offset = max((end for start, end in finished if start <= offset), default=offset)
         return Commit(offset, _encode(offset, finished))
 
@@ -271,6 +275,7 @@ def _encode(offset: int, finished: Ranges) -> str:
             runs += (max(start, offset) - last, end - max(start, offset))
             last = end
     text = PREFIX + ",".join(format(run, "x") for run in runs) if runs else ""
-    # This function drops ranges beyond the metadata limit, and the records of these ranges would run again after a
-    # crash. To prevent that, the poller pauses a partition while ``is_full`` is true.
+    # If the metadata exceeded its limit, this function would drop the last ranges, and the records of these ranges
+    # would run again after a crash. The limit is normally not reached, because the poller pauses a partition while
+    # ``is_full`` is true.
     return text if len(text) <= METADATA_LIMIT else text[: text.rindex(",", 0, METADATA_LIMIT)]

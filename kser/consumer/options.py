@@ -45,8 +45,8 @@ class ConsumerOptions:
 
     Each option is an argument of the consumer's constructor, or a setting with the name ``KSER_<NAME>``.
 
-    :param workers: the number of messages that run at the same time. One worker runs in the main thread; several
-        workers have a thread each.
+    :param workers: the number of messages that run at the same time. If the number is 1, messages run in the main
+        thread. Otherwise, each worker has a thread of its own.
     :param ordering: ``"key"``: messages of a partition with the same key run one after another, in order;
         ``"partition"``: all messages of a partition run one after another, in order; ``"none"``: messages run in any
         order.
@@ -60,7 +60,7 @@ class ConsumerOptions:
         reduces a value above a third of ``max.poll.interval.ms`` to that third.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
-    :param stall_timeout: seconds without a finished message after which a consumer with lag logs an error.
+    :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
     """
 
     workers: int = 1
@@ -90,7 +90,7 @@ class ConsumerOptions:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     def dead_letter_topic(self, topic: str) -> str | None:
-        """Return the dead letter topic for messages of ``topic``; None if dead letters are disabled."""
+        """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""
         if isinstance(self.dead_letter, str):
             return self.dead_letter
         return f"{topic}.dlq" if self.dead_letter else None
@@ -99,7 +99,7 @@ class ConsumerOptions:
         """Check that a consumer does not read its own dead letters.
 
         :param topics: the consumed topics.
-        :raises kser.errors.SettingError: the dead letter topic is one of ``topics``.
+        :raises kser.errors.SettingError: the dead-letter topic is one of ``topics``.
         """
         if self.dead_letter in topics:
             raise SettingError(
@@ -163,4 +163,4 @@ def _dead_letter(source: str, value: Any) -> bool | str:
         value = words.get(value.lower(), value)
     if isinstance(value, bool) or (isinstance(value, str) and value):
         return value
-    raise SettingError(f"{source} must be True or the name of a topic; it is {value!r}")
+    raise SettingError(f"{source} must be True, False or the name of a topic; it is {value!r}")

@@ -52,7 +52,7 @@ class PartitionTable(RebalanceListener):
         return queued
 
     def blocked_partitions(self) -> Collection[Partition]:
-        """Return the partitions of which the client must fetch no more records.
+        """Return the partitions from which the client must not fetch for now.
 
         These are the partitions with a dead letter that is not written yet, and the partitions whose finished offsets
         might not fit into the metadata of a commit.
@@ -100,8 +100,9 @@ class PartitionTable(RebalanceListener):
             self._assigned = True
             for key, start in starts.items():
                 revoked = self._revoked.pop(key, None) or self._detach(key)
-                # The committed offset of a group decreases only if the offset was deleted. In that case, the offset
-                # tracker of the earlier assignment is invalid, so create a new one.
+                # If the committed offset is lower than the last commit of this consumer, a user or the broker has
+                # deleted or reset the offset of the group meanwhile. In that case, the offset tracker of the earlier
+                # assignment is invalid, so create a new one.
                 if revoked is None or start.offset < revoked.committed.offset:
                     self._trackers[key] = OffsetTracker(start)
                     self._work_queue.resume_partition(key, self._trackers[key], {})
@@ -117,15 +118,19 @@ class PartitionTable(RebalanceListener):
                 self._trackers[key] = OffsetTracker(start)
 
     def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
-        # When a closing client leaves the group, its partitions are revoked. The final commit was made before, so
-        # return an empty revocation, which commits nothing.
+        # When a closing client leaves the group, its partitions are revoked. Their offsets are already committed, so
+        # return a revocation without partitions, which waits for no record and commits nothing.
         return self._revoke(() if self._closed else partitions)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
         self._revoke(partitions)
 
     def close(self) -> None:
-        """Ignore the revocation at the end, because the client leaves the group after the final commit."""
+        """Ignore revocations from now on.
+
+        Call this method after the final commit, before the client leaves the group. Leaving the group revokes all
+        partitions, and their offsets are already committed.
+        """
         self._closed = True
 
     def _revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
@@ -142,7 +147,10 @@ class PartitionTable(RebalanceListener):
         return tracker
 
     def _resume(self, key: Partition, start: Commit, revoked: OffsetTracker) -> None:
-        """Restore a reassigned partition, so that its running attempts and pending retries continue."""
+        """Restore a partition that was revoked and is assigned to this consumer again.
+
+        The running attempts and pending retries of the partition continue.
+        """
         finished = decode(start)
         items = {at: item for at, item in revoked.started().items() if at >= start.offset and at not in finished}
         self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items)

@@ -1,6 +1,6 @@
 """The poller: the thread that owns the Kafka client. It polls, pauses and commits, and runs no user code.
 
-User code runs in other threads. So a task may run for hours while the client still sends heartbeats to its group.
+User code runs in other threads. So the client remains a member of its group even while a task runs for hours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Poller:
     :param partitions: the partition table.
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
-    :param stall_timeout: seconds without a finished record after which the poller logs lag as an error.
+    :param stall_timeout: the poller logs lag as an error if no record was finished for this number of seconds.
     :param log: the logger of the consumer.
     """
 
@@ -158,9 +158,10 @@ class Poller:
         room = self._work_queue.capacity()
         in_flight = self._work_queue.in_flight
         enough = in_flight // 2
-        # Wait for capacity, because otherwise each poll would fetch only a few records. With ``interval`` 0, also wait
-        # until a record is started or finished, because the consumer commits each record separately and cannot commit
-        # while a poll blocks.
+        # Wait for capacity, because otherwise each poll would fetch only a few records. With ``interval`` 0, each
+        # record is committed as soon as it finishes (with ``commit="before"``, as soon as it starts), and no commit is
+        # possible while a poll blocks. So, with ``interval`` 0, wait also while all workers are busy, until a record
+        # starts or finishes.
         if timeout and (room <= enough or (not self._interval and in_flight and self._work_queue.is_busy)):
             wait = min(MAX_POLL_GAP, self._until_commit())
             seen = self._work_queue.finished_count + self._work_queue.started_count

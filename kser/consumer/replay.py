@@ -13,8 +13,8 @@ from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
 from kser.consumer.services import SharedProducer
 from kser.errors import BrokerUnavailable
 
-#: Number of dead letters that are replayed between two commits. After a crash, the next replay sends those dead letters
-#: a second time that were replayed after the last commit.
+#: Number of dead letters that are replayed between two commits. After a crash, the next replay repeats the dead letters
+#: that were replayed after the last commit.
 READ_BATCH = 100
 
 #: Time limit of one poll for dead letters, in seconds.
@@ -87,9 +87,10 @@ def replay(
 def _reader(
     consumer: type[BaseConsumer], config: Mapping[str, Any], topic: str, group: str, commit: str = "after"
 ) -> BaseConsumer:
-    # The reader must not remove the pause file, because the file belongs to the other consumers of this host.
+    # A consumer removes the pause file when it starts. The consumer that reads the dead letters must not do so, because
+    # the pause file controls the regular consumers of this host.
     reader: Any = type("DeadLetterReader", (consumer,), {"clean_lock": classmethod(lambda cls: None)})
-    # The reader sets these options itself, because the settings of this process are meant for its regular consumers.
+    # This function sets these options itself, because the settings of this process are meant for its regular consumers.
     instance: BaseConsumer = reader(
         {**config, consumer.GROUP_OPTION: group, consumer.RESET_OPTION: "earliest"},
         [topic],

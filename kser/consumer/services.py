@@ -109,20 +109,20 @@ class SharedProducer:
             return self._producer
 
     def attach(self, controller: Any) -> None:
-        """Attach the producer to the registries of a controller's classes, so that the tasks of these classes can send.
+        """Attach the producer to the registry of each class of a controller, so that tasks can send messages.
 
-        Call this method regularly, for two reasons. A registry whose classes are registered later has no producer yet.
-        And if another consumer of this process attached its own producer to the same registry and has closed, the
-        registry has no producer any more.
+        Call this method regularly, for two reasons. A class that is registered later may belong to a registry without a
+        producer. And a registry contains only one attached producer: if another consumer of this process attached its
+        own producer later, and then closed, the registry contains none.
         """
         self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
         for registry in _registries(controller):
             registry._kser_set_fallback_producer(self.producer)
 
     def attach_if_changed(self, controller: Any) -> bool:
-        """Attach the producer if the controller or its number of classes has changed.
+        """Attach the producer if the controller or the number of its classes is not the same as at the last call.
 
-        :return: whether the controller or its number of classes has changed.
+        :return: True if the controller or the number of its classes is not the same as at the last call.
         """
         if self._attached_to == (controller, len(getattr(controller, "ENTRYPOINTS", ()))):
             return False
@@ -136,7 +136,7 @@ class SharedProducer:
         return list({id(service): service for service in services if service is not None}.values())
 
     def detach(self, controller: Any) -> None:
-        """Detach the producer from the registries of a controller's classes."""
+        """Detach the producer from the registry of each class of a controller."""
         for registry in _registries(controller):
             registry._kser_clear_fallback_producer(self.producer)
 

@@ -19,13 +19,14 @@ from kser.attempt import Attempt, AttemptAbandoned, current_attempt
 #: forward the same signal.
 REPEATED_SIGNAL_WINDOW = 0.2
 
-#: Seconds between two wake-up signals to the main thread.
+#: Seconds between two sends of ``WAKEUP_SIGNAL`` to the main thread.
 WAKEUP_INTERVAL = 0.1
 
 #: Seconds that the main thread has to leave an abandoned attempt, including the clean-up code of the task.
 CLEANUP_GRACE = 5.0
 
-#: The wake-up signal. kser uses SIGURG for nothing else, and a process without a handler for SIGURG ignores it.
+#: The signal that makes the main thread run the handler that ends an abandoned attempt. kser uses SIGURG for nothing
+#: else, and a process without a handler for SIGURG ignores it.
 WAKEUP_SIGNAL = signal.SIGURG
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -97,8 +98,9 @@ class ShutdownSignals:
     def interrupt_main_thread(self, is_running: Callable[[], bool]) -> bool:
         """Interrupt an abandoned attempt that still runs in the main thread.
 
-        Only a signal handler can raise an exception in the main thread, so this method sends a signal to the main
-        thread. The handler raises the exception only once per attempt.
+        Another thread cannot raise an exception in the main thread, but a signal handler can, because it runs in the
+        main thread. So this method sends ``WAKEUP_SIGNAL`` to the main thread, and the handler raises the exception, at
+        most once.
 
         :param is_running: returns whether the main thread still runs tasks.
         :return: whether the main thread has left the attempt, including its clean-up code, within ``CLEANUP_GRACE``

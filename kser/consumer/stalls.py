@@ -15,7 +15,7 @@ class StallDetector:
 
     :param work_queue: the work queue.
     :param partitions: the partition table.
-    :param timeout: seconds without a finished record after which a consumer with lag counts as stalled.
+    :param timeout: a consumer with lag counts as stalled if it has finished no record for this number of seconds.
     :param log: the logger of the consumer.
     """
 
@@ -29,10 +29,12 @@ class StallDetector:
         self._stalled = False
 
     def check(self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]]) -> int:
-        """Log a stall when it begins, and return the number of stalled partitions.
+        """Log a stall when it begins.
 
-        :param no_stall: True if records were fetched, or if the consumer deliberately fetches no records.
+        :param no_stall: True if the consumer cannot stall now: the last poll returned records, or the consumer
+            deliberately fetches none, because it is paused or shutting down.
         :param client_lag: returns how many records of each partition are not fetched yet.
+        :return: the number of partitions with lag if a stall begins now, otherwise 0.
         """
         finished, now = self._work_queue.finished_count, self._work_queue.clock()
         if no_stall or finished != self._seen_finished:

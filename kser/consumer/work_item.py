@@ -43,16 +43,18 @@ class WorkItem:
     def survives_revocation(self, commit_before: bool) -> bool:
         """Return whether the item continues after a revocation of its partition.
 
-        The item continues if Kafka will not redeliver its record, because the record is acked or counts as finished.
+        The item continues only if Kafka will not redeliver its record. This is true in two cases: the record is acked,
+        or ``commit_before`` is True and an attempt at the record was started.
 
         :param commit_before: whether a record counts as finished as soon as its attempt has started.
         """
         return self.attempt.acked or (commit_before and self.was_started)
 
     def next_attempt(self, due_at: float) -> WorkItem:
-        """Create the item that replaces this item in the work queue, for the next attempt at the record.
+        """Create the item that replaces this item: for a retry, a timeout, or another write of the dead letter.
 
-        The new item has the attempt number of this item. For a retry, the caller increments the number.
+        The new item keeps the attempt number, because only a retry is a new attempt. For a retry, the caller increments
+        the number.
 
         :param due_at: the time at which the new item is due.
         """

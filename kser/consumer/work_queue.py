@@ -84,7 +84,10 @@ class ConditionWaiters:
                 self.predicates.remove(predicate)
 
     def notify_satisfied(self) -> None:
-        """Wake all waiting threads if at least one of their predicates is true."""
+        """Wake the waiting threads if the predicate of at least one of them is true.
+
+        This also wakes the other threads, which then continue to wait.
+        """
         if any(predicate() for predicate in self.predicates):
             self._condition.notify_all()
 
@@ -128,7 +131,8 @@ class WorkQueue:
     """A queue of records in lanes, from which the workers take the next record to run.
 
     :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
-    :param max_in_flight: the maximum number of unfinished records; beyond it, :meth:`capacity` is 0.
+    :param max_in_flight: the maximum number of unfinished records, not counting records that wait for a retry. At this
+        number, :meth:`capacity` is 0.
     :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
     :param retry: the retry policy for classes that declare no policy.
     :param max_silence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
@@ -180,7 +184,7 @@ class WorkQueue:
 
     @property
     def in_flight(self) -> int:
-        """The number of unfinished records of the assigned partitions, except records that wait for a retry."""
+        """The number of records in flight in the assigned partitions, not counting records that wait for a retry."""
         return self._in_flight_limit.count - self.lanes.delayed_count
 
     @property
@@ -212,8 +216,8 @@ class WorkQueue:
                 continue
             count += 1
             size += item.size
-            # If ``entered`` is an earlier item, an attempt that was started before the rebalance continues, and already
-            # occupies the lane.
+            # If ``entered`` is another item, it belongs to an attempt or a retry from before the rebalance. This item
+            # already occupies its lane.
             if entered is item:
                 lanes.add(item) if lane is not None else lanes.ready.append(item)
         self._in_flight_limit.acquire(count, size)
@@ -233,7 +237,9 @@ class WorkQueue:
     def resume_partition(
         self, partition: Partition, tracker: OffsetTracker, carried_over: Mapping[int, WorkItem]
     ) -> None:
-        """Continue the running attempts and pending retries of a reassigned partition. The caller must hold the lock.
+        """Take over the attempts and retries of a partition that is assigned to this consumer again.
+
+        The running attempts and the pending retries are from an earlier assignment. The caller must hold the lock.
 
         :param tracker: the new offset tracker of the partition.
         :param carried_over: the items that were started during an earlier assignment and are unfinished.
@@ -247,7 +253,8 @@ class WorkQueue:
                 self.lanes.delay(item)
         if carried_over:
             self._work_available.notify_all()
-        # A running attempt whose record is acked survived the revocation. It occupies its lane again.
+        # An attempt whose record is acked continues after the revocation, but the revocation freed its lane. Occupy the
+        # lane again, so that no later record of the lane starts before the attempt ends.
         for item in self._running.values():
             if item.attempt.acked and item.partition == partition:
                 item.tracker = tracker
@@ -300,7 +307,8 @@ class WorkQueue:
         tracker = item.tracker
         with self.lock:
             if self._running.pop(item.attempt, None) is None:
-                # The attempt was abandoned or timed out meanwhile, so only a later attempt at the record counts.
+                # The attempt was abandoned or timed out meanwhile, so ignore its end. If the record is not finished, a
+                # later attempt finishes it.
                 return True
             self.finished_count += 1
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
@@ -341,9 +349,12 @@ class WorkQueue:
                 self._schedule_next(item, following)
 
     def time_out(self, item: WorkItem, timeout_error: Exception, outcome: list[str]) -> bool:
-        """Time out a running attempt: queue a replacement attempt that fails with ``timeout_error``.
+        """Time out a running attempt: abandon it, and queue an item that reports ``timeout_error`` in its place.
 
-        :param outcome: the outcome latch of the attempt.
+        The thread of the attempt may never return. So a new attempt with the same number raises ``timeout_error``
+        instead of running the message, and the failure is handled like any other failure.
+
+        :param outcome: the outcome latch of the attempt (``Attempt.outcome``), which accepts only its first value.
         :return: False if the attempt has already ended.
         """
         with self.lock:
@@ -377,8 +388,8 @@ class WorkQueue:
         return True
 
     def _schedule_next(self, item: WorkItem, next_item: WorkItem) -> None:
-        # The partition may have been revoked and reassigned meanwhile. In that case, its tracker may no longer contain
-        # the record.
+        # The partition may have been revoked and assigned again meanwhile. In that case, its tracker may no longer
+        # contain the record.
         is_tracked = item.tracker.replace(item.record.offset, next_item)
         continues = item.attempt.acked or (
             is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))

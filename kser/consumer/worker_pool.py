@@ -117,8 +117,9 @@ class WorkerPool:
         now = self._work_queue.clock()
         for item in self._work_queue.running():
             attempt = item.attempt
-            # Read the outcome latch before the check, because each step of an attempt has its own latch and timer, and
-            # the next step may begin meanwhile.
+            # Read the outcome latch before the time limit. During a stored operation, each step has a latch and a timer
+            # of its own. In the opposite order, a step that begins between the two reads would time out by the limit of
+            # the step before.
             outcome = attempt.outcome
             if attempt.time_limit is not None and now - attempt.started_at >= attempt.time_limit:
                 timeout_error = TaskTimeout(f"the attempt took longer than TIME_LIMIT, {attempt.time_limit:g} s")
@@ -166,13 +167,13 @@ class WorkerPool:
             # _apply_outcome logs the abandoned attempt.
             pass
         except BaseException as exc:
-            # No exception may end the worker; otherwise each redelivery of a message that raises would end another
-            # worker.
+            # No exception may end the worker. Otherwise, a message whose handling raises an exception would end one
+            # more worker at each redelivery.
             if attempt.failure is None:
                 attempt.reject(FAILED, exc)
             self._log.exception(
-                f"the registry raised an exception at offset {item.record.offset} of {item.partition};"
-                " the message failed"
+                f"the message at offset {item.record.offset} of {item.partition} failed, because the registry raised"
+                " an exception"
             )
         finally:
             current_attempt.set(None)
@@ -209,5 +210,5 @@ class WorkerPool:
     def _log_revoked(self, item: WorkItem) -> None:
         self._log.info(
             f"the message at offset {item.record.offset} of {item.partition} was finished after the partition was"
-            " revoked: it is not committed, and will be redelivered if another consumer owns the partition"
+            " revoked, so it is not committed: it will run again, unless this consumer gets the partition back"
         )

@@ -112,7 +112,10 @@ class ConsumerGroup:
             self._broker.message_arrived.notify_all()
 
     def join(self, member: DummyClient) -> None:
-        """Add a member to the rebalance after its partitions were revoked. The last member ends the rebalance."""
+        """Add a member to the rebalance after its partitions were revoked.
+
+        The rebalance ends when all members of the group have joined it.
+        """
         self._rejoined.add(member)
         if self._rejoined >= set(self.members):
             self._assign()
@@ -234,8 +237,9 @@ class DummyClient(ConsumerClient):
             self._record_commits(new)
         self._positions = {key: commit.offset for key, commit in (known | new).items()}
         self._listener.on_assign(known)
-        # If the client does not commit, only the listener knows which offsets are finished, and ``on_reset`` would
-        # discard that state.
+        # A client that never commits finds no committed offset when a partition is assigned to it again. So call
+        # ``on_assign`` in this case: the listener still knows the finished offsets, and ``on_reset`` would discard
+        # them.
         self._listener.on_reset(new) if self.can_commit else self._listener.on_assign(new)
 
     def _first_position(self, key: Partition) -> Commit:

@@ -33,7 +33,7 @@ class Producer(KafkaProducerBase):
         return _Bulk(self, topic, timeout, key)
 
     def _kser_deadline(self, timeout: float) -> float:
-        # A bulk in memory has no deadline. Its Result only shows the timeout.
+        # A send in memory needs no deadline. The timeout has no effect; it only appears in the text of the Result.
         return math.inf
 
     def _kser_deliver(

@@ -68,7 +68,7 @@ class DurabilitySettings:
     ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
     ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
     ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
-    ``KSER_MAX_CLAIMS`` 20      maximum number of claims of one step without a checkpoint; then the step fails
+    ``KSER_MAX_CLAIMS`` 20      maximum number of claims of an operation at one step; the next claim fails the step
     =================== ======= ====================================================================================
 
     :raises kser.errors.SettingError: a setting has an invalid value.
@@ -185,7 +185,11 @@ class DurableContext:
             self._on_sent(target, root_uuid, step_key, failed_result(error, target.uuid))
 
     def _on_sent(self, target: StepMessage, root_uuid: str, step_key: tuple[int, int] | None, result: Any) -> Result:
-        """Handle the producer's result: queue a delivered step to be marked as sent, and log a failed send."""
+        """Handle the result of the producer.
+
+        If the message was delivered, put its step into the queue of the steps to mark as sent. If the send failed, log
+        the failure.
+        """
         if not isinstance(result, Result):
             # A hook of the producer returned no Result, so it is unknown whether the message was delivered. So do not
             # mark the step as sent.
@@ -195,8 +199,8 @@ class DurableContext:
                 self.unrecorded_sends.append(step_key)
             return result
         logger.warning(
-            f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent; the reaper of a consumer"
-            f" will send it: {result.stderr}"
+            f"{target.entrypoint}[{target.uuid}] of operation {root_uuid} could not be sent: {result.stderr}; the"
+            " reaper of a consumer will send it"
         )
         return result
 

@@ -51,9 +51,9 @@ def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exceptio
 
     :param context: the durable context of this process.
     :param claim: the claim under which the execution works.
-    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
-        None if there is no such attempt. The execution records this error as the outcome of the attempt, and releases
-        the claim.
+    :param timeout_error: set if an attempt at the current task has timed out and its thread still runs: the timeout
+        error of this attempt. Otherwise None. The execution records this error as the outcome of the attempt, and
+        releases the claim.
     :return: a Result, or :class:`kser.attempt.Deferred` if this execution has no result for the message.
     """
     return Execution(context, claim, timeout_error=timeout_error).run()
@@ -64,7 +64,7 @@ class DurableStart:
     """Runner that stores an operation that was built from a message, and then executes the operation.
 
     The runner stores only the object that was built from the message. If user code runs a copy of this object, the copy
-    runs in memory.
+    runs without being stored.
 
     :param context: the durable context of this process.
     :param operation: the object that was built from the message.
@@ -117,9 +117,9 @@ class Execution:
     :param context: the durable context of this process.
     :param claim: the claim under which the execution works.
     :param operation: the object of the root operation, if the object already exists.
-    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
-        None if there is no such attempt. The execution records this error as the outcome of the attempt, and releases
-        the claim.
+    :param timeout_error: set if an attempt at the current task has timed out and its thread still runs: the timeout
+        error of this attempt. Otherwise None. The execution records this error as the outcome of the attempt, and
+        releases the claim.
     """
 
     def __init__(
@@ -186,9 +186,10 @@ class Execution:
         self._context.release_claim(self)
 
     def release(self) -> None:
-        """Release the claim at the stored position of the operation, and send the message of the current step.
+        """Release the claim, and send the message of the stored step, so that any consumer can run it.
 
-        Another thread may still run a step under the claim. The store then rejects the checkpoint of this step.
+        The operation stays at the position of its last checkpoint. Another thread may still run a step under the claim.
+        The store then rejects the checkpoint of this step.
         """
         root, epoch, store = self.claim.root, self.claim.epoch, self._context.store.direct
         row = store.get_operation(root.uuid)
@@ -219,8 +220,8 @@ class Execution:
         except (FencedError, StoreUnavailable):
             raise
         except Exception as exc:
-            # A StoreError is permanent, and any other exception would occur again immediately. So fail the step instead
-            # of retrying it.
+            # A retry would not help. A StoreError is permanent, the store repeats its calls during an outage by itself,
+            # and any other exception has a cause that would still exist at an immediate retry. So fail the step.
             logger.exception(f"{self.label}: the outcome of a step cannot be recorded, so the step fails")
             outcome = self._reload_and_fail(exc)
             recorded = self._checkpoint(outcome)
@@ -247,8 +248,8 @@ class Execution:
         if outcome.reply is not NO_REPLY:
             self._reply = outcome.reply
         if change.is_finished or status == states.CANCELLED or not checkpoint.keep:
-            # Unregister the claim before sending the next step. The store has already released the claim, so during a
-            # slow send the heartbeat would report the claim as lost.
+            # Unregister the claim before sending the next step. The store has already released the claim. If the claim
+            # were still registered during a slow send, the heartbeat would report it as lost.
             self._unregister()
         self._emit_tasks(checkpoint)
         if status == states.CANCELLED:
@@ -261,14 +262,17 @@ class Execution:
         elif delay is not None:
             self._reply = Deferred(self._reply or root.accumulated)
             if not delay:
-                # Send the message of a retry without a delay now. The reaper would wait RESEND_UNSENT_AFTER seconds,
-                # because it cannot distinguish such a retry from a step that a consumer is about to send.
+                # If the retry has no delay, send its message now. The reaper would wait RESEND_UNSENT_AFTER seconds,
+                # because it cannot distinguish this retry from a step that a consumer is about to send.
                 self._send(root.row.target)
         elif self._released:
             self._dispatch_next(checkpoint.target)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
-        """Return whether to keep the claim, and the message of the next step; None keeps the stored message."""
+        """Return whether to keep the claim, and the message of the next step.
+
+        The message is None if the message in the store does not change.
+        """
         change, frame = outcome.change, self._state.frames[-1]
         if change.is_finished:
             return True, None
@@ -340,7 +344,8 @@ class Execution:
     def _emit_end(self, frame: OperationFrame) -> None:
         """Log the end of an operation whose class overrides no hook for the end.
 
-        The log lines are the same as for an operation in memory.
+        The end of other operations is a step of its own, whose hooks log the end. The log lines are the same as for an
+        operation that is not stored.
         """
         operation, outcome = frame.operation, frame.outcome
         if operation is None:

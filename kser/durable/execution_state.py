@@ -93,10 +93,10 @@ class OperationFrame:
 class StepChange(NamedTuple):
     """The changes of one step."""
 
-    #: The checkpoint that records the step and keeps the claim.
+    #: The checkpoint that records the step. It keeps the claim; the caller changes this if the claim must be released.
     checkpoint: Checkpoint
     #: Frames of the operations that ended in this step and whose classes override no hook for the end; the innermost
-    #: operation is first.
+    #: operation is first. The end of an operation with such a hook is a step of its own.
     ended: Sequence[OperationFrame]
     #: True if the root has ended.
     is_finished: bool

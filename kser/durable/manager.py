@@ -22,7 +22,7 @@ from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, O
 
 logger = logging.getLogger(__name__)
 
-#: First and longest interval, in seconds, between two polls of ``wait()`` for the end of an operation.
+#: The first interval and the longest interval between two polls of ``wait()``, in seconds.
 _POLL_INTERVALS = (0.01, 0.25)
 
 #: Maximum number of operations that are deleted in one transaction.
@@ -148,7 +148,10 @@ class OperationManager:
         except ProducerMissing as missing:
             # A client needs no producer, because the reaper of a consumer sends the step with the producer of that
             # consumer.
-            logger.info(f"operation {uuid} is resumed, and the reaper of a consumer will send it: {missing.message}")
+            logger.info(
+                f"operation {uuid} is resumed, and the reaper of a consumer will send it, because this process cannot:"
+                f" {missing.message}"
+            )
         else:
             result = self._context.send(row.target, row.uuid)
             if states.final_status(result) == states.SUCCESS:

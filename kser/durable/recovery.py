@@ -1,4 +1,4 @@
-"""Background service of each consumer with a shared database: the heartbeat and the reaper.
+"""Background service of each consumer whose registry has a store; it does the work of the heartbeat and of the reaper.
 
 Every consumer runs a reaper, so that the other consumers continue the operations of a consumer that has died.
 """
@@ -125,9 +125,10 @@ class RecoveryService:
                 return total
 
     def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Return the due steps, except the steps of roots whose lease has expired.
+        """Return the due steps, except those that are due only because a lease has expired.
 
-        The reaper checks the excepted steps again after the duration of one lease.
+        Call this method while an expired lease does not prove that its owner is gone. The reaper checks the omitted
+        steps again after the duration of one lease.
         """
         self._last_contact = -float("inf")
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
@@ -136,13 +137,14 @@ class RecoveryService:
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _leases_are_trustworthy(self) -> bool:
-        """Return whether an expired lease proves that its owner is gone (durability rule 21).
+        """Return whether an expired lease proves that its owner is gone.
 
         After an outage, an expired lease proves nothing, because no owner could renew its lease during the outage.
         """
         now = self.clock()
-        # Allow at least two reaper intervals, because with a short lease the time between two ticks would otherwise
-        # count as an interruption of the contact with the store.
+        # A longer time between two contacts with the store counts as an interruption of the contact. The limit is at
+        # least two reaper intervals, because with a short lease the normal time between two ticks would otherwise count
+        # as an interruption.
         if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
             self._contact_since = now
         self._last_contact = now

@@ -109,10 +109,10 @@ def serialize_failure(failed: Result, accumulated: Result) -> SerializedOutcome:
 
 
 def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageError | None]:
-    """Return the result to store, the JSON of this result, and the error or None.
+    """Return the result that must be stored, its JSON, and the error that prevents the storing of ``result``.
 
-    If ``result`` is no Result or has no JSON form, the result to store is a failed result, and the error states the
-    reason.
+    The error is None if ``result`` can be stored. If ``result`` is no Result or has no JSON form, the result that must
+    be stored is a failed result, and the error states the reason.
     """
     try:
         if not isinstance(result, Result):
@@ -248,7 +248,7 @@ def _is_done(task: Task) -> bool:
 
 
 def _has_initial_result(task: Task) -> bool:
-    """Return whether a task has an initial result, that is, it has not run yet and its result is not blank."""
+    """Return whether a task that has not run yet has an initial result other than the blank result."""
     return task.status == states.PENDING and not task._kser_executed and not _is_blank(task.result)
 
 

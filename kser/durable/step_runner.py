@@ -48,8 +48,8 @@ class StepRunner:
 
     :param context: the durable context of this process.
     :param state: the execution state of the operation.
-    :param timeout_error: the timeout error of an attempt at the current task in which another thread is still stuck;
-        None if there is no such attempt.
+    :param timeout_error: set if an attempt at the current task has timed out and its thread still runs: the timeout
+        error of this attempt. Otherwise None.
     """
 
     context: DurableContext
@@ -278,7 +278,10 @@ def _position(operation: Operation, chosen: Task) -> int:
 
 
 def _retry_policy(owner: type, outer: Attempt | None) -> Retry | None:
-    """Return the retry policy for tasks without their own policy: the policy of the operation or of the consumer."""
+    """Return the retry policy for tasks whose class declares no policy.
+
+    It is the policy of the operation's class or, if this class declares none, the policy of the consumer.
+    """
     declared = getattr(owner, "RETRY", None)
     if isinstance(declared, Retry):
         return declared

@@ -140,7 +140,9 @@ def test_raising_registry_is_logged_and_its_message_is_committed(caplog: pytest.
     consumer.REGISTRY = RaisingRegistry()
     assert consumer.step(timeout=0) == 1
     assert (committed(), consumer.counts["failed"]) == (1, 1)
-    record = record_of(caplog, "Consumer: the registry raised an exception at offset 0 of dice[0]")
+    record = record_of(
+        caplog, "Consumer: the message at offset 0 of dice[0] failed, because the registry raised an exception"
+    )
     assert (record.levelname, bool(record.exc_info)) == ("ERROR", True)
 
 

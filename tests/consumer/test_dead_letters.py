@@ -35,7 +35,7 @@ RETRY_AT_ONCE = Retry(max_attempts=3, delay=0)
 
 
 def dead_letters(topic: str = "dice.dlq") -> list[DummyRecord]:
-    """Return the records of a dead letter topic."""
+    """Return the records of a dead-letter topic."""
     return [record for log in InMemoryBroker.at("").topics.get(topic, []) for record in log]
 
 
@@ -178,7 +178,7 @@ def test_successful_message_is_not_dead_lettered() -> None:
     assert dead_letters() == []
 
 
-# -- the dead letter topic ---------------------------------------------------------------------------------------------
+# -- the dead-letter topic ---------------------------------------------------------------------------------------------
 
 
 def test_failed_message_is_committed_without_a_dead_letter_by_default(caplog: pytest.LogCaptureFixture) -> None:
@@ -318,7 +318,7 @@ def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
     consumer.step(timeout=0)
     (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("FaultyConsumer: ")]
     assert "'max_request_size' allows 5,000" in line
-    assert "raise the limits of the producer and of the topic 'dice.dlq'" in line
+    assert "the producer and the topic 'dice.dlq' must accept records of this size" in line
     consumer.poll()
     assert consumer.current_client.polls[-1].paused == {DICE}
     assert committed() == 0

@@ -129,8 +129,8 @@ INVALID_OPTIONS: list[tuple[str, Any, str]] = [
     ("commit", "", "commit must be one of 'after', 'before', 'never'; it is ''"),
     ("retry", 5, "retry must be a Retry, or an object with some of max_attempts"),
     ("retry", "5 times", "retry is not JSON: "),
-    ("dead_letter", "", "dead_letter must be True or the name of a topic; it is ''"),
-    ("dead_letter", 5, "dead_letter must be True or the name of a topic; it is 5"),
+    ("dead_letter", "", "dead_letter must be True, False or the name of a topic; it is ''"),
+    ("dead_letter", 5, "dead_letter must be True, False or the name of a topic; it is 5"),
 ]
 
 

@@ -114,8 +114,8 @@ def test_record_finished_after_a_lost_partition_is_logged_and_not_committed(
     assert (ScriptedTask.ran, committed(), first.current_client.commits) == (["1", "1"], 1, [])
     (line,) = [line for line in lines(caplog, logging.INFO) if "was revoked" in line]
     assert line == (
-        "FaultyConsumer: the message at offset 0 of dice[0] was finished after the partition was revoked: it is"
-        " not committed, and will be redelivered if another consumer owns the partition"
+        "FaultyConsumer: the message at offset 0 of dice[0] was finished after the partition was revoked, so it"
+        " is not committed: it will run again, unless this consumer gets the partition back"
     )
 
 

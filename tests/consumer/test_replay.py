@@ -18,7 +18,7 @@ from tests.consumer.harness import new_consumer, send_messages
 
 HEADERS = (("trace", b"\x00\xff"),)
 
-#: The dead letter topic.
+#: The dead-letter topic.
 TOPIC = "broken"
 
 #: Seconds to wait for a dead letter.

@@ -215,7 +215,8 @@ def test_resume_needs_neither_the_class_nor_a_producer(
     operation.resume()
     (line,) = lines(caplog, logging.INFO)
     assert line.startswith(
-        "operation 1 is resumed, and the reaper of a consumer will send it: the registry has no producer"
+        "operation 1 is resumed, and the reaper of a consumer will send it, because this process cannot:"
+        " the registry has no producer"
     )
     harness.advance_with_reaper(5)
     harness.first.handle()
