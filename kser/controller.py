@@ -87,17 +87,15 @@ class BaseController:
         return result
 
     @classmethod
-    def _kser_call_hook(cls, kmsg: Message, result: Any, succeeded: bool) -> Any:
+    def _kser_call_hook(cls, kmsg: Message, result: Any) -> Any:
         """Log the outcome of a message and call ``onsuccess`` or ``onerror``.
 
-        An exception of the hook makes the message fail (C13 in docs/differences.rst).
-
-        :param succeeded: whether ``result`` is a success. If a hook of the entrypoint returned nothing, ``result`` is
-            None, which counts as a failure, as in kser 0.8.
+        An exception of the hook makes the message fail (C13 in docs/differences.rst). If a hook of the entrypoint
+        returned nothing, ``result`` is None, which counts as a failure, as in kser 0.8.
         """
         try:
             with user_code_guard:
-                if succeeded:
+                if result and status.final_status(result) == status.SUCCESS:
                     cls._kser_clear_failure()
                     return cls._onsuccess(kmsg=kmsg, result=result)
                 return cls._onerror(kmsg=kmsg, result=result)
@@ -184,7 +182,7 @@ class BaseProducer(BaseController):
         # Read the status before the hook runs, because a hook that raises makes the result a failure although the
         # message was sent.
         delivered = status.final_status(result) == status.SUCCESS
-        returned = self._kser_call_hook(kmsg, result, delivered)
+        returned = self._kser_call_hook(kmsg, result)
         if delivered:
             signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
         return returned
@@ -239,15 +237,15 @@ class Controller(BaseController):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage failed: {exc}"))
         if not _is_message(kmsg):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage returned {kmsg!r}"))
-        result, succeeded = cls._kser_process(kmsg)
+        result = cls._kser_process(kmsg)
         if type(result) is Deferred:
             return result.result
         attempt = current_attempt.get()
         if attempt is None:
-            return cls._kser_call_hook(kmsg, result, succeeded)
+            return cls._kser_call_hook(kmsg, result)
         attempt.on_finished(attempt.entry)
         # Call no hook before a retry, because the outcome of the message is known only after the last attempt.
-        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result, succeeded)
+        return result if attempt.retry_in is not None else cls._kser_call_hook(kmsg, result)
 
     @classmethod
     def _kser_clear_failure(cls) -> None:
@@ -269,11 +267,11 @@ class Controller(BaseController):
     @classmethod
     def _kser_fail_before_run(cls, kmsg: Message, exc: ValidationError) -> Any:
         _reject_attempt(FAILED, exc)
-        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid), succeeded=False)
+        return cls._kser_call_hook(kmsg, failed_result(exc, kmsg.uuid))
 
     @classmethod
-    def _kser_process(cls, kmsg: Message) -> tuple[Any, bool]:
-        """Execute a message; return its result, and whether the result is a success."""
+    def _kser_process(cls, kmsg: Message) -> Any:
+        """Execute a message, report its failure to the current attempt, and return its result."""
         try:
             with user_code_guard:
                 try:
@@ -283,13 +281,11 @@ class Controller(BaseController):
                     cls.stop_processing()
             # ``final_status`` needs a Result. For a value of another type, it raises an error whose text contains the
             # type.
-            if not result:
-                return result, False
-            if type(result) is Deferred or status.final_status(result) == status.SUCCESS:
-                return result, True
+            if not result or type(result) is Deferred or status.final_status(result) == status.SUCCESS:
+                return result
         except Exception as exc:
-            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc), False
-        return cls._kser_report_failure(kmsg, result), False
+            return cls._kser_report_failure(kmsg, failed_result(exc, kmsg.uuid), exc)
+        return cls._kser_report_failure(kmsg, result)
 
     @classmethod
     def _kser_report_failure(cls, kmsg: Message, result: Any, exc: Exception | None = None) -> Any:

@@ -34,7 +34,6 @@ from kser.store.model import (
 )
 
 if TYPE_CHECKING:
-    from kser.entry import Entrypoint
     from kser.sequencing.operation import Operation
 
 
@@ -60,8 +59,8 @@ class OperationFrame:
         #: its tasks.
         self.operation: Operation | None = None
         self.is_loaded = False
-        #: The class of the operation; None before the class is looked up.
-        self.owner: type[Entrypoint] | None = None
+        #: True if the operation itself chooses the next task after each task.
+        self.chooses_next = row.mode == Mode.DISTRIBUTED and bool(row.overrides & CHOOSES)
         #: For the position of each task: the number of recorded attempts, and the number of attempts before the last
         #: resume. A retry policy does not count the attempts before the resume.
         self.attempts: dict[int, tuple[int, int]] = {}
@@ -220,7 +219,8 @@ class ExecutionState:
         # nested operations.
         error = result.stderr if status == states.FAILED else None
         self._outcomes.append(TaskOutcome(parent.row.id, parent.step, 0, status, frame.result, 0, error))
-        self._end_task(parent, status, *add_result(parent.accumulated, result, status))
+        unchanged = parent.accumulated_json if parent.chooses_next else None
+        self._end_task(parent, status, *add_result(parent.accumulated, result, status, unchanged))
 
     def _end_task(self, frame: OperationFrame, status: str, total: Result, total_text: str) -> None:
         """Apply the end of a task to its operation: choose the next task, advance to the next task, or finish the
@@ -231,7 +231,7 @@ class ExecutionState:
         """
         if status == states.SUCCESS:
             frame.accumulated, frame.accumulated_json = total, total_text
-        if self.distributed and frame.row.overrides & CHOOSES:
+        if frame.chooses_next:
             frame.phase = Phase.CHOOSE_NEXT
             self._updates[frame.row.id] = frame
         elif status == states.SUCCESS:

@@ -87,25 +87,30 @@ class SerializedOutcome(NamedTuple):
     error: UsageError | None
 
 
-def serialize_outcome(task: Task, result: Any, accumulated: Result) -> SerializedOutcome:
+def serialize_outcome(
+    task: Task, result: Any, accumulated: Result, unchanged_text: str | None = None
+) -> SerializedOutcome:
     """Return the outcome of a task from the return value of its last hook.
 
     :param accumulated: the accumulated result of the operation. If the task succeeded, this function merges the result
         of the task into this object.
+    :param unchanged_text: see :func:`add_result`.
     """
     stored, text, error = serializable_result(task, result)
     status = states.final_status(stored)
-    return SerializedOutcome(stored, text, status, *add_result(accumulated, stored, status), error)
+    return SerializedOutcome(stored, text, status, *add_result(accumulated, stored, status, unchanged_text), error)
 
 
-def serialize_failure(failed: Result, accumulated: Result) -> SerializedOutcome:
-    """Return the outcome of a task that failed without an attempt.
+def serialize_failure(failed: Result, accumulated: Result, unchanged_text: str | None = None) -> SerializedOutcome:
+    """Return the outcome of a task that ended without an attempt, because an exception was raised.
 
+    :param unchanged_text: see :func:`add_result`.
     :raises kser.errors.UsageError: the result has no JSON form.
     """
     text = result_to_json(failed, "a task")
-    total = add_result(accumulated, failed, states.FAILED)
-    return SerializedOutcome(failed, text, states.FAILED, *total, None)
+    # The status may be SUCCESS, because the code of an exception may be 0.
+    status = states.final_status(failed)
+    return SerializedOutcome(failed, text, status, *add_result(accumulated, failed, status, unchanged_text), None)
 
 
 def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageError | None]:
@@ -123,13 +128,19 @@ def serializable_result(task: Task, result: Any) -> tuple[Result, str, UsageErro
         return failed, result_to_json(failed, "a failure"), error
 
 
-def add_result(accumulated: Result, result: Result, status: str) -> tuple[Result, str]:
+def add_result(
+    accumulated: Result, result: Result, status: str, unchanged_text: str | None = None
+) -> tuple[Result, str]:
     """Add the result of a task to the accumulated result of its operation; return the merged result and its JSON.
 
     If the task failed, the object ``accumulated`` stays unchanged.
 
     :param status: status of the task.
+    :param unchanged_text: JSON of ``accumulated`` if a failed task does not change the accumulated result of the
+        operation, because the operation then chooses its next task. None if a failure is merged.
     """
+    if status != states.SUCCESS and unchanged_text is not None:
+        return accumulated, unchanged_text
     total = merge(accumulated if status == states.SUCCESS else copy_result(accumulated), result)
     return total, result_to_json(total, total.uuid)
 

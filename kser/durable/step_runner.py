@@ -76,7 +76,7 @@ class StepRunner:
         frame, task = self.state.frames[-1], self.state.claim.task
         failed = failed_result(error, frame.row.uuid)
         if frame.phase == Phase.RUN_TASK and task is not None:
-            change = self.state.on_task_finished(task.uuid, serialize_failure(failed, frame.accumulated), 0, 0)
+            change = self.state.on_task_finished(task.uuid, serialize_failure(failed, *_total_of(frame)), 0, 0)
         elif frame.phase in (Phase.BUILD, Phase.CHOOSE_NEXT):
             change = self.state.on_failed(failed)
         else:
@@ -169,9 +169,7 @@ class StepRunner:
         recorded, not_counted = frame.attempts.get(frame.step, (0, 0))
         number = recorded + 1
         outer = current_attempt.get()
-        if frame.owner is None:
-            frame.owner = self.context.loader.lookup(frame.row.entrypoint) or Operation
-        owner = frame.owner
+        owner = self.context.loader.lookup(frame.row.entrypoint) or Operation
         attempt = TaskAttempt(outer, task, number, _retry_policy(owner, outer), frame.row.uuid, self._is_cancelled)
         attempt.attempts_not_counted = not_counted
         if outer is not None:
@@ -193,7 +191,7 @@ class StepRunner:
     def _finish_task(
         self, frame: OperationFrame, task: Task, result: Any, number: int = 0, duration: float = 0
     ) -> StepOutcome:
-        outcome = serialize_outcome(task, result, frame.accumulated)
+        outcome = serialize_outcome(task, result, *_total_of(frame))
         _log_unserializable(task, outcome.error)
         return StepOutcome(self.state.on_task_finished(task.uuid, outcome, number, duration), outcome.result)
 
@@ -268,6 +266,11 @@ def _log_unserializable(task: Task, error: UsageError | None) -> None:
     """Log the error if the result of a task cannot be stored."""
     if error is not None:
         logger.error(f"{type(task).path}[{task.uuid}]: {error.message}")
+
+
+def _total_of(frame: OperationFrame) -> tuple[Result, str | None]:
+    """Return the accumulated result of an operation, and its JSON if a failed task does not change the result."""
+    return frame.accumulated, frame.accumulated_json if frame.chooses_next else None
 
 
 def _position(operation: Operation, chosen: Task) -> int:
