@@ -308,7 +308,7 @@ CANCEL_CHECK_INTERVAL = 0.5
 class TaskAttempt(Attempt):
     """An attempt at a task of a stored operation.
 
-    :param parent: the attempt at a record during which the task runs; None outside of a consumer.
+    :param parent: the attempt at the record whose message made the consumer run the task; None outside of a consumer.
     :param task: the task.
     :param number: number of the attempt, which is the number of recorded attempts plus 1.
     :param retry: the retry policy if the class of the task declares no policy.

@@ -34,8 +34,8 @@ _START_TIMEOUT = 10
 # works here could fail with a real broker.
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-# Log level of librdkafka: warnings and worse. Its only line at a lower level reports that the mock cluster is in use,
-# which is intended here.
+# With this log level, librdkafka logs only warnings and errors. With its default level, librdkafka would also log that
+# the mock cluster is in use, which is intended here.
 _SYSLOG_WARNING = 4
 
 
@@ -63,8 +63,9 @@ class EmbeddedBroker:
         return {
             **self.producer_config,
             # When the group changes, the broker waits for lost members until their session times out, and the other
-            # members learn of the change with their next heartbeat. With the client's defaults, a session timeout of 45
-            # s and a heartbeat every 3 s, each restart of a consumer would take that long.
+            # members learn of the change with their next heartbeat. The client's defaults are a session timeout of 45 s
+            # and a heartbeat every 3 s, so a restarted consumer could wait for about 48 s until it gets partitions. Use
+            # shorter times here.
             "session_timeout_ms": 6000,
             "heartbeat_interval_ms": 500,
         }
@@ -105,7 +106,8 @@ class EmbeddedBroker:
 
     def close(self) -> None:
         """Stop the broker and discard its messages. A second call has no effect."""
-        # librdkafka stops the mock cluster when the last reference to its client is gone.
+        # librdkafka stops the mock cluster when it destroys the client that started the mock cluster. So drop the only
+        # reference to this client.
         self._client = None
 
     def __enter__(self) -> Self:

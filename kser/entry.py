@@ -20,12 +20,13 @@ from kser.schemas import Message
 
 logger = logging.getLogger(__name__)
 
-#: Placeholder for the return value of ``onerror`` in an object whose ``postinit`` did not raise.
+#: Value of ``_kser_init_failure`` in an object whose ``postinit`` raised no exception. After an exception,
+#: ``_kser_init_failure`` is the value that ``execute`` returns.
 NO_INIT_FAILURE: Final = object()
 
 
 class OperationsProtocol(Protocol):
-    """Interface to the stored operations of a registry, as the methods of an Operation use it."""
+    """Interface to the stored operations of a registry, limited to the methods that class Operation calls."""
 
     def send(self, operation: Any, result: Result | None, topic: str | None, key: str | bytes | None) -> None:
         """Save an operation and send it."""
@@ -51,9 +52,10 @@ class OperationsProtocol(Protocol):
 
 
 class RegistryProtocol(Protocol):
-    """Interface of ``OperationRegistry``, as entrypoints, controllers and stored operations use it.
+    """Interface of ``OperationRegistry``, limited to the members that entrypoints and other objects of kser use.
 
-    This module uses this protocol because it cannot import ``OperationRegistry``, whose module imports this module.
+    The module of ``OperationRegistry`` imports this module, so this module cannot import the class and uses this
+    protocol as the type of a registry.
     """
 
     controller: Any
@@ -84,11 +86,11 @@ class RegistryProtocol(Protocol):
 
     @property
     def _kser_operations(self) -> OperationsProtocol:
-        """The client of the stored operations."""
+        """The object that saves, loads, resumes and cancels stored operations."""
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle a message that names a durable operation, or a message that is a step of a stored operation.
+        """Handle a message that requests a new stored operation, or a step of a stored operation.
 
         :param entrypoint: the class that the message names; None if the class is not registered here.
         :return: a Result or a :class:`kser.attempt.Deferred`.
@@ -134,7 +136,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[RegistryProtocol | None] = None
-    #: True if a registry that has a store handles the messages of this class as stored operations.
+    #: True if a message of this class requests a new stored operation, provided that the registry has a store.
     _kser_is_durable: ClassVar[bool] = False
     _kser_init_failure: Any = NO_INIT_FAILURE
 
@@ -160,7 +162,9 @@ class Entrypoint(metaclass=EntrypointMeta):
     def postinit(self) -> None:
         """Prepare the new object. The constructor calls this hook at its end.
 
-        If this hook raises an exception, the object does not run, and fails with this exception.
+        If this hook raises an exception, the constructor does not raise it, but calls :meth:`onerror` with a failed
+        result. :meth:`execute` then does not call :meth:`run`, and returns the return value of :meth:`onerror`. If a
+        retry follows, the constructor does not call :meth:`onerror`, and :meth:`execute` returns the failed result.
         """
 
     def prerun(self) -> None:
@@ -330,8 +334,9 @@ def schedule_retry(entry: Entrypoint, result: Any, exc: Exception | None = None)
 
     :param result: the failed result.
     :param exc: the exception of the attempt; None for a returned failure.
-    :return: the result of this attempt, or None if no retry follows.
-    :raises kser.attempt.AttemptAbandoned: the attempt was abandoned or has timed out, so the consumer drops its result.
+    :return: the result to return for this attempt if a retry follows; None if no retry follows.
+    :raises kser.attempt.AttemptAbandoned: the consumer has abandoned the attempt, for example because of its time
+        limit, and drops the result.
     """
     attempt = current_attempt.get()
     if attempt is None:

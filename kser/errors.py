@@ -14,7 +14,7 @@
     ├── ClientError              a call of the Kafka client failed; the consumer retries the call
     ├── DeliveryError            delivery was not confirmed
     │   └── MessageTooLarge      the record exceeds the size limit
-    ├── SendError                an operation was not delivered
+    ├── SendError                the message of an operation was not delivered
     ├── RetryLater               a task requests another attempt
     ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIME_LIMIT
     ├── StoreUnavailable         the shared database is unavailable; consumers retry the call
@@ -137,7 +137,7 @@ class RetryLater(KserError):
 
     def __init__(self, seconds: float) -> None:
         if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
-            raise SettingError(f"Retry.later takes a number of seconds, 0 or more; it is {seconds!r}")
+            raise SettingError(f"Retry.later: seconds must be a finite number, 0 or more; it is {seconds!r}")
         super().__init__(f"the task requested another attempt in {seconds:g} s")
         self.seconds = seconds
 
@@ -150,7 +150,7 @@ class TaskTimeout(KserError, TimeoutError):
 
 
 class SendError(KserError):
-    """A message was not delivered
+    """The message of an operation was not delivered
 
     :param result: the Result of the producer; its ``stderr`` has the reason.
     """
@@ -165,7 +165,8 @@ class SendError(KserError):
 class StoreUnavailable(KserError):
     """The shared database is unavailable
 
-    It is unknown whether the call took effect, so the caller repeats the call unchanged.
+    It is unknown whether the call took effect. A second call with the same arguments does no harm: it never does the
+    work twice. Consumers repeat their calls by themselves.
     """
 
     MSGID = "ERR-50315"

@@ -8,7 +8,8 @@ pause      ``LOCK_FILE``         while it exists, consumers start no new message
 terminate  ``TERMINATE_FILE``    when it appears, consumers stop
 ========== ===================== ======================================================================================
 
-The variables are read at each use. The default paths contain the host name, so processes of one host share the files.
+kser reads these environment variables each time it uses a file, so a change of a variable takes effect at once. The
+default paths contain the host name, so processes of one host share the files.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class RunningFile:
         """Write the changed lines.
 
         If another thread is writing the file, return at once, because that thread then also writes the changes of this
-        thread. If this thread waited for the lock instead, the wait would take longer than a small task.
+        thread. A wait for that thread would take longer than a small task takes to run.
 
         :param rounds: maximum number of writes. Without a limit, a thread could write the changes of other threads
             endlessly, while its own message waits. The next call writes the changes that remain.
@@ -87,18 +88,18 @@ class RunningFile:
             os.ftruncate(descriptor, len(data))
 
     def clear(self) -> None:
-        """Remove this thread's line. If the file is missing, create it. kser never deletes the file."""
+        """Remove this thread's line and write the file, which creates a missing file. kser never deletes the file."""
         self.show("")
 
     def open(self) -> None:
-        """Register a consumer of this process when it starts."""
+        """Count a consumer that starts in this process, after emptying the file if no live process writes it."""
         self.clear_stale()
         with self._lock:
             self._consumers += 1
         self._flush(2)
 
     def close(self) -> None:
-        """Unregister a consumer of this process when it has ended. The end of the last consumer releases the file."""
+        """Remove a consumer that has ended from the count. If no consumer of this process is left, release the file."""
         with self._lock:
             self._consumers -= 1
         if self._consumers <= 0:
@@ -124,8 +125,8 @@ class RunningFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
         except OSError:
-            # A live process holds the lock, or the file system has no locks. In both cases, the next write replaces the
-            # content.
+            # A live process holds the lock, or the file system has no locks. In both cases, leave the content as it is:
+            # the next write of any process replaces it.
             return
         finally:
             os.close(descriptor)
@@ -202,8 +203,8 @@ class TerminateFile:
             written = os.stat(path).st_mtime
         except OSError:
             return False
-        # Subtract 20 ms, because file times come from a coarser clock than PROCESS_START, and this clock may lag by
-        # some milliseconds.
+        # Compare with a time 20 ms before PROCESS_START: file times come from a coarser clock, which may lag by some
+        # milliseconds, so a file that was written just after the start may seem older than this process.
         if written >= PROCESS_START - 0.02:
             return True
         if self._ignored != (path, written):

@@ -64,7 +64,10 @@ def encode_key_and_headers(key: Key = None, headers: Headers | None = None) -> t
 
 
 def record_options(key: bytes | None, headers: HeaderList) -> dict[str, Any]:
-    """Return a key and headers as keyword arguments for the Kafka clients; omit a missing key and empty headers."""
+    """Return the key and the headers of a record as keyword arguments for the Kafka clients.
+
+    The result has no argument for a key that is None, and no argument for empty headers.
+    """
     options: dict[str, Any] = {}
     if key is not None:
         options["key"] = key
@@ -99,7 +102,7 @@ def rejected_as_too_large(size: int, topic: str, servers: str) -> MessageTooLarg
 
 
 def error_text(error: BaseException) -> str:
-    """Return the text of an error, as the failed Result of a single message contains it."""
+    """Return the text of an error, in the form of ``stderr`` in the failed Result of ``send``."""
     text = error.message if isinstance(error, Error) else str(error)
     return text or repr(error)
 
@@ -147,7 +150,10 @@ class BulkResult:
 
 
 class Bulk:
-    """Sender of the messages of one ``bulk_send``. It waits for the delivery of each message before it sends the next.
+    """Sender of the messages of one ``bulk_send``.
+
+    This base class waits for the delivery of each message before it sends the next message. The subclasses for Kafka
+    send further messages during this wait.
 
     :param topic: the topic of all messages.
     :param timeout: seconds for the whole bulk.
@@ -278,7 +284,8 @@ class KafkaProducerBase(BaseProducer):
 
         :param topic: the topic of all messages.
         :param kmsgs: any iterable of messages, which is consumed once.
-        :param timeout: seconds for the whole call. The in-memory transport only shows this number in the Result.
+        :param timeout: seconds for the whole call. The in-memory transport ignores this limit and only shows the number
+            in the Result.
         :param key: a function that returns the key of a message, or None to send all messages without a key.
         :return: a Result with the number of sent messages. If some messages were not sent, the Result is a failed
             Result, and the dict ``retval["failed"]`` contains the uuid of each of these messages with the reason. A
@@ -290,7 +297,7 @@ class KafkaProducerBase(BaseProducer):
         return Bulk(self, topic, timeout, key)
 
     def _kser_has_user_hooks(self) -> bool:
-        """Return whether sending calls user code: an overridden hook, or a listener of ``message_sent``.
+        """Return whether a send calls user code: an overridden hook, or a listener of ``message_sent``.
 
         The user code may itself send a message and wait for its delivery. In the client's own thread, this wait would
         never end, because only that thread can receive the delivery report.
@@ -343,8 +350,8 @@ class KafkaProducerBase(BaseProducer):
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
-#: The methods that sending calls, as KafkaProducerBase implements them. A class that overrides one of them has user
-#: code. The methods that each transport implements are not in this dict.
+#: The methods that a send calls, with their implementations in KafkaProducerBase. A class with another implementation
+#: of one of these methods has user code. The dict does not contain the methods that each transport implements.
 _HOOK_METHODS = {
     name: _function(KafkaProducerBase, name)
     for name in (

@@ -33,7 +33,11 @@ def copy_result(result: Result, uuid: str | None = None) -> Result:
 
 
 def failed_result(exc: BaseException, uuid: str) -> Result:
-    """Return a failed Result for ``exc`` with this uuid, even if cdumay would use another uuid."""
+    """Return a failed Result for ``exc``.
+
+    :param uuid: uuid of the Result. This function sets it even if ``exc.extra`` contains another uuid, which cdumay
+        would use.
+    """
     result = Result.from_exception(exc, uuid=uuid)
     result.uuid = uuid
     return result

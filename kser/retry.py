@@ -37,7 +37,8 @@ class Retry:
     :param jitter: whether to use a random delay between half of the delay and the whole delay, so that messages that
         failed at the same time are not retried at the same time.
     :param on: the exceptions after which to retry; other failures cause no retry. None means: retry after each
-        exception, and after a failed result without an exception.
+        exception except ``ValidationError`` and cdumay's ``NotImplemented``, and after a failed result without an
+        exception.
     :param give_up_on: the exceptions after which not to retry, even if ``on`` includes them.
     :raises kser.errors.SettingError: a value is invalid.
     """
@@ -76,7 +77,10 @@ class Retry:
             return value
         known = [field.name for field in fields(cls) if field.name not in ("on", "give_up_on")]
         if not isinstance(value, Mapping) or not set(value) <= set(known):
-            raise SettingError(f"{name} must be a Retry, or an object with some of {', '.join(known)}; it is {value!r}")
+            raise SettingError(
+                f"{name} must be a Retry, or a mapping (in JSON, an object) with no other keys than {', '.join(known)};"
+                f" it is {value!r}"
+            )
         return cls(**value)
 
     def is_retryable(self, exc: BaseException | None) -> bool:
@@ -108,7 +112,9 @@ def _exceptions(name: str, value: Any) -> Exceptions | None:
         return None
     classes = value if isinstance(value, tuple | list) else (value,)
     if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
-        raise SettingError(f"Retry: {name} must be exception classes; it is {value!r}")
+        raise SettingError(
+            f"Retry: {name!r} must be an exception class or a tuple of exception classes; it is {value!r}"
+        )
     return tuple(classes)
 
 

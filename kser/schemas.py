@@ -89,11 +89,11 @@ class BaseSchema(_WireSchema.from_dict(_marshmallow_fields(BASE))):  # type: ign
 
 
 class MessageSchema(BaseSchema.from_dict(_marshmallow_fields(MESSAGE[len(BASE) :]))):  # type: ignore[misc]
-    """Schema of a :class:`Message`: :class:`BaseSchema`, ``result`` and ``metadata``."""
+    """Schema of a :class:`Message`: the keys of :class:`BaseSchema`, and the keys ``result`` and ``metadata``."""
 
 
 def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """Return the declared keys of ``data``, or None if only the marshmallow schema can load one of the values."""
+    """Return the declared keys of ``data`` with their values, or None if a value needs the marshmallow schema."""
     if type(data) is not dict:
         return None
     values = {}
@@ -111,7 +111,7 @@ def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[
 
 
 def _fast_dump(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
-    """Return the declared attributes of ``source``, or None if only the marshmallow schema can dump one of them."""
+    """Return the declared attributes of ``source`` as a dict, or None if a value needs the marshmallow schema."""
     values = vars(source)
     data: dict[str, Any] = {}
     for name, kind, *_ in declaration:

@@ -33,17 +33,19 @@ def is_final(state: str) -> bool:
 def can_transition(old: str, new: str) -> bool:
     """Return whether a *stored* operation may change from ``old`` to ``new``.
 
-    kser does not check operations in memory, because users may set states of their own for these operations (decision
-    S1). A state that is not in :data:`TRANSITIONS` has no transition.
+    kser does not check the transitions of operations that are not stored, because users may set states of their own for
+    these operations (decision S1). A state that is not in :data:`TRANSITIONS` has no transition.
     """
     return new in TRANSITIONS.get(old, ())
 
 
 def final_status(*results: Result | None) -> str:
-    """Return the final state of work with these results: SUCCESS if no return code is above zero, else FAILED.
+    """Return the final state of a task or operation with these results.
 
-    None counts as a blank result. A negative return code is not a failure, because merging it into a blank Result gives
-    the return code 0 (decision C3).
+    The state is SUCCESS if no return code is above zero, else FAILED.
+
+    None counts as a blank result. A negative return code is not a failure: a merge keeps the higher return code, so a
+    Result with a negative return code, merged into a blank Result, gives the return code 0 (decision C3).
 
     :raises AttributeError: one of the results is not a Result.
     :raises TypeError: a return code is not a number.

@@ -86,7 +86,8 @@ class Producer(KafkaProducerBase):
         left = self.client.flush(CLOSE_TIMEOUT)
         if left:
             logger.warning(
-                f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {left} not confirmed"
+                f"{type(self).__name__}: closed before all messages were delivered to {self._kser_servers}:"
+                f" {left} not confirmed"
             )
             # Purge the queue, because librdkafka would retry these messages as long as the client object exists.
             self.client.purge()

@@ -45,7 +45,8 @@ class OperationManager:
         """Accept an operation, that is, save it in the store, and then send its message.
 
         :param result: a result to forward to the operation.
-        :raises kser.errors.KserError: the operation was not accepted and will not run.
+        :raises kser.errors.KserError: the operation was not accepted and will not run. After a StoreUnavailable, it is
+            unknown whether the operation was accepted.
         """
         # Resolve the producer and the topic before the operation is accepted. If one of them is missing, the caller
         # gets an error and the operation is not accepted.
@@ -60,7 +61,8 @@ class OperationManager:
         """Accept a distributed operation, that is, save it in the store, and then send the message of its first task.
 
         :return: the Result of the producer. The operation is accepted even if the send failed.
-        :raises kser.errors.KserError: the operation was not accepted and will not run.
+        :raises kser.errors.KserError: the operation was not accepted and will not run. After a StoreUnavailable, it is
+            unknown whether the operation was accepted.
         """
         # Resolve the producer and the topic before the operation is accepted. If one of them is missing, the caller
         # gets an error and the operation is not accepted.

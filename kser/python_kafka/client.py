@@ -86,7 +86,8 @@ class KafkaPythonClient(ConsumerClient):
 
     @property
     def cluster(self) -> str:
-        # The cluster id is part of the metadata, and the client has the metadata before it returns the first record.
+        # No request is necessary here, because the cluster id is part of the metadata, which the client has before it
+        # returns the first record.
         return getattr(getattr(getattr(self._client, "_client", None), "cluster", None), "cluster_id", None) or ""
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
@@ -119,9 +120,9 @@ class KafkaPythonClient(ConsumerClient):
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
 
-        The problem affects a join that starts because the number of partitions of a topic changed. If this join
-        finishes between two polls, the client discards the result of the join and joins again, which revokes all
-        partitions of the whole group again.
+        If a join starts because the number of partitions of a topic changed, and if this join finishes between two
+        polls, the client discards the result of the join and joins again. The second join revokes all partitions of the
+        whole group again. This method prevents the second join.
         """
         coordinator = self._client._coordinator
         if not ASYNC or not coordinator.rejoining:
@@ -135,8 +136,8 @@ class KafkaPythonClient(ConsumerClient):
     def _requeue_parked_records(self) -> None:
         """Make kafka-python 3 return the records that it set aside while their partition was paused.
 
-        The client returns these records only if its slot for the current batch is None, but it leaves a batch without
-        records in this slot.
+        The client returns these records only if its attribute for the current batch is None, but the client may leave
+        an empty batch in this attribute. So this method sets the attribute to None if the batch is empty.
         """
         fetcher = self._client._fetcher
         if ASYNC and fetcher._next_partition_records is not None and not fetcher._next_partition_records:
@@ -246,7 +247,7 @@ class KafkaPythonClient(ConsumerClient):
     # -- start positions -----------------------------------------------------------------------------------------------
 
     def _start_new_partitions(self) -> None:
-        """Start each new partition at its committed offset or, without a committed offset, as the reset policy demands.
+        """Start each new partition at its committed offset. Without a committed offset, apply the reset policy.
 
         Partitions that cannot be started stay paused until a retry succeeds. The client returns records of the other
         partitions meanwhile.
@@ -274,8 +275,8 @@ class KafkaPythonClient(ConsumerClient):
         if not (self._unstarted & self._client.assignment()):
             self._start_at = 0.0
         self._listener.on_assign(known)
-        # If the client does not commit, only the listener knows the finished offsets, and ``on_reset`` would discard
-        # them.
+        # ``on_reset`` discards the finished offsets that the listener has stored. If the client does not commit, Kafka
+        # has no copy of these offsets, so call ``on_assign`` instead.
         self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
 
     def _start_partition(
@@ -322,7 +323,10 @@ class KafkaPythonClient(ConsumerClient):
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _recover_from(self, error: KafkaError) -> None:
-        """Log the lost offsets of out-of-range positions, and continue as ``auto_offset_reset`` demands."""
+        """Move each fetch position that is outside of the offset range of its partition, and log the skipped offsets.
+
+        With the reset policy ``latest``, the new position is the end of the partition, otherwise its beginning.
+        """
         assert self._listener is not None
         positions: Mapping[TopicPartition, Any] = getattr(error, "divergent_offsets", None) or error.args[0]
         # Skip new partitions. They start at their committed offset, and cause this error again if that offset is out of

@@ -19,7 +19,7 @@ _UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", 
 def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
     """Return the options of ``client``: a copy of ``config``, or the client's options in ``KSER_CONFIG``.
 
-    :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither client knows.
+    :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither KafkaConsumer nor KafkaProducer knows.
     """
     if config is not None:
         return dict(config)

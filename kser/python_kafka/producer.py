@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 #: kser's default of ``max_block_ms``, the time in milliseconds for which ``send`` may wait for the metadata of a topic.
 MAX_BLOCK_MS = 5000
-#: Seconds that ``close`` waits for messages in flight.
+#: Seconds that ``close`` waits for the delivery of messages that were sent before.
 CLOSE_TIMEOUT = 0.5
-#: Limits of a chunk: the number of messages, and the seconds of encoding. A chunk is a part of a bulk that the producer
-#: encodes first and then passes to the client.
+#: Limits of a chunk: the number of messages, and the seconds of encoding. A chunk is a part of the messages of a bulk.
+#: The producer encodes all messages of a chunk, and then passes them to the client.
 CHUNK = 500
 CHUNK_SECONDS = 0.05
 
@@ -77,7 +77,9 @@ class Producer(KafkaProducerBase):
         try:
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
-            logger.warning(f"{type(self).__name__}: closed with messages in flight to {self._kser_servers}: {error}")
+            logger.warning(
+                f"{type(self).__name__}: closed before all messages were delivered to {self._kser_servers}: {error}"
+            )
             # ``close`` timed out before it stopped the client's thread. Stop the thread by force, because otherwise the
             # thread would retry without end.
             self.client._sender.force_close()
@@ -90,7 +92,7 @@ class Producer(KafkaProducerBase):
         if value is None and key is None:
             # The client cannot write a record with neither key nor value, so send an empty value.
             value = b""
-        # The client rejects headers without a value, so send an empty value.
+        # The client rejects a header whose value is None, so send an empty value for this header.
         options = record_options(key, [(name, data or b"") for name, data in headers])
         delivery = self._kser_enqueue(topic, value, options, deadline)
         try:
@@ -171,8 +173,8 @@ class Producer(KafkaProducerBase):
         return float(self.client._metadata._last_successful_refresh_ms)
 
     def _kser_explain(self, topic: str, last_response: float) -> str:
-        # If the broker has sent metadata since the start of the call, the topic is unknown. Otherwise, no broker
-        # responds.
+        # The wait for the metadata of the topic has timed out. If a broker has sent metadata since the start of the
+        # call, the brokers respond, but have no such topic. Otherwise, no broker responds.
         if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
         return (
@@ -251,5 +253,9 @@ class _Bulk(Bulk):
 
 
 def _text(error: KafkaTimeoutError) -> str:
-    """Return the text of a client's error without the name of its class, because the new error adds the name again."""
+    """Return the text of a client's error without the name of its class.
+
+    The callers put the text into a new error of the same class, and the text of the new error begins with the name
+    again.
+    """
     return str(error.args[0] if error.args else error)

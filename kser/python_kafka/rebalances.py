@@ -44,7 +44,8 @@ class PendingJoin:
     :param polled: the end of the last poll, when the join was still pending.
     """
 
-    #: Always False, because kafka-python does not read the result of a future that is done, but joins again.
+    #: Always False, so that kafka-python awaits this join and reads its result. If ``is_done`` were True, kafka-python
+    #: would ignore the result and join again.
     is_done = False
 
     def __init__(self, task: Any, polled: float) -> None:

@@ -56,7 +56,7 @@ class Operation(Task):
     :param params: parameters of the operation.
     :param status: status of the operation.
     :param result: the forwarded result of a previous task; the first task gets this result.
-    :param metadata: context that kser passes on with the message.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     :param tasks: tasks of the operation; :meth:`build` adds the tasks that :meth:`build_tasks` returns.
     :raises kser.errors.UsageError: the arguments are positional and in the order of kser 0.8 (decision B2).
     """
@@ -78,8 +78,8 @@ class Operation(Task):
     #: The runner of this object only; None stands for the runner of the class's registry.
     _kser_runner: Runner | None = None
     _kser_snapshot: OperationSnapshot | None = None
-    #: The registry that loaded the operation. The class of the operation is possibly not subscribed to this registry;
-    #: ``_kser_registry`` is then another registry or None.
+    #: The registry that loaded the operation from its store; None for any other operation. It can differ from
+    #: ``_kser_registry``, which is the registry that the class is subscribed to.
     _kser_loaded_from: RegistryProtocol | None = None
 
     def __init__(
@@ -183,7 +183,8 @@ class Operation(Task):
     def check_required_params(self) -> None:
         """Check that the required parameters of this class and of each class in :attr:`TASKS` are present.
 
-        The check ignores the attribute ``TASKS`` of the classes in :attr:`TASKS`.
+        The check is not recursive: if a class in :attr:`TASKS` is an operation class, the check ignores the attribute
+        ``TASKS`` of that class.
 
         :raises cdumay_error.types.ValidationError: a parameter is missing. The error names the first missing parameter
             and the class that requires it.
@@ -272,7 +273,8 @@ class Operation(Task):
             attribute ``result`` of the error is the Result of the producer.
         :raises kser.errors.StateConflict: another stored operation has the same uuid, or this operation has already
             ended.
-        :raises kser.errors.StoreUnavailable: the database is unavailable, so the operation is not accepted.
+        :raises kser.errors.StoreUnavailable: the database is unavailable, and it is unknown whether the operation was
+            accepted. Call this method again.
         :raises kser.errors.ProducerMissing: the class has no registry, or the registry has no producer.
         :raises kser.errors.TopicMissing: neither the argument nor ``TOPIC`` nor ``KSER_TOPICS`` names a topic.
         """
@@ -322,9 +324,10 @@ class Operation(Task):
         """Send the task after ``task``, or end the operation if no task follows or ``task`` failed.
 
         If the class of the next task overrides ``send``, this method sends the task with that ``send``, as in kser 0.8.
-        If the class of a stored operation overrides ``launch_next``, kser calls ``launch_next`` after each task,
-        records the chosen task in a checkpoint, and then sends the chosen task. A call from inside a running task of a
-        stored operation has no effect, because the checkpoint of the running task sends the next task.
+        If the class of a stored operation that runs over the consumers overrides ``launch_next``, kser calls the
+        override after each task. During this call, the inherited ``launch_next`` sends nothing and only chooses the
+        next task. kser records the choice in a checkpoint, and then sends the chosen task. A call from inside a running
+        task of a stored operation has no effect, because the checkpoint of the running task sends the next task.
 
         :param task: the task that ended; None sends the first task whose status is not SUCCESS.
         :param result: the result of ``task``, which is forwarded to the next task.

@@ -85,7 +85,7 @@ class OperationRegistry:
         self.load_tasks()
 
     def load_tasks(self) -> None:
-        """Import the modules of the classes, or subscribe the classes. Subclasses may implement this method."""
+        """Subscribe entrypoint classes, or import the modules that do so. Subclasses may implement this method."""
 
     def subscribe(self, callback: EntrypointClass) -> EntrypointClass:
         """Register a task, an operation or any other Entrypoint class under its path. This method works as a decorator.
@@ -120,8 +120,8 @@ class OperationRegistry:
             return self._kser_producer
         if self._kser_producer_factory is None:
             raise ProducerMissing(
-                "the registry has no producer to send with: give it one, OperationRegistry(producer=Producer()), or"
-                " send from a task that a consumer runs (Producer() reads KSER_CONFIG)"
+                "the registry has no producer: create the registry with OperationRegistry(producer=Producer()), where"
+                " Producer() reads KSER_CONFIG, or send from a task that runs in a consumer"
             )
         return self._kser_producer_factory()
 
@@ -171,7 +171,7 @@ class OperationRegistry:
 
     @property
     def _kser_operations(self) -> OperationManager:
-        """Manager of the stored operations.
+        """The object that saves, loads, resumes and cancels stored operations.
 
         :raises kser.errors.StoreMissing: there is no shared database.
         """
@@ -224,10 +224,13 @@ class OperationRegistry:
         return self._kser_store
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
-        """Handle the message of an operation or of a step. Controllers call this method if there is a shared database.
+        """Handle a message that requests an operation or a step.
+
+        Controllers call this method if there is a shared database.
 
         :param entrypoint: the class that the message names; None if the class is not registered in this process.
-        :return: a Result, or :class:`kser.attempt.Deferred` if there is no result for the message.
+        :return: a Result, or a :class:`kser.attempt.Deferred` if the message ends without a final result, for example
+            because another consumer runs the operation.
         """
         with self._kser_app_context():
             self._kser_open()

@@ -109,8 +109,8 @@ def _reset_result(operation: Operation, result: Result | None) -> None:
     """Reset an operation's result to its initial result, and merge ``result`` into it."""
     if operation._kser_initial_result is None:
         operation._kser_initial_result = copy_result(operation.result, uuid=operation.uuid)
-        # Change the uuid in the existing Result, because the message refers to the same object, and the controller logs
-        # the message after the run.
+        # The result must have the uuid of the operation. Change the uuid in place and do not create another Result,
+        # because the message refers to this Result, and the controller logs the message after the run.
         operation.result.uuid = operation.uuid
     else:
         operation.result = copy_result(operation._kser_initial_result)

@@ -57,7 +57,7 @@ class Task(Entrypoint):
     :param params: parameters of the task.
     :param status: status of the task; any value is allowed.
     :param result: the forwarded result of a previous task.
-    :param metadata: context that kser passes on with the message.
+    :param metadata: data of the user, which kser stores in the message unchanged.
     :raises kser.errors.UsageError: the arguments are positional and in the order of Operation in kser 0.8 (decision
         B2).
     """
@@ -95,8 +95,8 @@ class Task(Entrypoint):
         given: Any = params
         if isinstance(given, str) and given:
             raise UsageError(
-                f"{type(self).__name__}: params must be a mapping, not the text {params!r}; the order is"
-                " (uuid, params, status, result, metadata), so pass them by keyword:"
+                f"{type(self).__name__}: params must be a mapping, not the text {params!r}; the order of the arguments"
+                " is (uuid, params, status, result, metadata); pass the arguments by keyword:"
                 f" {type(self).__name__}(uuid=..., params=..., status=...)"
             )
         #: ``PENDING``, ``RUNNING``, ``SUCCESS``, ``FAILED``, ``CANCELLED``, or a word of your own.
@@ -109,10 +109,12 @@ class Task(Entrypoint):
         return None
 
     def get_attr(self, item: str) -> tuple[str, Any]:
-        """Return the pair ``("<item>Id", value)``, for mapping to a database.
+        """Return the name and the value of an id, for user code that stores tasks in its own database.
 
-        The value is the attribute ``<item>Id`` of ``self.<item>``, or of this object if this object has no attribute
-        ``<item>``. The value is None if the attribute ``<item>Id`` is missing.
+        For the item ``customer``, the name is ``customerId``. If this object has an attribute ``customer``, the value
+        is ``self.customer.customerId``, otherwise ``self.customerId``. If this attribute is missing, the value is None.
+
+        :param item: name of the thing that the id identifies, without the suffix ``Id``.
         """
         name = f"{item}Id"
         return name, getattr(getattr(self, item, self), name, None)
@@ -140,7 +142,8 @@ class Task(Entrypoint):
         try:
             return super().unsafe_execute(result=result)
         except BaseException:
-            # The exception reaches the caller, so set the status here; otherwise the status would remain RUNNING.
+            # If the caller is not ``execute``, no later code calls ``_onerror``, which sets the status. So set the
+            # status here; otherwise the status would remain RUNNING.
             self.status = states.FAILED
             raise
 

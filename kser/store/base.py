@@ -6,9 +6,10 @@ or in which order the steps run; :mod:`kser.durable` decides this. In this packa
 **Time.** Every time in a row is a number of seconds since 1970, by the store's clock. Only the store reads this clock.
 So callers pass durations in seconds, and no times.
 
-**Fencing.** A claim increments the ``epoch`` of a root, and the release of the claim increments ``epoch`` again. Every
-checkpoint contains the epoch of the claim under which its worker ran the step. If the root has another epoch, because
-another worker has claimed the root, the checkpoint changes nothing and raises :class:`kser.errors.FencedError`.
+**Fencing.** Each claim, release, resume and immediate cancellation of a root increments its ``epoch``. Every checkpoint
+contains the epoch of the claim that the worker held when it ran the step. If the root now has another epoch, for
+example because another worker has claimed it, the checkpoint changes nothing and raises
+:class:`kser.errors.FencedError`.
 
 **Next check.** ``next_check_at`` is the time at which the reaper checks a root. While a consumer holds a claim on the
 root, ``next_check_at`` is the end of the lease. While no consumer holds a claim, ``next_check_at`` is the time at which
@@ -16,9 +17,11 @@ the reaper sends the message of the current step, for the first time or again. A
 ``next_check_at`` is None.
 
 **Repeated calls.** If a call raises :class:`kser.errors.StoreUnavailable`, the caller cannot know whether the call took
-effect. So the caller may repeat the call with the same arguments. If the first call of ``claim``, ``checkpoint``,
-``cancel``, ``resume``, or ``save`` with a claim request took effect, the second call returns the value that the first
-call would have returned.
+effect. So the caller may repeat the call with the same arguments. If the first call took effect, the second call of
+``claim``, ``checkpoint``, ``cancel`` or ``resume``, and of ``save`` with a claim request, returns the value that the
+first call would have returned. In two cases, the second call does not recognise the first call: a second ``save``
+without a claim request returns a ClaimRefused (``stale``), and a second ``resume`` raises
+:class:`kser.errors.StateConflict` if a consumer has claimed the root meanwhile.
 """
 
 from __future__ import annotations
@@ -68,21 +71,25 @@ class Store(ABC):
         claim.
 
         :return: the claim, or the ``id`` of the operation if ``request`` is None. If an operation with this uuid is
-            already stored, the call changes nothing and returns a ClaimRefused (``stale``), even if the two operations
-            are identical, unless an earlier call with the same ``request`` stored the operation.
+            already stored, the call changes nothing. If an earlier call with the same ``request`` stored the operation,
+            the call then returns the claim of that call. Otherwise, it returns a ClaimRefused (``stale``), even if the
+            two operations are identical.
         """
 
     @abstractmethod
     def claim(self, uuid: str, step: str, request: ClaimRequest) -> Claim | ClaimRefused | None:
-        """Claim a root if ``step`` is the uuid in the :class:`kser.store.model.StepMessage` of its current step.
+        """Claim a root for its current step.
 
-        The claim is one compare-and-set. The store grants the claim if the status is PENDING or RUNNING, ``due_at`` has
-        passed, and either the root has no owner or the owner's lease has expired. A granted claim increments ``epoch``
-        and ``claim_count``, sets the status to RUNNING, and stores the owner, the token and the end of the lease. The
-        first claim on a root also stores ``started_at``. A claim changes no other column. If ``claim_count`` has
-        already reached ``max_claims``, the store still grants the claim, and marks the claim as ``exhausted``.
+        The claim is one compare-and-set. The store grants the claim if ``step`` is current, the status is PENDING or
+        RUNNING, ``due_at`` has passed, and either the root has no owner or the owner's lease has expired. A granted
+        claim increments ``epoch`` and ``claim_count``, sets the status to RUNNING, and stores the owner, the token and
+        the end of the lease. The first claim on a root also stores ``started_at``. A claim changes no other column. If
+        ``claim_count`` has already reached ``max_claims``, the store still grants the claim, and marks the claim as
+        ``exhausted``, so that the consumer records the step as failed and does not run it.
 
         :param uuid: uuid of the root.
+        :param step: uuid in the message of the step that the caller wants to run. The store grants the claim only if
+            the :class:`kser.store.model.StepMessage` of the root's current step has the same uuid.
         :return: the claim, or the refusal with its reason, or None if no root with this uuid is stored.
         """
 
@@ -107,12 +114,14 @@ class Store(ABC):
         """Record the outcome of a step.
 
         The store records the checkpoint only if the root is RUNNING, the epoch of the root equals the epoch of the
-        checkpoint, and each operation in ``updates`` is at the ``stored_step`` and ``stored_phase`` of its update.
+        checkpoint, and the row of each operation in ``updates`` still has the step and the phase that its update
+        expects (``stored_step`` and ``stored_phase``).
 
         If a client has requested to cancel the root, the root becomes CANCELLED in the same transaction, whatever
         status the root's update contains. The store still records the task outcomes and the updates of nested
-        operations. Then the nested operations that have not ended become CANCELLED too. The store drops the root's
-        event ``ended`` from ``events``, and adds an event ``ended`` with the text CANCELLED.
+        operations. Then the nested operations that have not ended become CANCELLED too. The store also records an event
+        ``ended`` of the root with the text CANCELLED; this event replaces the event ``ended`` of the root in
+        ``events``, if there is one.
 
         A checkpoint with ``keep=False``, or a checkpoint that ends the root, releases the claim and increments
         ``epoch``. If the root has not ended, its next step is ready ``delay`` seconds after the release, and the reaper
@@ -131,19 +140,22 @@ class Store(ABC):
 
     @abstractmethod
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Set the end of the leases of claims to ``lease`` seconds from now, even if a lease has expired.
+        """Set the end of the leases of claims to ``lease`` seconds from now.
+
+        The call renews a claim if the root is RUNNING and has the epoch of the claim, even if the lease has expired.
 
         :param claims: the claims, each as a pair ``(root_id, epoch)``.
 
-        :return: the ``root_id`` of each renewed claim. ``owner`` has lost every claim whose ``root_id`` is not
-            in this set.
+        :return: the ``root_id`` of each renewed claim. Of the claims in ``claims``, ``owner`` has lost those whose
+            ``root_id`` is not in the returned set.
         """
 
     @abstractmethod
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
         """Record that messages for the current steps of roots were sent. Claimed roots stay unchanged.
 
-        :param steps: the steps, each as a pair ``(root_id, epoch)`` of its root.
+        :param steps: the steps, each given by the id and the epoch of its root, ``(root_id, epoch)``. A root that has
+            another epoch now stays unchanged.
 
         :param resend_after: seconds after which the reaper sends a message again if no consumer has claimed the root.
             This delay doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
@@ -155,17 +167,18 @@ class Store(ABC):
 
         The caller has :data:`kser.store.model.SEND_GRACE` seconds to send the message of a step and to record the send
         with :meth:`mark_sent`. If a lease has expired, the call removes the owner from the row of the root. The
-        checkpoints of this owner are still accepted until the next claim. The call adds an event ``sent-again`` to each
-        root.
+        checkpoints of this owner are still accepted until the next claim. For each reserved step, the call adds an
+        event ``sent-again`` to the root, even if the message of the step was never sent before.
 
         :param expired: True to reserve also the steps of roots whose lease has expired.
         """
 
     @abstractmethod
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """Set steps whose messages could not be sent to be due again in ``wait`` seconds.
+        """Postpone steps whose messages could not be sent: the steps become due again after ``wait`` seconds.
 
-        :param steps: the steps, each as a pair ``(root_id, epoch)`` of its root.
+        :param steps: the steps, each given by the id and the epoch of its root, ``(root_id, epoch)``. A root that has
+            another epoch now stays unchanged.
         """
 
     @abstractmethod
@@ -183,12 +196,13 @@ class Store(ABC):
     def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
         """Resume a FAILED or CANCELLED root at its first task whose status is not SUCCESS.
 
-        If this task is a nested operation that has started, the call also selects the first task of the nested
-        operation whose status is not SUCCESS, and so on, down to the innermost operation. Each selected task becomes
-        PENDING with a blank result, and its ``attempts_before_resume`` is set to the number of its attempts. The
-        operations that contain the selected tasks become RUNNING, and get the phase RUN_TASK at the selected task. If
-        the innermost operation was never built, it gets the phase BUILD; if all of its tasks are SUCCESS, it gets the
-        phase END_SUCCESS.
+        The call selects this task. If this task is a nested operation that has started, the call also selects, in the
+        nested operation, the first task whose status is not SUCCESS, and so on, down to the innermost operation. Each
+        selected task becomes PENDING with a blank result, and its ``attempts_before_resume`` is set to the number of
+        its attempts. Each operation that contains a selected task becomes RUNNING, with the phase RUN_TASK at its
+        selected task. The innermost operation may have no task to select. In this case, it becomes RUNNING with the
+        phase BUILD if its tasks were never built, or with the phase END_SUCCESS if all of its tasks have the status
+        SUCCESS.
 
         The call increments ``epoch``, stores ``token``, clears ``result``, ``ended_at``, ``cancel_requested`` and
         ``cancel_reason``, and sets ``claim_count`` and ``send_count`` to 0. After the call, the current step is ready

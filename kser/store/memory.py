@@ -331,7 +331,12 @@ class MemoryStore(Store):
             return self._store(root)
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
-        """Set an operation to its first task whose status is not SUCCESS, and return the message of the step to run."""
+        """Move the position of an operation to its first task whose status is not SUCCESS.
+
+        If this task is a nested operation that has started, do the same in the nested operation.
+
+        :return: the message of the step to run.
+        """
         rows = self._tasks[row.id]
         step = next((task.position for task in rows if task.status != states.SUCCESS), None)
         row = row._replace(status=states.RUNNING, result=None, ended_at=None)

@@ -61,13 +61,14 @@ class RefusalReason(StrEnum):
     STALE = "stale"
 
 
-#: Seconds after which the reaper sends a step that is ready to run and is not marked as sent.
+#: Seconds after which the reaper sends the message of a step that is ready to run and is not marked as sent.
 RESEND_UNSENT_AFTER: Final = 3.0
 
-#: Seconds that a reaper has to send a step that it has reserved. After this time, another reaper may reserve the step.
+#: Maximum number of seconds between the reservation of a step by a reaper and the send of its message. After this time,
+#: another reaper may reserve the step.
 SEND_GRACE: Final = 10.0
 
-#: Maximum number of seconds before the reaper sends an unclaimed step again.
+#: Maximum number of seconds before the reaper sends the message of an unclaimed step again.
 MAX_RESEND_DELAY: Final = 3600.0
 
 #: Maximum length of the error text in an attempt row, in characters.
@@ -75,7 +76,7 @@ MAX_ERROR_LENGTH: Final = 2000
 
 
 class DueReason(StrEnum):
-    """The reason why the reaper must send a step."""
+    """The reason why the reaper must send the message of a step."""
 
     #: The lease of the root's owner has expired.
     EXPIRED = "lease-expired"
@@ -83,7 +84,7 @@ class DueReason(StrEnum):
     UNSENT = "unsent"
     #: The step waited for a retry, and the delay before this retry has passed.
     RETRY = "retry-due"
-    #: The step was sent, and no consumer has claimed it.
+    #: The message of the step was sent, and no consumer has claimed the step.
     UNCLAIMED = "unclaimed"
 
 
@@ -98,7 +99,8 @@ class StepMessage(NamedTuple):
 class OperationRow(NamedTuple):
     """The row of an operation.
 
-    A JSON column holds the same kind of JSON text as a message: ASCII, and possibly the number ``NaN``.
+    A JSON column holds JSON text in the same format as a message: the text is ASCII, and may contain the literal
+    ``NaN``, which standard JSON does not allow.
     """
 
     #: The id of the operation. Ids increase with the time of creation.
@@ -111,8 +113,8 @@ class OperationRow(NamedTuple):
     root_id: int
     mode: str
     topic: str
-    #: The flags ``ENDS`` and ``CHOOSES`` of :mod:`kser.durable.serialization`, which state the methods that the class
-    #: overrides.
+    #: Flags of :mod:`kser.durable.serialization`: ``ENDS`` if the class overrides a method that is called at the end of
+    #: the operation, ``CHOOSES`` if the class overrides a method that chooses the next task.
     overrides: int
     #: The params as a JSON object.
     params: str
@@ -148,8 +150,8 @@ class OperationRow(NamedTuple):
     due_at: float
     #: Number of claims since the last checkpoint or resume.
     claim_count: int
-    #: ``send_count`` is the number of times that the current step was sent, and ``sent_at`` is the time of the last
-    #: send.
+    #: ``send_count`` is the number of times that the message of the current step was sent, and ``sent_at`` is the time
+    #: of the last send.
     send_count: int
     sent_at: float | None
     #: The message that starts the current step.
@@ -318,10 +320,12 @@ class TaskOutcome(NamedTuple):
 
     operation_id: int
     position: int
-    #: Number of the attempt: the number of recorded attempts plus 1. The number is 0 if no attempt was made; the store
-    #: then adds no attempt row.
+    #: Number of the attempt: the number of recorded attempts plus 1. The number is 0 if the store must not add an
+    #: attempt row: for a nested operation, and for a task that was not attempted, for example because the claim was
+    #: exhausted.
     number: int
-    #: SUCCESS, FAILED, or PENDING if a retry follows. With PENDING, the attempt row gets the status FAILED.
+    #: The new status of the task: SUCCESS, FAILED, or PENDING if the attempt failed and a retry follows. For SUCCESS,
+    #: the row of the attempt gets the status SUCCESS, otherwise FAILED.
     status: str
     #: JSON of the result. With the status PENDING, ``result`` is None, and the stored result stays unchanged.
     result: str | None
@@ -428,7 +432,7 @@ class OperationSnapshot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperationQuery:
-    """A query for operations. A filter that is None matches every operation."""
+    """A query for operations. Except for ``parent``, a filter that is None matches every operation."""
 
     status: Collection[str] | None = None
     entrypoint: str | None = None
@@ -437,6 +441,6 @@ class OperationQuery:
     until: float | None = None
     #: Labels as pairs of key and value. An operation matches only if it has all of these labels.
     labels: Sequence[tuple[str, str]] = ()
-    #: The uuid of an operation: the query matches only operations that are tasks of this operation. With None, the
-    #: query matches only roots.
+    #: The uuid of an operation: the query matches only operations that are tasks of this operation. Unlike the other
+    #: filters, None is a filter here too: the query then matches only roots.
     parent: str | None = None

@@ -110,8 +110,9 @@ class RetryingStore(Store):
                 raise
             except StateConflict:
                 # The first call may have taken effect although its reply was lost, and a consumer may have claimed the
-                # operation before the second call. A claim replaces the token of the resume, so the store cannot
-                # recognise the second call.
+                # operation before the second call. The claim replaced the token of the resume, so the store does not
+                # recognise the second call, and raises StateConflict. In this case, the resume and the claim have
+                # increased the epoch by at least 2, so return the row as the result of the resume.
                 row = self.direct.get_operation(uuid) if reply_lost else None
                 if row is None or row.epoch <= epoch + 1:
                     raise

@@ -193,12 +193,12 @@ def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
 
 
 def mark_taken(row: OperationRow, now: float) -> OperationRow:
-    """Return the row of a root after a reaper reserved its step for sending."""
+    """Return the row of a root after a reaper reserved its step, to send the message of the step."""
     return row._replace(owner=None, next_check_at=now + SEND_GRACE)
 
 
 def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationRow:
-    """Return the row of a root after its step was sent."""
+    """Return the row of a root after the message of its step was sent."""
     wait = backoff.delay(row.send_count + 1, first=resend_after, ceiling=MAX_RESEND_DELAY)
     return row._replace(send_count=row.send_count + 1, sent_at=now, next_check_at=max(now, row.due_at) + wait)
 
@@ -214,7 +214,8 @@ def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
         raise StateConflict(f"operation {root.uuid} is {root.status}: only a FAILED or CANCELLED one can be resumed")
     if root.epoch != epoch:
         raise StateConflict(
-            f"operation {root.uuid} has changed since it was read, and is {root.status}: find the cause, then resume it"
+            f"operation {root.uuid} has changed since it was read, and is {root.status} now: find the cause of this"
+            " status, then call resume again"
         )
     return False
 

@@ -127,7 +127,7 @@ INVALID_OPTIONS: list[tuple[str, Any, str]] = [
     ("ordering", 5, "ordering must be one of 'key', 'partition', 'none'; it is 5"),
     ("commit", "sometimes", "commit must be one of 'after', 'before', 'never'; it is 'sometimes'"),
     ("commit", "", "commit must be one of 'after', 'before', 'never'; it is ''"),
-    ("retry", 5, "retry must be a Retry, or an object with some of max_attempts"),
+    ("retry", 5, "retry must be a Retry, or a mapping (in JSON, an object) with no other keys than max_attempts"),
     ("retry", "5 times", "retry is not JSON: "),
     ("dead_letter", "", "dead_letter must be True, False or the name of a topic; it is ''"),
     ("dead_letter", 5, "dead_letter must be True, False or the name of a topic; it is 5"),
@@ -146,7 +146,7 @@ def test_invalid_option_is_rejected_with_its_allowed_values(name: str, value: An
     [
         ("KSER_WORKERS", "many", "KSER_WORKERS must be a whole number, 1 or more; it is 'many'"),
         ("KSER_RETRY", "{", "KSER_RETRY is not JSON: "),
-        ("KSER_RETRY", '{"on": "KeyError"}', "KSER_RETRY must be a Retry, or an object with some of "),
+        ("KSER_RETRY", '{"on": "KeyError"}', "KSER_RETRY must be a Retry, or a mapping "),
         ("KSER_COMMIT", "After", "KSER_COMMIT must be one of 'after', 'before', 'never'; it is 'After'"),
     ],
 )

@@ -59,7 +59,7 @@ def test_postinit_sees_the_status() -> None:
 def test_params_that_are_text_are_rejected_by_name() -> None:
     """B2"""
     with pytest.raises(
-        UsageError, match=r"order is \(uuid, params, status, result, metadata\), so pass them by keyword"
+        UsageError, match=r"is \(uuid, params, status, result, metadata\); pass the arguments by keyword"
     ):
         Task(UUID, "PENDING")  # type: ignore[arg-type]
 

@@ -364,7 +364,7 @@ def test_close_with_messages_in_flight_is_bounded_and_logged(caplog: pytest.LogC
     start = time.monotonic()
     producer.close()
     assert time.monotonic() - start < PROMPT_SECONDS
-    text = f"Producer: closed with messages in flight to {broker.bootstrap_servers}: 1 not confirmed"
+    text = f"Producer: closed before all messages were delivered to {broker.bootstrap_servers}: 1 not confirmed"
     assert lines(caplog, logging.WARNING)[-1:] == [text]
 
 

@@ -84,7 +84,7 @@ def test_closing_a_producer_with_messages_in_flight_leaves_no_thread(
     producer.close()
     assert time.monotonic() - start < PROMPT_SECONDS
     (line,) = lines(caplog, logging.WARNING)[-1:]
-    assert line.startswith("Producer: closed with messages in flight to ")
+    assert line.startswith("Producer: closed before all messages were delivered to ")
 
 
 CONSTRUCT_WITHOUT_BROKER = """

@@ -37,7 +37,7 @@ class Position(NamedTuple):
     task_count: int | None
 
     def differs_from(self, step: int, phase: str) -> bool:
-        """Return whether the stored step or phase differs from ``step`` or ``phase``."""
+        """Return whether the stored step is not ``step``, or the stored phase is not ``phase``."""
         return (self.step, self.phase) != (step, phase)
 
 
@@ -97,7 +97,8 @@ class CheckpointRows:
     def add_rest(self, checkpoint: Checkpoint, first_id: int, events: Sequence[NewEvent]) -> None:
         """Add all row values of a checkpoint except those for its root.
 
-        :param first_id: the first of the consecutive ids that are reserved for operations nested in newly built tasks.
+        :param first_id: the first of the consecutive ids that are reserved for the operations among newly built tasks,
+            including all operations nested in these at any depth.
         """
         self.children += (_child_row(update) for update in checkpoint.updates[:-1])
         for outcome in checkpoint.outcomes:
@@ -126,7 +127,7 @@ class CheckpointWriter:
 
     :param database: the database to write to.
     :param inserts: the insert statements of this database.
-    :param ids: generator of the ids of operations nested in newly built tasks.
+    :param ids: generator of the ids of the operations among newly built tasks.
     """
 
     def __init__(self, database: Database, inserts: Inserts, ids: IdGenerator) -> None:
@@ -289,8 +290,8 @@ class CheckpointWriter:
         if len(transaction.fetch(self._read_attempts, keys)) < len(keys):
             return False
         # A checkpoint that keeps the claim, changes no position, adds no attempt and builds no tasks leaves no trace in
-        # the rows. Return False for such a checkpoint: recording it twice leaves the operation in the same state as
-        # recording it once.
+        # the rows, so it is unknown whether it was recorded. Return False for such a checkpoint, so that the caller
+        # records it. If it was recorded before, the second recording does not change the state of the operation.
         built = checkpoint.built is not None and positions[checkpoint.built.operation_id].task_count is not None
         return bool(not kept or keys or built or any(update.changes_position for update in checkpoint.updates))
 
@@ -460,8 +461,8 @@ def single_statement(database: Database) -> Any:
     events = insert_events(database, "events").cte("inserted_events")
     changed_roots, changed_tasks = (select(func.count()).select_from(part).scalar_subquery() for part in (roots, tasks))
     changed = changed_roots + changed_tasks
-    # If the number of changed rows differs from ``expected``, the cast of a text to a number makes the statement fail,
-    # and the server's log shows the text as the reason.
+    # Make the statement fail if the number of changed rows differs from ``expected``: the cast of the text ``problem``
+    # to a number then raises an error, and the server's log shows this text as the reason.
     problem = literal("not every checkpoint of kser matches the stored rows: ", Text) + cast(changed, Text)
     check = case((changed == bindparam("expected", type_=BigInteger), 1), else_=cast(problem, Integer))
     return select(check).add_cte(attempts, events)

@@ -80,8 +80,9 @@ class Claims:
             elif row.token == command.request.token:
                 own.append((index, row, command.request))
             else:
-                # If no rule refuses the claim now, the root was released only after the claim statement, so this claim
-                # was not granted. Return HELD; a later claim can succeed.
+                # The claim statement did not grant this claim. If no rule refuses the claim any more, the root has
+                # changed since that statement: another owner has released it. So return HELD; a later claim can
+                # succeed.
                 reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
                 results[index] = ClaimRefused(reason, row)
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
@@ -179,8 +180,9 @@ def _single_statement(database: Database) -> Any:
     events = insert(event).from_select(list(names), values).cte("inserted_events")
     # If this statement waits for a row lock, PostgreSQL then reads only the locked rows again. PostgreSQL reads all
     # other rows from its snapshot at the start of the statement. If the operation advanced during the wait, the tasks
-    # of the snapshot are outdated. So the join returns no task of this operation, and a later statement reads the
-    # tasks.
+    # of the snapshot are outdated. So the join returns a task only if the snapshot contains the row of the operation as
+    # it was directly before the claim: with the same step and phase, and with the epoch before the claim. Otherwise, a
+    # later statement reads the tasks.
     stored, current, following = operation.alias("stored"), task.alias("current"), task.alias("following")
     unchanged = and_(
         stored.c.id == claimed.c.id,

@@ -31,7 +31,7 @@ class Transaction:
     :param cursor: the cursor of the database driver.
     :param clock: the value of the bind parameter ``clock``.
     :param time: the current time in seconds since 1970, by the clock of the database; it may be slightly too early.
-    :param json_batches: True if a statement gets all its rows as one JSON text.
+    :param json_batches: True if all rows of values for a statement are passed to it as one JSON text.
     """
 
     def __init__(self, cursor: Any, clock: float, time: float, json_batches: bool) -> None:
@@ -77,7 +77,7 @@ class Transaction:
 
 
 def no_offset() -> float:
-    """Return 0.0, the number of seconds to add to the clock of the database outside of tests."""
+    """Return 0.0 as the number of seconds to add to the clock of the database. Only tests add another number."""
     return 0.0
 
 
@@ -88,9 +88,9 @@ class Database(ABC):
     :param clock_offset: function that returns the number of seconds to add to the clock of the database.
     """
 
-    #: Scheme of the address in ``name``.
+    #: URI scheme with which the address in the attribute ``name`` starts, for example ``sqlite``.
     prefix: ClassVar[str]
-    #: True if a statement gets all its rows as one JSON text.
+    #: True if all rows of values for a statement are passed to it as one JSON text.
     json_batches: ClassVar[bool]
     #: The number of concurrent write transactions with which the throughput is highest.
     max_concurrent_writers: ClassVar[int]

@@ -39,10 +39,12 @@ class PendingWrite(Generic[Item]):
 class GroupCommit(Generic[Item]):
     """Leader/follower group commit.
 
-    A thread becomes a leader if there are fewer than ``leaders`` leaders. A leader writes its own entry and the queued
-    entries as one group. A thread that is not a leader blocks until a leader has written its entry, or until it becomes
-    a leader itself. After a leader has written its group, the thread of the oldest queued entry becomes the next
-    leader. If only one thread writes, this thread is always the leader, so there is no thread switch.
+    Each thread has an *entry*, a :class:`PendingWrite` with the item to write. A thread becomes a leader if there are
+    fewer than ``leaders`` leaders; otherwise, it puts its entry into a queue. A leader writes its own entry and the
+    queued entries as one group. A thread that is not a leader blocks until a leader has written its entry, or until it
+    becomes a leader itself. After a leader has written its group, the thread of the oldest entry that is in the queue
+    by then becomes the next leader. If only one thread writes, this thread is always the leader, so there is no thread
+    switch.
 
     :param run: function that writes a group of entries, and sets a result or an error on each entry.
     :param leaders: maximum number of groups that are written at the same time.

@@ -19,7 +19,8 @@ from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
 
-#: Types of the values in the row of a new operation that are not columns of the table.
+#: Types of the values that the insert statement of an operation needs besides the columns of the table: ``wait``, the
+#: seconds until the next check, and ``started``, which is 1 if the operation is claimed.
 _EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
 
 #: Columns that have the same value in the row of every new operation.
@@ -146,7 +147,7 @@ class InsertRows:
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
-        """Add the row values of an operation's tasks, and of the operations nested in these tasks."""
+        """Add the row values of an operation's tasks, and of the operations among these tasks, at any depth."""
         for position, new in enumerate(tasks):
             child = None if new.child is None else self._add(new.child, ids, operation_id, root_id, CHILD_DEFAULTS)
             self.tasks.append(

@@ -17,8 +17,8 @@ from kser.store.transitions import due_reason
 
 Pairs = Iterable[tuple[int, int]]
 
-#: Number of sends after which the resend delay is ``MAX_RESEND_DELAY``, because a delay that has doubled 20 times
-#: exceeds this maximum.
+#: From this number of sends on, the resend delay is always ``MAX_RESEND_DELAY``. The delay doubles with each send, so
+#: after 20 sends even a first delay of 10 ms exceeds this maximum.
 MAX_DOUBLINGS = 20
 
 

@@ -145,7 +145,12 @@ class Lifecycle:
         return self._row(transaction, root.id)
 
     def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
-        """Set an operation to its first task whose status is not SUCCESS, and return the message of the step to run."""
+        """Move the position of an operation to its first task whose status is not SUCCESS.
+
+        If this task is a nested operation that has started, do the same in the nested operation.
+
+        :return: the message of the step to run.
+        """
         while True:
             first = transaction.execute(self._first, {"key": row.id}).fetchone()
             if first is None:

@@ -95,8 +95,9 @@ class Postgresql(Database):
         # Use the wall clock here, because the monotonic clock stops while the machine is suspended.
         if self._server_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
             (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-            # Read the local clock after the response, so that the estimate of the server's time is never later than the
-            # real time of the server.
+            # Read the local clock after the response. The server has read its clock earlier, so the measured offset is
+            # too small rather than too large, and the estimate of the server's time is never later than the real time
+            # of the server.
             self._measured_at = time.time()
             self._server_offset = there - self._measured_at
         return time.time() + self._server_offset + self._clock_offset()

@@ -133,17 +133,17 @@ class OperationSearch:
     def _most_selective(
         self, transaction: Transaction, query: OperationQuery, filters: list[LabelFilter], before: int | None
     ) -> LabelFilter | None:
-        """Return the label filter that drives the query, or None if the column filters drive the query.
+        """Return the label filter that is the *driving filter* of the query, or None if the column filters are.
 
         The column filters are the filters for status, entrypoint and parent.
 
         The query reads the operations that match the driving filter, and tests each of these operations against the
-        remaining filters until a page is full. So the driving filter must be the filter with the fewest matches. This
+        remaining filters, until a page is full. So the driving filter must be the filter with the fewest matches. This
         method counts the matches, because databases estimate these numbers badly.
 
-        If no label has fewer than ``COUNT_LIMIT`` matches, the column filters drive the query, if there are any. The
-        reason is that the database can test for a label with an index alone, but must read the row of an operation to
-        test the column filters.
+        If every label has at least ``COUNT_LIMIT`` matches, the column filters are the driving filter, because the
+        database can test the labels with an index alone, but must read the row of an operation to test the column
+        filters. If the query has no column filters, the first label is then the driving filter.
         """
         has_filters = (query.status, query.entrypoint, query.parent) != (None, None, None)
         if not has_filters and len(filters) == 1:
@@ -193,8 +193,8 @@ class LabelFilter:
 
 
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
-    # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query. Otherwise PostgreSQL could choose
-    # this filter as the driving filter.
+    # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query. Otherwise, PostgreSQL could start
+    # the search with the filter in this subquery instead of the driving filter.
     return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
 
 
@@ -223,9 +223,9 @@ def _parts(query: OperationQuery, before: int | None) -> list[Select[Any]]:
 
 
 def _merged(parts: list[Select[Any]], limit: int, conditions: Sequence[Condition]) -> Select[Any]:
-    """Return a query that merges the results of all parts, newest operation first.
+    """Return a query that merges the results of the queries in ``parts``, newest operation first.
 
-    :param limit: maximum number of operations from each part.
+    :param limit: maximum number of operations from each query in ``parts``.
     :param conditions: additional conditions that each operation must meet.
     """
     own = operation.c.id

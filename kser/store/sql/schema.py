@@ -24,7 +24,7 @@ class Version(NamedTuple):
     """The version of the tables in a database."""
 
     version: int
-    #: The lowest ``VERSION`` of a kser that can use the tables.
+    #: The lowest :data:`VERSION` that a release of kser must have to be able to use the tables.
     oldest: int
 
 

@@ -81,7 +81,9 @@ class Sqlite(Database):
         self.engine.dispose()
 
     def _engine(self) -> Engine:
-        # Disable the implicit transactions of the driver, because they start too late and without the write lock.
+        # Disable the implicit transactions of the driver: they start only before the first write, so they do not
+        # include earlier reads, and they do not take the write lock at their start. kser starts its transactions with
+        # explicit statements.
         options = {"check_same_thread": False, "isolation_level": None, "timeout": BUSY_SECONDS}
         options = {name: value for name, value in options.items() if name not in self.url.query}
         engine = create_engine(
@@ -150,8 +152,8 @@ class Sqlite(Database):
                 connection.rollback()
             raise
         finally:
-            # A thread that was not joined may still read after close(). close() has disposed of the pool, which can
-            # take no connection back, so discard the connection.
+            # A thread that was not joined may still read during or after close(). Its connection cannot return to the
+            # pool, because close() has disposed of the pool, so discard the connection.
             connection.invalidate() if self._closed else connection.close()
 
     @contextmanager

@@ -1,8 +1,8 @@
 """SQL statements that are compiled once from SQLAlchemy expressions.
 
-The execution of a compiled statement costs no time in SQLAlchemy, only in the driver. SQLite is fastest if a statement
-gets one row at a time. PostgreSQL gets all rows of a statement as one JSON text, because psycopg needs five times as
-long to send the same values as parameters.
+The execution of a compiled statement costs no time in SQLAlchemy, only in the driver. SQLite is fastest if each
+execution of a statement gets one row of values. In PostgreSQL, one execution gets all rows of values as one JSON text,
+because psycopg needs five times as long to send the same values as parameters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sqlalchemy.sql import ClauseElement
 
 #: Bind parameter for the clock: the current time in SQLite, or an offset to the server's clock in PostgreSQL.
 CLOCK: Final = "clock"
-#: Bind parameter for all rows of a statement as one JSON text.
+#: Bind parameter for all rows of values of a statement, as one JSON text.
 ROWS: Final = "rows"
 
 Types = Mapping[str, Any]
@@ -55,7 +55,7 @@ class Statement:
 
 
 class RowSource:
-    """The source of the row values for a statement: bind parameters, or one JSON text with all rows.
+    """The source of the row values for a statement: bind parameters, or one JSON text with all rows of values.
 
     :param json_batches: True if the source is one JSON text.
     :param types: names and types of the values.
@@ -78,10 +78,10 @@ class RowSource:
         return bindparam(name, type_=self._types[name])
 
     def _row_estimate_hint(self) -> tuple[ColumnElement[bool], ...]:
-        """Return a condition that is always true, and that makes the planner estimate about one row.
+        """Return a condition that is always true, and that makes the planner assume about one row of values.
 
-        Without this condition, the planner estimates 100 rows and prefers to read a small table completely. The server
-        keeps this plan after the table has grown.
+        Without this condition, the planner assumes that the JSON text has 100 rows of values, and prefers to read a
+        small table completely. The server keeps this plan after the table has grown.
         """
         first = next(iter(self._types))
         kind = self._types[first]
@@ -99,7 +99,9 @@ class RowSource:
         return update(table).where(*where, *self._where).values(dict(values))
 
     def update_skip_locked(self, table: Table, values: Mapping[str, Any], *where: ColumnElement[bool]) -> Any:
-        """Return a statement like that of :meth:`update`, which skips the rows that another transaction has locked."""
+        """Return an update statement like :meth:`update`, but one that skips the rows that another transaction has
+        locked.
+        """
         if not self.json_batches:
             return self.update(table, values, *where)
         key = table.c.id

@@ -105,8 +105,8 @@ class SQLStore(Store):
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         pairs = list(claims)
         renewed = self._write(self._leases.renew_unlocked, pairs, owner, lease)
-        # In SQLite there is only one writer, so the statement skipped no locked row, and a missing claim is really
-        # lost.
+        # In PostgreSQL, the statement has skipped locked rows, so try each claim that was not renewed again. In SQLite,
+        # there is only one writer and no locked row, so a claim that was not renewed is lost.
         missing = [pair for pair in pairs if pair[0] not in renewed] if self._database.json_batches else []
         for pair in missing:
             renewed |= self._write(self._leases.renew, pair, owner, lease)

@@ -26,7 +26,9 @@ NOT_WRITTEN: Final = object()
 
 
 class Batch:
-    """A batch of entries. The entries are grouped by the kind of write, and keyed by index.
+    """A batch of entries, with one dict of items for each kind of write.
+
+    In a dict, the key of an item is the index of its entry in ``entries``.
 
     :param entries: the entries to write.
     """
@@ -105,7 +107,8 @@ class BatchWriter:
                 entry.error.__cause__ = outage.__cause__
 
     def _write_batch(self, entries: Sequence[PendingWrite[Item]], results: list[Any]) -> None:
-        """Write entries in one statement if possible, and write the remaining entries in one transaction.
+        """Write entries in one statement, if this is possible, and then write the entries that are left in one
+        transaction.
 
         If an entry can be written in neither way, its result stays ``NOT_WRITTEN``.
         """
