@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cdumay_error import Error
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
@@ -306,3 +307,34 @@ def test_base_producer_sends_nothing() -> None:
     assert BaseProducer().send("dice", message("x")) is None
     assert BaseProducer().close() is None  # type: ignore[func-returns-value]
     assert issubclass(BaseProducer, BaseController)
+
+
+class SuccessfulError(Error):
+    """An exception whose code means success."""
+
+    CODE = 0
+
+
+@pytest.mark.parametrize("method", ["__init__", "execute"])
+def test_exception_with_code_0_counts_as_success(method: str) -> None:
+    """As in 0.8.27: its code is the return code of the result, and 0 means success everywhere."""
+
+    def raise_error(*_args: Any, **_kwargs: Any) -> Any:
+        raise SuccessfulError("nothing to do")
+
+    class Hooks(Controller):
+        called: list[str] = []  # noqa: RUF012
+
+        @classmethod
+        def onsuccess(cls, kmsg: Message, result: Any) -> Any:
+            cls.called.append("onsuccess")
+            return result
+
+        @classmethod
+        def onerror(cls, kmsg: Message, result: Any) -> Any:
+            cls.called.append("onerror")
+            return result
+
+    Hooks.register("raising", type("Raising", (Entrypoint,), {method: raise_error}))
+    assert Hooks.run(message("raising").dumps()).retcode == 0
+    assert Hooks.called == ["onsuccess"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from cdumay_error import Error
 from cdumay_result import Result
 
 from kser.sequencing.task import Task
@@ -342,3 +343,69 @@ def test_user_attributes_override_the_names_that_kser_adds(harness: DurableHarne
     harness.first.handle()
     assert harness.status() == SUCCESS
     assert getattr(harness.operation(), name) == "mine"
+
+
+# -- unusual results ---------------------------------------------------------------------------------------------------
+
+
+class SuccessfulError(Error):
+    """An exception whose code means success."""
+
+    CODE = 0
+
+
+@BOTH_MODES
+def test_exception_with_code_0_in_an_overridden_hook_ends_its_task_successfully(
+    harness: DurableHarness, cls: type[Sale]
+) -> None:
+    """The code of an exception is the return code of the result, and 0 means success."""
+
+    class RaisingTask(Task):
+        def run(self) -> Result:
+            raise ValueError("no")
+
+        def _onerror(self, result: Result) -> Any:
+            raise SuccessfulError("nothing to do")
+
+    harness.first.subscribe_copy(RaisingTask)
+
+    class RaisingSale(cls):  # type: ignore[misc,valid-type]
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [harness.first.class_of(RaisingTask)("1.a"), ScriptedTask("1.b")]
+
+    harness.first.subscribe_copy(RaisingSale)
+    send_raw_message(RaisingSale)
+    harness.first.handle()
+    assert (harness.status(), harness.task_statuses(), ScriptedTask.ran) == (SUCCESS, [SUCCESS, SUCCESS], ["1.b"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("retval", None), ("stdout", 7)])
+def test_failure_that_cannot_be_merged_reaches_an_overridden_launch_next(
+    harness: DurableHarness, field: str, value: Any
+) -> None:
+    """``launch_next`` decides about a failure before it changes the accumulated result of the operation."""
+
+    class UnmergeableTask(Task):
+        def run(self) -> Result:
+            return Result(uuid=self.uuid, retcode=4, stderr="bad card")
+
+        def onerror(self, result: Result) -> Result:
+            setattr(result, field, value)
+            return result
+
+    harness.first.subscribe_copy(UnmergeableTask)
+
+    class ChoosingSale(DistributedSale):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [harness.first.class_of(UnmergeableTask)("1.a")]
+
+        def launch_next(self, task: Task | None = None, result: Result | None = None) -> Any:
+            if task is not None:
+                calls.append((task.status, task.result.stderr))
+            return super().launch_next(task=task, result=result)
+
+    harness.first.subscribe_copy(ChoosingSale)
+    send_raw_message(ChoosingSale)
+    harness.first.handle()
+    assert calls == [(FAILED, "bad card")]
+    assert harness.snapshot().attempts[0].error == "bad card"

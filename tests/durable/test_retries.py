@@ -342,3 +342,20 @@ def test_resume_restarts_the_retry_policy_and_continues_the_numbering(
     attempts_after(harness, 11)
     assert FailingTask.attempts == [1, 2, 3, 4, 5, 6]
     assert harness.status() == SUCCESS
+
+
+def test_policy_of_a_class_that_is_subscribed_again_applies_to_the_next_task(harness: DurableHarness) -> None:
+    """The execution looks up the class of the operation for each task."""
+    operation_class = harness.first.class_of(Sale)
+
+    def subscribe_again() -> None:
+        again = type(operation_class)(
+            operation_class.__name__, (operation_class,), {"__module__": Sale.__module__, "RETRY": THREE_ATTEMPTS}
+        )
+        harness.registry.controller.ENTRYPOINTS[Sale.path] = again
+
+    ScriptedTask.script["1.a"] = subscribe_again
+    ScriptedTask.script["1.b"] = [ConnectionError("no")]
+    send_raw_message(Sale)
+    harness.first.handle()
+    assert harness.task_statuses() == [SUCCESS, PENDING, PENDING]
