@@ -348,8 +348,8 @@ class TaskAttempt(Attempt):
     def abandon(self) -> None:
         """End this attempt without a checkpoint. The step runs again later.
 
-        Call this method if the consumer is shutting down, or if it has abandoned the attempt at the record during which
-        the task runs.
+        Call this method if the consumer is shutting down, or if the consumer has abandoned the attempt at the record.
+        The attempt at the task runs inside the attempt at the record.
 
         :raises kser.attempt.AttemptAbandoned: always.
         """

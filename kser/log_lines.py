@@ -1,7 +1,7 @@
 """Log lines of entrypoints: the texts and ``extra`` keys that 0.8.27 published.
 
-This module has functions in place of methods of Entrypoint, because an additional method could have the same name as an
-attribute of a user's class.
+These are functions and not methods of Entrypoint, because a new method could have the same name as an attribute of a
+user's class.
 """
 
 from __future__ import annotations

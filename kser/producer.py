@@ -350,8 +350,8 @@ class KafkaProducerBase(BaseProducer):
         return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
 
 
-#: The methods that a send calls, with their implementations in KafkaProducerBase. A class with another implementation
-#: of one of these methods has user code. The dict does not contain the methods that each transport implements.
+#: The methods that a send calls, with the implementation in KafkaProducerBase. If a producer class overrides one of
+#: these methods, a send runs the user's code. The dict does not contain the methods that each transport implements.
 _HOOK_METHODS = {
     name: _function(KafkaProducerBase, name)
     for name in (

@@ -255,8 +255,8 @@ class _Bulk(Bulk, Waiter):
         self._producer._kser_report_poller.wait(self, self._deadline)
         late = []
         while self._in_flight:
-            # A late delivery report in another thread may remove a message meanwhile. So pop the messages one by one,
-            # because a loop over the dict would fail.
+            # A late delivery report in another thread may remove a message meanwhile. A loop over the dict would then
+            # fail, so pop the messages one by one.
             _, (kmsg, _) = self._in_flight.popitem()
             late.append(kmsg)
         self._process_reports()

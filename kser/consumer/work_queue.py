@@ -36,7 +36,7 @@ class InFlightLimit:
         self.count = self.bytes = 0
 
     def acquire(self, count: int, size: int) -> None:
-        """Add records to the counters.
+        """Count records as in flight.
 
         :param size: the total size of the records, in bytes.
         """

@@ -84,8 +84,8 @@ class DurableStart:
             in_memory: Runner = context.registry.runner
             return in_memory.run(operation, result)
         prepare_operation(operation, result)
-        # Raise if the attempt has timed out by now, because an attempt that counts as failed must not store its
-        # operation.
+        # If the attempt has timed out by now, the consumer already counts it as failed. Raise in this case, so that the
+        # operation of a failed message is not stored.
         raise_if_decided(operation)
         attempt = current_attempt.get()
         topic = operation.TOPIC or (attempt.topic if attempt else "") or context.registry.topic_for(operation)

@@ -304,7 +304,7 @@ class EntrypointLoader:
     def tasks(self, rows: Iterable[TaskRow], children: Iterable[OperationRow] = ()) -> list[Task]:
         """Build the tasks of an operation from their rows.
 
-        :param children: the operation rows of the tasks that are nested operations.
+        :param children: the operation row of each task that is a nested operation.
         """
         by_id = {child.id: child for child in children}
         return [self.task(row) if row.child_id is None else self.operation(by_id[row.child_id]) for row in rows]

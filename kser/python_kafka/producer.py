@@ -174,7 +174,7 @@ class Producer(KafkaProducerBase):
 
     def _kser_explain(self, topic: str, last_response: float) -> str:
         # The wait for the metadata of the topic has timed out. If a broker has sent metadata since the start of the
-        # call, the brokers respond, but have no such topic. Otherwise, no broker responds.
+        # call, the brokers are reachable, and the topic does not exist. Otherwise, no broker responds.
         if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
         return (

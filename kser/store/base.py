@@ -146,8 +146,8 @@ class Store(ABC):
 
         :param claims: the claims, each as a pair ``(root_id, epoch)``.
 
-        :return: the ``root_id`` of each renewed claim. Of the claims in ``claims``, ``owner`` has lost those whose
-            ``root_id`` is not in the returned set.
+        :return: the ``root_id`` of each renewed claim. If the ``root_id`` of a claim is missing from the
+            returned set, ``owner`` has lost the claim.
         """
 
     @abstractmethod

@@ -283,7 +283,7 @@ class ClaimRequest:
     token: str
     #: Length of the lease in seconds.
     lease: float
-    #: Maximum number of claims of one step without a checkpoint. A claim above this number is ``exhausted``.
+    #: Maximum number of claims of one step without a checkpoint. A further claim has ``exhausted`` set.
     max_claims: int
 
 

@@ -136,7 +136,8 @@ class SQLStore(Store):
     def _ensure_schema(self) -> None:
         """Check the schema before the first use of the store.
 
-        The check creates a missing SQLite file with its tables, and rejects incompatible tables.
+        If the SQLite file is missing, the check first creates it with its tables. The check rejects incompatible
+        tables.
         """
         if not self._checked:
             self.check()
