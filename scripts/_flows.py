@@ -14,8 +14,8 @@ call between files. It counts a generator once, when the generator starts. Logs 
 
 Three events divide a flow into phases: the ``prerun`` hook of the task starts, the ``onsuccess`` hook of the task
 returns, and the database receives a COMMIT of a transaction that has written. The report lists the modules that a phase
-enters more than once, with the number of entries. The column ``up`` counts the entries for which the module was already
-on the stack, below another file.
+enters more than once, with the number of entries. ``N up`` counts the entries for which the module was already on the
+stack, below another file.
 """
 
 from __future__ import annotations
@@ -276,6 +276,8 @@ def report(source: Path, flows: Sequence[Flow], calls: bool) -> Iterable[str]:
     for module in sorted(frozenset().union(*(flow.modules for flow in flows))):
         yield f"{module:36}" + "".join(_entries(flow, module) for flow in flows)
     yield "(" + ", ".join(f"{letter}: {flow.name}" for letter, flow in zip("ABCD", flows, strict=True)) + ")"
+    yield "0: the module ran, but only its own functions and generators called it. N up: N of the entries found the"
+    yield "module on the stack already, below another file. In a list of calls, '-' is a caller outside kser."
     for flow in flows:
         yield ""
         yield f"phases: {flow.name}"
@@ -344,6 +346,9 @@ def main() -> int:
     parser.add_argument("--calls", action="store_true", help="list the calls")
     options = parser.parse_args()
     sources = [path.resolve() for path in options.source or [ROOT]]
+    for source in sources:
+        if not (source / "kser").is_dir():
+            parser.error(f"there is no folder kser in {source}")
     if len(sources) == 1:
         trace(sources[0], options.calls)
         return 0
