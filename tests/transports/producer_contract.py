@@ -23,6 +23,9 @@ from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
 from tests.support import UUID, WAIT_SECONDS, lines, message, record_of, wait_until
 
+#: Seconds after which a new reader reads a topic from its beginning.
+READER_SECONDS = 7
+
 
 class Sent(NamedTuple):
     """A record as it is in its topic."""
@@ -61,21 +64,44 @@ class Transport(ABC):
 
 
 def read(servers: str, topic: str, count: int) -> list[Sent]:
-    """Wait for ``count`` records in a topic, and return them, read without kser."""
-    reader = confluent_kafka.Consumer({"bootstrap.servers": servers, "group.id": "reader", "enable.auto.commit": False})
-    try:
-        partitions = reader.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
-        beginning = confluent_kafka.OFFSET_BEGINNING
-        reader.assign([confluent_kafka.TopicPartition(topic, number, beginning) for number in partitions])
-        records: list[Any] = []
-        deadline = time.monotonic() + WAIT_SECONDS
-        while len(records) < count and time.monotonic() < deadline:
-            records += reader.consume(count, 0.1)
-    finally:
-        reader.close()
-    assert len(records) == count and not [record.error() for record in records if record.error()]
+    """Wait for ``count`` records in a topic, and return them, read without kser.
+
+    If a reader has not found all records after ``READER_SECONDS``, a new reader reads the topic from its beginning.
+    Only a record that no reader finds counts as lost.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        records, end_offsets = _read_once(servers, topic, count)
+        if len(records) >= count or time.monotonic() > deadline:
+            break
+    assert len(records) == count, (
+        f"{len(records)} records were read in place of {count}; partitions and their (begin, end): {end_offsets}; read:"
+        f" {[(record.partition(), record.offset(), record.value()) for record in records]}"
+    )
     records.sort(key=lambda record: (record.partition(), record.offset()))
     return [Sent(record.value(), record.key(), record.headers() or [], record.partition()) for record in records]
+
+
+def _read_once(servers: str, topic: str, count: int) -> tuple[list[Any], dict[int, tuple[int, int]]]:
+    """Read a topic with a new reader; return its records, and the first and the end offset of each partition."""
+    reader = confluent_kafka.Consumer({"bootstrap.servers": servers, "group.id": "reader", "enable.auto.commit": False})
+    try:
+        partitions = [
+            confluent_kafka.TopicPartition(topic, number, confluent_kafka.OFFSET_BEGINNING)
+            for number in reader.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
+        ]
+        reader.assign(partitions)
+        records: list[Any] = []
+        deadline = time.monotonic() + READER_SECONDS
+        while len(records) < count and time.monotonic() < deadline:
+            record = reader.poll(0.1)
+            if record is not None:
+                assert record.error() is None, record.error()
+                records.append(record)
+        offsets = {each.partition: reader.get_watermark_offsets(each, timeout=WAIT_SECONDS) for each in partitions}
+        return records, offsets
+    finally:
+        reader.close()
 
 
 def uuids(sent: list[Sent]) -> list[str]:
