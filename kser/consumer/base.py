@@ -376,9 +376,11 @@ class BaseConsumer:
             # consumer now, and let run() raise the exception.
             self._kser_crash = exc
             self.stop()
-        self._kser_poller.shutting_down = True
         self._kser_deadline = self._kser_clock() + self.options.shutdown_timeout
+        # Close the work queue before the poller stops fetching, because a poll that is under way may still return
+        # records, and an idle worker would start them.
         self._kser_worker_pool.shutdown()
+        self._kser_poller.shutting_down = True
         self._kser_wait_for_running()
         for item in self._kser_work_queue.running():
             if self._kser_work_queue.abandon(item.attempt):

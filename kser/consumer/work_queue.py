@@ -270,7 +270,7 @@ class WorkQueue:
         deadline = None
         lanes = self.lanes
         with self.lock:
-            while True:
+            while not self._closed:
                 now = self.clock()
                 if (due := lanes.next_due) is not None:
                     lanes.promote_due(now)
@@ -286,7 +286,7 @@ class WorkQueue:
                 if deadline is None:
                     deadline = now + timeout
                 left = deadline - now
-                if left <= 0 or self._closed:
+                if left <= 0:
                     return None
                 if lanes.ready:
                     # The group lease has expired. Its renewal notifies no worker, so check again soon.
@@ -298,6 +298,7 @@ class WorkQueue:
                     self._work_available.wait(left)
                 finally:
                     self._idle_workers -= 1
+            return None
 
     def task_done(self, item: WorkItem) -> bool:
         """Mark a record as finished.

@@ -44,6 +44,23 @@ def test_graceful_shutdown_commits_running_records_and_starts_no_other(workers: 
     assert (sorted(ScriptedTask.ran), committed()) == (sorted(uuids[:workers]), workers)
 
 
+def test_graceful_shutdown_closes_the_work_queue_before_the_poller_stops_fetching() -> None:
+    """In the opposite order, an idle worker could start a record of the poll that is under way."""
+    consumer = FaultyConsumer(workers=2)
+    worker_pool = consumer._kser_worker_pool
+    shutdown, was_shutting_down = worker_pool.shutdown, []
+
+    def record_and_shut_down() -> None:
+        was_shutting_down.append(consumer.is_shutting_down)
+        shutdown()
+
+    worker_pool.shutdown = record_and_shut_down  # type: ignore[method-assign]
+    with ConsumerThread(consumer) as thread:
+        consumer.stop()
+        assert isinstance(thread.join(), SystemExit)
+    assert was_shutting_down[0] is False
+
+
 def test_graceful_shutdown_keeps_polling_the_group() -> None:
     """A running task may take longer than the session timeout of the group."""
     gate = threading.Event()

@@ -319,6 +319,14 @@ def test_closed_queue_hands_out_no_record_and_still_counts_finished_ones() -> No
     assert queue.partitions.commits() == {DICE: Commit(1)}
 
 
+def test_closed_queue_does_not_hand_out_records_that_arrive_later() -> None:
+    """A poll that is under way at the shutdown may return records."""
+    queue = QueueUnderTest()
+    queue.close()
+    queue.fetch_keys("-")
+    assert queue.start_all() == []
+
+
 # -- the group lease ---------------------------------------------------------------------------------------------------
 
 
