@@ -26,10 +26,12 @@ the exception and continues the work.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blinker import NamedSignal, Namespace
-from cdumay_result import Result
+
+if TYPE_CHECKING:
+    from cdumay_result import Result
 
 logger = logging.getLogger(__name__)
 

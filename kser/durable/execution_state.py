@@ -127,7 +127,6 @@ class ExecutionState:
         self._events: list[NewEvent] = []
         self._built: BuiltTasks | None = None
         self._ended: list[OperationFrame] = []
-        self._is_finished = False
 
     def push(self, row: OperationRow, operation: Operation) -> None:
         """Append a frame for the nested operation that is the current task."""
@@ -210,7 +209,6 @@ class ExecutionState:
         frame.result = result_to_json(result, frame.row.entrypoint) if text is None else text
         self._updates[frame.row.id] = frame
         if frame is self.root:
-            self._is_finished = True
             self._events.append(NewEvent("ended", text=status))
             return
         self.frames.pop()
@@ -271,7 +269,7 @@ class ExecutionState:
             self._built,
             self._events,
         )
-        change = StepChange(checkpoint, self._ended, self._is_finished)
+        change = StepChange(checkpoint, self._ended, states.is_final(self.root.status))
         for frame in self._updates.values():
             frame.stored_step, frame.stored_phase = frame.step, frame.phase
         self._start_step()

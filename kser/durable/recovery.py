@@ -36,11 +36,11 @@ class RecoveryService:
     :param context: the durable context of this process.
     """
 
-    def __init__(self, context: DurableContext, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._settings = context.settings
         #: The clock of the intervals, in seconds; tests may replace it.
-        self.clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
         #: ``_contact_since`` is the start of the current uninterrupted contact with the store. ``_last_contact`` is the
