@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cdumay_error import Error
 from cdumay_result import Result
 
+from kser.controller import Controller
 from kser.schemas import Message
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,29 @@ def wait_until(is_done: Callable[[], Any]) -> None:
     while not is_done():
         assert time.monotonic() < deadline, f"the condition was not met within {WAIT_SECONDS} s"
         time.sleep(0.005)
+
+
+class SuccessfulError(Error):
+    """An exception whose code means success."""
+
+    CODE = 0
+
+
+def recording_controller(events: list[Any]) -> type[Controller]:
+    """Return a controller that adds its ``onsuccess`` and ``onerror`` hooks to ``events``."""
+
+    class RecordingController(Controller):
+        @classmethod
+        def onsuccess(cls, kmsg: Message, result: Any) -> Any:
+            events.append("controller: onsuccess")
+            return result
+
+        @classmethod
+        def onerror(cls, kmsg: Message, result: Any) -> Any:
+            events.append("controller: onerror")
+            return result
+
+    return RecordingController
 
 
 class Clock:

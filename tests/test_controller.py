@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cdumay_error import Error
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser.controller import BaseController, BaseProducer, Controller
 from kser.entry import Entrypoint
 from kser.schemas import Message
-from tests.support import UUID, lines, message, ok_result, record_of, records
+from tests.support import UUID, SuccessfulError, lines, message, ok_result, record_of, recording_controller, records
 
 PATH = "tests.test_controller.Greet"
 LABEL = f"{PATH}[{UUID}]"
@@ -309,12 +308,6 @@ def test_base_producer_sends_nothing() -> None:
     assert issubclass(BaseProducer, BaseController)
 
 
-class SuccessfulError(Error):
-    """An exception whose code means success."""
-
-    CODE = 0
-
-
 @pytest.mark.parametrize("method", ["__init__", "execute"])
 def test_exception_with_code_0_counts_as_success(method: str) -> None:
     """As in 0.8.27: its code is the return code of the result, and 0 means success everywhere."""
@@ -322,19 +315,8 @@ def test_exception_with_code_0_counts_as_success(method: str) -> None:
     def raise_error(*_args: Any, **_kwargs: Any) -> Any:
         raise SuccessfulError("nothing to do")
 
-    class Hooks(Controller):
-        called: list[str] = []  # noqa: RUF012
-
-        @classmethod
-        def onsuccess(cls, kmsg: Message, result: Any) -> Any:
-            cls.called.append("onsuccess")
-            return result
-
-        @classmethod
-        def onerror(cls, kmsg: Message, result: Any) -> Any:
-            cls.called.append("onerror")
-            return result
-
-    Hooks.register("raising", type("Raising", (Entrypoint,), {method: raise_error}))
-    assert Hooks.run(message("raising").dumps()).retcode == 0
-    assert Hooks.called == ["onsuccess"]
+    events: list[Any] = []
+    controller = recording_controller(events)
+    controller.register("raising", type("Raising", (Entrypoint,), {method: raise_error}))
+    assert controller.run(message("raising").dumps()).retcode == 0
+    assert events == ["controller: onsuccess"]

@@ -18,7 +18,7 @@ from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
 from kser.status import FAILED
 from tests.consumer.harness import THREE_ATTEMPTS, ScriptedTask, SteppedConsumer, committed, new_consumer, send_messages
-from tests.support import lines, record_of
+from tests.support import lines, record_of, recording_controller
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -42,18 +42,7 @@ class RecordingTask(Task):
         return result
 
 
-class RecordingController(Controller):
-    """A controller that records its hooks."""
-
-    @classmethod
-    def onsuccess(cls, kmsg: Any, result: Any) -> Any:
-        RecordingTask.events.append("controller: onsuccess")
-        return result
-
-    @classmethod
-    def onerror(cls, kmsg: Any, result: Any) -> Any:
-        RecordingTask.events.append("controller: onerror")
-        return result
+RecordingController = recording_controller(RecordingTask.events)
 
 
 @pytest.fixture(autouse=True)

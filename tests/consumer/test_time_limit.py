@@ -27,7 +27,7 @@ from tests.consumer.harness import (
     send_messages,
     worker_threads,
 )
-from tests.support import WAIT_SECONDS, Clock, lines, wait_until
+from tests.support import WAIT_SECONDS, Clock, lines, recording_controller, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
@@ -63,18 +63,7 @@ class GatedTask(Task):
         return result
 
 
-class RecordingController(Controller):
-    """A controller that records its hooks."""
-
-    @classmethod
-    def onsuccess(cls, kmsg: Any, result: Any) -> Any:
-        GatedTask.events.append("controller: onsuccess")
-        return result
-
-    @classmethod
-    def onerror(cls, kmsg: Any, result: Any) -> Any:
-        GatedTask.events.append("controller: onerror")
-        return result
+RecordingController = recording_controller(GatedTask.events)
 
 
 @pytest.fixture(autouse=True)

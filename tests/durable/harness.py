@@ -27,7 +27,7 @@ from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
 from kser.store.model import Claim, OperationSnapshot
-from tests.consumer.harness import MANUAL_COMMIT, FaultyConsumer, ScriptedTask
+from tests.consumer.harness import MANUAL_COMMIT, ConsumerThread, FaultyConsumer, ScriptedTask
 from tests.store.harness import LEASE, StoreHarness, claim_request
 from tests.support import WAIT_SECONDS, Clock, message, wait_until
 
@@ -226,6 +226,18 @@ class Process:
         """Stop the consumer, which runs in another thread, and wait for the start of its graceful shutdown."""
         self.consumer.stop()
         wait_until(lambda: self.consumer._kser_poller.shutting_down)
+
+    def stop_during(self, task: str, gate: threading.Event) -> BaseException | None:
+        """Run the consumer until a task waits for ``gate``, stop the consumer gracefully, and then let the task end.
+
+        :param task: uuid of the task, whose script waits for ``gate``.
+        :return: the exception that ended ``run()``.
+        """
+        with ConsumerThread(self.consumer) as thread:
+            wait_until(lambda: task in ScriptedTask.ran)
+            self.stop_gracefully()
+            gate.set()
+            return thread.join()
 
     @property
     def work_queue(self) -> WorkQueue:

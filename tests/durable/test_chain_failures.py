@@ -85,11 +85,7 @@ def test_killed_task_is_rerun_and_finished_one_is_not_after_a_graceful_shutdown(
     else:
         ScriptedTask.script["1.b"] = [SystemExit(9) if end == "SystemExit" else lambda: gate.wait(WAIT_SECONDS), None]
         send_raw_message(Sale)
-        with ConsumerThread(process.consumer) as thread:
-            wait_until(lambda: "1.b" in ScriptedTask.ran)
-            process.stop_gracefully()
-            gate.set()
-            thread.join()
+        process.stop_during("1.b", gate)
     if end == "SystemExit":
         assert (harness.status(), harness.task_statuses()) == (FAILED, [SUCCESS, FAILED, PENDING])
         harness.operation().resume()

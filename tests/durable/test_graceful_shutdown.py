@@ -41,11 +41,7 @@ def test_graceful_shutdown_stops_an_operation_at_its_next_checkpoint(
     process = harness.start_process(Sale, group="stopped", workers=workers)
     ScriptedTask.script["1.b"] = lambda: gate.wait(WAIT_SECONDS)
     send_raw_message(Sale)
-    with ConsumerThread(process.consumer) as thread:
-        wait_until(lambda: "1.b" in ScriptedTask.ran)
-        process.stop_gracefully()
-        gate.set()
-        assert isinstance(thread.join(), SystemExit)
+    assert isinstance(process.stop_during("1.b", gate), SystemExit)
     row = harness.snapshot().operation
     assert (ScriptedTask.ran, row.status, row.step, row.owner) == (["1.a", "1.b"], RUNNING, 2, None)
     assert harness.task_statuses()[:2] == [SUCCESS, SUCCESS]
@@ -62,11 +58,7 @@ def test_graceful_shutdown_sends_the_next_step_of_a_distributed_operation(
     process = harness.start_process(DistributedSale, group="stopped")
     ScriptedTask.script["1.b"] = lambda: gate.wait(WAIT_SECONDS)
     send_raw_message(DistributedSale)
-    with ConsumerThread(process.consumer) as thread:
-        wait_until(lambda: "1.b" in ScriptedTask.ran)
-        process.stop_gracefully()
-        gate.set()
-        thread.join()
+    process.stop_during("1.b", gate)
     assert ScriptedTask.ran == ["1.a", "1.b"]
     harness.start_process(DistributedSale, group="second").handle()
     assert (ScriptedTask.ran, harness.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
@@ -80,11 +72,7 @@ def test_graceful_shutdown_lets_the_last_task_end_its_operation(
     process = harness.start_process(cls, group="stopped")
     ScriptedTask.script["1.c"] = lambda: gate.wait(WAIT_SECONDS)
     send_raw_message(cls)
-    with ConsumerThread(process.consumer) as thread:
-        wait_until(lambda: "1.c" in ScriptedTask.ran)
-        process.stop_gracefully()
-        gate.set()
-        thread.join()
+    process.stop_during("1.c", gate)
     assert (ScriptedTask.ran, harness.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
 
 
@@ -96,11 +84,7 @@ def test_graceful_shutdown_leaves_the_onsuccess_hook_to_the_next_consumer(
     process = harness.start_process(HookedSale, group="stopped")
     ScriptedTask.script["1.c"] = lambda: gate.wait(WAIT_SECONDS)
     send_raw_message(HookedSale)
-    with ConsumerThread(process.consumer) as thread:
-        wait_until(lambda: "1.c" in ScriptedTask.ran)
-        process.stop_gracefully()
-        gate.set()
-        thread.join()
+    process.stop_during("1.c", gate)
     assert HookedSale.hook_calls == []
     harness.start_process(HookedSale, group="second").handle()
     assert (ScriptedTask.ran, HookedSale.hook_calls) == (["1.a", "1.b", "1.c"], [("onsuccess", "1")])

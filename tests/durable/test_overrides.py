@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from cdumay_error import Error
 from cdumay_result import Result
 
 from kser.sequencing.task import Task
@@ -23,6 +22,7 @@ from tests.durable.harness import (
     send_raw_message,
     sent_messages,
 )
+from tests.support import SuccessfulError
 
 #: The calls of overridden methods.
 calls: list[Any] = []
@@ -346,12 +346,6 @@ def test_user_attributes_override_the_names_that_kser_adds(harness: DurableHarne
 
 
 # -- unusual results ---------------------------------------------------------------------------------------------------
-
-
-class SuccessfulError(Error):
-    """An exception whose code means success."""
-
-    CODE = 0
 
 
 @BOTH_MODES
