@@ -43,8 +43,16 @@ PROBE_INTERVAL = 2.0
 #: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Transient errors. Commits fail with these errors during a rebalance.
-_TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
+#: Transient errors: of commits during a rebalance, and of requests while the leader of a partition changes.
+_TRANSIENT = (
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+)
 
 
 class ConfluentClient(ConsumerClient):

@@ -38,6 +38,19 @@ def guarded(callback: Callable[[Any], Any]) -> Callable[[Any], None]:
     return call
 
 
+def report_error(error: Any, record: Any, *, has_offset: bool) -> Any:
+    """Return the error of a delivery report; None if the report confirms the delivery.
+
+    librdkafka also reports a record without an error if the broker has confirmed only a later record of the partition.
+    Such a report contains no offset, and the record may be lost, so this function returns a timeout error.
+
+    :param has_offset: True if the report of each delivered record contains an offset, which requires ``acks``.
+    """
+    if error is None and has_offset and record.offset() is None:
+        return KafkaError(KafkaError._MSG_TIMED_OUT)
+    return error
+
+
 class LastError:
     """The last error that the client reported.
 
@@ -87,15 +100,19 @@ class Waiter:
 
 
 class DeliveryWaiter(Waiter):
-    """A waiter for the delivery report of one record."""
+    """A waiter for the delivery report of one record.
 
-    def __init__(self) -> None:
+    :param has_offset: see :func:`report_error`.
+    """
+
+    def __init__(self, *, has_offset: bool) -> None:
         self.error: Any = None
+        self._has_offset = has_offset
         self._arrived = False
 
-    def __call__(self, error: Any, _record: Any) -> None:
+    def __call__(self, error: Any, record: Any) -> None:
         """Store the report. librdkafka calls this method."""
-        self.error = error
+        self.error = report_error(error, record, has_offset=self._has_offset)
         self._arrived = True
         self.reported()
 

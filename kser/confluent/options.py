@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from confluent_kafka import KafkaException
@@ -83,14 +84,21 @@ def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in foreign}
 
 
+def required_acks(options: Mapping[str, Any]) -> str:
+    """Return the option ``acks`` of a producer as text; empty if it is not set."""
+    return str(_option(options, "acks", "request.required.acks", default=""))
+
+
+def _option(options: Mapping[str, Any], *names: str, default: Any = None) -> Any:
+    """Return an option that has several names, from ``options`` or from the ``default.topic.config`` in them."""
+    merged = {**(options.get("default.topic.config") or {}), **options}
+    return next((merged[name] for name in names if name in merged), default)
+
+
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a producer, with safe and fast defaults for options that are not set."""
     options = dict(options)
-    merged = {**(options.get("default.topic.config") or {}), **options}
-
-    def option(*names: str) -> Any:
-        return next((merged[name] for name in names if name in merged), None)
-
+    option = partial(_option, options)
     acks = option("acks", "request.required.acks")
     if acks is None:
         options["acks"] = "all"
@@ -105,6 +113,11 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     )
     if not opposed:
         options.setdefault("enable.idempotence", True)
+    if in_flight is None:
+        # A broker that has no messages of the producer in a partition yet accepts any sequence number. If it rejects
+        # the first request, for example because it is not the leader yet, and accepts the second, then librdkafka
+        # reports the messages of the first request as delivered, although they are lost. So send one request at a time.
+        options["max.in.flight.requests.per.connection"] = 1
     if option("linger.ms", "queue.buffering.max.ms") is None:
         options["linger.ms"] = 0
     if option("partitioner") is None:

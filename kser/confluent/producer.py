@@ -15,9 +15,17 @@ from confluent_kafka import KafkaError, KafkaException
 
 from kser import signals
 from kser.config import CONFIG, Settings
-from kser.confluent.delivery_reports import MAX_POLL, DeliveryReportPoller, DeliveryWaiter, LastError, Waiter, guarded
+from kser.confluent.delivery_reports import (
+    MAX_POLL,
+    DeliveryReportPoller,
+    DeliveryWaiter,
+    LastError,
+    Waiter,
+    guarded,
+    report_error,
+)
 from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, options_for, servers, with_defaults
+from kser.confluent.options import connect, options_for, required_acks, servers, with_defaults
 from kser.producer import (
     Bulk,
     HeaderList,
@@ -53,8 +61,10 @@ class Producer(KafkaProducerBase):
     """A producer on ``confluent_kafka.Producer`` that checks the delivery of every message.
 
     Threads can and should share a producer, because each producer has its own connection to every broker. The defaults
-    are ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent immediately) and
-    ``partitioner`` ``murmur2_random``, which assigns keys to partitions like the Java client and kafka-python.
+    are ``acks`` ``all``, ``enable.idempotence`` true, ``linger.ms`` 0 (messages are sent immediately),
+    ``max.in.flight.requests.per.connection`` 1 (with more requests, librdkafka loses a message if its partition has a
+    new leader, and this producer then reports it as not confirmed) and ``partitioner`` ``murmur2_random``, which
+    assigns keys to partitions like the Java client and kafka-python.
 
     :param config: options of librdkafka; None means the producer options in ``KSER_CONFIG``.
     :param app: a Flask application; its ``config`` has precedence over the environment.
@@ -73,6 +83,7 @@ class Producer(KafkaProducerBase):
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
         self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
+        self._kser_has_offsets = required_acks(options) != "0"
         self._kser_report_poller = DeliveryReportPoller(self.client.poll)
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
@@ -100,7 +111,7 @@ class Producer(KafkaProducerBase):
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        delivery = DeliveryWaiter()
+        delivery = DeliveryWaiter(has_offset=self._kser_has_offsets)
         began = time.monotonic()
         with self._kser_report_poller:
             self._kser_enqueue(topic, value, record_options(key, headers), delivery, deadline)
@@ -115,7 +126,8 @@ class Producer(KafkaProducerBase):
     ) -> None:
         began = time.monotonic()
 
-        def report(error: Any, _record: Any) -> None:
+        def report(error: Any, record: Any) -> None:
+            error = report_error(error, record, has_offset=self._kser_has_offsets)
             on_delivered(
                 None if error is None else self._kser_undelivered_error(error, topic, len(value or b""), began)
             )
@@ -285,8 +297,9 @@ class _Bulk(Bulk, Waiter):
                 self._first_error = exc
             raise
 
-    def _report(self, number: int, error: Any, _record: Any) -> None:
+    def _report(self, number: int, error: Any, record: Any) -> None:
         """Handle a delivery report. librdkafka calls this method."""
+        error = report_error(error, record, has_offset=self._producer._kser_has_offsets)
         sent = self._in_flight.pop(number, None)
         if sent is not None and (error is not None or signals.message_sent.receivers):
             self._reported.append((*sent, error))

@@ -47,12 +47,16 @@ _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
-#: Transient errors. Commits fail with these errors during a rebalance.
+#: Transient errors: of commits during a rebalance, and of requests while the leader of a partition changes.
 _TRANSIENT = (
     errors.RebalanceInProgressError,
     errors.IllegalGenerationError,
     errors.UnknownMemberIdError,
     errors.CommitFailedError,
+    errors.LeaderNotAvailableError,
+    errors.NotLeaderForPartitionError,
+    errors.FencedLeaderEpochError,
+    errors.UnknownLeaderEpochError,
 )
 #: Errors after which the client cannot be used any more.
 _FATAL = (errors.IllegalStateError,)

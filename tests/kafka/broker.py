@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, OffsetSpec
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
@@ -82,9 +83,22 @@ class Kafka:
         self.bootstrap_servers = bootstrap_servers
 
     def create_topic(self, name: str, partitions: int = 1) -> None:
-        """Create a topic with ``partitions`` partitions."""
+        """Create a topic with ``partitions`` partitions, and wait until each partition has a leader."""
         with self._admin() as admin:
             admin.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=self.copies)])
+        client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+        latest = {TopicPartition(name, number): OffsetSpec.latest() for number in range(partitions)}
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                # Under load, a broker that has created a topic rejects requests to its partitions for a moment.
+                for future in client.list_offsets(latest).values():
+                    future.result(START_SECONDS)
+                return
+            except KafkaException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def grow_topic(self, name: str, partitions: int) -> None:
         """Add partitions to a topic, so that it has ``partitions``."""

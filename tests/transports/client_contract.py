@@ -121,7 +121,7 @@ class Member(RebalanceListener):
         try:
             batches = self.client.poll(timeout, limit, held)
         except ClientError as error:
-            if error.fatal or not self.tolerates_errors:
+            if error.fatal or not (error.transient or self.tolerates_errors):
                 raise
             return []
         assert self.commit_followed_drain, "the client committed a revocation before the end of the drain"

@@ -410,7 +410,7 @@ def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[
     """The first waiting thread polls for all; after its own report another one polls."""
     client = ScriptedClient()
     poller = DeliveryReportPoller(client.poll)
-    waiters = [DeliveryWaiter() for _ in order]
+    waiters = [DeliveryWaiter(has_offset=False) for _ in order]
     start = time.monotonic()
     threads = []
     for waiter in waiters:
@@ -431,7 +431,7 @@ def test_polling_thread_serves_all_senders_and_hands_over_the_lead(order: tuple[
 def test_polling_thread_hands_over_the_lead_after_its_timeout() -> None:
     client = ScriptedClient()
     poller = DeliveryReportPoller(client.poll)
-    expired, reported = DeliveryWaiter(), DeliveryWaiter()
+    expired, reported = DeliveryWaiter(has_offset=False), DeliveryWaiter(has_offset=False)
     leader = threading.Thread(target=poller.wait, args=(expired, time.monotonic() + 0.2))
     leader.start()
     client.wait_until_polled()
@@ -459,14 +459,14 @@ def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
 
     def wait() -> None:
         try:
-            poller.wait(DeliveryWaiter(), time.monotonic() + WAIT_SECONDS)
+            poller.wait(DeliveryWaiter(has_offset=False), time.monotonic() + WAIT_SECONDS)
         except KeyboardInterrupt as error:
             errors.append(error)
 
     interrupted = threading.Thread(target=wait, name="interrupted")
     interrupted.start()
     interrupted.join()
-    reported = DeliveryWaiter()
+    reported = DeliveryWaiter(has_offset=False)
     client.report(reported)
     poller.wait(reported, time.monotonic() + WAIT_SECONDS)
     poller.close()
@@ -476,7 +476,7 @@ def test_polling_thread_hands_over_the_lead_when_its_poll_raises() -> None:
 def test_idle_poller_leaves_delivery_reports_to_senders() -> None:
     client = ScriptedClient()
     poller = DeliveryReportPoller(client.poll)
-    waiter = DeliveryWaiter()
+    waiter = DeliveryWaiter(has_offset=False)
     client.report(waiter)
     with poller:
         poller.poll_if_idle()
