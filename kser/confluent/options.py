@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
+import confluent_kafka
 from confluent_kafka import KafkaException
 
-from kser.config import CONFIG, Settings, nearest_name
+from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
+from kser.confluent.logs import CLIENT_LOGGER
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -65,6 +67,9 @@ _COMMON = _names(
     """
 )
 
+#: Names of the option with the addresses of the brokers.
+_ADDRESSES = _names("bootstrap.servers metadata.broker.list")
+
 _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
 
@@ -74,7 +79,29 @@ def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings
     :param kind: ``"consumer"`` or ``"producer"``.
     :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
-    return dict(config) if config is not None else own_options(kind, settings.client or {})
+    if config is not None:
+        return dict(config)
+    options = own_options(kind, settings.client or {})
+    return options | producer_options(settings.producer) if kind == "producer" else options
+
+
+def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return ``producer_config`` of a consumer, or the value of ``KSER_PRODUCER_CONFIG``, after a check of its names.
+
+    :raises kser.errors.SettingError: an option is for consumers only, or librdkafka rejects an option or its value.
+    """
+    if not options:
+        return {}
+    for key in options:
+        if key in CONSUMER_ONLY:
+            raise SettingError(
+                f"producer_config ({PRODUCER_CONFIG}): {key!r} is an option for consumers only: remove it"
+            )
+    # Only librdkafka knows its options. It checks them when it creates a client, and this client connects to no broker,
+    # because it has no address.
+    checked = {key: value for key, value in options.items() if key not in _ADDRESSES}
+    connect(confluent_kafka.Producer, checked, logger=CLIENT_LOGGER)
+    return dict(options)
 
 
 def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:

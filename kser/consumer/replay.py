@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any
 from uuid import uuid4
 
+from kser.config import is_topic_name
 from kser.consumer.base import BaseConsumer
-from kser.consumer.client import Record
-from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
+from kser.consumer.client import Partition, Record
+from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_letter_headers, parse_dead_letter
 from kser.consumer.services import SharedProducer
-from kser.errors import BrokerUnavailable
+from kser.errors import BrokerUnavailable, UsageError
+
+logger = logging.getLogger(__name__)
 
 #: Number of dead letters that are replayed between two commits. After a crash, the next replay repeats the dead letters
 #: that were replayed after the last commit.
@@ -19,6 +23,16 @@ READ_BATCH = 100
 
 #: Time limit of one poll for dead letters, in seconds.
 POLL_TIMEOUT = 0.5
+
+#: Maximum number of refused records that one replay logs individually. The last line counts all of them.
+MAX_REFUSAL_LINES = 20
+
+
+class ReplayCount(int):
+    """The number of messages that a replay has sent."""
+
+    #: The number of records that the replay has refused to send, and that it has logged at WARNING.
+    refused: int = 0
 
 
 def iter_dead_letters(
@@ -45,43 +59,119 @@ def replay(
     *,
     where: Callable[[DeadLetter], bool] | None = None,
     limit: int | None = None,
+    topics: Collection[str] | None = None,
     to: str | None = None,
     group: str | None = None,
     timeout: float = 10,
-) -> int:
+) -> ReplayCount:
     """Send the original message of each dead letter to its original topic; skip dead letters that ``where`` rejects.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
+
+    The headers of a dead letter name its original topic, and everybody who may write to the dead-letter topic can forge
+    these headers. So a replay sends only to the topic ``<name>`` if the dead-letter topic is ``<name>.dlq``, or to the
+    topics that the caller names. A replay refuses every other dead letter, every dead letter without its value, and
+    every record with broken headers: it logs a WARNING, and continues with the next dead letter.
 
     :param consumer: the consumer class of the transport.
     :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
     :param topic: the topic of the dead letters.
     :param where: returns whether to send a dead letter; None sends all dead letters.
     :param limit: the maximum number of messages to send.
+    :param topics: the original topics that messages may be sent to. If ``topic`` does not end with ``.dlq``, ``topics``
+        or ``to`` is required.
     :param to: a topic to send all messages to, instead of their original topics.
     :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
     :param timeout: seconds to wait for a response of the broker, and for each delivery.
-    :return: the number of messages sent.
+    :return: the number of messages sent; its attribute ``refused`` is the number of refused records.
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
+    :raises kser.errors.UsageError: the original topics are unknown, or a name of a topic is illegal.
     """
+    allowed = _allowed_topics(topic, topics, to)
     sent = 0
     with ExitStack() as last_to_first:
         reader = _reader(consumer, config, topic, group or f"kser-replay-{topic}")
         sender = SharedProducer(reader.make_producer)
         last_to_first.callback(sender.close)
         last_to_first.callback(reader.close)
+        refusals = _Refusals(topic)
+        last_to_first.callback(refusals.log_number)
         for record in _records(reader, topic, timeout):
             if sent == limit:
                 break
             letter = parse_dead_letter(record)
-            if letter is not None and (where is None or where(letter)):
+            if letter is None:
+                if has_dead_letter_headers(record):
+                    refusals.add(record, f"its headers {PREFIX}… are incomplete or invalid")
+            elif where is None or where(letter):
+                if reason := _refusal(letter, allowed):
+                    refusals.add(record, reason)
+                    continue
                 sender.producer().produce(
                     to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
                 )
                 sent += 1
-    return sent
+    count = ReplayCount(sent)
+    count.refused = refusals.number
+    return count
+
+
+def _allowed_topics(topic: str, topics: Collection[str] | None, to: str | None) -> Collection[str] | None:
+    """Return the topics that messages may be sent to; None allows all topics, because ``to`` replaces them."""
+    if isinstance(topics, str):
+        raise UsageError(f"topics must be a list of names, not a str: pass [{topics!r}]")
+    for name in (topic, *(topics or ()), *(() if to is None else (to,))):
+        if not isinstance(name, str) or not is_topic_name(name):
+            raise UsageError(f"replay: {name!r} is no legal name of a topic: correct it")
+    if topic == to or topic in (topics or ()):
+        raise UsageError(f"replay: {topic!r} is the dead-letter topic itself, so the replay would never end")
+    if to is not None:
+        return None
+    if topics is not None:
+        return topics
+    if not topic.endswith(SUFFIX):
+        raise UsageError(
+            f"replay: the dead-letter topic {topic!r} may contain dead letters of any topic, because its name does not"
+            f" end with {SUFFIX!r}: pass the original topics as topics=[...], or pass to=..."
+        )
+    return [topic.removesuffix(SUFFIX)]
+
+
+def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
+    """Return the reason why a dead letter must not be sent; empty if it may be sent."""
+    if allowed is not None and letter.topic not in allowed:
+        return (
+            f"it names {letter.topic[:250]!r} as its original topic, and this replay may send only to"
+            f" {', '.join(map(repr, allowed))}"
+        )
+    if "value" in letter.omitted:
+        return "it has no value, because the value was too large for the dead-letter topic"
+    return ""
+
+
+class _Refusals:
+    """The records that a replay refuses to send.
+
+    :param topic: the topic of the dead letters.
+    """
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+        self.number = 0
+
+    def add(self, record: Record, reason: str) -> None:
+        """Count a refused record, and log it unless many records were logged already."""
+        self.number += 1
+        if self.number <= MAX_REFUSAL_LINES:
+            place = f"offset {record.offset} of {Partition(record.topic, record.partition)}"
+            logger.warning(f"replay: {place} is not sent: {reason}")
+
+    def log_number(self) -> None:
+        """Log the number of refused records, if some of them were not logged."""
+        if self.number > MAX_REFUSAL_LINES:
+            logger.warning(f"replay: {self.number} records of {self._topic!r} were not sent")
 
 
 def _reader(
