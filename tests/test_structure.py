@@ -63,7 +63,12 @@ ORDER = (
     {"kser.python_kafka", "kser.python_kafka.options", "kser.dummy", "kser.dummy.broker"},
     {"kser.confluent", "kser.confluent.logs", "kser.confluent.delivery_reports"},
     {"kser.confluent.options", "kser.confluent.patterns"},
-    {"kser.confluent.committer", "kser.python_kafka.rebalances", "kser.python_kafka.null_values"},
+    {
+        "kser.confluent.committer",
+        "kser.python_kafka.rebalances",
+        "kser.python_kafka.null_values",
+        "kser.python_kafka.idempotence",
+    },
     {"kser.python_kafka.client", "kser.confluent.client"},
     {"kser.python_kafka.producer", "kser.confluent.producer", "kser.dummy.producer"},
     {"kser.python_kafka.consumer", "kser.confluent.consumer", "kser.dummy.consumer"},
