@@ -25,7 +25,7 @@ from kser.producer import (
     size_of,
     time_left,
 )
-from kser.python_kafka.idempotence import keep_usable_after
+from kser.python_kafka.idempotence import keep_usable
 from kser.python_kafka.null_values import NullableValues, nullable
 from kser.python_kafka.options import connect, options_for, servers
 from kser.schemas import Message
@@ -84,7 +84,7 @@ class Producer(KafkaProducerBase):
         )
         self.client = connect(KafkaProducer, options)
         self.client.config["value_serializer"] = NullableValues(self.client.config["value_serializer"])
-        keep_usable_after(self.client, (MessageSizeTooLargeError, *_REJECTIONS))
+        keep_usable(self.client)
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
