@@ -174,9 +174,10 @@ class DeadLetterWriter:
         self, topic: str, record: Record, letter: Letter, rejection: MessageTooLarge | RecordRejected | None
     ) -> None:
         reason = rejection.message if rejection else "the client could not decode the headers"
+        parts = " and ".join(letter.omitted)
         self._log.warning(
             f"the dead letter of offset {record.offset} of {Partition(record.topic, record.partition)} was written to"
-            f" {topic!r} without {' and '.join(letter.omitted)}: {reason}"
+            f" {topic!r} without {parts}: {reason}"
         )
 
 

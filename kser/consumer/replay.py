@@ -13,7 +13,8 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import Partition, Record
 from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_letter_headers, parse_dead_letter
 from kser.consumer.services import SharedProducer
-from kser.errors import BrokerUnavailable, UsageError
+from kser.controller import BaseProducer
+from kser.errors import BrokerUnavailable, MessageTooLarge, RecordRejected, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ READ_BATCH = 100
 #: Time limit of one poll for dead letters, in seconds.
 POLL_TIMEOUT = 0.5
 
-#: Maximum number of refused records that one replay logs individually. The last line counts all of them.
+#: Maximum number of refused records that a replay logs separately. After that, the replay only logs their number.
 MAX_REFUSAL_LINES = 20
 
 
@@ -69,53 +70,37 @@ def replay(
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
 
-    The headers of a dead letter name its original topic, and everybody who may write to the dead-letter topic can forge
-    these headers. So a replay sends only to the topic ``<name>`` if the dead-letter topic is ``<name>.dlq``, or to the
-    topics that the caller names. A replay refuses every other dead letter, every dead letter without its value, and
-    every record with broken headers: it logs a WARNING, and continues with the next dead letter.
+    A replay sends only to the topic ``<name>`` if the dead-letter topic is ``<name>.dlq``, or to ``topics``, because
+    the headers of a dead letter can be forged. A replay refuses every other dead letter, dead letters without their
+    value or with broken headers, and messages that the topic rejects for good: it logs a WARNING, and continues.
 
     :param consumer: the consumer class of the transport.
     :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
     :param topic: the topic of the dead letters.
     :param where: returns whether to send a dead letter; None sends all dead letters.
     :param limit: the maximum number of messages to send.
-    :param topics: the original topics that messages may be sent to. If ``topic`` does not end with ``.dlq``, ``topics``
-        or ``to`` is required.
+    :param topics: the original topics to send to. Without ``.dlq`` in ``topic``, ``topics`` or ``to`` is required.
     :param to: a topic to send all messages to, instead of their original topics.
     :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
     :param timeout: seconds to wait for a response of the broker, and for each delivery.
     :return: the number of messages sent; its attribute ``refused`` is the number of refused records.
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
-    :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
+    :raises kser.errors.DeliveryError: a message could not be sent now; the next call starts with this message.
     :raises kser.errors.UsageError: the original topics are unknown, or a name of a topic is illegal.
     """
-    allowed = _allowed_topics(topic, topics, to)
+    sender = _Sender(topic, _allowed_topics(topic, topics, to), where, to, timeout)
     sent = 0
     with ExitStack() as last_to_first:
         reader = _reader(consumer, config, topic, group or f"kser-replay-{topic}")
-        sender = SharedProducer(reader.make_producer)
-        last_to_first.callback(sender.close)
+        shared = SharedProducer(reader.make_producer)
+        last_to_first.callback(shared.close)
         last_to_first.callback(reader.close)
-        refusals = _Refusals(topic)
-        last_to_first.callback(refusals.log_number)
+        last_to_first.callback(sender.log_number)
         for record in _records(reader, topic, timeout):
             if sent == limit:
                 break
-            letter = parse_dead_letter(record)
-            if letter is None:
-                if has_dead_letter_headers(record):
-                    refusals.add(record, f"its headers {PREFIX}… are incomplete or invalid")
-            elif where is None or where(letter):
-                if reason := _refusal(letter, allowed):
-                    refusals.add(record, reason)
-                    continue
-                sender.producer().produce(
-                    to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
-                )
-                sent += 1
-    count = ReplayCount(sent)
-    count.refused = refusals.number
-    return count
+            sent += sender.send(record, shared.producer)
+    return sender.count(sent)
 
 
 def _allowed_topics(topic: str, topics: Collection[str] | None, to: str | None) -> Collection[str] | None:
@@ -151,27 +136,74 @@ def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
     return ""
 
 
-class _Refusals:
-    """The records that a replay refuses to send.
+class _Sender:
+    """The sender of a replay, which refuses some records.
 
     :param topic: the topic of the dead letters.
+    :param allowed: the topics that messages may be sent to; None allows all topics.
+    :param where: returns whether to send a dead letter; None sends all dead letters.
+    :param to: a topic to send all messages to, or None.
+    :param timeout: seconds to wait for each delivery.
     """
 
-    def __init__(self, topic: str) -> None:
+    def __init__(
+        self,
+        topic: str,
+        allowed: Collection[str] | None,
+        where: Callable[[DeadLetter], bool] | None,
+        to: str | None,
+        timeout: float,
+    ) -> None:
         self._topic = topic
-        self.number = 0
+        self._allowed = allowed
+        self._where = where
+        self._to = to
+        self._timeout = timeout
+        self._refused = 0
 
-    def add(self, record: Record, reason: str) -> None:
+    def send(self, record: Record, producer: Callable[[], BaseProducer]) -> bool:
+        """Send the message of a dead letter, or refuse the record.
+
+        :param record: a record of the topic of the dead letters.
+        :param producer: returns the producer.
+        :return: True if the message was sent.
+        :raises kser.errors.DeliveryError: the message could not be sent now.
+        """
+        letter = parse_dead_letter(record)
+        if letter is None:
+            if has_dead_letter_headers(record):
+                self._refuse(record, f"its headers {PREFIX}… are incomplete or invalid")
+            return False
+        if self._where is not None and not self._where(letter):
+            return False
+        if reason := _refusal(letter, self._allowed):
+            self._refuse(record, reason)
+            return False
+        target = self._to or letter.topic
+        try:
+            producer().produce(target, letter.value, key=letter.key, headers=letter.headers, timeout=self._timeout)
+        except (MessageTooLarge, RecordRejected) as error:
+            self._refuse(record, error.message)
+            return False
+        return True
+
+    def _refuse(self, record: Record, reason: str) -> None:
         """Count a refused record, and log it unless many records were logged already."""
-        self.number += 1
-        if self.number <= MAX_REFUSAL_LINES:
-            place = f"offset {record.offset} of {Partition(record.topic, record.partition)}"
-            logger.warning(f"replay: {place} is not sent: {reason}")
+        self._refused += 1
+        if self._refused <= MAX_REFUSAL_LINES:
+            partition = Partition(record.topic, record.partition)
+            logger.warning(f"replay: offset {record.offset} of {partition} is not sent: {reason}")
+
+    def count(self, sent: int) -> ReplayCount:
+        """Return the number of sent messages, with the number of refused records."""
+        count = ReplayCount(sent)
+        count.refused = self._refused
+        return count
 
     def log_number(self) -> None:
         """Log the number of refused records, if some of them were not logged."""
-        if self.number > MAX_REFUSAL_LINES:
-            logger.warning(f"replay: {self.number} records of {self._topic!r} were not sent")
+        if self._refused > MAX_REFUSAL_LINES:
+            logger.warning(f"replay: {self._refused} records of {self._topic!r} were not sent")
 
 
 def _reader(

@@ -243,6 +243,16 @@ def test_replay_refuses_a_dead_letter_without_its_value(bus: InMemoryBroker, cap
     )
 
 
+def test_replay_refuses_a_message_that_its_topic_rejects_for_good(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    for value in (b"x" * 5000, b"small"):
+        bus.send("dice.dlq", value, headers=forged(bus))
+    sent = replay_dead_letters(topic="dice.dlq", topics=None, config={"max_request_size": 4000})
+    assert (sent, sent.refused, bus.values("dice")[-1]) == (1, 1, b"small")
+    assert "replay: offset 0 of dice.dlq[0] is not sent: the record has 5,0" in lines(caplog, logging.WARNING)[-1]
+
+
 def test_replay_counts_many_refused_records_in_one_line(bus: InMemoryBroker, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(50):
         bus.send("dice.dlq", b"forged", headers=forged(bus, topic=b"payroll"))
