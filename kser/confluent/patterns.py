@@ -49,7 +49,7 @@ class PatternFollower:
         """
         if time.monotonic() < self._due_at:
             return
-        self._due_at = time.monotonic() + FIRST_INTERVAL
+        self._due_at = time.monotonic() + (FIRST_INTERVAL if self._followed is None else PATTERN_INTERVAL)
         try:
             topics = self._client.list_topics(timeout=LOOKUP_TIMEOUT).topics
         except KafkaException:

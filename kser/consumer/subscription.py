@@ -58,7 +58,7 @@ class Subscription:
 
     def matching(self, topics: Iterable[str]) -> list[str]:
         """Return the names of the subscription, and those of ``topics`` that match its patterns, sorted."""
-        matched = {topic for topic in topics if self.regex is not None and self.regex.match(topic)}
+        matched = () if self.regex is None else filter(self.regex.match, topics)
         return sorted({*self.names, *matched})
 
     def unmatched_text(self, servers: str) -> str:

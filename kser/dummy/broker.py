@@ -140,9 +140,10 @@ class ConsumerGroup:
         self.in_rebalance = False
         for member in self.members:
             member.pending_assignment = []
-        topics = sorted(frozenset().union(*(member.topics for member in self.members)))
+        topics_of = {member: member.topics for member in self.members}
+        topics = sorted(frozenset().union(*topics_of.values()))
         for number, partition in enumerate(self._broker.partitions_of(topics)):
-            takers = [member for member in self.members if partition.topic in member.topics]
+            takers = [member for member in self.members if partition.topic in topics_of[member]]
             takers[number % len(takers)].pending_assignment.append(partition)
 
 
