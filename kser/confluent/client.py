@@ -83,7 +83,7 @@ class ConfluentClient(ConsumerClient):
         self._last_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
-        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
             **options,

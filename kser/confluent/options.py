@@ -10,7 +10,6 @@ import confluent_kafka
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
-from kser.confluent.logs import CLIENT_LOGGER
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -67,6 +66,9 @@ _COMMON = _names(
     """
 )
 
+#: Level of librdkafka's log lines at which a client without an address does not log that it has no address.
+_ERRORS_ONLY = 3
+
 #: Names of the option with the addresses of the brokers.
 _ADDRESSES = _names("bootstrap.servers metadata.broker.list")
 
@@ -100,7 +102,11 @@ def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     # Only librdkafka knows its options. It checks them when it creates a client, and this client connects to no broker,
     # because it has no address.
     checked = {key: value for key, value in options.items() if key not in _ADDRESSES}
-    connect(confluent_kafka.Producer, checked, logger=CLIENT_LOGGER)
+    connect(
+        confluent_kafka.Producer,
+        {"log_level": _ERRORS_ONLY, **checked},
+        source=f"{PRODUCER_CONFIG} or the 'producer_config' argument",
+    )
     return dict(options)
 
 
@@ -142,9 +148,16 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def connect(client: Callable[..., Client], options: Mapping[str, Any], **keywords: Any) -> Client:
+def connect(
+    client: Callable[..., Client],
+    options: Mapping[str, Any],
+    *,
+    source: str = f"{CONFIG} or the 'config' argument",
+    **keywords: Any,
+) -> Client:
     """Create a client.
 
+    :param source: where the user set the options, for the error text.
     :param keywords: further arguments of the client's class.
     :raises kser.errors.SettingError: librdkafka rejects an option or its value.
     """
@@ -154,13 +167,10 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
         reason = str(error.args[0].str() if hasattr(error.args[0], "str") else error).rstrip()
         unknown = _UNKNOWN.search(reason)
         if unknown is None:
-            raise SettingError(
-                f"the Kafka client cannot be created: {reason}; correct {CONFIG} or the 'config' argument"
-            ) from error
+            raise SettingError(f"the Kafka client cannot be created: {reason}; correct {source}") from error
         key = unknown[1]
         raise SettingError(
-            f"librdkafka knows no option {key!r}, which is set in {CONFIG} or the 'config' argument: did you mean"
-            f" {_nearest(key)!r}?"
+            f"librdkafka knows no option {key!r}, which is set in {source}: did you mean {_nearest(key)!r}?"
         ) from error
 
 

@@ -80,7 +80,7 @@ class Producer(KafkaProducerBase):
         options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}
         self._kser_topics: set[str] = set()
         self._kser_closed = False
-        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
         self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
         self._kser_report_poller = DeliveryReportPoller(self.client.poll)

@@ -171,6 +171,7 @@ def test_producer_of_a_consumer_accepts_the_size_of_every_record_that_was_read(b
         ({"group.id": "g"}, "producer_config (KSER_PRODUCER_CONFIG): 'group.id' is an option for consumers only"),
         ({"message.max.byte": 1}, "librdkafka knows no option 'message.max.byte'"),
         ({"acks": "some"}, "the Kafka client cannot be created: "),
+        ({"message.max.bytes": 5}, 'the Kafka client cannot be created: Configuration property "message.max.bytes"'),
     ],
 )
 def test_invalid_producer_option_of_a_consumer_is_rejected_by_its_constructor(
@@ -179,6 +180,7 @@ def test_invalid_producer_option_of_a_consumer_is_rejected_by_its_constructor(
     with pytest.raises(SettingError) as caught:
         Consumer({"bootstrap.servers": "localhost:1", "group.id": "g"}, ["dice"], producer_config=options)
     assert caught.value.message.startswith(text)
+    assert "KSER_PRODUCER_CONFIG" in caught.value.message
 
 
 def test_config_argument_is_used_as_is_and_not_modified(broker: EmbeddedBroker) -> None:
