@@ -195,7 +195,7 @@ class Attempt:
 
     def reject(self, reason: str, exc: BaseException) -> None:
         """Record a permanent failure, because no other attempt could handle the message."""
-        self.failure = Failure(reason, error_name(exc), str(exc))
+        self.failure = Failure(reason, error_name(exc), safe_text(exc))
 
     def ack(self) -> None:
         """Ack the record. From now on, the store is responsible for the message, even if this attempt fails."""
@@ -299,6 +299,14 @@ def error_name(exc: BaseException) -> str:
     """Return the full name of an exception's class."""
     cls = type(exc)
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def safe_text(value: object) -> str:
+    """Return ``str(value)``, or a text with the name of the class if ``str`` raises an exception."""
+    try:
+        return str(value)
+    except Exception as exc:
+        return f"<{type(value).__qualname__}, whose text raises {type(exc).__qualname__}>"
 
 
 #: Minimum seconds between two database reads by ``cancel_requested``, because a task may check this property in a loop.

@@ -2,13 +2,14 @@
 
 The order of precedence is: explicit argument, ``config`` of the Flask app, environment variable, default.
 
-===================== ============================================================== ==========================
-setting               value                                                          in the environment
-===================== ============================================================== ==========================
-``KSER_CONFIG``       options of the Kafka client, for producers and consumers       a JSON object
-``KSER_TOPICS``       topics to consume; tasks are sent to the first topic           names, separated by commas
-``KSER_DATABASE_URI`` the shared database, which stores the operations               a database URL
-===================== ============================================================== ==========================
+======================== ============================================================== ==========================
+setting                  value                                                          in the environment
+======================== ============================================================== ==========================
+``KSER_CONFIG``          options of the Kafka client, for producers and consumers       a JSON object
+``KSER_PRODUCER_CONFIG`` options for producers, with precedence over ``KSER_CONFIG``    a JSON object
+``KSER_TOPICS``          topics to consume; tasks are sent to the first topic           names, separated by commas
+``KSER_DATABASE_URI``    the shared database, which stores the operations               a database URL
+======================== ============================================================== ==========================
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import UnionType
 from typing import Any, Self
 
-from kser.errors import SettingError, UsageError
+from kser.errors import SettingError, TopicMissing, UsageError
 
 CONFIG = "KSER_CONFIG"
+PRODUCER_CONFIG = "KSER_PRODUCER_CONFIG"
 TOPICS = "KSER_TOPICS"
 DATABASE_URI = "KSER_DATABASE_URI"
+
+_TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 class Settings:
@@ -73,6 +78,15 @@ class Settings:
             raise SettingError(f"{CONFIG} must be a JSON object with options of the Kafka client; it is {value!r}")
         return None if value is None else {key: _python_value(key, option) for key, option in value.items()}
 
+    @property
+    def producer(self) -> dict[str, Any]:
+        """Options of the Kafka client for producers only, from ``KSER_PRODUCER_CONFIG``; empty if it is not set.
+
+        :raises SettingError: the value is not a JSON object.
+        """
+        value = self.get(PRODUCER_CONFIG)
+        return {} if value is None else parse_object(PRODUCER_CONFIG, value)
+
     def consumed_topics(self, topics: Any = None) -> Any:
         """Return the topics to consume: ``topics``, or the topics in ``KSER_TOPICS`` if ``topics`` is None.
 
@@ -103,9 +117,31 @@ class Settings:
     def first_topic(self, fallback: str) -> str:
         """Return the first topic of ``KSER_TOPICS``, or ``fallback`` if ``KSER_TOPICS`` contains no topic.
 
+        A pattern names no topic that a message could be sent to. So if the first topic is a pattern, return
+        ``fallback`` too.
+
         :raises SettingError: the value contains something other than topic names.
+        :raises TopicMissing: the first topic is a pattern, and ``fallback`` is empty.
         """
-        return next(iter(self.topics), fallback)
+        first = next(iter(self.topics), fallback)
+        if not is_pattern(first):
+            return first
+        if not fallback:
+            raise TopicMissing(
+                f"there is no topic to send to: {TOPICS} begins with the pattern {first!r}, which names no topic; pass"
+                f" send(topic=...), set TOPIC on the class, or put the name of a topic first in {TOPICS}"
+            )
+        return fallback
+
+
+def is_topic_name(name: str) -> bool:
+    """Return whether Kafka accepts ``name`` as the name of a topic."""
+    return bool(_TOPIC_NAME.fullmatch(name)) and name not in (".", "..")
+
+
+def is_pattern(topic: str) -> bool:
+    """Return whether an entry of the consumed topics is a pattern instead of a name."""
+    return topic.startswith("^")
 
 
 def _python_value(key: str, value: Any) -> Any:
@@ -152,6 +188,24 @@ def parse_json(source: str, value: Any) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise SettingError(f"{source} is not JSON: {error}; it is {value!r}") from error
+
+
+def parse_object(source: str, value: Any) -> dict[str, Any]:
+    """Return client options: a mapping, or a str with a JSON object. The error text never contains the options.
+
+    :param source: the name of the setting, for the error text.
+    :raises SettingError: ``value`` is something else.
+    """
+    try:
+        options = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise SettingError(f"{source} is not JSON: {error}") from None
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise SettingError(
+            f"{source} must be a JSON object with options of the Kafka client; it is of the type"
+            f" {type(options).__name__}"
+        )
+    return {key: _python_value(key, option) for key, option in options.items()}
 
 
 def check_number(

@@ -23,6 +23,7 @@ from kser.attempt import (
     Failure,
     current_attempt,
     error_name,
+    safe_text,
     user_code_guard,
 )
 from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, execute_message, schedule_retry
@@ -167,6 +168,8 @@ class BaseProducer(BaseController):
         :param value: the value of the record.
         :param timeout: seconds for the whole call.
         :raises kser.errors.MessageTooLarge: the record exceeds the size limit of the client or of the broker.
+        :raises kser.errors.RecordRejected: the client or the broker rejects the record, for example because the name of
+            the topic is illegal, and would reject it again.
         :raises kser.errors.DeliveryError: delivery was not confirmed; the record may still be delivered later.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot write raw records: it does not implement produce()")
@@ -298,7 +301,7 @@ class Controller(BaseController):
             return result
         if attempt.entry is not None:
             schedule_retry(attempt.entry, result, exc)
-        elif attempt.should_retry(exc, Failure(FAILED, error_name(exc) if exc else "", str(exc or result))):
+        elif attempt.should_retry(exc, Failure(FAILED, error_name(exc) if exc else "", safe_text(exc or result))):
             logger.warning(_line(cls, "Retry", kmsg, result), extra=_extra(kmsg, result))
         return result
 

@@ -18,21 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from kser.config import is_topic_name
 from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageError
 
 #: Seconds to wait for a response of the broker, which runs in this process.
 _START_TIMEOUT = 10
-
-# Apache Kafka accepts only these topic names, but the mock cluster accepts any name. Without this check, a program that
-# works here could fail with a real broker.
-_TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 # With this log level, librdkafka logs only warnings and errors. With its default level, librdkafka would also log that
 # the mock cluster is in use, which is intended here.
@@ -91,7 +87,9 @@ class EmbeddedBroker:
         :raises BrokerUnavailable: the broker does not respond.
         :raises UsageError: the broker is closed, or Apache Kafka would reject the name.
         """
-        if not _TOPIC_NAME.fullmatch(name) or name in (".", ".."):
+        # Apache Kafka accepts only these topic names, but the mock cluster accepts any name. Without this check, a
+        # program that works here could fail with a real broker.
+        if not is_topic_name(name):
             raise UsageError(
                 f"{name!r} is not a valid topic name: use 1 to 249 ASCII letters, digits, '.', '_' and '-'"
             )

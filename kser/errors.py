@@ -13,7 +13,8 @@
     ├── BrokerUnavailable        no broker responds
     ├── ClientError              a call of the Kafka client failed; the consumer retries the call
     ├── DeliveryError            delivery was not confirmed
-    │   └── MessageTooLarge      the record exceeds the size limit
+    │   ├── MessageTooLarge      the record exceeds the size limit
+    │   └── RecordRejected       the client or the broker rejects the record, and would always do so
     ├── SendError                the message of an operation was not delivered
     ├── RetryLater               a task requests another attempt
     ├── TaskTimeout (also TimeoutError)                             an attempt took longer than its TIME_LIMIT
@@ -123,6 +124,13 @@ class MessageTooLarge(DeliveryError):
 
     MSGID = "ERR-50311"
     CODE = 413
+
+
+class RecordRejected(DeliveryError):
+    """The client or the broker rejects a record, and would reject the same record again"""
+
+    MSGID = "ERR-50325"
+    CODE = 400
 
 
 class RetryLater(KserError):

@@ -12,9 +12,14 @@ from cdumay_result import Result
 from kser import signals
 from kser.config import CONFIG
 from kser.controller import BaseProducer, Headers
-from kser.errors import DeliveryError, MessageTooLarge, UsageError
+from kser.errors import DeliveryError, MessageTooLarge, RecordRejected, UsageError
 from kser.results import failed_result, merge
 from kser.schemas import Message
+
+#: Size limit in bytes of the producer that a consumer makes, unless the user sets a limit. It is high, so that only the
+#: limit of the topic decides whether a dead letter fits. It is below 100 MB, because by default a broker closes the
+#: connection when it receives a larger request.
+CONSUMER_SIZE_LIMIT = 64 << 20
 
 Key = str | bytes | None
 
@@ -320,7 +325,12 @@ class KafkaProducerBase(BaseProducer):
         except MessageTooLarge:
             raise
         except Exception as exc:
-            raise DeliveryError(self._kser_undelivered_text(topic, error_text(exc))) from exc
+            kind = RecordRejected if self._kser_is_rejection(exc) else DeliveryError
+            raise kind(self._kser_undelivered_text(topic, error_text(exc))) from exc
+
+    def _kser_is_rejection(self, error: Exception) -> bool:
+        """Return whether an error of a send is about the record itself, so that every further send would fail too."""
+        return isinstance(error, TypeError | ValueError | OverflowError)
 
     def _kser_size_checked(self, value: bytes | None, options: Mapping[str, Any]) -> int:
         """Return the size of a record.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import confluent_kafka
@@ -15,6 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from kser.confluent.committer import Committer
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, servers
+from kser.confluent.patterns import PatternFollower
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -27,6 +29,7 @@ from kser.consumer.client import (
     revoked_before_commit_text,
 )
 from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
+from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ class ConfluentClient(ConsumerClient):
         self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
         self.can_commit = commits
         self._listener: RebalanceListener | None = None
+        self._patterns: PatternFollower | None = None
         self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
         #: Assigned partitions that have no start position yet, because the committed offsets could not be read.
         self._unstarted: set[Partition] = set()
@@ -87,7 +91,7 @@ class ConfluentClient(ConsumerClient):
         self._last_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
-        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
             **options,
@@ -108,10 +112,19 @@ class ConfluentClient(ConsumerClient):
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
-        self.client.subscribe(list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+        subscribe = partial(
+            self.client.subscribe, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        subscription = Subscription.of(topics)
+        if subscription.patterns:
+            self._patterns = PatternFollower(self.client, subscription, subscribe, self._servers)
+        else:
+            subscribe(subscription.names)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
+            if self._patterns is not None:
+                self._patterns.follow()
             problem = self._start_pending()
             self._pause(limit, paused)
             batches = self._group_by_partition(self._consume(timeout, limit))

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Unpack
 
 from kser.config import Settings
 from kser.confluent.client import ConfluentClient
-from kser.confluent.options import options_for, own_options
+from kser.confluent.options import options_for, own_options, producer_options
 from kser.confluent.producer import Producer
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.errors import SettingError
+from kser.producer import CONSUMER_SIZE_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,12 @@ class Consumer(BaseConsumer):
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
-        self._kser_producer_options: Mapping[str, Any] | None = config
-        self._kser_app = app
+        shared = options_for("producer", config, settings)
+        self._kser_producer_options = {
+            "message.max.bytes": CONSUMER_SIZE_LIMIT,
+            **own_options("producer", shared),
+            **producer_options(consumer_options.producer_config),
+        }
         self._kser_client_options = options_for("consumer", config, settings)
         group = self._kser_client_options.get("group.id")
         if not group:
@@ -70,9 +75,7 @@ class Consumer(BaseConsumer):
         )
 
     def make_producer(self) -> BaseProducer:
-        if self._kser_producer_options is None:
-            return Producer(app=self._kser_app)
-        return Producer(own_options("producer", self._kser_producer_options))
+        return Producer(self._kser_producer_options)
 
     def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"

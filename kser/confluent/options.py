@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import confluent_kafka
 from confluent_kafka import KafkaException
 
-from kser.config import CONFIG, Settings, nearest_name
+from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -66,6 +67,12 @@ _COMMON = _names(
     """
 )
 
+#: Level of librdkafka's log lines at which a client without an address does not log that it has no address.
+_ERRORS_ONLY = 3
+
+#: Names of the option with the addresses of the brokers.
+_ADDRESSES = _names("bootstrap.servers metadata.broker.list")
+
 _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
 
@@ -75,7 +82,33 @@ def options_for(kind: Kind, config: Mapping[str, Any] | None, settings: Settings
     :param kind: ``"consumer"`` or ``"producer"``.
     :raises kser.errors.SettingError: ``KSER_CONFIG`` is invalid.
     """
-    return dict(config) if config is not None else own_options(kind, settings.client or {})
+    if config is not None:
+        return dict(config)
+    options = own_options(kind, settings.client or {})
+    return options | producer_options(settings.producer) if kind == "producer" else options
+
+
+def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return ``producer_config`` of a consumer, or the value of ``KSER_PRODUCER_CONFIG``, after a check of its names.
+
+    :raises kser.errors.SettingError: an option is for consumers only, or librdkafka rejects an option or its value.
+    """
+    if not options:
+        return {}
+    for key in options:
+        if key in CONSUMER_ONLY:
+            raise SettingError(
+                f"producer_config ({PRODUCER_CONFIG}): {key!r} is an option for consumers only: remove it"
+            )
+    # Only librdkafka knows its options. It checks them when it creates a client, and this client connects to no broker,
+    # because it has no address.
+    checked = {key: value for key, value in options.items() if key not in _ADDRESSES}
+    connect(
+        confluent_kafka.Producer,
+        {"log_level": _ERRORS_ONLY, **checked},
+        source=f"{PRODUCER_CONFIG} or the 'producer_config' argument",
+    )
+    return dict(options)
 
 
 def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +161,16 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def connect(client: Callable[..., Client], options: Mapping[str, Any], **keywords: Any) -> Client:
+def connect(
+    client: Callable[..., Client],
+    options: Mapping[str, Any],
+    *,
+    source: str = f"{CONFIG} or the 'config' argument",
+    **keywords: Any,
+) -> Client:
     """Create a client.
 
+    :param source: where the user set the options, for the error text.
     :param keywords: further arguments of the client's class.
     :raises kser.errors.SettingError: librdkafka rejects an option or its value.
     """
@@ -140,13 +180,10 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
         reason = str(error.args[0].str() if hasattr(error.args[0], "str") else error).rstrip()
         unknown = _UNKNOWN.search(reason)
         if unknown is None:
-            raise SettingError(
-                f"the Kafka client cannot be created: {reason}; correct {CONFIG} or the 'config' argument"
-            ) from error
+            raise SettingError(f"the Kafka client cannot be created: {reason}; correct {source}") from error
         key = unknown[1]
         raise SettingError(
-            f"librdkafka knows no option {key!r}, which is set in {CONFIG} or the 'config' argument: did you mean"
-            f" {_nearest(key)!r}?"
+            f"librdkafka knows no option {key!r}, which is set in {source}: did you mean {_nearest(key)!r}?"
         ) from error
 
 

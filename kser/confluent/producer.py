@@ -55,6 +55,16 @@ MAX_IN_FLIGHT = 20_000
 
 _UNKNOWN_TOPIC = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
 _NOT_READY = (*_UNKNOWN_TOPIC, KafkaError.LEADER_NOT_AVAILABLE)
+#: Errors about the record itself, which every further send of the record would cause again.
+_REJECTIONS = (
+    KafkaError._INVALID_ARG,
+    KafkaError.TOPIC_EXCEPTION,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
+    KafkaError.POLICY_VIOLATION,
+    KafkaError.INVALID_RECORD,
+)
 
 
 class Producer(KafkaProducerBase):
@@ -80,7 +90,7 @@ class Producer(KafkaProducerBase):
         options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}
         self._kser_topics: set[str] = set()
         self._kser_closed = False
-        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
         self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
         self._kser_has_offsets = required_acks(options) != "0"
@@ -119,7 +129,8 @@ class Producer(KafkaProducerBase):
         if not delivery.done():
             raise self._kser_unconfirmed_error(began)
         if delivery.error is not None:
-            raise self._kser_undelivered_error(delivery.error, topic, size_of(value, key, headers), began)
+            size = size_of(value, key, headers)
+            raise self._kser_undelivered_error(delivery.error, topic, size, began) from KafkaException(delivery.error)
 
     def _kser_deliver_nowait(
         self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
@@ -192,7 +203,8 @@ class Producer(KafkaProducerBase):
                 self._kser_topics.add(topic)
                 return
             if topic_error.code() not in _NOT_READY:
-                raise KafkaException(f"{topic_error.str()}: topic {topic!r} at {self._kser_servers}")
+                text = f"{topic_error.str()}: topic {topic!r} at {self._kser_servers}"
+                raise KafkaException(text) from KafkaException(topic_error)
             time.sleep(min(TOPIC_POLL_INTERVAL, time_left(lookup_deadline)))
         if topic_error is not None:
             raise KafkaException(self._kser_missing_topic_text(topic))
@@ -201,6 +213,12 @@ class Producer(KafkaProducerBase):
             f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
             f"{self._kser_last_error.text_since(began)}"
         )
+
+    def _kser_is_rejection(self, error: Exception) -> bool:
+        cause = error.__cause__
+        if isinstance(cause, KafkaException) and isinstance(cause.args[0], KafkaError):
+            return cause.args[0].code() in _REJECTIONS
+        return super()._kser_is_rejection(error)
 
     def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(

@@ -51,14 +51,14 @@ JOIN_TIMEOUT = 5.0
 class BaseConsumer:
     """A consumer that passes the messages of its topics to :attr:`REGISTRY`.
 
-    :param topics: the topics to consume.
+    :param topics: the topics to consume: names, and patterns that begin with ``^``.
     :param options: the options of the consumer.
     :param group: the consumer group, for the log.
     :param interval: seconds between commits; 0 commits after each message.
     :param poll_limit: ``max.poll.interval.ms`` of the client, in seconds.
     :param session: ``session.timeout.ms`` of the client, in seconds.
     :param clock: returns the time in seconds, which must never decrease.
-    :raises kser.errors.SettingError: the dead-letter topic is one of ``topics``.
+    :raises kser.errors.SettingError: the dead-letter topic is one of ``topics``, or a pattern is invalid.
     """
 
     #: The controller that handles the messages: a controller class or an instance of one. You may set this attribute on
@@ -87,10 +87,9 @@ class BaseConsumer:
         #: The options of this consumer.
         self.options = options
         self._kser_log = ConsumerLogger(self.LOGGER, type(self).__name__)
-        self._kser_topics = list(topics)
+        self._kser_topics = options.subscription(topics)
         self._kser_group = group
         self._kser_commits_at_once = not interval
-        options.check_topics(self._kser_topics)
         self._kser_work_queue = WorkQueue(
             ordering=options.ordering,
             # With commit="before", a crash loses every record that was committed and not finished. So the queue buffers

@@ -125,7 +125,11 @@ class ConsumerClient(ABC):
 
     @abstractmethod
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
-        """Subscribe to ``topics`` and report rebalances to ``listener``."""
+        """Subscribe to ``topics`` and report rebalances to ``listener``.
+
+        :param topics: names and patterns (:class:`kser.consumer.subscription.Subscription`). The client consumes a
+            topic that matches a pattern, and that is created later, after at most 30 seconds.
+        """
 
     @abstractmethod
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypedDict
 
-from kser.config import Settings, check_number, nearest_name, parse_json
+from kser.config import Settings, check_number, is_topic_name, nearest_name, parse_json, parse_object
+from kser.consumer.dead_letters import SUFFIX
+from kser.consumer.subscription import Subscription
 from kser.consumer.work_queue import ORDERINGS
 from kser.errors import SettingError, UsageError
 from kser.retry import Retry
@@ -37,6 +40,7 @@ class ConsumerKwargs(TypedDict, total=False):
     max_in_flight: int | None
     max_buffered_bytes: int | None
     stall_timeout: float | None
+    producer_config: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class ConsumerOptions:
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
+    :param producer_config: client options of the producer with which the consumer writes dead letters and with which
+        its tasks send messages. Each option has precedence over the same option of the consumer's client.
     """
 
     workers: int = 1
@@ -73,6 +79,8 @@ class ConsumerOptions:
     max_in_flight: int = 1000
     max_buffered_bytes: int = 16 << 20
     stall_timeout: float = 300
+    # The options may contain passwords, which must not be part of a printed object.
+    producer_config: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
@@ -93,18 +101,35 @@ class ConsumerOptions:
         """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""
         if isinstance(self.dead_letter, str):
             return self.dead_letter
-        return f"{topic}.dlq" if self.dead_letter else None
+        return f"{topic}{SUFFIX}" if self.dead_letter else None
 
-    def check_topics(self, topics: Collection[str]) -> None:
-        """Check that a consumer does not read its own dead letters.
+    def subscription(self, topics: Iterable[str]) -> Subscription:
+        """Return the subscription to the consumed topics. Its patterns match no dead-letter topic of this consumer.
 
-        :param topics: the consumed topics.
-        :raises kser.errors.SettingError: the dead-letter topic is one of ``topics``.
+        :param topics: the consumed topics: names and patterns.
+        :raises kser.errors.SettingError: a pattern is invalid, a consumed topic is the dead-letter topic of a consumed
+            topic, or the dead-letter topic of a consumed topic has an illegal name.
         """
-        if self.dead_letter in topics:
+        own = {True: rf".*{re.escape(SUFFIX)}", False: ""}
+        excluded = re.escape(self.dead_letter) if isinstance(self.dead_letter, str) else own[self.dead_letter]
+        subscription = Subscription(topics, excluded)
+        for name in subscription.names:
+            self._check_dead_letter_topic(name, subscription.names)
+        return subscription
+
+    def _check_dead_letter_topic(self, topic: str, consumed: Iterable[str]) -> None:
+        dead_letter_topic = self.dead_letter_topic(topic)
+        if dead_letter_topic is None:
+            return
+        if dead_letter_topic in consumed:
             raise SettingError(
-                f"dead_letter is {self.dead_letter!r}, a topic that this consumer reads: failed messages"
-                " would loop endlessly; choose another topic"
+                f"dead_letter is {self.dead_letter!r}, and {dead_letter_topic!r} is a topic that this consumer reads:"
+                " failed messages would loop endlessly; choose another topic"
+            )
+        if is_topic_name(topic) and not is_topic_name(dead_letter_topic):
+            raise SettingError(
+                f"the dead-letter topic of {topic!r} would be {dead_letter_topic!r}, which is no legal name of a topic:"
+                " set dead_letter to the name of a topic"
             )
 
     def describe(self, mode: str, group: str | None, topics: Iterable[str]) -> str:
@@ -148,6 +173,8 @@ def _resolve(name: str, given: Any, settings: Settings) -> Any:
         return Retry.from_setting(source, parse_json(source, value))
     if name == "dead_letter":
         return _dead_letter(source, value)
+    if name == "producer_config":
+        return parse_object(source, value)
     if name in _CHOICES:
         if value not in _CHOICES[name]:
             raise SettingError(f"{source} must be one of {', '.join(map(repr, _CHOICES[name]))}; it is {value!r}")
@@ -161,6 +188,7 @@ def _dead_letter(source: str, value: Any) -> bool | str:
     if isinstance(value, str):
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         value = words.get(value.lower(), value)
-    if isinstance(value, bool) or (isinstance(value, str) and value):
+    if isinstance(value, bool) or (isinstance(value, str) and is_topic_name(value)):
         return value
-    raise SettingError(f"{source} must be True, False or the name of a topic; it is {value!r}")
+    hint = "; a name has 1 to 249 ASCII letters, digits, '.', '_' and '-'" if isinstance(value, str) else ""
+    raise SettingError(f"{source} must be True, False or the name of a topic; it is {value!r}{hint}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any
 from uuid import uuid4
 
+from kser.config import is_topic_name
 from kser.consumer.base import BaseConsumer
-from kser.consumer.client import Record
-from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
+from kser.consumer.client import Partition, Record
+from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_letter_headers, parse_dead_letter
 from kser.consumer.services import SharedProducer
-from kser.errors import BrokerUnavailable
+from kser.controller import BaseProducer
+from kser.errors import BrokerUnavailable, MessageTooLarge, RecordRejected, UsageError
+
+logger = logging.getLogger(__name__)
 
 #: Number of dead letters that are replayed between two commits. After a crash, the next replay repeats the dead letters
 #: that were replayed after the last commit.
@@ -19,6 +24,16 @@ READ_BATCH = 100
 
 #: Time limit of one poll for dead letters, in seconds.
 POLL_TIMEOUT = 0.5
+
+#: Maximum number of refused records that a replay logs separately. After that, the replay only logs their number.
+MAX_REFUSAL_LINES = 20
+
+
+class ReplayCount(int):
+    """The number of messages that a replay has sent."""
+
+    #: The number of records that the replay has refused to send, and that it has logged at WARNING.
+    refused: int = 0
 
 
 def iter_dead_letters(
@@ -45,43 +60,150 @@ def replay(
     *,
     where: Callable[[DeadLetter], bool] | None = None,
     limit: int | None = None,
+    topics: Collection[str] | None = None,
     to: str | None = None,
     group: str | None = None,
     timeout: float = 10,
-) -> int:
+) -> ReplayCount:
     """Send the original message of each dead letter to its original topic; skip dead letters that ``where`` rejects.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
+
+    A replay sends only to the topic ``<name>`` if the dead-letter topic is ``<name>.dlq``, or to ``topics``, because
+    the headers of a dead letter can be forged. A replay refuses every other dead letter, dead letters without their
+    value or with broken headers, and messages that the topic rejects for good: it logs a WARNING, and continues.
 
     :param consumer: the consumer class of the transport.
     :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
     :param topic: the topic of the dead letters.
     :param where: returns whether to send a dead letter; None sends all dead letters.
     :param limit: the maximum number of messages to send.
+    :param topics: the original topics to send to. Without ``.dlq`` in ``topic``, ``topics`` or ``to`` is required.
     :param to: a topic to send all messages to, instead of their original topics.
     :param group: the consumer group that stores the progress of the replay; ``kser-replay-<topic>`` if None.
     :param timeout: seconds to wait for a response of the broker, and for each delivery.
-    :return: the number of messages sent.
+    :return: the number of messages sent; its attribute ``refused`` is the number of refused records.
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
-    :raises kser.errors.DeliveryError: a message could not be sent; the next call starts with this message.
+    :raises kser.errors.DeliveryError: a message could not be sent now; the next call starts with this message.
+    :raises kser.errors.UsageError: the original topics are unknown, or a name of a topic is illegal.
     """
+    sender = _Sender(topic, _allowed_topics(topic, topics, to), where, to, timeout)
     sent = 0
     with ExitStack() as last_to_first:
         reader = _reader(consumer, config, topic, group or f"kser-replay-{topic}")
-        sender = SharedProducer(reader.make_producer)
-        last_to_first.callback(sender.close)
+        shared = SharedProducer(reader.make_producer)
+        last_to_first.callback(shared.close)
         last_to_first.callback(reader.close)
+        last_to_first.callback(sender.log_number)
         for record in _records(reader, topic, timeout):
             if sent == limit:
                 break
-            letter = parse_dead_letter(record)
-            if letter is not None and (where is None or where(letter)):
-                sender.producer().produce(
-                    to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
-                )
-                sent += 1
-    return sent
+            sent += sender.send(record, shared.producer)
+    return sender.count(sent)
+
+
+def _allowed_topics(topic: str, topics: Collection[str] | None, to: str | None) -> Collection[str] | None:
+    """Return the topics that messages may be sent to; None allows all topics, because ``to`` replaces them."""
+    if isinstance(topics, str):
+        raise UsageError(f"topics must be a list of names, not a str: pass [{topics!r}]")
+    for name in (topic, *(topics or ()), *(() if to is None else (to,))):
+        if not isinstance(name, str) or not is_topic_name(name):
+            raise UsageError(f"replay: {name!r} is no legal name of a topic: correct it")
+    if topic == to or topic in (topics or ()):
+        raise UsageError(f"replay: {topic!r} is the dead-letter topic itself, so the replay would never end")
+    if to is not None:
+        return None
+    if topics is not None:
+        return topics
+    if not topic.endswith(SUFFIX):
+        raise UsageError(
+            f"replay: the dead-letter topic {topic!r} may contain dead letters of any topic, because its name does not"
+            f" end with {SUFFIX!r}: pass the original topics as topics=[...], or pass to=..."
+        )
+    return [topic.removesuffix(SUFFIX)]
+
+
+def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
+    """Return the reason why a dead letter must not be sent; empty if it may be sent."""
+    if allowed is not None and letter.topic not in allowed:
+        return (
+            f"it names {letter.topic[:250]!r} as its original topic, and this replay may send only to"
+            f" {', '.join(map(repr, allowed))}"
+        )
+    if "value" in letter.omitted:
+        return "it has no value, because the value was too large for the dead-letter topic"
+    return ""
+
+
+class _Sender:
+    """The sender of a replay, which refuses some records.
+
+    :param topic: the topic of the dead letters.
+    :param allowed: the topics that messages may be sent to; None allows all topics.
+    :param where: returns whether to send a dead letter; None sends all dead letters.
+    :param to: a topic to send all messages to, or None.
+    :param timeout: seconds to wait for each delivery.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        allowed: Collection[str] | None,
+        where: Callable[[DeadLetter], bool] | None,
+        to: str | None,
+        timeout: float,
+    ) -> None:
+        self._topic = topic
+        self._allowed = allowed
+        self._where = where
+        self._to = to
+        self._timeout = timeout
+        self._refused = 0
+
+    def send(self, record: Record, producer: Callable[[], BaseProducer]) -> bool:
+        """Send the message of a dead letter, or refuse the record.
+
+        :param record: a record of the topic of the dead letters.
+        :param producer: returns the producer.
+        :return: True if the message was sent.
+        :raises kser.errors.DeliveryError: the message could not be sent now.
+        """
+        letter = parse_dead_letter(record)
+        if letter is None:
+            if has_dead_letter_headers(record):
+                self._refuse(record, f"its headers {PREFIX}… are incomplete or invalid")
+            return False
+        if self._where is not None and not self._where(letter):
+            return False
+        if reason := _refusal(letter, self._allowed):
+            self._refuse(record, reason)
+            return False
+        target = self._to or letter.topic
+        try:
+            producer().produce(target, letter.value, key=letter.key, headers=letter.headers, timeout=self._timeout)
+        except (MessageTooLarge, RecordRejected) as error:
+            self._refuse(record, error.message)
+            return False
+        return True
+
+    def _refuse(self, record: Record, reason: str) -> None:
+        """Count a refused record, and log it unless many records were logged already."""
+        self._refused += 1
+        if self._refused <= MAX_REFUSAL_LINES:
+            partition = Partition(record.topic, record.partition)
+            logger.warning(f"replay: offset {record.offset} of {partition} is not sent: {reason}")
+
+    def count(self, sent: int) -> ReplayCount:
+        """Return the number of sent messages, with the number of refused records."""
+        count = ReplayCount(sent)
+        count.refused = self._refused
+        return count
+
+    def log_number(self) -> None:
+        """Log the number of refused records, if some of them were not logged."""
+        if self._refused > MAX_REFUSAL_LINES:
+            logger.warning(f"replay: {self._refused} records of {self._topic!r} were not sent")
 
 
 def _reader(

@@ -13,6 +13,7 @@ from zlib import crc32
 
 from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record, no_committed_offset
 from kser.consumer.offsets import PartitionCounts
+from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 
 
@@ -78,13 +79,22 @@ class InMemoryBroker:
             key; without a key, the next partition in turn.
         """
         with self.message_arrived:
-            logs = self.topics.setdefault(topic, [[]])
+            if topic not in self.topics:
+                self.topics[topic] = [[]]
+                self._rebalance_followers(topic)
+            logs = self.topics[topic]
             if partition is None:
                 self._round_robin += key is None
                 partition = (self._round_robin if key is None else crc32(key)) % len(logs)
             log = logs[partition]
             log.append(DummyRecord(topic, partition, len(log), key, value, tuple(headers)))
             self.message_arrived.notify_all()
+
+    def _rebalance_followers(self, topic: str) -> None:
+        """Rebalance the groups with a member whose patterns match a new topic."""
+        for group in self.groups.values():
+            if any(member.follows(topic) for member in group.members):
+                group.rebalance()
 
     def values(self, topic: str) -> list[bytes | None]:
         """Return the values of all records of a topic, partition by partition."""
@@ -130,9 +140,10 @@ class ConsumerGroup:
         self.in_rebalance = False
         for member in self.members:
             member.pending_assignment = []
-        topics = sorted(frozenset().union(*(member.topics for member in self.members)))
+        topics_of = {member: member.topics for member in self.members}
+        topics = sorted(frozenset().union(*topics_of.values()))
         for number, partition in enumerate(self._broker.partitions_of(topics)):
-            takers = [member for member in self.members if partition.topic in member.topics]
+            takers = [member for member in self.members if partition.topic in topics_of[member]]
             takers[number % len(takers)].pending_assignment.append(partition)
 
 
@@ -156,18 +167,27 @@ class DummyClient(ConsumerClient):
         self._reset = reset
         self._partition_counts = PartitionCounts(reset)
         self._listener: RebalanceListener | None = None
-        self.topics: frozenset[str] = frozenset()
+        self._subscription = Subscription(())
         self.pending_assignment: list[Partition] = []
         self._positions: dict[Partition, int] = {}
         #: Injected errors. Each poll or commit removes the first error from the list and raises it.
         self.injected_errors: list[ClientError] = []
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
-        self.topics = frozenset(topics)
+        self._subscription = Subscription.of(topics)
         self._listener = listener
         self._broker.partitions_of(self.topics)
         self._group.members.append(self)
         self._group.rebalance()
+
+    @property
+    def topics(self) -> frozenset[str]:
+        """The names of the subscription, and the topics of the broker that match its patterns."""
+        return frozenset(self._subscription.matching(self._broker.topics))
+
+    def follows(self, topic: str) -> bool:
+        """Return whether a pattern of the subscription matches a topic."""
+        return bool(self._subscription.patterns) and topic in self._subscription.matching([topic])
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         self._raise_injected()

@@ -77,7 +77,7 @@ class Consumer(BaseConsumer):
             logger.debug(f"Cleaning existing pause file {path}")
 
     def make_producer(self) -> BaseProducer:
-        return Producer(self.config)
+        return Producer({**self.config, **(self.options.producer_config or {})})
 
     def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"

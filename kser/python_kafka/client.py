@@ -22,6 +22,7 @@ from kser.consumer.client import (
     out_of_range_text,
 )
 from kser.consumer.offsets import PartitionCounts, strip_checksum
+from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
@@ -78,7 +79,9 @@ class KafkaPythonClient(ConsumerClient):
         self.can_commit = commits and client.config["group_id"] is not None
         self._listener: RebalanceListener | None = None
         self._client_listener: ClientListener | None = None
+        self._subscription = Subscription(())
         self._topics: list[str] = []
+        self._is_unmatched = False
         self._missing: list[str] = []
         self._check_at = self._start_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
@@ -96,10 +99,15 @@ class KafkaPythonClient(ConsumerClient):
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
-        self._topics = sorted(topics)
+        self._subscription = Subscription.of(topics)
+        self._topics = sorted(self._subscription.names)
         self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
         self._client_listener = LISTENER(self._client, listener, self._unstarted, self._partition_counts.annotate)
-        self._client.subscribe(self._topics, listener=self._client_listener)
+        if self._subscription.regex is None:
+            self._client.subscribe(self._topics, listener=self._client_listener)
+        else:
+            # One pattern for all entries, because kafka-python accepts either names or one pattern.
+            self._client.subscribe(pattern=self._subscription.regex, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
@@ -182,6 +190,7 @@ class KafkaPythonClient(ConsumerClient):
         self._health_error = None
 
     def _check_topics(self) -> ClientError | None:
+        self._report_unmatched_patterns()
         consumed = {tp.topic for tp in self._client.assignment()}
         missing = [t for t in self._topics if t not in consumed and not self._client.partitions_for_topic(t)]
         if not missing or not consumed:
@@ -190,6 +199,14 @@ class KafkaPythonClient(ConsumerClient):
             logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
         self._missing = missing
         return None
+
+    def _report_unmatched_patterns(self) -> None:
+        """Log once that the patterns match no topic."""
+        if self._subscription.regex is None:
+            return
+        was_unmatched, self._is_unmatched = self._is_unmatched, not self._client.subscription()
+        if self._is_unmatched and not was_unmatched:
+            logger.warning(self._subscription.unmatched_text(self._servers))
 
     def _check_group(self) -> ClientError | None:
         """Query a committed offset, to check that the group coordinator responds."""

@@ -14,9 +14,11 @@ from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
+from kser.consumer.subscription import PATTERN_INTERVAL
 from kser.controller import BaseProducer
+from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka.client import KafkaPythonClient
-from kser.python_kafka.options import connect, options_for
+from kser.python_kafka.options import connect, options_for, producer_options
 from kser.python_kafka.producer import Producer
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,7 @@ class Consumer(BaseConsumer):
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
-        self._kser_producer_options: Mapping[str, Any] | None = config
-        self._kser_app = app
+        self._kser_producer_options = self._kser_options_for_producer(config, settings, consumer_options)
         self._kser_client_options = options_for(KafkaConsumer, config, settings)
         at_once = not self._kser_client_options.get("enable_auto_commit", True)
         group = self._kser_client_options.get("group_id")
@@ -65,6 +66,8 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
+        if consumer_options.subscription(topics).patterns:
+            self._kser_client_options.setdefault("metadata_max_age_ms", int(PATTERN_INTERVAL * 1000))
         # Remove both deserializers from the options of the client. The consumer runs the value deserializer itself for
         # each record, because an exception inside the client would stop the client. The consumer does not need the key
         # deserializer, because it only compares keys, as bytes.
@@ -81,10 +84,16 @@ class Consumer(BaseConsumer):
         )
 
     def make_producer(self) -> BaseProducer:
-        if self._kser_producer_options is None:
-            return Producer(app=self._kser_app)
-        options = self._kser_producer_options.items()
-        return Producer({key: value for key, value in options if key in KafkaProducer.DEFAULT_CONFIG})
+        return Producer(self._kser_producer_options)
+
+    @staticmethod
+    def _kser_options_for_producer(
+        config: Mapping[str, Any] | None, settings: Settings, options: ConsumerOptions
+    ) -> dict[str, Any]:
+        shared = options_for(KafkaProducer, config, settings)
+        if config is not None:
+            shared = {key: value for key, value in shared.items() if key in KafkaProducer.DEFAULT_CONFIG}
+        return {"max_request_size": CONSUMER_SIZE_LIMIT, **shared, **producer_options(options.producer_config)}
 
     def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from kafka import KafkaConsumer, KafkaProducer, errors
 
-from kser.config import CONFIG, Settings, known_options
-from kser.errors import BrokerUnavailable
+from kser.config import CONFIG, PRODUCER_CONFIG, Settings, known_options, nearest_name
+from kser.errors import BrokerUnavailable, SettingError
 
 Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 
@@ -17,15 +17,32 @@ _UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", 
 
 
 def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
-    """Return the options of ``client``: a copy of ``config``, or the client's options in ``KSER_CONFIG``.
+    """Return the options of ``client``: a copy of ``config``, or the client's options in the settings.
 
-    :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither KafkaConsumer nor KafkaProducer knows.
+    :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither KafkaConsumer nor KafkaProducer knows,
+        or ``KSER_PRODUCER_CONFIG`` has an option that KafkaProducer does not know.
     """
     if config is not None:
         return dict(config)
-    return known_options(
+    options = known_options(
         settings.client or {}, client.DEFAULT_CONFIG, KafkaConsumer.DEFAULT_CONFIG, KafkaProducer.DEFAULT_CONFIG
     )
+    return options | producer_options(settings.producer) if client is KafkaProducer else options
+
+
+def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return ``producer_config`` of a consumer, or the value of ``KSER_PRODUCER_CONFIG``, after a check of its names.
+
+    :raises kser.errors.SettingError: KafkaProducer does not know an option.
+    """
+    known = sorted(KafkaProducer.DEFAULT_CONFIG)
+    for key in options or ():
+        if key not in known:
+            raise SettingError(
+                f"producer_config ({PRODUCER_CONFIG}): KafkaProducer knows no option {key!r}; the nearest is"
+                f" {nearest_name(key, known)!r}"
+            )
+    return dict(options or {})
 
 
 def connect(client: type[Client], options: Mapping[str, Any]) -> Client:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from cdumay_result import Result
-from kafka import KafkaProducer
+from kafka import KafkaProducer, errors
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from kser import signals
@@ -25,6 +25,8 @@ from kser.producer import (
     size_of,
     time_left,
 )
+from kser.python_kafka.idempotence import keep_usable
+from kser.python_kafka.null_values import NullableValues, nullable
 from kser.python_kafka.options import connect, options_for, servers
 from kser.schemas import Message
 
@@ -38,6 +40,18 @@ CLOSE_TIMEOUT = 0.5
 #: The producer encodes all messages of a chunk, and then passes them to the client.
 CHUNK = 500
 CHUNK_SECONDS = 0.05
+
+#: Errors about the record itself, which every further send of the record would cause again. kafka-python 2 raises
+#: AssertionError for arguments that it rejects.
+_REJECTIONS = (
+    AssertionError,
+    errors.InvalidTopicError,
+    errors.RecordListTooLargeError,
+    errors.InvalidTimestampError,
+    errors.UnsupportedForMessageFormatError,
+    errors.PolicyViolationError,
+    errors.InvalidRecordError,
+)
 
 
 class Producer(KafkaProducerBase):
@@ -69,6 +83,8 @@ class Producer(KafkaProducerBase):
             self._kser_size_option, KafkaProducer.DEFAULT_CONFIG[self._kser_size_option]
         )
         self.client = connect(KafkaProducer, options)
+        self.client.config["value_serializer"] = NullableValues(self.client.config["value_serializer"])
+        keep_usable(self.client)
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
@@ -89,12 +105,7 @@ class Producer(KafkaProducerBase):
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
     ) -> None:
-        if value is None and key is None:
-            # The client cannot write a record with neither key nor value, so send an empty value.
-            value = b""
-        # The client rejects a header whose value is None, so send an empty value for this header.
-        options = record_options(key, [(name, data or b"") for name, data in headers])
-        delivery = self._kser_enqueue(topic, value, options, deadline)
+        delivery = self._kser_enqueue(topic, value, record_options(key, headers), deadline)
         try:
             self._kser_confirm(delivery, deadline)
         except MessageSizeTooLargeError as error:
@@ -110,12 +121,17 @@ class Producer(KafkaProducerBase):
     def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {topic}")
 
+    def _kser_is_rejection(self, error: Exception) -> bool:
+        return isinstance(error, _REJECTIONS) or super()._kser_is_rejection(error)
+
     def _kser_enqueue(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
         """Queue a record in the client, and return the future of its delivery.
 
         The client may wait for metadata first.
         """
         size = self._kser_size_checked(value, options)
+        if value is None or "headers" in options:
+            value, options = nullable(value, options)
         last_response = self._kser_last_response()
         try:
             if time_left(deadline) * 1000 >= self._kser_max_block_ms:
@@ -148,7 +164,7 @@ class Producer(KafkaProducerBase):
             else error
         )
 
-    def _kser_send_before(self, topic: str, value: bytes | None, options: Mapping[str, Any], deadline: float) -> Any:
+    def _kser_send_before(self, topic: str, value: Any, options: Mapping[str, Any], deadline: float) -> Any:
         """Send with a shorter timeout than ``max_block_ms``.
 
         The timeout is a setting of the whole client, so only one thread at a time may lower it. Another thread with

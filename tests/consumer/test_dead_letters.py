@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import time
 from typing import Any
 
 import pytest
+from cdumay_error import Error as CduError
 from cdumay_result import Result
 
 from kser import signals
 from kser.attempt import FAILED, Attempt, Failure, current_attempt
-from kser.consumer.dead_letters import PREFIX, TEXT_LIMITS
+from kser.consumer.dead_letters import PREFIX, TEXT_LIMITS, DeadLetterWriter
+from kser.consumer.logs import ConsumerLogger
 from kser.controller import BaseProducer, Controller
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
+from kser.errors import RecordRejected, SettingError
 from kser.retry import Retry
 from tests.consumer.harness import (
-    DICE,
     MANUAL_COMMIT,
     FaultyConsumer,
     ScriptedTask,
@@ -310,18 +314,214 @@ def test_dead_letter_of_a_nearly_oversized_message_omits_the_error_text() -> Non
     assert (failure_headers(without)["reason"], failure_headers(without)["error-class"]) == ("failed", "ValueError")
 
 
-def test_oversized_dead_letter_is_logged_with_the_limit_to_raise(
+# -- dead letters that are rejected ------------------------------------------------------------------------------------
+
+
+def stepped_consumer(limit: int, **options: Any) -> FaultyConsumer:
+    """Consume one record with a size limit for dead letters; return the consumer."""
+    consumer = FaultyConsumer({**MANUAL_COMMIT, "max_request_size": limit}, dead_letter=True, **options)
+    consumer.step(timeout=0)
+    return consumer
+
+
+def consumer_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """Return the lines of the consumer itself, without those of the controller."""
+    return [line for line in lines(caplog, level) if "Consumer: " in line]
+
+
+def test_dead_letter_too_large_with_its_headers_is_written_without_them(
     caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
 ) -> None:
-    bus.send("dice", b"x" * 5000)
-    consumer = FaultyConsumer({**MANUAL_COMMIT, "max_request_size": 5000}, dead_letter=True)
-    consumer.step(timeout=0)
-    (line,) = [line for line in lines(caplog, logging.ERROR) if line.startswith("FaultyConsumer: ")]
-    assert "'max_request_size' allows 5,000" in line
-    assert "the producer and the topic 'dice.dlq' must accept records of this size" in line
-    consumer.poll()
-    assert consumer.current_client.polls[-1].paused == {DICE}
-    assert committed() == 0
+    bus.send("dice", b"x" * 3000, key=b"k", headers=[("trace", b"t" * 3000)])
+    stepped_consumer(5000)
+    (letter,) = dead_letters()
+    assert (letter.value, letter.key) == (b"x" * 3000, b"k")
+    assert {name.startswith(PREFIX) for name, _ in letter.headers} == {True}
+    assert failure_headers(letter)["omitted"] == "headers"
+    (line,) = consumer_lines(caplog, logging.WARNING)
+    assert line.startswith(
+        "FaultyConsumer: the dead letter of offset 0 of dice[0] was written to 'dice.dlq' without headers: the record"
+    )
+    assert "raise 'max_request_size' in KSER_CONFIG and 'max.message.bytes' of the topic" in line
+    assert committed() == 1
+
+
+def test_dead_letter_too_large_with_its_value_is_a_stub(bus: InMemoryBroker) -> None:
+    value = b"x" * 5000
+    bus.send("dice", value, key=b"k", headers=[("trace", b"1")])
+    consumer = stepped_consumer(5000)
+    (letter,) = dead_letters()
+    headers = failure_headers(letter)
+    assert (letter.value, letter.key, headers["omitted"]) == (None, b"k", "value,headers")
+    assert (headers["value-size"], headers["value-sha256"]) == ("5000", hashlib.sha256(value).hexdigest())
+    assert (headers["topic"], headers["partition"], headers["offset"]) == ("dice", "0", "0")
+    assert (headers["reason"], headers["error-message"]) == ("undecodable", "")
+    assert (committed(), consumer.counts["dead_lettered"]) == (1, 1)
+
+
+def test_stub_omits_a_large_key(bus: InMemoryBroker) -> None:
+    for value in (None, b"x" * 100):
+        bus.send("dice", value, key=b"k" * 5000)
+    new_consumer({"max_request_size": 5000}, dead_letter=True).run_until_idle()
+    assert [(letter.value, letter.key) for letter in dead_letters()] == [(None, None)] * 2
+    assert [failure_headers(letter)["omitted"] for letter in dead_letters()] == ["key", "key,value"]
+
+
+def test_record_without_any_accepted_dead_letter_is_finished_with_the_limit_to_raise(
+    caplog: pytest.LogCaptureFixture, bus: InMemoryBroker
+) -> None:
+    bus.send("dice", b"x" * 500, headers=[("trace", b"1")])
+    send_messages("next")
+    consumer = stepped_consumer(100)
+    (line,) = consumer_lines(caplog, logging.ERROR)
+    assert line.startswith(
+        "FaultyConsumer: offset 0 of dice[0] failed (undecodable) and every form of its dead letter was rejected: the"
+        " record has "
+    )
+    assert "'max_request_size' allows 100" in line
+    assert "the topic 'dice.dlq' must accept the dead letters" in line
+    assert (dead_letters(), ScriptedTask.ran, committed()) == ([], ["next"], 2)
+    assert consumer.counts == {"done": 2, "failed": 1, "dead_lettered": 0}
+
+
+class RejectingProducer(Producer):
+    """A producer that rejects every record."""
+
+    error: BaseException = RecordRejected("the name of the topic is illegal")
+
+    def produce(self, *arguments: Any, **options: Any) -> None:
+        raise self.error
+
+
+def test_record_whose_dead_letter_is_rejected_for_good_is_finished(caplog: pytest.LogCaptureFixture) -> None:
+    class RejectedConsumer(Consumer):
+        def make_producer(self) -> BaseProducer:
+            return RejectingProducer(self.config)
+
+    send_messages("1", cls="shop.Unknown")
+    send_messages("2")
+    consumer = RejectedConsumer(MANUAL_COMMIT, ["dice"], dead_letter=True)
+    consumer.run_until_idle()
+    assert (ScriptedTask.ran, committed(), consumer.counts["dead_lettered"]) == (["2"], 2, 0)
+    (line,) = consumer_lines(caplog, logging.ERROR)
+    assert "was rejected: the name of the topic is illegal; the record counts as finished" in line
+
+
+class TextlessError(Exception):
+    """An exception without a usable text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("failure", "headers"),
+    [
+        (Failure("failed", "E", {"code": 7}), {"error-message": "{'code': 7}"}),  # type: ignore[arg-type]
+        (Failure("failed", "E", None), {"error-message": "None"}),  # type: ignore[arg-type]
+        (Failure("failed", "E", b"\xff"), {"error-message": "b'\\xff'"}),  # type: ignore[arg-type]
+        (
+            Failure("failed", "E", TextlessError()),  # type: ignore[arg-type]
+            {"error-message": "<TextlessError, whose text raises RuntimeError>"},
+        ),
+        (Failure("\udcff", "a\0b", "\0"), {"reason": "\\udcff", "error-class": "a\0b", "error-message": "\0"}),
+        (
+            Failure("r" * 9999, "c" * 9999, "\udcff" * 9999),
+            {"reason": "r" * 200, "error-class": "c" * 200, "error-message": "\\udcff" * 2000},
+        ),
+    ],
+)
+def test_every_failure_gives_a_dead_letter(failure: Failure, headers: dict[str, str], bus: InMemoryBroker) -> None:
+    bus.create_topic("dice.dlq")
+    record = DummyRecord("dice", 0, 5, None, b"x")
+    writer = DeadLetterWriter("{}.dlq".format, lambda: Producer({}), Consumer, ConsumerLogger(Consumer.LOGGER, "C"))
+    assert writer.write(record, failure, 1)
+    assert headers.items() <= failure_headers(dead_letters()[0]).items()
+
+
+@pytest.mark.parametrize("error", [TextlessError(), CduError(message={"code": 7})])  # type: ignore[arg-type]
+def test_task_with_an_unusual_error_is_dead_lettered(error: Exception) -> None:
+    ScriptedTask.script["1"] = error
+    send_messages("1", "2")
+    consume()
+    assert (ScriptedTask.ran, committed(), len(dead_letters())) == (["1", "2"], 2, 1)
+
+
+def test_controller_that_raises_an_error_without_text_gives_a_dead_letter() -> None:
+    class RaisingRegistry:
+        @staticmethod
+        def run(data: Any) -> None:
+            raise TextlessError
+
+    send_messages("1")
+    consumer = new_consumer(MANUAL_COMMIT, dead_letter=True)
+    consumer.REGISTRY = RaisingRegistry
+    consumer.run_until_idle()
+    assert failure_headers(dead_letters()[0])["error-message"] == "<TextlessError, whose text raises RuntimeError>"
+
+
+def test_record_whose_headers_cannot_be_decoded_is_dead_lettered_without_them() -> None:
+    class UndecodableRecord(DummyRecord):
+        @property
+        def headers(self) -> Any:  # type: ignore[override]
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    writer = DeadLetterWriter("{}.dlq".format, lambda: Producer({}), Consumer, ConsumerLogger(Consumer.LOGGER, "C"))
+    assert writer.write(UndecodableRecord("dice", 0, 5, None, b"x"), Failure("failed", "", ""), 1)
+    assert (dead_letters()[0].value, failure_headers(dead_letters()[0])["omitted"]) == (b"x", "headers")
+
+
+# -- dead letters that fail again --------------------------------------------------------------------------------------
+
+
+def test_dead_letter_that_fails_again_is_not_dead_lettered(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A consumer may consume a dead-letter topic by its name."""
+    send_messages("1", cls="shop.Unknown")
+    consume()
+    consumer = Consumer({"group_id": "letters"}, ["dice.dlq"], dead_letter=True)
+    consumer.run_until_idle()
+    assert consumer.counts == {"done": 1, "failed": 1, "dead_lettered": 0}
+    assert set(bus.topics) == {"dice", "dice.dlq"}
+    (line,) = consumer_lines(caplog, logging.WARNING)
+    assert line.startswith("Consumer: offset 0 of dice.dlq[0] failed (unknown-entrypoint), and it is a dead letter")
+
+
+def test_forged_dead_letter_on_another_topic_is_dead_lettered_with_its_own_headers(bus: InMemoryBroker) -> None:
+    """Otherwise the producer of a message could prevent its dead letter."""
+    send_messages("1", cls="shop.Unknown")
+    consume()
+    (letter,) = dead_letters()
+    bus.send("cards", b"forged", headers=letter.headers)
+    Consumer({"group_id": "cards"}, ["cards"], dead_letter=True).run_until_idle()
+    (again,) = dead_letters("cards.dlq")
+    assert failure_headers(again)["topic"] == "cards"
+    names = [name for name, _ in again.headers]
+    assert len(names) == len(set(names)) == len(letter.headers)
+
+
+def test_foreign_record_on_a_dead_letter_topic_is_dead_lettered_once(bus: InMemoryBroker) -> None:
+    bus.send("dice.dlq", b"no message")
+    Consumer({}, ["dice.dlq"], dead_letter=True).run_until_idle()
+    Consumer({}, ["dice.dlq.dlq"], dead_letter=True).run_until_idle()
+    assert set(bus.topics) == {"dice.dlq", "dice.dlq.dlq"}
+    assert len(dead_letters("dice.dlq.dlq")) == 1
+
+
+@pytest.mark.parametrize(
+    ("topics", "dead_letter", "text"),
+    [
+        (["dice", "dice.dlq"], True, "dead_letter is True, and 'dice.dlq' is a topic that this consumer reads"),
+        (["dice", "broken"], "broken", "dead_letter is 'broken', and 'broken' is a topic that this consumer reads"),
+        (["d" * 246], True, "would be '" + "d" * 246 + ".dlq', which is no legal name of a topic"),
+    ],
+)
+def test_unusable_dead_letter_topic_is_rejected_by_the_constructor(
+    topics: list[str], dead_letter: bool | str, text: str
+) -> None:
+    with pytest.raises(SettingError, match=re.escape(text)):
+        Consumer({}, topics, dead_letter=dead_letter)
 
 
 def test_send_by_user_code_does_not_change_the_failure_of_the_current_attempt() -> None:

@@ -32,6 +32,7 @@ DEFAULTS = {
     "max_in_flight": 1000,
     "max_buffered_bytes": 16 << 20,
     "stall_timeout": 300,
+    "producer_config": None,
 }
 
 #: For each option its name, an argument, the equivalent text in the environment, and the resulting value.
@@ -54,6 +55,7 @@ OPTIONS: list[tuple[str, Any, str, Any]] = [
     ("max_in_flight", 10, "10", 10),
     ("max_buffered_bytes", 1 << 20, "1048576", 1 << 20),
     ("stall_timeout", 60, "60", 60),
+    ("producer_config", {"acks": 1}, '{"acks": 1}', {"acks": 1}),
 ]
 
 
@@ -131,6 +133,11 @@ INVALID_OPTIONS: list[tuple[str, Any, str]] = [
     ("retry", "5 times", "retry is not JSON: "),
     ("dead_letter", "", "dead_letter must be True, False or the name of a topic; it is ''"),
     ("dead_letter", 5, "dead_letter must be True, False or the name of a topic; it is 5"),
+    ("dead_letter", "^orders", "dead_letter must be True, False or the name of a topic; it is '^orders'; a name"),
+    ("dead_letter", "a b", "dead_letter must be True, False or the name of a topic; it is 'a b'; a name has 1 to 249"),
+    ("dead_letter", "x" * 250, "dead_letter must be True, False or the name of a topic; it is 'xxx"),
+    ("producer_config", [1], "producer_config must be a JSON object with options of the Kafka client; it is"),
+    ("producer_config", "{", "producer_config is not JSON: "),
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from kser.consumer import replay as replay_module
 from kser.consumer.dead_letters import DeadLetter
-from kser.consumer.replay import iter_dead_letters, replay
+from kser.consumer.replay import MAX_REFUSAL_LINES, ReplayCount, iter_dead_letters, replay
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
-from kser.errors import BrokerUnavailable
+from kser.errors import BrokerUnavailable, UsageError
 from tests.consumer.harness import new_consumer, send_messages
+from tests.support import lines
 
 HEADERS = (("trace", b"\x00\xff"),)
 
@@ -41,9 +44,10 @@ def read_dead_letters(config: dict[str, Any] | None = None) -> list[DeadLetter]:
     return list(iter_dead_letters(Consumer, config or {}, TOPIC, timeout=TIMEOUT))
 
 
-def replay_dead_letters(**options: Any) -> int:
+def replay_dead_letters(**options: Any) -> ReplayCount:
     """Replay the dead letters; return their number."""
-    return replay(Consumer, options.pop("config", {}), TOPIC, timeout=TIMEOUT, **options)
+    options.setdefault("topics", ["dice"])
+    return replay(Consumer, options.pop("config", {}), options.pop("topic", TOPIC), timeout=TIMEOUT, **options)
 
 
 def replayed_records(topic: str = "dice", start: int = 3) -> list[DummyRecord]:
@@ -166,3 +170,116 @@ def test_dead_letter_replay_keeps_the_pause_file() -> None:
     pause.touch()
     assert (len(read_dead_letters()), replay_dead_letters()) == (3, 3)
     assert pause.exists()
+
+
+def test_replay_keeps_null_apart_from_empty(bus: InMemoryBroker) -> None:
+    headers = (("null", None), ("empty", b""))
+    for value, key in ((None, None), (None, b"k"), (b"", None), (b"", b"")):
+        bus.send("cards", value, key=key, headers=headers)
+    Consumer({}, ["cards"], dead_letter=True).run_until_idle()
+    assert replay_dead_letters(topic="cards.dlq", topics=None) == 4
+    records = replayed_records("cards", 4)
+    assert [(record.value, record.key) for record in records] == [(None, None), (None, b"k"), (b"", None), (b"", b"")]
+    assert {record.headers for record in records} == {headers}
+
+
+# -- records that a replay refuses -------------------------------------------------------------------------------------
+
+
+def forged(bus: InMemoryBroker, **changes: bytes | None) -> list[tuple[str, bytes | None]]:
+    """Return the headers of the first dead letter with changes; a header whose new value is None is removed."""
+    headers = {name: value for name, value in bus.topics[TOPIC][0][0].headers if name.startswith("kser-dlq-")}
+    for name, value in changes.items():
+        del headers[f"kser-dlq-{name}"]
+        if value is not None:
+            headers[f"kser-dlq-{name}"] = value
+    return list(headers.items())
+
+
+@pytest.mark.parametrize(
+    "named", [b"payroll", b"__consumer_offsets", b"dice.dlq", b"", b"\xff", b"dic", b"dice\0", b"DICE", b"d" * 9000]
+)
+def test_replay_sends_only_to_the_topic_of_its_dead_letter_topic(
+    named: bytes, bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.send("dice.dlq", b"forged", headers=forged(bus, topic=named))
+    bus.send("dice.dlq", b"honest", headers=forged(bus))
+    before = {topic: bus.values(topic) for topic in bus.topics}
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused) == (1, 1)
+    assert bus.values("dice") == [*before.pop("dice"), b"honest"]
+    assert {topic: bus.values(topic) for topic in bus.topics if topic != "dice"} == before
+    (line,) = lines(caplog, logging.WARNING)[-1:]
+    assert line.startswith("replay: offset 0 of dice.dlq[0] is not sent: it names ")
+    assert line.endswith("as its original topic, and this replay may send only to 'dice'")
+    assert len(line) < 1200
+    assert replay_dead_letters(topic="dice.dlq", topics=None) == 0
+
+
+@pytest.mark.parametrize("changes", [{"topic": None}, {"offset": b"first"}, {"partition": b"9" * 5000}, {"time": b""}])
+def test_replay_refuses_broken_headers(
+    changes: dict[str, bytes | None], bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.send("dice.dlq", b"forged", headers=forged(bus, **changes))
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused) == (0, 1)
+    assert lines(caplog, logging.WARNING)[-1] == (
+        "replay: offset 0 of dice.dlq[0] is not sent: its headers kser-dlq-… are incomplete or invalid"
+    )
+
+
+def test_replay_refuses_a_dead_letter_without_its_value(bus: InMemoryBroker, caplog: pytest.LogCaptureFixture) -> None:
+    bus.send("cards", b"x" * 5000)
+    Consumer({"max_request_size": 5000}, ["cards"], dead_letter=True).run_until_idle()
+    (letter,) = iter_dead_letters(Consumer, {}, "cards.dlq", timeout=TIMEOUT)
+    assert (letter.value, letter.omitted, letter.value_size) == (None, ("value",), 5000)
+    assert len(letter.value_sha256) == 64
+    for options in ({"topics": None}, {"to": "elsewhere", "group": "other"}):
+        sent = replay_dead_letters(topic="cards.dlq", **options)
+        assert (sent, sent.refused) == (0, 1)
+    assert "elsewhere" not in bus.topics
+    assert lines(caplog, logging.WARNING)[-1].endswith(
+        "it has no value, because the value was too large for the dead-letter topic"
+    )
+
+
+def test_replay_refuses_a_message_that_its_topic_rejects_for_good(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    for value in (b"x" * 5000, b"small"):
+        bus.send("dice.dlq", value, headers=forged(bus))
+    sent = replay_dead_letters(topic="dice.dlq", topics=None, config={"max_request_size": 4000})
+    assert (sent, sent.refused, bus.values("dice")[-1]) == (1, 1, b"small")
+    assert "replay: offset 0 of dice.dlq[0] is not sent: the record has 5,0" in lines(caplog, logging.WARNING)[-1]
+
+
+def test_replay_counts_many_refused_records_in_one_line(bus: InMemoryBroker, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(50):
+        bus.send("dice.dlq", b"forged", headers=forged(bus, topic=b"payroll"))
+    assert replay_dead_letters(topic="dice.dlq", topics=None).refused == 50
+    logged = [line for line in lines(caplog, logging.WARNING) if line.startswith("replay: ")]
+    assert len(logged) == MAX_REFUSAL_LINES + 1
+    assert logged[-1] == "replay: 50 records of 'dice.dlq' were not sent"
+
+
+def test_replay_from_a_shared_dead_letter_topic_sends_only_to_named_topics(bus: InMemoryBroker) -> None:
+    bus.send(TOPIC, b"forged", headers=forged(bus, topic=b"payroll"))
+    sent = replay_dead_letters(topics=["dice", "cards"])
+    assert (sent, sent.refused, "payroll" in bus.topics) == (3, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"topics": None}, "the dead-letter topic 'broken' may contain dead letters of any topic"),
+        ({"topics": "dice"}, "topics must be a list of names, not a str: pass ['dice']"),
+        ({"topics": ["^dice"]}, "'^dice' is no legal name of a topic"),
+        ({"topics": [TOPIC]}, "'broken' is the dead-letter topic itself"),
+        ({"to": TOPIC}, "'broken' is the dead-letter topic itself"),
+        ({"to": ""}, "'' is no legal name of a topic"),
+        ({"topic": "^.*dlq"}, "'^.*dlq' is no legal name of a topic"),
+    ],
+)
+def test_replay_without_a_usable_target_is_rejected(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)):
+        replay_dead_letters(**options)

@@ -36,7 +36,6 @@ class PythonKafka(OnKafka):
     producer = KafkaProducer
     ending = " in {topic}"
     limit = "max_request_size"
-    no_value = b""
 
     def config(self) -> dict[str, Any]:
         return {"bootstrap_servers": self.kafka.bootstrap_servers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +19,7 @@ from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from tests.kafka.broker import Kafka, KafkaBroker, free_ports
 from tests.kafka.helpers import message, read_uuids, read_values, uuids
+from tests.support import WAIT_SECONDS
 
 # kafka-python leaves the sockets of connections that were refused to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -159,6 +161,36 @@ def test_message_too_large_for_the_broker_alone_is_rejected(
         arrived = read_uuids(kafka, name)
         assert set(uuids([small, large])) - result.retval["failed"].keys() <= set(arrived)
         assert large.uuid not in arrived
+
+
+@both_producers
+def test_rejected_record_harms_no_other_record(kind: type[Any], kafka: Kafka, topic: Callable[..., str]) -> None:
+    """Three threads send small records, while the broker rejects large records of the same producer."""
+    name = topic()
+    errors: list[str] = []
+    is_over = threading.Event()
+
+    def send_small(producer: Any) -> None:
+        while not is_over.is_set():
+            try:
+                producer.produce(name, b"small", timeout=WAIT_SECONDS)
+            except DeliveryError as error:
+                errors.append(error.message)
+
+    with connected(kind, kafka, **{LIMIT[kind]: 3_000_000}) as producer:
+        threads = [threading.Thread(target=send_small, args=[producer]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(5):
+                with pytest.raises(MessageTooLarge):
+                    producer.produce(name, b"x" * 1_500_000, timeout=WAIT_SECONDS)
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join()
+        producer.produce(name, b"small", timeout=WAIT_SECONDS)
+    assert errors == []
 
 
 def test_message_that_is_not_json_is_rejected_and_the_others_are_sent(

@@ -19,7 +19,7 @@ from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
 from kser import signals
-from kser.errors import DeliveryError, MessageTooLarge
+from kser.errors import DeliveryError, MessageTooLarge, RecordRejected
 from kser.schemas import Message
 from tests.support import UUID, WAIT_SECONDS, lines, message, record_of, wait_until
 
@@ -47,8 +47,6 @@ class Transport(ABC):
     bulk_ending: ClassVar[str] = ""
     #: The option that limits the size of a record.
     limit: ClassVar[str]
-    #: The value in its topic of a header that was sent without a value.
-    no_value: ClassVar[bytes | None] = None
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -155,7 +153,7 @@ class ProducerContract:
         assert [record.headers for record in transport.records(topic, 5)] == [
             [("trace", b"1")],
             [("a", b"1"), ("a", b"2")],
-            [("é", b""), ("none", transport.no_value)],
+            [("é", b""), ("none", None)],
             [],
             [],
         ]
@@ -218,6 +216,21 @@ class ProducerContract:
         assert (first.value, first.key, first.headers) == (b"\xff", b"k", [("h", b"1")])
         assert (second.value, second.key, second.headers) == (None, b"k", [])
         assert lines(caplog) == []
+
+    def test_produce_keeps_null_apart_from_empty(self, transport: Transport, producer: Any, topic: str) -> None:
+        headers = [("null", None), ("empty", b""), ("null", None), ("é", b"1")]
+        for value, key in ((None, None), (b"", b""), (None, b"k"), (b"v", None)):
+            producer.produce(topic, value, key=key, headers=headers)
+        producer.produce(topic, None)
+        sent = transport.records(topic, 5)
+        pairs = [(record.value, record.key) for record in sent]
+        assert sorted(pairs, key=repr) == [(None, None), (None, None), (None, b"k"), (b"", b""), (b"v", None)]
+        assert [record.headers for record in sent if record.headers] == [headers] * 4
+
+    def test_produce_of_an_illegal_record_is_rejected_for_good(self, producer: Any, topic: str) -> None:
+        with pytest.raises(RecordRejected):
+            producer.produce(topic, b"x", headers=[("\udc80", b"1")])
+        producer.produce(topic, b"x")
 
     def test_produce_of_an_invalid_record_raises(self, producer: Any, topic: str) -> None:
         with pytest.raises(DeliveryError, match="a header must be a name and bytes"):

@@ -18,11 +18,13 @@ from flask import Flask
 
 from kser.config import Settings
 from kser.confluent import delivery_reports as reports_module
+from kser.confluent.consumer import Consumer
 from kser.confluent.delivery_reports import DeliveryReportPoller, DeliveryWaiter
 from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY, connect, options_for, own_options, servers
 from kser.confluent.producer import MAX_IN_FLIGHT, Producer
 from kser.embedded import EmbeddedBroker
 from kser.errors import DeliveryError, SettingError
+from kser.producer import CONSUMER_SIZE_LIMIT
 from tests.support import UUID, WAIT_SECONDS, lines, message, run_concurrently, run_python, wait_until
 from tests.transports.client_contract import PROMPT_SECONDS
 
@@ -142,6 +144,43 @@ def test_app_config_is_read(broker: EmbeddedBroker) -> None:
     app.config["KSER_CONFIG"] = {"bootstrap.servers": broker.bootstrap_servers, "group.id": "g"}
     with closing(Producer(app=app)) as producer:
         assert producer.send("dice", message("x")).retcode == 0
+
+
+def test_producer_of_a_consumer_accepts_the_size_of_every_record_that_was_read(broker: EmbeddedBroker) -> None:
+    config = {"bootstrap.servers": broker.bootstrap_servers, "group.id": "g"}
+    app = Flask("shop")
+    app.config.update(KSER_CONFIG={**config, "message.max.bytes": 7000}, KSER_PRODUCER_CONFIG={"linger.ms": 3})
+    limits = []
+    for consumer in (
+        Consumer(config, ["dice"]),
+        Consumer(config, ["dice"], producer_config={"message.max.bytes": 5000}),
+        Consumer(topics=["dice"], app=app),
+    ):
+        producer: Any = consumer.make_producer()
+        limits.append(producer._kser_size_limit)
+        producer.close()
+        consumer.close()
+    assert limits == [CONSUMER_SIZE_LIMIT, 5000, 7000]
+    assert options_for("producer", None, Settings.of(app))["linger.ms"] == 3
+    assert "linger.ms" not in options_for("consumer", None, Settings.of(app))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"group.id": "g"}, "producer_config (KSER_PRODUCER_CONFIG): 'group.id' is an option for consumers only"),
+        ({"message.max.byte": 1}, "librdkafka knows no option 'message.max.byte'"),
+        ({"acks": "some"}, "the Kafka client cannot be created: "),
+        ({"message.max.bytes": 5}, 'the Kafka client cannot be created: Configuration property "message.max.bytes"'),
+    ],
+)
+def test_invalid_producer_option_of_a_consumer_is_rejected_by_its_constructor(
+    options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(SettingError) as caught:
+        Consumer({"bootstrap.servers": "localhost:1", "group.id": "g"}, ["dice"], producer_config=options)
+    assert caught.value.message.startswith(text)
+    assert "KSER_PRODUCER_CONFIG" in caught.value.message
 
 
 def test_config_argument_is_used_as_is_and_not_modified(broker: EmbeddedBroker) -> None:

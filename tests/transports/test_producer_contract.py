@@ -64,7 +64,6 @@ class PythonKafka(Embedded):
     producer = KafkaProducer
     ending = " in {topic}"
     limit = "max_request_size"
-    no_value = b""
 
     def config(self) -> dict[str, Any]:
         return self.broker.producer_config

@@ -19,6 +19,7 @@ from kafka.future import Future
 
 from kser.embedded import EmbeddedBroker
 from kser.errors import SettingError
+from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka import rebalances
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
@@ -214,11 +215,38 @@ def test_acks_default_to_all_replicas(
     assert (config["acks"], config["enable_idempotence"], sent.retcode) == (acks, idempotent, 0)
 
 
-def test_record_without_key_and_value_is_written_as_an_empty_one(broker: EmbeddedBroker, producer: Producer) -> None:
-    """kafka-python rejects a record that has neither key nor value."""
-    producer.produce("empty", None)
-    (record,) = read(broker.bootstrap_servers, "empty", 1)
-    assert (record.value, record.key) == (b"", None)
+@pytest.mark.filterwarnings("ignore:value_serializer does not implement:DeprecationWarning")
+def test_null_value_does_not_reach_the_value_serializer_of_the_user(broker: EmbeddedBroker) -> None:
+    producer = Producer({**broker.producer_config, "value_serializer": bytes.upper})
+    for value in (None, b"text"):
+        producer.produce("serialized", value, headers=[("null", None)])
+    producer.close()
+    records = read(broker.bootstrap_servers, "serialized", 2)
+    assert sorted(record.value or b"" for record in records) == [b"", b"TEXT"]
+    assert None in [record.value for record in records]
+
+
+def test_producer_of_a_consumer_accepts_the_size_of_every_record_that_was_read(
+    broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**broker.config, "group_id": "g"}
+    app = Flask("shop")
+    app.config.update(KSER_CONFIG={**config, "max_request_size": 7}, KSER_PRODUCER_CONFIG={"acks": 1})
+    consumers = [
+        Consumer(config, ["dice"]),
+        Consumer(config, ["dice"], producer_config={"max_request_size": 5, "acks": 0}),
+        Consumer(topics=["dice"], app=app),
+    ]
+    producers: list[Any] = [Producer(app=app), *(consumer.make_producer() for consumer in consumers)]
+    found = [(each.client.config["max_request_size"], each.client.config["acks"]) for each in producers]
+    for each in (*producers, *consumers):
+        each.close()
+    assert found == [(7, 1), (CONSUMER_SIZE_LIMIT, -1), (5, 0), (7, 1)]
+
+
+def test_unknown_producer_option_of_a_consumer_is_rejected_by_its_constructor(broker: EmbeddedBroker) -> None:
+    with pytest.raises(SettingError, match="KafkaProducer knows no option 'max_request_sise'; the nearest is 'max_re"):
+        Consumer({**broker.config, "group_id": "g"}, ["dice"], producer_config={"max_request_sise": 1})
 
 
 def test_construction_removes_the_pause_file(broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser import Controller, Entrypoint, Message, Operation, OperationRegistry, Task
 from kser.consumer.dead_letters import DeadLetter
-from kser.consumer.replay import iter_dead_letters, replay
+from kser.consumer.replay import ReplayCount, iter_dead_letters, replay
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer as InMemoryConsumer
 from kser.embedded import EmbeddedBroker
@@ -122,6 +122,7 @@ consumer = Consumer(
     max_in_flight=500,
     max_buffered_bytes=1 << 20,
     stall_timeout=60,
+    producer_config={"max_request_size": 5_000_000},
 )
 assert_type(consumer.counts, dict[str, int])
 assert_type(consumer.step(timeout=0.1), int)
@@ -135,7 +136,7 @@ for letter in iter_dead_letters(Consumer, {}, "payments.dlq"):
     assert_type(letter, DeadLetter)
     assert_type(letter.attempts, int)
     assert_type(letter.message, Message | None)
-assert_type(replay(Consumer, {}, "payments.dlq", where=lambda letter: letter.reason == "failed", limit=5), int)
+assert_type(replay(Consumer, {}, "payments.dlq", where=lambda letter: letter.reason == "failed", limit=5), ReplayCount)
 
 registry = OperationRegistry(store=open_store("sqlite:///shop.db"), producer=Producer())
 assert_type(registry.store, Store)
