@@ -16,8 +16,9 @@ from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.errors import SettingError
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Consumer(BaseConsumer):

@@ -15,11 +15,12 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
+from kser.escaping import escape_lines
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect, options_for
 from kser.python_kafka.producer import Producer
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Consumer(BaseConsumer):
