@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict
 from kser.config import Settings, check_number, nearest_name, parse_json
 from kser.consumer.work_queue import ORDERINGS
 from kser.errors import SettingError, UsageError
+from kser.limits import Limits
 from kser.retry import Retry
 
 AFTER, BEFORE, NEVER = COMMIT_MODES = ("after", "before", "never")
@@ -59,7 +60,7 @@ class ConsumerOptions:
     :param revoke_timeout: seconds that running messages have to finish when their partition is revoked. The consumer
         reduces a value above a third of ``max.poll.interval.ms`` to that third.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
-    :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
+    :param max_buffered_bytes: the maximum total size of these unfinished messages: keys, values and headers, in bytes.
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
     """
 
@@ -74,6 +75,10 @@ class ConsumerOptions:
     max_buffered_bytes: int = 16 << 20
     stall_timeout: float = 300
 
+    # No option of the constructor and therefore no field: without an annotation, the dataclass ignores this attribute.
+    #: The limits of messages, from the settings.
+    limits = Limits()
+
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
         """Create the options from ``given``; an option that ``given`` does not contain comes from the settings.
@@ -87,7 +92,9 @@ class ConsumerOptions:
                 nearest = nearest_name(name, [*names, "config", "topics", "app"])
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
         values = {name: _resolve(name, given.get(name), settings) for name in names}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        options = cls(**{name: value for name, value in values.items() if value is not None})
+        object.__setattr__(options, "limits", Limits.from_settings(settings))
+        return options
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""
