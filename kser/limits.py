@@ -219,7 +219,10 @@ def applied(limits: Limits) -> Iterator[None]:
 
 def header_bytes(headers: Collection[tuple[str, bytes | None]]) -> int:
     """Return the size of the names and values of headers in bytes; a character of a name counts as one byte."""
-    return sum(len(name) + len(value or b"") for name, value in headers) if headers else 0
+    size = 0
+    for name, value in headers:
+        size += len(name) + len(value) if value else len(name)
+    return size
 
 
 def _may_exceed(text: str | bytes, depth: int) -> bool:
