@@ -67,7 +67,7 @@ ABOVE = {
     "objects in params": Case(errors.NestedTooDeep, "KSER_MAX_JSON_DEPTH", {"params": nested(100, dict)}),
     "metadata levels": Case(errors.NestedTooDeep, "KSER_MAX_JSON_DEPTH", {"metadata": {"a": nested(99)}}),
     "result levels": Case(errors.NestedTooDeep, "KSER_MAX_JSON_DEPTH", {"result": {"retval": nested(99, dict)}}),
-    "800 levels": Case(errors.NestedTooDeep, "KSER_MAX_JSON_DEPTH", {"params": {"a": nested(800)}}),
+    "500 levels": Case(errors.NestedTooDeep, "KSER_MAX_JSON_DEPTH", {"params": {"a": nested(500)}}),
     "uuid": Case(errors.UuidTooLong, "KSER_MAX_UUID_LENGTH", {"uuid": "u" * 256}),
     "uuid of 1 MB": Case(errors.UuidTooLong, "KSER_MAX_UUID_LENGTH", {"uuid": "u" * 1_000_000}),
 }
