@@ -15,6 +15,7 @@ from kser.retry import DEFAULT_RETRY, Retry
 
 #: Reasons of a permanent failure, as a dead letter names them.
 UNDECODABLE: Final = "undecodable"
+OVER_LIMIT: Final = "over-limit"
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
 
@@ -46,7 +47,7 @@ user_code_guard = _UserCodeGuard()
 
 
 class Failure(NamedTuple):
-    """Permanent failure of a message: a reason (``undecodable``, ``unknown-entrypoint``, ``failed``) and the error."""
+    """Permanent failure of a message: a reason, which is one of the constants of this module, and the error."""
 
     reason: str
     error_class: str

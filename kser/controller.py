@@ -17,6 +17,7 @@ from cdumay_result import Result
 from kser import signals, status
 from kser.attempt import (
     FAILED,
+    OVER_LIMIT,
     UNDECODABLE,
     UNKNOWN_ENTRYPOINT,
     Deferred,
@@ -27,12 +28,13 @@ from kser.attempt import (
     user_code_guard,
 )
 from kser.entry import Entrypoint, RegistryProtocol, check_entrypoint, execute_message, schedule_retry
-from kser.errors import StoreMissing
+from kser.errors import LimitExceeded, StoreMissing, UuidTooLong
+from kser.escaping import escape_lines
 from kser.lockfiles import running_file
 from kser.results import failed_result, merge
 from kser.schemas import OPERATION_KEY, Message, dump_result
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Headers of a Kafka record: a mapping from names to bytes, or a sequence of pairs of a name and bytes.
 Headers = Mapping[str, bytes] | Sequence[tuple[str, bytes | None]]
@@ -203,7 +205,8 @@ class Controller(BaseController):
     #: a broker.
     TRANSPORT: ClassVar[Any] = Message
 
-    _kser_unknown_names: ClassVar[set[str]] = set()
+    #: The hashes of the unknown entrypoint names. A name may be long, so the controller does not keep it.
+    _kser_unknown_names: ClassVar[set[int]] = set()
 
     @classmethod
     def register(cls, name: Any, entrypoint: type[Entrypoint]) -> None:
@@ -238,7 +241,7 @@ class Controller(BaseController):
                 kmsg = cls._onmessage(received)
         except Exception as exc:
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage failed: {exc}"))
-        if not _is_message(kmsg):
+        if kmsg is not received and not _is_message(kmsg):
             return cls._kser_fail_before_run(received, ValidationError(f"onmessage returned {kmsg!r}"))
         result = cls._kser_process(kmsg)
         if type(result) is Deferred:
@@ -308,7 +311,9 @@ class Controller(BaseController):
     @classmethod
     def _kser_execute(cls, kmsg: Message) -> Any:
         entrypoint = cls.ENTRYPOINTS.get(kmsg.entrypoint)
-        if OPERATION_KEY in (getattr(kmsg, "metadata", None) or ()):
+        metadata = getattr(kmsg, "metadata", None)
+        if metadata and OPERATION_KEY in metadata and isinstance(metadata, Mapping):
+            _check_operation_key(metadata[OPERATION_KEY])
             return cls._kser_registry_with_store(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
         if entrypoint is None:
             cls._kser_report_unknown(kmsg.entrypoint)
@@ -344,8 +349,8 @@ class Controller(BaseController):
 
     @classmethod
     def _kser_report_unknown(cls, name: str) -> None:
-        if name not in cls._kser_unknown_names and len(cls._kser_unknown_names) < MAX_UNKNOWN_NAMES:
-            cls._kser_unknown_names.add(name)
+        if hash(name) not in cls._kser_unknown_names and len(cls._kser_unknown_names) < MAX_UNKNOWN_NAMES:
+            cls._kser_unknown_names.add(hash(name))
             logger.warning(
                 f"unknown entrypoint {name!r}: import the module that defines the class and decorate it with"
                 " @oregistry.subscribe (the path of a class in the script that was started is '__main__.ClassName')"
@@ -358,17 +363,14 @@ class Controller(BaseController):
         Call this method inside the ``except`` block of ``exc``, because the error that it builds contains the traceback
         of the exception that is being handled.
         """
-        reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
-        # If :attr:`TRANSPORT` raised an error that has a stack, use that stack. Otherwise, pass None as the stack:
-        # ValidationError then uses the traceback of the exception that is being handled.
-        error = ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
-        kmsg = _partial_message(raw_data)
+        error = exc if isinstance(exc, LimitExceeded) else _load_error(exc)
+        kmsg = _partial_message(raw_data, exc)
         result = Result(uuid=kmsg.uuid, retcode=error.code, stderr=error.message, retval={"error": error.to_dict()})
         logger.error(
             f"{cls.__name__}.ImportError: Failed to load data from kafka: {exc}",
             extra={"kafka_raw_data": raw_data, "error": error.to_dict()},
         )
-        _reject_attempt(UNDECODABLE, exc)
+        _reject_attempt(OVER_LIMIT if error is exc else UNDECODABLE, exc)
         signals.emit(signals.message_refused, cls, raw_data=raw_data, error=exc, result=result)
         try:
             with user_code_guard:
@@ -384,6 +386,21 @@ def _reject_attempt(reason: str, exc: Exception) -> None:
     """
     if (attempt := current_attempt.get()) is not None:
         attempt.reject(reason, exc)
+
+
+def _check_operation_key(value: Any) -> None:
+    """Check the value of the metadata key of a step, because a step must never run outside of its operation.
+
+    :raises cdumay_error.types.ValidationError: the value is not the uuid of an operation.
+    """
+    if not isinstance(value, str) or not value:
+        invalid = ValidationError(
+            f"the metadata key {OPERATION_KEY!r} must be the uuid of a stored operation, and it is"
+            f" {'an empty text' if value == '' else f'a {type(value).__name__}'}: kser alone sets this key; remove it"
+            " from the message"
+        )
+        _reject_attempt(UNDECODABLE, invalid)
+        raise invalid
 
 
 def _line(owner: type, tag: str, kmsg: Message, result: Any) -> str:
@@ -402,16 +419,33 @@ def _is_message(value: Any) -> bool:
     return hasattr(value, "uuid") and hasattr(value, "entrypoint")
 
 
-def _partial_message(raw_data: Any) -> Message:
-    """Build a message for the hooks from undecodable input; read uuid and entrypoint from the input if possible."""
-    try:
-        data = json.loads(raw_data)
-    except Exception:
-        data = None
-    if not isinstance(data, dict):
-        data = {}
-    uuid, entrypoint = data.get("uuid"), data.get("entrypoint")
+def _load_error(exc: Exception) -> ValidationError:
+    """Return the error for input that is not a message, from the exception of the transport."""
+    reasons = exc.extra if isinstance(exc, ValidationError) else {"_schema": [str(exc)]}
+    # If :attr:`TRANSPORT` raised an error that has a stack, use that stack. Otherwise, pass None as the stack:
+    # ValidationError then uses the traceback of the exception that is being handled.
+    return ValidationError("Failed to load message", extra=reasons, stack=getattr(exc, "stack", None))
+
+
+def _partial_message(raw_data: Any, exc: Exception) -> Message:
+    """Build a message for the hooks from undecodable input; read uuid and entrypoint from the input if possible.
+
+    Do not decode input that exceeds a limit, because this could take much time and memory.
+    """
+    if isinstance(exc, LimitExceeded):
+        uuid, entrypoint = ("", "") if exc.received is None or isinstance(exc, UuidTooLong) else exc.received
+    else:
+        uuid, entrypoint = _received(raw_data)
     return Message(
         uuid=uuid if uuid and isinstance(uuid, str) else str(uuid4()),
         entrypoint=entrypoint if isinstance(entrypoint, str) else "",
     )
+
+
+def _received(raw_data: Any) -> tuple[Any, Any]:
+    """Return uuid and entrypoint of undecodable input as far as they can be read."""
+    try:
+        data = json.loads(raw_data)
+    except Exception:
+        return None, None
+    return (data.get("uuid"), data.get("entrypoint")) if isinstance(data, dict) else (None, None)

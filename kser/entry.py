@@ -15,14 +15,18 @@ from cdumay_result import Result
 from kser import log_lines, signals, status
 from kser.attempt import FAILED, Failure, current_attempt, error_name, raise_if_decided
 from kser.config import Settings
+from kser.escaping import escape_lines
 from kser.results import error_dict, failed_result, merge
 from kser.schemas import Message
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Value of ``_kser_init_failure`` in an object whose ``postinit`` raised no exception. After an exception,
 #: ``_kser_init_failure`` is the value that ``execute`` returns.
 NO_INIT_FAILURE: Final = object()
+
+
+_NO_CONTEXT: Final = nullcontext()
 
 
 class OperationsProtocol(Protocol):
@@ -268,7 +272,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         :return: the return value of :meth:`onsuccess` or :meth:`onerror`; by default, the result.
         """
         registry = self._kser_registry
-        with nullcontext() if registry is None else registry._kser_app_context():
+        with _NO_CONTEXT if registry is None else registry._kser_app_context():
             try:
                 if (attempt := current_attempt.get()) is not None:
                     attempt.on_started(self)

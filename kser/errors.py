@@ -9,6 +9,12 @@
     │   ├── StoreMissing         there is no shared database, and the call needs one
     │   └── SchemaMismatch       the shared database has tables of another version
     ├── UsageError (also TypeError)                                 the call is invalid
+    ├── LimitExceeded (also ValueError)                             a message exceeds a limit of a setting
+    │   ├── ValueTooLarge        the value is too large
+    │   ├── HeadersTooLarge      the headers are too large
+    │   ├── TooManyMetadataKeys  the metadata have too many keys
+    │   ├── NestedTooDeep        the JSON has too many levels
+    │   └── UuidTooLong          the uuid is too long
     ├── MissingDependency        an optional dependency is not installed
     ├── BrokerUnavailable        no broker responds
     ├── ClientError              a call of the Kafka client failed; the consumer retries the call
@@ -31,6 +37,8 @@ and ``extra``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from cdumay_error import Error
 from cdumay_error.types import ConfigurationError
@@ -80,6 +88,46 @@ class UsageError(KserError, TypeError):
 
     MSGID = "ERR-50305"
     CODE = 400
+
+
+class LimitExceeded(KserError, ValueError):
+    """A message exceeds a limit of a setting; see :mod:`kser.limits`"""
+
+    MSGID = "ERR-50330"
+    CODE = 413
+
+    #: The uuid and the entrypoint in the message; None if the message was not decoded.
+    received: tuple[Any, Any] | None = None
+
+
+class ValueTooLarge(LimitExceeded):
+    """The value of a message is larger than KSER_MAX_VALUE_BYTES"""
+
+    MSGID = "ERR-50331"
+
+
+class HeadersTooLarge(LimitExceeded):
+    """The headers of a message are larger than KSER_MAX_HEADER_BYTES"""
+
+    MSGID = "ERR-50332"
+
+
+class TooManyMetadataKeys(LimitExceeded):
+    """The metadata of a message have more than KSER_MAX_METADATA_KEYS keys"""
+
+    MSGID = "ERR-50333"
+
+
+class NestedTooDeep(LimitExceeded):
+    """The JSON of a message has more than KSER_MAX_JSON_DEPTH levels"""
+
+    MSGID = "ERR-50334"
+
+
+class UuidTooLong(LimitExceeded):
+    """The uuid of a message has more than KSER_MAX_UUID_LENGTH characters"""
+
+    MSGID = "ERR-50335"
 
 
 class MissingDependency(KserError):

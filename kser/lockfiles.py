@@ -21,7 +21,12 @@ import threading
 import time
 from contextlib import suppress
 
-logger = logging.getLogger(__name__)
+from kser.escaping import escape, escape_lines
+
+logger = escape_lines(logging.getLogger(__name__))
+
+#: Maximum number of characters of a line of the running file. A longer line is shortened in its middle.
+MAX_LINE_LENGTH = 1000
 
 #: Start time of this process. A terminate file that is older than this process was meant for another process.
 PROCESS_START = time.time()
@@ -48,10 +53,10 @@ class RunningFile:
         self._reported: str | None = None
 
     def show(self, text: str) -> None:
-        """Set this thread's line to ``text``; an empty text removes the line."""
+        """Set this thread's line to ``text``; an empty text removes the line. Control characters are escaped."""
         thread = threading.get_ident()
         if text:
-            self._lines[thread] = text
+            self._lines[thread] = escape(text, MAX_LINE_LENGTH)
         else:
             self._lines.pop(thread, None)
         self._is_stale = True
@@ -78,8 +83,7 @@ class RunningFile:
                 self._lock.release()
 
     def _write(self) -> None:
-        # Escape characters that have no UTF-8 form (lone surrogates), so that they do not prevent the write.
-        data = "\n".join(list(self._lines.values())).encode("utf-8", "backslashreplace")
+        data = "\n".join(list(self._lines.values())).encode()
         descriptor, size = self._open()
         if data:
             os.pwrite(descriptor, data, 0)

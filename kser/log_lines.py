@@ -22,7 +22,12 @@ def log_prefix(entry: Any, tag: str) -> str:
 
 def dump_entry(entry: Any) -> dict[str, Any]:
     """Return the message of an entrypoint as a dict with a blank result, for the ``extra`` of a log record."""
-    return Message(uuid=entry.uuid, entrypoint=type(entry).path, params=entry.params, metadata=entry.metadata).dump()
+    uuid, path, params, metadata = entry.uuid, type(entry).path, entry.params, entry.metadata
+    if uuid and type(uuid) is type(path) is str and type(params) is type(metadata) is dict:
+        # The result is the same as below, in a third of the time.
+        result = {"uuid": uuid, "retcode": 0, "stdout": "", "stderr": "", "retval": {}}
+        return {"uuid": uuid, "entrypoint": path, "params": {**params}, "result": result, "metadata": {**metadata}}
+    return Message(uuid=uuid, entrypoint=path, params=params, metadata=metadata).dump()
 
 
 def log_step(

@@ -13,6 +13,7 @@ from kser import signals
 from kser.config import CONFIG
 from kser.controller import BaseProducer, Headers
 from kser.errors import DeliveryError, MessageTooLarge, RecordRejected, UsageError
+from kser.limits import Limits, current_limits, header_bytes
 from kser.results import failed_result, merge
 from kser.schemas import Message
 
@@ -215,6 +216,8 @@ class KafkaProducerBase(BaseProducer):
     #: Size limit of the client in bytes, and the name of its option.
     _kser_size_limit: int = 0
     _kser_size_option: ClassVar[str] = ""
+    #: Limits of messages; None stands for the limits of the context, see :func:`kser.limits.current_limits`.
+    _kser_limits: Limits | None = None
 
     def _kser_deadline(self, timeout: float) -> float:
         """Return the time at which a bulk must have ended, by the monotonic clock."""
@@ -247,7 +250,9 @@ class KafkaProducerBase(BaseProducer):
     def _send(self, topic: str, kmsg: Message, timeout: float = 60, **options: Any) -> Any:
         deadline = time.monotonic() + timeout
         try:
-            self._kser_deliver(topic, self._kser_encode(kmsg), *encode_key_and_headers(**options), deadline)
+            key, headers = encode_key_and_headers(**options)
+            (self._kser_limits or current_limits()).check_headers(header_bytes(headers))
+            self._kser_deliver(topic, self._kser_encode(kmsg), key, headers, deadline)
             result = self._kser_success_result(topic, kmsg, timeout)
         except Exception as exc:
             result = failed_result(exc, kmsg.uuid)
@@ -357,7 +362,16 @@ class KafkaProducerBase(BaseProducer):
         signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
 
     def _kser_encode(self, kmsg: Message) -> bytes:
-        return self._onmessage(kmsg).dumps().encode("utf-8")  # type: ignore[no-any-return]
+        """Return the value of the record for a message.
+
+        :raises kser.errors.LimitExceeded: the message exceeds a limit; see :mod:`kser.limits`.
+        """
+        kmsg = self._onmessage(kmsg)
+        limits = self._kser_limits or current_limits()
+        limits.check_message(kmsg.uuid, getattr(kmsg, "metadata", None))
+        value: bytes = limits.encode_message(kmsg).encode("utf-8")
+        limits.check_value(value)
+        return value
 
 
 #: The methods that a send calls, with the implementation in KafkaProducerBase. If a producer class overrides one of

@@ -19,6 +19,8 @@ from marshmallow import EXCLUDE, Schema, fields
 from marshmallow import ValidationError as MarshmallowError
 from marshmallow.orderedset import OrderedSet
 
+from kser.limits import current_limits
+
 
 class WireField(NamedTuple):
     """Declaration of one key of the wire format."""
@@ -57,6 +59,11 @@ ORIGINAL_PARAMS_KEY = "kser.given"
 
 _MISSING = object()
 
+#: Name, type, ``required`` and ``nullable`` of each field. Python unpacks plain tuples faster than named tuples.
+_FieldTuple = tuple[str, type, bool, bool]
+_MESSAGE_FIELDS: tuple[_FieldTuple, ...] = tuple((*field[:4],) for field in MESSAGE)
+_RESULT_FIELDS: tuple[_FieldTuple, ...] = tuple((*field[:4],) for field in RESULT)
+
 
 class _WireSchema(Schema):
     # Keep the keys in the declared order, because marshmallow before about 3.20 does not keep the order by itself.
@@ -92,17 +99,17 @@ class MessageSchema(BaseSchema.from_dict(_marshmallow_fields(MESSAGE[len(BASE) :
     """Schema of a :class:`Message`: the keys of :class:`BaseSchema`, and the keys ``result`` and ``metadata``."""
 
 
-def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
+def _fast_load(data: Any, declaration: tuple[_FieldTuple, ...] = _MESSAGE_FIELDS) -> dict[str, Any] | None:
     """Return the declared keys of ``data`` with their values, or None if a value needs the marshmallow schema."""
     if type(data) is not dict:
         return None
     values = {}
-    for name, kind, required, nullable, _ in declaration:
+    for name, kind, required, nullable in declaration:
         value = data.get(name, _MISSING)
         if type(value) is kind:
             values[name] = value
         elif kind is Result and type(value) is dict:
-            values[name] = _fast_load(value, RESULT)
+            values[name] = _fast_load(value, _RESULT_FIELDS)
             if values[name] is None:
                 return None
         elif not (value is _MISSING and not required) and not (value is None and nullable):
@@ -110,16 +117,16 @@ def _fast_load(data: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[
     return values
 
 
-def _fast_dump(source: Any, declaration: tuple[WireField, ...] = MESSAGE) -> dict[str, Any] | None:
+def _fast_dump(source: Any, declaration: tuple[_FieldTuple, ...] = _MESSAGE_FIELDS) -> dict[str, Any] | None:
     """Return the declared attributes of ``source`` as a dict, or None if a value needs the marshmallow schema."""
     values = vars(source)
     data: dict[str, Any] = {}
-    for name, kind, *_ in declaration:
+    for name, kind, _, _ in declaration:
         value = values.get(name)
         if type(value) is not kind:
             return None
         if kind is Result:
-            value = _fast_dump(value, RESULT)
+            value = _fast_dump(value, _RESULT_FIELDS)
             if value is None:
                 return None
         data[name] = value
@@ -197,10 +204,11 @@ class Message(Base):
         :raises ValueError: ``json_data`` is not JSON (``json.JSONDecodeError``), or contains undecodable bytes
             (``UnicodeDecodeError``).
         :raises TypeError: ``json_data`` is neither text nor bytes.
+        :raises kser.errors.LimitExceeded: the message exceeds a limit; see :mod:`kser.limits`.
         :raises cdumay_error.types.ValidationError: ``json_data`` is JSON, but not a message; ``extra`` contains the
             reasons for each field.
         """
-        data = json.loads(json_data)
+        data = current_limits().decode(json_data)
         values = _fast_load(data) if cls.MARSHMALLOW_SCHEMA is _DEFAULT_SCHEMA else None
         if values is None:
             try:
@@ -236,7 +244,7 @@ def dump_result(result: Result | None) -> dict[str, Any]:
     """Return a result as a dict with a shallow copy of ``retval``. For None, return an empty dict."""
     if not result:
         return {}
-    data = _fast_dump(result, RESULT)
+    data = _fast_dump(result, _RESULT_FIELDS)
     if data is None:
         return ResultSchema().dump(result)  # type: ignore[no-any-return]
     data["retval"] = dict(data["retval"])

@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 from blinker import NamedSignal, Namespace
 
+from kser.escaping import escape_lines
+
 if TYPE_CHECKING:
     from cdumay_result import Result
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 _signals = Namespace()
 entry_started = _signals.signal("entry-started")

@@ -22,6 +22,7 @@ import pytest
 import kser.signals
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
+from kser.limits import environment_limits
 from tests.consumer.harness import ScriptedTask
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def lock_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Return this test's folder for kser's control files, and hide the caller's settings of kser from the test."""
     for name in [name for name in os.environ if name.startswith("KSER_") and not name.startswith("KSER_TEST_")]:
         monkeypatch.delenv(name)
+    # kser reads the limits of the environment only once in a process.
+    environment_limits.cache_clear()
     folder = tmp_path_factory.mktemp("locks")
     monkeypatch.setenv("LOCK_PATH", str(folder))
     for variable, suffix in FILES.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from cdumay_error.types import NotImplemented as NotImplementedYet
 from cdumay_error.types import ValidationError
 from cdumay_result import Result
 
+from kser import log_lines
 from kser.entry import Entrypoint
 from kser.schemas import Message
 from tests.support import UUID, lines, ok_result, record_of, records
@@ -401,14 +403,32 @@ def test_message_is_dumped_only_for_log_records_of_enabled_levels(
 ) -> None:
     """Design page, "Speed"."""
     dumped: list[dict[str, Any]] = []
-    dump = Message.dump
+    dump = log_lines.dump_entry
 
-    def counting_dump(kmsg: Message) -> dict[str, Any]:
-        dumped.append(dump(kmsg))
+    def counting_dump(entry: Any) -> dict[str, Any]:
+        dumped.append(dump(entry))
         return dumped[-1]
 
-    monkeypatch.setattr(Message, "dump", counting_dump)
+    monkeypatch.setattr(log_lines, "dump_entry", counting_dump)
     caplog.set_level(level, "kser")
     assert Greet(params={"name": "x"}).execute().retcode == 0
     assert Greet().execute().stderr == "Missing parameter: name"
     assert len(dumped) == dumps
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"uuid": "1", "params": {"a": [1]}, "metadata": {"m": 1}},
+        {"uuid": "1"},
+        {"uuid": 5},
+        {"uuid": "1", "params": OrderedDict(a=1)},
+    ],
+)
+def test_dump_of_an_entry_is_the_dump_of_its_message_with_a_blank_result(arguments: dict[str, Any]) -> None:
+    entry = Greet(**arguments)
+    message = Message(entry.uuid, Greet.path, entry.params, metadata=entry.metadata)
+    dumped = log_lines.dump_entry(entry)
+    assert dumped == message.dump()
+    assert list(dumped) == list(message.dump())
+    assert dumped["params"] is not entry.params

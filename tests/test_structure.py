@@ -11,8 +11,9 @@ from _modules import FUNCTION, MODULES, imports, tree
 #: A module may import only from modules in lines above its own.
 ORDER = (
     {"kser"},
-    {"kser.errors", "kser.backoff"},
+    {"kser.errors", "kser.backoff", "kser.escaping"},
     {"kser.config"},
+    {"kser.limits"},
     {"kser.retry"},
     {"kser.signals"},
     {"kser.status"},
@@ -40,7 +41,13 @@ ORDER = (
     {"kser.entry"},
     {"kser.controller"},
     {"kser.producer"},
-    {"kser.consumer", "kser.consumer.client", "kser.consumer.logs", "kser.consumer.services"},
+    {
+        "kser.consumer",
+        "kser.consumer.admission",
+        "kser.consumer.client",
+        "kser.consumer.logs",
+        "kser.consumer.services",
+    },
     {"kser.consumer.subscription", "kser.consumer.dead_letters"},
     {"kser.consumer.offsets", "kser.consumer.shutdown_signals"},
     {"kser.consumer.work_item"},

@@ -31,8 +31,9 @@ from kser.consumer.client import (
 from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Timeout in seconds of a query for committed offsets, or for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0

@@ -16,9 +16,10 @@ from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.errors import SettingError
+from kser.escaping import escape_lines
 from kser.producer import CONSUMER_SIZE_LIMIT
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Consumer(BaseConsumer):

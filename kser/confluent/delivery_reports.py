@@ -11,9 +11,10 @@ from typing import Any
 
 from confluent_kafka import KafkaError
 
+from kser.escaping import escape_lines
 from kser.producer import time_left
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Maximum duration of one poll in seconds. It is short, because signal handlers do not run while a thread polls.
 MAX_POLL = 0.1

@@ -26,6 +26,8 @@ from kser.confluent.delivery_reports import (
 )
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, options_for, required_acks, servers, with_defaults
+from kser.escaping import escape_lines
+from kser.limits import limits_of
 from kser.producer import (
     Bulk,
     HeaderList,
@@ -38,7 +40,7 @@ from kser.producer import (
 )
 from kser.schemas import Message
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Timeout in seconds of the metadata lookup for a topic that is new to the client.
 MAX_BLOCK = 5.0
@@ -85,6 +87,7 @@ class Producer(KafkaProducerBase):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = with_defaults(options_for("producer", config, Settings.of(app)))
+        self._kser_limits = limits_of(app)
         self._kser_servers = servers(options)
         self._kser_last_error = LastError(options.get("error_cb"))
         options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from kser import lockfiles
+from kser.consumer.admission import Admission
 from kser.consumer.client import ConsumerClient, Partition, Record
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
@@ -36,6 +37,7 @@ from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
+from kser.escaping import escape_lines
 
 #: Seconds between two checks of the control files, and the maximum duration of one :meth:`BaseConsumer.step`.
 CONTROL_FILE_INTERVAL = 1.0
@@ -71,7 +73,7 @@ class BaseConsumer:
     RESET_OPTION: ClassVar[str] = "auto_offset_reset"
 
     #: The logger of the transport's module.
-    LOGGER: ClassVar[logging.Logger] = logging.getLogger(__name__)
+    LOGGER: ClassVar[logging.Logger] = escape_lines(logging.getLogger(__name__))
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class BaseConsumer:
         self._kser_worker_pool = WorkerPool(
             self._kser_work_queue,
             before_attempt,
-            self._kser_handle,
+            Admission(options.limits, lambda: self.REGISTRY, self._kser_handle),
             self._kser_dead_letters,
             options.workers,
             cluster=lambda: self._kser_poller.cluster(),

@@ -12,6 +12,7 @@ from kser.consumer.dead_letters import SUFFIX
 from kser.consumer.subscription import Subscription
 from kser.consumer.work_queue import ORDERINGS
 from kser.errors import SettingError, UsageError
+from kser.limits import Limits
 from kser.retry import Retry
 
 AFTER, BEFORE, NEVER = COMMIT_MODES = ("after", "before", "never")
@@ -63,7 +64,7 @@ class ConsumerOptions:
     :param revoke_timeout: seconds that running messages have to finish when their partition is revoked. The consumer
         reduces a value above a third of ``max.poll.interval.ms`` to that third.
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
-    :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
+    :param max_buffered_bytes: the maximum total size of these unfinished messages: keys, values and headers, in bytes.
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
     :param producer_config: client options of the producer with which the consumer writes dead letters and with which
         its tasks send messages. Each option has precedence over the same option of the consumer's client.
@@ -82,6 +83,10 @@ class ConsumerOptions:
     # The options may contain passwords, which must not be part of a printed object.
     producer_config: Mapping[str, Any] | None = field(default=None, repr=False)
 
+    # No option of the constructor and therefore no field: without an annotation, the dataclass ignores this attribute.
+    #: The limits of messages, from the settings.
+    limits = Limits()
+
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
         """Create the options from ``given``; an option that ``given`` does not contain comes from the settings.
@@ -95,7 +100,9 @@ class ConsumerOptions:
                 nearest = nearest_name(name, [*names, "config", "topics", "app"])
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
         values = {name: _resolve(name, given.get(name), settings) for name in names}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        options = cls(**{name: value for name, value in values.items() if value is not None})
+        object.__setattr__(options, "limits", Limits.from_settings(settings))
+        return options
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""

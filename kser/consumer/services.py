@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from kser.controller import BaseProducer
 from kser.errors import StoreUnavailable
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Seconds between two ticks of each background service.
 TICK_INTERVAL = 0.5

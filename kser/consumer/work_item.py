@@ -8,6 +8,7 @@ from typing import Any
 from kser.attempt import Attempt
 from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import OffsetTracker
+from kser.limits import header_bytes
 from kser.retry import Retry
 
 #: Function that returns whether an attempt at the record of an item was started.
@@ -36,9 +37,11 @@ class WorkItem:
         self.lane = lane
         #: The attempt at the record.
         self.attempt = Attempt(retry, record)
-        key, value = record.key, record.value
-        #: The total size of the record's key and value, in bytes.
+        key, value, headers = record.key, record.value, record.headers
+        #: The total size of the record's key, value and headers, in bytes.
         self.size = (len(key) if key else 0) + (len(value) if value else 0)
+        if headers:
+            self.size += header_bytes(headers)
 
     def survives_revocation(self, commit_before: bool) -> bool:
         """Return whether the item continues after a revocation of its partition.

@@ -16,16 +16,17 @@ from kser.consumer.client import Partition, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker
 from kser.consumer.work_item import WorkItem, was_started
+from kser.escaping import escape_lines
 from kser.retry import Retry
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class InFlightLimit:
     """Counter of the records in flight, with a limit of their number and of their total size.
 
     :param max_count: the maximum number of records.
-    :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
+    :param max_bytes: the maximum total size of the keys, values and headers of these records, in bytes.
     """
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
@@ -133,7 +134,7 @@ class WorkQueue:
     :param ordering: the lane of a record: ``"key"`` (its key), ``"partition"`` (its partition) or ``"none"`` (no lane).
     :param max_in_flight: the maximum number of unfinished records, not counting records that wait for a retry. At this
         number, :meth:`capacity` is 0.
-    :param max_bytes: the maximum total size of the keys and values of these records, in bytes.
+    :param max_bytes: the maximum total size of the keys, values and headers of these records, in bytes.
     :param retry: the retry policy for classes that declare no policy.
     :param max_silence: the duration of the group lease, see :class:`kser.consumer.work_queue.GroupLease`.
     :param commit_before: whether a record counts as finished for its group as soon as its attempt has started.

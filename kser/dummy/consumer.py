@@ -15,8 +15,9 @@ from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions
 from kser.controller import BaseProducer
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Consumer(BaseConsumer):

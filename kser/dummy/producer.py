@@ -10,6 +10,7 @@ from cdumay_result import Result
 
 from kser.config import Settings
 from kser.dummy.broker import InMemoryBroker
+from kser.limits import limits_of
 from kser.producer import Bulk, HeaderList, KafkaProducerBase, KeyFunction, size_of, too_large
 from kser.schemas import Message
 
@@ -27,6 +28,7 @@ class Producer(KafkaProducerBase):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         self.config = dict((Settings.of(app).client if config is None else config) or {})
+        self._kser_limits = limits_of(app)
         self.client = InMemoryBroker.at(str(self.config.get("bootstrap_servers", "")))
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:

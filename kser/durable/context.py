@@ -19,6 +19,8 @@ from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
 from kser.entry import RegistryProtocol
 from kser.errors import SettingError
+from kser.escaping import escape_lines
+from kser.limits import Limits
 from kser.producer import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
@@ -29,7 +31,7 @@ from kser.store.retrying import RetryingStore
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Maximum duration of a send in seconds. If the broker does not confirm a step's message within this time, the reaper
 #: sends the message later.
@@ -98,6 +100,8 @@ class DurableContext:
         #: The store, which repeats each call during an outage. ``store.direct`` makes each call only once.
         self.store = RetryingStore(store)
         self.settings = DurabilitySettings(registry.settings)
+        #: The limits of the operations that this process sends.
+        self.limits = Limits.from_settings(registry.settings)
         #: The name of this process as an owner of claims: the host and the process id, which help operators, and a
         #: random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"

@@ -27,6 +27,7 @@ from kser.durable.execution_state import ExecutionState, OperationFrame
 from kser.durable.serialization import new_operation
 from kser.durable.step_runner import NO_REPLY, StepOutcome, StepRunner
 from kser.errors import FencedError, KserError, StoreError, StoreUnavailable
+from kser.escaping import escape_lines
 from kser.results import copy_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import Runner, is_distributed, prepare_operation
@@ -43,7 +44,7 @@ from kser.store.model import (
     StepMessage,
 )
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exception | None = None) -> Any:

@@ -16,11 +16,13 @@ from kser import status as states
 from kser.durable.context import DurableContext
 from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
 from kser.errors import ProducerMissing, StateConflict, StoreUnavailable, UsageError, WaitTimeout
+from kser.escaping import escape_lines
+from kser.limits import applied
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import is_distributed
 from kser.store.model import ClaimRefused, Mode, NewOperation, OperationQuery, OperationRow, Phase
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: The first interval and the longest interval between two polls of ``wait()``, in seconds.
 _POLL_INTERVALS = (0.01, 0.25)
@@ -55,7 +57,7 @@ class OperationManager:
         if result is not None:
             operation.result = result
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
-        self._save_intent(new_operation(operation, mode, topic, self._task_topic(topic)), key)
+        self._save_intent(self._new_operation(operation, mode, topic), key)
 
     def launch(self, operation: Operation) -> Result:
         """Accept a distributed operation, that is, save it in the store, and then send the message of its first task.
@@ -68,14 +70,17 @@ class OperationManager:
         # gets an error and the operation is not accepted.
         _ = self._context.producer
         topic = self._context.registry.topic_for(operation)
-        return self._save_intent(new_operation(operation, Mode.DISTRIBUTED, topic, self._task_topic(topic)), None)
+        return self._save_intent(self._new_operation(operation, Mode.DISTRIBUTED, topic), None)
 
-    def _task_topic(self, topic: str) -> str:
-        """Return the topic for tasks whose class declares no topic.
+    def _new_operation(self, operation: Operation, mode: str, topic: str) -> NewOperation:
+        """Return the row of a new operation.
 
-        :param topic: topic of the operation that contains the tasks.
+        :param topic: topic of the operation. If ``KSER_TOPICS`` is not set, tasks whose class declares no topic get
+            this topic too.
         """
-        return self._context.registry.settings.first_topic(topic)
+        task_topic = self._context.registry.settings.first_topic(topic)
+        with applied(self._context.limits):
+            return new_operation(operation, mode, topic, task_topic)
 
     def _save_intent(self, new: NewOperation, key: str | bytes | None) -> Result:
         saved = self._store.save(new)

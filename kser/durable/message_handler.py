@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from kser.attempt import FAILED, Attempt, Deferred, current_attempt
+from cdumay_error.types import ValidationError
+
+from kser.attempt import FAILED, UNDECODABLE, Attempt, Deferred, current_attempt
 from kser.durable.context import DurableContext
 from kser.durable.execution import DurableStart, Execution, execute_claim
-from kser.durable.serialization import check_same_operation, result_from_json
+from kser.durable.serialization import check_same_operation, is_json_object, result_from_json
 from kser.entry import Entrypoint
 from kser.errors import StateConflict, StoreError
-from kser.schemas import OPERATION_KEY, Message
+from kser.escaping import escape_lines
+from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.store.model import ClaimRefused, Mode, OperationRow
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class MessageHandler:
@@ -38,7 +42,8 @@ class MessageHandler:
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
-            return self._claim_and_run(str(root_uuid), kmsg.uuid)
+            return self._claim_and_run(root_uuid, kmsg.uuid)
+        self._check_original_params(kmsg.metadata)
         if not kmsg.uuid:
             kmsg.uuid = (current_attempt.get() or Attempt()).deterministic_uuid()
         row = self._store.get_operation(kmsg.uuid)
@@ -57,6 +62,22 @@ class MessageHandler:
             return operation.execute()
         finally:
             operation._kser_runner = None
+
+    @staticmethod
+    def _check_original_params(metadata: Mapping[str, Any]) -> None:
+        """Check the metadata key of the original params, which redelivered messages are compared with.
+
+        :raises cdumay_error.types.ValidationError: the value is not the text of a JSON object.
+        """
+        value = metadata.get(ORIGINAL_PARAMS_KEY, "{}")
+        if not is_json_object(value):
+            invalid = ValidationError(
+                f"the metadata key {ORIGINAL_PARAMS_KEY!r} must be the JSON text of params, and it is a"
+                f" {type(value).__name__}: kser alone sets this key; remove it from the message"
+            )
+            if (attempt := current_attempt.get()) is not None:
+                attempt.reject(UNDECODABLE, invalid)
+            raise invalid
 
     def _handle_duplicate(self, row: OperationRow, entrypoint: str, params: str) -> Any:
         """Handle a message of an operation that is already stored.

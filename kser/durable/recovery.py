@@ -15,9 +15,10 @@ from typing import Any
 from kser import backoff
 from kser.durable.context import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
 from kser.errors import KserError, StoreUnavailable
+from kser.escaping import escape_lines
 from kser.store.model import RESEND_UNSENT_AFTER, DueReason, DueStep
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Maximum number of due steps that the reaper fetches per call.
 BATCH = 500

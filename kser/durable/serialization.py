@@ -13,7 +13,8 @@ from cdumay_result import Result
 
 from kser import status as states
 from kser.entry import Entrypoint, RegistryProtocol
-from kser.errors import StateConflict, UsageError
+from kser.errors import LimitExceeded, StateConflict, UsageError
+from kser.limits import current_limits
 from kser.results import copy_result, failed_result, merge
 from kser.schemas import ORIGINAL_PARAMS_KEY, Message, dump_result
 from kser.sequencing.operation import Operation
@@ -47,11 +48,13 @@ def to_json(value: Any, subject: str, owner: object) -> str:
 
     :param subject: name of the value, for the error text.
     :param owner: the object with the value, for the error text.
-    :raises kser.errors.UsageError: the value has no JSON form.
+    :raises kser.errors.UsageError: the value has no JSON form, or has too many levels for a message.
     """
     try:
-        return json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
+        return current_limits().encode_part(value, subject)
+    except LimitExceeded as error:
+        raise UsageError(f"{subject} of {owner!r} cannot be stored: {error.message}", msgid=error.msgid) from error
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"{subject} of {owner!r} cannot be stored: {error}; only JSON values can be stored and sent"
         ) from error
@@ -164,6 +167,14 @@ def json_equal(one: str, other: str) -> bool:
     return one == other or _sorted(one) == _sorted(other)
 
 
+def is_json_object(value: Any) -> bool:
+    """Return whether a value is the JSON text of an object."""
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _sorted(text: str) -> str:
     return json.dumps(json.loads(text), sort_keys=True)
 
@@ -175,7 +186,9 @@ def check_same_operation(row: OperationRow, entrypoint: str, params: str) -> Non
     """
     if row.parent_id is not None:
         raise StateConflict(f"{row.uuid} is the uuid of a nested operation")
-    original = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY, row.params)
+    original = json.loads(row.metadata).get(ORIGINAL_PARAMS_KEY)
+    if not is_json_object(original):
+        original = row.params
     if row.entrypoint != entrypoint or not (json_equal(row.params, params) or json_equal(original, params)):
         raise StateConflict(
             f"the uuid {row.uuid} is taken by a stored {row.entrypoint} with params {row.params}: {entrypoint} with"
@@ -192,8 +205,10 @@ def new_operation(
     :param task_topic: topic of each task whose class declares no topic.
     :param original_params: params of the message that the operation was built from, as JSON. kser recognises a
         redelivered message by these params.
-    :raises kser.errors.UsageError: a value has no JSON form.
+    :raises kser.errors.UsageError: a value has no JSON form, or has too many levels for a message.
+    :raises kser.errors.LimitExceeded: a uuid is too long, or the metadata have too many keys.
     """
+    current_limits().check_message(operation.uuid, operation.metadata)
     built = operation._kser_built is not None or bool(operation.tasks)
     tasks = new_tasks(operation.tasks, mode, task_topic) if built else None
     params, metadata = to_json(operation.params, "params", operation), operation.metadata
@@ -235,6 +250,7 @@ def new_tasks(tasks: Sequence[Task], mode: str, task_topic: str) -> list[NewTask
 
 def _new_task(task: Task, mode: str, task_topic: str) -> NewTask:
     topic = task.TOPIC or task_topic
+    current_limits().check_message(task.uuid, task.metadata)
     child = None
     done = _is_done(task)
     if isinstance(task, Operation) and not done:

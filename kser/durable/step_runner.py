@@ -16,6 +16,7 @@ from kser.durable.execution_state import ExecutionState, OperationFrame, StepCha
 from kser.durable.serialization import new_tasks, serializable_result, serialize_failure, serialize_outcome
 from kser.entry import schedule_retry
 from kser.errors import StoreError, UsageError
+from kser.escaping import escape_lines
 from kser.results import failed_result
 from kser.retry import Retry
 from kser.sequencing.operation import NextTaskChoice, Operation, current_choice
@@ -23,7 +24,7 @@ from kser.sequencing.runner import prepare_operation, run_task
 from kser.sequencing.task import Task
 from kser.store.model import BuiltTasks, Phase
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 #: The reply of a step that has no result for the message, because the step built the tasks or chose the next task.

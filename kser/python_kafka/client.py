@@ -24,10 +24,11 @@ from kser.consumer.client import (
 from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
+from kser.escaping import escape_lines
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Timeout in milliseconds of a query for committed offsets, or for the first and last offset of a partition.
 QUERY_TIMEOUT_MS = 5000

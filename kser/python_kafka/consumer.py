@@ -16,12 +16,13 @@ from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.consumer.subscription import PATTERN_INTERVAL
 from kser.controller import BaseProducer
+from kser.escaping import escape_lines
 from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect, options_for, producer_options
 from kser.python_kafka.producer import Producer
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Consumer(BaseConsumer):

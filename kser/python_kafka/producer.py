@@ -15,6 +15,8 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from kser import signals
 from kser.config import CONFIG, Settings
+from kser.escaping import escape_lines
+from kser.limits import limits_of
 from kser.producer import (
     Bulk,
     HeaderList,
@@ -30,7 +32,7 @@ from kser.python_kafka.null_values import NullableValues, nullable
 from kser.python_kafka.options import connect, options_for, servers
 from kser.schemas import Message
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: kser's default of ``max_block_ms``, the time in milliseconds for which ``send`` may wait for the metadata of a topic.
 MAX_BLOCK_MS = 5000
@@ -75,6 +77,7 @@ class Producer(KafkaProducerBase):
 
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = options_for(KafkaProducer, config, Settings.of(app))
+        self._kser_limits = limits_of(app)
         options.setdefault("acks", "all")
         self._kser_max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
         self._kser_servers = servers(options)

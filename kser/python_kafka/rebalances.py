@@ -14,8 +14,9 @@ from kafka.structs import OffsetAndMetadata
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Revocation, revoked_before_commit_text
 from kser.consumer.offsets import add_checksum
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Timeout in milliseconds of the commit before a rebalance. It is short, because the whole group waits for the commit.
 REVOKE_TIMEOUT_MS = 2000

@@ -22,6 +22,7 @@ from kser import status as states
 from kser.attempt import current_attempt
 from kser.entry import NO_INIT_FAILURE, RegistryProtocol, notify_failure
 from kser.errors import SendError, StoreMissing, UsageError
+from kser.escaping import escape_lines
 from kser.results import merge
 from kser.sequencing.runner import InMemoryRunner, Runner
 from kser.sequencing.task import Task, registry_of
@@ -29,7 +30,7 @@ from kser.sequencing.task import Task, registry_of
 if TYPE_CHECKING:
     from kser.store.model import OperationSnapshot
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: The runner of operations whose class has no registry.
 _DEFAULT_RUNNER: Runner = InMemoryRunner()

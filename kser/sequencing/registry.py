@@ -20,6 +20,7 @@ from kser.durable.message_handler import MessageHandler
 from kser.durable.recovery import RecoveryService
 from kser.entry import Entrypoint, check_entrypoint
 from kser.errors import ProducerMissing, StoreMissing, TopicMissing
+from kser.escaping import escape_lines
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import InMemoryRunner, Runner
@@ -28,7 +29,7 @@ from kser.status import CANCELLED, FAILED, SUCCESS
 from kser.store import open_store
 from kser.store.base import Store
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
 

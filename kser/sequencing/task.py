@@ -13,9 +13,10 @@ from kser import status as states
 from kser.attempt import current_attempt
 from kser.entry import NO_INIT_FAILURE, Entrypoint, RegistryProtocol
 from kser.errors import ProducerMissing, UsageError
+from kser.escaping import escape_lines
 from kser.retry import Retry
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class _AttemptNumber:

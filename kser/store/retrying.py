@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from kser.attempt import current_attempt
 from kser.backoff import random_delay
 from kser.errors import StateConflict, StoreUnavailable
+from kser.escaping import escape_lines
 from kser.store.base import Store
 from kser.store.model import (
     Checkpoint,
@@ -26,7 +27,7 @@ from kser.store.model import (
     TaskRow,
 )
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -107,7 +107,7 @@ REJECTED = {
     "a list": (b"[]", ANY, ""),
     "a number": (b"5", ANY, ""),
     "an empty object": (b"{}", ANY, ""),
-    "5 MB of brackets": (b"[" * 5_000_000, ANY, ""),
+    "a million closing brackets": (b"]" * 1_000_000, ANY, ""),
     "a number of 5000 digits": (record_value(params={"n": 0}).replace(b'"n": 0', b'"n": 1' + b"0" * 5000), ANY, ""),
     "no uuid": (record_value(uuid=...), ANY, SuccessfulTask.path),
     "a null uuid": (record_value(uuid=None), ANY, SuccessfulTask.path),

@@ -103,6 +103,11 @@ def lone_surrogates_in_a_message() -> None:
     file("running", os.environ["RUNNING_FILE"])
 
 
+@case("4.case.limit")
+def message_above_a_limit() -> None:
+    call("uuid", Noisy.run, raw(uuid="u" * 256))
+
+
 ASCII_CHILD = """
 import json, os, sys
 from kser.controller import Controller
