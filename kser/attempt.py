@@ -17,6 +17,7 @@ from kser.retry import DEFAULT_RETRY, Retry
 UNDECODABLE: Final = "undecodable"
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
+UNREADABLE: Final = "unreadable"
 
 #: The two values of the outcome latch (``Attempt.outcome``). They state which event came first: the end of the work, or
 #: the end of the time limit. The latch does not store whether an attempt was abandoned.
@@ -46,7 +47,10 @@ user_code_guard = _UserCodeGuard()
 
 
 class Failure(NamedTuple):
-    """Permanent failure of a message: a reason (``undecodable``, ``unknown-entrypoint``, ``failed``) and the error."""
+    """Permanent failure of a message: a reason and the error.
+
+    The reasons are ``undecodable``, ``unknown-entrypoint``, ``failed`` and ``unreadable``.
+    """
 
     reason: str
     error_class: str

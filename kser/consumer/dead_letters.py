@@ -12,6 +12,7 @@ from kser import __hostname__, signals
 from kser.attempt import Failure
 from kser.consumer.client import Partition, Record
 from kser.consumer.logs import ConsumerLogger
+from kser.consumer.unreadable import decoding_notes
 from kser.controller import BaseProducer
 from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
@@ -102,6 +103,7 @@ class DeadLetterWriter:
             "timestamp": record.timestamp,
             "consumer": f"{self._sender.__name__} {__hostname__} {os.getpid()}",
             "time": int(time.time() * 1000),
+            **decoding_notes(record),
         }
         return [(PREFIX + name, str(value).encode("utf-8", "backslashreplace")) for name, value in values.items()]
 
@@ -113,7 +115,7 @@ class DeadLetter:
     :param key: the key of the original record.
     :param value: the value of the original record.
     :param headers: the headers of the original record.
-    :param reason: ``undecodable``, ``unknown-entrypoint`` or ``failed``.
+    :param reason: ``undecodable``, ``unknown-entrypoint``, ``failed`` or ``unreadable``.
     :param error_class: the full class name of the exception; empty for a failed result.
     :param error_message: the message of the error, possibly truncated.
     :param attempts: the number of attempts at the message.

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 from uuid import uuid4
 
+from kser.attempt import UNREADABLE
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import Record
 from kser.consumer.dead_letters import DeadLetter, parse_dead_letter
@@ -49,7 +50,9 @@ def replay(
     group: str | None = None,
     timeout: float = 10,
 ) -> int:
-    """Send the original message of each dead letter to its original topic; skip dead letters that ``where`` rejects.
+    """Send the original message of each dead letter to its original topic.
+
+    Skip dead letters that ``where`` rejects, and dead letters of unreadable data, which contain no message.
 
     Each call continues where the previous call with the same ``group`` stopped. After a crash, some messages may be
     sent twice, with the same uuids.
@@ -76,7 +79,10 @@ def replay(
             if sent == limit:
                 break
             letter = parse_dead_letter(record)
-            if letter is not None and (where is None or where(letter)):
+            # The dead letter of unreadable data has no value that could be sent.
+            if letter is None or letter.reason == UNREADABLE:
+                continue
+            if where is None or where(letter):
                 sender.producer().produce(
                     to or letter.topic, letter.value, key=letter.key, headers=letter.headers, timeout=timeout
                 )
