@@ -15,6 +15,8 @@ assert VERSION is not None, "kser/__init__.py declares no __version__"
 
 FLASK = ["flask>=2.3"]
 EMBEDDED = ["confluent-kafka>=2.5"]
+# kafka-python decodes snappy, lz4 and zstd with these packages. librdkafka contains these codecs.
+CODECS = ["lz4>=3.1", "python-snappy>=0.6.1", "zstandard>=0.21"]
 SQL = ["sqlalchemy>=2.0", "alembic>=1.13"]
 POSTGRESQL = [*SQL, "psycopg[binary]>=3.1.8"]
 
@@ -40,11 +42,13 @@ setup(
     extras_require={
         "flask": FLASK,
         "embedded": EMBEDDED,
+        "codecs": CODECS,
         "sql": SQL,
         "postgresql": POSTGRESQL,
         "tests": [
             *FLASK,
             *EMBEDDED,
+            *CODECS,
             *POSTGRESQL,
             "pytest>=8.2",
             "pytest-xdist>=3.6",

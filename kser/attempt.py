@@ -18,6 +18,7 @@ UNDECODABLE: Final = "undecodable"
 OVER_LIMIT: Final = "over-limit"
 UNKNOWN_ENTRYPOINT: Final = "unknown-entrypoint"
 FAILED: Final = "failed"
+UNREADABLE: Final = "unreadable"
 
 #: The two values of the outcome latch (``Attempt.outcome``). They state which event came first: the end of the work, or
 #: the end of the time limit. The latch does not store whether an attempt was abandoned.

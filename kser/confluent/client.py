@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from kser.confluent.committer import Committer
+from kser.confluent.damage import DAMAGE, DamagedPartitions
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, servers
 from kser.confluent.patterns import PatternFollower
@@ -84,6 +86,7 @@ class ConfluentClient(ConsumerClient):
         self._partition_counts = PartitionCounts(reset)
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
+        self._damage: dict[Partition, KafkaError] = {}
         self._missing: set[str | None] = set()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
@@ -95,6 +98,8 @@ class ConfluentClient(ConsumerClient):
         keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
         client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
+            # Without this check, librdkafka returns damaged values, and silently stops at some damaged batches.
+            "check.crcs": True,
             **options,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
@@ -106,6 +111,7 @@ class ConfluentClient(ConsumerClient):
         }
         self.client = connect(confluent_kafka.Consumer, client_options, **keywords)
         self._committer = Committer(self.client)
+        self._damaged = DamagedPartitions(client_options)
 
     @property
     def cluster(self) -> str:
@@ -127,8 +133,9 @@ class ConfluentClient(ConsumerClient):
             if self._patterns is not None:
                 self._patterns.follow()
             problem = self._start_pending()
-            self._pause(limit, paused)
-            batches = self._group_by_partition(self._consume(timeout, limit))
+            unreadable = self._take_unreadable(paused) if limit else {}
+            self._pause(limit, {*paused, *self._damaged.partitions})
+            batches = unreadable or self._group_by_partition(self._consume(timeout, limit))
         except KafkaException as error:
             raise self._as_client_error("fetch messages", error.args[0]) from error
         # Raise an error only if there are no records, because an exception would lose the records.
@@ -157,6 +164,7 @@ class ConfluentClient(ConsumerClient):
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
         # the callback must have no effect.
         self._listener = None
+        self._damaged.forget(list(self._damaged.partitions))
         # librdkafka's close has no timeout, so run it in a thread. After the timeout, this method returns although that
         # thread still runs.
         self._committer.close()
@@ -206,10 +214,14 @@ class ConfluentClient(ConsumerClient):
             key = self._keys.get(topic_partition)
             # A partition that was revoked after its messages were fetched is no longer in ``_keys``, so drop its
             # messages.
-            if key is not None:
+            # After damaged data, librdkafka may continue with the next batch. The client fetches this batch again.
+            if key is not None and key not in self._damaged.partitions:
                 self._positions[key] = records[-1].offset + 1
                 batches[key] = records
-        for key in self._out_of_range & self._positions.keys():
+        for key, error in self._damage.items():
+            self._damaged.search(key, self._positions[key], error)
+        self._damage.clear()
+        for key in (self._out_of_range & self._positions.keys()) - self._damaged.partitions:
             self._recover(key)
         return batches
 
@@ -222,6 +234,8 @@ class ConfluentClient(ConsumerClient):
                 self._positions[key] = max(message.offset(), self._positions.get(key, 0))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
             self._out_of_range.add(key)
+        elif error.code() in DAMAGE and key is not None:
+            self._damage.setdefault(key, error)
         elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
             # Only log a missing topic, because the other topics can be consumed.
             self._report_missing_topic(message.topic(), error)
@@ -392,6 +406,7 @@ class ConfluentClient(ConsumerClient):
             self._positions.pop(key, None)
             self._paused.discard(key)
             self._unstarted.discard(key)
+        self._damaged.forget(keys)
         return keys
 
     def _recover(self, key: Partition) -> None:
@@ -401,16 +416,43 @@ class ConfluentClient(ConsumerClient):
         """
         assert self._listener is not None
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
+        position = self._positions[key]
+        if low <= position <= high:
+            # After damaged data, librdkafka may fetch from an offset that it has read from the damaged bytes.
+            self._fetch_from(key, position)
+            return
         start = high if self._reset == "latest" else low
-        logger.error(out_of_range_text(key, self._positions.get(key), low, high, start))
-        self._positions[key] = start
+        logger.error(out_of_range_text(key, position, low, high, start))
         self._listener.on_reset({key: Commit(start)})
+        self._fetch_from(key, start)
+        if self.can_commit:
+            self.commit({key: Commit(start)}, QUERY_TIMEOUT)
+
+    def _fetch_from(self, key: Partition, offset: int) -> None:
+        self._positions[key] = offset
         # ``seek`` fails for a partition that is not being fetched, so assign the partition again instead.
         if self._cooperative:
             self.client.incremental_unassign([TopicPartition(*key)])
-        self._assign({key: start})
-        if self.can_commit:
-            self.commit({key: Commit(start)}, QUERY_TIMEOUT)
+        self._assign({key: offset})
+
+    def _take_unreadable(self, paused: Collection[Partition]) -> dict[Partition, Sequence[Record]]:
+        """Return the unreadable records that were found, and continue to fetch behind them.
+
+        :raises kser.errors.ClientError: this client cannot decode data that other clients can decode.
+        """
+        batches: dict[Partition, Sequence[Record]] = {}
+        for search in self._damaged.take_finished(paused):
+            record = search.unreadable
+            if record is not None:
+                batches[search.partition] = [record]
+            elif self._damaged.must_reconnect(search):
+                raise ClientError(
+                    f"offset {search.offset} of {search.partition} arrives damaged over the connection to"
+                    f" {self._servers}, and undamaged over others: the client is replaced",
+                    fatal=True,
+                )
+            self._fetch_from(search.partition, search.offset if record is None else record.last_offset + 1)
+        return batches
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
@@ -455,10 +497,15 @@ class ConfluentClient(ConsumerClient):
         )
 
 
+#: Calls ``message.headers()``. For a name that is not UTF-8, this method both returns a damaged list and sets an
+#: exception. A direct call would not always raise the exception, because CPython omits the check in optimized code.
+_read_headers = methodcaller("headers")
+
+
 class ConfluentRecord:
     """A record that wraps a message of librdkafka."""
 
-    __slots__ = ("key", "message", "offset", "partition", "topic", "value")
+    __slots__ = ("_headers", "headers_error", "key", "message", "offset", "partition", "topic", "value")
 
     def __init__(self, message: Any, topic: str, partition: int) -> None:
         self.message = message
@@ -467,6 +514,9 @@ class ConfluentRecord:
         self.offset: int = message.offset()
         self.key: bytes | None = message.key()
         self.value: bytes | None = message.value()
+        self._headers: Sequence[tuple[str, bytes | None]] | None = None
+        #: The error if the headers cannot be decoded, because a name is not UTF-8; otherwise None.
+        self.headers_error: str | None = None
 
     @property
     def timestamp(self) -> int:
@@ -475,8 +525,15 @@ class ConfluentRecord:
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes | None]]:
-        """The names and values of the headers."""
-        return self.message.headers() or ()
+        """The names and values of the headers; empty if they cannot be decoded."""
+        # Call ``headers`` once. After a failed call, the next call would return a damaged list and end the process.
+        if self._headers is None:
+            try:
+                self._headers = _read_headers(self.message) or ()
+            except Exception as error:
+                self._headers = ()
+                self.headers_error = str(error.__cause__ or error)
+        return self._headers
 
 
 def commit_of(tp: TopicPartition) -> Commit:

@@ -14,6 +14,7 @@ from kser import __hostname__, signals
 from kser.attempt import Failure, safe_text
 from kser.consumer.client import Partition, Record
 from kser.consumer.logs import ConsumerLogger
+from kser.consumer.unreadable import decoding_notes
 from kser.controller import BaseProducer
 from kser.errors import MessageTooLarge, RecordRejected
 from kser.schemas import Message
@@ -243,6 +244,7 @@ def _added_headers(
         "consumer": f"{_shorten(origin.consumer)} {_shorten(__hostname__)} {os.getpid()}",
         "time": int(time.time() * 1000),
         **({"omitted": ",".join(omitted)} if omitted else {}),
+        **decoding_notes(record),
         **(digest or {}),
     }
     return tuple((PREFIX + name, str(value).encode("utf-8", "backslashreplace")) for name, value in values.items())
@@ -270,7 +272,7 @@ class DeadLetter:
     :param key: the key of the original record.
     :param value: the value of the original record.
     :param headers: the headers of the original record.
-    :param reason: ``undecodable``, ``over-limit``, ``unknown-entrypoint`` or ``failed``.
+    :param reason: ``undecodable``, ``over-limit``, ``unknown-entrypoint``, ``unreadable`` or ``failed``.
     :param error_class: the full class name of the exception; empty for a failed result.
     :param error_message: the message of the error, possibly truncated.
     :param attempts: the number of attempts at the message.

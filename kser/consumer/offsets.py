@@ -141,6 +141,8 @@ class OffsetTracker:
         self._carried_over = carried_over or {}
         self._finished_early: set[int] = set()
         self._first_unseen = max((self._finished.end, *(offset + 1 for offset in self._carried_over)))
+        #: The last offset of each unfinished record that stands for several offsets, by its first offset.
+        self._last_offsets: dict[int, int] = {}
 
     def track(self, offset: int, item: Any) -> Any:
         """Track a received record. Records of a partition must arrive in order.
@@ -159,6 +161,19 @@ class OffsetTracker:
         self.unfinished[offset] = item
         return item
 
+    def first_unfinished(self, first: int, last: int) -> int:
+        """Return the first unfinished offset from ``first`` to ``last``, or ``last`` if all of them are finished."""
+        for offset in range(max(first, self.next_offset), last):
+            if offset not in self._finished and offset not in self._finished_early:
+                return offset
+        return last
+
+    def extend(self, offset: int, last: int) -> None:
+        """Let a tracked record stand for all offsets up to ``last``. They finish together with the record."""
+        if offset in self.unfinished and last > offset:
+            self._last_offsets[offset] = last
+            self.next_offset = max(last + 1, self.next_offset)
+
     def mark_finished(self, offset: int) -> bool:
         """Mark a record as finished.
 
@@ -166,6 +181,8 @@ class OffsetTracker:
         """
         if self.dead_letter_pending:
             self.dead_letter_pending.discard(offset)
+        if self._last_offsets:
+            self._last_offsets.pop(offset, None)
         if offset in self.unfinished:
             del self.unfinished[offset]
             return True
@@ -192,7 +209,7 @@ class OffsetTracker:
             finished.
         """
         start = self.committed.offset
-        for offset in self.unfinished if unfinished is None else unfinished:
+        for offset in self._extended(self.unfinished) if unfinished is None else unfinished:
             if start < offset:
                 yield start, offset
             start = offset + 1
@@ -225,6 +242,7 @@ class OffsetTracker:
         unfinished: Collection[int] = self.unfinished
         if counts_as_finished is not None:
             unfinished = [at for at, item in self.unfinished.items() if item is None or not counts_as_finished(item)]
+        unfinished = self._extended(unfinished)
         offset = next(iter(unfinished), self.next_offset)
         if self.next_offset - offset == len(unfinished) and self.next_offset >= self._first_unseen:
             return Commit(offset)
@@ -234,6 +252,12 @@ class OffsetTracker:
             # offset to commit is the end of these ranges.
             offset = max((end for start, end in finished if start <= offset), default=offset)
         return Commit(offset, _encode(offset, finished))
+
+    def _extended(self, offsets: Collection[int]) -> Collection[int]:
+        """Return unfinished offsets, with all offsets of the records that stand for several offsets."""
+        if not self._last_offsets:
+            return offsets
+        return [at for first in offsets for at in range(first, self._last_offsets.get(first, first) + 1)]
 
     def is_committed(self, offset: int) -> bool:
         """Return whether a record is finished according to the last confirmed commit."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 from uuid import uuid4
 
+from kser.attempt import UNREADABLE
 from kser.config import is_topic_name
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import Partition, Record
@@ -131,6 +132,8 @@ def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
             f"it names {letter.topic[:250]!r} as its original topic, and this replay may send only to"
             f" {', '.join(map(repr, allowed))}"
         )
+    if letter.reason == UNREADABLE:
+        return "its original data was unreadable, so it contains no message"
     if "value" in letter.omitted:
         return "it has no value, because the value was too large for the dead-letter topic"
     return ""

@@ -10,11 +10,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from kser.attempt import TIMED_OUT, Attempt
 from kser.consumer.client import Partition, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker
+from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.work_item import WorkItem, was_started
 from kser.escaping import escape_lines
 from kser.retry import Retry
@@ -210,9 +212,14 @@ class WorkQueue:
         ordering, retry, lanes = self._ordering, self._retry, self.lanes
         count = size = 0
         for record in records:
+            if type(record) is UnreadableRecord:
+                first = tracker.first_unfinished(record.offset, record.last_offset)
+                record = replace(record, offset=first)
             lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
             item = WorkItem(record, tracker, lane, retry)
             entered = tracker.track(record.offset, item)
+            if type(record) is UnreadableRecord:
+                tracker.extend(record.offset, record.last_offset)
             if entered is None:
                 continue
             count += 1

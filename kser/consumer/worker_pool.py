@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kser.attempt import FAILED, Attempt, AttemptAbandoned, ConsumerCallbacks, current_attempt
+from kser.attempt import FAILED, UNREADABLE, Attempt, AttemptAbandoned, ConsumerCallbacks, Failure, current_attempt
 from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
+from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
@@ -150,8 +151,19 @@ class WorkerPool:
         if item.attempt.failure is not None:
             self._dead_letter(item, again=True)
             return
-        self._run(item, item.attempt)
+        if isinstance(item.record, UnreadableRecord):
+            self._fail_unreadable(item.record, item.attempt)
+        else:
+            self._run(item, item.attempt)
         self._apply_outcome(item, item.attempt)
+
+    def _fail_unreadable(self, record: UnreadableRecord, attempt: Attempt) -> None:
+        attempt.failure = Failure(UNREADABLE, "", record.reason)
+        attempt.resolve()
+        self._log.error(
+            f"{record} cannot be read, and the consumer skips this data after {FETCH_TRIES} more fetches, each over a"
+            f" new connection: {record.reason}; check the disks of the brokers, and the producers of the topic"
+        )
 
     def _run(self, item: WorkItem, attempt: Attempt) -> None:
         if self._before_attempt is not None:

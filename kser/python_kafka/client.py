@@ -25,6 +25,8 @@ from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
+from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.metadata import partitions_of
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
 
@@ -91,6 +93,7 @@ class KafkaPythonClient(ConsumerClient):
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
         self._partition_counts = PartitionCounts(reset)
+        self._unreadable = UnreadableBatches(client)
 
     @property
     def cluster(self) -> str:
@@ -112,10 +115,11 @@ class KafkaPythonClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            self._pause(limit, paused)
+            self._pause(limit, self._unreadable.hold(paused))
             self._resume_join()
             self._requeue_parked_records()
             batches = self._poll(timeout, limit)
+            self._unreadable.reconnect()
             if new := set(self._unstarted):
                 # Drop the records of new partitions, because the client may have read them from another position than
                 # the committed offset.
@@ -182,7 +186,10 @@ class KafkaPythonClient(ConsumerClient):
             raise self._pending_error
         if time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-            self._health_error = self._check_topics() or self._check_group()
+            try:
+                self._health_error = self._check_topics() or self._check_group()
+            except KafkaError as error:
+                self._health_error = self._as_client_error("fetch messages", error)
         if self._health_error is not None:
             raise self._health_error
 
@@ -193,7 +200,7 @@ class KafkaPythonClient(ConsumerClient):
     def _check_topics(self) -> ClientError | None:
         self._report_unmatched_patterns()
         consumed = {tp.topic for tp in self._client.assignment()}
-        missing = [t for t in self._topics if t not in consumed and not self._client.partitions_for_topic(t)]
+        missing = [t for t in self._topics if t not in consumed and not partitions_of(self._client, t)]
         if not missing or not consumed:
             return ClientError(self._unknown(missing)) if missing else None
         if missing != self._missing:
@@ -307,7 +314,7 @@ class KafkaPythonClient(ConsumerClient):
         key = Partition(*tp)
         start = self._committed(tp)
         if start is not None:
-            self._partition_counts.observe(tp.topic, len(self._client.partitions_for_topic(tp.topic) or ()))
+            self._partition_counts.observe(tp.topic, len(partitions_of(self._client, tp.topic)))
             self._partition_counts.restore(key, start)
             known[key] = start
         elif self._reset == "none":
@@ -326,7 +333,7 @@ class KafkaPythonClient(ConsumerClient):
         return self._partition_counts.annotate(Partition(*tp), Commit(offset))
 
     def _was_added(self, tp: TopicPartition) -> bool:
-        others = self._client.partitions_for_topic(tp.topic) or {tp.partition}
+        others = partitions_of(self._client, tp.topic) or {tp.partition}
         self._partition_counts.observe(tp.topic, len(others))
         for number in others:
             if (commit := self._committed(TopicPartition(tp.topic, number))) is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from kafka import KafkaConsumer, KafkaProducer, errors
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, known_options, nearest_name
 from kser.errors import BrokerUnavailable, SettingError
+
+#: Seconds to wait until kafka-python has closed its connections.
+CLOSE_TIMEOUT = 1.0
 
 Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 
@@ -55,6 +60,7 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
 
     def make_recorded_network(*arguments: Any, **keywords: Any) -> Any:
         networks.append(make_network(*arguments, **keywords))
+        _close_in_own_thread(networks[-1])
         return networks[-1]
 
     try:
@@ -67,6 +73,29 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
             f"no Kafka broker responds at {servers(options)} ({error}): start one there, or correct 'bootstrap_servers'"
             f" in {CONFIG} or in the 'config' argument"
         ) from error
+
+
+def _close_in_own_thread(network: Any) -> None:
+    """Make kafka-python 3 close its connections in the thread that reads from them.
+
+    If another thread closes a connection while this thread reads, kafka-python logs an error with a traceback.
+    """
+    loop = getattr(network, "_net", None)
+    if loop is None:
+        return
+    close = network.close
+
+    def close_connections(node_id: Any = None) -> None:
+        thread = loop._io_thread
+        if node_id is None and thread is not None and thread is not threading.current_thread():
+            closed = threading.Event()
+            # The loop may have ended already, and then refuses the call.
+            with suppress(errors.KafkaError, RuntimeError):
+                loop.call_soon_with_future(network._manager.close).add_both(lambda _: closed.set())
+                closed.wait(CLOSE_TIMEOUT)
+        close(node_id)
+
+    network.close = close_connections
 
 
 def servers(options: Mapping[str, Any]) -> str:
