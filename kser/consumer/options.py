@@ -21,7 +21,7 @@ _RESETS = {
 }
 
 _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
-_COUNTS = ("workers", "max_in_flight", "max_buffered_bytes")
+_COUNTS = ("workers", "max_in_flight", "max_buffered_bytes", "max_starts")
 
 
 class ConsumerKwargs(TypedDict, total=False):
@@ -37,6 +37,7 @@ class ConsumerKwargs(TypedDict, total=False):
     max_in_flight: int | None
     max_buffered_bytes: int | None
     stall_timeout: float | None
+    max_starts: int | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class ConsumerOptions:
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
+    :param max_starts: the number of times that a message starts if its process dies each time, before the consumer
+        gives the message up. Counted with ``commit="after"`` only.
     """
 
     workers: int = 1
@@ -73,6 +76,7 @@ class ConsumerOptions:
     max_in_flight: int = 1000
     max_buffered_bytes: int = 16 << 20
     stall_timeout: float = 300
+    max_starts: int = 20
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
