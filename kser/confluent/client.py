@@ -372,8 +372,10 @@ class ConfluentClient(ConsumerClient):
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
+        # confluent-kafka adds a NUL to the metadata, also to empty metadata, so pass no empty metadata.
+        written = {key: self._metadata.write(key, commit) for key, commit in commits.items()}
         return [
-            TopicPartition(key.topic, key.partition, commit.offset, metadata=self._metadata.write(key, commit))
+            TopicPartition(*key, commit.offset, **({"metadata": written[key]} if written[key] else {}))
             for key, commit in commits.items()
         ]
 
