@@ -278,9 +278,10 @@ class KafkaPythonClient(ConsumerClient):
         self._start_at = time.monotonic() + START_RETRY_INTERVAL
         starts = StartPositions(self._metadata)
         self._metadata.cluster = self.cluster
-        self._topic_ids.request_now()
+        new = self._unstarted & self._client.assignment()
+        self._learn_topic_ids(self._topic_ids.at_start({tp.topic for tp in new}))
         self._pending_error = None
-        for tp in self._unstarted & self._client.assignment():
+        for tp in new:
             try:
                 self._start_partition(tp, starts)
                 continue
@@ -321,9 +322,7 @@ class KafkaPythonClient(ConsumerClient):
 
     def _check_topic_ids(self) -> None:
         """Notice topics that were created again, and restart their partitions."""
-        for topic, topic_id in self._topic_ids.poll({tp.topic for tp in self._client.assignment()}).items():
-            if self._metadata.learn_topic_id(topic, topic_id):
-                self._restarting |= {tp for tp in self._client.assignment() if tp.topic == topic}
+        self._learn_topic_ids(self._topic_ids.poll({tp.topic for tp in self._client.assignment()}))
         self._restarting &= self._client.assignment()
         # A new topic with fewer partitions lacks some of them; the next rebalance revokes these.
         existing = {
@@ -371,10 +370,13 @@ class KafkaPythonClient(ConsumerClient):
     def _was_created_again(self, partitions: list[TopicPartition]) -> bool:
         """Return whether topics were created again; wait for the ids of the topics, if the brokers have topic ids."""
         known = {tp.topic for tp in partitions if self._metadata.knows_topic_id(tp.topic)}
-        for topic, topic_id in self._topic_ids.fetch(known).items():
+        self._learn_topic_ids(self._topic_ids.fetch(known))
+        return bool(self._restarting & set(partitions))
+
+    def _learn_topic_ids(self, ids: Mapping[str, bytes]) -> None:
+        for topic, topic_id in ids.items():
             if self._metadata.learn_topic_id(topic, topic_id):
                 self._restarting |= {tp for tp in self._client.assignment() if tp.topic == topic}
-        return bool(self._restarting & set(partitions))
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
         return client_error(

@@ -54,9 +54,14 @@ class TopicIds:
                 network.poll(timeout_ms=FETCH_TIMEOUT_MS, future=self._seen)
         return self._new_ids()
 
-    def request_now(self) -> None:
-        """Let the next poll request the ids again."""
+    def at_start(self, topics: set[str]) -> dict[str, bytes]:
+        """Return the ids of topics whose partitions start, and let the next poll request them again.
+
+        kafka-python 3 knows the ids, because they are part of its metadata. With kafka-python 2, wait for the response.
+        """
+        ids = self._new_ids() if ASYNC else self.fetch(topics)
         self._request_at = 0.0
+        return ids
 
     def _request(self, topics: set[str]) -> None:
         network = self._client._client
@@ -70,7 +75,7 @@ class TopicIds:
         if node is not None and network.ready(node):
             self._seen = network.send(node, request)
         else:
-            self.request_now()
+            self._request_at = 0.0
 
     def _new_ids(self) -> dict[str, bytes]:
         if ASYNC:
