@@ -35,7 +35,7 @@ class TopicIds:
 
     def __init__(self, options: Mapping[str, Any], interval: float) -> None:
         foreign = CONSUMER_ONLY | PRODUCER_ONLY | _CONSUMER_CALLBACKS
-        self._options = {key: value for key, value in options.items() if key not in foreign}
+        self._options = {key: value for key, value in options.items() if key not in foreign} | {"log_level": 0}
         self._interval = interval
         self._admin: AdminClient | None = None
         self._requested: dict[str, Future[Any]] = {}

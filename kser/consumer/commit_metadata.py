@@ -192,8 +192,8 @@ class CommitMetadata:
         commit, validity = self.read(key, offset, written)
         if validity is Validity.MOVED:
             logger.warning(
-                f"{key}: the metadata beside the committed offset {offset} was not written for this offset: somebody"
-                " moved the offset, for example MirrorMaker or an administrator, or damaged the metadata; all messages"
+                f"{key}: the metadata beside the committed offset {offset} was not written for this offset: the offset"
+                " was moved, for example by MirrorMaker or an administrator, or the metadata is damaged; all messages"
                 f" from offset {offset} on run, also those that have run before"
             )
         elif validity is Validity.OLD_TOPIC:

@@ -314,7 +314,7 @@ class ClientContract(CoreClientContract):
         member.client.commit({key: commit}, 5)
         assert harness.committed(group, key) == commit
 
-    # -- committed offsets that somebody moved -------------------------------------------------------------------------
+    # -- committed offsets that were moved -----------------------------------------------------------------------------
 
     @pytest.mark.parametrize("moved", [(1, "kept"), (5, "kept"), (5, "kser:1,9"), (1, "of another program")])
     def test_moved_offset_applies_without_the_metadata_beside_it(
