@@ -372,12 +372,7 @@ class ConfluentClient(ConsumerClient):
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        # confluent-kafka adds a NUL to the metadata, also to empty metadata, so pass no empty metadata.
-        written = {key: self._metadata.write(key, commit) for key, commit in commits.items()}
-        return [
-            TopicPartition(*key, commit.offset, **({"metadata": written[key]} if written[key] else {}))
-            for key, commit in commits.items()
-        ]
+        return [client_offset(key, commit.offset, self._metadata.write(key, commit)) for key, commit in commits.items()]
 
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
@@ -517,6 +512,14 @@ class ConfluentRecord:
     def headers(self) -> Sequence[tuple[str, bytes | None]]:
         """The names and values of the headers."""
         return self.message.headers() or ()
+
+
+def client_offset(key: Partition, offset: int, metadata: str) -> TopicPartition:
+    """Return a commit in the form that confluent-kafka accepts."""
+    # confluent-kafka adds a NUL to the metadata, also to empty metadata, so pass no empty metadata.
+    if not metadata:
+        return TopicPartition(key.topic, key.partition, offset)
+    return TopicPartition(key.topic, key.partition, offset, metadata=metadata)
 
 
 def written_metadata(tp: TopicPartition) -> str:

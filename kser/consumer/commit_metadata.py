@@ -46,7 +46,7 @@ _SEALED = re.compile(
 
 
 class Validity(Enum):
-    """Whether the metadata of a committed offset applies to the records of the partition."""
+    """The validity of the metadata of a committed offset for the records of the partition."""
 
     #: The metadata applies, or there is no metadata of kser.
     VALID = "valid"
