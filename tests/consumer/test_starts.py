@@ -337,12 +337,13 @@ def test_other_commit_modes_count_no_starts(mode: str) -> None:
     assert not any("starts" in text for text in consumer.current_client.committed_metadata)
 
 
-def test_unavailable_broker_at_the_end_is_not_reported_for_a_count() -> None:
+def test_count_that_cannot_be_removed_is_not_reported_as_a_finished_message(caplog: pytest.LogCaptureFixture) -> None:
     send_messages("1")
     consumer = FaultyConsumer(MANUAL_COMMIT)
     consumer.poll()
     consumer.current_client.faults["commit"] = "the coordinator is away"
     consumer.close()
+    assert not any("finished messages could not be committed" in line for line in lines(caplog, logging.WARNING))
 
 
 @pytest.mark.parametrize("metadata", ["", "kser:1,2", "starts:", "starts:x kser:1,2", "starts:-1"])
