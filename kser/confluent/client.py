@@ -14,11 +14,12 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from kser.confluent.committer import Committer
+from kser.confluent.committer import Committer, commit_and_check
 from kser.confluent.damage import DAMAGE, DamagedPartitions
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.confluent.options import connect, servers
 from kser.confluent.patterns import PatternFollower
+from kser.confluent.topic_ids import TopicIds
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -30,7 +31,8 @@ from kser.consumer.client import (
     out_of_range_text,
     revoked_before_commit_text,
 )
-from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
+from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
+from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
@@ -59,6 +61,8 @@ _TRANSIENT = (
     KafkaError.FENCED_LEADER_EPOCH,
     KafkaError.UNKNOWN_LEADER_EPOCH,
 )
+#: Errors of a partition that does not exist.
+_UNKNOWN = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC)
 
 
 class ConfluentClient(ConsumerClient):
@@ -83,7 +87,11 @@ class ConfluentClient(ConsumerClient):
         self._unstarted: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
         self._positions: dict[Partition, int] = {}
-        self._partition_counts = PartitionCounts(reset)
+        self._metadata = CommitMetadata(reset)
+        refresh = float(options.get("topic.metadata.refresh.interval.ms", 300_000)) / 1000
+        self._topic_ids = TopicIds(options, min(TOPIC_CHECK_INTERVAL, refresh if refresh > 0 else TOPIC_CHECK_INTERVAL))
+        #: Assigned partitions of topics that were created again, which must start at their beginning.
+        self._restarting: set[Partition] = set()
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._damage: dict[Partition, KafkaError] = {}
@@ -133,6 +141,8 @@ class ConfluentClient(ConsumerClient):
             if self._patterns is not None:
                 self._patterns.follow()
             problem = self._start_pending()
+            self._learn_topic_ids(self._topic_ids.poll({key.topic for key in self._positions}))
+            self._restart()
             unreadable = self._take_unreadable(paused) if limit else {}
             self._pause(limit, {*paused, *self._damaged.partitions})
             batches = unreadable or self._group_by_partition(self._consume(timeout, limit))
@@ -145,11 +155,14 @@ class ConfluentClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            self._committer.commit(self._offsets(commits), timeout)
+            self._shrink_metadata(lambda: self._committer.commit(self._offsets(commits), timeout))
         except KafkaException as error:
             raise self._as_client_error("commit offsets", error.args[0]) from error
         except TimeoutError as error:
             raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
+
+    def positions(self) -> Mapping[Partition, int]:
+        return {key: position for key, position in self._positions.items() if key not in self._restarting}
 
     def lag(self) -> Mapping[Partition, int]:
         lags: dict[Partition, int] = {}
@@ -168,6 +181,7 @@ class ConfluentClient(ConsumerClient):
         # librdkafka's close has no timeout, so run it in a thread. After the timeout, this method returns although that
         # thread still runs.
         self._committer.close()
+        self._topic_ids.close()
         closing = threading.Thread(target=self.client.close, name="kser-close", daemon=True)
         closing.start()
         closing.join(timeout)
@@ -291,47 +305,78 @@ class ConfluentClient(ConsumerClient):
             # partitions by itself.
             self._assign({})
             return self._as_client_error("read the committed offsets of the group", error.args[0])
-        known: dict[Partition, Commit] = {}
-        fresh: dict[Partition, Commit] = {}
+        starts = StartPositions(self._metadata)
+        try:
+            self._learn_cluster_and_topics({tp.topic for tp in committed})
+        except KafkaException as error:
+            committed = []
+            problem = self._as_client_error("read the metadata of the topics", error.args[0])
         for tp in committed:
             try:
-                self._find_start(tp, known, fresh)
+                self._find_start(tp, starts)
             except KafkaException as error:
                 problem = self._as_client_error(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
             except ClientError as error:
                 problem = error
-        self._assign_started(known, fresh)
+        self._assign_started(starts)
         return problem
 
-    def _find_start(self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]) -> None:
+    def _learn_cluster_and_topics(self, topics: set[str]) -> None:
+        if not topics:
+            return
+        if not self._metadata.cluster:
+            self._metadata.cluster = str(self.client.list_topics(min(topics), timeout=QUERY_TIMEOUT).cluster_id or "")
+        self._learn_topic_ids(self._topic_ids.fetch(topics))
+
+    def _learn_topic_ids(self, ids: Mapping[str, bytes]) -> None:
+        for topic, topic_id in ids.items():
+            if self._metadata.learn_topic_id(topic, topic_id):
+                self._restarting |= {key for key in self._positions if key.topic == topic}
+
+    def _restart(self) -> None:
+        """Restart the partitions of topics that were created again, at the beginning of the new topics."""
+        self._restarting &= self._positions.keys()
+        for key in list(self._restarting):
+            try:
+                low, _ = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
+            except KafkaException as error:
+                if error.args[0].code() not in _UNKNOWN:
+                    raise
+                # A new topic with fewer partitions lacks some of them; the next rebalance revokes these.
+                continue
+            self._metadata.mark_started(key)
+            self._restarting.discard(key)
+            self._damaged.forget([key])
+            self._move_to(key, low)
+
+    def _find_start(self, tp: TopicPartition, starts: StartPositions) -> None:
         if tp.error is not None:
             raise KafkaException(tp.error)
         key = Partition(tp.topic, tp.partition)
-        if tp.offset >= 0:
-            known[key] = commit_of(tp)
-            if self._reset == "latest":
-                self._partitions_of(key.topic)
-                self._partition_counts.restore(key, known[key])
-        elif self._reset == "none":
+        if self._reset == "latest":
+            self._partitions_of(key.topic)
+        start = starts.add_committed(key, tp.offset, written_metadata(tp)) if tp.offset >= 0 else None
+        if start is None and self._reset == "none":
             raise no_committed_offset([key])
-        else:
+        if start is None:
             start = self._first_position(key)
-            if self.can_commit:
+            starts.add_uncommitted(key, start)
+        if key in starts.fresh and self.can_commit:
+            try:
                 self._commit_now({key: start})
-            fresh[key] = start
+            except KafkaException:
+                starts.drop(key)
+                raise
 
-    def _assign_started(self, known: Mapping[Partition, Commit], fresh: Mapping[Partition, Commit]) -> None:
+    def _assign_started(self, found: StartPositions) -> None:
         assert self._listener is not None
-        starts = {**known, **fresh}
+        starts = found.all
         self._unstarted -= starts.keys()
         self._missing -= {key.topic for key in starts}
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
-        self._listener.on_assign(known)
-        # A client that never commits finds no committed offset when a partition is assigned to it again. So call
-        # ``on_assign`` in this case: the listener still knows the finished offsets, and ``on_reset`` would discard
-        # them.
-        self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
+        self._restarting -= starts.keys()
+        found.report(self._listener, can_commit=self.can_commit)
         self._assign({key: start.offset for key, start in starts.items()})
 
     def _assign(self, starts: Mapping[Partition, int]) -> None:
@@ -353,23 +398,18 @@ class ConfluentClient(ConsumerClient):
             [TopicPartition(key.topic, n) for n in partitions], timeout=QUERY_TIMEOUT
         ):
             if committed.offset >= 0:
-                self._partition_counts.restore(key, commit_of(committed))
-        return self._partition_counts.annotate(
-            key, Commit(low if self._partition_counts.is_new_partition(key) else high)
-        )
+                other = Partition(committed.topic, committed.partition)
+                self._metadata.restore(other, committed.offset, written_metadata(committed))
+        return Commit(low if self._metadata.partition_counts.is_new_partition(key) else high)
 
     def _partitions_of(self, topic: str) -> list[int]:
         """Return the partitions of a topic, and record their number."""
         partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
-        self._partition_counts.observe(topic, len(partitions))
+        self._metadata.partition_counts.observe(topic, len(partitions))
         return partitions
 
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
-        annotated = [(key, self._partition_counts.annotate(key, commit)) for key, commit in commits.items()]
-        return [
-            TopicPartition(key.topic, key.partition, c.offset, metadata=add_checksum(c.metadata))
-            for key, c in annotated
-        ]
+        return [client_offset(key, commit.offset, self._metadata.write(key, commit)) for key, commit in commits.items()]
 
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
@@ -391,7 +431,17 @@ class ConfluentClient(ConsumerClient):
 
     def _commit_now(self, commits: Mapping[Partition, Commit]) -> None:
         if commits:
-            self.client.commit(offsets=self._offsets(commits), asynchronous=False)
+            self._shrink_metadata(lambda: commit_and_check(self.client, self._offsets(commits)))
+
+    def _shrink_metadata(self, commit: Callable[[], None]) -> None:
+        """Commit, with shorter and shorter metadata while the broker rejects the metadata as too large."""
+        while True:
+            try:
+                commit()
+                return
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.OFFSET_METADATA_TOO_LARGE or not self._metadata.shrink():
+                    raise
 
     def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
@@ -414,7 +464,11 @@ class ConfluentClient(ConsumerClient):
 
         Log which offsets were lost, and continue at the position that the reset policy demands.
         """
-        assert self._listener is not None
+        if self._metadata.knows_topic_id(key.topic):
+            self._learn_topic_ids(self._topic_ids.fetch([key.topic]))
+        if key in self._restarting:
+            # The next poll restarts the partition.
+            return
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         position = self._positions[key]
         if low <= position <= high:
@@ -423,6 +477,10 @@ class ConfluentClient(ConsumerClient):
             return
         start = high if self._reset == "latest" else low
         logger.error(out_of_range_text(key, position, low, high, start))
+        self._move_to(key, start)
+
+    def _move_to(self, key: Partition, start: int) -> None:
+        assert self._listener is not None
         self._listener.on_reset({key: Commit(start)})
         self._fetch_from(key, start)
         if self.can_commit:
@@ -536,12 +594,19 @@ class ConfluentRecord:
         return self._headers
 
 
-def commit_of(tp: TopicPartition) -> Commit:
-    """Convert a committed offset of the group, in the form in which librdkafka returns it, to a Commit."""
+def client_offset(key: Partition, offset: int, metadata: str) -> TopicPartition:
+    """Return a commit in the form that confluent-kafka accepts."""
+    # confluent-kafka adds a NUL to the metadata, also to empty metadata, so pass no empty metadata.
+    if not metadata:
+        return TopicPartition(key.topic, key.partition, offset)
+    return TopicPartition(key.topic, key.partition, offset, metadata=metadata)
+
+
+def written_metadata(tp: TopicPartition) -> str:
+    """Return the metadata of a committed offset, in the form in which Kafka has stored it."""
     try:
-        return Commit(tp.offset, strip_checksum(tp.metadata or ""))
+        return tp.metadata or ""
     except UnicodeDecodeError:
         # Commit metadata that another client wrote has no terminating NUL. So librdkafka's Python client reads past the
-        # end of the metadata, into bytes that may not be UTF-8. kser does not need this metadata, so return only the
-        # offset.
-        return Commit(tp.offset)
+        # end of the metadata, into bytes that may not be UTF-8. kser does not need this metadata.
+        return ""

@@ -60,7 +60,17 @@ class Committer:
 
     def _commit(self, offsets: list[TopicPartition]) -> Exception | None:
         try:
-            committed: Any = self._client.commit(offsets=offsets, asynchronous=False)
+            commit_and_check(self._client, offsets)
         except Exception as error:
             return error
-        return next((KafkaException(tp.error) for tp in committed or () if tp.error is not None), None)
+        return None
+
+
+def commit_and_check(client: Consumer, offsets: list[TopicPartition]) -> None:
+    """Commit offsets without a timeout.
+
+    :raises confluent_kafka.KafkaException: the commit of at least one partition was rejected.
+    """
+    committed: Any = client.commit(offsets=offsets, asynchronous=False)
+    if (error := next((tp.error for tp in committed or () if tp.error is not None), None)) is not None:
+        raise KafkaException(error)

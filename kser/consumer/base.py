@@ -103,7 +103,6 @@ class BaseConsumer:
             clock=clock,
             max_silence=session / 2,
         )
-        self._kser_partitions = PartitionTable(self._kser_work_queue, min(options.revoke_timeout, poll_limit / 3))
         self._kser_clock = clock
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
         self._kser_stopping = self._kser_closed = False
@@ -116,7 +115,7 @@ class BaseConsumer:
         self._kser_shared_producer = SharedProducer(self.make_producer)
         self._kser_services = BackgroundServices(self._kser_shared_producer.background_services)
         self._kser_last_check = self._kser_last_reminder = self._kser_clock() - PAUSE_REMINDER_INTERVAL
-        self._kser_build(interval)
+        self._kser_build(interval, min(options.revoke_timeout, poll_limit / 3))
         try:
             lockfiles.running_file.open()
             self.clean_lock()
@@ -124,8 +123,9 @@ class BaseConsumer:
             self.close()
             raise
 
-    def _kser_build(self, interval: float) -> None:
+    def _kser_build(self, interval: float, revoke_timeout: float) -> None:
         options = self.options
+        self._kser_partitions = PartitionTable(self._kser_work_queue, revoke_timeout, options.max_starts)
         self._kser_dead_letters = DeadLetterWriter(
             options.dead_letter_topic, self._kser_shared_producer.producer, type(self), self._kser_log
         )
@@ -290,7 +290,8 @@ class BaseConsumer:
                     poller.commit()
                 deadline = time.monotonic() + timeout
             lag = poller.lag()
-            if not queued and self.assignment and self.assignment <= lag.keys() and max(lag.values()) <= 0:
+            waits = queued or self._kser_partitions.is_holding
+            if not waits and self.assignment and self.assignment <= lag.keys() and max(lag.values()) <= 0:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError

@@ -51,6 +51,11 @@ class Commit(NamedTuple):
     offset: int
     metadata: str = ""
 
+    def word(self, prefix: str) -> str:
+        """Return the rest of the word that begins with ``prefix``, or "" if the metadata has no such word."""
+        words = self.metadata.split(" ") if self.metadata else ()
+        return next((word.removeprefix(prefix) for word in words if word.startswith(prefix)), "")
+
 
 class Revocation(Protocol):
     """A pending revocation of partitions.
@@ -144,6 +149,14 @@ class ConsumerClient(ABC):
     @abstractmethod
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         """Commit offsets and return after the group has confirmed them, within ``timeout`` seconds."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        """Return the fetch position of each started partition, for a commit of partitions without unfinished records.
+
+        The client has returned every record below this position. The position can be above the last record, because
+        the markers and the aborted records of transactions have offsets too.
+        """
+        return {}
 
     @abstractmethod
     def lag(self) -> Mapping[Partition, int]:

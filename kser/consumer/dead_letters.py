@@ -272,7 +272,8 @@ class DeadLetter:
     :param key: the key of the original record.
     :param value: the value of the original record.
     :param headers: the headers of the original record.
-    :param reason: ``undecodable``, ``over-limit``, ``unknown-entrypoint``, ``unreadable`` or ``failed``.
+    :param reason: ``undecodable``, ``over-limit``, ``unknown-entrypoint``, ``unreadable``, ``max-starts`` or
+        ``failed``.
     :param error_class: the full class name of the exception; empty for a failed result.
     :param error_message: the message of the error, possibly truncated.
     :param attempts: the number of attempts at the message.

@@ -20,6 +20,8 @@ class LaneQueue:
     def __init__(self) -> None:
         #: The items that may start immediately.
         self.ready: deque[WorkItem] = deque()
+        #: The only partition whose items may start; None if all items may start.
+        self.exclusive: OffsetTracker | None = None
         # A lane has an entry while one of its items is ready, running or delayed. The value of the entry is the queue
         # of the items that wait behind this item.
         self._lanes: dict[tuple[OffsetTracker, bytes | str | None], deque[WorkItem]] = {}
@@ -35,6 +37,20 @@ class LaneQueue:
             self.ready.append(item)
         else:
             queue.append(item)
+
+    def take(self) -> WorkItem | None:
+        """Remove and return the first item that may start; None if there is none. Some items must be ready."""
+        if self.exclusive is None:
+            return self.ready.popleft()
+        item = next((item for item in self.ready if item.tracker is self.exclusive), None)
+        if item is not None:
+            self.ready.remove(item)
+        return item
+
+    def add_first(self, item: WorkItem) -> None:
+        """Add a new item, whose lane is free, before all items that are ready."""
+        self.occupy(item)
+        self.ready.appendleft(item)
 
     def occupy(self, item: WorkItem) -> None:
         """Occupy the lane of a started item, so that the other items of the lane wait."""

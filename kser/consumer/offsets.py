@@ -5,8 +5,9 @@ committed offset, so that the next consumer of the partition does not run their 
 ``kser:1,14,2,3`` counts offsets in hexadecimal, from the committed offset on: 1 offset is unfinished, the next 20
 (hexadecimal 14) are finished, the next 2 are unfinished, and the next 3 are finished. An offset without a record
 (compacted, or a transaction marker) counts as finished. With the reset policy ``latest``, the number of partitions that
-the topic had when the group subscribed precedes this list, for example ``of:4 kser:1,14,2,3`` for 4 partitions.
-Metadata that is written to Kafka ends with a checksum, because damaged metadata must not mark a record as finished.
+the topic had when the group subscribed precedes this list, for example ``of:4 kser:1,14,2,3`` for 4 partitions. The
+word ``starts:2`` counts the starts of the partition, see :mod:`kser.consumer.starts`. The module
+:mod:`kser.consumer.commit_metadata` adds a checksum to metadata that is written to Kafka.
 """
 
 from __future__ import annotations
@@ -14,26 +15,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
-from zlib import crc32
 
 from kser.consumer.client import Commit, Partition
+from kser.consumer.starts import StartCount
 
 PREFIX = "kser:"
 COUNT_PREFIX = "of:"
 #: Maximum number of characters of the metadata. Brokers accept 4096 bytes (``offset.metadata.max.bytes``).
 METADATA_LIMIT = 4000
-
-
-def add_checksum(metadata: str) -> str:
-    """Return metadata with its checksum, in the form that is written to Kafka."""
-    return f"{metadata};{crc32(metadata.encode()):08x};" if metadata else ""
-
-
-def strip_checksum(written: str) -> str:
-    """Return metadata from Kafka without its checksum, or "" if another program wrote the metadata or damaged it."""
-    metadata, _, rest = written.partition(";")
-    # confluent-kafka may read past the end of the metadata, so text behind the checksum is ignored.
-    return metadata if written.startswith(add_checksum(metadata)) and rest else ""
 
 
 class Ranges:
@@ -64,11 +53,11 @@ class Ranges:
 
 def decode(commit: Commit) -> Ranges:
     """Return the finished ranges above a committed offset; the result is empty if the metadata has another format."""
-    text = commit.metadata.rpartition(" ")[2]
-    if not text.startswith(PREFIX):
+    text = commit.word(PREFIX)
+    if not text:
         return Ranges()
     try:
-        runs = [int(run, 16) for run in text.removeprefix(PREFIX).split(",")]
+        runs = [int(run, 16) for run in text.split(",")]
     except ValueError:
         return Ranges()
     edges = [commit.offset]
@@ -106,9 +95,13 @@ class PartitionCounts:
 
         If several commits contain a count for the topic, the smallest count applies.
         """
-        word = commit.metadata.partition(" ")[0].removeprefix(COUNT_PREFIX)
-        if commit.metadata.startswith(COUNT_PREFIX) and word.isdigit():
+        word = commit.word(COUNT_PREFIX)
+        if word.isdigit():
             self._counts[key.topic] = min(int(word), self._counts.get(key.topic, int(word)))
+
+    def mark_all_new(self, topic: str) -> None:
+        """Let all partitions of a topic count as added after the group had subscribed."""
+        self._counts[topic] = 0
 
     def is_new_partition(self, key: Partition) -> bool:
         """Return whether a partition was added after the group had subscribed."""
@@ -137,6 +130,8 @@ class OffsetTracker:
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
         self.dead_letter_pending: set[int] = set()
+        #: The count of starts at the committed offset.
+        self.starts = StartCount(start)
         self._finished = Ranges((*decode(start), *finished))
         self._carried_over = carried_over or {}
         self._finished_early: set[int] = set()
@@ -173,6 +168,15 @@ class OffsetTracker:
         if offset in self.unfinished and last > offset:
             self._last_offsets[offset] = last
             self.next_offset = max(last + 1, self.next_offset)
+
+    def advance(self, position: int) -> None:
+        """Count the offsets below a fetch position as finished, unless a record below it is unfinished.
+
+        The client has returned every record below the position, so the other offsets have no record: they are markers
+        or aborted records of transactions, or compacted.
+        """
+        if position > self.next_offset and not self.unfinished and not self._carried_over:
+            self.next_offset = position
 
     def mark_finished(self, offset: int) -> bool:
         """Mark a record as finished.
@@ -239,6 +243,9 @@ class OffsetTracker:
             whether an item was started, so that its record counts as finished although the attempt still runs. With
             None, only finished records count as finished.
         """
+        return self.starts.annotate(self._finished_commit(counts_as_finished))
+
+    def _finished_commit(self, counts_as_finished: Callable[[Any], bool] | None) -> Commit:
         unfinished: Collection[int] = self.unfinished
         if counts_as_finished is not None:
             unfinished = [at for at, item in self.unfinished.items() if item is None or not counts_as_finished(item)]
@@ -289,6 +296,11 @@ def pending_commits(
     """
     commits = ((key, tracker, tracker.commit(counts_as_finished)) for key, tracker in partitions.items())
     return {key: commit for key, tracker, commit in commits if commit != tracker.committed}
+
+
+def has_progress(commit: Commit, committed: Commit | None) -> bool:
+    """Return whether a commit contains finished records that ``committed`` does not contain."""
+    return committed is None or (commit.offset, commit.word(PREFIX)) != (committed.offset, committed.word(PREFIX))
 
 
 def _encode(offset: int, finished: Ranges) -> str:

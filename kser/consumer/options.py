@@ -25,7 +25,7 @@ _RESETS = {
 }
 
 _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
-_COUNTS = ("workers", "max_in_flight", "max_buffered_bytes")
+_COUNTS = ("workers", "max_in_flight", "max_buffered_bytes", "max_starts")
 
 
 class ConsumerKwargs(TypedDict, total=False):
@@ -42,6 +42,7 @@ class ConsumerKwargs(TypedDict, total=False):
     max_buffered_bytes: int | None
     stall_timeout: float | None
     producer_config: Mapping[str, Any] | None
+    max_starts: int | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class ConsumerOptions:
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
     :param producer_config: client options of the producer with which the consumer writes dead letters and with which
         its tasks send messages. Each option has precedence over the same option of the consumer's client.
+    :param max_starts: the number of times that a message starts if its process dies each time, before the consumer
+        gives the message up. Counted with ``commit="after"`` only.
     """
 
     workers: int = 1
@@ -86,6 +89,7 @@ class ConsumerOptions:
     # No option of the constructor and therefore no field: without an annotation, the dataclass ignores this attribute.
     #: The limits of messages, from the settings.
     limits = Limits()
+    max_starts: int = 20
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:

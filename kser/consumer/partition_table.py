@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
+from kser.consumer.isolation import Isolation
 from kser.consumer.offsets import OffsetTracker, decode, pending_commits
 from kser.consumer.work_item import was_started
 from kser.consumer.work_queue import WorkQueue
@@ -17,15 +18,19 @@ class PartitionTable(RebalanceListener):
 
     :param work_queue: the work queue that receives the records of the partitions.
     :param revoke_timeout: seconds to wait for the running records of a partition before the partition is revoked.
+    :param max_starts: the number of starts after which a record that ends its process is given up; None counts no
+        starts.
     """
 
-    def __init__(self, work_queue: WorkQueue, revoke_timeout: float = 10) -> None:
+    def __init__(self, work_queue: WorkQueue, revoke_timeout: float = 10, max_starts: int | None = None) -> None:
         self._work_queue = work_queue
         self._revoke_timeout = revoke_timeout
         self._counts_as_finished: Callable[[Any], bool] | None = was_started if work_queue.commit_before else None
         self._trackers: dict[Partition, OffsetTracker] = {}
         self._revoked: dict[Partition, OffsetTracker] = {}
         self._assigned = self._closed = False
+        #: The isolated partitions; None if starts are not counted, because a record is committed before it starts.
+        self._isolation = None if max_starts is None or work_queue.commit_before else Isolation(work_queue, max_starts)
         #: False if the consumer cannot commit or must not commit. In that case, :meth:`commits` and revocations return
         #: no offsets.
         self.commit_enabled = True
@@ -35,8 +40,20 @@ class PartitionTable(RebalanceListener):
         """The assigned partitions."""
         return frozenset(self._trackers)
 
-    def put(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
-        """Queue records and return their number."""
+    def put(self, batches: Mapping[Partition, Sequence[Record]], commit: Callable[[], object] | None = None) -> int:
+        """Queue records and return their number.
+
+        :param commit: commits the offsets of :meth:`commits`. This method calls it before it queues the first records
+            of a partition, so that the start of the partition is counted.
+        """
+        try:
+            if commit is not None and self._count_starts(batches):
+                commit()
+        finally:
+            queued = self._put(batches)
+        return queued
+
+    def _put(self, batches: Mapping[Partition, Sequence[Record]]) -> int:
         queued = 0
         with self._work_queue.lock:
             for partition, records in batches.items():
@@ -47,18 +64,32 @@ class PartitionTable(RebalanceListener):
                 if tracker is None:
                     # Without a group, no assignment defines the start offset, so start at the first received record.
                     tracker = self._trackers[partition] = OffsetTracker(Commit(records[0].offset))
-                self._work_queue.put(tracker, records)
+                if self._isolation is not None and tracker in self._isolation:
+                    self._isolation.hold(tracker, records)
+                else:
+                    self._work_queue.put(tracker, records)
                 queued += len(records)
         return queued
 
     def blocked_partitions(self) -> Collection[Partition]:
         """Return the partitions from which the client must not fetch for now.
 
-        These are the partitions with a dead letter that is not written yet, and the partitions whose finished offsets
-        might not fit into the metadata of a commit.
+        These are the partitions with a dead letter that is not written yet, the partitions whose finished offsets might
+        not fit into the metadata of a commit, and the isolated partitions with a record that waits.
         """
         with self._work_queue.lock:
-            return {key for key, tracker in self._trackers.items() if tracker.is_full or tracker.dead_letter_pending}
+            return {
+                key
+                for key, tracker in self._trackers.items()
+                if tracker.is_full or tracker.dead_letter_pending or self._holds(tracker)
+            }
+
+    def advance(self, positions: Mapping[Partition, int]) -> None:
+        """Let the partitions without unfinished records follow the fetch positions of the client."""
+        with self._work_queue.lock:
+            for key, position in positions.items():
+                if (tracker := self._trackers.get(key)) is not None and not self._holds(tracker):
+                    tracker.advance(position)
 
     @property
     def backlog(self) -> dict[Partition, int]:
@@ -93,6 +124,47 @@ class PartitionTable(RebalanceListener):
             if self._work_queue.waiters.predicates:
                 self._work_queue.waiters.notify_satisfied()
 
+    # -- starts --------------------------------------------------------------------------------------------------------
+
+    def _count_starts(self, partitions: Collection[Partition]) -> bool:
+        """Count the start of each partition whose first records have arrived; return whether there is one."""
+        if self._isolation is None or not self.commit_enabled:
+            return False
+        with self._work_queue.lock:
+            trackers = [tracker for key in partitions if (tracker := self._trackers.get(key)) is not None]
+            new = [each for each in trackers if not each.starts.counted and each not in self._isolation]
+            for tracker in new:
+                tracker.starts.count(tracker.commit().offset)
+            return bool(new)
+
+    def end_starts(self) -> None:
+        """Remove the counts of starts from the next commits, because the consumer ends in an orderly way."""
+        with self._work_queue.lock:
+            for tracker in self._trackers.values():
+                tracker.starts.reset()
+
+    @property
+    def is_holding(self) -> bool:
+        """True if a record of an isolated partition waits until it may start."""
+        return self._isolation is not None and self._isolation.is_holding
+
+    def start_isolated(self, commit: Callable[[], object]) -> int:
+        """Queue the next record of the isolated partitions, if it may start; return the number of records queued.
+
+        :param commit: commits the offsets of :meth:`commits`. The record starts only after its start is committed.
+        """
+        assert self._isolation is not None
+        with self._work_queue.lock:
+            released = self._isolation.expired(self._trackers)
+            self._isolation.choose()
+        queued = self.put(released, commit)
+        commit()
+        with self._work_queue.lock:
+            return queued + self._isolation.release()
+
+    def _holds(self, tracker: OffsetTracker) -> bool:
+        return self._isolation is not None and self._isolation.holds(tracker)
+
     # -- rebalances ----------------------------------------------------------------------------------------------------
 
     def on_assign(self, starts: Mapping[Partition, Commit]) -> None:
@@ -108,6 +180,8 @@ class PartitionTable(RebalanceListener):
                     self._work_queue.resume_partition(key, self._trackers[key], {})
                 else:
                     self._resume(key, start, revoked)
+                if self._isolation is not None and self.commit_enabled and not self._trackers[key].starts.counted:
+                    self._isolation.admit(self._trackers[key])
 
     def on_reset(self, starts: Mapping[Partition, Commit]) -> None:
         with self._work_queue.lock:
@@ -120,10 +194,10 @@ class PartitionTable(RebalanceListener):
     def on_revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
         # When a closing client leaves the group, its partitions are revoked. Their offsets are already committed, so
         # return a revocation without partitions, which waits for no record and commits nothing.
-        return self._revoke(() if self._closed else partitions)
+        return self._revoke(() if self._closed else partitions, orderly=True)
 
     def on_lost(self, partitions: Collection[Partition]) -> None:
-        self._revoke(partitions)
+        self._revoke(partitions, orderly=False)
 
     def close(self) -> None:
         """Ignore revocations from now on.
@@ -133,16 +207,21 @@ class PartitionTable(RebalanceListener):
         """
         self._closed = True
 
-    def _revoke(self, partitions: Collection[Partition]) -> PendingRevocation:
+    def _revoke(self, partitions: Collection[Partition], *, orderly: bool) -> PendingRevocation:
         with self._work_queue.lock:
             leaving = {key: tracker for key in partitions if (tracker := self._detach(key)) is not None}
             self._revoked.update(leaving)
+            if orderly:
+                for tracker in leaving.values():
+                    tracker.starts.reset()
         commits = partial(pending_commits, leaving, self._counts_as_finished) if self.commit_enabled else dict
         return PendingRevocation(self._work_queue, leaving, self._work_queue.clock() + self._revoke_timeout, commits)
 
     def _detach(self, key: Partition) -> OffsetTracker | None:
         tracker = self._trackers.pop(key, None)
         if tracker is not None:
+            if self._isolation is not None:
+                self._isolation.drop(tracker)
             self._work_queue.drop_partition(tracker)
         return tracker
 
@@ -154,6 +233,7 @@ class PartitionTable(RebalanceListener):
         finished = decode(start)
         items = {at: item for at, item in revoked.started().items() if at >= start.offset and at not in finished}
         self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items)
+        self._trackers[key].starts.carry_over(revoked.starts)
         self._work_queue.resume_partition(key, self._trackers[key], items)
 
 

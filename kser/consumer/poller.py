@@ -14,6 +14,7 @@ from functools import partial
 from kser.backoff import random_delay
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.logs import ConsumerLogger
+from kser.consumer.offsets import has_progress
 from kser.consumer.options import NEVER
 from kser.consumer.partition_table import PartitionTable
 from kser.consumer.stalls import StallDetector
@@ -145,7 +146,11 @@ class Poller:
         if self._error_count:
             self._error_count = 0
             self._report("poll", None)
-        return self._partitions.put(batches) if batches else 0
+        commit = partial(self.commit, on_fetch=True)
+        queued = self._partitions.put(batches, commit) if batches else 0
+        if self._partitions.is_holding and not self.paused and not self.shutting_down:
+            queued += self._partitions.start_isolated(commit)
+        return queued
 
     def _limit(self, timeout: float) -> int:
         """Return how many records to fetch.
@@ -179,6 +184,8 @@ class Poller:
             return min(timeout, SHUTDOWN_POLL_TIMEOUT)
         if not limit and not self.paused:
             return 0
+        if self._partitions.is_holding:
+            timeout = min(timeout, BUSY_POLL_TIMEOUT)
         in_flight = self._work_queue.in_flight
         if not self._interval and in_flight:
             return 0 if self._work_queue.is_busy else min(timeout, BUSY_POLL_TIMEOUT)
@@ -217,11 +224,20 @@ class Poller:
 
     def commit_when_due(self) -> int:
         """Commit finished records if the commit interval has passed; return the number of partitions committed."""
-        return self.commit() if self._work_queue.clock() - self._last_commit >= self._interval else 0
+        if self._work_queue.clock() - self._last_commit < self._interval:
+            return 0
+        if self._client is not None:
+            # All fetched records are queued now, so the fetch positions are not above a record that is not queued.
+            self._partitions.advance(self._client.positions())
+        return self.commit()
 
-    def commit(self) -> int:
-        """Commit finished records; return the number of partitions committed."""
-        self._last_commit = self._work_queue.clock()
+    def commit(self, *, on_fetch: bool = False) -> int:
+        """Commit finished records; return the number of partitions committed.
+
+        :param on_fetch: True for a commit before fetched records start, which is independent of the interval.
+        """
+        if not on_fetch:
+            self._last_commit = self._work_queue.clock()
         commits = self._partitions.commits()
         if not commits or self._client is None:
             return 0
@@ -234,7 +250,7 @@ class Poller:
             return 0
         self._report("commit", None)
         self._partitions.mark_committed(commits)
-        if not self._interval:
+        if not self._interval and not on_fetch:
             self._log.debug("Manual commit done.")
         return len(commits)
 
@@ -253,14 +269,18 @@ class Poller:
 
     def _final_commit(self) -> None:
         """Commit finished records and retry until the deadline, because uncommitted records will run again."""
+        self._partitions.end_starts()
         while rest := self._partitions.commits():
             self._guard(self.commit, 0)
             done = not self._partitions.commits() and self._client is not None
             if done:
                 return
             if self._client is None or self._work_queue.clock() >= self._deadline:
-                partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
-                self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
+                committed = self._partitions.committed_offsets()
+                unsaved = {key: commit for key, commit in rest.items() if has_progress(commit, committed.get(key))}
+                if unsaved:
+                    partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in unsaved.items())
+                    self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
                 return
             # A client that lost its membership rejoins the group only during a poll.
             self._guard(self._stay_in_group, 0)

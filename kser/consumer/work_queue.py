@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from kser.attempt import TIMED_OUT, Attempt
+from kser.attempt import TIMED_OUT, Attempt, Failure
 from kser.consumer.client import Partition, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker
@@ -204,12 +204,21 @@ class WorkQueue:
 
     # -- for the partition table ---------------------------------------------------------------------------------------
 
-    def put(self, tracker: OffsetTracker, records: Sequence[Record]) -> None:
+    def put(
+        self,
+        tracker: OffsetTracker,
+        records: Sequence[Record],
+        *,
+        isolated: bool = False,
+        failure: Failure | None = None,
+    ) -> None:
         """Queue the new records of a partition. The caller must hold the lock.
 
         :param tracker: the offset tracker of the partition.
+        :param isolated: whether the records come before all waiting records, in the only lane of their partition.
+        :param failure: the permanent failure of the records, which then do not run.
         """
-        ordering, retry, lanes = self._ordering, self._retry, self.lanes
+        ordering, retry, lanes = PARTITION if isolated else self._ordering, self._retry, self.lanes
         count = size = 0
         for record in records:
             if type(record) is UnreadableRecord:
@@ -217,6 +226,7 @@ class WorkQueue:
                 record = replace(record, offset=first)
             lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
             item = WorkItem(record, tracker, lane, retry)
+            item.attempt.failure = failure
             entered = tracker.track(record.offset, item)
             if type(record) is UnreadableRecord:
                 tracker.extend(record.offset, record.last_offset)
@@ -226,7 +236,9 @@ class WorkQueue:
             size += item.size
             # If ``entered`` is another item, it belongs to an attempt or a retry from before the rebalance. This item
             # already occupies its lane.
-            if entered is item:
+            if entered is item and isolated:
+                lanes.add_first(item)
+            elif entered is item:
                 lanes.add(item) if lane is not None else lanes.ready.append(item)
         self._in_flight_limit.acquire(count, size)
         if self._idle_workers:
@@ -282,8 +294,8 @@ class WorkQueue:
                 now = self.clock()
                 if (due := lanes.next_due) is not None:
                     lanes.promote_due(now)
-                if lanes.ready and not self._paused and now < self.group_lease.deadline:
-                    item = lanes.ready.popleft()
+                can_start = lanes.ready and not self._paused and now < self.group_lease.deadline
+                if can_start and (item := lanes.take()) is not None:
                     item.was_started = True
                     item.attempt.started_at = now
                     self._running[item.attempt] = item
@@ -297,7 +309,8 @@ class WorkQueue:
                 if left <= 0:
                     return None
                 if lanes.ready:
-                    # The group lease has expired. Its renewal notifies no worker, so check again soon.
+                    # The group lease has expired, or another partition has exclusive use of the workers. The end of
+                    # this state notifies no worker, so check again soon.
                     left = min(left, GROUP_LEASE_CHECK_INTERVAL)
                 if due is not None and not self._paused:
                     left = min(left, due - now)
@@ -403,6 +416,9 @@ class WorkQueue:
         continues = item.attempt.acked or (
             is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
         )
+        if self.lanes.exclusive is item.tracker:
+            # The record did not end the process, so the other records need not wait until its next attempt has ended.
+            self.lanes.exclusive = None
         if continues and not self._closed:
             self.lanes.delay(next_item)
             self._work_available.notify()

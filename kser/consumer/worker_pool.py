@@ -149,7 +149,9 @@ class WorkerPool:
 
     def _attempt(self, item: WorkItem) -> None:
         if item.attempt.failure is not None:
-            self._dead_letter(item, again=True)
+            if not item.dead_letter_tries:
+                self._report_unrun(item, item.attempt.failure)
+            self._dead_letter(item, again=item.dead_letter_tries > 0)
             return
         if isinstance(item.record, UnreadableRecord):
             self._fail_unreadable(item.record, item.attempt)
@@ -205,6 +207,13 @@ class WorkerPool:
             self._dead_letter(item)
         elif not self._work_queue.task_done(item):
             self._log_revoked(item)
+
+    def _report_unrun(self, item: WorkItem, failure: Failure) -> None:
+        self._increment("failed")
+        self._log.error(
+            f"the message at offset {item.record.offset} of {item.partition} is given up and does not run again:"
+            f" {failure.message}; find out why it ends the process, and send it again"
+        )
 
     def _increment(self, counter: str) -> None:
         with self._counting:

@@ -7,12 +7,14 @@ member that does not poll delays a rebalance until the group expels the member.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
 from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record, no_committed_offset
-from kser.consumer.offsets import PartitionCounts
+from kser.consumer.commit_metadata import CommitMetadata
+from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 
@@ -37,9 +39,11 @@ class InMemoryBroker:
     def __init__(self) -> None:
         #: The partitions of each topic; a partition is a list of records.
         self.topics: dict[str, list[list[DummyRecord]]] = {}
-        #: The committed offsets, by group and partition.
+        #: The committed offsets with their metadata, as Kafka would store them, by group and partition.
         self.committed: dict[tuple[str, Partition], Commit] = {}
         self.groups: dict[str, ConsumerGroup] = {}
+        #: The number of topics that were created under each name, which is the id of the topic.
+        self.topic_ids: Counter[str] = Counter()
         self.message_arrived = threading.Condition(threading.RLock())
         self._round_robin = 0
 
@@ -59,10 +63,18 @@ class InMemoryBroker:
         A topic that is used before it is created has one partition.
         """
         with self.message_arrived:
-            logs = self.topics.setdefault(topic, [])
+            logs = self.logs_of(topic)
             logs += [[] for _ in range(partitions - len(logs))]
             for group in self.groups.values():
                 group.rebalance()
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic with its records and with the committed offsets of all groups."""
+        with self.message_arrived:
+            self.topics.pop(topic, None)
+            for group, partition in list(self.committed):
+                if partition.topic == topic:
+                    del self.committed[group, partition]
 
     def send(
         self,
@@ -79,10 +91,10 @@ class InMemoryBroker:
             key; without a key, the next partition in turn.
         """
         with self.message_arrived:
-            if topic not in self.topics:
-                self.topics[topic] = [[]]
+            is_new = topic not in self.topics
+            logs = self.logs_of(topic)
+            if is_new:
                 self._rebalance_followers(topic)
-            logs = self.topics[topic]
             if partition is None:
                 self._round_robin += key is None
                 partition = (self._round_robin if key is None else crc32(key)) % len(logs)
@@ -102,7 +114,14 @@ class InMemoryBroker:
 
     def partitions_of(self, topics: Iterable[str]) -> list[Partition]:
         """Return all partitions of these topics."""
-        return [Partition(topic, n) for topic in topics for n in range(len(self.topics.setdefault(topic, [[]])))]
+        return [Partition(topic, n) for topic in topics for n in range(len(self.logs_of(topic)))]
+
+    def logs_of(self, topic: str) -> list[list[DummyRecord]]:
+        """Return the partitions of a topic, which is created with one partition if it does not exist."""
+        if topic not in self.topics:
+            self.topic_ids[topic] += 1
+            self.topics[topic] = [[]]
+        return self.topics[topic]
 
 
 class ConsumerGroup:
@@ -165,7 +184,7 @@ class DummyClient(ConsumerClient):
             broker.groups.setdefault(group, ConsumerGroup(broker)) if group is not None else ConsumerGroup(broker)
         )
         self._reset = reset
-        self._partition_counts = PartitionCounts(reset)
+        self._metadata = CommitMetadata(reset)
         self._listener: RebalanceListener | None = None
         self._subscription = Subscription(())
         self.pending_assignment: list[Partition] = []
@@ -194,6 +213,7 @@ class DummyClient(ConsumerClient):
         with self._broker.message_arrived:
             if not self._rejoin_if_needed():
                 return {}
+            self._restart_new_topics()
             self._broker.message_arrived.wait_for(
                 lambda: self._group.in_rebalance or self._has_records(limit, paused), timeout
             )
@@ -212,6 +232,9 @@ class DummyClient(ConsumerClient):
             if self not in self._group.members or not commits.keys() <= self._positions.keys():
                 raise ClientError(f"the group {self._name!r} has assigned these partitions to another member")
             self._record_commits(commits)
+
+    def positions(self) -> Mapping[Partition, int]:
+        return dict(self._positions)
 
     def lag(self) -> Mapping[Partition, int]:
         return {key: len(self._records_of(key)) - position for key, position in self._positions.items()}
@@ -244,38 +267,56 @@ class DummyClient(ConsumerClient):
 
     def _start_partitions(self, partitions: list[Partition]) -> None:
         assert self._listener is not None
-        known = {
-            key: commit for key in partitions if (commit := self._broker.committed.get((self._name, key))) is not None
-        }
-        for key, commit in known.items():
-            self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
-            self._partition_counts.restore(key, commit)
-        new = {key: self._first_position(key) for key in partitions if key not in known}
-        if new and self._reset == "none":
-            raise no_committed_offset(new)
+        starts = StartPositions(self._metadata)
+        for key in partitions:
+            self._learn_topic(key.topic)
+            self._start_partition(key, starts)
+        self._positions = {key: commit.offset for key, commit in starts.all.items()}
+        starts.report(self._listener, can_commit=self.can_commit)
+
+    def _start_partition(self, key: Partition, starts: StartPositions) -> None:
+        committed = self._broker.committed.get((self._name, key))
+        start = None if committed is None else starts.add_committed(key, *committed)
+        if start is None and self._reset == "none":
+            raise no_committed_offset([key])
+        if start is None:
+            start = self._first_position(key)
+            starts.add_uncommitted(key, start)
+        if key in starts.fresh and self.can_commit:
+            self._record_commits({key: start})
+
+    def _learn_topic(self, topic: str) -> bool:
+        """Record the state of a topic; return whether the topic was created again."""
+        self._metadata.partition_counts.observe(topic, len(self._broker.logs_of(topic)))
+        return self._metadata.learn_topic_id(topic, str(self._broker.topic_ids[topic]).encode())
+
+    def _restart_new_topics(self) -> None:
+        """Start the partitions of topics that were created again at the beginning of the new topics."""
+        assert self._listener is not None
+        new = {topic for topic in {key.topic for key in self._positions} if self._learn_topic(topic)}
+        starts = {key: Commit(0) for key in self._positions if key.topic in new}
+        for key in starts:
+            self._metadata.mark_started(key)
+            self._positions[key] = 0
+        self._listener.on_reset(starts)
         if self.can_commit:
-            self._record_commits(new)
-        self._positions = {key: commit.offset for key, commit in (known | new).items()}
-        self._listener.on_assign(known)
-        # A client that never commits finds no committed offset when a partition is assigned to it again. So call
-        # ``on_assign`` in this case: the listener still knows the finished offsets, and ``on_reset`` would discard
-        # them.
-        self._listener.on_reset(new) if self.can_commit else self._listener.on_assign(new)
+            self._record_commits(starts)
 
     def _first_position(self, key: Partition) -> Commit:
         if self._reset != "latest":
             return Commit(0)
-        self._partition_counts.observe(key.topic, len(self._broker.topics[key.topic]))
         for (group, partition), commit in self._broker.committed.items():
             if (group, partition.topic) == (self._name, key.topic):
-                self._partition_counts.restore(partition, commit)
-        return self._partition_counts.annotate(
-            key, Commit(0 if self._partition_counts.is_new_partition(key) else len(self._records_of(key)))
-        )
+                self._metadata.restore(partition, *commit)
+        is_new = self._metadata.partition_counts.is_new_partition(key)
+        return Commit(0 if is_new else len(self._records_of(key)))
 
     def _record_commits(self, commits: Mapping[Partition, Commit]) -> None:
         self._broker.committed.update(
-            {(self._name, key): self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
+            {
+                (self._name, key): Commit(commit.offset, self._metadata.write(key, commit))
+                for key, commit in commits.items()
+            }
         )
 
     def _revoke(self) -> None:
@@ -299,7 +340,9 @@ class DummyClient(ConsumerClient):
         )
 
     def _records_of(self, key: Partition) -> list[DummyRecord]:
-        return self._broker.topics[key.topic][key.partition]
+        logs = self._broker.logs_of(key.topic)
+        # A topic that was created again may have fewer partitions.
+        return logs[key.partition] if key.partition < len(logs) else []
 
     def _raise_injected(self) -> None:
         if self.injected_errors:

@@ -21,19 +21,20 @@ from kser.consumer.client import (
     no_committed_offset,
     out_of_range_text,
 )
-from kser.consumer.offsets import PartitionCounts, strip_checksum
+from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
+from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
 from kser.python_kafka.batches import UnreadableBatches
 from kser.python_kafka.metadata import partitions_of
+from kser.python_kafka.offset_queries import QUERY_TIMEOUT_MS, OffsetQueries
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
+from kser.python_kafka.topic_ids import TopicIds
 
 logger = escape_lines(logging.getLogger(__name__))
 
-#: Timeout in milliseconds of a query for committed offsets, or for the first and last offset of a partition.
-QUERY_TIMEOUT_MS = 5000
 #: Timeout in milliseconds of the query that checks whether the group coordinator responds.
 PROBE_TIMEOUT_MS = 1000
 #: Seconds between two health checks of the topics and of the group coordinator, while no records arrive.
@@ -92,8 +93,12 @@ class KafkaPythonClient(ConsumerClient):
         self._health_error: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
-        self._partition_counts = PartitionCounts(reset)
         self._unreadable = UnreadableBatches(client)
+        self._metadata = CommitMetadata(reset)
+        self._offsets = OffsetQueries(client, reset, self._metadata)
+        self._topic_ids = TopicIds(client, min(TOPIC_CHECK_INTERVAL, client.config["metadata_max_age_ms"] / 1000))
+        #: Assigned partitions of topics that were created again, which must start at their beginning.
+        self._restarting: set[TopicPartition] = set()
 
     @property
     def cluster(self) -> str:
@@ -106,7 +111,7 @@ class KafkaPythonClient(ConsumerClient):
         self._subscription = Subscription.of(topics)
         self._topics = sorted(self._subscription.names)
         self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-        self._client_listener = LISTENER(self._client, listener, self._unstarted, self._partition_counts.annotate)
+        self._client_listener = LISTENER(self._client, listener, self._unstarted, self._metadata)
         if self._subscription.regex is None:
             self._client.subscribe(self._topics, listener=self._client_listener)
         else:
@@ -118,6 +123,7 @@ class KafkaPythonClient(ConsumerClient):
             self._pause(limit, self._unreadable.hold(paused))
             self._resume_join()
             self._requeue_parked_records()
+            self._check_topic_ids()
             batches = self._poll(timeout, limit)
             self._unreadable.reconnect()
             if new := set(self._unstarted):
@@ -233,10 +239,24 @@ class KafkaPythonClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            annotated = {key: self._partition_counts.annotate(key, commit) for key, commit in commits.items()}
-            self._client.commit(client_offsets(annotated), timeout_ms=int(timeout * 1000))
+            self._commit(commits, int(timeout * 1000))
         except KafkaError as error:
             raise self._as_client_error("commit offsets", error) from error
+
+    def _commit(self, commits: Mapping[Partition, Commit], timeout_ms: int) -> None:
+        while True:
+            try:
+                self._client.commit(client_offsets(self._metadata, commits), timeout_ms=timeout_ms)
+                return
+            except errors.OffsetMetadataTooLargeError:
+                if not self._metadata.shrink():
+                    raise
+
+    def positions(self) -> Mapping[Partition, int]:
+        states = self._client._subscription.assignment
+        started = self._client.assignment() - self._unstarted - self._restarting
+        positions = {tp: state.position for tp in started if (state := states.get(tp)) is not None}
+        return {Partition(*tp): position.offset for tp, position in positions.items() if position is not None}
 
     def lag(self) -> Mapping[Partition, int]:
         lags: dict[Partition, int] = {}
@@ -285,12 +305,14 @@ class KafkaPythonClient(ConsumerClient):
             return
         assert self._listener is not None
         self._start_at = time.monotonic() + START_RETRY_INTERVAL
-        known: dict[Partition, Commit] = {}
-        fresh: dict[Partition, Commit] = {}
+        starts = StartPositions(self._metadata)
+        self._metadata.cluster = self.cluster
+        new = self._unstarted & self._client.assignment()
+        self._learn_topic_ids(self._topic_ids.at_start({tp.topic for tp in new}))
         self._pending_error = None
-        for tp in self._unstarted & self._client.assignment():
+        for tp in new:
             try:
-                self._start_partition(tp, known, fresh)
+                self._start_partition(tp, starts)
                 continue
             except KafkaError as error:
                 self._pending_error = self._as_client_error(
@@ -303,53 +325,47 @@ class KafkaPythonClient(ConsumerClient):
             self._client.seek(tp, 0)
         if not (self._unstarted & self._client.assignment()):
             self._start_at = 0.0
-        self._listener.on_assign(known)
-        # ``on_reset`` discards the finished offsets that the listener has stored. If the client does not commit, Kafka
-        # has no copy of these offsets, so call ``on_assign`` instead.
-        self._listener.on_reset(fresh) if self.can_commit else self._listener.on_assign(fresh)
+        starts.report(self._listener, can_commit=self.can_commit)
 
-    def _start_partition(
-        self, tp: TopicPartition, known: dict[Partition, Commit], fresh: dict[Partition, Commit]
-    ) -> None:
+    def _start_partition(self, tp: TopicPartition, starts: StartPositions) -> None:
         key = Partition(*tp)
-        start = self._committed(tp)
-        if start is not None:
-            self._partition_counts.observe(tp.topic, len(partitions_of(self._client, tp.topic)))
-            self._partition_counts.restore(key, start)
-            known[key] = start
-        elif self._reset == "none":
+        self._metadata.partition_counts.observe(tp.topic, len(partitions_of(self._client, tp.topic) or {tp.partition}))
+        committed = self._offsets.committed(tp)
+        start = None if committed is None else starts.add_committed(key, committed.offset, committed.metadata)
+        if start is None and self._reset == "none":
             raise no_committed_offset([key])
-        else:
-            start = fresh[key] = self._first_position(tp)
-            if self.can_commit:
-                self._client.commit(client_offsets({key: start}), timeout_ms=QUERY_TIMEOUT_MS)
+        if start is None:
+            start = self._offsets.first_position(tp)
+            starts.add_uncommitted(key, start)
+        if key in starts.fresh and self.can_commit:
+            try:
+                self._commit({key: start}, QUERY_TIMEOUT_MS)
+            except KafkaError:
+                starts.drop(key)
+                raise
         self._client.seek(tp, start.offset)
         self._unstarted.discard(tp)
+        self._restarting.discard(tp)
 
-    def _first_position(self, tp: TopicPartition) -> Commit:
-        """Return the start position of a partition without a committed offset."""
-        at_end = self._reset == "latest" and not self._was_added(tp)
-        offset = (self._end_offsets if at_end else self._beginning_offsets)([tp])[tp]
-        return self._partition_counts.annotate(Partition(*tp), Commit(offset))
+    def _check_topic_ids(self) -> None:
+        """Notice topics that were created again, and restart their partitions."""
+        self._learn_topic_ids(self._topic_ids.poll({tp.topic for tp in self._client.assignment()}))
+        self._restarting &= self._client.assignment()
+        # A new topic with fewer partitions lacks some of them; the next rebalance revokes these.
+        existing = {tp for tp in self._restarting if tp.partition in partitions_of(self._client, tp.topic)}
+        if new := existing - self._unstarted:
+            self._restart(list(new))
 
-    def _was_added(self, tp: TopicPartition) -> bool:
-        others = partitions_of(self._client, tp.topic) or {tp.partition}
-        self._partition_counts.observe(tp.topic, len(others))
-        for number in others:
-            if (commit := self._committed(TopicPartition(tp.topic, number))) is not None:
-                self._partition_counts.restore(Partition(*tp), commit)
-        return self._partition_counts.is_new_partition(Partition(*tp))
-
-    def _committed(self, tp: TopicPartition) -> Commit | None:
-        committed = self._client.committed(tp, metadata=True, timeout_ms=QUERY_TIMEOUT_MS)
-        return None if committed is None else Commit(committed.offset, strip_checksum(committed.metadata or ""))
-
-    def _beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        # In kafka-python 2, ``KafkaConsumer.beginning_offsets`` accepts no timeout and can block for minutes.
-        return dict(self._client._fetcher.beginning_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
-
-    def _end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
+    def _restart(self, partitions: list[TopicPartition]) -> None:
+        assert self._listener is not None
+        starts = {Partition(*tp): Commit(begin) for tp, begin in self._offsets.beginnings(partitions).items()}
+        for tp in partitions:
+            self._metadata.mark_started(Partition(*tp))
+            self._client.seek(tp, starts[Partition(*tp)].offset)
+            self._restarting.discard(tp)
+        self._listener.on_reset(starts)
+        if self.can_commit:
+            self._commit(starts, QUERY_TIMEOUT_MS)
 
     def _recover_from(self, error: KafkaError) -> None:
         """Move each fetch position that is outside of the offset range of its partition, and log the skipped offsets.
@@ -361,7 +377,10 @@ class KafkaPythonClient(ConsumerClient):
         # Skip new partitions. They start at their committed offset, and cause this error again if that offset is out of
         # range.
         partitions = [tp for tp in positions if tp in self._client.assignment() and tp not in self._unstarted]
-        begins, ends = self._beginning_offsets(partitions), self._end_offsets(partitions)
+        if self._was_created_again(partitions):
+            # The next poll restarts the partitions.
+            return
+        begins, ends = self._offsets.beginnings(partitions), self._offsets.ends(partitions)
         starts: dict[Partition, Commit] = {}
         for tp in partitions:
             position = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
@@ -372,6 +391,17 @@ class KafkaPythonClient(ConsumerClient):
         if starts and self.can_commit:
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)
         self._listener.on_reset(starts)
+
+    def _was_created_again(self, partitions: list[TopicPartition]) -> bool:
+        """Return whether topics were created again; wait for the ids of the topics, if the brokers have topic ids."""
+        known = {tp.topic for tp in partitions if self._metadata.knows_topic_id(tp.topic)}
+        self._learn_topic_ids(self._topic_ids.fetch(known))
+        return bool(self._restarting & set(partitions))
+
+    def _learn_topic_ids(self, ids: Mapping[str, bytes]) -> None:
+        for topic, topic_id in ids.items():
+            if self._metadata.learn_topic_id(topic, topic_id):
+                self._restarting |= {tp for tp in self._client.assignment() if tp.topic == topic}
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
         return client_error(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import kafka
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, OffsetMetadataTooLargeError
 from kafka.structs import OffsetAndMetadata
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Revocation, revoked_before_commit_text
-from kser.consumer.offsets import add_checksum
+from kser.consumer.commit_metadata import CommitMetadata
 from kser.escaping import escape_lines
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -25,15 +25,16 @@ REVOKE_WAIT_INTERVAL = 0.01
 #: True with kafka-python 3, which does its work in a thread of its own.
 ASYNC = hasattr(kafka, "AsyncConsumerRebalanceListener")
 
-#: A function that adds the topic's number of partitions to the metadata of a commit.
-CommitAnnotator = Callable[[Partition, Commit], Commit]
 
-
-def client_offsets(commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
+def client_offsets(
+    metadata: CommitMetadata, commits: Mapping[Partition, Commit]
+) -> dict[TopicPartition, OffsetAndMetadata]:
     """Return commits in the form that kafka-python accepts."""
-    # End the metadata with a NUL, because librdkafka's Python client reads metadata up to the first NUL.
+    # End the metadata with a NUL, because librdkafka's Python client reads metadata up to the first NUL. A broker that
+    # accepts no metadata accepts no NUL either.
+    end = "" if metadata.is_disabled else "\0"
     return {
-        TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{add_checksum(commit.metadata)}\0", -1)
+        TopicPartition(*key): OffsetAndMetadata(commit.offset, f"{metadata.write(key, commit)}{end}", -1)
         for key, commit in commits.items()
     }
 
@@ -81,7 +82,7 @@ class ClientListener:
     :param listener: the rebalance listener of the consumer.
     :param unstarted: the set of the assigned partitions without a start position; this class adds and removes
         partitions.
-    :param annotate: adds the topic's number of partitions to the metadata of a commit.
+    :param metadata: the metadata of the client's commits.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class ClientListener:
         client: KafkaConsumer,
         listener: RebalanceListener,
         unstarted: set[TopicPartition],
-        annotate: CommitAnnotator,
+        metadata: CommitMetadata,
     ) -> None:
         self._client = client
         self._listener = listener
         self._unstarted = unstarted
-        self._annotate = annotate
+        self._metadata = metadata
         #: False while the client is closing. The listener then ignores all calls.
         self.active = True
 
@@ -102,8 +103,8 @@ class ClientListener:
         self._unstarted.difference_update(revoked)
         return self._listener.on_revoke(_partitions(revoked))
 
-    def _commits(self, revocation: Revocation) -> dict[Partition, Commit]:
-        return {key: self._annotate(key, commit) for key, commit in revocation.commits().items()}
+    def _offsets(self, commits: Mapping[Partition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
+        return client_offsets(self._metadata, commits)
 
 
 class RebalanceListenerV2(ClientListener):
@@ -115,9 +116,13 @@ class RebalanceListenerV2(ClientListener):
             return
         revocation = self._revoke(revoked)
         revocation.wait()
-        if commits := self._commits(revocation):
+        if commits := revocation.commits():
             try:
-                self._client.commit(client_offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
+                try:
+                    self._client.commit(self._offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
+                except OffsetMetadataTooLargeError:
+                    self._metadata.disable()
+                    self._client.commit(self._offsets(commits), timeout_ms=REVOKE_TIMEOUT_MS)
             except KafkaError as error:
                 logger.warning(revoked_before_commit_text(commits, error))
 
@@ -136,12 +141,19 @@ class RebalanceListenerV3(ClientListener):
         revocation = self._revoke(revoked)
         while not revocation.drained:
             await self._client._coordinator._net.sleep(REVOKE_WAIT_INTERVAL)
-        if commits := self._commits(revocation):
-            commit = self._client.commit_async(client_offsets(commits))
+        if commits := revocation.commits():
             try:
-                await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
+                try:
+                    await self._commit(commits)
+                except OffsetMetadataTooLargeError:
+                    self._metadata.disable()
+                    await self._commit(commits)
             except KafkaError as error:
                 logger.warning(revoked_before_commit_text(commits, error))
+
+    async def _commit(self, commits: Mapping[Partition, Commit]) -> None:
+        commit = self._client.commit_async(self._offsets(commits))
+        await self._client._manager.wait_for(commit, REVOKE_TIMEOUT_MS)
 
     async def on_partitions_lost(self, lost: Collection[TopicPartition]) -> None:
         """Pass lost partitions to the listener of the consumer. The group accepts no commit for lost partitions."""

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 from cdumay_result import Result
 
 from kser.consumer.client import Commit, Partition, RebalanceListener, Record
+from kser.consumer.offsets import PREFIX
 from kser.consumer.options import NEVER
+from kser.consumer.starts import STARTS_PREFIX
 from kser.consumer.work_item import WorkItem
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.consumer import Consumer
@@ -89,6 +91,11 @@ class Poll(NamedTuple):
     paused: Collection[Partition]
 
 
+def without_starts(commit: Commit) -> Commit:
+    """Return a commit without the count of starts."""
+    return Commit(commit.offset, " ".join(w for w in commit.metadata.split() if not w.startswith(STARTS_PREFIX)))
+
+
 class FaultyClient(DummyClient):
     """A group member whose methods raise the faults that a test sets."""
 
@@ -97,7 +104,10 @@ class FaultyClient(DummyClient):
         #: The fault of each method by its name: an exception, or the text of a :class:`ClientError`.
         self.faults: dict[str, Any] = {}
         self.polls: list[Poll] = []
+        #: The commits of finished records, without the counts of starts.
         self.commits: list[Mapping[Partition, Commit]] = []
+        #: The metadata of each commit, with the counts of starts.
+        self.committed_metadata: list[str] = []
         self.closed = 0
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
@@ -111,7 +121,9 @@ class FaultyClient(DummyClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         self._raise_fault("commit")
-        self.commits.append(commits)
+        self.committed_metadata += [commit.metadata for commit in commits.values()]
+        if not all(commit.word(STARTS_PREFIX) and not commit.word(PREFIX) for commit in commits.values()):
+            self.commits.append({key: without_starts(commit) for key, commit in commits.items()})
         super().commit(commits, timeout)
 
     def lag(self) -> Mapping[Partition, int]:

@@ -33,10 +33,12 @@ DEFAULTS = {
     "max_buffered_bytes": 16 << 20,
     "stall_timeout": 300,
     "producer_config": None,
+    "max_starts": 20,
 }
 
 #: For each option its name, an argument, the equivalent text in the environment, and the resulting value.
 OPTIONS: list[tuple[str, Any, str, Any]] = [
+    ("max_starts", 5, "5", 5),
     ("workers", 4, "4", 4),
     ("ordering", "partition", "partition", "partition"),
     ("ordering", "none", "none", "none"),
@@ -117,6 +119,7 @@ INVALID_OPTIONS: list[tuple[str, Any, str]] = [
     ("workers", 1.5, "workers must be a whole number, 1 or more; it is 1.5"),
     ("workers", True, "workers must be a whole number, 1 or more; it is True"),
     ("workers", float("nan"), "workers must be a whole number, 1 or more; it is nan"),
+    ("max_starts", 0, "max_starts must be a whole number, 1 or more; it is 0"),
     ("max_in_flight", 0, "max_in_flight must be a whole number, 1 or more; it is 0"),
     ("max_buffered_bytes", -1, "max_buffered_bytes must be a whole number, 1 or more; it is -1"),
     ("shutdown_timeout", -1, "shutdown_timeout must be a number of seconds, 0 or more; it is -1"),

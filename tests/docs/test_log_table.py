@@ -65,7 +65,12 @@ def logging_calls() -> Iterator[tuple[str, str, list[str]]]:
             # This module writes to the loggers of its callers: the emitted log records show its lines.
             continue
         # The shared parts of a consumer write to the logger of the transport.
-        own_logger = ("kser.consumer.work_queue", "kser.consumer.services", "kser.consumer.replay")
+        own_logger = (
+            "kser.consumer.work_queue",
+            "kser.consumer.services",
+            "kser.consumer.replay",
+            "kser.consumer.commit_metadata",
+        )
         if module.startswith("kser.consumer.") and module not in own_logger:
             module = "kser.dummy.consumer"
         for node in ast.walk(ast.parse(path.read_text())):

@@ -231,14 +231,14 @@ class KafkaBroker(Kafka):
         return ["java", *options, "-cp", f"{self._jars}{os.sep}*", program, *arguments]
 
 
-def jars() -> Path:
+def jars(pom: Path = HERE / "pom.xml") -> Path:
     """Return the folder with the jars of Apache Kafka; Maven downloads them at the first call.
 
+    :param pom: the Maven project whose dependencies are the jars.
     :raises ServiceMissing: Java, Maven or the network is missing.
     """
     if shutil.which("java") is None:
         raise ServiceMissing("there is no java on the PATH; install a Java runtime, 17 or newer")
-    pom = HERE / "pom.xml"
     folder = HERE / "target" / f"jars-{hashlib.sha256(pom.read_bytes()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder

@@ -6,12 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import confluent_kafka
 import pytest
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError
@@ -50,6 +50,22 @@ class OnKafka(KafkaHarness):
     def grow(self, topic: str, partitions: int) -> None:
         self.kafka.grow_topic(topic, partitions)
 
+    def create_again(self, topic: str, partitions: int = 1) -> None:
+        self.kafka.delete_topic(topic)
+        # The broker deletes a topic in the background.
+        admin = AdminClient({"bootstrap.servers": self.servers})
+
+        def is_created() -> bool:
+            (created,) = admin.create_topics([NewTopic(topic, partitions, 1)]).values()
+            with suppress(confluent_kafka.KafkaException):
+                created.result(15)
+                return True
+            return False
+
+        wait_until(is_created, "the topic is created again")
+        # The old producer knows the partitions of the old topic.
+        self._producer = confluent_kafka.Producer({"bootstrap.servers": self.servers, "linger.ms": 0, "log_level": 0})
+
     def delete_before(self, key: Partition, offset: int) -> None:
         """Delete the records of a partition below an offset, as the broker does after their retention time."""
         admin = AdminClient({"bootstrap.servers": self.servers})
@@ -66,6 +82,16 @@ class OnKafka(KafkaHarness):
             for value in values:
                 producer.produce(key.topic, value, partition=key.partition)
             producer.commit_transaction(15)
+
+    def abort_transaction(self, key: Partition, *values: str) -> None:
+        """Send records in a transaction that is aborted."""
+        producer = confluent_kafka.Producer({"bootstrap.servers": self.servers, "transactional.id": new_name()})
+        producer.init_transactions(15)
+        producer.begin_transaction()
+        for value in values:
+            producer.produce(key.topic, value, partition=key.partition)
+        producer.flush(15)
+        producer.abort_transaction(15)
 
 
 class PythonKafka(OnKafka, PythonKafkaHarness):
@@ -172,6 +198,17 @@ class TestClientsOnKafka(GroupContract):
         until(lambda: len(member.records) == 3, "all records arrive", member)
         assert [record.offset for record in member.records] == [0, 1, 3]
         until(lambda: member.client.lag()[key] == 0, "the lag is 0", member)
+
+    def test_positions_pass_markers_and_aborted_records(
+        self, harness: OnKafka, join: Join, key: Partition, kind: type[OnKafka]
+    ) -> None:
+        isolation = {"isolation_level" if kind is PythonKafka else "isolation.level": "read_committed"}
+        member = join(key.topic, **isolation)
+        harness.send_in_transactions(key, ["0", "1"])
+        until(lambda: member.client.positions().get(key) == 3, "the position passes the marker", member)
+        harness.abort_transaction(key, "2", "3", "4")
+        until(lambda: member.client.positions().get(key) == 7, "the position passes the aborted records", member)
+        assert member.values() == ["0", "1"]
 
     # -- missing topics ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,7 +40,8 @@ def record_event(event: str, subject: Any = "") -> None:
 class Work(Task):
     """A task that runs for ``seconds`` and fails at its first ``times`` attempts.
 
-    The param ``then`` ends the task with ``interrupt`` (KeyboardInterrupt), ``exit`` (SystemExit) or ``fail``.
+    The param ``then`` ends the task with ``interrupt`` (KeyboardInterrupt), ``exit`` (SystemExit) or ``fail``; ``die``
+    kills the process.
     """
 
     def run(self) -> Result:
@@ -52,6 +54,8 @@ class Work(Task):
         then = self.params.get("then")
         if then == "interrupt":
             raise KeyboardInterrupt
+        if then == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         if then == "exit":
             sys.exit(7)
         if then == "fail" or self.attempt <= self.params.get("times", 0):

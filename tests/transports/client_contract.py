@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ import pytest
 from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record
 from kser.consumer.offsets import METADATA_LIMIT, PREFIX
 from kser.errors import ClientError
+from tests.support import lines
 
 #: Seconds to wait for records, or for a rebalance on a real broker.
 BROKER_SECONDS = 30
@@ -43,6 +45,18 @@ class BrokerHarness(ABC):
     @abstractmethod
     def committed(self, group: str, key: Partition) -> Commit | None:
         """Return the committed offset and metadata of a group, read by another client."""
+
+    @abstractmethod
+    def written(self, group: str, key: Partition) -> Commit:
+        """Return the committed offset of a group with its metadata as the broker has stored it."""
+
+    @abstractmethod
+    def move(self, group: str, key: Partition, commit: Commit) -> None:
+        """Commit an offset for a group without members, with this metadata, as MirrorMaker or an administrator does."""
+
+    @abstractmethod
+    def create_again(self, topic: str, partitions: int = 1) -> None:
+        """Delete a topic, and create a topic with the same name."""
 
 
 def without_client_notes(commit: Commit) -> Commit:
@@ -299,6 +313,155 @@ class ClientContract(CoreClientContract):
         commit = Commit(0, "kser:" + "1," * ((METADATA_LIMIT - 5) // 2))
         member.client.commit({key: commit}, 5)
         assert harness.committed(group, key) == commit
+
+    # -- committed offsets that were moved -----------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("moved", [(1, "kept"), (5, "kept"), (5, "kser:1,9"), (1, "of another program")])
+    def test_moved_offset_applies_without_the_metadata_beside_it(
+        self,
+        harness: BrokerHarness,
+        join: Join,
+        group: str,
+        key: Partition,
+        moved: tuple[int, str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        offset, metadata = moved
+        harness.send(key.topic, *map(str, range(9)))
+        first = join(key.topic)
+        until(lambda: len(first.records) == 9, "all records arrive", first)
+        first.client.commit({key: Commit(3, "kser:1,4")}, 5)
+        first.close()
+        kept = harness.written(group, key).metadata
+        assert "kser:1,4" in kept
+        harness.move(group, key, Commit(offset, kept if metadata == "kept" else metadata))
+        second = join(key.topic)
+        until(lambda: len(second.records) >= 9 - offset, "the records from the moved offset on arrive", second)
+        assert list(second.starts.values()) == [Commit(offset)]
+        assert second.values() == list(map(str, range(offset, 9)))
+        warnings = [line for line in lines(caplog, logging.WARNING) if f"committed offset {offset} was not" in line]
+        assert len(warnings) == (metadata == "kept") and all(str(key) in line for line in warnings)
+        second.close()
+        third = join(key.topic)
+        until(lambda: third.starts, "the partition is assigned again", third)
+        assert [line for line in lines(caplog, logging.WARNING) if "was not written" in line] == warnings
+
+    def test_metadata_of_another_partition_is_ignored(
+        self, harness: BrokerHarness, join: Join, group: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        topic = harness.new_topic(2)
+        for partition in range(2):
+            harness.send(topic, "0", "1", "2", partition=partition)
+        keys = [Partition(topic, number) for number in range(2)]
+        first = join(topic)
+        until(lambda: len(first.records) == 6, "all records arrive", first)
+        first.client.commit({keys[0]: Commit(0, "kser:1,2"), keys[1]: Commit(0)}, 5)
+        first.close()
+        harness.move(group, keys[1], harness.written(group, keys[0]))
+        second = join(topic)
+        until(lambda: len(second.starts) == 2, "the partitions are assigned", second)
+        assert second.starts == {keys[0]: Commit(0, "kser:1,2"), keys[1]: Commit(0)}
+        assert f"{keys[1]}: the metadata beside the committed offset 0" in caplog.text
+
+    def test_start_at_a_moved_offset_voids_what_the_listener_knows(
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition
+    ) -> None:
+        harness.send(key.topic, "0", "1", "2")
+        first = join(key.topic)
+        until(lambda: len(first.records) == 3, "all records arrive", first)
+        first.client.commit({key: Commit(0, "kser:1,2")}, 5)
+        first.close()
+        harness.move(group, key, Commit(1, harness.written(group, key).metadata))
+        second = join(key.topic)
+        until(lambda: second.starts, "the partition is assigned", second)
+        assert second.events == [("reset", {key: Commit(1)})]
+
+    # -- topics that are created again ---------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(("before", "after", "reset"), [(1, 1, "earliest"), (1, 3, "latest"), (3, 1, "latest")])
+    def test_topic_created_again_is_consumed_from_its_beginning(
+        self, harness: BrokerHarness, join: Join, before: int, after: int, reset: str
+    ) -> None:
+        topic = harness.new_topic(before)
+        member = join(topic, reset=reset)
+        until(lambda: len(member.starts) == before, "the partitions are assigned", member)
+        harness.send(topic, *(f"old {number}" for number in range(5)))
+        until(lambda: len(member.records) == 5, "the records of the old topic arrive", member)
+        member.client.commit({Partition(topic, 0): Commit(1, "kser:1,3")}, 5)
+        member.tolerates_errors = True
+        harness.create_again(topic, after)
+        new = {f"new {number}" for number in range(8)}
+        harness.send(topic, *sorted(new), partition=0)
+        harness.send(topic, "last", partition=after - 1)
+        until(lambda: {*new, "last"} <= set(member.values()), "all records of the new topic arrive", member)
+        until(lambda: member.starts.get(Partition(topic, 0)) == Commit(0), "partition 0 starts again", member)
+
+    def test_position_of_the_old_topic_does_not_hide_records_of_the_new_topic(
+        self, harness: BrokerHarness, join: Join, group: str, key: Partition, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The new topic has more records than the old one before the client notices the change."""
+        member = join(key.topic)
+        until(lambda: key in member.starts, "the partition is assigned", member)
+        harness.send(key.topic, "old")
+        until(lambda: member.records, "the record of the old topic arrives", member)
+        until(lambda: member.poll() == [], "the client knows the topic", member)
+        member.tolerates_errors = True
+        harness.create_again(key.topic)
+        harness.send(key.topic, *map(str, range(50)))
+        until(lambda: {str(number) for number in range(50)} <= set(member.values()), "all records arrive", member)
+        until(lambda: member.events[-1][0] in ("reset", "assign"), "the partition starts again", member)
+        until(lambda: (harness.committed(group, key) or Commit(-1)).offset == 0, "the start is committed", member)
+
+    @pytest.mark.parametrize("reset", ["earliest", "latest"])
+    def test_offset_committed_for_the_old_topic_does_not_apply_to_the_new_topic(
+        self,
+        harness: BrokerHarness,
+        join: Join,
+        group: str,
+        key: Partition,
+        reset: str,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A consumer can commit for the old topic after the new topic was created."""
+        harness.send(key.topic, *map(str, range(5)))
+        before = join(key.topic)
+        until(lambda: len(before.records) == 5, "all records arrive", before)
+        before.client.commit({key: Commit(3, "kser:1,1")}, 5)
+        before.close()
+        late = harness.written(group, key)
+        harness.create_again(key.topic)
+        harness.send(key.topic, *(f"new {number}" for number in range(9)))
+        harness.move(group, key, late)
+        member = join(key.topic, reset=reset)
+        until(lambda: len(member.records) >= 9, "all records of the new topic arrive", member)
+        assert member.values() == [f"new {number}" for number in range(9)]
+        assert member.events == [("reset", {key: Commit(0)})]
+        errors = [line for line in lines(caplog, logging.ERROR) if "deleted and created again" in line]
+        assert len(errors) == 1 and repr(key.topic) in errors[0]
+
+    def test_new_topic_without_committed_offset_starts_as_the_reset_policy_demands(
+        self, harness: BrokerHarness, join: Join, key: Partition
+    ) -> None:
+        harness.send(key.topic, *map(str, range(5)))
+        before = join(key.topic)
+        until(lambda: len(before.records) == 5, "all records arrive", before)
+        before.client.commit({key: Commit(5)}, 5)
+        before.close()
+        harness.create_again(key.topic)
+        harness.send(key.topic, "0", "1")
+        member = join(key.topic)
+        until(lambda: len(member.records) >= 2, "the records of the new topic arrive", member)
+        assert member.values() == ["0", "1"]
+
+    # -- positions -----------------------------------------------------------------------------------------------------
+
+    def test_positions_follow_the_returned_records(self, harness: BrokerHarness, join: Join, key: Partition) -> None:
+        harness.send(key.topic, *map(str, range(10)))
+        member = join(key.topic)
+        until(lambda: len(member.records) >= 4, "some records arrive", member, limit=1)
+        assert member.client.positions() == {key: len(member.records)}
+        member.poll(limit=0)
+        assert member.client.positions() == {key: len(member.records)}
 
     def test_client_without_commits_records_no_start_position(
         self, harness: BrokerHarness, join: Join, group: str, key: Partition

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, ClassVar
 
 import confluent_kafka
 from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata
 
 from kser.confluent.client import ConfluentClient
 from kser.consumer.client import Commit, ConsumerClient, Partition
@@ -16,6 +18,7 @@ from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.entry import Entrypoint
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.options import connect
+from tests.support import wait_until
 from tests.transports.client_contract import BROKER_SECONDS, BrokerHarness, without_client_notes
 
 
@@ -54,6 +57,16 @@ class InMemoryBrokerHarness(BrokerHarness):
         committed = self.broker.committed.get((group, key))
         return without_client_notes(committed) if committed else None
 
+    def written(self, group: str, key: Partition) -> Commit:
+        return self.broker.committed[group, key]
+
+    def move(self, group: str, key: Partition, commit: Commit) -> None:
+        self.broker.committed[group, key] = commit
+
+    def create_again(self, topic: str, partitions: int = 1) -> None:
+        self.broker.delete_topic(topic)
+        self.broker.create_topic(topic, partitions)
+
 
 class KafkaHarness(BrokerHarness):
     """A broker with the protocol of Kafka, and clients of one kind for it."""
@@ -74,11 +87,37 @@ class KafkaHarness(BrokerHarness):
         assert not self._producer.flush(BROKER_SECONDS)
 
     def committed(self, group: str, key: Partition) -> Commit | None:
+        committed = self._read(group, key)
+        return without_client_notes(committed) if committed else None
+
+    def written(self, group: str, key: Partition) -> Commit:
+        committed = self._read(group, key)
+        assert committed is not None
+        return committed
+
+    def _read(self, group: str, key: Partition) -> Commit | None:
         # Do not use confluent-kafka, because it reads beyond the end of the metadata.
-        options = {"bootstrap_servers": self.servers, "group_id": group, "enable_auto_commit": False}
-        with closing(connect(KafkaConsumer, {**options, **self.reader_options})) as reader:
+        with closing(self._reader(group)) as reader:
             committed = reader.committed(TopicPartition(*key), metadata=True)
-        return without_client_notes(Commit(committed.offset, committed.metadata or "")) if committed else None
+        return Commit(committed.offset, committed.metadata or "") if committed else None
+
+    def move(self, group: str, key: Partition, commit: Commit) -> None:
+        def is_moved() -> bool:
+            # The group has members until the last one has left it.
+            with closing(self._reader(group)) as reader, suppress(KafkaError):
+                reader.assign([TopicPartition(*key)])
+                reader.commit({TopicPartition(*key): OffsetAndMetadata(commit.offset, commit.metadata, -1)})
+                return True
+            return False
+
+        wait_until(is_moved)
+
+    def create_again(self, topic: str, partitions: int = 1) -> None:
+        raise NotImplementedError
+
+    def _reader(self, group: str) -> KafkaConsumer:
+        options = {"bootstrap_servers": self.servers, "group_id": group, "enable_auto_commit": False}
+        return connect(KafkaConsumer, {**options, **self.reader_options})
 
 
 class PythonKafkaHarness(KafkaHarness):

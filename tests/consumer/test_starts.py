@@ -1,0 +1,358 @@
+"""Tests of the count of starts: a message that kills its process does not start again without end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from kser.consumer.client import Commit
+from kser.consumer.isolation import ISOLATION_TIME
+from kser.consumer.starts import STARTS_PREFIX, StartCount
+from kser.consumer.work_item import WorkItem
+from kser.dummy.broker import InMemoryBroker
+from kser.retry import Retry
+from tests.consumer.harness import (
+    DICE,
+    MANUAL_COMMIT,
+    NO_INTERVAL_COMMIT,
+    FaultyConsumer,
+    ScriptedTask,
+    committed,
+    send_messages,
+)
+from tests.support import Clock, lines
+
+#: The message that kills its process.
+KILLER = "killer"
+
+
+@pytest.fixture(autouse=True)
+def _bus(bus: InMemoryBroker) -> None:
+    """Start each test with an empty broker."""
+
+
+def uuid_of(item: WorkItem) -> str:
+    return str(json.loads(item.record.value or b"")["uuid"])
+
+
+def die(consumer: FaultyConsumer) -> None:
+    """End a consumer as a kill of its process does: it commits nothing, and its group notices its absence."""
+    consumer.current_client.expel()
+
+
+class Starts:
+    """Consumers that start one after the other; each dies when it runs the killer.
+
+    :param options: the options of the consumers.
+    """
+
+    def __init__(self, config: dict[str, Any] | None = None, **options: Any) -> None:
+        self._config = MANUAL_COMMIT if config is None else config
+        self._options = options
+        self.consumer: FaultyConsumer
+        #: The number of starts of the killer.
+        self.kills = 0
+        #: The counted starts of each consumer, in the metadata of its commits.
+        self.metadata: list[str] = []
+
+    def start(self) -> bool:
+        """Start a consumer and run all messages; return False if the consumer has died."""
+        self.consumer = FaultyConsumer(self._config, **self._options)
+        try:
+            for _ in range(20):
+                self.consumer.poll()
+                while (item := self.consumer._kser_work_queue.get(0)) is not None:
+                    if uuid_of(item) == KILLER and item.attempt.failure is None:
+                        self.kills += 1
+                        die(self.consumer)
+                        return False
+                    self.consumer.run_started(item)
+            self.consumer.close()
+            return True
+        finally:
+            self.metadata += self.consumer.current_client.committed_metadata
+
+    def start_until_one_lives(self) -> int:
+        """Start consumers until one survives; return the number of starts."""
+        count = 1
+        while not self.start():
+            count += 1
+            assert count < 50, "the killer starts again without end"
+        return count
+
+
+@pytest.mark.parametrize("ordering", ["key", "partition", "none"])
+@pytest.mark.parametrize("config", [MANUAL_COMMIT, NO_INTERVAL_COMMIT])
+def test_message_that_kills_its_process_is_given_up_after_max_starts(
+    ordering: str, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    send_messages("1", "2", KILLER, "3", "4")
+    starts = Starts(config, max_starts=5, ordering=ordering)
+    starts.start_until_one_lives()
+    assert 5 <= starts.kills <= 8
+    assert {"1", "2", "3", "4"} <= set(ScriptedTask.ran) and KILLER not in ScriptedTask.ran
+    assert committed() == 5
+    (line,) = [line for line in lines(caplog, logging.ERROR) if "given up" in line]
+    assert "the message at offset 2 of dice[0] is given up" in line and "5 consumers have died" in line
+    assert starts.consumer.counts["failed"] == 1
+
+
+def test_first_message_that_kills_its_process_starts_exactly_max_starts_times() -> None:
+    send_messages(KILLER, "1")
+    starts = Starts()
+    assert starts.start_until_one_lives() == 21
+    assert starts.kills == 20
+    assert ScriptedTask.ran == ["1"]
+    counts = [Commit(0, metadata).word(STARTS_PREFIX) for metadata in starts.metadata]
+    assert counts[:20] == [str(number) for number in range(1, 21)]
+
+
+def test_dead_letter_of_a_given_up_message_names_max_starts(bus: InMemoryBroker) -> None:
+    send_messages(KILLER)
+    starts = Starts(max_starts=3, dead_letter=True)
+    starts.start_until_one_lives()
+    ((letter,),) = bus.topics["dice.dlq"]
+    headers = dict(letter.headers)
+    assert headers["kser-dlq-reason"] == b"max-starts"
+    assert headers["kser-dlq-offset"] == b"0"
+    assert headers["kser-dlq-error-message"] == b"3 consumers have died while they ran the message"
+
+
+def test_two_messages_that_kill_their_processes_are_both_given_up() -> None:
+    send_messages("1", KILLER, "2", KILLER, "3")
+    Starts(max_starts=3, ordering="none").start_until_one_lives()
+    assert committed() == 5
+    assert {"1", "2", "3"} <= set(ScriptedTask.ran)
+
+
+# -- isolation ---------------------------------------------------------------------------------------------------------
+
+
+def started_offsets(consumer: FaultyConsumer) -> list[int]:
+    """Return the offsets of the messages that may run at the same time."""
+    offsets = []
+    while (item := consumer._kser_work_queue.get(0)) is not None:
+        offsets.append(item.record.offset)
+    return offsets
+
+
+def test_messages_run_one_at_a_time_from_the_third_start_on() -> None:
+    send_messages("1", "2", "3")
+    parallel = []
+    for _ in range(4):
+        consumer = FaultyConsumer(MANUAL_COMMIT, ordering="none")
+        consumer.poll()
+        parallel.append(started_offsets(consumer))
+        die(consumer)
+    assert parallel == [[0, 1, 2], [0, 1, 2], [0], [0]]
+
+
+def test_isolated_messages_of_all_partitions_run_one_at_a_time(bus: InMemoryBroker) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", "2", partition=0)
+    send_messages("3", "4", partition=1)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT)
+    ran = []
+    for _ in range(4):
+        consumer.poll()
+        item = consumer.start_record()
+        assert consumer._kser_work_queue.get(0) is None
+        consumer.run_started(item)
+        ran.append(uuid_of(item))
+    assert sorted(ran) == ["1", "2", "3", "4"]
+    consumer.close()
+    assert (committed(0), committed(1)) == (2, 2)
+
+
+def isolated_consumer(**options: Any) -> FaultyConsumer:
+    """Return a consumer that has isolated dice[0], after two consumers have died at its first message."""
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT)
+        consumer.poll()
+        die(consumer)
+    return FaultyConsumer(MANUAL_COMMIT, **options)
+
+
+def test_message_of_an_isolated_partition_waits_for_the_retry_before_it() -> None:
+    send_messages("1", "2")
+    ScriptedTask.script["1"] = [ConnectionError("no"), None]
+    clock = Clock()
+    consumer = isolated_consumer(clock=clock, ordering="none", retry=Retry(max_attempts=2, delay=10, jitter=False))
+    for _ in range(3):
+        consumer.poll()
+        consumer.run_record()
+    assert ScriptedTask.ran == ["1"]
+    clock.advance(11)
+    for _ in range(3):
+        consumer.poll()
+        consumer.run_record()
+    assert ScriptedTask.ran == ["1", "1", "2"]
+
+
+def test_partition_is_isolated_for_a_limited_time() -> None:
+    send_messages(*map(str, range(9)))
+    clock = Clock()
+    consumer = isolated_consumer(clock=clock, ordering="none")
+    for _ in range(3):
+        consumer.poll()
+        assert consumer.run_record() and not consumer.run_record()
+    clock.advance(ISOLATION_TIME)
+    consumer.poll()
+    assert started_offsets(consumer) == [3, 4, 5, 6, 7, 8]
+
+
+def test_message_runs_alone_in_the_second_half_of_its_starts(
+    bus: InMemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", partition=0)
+    for _ in range(5):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=10)
+        consumer.poll()
+        die(consumer)
+    send_messages("2", "3", partition=1)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=10, ordering="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer._kser_partitions, "blocked_partitions", lambda: {DICE})
+        consumer.poll()
+    other = consumer.start_record()
+    assert uuid_of(other) == "2"
+    consumer.poll()
+    assert consumer._kser_work_queue.get(0) is None, "a message of another partition started"
+    consumer.run_started(other)
+    consumer.poll()
+    suspect = consumer.start_record()
+    assert uuid_of(suspect) == "1"
+    assert consumer._kser_work_queue.get(0) is None
+    consumer.run_started(suspect)
+    send_messages("4", partition=0)
+    consumer.poll()
+    assert sorted(started_offsets(consumer)) == [1, 1]
+
+
+def test_record_waits_until_its_start_is_committed() -> None:
+    send_messages("1")
+    consumer = isolated_consumer()
+    consumer.current_client.faults["commit"] = "the coordinator is away"
+    for _ in range(3):
+        consumer.poll()
+    assert not consumer.run_record()
+    consumer.current_client.faults.clear()
+    consumer.poll()
+    assert consumer.run_record()
+    assert [Commit(0, text).word(STARTS_PREFIX) for text in consumer.current_client.committed_metadata][:1] == ["3"]
+
+
+# -- what counts -------------------------------------------------------------------------------------------------------
+
+
+def starts_in_metadata() -> str:
+    return InMemoryBroker.at("").committed["dummy", DICE].word(STARTS_PREFIX).partition(";")[0]
+
+
+def test_start_without_a_started_message_does_not_count() -> None:
+    """For example, the database is away and the process ends."""
+    send_messages("1")
+    for _ in range(30):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=3)
+        consumer._kser_poller.paused = True
+        consumer.poll()
+        die(consumer)
+    assert starts_in_metadata() == ""
+    assert Starts(max_starts=3).start_until_one_lives() == 1
+    assert ScriptedTask.ran == ["1"]
+
+
+def test_orderly_end_ends_the_count() -> None:
+    send_messages("1")
+    for _ in range(10):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=3)
+        consumer.poll()
+        consumer.start_record()
+        assert starts_in_metadata() == "1"
+        consumer.close()
+        assert starts_in_metadata() == ""
+
+
+def test_revocation_ends_the_count() -> None:
+    send_messages("1")
+    consumer = FaultyConsumer(MANUAL_COMMIT, revoke_timeout=0)
+    consumer.poll()
+    assert starts_in_metadata() == "1"
+    other = FaultyConsumer(MANUAL_COMMIT)
+    consumer.poll()
+    assert starts_in_metadata() == ""
+    other.close()
+
+
+def test_progress_ends_the_count() -> None:
+    send_messages("1", "2")
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT)
+        consumer.poll()
+        die(consumer)
+    assert starts_in_metadata() == "2"
+    consumer = FaultyConsumer(MANUAL_COMMIT)
+    consumer.poll()
+    consumer.run_record()
+    consumer.poll()
+    assert committed() == 1 and starts_in_metadata() == "1"
+
+
+def test_consumer_that_loses_its_partition_and_lives_does_not_count_again() -> None:
+    send_messages("1")
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=3)
+    for _ in range(10):
+        consumer.poll()
+        assert starts_in_metadata() == "1"
+        consumer.current_client.expel()
+    consumer.poll()
+    assert consumer.run_record()
+
+
+def test_start_is_counted_with_one_commit() -> None:
+    send_messages(*map(str, range(50)))
+    consumer = FaultyConsumer(NO_INTERVAL_COMMIT)
+    for _ in range(5):
+        consumer.poll()
+        consumer.run_record()
+    assert consumer.current_client.committed_metadata == ["starts:1"]
+
+
+@pytest.mark.parametrize("mode", ["before", "never"])
+def test_other_commit_modes_count_no_starts(mode: str) -> None:
+    send_messages("1", "2")
+    consumer = FaultyConsumer(MANUAL_COMMIT, commit=mode)
+    for _ in range(3):
+        consumer.poll()
+        consumer.run_record()
+    consumer.poll()
+    assert not any("starts" in text for text in consumer.current_client.committed_metadata)
+
+
+def test_count_that_cannot_be_removed_is_not_reported_as_a_finished_message(caplog: pytest.LogCaptureFixture) -> None:
+    send_messages("1")
+    consumer = FaultyConsumer(MANUAL_COMMIT)
+    consumer.poll()
+    consumer.current_client.faults["commit"] = "the coordinator is away"
+    consumer.close()
+    assert not any("finished messages could not be committed" in line for line in lines(caplog, logging.WARNING))
+
+
+@pytest.mark.parametrize("metadata", ["", "kser:1,2", "starts:", "starts:x kser:1,2", "starts:-1"])
+def test_metadata_without_a_valid_count_counts_no_start(metadata: str) -> None:
+    assert StartCount(Commit(7, metadata)).at(7) == 0
+
+
+def test_count_belongs_to_the_committed_offset() -> None:
+    count = StartCount(Commit(7, "starts:3 kser:1,2"))
+    assert (count.at(7), count.at(8)) == (3, 0)
+    assert count.annotate(Commit(7, "kser:1,4")) == Commit(7, "starts:3 kser:1,4")
+    assert count.annotate(Commit(8, "kser:1,4")) == Commit(8, "kser:1,4")
