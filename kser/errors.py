@@ -12,6 +12,9 @@
     ├── MissingDependency        an optional dependency is not installed
     ├── BrokerUnavailable        no broker responds
     ├── ClientError              a call of the Kafka client failed; the consumer retries the call
+    │   ├── ClientFenced         another process has taken the group instance id; the consumer ends
+    │   └── GroupSettingError (also SettingError)   the group does not accept a setting; the consumer ends
+    ├── ClientStuck (also RuntimeError)   the thread of the Kafka client is stuck or dead; the consumer ends
     ├── DeliveryError            delivery was not confirmed
     │   └── MessageTooLarge      the record exceeds the size limit
     ├── SendError                the message of an operation was not delivered
@@ -198,3 +201,24 @@ class WaitTimeout(KserError, TimeoutError):
 
     MSGID = "ERR-50319"
     CODE = 504
+
+
+class ClientFenced(ClientError):
+    """Another process has taken the group instance id of this consumer"""
+
+    MSGID = "ERR-50330"
+    CODE = 409
+
+
+class GroupSettingError(ClientError, SettingError):
+    """The consumer group does not accept a setting of the Kafka client"""
+
+    MSGID = "ERR-50331"
+    CODE = 400
+
+
+class ClientStuck(KserError, RuntimeError):
+    """The thread that owns the Kafka client does not respond, or has died"""
+
+    MSGID = "ERR-50332"
+    CODE = 503

@@ -20,6 +20,12 @@ _RESETS = {
     **dict.fromkeys(("none", "error"), "none"),
 }
 
+#: Seconds that a call of the Kafka client may take in addition to ``revoke_timeout``, if ``client_timeout`` is not set.
+CLIENT_RESERVE = 30.0
+
+#: The session timeout of a consumer in milliseconds, if the client's options do not set one.
+SESSION_TIMEOUT_MS = 15_000
+
 _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
 _COUNTS = ("workers", "max_in_flight", "max_buffered_bytes")
 
@@ -37,6 +43,7 @@ class ConsumerKwargs(TypedDict, total=False):
     max_in_flight: int | None
     max_buffered_bytes: int | None
     stall_timeout: float | None
+    client_timeout: float | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class ConsumerOptions:
     :param max_in_flight: the maximum number of unfinished messages in the consumer.
     :param max_buffered_bytes: the maximum total size of the keys and values of these unfinished messages, in bytes.
     :param stall_timeout: a consumer with lag logs an error if it has finished no message for this number of seconds.
+    :param client_timeout: the consumer ends if the Kafka client does not return from a call within this number of
+        seconds. None means ``revoke_timeout`` plus 30 seconds.
     """
 
     workers: int = 1
@@ -73,6 +82,7 @@ class ConsumerOptions:
     max_in_flight: int = 1000
     max_buffered_bytes: int = 16 << 20
     stall_timeout: float = 300
+    client_timeout: float | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
@@ -87,7 +97,18 @@ class ConsumerOptions:
                 nearest = nearest_name(name, [*names, "config", "topics", "app"])
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
         values = {name: _resolve(name, given.get(name), settings) for name in names}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        options = cls(**{name: value for name, value in values.items() if value is not None})
+        if options.client_limit <= options.revoke_timeout:
+            raise SettingError(
+                f"client_timeout must be longer than revoke_timeout ({options.revoke_timeout:g} s), because the client"
+                f" waits for running messages during a rebalance; it is {options.client_limit:g} s"
+            )
+        return options
+
+    @property
+    def client_limit(self) -> float:
+        """The longest duration of one call of the Kafka client, in seconds."""
+        return self.revoke_timeout + CLIENT_RESERVE if self.client_timeout is None else self.client_timeout
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""
@@ -119,6 +140,15 @@ class ConsumerOptions:
             f" topics={','.join(topics)}, retry={self.retry},"
             f" dead letters={self.dead_letter_topic('<topic>')}"
         )
+
+
+def default_session(heartbeat_interval: float | None) -> int:
+    """Return the session timeout of a client whose options do not set one, in milliseconds.
+
+    :param heartbeat_interval: the interval of the heartbeats in milliseconds, of which a session must contain several;
+        None if the options do not set it.
+    """
+    return max(SESSION_TIMEOUT_MS, 3 * int(heartbeat_interval or 0))
 
 
 def reset_policy(option: str, value: Any, default: str) -> str:
