@@ -13,8 +13,9 @@ import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from kser.confluent.committer import Committer
+from kser.confluent.group_errors import LibraryError, is_fatal, library_errors, recovery_from
 from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, servers
+from kser.confluent.options import connect, is_next_protocol, servers
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -27,6 +28,7 @@ from kser.consumer.client import (
     revoked_before_commit_text,
 )
 from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
+from kser.consumer.recoveries import as_recovery
 from kser.errors import ClientError
 
 logger = logging.getLogger(__name__)
@@ -43,9 +45,6 @@ PROBE_INTERVAL = 2.0
 #: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Transient errors. Commits fail with these errors during a rebalance.
-_TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
-
 
 class ConfluentClient(ConsumerClient):
     """A member of a consumer group, on librdkafka.
@@ -60,7 +59,11 @@ class ConfluentClient(ConsumerClient):
     def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
         self._reset = reset
         self._servers = servers(options)
-        self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
+        #: True if a rebalance moves single partitions, so that the client adds and removes them one by one.
+        self._cooperative = is_next_protocol(options) or "cooperative" in str(
+            options.get("partition.assignment.strategy", "")
+        )
+        self._instance = options.get("group.instance.id")
         self.can_commit = commits
         self._listener: RebalanceListener | None = None
         self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
@@ -77,6 +80,8 @@ class ConfluentClient(ConsumerClient):
         #: Number of revocations and losses of partitions so far.
         self._assignment_epoch = 0
         self._last_error: KafkaError | None = None
+        #: The error after which librdkafka never works again; librdkafka reports its cause only once.
+        self._fatal_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
         keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
@@ -104,11 +109,12 @@ class ConfluentClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            problem = self._start_pending()
-            self._pause(limit, paused)
-            batches = self._group_by_partition(self._consume(timeout, limit))
-        except KafkaException as error:
-            raise self._as_client_error("fetch messages", error.args[0]) from error
+            with library_errors():
+                problem = self._start_pending()
+                self._pause(limit, paused)
+                batches = self._group_by_partition(self._consume(timeout, limit))
+        except LibraryError as error:
+            raise self._as_client_error("fetch messages", error.error) from error
         # Raise an error only if there are no records, because an exception would lose the records.
         if not batches and (problem := problem or self._current_error()):
             raise problem
@@ -116,9 +122,10 @@ class ConfluentClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            self._committer.commit(self._offsets(commits), timeout)
-        except KafkaException as error:
-            raise self._as_client_error("commit offsets", error.args[0]) from error
+            with library_errors():
+                self._committer.commit(self._offsets(commits), timeout)
+        except LibraryError as error:
+            raise self._as_client_error("commit offsets", self._fatal_error or error.error) from error
         except TimeoutError as error:
             raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
 
@@ -130,6 +137,9 @@ class ConfluentClient(ConsumerClient):
                 if end >= 0:
                     lags[key] = end - position
         return lags
+
+    def is_member(self) -> bool:
+        return self._fatal_error is None and bool(self.client.memberid()) and self._broker_responds()
 
     def close(self, timeout: float) -> None:
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
@@ -193,6 +203,8 @@ class ConfluentClient(ConsumerClient):
 
     def _note_error(self, message: Any) -> None:
         error = message.error()
+        if is_fatal(error):
+            self._fatal_error = error
         key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
             if key is not None:
@@ -258,6 +270,7 @@ class ConfluentClient(ConsumerClient):
         known: dict[Partition, Commit] = {}
         fresh: dict[Partition, Commit] = {}
         for tp in committed:
+            self.progress()
             try:
                 self._find_start(tp, known, fresh)
             except KafkaException as error:
@@ -346,7 +359,9 @@ class ConfluentClient(ConsumerClient):
             # again.
             with suppress(KafkaException):
                 self._commit_now(revocation.commits())
+            self.progress()
             revocation.wait()
+            self.progress()
         commits = revocation.commits()
         try:
             self._commit_now(commits)
@@ -354,6 +369,7 @@ class ConfluentClient(ConsumerClient):
             logger.warning(revoked_before_commit_text(commits, error))
 
     def _commit_now(self, commits: Mapping[Partition, Commit]) -> None:
+        # Not through the committer: while a callback of the client runs, a commit in another thread waits for its end.
         if commits:
             self.client.commit(offsets=self._offsets(commits), asynchronous=False)
 
@@ -404,7 +420,7 @@ class ConfluentClient(ConsumerClient):
         error = self._last_error
         if error is None:
             return None
-        if not self._down or error.fatal():
+        if not self._down or is_fatal(error):
             self._last_error = None
         elif self._broker_responds():
             self._last_error = None
@@ -427,10 +443,8 @@ class ConfluentClient(ConsumerClient):
         return True
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        transient = error.code() in _TRANSIENT
-        return client_error(
-            action, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=transient
-        )
+        problem = client_error(action, f"{self._servers} (bootstrap.servers)", error.str())
+        return as_recovery(problem, recovery_from(error), self._instance)
 
 
 class ConfluentRecord:

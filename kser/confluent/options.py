@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, Settings, nearest_name
+from kser.consumer.options import default_session
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -81,6 +82,41 @@ def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``options`` without options of the other kind of client, about which librdkafka would log warnings."""
     foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
     return {key: value for key, value in options.items() if key not in foreign}
+
+
+#: Options that librdkafka does not accept with the group protocol ``consumer`` (KIP-848), with what replaces each.
+_CLASSIC_ONLY = {
+    "session.timeout.ms": "the group's option consumer.session.timeout.ms at the broker",
+    "heartbeat.interval.ms": "the group's option consumer.heartbeat.interval.ms at the broker",
+    "partition.assignment.strategy": "the option group.remote.assignor",
+    "group.protocol.type": "nothing",
+}
+
+#: The session timeout of the group protocol ``consumer`` in milliseconds: the default of Kafka, where it is set.
+NEXT_PROTOCOL_SESSION_MS = 45_000
+
+
+def is_next_protocol(options: Mapping[str, Any]) -> bool:
+    """Return whether the options choose the group protocol ``consumer`` (KIP-848) instead of ``classic``."""
+    return str(options.get("group.protocol", "")).lower() == "consumer"
+
+
+def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a consumer, with the session timeout of kser if they set none.
+
+    :raises kser.errors.SettingError: the group protocol does not allow an option.
+    """
+    options = dict(options)
+    if not is_next_protocol(options):
+        options.setdefault("session.timeout.ms", default_session(options.get("heartbeat.interval.ms")))
+        return options
+    for name, instead in _CLASSIC_ONLY.items():
+        if name in options:
+            raise SettingError(
+                f"{name!r} cannot be set together with group.protocol=consumer (KIP-848): remove it from {CONFIG} or"
+                f" the 'config' argument; {instead} replaces it"
+            )
+    return options
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from kser.consumer.client import (
     out_of_range_text,
 )
 from kser.consumer.offsets import PartitionCounts, strip_checksum
+from kser.consumer.recoveries import as_recovery
 from kser.errors import ClientError
+from kser.python_kafka.group_errors import recovery_from
+from kser.python_kafka.heartbeats import HeartbeatAnswers
 from kser.python_kafka.options import servers
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
 
@@ -47,15 +50,6 @@ _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
-#: Transient errors. Commits fail with these errors during a rebalance.
-_TRANSIENT = (
-    errors.RebalanceInProgressError,
-    errors.IllegalGenerationError,
-    errors.UnknownMemberIdError,
-    errors.CommitFailedError,
-)
-#: Errors after which the client cannot be used any more.
-_FATAL = (errors.IllegalStateError,)
 
 
 class KafkaPythonClient(ConsumerClient):
@@ -83,6 +77,8 @@ class KafkaPythonClient(ConsumerClient):
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
         self._partition_counts = PartitionCounts(reset)
+        self._instance = client.config["group_instance_id"]
+        self._heartbeats = HeartbeatAnswers(client)
 
     @property
     def cluster(self) -> str:
@@ -99,6 +95,7 @@ class KafkaPythonClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
+            self._heartbeats.check()
             self._pause(limit, paused)
             self._resume_join()
             self._requeue_parked_records()
@@ -220,6 +217,9 @@ class KafkaPythonClient(ConsumerClient):
         except KafkaError as error:
             raise self._as_client_error("read the lag", error) from error
 
+    def is_member(self) -> bool:
+        return self._heartbeats.is_member
+
     def close(self, timeout: float) -> None:
         # kafka-python calls the listener during close, to revoke the partitions. A new client of this process may
         # already have these partitions then, so make the listener ignore the call.
@@ -260,6 +260,7 @@ class KafkaPythonClient(ConsumerClient):
         fresh: dict[Partition, Commit] = {}
         self._pending_error = None
         for tp in self._unstarted & self._client.assignment():
+            self.progress()
             try:
                 self._start_partition(tp, known, fresh)
                 continue
@@ -345,10 +346,6 @@ class KafkaPythonClient(ConsumerClient):
         self._listener.on_reset(starts)
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        return client_error(
-            action,
-            f"{self._servers} (bootstrap_servers)",
-            error if any(error.args) else "no response in time",
-            fatal=isinstance(error, _FATAL),
-            transient=isinstance(error, _TRANSIENT),
-        )
+        reason = error if any(error.args) or error.errno else "no response in time"
+        problem = client_error(action, f"{self._servers} (bootstrap_servers)", reason)
+        return as_recovery(problem, recovery_from(error), self._instance)

@@ -16,7 +16,7 @@ from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.python_kafka.client import KafkaPythonClient
-from kser.python_kafka.options import connect, options_for
+from kser.python_kafka.options import connect, options_for, with_group_defaults
 from kser.python_kafka.producer import Producer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Consumer(BaseConsumer):
         consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options: Mapping[str, Any] | None = config
         self._kser_app = app
-        self._kser_client_options = options_for(KafkaConsumer, config, settings)
+        self._kser_client_options = with_group_defaults(options_for(KafkaConsumer, config, settings))
         at_once = not self._kser_client_options.get("enable_auto_commit", True)
         group = self._kser_client_options.get("group_id")
         self._kser_reset = self._kser_resolve_reset(consumer_options.commit, group)
