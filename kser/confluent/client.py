@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import wraps
 from typing import Any
 
 import confluent_kafka
@@ -46,6 +47,19 @@ PROBE_INTERVAL = 2.0
 START_RETRY_INTERVAL = 1.0
 
 
+def _storing_its_error(callback: Callable[[ConfluentClient, Any, list[TopicPartition]], None]) -> Any:
+    """Return a rebalance callback that stores its exception, which the next poll raises."""
+
+    @wraps(callback)
+    def call(self: ConfluentClient, client: Any, partitions: list[TopicPartition]) -> None:
+        try:
+            callback(self, client, partitions)
+        except Exception as error:
+            self._callback_error = error
+
+    return call
+
+
 class ConfluentClient(ConsumerClient):
     """A member of a consumer group, on librdkafka.
 
@@ -77,6 +91,9 @@ class ConfluentClient(ConsumerClient):
         self._missing: set[str | None] = set()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
+        #: The error that a rebalance callback has raised. The callback itself must raise nothing, because librdkafka's
+        #: Python client would raise the error in a form that no ``except`` clause catches, or crash.
+        self._callback_error: Exception | None = None
         #: Number of revocations and losses of partitions so far.
         self._assignment_epoch = 0
         self._last_error: KafkaError | None = None
@@ -113,6 +130,8 @@ class ConfluentClient(ConsumerClient):
                 problem = self._start_pending()
                 self._pause(limit, paused)
                 batches = self._group_by_partition(self._consume(timeout, limit))
+                if not batches:
+                    self._raise_callback_error()
         except LibraryError as error:
             raise self._as_client_error("fetch messages", error.error) from error
         # Raise an error only if there are no records, because an exception would lose the records.
@@ -239,6 +258,15 @@ class ConfluentClient(ConsumerClient):
 
     # -- assignment and revocation -------------------------------------------------------------------------------------
 
+    def _raise_callback_error(self) -> None:
+        error, self._callback_error = self._callback_error, None
+        if isinstance(error, KafkaException):
+            # The client may lack a partition of its assignment now, so a new client must replace it.
+            raise client_error("handle a rebalance", self._servers, error.args[0].str(), fatal=True) from error
+        if error is not None:
+            raise error
+
+    @_storing_its_error
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
         self._unstarted |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._pending_error = self._start_partitions()
@@ -348,6 +376,7 @@ class ConfluentClient(ConsumerClient):
             for key, c in annotated
         ]
 
+    @_storing_its_error
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
         if self._listener is None:
@@ -373,6 +402,7 @@ class ConfluentClient(ConsumerClient):
         if commits:
             self.client.commit(offsets=self._offsets(commits), asynchronous=False)
 
+    @_storing_its_error
     def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
         if self._listener is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
+import confluent_kafka
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, Settings, nearest_name
@@ -92,6 +93,9 @@ _CLASSIC_ONLY = {
     "group.protocol.type": "nothing",
 }
 
+#: The first version of librdkafka whose group protocol ``consumer`` is no preview: 2.12.
+_NEXT_PROTOCOL_LIBRARY = 0x020C0000
+
 #: The session timeout of the group protocol ``consumer`` in milliseconds: the default of Kafka, where it is set.
 NEXT_PROTOCOL_SESSION_MS = 45_000
 
@@ -104,12 +108,19 @@ def is_next_protocol(options: Mapping[str, Any]) -> bool:
 def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a consumer, with the session timeout of kser if they set none.
 
-    :raises kser.errors.SettingError: the group protocol does not allow an option.
+    :raises kser.errors.SettingError: the group protocol does not allow an option, or the installed librdkafka is too
+        old for the group protocol.
     """
     options = dict(options)
     if not is_next_protocol(options):
         options.setdefault("session.timeout.ms", default_session(options.get("heartbeat.interval.ms")))
         return options
+    version, number = confluent_kafka.libversion()
+    if number < _NEXT_PROTOCOL_LIBRARY:
+        raise SettingError(
+            f"group.protocol=consumer (KIP-848) needs librdkafka 2.12 or newer, and {version} is installed: upgrade"
+            f" confluent-kafka, or remove the option from {CONFIG} or the 'config' argument"
+        )
     for name, instead in _CLASSIC_ONLY.items():
         if name in options:
             raise SettingError(

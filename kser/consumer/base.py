@@ -6,7 +6,7 @@ thread          job
 main            runs tasks if there is one worker, and otherwise waits; receives the signals, which only set a flag
 kser-client     owns the Kafka client (:mod:`kser.consumer.poller`)
 kser-worker     runs tasks; one thread per worker if there are several (:mod:`kser.consumer.worker_pool`)
-kser-supervisor checks the control files, enforces time limits and supervises the shutdown
+kser-supervisor checks the control files and the client thread, enforces time limits, supervises the shutdown
 kser-services   runs the background services of the registries (:mod:`kser.consumer.services`)
 =============== ==================================================================================================
 """
@@ -461,8 +461,8 @@ class BaseConsumer:
             raise ClientStuck("the Kafka client thread has ended unexpectedly; see the log for the cause")
         if self._kser_client_watch.is_overdue():
             line, stack = stack_of(client_thread.ident)
-            limit = f"{self._kser_client_watch.limit:g} s (client_timeout)"
-            text = f"the Kafka client has not returned for {limit} from {line}"
+            limit = self._kser_client_watch.limit
+            text = f"the Kafka client has not returned for {limit:g} s (client_timeout) from {line}"
             self._kser_log.error(f"{text}; the consumer ends")
             self._kser_log.debug(f"the stack of the Kafka client thread:\n{stack}")
             raise ClientStuck(text)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-#: The longest time in seconds that one check adds to the age of a turn. A process that was suspended, or that a task
+#: The longest time in seconds that a check adds to the age of a turn. A process that was suspended, or that a task
 #: has kept from running other threads, makes no check meanwhile, so this time does not count.
 MAX_STEP = 1.0
 

@@ -8,7 +8,7 @@ from kser.errors import ClientError, ClientFenced, GroupSettingError
 
 
 class Recovery(Enum):
-    """What ends an error of the consumer group."""
+    """A way to recover from an error of the consumer group."""
 
     #: The client joins the group again by itself, at its next poll.
     REJOIN = auto()
@@ -33,7 +33,7 @@ def as_recovery(error: ClientError, recovery: Recovery, instance: object) -> Cli
     """Return an error of the client in the form that makes the consumer recover in this way.
 
     :param error: the error.
-    :param recovery: what ends the error.
+    :param recovery: the way to recover from the error.
     :param instance: the group instance id of the client; None if it has none.
     """
     if recovery is Recovery.FENCED:

@@ -232,6 +232,7 @@ class KafkaPythonClient(ConsumerClient):
                 f"could not leave the group at {self._servers} ({error}): its partitions are reassigned after the"
                 " session timeout"
             )
+        self._heartbeats.close()
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         # A rebalance may resume paused partitions, so pause them again before each poll.
@@ -346,6 +347,6 @@ class KafkaPythonClient(ConsumerClient):
         self._listener.on_reset(starts)
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        reason = error if any(error.args) or error.errno else "no response in time"
+        reason = error if any(error.args) or isinstance(error, errors.BrokerResponseError) else "no response in time"
         problem = client_error(action, f"{self._servers} (bootstrap_servers)", reason)
         return as_recovery(problem, recovery_from(error), self._instance)

@@ -11,8 +11,8 @@ from kafka.coordinator.base import MemberState
 class HeartbeatAnswers:
     """The answers of the consumer group to the heartbeats of a client.
 
-    kafka-python stops its heartbeats when the group answers that another process has taken the group instance id, and
-    tells nobody. So this class reads the answers to the heartbeats itself.
+    If another process has taken the group instance id, kafka-python only logs this answer and stops its heartbeats. So
+    this class reads the answers itself.
 
     :param client: the client.
     """
@@ -21,6 +21,7 @@ class HeartbeatAnswers:
         self._coordinator = getattr(client, "_coordinator", None) if client.config["group_id"] is not None else None
         self._instance = client.config["group_instance_id"]
         self._answer = 0
+        self._thread: Any = None
         if self._coordinator is not None:
             self._handle = self._coordinator._handle_heartbeat_response
             self._coordinator._handle_heartbeat_response = self._note_answer
@@ -30,8 +31,14 @@ class HeartbeatAnswers:
 
         :raises kafka.errors.FencedInstanceIdError: another process has taken the group instance id.
         """
+        self._thread = getattr(self._coordinator, "_heartbeat_thread", None) or self._thread
         if self._answer == errors.FencedInstanceIdError.errno:
             raise errors.FencedInstanceIdError(f"the group has answered a heartbeat of {self._instance!r}")
+
+    def close(self) -> None:
+        """End the thread of the heartbeats, which kafka-python 2 forgets when the client is fenced."""
+        if self._thread is not None:
+            self._thread.close()
 
     @property
     def is_member(self) -> bool:

@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import confluent_kafka
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kser.consumer.client import Commit, Partition
-from kser.errors import ClientError
+from kser.errors import ClientError, ClientFenced
 from tests.kafka.broker import Kafka, KafkaBroker
 from tests.kafka.helpers import wait_until
 from tests.support import lines
@@ -82,6 +84,10 @@ class ConfluentNextProtocol(Confluent):
     eager = False
 
 
+needs_next_protocol = pytest.mark.skipif(
+    confluent_kafka.libversion()[1] < 0x020C0000, reason="librdkafka before 2.12 has only a preview of KIP-848"
+)
+
 both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 
 
@@ -89,7 +95,8 @@ class TestClientsOnKafka(GroupContract):
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run each test with both clients, and the tests of groups also with the group protocol ``consumer``."""
         of_groups = metafunc.function.__name__ in vars(GroupContract)
-        metafunc.parametrize("kind", [PythonKafka, Confluent, *[ConfluentNextProtocol] * of_groups])
+        next_protocol = pytest.param(ConfluentNextProtocol, marks=needs_next_protocol)
+        metafunc.parametrize("kind", [PythonKafka, Confluent, *[next_protocol] * of_groups])
 
     @pytest.fixture
     def harness(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[BrokerHarness]:
@@ -174,6 +181,41 @@ class TestClientsOnKafka(GroupContract):
         second = join(topic)
         until(lambda: second.starts, "both members have a partition", second, *self.drain_later(first, end))
         assert commits_before_the_end == [Commit(0, "kser:1,2")]
+
+    # -- membership ----------------------------------------------------------------------------------------------------
+
+    def test_member_whose_instance_id_is_taken_is_fenced(
+        self, harness: OnKafka, join: Join, kind: type[OnKafka]
+    ) -> None:
+        topic = harness.new_topic()
+        instance = {"group_instance_id" if kind is PythonKafka else "group.instance.id": "shop-1"}
+        first = join(topic, **instance)
+        until(lambda: first.starts, "the first member has the partition", first)
+        second = join(topic, **instance)
+        with pytest.raises(ClientFenced, match="'shop-1'"):
+            until(lambda: False, "the first member is fenced", second, first)
+        until(lambda: second.starts and second.client.is_member(), "the second member has the partition", second)
+        assert not first.client.is_member()
+
+    @pytest.mark.parametrize("event", ["on_assign", "on_reset", "on_revoke"])
+    def test_error_of_the_library_in_a_rebalance_callback_is_a_client_error(
+        self, harness: OnKafka, join: Join, kind: type[OnKafka], event: str
+    ) -> None:
+        if kind is PythonKafka:
+            pytest.skip("only librdkafka's Python client raises objects that no except clause catches")
+
+        def fail(_: object) -> Any:
+            raise KafkaException(KafkaError(KafkaError._STATE))
+
+        topic = harness.new_topic(2)
+        member = join(topic)
+        if event == "on_revoke":
+            until(lambda: member.starts, "the partitions are assigned", member)
+            setattr(member, event, fail)
+            harness.grow(topic, 3)
+        setattr(member, event, fail)
+        with pytest.raises(ClientError, match="Erroneous state"):
+            until(lambda: False, "a rebalance fails", member)
 
     # -- gaps in the log -----------------------------------------------------------------------------------------------
 
