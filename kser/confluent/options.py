@@ -93,6 +93,9 @@ _CLASSIC_ONLY = {
     "group.protocol.type": "nothing",
 }
 
+#: The request timeout of a consumer in milliseconds, if the options do not set one; the default of other clients.
+REQUEST_TIMEOUT_MS = 30_000
+
 #: The first version of librdkafka whose group protocol ``consumer`` is no preview: 2.12.
 _NEXT_PROTOCOL_LIBRARY = 0x020C0000
 
@@ -106,12 +109,16 @@ def is_next_protocol(options: Mapping[str, Any]) -> bool:
 
 
 def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a consumer, with the session timeout of kser if they set none.
+    """Return the options of a consumer, with the session timeout and the request timeout of kser if they set none.
 
     :raises kser.errors.SettingError: the group protocol does not allow an option, or the installed librdkafka is too
         old for the group protocol.
     """
     options = dict(options)
+    if "fetch.wait.max.ms" not in options:
+        # The commit before a revocation takes as long as a request to a broker that does not respond. This time must be
+        # less than the time limit of the client thread.
+        options.setdefault("socket.timeout.ms", REQUEST_TIMEOUT_MS)
     if not is_next_protocol(options):
         options.setdefault("session.timeout.ms", default_session(options.get("heartbeat.interval.ms")))
         return options

@@ -21,6 +21,9 @@ from kser.python_kafka.producer import Producer
 
 logger = logging.getLogger(__name__)
 
+#: Milliseconds that a client which replaces another one waits for a broker.
+RECONNECT_TIMEOUT_MS = 5000
+
 
 class Consumer(BaseConsumer):
     """A consumer that polls ``kafka.KafkaConsumer`` and passes messages to :attr:`REGISTRY`.
@@ -88,8 +91,21 @@ class Consumer(BaseConsumer):
 
     def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.
-        self.client = connect(KafkaConsumer, self._kser_client_options)
+        self.client = connect(KafkaConsumer, self._kser_connect_options())
         return KafkaPythonClient(self.client, self._kser_reset, commits=self.options.commit != NEVER)
+
+    def _kser_connect_options(self) -> dict[str, Any]:
+        """Return the options of the next client.
+
+        A client that replaces another one waits only briefly for a broker, because the client thread has a time limit.
+        The poller tries again later.
+        """
+        options = self._kser_client_options
+        default = KafkaConsumer.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
+        if default is None or getattr(self, "client", None) is None:
+            return options
+        timeout = min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)
+        return {**options, "bootstrap_timeout_ms": timeout}
 
     def _kser_handle(self, value: Any) -> None:
         if self._kser_deserialize is not None:

@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient
 from kser.consumer.client import Commit, Partition
 from kser.errors import ClientError, ClientFenced
 from tests.kafka.broker import Kafka, KafkaBroker
-from tests.kafka.helpers import wait_until
+from tests.kafka.helpers import needs_next_protocol, wait_until
 from tests.support import lines
 from tests.transports.client_contract import BrokerHarness, Join, Member, until
 from tests.transports.group_contract import GroupContract
@@ -83,10 +83,6 @@ class ConfluentNextProtocol(Confluent):
 
     eager = False
 
-
-needs_next_protocol = pytest.mark.skipif(
-    confluent_kafka.libversion()[1] < 0x020C0000, reason="librdkafka before 2.12 has only a preview of KIP-848"
-)
 
 both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 

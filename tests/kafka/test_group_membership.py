@@ -17,7 +17,17 @@ from kser.errors import ClientStuck, SettingError
 from kser.python_kafka.consumer import Consumer as PythonKafkaConsumer
 from tests.consumer.harness import ConsumerThread
 from tests.kafka.broker import Kafka
-from tests.kafka.helpers import TRANSPORTS, Worker, committed, config, message, send_records, uuids, wait_until
+from tests.kafka.helpers import (
+    TRANSPORTS,
+    Worker,
+    committed,
+    config,
+    message,
+    needs_next_protocol,
+    send_records,
+    uuids,
+    wait_until,
+)
 from tests.support import lines
 
 CONSUMERS: dict[str, Any] = {"python_kafka": PythonKafkaConsumer, "confluent": ConfluentConsumer}
@@ -50,6 +60,7 @@ def test_fenced_process_begins_nothing_more_and_ends_with_status_76(
     assert committed(kafka, name, name) == 0
 
 
+@needs_next_protocol
 def test_static_member_of_the_next_protocol_waits_until_its_instance_id_is_free(
     kafka: Kafka, topic: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,6 +91,7 @@ def test_static_member_of_the_next_protocol_waits_until_its_instance_id_is_free(
             )
 
 
+@needs_next_protocol
 def test_unknown_assignor_of_the_next_protocol_is_a_setting_error(kafka: Kafka, topic: Callable[..., str]) -> None:
     name = topic()
     options = {

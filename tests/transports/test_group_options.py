@@ -7,10 +7,13 @@ from typing import Any
 
 import confluent_kafka
 import pytest
+from kafka import KafkaConsumer
 
+from kser.config import Settings
 from kser.confluent import options as confluent_options
 from kser.confluent.consumer import Consumer as ConfluentConsumer
-from kser.errors import SettingError
+from kser.consumer.options import ConsumerOptions
+from kser.errors import BrokerUnavailable, SettingError
 from kser.python_kafka import options as python_kafka_options
 from kser.python_kafka.consumer import Consumer as PythonKafkaConsumer
 
@@ -50,7 +53,33 @@ def test_session_stays_below_a_short_request_timeout_of_kafka_python() -> None:
 @pytest.mark.parametrize("protocol", ["consumer", "CONSUMER"])
 def test_next_protocol_gets_no_session_timeout(protocol: str) -> None:
     options = {"group.protocol": protocol}
-    assert confluent_options.with_group_defaults(options) == options
+    assert "session.timeout.ms" not in confluent_options.with_group_defaults(options)
+
+
+def test_request_of_librdkafka_takes_less_time_than_the_client_thread_has() -> None:
+    limit = ConsumerOptions.from_settings(Settings(), {}).client_limit * 1000
+    assert confluent_options.with_group_defaults({})["socket.timeout.ms"] < limit
+    assert confluent_options.with_group_defaults({"socket.timeout.ms": 60_000})["socket.timeout.ms"] == 60_000
+    assert "socket.timeout.ms" not in confluent_options.with_group_defaults({"fetch.wait.max.ms": 40_000})
+
+
+def test_new_client_of_kafka_python_waits_only_briefly_for_a_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "bootstrap_timeout_ms" not in KafkaConsumer.DEFAULT_CONFIG:
+        pytest.skip("this version of kafka-python has no such timeout")
+    timeouts: list[Any] = []
+
+    def record_and_fail(_: Any, options: dict[str, Any]) -> Any:
+        timeouts.append(options.get("bootstrap_timeout_ms"))
+        raise BrokerUnavailable("no broker")
+
+    monkeypatch.setattr("kser.python_kafka.consumer.connect", record_and_fail)
+    consumer = PythonKafkaConsumer.__new__(PythonKafkaConsumer)
+    consumer._kser_client_options = {}
+    for client in (None, object()):
+        consumer.client = client
+        with pytest.raises(BrokerUnavailable):
+            consumer._kser_connect()
+    assert timeouts == [None, 5000]
 
 
 # -- the group protocol ------------------------------------------------------------------------------------------------
