@@ -68,7 +68,8 @@ def is_fatal(error: KafkaError) -> bool:
 
 def recovery_from(error: KafkaError) -> Recovery:
     """Return how a consumer recovers from an error of librdkafka."""
-    return getattr(RECOVERIES.get(cause(error), _WAIT), "dead" if is_fatal(error) else "alive")  # type: ignore[no-any-return]
+    recoveries = RECOVERIES.get(cause(error), _WAIT)
+    return recoveries.dead if is_fatal(error) else recoveries.alive
 
 
 def cause(error: KafkaError) -> int:

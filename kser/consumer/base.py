@@ -455,9 +455,11 @@ class BaseConsumer:
 
         :raises kser.errors.KserError: the error that ends the consumer.
         """
+        # Read this first, because the thread stores its final error before it ends.
+        is_alive = client_thread.is_alive()
         if self._kser_poller.final_error is not None:
             raise self._kser_poller.final_error
-        if not client_thread.is_alive():
+        if not is_alive:
             raise ClientStuck("the Kafka client thread has ended unexpectedly; see the log for the cause")
         if self._kser_client_watch.is_overdue():
             line, stack = stack_of(client_thread.ident)
