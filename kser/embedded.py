@@ -59,8 +59,8 @@ class EmbeddedBroker:
         return {
             **self.producer_config,
             # When the group changes, the broker waits for lost members until their session times out, and the other
-            # members learn of the change with their next heartbeat. The client's defaults are a session timeout of 45 s
-            # and a heartbeat every 3 s, so a restarted consumer could wait for about 48 s until it gets partitions. Use
+            # members learn of the change with their next heartbeat. The defaults are a session timeout of 15 s and a
+            # heartbeat every 3 s, so a restarted consumer could wait for about 18 s until it gets partitions. Use
             # shorter times here.
             "session_timeout_ms": 6000,
             "heartbeat_interval_ms": 500,

@@ -18,6 +18,9 @@
     ├── MissingDependency        an optional dependency is not installed
     ├── BrokerUnavailable        no broker responds
     ├── ClientError              a call of the Kafka client failed; the consumer retries the call
+    │   ├── ClientFenced         another process has taken the group instance id; the consumer ends
+    │   └── GroupSettingError (also SettingError)   the group does not accept a setting; the consumer ends
+    ├── ClientStuck (also RuntimeError)   the thread of the Kafka client is stuck or dead; the consumer ends
     ├── DeliveryError            delivery was not confirmed
     │   ├── MessageTooLarge      the record exceeds the size limit
     │   └── RecordRejected       the client or the broker rejects the record, and would always do so
@@ -254,3 +257,24 @@ class WaitTimeout(KserError, TimeoutError):
 
     MSGID = "ERR-50319"
     CODE = 504
+
+
+class ClientFenced(ClientError):
+    """Another process has taken the group instance id of this consumer"""
+
+    MSGID = "ERR-50326"
+    CODE = 409
+
+
+class GroupSettingError(ClientError, SettingError):
+    """The consumer group does not accept a setting of the Kafka client"""
+
+    MSGID = "ERR-50327"
+    CODE = 400
+
+
+class ClientStuck(KserError, RuntimeError):
+    """The thread that owns the Kafka client does not respond, or has died"""
+
+    MSGID = "ERR-50328"
+    CODE = 503

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 from cdumay_result import Result
 
 from kser import OperationRegistry, Task
+from kser.consumer.exit_status import ExitStatus
+from kser.errors import SettingError
 from kser.python_kafka.consumer import Consumer
 from kser.retry import Retry
 
@@ -33,6 +36,10 @@ class ShopConsumer(Consumer):
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s %(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)
-    consumer = ShopConsumer()
+    try:
+        consumer = ShopConsumer()
+    except SettingError as error:
+        logging.error(error.message)
+        sys.exit(ExitStatus.SETTING)  # a restart would not help
     consumer.REGISTRY = oregistry.controller
     consumer.run()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from operator import methodcaller
 from typing import Any
 
@@ -16,8 +16,9 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from kser.confluent.committer import Committer, commit_and_check
 from kser.confluent.damage import DAMAGE, DamagedPartitions
+from kser.confluent.group_errors import LibraryError, is_fatal, library_errors, recovery_from
 from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, servers
+from kser.confluent.options import connect, is_next_protocol, servers
 from kser.confluent.patterns import PatternFollower
 from kser.confluent.topic_ids import TopicIds
 from kser.consumer.client import (
@@ -32,6 +33,7 @@ from kser.consumer.client import (
     revoked_before_commit_text,
 )
 from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
+from kser.consumer.recoveries import as_recovery
 from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
@@ -51,18 +53,21 @@ PROBE_INTERVAL = 2.0
 #: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
-#: Transient errors: of commits during a rebalance, and of requests while the leader of a partition changes.
-_TRANSIENT = (
-    KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError.ILLEGAL_GENERATION,
-    KafkaError.UNKNOWN_MEMBER_ID,
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.FENCED_LEADER_EPOCH,
-    KafkaError.UNKNOWN_LEADER_EPOCH,
-)
 #: Errors of a partition that does not exist.
 _UNKNOWN = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC)
+
+
+def _storing_its_error(callback: Callable[[ConfluentClient, Any, list[TopicPartition]], None]) -> Any:
+    """Return a rebalance callback that stores its exception, which the next poll raises."""
+
+    @wraps(callback)
+    def call(self: ConfluentClient, client: Any, partitions: list[TopicPartition]) -> None:
+        try:
+            callback(self, client, partitions)
+        except Exception as error:
+            self._callback_error = error
+
+    return call
 
 
 class ConfluentClient(ConsumerClient):
@@ -78,7 +83,11 @@ class ConfluentClient(ConsumerClient):
     def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
         self._reset = reset
         self._servers = servers(options)
-        self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
+        #: True if a rebalance moves single partitions, so that the client adds and removes them one by one.
+        self._cooperative = is_next_protocol(options) or "cooperative" in str(
+            options.get("partition.assignment.strategy", "")
+        )
+        self._instance = options.get("group.instance.id")
         self.can_commit = commits
         self._listener: RebalanceListener | None = None
         self._patterns: PatternFollower | None = None
@@ -98,9 +107,14 @@ class ConfluentClient(ConsumerClient):
         self._missing: set[str | None] = set()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
+        #: The error that a rebalance callback has raised. The callback itself must raise nothing, because librdkafka's
+        #: Python client would raise the error in a form that no ``except`` clause catches, or crash.
+        self._callback_error: Exception | None = None
         #: Number of revocations and losses of partitions so far.
         self._assignment_epoch = 0
         self._last_error: KafkaError | None = None
+        #: The error after which librdkafka never works again; librdkafka reports its cause only once.
+        self._fatal_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
         keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
@@ -138,16 +152,19 @@ class ConfluentClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            if self._patterns is not None:
-                self._patterns.follow()
-            problem = self._start_pending()
-            self._learn_topic_ids(self._topic_ids.poll({key.topic for key in self._positions}))
-            self._restart()
-            unreadable = self._take_unreadable(paused) if limit else {}
-            self._pause(limit, {*paused, *self._damaged.partitions})
-            batches = unreadable or self._group_by_partition(self._consume(timeout, limit))
-        except KafkaException as error:
-            raise self._as_client_error("fetch messages", error.args[0]) from error
+            with library_errors():
+                if self._patterns is not None:
+                    self._patterns.follow()
+                problem = self._start_pending()
+                self._learn_topic_ids(self._topic_ids.poll({key.topic for key in self._positions}))
+                self._restart()
+                unreadable = self._take_unreadable(paused) if limit else {}
+                self._pause(limit, {*paused, *self._damaged.partitions})
+                batches = unreadable or self._group_by_partition(self._consume(timeout, limit))
+                if not batches:
+                    self._raise_callback_error()
+        except LibraryError as error:
+            raise self._as_client_error("fetch messages", error.error) from error
         # Raise an error only if there are no records, because an exception would lose the records.
         if not batches and (problem := problem or self._current_error()):
             raise problem
@@ -155,9 +172,10 @@ class ConfluentClient(ConsumerClient):
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
-            self._shrink_metadata(lambda: self._committer.commit(self._offsets(commits), timeout))
-        except KafkaException as error:
-            raise self._as_client_error("commit offsets", error.args[0]) from error
+            with library_errors():
+                self._shrink_metadata(lambda: self._committer.commit(self._offsets(commits), timeout))
+        except LibraryError as error:
+            raise self._as_client_error("commit offsets", self._fatal_error or error.error) from error
         except TimeoutError as error:
             raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
 
@@ -172,6 +190,9 @@ class ConfluentClient(ConsumerClient):
                 if end >= 0:
                     lags[key] = end - position
         return lags
+
+    def is_member(self) -> bool:
+        return self._fatal_error is None and bool(self.client.memberid()) and self._broker_responds()
 
     def close(self, timeout: float) -> None:
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
@@ -241,6 +262,8 @@ class ConfluentClient(ConsumerClient):
 
     def _note_error(self, message: Any) -> None:
         error = message.error()
+        if is_fatal(error):
+            self._fatal_error = error
         key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
             if key is not None:
@@ -277,6 +300,15 @@ class ConfluentClient(ConsumerClient):
 
     # -- assignment and revocation -------------------------------------------------------------------------------------
 
+    def _raise_callback_error(self) -> None:
+        error, self._callback_error = self._callback_error, None
+        if isinstance(error, KafkaException):
+            # The client may lack a partition of its assignment now, so a new client must replace it.
+            raise client_error("handle a rebalance", self._servers, error.args[0].str(), fatal=True) from error
+        if error is not None:
+            raise error
+
+    @_storing_its_error
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
         self._unstarted |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._pending_error = self._start_partitions()
@@ -312,6 +344,7 @@ class ConfluentClient(ConsumerClient):
             committed = []
             problem = self._as_client_error("read the metadata of the topics", error.args[0])
         for tp in committed:
+            self.progress()
             try:
                 self._find_start(tp, starts)
             except KafkaException as error:
@@ -411,6 +444,7 @@ class ConfluentClient(ConsumerClient):
     def _offsets(self, commits: Mapping[Partition, Commit]) -> list[TopicPartition]:
         return [client_offset(key, commit.offset, self._metadata.write(key, commit)) for key, commit in commits.items()]
 
+    @_storing_its_error
     def _on_revoke(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
         if self._listener is None:
@@ -422,7 +456,9 @@ class ConfluentClient(ConsumerClient):
             # again.
             with suppress(KafkaException):
                 self._commit_now(revocation.commits())
+            self.progress()
             revocation.wait()
+            self.progress()
         commits = revocation.commits()
         try:
             self._commit_now(commits)
@@ -430,6 +466,7 @@ class ConfluentClient(ConsumerClient):
             logger.warning(revoked_before_commit_text(commits, error))
 
     def _commit_now(self, commits: Mapping[Partition, Commit]) -> None:
+        # Not through the committer: while a callback of the client runs, a commit in another thread waits for its end.
         if commits:
             self._shrink_metadata(lambda: commit_and_check(self.client, self._offsets(commits)))
 
@@ -443,6 +480,7 @@ class ConfluentClient(ConsumerClient):
                 if error.args[0].code() != KafkaError.OFFSET_METADATA_TOO_LARGE or not self._metadata.shrink():
                     raise
 
+    @_storing_its_error
     def _on_lost(self, client: Any, partitions: list[TopicPartition]) -> None:
         keys = self._forget(partitions)
         if self._listener is not None:
@@ -526,7 +564,7 @@ class ConfluentClient(ConsumerClient):
         error = self._last_error
         if error is None:
             return None
-        if not self._down or error.fatal():
+        if not self._down or is_fatal(error):
             self._last_error = None
         elif self._broker_responds():
             self._last_error = None
@@ -549,10 +587,8 @@ class ConfluentClient(ConsumerClient):
         return True
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        transient = error.code() in _TRANSIENT
-        return client_error(
-            action, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=transient
-        )
+        problem = client_error(action, f"{self._servers} (bootstrap.servers)", error.str())
+        return as_recovery(problem, recovery_from(error), self._instance)
 
 
 #: Calls ``message.headers()``. For a name that is not UTF-8, this method both returns a damaged list and sets an

@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Unpack
 
 from kser.config import Settings
 from kser.confluent.client import ConfluentClient
-from kser.confluent.options import options_for, own_options, producer_options
+from kser.confluent.options import (
+    NEXT_PROTOCOL_SESSION_MS,
+    options_for,
+    own_options,
+    producer_options,
+    with_group_defaults,
+)
 from kser.confluent.producer import Producer
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
@@ -61,7 +67,7 @@ class Consumer(BaseConsumer):
             **own_options("producer", shared),
             **producer_options(consumer_options.producer_config),
         }
-        self._kser_client_options = options_for("consumer", config, settings)
+        self._kser_client_options = with_group_defaults(options_for("consumer", config, settings))
         group = self._kser_client_options.get("group.id")
         if not group:
             raise SettingError("the consumer of kser.confluent needs 'group.id': librdkafka requires a group")
@@ -71,7 +77,7 @@ class Consumer(BaseConsumer):
             group=group,
             interval=self._kser_commit_interval(),
             poll_limit=float(self._kser_client_options.get("max.poll.interval.ms", 300_000)) / 1000,
-            session=float(self._kser_client_options.get("session.timeout.ms", 45_000)) / 1000,
+            session=float(self._kser_client_options.get("session.timeout.ms", NEXT_PROTOCOL_SESSION_MS)) / 1000,
             clock=clock,
         )
 

@@ -11,6 +11,7 @@ import confluent_kafka
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
+from kser.consumer.options import default_session
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -126,6 +127,58 @@ def _option(options: Mapping[str, Any], *names: str, default: Any = None) -> Any
     """Return an option that has several names, from ``options`` or from the ``default.topic.config`` in them."""
     merged = {**(options.get("default.topic.config") or {}), **options}
     return next((merged[name] for name in names if name in merged), default)
+
+
+#: Options that librdkafka does not accept with the group protocol ``consumer`` (KIP-848), with what replaces each.
+_CLASSIC_ONLY = {
+    "session.timeout.ms": "the group's option consumer.session.timeout.ms at the broker",
+    "heartbeat.interval.ms": "the group's option consumer.heartbeat.interval.ms at the broker",
+    "partition.assignment.strategy": "the option group.remote.assignor",
+    "group.protocol.type": "nothing",
+}
+
+#: The request timeout of a consumer in milliseconds, if the options do not set one; the default of other clients.
+REQUEST_TIMEOUT_MS = 30_000
+
+#: The first version of librdkafka whose group protocol ``consumer`` is no preview: 2.12.
+_NEXT_PROTOCOL_LIBRARY = 0x020C0000
+
+#: The session timeout of the group protocol ``consumer`` in milliseconds: the default of Kafka, where it is set.
+NEXT_PROTOCOL_SESSION_MS = 45_000
+
+
+def is_next_protocol(options: Mapping[str, Any]) -> bool:
+    """Return whether the options choose the group protocol ``consumer`` (KIP-848) instead of ``classic``."""
+    return str(options.get("group.protocol", "")).lower() == "consumer"
+
+
+def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a consumer, with the session timeout and the request timeout of kser if they set none.
+
+    :raises kser.errors.SettingError: the group protocol does not allow an option, or the installed librdkafka is too
+        old for the group protocol.
+    """
+    options = dict(options)
+    if "fetch.wait.max.ms" not in options:
+        # The commit before a revocation takes as long as a request to a broker that does not respond. This time must be
+        # less than the time limit of the client thread.
+        options.setdefault("socket.timeout.ms", REQUEST_TIMEOUT_MS)
+    if not is_next_protocol(options):
+        options.setdefault("session.timeout.ms", default_session(options.get("heartbeat.interval.ms")))
+        return options
+    version, number = confluent_kafka.libversion()
+    if number < _NEXT_PROTOCOL_LIBRARY:
+        raise SettingError(
+            f"group.protocol=consumer (KIP-848) needs librdkafka 2.12 or newer, and {version} is installed: upgrade"
+            f" confluent-kafka, or remove the option from {CONFIG} or the 'config' argument"
+        )
+    for name, instead in _CLASSIC_ONLY.items():
+        if name in options:
+            raise SettingError(
+                f"{name!r} cannot be set together with group.protocol=consumer (KIP-848): remove it from {CONFIG} or"
+                f" the 'config' argument; {instead} replaces it"
+            )
+    return options
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

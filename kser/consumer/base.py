@@ -6,7 +6,7 @@ thread          job
 main            runs tasks if there is one worker, and otherwise waits; receives the signals, which only set a flag
 kser-client     owns the Kafka client (:mod:`kser.consumer.poller`)
 kser-worker     runs tasks; one thread per worker if there are several (:mod:`kser.consumer.worker_pool`)
-kser-supervisor checks the control files, enforces time limits and supervises the shutdown
+kser-supervisor checks the control files and the client thread, enforces time limits, supervises the shutdown
 kser-services   runs the background services of the registries (:mod:`kser.consumer.services`)
 =============== ==================================================================================================
 """
@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 from kser import lockfiles
 from kser.consumer.admission import Admission
 from kser.consumer.client import ConsumerClient, Partition, Record
+from kser.consumer.client_watch import ClientWatch, stack_of
 from kser.consumer.dead_letters import DeadLetterWriter
+from kser.consumer.exit_status import end_with, exit_status
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import BEFORE, NEVER, ConsumerOptions
 from kser.consumer.partition_table import PartitionTable
@@ -37,6 +39,7 @@ from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
 from kser.controller import BaseProducer, Controller
+from kser.errors import ClientStuck, SettingError
 from kser.escaping import escape_lines
 
 #: Seconds between two checks of the control files, and the maximum duration of one :meth:`BaseConsumer.step`.
@@ -104,6 +107,7 @@ class BaseConsumer:
             max_silence=session / 2,
         )
         self._kser_clock = clock
+        self._kser_client_watch = ClientWatch(options.client_limit, clock)
         self._kser_shutdown_signals = ShutdownSignals(self.stop)
         self._kser_stopping = self._kser_closed = False
         #: The deadline of the shutdown, by the clock of the work queue; 0 before the shutdown.
@@ -151,6 +155,7 @@ class BaseConsumer:
             commit=options.commit,
             interval=interval,
             stall_timeout=options.stall_timeout,
+            watch=self._kser_client_watch,
             log=self._kser_log,
         )
         if self._kser_poller.mode == NEVER and options.commit != NEVER:
@@ -219,7 +224,13 @@ class BaseConsumer:
         attempts that still run, and their messages will run again. At a second signal, the consumer abandons all
         running attempts immediately.
 
-        :raises SystemExit: with status 0 after an orderly shutdown, and with status 143 after a second SIGTERM.
+        :raises SystemExit: with status 0 after an orderly shutdown, and with status 143 after a second SIGTERM. In the
+            main thread, also with status 70, 76 or 78 (:class:`kser.consumer.exit_status.ExitStatus`), instead of the
+            next three errors.
+        :raises kser.errors.ClientStuck: the Kafka client has not returned from a call for ``client_timeout`` seconds,
+            or its thread has died.
+        :raises kser.errors.ClientFenced: another process has taken the group instance id of this consumer.
+        :raises kser.errors.SettingError: the consumer cannot work with its settings.
         :raises KeyboardInterrupt: after a second SIGINT, or if a task raised KeyboardInterrupt. The message that ran is
             not committed.
         """
@@ -229,12 +240,12 @@ class BaseConsumer:
         try:
             with self._kser_shutdown_signals.installed():
                 try:
-                    self._kser_start()
+                    self._kser_start_or_end()
                     self._kser_worker_pool.work()
                     self.LOGGER.info("Closing consumer and exiting")
                     self._kser_worker_pool.wait_until_idle()
                     if self._kser_crash is not None:
-                        raise self._kser_crash
+                        end_with(self._kser_crash)
                 finally:
                     self.close()
                     if self._kser_supervisor is not None:
@@ -258,6 +269,8 @@ class BaseConsumer:
             return 0
         self._kser_shared_producer.attach(self.REGISTRY)
         self._kser_poller.poll_once(timeout)
+        if self._kser_poller.final_error is not None:
+            raise self._kser_poller.final_error
         handled = 0
         started_at = self._kser_clock()
         while not self._kser_stopping and self._kser_worker_pool.step():
@@ -283,6 +296,8 @@ class BaseConsumer:
         deadline = time.monotonic() + timeout
         while True:
             queued = poller.poll_once(min(poll_timeout, timeout))
+            if poller.final_error is not None:
+                raise poller.final_error
             while (item := work_queue.get(0)) is not None:
                 yield item.record
                 work_queue.task_done(item)
@@ -326,7 +341,11 @@ class BaseConsumer:
 
     def _kser_join_client(self) -> None:
         assert self._kser_client_thread is not None
-        timeout = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
+        if self._kser_client_watch.is_overdue():
+            # The client thread has already had more time than this method waits.
+            timeout = 0.0
+        else:
+            timeout = max(self._kser_deadline - self._kser_clock(), 0) + self.options.revoke_timeout + JOIN_TIMEOUT
         self._kser_client_thread.join(timeout)
         if self._kser_client_thread.is_alive():
             self._kser_log.warning("the Kafka client did not close in time; the consumer ends without it")
@@ -343,6 +362,13 @@ class BaseConsumer:
         self._kser_services.start()
         self._kser_supervisor = threading.Thread(target=self._kser_supervise, name="kser-supervisor", daemon=True)
         self._kser_supervisor.start()
+
+    def _kser_start_or_end(self) -> None:
+        try:
+            self._kser_start()
+        except SettingError as error:
+            self._kser_log.error(f"{error.message}; the consumer ends")
+            end_with(error)
 
     def _kser_commit_before_run(self, item: WorkItem) -> None:
         """Wait until the offset of the record is committed.
@@ -414,7 +440,7 @@ class BaseConsumer:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(self._kser_shutdown_signals.status or 0)
+        os._exit(self._kser_shutdown_signals.status or exit_status(self._kser_crash) or 0)
 
     def _kser_supervise_until_stopped(self) -> None:
         client_thread = self._kser_client_thread
@@ -422,9 +448,28 @@ class BaseConsumer:
         while not self._kser_stopping:
             self._kser_check_control_files()
             self._kser_worker_pool.enforce_time_limits()
-            if not self._kser_stopping and not client_thread.is_alive():
-                raise RuntimeError("the Kafka client thread has ended unexpectedly; see the log for the cause")
+            if not self._kser_stopping:
+                self._kser_check_client(client_thread)
             self._kser_shutdown_signals.wait(SUPERVISE_INTERVAL)
+
+    def _kser_check_client(self, client_thread: threading.Thread) -> None:
+        """Check that the client thread works.
+
+        :raises kser.errors.KserError: the error that ends the consumer.
+        """
+        # Read this first, because the thread stores its final error before it ends.
+        is_alive = client_thread.is_alive()
+        if self._kser_poller.final_error is not None:
+            raise self._kser_poller.final_error
+        if not is_alive:
+            raise ClientStuck("the Kafka client thread has ended unexpectedly; see the log for the cause")
+        if self._kser_client_watch.is_overdue():
+            line, stack = stack_of(client_thread.ident)
+            limit = self._kser_client_watch.limit
+            text = f"the Kafka client has not returned for {limit:g} s (client_timeout) from {line}"
+            self._kser_log.error(f"{text}; the consumer ends")
+            self._kser_log.debug(f"the stack of the Kafka client thread:\n{stack}")
+            raise ClientStuck(text)
 
     def _kser_check_control_files(self) -> None:
         """Check the control files, at most once per ``CONTROL_FILE_INTERVAL``."""

@@ -120,6 +120,10 @@ class ConsumerClient(ABC):
     #: True if the client can commit offsets; False without a consumer group.
     can_commit: bool
 
+    #: Tells the supervisor that the client still makes progress. The client calls it between its calls of the library
+    #: if one call of a method needs many of them.
+    progress: Callable[[], None] = staticmethod(lambda: None)
+
     @property
     def cluster(self) -> str:
         """The cluster id, which is the same for all bootstrap servers of a Kafka cluster; empty if it is unknown.
@@ -164,6 +168,13 @@ class ConsumerClient(ABC):
 
         The client computes the number from cached end offsets.
         """
+
+    def is_member(self) -> bool:
+        """Return whether the client is a member of its group, as far as the client can tell; True without a group.
+
+        A member without partitions is a member too.
+        """
+        return True
 
     @abstractmethod
     def close(self, timeout: float) -> None:

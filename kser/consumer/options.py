@@ -24,6 +24,12 @@ _RESETS = {
     **dict.fromkeys(("none", "error"), "none"),
 }
 
+#: Seconds that a call of the Kafka client may take in addition to ``revoke_timeout``, if ``client_timeout`` is not set.
+CLIENT_RESERVE = 30.0
+
+#: The session timeout of a consumer in milliseconds, if the client's options do not set one.
+SESSION_TIMEOUT_MS = 15_000
+
 _CHOICES = {"ordering": ORDERINGS, "commit": COMMIT_MODES}
 _COUNTS = ("workers", "max_in_flight", "max_buffered_bytes", "max_starts")
 
@@ -43,6 +49,7 @@ class ConsumerKwargs(TypedDict, total=False):
     stall_timeout: float | None
     producer_config: Mapping[str, Any] | None
     max_starts: int | None
+    client_timeout: float | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class ConsumerOptions:
         its tasks send messages. Each option has precedence over the same option of the consumer's client.
     :param max_starts: the number of times that a message starts if its process dies each time, before the consumer
         gives the message up. Counted with ``commit="after"`` only.
+    :param client_timeout: the consumer ends if the Kafka client does not return from a call within this number of
+        seconds. None means ``revoke_timeout`` plus 30 seconds.
     """
 
     workers: int = 1
@@ -86,10 +95,12 @@ class ConsumerOptions:
     # The options may contain passwords, which must not be part of a printed object.
     producer_config: Mapping[str, Any] | None = field(default=None, repr=False)
 
+    max_starts: int = 20
+    client_timeout: float | None = None
+
     # No option of the constructor and therefore no field: without an annotation, the dataclass ignores this attribute.
     #: The limits of messages, from the settings.
     limits = Limits()
-    max_starts: int = 20
 
     @classmethod
     def from_settings(cls, settings: Settings, given: ConsumerKwargs) -> Self:
@@ -105,8 +116,18 @@ class ConsumerOptions:
                 raise UsageError(f"a consumer has no option {name!r}; the nearest is {nearest!r}")
         values = {name: _resolve(name, given.get(name), settings) for name in names}
         options = cls(**{name: value for name, value in values.items() if value is not None})
+        if options.client_limit <= options.revoke_timeout:
+            raise SettingError(
+                f"client_timeout must be longer than revoke_timeout ({options.revoke_timeout:g} s), because the client"
+                f" waits for running messages during a rebalance; it is {options.client_limit:g} s"
+            )
         object.__setattr__(options, "limits", Limits.from_settings(settings))
         return options
+
+    @property
+    def client_limit(self) -> float:
+        """The longest duration of one call of the Kafka client, in seconds."""
+        return self.revoke_timeout + CLIENT_RESERVE if self.client_timeout is None else self.client_timeout
 
     def dead_letter_topic(self, topic: str) -> str | None:
         """Return the dead-letter topic for messages of ``topic``; None if dead letters are disabled."""
@@ -155,6 +176,15 @@ class ConsumerOptions:
             f" topics={','.join(topics)}, retry={self.retry},"
             f" dead letters={self.dead_letter_topic('<topic>')}"
         )
+
+
+def default_session(heartbeat_interval: float | None) -> int:
+    """Return the session timeout of a client whose options do not set one, in milliseconds.
+
+    :param heartbeat_interval: the interval of the heartbeats in milliseconds, of which a session must contain several;
+        None if the options do not set it.
+    """
+    return max(SESSION_TIMEOUT_MS, 3 * int(heartbeat_interval or 0))
 
 
 def reset_policy(option: str, value: Any, default: str) -> str:

@@ -6,20 +6,23 @@ User code runs in other threads. So the client remains a member of its group eve
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
 from kser.backoff import random_delay
-from kser.consumer.client import ConsumerClient, Partition
+from kser.consumer.client import Commit, ConsumerClient, Partition
+from kser.consumer.client_watch import ClientWatch
 from kser.consumer.logs import ConsumerLogger
+from kser.consumer.membership import MembershipProof
 from kser.consumer.offsets import has_progress
 from kser.consumer.options import NEVER
 from kser.consumer.partition_table import PartitionTable
 from kser.consumer.stalls import StallDetector
 from kser.consumer.work_queue import WorkQueue
-from kser.errors import ClientError, KserError
+from kser.errors import ClientError, ClientFenced, ClientStuck, KserError, SettingError
 
 #: Seconds that a poll waits for records if there is no other work.
 POLL_TIMEOUT = 0.5
@@ -46,6 +49,7 @@ class Poller:
     :param commit: ``"after"``, ``"before"`` or ``"never"``.
     :param interval: seconds between commits; 0 commits as soon as a record is finished.
     :param stall_timeout: the poller logs lag as an error if no record was finished for this number of seconds.
+    :param watch: the watch over the turns of the client thread.
     :param log: the logger of the consumer.
     """
 
@@ -59,6 +63,7 @@ class Poller:
         commit: str,
         interval: float,
         stall_timeout: float,
+        watch: ClientWatch,
         log: ConsumerLogger,
     ) -> None:
         self._connect = connect
@@ -67,14 +72,18 @@ class Poller:
         self._partitions = partitions
         self._interval = interval
         self._log = log
+        self._watch = watch
         self._stalls = StallDetector(work_queue, partitions, stall_timeout, log)
         #: True while fetching is paused.
         self.paused = False
         #: True during a shutdown: no records are fetched, but finished records are still committed.
         self.shutting_down = False
+        #: The error that ends the consumer; None while it works. The poller then fetches and commits nothing more.
+        self.final_error: KserError | None = None
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
+        self._membership = MembershipProof(partitions, work_queue.clock)
         self._errors: dict[str, str] = {}
         self._last_commit = work_queue.clock()
         self._client: ConsumerClient | None = self._connect_and_subscribe()
@@ -93,12 +102,25 @@ class Poller:
     # -- the client thread ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Poll until :meth:`stop` is called, and then call :meth:`close`."""
+        """Poll until :meth:`stop` is called, and then call :meth:`close`.
+
+        After a final error, only wait, because attempts still run, and the consumer logs at its end which of their
+        messages will run again.
+        """
+        death: ClientStuck | None = None
         try:
             while not self._stop.is_set():
-                self.poll_once(POLL_TIMEOUT)
-        finally:
-            self.close()
+                if self.final_error is None:
+                    self.poll_once(POLL_TIMEOUT)
+                else:
+                    self._watch.beat()
+                    self._stop.wait(POLL_TIMEOUT)
+        except:  # noqa: E722  a client library written in C can raise objects that are no BaseException
+            error = sys.exc_info()[1]
+            self._log.exception(f"the Kafka client thread has died: {error!r}")
+            death = ClientStuck(f"the Kafka client thread has died of {error!r}; see the log")
+        self.close()
+        self.final_error = self.final_error or death
 
     def stop(self, deadline: float) -> None:
         """Stop the loop after the current poll.
@@ -116,13 +138,28 @@ class Poller:
         """
         queued = self._guard(lambda: self._fetch(timeout), timeout)
         self._guard(self.commit_when_due, timeout)
-        self._guard(lambda: self._stalls.check(bool(queued) or self.paused or self.shutting_down, self.lag), timeout)
+        self._guard(
+            lambda: self._stalls.check(
+                bool(queued) or self.paused or self.shutting_down,
+                self.lag,
+                lambda: self._membership.is_outside(self._client),
+            ),
+            timeout,
+        )
         return queued
 
     def _guard(self, call: Callable[[], int], timeout: float) -> int:
-        """Call a function that uses the client. If it raises an exception, log the exception, back off and return 0."""
+        """Call a function that uses the client. If it raises an exception, log the exception, back off and return 0.
+
+        After a final error, no call is made.
+        """
+        self._watch.beat()
+        if self.final_error is not None:
+            return 0
         try:
             return call()
+        except (ClientFenced, SettingError) as error:
+            self._end(error)
         except ClientError as error:
             self._back_off(error, timeout)
         except KserError as error:
@@ -137,14 +174,23 @@ class Poller:
 
     def _fetch(self, timeout: float) -> int:
         if self._client is None:
+            if (wait := self._membership.seconds_to_connect) > 0:
+                self._stop.wait(min(wait, timeout))
+                return 0
             self._client = self._connect_and_subscribe()
         if self._work_queue.group_lease.is_expired:
-            self._prove_membership(self._client)
+            try:
+                self._membership.commit_again(self._client)
+            except ClientError:
+                # The client detects only during a poll that it has lost its membership, so poll once.
+                self._stay_in_group()
+                raise
         self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
         batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
-        if self._error_count:
-            self._error_count = 0
+        self._error_count = 0
+        # A poll without an error proves nothing, because the client may be waiting for its group without end.
+        if self._errors.get("poll") and self._membership.is_given(self._client, bool(batches)):
             self._report("poll", None)
         commit = partial(self.commit, on_fetch=True)
         queued = self._partitions.put(batches, commit) if batches else 0
@@ -204,22 +250,6 @@ class Poller:
         except ClientError:
             return {}
 
-    def _prove_membership(self, client: ConsumerClient) -> None:
-        """Verify the group membership by repeating the last commit.
-
-        A group accepts commits only from its members.
-
-        :raises kser.errors.ClientError: this client is not a member of the group, or the group does not respond.
-        """
-        committed = self._partitions.committed_offsets()
-        if committed and self.mode != NEVER:
-            try:
-                client.commit(committed, CLIENT_TIMEOUT)
-            except ClientError:
-                # The client detects only during a poll that it has lost its membership, so poll once.
-                self._partitions.put(client.poll(SHUTDOWN_POLL_TIMEOUT, 0, ()))
-                raise
-
     # -- commits -------------------------------------------------------------------------------------------------------
 
     def commit_when_due(self) -> int:
@@ -243,6 +273,8 @@ class Poller:
             return 0
         try:
             self._client.commit(commits, CLIENT_TIMEOUT)
+        except (ClientFenced, SettingError):
+            raise
         except ClientError as error:
             # The offsets stay pending, so the next commit includes them. If the consumer crashes before the next commit
             # succeeds, Kafka redelivers the records.
@@ -258,6 +290,7 @@ class Poller:
 
     def close(self) -> None:
         """Commit finished records, leave the group and close the client."""
+        self._watch.beat()
         self._final_commit()
         client, self._client = self._client, None
         if client is not None:
@@ -275,12 +308,12 @@ class Poller:
             done = not self._partitions.commits() and self._client is not None
             if done:
                 return
-            if self._client is None or self._work_queue.clock() >= self._deadline:
+            is_final = self.final_error is not None or self._client is None
+            if is_final or self._work_queue.clock() >= self._deadline:
                 committed = self._partitions.committed_offsets()
                 unsaved = {key: commit for key, commit in rest.items() if has_progress(commit, committed.get(key))}
                 if unsaved:
-                    partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in unsaved.items())
-                    self._log.warning(f"finished messages could not be committed and will be redelivered: {partitions}")
+                    self._log.warning(redelivery_text(unsaved))
                 return
             # A client that lost its membership rejoins the group only during a poll.
             self._guard(self._stay_in_group, 0)
@@ -293,6 +326,7 @@ class Poller:
 
     def _connect_and_subscribe(self) -> ConsumerClient:
         client = self._connect()
+        client.progress = self._watch.beat
         try:
             client.subscribe(self._topics, self._partitions)
         except BaseException:
@@ -304,12 +338,27 @@ class Poller:
         """Log the error, discard the client after a fatal error, and back off exponentially before the next poll."""
         self._report("poll", error)
         self._error_count += 1
+        if self._client is None or error.fatal:
+            self._membership.note_discarded()
         if error.fatal and self._client is not None:
             client, self._client = self._client, None
             self._partitions.on_lost(self._partitions.assignment)
             with suppress(Exception):
                 client.close(0)
         self._stop.wait(min(_BACKOFF(self._error_count), timeout))
+
+    def _end(self, error: KserError) -> None:
+        """End the consumer because of a final error: start no more attempts, and log which messages will run again."""
+        self.final_error = error
+        self._log.error(f"{error.message}; the consumer ends")
+        self._work_queue.close()
+        running = ", ".join(
+            f"offset {item.record.offset} of {item.partition}"
+            for item in self._work_queue.running()
+            if not item.attempt.acked
+        )
+        if running:
+            self._log.warning(f"messages still run, and will run again, because they cannot be committed: {running}")
 
     def _report(self, activity: str, error: ClientError | None) -> None:
         """Log a client error once, log it again when its text changes, and log the recovery."""
@@ -321,3 +370,12 @@ class Poller:
                 self._log.log(level, f"{text}; trying again")
             else:
                 self._log.info(f"the Kafka client can {activity} again")
+
+
+def redelivery_text(rest: Mapping[Partition, Commit]) -> str:
+    """Return the text of a log line about finished records that could not be committed.
+
+    :param rest: the offsets that should have been committed.
+    """
+    partitions = ", ".join(f"{key} up to offset {commit.offset}" for key, commit in rest.items())
+    return f"finished messages could not be committed and will be redelivered: {partitions}"

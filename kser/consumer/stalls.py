@@ -11,7 +11,8 @@ from kser.consumer.work_queue import WorkQueue
 
 
 class StallDetector:
-    """A detector of stalls. A consumer stalls if it has lag and finishes no record. The detector logs each stall once.
+    """A detector of stalls. A consumer stalls if it has lag and finishes no record, or if it gets no partitions because
+    it is not a member of its group. The detector logs each stall once.
 
     :param work_queue: the work queue.
     :param partitions: the partition table.
@@ -28,12 +29,16 @@ class StallDetector:
         self._seen_finished = 0
         self._stalled = False
 
-    def check(self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]]) -> int:
+    def check(
+        self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]], is_outside: Callable[[], bool]
+    ) -> int:
         """Log a stall when it begins.
 
         :param no_stall: True if the consumer cannot stall now: the last poll returned records, or the consumer
             deliberately fetches none, because it is paused or shutting down.
         :param client_lag: returns how many records of each partition are not fetched yet.
+        :param is_outside: returns whether the consumer has no partitions and is not a member of its group. A member
+            without partitions is a spare, which is no stall.
         :return: the number of partitions with lag if a stall begins now, otherwise 0.
         """
         finished, now = self._work_queue.finished_count, self._work_queue.clock()
@@ -52,6 +57,12 @@ class StallDetector:
             self._log.error(
                 f"no message was finished for {self._timeout:g} s, but partitions lag:"
                 f" {partitions}; {self._describe_running(now)}"
+            )
+        elif is_outside():
+            self._stalled = True
+            self._log.error(
+                f"the consumer has had no partitions for {self._timeout:g} s, because it is not a member of its group:"
+                " see the errors before this line, and check the group with kafka-consumer-groups.sh"
             )
         return len(lag)
 

@@ -11,7 +11,7 @@ from kser import lockfiles
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
-from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
+from kser.consumer.options import BEFORE, NEVER, SESSION_TIMEOUT_MS, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
@@ -54,7 +54,7 @@ class Consumer(BaseConsumer):
             group=self.config.get("group_id", "dummy"),
             interval=0 if at_once else self.config.get("auto_commit_interval_ms", 5000) / 1000,
             poll_limit=self.config.get("max_poll_interval_ms", 300_000) / 1000,
-            session=self.config.get("session_timeout_ms", 45_000) / 1000,
+            session=self.config.get("session_timeout_ms", SESSION_TIMEOUT_MS) / 1000,
             clock=clock,
         )
 

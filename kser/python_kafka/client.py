@@ -22,11 +22,14 @@ from kser.consumer.client import (
     out_of_range_text,
 )
 from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
+from kser.consumer.recoveries import as_recovery
 from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.group_errors import recovery_from
+from kser.python_kafka.heartbeats import HeartbeatAnswers
 from kser.python_kafka.metadata import partitions_of
 from kser.python_kafka.offset_queries import QUERY_TIMEOUT_MS, OffsetQueries
 from kser.python_kafka.options import servers
@@ -52,19 +55,6 @@ _NO_POSITION = (
     errors.NoOffsetForPartitionError,
     getattr(fetcher, "NoOffsetForPartitionError", errors.NoOffsetForPartitionError),
 )
-#: Transient errors: of commits during a rebalance, and of requests while the leader of a partition changes.
-_TRANSIENT = (
-    errors.RebalanceInProgressError,
-    errors.IllegalGenerationError,
-    errors.UnknownMemberIdError,
-    errors.CommitFailedError,
-    errors.LeaderNotAvailableError,
-    errors.NotLeaderForPartitionError,
-    errors.FencedLeaderEpochError,
-    errors.UnknownLeaderEpochError,
-)
-#: Errors after which the client cannot be used any more.
-_FATAL = (errors.IllegalStateError,)
 
 
 class KafkaPythonClient(ConsumerClient):
@@ -99,6 +89,8 @@ class KafkaPythonClient(ConsumerClient):
         self._topic_ids = TopicIds(client, min(TOPIC_CHECK_INTERVAL, client.config["metadata_max_age_ms"] / 1000))
         #: Assigned partitions of topics that were created again, which must start at their beginning.
         self._restarting: set[TopicPartition] = set()
+        self._instance = client.config["group_instance_id"]
+        self._heartbeats = HeartbeatAnswers(client)
 
     @property
     def cluster(self) -> str:
@@ -120,6 +112,7 @@ class KafkaPythonClient(ConsumerClient):
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
+            self._heartbeats.check()
             self._pause(limit, self._unreadable.hold(paused))
             self._resume_join()
             self._requeue_parked_records()
@@ -269,6 +262,9 @@ class KafkaPythonClient(ConsumerClient):
         except KafkaError as error:
             raise self._as_client_error("read the lag", error) from error
 
+    def is_member(self) -> bool:
+        return self._heartbeats.is_member
+
     def close(self, timeout: float) -> None:
         # kafka-python calls the listener during close, to revoke the partitions. A new client of this process may
         # already have these partitions then, so make the listener ignore the call.
@@ -281,6 +277,7 @@ class KafkaPythonClient(ConsumerClient):
                 f"could not leave the group at {self._servers} ({error}): its partitions are reassigned after the"
                 " session timeout"
             )
+        self._heartbeats.close()
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         # A rebalance may resume paused partitions, so pause them again before each poll.
@@ -311,6 +308,7 @@ class KafkaPythonClient(ConsumerClient):
         self._learn_topic_ids(self._topic_ids.at_start({tp.topic for tp in new}))
         self._pending_error = None
         for tp in new:
+            self.progress()
             try:
                 self._start_partition(tp, starts)
                 continue
@@ -404,10 +402,6 @@ class KafkaPythonClient(ConsumerClient):
                 self._restarting |= {tp for tp in self._client.assignment() if tp.topic == topic}
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        return client_error(
-            action,
-            f"{self._servers} (bootstrap_servers)",
-            error if any(error.args) else "no response in time",
-            fatal=isinstance(error, _FATAL),
-            transient=isinstance(error, _TRANSIENT),
-        )
+        reason = error if any(error.args) or isinstance(error, errors.BrokerResponseError) else "no response in time"
+        problem = client_error(action, f"{self._servers} (bootstrap_servers)", reason)
+        return as_recovery(problem, recovery_from(error), self._instance)

@@ -19,10 +19,13 @@ from kser.controller import BaseProducer
 from kser.escaping import escape_lines
 from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka.client import KafkaPythonClient
-from kser.python_kafka.options import connect, options_for, producer_options
+from kser.python_kafka.options import connect, options_for, producer_options, with_group_defaults
 from kser.python_kafka.producer import Producer
 
 logger = escape_lines(logging.getLogger(__name__))
+
+#: Milliseconds that a client which replaces another one waits for a broker.
+RECONNECT_TIMEOUT_MS = 5000
 
 
 class Consumer(BaseConsumer):
@@ -58,7 +61,7 @@ class Consumer(BaseConsumer):
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options = self._kser_options_for_producer(config, settings, consumer_options)
-        self._kser_client_options = options_for(KafkaConsumer, config, settings)
+        self._kser_client_options = with_group_defaults(options_for(KafkaConsumer, config, settings))
         at_once = not self._kser_client_options.get("enable_auto_commit", True)
         group = self._kser_client_options.get("group_id")
         self._kser_reset = self._kser_resolve_reset(consumer_options.commit, group)
@@ -98,8 +101,21 @@ class Consumer(BaseConsumer):
 
     def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.
-        self.client = connect(KafkaConsumer, self._kser_client_options)
+        self.client = connect(KafkaConsumer, self._kser_connect_options())
         return KafkaPythonClient(self.client, self._kser_reset, commits=self.options.commit != NEVER)
+
+    def _kser_connect_options(self) -> dict[str, Any]:
+        """Return the options of the next client.
+
+        A client that replaces another one waits only briefly for a broker, because the client thread has a time limit.
+        The poller tries again later.
+        """
+        options = self._kser_client_options
+        default = KafkaConsumer.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
+        if default is None or getattr(self, "client", None) is None:
+            return options
+        timeout = min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)
+        return {**options, "bootstrap_timeout_ms": timeout}
 
     def _kser_handle(self, value: Any) -> None:
         if self._kser_deserialize is not None:

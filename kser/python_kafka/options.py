@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from kafka import KafkaConsumer, KafkaProducer, errors
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, known_options, nearest_name
+from kser.consumer.options import default_session
 from kser.errors import BrokerUnavailable, SettingError
 
 #: Seconds to wait until kafka-python has closed its connections.
@@ -25,12 +27,16 @@ def options_for(client: type[Client], config: Mapping[str, Any] | None, settings
     """Return the options of ``client``: a copy of ``config``, or the client's options in the settings.
 
     :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither KafkaConsumer nor KafkaProducer knows,
-        or ``KSER_PRODUCER_CONFIG`` has an option that KafkaProducer does not know.
+        or ``KSER_PRODUCER_CONFIG`` has an option that KafkaProducer does not know, or the options choose a group
+        protocol that kafka-python does not have.
     """
     if config is not None:
-        return dict(config)
+        return _without_group_protocol(config)
     options = known_options(
-        settings.client or {}, client.DEFAULT_CONFIG, KafkaConsumer.DEFAULT_CONFIG, KafkaProducer.DEFAULT_CONFIG
+        _without_group_protocol(settings.client or {}),
+        client.DEFAULT_CONFIG,
+        KafkaConsumer.DEFAULT_CONFIG,
+        KafkaProducer.DEFAULT_CONFIG,
     )
     return options | producer_options(settings.producer) if client is KafkaProducer else options
 
@@ -48,6 +54,30 @@ def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 f" {nearest_name(key, known)!r}"
             )
     return dict(options or {})
+
+
+def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a consumer, with the session timeout of kser if they set none."""
+    options = dict(options)
+    session = default_session(options.get("heartbeat_interval_ms"))
+    # kafka-python 2 requires that a request may take longer than a session.
+    if options.get("request_timeout_ms", math.inf) > session:
+        options.setdefault("session_timeout_ms", session)
+    return options
+
+
+def _without_group_protocol(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without the group protocol, which kafka-python does not know: it always uses ``classic``.
+
+    :raises kser.errors.SettingError: the options choose another protocol.
+    """
+    for name in ("group_protocol", "group.protocol"):
+        if str(options.get(name, "classic")).lower() != "classic":
+            raise SettingError(
+                f"kafka-python has only the group protocol 'classic'; {name!r} is {options[name]!r}: use kser.confluent"
+                f" for 'consumer' (KIP-848), or remove the option from {CONFIG} or the 'config' argument"
+            )
+    return {key: value for key, value in options.items() if key not in ("group_protocol", "group.protocol")}
 
 
 def connect(client: type[Client], options: Mapping[str, Any]) -> Client:

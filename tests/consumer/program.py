@@ -59,6 +59,14 @@ class ScriptedEntrypoint(Entrypoint):
             with suppress(Exception):
                 time.sleep(60)
 
+    def run_hang(self) -> None:
+        """Make the next call of the Kafka client block."""
+        self.consumer._kser_poller._client.poll = lambda *_: time.sleep(600)  # type: ignore[union-attr,method-assign]
+
+    def run_die(self) -> None:
+        """Make the next call of the Kafka client raise an error that nothing handles."""
+        self.consumer._kser_poller._client.poll = lambda *_: sys.exit(3)  # type: ignore[union-attr,method-assign]
+
     def run_interrupt(self) -> None:
         """Raise KeyboardInterrupt."""
         raise KeyboardInterrupt

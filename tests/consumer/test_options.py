@@ -34,6 +34,7 @@ DEFAULTS = {
     "stall_timeout": 300,
     "producer_config": None,
     "max_starts": 20,
+    "client_timeout": None,
 }
 
 #: For each option its name, an argument, the equivalent text in the environment, and the resulting value.
@@ -58,6 +59,7 @@ OPTIONS: list[tuple[str, Any, str, Any]] = [
     ("max_buffered_bytes", 1 << 20, "1048576", 1 << 20),
     ("stall_timeout", 60, "60", 60),
     ("producer_config", {"acks": 1}, '{"acks": 1}', {"acks": 1}),
+    ("client_timeout", 90, "90", 90),
 ]
 
 
@@ -219,3 +221,14 @@ def test_effective_options_are_logged_at_the_start(caplog: pytest.LogCaptureFixt
         f"Consumer: commit=never, workers=3, ordering=partition, group=players, topics=dice, retry={policy},"
         " dead letters=<topic>.dlq"
     )
+
+
+@pytest.mark.parametrize(("given", "limit"), [({}, 40), ({"revoke_timeout": 60}, 90), ({"client_timeout": 15}, 15)])
+def test_client_timeout_is_30_seconds_more_than_revoke_timeout(given: dict[str, float], limit: float) -> None:
+    assert ConsumerOptions.from_settings(Settings(), ConsumerKwargs(**given)).client_limit == limit  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("given", [{"client_timeout": 10}, {"client_timeout": 5}, {"client_timeout": 0}])
+def test_client_timeout_that_a_rebalance_may_exceed_is_rejected(given: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=r"client_timeout must be longer than revoke_timeout \(10 s\)"):
+        options_of(**given)

@@ -10,6 +10,7 @@ import pytest
 
 from kser.attempt import FAILED, Failure
 from kser.consumer.client import Commit, Partition
+from kser.consumer.membership import PROOF_INTERVAL
 from kser.consumer.poller import BUSY_POLL_TIMEOUT, SHUTDOWN_POLL_TIMEOUT
 from kser.dummy.broker import InMemoryBroker
 from kser.errors import BrokerUnavailable, ClientError
@@ -362,6 +363,67 @@ def test_new_client_does_not_commit_records_of_the_fenced_one() -> None:
     clock.advance(10)
     consumer.poll()
     assert consumer.current_client.commits == []
+
+
+def is_recovery_logged(caplog: pytest.LogCaptureFixture) -> bool:
+    """Return whether the consumer has logged that polls work again."""
+    return any("the Kafka client can poll again" in line for line in lines(caplog))
+
+
+def test_recovery_is_not_logged_while_the_group_rejects_commits(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    consumer = FaultyConsumer(clock=clock)
+    consumer.poll()
+    consumer.current_client.faults = {"poll": "no broker", "commit": "not a member"}
+    consumer.poll()
+    del consumer.current_client.faults["poll"]
+    for _ in range(10):
+        clock.advance(1)
+        consumer.poll()
+    assert not is_recovery_logged(caplog)
+    consumer.current_client.faults = {}
+    clock.advance(PROOF_INTERVAL)
+    consumer.poll()
+    assert is_recovery_logged(caplog)
+
+
+def test_records_prove_the_recovery(caplog: pytest.LogCaptureFixture) -> None:
+    consumer = FaultyConsumer()
+    consumer.poll()
+    consumer.current_client.faults = {"poll": "no broker", "commit": "no coordinator"}
+    consumer.poll()
+    del consumer.current_client.faults["poll"]
+    consumer.poll()
+    assert not is_recovery_logged(caplog)
+    send_messages("1")
+    consumer.poll()
+    assert is_recovery_logged(caplog)
+
+
+@pytest.mark.parametrize("is_member", [True, False])
+def test_consumer_without_partitions_has_recovered_if_it_is_a_member(
+    is_member: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = new_consumer()
+    holder.step(timeout=0)
+    spare = FaultyConsumer()
+    spare.poll()
+    assert not spare.assignment
+    spare.current_client.is_member = lambda: is_member  # type: ignore[method-assign]
+    spare.current_client.faults = {"poll": "no broker"}
+    spare.poll()
+    spare.current_client.faults = {}
+    spare.poll()
+    assert is_recovery_logged(caplog) == is_member
+
+
+def test_client_that_fails_again_and_again_is_replaced_less_and_less_often() -> None:
+    clock = Clock()
+    consumer = FaultyConsumer(initial_faults={"poll": ClientError("the group is full", fatal=True)}, clock=clock)
+    for _ in range(600):
+        clock.advance(0.1)
+        consumer.poll()
+    assert 5 < len(consumer.clients) < 25
 
 
 def test_failed_subscription_closes_the_client() -> None:

@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from tests.consumer.harness import FaultyConsumer, send_messages
+from kser.errors import ClientError
+from tests.consumer.harness import FaultyConsumer, new_consumer, send_messages
 from tests.support import Clock, lines
 
 pytestmark = pytest.mark.usefixtures("bus")
@@ -72,3 +73,31 @@ def test_stall_without_a_known_lag_counts_the_queued_records(caplog: pytest.LogC
     consumer.current_client.faults = {"lag": "no broker"}
     (line,) = errors_after(consumer, clock, caplog, 61)
     assert "partitions lag: dice[0] by 1;" in line
+
+
+def test_consumer_outside_its_group_stalls_without_partitions(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    consumer = FaultyConsumer(stall_timeout=60, clock=clock)
+    consumer.current_client.is_member = lambda: False  # type: ignore[method-assign]
+    consumer.current_client.faults = {"poll": ClientError("the group is full", transient=True)}
+    assert errors_after(consumer, clock, caplog, 30, 29) == []
+    (line,) = errors_after(consumer, clock, caplog, 2, 60, 60)
+    assert "has had no partitions for 60 s, because it is not a member of its group" in line
+
+
+def test_spare_member_without_partitions_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:
+    holder = new_consumer()
+    holder.step(timeout=0)
+    clock = Clock()
+    spare = FaultyConsumer(stall_timeout=60, clock=clock)
+    spare.poll()
+    assert not spare.assignment
+    assert errors_after(spare, clock, caplog, 61, 61, 61) == []
+
+
+def test_member_that_still_has_partitions_is_not_outside_its_group(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    consumer = FaultyConsumer(stall_timeout=60, clock=clock)
+    consumer.poll()
+    consumer.current_client.is_member = lambda: False  # type: ignore[method-assign]
+    assert errors_after(consumer, clock, caplog, 61, 61) == []

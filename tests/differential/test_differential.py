@@ -16,7 +16,7 @@ ROWS = Path(__file__).with_name("rows.txt")
 PAGE = ROOT / "docs" / "differences.rst"
 
 #: Decisions of the page that other tests cover, because their effect shows only in a group, with threads or over time.
-COVERED_ELSEWHERE = {"A3", "D1", "D11", "D13", "D20", "D21", "D22", "D23", "D24"}
+COVERED_ELSEWHERE = {"A3", "D1", "D11", "D13", "D20", "D21", "D22", "D23", "D24", "D30", "D31"}
 
 
 @pytest.mark.parametrize("scenario", harness.scenario_names())

@@ -62,6 +62,11 @@ group.min.session.timeout.ms=1000
 group.initial.rebalance.delay.ms=0
 # Tests need missing topics, which a broker with this setting does not create.
 auto.create.topics.enable=false
+# The group protocol "consumer" (KIP-848) has its own limits, which a client cannot set.
+group.consumer.min.heartbeat.interval.ms=200
+group.consumer.heartbeat.interval.ms=200
+group.consumer.min.session.timeout.ms=1500
+group.consumer.session.timeout.ms=3000
 # A killed broker may restart only after its session has expired, by default after 9 s.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500

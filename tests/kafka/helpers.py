@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import confluent_kafka
+import pytest
 
 from kser.python_kafka.consumer import Consumer
 from kser.schemas import Message
@@ -37,6 +38,11 @@ TRANSPORTS = ["python_kafka", "confluent"]
 #: The shortest session that Kafka allows by default, so that a killed member soon leaves the group; and frequent
 #: heartbeats, so that members soon notice a rebalance.
 QUICK_GROUP = {"session_timeout_ms": 6000, "heartbeat_interval_ms": 200}
+
+
+needs_next_protocol = pytest.mark.skipif(
+    confluent_kafka.libversion()[1] < 0x020C0000, reason="librdkafka before 2.12 has only a preview of KIP-848"
+)
 
 
 def wait_until(condition: Callable[[], Any], event: str, seconds: float = 15) -> Any:

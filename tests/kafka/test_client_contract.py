@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import confluent_kafka
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from kser.consumer.client import Commit, Partition
-from kser.errors import ClientError
+from kser.errors import ClientError, ClientFenced
 from tests.kafka.broker import Kafka, KafkaBroker
-from tests.kafka.helpers import wait_until
+from tests.kafka.helpers import needs_next_protocol, wait_until
 from tests.support import lines
 from tests.transports.client_contract import BrokerHarness, Join, Member, until
 from tests.transports.group_contract import GroupContract
@@ -102,11 +104,22 @@ class Confluent(OnKafka, ConfluentHarness):
     pass
 
 
+class ConfluentNextProtocol(Confluent):
+    """Clients of confluent-kafka in groups with the group protocol ``consumer`` (KIP-848)."""
+
+    eager = False
+
+
 both = pytest.mark.parametrize("kind", [PythonKafka, Confluent])
 
 
-@both
 class TestClientsOnKafka(GroupContract):
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each test with both clients, and the tests of groups also with the group protocol ``consumer``."""
+        of_groups = metafunc.function.__name__ in vars(GroupContract)
+        next_protocol = pytest.param(ConfluentNextProtocol, marks=needs_next_protocol)
+        metafunc.parametrize("kind", [PythonKafka, Confluent, *[next_protocol] * of_groups])
+
     @pytest.fixture
     def harness(self, kind: type[OnKafka], kafka: Kafka) -> Iterator[BrokerHarness]:
         harness = kind(kafka)
@@ -177,18 +190,54 @@ class TestClientsOnKafka(GroupContract):
         topic = harness.new_topic(2)
         first = join(topic)
         until(lambda: len(first.starts) == 2, "the first member has both partitions", first)
-        key = Partition(topic, 0)
-        first.finished = {key: Commit(0, "kser:1,2")}
+        first.finished = dict.fromkeys(first.starts, Commit(0, "kser:1,2"))
         commits_before_the_end: list[Commit | None] = []
 
         def end() -> None:
-            commits_before_the_end.append(harness.committed(group, key))
+            # Without an eager rebalance, only one of the two partitions moves.
+            commits = {harness.committed(group, Partition(topic, number)) for number in range(2)}
+            commits_before_the_end.extend(commits - {Commit(0)})
             first.drained.set()
 
         first.drained.clear()
         second = join(topic)
         until(lambda: second.starts, "both members have a partition", second, *self.drain_later(first, end))
         assert commits_before_the_end == [Commit(0, "kser:1,2")]
+
+    # -- membership ----------------------------------------------------------------------------------------------------
+
+    def test_member_whose_instance_id_is_taken_is_fenced(
+        self, harness: OnKafka, join: Join, kind: type[OnKafka]
+    ) -> None:
+        topic = harness.new_topic()
+        instance = {"group_instance_id" if kind is PythonKafka else "group.instance.id": "shop-1"}
+        first = join(topic, **instance)
+        until(lambda: first.starts, "the first member has the partition", first)
+        second = join(topic, **instance)
+        with pytest.raises(ClientFenced, match="'shop-1'"):
+            until(lambda: False, "the first member is fenced", second, first)
+        until(lambda: second.starts and second.client.is_member(), "the second member has the partition", second)
+        assert not first.client.is_member()
+
+    @pytest.mark.parametrize("event", ["on_assign", "on_reset", "on_revoke"])
+    def test_error_of_the_library_in_a_rebalance_callback_is_a_client_error(
+        self, harness: OnKafka, join: Join, kind: type[OnKafka], event: str
+    ) -> None:
+        if kind is PythonKafka:
+            pytest.skip("only librdkafka's Python client raises objects that no except clause catches")
+
+        def fail(_: object) -> Any:
+            raise KafkaException(KafkaError(KafkaError._STATE))
+
+        topic = harness.new_topic(2)
+        member = join(topic)
+        if event == "on_revoke":
+            until(lambda: member.starts, "the partitions are assigned", member)
+            setattr(member, event, fail)
+            harness.grow(topic, 3)
+        setattr(member, event, fail)
+        with pytest.raises(ClientError, match="Erroneous state"):
+            until(lambda: False, "a rebalance fails", member)
 
     # -- gaps in the log -----------------------------------------------------------------------------------------------
 

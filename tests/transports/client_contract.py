@@ -29,6 +29,8 @@ class BrokerHarness(ABC):
 
     #: True if the client supports reading without a group.
     groupless: ClassVar[bool] = True
+    #: True if a rebalance revokes all partitions, False if it revokes only those that move.
+    eager: ClassVar[bool] = True
 
     @abstractmethod
     def new_topic(self, partitions: int = 1) -> str:

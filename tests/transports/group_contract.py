@@ -45,15 +45,19 @@ class GroupContract(ClientContract):
         first.finished = {key: Commit(3, "kser:1,1") for key in keys}
         second = join(topic)
         self.wait_for_balance(first, second)
-        assert ("revoke", dict.fromkeys(keys)) in first.events, "an eager rebalance revokes all partitions"
-        for member in (first, second):
+        moved = keys if harness.eager else set(second.starts)
+        assert ("revoke", dict.fromkeys(moved)) in first.events, "an eager rebalance revokes all partitions"
+        for member in (first, second) if harness.eager else (second,):
             assert member.events[-1] == ("assign", dict.fromkeys(member.starts, Commit(3, "kser:1,1")))
         until(lambda: len(second.records) >= 2, "the second member gets its records", first, second)
-        until(lambda: len(first.records) >= 12, "the first member gets its records", first, second)
         assert second.values() == ["3", "4"]
-        assert [record.offset for record in first.records[10:]] == [3, 4], (
-            "the first member restarts at the committed offset"
-        )
+        if harness.eager:
+            until(lambda: len(first.records) >= 12, "the first member gets its records", first, second)
+            assert [record.offset for record in first.records[10:]] == [3, 4], (
+                "the first member restarts at the committed offset"
+            )
+        else:
+            assert len(first.records) == 10, "the first member continues with the partition that it keeps"
 
     def test_members_with_short_rare_polls_complete_a_rebalance(self, harness: BrokerHarness, join: Join) -> None:
         """A join may end between two polls of a member."""

@@ -164,12 +164,15 @@ class ConfluentHarness(KafkaHarness):
         expires_soon: bool = False,
         **options: Any,
     ) -> ConsumerClient:
-        timeouts = {"session.timeout.ms": 1500, "max.poll.interval.ms": 2000} if expires_soon else {}
+        timeouts: dict[str, Any] = {"max.poll.interval.ms": 2000} if expires_soon else {}
+        # With the protocol "consumer", the broker sets the timeouts of the group.
+        protocol: dict[str, Any] = {"group.protocol": "consumer"}
+        if self.eager:
+            protocol = {"session.timeout.ms": 1500 if expires_soon else 6000, "heartbeat.interval.ms": 200}
         defaults = {
             "bootstrap.servers": self.servers,
             "group.id": group,
-            "session.timeout.ms": 6000,
-            "heartbeat.interval.ms": 200,
+            **protocol,
             "topic.metadata.refresh.interval.ms": 500,
             "reconnect.backoff.max.ms": 500,
         }
