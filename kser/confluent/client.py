@@ -13,8 +13,9 @@ import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from kser.confluent.committer import Committer
-from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, servers
+from kser.confluent.logs import ClientLog
+from kser.confluent.options import connect, connection_of, with_metadata_age
+from kser.connection import FailureLog, explain, partial_failure_text
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -22,12 +23,15 @@ from kser.consumer.client import (
     RebalanceListener,
     Record,
     client_error,
+    denied_topics,
+    missing_topics,
     no_committed_offset,
     out_of_range_text,
     revoked_before_commit_text,
 )
 from kser.consumer.offsets import PartitionCounts, add_checksum, strip_checksum
 from kser.errors import ClientError
+from kser.forks import keep_in_children
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ START_RETRY_INTERVAL = 1.0
 
 #: Transient errors. Commits fail with these errors during a rebalance.
 _TRANSIENT = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
+#: Errors that do not name their cause.
+_WITHOUT_CAUSE = (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._TRANSPORT)
 
 
 class ConfluentClient(ConsumerClient):
@@ -59,7 +65,8 @@ class ConfluentClient(ConsumerClient):
 
     def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
         self._reset = reset
-        self._servers = servers(options)
+        self._connection = connection_of(options)
+        self._log = ClientLog()
         self._cooperative = "cooperative" in str(options.get("partition.assignment.strategy", ""))
         self.can_commit = commits
         self._listener: RebalanceListener | None = None
@@ -71,7 +78,11 @@ class ConfluentClient(ConsumerClient):
         self._partition_counts = PartitionCounts(reset)
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
-        self._missing: set[str | None] = set()
+        #: The topics that do not exist or must not be read, and the error of each.
+        self._unavailable: dict[str, ClientError] = {}
+        #: The error of a group that this client must not use.
+        self._group_denied: ClientError | None = None
+        self._failures = FailureLog()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
         #: Number of revocations and losses of partitions so far.
@@ -79,10 +90,10 @@ class ConfluentClient(ConsumerClient):
         self._last_error: KafkaError | None = None
         self._down = False
         self._probe_at = 0.0
-        keywords = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords = {} if "logger" in options else {"logger": self._log}
         client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
-            **options,
+            **with_metadata_age(options),
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
@@ -93,6 +104,7 @@ class ConfluentClient(ConsumerClient):
         }
         self.client = connect(confluent_kafka.Consumer, client_options, **keywords)
         self._committer = Committer(self.client)
+        keep_in_children(self, "client")
 
     @property
     def cluster(self) -> str:
@@ -112,6 +124,9 @@ class ConfluentClient(ConsumerClient):
         # Raise an error only if there are no records, because an exception would lose the records.
         if not batches and (problem := problem or self._current_error()):
             raise problem
+        reason = self._log.failure.persistent_reason()
+        if reason and self._failures.is_due(explain(reason, self._connection).kind):
+            logger.warning(partial_failure_text(reason, self._connection))
         return batches
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
@@ -120,7 +135,7 @@ class ConfluentClient(ConsumerClient):
         except KafkaException as error:
             raise self._as_client_error("commit offsets", error.args[0]) from error
         except TimeoutError as error:
-            raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
+            raise client_error("commit offsets", self._connection, error) from error
 
     def lag(self) -> Mapping[Partition, int]:
         lags: dict[Partition, int] = {}
@@ -143,8 +158,8 @@ class ConfluentClient(ConsumerClient):
         closing.join(timeout)
         if timeout and closing.is_alive():
             logger.warning(
-                f"could not leave the group at {self._servers} within {timeout:g} s: its partitions are reassigned"
-                " after the session timeout"
+                f"could not leave the group at {self._connection.servers} within {timeout:g} s: its partitions are"
+                " reassigned after the session timeout"
             )
 
     # -- records -------------------------------------------------------------------------------------------------------
@@ -200,20 +215,24 @@ class ConfluentClient(ConsumerClient):
                 self._positions[key] = max(message.offset(), self._positions.get(key, 0))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
             self._out_of_range.add(key)
-        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            # Only log a missing topic, because the other topics can be consumed.
-            self._report_missing_topic(message.topic(), error)
+        elif error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
+            self._note_unavailable_topic(message.topic(), error)
+        elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            self._group_denied = self._as_client_error("join the group", error)
         else:
             # The next poll raises this error, because this poll must return the records that were fetched together with
             # the error.
             self._last_error = error
 
-    def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:
-        if topic not in self._missing:
-            self._missing.add(topic)
-            logger.error(
-                f"{error.str()} at {self._servers}: create the topic, or correct its name; the consumer waits for it"
-            )
+    def _note_unavailable_topic(self, topic: str | None, error: KafkaError) -> None:
+        if topic is None:
+            self._last_error = error
+            return
+        build = missing_topics if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART else denied_topics
+        problem = self._unavailable[topic] = build([topic], self._connection)
+        if self._keys and self._failures.is_due(problem.kind):
+            # Only log the error, because the other topics can be consumed.
+            logger.error(f"{problem.message}; consuming the other topics meanwhile")
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
@@ -228,6 +247,7 @@ class ConfluentClient(ConsumerClient):
     # -- assignment and revocation -------------------------------------------------------------------------------------
 
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
+        self._group_denied = None
         self._unstarted |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._pending_error = self._start_partitions()
 
@@ -288,7 +308,8 @@ class ConfluentClient(ConsumerClient):
         assert self._listener is not None
         starts = {**known, **fresh}
         self._unstarted -= starts.keys()
-        self._missing -= {key.topic for key in starts}
+        for key in starts:
+            self._unavailable.pop(key.topic, None)
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._listener.on_assign(known)
@@ -403,14 +424,30 @@ class ConfluentClient(ConsumerClient):
         """Return the current error. After an outage, the error is cleared only when a broker responds."""
         error = self._last_error
         if error is None:
-            return None
+            return self._group_denied or self._unavailable_topics()
         if not self._down or error.fatal():
             self._last_error = None
         elif self._broker_responds():
             self._last_error = None
             self._down = False
+            self._log.failure.clear()
             return None
         return self._as_client_error("fetch messages", error)
+
+    def _unavailable_topics(self) -> ClientError | None:
+        """Return the error of a client that has no partition, because its topics do not exist or must not be read."""
+        if self._keys or not self._unavailable:
+            return None
+        if time.monotonic() >= self._probe_at:
+            self._probe_at = time.monotonic() + PROBE_INTERVAL
+            for topic in list(self._unavailable):
+                self._probe_topic(topic)
+        return next(iter(self._unavailable.values()), None)
+
+    def _probe_topic(self, topic: str) -> None:
+        with suppress(KafkaException):
+            if self.client.list_topics(topic, timeout=PROBE_TIMEOUT).topics[topic].error is None:
+                self._unavailable.pop(topic, None)
 
     def _broker_responds(self) -> bool:
         """Return whether a broker responds.
@@ -428,9 +465,9 @@ class ConfluentClient(ConsumerClient):
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
         transient = error.code() in _TRANSIENT
-        return client_error(
-            action, f"{self._servers} (bootstrap.servers)", error.str(), fatal=error.fatal(), transient=transient
-        )
+        # These errors hide the cause, which librdkafka only logs.
+        reason = self._log.failure.reason() if error.code() in _WITHOUT_CAUSE else ""
+        return client_error(action, self._connection, reason or error.str(), fatal=error.fatal(), transient=transient)
 
 
 class ConfluentRecord:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, Settings, nearest_name
+from kser.connection import Connection
 from kser.errors import SettingError
 
 Client = TypeVar("Client")
@@ -65,6 +66,11 @@ _COMMON = _names(
     """
 )
 
+#: The options for the time after which a client notices new topics and new permissions.
+METADATA_AGE = ("topic.metadata.refresh.interval.ms", "metadata.max.age.ms")
+#: kser's default of ``topic.metadata.refresh.interval.ms``, in milliseconds. librdkafka's default is five minutes.
+METADATA_REFRESH_MS = 10_000
+
 _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
 
@@ -81,6 +87,13 @@ def own_options(kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``options`` without options of the other kind of client, about which librdkafka would log warnings."""
     foreign = PRODUCER_ONLY if kind == "consumer" else CONSUMER_ONLY
     return {key: value for key, value in options.items() if key not in foreign}
+
+
+def with_metadata_age(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a consumer, with a default for the time after which it notices new topics."""
+    if any(name in options for name in METADATA_AGE):
+        return dict(options)
+    return {METADATA_AGE[0]: METADATA_REFRESH_MS, **options}
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +153,16 @@ def connect(client: Callable[..., Client], options: Mapping[str, Any], **keyword
 def _nearest(key: str) -> str:
     # kafka-python spells the same options with underscores, so a wrong name may come from a kafka-python configuration.
     return nearest_name(key.replace("_", "."), sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON))
+
+
+def connection_of(options: Mapping[str, Any]) -> Connection:
+    """Return how a client with these options connects."""
+    protocol = str(options.get("security.protocol") or "PLAINTEXT").upper()
+    mechanism = user = ""
+    if protocol.startswith("SASL"):
+        mechanism = str(options.get("sasl.mechanism") or options.get("sasl.mechanisms") or "GSSAPI")
+        user = str(options.get("sasl.username") or "")
+    return Connection(servers(options), "bootstrap.servers", protocol, mechanism, user)
 
 
 def servers(options: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 from kser.backoff import random_delay
+from kser.connection import FailureLog
 from kser.consumer.client import ConsumerClient, Partition
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.options import NEVER
@@ -74,7 +75,7 @@ class Poller:
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
-        self._errors: dict[str, str] = {}
+        self._failures = {activity: FailureLog(work_queue.clock) for activity in ("poll", "commit")}
         self._last_commit = work_queue.clock()
         self._client: ConsumerClient | None = self._connect_and_subscribe()
         #: The effective commit mode, which is ``"never"`` without a group.
@@ -127,11 +128,12 @@ class Poller:
         except KserError as error:
             self._back_off(ClientError(error.message), timeout)
         except Exception as exc:
-            text = f"the Kafka client raised an unexpected error: {exc!r}"
-            if text != self._errors.get("poll"):
-                self._log.exception(text)
             # The state of the client is unknown after an unexpected exception, so a new client must replace it.
-            self._back_off(ClientError(text, fatal=True), timeout)
+            text = f"the Kafka client raised an unexpected error: {exc!r}"
+            unexpected = ClientError(text, kind=f"unexpected: {type(exc).__name__}", fatal=True)
+            if self._failures["poll"].is_due(unexpected.kind):
+                self._log.exception(text)
+            self._back_off(unexpected, timeout)
         return 0
 
     def _fetch(self, timeout: float) -> int:
@@ -292,12 +294,11 @@ class Poller:
         self._stop.wait(min(_BACKOFF(self._error_count), timeout))
 
     def _report(self, activity: str, error: ClientError | None) -> None:
-        """Log a client error once, log it again when its text changes, and log the recovery."""
-        text = error.message if error else ""
-        if text != self._errors.get(activity, ""):
-            self._errors[activity] = text
-            if error:
-                level = logging.INFO if error.transient else logging.ERROR
-                self._log.log(level, f"{text}; trying again")
-            else:
+        """Log each kind of client error once and then every ten minutes, and log the recovery."""
+        failures = self._failures[activity]
+        if error is None:
+            if failures.succeed():
                 self._log.info(f"the Kafka client can {activity} again")
+        elif failures.is_due(error.kind):
+            level = logging.INFO if error.transient else logging.ERROR
+            self._log.log(level, f"{error.message}; trying again")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from kser.controller import BaseProducer
 from kser.errors import ProducerMissing, StoreUnavailable
+from kser.forks import renew_after_fork
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,10 @@ class SharedProducer:
         self._closed = self._detached = False
         self._attached_to: Any = None
         self._borrowers: list[Any] = []
+        renew_after_fork(self)
+
+    def _kser_renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def producer(self) -> BaseProducer:
         """Return the producer; create it at the first call.
@@ -155,7 +160,7 @@ class SharedProducer:
 
         The registries of a controller that the consumer no longer uses are included.
         """
-        # The supervisor thread may call ``attach`` once more during the shutdown, so that call must have no effect.
+        # The supervisor thread may still call ``attach`` during the shutdown, and that call must have no effect.
         self._detached = True
         borrowers, self._borrowers = self._borrowers, []
         for registry in borrowers:

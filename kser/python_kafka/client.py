@@ -11,6 +11,7 @@ from kafka import KafkaConsumer, TopicPartition, errors
 from kafka.consumer import fetcher
 from kafka.errors import KafkaError
 
+from kser.connection import FailureLog, explain, partial_failure_text
 from kser.consumer.client import (
     Commit,
     ConsumerClient,
@@ -18,13 +19,17 @@ from kser.consumer.client import (
     RebalanceListener,
     Record,
     client_error,
+    denied_topics,
     no_committed_offset,
     out_of_range_text,
 )
 from kser.consumer.offsets import PartitionCounts, strip_checksum
 from kser.errors import ClientError
-from kser.python_kafka.options import servers
+from kser.forks import keep_in_children
+from kser.python_kafka.logs import lines_of
+from kser.python_kafka.options import connection_of
 from kser.python_kafka.rebalances import ASYNC, LISTENER, ClientListener, PendingJoin, client_offsets
+from kser.python_kafka.topics import TopicAccess
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +75,14 @@ class KafkaPythonClient(ConsumerClient):
     def __init__(self, client: KafkaConsumer, reset: str, *, commits: bool = True) -> None:
         self._client = client
         self._reset = reset
-        self._servers = servers(client.config)
+        self._connection = connection_of(client.config)
+        self._lines = lines_of(client)
+        self._partial_failures = FailureLog()
         self.can_commit = commits and client.config["group_id"] is not None
         self._listener: RebalanceListener | None = None
         self._client_listener: ClientListener | None = None
         self._topics: list[str] = []
-        self._missing: list[str] = []
+        self._topic_failures = FailureLog()
         self._check_at = self._start_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
         self._pending_error: ClientError | None = None
@@ -83,6 +90,7 @@ class KafkaPythonClient(ConsumerClient):
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
         self._partition_counts = PartitionCounts(reset)
+        keep_in_children(self, "_client")
 
     @property
     def cluster(self) -> str:
@@ -94,28 +102,35 @@ class KafkaPythonClient(ConsumerClient):
         self._listener = listener
         self._topics = sorted(topics)
         self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+        self._access = TopicAccess(self._client)
         self._client_listener = LISTENER(self._client, listener, self._unstarted, self._partition_counts.annotate)
         self._client.subscribe(self._topics, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            self._pause(limit, paused)
-            self._resume_join()
-            self._requeue_parked_records()
-            batches = self._poll(timeout, limit)
-            if new := set(self._unstarted):
-                # Drop the records of new partitions, because the client may have read them from another position than
-                # the committed offset.
-                batches = {key: records for key, records in batches.items() if key not in new}
-                self._start_new_partitions()
-            # Check for errors only if there are no records, because an exception would lose the records.
-            if batches:
-                self._mark_healthy()
-            else:
-                self._health_check()
-            return batches
+            with self._lines.calling():
+                return self._fetch(timeout, limit, paused)
         except KafkaError as error:
             raise self._as_client_error("fetch messages", error) from error
+
+    def _fetch(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        self._pause(limit, paused)
+        self._resume_join()
+        self._requeue_parked_records()
+        batches = self._poll(timeout, limit)
+        if new := set(self._unstarted):
+            # Drop the records of new partitions, because the client may have read them from another position than
+            # the committed offset.
+            batches = {key: records for key, records in batches.items() if key not in new}
+            self._start_new_partitions()
+        # Check for errors only if there are no records, because an exception would lose the records.
+        if batches:
+            self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+            self._health_error = None
+            self._lines.failure.clear()
+        else:
+            self._health_check()
+        return batches
 
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
@@ -167,24 +182,32 @@ class KafkaPythonClient(ConsumerClient):
         """
         if self._unstarted and self._pending_error is not None:
             raise self._pending_error
+        if (unconnected := self._unconnected()) is not None:
+            raise unconnected
         if time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
             self._health_error = self._check_topics() or self._check_group()
+            reason = "" if self._health_error else self._lines.failure.persistent_reason()
+            if reason and self._partial_failures.is_due(explain(reason, self._connection).kind):
+                logger.warning(partial_failure_text(reason, self._connection))
         if self._health_error is not None:
             raise self._health_error
 
-    def _mark_healthy(self) -> None:
-        self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-        self._health_error = None
+    def _unconnected(self) -> ClientError | None:
+        """Return the error of a client that has not reached a broker yet."""
+        reason = self._lines.failure.reason()
+        if not reason or self._client._client.cluster._last_successful_refresh_ms:
+            return None
+        return client_error("fetch messages", self._connection, reason)
 
     def _check_topics(self) -> ClientError | None:
         consumed = {tp.topic for tp in self._client.assignment()}
-        missing = [t for t in self._topics if t not in consumed and not self._client.partitions_for_topic(t)]
-        if not missing or not consumed:
-            return ClientError(self._unknown(missing)) if missing else None
-        if missing != self._missing:
-            logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
-        self._missing = missing
+        problem = self._access.problem([topic for topic in self._topics if topic not in consumed], self._connection)
+        if problem is None or not consumed:
+            self._topic_failures.succeed()
+            return problem and (self._unconnected() or problem)
+        if self._topic_failures.is_due(problem.kind):
+            logger.error(f"{problem.message}; consuming the other topics meanwhile")
         return None
 
     def _check_group(self) -> ClientError | None:
@@ -197,10 +220,6 @@ class KafkaPythonClient(ConsumerClient):
         except KafkaError as error:
             return self._as_client_error("fetch messages", error)
         return None
-
-    def _unknown(self, topics: list[str]) -> str:
-        names = ", ".join(map(repr, topics))
-        return f"the brokers at {self._servers} have no topic {names}: create it, or correct its name"
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
@@ -229,8 +248,8 @@ class KafkaPythonClient(ConsumerClient):
             self._client.close(autocommit=False, timeout_ms=int(timeout * 1000))
         except KafkaError as error:
             logger.warning(
-                f"could not leave the group at {self._servers} ({error}): its partitions are reassigned after the"
-                " session timeout"
+                f"could not leave the group at {self._connection.servers} ({error}): its partitions are reassigned"
+                " after the session timeout"
             )
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
@@ -345,10 +364,13 @@ class KafkaPythonClient(ConsumerClient):
         self._listener.on_reset(starts)
 
     def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
+        if isinstance(error, errors.TopicAuthorizationFailedError) and error.args:
+            topics = error.args[0]
+            return denied_topics([topics] if isinstance(topics, str) else topics, self._connection)
         return client_error(
             action,
-            f"{self._servers} (bootstrap_servers)",
-            error if any(error.args) else "no response in time",
+            self._connection,
+            error if any(error.args) else self._lines.failure.reason() or "no response in time",
             fatal=isinstance(error, _FATAL),
             transient=isinstance(error, _TRANSIENT),
         )

@@ -16,7 +16,7 @@ from kser.consumer.client import ConsumerClient
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.python_kafka.client import KafkaPythonClient
-from kser.python_kafka.options import connect, options_for
+from kser.python_kafka.options import METADATA_MAX_AGE_MS, connect, options_for
 from kser.python_kafka.producer import Producer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
+        self._kser_client_options.setdefault("metadata_max_age_ms", METADATA_MAX_AGE_MS)
         # Remove both deserializers from the options of the client. The consumer runs the value deserializer itself for
         # each record, because an exception inside the client would stop the client. The consumer does not need the key
         # deserializer, because it only compares keys, as bytes.

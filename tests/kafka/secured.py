@@ -24,12 +24,12 @@ from tests.kafka.broker import PROPERTIES, START_SECONDS, KafkaBroker, free_port
 USER, PASSWORD = "alice", "alice-secret"
 
 _SECURED = """\
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},SASL://127.0.0.1:{sasl},TLS://127.0.0.1:{tls}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},SASL://127.0.0.1:{sasl},TLS://127.0.0.1:{tls}
+listeners={addresses}
+advertised.listeners={addresses}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL:SASL_PLAINTEXT,TLS:SSL
 listener.name.sasl.sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256
-listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";
-listener.name.sasl.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.sasl.plain.sasl.jaas.config={login}.plain.PlainLoginModule required user_{user}="{password}";
+listener.name.sasl.scram-sha-256.sasl.jaas.config={login}.scram.ScramLoginModule required;
 listener.name.tls.ssl.keystore.type=PEM
 listener.name.tls.ssl.keystore.location={folder}/server.pem
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
@@ -45,11 +45,10 @@ class SecuredKafka(KafkaBroker):
 
     def __init__(self) -> None:
         port, controller_port, self.sasl_port, self.tls_port = free_ports(4)
+        ports = {"PLAINTEXT": port, "CONTROLLER": controller_port, "SASL": self.sasl_port, "TLS": self.tls_port}
         settings = _SECURED.format(
-            port=port,
-            controller_port=controller_port,
-            sasl=self.sasl_port,
-            tls=self.tls_port,
+            addresses=",".join(f"{name}://127.0.0.1:{number}" for name, number in ports.items()),
+            login="org.apache.kafka.common.security",
             user=USER,
             password=PASSWORD,
             folder="{folder}",
@@ -81,7 +80,8 @@ class SecuredKafka(KafkaBroker):
     def grant(self, kind: ResourceType, name: str, *operations: AclOperation) -> None:
         """Allow operations on a resource to the user."""
         bindings = [self._acl(kind, name, operation) for operation in operations or (AclOperation.ALL,)]
-        for granted in self._admin_client().create_acls(bindings).values():
+        client = self._admin_client()
+        for granted in client.create_acls(bindings).values():
             granted.result(START_SECONDS)
 
     def deny(self, kind: ResourceType, name: str) -> None:
@@ -95,7 +95,8 @@ class SecuredKafka(KafkaBroker):
             AclOperation.ANY,
             AclPermissionType.ANY,
         )
-        for deleted in self._admin_client().delete_acls([chosen]).values():
+        client = self._admin_client()
+        for deleted in client.delete_acls([chosen]).values():
             deleted.result(START_SECONDS)
 
     def _admin_client(self) -> AdminClient:
