@@ -13,6 +13,7 @@ from kser.attempt import UNDECODABLE, current_attempt
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
+from kser.consumer.green_threads import check_threads
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.python_kafka.client import KafkaPythonClient
@@ -37,7 +38,7 @@ class Consumer(BaseConsumer):
     :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.BrokerUnavailable: no broker responds.
-    :raises kser.errors.SettingError: a setting is missing or invalid.
+    :raises kser.errors.SettingError: a setting is missing or invalid, or gevent has replaced threads or sockets.
     """
 
     LOGGER: ClassVar[logging.Logger] = logger
@@ -51,6 +52,7 @@ class Consumer(BaseConsumer):
         clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
+        check_threads("kser.python_kafka", ("gevent",))
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
