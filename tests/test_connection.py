@@ -12,8 +12,8 @@ PLAIN = Connection("broker:9092")
 
 #: Errors as the client libraries raise or log them, and the kind and a part of the text for each.
 ERRORS = [
-    ("ssl://b:1/bootstrap: SASL authentication error: Authentication failed (after 5ms in state AUTH)", "login", "alice"),
-    ("[Error 58] SaslAuthenticationFailedError: refused", "login", "with mechanism PLAIN: check the user, the password"),
+    ("ssl://b:1/bootstrap: Authentication failed (after 5ms in state AUTH)", "login", "alice"),
+    ("[Error 58] SaslAuthenticationFailedError: refused", "login", "mechanism PLAIN: check the user, the password"),
     ("KafkaConnectionError: socket disconnected", "closed", "during the login of user 'alice'"),
     ("SASL mechanism handshake failed: Broker: Unsupported SASL mechanism", "mechanism", "mechanism PLAIN"),
     ("SSL handshake failed: certificate verify failed", "certificate", "CA file"),

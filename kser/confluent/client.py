@@ -24,6 +24,7 @@ from kser.consumer.client import (
     Record,
     client_error,
     denied_topics,
+    joined_errors,
     missing_topics,
     no_committed_offset,
     out_of_range_text,
@@ -229,10 +230,7 @@ class ConfluentClient(ConsumerClient):
             self._last_error = error
             return
         build = missing_topics if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART else denied_topics
-        problem = self._unavailable[topic] = build([topic], self._connection)
-        if self._keys and self._failures.is_due(problem.kind):
-            # Only log the error, because the other topics can be consumed.
-            logger.error(f"{problem.message}; consuming the other topics meanwhile")
+        self._unavailable[topic] = build([topic], self._connection)
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
@@ -435,19 +433,30 @@ class ConfluentClient(ConsumerClient):
         return self._as_client_error("fetch messages", error)
 
     def _unavailable_topics(self) -> ClientError | None:
-        """Return the error of a client that has no partition, because its topics do not exist or must not be read."""
-        if self._keys or not self._unavailable:
+        """Return the error of a client without partitions whose topics do not exist or must not be read.
+
+        A client with partitions only logs such topics, because it can consume the others.
+        """
+        if not self._unavailable:
+            return None
+        if self._keys:
+            for topic, problem in list(self._unavailable.items()):
+                if self._failures.is_due(problem.kind) and not self._probe_topic(topic):
+                    logger.error(f"{problem.message}; consuming the other topics meanwhile")
             return None
         if time.monotonic() >= self._probe_at:
             self._probe_at = time.monotonic() + PROBE_INTERVAL
             for topic in list(self._unavailable):
                 self._probe_topic(topic)
-        return next(iter(self._unavailable.values()), None)
+        return joined_errors(list(self._unavailable.values()))
 
-    def _probe_topic(self, topic: str) -> None:
+    def _probe_topic(self, topic: str) -> bool:
+        """Return whether the topic can be read by now."""
         with suppress(KafkaException):
             if self.client.list_topics(topic, timeout=PROBE_TIMEOUT).topics[topic].error is None:
                 self._unavailable.pop(topic, None)
+                return True
+        return False
 
     def _broker_responds(self) -> bool:
         """Return whether a broker responds.

@@ -202,6 +202,13 @@ def denied_topics(topics: Iterable[str], connection: Connection) -> ClientError:
     return ClientError(text, kind=f"denied: {names}")
 
 
+def joined_errors(errors: Sequence[ClientError]) -> ClientError | None:
+    """Return one error for several; None if there are none."""
+    if len(errors) < 2:
+        return errors[0] if errors else None
+    return ClientError("; ".join(e.message for e in errors), kind="; ".join(e.kind for e in errors))
+
+
 def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:
     """Build the error for a group that has no committed offset and whose reset policy is ``none``."""
     names = ", ".join(map(str, partitions))

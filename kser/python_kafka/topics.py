@@ -9,7 +9,7 @@ from kafka import KafkaConsumer
 from kafka.util import WeakMethod
 
 from kser.connection import Connection
-from kser.consumer.client import denied_topics, missing_topics
+from kser.consumer.client import denied_topics, joined_errors, missing_topics
 from kser.errors import ClientError
 
 
@@ -39,9 +39,7 @@ class TopicAccess:
             problems.append(denied_topics(denied, connection))
         if missing := absent - denied:
             problems.append(missing_topics(missing, connection))
-        if len(problems) < 2:
-            return problems[0] if problems else None
-        return ClientError("; ".join(p.message for p in problems), kind="; ".join(p.kind for p in problems))
+        return joined_errors(problems)
 
     def _on_metadata(self, cluster: Any) -> None:
         self._denied = set(cluster.unauthorized_topics)
