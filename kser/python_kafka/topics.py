@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from kafka import KafkaConsumer
@@ -11,6 +11,23 @@ from kafka.util import WeakMethod
 from kser.connection import Connection
 from kser.consumer.client import denied_topics, joined_errors, missing_topics
 from kser.errors import ClientError
+
+
+class _MetadataListener:
+    """A listener that counts as equal to the listener that it replaces, so that kafka-python can remove it."""
+
+    def __init__(self, replaced: Any, call: Callable[[Any], None]) -> None:
+        self._replaced = replaced
+        self._call = call
+
+    def __call__(self, cluster: Any) -> None:
+        self._call(cluster)
+
+    def __hash__(self) -> int:
+        return hash(self._replaced)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or bool(other == self._replaced)
 
 
 class TopicAccess:
@@ -27,8 +44,9 @@ class TopicAccess:
         self._cluster = client._client.cluster
         self._coordinator = client._coordinator
         self._denied: set[str] = set()
-        self._cluster.remove_listener(WeakMethod(self._coordinator._handle_metadata_update))
-        self._cluster.add_listener(self._on_metadata)
+        replaced = WeakMethod(self._coordinator._handle_metadata_update)
+        self._cluster.remove_listener(replaced)
+        self._cluster.add_listener(_MetadataListener(replaced, self._on_metadata))
 
     def problem(self, topics: Collection[str], connection: Connection) -> ClientError | None:
         """Return the error for the topics that the client knows no partition of; None if there are none."""
