@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from kser.config import is_topic_name
 from kser.errors import BrokerUnavailable, KserError, MissingDependency, UsageError
+from kser.forks import keep_for_ever, renew_after_fork
 
 #: Seconds to wait for a response of the broker, which runs in this process.
 _START_TIMEOUT = 10
@@ -52,6 +53,13 @@ class EmbeddedBroker:
         self.topics: list[str] = []
         for name in topics:
             self.create_topic(name)
+        renew_after_fork(self)
+
+    def _kser_renew_after_fork(self) -> None:
+        # The broker runs in the parent process. In the child, this object is closed.
+        if self._client is not None:
+            keep_for_ever(self._client)
+            self._client = None
 
     @property
     def config(self) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class BrokerUnavailable(KserError):
 class ClientError(KserError):
     """A call of the Kafka client failed
 
+    :param kind: the same for each repetition of the failure; a consumer logs each kind once and repeats it after a
+        while. By default, the kind is the message.
     :param fatal: True if the client cannot recover, so that a new client must replace it.
     :param transient: True if the error is expected and disappears without an action, for example during a rebalance.
     """
@@ -157,8 +159,9 @@ class ClientError(KserError):
     MSGID = "ERR-50309"
     CODE = 503
 
-    def __init__(self, message: str, *, fatal: bool = False, transient: bool = False) -> None:
+    def __init__(self, message: str, *, kind: str = "", fatal: bool = False, transient: bool = False) -> None:
         super().__init__(message)
+        self.kind = kind or message
         self.fatal = fatal
         self.transient = transient
 

@@ -11,6 +11,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.config import CONFIG
+from kser.connection import Connection, ConnectionFailure, explain
 from kser.controller import BaseProducer, Headers
 from kser.errors import DeliveryError, MessageTooLarge, RecordRejected, UsageError
 from kser.limits import Limits, current_limits, header_bytes
@@ -213,6 +214,8 @@ class KafkaProducerBase(BaseProducer):
 
     #: Bootstrap servers, for error texts.
     _kser_servers: str = ""
+    #: How the client connects, for error texts.
+    _kser_connection: Connection
     #: Size limit of the client in bytes, and the name of its option.
     _kser_size_limit: int = 0
     _kser_size_option: ClassVar[str] = ""
@@ -353,6 +356,25 @@ class KafkaProducerBase(BaseProducer):
 
     def _kser_missing_topic_text(self, topic: str) -> str:
         return f"The brokers at {self._kser_servers} have no topic {topic!r}: create it, or correct its name"
+
+    def _kser_denied_text(self, topic: str) -> str:
+        user = f"user {self._kser_connection.user!r}" if self._kser_connection.user else "the user of this client"
+        return (
+            f"not authorized to write to topic {topic!r} at {self._kser_servers}: grant {user} Write and Describe on"
+            " the topic"
+        )
+
+    def _kser_unreachable(self, reason: str) -> ConnectionFailure:
+        """Return the failure of a send, because the client has no connection to a broker.
+
+        :param reason: the reason of the last failed connection; empty if it is unknown.
+        """
+        connection = self._kser_connection
+        failure = explain(reason or "no response", connection)
+        if failure.kind not in ("refused", "silent"):
+            return failure._replace(text=f"Cannot connect to Kafka at {connection.servers}: {failure.text}")
+        advice = f"start one there, or correct {connection.option!r} in {CONFIG}"
+        return failure._replace(text=f"No broker responds at {connection.servers}: {advice}")
 
     def _kser_undelivered_text(self, topic: str, reason: str) -> str:
         return f"the record for topic {topic!r} was not delivered: {reason}"

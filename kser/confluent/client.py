@@ -14,11 +14,11 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
+from kser.confluent.client_errors import ClientErrors
 from kser.confluent.committer import Committer, commit_and_check
 from kser.confluent.damage import DAMAGE, DamagedPartitions
-from kser.confluent.group_errors import LibraryError, is_fatal, library_errors, recovery_from
-from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, is_next_protocol, servers
+from kser.confluent.group_errors import LibraryError, library_errors
+from kser.confluent.options import connect, is_next_protocol, with_metadata_age
 from kser.confluent.patterns import PatternFollower
 from kser.confluent.topic_ids import TopicIds
 from kser.consumer.client import (
@@ -33,11 +33,11 @@ from kser.consumer.client import (
     revoked_before_commit_text,
 )
 from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
-from kser.consumer.recoveries import as_recovery
 from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
+from kser.forks import keep_in_children
 
 logger = escape_lines(logging.getLogger(__name__))
 
@@ -81,17 +81,16 @@ class ConfluentClient(ConsumerClient):
     """
 
     def __init__(self, options: Mapping[str, Any], reset: str, max_bytes: int, *, commits: bool = True) -> None:
+        options = with_metadata_age(options)
         self._reset = reset
-        self._servers = servers(options)
+        self._errors = ClientErrors(options)
         #: True if a rebalance moves single partitions, so that the client adds and removes them one by one.
         self._cooperative = is_next_protocol(options) or "cooperative" in str(
             options.get("partition.assignment.strategy", "")
         )
-        self._instance = options.get("group.instance.id")
         self.can_commit = commits
         self._listener: RebalanceListener | None = None
         self._patterns: PatternFollower | None = None
-        self._user_error_cb: Callable[[KafkaError], Any] | None = options.get("error_cb")
         #: Assigned partitions that have no start position yet, because the committed offsets could not be read.
         self._unstarted: set[Partition] = set()
         self._keys: dict[tuple[str, int], Partition] = {}
@@ -104,7 +103,6 @@ class ConfluentClient(ConsumerClient):
         self._paused: set[Partition] = set()
         self._out_of_range: set[Partition] = set()
         self._damage: dict[Partition, KafkaError] = {}
-        self._missing: set[str | None] = set()
         self._pending_error: ClientError | None = None
         self._start_at = 0.0
         #: The error that a rebalance callback has raised. The callback itself must raise nothing, because librdkafka's
@@ -112,12 +110,7 @@ class ConfluentClient(ConsumerClient):
         self._callback_error: Exception | None = None
         #: Number of revocations and losses of partitions so far.
         self._assignment_epoch = 0
-        self._last_error: KafkaError | None = None
-        #: The error after which librdkafka never works again; librdkafka reports its cause only once.
-        self._fatal_error: KafkaError | None = None
-        self._down = False
-        self._probe_at = 0.0
-        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
+        keywords: dict[str, Any] = {} if "logger" in options else {"logger": self._errors.log}
         client_options = {
             "queued.max.messages.kbytes": max(max_bytes // 2048, 1),
             # Without this check, librdkafka returns damaged values, and silently stops at some damaged batches.
@@ -129,11 +122,12 @@ class ConfluentClient(ConsumerClient):
             # This class chooses the start positions, so librdkafka must report a missing offset instead of choosing a
             # position.
             "auto.offset.reset": "error",
-            "error_cb": self._on_error,
+            "error_cb": self._errors.on_error,
         }
-        self.client = connect(confluent_kafka.Consumer, client_options, **keywords)
+        self.client = self._errors.client = connect(confluent_kafka.Consumer, client_options, **keywords)
         self._committer = Committer(self.client)
         self._damaged = DamagedPartitions(client_options)
+        keep_in_children(self, "client")
 
     @property
     def cluster(self) -> str:
@@ -146,7 +140,7 @@ class ConfluentClient(ConsumerClient):
         )
         subscription = Subscription.of(topics)
         if subscription.patterns:
-            self._patterns = PatternFollower(self.client, subscription, subscribe, self._servers)
+            self._patterns = PatternFollower(self.client, subscription, subscribe, self._errors.connection.servers)
         else:
             subscribe(subscription.names)
 
@@ -164,10 +158,11 @@ class ConfluentClient(ConsumerClient):
                 if not batches:
                     self._raise_callback_error()
         except LibraryError as error:
-            raise self._as_client_error("fetch messages", error.error) from error
+            raise self._errors.as_client_error("fetch messages", error.error) from error
         # Raise an error only if there are no records, because an exception would lose the records.
-        if not batches and (problem := problem or self._current_error()):
+        if not batches and (problem := problem or self._errors.current(has_partitions=bool(self._keys))):
             raise problem
+        self._errors.warn_of_partial_failure()
         return batches
 
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
@@ -175,9 +170,9 @@ class ConfluentClient(ConsumerClient):
             with library_errors():
                 self._shrink_metadata(lambda: self._committer.commit(self._offsets(commits), timeout))
         except LibraryError as error:
-            raise self._as_client_error("commit offsets", self._fatal_error or error.error) from error
+            raise self._errors.as_client_error("commit offsets", self._errors.fatal or error.error) from error
         except TimeoutError as error:
-            raise client_error("commit offsets", f"{self._servers} (bootstrap.servers)", error) from error
+            raise client_error("commit offsets", self._errors.connection, error) from error
 
     def positions(self) -> Mapping[Partition, int]:
         return {key: position for key, position in self._positions.items() if key not in self._restarting}
@@ -192,7 +187,7 @@ class ConfluentClient(ConsumerClient):
         return lags
 
     def is_member(self) -> bool:
-        return self._fatal_error is None and bool(self.client.memberid()) and self._broker_responds()
+        return self._errors.fatal is None and bool(self.client.memberid()) and self._errors.broker_responds()
 
     def close(self, timeout: float) -> None:
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
@@ -208,8 +203,8 @@ class ConfluentClient(ConsumerClient):
         closing.join(timeout)
         if timeout and closing.is_alive():
             logger.warning(
-                f"could not leave the group at {self._servers} within {timeout:g} s: its partitions are reassigned"
-                " after the session timeout"
+                f"could not leave the group at {self._errors.connection.servers} within {timeout:g} s: its partitions"
+                " are reassigned after the session timeout"
             )
 
     # -- records -------------------------------------------------------------------------------------------------------
@@ -225,7 +220,7 @@ class ConfluentClient(ConsumerClient):
             more = self.client.consume(limit - 1, 0) if limit > 1 else []
         except KafkaException as error:
             # The next poll raises this error. If this poll raised the error, the first message would be lost.
-            self._last_error = error.args[0]
+            self._errors.note(error.args[0])
             more = []
         # If ``consume`` ran a rebalance callback, the first message may belong to a revoked partition, so drop it.
         return [first, *more] if epoch == self._assignment_epoch else more
@@ -262,8 +257,6 @@ class ConfluentClient(ConsumerClient):
 
     def _note_error(self, message: Any) -> None:
         error = message.error()
-        if is_fatal(error):
-            self._fatal_error = error
         key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
             if key is not None:
@@ -273,20 +266,10 @@ class ConfluentClient(ConsumerClient):
             self._out_of_range.add(key)
         elif error.code() in DAMAGE and key is not None:
             self._damage.setdefault(key, error)
-        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            # Only log a missing topic, because the other topics can be consumed.
-            self._report_missing_topic(message.topic(), error)
         else:
             # The next poll raises this error, because this poll must return the records that were fetched together with
             # the error.
-            self._last_error = error
-
-    def _report_missing_topic(self, topic: str | None, error: KafkaError) -> None:
-        if topic not in self._missing:
-            self._missing.add(topic)
-            logger.error(
-                f"{error.str()} at {self._servers}: create the topic, or correct its name; the consumer waits for it"
-            )
+            self._errors.note(error, message.topic())
 
     def _pause(self, limit: int, held: Collection[Partition]) -> None:
         wanted = (set(held) & self._positions.keys()) if limit else set(self._positions)
@@ -304,12 +287,15 @@ class ConfluentClient(ConsumerClient):
         error, self._callback_error = self._callback_error, None
         if isinstance(error, KafkaException):
             # The client may lack a partition of its assignment now, so a new client must replace it.
-            raise client_error("handle a rebalance", self._servers, error.args[0].str(), fatal=True) from error
+            raise client_error(
+                "handle a rebalance", self._errors.connection, error.args[0].str(), fatal=True
+            ) from error
         if error is not None:
             raise error
 
     @_storing_its_error
     def _on_assign(self, client: Any, partitions: list[TopicPartition]) -> None:
+        self._errors.on_assigned(())
         self._unstarted |= {Partition(tp.topic, tp.partition) for tp in partitions}
         self._pending_error = self._start_partitions()
 
@@ -336,19 +322,21 @@ class ConfluentClient(ConsumerClient):
             # Call ``assign`` even without a partition. If the callback does not call ``assign``, librdkafka assigns the
             # partitions by itself.
             self._assign({})
-            return self._as_client_error("read the committed offsets of the group", error.args[0])
+            return self._errors.as_client_error("read the committed offsets of the group", error.args[0])
         starts = StartPositions(self._metadata)
         try:
             self._learn_cluster_and_topics({tp.topic for tp in committed})
         except KafkaException as error:
             committed = []
-            problem = self._as_client_error("read the metadata of the topics", error.args[0])
+            problem = self._errors.as_client_error("read the metadata of the topics", error.args[0])
         for tp in committed:
             self.progress()
             try:
                 self._find_start(tp, starts)
             except KafkaException as error:
-                problem = self._as_client_error(f"find the start position of {tp.topic}[{tp.partition}]", error.args[0])
+                problem = self._errors.as_client_error(
+                    f"find the start position of {tp.topic}[{tp.partition}]", error.args[0]
+                )
             except ClientError as error:
                 problem = error
         self._assign_started(starts)
@@ -405,7 +393,7 @@ class ConfluentClient(ConsumerClient):
         assert self._listener is not None
         starts = found.all
         self._unstarted -= starts.keys()
-        self._missing -= {key.topic for key in starts}
+        self._errors.on_assigned({key.topic for key in starts})
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._restarting -= starts.keys()
@@ -544,51 +532,11 @@ class ConfluentClient(ConsumerClient):
             elif self._damaged.must_reconnect(search):
                 raise ClientError(
                     f"offset {search.offset} of {search.partition} arrives damaged over the connection to"
-                    f" {self._servers}, and undamaged over others: the client is replaced",
+                    f" {self._errors.connection.servers}, and undamaged over others: the client is replaced",
                     fatal=True,
                 )
             self._fetch_from(search.partition, search.offset if record is None else record.last_offset + 1)
         return batches
-
-    # -- errors --------------------------------------------------------------------------------------------------------
-
-    def _on_error(self, error: KafkaError) -> None:
-        if error.fatal() or error.code() in (KafkaError._AUTHENTICATION, KafkaError._ALL_BROKERS_DOWN):
-            self._last_error = error
-            self._down = True
-        if self._user_error_cb is not None:
-            self._user_error_cb(error)
-
-    def _current_error(self) -> ClientError | None:
-        """Return the current error. After an outage, the error is cleared only when a broker responds."""
-        error = self._last_error
-        if error is None:
-            return None
-        if not self._down or is_fatal(error):
-            self._last_error = None
-        elif self._broker_responds():
-            self._last_error = None
-            self._down = False
-            return None
-        return self._as_client_error("fetch messages", error)
-
-    def _broker_responds(self) -> bool:
-        """Return whether a broker responds.
-
-        After a failed probe, the next probe follows at least ``PROBE_INTERVAL`` seconds later.
-        """
-        if time.monotonic() < self._probe_at:
-            return False
-        try:
-            self.client.list_topics(timeout=PROBE_TIMEOUT)
-        except KafkaException:
-            self._probe_at = time.monotonic() + PROBE_INTERVAL
-            return False
-        return True
-
-    def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        problem = client_error(action, f"{self._servers} (bootstrap.servers)", error.str())
-        return as_recovery(problem, recovery_from(error), self._instance)
 
 
 #: Calls ``message.headers()``. For a name that is not UTF-8, this method both returns a damaged list and sets an

@@ -19,6 +19,7 @@ from kser.confluent.options import (
 from kser.confluent.producer import Producer
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
+from kser.consumer.green_threads import check_threads
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
 from kser.controller import BaseProducer
 from kser.errors import SettingError
@@ -42,7 +43,7 @@ class Consumer(BaseConsumer):
     :param app: a Flask application; its ``config`` has precedence over the environment.
     :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
-    :raises kser.errors.SettingError: a setting is missing or invalid.
+    :raises kser.errors.SettingError: a setting is missing or invalid, or gevent has replaced threads or sockets.
     """
 
     GROUP_OPTION: ClassVar[str] = "group.id"
@@ -58,6 +59,7 @@ class Consumer(BaseConsumer):
         clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
+        check_threads("kser.confluent", ("gevent", "eventlet"))
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)

@@ -1,22 +1,29 @@
-"""Logger for librdkafka's own log lines."""
+"""Logger for librdkafka's own log lines.
+
+librdkafka logs each failed connection, dozens of times a second while a broker is down. kser logs one line for each
+cause itself, so it passes these lines on at the level DEBUG, and each of them only once within ``INTERVAL`` seconds.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
+from typing import Any
 
-#: Seconds in which equal lines are logged only once, because librdkafka emits dozens of equal lines a second while a
-#: broker is down.
+from kser.connection import LastFailure
+
+#: Seconds in which equal lines are logged only once.
 INTERVAL = 30.0
 #: Maximum number of distinct lines that the filter remembers.
 MAX_LINES = 100
 
+_THREAD = re.compile(r"^\[thrd:[^\]]*\]: ")
 _NUMBERS = re.compile(r"\d+(?:ms|s)? in state|, \d+ identical error\(s\) suppressed|\[rdkafka#\S+\]")
 
 
-class RateLimitFilter(logging.Filter):
-    """A rate limit on lines about failed connections. Lines that differ only in their numbers count as equal."""
+class ConnectionLines(logging.Filter):
+    """A filter for lines about failed connections. Lines that differ only in their numbers count as equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +32,11 @@ class RateLimitFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log the record."""
         text = _NUMBERS.sub("", record.getMessage())
-        if not text.startswith("FAIL"):
+        if not text.startswith(("FAIL", "ERROR", "REQTMOUT")):
             return True
+        record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
+        if not logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
+            return False
         now = time.monotonic()
         if now - self._last.get(text, -INTERVAL) < INTERVAL:
             return False
@@ -38,4 +48,19 @@ class RateLimitFilter(logging.Filter):
 
 #: The logger for librdkafka's lines, if the option ``logger`` is not set.
 CLIENT_LOGGER = logging.getLogger("confluent_kafka")
-CLIENT_LOGGER.addFilter(RateLimitFilter())
+CLIENT_LOGGER.addFilter(ConnectionLines())
+
+
+class ClientLog(logging.LoggerAdapter[logging.Logger]):
+    """The logger of one client, which remembers the last failed connection."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIENT_LOGGER)
+        self.failure = LastFailure()
+
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a line, and take the reason of a failed connection from it. librdkafka calls this method."""
+        # librdkafka passes the kind of the line, the name of the client, and the text.
+        if len(args) == 3 and args[0] == "FAIL":
+            self.failure.note(_THREAD.sub("", str(args[2])))
+        super().log(level, msg, *args, **kwargs)

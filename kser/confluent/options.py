@@ -11,6 +11,7 @@ import confluent_kafka
 from confluent_kafka import KafkaException
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
+from kser.connection import Connection
 from kser.consumer.options import default_session
 from kser.errors import SettingError
 
@@ -73,6 +74,10 @@ _ERRORS_ONLY = 3
 
 #: Names of the option with the addresses of the brokers.
 _ADDRESSES = _names("bootstrap.servers metadata.broker.list")
+#: The options for the time after which a client notices new topics and new permissions.
+METADATA_AGE = ("topic.metadata.refresh.interval.ms", "metadata.max.age.ms")
+#: kser's default of ``topic.metadata.refresh.interval.ms``, in milliseconds. librdkafka's default is five minutes.
+METADATA_REFRESH_MS = 10_000
 
 _UNKNOWN = re.compile(r'No such configuration property: "(.*)"')
 
@@ -181,6 +186,13 @@ def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def with_metadata_age(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a consumer, with a default for the time after which it notices new topics."""
+    if any(name in options for name in METADATA_AGE):
+        return dict(options)
+    return {METADATA_AGE[0]: METADATA_REFRESH_MS, **options}
+
+
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a producer, with safe and fast defaults for options that are not set."""
     options = dict(options)
@@ -243,6 +255,16 @@ def connect(
 def _nearest(key: str) -> str:
     # kafka-python spells the same options with underscores, so a wrong name may come from a kafka-python configuration.
     return nearest_name(key.replace("_", "."), sorted(CONSUMER_ONLY | PRODUCER_ONLY | _COMMON))
+
+
+def connection_of(options: Mapping[str, Any]) -> Connection:
+    """Return how a client with these options connects."""
+    protocol = str(options.get("security.protocol") or "PLAINTEXT").upper()
+    mechanism = user = ""
+    if protocol.startswith("SASL"):
+        mechanism = str(options.get("sasl.mechanism") or options.get("sasl.mechanisms") or "GSSAPI")
+        user = str(options.get("sasl.username") or "")
+    return Connection(servers(options), "bootstrap.servers", protocol, mechanism, user)
 
 
 def servers(options: Mapping[str, Any]) -> str:

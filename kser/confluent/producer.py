@@ -24,9 +24,11 @@ from kser.confluent.delivery_reports import (
     guarded,
     report_error,
 )
-from kser.confluent.logs import CLIENT_LOGGER
-from kser.confluent.options import connect, options_for, required_acks, servers, with_defaults
+from kser.confluent.logs import ClientLog
+from kser.confluent.options import connect, connection_of, options_for, required_acks, with_defaults
+from kser.connection import FailureLog
 from kser.escaping import escape_lines
+from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
 from kser.producer import (
     Bulk,
@@ -88,16 +90,37 @@ class Producer(KafkaProducerBase):
     def __init__(self, config: Mapping[str, Any] | None = None, *, app: Any = None) -> None:
         options = with_defaults(options_for("producer", config, Settings.of(app)))
         self._kser_limits = limits_of(app)
-        self._kser_servers = servers(options)
+        self._kser_connection = connection_of(options)
+        self._kser_servers = self._kser_connection.servers
+        self._kser_log = ClientLog()
+        self._kser_failures = FailureLog()
         self._kser_last_error = LastError(options.get("error_cb"))
         options |= {name: guarded(options[name]) for name in ("stats_cb", "throttle_cb") if options.get(name)}
         self._kser_topics: set[str] = set()
         self._kser_closed = False
-        keywords: dict[str, Any] = {} if "logger" in options else {"logger": CLIENT_LOGGER}
-        self.client = connect(confluent_kafka.Producer, {**options, "error_cb": self._kser_last_error}, **keywords)
-        self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
         self._kser_has_offsets = required_acks(options) != "0"
-        self._kser_report_poller = DeliveryReportPoller(self.client.poll)
+        self._kser_options = {**options, "error_cb": self._kser_last_error}
+        self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
+        # Create the client now, so that an error is raised here.
+        _ = self._kser_report_poller
+        renew_after_fork(self)
+
+    def _kser_connect(self) -> confluent_kafka.Producer:
+        self._kser_check_open()
+        keywords: dict[str, Any] = {} if "logger" in self._kser_options else {"logger": self._kser_log}
+        return connect(confluent_kafka.Producer, self._kser_options, **keywords)
+
+    def _kser_start_report_poller(self) -> DeliveryReportPoller:
+        return DeliveryReportPoller(self.client.poll)
+
+    #: The client; a forked process creates its own at its first send.
+    client: Any = ProcessClient(_kser_connect)
+    _kser_report_poller: Any = ProcessClient(_kser_start_report_poller)
+
+    def _kser_renew_after_fork(self) -> None:
+        if (client := vars(self).pop("client", None)) is not None:
+            keep_for_ever(client)
+        vars(self).pop("_kser_report_poller", None)
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
@@ -106,6 +129,8 @@ class Producer(KafkaProducerBase):
         if self._kser_closed:
             return
         self._kser_closed = True
+        if "client" not in vars(self):
+            return
         self._kser_report_poller.close()
         left = self.client.flush(CLOSE_TIMEOUT)
         if left:
@@ -120,6 +145,10 @@ class Producer(KafkaProducerBase):
         # garbage-collected.
         if hasattr(self.client, "close"):
             self.client.close()
+
+    def _kser_check_open(self) -> None:
+        if self._kser_closed:
+            raise KafkaException("This producer is closed: create a new one")
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
@@ -163,14 +192,14 @@ class Producer(KafkaProducerBase):
         deadline: float,
     ) -> None:
         """Queue a record in the client, after waiting for the topic's metadata and for space in the queue."""
-        if self._kser_closed:
-            raise KafkaException("This producer is closed: create a new one")
+        self._kser_check_open()
         size = self._kser_size_checked(value, options)
         if topic not in self._kser_topics:
             self._kser_look_up_topic(topic, deadline)
         while True:
             try:
-                return self.client.produce(topic, value, on_delivery=on_delivery, **options)
+                self.client.produce(topic, value, on_delivery=on_delivery, **options)
+                return
             except KafkaException as error:
                 raise self._kser_rejected_error(error.args[0], topic, size) from error
             except BufferError as error:
@@ -205,6 +234,8 @@ class Producer(KafkaProducerBase):
             if topic_error is None:
                 self._kser_topics.add(topic)
                 return
+            if topic_error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise KafkaException(self._kser_denied_text(topic))
             if topic_error.code() not in _NOT_READY:
                 text = f"{topic_error.str()}: topic {topic!r} at {self._kser_servers}"
                 raise KafkaException(text) from KafkaException(topic_error)
@@ -212,10 +243,15 @@ class Producer(KafkaProducerBase):
         if topic_error is not None:
             raise KafkaException(self._kser_missing_topic_text(topic))
         self._kser_report_poller.poll()
-        raise KafkaException(
-            f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap.servers' in {CONFIG}"
-            f"{self._kser_last_error.text_since(began)}"
-        )
+        raise KafkaException(self._kser_unreachable_text(began))
+
+    def _kser_unreachable_text(self, began: float) -> str:
+        failure = self._kser_unreachable(self._kser_log.failure.reason())
+        if self._kser_failures.is_due(failure.kind):
+            logger.error(f"{type(self).__name__}: {failure.text}")
+        # The text of these two kinds does not contain the error of the client.
+        cause = self._kser_last_error.text_since(began) if failure.kind in ("refused", "silent") else ""
+        return f"{failure.text}{cause}"
 
     def _kser_is_rejection(self, error: Exception) -> bool:
         cause = error.__cause__
@@ -245,6 +281,8 @@ class Producer(KafkaProducerBase):
             # since. Look the topic up again before the next message.
             self._kser_topics.discard(topic)
             return KafkaException(self._kser_missing_topic_text(topic))
+        if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            return KafkaException(self._kser_denied_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
             return self._kser_unconfirmed_error(began)
         return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}")

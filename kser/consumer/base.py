@@ -325,7 +325,7 @@ class BaseConsumer:
             self._kser_worker_pool.shutdown()
             # Close the background services before the producer, because background services send messages.
             self._kser_services.close(JOIN_TIMEOUT)
-            self._kser_shared_producer.detach(self.REGISTRY)
+            self._kser_shared_producer.detach()
             if self._kser_client_thread is None:
                 self._kser_poller.close()
             else:

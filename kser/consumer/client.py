@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from kser.connection import Connection, explain
 from kser.errors import ClientError
 
 
@@ -197,31 +198,43 @@ def out_of_range_text(partition: Partition, was: int | None, begin: int, end: in
     return f"{partition}: the position {position} is out of range ({begin} to {end}): {lost}; continuing at {start}"
 
 
-#: Advice for errors of a client library. Each key is a part of the error's text, in lower case.
-_REMEDIES = {
-    "authenticat": "check user, password and mechanism in the client's security settings",
-    "authoriz": "grant the user Read on the topic and on the consumer group",
-    "ssl": "check the certificates in the client's security settings",
-    "brokers are down": "start one there, or correct the address",
-    "bootstrap": "start a broker there, or correct the address",
-}
-
-
 def client_error(
-    activity: str, servers: str, reason: object, *, fatal: bool = False, transient: bool = False
+    activity: str, connection: Connection, reason: object, *, fatal: bool = False, transient: bool = False
 ) -> ClientError:
     """Build the error of a failed call of the client library.
 
     :param activity: the purpose of the failed call as an infinitive, for example "fetch messages".
-    :param servers: the bootstrap servers.
+    :param connection: how the client connects.
     :param reason: the error of the client library.
     :param fatal: whether the consumer must replace the client.
     :param transient: whether the error is expected and disappears without an action, for example during a rebalance;
         the consumer logs it at INFO.
     """
-    text = f"cannot {activity} at {servers}: {reason}"
-    remedy = next((advice for word, advice in _REMEDIES.items() if word in str(reason).lower()), None)
-    return ClientError(f"{text}; {remedy}" if remedy else text, fatal=fatal, transient=transient)
+    failure = explain(reason, connection)
+    text = f"cannot {activity} at {connection.servers} ({connection.option}): {failure.text}"
+    return ClientError(text, kind=f"{activity}: {failure.kind}", fatal=fatal, transient=transient)
+
+
+def missing_topics(topics: Iterable[str], connection: Connection) -> ClientError:
+    """Build the error for topics that do not exist."""
+    names = ", ".join(map(repr, sorted(topics)))
+    text = f"the brokers at {connection.servers} have no topic {names}: create it, or correct its name"
+    return ClientError(text, kind=f"missing: {names}")
+
+
+def denied_topics(topics: Iterable[str], connection: Connection) -> ClientError:
+    """Build the error for topics that the user of the client must not read."""
+    names = ", ".join(map(repr, sorted(topics)))
+    user = f"user {connection.user!r}" if connection.user else "the user of this client"
+    text = f"not authorized to read topic {names} at {connection.servers}: grant {user} Read and Describe on the topic"
+    return ClientError(text, kind=f"denied: {names}")
+
+
+def joined_errors(errors: Sequence[ClientError]) -> ClientError | None:
+    """Return one error for several; None if there are none."""
+    if len(errors) < 2:
+        return errors[0] if errors else None
+    return ClientError("; ".join(e.message for e in errors), kind="; ".join(e.kind for e in errors))
 
 
 def no_committed_offset(partitions: Iterable[Partition]) -> ClientError:

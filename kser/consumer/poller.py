@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 
 from kser.backoff import random_delay
+from kser.connection import FailureLog
 from kser.consumer.client import Commit, ConsumerClient, Partition
 from kser.consumer.client_watch import ClientWatch
 from kser.consumer.logs import ConsumerLogger
@@ -83,8 +84,8 @@ class Poller:
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
+        self._failures = {activity: FailureLog(work_queue.clock) for activity in ("poll", "commit")}
         self._membership = MembershipProof(partitions, work_queue.clock)
-        self._errors: dict[str, str] = {}
         self._last_commit = work_queue.clock()
         self._client: ConsumerClient | None = self._connect_and_subscribe()
         #: The effective commit mode, which is ``"never"`` without a group.
@@ -165,11 +166,12 @@ class Poller:
         except KserError as error:
             self._back_off(ClientError(error.message), timeout)
         except Exception as exc:
-            text = f"the Kafka client raised an unexpected error: {exc!r}"
-            if text != self._errors.get("poll"):
-                self._log.exception(text)
             # The state of the client is unknown after an unexpected exception, so a new client must replace it.
-            self._back_off(ClientError(text, fatal=True), timeout)
+            text = f"the Kafka client raised an unexpected error: {exc!r}"
+            unexpected = ClientError(text, kind=f"unexpected: {type(exc).__name__}", fatal=True)
+            if self._failures["poll"].is_due(unexpected.kind):
+                self._log.exception(text)
+            self._back_off(unexpected, timeout)
         return 0
 
     def _fetch(self, timeout: float) -> int:
@@ -190,7 +192,7 @@ class Poller:
         batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
         self._error_count = 0
         # A poll without an error proves nothing, because the client may be waiting for its group without end.
-        if self._errors.get("poll") and self._membership.is_given(self._client, bool(batches)):
+        if self._failures["poll"].is_failing and self._membership.is_given(self._client, bool(batches)):
             self._report("poll", None)
         commit = partial(self.commit, on_fetch=True)
         queued = self._partitions.put(batches, commit) if batches else 0
@@ -361,15 +363,14 @@ class Poller:
             self._log.warning(f"messages still run, and will run again, because they cannot be committed: {running}")
 
     def _report(self, activity: str, error: ClientError | None) -> None:
-        """Log a client error once, log it again when its text changes, and log the recovery."""
-        text = error.message if error else ""
-        if text != self._errors.get(activity, ""):
-            self._errors[activity] = text
-            if error:
-                level = logging.INFO if error.transient else logging.ERROR
-                self._log.log(level, f"{text}; trying again")
-            else:
+        """Log each kind of client error once and then every ten minutes, and log the recovery."""
+        failures = self._failures[activity]
+        if error is None:
+            if failures.succeed():
                 self._log.info(f"the Kafka client can {activity} again")
+        elif failures.is_due(error.kind):
+            level = logging.INFO if error.transient else logging.ERROR
+            self._log.log(level, f"{error.message}; trying again")
 
 
 def redelivery_text(rest: Mapping[Partition, Commit]) -> str:

@@ -37,7 +37,12 @@ def as_recovery(error: ClientError, recovery: Recovery, instance: object) -> Cli
     :param instance: the group instance id of the client; None if it has none.
     """
     if recovery is Recovery.FENCED:
-        return ClientFenced(f"{error.message}; {_ADVICE[recovery].format(instance=instance)}")
+        return ClientFenced(f"{error.message}; {_ADVICE[recovery].format(instance=instance)}", kind=error.kind)
     if recovery is Recovery.SETTING:
-        return GroupSettingError(f"{error.message}; {_ADVICE[recovery]}")
-    return ClientError(error.message, fatal=recovery is Recovery.REPLACE, transient=recovery is Recovery.REJOIN)
+        return GroupSettingError(f"{error.message}; {_ADVICE[recovery]}", kind=error.kind)
+    return ClientError(
+        error.message,
+        kind=error.kind,
+        fatal=recovery is Recovery.REPLACE,
+        transient=recovery is Recovery.REJOIN,
+    )

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from kser.controller import BaseProducer
-from kser.errors import StoreUnavailable
+from kser.errors import ProducerMissing, StoreUnavailable
 from kser.escaping import escape_lines
+from kser.forks import renew_after_fork
 
 logger = escape_lines(logging.getLogger(__name__))
 
@@ -91,7 +92,7 @@ class BackgroundServices:
 
 
 class SharedProducer:
-    """The producer of a consumer, created at its first use.
+    """The producer of a consumer, created at its first use, which the consumer lends to its registries.
 
     :param make: creates the producer.
     """
@@ -100,25 +101,44 @@ class SharedProducer:
         self._make = make
         self._lock = threading.Lock()
         self._producer: BaseProducer | None = None
+        self._closed = self._detached = False
         self._attached_to: Any = None
+        self._borrowers: list[Any] = []
+        renew_after_fork(self)
+
+    def _kser_renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def producer(self) -> BaseProducer:
-        """Return the producer; create it at the first call."""
+        """Return the producer; create it at the first call.
+
+        :raises kser.errors.ProducerMissing: the consumer has closed the producer.
+        """
+        producer = self.lend()
+        if producer is None:
+            raise ProducerMissing("the consumer has closed its producer: send with a producer of your own")
+        return producer
+
+    def lend(self) -> BaseProducer | None:
+        """Return the producer, which the first call creates; None after :meth:`close`."""
         with self._lock:
-            if self._producer is None:
+            if self._producer is None and not self._closed:
                 self._producer = self._make()
-            return self._producer
+            return None if self._closed else self._producer
 
     def attach(self, controller: Any) -> None:
-        """Attach the producer to the registry of each class of a controller, so that tasks can send messages.
+        """Lend the producer to the registry of each class of a controller, so that tasks can send messages.
 
-        Call this method regularly, for two reasons. A class that is registered later may belong to a registry without a
-        producer. And a registry contains only one attached producer: if another consumer of this process attached its
-        own producer later, and then closed, the registry contains none.
+        Call this method regularly, because a class that is registered later may belong to a registry without a
+        producer.
         """
         self._attached_to = controller, len(getattr(controller, "ENTRYPOINTS", ()))
+        if self._detached:
+            return
         for registry in _registries(controller):
-            registry._kser_set_fallback_producer(self.producer)
+            registry._kser_add_lender(self)
+            if not any(registry is borrower for borrower in self._borrowers):
+                self._borrowers.append(registry)
 
     def attach_if_changed(self, controller: Any) -> bool:
         """Attach the producer if the controller or the number of its classes is not the same as at the last call.
@@ -136,13 +156,21 @@ class SharedProducer:
         services = (getattr(registry, "_kser_background_service", None) for registry in _registries(controller))
         return list({id(service): service for service in services if service is not None}.values())
 
-    def detach(self, controller: Any) -> None:
-        """Detach the producer from the registry of each class of a controller."""
-        for registry in _registries(controller):
-            registry._kser_clear_fallback_producer(self.producer)
+    def detach(self) -> None:
+        """Stop lending the producer. Each registry then borrows from another consumer of this process, if there is one.
+
+        The registries of a controller that the consumer no longer uses are included.
+        """
+        # The supervisor thread may still call ``attach`` during the shutdown, and that call must have no effect.
+        self._detached = True
+        borrowers, self._borrowers = self._borrowers, []
+        for registry in borrowers:
+            registry._kser_remove_lender(self)
 
     def close(self) -> None:
-        """Close the producer if it was created."""
+        """Close the producer if it was created. After this call, no producer is created."""
+        with self._lock:
+            self._closed = True
         if self._producer is not None:
             self._producer.close()
 

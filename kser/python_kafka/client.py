@@ -17,19 +17,19 @@ from kser.consumer.client import (
     Partition,
     RebalanceListener,
     Record,
-    client_error,
     no_committed_offset,
     out_of_range_text,
 )
 from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
-from kser.consumer.recoveries import as_recovery
 from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
 from kser.errors import ClientError
 from kser.escaping import escape_lines
+from kser.forks import keep_in_children
 from kser.python_kafka.batches import UnreadableBatches
-from kser.python_kafka.group_errors import recovery_from
+from kser.python_kafka.health import HealthCheck, as_client_error
 from kser.python_kafka.heartbeats import HeartbeatAnswers
+from kser.python_kafka.logs import lines_of
 from kser.python_kafka.metadata import partitions_of
 from kser.python_kafka.offset_queries import QUERY_TIMEOUT_MS, OffsetQueries
 from kser.python_kafka.options import servers
@@ -38,10 +38,6 @@ from kser.python_kafka.topic_ids import TopicIds
 
 logger = escape_lines(logging.getLogger(__name__))
 
-#: Timeout in milliseconds of the query that checks whether the group coordinator responds.
-PROBE_TIMEOUT_MS = 1000
-#: Seconds between two health checks of the topics and of the group coordinator, while no records arrive.
-HEALTH_CHECK_INTERVAL = 5.0
 #: Seconds between two tries to find the start positions of new partitions.
 START_RETRY_INTERVAL = 1.0
 
@@ -69,18 +65,13 @@ class KafkaPythonClient(ConsumerClient):
     def __init__(self, client: KafkaConsumer, reset: str, *, commits: bool = True) -> None:
         self._client = client
         self._reset = reset
-        self._servers = servers(client.config)
+        self._lines = lines_of(client)
         self.can_commit = commits and client.config["group_id"] is not None
         self._listener: RebalanceListener | None = None
         self._client_listener: ClientListener | None = None
-        self._subscription = Subscription(())
-        self._topics: list[str] = []
-        self._is_unmatched = False
-        self._missing: list[str] = []
-        self._check_at = self._start_at = self._polled_at = 0.0
+        self._start_at = self._polled_at = 0.0
         self._session = client.config["session_timeout_ms"] / 1000
         self._pending_error: ClientError | None = None
-        self._health_error: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
         self._unreadable = UnreadableBatches(client)
@@ -89,8 +80,8 @@ class KafkaPythonClient(ConsumerClient):
         self._topic_ids = TopicIds(client, min(TOPIC_CHECK_INTERVAL, client.config["metadata_max_age_ms"] / 1000))
         #: Assigned partitions of topics that were created again, which must start at their beginning.
         self._restarting: set[TopicPartition] = set()
-        self._instance = client.config["group_instance_id"]
         self._heartbeats = HeartbeatAnswers(client)
+        keep_in_children(self, "_client")
 
     @property
     def cluster(self) -> str:
@@ -100,38 +91,43 @@ class KafkaPythonClient(ConsumerClient):
 
     def subscribe(self, topics: Iterable[str], listener: RebalanceListener) -> None:
         self._listener = listener
-        self._subscription = Subscription.of(topics)
-        self._topics = sorted(self._subscription.names)
-        self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
+        subscription = Subscription.of(topics)
+        self._health = HealthCheck(self._client, subscription, has_group=self.can_commit)
         self._client_listener = LISTENER(self._client, listener, self._unstarted, self._metadata)
-        if self._subscription.regex is None:
-            self._client.subscribe(self._topics, listener=self._client_listener)
+        if subscription.regex is None:
+            self._client.subscribe(sorted(subscription.names), listener=self._client_listener)
         else:
             # One pattern for all entries, because kafka-python accepts either names or one pattern.
-            self._client.subscribe(pattern=self._subscription.regex, listener=self._client_listener)
+            self._client.subscribe(pattern=subscription.regex, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
-            self._heartbeats.check()
-            self._pause(limit, self._unreadable.hold(paused))
-            self._resume_join()
-            self._requeue_parked_records()
-            self._check_topic_ids()
-            batches = self._poll(timeout, limit)
-            self._unreadable.reconnect()
-            if new := set(self._unstarted):
-                # Drop the records of new partitions, because the client may have read them from another position than
-                # the committed offset.
-                batches = {key: records for key, records in batches.items() if key not in new}
-                self._start_new_partitions()
-            # Check for errors only if there are no records, because an exception would lose the records.
-            if batches:
-                self._mark_healthy()
-            else:
-                self._health_check()
-            return batches
+            with self._lines.calling():
+                return self._fetch(timeout, limit, paused)
         except KafkaError as error:
-            raise self._as_client_error("fetch messages", error) from error
+            raise as_client_error(self._client, "fetch messages", error) from error
+
+    def _fetch(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
+        self._heartbeats.check()
+        self._pause(limit, self._unreadable.hold(paused))
+        self._resume_join()
+        self._requeue_parked_records()
+        self._check_topic_ids()
+        batches = self._poll(timeout, limit)
+        self._unreadable.reconnect()
+        if new := set(self._unstarted):
+            # Drop the records of new partitions, because the client may have read them from another position than
+            # the committed offset.
+            batches = {key: records for key, records in batches.items() if key not in new}
+            self._start_new_partitions()
+        # Check for errors only if there are no records, because an exception would lose the records.
+        if batches:
+            self._health.succeed()
+        elif self._unstarted and self._pending_error is not None:
+            raise self._pending_error
+        else:
+            self._health.run()
+        return batches
 
     def _resume_join(self) -> None:
         """Make kafka-python 3 complete a join that did not finish within one poll.
@@ -174,67 +170,11 @@ class KafkaPythonClient(ConsumerClient):
         finally:
             self._polled_at = time.monotonic()
 
-    def _health_check(self) -> None:
-        """Check for missing topics and unreachable brokers.
-
-        kafka-python does not report a missing topic or an unreachable broker, because it retries without end.
-
-        :raises kser.errors.ClientError: the check found an error, or new partitions could not be started.
-        """
-        if self._unstarted and self._pending_error is not None:
-            raise self._pending_error
-        if time.monotonic() >= self._check_at:
-            self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-            try:
-                self._health_error = self._check_topics() or self._check_group()
-            except KafkaError as error:
-                self._health_error = self._as_client_error("fetch messages", error)
-        if self._health_error is not None:
-            raise self._health_error
-
-    def _mark_healthy(self) -> None:
-        self._check_at = time.monotonic() + HEALTH_CHECK_INTERVAL
-        self._health_error = None
-
-    def _check_topics(self) -> ClientError | None:
-        self._report_unmatched_patterns()
-        consumed = {tp.topic for tp in self._client.assignment()}
-        missing = [t for t in self._topics if t not in consumed and not partitions_of(self._client, t)]
-        if not missing or not consumed:
-            return ClientError(self._unknown(missing)) if missing else None
-        if missing != self._missing:
-            logger.error(f"{self._unknown(missing)}; consuming the other topics meanwhile")
-        self._missing = missing
-        return None
-
-    def _report_unmatched_patterns(self) -> None:
-        """Log once that the patterns match no topic."""
-        if self._subscription.regex is None:
-            return
-        was_unmatched, self._is_unmatched = self._is_unmatched, not self._client.subscription()
-        if self._is_unmatched and not was_unmatched:
-            logger.warning(self._subscription.unmatched_text(self._servers))
-
-    def _check_group(self) -> ClientError | None:
-        """Query a committed offset, to check that the group coordinator responds."""
-        tp = next(iter(self._client.assignment()), None)
-        if tp is None or not self.can_commit:
-            return None
-        try:
-            self._client.committed(tp, timeout_ms=PROBE_TIMEOUT_MS)
-        except KafkaError as error:
-            return self._as_client_error("fetch messages", error)
-        return None
-
-    def _unknown(self, topics: list[str]) -> str:
-        names = ", ".join(map(repr, topics))
-        return f"the brokers at {self._servers} have no topic {names}: create it, or correct its name"
-
     def commit(self, commits: Mapping[Partition, Commit], timeout: float) -> None:
         try:
             self._commit(commits, int(timeout * 1000))
         except KafkaError as error:
-            raise self._as_client_error("commit offsets", error) from error
+            raise as_client_error(self._client, "commit offsets", error) from error
 
     def _commit(self, commits: Mapping[Partition, Commit], timeout_ms: int) -> None:
         while True:
@@ -260,7 +200,7 @@ class KafkaPythonClient(ConsumerClient):
                     lags[Partition(*tp)] = end - position
             return lags
         except KafkaError as error:
-            raise self._as_client_error("read the lag", error) from error
+            raise as_client_error(self._client, "read the lag", error) from error
 
     def is_member(self) -> bool:
         return self._heartbeats.is_member
@@ -274,8 +214,8 @@ class KafkaPythonClient(ConsumerClient):
             self._client.close(autocommit=False, timeout_ms=int(timeout * 1000))
         except KafkaError as error:
             logger.warning(
-                f"could not leave the group at {self._servers} ({error}): its partitions are reassigned after the"
-                " session timeout"
+                f"could not leave the group at {servers(self._client.config)} ({error}): its partitions are reassigned"
+                " after the session timeout"
             )
         self._heartbeats.close()
 
@@ -313,8 +253,8 @@ class KafkaPythonClient(ConsumerClient):
                 self._start_partition(tp, starts)
                 continue
             except KafkaError as error:
-                self._pending_error = self._as_client_error(
-                    f"find the start position of {tp.topic}[{tp.partition}]", error
+                self._pending_error = as_client_error(
+                    self._client, f"find the start position of {tp.topic}[{tp.partition}]", error
                 )
             except ClientError as error:
                 self._pending_error = error
@@ -400,8 +340,3 @@ class KafkaPythonClient(ConsumerClient):
         for topic, topic_id in ids.items():
             if self._metadata.learn_topic_id(topic, topic_id):
                 self._restarting |= {tp for tp in self._client.assignment() if tp.topic == topic}
-
-    def _as_client_error(self, action: str, error: KafkaError) -> ClientError:
-        reason = error if any(error.args) or isinstance(error, errors.BrokerResponseError) else "no response in time"
-        problem = client_error(action, f"{self._servers} (bootstrap_servers)", reason)
-        return as_recovery(problem, recovery_from(error), self._instance)

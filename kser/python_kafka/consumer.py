@@ -13,13 +13,19 @@ from kser.attempt import UNDECODABLE, current_attempt
 from kser.config import Settings
 from kser.consumer.base import BaseConsumer
 from kser.consumer.client import ConsumerClient
+from kser.consumer.green_threads import check_threads
 from kser.consumer.options import BEFORE, NEVER, ConsumerKwargs, ConsumerOptions, reset_policy
-from kser.consumer.subscription import PATTERN_INTERVAL
 from kser.controller import BaseProducer
 from kser.escaping import escape_lines
 from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka.client import KafkaPythonClient
-from kser.python_kafka.options import connect, options_for, producer_options, with_group_defaults
+from kser.python_kafka.options import (
+    METADATA_MAX_AGE_MS,
+    connect,
+    options_for,
+    producer_options,
+    with_group_defaults,
+)
 from kser.python_kafka.producer import Producer
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -43,7 +49,7 @@ class Consumer(BaseConsumer):
     :param clock: returns the time in seconds. Tests may pass a clock that they advance themselves.
     :param options: see :class:`kser.consumer.options.ConsumerOptions`.
     :raises kser.errors.BrokerUnavailable: no broker responds.
-    :raises kser.errors.SettingError: a setting is missing or invalid.
+    :raises kser.errors.SettingError: a setting is missing or invalid, or gevent has replaced threads or sockets.
     """
 
     LOGGER: ClassVar[logging.Logger] = logger
@@ -57,6 +63,7 @@ class Consumer(BaseConsumer):
         clock: Callable[[], float] = time.monotonic,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
+        check_threads("kser.python_kafka", ("gevent",))
         settings = Settings.of(app)
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
@@ -70,8 +77,7 @@ class Consumer(BaseConsumer):
             "auto_offset_reset": "none" if group else self._kser_reset,
         }
         self._kser_client_options.setdefault("fetch_max_bytes", consumer_options.max_buffered_bytes)
-        if consumer_options.subscription(topics).patterns:
-            self._kser_client_options.setdefault("metadata_max_age_ms", int(PATTERN_INTERVAL * 1000))
+        self._kser_client_options.setdefault("metadata_max_age_ms", METADATA_MAX_AGE_MS)
         # Remove both deserializers from the options of the client. The consumer runs the value deserializer itself for
         # each record, because an exception inside the client would stop the client. The consumer does not need the key
         # deserializer, because it only compares keys, as bytes.

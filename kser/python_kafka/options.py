@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import ssl
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,16 +13,27 @@ from typing import Any, TypeVar
 from kafka import KafkaConsumer, KafkaProducer, errors
 
 from kser.config import CONFIG, PRODUCER_CONFIG, Settings, known_options, nearest_name
+from kser.connection import Connection, unavailable_text
 from kser.consumer.options import default_session
 from kser.errors import BrokerUnavailable, SettingError
+from kser.escaping import escape_lines
+from kser.python_kafka.logs import ClientLines
+
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Seconds to wait until kafka-python has closed its connections.
 CLOSE_TIMEOUT = 1.0
+#: kser's default of a consumer's ``metadata_max_age_ms``, the time in milliseconds after which it notices new topics
+#: and new permissions. kafka-python's default is five minutes.
+METADATA_MAX_AGE_MS = 10_000
+#: Seconds after which a client that is still connecting logs the reason.
+REPORT_AFTER = 1.0
 
 Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 
 # If no broker responds, kafka-python 2 raises NoBrokersAvailable, and kafka-python 3 raises KafkaTimeoutError.
-_UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", errors.KafkaTimeoutError))
+# kafka-python 2 also raises the error of a TLS handshake.
+_UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", errors.KafkaTimeoutError), ssl.SSLError)
 
 
 def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
@@ -81,28 +94,49 @@ def _without_group_protocol(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
-    """Create a client.
+    """Create a client. If no broker has responded after ``REPORT_AFTER`` seconds, log the reason, and wait further.
 
-    :raises kser.errors.BrokerUnavailable: no broker responds at the address.
+    :raises kser.errors.BrokerUnavailable: the client cannot connect to the brokers.
     """
-    networks: list[Any] = []
+    lines = ClientLines()
+    network: list[Any] = []
     make_network = options.get("kafka_client", client.DEFAULT_CONFIG["kafka_client"])
 
     def make_recorded_network(*arguments: Any, **keywords: Any) -> Any:
-        networks.append(make_network(*arguments, **keywords))
-        _close_in_own_thread(networks[-1])
-        return networks[-1]
+        network.append(make_network(*arguments, **keywords))
+        _close_in_own_thread(network[-1])
+        lines.set_network(network[-1])
+        return network[-1]
 
+    report = threading.Timer(REPORT_AFTER, _report_wait, (connection_of(options), lines))
+    report.daemon = True
+    report.start()
     try:
-        return client(**{**options, "kafka_client": make_recorded_network})
+        with lines.calling():
+            connected = client(**{**options, "kafka_client": make_recorded_network})
     except _UNREACHABLE as error:
         # The failed constructor leaves its network thread running, so close the network.
-        for network in networks:
-            network.close()
-        raise BrokerUnavailable(
-            f"no Kafka broker responds at {servers(options)} ({error}): start one there, or correct 'bootstrap_servers'"
-            f" in {CONFIG} or in the 'config' argument"
-        ) from error
+        for opened in network:
+            opened.close()
+        reason = lines.failure.reason() or error
+        raise BrokerUnavailable(unavailable_text(reason, connection_of(options))) from error
+    finally:
+        report.cancel()
+    lines.set_client(connected)
+    return connected
+
+
+def _report_wait(connection: Connection, lines: ClientLines) -> None:
+    text = unavailable_text(lines.failure.reason() or "no response", connection)
+    logger.error(f"{text}; trying again")
+
+
+def connection_of(options: Mapping[str, Any]) -> Connection:
+    """Return how a client with these options connects."""
+    protocol = str(options.get("security_protocol") or "PLAINTEXT")
+    mechanism = options.get("sasl_mechanism") if protocol.startswith("SASL") else None
+    user = options.get("sasl_plain_username") if mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512") else None
+    return Connection(servers(options), "bootstrap_servers", protocol, mechanism or "", user or "")
 
 
 def _close_in_own_thread(network: Any) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from cdumay_result import Result
 from kafka import KafkaProducer, errors
-from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, TopicAuthorizationFailedError
 
 from kser import signals
-from kser.config import CONFIG, Settings
+from kser.config import Settings
+from kser.connection import FailureLog
 from kser.escaping import escape_lines
+from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
 from kser.producer import (
     Bulk,
@@ -28,8 +30,9 @@ from kser.producer import (
     time_left,
 )
 from kser.python_kafka.idempotence import keep_usable
+from kser.python_kafka.logs import lines_of
 from kser.python_kafka.null_values import NullableValues, nullable
-from kser.python_kafka.options import connect, options_for, servers
+from kser.python_kafka.options import connect, connection_of, options_for
 from kser.schemas import Message
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -80,19 +83,46 @@ class Producer(KafkaProducerBase):
         self._kser_limits = limits_of(app)
         options.setdefault("acks", "all")
         self._kser_max_block_ms = options.setdefault("max_block_ms", MAX_BLOCK_MS)
-        self._kser_servers = servers(options)
+        self._kser_connection = connection_of(options)
+        self._kser_servers = self._kser_connection.servers
+        self._kser_failures = FailureLog()
         self._kser_max_block_lock = threading.Lock()
         self._kser_size_limit = options.get(
             self._kser_size_option, KafkaProducer.DEFAULT_CONFIG[self._kser_size_option]
         )
-        self.client = connect(KafkaProducer, options)
-        self.client.config["value_serializer"] = NullableValues(self.client.config["value_serializer"])
-        keep_usable(self.client)
+        self._kser_options = options
+        self._kser_closed = False
+        # Connect now, so that an error is raised here.
+        _ = self.client
+        renew_after_fork(self)
+
+    def _kser_connect(self) -> KafkaProducer:
+        if self._kser_closed:
+            raise KafkaError("This producer is closed: create a new one")
+        client = connect(KafkaProducer, self._kser_options)
+        client.config["value_serializer"] = NullableValues(client.config["value_serializer"])
+        keep_usable(client)
+        return client
+
+    #: The client; a forked process creates its own at its first send.
+    client: Any = ProcessClient(_kser_connect)
+
+    def _kser_renew_after_fork(self) -> None:
+        self._kser_max_block_lock = threading.Lock()
+        if (client := vars(self).get("client")) is not None:
+            # The function that kafka-python registered for the end of the process would close the parent's connections.
+            client._unregister_cleanup()
+            keep_for_ever(client)
+            if not self._kser_closed:
+                del self.client
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
 
     def close(self) -> None:
+        self._kser_closed = True
+        if "client" not in vars(self):
+            return
         try:
             self.client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
@@ -111,7 +141,7 @@ class Producer(KafkaProducerBase):
         delivery = self._kser_enqueue(topic, value, record_options(key, headers), deadline)
         try:
             self._kser_confirm(delivery, deadline)
-        except MessageSizeTooLargeError as error:
+        except (MessageSizeTooLargeError, TopicAuthorizationFailedError) as error:
             raise self._kser_undelivered_error(error, topic, size_of(value, key, headers)) from error
 
     def _kser_deliver_nowait(
@@ -147,6 +177,8 @@ class Producer(KafkaProducerBase):
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
             raise self._kser_too_large_error(size) from error
+        except TopicAuthorizationFailedError as error:
+            raise self._kser_undelivered_error(error, topic, size) from error
         except KafkaTimeoutError as error:
             raise KafkaTimeoutError(f"{_text(error)} {self._kser_explain(topic, last_response)}") from error
         return delivery
@@ -161,11 +193,12 @@ class Producer(KafkaProducerBase):
 
     def _kser_undelivered_error(self, error: Exception, topic: str, size: int) -> Exception:
         """Return the error of a failed delivery."""
-        return (
-            rejected_as_too_large(size, topic, self._kser_servers)
-            if isinstance(error, MessageSizeTooLargeError)
-            else error
-        )
+        if isinstance(error, MessageSizeTooLargeError):
+            return rejected_as_too_large(size, topic, self._kser_servers)
+        if isinstance(error, TopicAuthorizationFailedError):
+            denied: Exception = TopicAuthorizationFailedError(self._kser_denied_text(topic))
+            return denied
+        return error
 
     def _kser_send_before(self, topic: str, value: Any, options: Mapping[str, Any], deadline: float) -> Any:
         """Send with a shorter timeout than ``max_block_ms``.
@@ -196,9 +229,10 @@ class Producer(KafkaProducerBase):
         # call, the brokers are reachable, and the topic does not exist. Otherwise, no broker responds.
         if self._kser_last_response() != last_response:
             return self._kser_missing_topic_text(topic)
-        return (
-            f"No broker responds at {self._kser_servers}: start one there, or correct 'bootstrap_servers' in {CONFIG}"
-        )
+        failure = self._kser_unreachable(lines_of(self.client).failure.reason())
+        if self._kser_failures.is_due(failure.kind):
+            logger.error(f"{type(self).__name__}: {failure.text}")
+        return failure.text
 
 
 class _Bulk(Bulk):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kser.config import DATABASE_URI, TOPICS, Settings
 from kser.controller import BaseProducer, Controller
@@ -19,7 +19,7 @@ from kser.durable.manager import OperationManager, build_query
 from kser.durable.message_handler import MessageHandler
 from kser.durable.recovery import RecoveryService
 from kser.entry import Entrypoint, check_entrypoint
-from kser.errors import ProducerMissing, StoreMissing, TopicMissing
+from kser.errors import KserError, ProducerMissing, StoreMissing, TopicMissing
 from kser.escaping import escape_lines
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
@@ -32,6 +32,14 @@ from kser.store.base import Store
 logger = escape_lines(logging.getLogger(__name__))
 
 EntrypointClass = TypeVar("EntrypointClass", bound=type[Entrypoint])
+
+
+class ProducerLender(Protocol):
+    """A consumer of this process, which lends its producer to registries without a producer."""
+
+    def lend(self) -> BaseProducer | None:
+        """Return the producer, or None after the consumer has closed it."""
+        ...
 
 
 class OperationPage(list[Operation]):
@@ -69,7 +77,8 @@ class OperationRegistry:
         #: The runner that executes operations which are not stored.
         self.runner: Runner = InMemoryRunner()
         self._kser_producer = producer
-        self._kser_producer_factory: Callable[[], BaseProducer] | None = None
+        self._kser_lenders: tuple[ProducerLender, ...] = ()
+        self._kser_lenders_lock = threading.Lock()
         self._kser_store = store
         self._kser_opened_context: DurableContext | None = None
         self._kser_context: DurableContext | None = None
@@ -115,31 +124,37 @@ class OperationRegistry:
     def producer(self) -> BaseProducer:
         """Producer that sends tasks and operations.
 
-        :raises kser.errors.ProducerMissing: neither the constructor nor a consumer has set a producer.
+        :raises kser.errors.ProducerMissing: the registry was created without a producer, and no consumer runs in this
+            process.
         """
         if self._kser_producer is not None:
             return self._kser_producer
-        if self._kser_producer_factory is None:
-            raise ProducerMissing(
-                "the registry has no producer: create the registry with OperationRegistry(producer=Producer()), where"
-                " Producer() reads KSER_CONFIG, or send from a task that runs in a consumer"
-            )
-        return self._kser_producer_factory()
+        failure: KserError | None = None
+        for lender in self._kser_lenders:
+            try:
+                if (producer := lender.lend()) is not None:
+                    return producer
+            except KserError as error:
+                failure = failure or error
+        raise failure or ProducerMissing(
+            "the registry has no producer: create the registry with OperationRegistry(producer=Producer()), where"
+            " Producer() reads KSER_CONFIG, or send from a task that runs in a consumer"
+        )
 
-    def _kser_set_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Set the function that returns the fallback producer, for a registry that was created without a producer.
+    def _kser_add_lender(self, lender: ProducerLender) -> None:
+        """Add a consumer that lends its producer to this registry. A second call with the same lender has no effect.
 
-        The registry calls this function for each send.
+        The registry borrows the producer for each send, from the newest lender that is open. The newest lender is the
+        first choice, because an older consumer may have been dropped without a call of ``close``.
         """
-        self._kser_producer_factory = factory
+        with self._kser_lenders_lock:
+            if lender not in self._kser_lenders:
+                self._kser_lenders = (lender, *self._kser_lenders)
 
-    def _kser_clear_fallback_producer(self, factory: Callable[[], BaseProducer]) -> None:
-        """Remove ``factory`` if it is the function that returns the fallback producer.
-
-        The caller must close the fallback producer.
-        """
-        if self._kser_producer_factory == factory:
-            self._kser_producer_factory = None
+    def _kser_remove_lender(self, lender: ProducerLender) -> None:
+        """Remove a lender, which is about to close its producer. The registry then borrows from the other lenders."""
+        with self._kser_lenders_lock:
+            self._kser_lenders = tuple(other for other in self._kser_lenders if other is not lender)
 
     def topic_for(self, task: Task, topic: str | None = None) -> str:
         """Return the topic for ``task``: ``topic``, else its class's ``TOPIC``, else the first of ``KSER_TOPICS``.

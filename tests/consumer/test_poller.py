@@ -220,6 +220,21 @@ def test_client_error_is_logged_once_per_change(caplog: pytest.LogCaptureFixture
     assert len(consumer.clients) == 1
 
 
+def test_errors_of_one_kind_are_logged_once_although_their_texts_differ_and_alternate(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    consumer = FaultyConsumer(clock=clock)
+    for number in range(6):
+        kind = ("login", "down")[number % 2]
+        consumer.current_client.faults = {"poll": ClientError(f"{kind} after {number} ms", kind=kind)}
+        consumer.step(timeout=0)
+    assert len(consumer_lines(caplog)) == 2
+    clock.advance(600)
+    consumer.step(timeout=0)
+    assert consumer_lines(caplog)[2:] == [("ERROR", "FaultyConsumer: down after 5 ms; trying again")]
+
+
 def test_poll_backoff_grows_and_resets_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = FaultyConsumer()
     waits: list[float] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,14 @@ from cdumay_result import Result
 
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
+from kser.dummy.consumer import Consumer
+from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
-from kser.errors import ProducerMissing
+from kser.errors import BrokerUnavailable, ProducerMissing
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from tests.consumer.harness import new_consumer
-from tests.support import message
+from tests.support import message, run_concurrently
 
 
 class RecordingEntrypoint(Entrypoint):
@@ -108,3 +111,110 @@ def test_registry_that_is_no_controller_gets_no_producer() -> None:
     InMemoryBroker.at("").send("dice", b"text")
     assert consumer.step(timeout=0) == 1
     assert PlainRegistry.values == ["text"]
+
+
+# -- several consumers in one process ----------------------------------------------------------------------------------
+
+
+def consumers_of(registry: OperationRegistry, count: int) -> list[Consumer]:
+    """Return consumers that lend their producers to the registry, the oldest first."""
+    new_sending_task(registry)
+    consumers = [new_consumer() for _ in range(count)]
+    for consumer in consumers:
+        consumer.step(timeout=0)
+    return consumers
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_sends_succeed_until_the_last_consumer_has_ended_in_any_order(order: tuple[int, ...]) -> None:
+    registry = OperationRegistry()
+    consumers = consumers_of(registry, 3)
+    for number in order[:-1]:
+        consumers[number].close()
+        assert registry.producer.send("dice", message(RecordingEntrypoint)).retcode == 0
+    consumers[order[-1]].close()
+    with pytest.raises(ProducerMissing):
+        _ = registry.producer
+
+
+def test_consumer_that_attaches_twice_lends_once() -> None:
+    registry = OperationRegistry()
+    first, second = consumers_of(registry, 2)
+    for consumer in (first, second, second):
+        consumer._kser_shared_producer.attach(consumer.REGISTRY)
+    second.close()
+    assert registry.producer is first._kser_shared_producer.producer()
+
+
+def test_consumer_that_ends_does_not_attach_again() -> None:
+    """The supervisor attaches every second, also while another thread closes the consumer."""
+    registry = OperationRegistry()
+    first, second = consumers_of(registry, 2)
+    second._kser_shared_producer.detach()
+    second._kser_shared_producer.attach(second.REGISTRY)
+    assert registry.producer is first._kser_shared_producer.producer()
+
+
+def test_closed_consumer_makes_no_producer() -> None:
+    """A lender that has not made its producer must not make one that nobody closes."""
+    (consumer,) = consumers_of(OperationRegistry(), 1)
+    consumer.close()
+    with pytest.raises(ProducerMissing, match="the consumer has closed its producer"):
+        consumer._kser_shared_producer.producer()
+
+
+def test_consumer_that_cannot_make_a_producer_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = OperationRegistry()
+    first, second = consumers_of(registry, 2)
+
+    def fail() -> Any:
+        raise BrokerUnavailable("no broker responds")
+
+    monkeypatch.setattr(second._kser_shared_producer, "_make", fail)
+    assert registry.producer is first._kser_shared_producer.producer()
+    first.close()
+    with pytest.raises(BrokerUnavailable, match="no broker responds"):
+        _ = registry.producer
+
+
+def test_controller_that_a_consumer_no_longer_uses_borrows_nothing_after_its_end() -> None:
+    registry = OperationRegistry()
+    (consumer,) = consumers_of(registry, 1)
+
+    class OtherController(Controller):
+        ENTRYPOINTS = {}  # noqa: RUF012  as in the documentation
+
+    consumer.REGISTRY = OtherController
+    consumer.close()
+    with pytest.raises(ProducerMissing):
+        _ = registry.producer
+
+
+def test_registry_with_a_producer_of_its_own_borrows_none() -> None:
+    own = Producer()
+    registry = OperationRegistry(producer=own)
+    first, second = consumers_of(registry, 2)
+    assert registry.producer is own
+    second.close()
+    first.close()
+    assert registry.producer is own
+
+
+def test_threads_send_without_a_failure_while_consumers_end() -> None:
+    registry = OperationRegistry()
+    consumers = consumers_of(registry, 3)
+    ended = threading.Event()
+
+    def send_until_ended() -> list[int]:
+        codes = []
+        while not ended.is_set():
+            codes.append(registry.producer.send("dice", message(RecordingEntrypoint)).retcode)
+        return codes
+
+    def end_two() -> None:
+        for consumer in (consumers[2], consumers[0]):
+            consumer.close()
+        ended.set()
+
+    *sent, _ = run_concurrently(send_until_ended, send_until_ended, end_two)
+    assert [set(codes) - {0} for codes in sent] == [set(), set()]

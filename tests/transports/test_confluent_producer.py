@@ -258,15 +258,16 @@ def test_missing_confluent_kafka_error_names_the_package_to_install() -> None:
 
 def test_client_logs_go_to_logging_and_not_to_stderr(unused_address: str) -> None:
     code = (
-        "import logging, sys; logging.basicConfig(stream=sys.stdout);"
+        "import logging, sys; logging.basicConfig(stream=sys.stdout, level=sys.argv[2]);"
         "from kser.confluent.producer import Producer; from kser.schemas import Message;"
         "p = Producer({'bootstrap.servers': sys.argv[1], 'group.id': 'g'});"
         "p.send('dice', Message('u', 'x'), timeout=0.3); p.close()"
     )
-    done = run_python(code, unused_address)
+    done = run_python(code, unused_address, "DEBUG")
     assert done.stderr == ""
-    assert "ERROR:confluent_kafka:FAIL" in done.stdout
+    assert "DEBUG:confluent_kafka:FAIL" in done.stdout
     assert "WARNING:confluent_kafka:CONFWARN" in done.stdout
+    assert "FAIL" not in run_python(code, unused_address, "INFO").stdout
 
 
 def test_logger_and_error_callback_of_the_user_are_called(

@@ -1,0 +1,270 @@
+"""Connection errors: what an error of a Kafka client means, and how often it is logged.
+
+The client libraries describe one cause with many texts, which contain changing numbers, and some texts hide the cause:
+"1/1 brokers are down" also stands for a wrong password. The functions here turn such a text into a
+:class:`ConnectionFailure`, whose kind is the same for each repetition, and whose text names what to correct.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kser.config import CONFIG
+
+#: Seconds after which a failure that persists is logged again.
+REPEAT_INTERVAL = 600.0
+
+#: Seconds for which the last reason of a failed connection is the reason of an error that does not name one.
+REASON_AGE = 30.0
+#: Seconds for which connections to a broker must fail before this is logged although the other brokers respond.
+PERSISTENCE = 10.0
+
+_NUMBERS = re.compile(r"\d+")
+#: Details of one attempt at the end of a text of librdkafka, and the place at its begin.
+_ATTEMPT = re.compile(
+    r" \(after \d+ms in state \w+.*?\)|^(?:[a-z_]+://)?[^\s/]+:\d+/\w+: |, \d+ identical error\(s\).*"
+)
+
+
+class Connection(NamedTuple):
+    """How a client connects: its addresses and its login, without the password.
+
+    :param servers: the bootstrap servers.
+    :param option: the name of the client's option for ``servers``.
+    :param protocol: the security protocol, such as ``SASL_SSL``.
+    :param mechanism: the SASL mechanism; empty if the protocol has no login.
+    :param user: the user name; empty if the mechanism has none.
+    """
+
+    servers: str
+    option: str = "bootstrap.servers"
+    protocol: str = "PLAINTEXT"
+    mechanism: str = ""
+    user: str = ""
+
+    @property
+    def login(self) -> str:
+        """The user and the mechanism, for error texts."""
+        user = f"user {self.user!r}" if self.user else "this client"
+        return f"{user} with mechanism {self.mechanism or 'none'}"
+
+
+class ConnectionFailure(NamedTuple):
+    """The meaning of an error of the client library.
+
+    :param kind: the same for each repetition of the failure.
+    :param text: what happened, to which value, and what to do.
+    """
+
+    kind: str
+    text: str
+
+
+class _Meaning(NamedTuple):
+    """One kind of failure: the words that identify it in an error of a client library, and its text."""
+
+    kind: str
+    words: tuple[str, ...]
+    text: str
+
+
+# The first meaning whose words the error contains applies, so the order matters: a text about a rejected login may also
+# say that the connection was closed.
+_MEANINGS = (
+    _Meaning(
+        "mechanism",
+        ("unsupported sasl mechanism", "unsupportedsaslmechanism", "does not support", "unsupported_sasl_mechanism"),
+        "the brokers do not accept the mechanism {mechanism} ({reason}): set a mechanism that they accept",
+    ),
+    _Meaning(
+        "login",
+        ("authentication failed", "saslauthenticationfailed", "authenticationfailed", "invalid credentials"),
+        "the brokers refused the login of {login}: check the user, the password and the mechanism",
+    ),
+    _Meaning(
+        "certificate",
+        ("certificate verify failed", "certificate_verify_failed", "certificate has expired", "hostname mismatch",
+         "unknown ca", "bad certificate", "alert certificate", "certificate required", "ssl.ca.location"),
+        "the certificates do not match ({reason}): check the client's CA file, the host name in the broker's"
+        " certificate and its expiry, and the client's own certificate if the brokers require one",
+    ),
+    _Meaning(
+        "no tls",
+        ("plaintext broker listener", "wrong version number", "wrong_version_number", "unexpected_eof",
+         "record layer failure", "ssl handshake failed", "ssl connection closed",
+         "handshake failed", "eof occurred in violation"),
+        "the port does not answer the TLS handshake ({reason}): correct the port, or the security protocol {protocol}",
+    ),
+    _Meaning(
+        "host name",
+        ("failed to resolve", "dns", "name or service not known", "nodename nor servname", "name resolution",
+         "host resolution"),
+        "the host name cannot be resolved: correct {option!r}, or the name server of this machine",
+    ),
+    _Meaning(
+        "refused",
+        ("refused", "unreachable", "no route to host", "connect to "),
+        "no Kafka broker listens there ({reason}): start one there, or correct {option!r}",
+    ),
+    # A client without TLS takes the first bytes of a TLS alert, or of an HTTP answer, for the length of a response.
+    _Meaning(
+        "tls",
+        ("invalid frame length: 352518", "invalid response size 352518"),
+        "the port expects TLS: set the security protocol to SSL, or to SASL_SSL if it also expects a login",
+    ),
+    _Meaning(
+        "http",
+        ("invalid frame length: 1213486160", "invalid response size 1213486160"),
+        "an HTTP server answers there: correct {option!r}",
+    ),
+    _Meaning(
+        "no kafka",
+        ("invalid response size", "invalid frame length", "invalidreceive", "invalid response", "unrecognized",
+         "no in-flight", "receive.message.max.bytes", "bufferunderflow", "unpack requires"),
+        "the port does not speak the protocol of Kafka ({reason}): correct the port, or set the security protocol if"
+        " the port expects TLS",
+    ),
+    _Meaning(
+        "closed",
+        ("socket disconnected", "disconnected", "closed by peer", "connection reset", "econnreset", "broken pipe"),
+        "the connection is closed as soon as it is used: the port does not speak the protocol of Kafka, or its"
+        " listener expects another security protocol than {protocol}",
+    ),
+    _Meaning(
+        "topic denied",
+        ("topicauthorization", "topic authorization"),
+        "not authorized to read the topic ({reason}): grant {reader} Read and Describe on the topic",
+    ),
+    _Meaning(
+        "group denied",
+        ("groupauthorization", "group authorization"),
+        "not authorized to use the consumer group ({reason}): grant {reader} Read on the group",
+    ),
+    _Meaning(
+        "denied",
+        ("authorization",),
+        "not authorized ({reason}): grant {reader} the operation",
+    ),
+    _Meaning(
+        "silent",
+        ("timed out", "timeout", "no response", "unable to bootstrap", "nobrokersavailable", "brokers are down",
+         "transport failure", "not ready"),
+        "no Kafka broker responds ({reason}): start one there, or correct {option!r}",
+    ),
+)  # fmt: skip
+
+_CLOSED_IN_LOGIN = (
+    "the brokers close the connection during the login of {login}: check the user, the password, the mechanism and the"
+    " security protocol"
+)
+
+
+def stable_text(reason: str) -> str:
+    """Return an error of a client library without the details that differ from one attempt to the next."""
+    return _ATTEMPT.sub("", reason).strip()
+
+
+def explain(reason: object, connection: Connection) -> ConnectionFailure:
+    """Return the meaning of an error of a client library.
+
+    An error that no meaning matches keeps its text, and its kind is the text without numbers.
+    """
+    text = stable_text(str(reason))
+    lower = text.lower()
+    found = next((meaning for meaning in _MEANINGS if any(word in lower for word in meaning.words)), None)
+    if found is None:
+        return ConnectionFailure(_NUMBERS.sub("#", text), text)
+    template = _CLOSED_IN_LOGIN if found.kind == "closed" and connection.protocol.startswith("SASL") else found.text
+    values = {
+        **connection._asdict(),
+        "login": connection.login,
+        "reader": f"user {connection.user!r}" if connection.user else "the user of this client",
+        "reason": text,
+    }
+    return ConnectionFailure(found.kind, template.format(**values))
+
+
+def unavailable_text(reason: object, connection: Connection) -> str:
+    """Return the text of an error about a client that cannot connect to any broker."""
+    failure = explain(reason, connection)
+    if failure.kind not in ("refused", "silent"):
+        return f"cannot connect to Kafka at {connection.servers}: {failure.text}"
+    return (
+        f"no Kafka broker responds at {connection.servers} ({stable_text(str(reason))}): start one there, or correct"
+        f" {connection.option!r} in {CONFIG} or in the 'config' argument"
+    )
+
+
+class LastFailure:
+    """The reason of the last failed connection of a client, taken from the client's log lines.
+
+    :param clock: returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._reason = ""
+        self._first_at = self._last_at = -REASON_AGE
+        self._count = 0
+
+    def note(self, reason: str) -> None:
+        """Record a failed connection."""
+        now = self._clock()
+        if now - self._last_at >= REASON_AGE:
+            self._first_at, self._count = now, 0
+        self._reason, self._last_at = reason, now
+        self._count += 1
+
+    def reason(self) -> str:
+        """Return the last reason; empty if no connection failed within the last ``REASON_AGE`` seconds."""
+        return self._reason if self._clock() - self._last_at < REASON_AGE else ""
+
+    def persistent_reason(self) -> str:
+        """Return the last reason if connections have failed for ``PERSISTENCE`` seconds, otherwise an empty text."""
+        return self.reason() if self._count > 2 and self._last_at - self._first_at >= PERSISTENCE else ""
+
+    def clear(self) -> None:
+        """Forget the failures, because a broker has responded."""
+        self._last_at = -REASON_AGE
+
+
+def partial_failure_text(reason: str, connection: Connection) -> str:
+    """Return the text of a log line about a broker that a client cannot connect to, while it uses the other brokers."""
+    text = explain(reason, connection).text
+    return f"connections to a broker of {connection.servers} fail: {text}; the client uses the other brokers meanwhile"
+
+
+class FailureLog:
+    """A record of the failures that were logged, so that each kind is logged once and then at a slow pace.
+
+    :param clock: returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._logged: dict[str, float] = {}
+
+    def is_due(self, kind: str) -> bool:
+        """Return whether to log a failure of this kind now, and record that it is logged.
+
+        A failure is due if its kind was not logged within ``REPEAT_INTERVAL`` seconds since the last success.
+        """
+        now = self._clock()
+        if now - self._logged.get(kind, -REPEAT_INTERVAL) < REPEAT_INTERVAL:
+            return False
+        self._logged[kind] = now
+        return True
+
+    @property
+    def is_failing(self) -> bool:
+        """True if a failure was logged since the last success."""
+        return bool(self._logged)
+
+    def succeed(self) -> bool:
+        """Record a success; return whether a failure was logged before it."""
+        failed = bool(self._logged)
+        self._logged.clear()
+        return failed

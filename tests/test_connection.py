@@ -1,0 +1,76 @@
+"""Tests of connection errors: their meaning, and how often they are logged."""
+
+from __future__ import annotations
+
+import pytest
+
+from kser.connection import REPEAT_INTERVAL, Connection, FailureLog, LastFailure, explain, unavailable_text
+from tests.support import Clock
+
+LOGIN = Connection("broker:9092", "bootstrap.servers", "SASL_SSL", "PLAIN", "alice")
+PLAIN = Connection("broker:9092")
+
+#: Errors as the client libraries raise or log them, and the kind and a part of the text for each.
+ERRORS = [
+    ("ssl://b:1/bootstrap: Authentication failed (after 5ms in state AUTH)", "login", "alice"),
+    ("[Error 58] SaslAuthenticationFailedError: refused", "login", "mechanism PLAIN: check the user, the password"),
+    ("KafkaConnectionError: socket disconnected", "closed", "during the login of user 'alice'"),
+    ("SASL mechanism handshake failed: Broker: Unsupported SASL mechanism", "mechanism", "mechanism PLAIN"),
+    ("SSL handshake failed: certificate verify failed", "certificate", "CA file"),
+    ("Handshake failed: [SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred", "no tls", "TLS handshake"),
+    ("b:1/bootstrap: Failed to resolve 'b:1': Name or service not known", "host name", "'bootstrap.servers'"),
+    ("KafkaConnectionError: 111 ECONNREFUSED", "refused", "start one there"),
+    ("Receive failed: Invalid response size 1213486160 (0..100)", "http", "HTTP server"),
+    ("InvalidReceiveError: Invalid frame length: 352518912", "tls", "expects TLS"),
+    ("Invalid frame length: 99", "no kafka", "correct the port"),
+    ("1/1 brokers are down", "silent", "start one there"),
+    ("[Error 30] GroupAuthorizationFailedError: g", "group denied", "grant user 'alice' Read on the group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "kind", "part"), ERRORS, ids=[kind for _, kind, _ in ERRORS])
+def test_error_of_a_client_library_has_a_kind_and_advice(reason: str, kind: str, part: str) -> None:
+    failure = explain(reason, LOGIN)
+    assert failure.kind == kind
+    assert part in failure.text
+
+
+def test_details_of_an_attempt_change_neither_kind_nor_text() -> None:
+    texts = [
+        f"b:{n}/bootstrap: Strange error (after {n}ms in state X, {n} identical error(s) suppressed)" for n in (1, 2)
+    ]
+    assert explain(texts[0], PLAIN) == explain(texts[1], PLAIN)
+    assert explain("code 12", PLAIN).kind == explain("code 13", PLAIN).kind
+
+
+def test_closed_connection_without_a_login_does_not_blame_the_password() -> None:
+    assert "password" not in explain("socket disconnected", PLAIN).text
+
+
+def test_unavailable_broker_is_named_with_the_option_to_correct() -> None:
+    text = unavailable_text("Connection refused", PLAIN)
+    assert text.startswith("no Kafka broker responds at broker:9092 (Connection refused)")
+    assert "'bootstrap.servers' in KSER_CONFIG" in text
+
+
+def test_failure_is_logged_once_a_kind_then_after_ten_minutes_and_again_after_a_success() -> None:
+    clock = Clock()
+    log = FailureLog(clock)
+    assert [log.is_due(kind) for kind in ("a", "b", "a", "b")] == [True, True, False, False]
+    clock.advance(REPEAT_INTERVAL)
+    assert log.is_due("a")
+    assert (log.succeed(), log.succeed()) == (True, False)
+    assert log.is_due("a")
+
+
+def test_reason_of_a_failed_connection_expires_and_persists_only_if_repeated() -> None:
+    clock = Clock()
+    failure = LastFailure(clock)
+    failure.note("refused")
+    assert (failure.reason(), failure.persistent_reason()) == ("refused", "")
+    for _ in range(3):
+        clock.advance(6)
+        failure.note("refused")
+    assert failure.persistent_reason() == "refused"
+    clock.advance(31)
+    assert failure.reason() == ""
