@@ -15,8 +15,9 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from kser.confluent.logs import CLIENT_LOGGER
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Errors of data that librdkafka cannot decode: a wrong checksum, damaged compressed data, an unknown format or codec.
 #: The offset of such an error is the first offset of the batch.

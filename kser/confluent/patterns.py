@@ -14,8 +14,9 @@ from typing import Any
 from confluent_kafka import KafkaException
 
 from kser.consumer.subscription import PATTERN_INTERVAL, Subscription
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Timeout in seconds of a lookup of all topics. It is short, because the client thread cannot poll meanwhile.
 LOOKUP_TIMEOUT = 2.0

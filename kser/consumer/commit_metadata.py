@@ -19,8 +19,9 @@ from zlib import crc32
 from kser.consumer.client import Commit, Partition
 from kser.consumer.offsets import COUNT_PREFIX, PREFIX, PartitionCounts
 from kser.consumer.starts import STARTS_PREFIX
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 ID_PREFIX = "id:"
 

@@ -16,8 +16,9 @@ from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_lett
 from kser.consumer.services import SharedProducer
 from kser.controller import BaseProducer
 from kser.errors import BrokerUnavailable, MessageTooLarge, RecordRejected, UsageError
+from kser.escaping import escape_lines
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Number of dead letters that are replayed between two commits. After a crash, the next replay repeats the dead letters
 #: that were replayed after the last commit.

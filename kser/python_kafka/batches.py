@@ -20,9 +20,10 @@ from kafka.record.default_records import DefaultRecordBatch
 
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
+from kser.escaping import escape_lines
 from kser.python_kafka.rebalances import ASYNC
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 #: Seconds between two fetches of data that cannot be decoded.
 RETRY_INTERVAL = 0.2

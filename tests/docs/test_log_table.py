@@ -64,6 +64,9 @@ def logging_calls() -> Iterator[tuple[str, str, list[str]]]:
         if module == "kser.log_lines":
             # This module writes to the loggers of its callers: the emitted log records show its lines.
             continue
+        # The parts of a client write to the logger of the client.
+        if module in ("kser.confluent.client_errors", "kser.python_kafka.health"):
+            module = f"{module.rpartition('.')[0]}.client"
         # The shared parts of a consumer write to the logger of the transport.
         own_logger = (
             "kser.consumer.work_queue",

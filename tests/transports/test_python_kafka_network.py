@@ -16,8 +16,7 @@ from kser.consumer.partition_table import PartitionTable
 from kser.consumer.work_queue import WorkQueue
 from kser.embedded import EmbeddedBroker
 from kser.errors import ClientError
-from kser.python_kafka import client as client_module
-from kser.python_kafka import metadata
+from kser.python_kafka import health, metadata
 from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.rebalances import ASYNC
@@ -50,7 +49,7 @@ def test_poll_without_a_broker_ends_although_the_topics_are_unknown(
 ) -> None:
     """With ``api_version``, the client is created without a broker, and its first request is for metadata."""
     monkeypatch.setattr(metadata, "METADATA_TIMEOUT_MS", 200)
-    monkeypatch.setattr(client_module, "HEALTH_CHECK_INTERVAL", 0)
+    monkeypatch.setattr(health, "HEALTH_CHECK_INTERVAL", 0)
     options = {"auto_offset_reset": "none", "api_version": (2, 4), "group_id": "group"}
     kafka_client = KafkaConsumer(bootstrap_servers=unused_address, **options)
     with closing(kafka_client):
