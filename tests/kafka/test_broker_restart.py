@@ -42,6 +42,9 @@ SHORT_BACKOFF = {"reconnect_backoff_max_ms": 500}
 #: Seconds that the broker is down.
 OUTAGE_SECONDS = 1.5
 
+#: Seconds that a busy machine may need to start the broker and to catch up.
+LONG_SECONDS = 60
+
 #: Seconds within which a consumer ends during an outage; the timeouts of the Kafka client are longer.
 END_SECONDS = 5
 
@@ -145,11 +148,11 @@ def test_broker_restart_while_sending_and_consuming_loses_no_message(
     with start_worker(broker, tmp_path, auto_commit_interval_ms=200) as worker:
         sender = Sender(producer)
         sender.start()
-        result = producer.bulk_send(TOPIC, messages_with_an_outage(), timeout=15)
+        result = producer.bulk_send(TOPIC, messages_with_an_outage(), timeout=LONG_SECONDS)
         returned_at = time.monotonic()
         outages[0].wait()
         before = len(sender.sent)
-        wait_until(lambda: len(sender.sent) > before + 5, "single messages are sent again")
+        wait_until(lambda: len(sender.sent) > before + 5, "single messages are sent again", LONG_SECONDS)
         sender.stop()
         assert sender.failed, "no send failed, so the outage was not noticed"
         assert "rror" in worker.text, "the consumer logged no error, so the outage was not noticed"
@@ -158,7 +161,7 @@ def test_broker_restart_while_sending_and_consuming_loses_no_message(
         assert result.retcode == 0, result.stderr
 
         expected = {*uuids(messages), *sender.sent}
-        wait_until(lambda: set(worker.all_recorded("end")) >= expected, "all sent messages are handled")
+        wait_until(lambda: set(worker.all_recorded("end")) >= expected, "all sent messages are handled", LONG_SECONDS)
         since = time.monotonic() - outages[0].ended_at
         arrived = read_uuids(broker, TOPIC)
         print(f"single: {len(sender.sent)} sent, {len(sender.failed)} failed, of which"
