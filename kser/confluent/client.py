@@ -346,7 +346,7 @@ class ConfluentClient(ConsumerClient):
         if not topics:
             return
         if not self._metadata.cluster:
-            self._metadata.cluster = str(self.client.list_topics(min(topics), timeout=QUERY_TIMEOUT).cluster_id or "")
+            self._metadata.cluster = str(self._topic_ids.describe(min(topics), QUERY_TIMEOUT).cluster_id or "")
         self._learn_topic_ids(self._topic_ids.fetch(topics))
 
     def _learn_topic_ids(self, ids: Mapping[str, bytes]) -> None:
@@ -425,7 +425,7 @@ class ConfluentClient(ConsumerClient):
 
     def _partitions_of(self, topic: str) -> list[int]:
         """Return the partitions of a topic, and record their number."""
-        partitions = list(self.client.list_topics(topic, timeout=QUERY_TIMEOUT).topics[topic].partitions)
+        partitions = list(self._topic_ids.describe(topic, QUERY_TIMEOUT).topics[topic].partitions)
         self._metadata.partition_counts.observe(topic, len(partitions))
         return partitions
 

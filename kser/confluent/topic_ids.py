@@ -1,6 +1,7 @@
 """The ids of topics, which tell a topic from an earlier topic with the same name.
 
-librdkafka's consumer knows the ids and does not return them, so this module asks with an admin client.
+librdkafka's consumer knows the ids and does not return them, so this module asks with an admin client. Rebalance
+callbacks use the same admin client to read metadata.
 """
 
 from __future__ import annotations
@@ -60,20 +61,32 @@ class TopicIds:
             self._request(topics)
         return results
 
+    def describe(self, topic: str, timeout: float) -> Any:
+        """Return the metadata of a topic and the id of the cluster, as ``list_topics`` of the client does.
+
+        A rebalance callback must not call ``list_topics`` of its own client. After such a call, the next callback in
+        the same poll, for example for a log line, aborts the process.
+
+        :raises confluent_kafka.KafkaException: no broker responds in time.
+        """
+        return self._client().list_topics(topic, timeout=timeout)
+
     def close(self) -> None:
         """Close the connection to the brokers."""
         self._admin = None
+
+    def _client(self) -> AdminClient:
+        if self._admin is None:
+            self._admin = AdminClient(self._options, logger=_silent)
+        return self._admin
 
     def _request(self, topics: Collection[str]) -> None:
         self._request_at = time.monotonic() + self._interval
         # Any error leaves the ids unknown, and the next request follows.
         with suppress(Exception):
-            if self._admin is None:
-                self._admin = AdminClient(self._options, logger=_silent)
-            self._admin.poll(0)
-            self._requested = self._admin.describe_topics(
-                TopicCollection(sorted(topics)), request_timeout=REQUEST_TIMEOUT
-            )
+            admin = self._client()
+            admin.poll(0)
+            self._requested = admin.describe_topics(TopicCollection(sorted(topics)), request_timeout=REQUEST_TIMEOUT)
 
     def _results(self) -> dict[str, bytes]:
         results: dict[str, bytes] = {}

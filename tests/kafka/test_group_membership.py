@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,6 +20,7 @@ from kser.python_kafka.consumer import Consumer as PythonKafkaConsumer
 from tests.consumer.harness import ConsumerThread
 from tests.kafka.broker import Kafka
 from tests.kafka.helpers import (
+    REPOSITORY,
     TRANSPORTS,
     Worker,
     committed,
@@ -178,6 +181,40 @@ def test_callback_that_blocks_librdkafka_ends_the_consumer(
         assert isinstance(thread.join(), ClientStuck)
         gate.set()
     assert "the Kafka client has not returned for 1.5 s" in "".join(lines(caplog, logging.ERROR))
+
+
+#: A program with a callback that librdkafka calls in each poll, also directly after a rebalance callback.
+PROGRAM = """
+import sys, time
+from kser.confluent.consumer import Consumer
+
+servers, topic, reset = sys.argv[1:]
+options = {
+    "bootstrap.servers": servers,
+    "group.id": topic,
+    "auto.offset.reset": reset,
+    "statistics.interval.ms": 1,
+    "stats_cb": lambda _: None,
+}
+consumer = Consumer(options, [topic])
+deadline = time.monotonic() + 60
+while not consumer.assignment and time.monotonic() < deadline:
+    consumer.step(0.2)
+for _ in range(5):
+    consumer.step(0.2)
+assert consumer.assignment
+consumer.close()
+"""
+
+
+@pytest.mark.parametrize("reset", ["earliest", "latest"])
+def test_callback_of_librdkafka_may_follow_a_rebalance_callback(
+    kafka: Kafka, topic: Callable[..., str], reset: str
+) -> None:
+    """After ``list_topics`` in a rebalance callback, the next callback in the same poll would abort the process."""
+    program = [sys.executable, "-c", PROGRAM, kafka.bootstrap_servers, topic(3), reset]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 class BlockingAssignor(RangePartitionAssignor):
