@@ -124,7 +124,9 @@ class CommitMetadata:
         if self._limit < BROKER_LIMIT and self._clock() >= self._retry_at:
             self._limit = BROKER_LIMIT
         commit = self.partition_counts.annotate(key, commit)
-        topic_id = self._ids.get(key.topic)
+        # The offset belongs to the topic in which the partition has started. If that topic was created again, and the
+        # partition has not restarted yet, the id of the new topic would make the offset valid there.
+        topic_id = self._started_ids.get(key, self._ids.get(key.topic))
         words = [f"{ID_PREFIX}{topic_id}"] if topic_id else []
         text = _shorten(" ".join([*words, commit.metadata]).strip(), self._limit - _CHECKSUM_SIZE - 1)
         if not text:

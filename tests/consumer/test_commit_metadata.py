@@ -117,3 +117,14 @@ def test_metadata_shrinks_until_the_broker_accepts_it_and_grows_again(caplog: py
     assert len(metadata.write(DICE, Commit(5, LONG))) == max(lengths) - len("starts:2 ")
     metadata.shrink()
     assert len(lines(caplog, logging.WARNING)) == 1
+
+
+def test_commit_of_a_partition_that_has_not_restarted_belongs_to_the_old_topic() -> None:
+    metadata = new_metadata()
+    metadata.mark_started(DICE)
+    assert metadata.learn_topic_id("dice", b"second")
+    written = metadata.write(DICE, Commit(40))
+    assert new_metadata(topic_id=b"second").read(DICE, 40, written)[1] is Validity.OLD_TOPIC
+    metadata.mark_started(DICE)
+    written = metadata.write(DICE, Commit(5))
+    assert new_metadata(topic_id=b"second").read(DICE, 5, written)[1] is Validity.VALID
