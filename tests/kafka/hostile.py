@@ -114,8 +114,9 @@ def _sizes(entrypoint: str) -> Iterator[HostileRecord]:
         yield HostileRecord(f"{size} bytes, good", filled, uuid=message_uuid)
         yield HostileRecord(f"{size} bytes, bad", b"\x00" * size, is_large=True)
     message_uuid, value = good_message(entrypoint)
-    yield HostileRecord("huge header, good", value, [(b"trace", b"x" * 900_000)], uuid=message_uuid)
-    yield HostileRecord("huge header, bad", b"{", [(b"trace", b"x" * 900_000)], is_large=True)
+    yield HostileRecord("large header, good", value, [(b"trace", b"x" * 60_000)], uuid=message_uuid)
+    yield HostileRecord("header over the limit", value, [(b"trace", b"x" * 70_000)])
+    yield HostileRecord("huge header", b"{", [(b"trace", b"x" * 900_000)], is_large=True)
 
 
 # -- batches by hand ---------------------------------------------------------------------------------------------------

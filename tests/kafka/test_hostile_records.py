@@ -151,7 +151,7 @@ def test_consumer_writes_a_dead_letter_for_each_hostile_record(
     transport: str, kafka: Kafka, topic: Callable[..., str]
 ) -> None:
     name, dead = topic(), topic()
-    records = [record for record in hostile_records(ENTRYPOINT) if not record.is_large]
+    records = hostile_records(ENTRYPOINT)
     bad = [record for record in records if not record.uuid]
     with closing(HostileProducer(kafka)) as producer:
         for record in records:
@@ -160,7 +160,10 @@ def test_consumer_writes_a_dead_letter_for_each_hostile_record(
         step_until(consumer, lambda: offsets(consumer) == {(name, 0): len(records)})
         assert Counter(record.uuid for record in records if record.uuid) == Counted.runs
         assert consumer.counts["dead_lettered"] == len(bad)
-    assert sorted(value or b"" for value in read_values(kafka, dead)) == sorted(record.value or b"" for record in bad)
+    values = read_values(kafka, dead)
+    assert len(values) == len(bad)
+    # The dead letter of a record near the size limit of the topic may be a stub without the value.
+    assert not Counter(record.value for record in bad if not record.is_large) - Counter(values)
 
 
 # -- codecs that are not installed -------------------------------------------------------------------------------------
