@@ -37,6 +37,7 @@ nitpick_ignore = [
     ("py:exc", "AttemptAbandoned"),
     ("py:exc", "kser.attempt.AttemptAbandoned"),
     ("py:class", "kser.confluent.delivery_reports.Waiter"),
+    ("py:class", "kser.connection.Connection"),
 ]
 
 autodoc_member_order = "bysource"

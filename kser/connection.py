@@ -2,7 +2,7 @@
 
 The client libraries describe one cause with many texts, which contain changing numbers, and some texts hide the cause:
 "1/1 brokers are down" also stands for a wrong password. The functions here turn such a text into a
-:class:`ConnectionFailure`, whose kind is the same for each repetition, and whose text names what to correct.
+``ConnectionFailure``, whose kind is the same for each repetition, and whose text names what to correct.
 """
 
 from __future__ import annotations
