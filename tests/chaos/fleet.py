@@ -7,19 +7,23 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from tests.chaos import ledger
-from tests.chaos.history import JOIN, KILL, STOP, TERM, Fault, Rules
+from tests.chaos.history import FENCED, JOIN, KILL, STOP, TERM, Fault, Rules
 from tests.kafka.helpers import REPOSITORY, Program
 
 PYTHON_KAFKA, CONFLUENT = "python_kafka", "confluent"
 
 #: Seconds that a process may need to dump the stacks of its threads.
 DUMP_SECONDS = 0.3
+#: Seconds that a process may need to take a group instance id: it must start and join the group.
+FENCE_SECONDS = 20
+#: The exit status of a process whose group instance id another process has taken.
+FENCED_STATUS = 76
 #: The number of lines of a process's output that a problem shows.
 LAST_LINES = 30
 
@@ -36,6 +40,8 @@ class Settings:
     workers: int = 4
     config: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: True if each process has a group instance id, which the process in its place gets too.
+    has_instances: bool = False
 
     def client(self, servers: str, group: str) -> dict[str, Any]:
         """Return the options of the Kafka client, with short intervals."""
@@ -89,6 +95,9 @@ class Fleet:
         self._members: dict[str, Program] = {}
         self._terminated: dict[str, float] = {}
         self._stopped: dict[str, float] = {}
+        #: The time of the fault and the successor, by the name of a process whose group instance id is taken.
+        self._fenced: dict[str, tuple[float, str]] = {}
+        self._instances: dict[str, str] = {}
         self.started = 0
         #: Additional environment variables of the processes.
         self.environment: dict[str, str] = {}
@@ -96,14 +105,18 @@ class Fleet:
         self.pids: dict[int, str] = {}
         self._programs: dict[str, Program] = {}
 
-    def start(self, joins: bool = True) -> str:
+    def start(self, joins: bool = True, instead_of: str | None = None) -> str:
         """Start a process, and return its name.
 
         :param joins: the process joins a running group, which is a fault because it causes a rebalance.
+        :param instead_of: the process whose group instance id the new process gets.
         """
         self.started += 1
         settings = self._settings()
         name = f"{settings.transport}-{self.started}"
+        if settings.has_instances:
+            instance = self._instances[name] = self._instances.get(instead_of or "", name)
+            settings = replace(settings, config={**settings.config, "group_instance_id": instance})
         at = time.monotonic()
         self._members[name] = self._programs[name] = self._program(name, settings)
         self.pids[self._members[name].pid] = name
@@ -138,6 +151,13 @@ class Fleet:
         self.faults.append(Fault(KILL, name, at, time.monotonic()))
         del self._members[name]
 
+    def fence(self, name: str) -> str:
+        """Start a second process with the group instance id of a process, and return the name of the new process."""
+        at = time.monotonic()
+        successor = self.start(joins=False, instead_of=name)
+        self._fenced[name] = (at, successor)
+        return successor
+
     def sigstop(self, name: str) -> None:
         """Suspend a process until :meth:`sigcont`."""
         self._stopped[name] = self._members[name].send_signal(signal.SIGSTOP)
@@ -154,8 +174,8 @@ class Fleet:
 
     @property
     def names(self) -> list[str]:
-        """The names of the processes that were not terminated."""
-        return [name for name in self._members if name not in self._terminated]
+        """The names of the processes that were neither terminated nor fenced."""
+        return [name for name in self._members if name not in self._terminated and name not in self._fenced]
 
     def has_event(self, event: str) -> bool:
         """Return whether the ledger contains an event."""
@@ -192,7 +212,9 @@ class Fleet:
             status = program.process.poll()
             at = self._terminated.get(name)
             now = time.monotonic()
-            if at is None and status is not None:
+            if name in self._fenced:
+                self._check_fenced(name, status, now)
+            elif at is None and status is not None:
                 self.problems.append(f"{name} ended by itself with status {status}:\n{_last_lines(program)}")
                 del self._members[name]
             elif at is not None and status is not None:
@@ -204,6 +226,22 @@ class Fleet:
             elif at is not None and now - at > self.settings.rules.shutdown_timeout + self.GRACE_SECONDS:
                 self.problems.append(f"{name} still ran {now - at:.1f} s after SIGTERM:\n{_last_lines(program)}")
                 self.kill(name)
+
+    def _check_fenced(self, name: str, status: int | None, now: float) -> None:
+        """Record that a fenced process has ended; another status or a late end is a problem."""
+        at, successor = self._fenced[name]
+        limit = FENCE_SECONDS + self.settings.rules.shutdown_timeout + self.GRACE_SECONDS
+        if status is not None:
+            self.faults.append(Fault(FENCED, name, at, now, successor))
+            if status != FENCED_STATUS:
+                self.problems.append(
+                    f"{name} ended with status {status} when fenced:\n{_last_lines(self._members[name])}"
+                )
+            del self._members[name]
+        elif now - at > limit:
+            self.faults.append(Fault(FENCED, name, at, now, successor))
+            self.problems.append(f"{name} still ran {limit} s after {successor} began to take its group instance id")
+            self.kill(name)
 
     def finish(self) -> None:
         """Terminate all processes, and wait until they have ended."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,9 +16,10 @@ FAILURES = (ledger.FAIL, ledger.EXIT)
 
 #: Faults of processes.
 KILL, STOP, TERM, JOIN = "SIGKILL", "SIGSTOP", "SIGTERM", "consumer joined"
+FENCED = "member fenced"
 #: Faults of Kafka.
 BROKER_STOP, BROKER_KILL, LEADER_KILL = "broker stopped", "broker killed", "leader killed"
-MORE_PARTITIONS = "partitions added"
+MORE_PARTITIONS, NEW_TOPIC, MOVED = "partitions added", "topic created again", "offsets moved"
 
 
 class LoggedRecord(NamedTuple):
@@ -28,6 +29,8 @@ class LoggedRecord(NamedTuple):
     partition: int
     offset: int
     key: str | None
+    #: True if the task of the message succeeds, so that a dead letter of the message would be wrong.
+    succeeds: bool = False
 
 
 class DeadLetter(NamedTuple):
@@ -50,6 +53,8 @@ class Fault(NamedTuple):
     at: float
     #: The end of the fault: the process is gone or continued, or the broker responds again.
     until: float
+    #: The process that took the group instance id of a fenced process.
+    successor: str = ""
 
 
 class Sample(NamedTuple):
@@ -117,7 +122,7 @@ class Rules:
 
 @dataclass
 class History:
-    """The recorded facts of a run."""
+    """The recorded facts of a run, or of its last part."""
 
     rules: Rules
     log: list[LoggedRecord]
@@ -125,6 +130,8 @@ class History:
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     dead: list[DeadLetter] = field(default_factory=list)
+    #: The part of the run before the topic or the committed offsets were replaced.
+    earlier: History | None = None
 
     @cached_property
     def records(self) -> dict[str, LoggedRecord]:
@@ -200,6 +207,28 @@ class History:
     def faults_of(self, process: str, *kinds: str) -> list[Fault]:
         """Return the faults of a process, or of Kafka for an empty name."""
         return [fault for fault in self.faults if fault.process == process and fault.kind in kinds]
+
+    def divide(self, fault: Fault, before: list[LoggedRecord], is_earlier: Callable[[ledger.Entry], bool]) -> History:
+        """Return the last part of the history, with the earlier part in :attr:`earlier`.
+
+        :param fault: the fault that divides the history.
+        :param before: the log before the fault.
+        :param is_earlier: returns whether an entry of the ledger belongs to the earlier part. The starts of processes
+            belong to both parts.
+        """
+        earlier = replace(
+            self,
+            log=before,
+            entries=[entry for entry in self.entries if entry.event == ledger.UP or is_earlier(entry)],
+            samples=[sample for sample in self.samples if sample.at < fault.at],
+        )
+        return replace(
+            self,
+            entries=[entry for entry in self.entries if entry.event == ledger.UP or not is_earlier(entry)],
+            samples=[sample for sample in self.samples if sample.at >= fault.until],
+            faults=[*self.faults, fault],
+            earlier=earlier,
+        )
 
     def timeline(self, subject: str) -> list[str]:
         """Return the known events of a record, in order of time, as evidence of a violation."""

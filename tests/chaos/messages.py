@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,17 @@ KEYS = 40
 
 #: Failures of tasks: SystemExit at the first attempt in each process, and an exception at each attempt.
 EXIT, POISON = "exit", "poison"
+
+#: The prefix of the subjects of hostile records that cannot run. A hostile record that can run has its uuid as subject.
+HOSTILE = "hostile-"
+
+#: The default limit of the size of all headers of a record (``KSER_MAX_HEADER_BYTES``).
+HEADER_LIMIT = 65536
+
+#: The prefix of the subjects of gated records.
+GATED = "gated-"
+
+_MESSAGE_FOR_WORK = re.compile(rf'{{"uuid": "([0-9a-f-]{{36}})", "entrypoint": "{WORK}", '.encode())
 
 
 class OutgoingRecord(NamedTuple):
@@ -57,9 +69,13 @@ def work_record(
     *,
     seconds: float = 0,
     failure: str | None = None,
+    gate: str | None = None,
 ) -> OutgoingRecord:
-    """Return a record with a message for the task ``Work``."""
-    params = {"subject": subject, "seconds": seconds, "failure": failure}
+    """Return a record with a message for the task ``Work``.
+
+    :param gate: a path; the task runs until a file exists there.
+    """
+    params = {"subject": subject, "seconds": seconds, "failure": failure, "gate": gate}
     message_uuid = str(uuid.UUID(int=chance.getrandbits(128), version=4))
     message = Message(uuid=message_uuid, entrypoint=WORK, params=params)
     return OutgoingRecord(subject, partition, key, message.dumps().encode())
@@ -69,6 +85,21 @@ def payload_name(value: bytes | str | None) -> str:
     """Return the subject of a payload that is rejected before a task is constructed."""
     raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value or b""
     return f"x{hashlib.sha1(raw).hexdigest()[:20]}"
+
+
+def gated_records(gate: str, partitions: int) -> list[OutgoingRecord]:
+    """Return one record for each partition, whose task runs until a file exists."""
+    chance = random.Random(gate)
+    return [work_record(f"{GATED}{number}", number, None, chance, gate=gate) for number in range(partitions)]
+
+
+def hostile_subject(partition: int, offset: int, value: bytes | None, header_bytes: int) -> str:
+    """Return the subject of a hostile record, which has no header with a subject.
+
+    :param header_bytes: the size of the headers.
+    """
+    match = _MESSAGE_FOR_WORK.match(value or b"")
+    return match[1].decode() if match and header_bytes <= HEADER_LIMIT else f"{HOSTILE}{partition}-{offset}"
 
 
 def random_payloads(seed: int, count: int, partitions: int) -> list[OutgoingRecord]:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import confluent_kafka
 from confluent_kafka import TopicPartition
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
+from kafka.structs import TopicPartition as KafkaTopicPartition
 
 from tests.chaos import ledger
 from tests.chaos.history import Sample
 from tests.chaos.messages import OutgoingRecord
 from tests.chaos.promises import StallWatch
-from tests.kafka.broker import answers
+from tests.kafka.broker import Kafka, answers
+from tests.kafka.hostile import HostileProducer, HostileRecord
 
 #: Seconds between two samples of the committed offsets.
 SAMPLE_INTERVAL = 0.2
@@ -31,8 +35,8 @@ REQUEST_SECONDS = 2.0
 READ_SECONDS = 60.0
 #: The header with the subject of a record: its name in the ledger.
 SUBJECT = "subject"
-#: The prefix of the metadata of a commit.
-METADATA_PREFIX = "kser:"
+#: The prefixes of two words of the metadata of a commit: the finished offsets, and the id of the topic.
+RUNS_PREFIX, ID_PREFIX = "kser:", "id:"
 
 #: Options of clients that log no broker outage, because outages are planned.
 QUIET = {"log_level": 0, "error_cb": lambda _error: None, "reconnect.backoff.max.ms": 500}
@@ -73,8 +77,15 @@ def read_topic(servers: str, topic: str) -> list[ReadRecord]:
     return records
 
 
+#: Calls ``record.headers()``. For a name that is not UTF-8, the method returns a damaged list and sets an exception,
+#: which only this kind of call always raises.
+_headers = methodcaller("headers")
+
+
 def _read_record(record: Any) -> ReadRecord:
-    headers = {name: value for name, value in record.headers() or () if value is not None}
+    headers: dict[str, bytes] = {}
+    with contextlib.suppress(SystemError, UnicodeDecodeError):
+        headers = {name: value for name, value in _headers(record) or () if value is not None}
     _, milliseconds = record.timestamp()
     return ReadRecord(record.partition(), record.offset(), record.key(), record.value(), headers, milliseconds / 1000)
 
@@ -138,6 +149,39 @@ class Feeder(threading.Thread):
         self.join()
 
 
+class HostileFeeder(threading.Thread):
+    """Thread that sends hostile records one by one to random partitions, at a steady rate.
+
+    :param rate: records per second.
+    """
+
+    #: Errors of the delivery; always empty, because an error ends the thread.
+    problems: Sequence[str] = ()
+    undelivered = 0
+
+    def __init__(
+        self, kafka: Kafka, topic: str, records: Sequence[HostileRecord], partitions: int, rate: float, seed: int
+    ) -> None:
+        super().__init__(name="hostile feeder")
+        self._kafka, self._topic, self._records, self._rate = kafka, topic, records, rate
+        self._chance = random.Random(f"hostile partitions {seed}")
+        self._partitions = partitions
+        self.delivered = 0
+
+    def run(self) -> None:
+        with contextlib.closing(HostileProducer(self._kafka)) as producer:
+            for record in self._records:
+                producer.send(self._topic, record, partition=self._chance.randrange(self._partitions))
+                self.delivered += 1
+                time.sleep(1 / self._rate)
+
+    def stop(self) -> None:
+        """Wait until all records are sent."""
+        self.join()
+        if self.delivered < len(self._records):
+            self.problems = [f"only {self.delivered} of {len(self._records)} hostile records were sent"]
+
+
 class ReconnectingClient:
     """Base of clients that are created at the first request, and again after an error."""
 
@@ -190,6 +234,23 @@ class GroupOffsets(ReconnectingClient):
         }
 
 
+def move_offsets(servers: str, group: str, topic: str, offsets: Mapping[int, OffsetAndMetadata]) -> None:
+    """Commit offsets for a group without members, with their metadata, as MirrorMaker and administrators do."""
+    moved = {KafkaTopicPartition(topic, number): commit for number, commit in offsets.items()}
+    with contextlib.closing(
+        KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+    ) as client:
+        client.assign(list(moved))
+        client.commit(moved)
+
+
+def metadata_word(metadata: str | None, prefix: str) -> str:
+    """Return the word of a commit's metadata that begins with ``prefix``; empty if there is none."""
+    # Use the part before the checksum; confluent-kafka sends a zero byte after it.
+    words = (metadata or "").partition(";")[0].split()
+    return next((word for word in words if word.startswith(prefix)), "")
+
+
 class DeadLetterCount(ReconnectingClient):
     """Client that counts the records of a dead-letter topic, which has one partition.
 
@@ -235,6 +296,11 @@ class Sampler(threading.Thread):
         self._stall_watch = StallWatch(stall_seconds)
         self._stopping = threading.Event()
         self.samples: list[Sample] = []
+        #: Offsets that the test committed; the metadata beside them does not apply.
+        self.moved: dict[int, OffsetAndMetadata] = {}
+        #: The words that identify deleted topics; a commit with one of them, or without any, is not sampled.
+        self.deleted: set[str] = set()
+        self._topic_words: set[str] = set()
         #: The text about a stall of the group, after which the run is aborted.
         self.stall: str | None = None
 
@@ -258,9 +324,24 @@ class Sampler(threading.Thread):
         dead_letter_count = None if commits is None else dead_letters.count()
         if commits is None or dead_letter_count is None:
             return Sample(at, None, {}, position, 0, log_size)
+        if self.deleted:
+            commits = {
+                partition: commit
+                for partition, commit in commits.items()
+                if metadata_word(commit.metadata, ID_PREFIX) not in self.deleted | {""}
+            }
+        self._topic_words.update(metadata_word(commit.metadata, ID_PREFIX) for commit in commits.values())
         committed = {partition: commit.offset for partition, commit in commits.items()}
-        above = {partition: finished_above(commit.offset, commit.metadata) for partition, commit in commits.items()}
+        above = {
+            partition: finished_above(commit.offset, commit.metadata)
+            for partition, commit in commits.items()
+            if commit != self.moved.get(partition)
+        }
         return Sample(at, committed, above, position, dead_letter_count, log_size)
+
+    def forget_topic(self) -> None:
+        """Ignore all commits for the topic, which is about to be deleted and created again."""
+        self.deleted |= self._topic_words
 
     def lag_since(self, at: float) -> float:
         """Return the lag in the last sample; infinite if that sample is older than ``at`` or had no response."""
@@ -278,12 +359,9 @@ def finished_above(offset: int, metadata: str | None) -> frozenset[int]:
 
     This implements the documented format without kser: ``kser:1,14`` is 1 unfinished offset, then 20 finished ones.
     """
-    if not metadata or not metadata.startswith(METADATA_PREFIX):
-        return frozenset()
+    runs = metadata_word(metadata, RUNS_PREFIX).removeprefix(RUNS_PREFIX)
     finished: list[int] = []
-    # Use the part before the checksum; confluent-kafka sends a zero byte after it.
-    text = metadata.removeprefix(METADATA_PREFIX).partition(";")[0]
-    for number, length in enumerate(int(digits, 16) for digits in text.split(",")):
+    for number, length in enumerate(int(digits, 16) for digits in runs.split(",") if digits):
         if number % 2:
             finished += range(offset, offset + length)
         offset += length

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.chaos.history import BROKER_KILL, BROKER_STOP, JOIN, KILL, STOP, TERM
+from tests.chaos.history import BROKER_KILL, BROKER_STOP, FENCED, JOIN, KILL, STOP, TERM
 
 #: Faults of consumers, with their relative frequencies.
 WEIGHTS = {KILL: 3, TERM: 3, JOIN: 3, STOP: 2}
@@ -62,6 +62,23 @@ def fault_plan(
             actions.append(outage)
             begin = outage.until + CALM[1]
     return sorted(actions)
+
+
+def fence_plan(seed: int, *, slots: int = 3) -> list[Action]:
+    """Return the faults of a run in which second processes take the group instance ids of consumers.
+
+    Two consumers are fenced; another is killed, and one is terminated, before, between or after that.
+    """
+    chance = random.Random(f"fence {seed}")
+    actions: list[Action] = []
+    at, slot = START_SECONDS, chance.randrange(slots)
+    for kind in chance.sample([FENCED, FENCED, KILL, TERM], 4):
+        seconds = 0.0 if kind == FENCED else _seconds(chance, kind, 0)
+        actions.append(Action(round(at, 3), kind, slot, round(seconds, 3)))
+        # Two faults in a row hit different slots, because the new process in a slot needs time to join.
+        slot = (slot + chance.randrange(1, slots)) % slots
+        at += chance.uniform(*PAUSE)
+    return actions
 
 
 def _churn(chance: random.Random, begin: float, end: float, slots: int, session_timeout: float) -> Iterator[Action]:

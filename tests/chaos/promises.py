@@ -1,10 +1,15 @@
 """The promises about messages; each has a function that reads a history and returns the violations.
 
-1. Every message is finished: its task succeeded, or the message was dead-lettered.
+1. Every message is finished: its task succeeded, or the task cannot succeed and the message was dead-lettered.
 2. No committed offset is ever above the lowest unfinished one.
-3. A message runs again only if its process was killed, was stopped past its session, or lost the partition.
+3. A message runs again only if its process was killed, was stopped past its session, was fenced, or lost the
+   partition, or if the committed offset was moved below it.
 4. Messages with the same key first start in the order of the log, and do not overlap.
 5. The group makes progress while it has a lag.
+6. A process whose group instance id another process has taken starts nothing more.
+
+If the topic or the committed offsets are replaced during a run, the history has two parts. The last part has a log of
+its own: the records that the group must run from then on.
 """
 
 from __future__ import annotations
@@ -19,9 +24,11 @@ from tests.chaos import ledger
 from tests.chaos.history import (
     BROKER_KILL,
     BROKER_STOP,
+    FENCED,
     KILL,
     LEADER_KILL,
     MORE_PARTITIONS,
+    NEW_TOPIC,
     STOP,
     TERM,
     Execution,
@@ -39,6 +46,9 @@ WAKE_UP = 0.05
 GRACE_TOLERANCE = 0.5
 #: Seconds from the revocation of partitions until their next owner starts a record of them.
 TAKEOVER = 1.0
+#: Seconds after which consumers have noticed that their topic was created again: the maximum age of the metadata, and
+#: the time for a request.
+NOTICE_SECONDS = 1 + COMMIT_DELAY
 #: The maximum number of subjects whose timelines are the evidence of a violation.
 MAX_EVIDENCE = 5
 
@@ -65,13 +75,18 @@ class Duplicate(NamedTuple):
 
 
 def violations(history: History) -> list[Violation]:
-    """Return the violations of all promises."""
+    """Return the violations of all promises, except that the messages of an earlier part need not be finished."""
+    earlier = violations(history.earlier) if history.earlier else []
     return [
+        *(violation for violation in earlier if violation.promise != 1),
         *unfinished(history),
+        *wrongly_failed(history),
         *committed_too_far(history),
         *forbidden_duplicates(history),
+        *unexpected(history),
         *out_of_order(history),
         *stalls(history),
+        *started_when_fenced(history),
     ]
 
 
@@ -86,6 +101,19 @@ def unfinished(history: History) -> list[Violation]:
     return [
         Violation(1, f"{len(missing)} of {len(history.log)} messages were not finished", _evidence(history, missing))
     ]
+
+
+def wrongly_failed(history: History) -> list[Violation]:
+    """Return the violation about messages that were dead-lettered or rejected although their tasks succeed."""
+    ended = {entry.subject for entry in history.entries if entry.event == ledger.END}
+    failed = [
+        record.subject
+        for record in history.log
+        if record.succeeds and record.subject in history.finished and record.subject not in ended
+    ]
+    if not failed:
+        return []
+    return [Violation(1, f"{len(failed)} messages failed although their tasks succeed", _evidence(history, failed))]
 
 
 # -- 2: commits --------------------------------------------------------------------------------------------------------
@@ -149,6 +177,14 @@ def forbidden_duplicates(history: History) -> list[Violation]:
     return [Violation(3, f"{len(subjects)} messages were duplicated without cause", _evidence(history, subjects))]
 
 
+def unexpected(history: History) -> list[Violation]:
+    """Return the violation about runs of records that are not in the log, for example below a moved offset."""
+    subjects = [subject for subject in history.executions if subject not in history.records]
+    if not subjects:
+        return []
+    return [Violation(3, f"{len(subjects)} messages ran that are not in the log", _evidence(history, subjects))]
+
+
 def duplicates(history: History) -> list[Duplicate]:
     """Return each pair of executions of a record of which the earlier had not failed when the later started.
 
@@ -173,14 +209,16 @@ def duplicates_by_cause(history: History) -> Counter[str]:
 def _cause(history: History, subject: str, earlier: Execution, later: Execution) -> str | None:
     """Return the fault or time limit that allows a duplicate; None if there is none."""
     for fault in _losses(history, earlier):
-        if fault.at > later.start:
+        if fault.at > later.start or (fault.kind == FENCED and _is_committed(history, subject, later.start)):
             continue
         if earlier.was_running(fault.at, fault.until + (WAKE_UP if fault.kind == STOP else 0)):
             return f"running at {fault.kind}"
         if _was_uncommitted(history, subject, earlier, later, fault):
             return f"not yet committed at {fault.kind}"
-    if _was_starting_at_sigstop(history, later):
-        return f"running at {STOP}"
+    if interruption := _interruption_of_start(history, later):
+        return f"running at {interruption}"
+    if is_before_notice(history, earlier):
+        return f"started before the consumer noticed: {NEW_TOPIC}"
     if _outlived_shutdown(history, earlier, later):
         return "longer than shutdown_timeout"
     if _outlived_revocation(history, earlier, later):
@@ -193,7 +231,20 @@ def _cause(history: History, subject: str, earlier: Execution, later: Execution)
 def _losses(history: History, execution: Execution) -> list[Fault]:
     """Return the faults after which another process owns the partitions of an execution's process."""
     faults = history.faults_of(execution.process, KILL, STOP)
-    return [fault for fault in faults if fault.kind == KILL or is_past_session(history, fault)]
+    losses = [fault for fault in faults if fault.kind == KILL or is_past_session(history, fault)]
+    fenced = history.faults_of(execution.process, FENCED)
+    return losses + [fault._replace(at=fenced_at(history, fault)) for fault in fenced]
+
+
+def fenced_at(history: History, fault: Fault) -> float:
+    """Return the earliest time at which a process can have been fenced: its successor was about to join the group."""
+    times = [entry.at for entry in history.entries if entry.event == ledger.UP and entry.process == fault.successor]
+    return times[0] if times else fault.at
+
+
+def is_before_notice(history: History, execution: Execution) -> bool:
+    """Return whether a run started before its consumer had to notice that the topic was created again."""
+    return any(execution.start <= fault.until + NOTICE_SECONDS for fault in history.faults_of("", NEW_TOPIC))
 
 
 def is_past_session(history: History, fault: Fault) -> bool:
@@ -205,11 +256,16 @@ def _was_uncommitted(history: History, subject: str, earlier: Execution, later: 
     """Return whether a record was finished so shortly before the fault that no commit had to cover it."""
     if earlier.end is None or earlier.end > fault.at:
         return False
-    record = history.records.get(subject)
-    if record is None or any(sample.covers(record) for sample in history.samples if sample.at < later.start):
+    if subject not in history.records or _is_committed(history, subject, later.start):
         return False
     time_to_commit = fault.at - earlier.end - _outage_seconds(history, earlier.end, fault.at)
     return time_to_commit <= history.rules.commit_interval + COMMIT_DELAY
+
+
+def _is_committed(history: History, subject: str, at: float) -> bool:
+    """Return whether a commit covered a record before a time."""
+    record = history.records.get(subject)
+    return record is not None and any(sample.covers(record) for sample in history.samples if sample.at < at)
 
 
 def _outage_seconds(history: History, begin: float, end: float) -> float:
@@ -219,10 +275,17 @@ def _outage_seconds(history: History, begin: float, end: float) -> float:
     return sum(seconds for seconds in durations if seconds > 0)
 
 
-def _was_starting_at_sigstop(history: History, later: Execution) -> bool:
-    """Return whether SIGSTOP interrupted a start, which was then written to the ledger just after SIGCONT."""
+def _interruption_of_start(history: History, later: Execution) -> str | None:
+    """Return the fault before which a process had decided to start a run, or had not noticed that it must not start.
+
+    A start that SIGSTOP interrupted is written to the ledger just after SIGCONT. A fenced process starts records until
+    it notices that it is fenced.
+    """
     stops = history.faults_of(later.process, STOP)
-    return any(is_past_session(history, stop) and 0 <= later.start - stop.until <= WAKE_UP for stop in stops)
+    if any(is_past_session(history, stop) and 0 <= later.start - stop.until <= WAKE_UP for stop in stops):
+        return STOP
+    fenced = history.faults_of(later.process, FENCED)
+    return FENCED if any(fenced_at(history, fault) <= later.start for fault in fenced) else None
 
 
 def _outlived_shutdown(history: History, earlier: Execution, later: Execution) -> bool:
@@ -287,7 +350,7 @@ def overtaken(history: History) -> list[str]:
     for lane in lanes(history):
         latest = 0
         for record in lane:
-            position = history.executions[record.subject][0].position
+            position = _ordered(history, record.subject).position
             if position < latest:
                 subjects.append(record.subject)
             latest = max(latest, position)
@@ -299,11 +362,20 @@ def overlapping(history: History) -> list[str]:
     subjects: list[str] = []
     for lane in lanes(history):
         for previous, record in pairwise(lane):
-            before, after = history.executions[previous.subject][0], history.executions[record.subject][0]
+            before, after = _ordered(history, previous.subject), _ordered(history, record.subject)
             ended = before.end is not None and before.end <= after.start
             if before.process == after.process and not ended:
                 subjects.append(record.subject)
     return subjects
+
+
+def _ordered(history: History, subject: str) -> Execution:
+    """Return the run of a record that has an order: the first, or the last if the topic was created again meanwhile.
+
+    A consumer that has not noticed the new topic may run some of its records before it starts at the beginning.
+    """
+    executions = history.executions[subject]
+    return executions[-1 if is_before_notice(history, executions[0]) else 0]
 
 
 def lanes(history: History) -> list[list[LoggedRecord]]:
@@ -379,6 +451,32 @@ def longest_pause(history: History) -> float:
     for sample in history.samples:
         watch.add(sample)
     return watch.longest
+
+
+# -- 6: fenced processes -----------------------------------------------------------------------------------------------
+
+
+def started_when_fenced(history: History) -> list[Violation]:
+    """Return the violation about records that a process started after another had taken its group instance id.
+
+    The successor starts records only as a member of the group. The fenced process notices this at its next heartbeat.
+    """
+    subjects: list[str] = []
+    for fault in history.faults:
+        starts = [
+            entry.at for entry in history.entries if entry.event == ledger.START and entry.process == fault.successor
+        ]
+        if fault.kind == FENCED and starts:
+            subjects += [
+                entry.subject
+                for entry in history.entries
+                if entry.event == ledger.START
+                and entry.process == fault.process
+                and entry.at > starts[0] + COMMIT_DELAY
+            ]
+    if not subjects:
+        return []
+    return [Violation(6, f"fenced processes started {len(subjects)} messages", _evidence(history, subjects))]
 
 
 def _evidence(history: History, subjects: Iterable[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,22 +19,37 @@ from tests.chaos.fleet import Fleet, Settings
 from tests.chaos.history import (
     BROKER_KILL,
     BROKER_STOP,
+    FENCED,
     JOIN,
     KILL,
     LEADER_KILL,
     MORE_PARTITIONS,
+    MOVED,
+    NEW_TOPIC,
     STOP,
     TERM,
     DeadLetter,
     Fault,
     History,
     LoggedRecord,
+    Sample,
 )
 from tests.chaos.hits import hits
-from tests.chaos.messages import OutgoingRecord
-from tests.chaos.observer import SUBJECT, Feeder, ReadRecord, Sampler, read_topic
+from tests.chaos.messages import GATED, HOSTILE, POISON, OutgoingRecord, hostile_subject, payload_name
+from tests.chaos.observer import (
+    SUBJECT,
+    Feeder,
+    GroupOffsets,
+    HostileFeeder,
+    ReadRecord,
+    Sampler,
+    finished_above,
+    move_offsets,
+    read_topic,
+)
 from tests.chaos.plan import Action
 from tests.kafka.broker import Kafka, KafkaBroker
+from tests.kafka.hostile import HostileRecord
 
 #: Seconds that a group has to finish all records after the last one was sent and the last fault has ended.
 DRAIN_SECONDS = 90.0
@@ -95,7 +110,7 @@ class Run:
             Fleet(each, kafka.bootstrap_servers, self.topic, self._new_dead_topic(each), folder) for each in settings
         ]
         self._started = time.monotonic()
-        self._feeders: list[Feeder] = []
+        self._feeders: list[Feeder | HostileFeeder] = []
         self._samplers = [self._sampler(fleet) for fleet in self.fleets]
         self._stack = ExitStack()
         #: Faults of Kafka, which all groups share.
@@ -115,11 +130,16 @@ class Run:
             self.kafka.bootstrap_servers,
             fleet.group,
             self.topic,
-            delivered=lambda: sum(feeder.delivered for feeder in self._feeders),
+            delivered=lambda: self.delivered,
             path=fleet.ledger,
             dead_topic=fleet.dead_topic,
             stall_seconds=fleet.settings.rules.stall_seconds,
         )
+
+    @property
+    def delivered(self) -> int:
+        """The number of delivered records of the topic."""
+        return sum(feeder.delivered for feeder in self._feeders)
 
     def __enter__(self) -> Self:
         for fleet, sampler in zip(self.fleets, self._samplers, strict=True):
@@ -145,6 +165,15 @@ class Run:
         self._feeders.append(feeder)
         feeder.start()
 
+    def feed_hostile_records(self, records: Sequence[HostileRecord], rate: float) -> None:
+        """Start to send hostile records to random partitions.
+
+        :param rate: records per second.
+        """
+        hostile = HostileFeeder(self.kafka, self.topic, records, self.partitions, rate, self.seed)
+        self._feeders.append(hostile)
+        hostile.start()
+
     def stop_feeding(self) -> None:
         """Stop sending, and wait until all sent records are delivered."""
         for feeder in self._feeders:
@@ -162,6 +191,31 @@ class Run:
             if not self.wait_until(partial(fleet.has_event, ledger.START), START_SECONDS):
                 fleet.problems.append(f"{fleet.group} started no task within {START_SECONDS} s")
                 raise RunAborted(fleet.problems[-1])
+
+    def wait_for_tasks_of_all(self) -> None:
+        """Wait until each process has started a task."""
+        for fleet in self.fleets:
+            self.wait_until(lambda: all(map(fleet.has_started_a_task, fleet.names)), START_SECONDS)  # noqa: B023
+
+    def wait_for_gated_tasks(self) -> None:
+        """Wait until each group runs the tasks of all gated records, and has finished all other records."""
+        for fleet in self.fleets:
+            self.wait_until(partial(self._has_only_gated, fleet), DRAIN_SECONDS)
+
+    def wait_for_gated_starts(self) -> None:
+        """Wait until each group runs the task of a gated record."""
+        for fleet in self.fleets:
+            self.wait_until(lambda: self._started_gated(fleet), START_SECONDS)  # noqa: B023
+
+    def _started_gated(self, fleet: Fleet) -> set[str]:
+        """Return the subjects of the gated records whose tasks have started."""
+        subjects = (entry.subject for entry in ledger.read(fleet.ledger) if entry.event == ledger.START)
+        return {subject for subject in subjects if subject.startswith(GATED)}
+
+    def _has_only_gated(self, fleet: Fleet) -> bool:
+        gated = self._started_gated(fleet)
+        ended = {entry.subject for entry in ledger.read(fleet.ledger) if entry.event == ledger.END}
+        return len(gated) == self.partitions and len(ended) == self.delivered - len(gated)
 
     def wait_until_busy(self, fleet: Fleet, name: str, seconds: float = AIM_SECONDS) -> None:
         """Wait some time for a process to be busy, because a fault of an idle process proves nothing."""
@@ -288,11 +342,52 @@ class Run:
         self.faults.append(Fault(LEADER_KILL, "", at, time.monotonic()))
         self.catch_up()
 
+    def create_topic_again(self) -> tuple[Fault, list[LoggedRecord]]:
+        """Delete the topic with its records, and create it again; return the fault and the log of the deleted topic."""
+        self.stop_feeding()
+        before = [_logged(record) for record in read_topic(self.kafka.bootstrap_servers, self.topic)]
+        self._feeders.clear()
+        at = time.monotonic()
+        for sampler in self._samplers:
+            sampler.forget_topic()
+        self.kafka.delete_topic(self.topic)
+        self.kafka.create_topic(self.topic, self.partitions)
+        return Fault(NEW_TOPIC, "", at, time.monotonic()), before
+
+    def move_offsets(self, fleet: Fleet, distances: Mapping[int, int]) -> tuple[Fault, Sample]:
+        """Move the committed offsets of a group without members, and keep their metadata.
+
+        :param distances: the number of records by which the offset of each partition moves; below 0 is back.
+        :return: the fault, and a sample of the offsets at which the group continues.
+        """
+        servers = self.kafka.bootstrap_servers
+        with GroupOffsets(servers, fleet.group) as offsets:
+            committed = offsets.committed(self.topic)
+        assert committed is not None, "Kafka does not respond"
+        moved = {
+            number: committed[number]._replace(offset=max(0, committed[number].offset + distance))
+            for number, distance in distances.items()
+        }
+        self._samplers[self.fleets.index(fleet)].moved = moved
+        at = time.monotonic()
+        move_offsets(servers, fleet.group, self.topic, moved)
+        fault = Fault(MOVED, "", at, time.monotonic())
+        starts = {number: moved.get(number, commit).offset for number, commit in committed.items()}
+        above = {
+            number: finished_above(commit.offset, commit.metadata)
+            for number, commit in committed.items()
+            if number not in moved
+        }
+        return fault, Sample(fault.until, starts, above, 0, 0, self.delivered)
+
     # -- outcomes ------------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> list[Outcome]:
         """Return the outcome of each group, after the run and while Kafka still runs."""
-        log = [_logged(record) for record in read_topic(self.kafka.bootstrap_servers, self.topic)]
+        records = read_topic(self.kafka.bootstrap_servers, self.topic)
+        log = [_logged(record) for record in records]
+        # The ledger names a rejected value. Hostile records share values, so only their dead letters tell them apart.
+        shared = {payload_name(record.value) for record in records if SUBJECT not in record.headers}
         assert len({record.subject for record in log}) == len(log), "a record was sent twice, so the run proves nothing"
         seconds = time.monotonic() - self._started
         return [
@@ -302,20 +397,24 @@ class Run:
                 seconds=seconds,
                 transport=fleet.settings.transport,
                 processes=fleet.started,
-                history=self._history(fleet, sampler, log),
+                history=self._history(fleet, sampler, log, shared),
                 problems=fleet.problems,
                 last_output=fleet.last_output(),
             )
             for fleet, sampler in zip(self.fleets, self._samplers, strict=True)
         ]
 
-    def _history(self, fleet: Fleet, sampler: Sampler, log: list[LoggedRecord]) -> History:
+    def _history(self, fleet: Fleet, sampler: Sampler, log: list[LoggedRecord], shared: set[str]) -> History:
         subjects = {(record.partition, record.offset): record.subject for record in log}
         dead = read_topic(self.kafka.bootstrap_servers, fleet.dead_topic) if fleet.dead_topic else []
         return History(
             rules=fleet.settings.rules,
             log=log,
-            entries=ledger.read(fleet.ledger),
+            entries=[
+                entry
+                for entry in ledger.read(fleet.ledger)
+                if entry.event != ledger.REFUSED or entry.subject not in shared
+            ],
             samples=sampler.samples,
             faults=[*fleet.faults, *self.faults],
             dead=[_dead_letter(record, subjects, fleet.pids) for record in dead],
@@ -346,6 +445,8 @@ def _begin(fleet: Fleet, names: dict[int, str], action: Action) -> None:
         fleet.terminate(names[action.slot])
     elif action.kind == STOP:
         fleet.sigstop(names[action.slot])
+    elif action.kind == FENCED:
+        names[action.slot] = fleet.fence(names[action.slot])
 
 
 def _end(fleet: Fleet, names: dict[int, str], action: Action) -> None:
@@ -354,13 +455,20 @@ def _end(fleet: Fleet, names: dict[int, str], action: Action) -> None:
         fleet.terminate(names.pop(action.slot))
     elif action.kind == STOP:
         fleet.sigcont(names[action.slot])
-    else:
-        names[action.slot] = fleet.start()
+    elif action.kind != FENCED:
+        names[action.slot] = fleet.start(instead_of=names[action.slot])
 
 
 def _logged(record: ReadRecord) -> LoggedRecord:
     key = None if record.key is None else record.key.decode()
-    return LoggedRecord(record.headers[SUBJECT].decode(), record.partition, record.offset, key)
+    if SUBJECT in record.headers:
+        subject = record.headers[SUBJECT].decode()
+        succeeds = not subject.startswith("x") and f'"failure": "{POISON}"'.encode() not in (record.value or b"")
+    else:
+        header_bytes = sum(len(name.encode()) + len(value) for name, value in record.headers.items())
+        subject = hostile_subject(record.partition, record.offset, record.value, header_bytes)
+        succeeds = not subject.startswith(HOSTILE)
+    return LoggedRecord(subject, record.partition, record.offset, key, succeeds)
 
 
 def _dead_letter(record: ReadRecord, subjects: dict[tuple[int, int], str], processes: dict[int, str]) -> DeadLetter:

@@ -15,7 +15,19 @@ import pytest
 from tests.chaos import hits, report, scenarios
 from tests.chaos.cluster import Cluster
 from tests.chaos.conftest import SEED
-from tests.chaos.history import BROKER_KILL, BROKER_STOP, JOIN, KILL, LEADER_KILL, MORE_PARTITIONS, STOP, TERM
+from tests.chaos.history import (
+    BROKER_KILL,
+    BROKER_STOP,
+    FENCED,
+    JOIN,
+    KILL,
+    LEADER_KILL,
+    MORE_PARTITIONS,
+    MOVED,
+    NEW_TOPIC,
+    STOP,
+    TERM,
+)
 from tests.chaos.run import Outcome
 from tests.kafka.broker import KafkaBroker
 
@@ -68,8 +80,22 @@ def test_task_may_run_ten_times_longer_than_max_poll_interval(kafka: KafkaBroker
 
 def test_random_payloads_are_dead_lettered_and_block_nothing(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
     outcomes = scenarios.random_payloads(kafka, tmp_path, seed)
-    check(outcomes, hits.RANDOM_PAYLOAD, KILL)
+    check(outcomes, hits.RANDOM_PAYLOAD, hits.HOSTILE_RECORD, KILL)
     assert all(outcome.hits[hits.RANDOM_PAYLOAD] == scenarios.PAYLOADS for outcome in outcomes)
+
+
+def test_second_process_with_an_instance_id_ends_the_first_and_loses_no_message(
+    kafka: KafkaBroker, tmp_path: Path, seed: int
+) -> None:
+    check(scenarios.member_fenced(kafka, tmp_path, seed), FENCED)
+
+
+def test_every_message_of_a_topic_that_was_created_again_is_done(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+    check(scenarios.topic_created_again(kafka, tmp_path, seed), NEW_TOPIC)
+
+
+def test_group_runs_each_message_from_its_moved_offsets_on(kafka: KafkaBroker, tmp_path: Path, seed: int) -> None:
+    check(scenarios.offsets_moved(kafka, tmp_path, seed), MOVED)
 
 
 def test_leader_loss_duplicates_no_message(cluster: Cluster, tmp_path: Path, seed: int) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from kser.controller import Controller
 from tests.chaos import ledger, messages
-from tests.chaos.history import BROKER_KILL, BROKER_STOP, JOIN, STOP
-from tests.chaos.plan import WEIGHTS, fault_plan
+from tests.chaos.history import BROKER_KILL, BROKER_STOP, FENCED, JOIN, KILL, STOP, TERM
+from tests.chaos.plan import WEIGHTS, fault_plan, fence_plan
+from tests.kafka.hostile import hostile_records
 from tests.support import Clock
 
 SEEDS = range(50)
@@ -49,6 +50,23 @@ def test_consumers_are_spared_during_a_broker_outage(seed: int) -> None:
     assert len(outages) >= 2
     for outage, action in itertools.product(outages, actions):
         assert action == outage or action.until < outage.at or action.at > outage.until
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_members_are_fenced_and_no_slot_is_hit_twice_in_a_row(seed: int) -> None:
+    actions = fence_plan(seed)
+    assert actions == fence_plan(seed)
+    assert sorted(action.kind for action in actions) == sorted([FENCED, FENCED, KILL, TERM])
+    assert all(before.slot != after.slot for before, after in itertools.pairwise(actions))
+    assert {action.slot for action in actions} <= {0, 1, 2}
+
+
+def test_subject_of_a_hostile_record_is_its_uuid_if_the_record_can_run() -> None:
+    records = hostile_records(messages.WORK)
+    for offset, record in enumerate(records):
+        header_bytes = sum(len(name) + len(value or b"") for name, value in record.headers)
+        subject = messages.hostile_subject(3, offset, record.value, header_bytes)
+        assert subject == (record.uuid or f"hostile-3-{offset}")
 
 
 def test_same_seed_gives_same_messages_and_keys_stay_in_their_partitions() -> None:

@@ -9,9 +9,12 @@ import pytest
 from tests.chaos import hits, ledger, promises
 from tests.chaos.history import (
     BROKER_KILL,
+    FENCED,
     JOIN,
     KILL,
     MORE_PARTITIONS,
+    MOVED,
+    NEW_TOPIC,
     STOP,
     TERM,
     DeadLetter,
@@ -100,6 +103,15 @@ def test_failed_message_is_missing_only_with_dead_letters_enabled() -> None:
     assert promises.unfinished(history_of(*lines, rules=LETTERS))
 
 
+def test_message_whose_task_succeeds_may_not_be_dead_lettered() -> None:
+    log = [LOG[0]._replace(succeeds=True), LOG[1]._replace(succeeds=True), LOG[2]]
+    history = history_of(*ALL_DONE[:2], dead=[letter("b", 2), letter("c", 3, 1)], log=log, rules=LETTERS)
+    assert promises.unfinished(history) == []
+    (violation,) = promises.wrongly_failed(history)
+    assert violation.text == "1 messages failed although their tasks succeed"
+    assert "subject='b'" in str(violation), "the evidence"
+
+
 # -- 2: commits --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +149,8 @@ def test_commit_ahead_of_its_dead_letter_is_reported() -> None:
 
 def test_commit_metadata_is_read_as_documented() -> None:
     assert finished_above(100, "kser:1,14,2,3") == {*range(101, 121), *range(123, 126)}
+    assert finished_above(100, "id:5f2c09ab starts:2 kser:1,2;0123abcd;\0") == {101, 102}
+    assert finished_above(100, "id:5f2c09ab starts:2;0123abcd;") == frozenset()
     assert finished_above(7, "") == finished_above(7, None) == finished_above(7, "of another client") == frozenset()
 
 
@@ -297,6 +311,36 @@ def test_duplicate_messages_are_counted_once_per_cause() -> None:
     }
 
 
+# -- 3: duplicates of a fenced process --------------------------------------------------------------------------------
+
+
+def fenced(at: float, until: float) -> Fault:
+    return Fault(FENCED, "one", at, until, "two")
+
+
+def test_message_running_when_its_process_is_fenced_may_be_duplicated() -> None:
+    lines = ("1.0 one start a", "2.0 two up", "2.2 two start a", "2.3 two end a", "4.0 one end a")
+    assert cause(*lines, faults=[fenced(1.5, 4.5)]) == "running at member fenced"
+
+
+def test_message_committed_before_its_process_is_fenced_may_not_be_duplicated() -> None:
+    lines = ("1.0 one start a", "1.8 one end a", "2.0 two up", "2.2 two start a", "2.3 two end a")
+    assert cause(*lines, faults=[fenced(1.5, 3)]) == "not yet committed at member fenced"
+    assert cause(*lines, faults=[fenced(1.5, 3)], samples=[sample(1.9, 1, 2)]) is None
+
+
+def test_message_that_ended_long_before_its_process_is_fenced_may_not_be_duplicated() -> None:
+    lines = ("1.0 one start a", "1.1 one end a", "9.0 two up", "9.2 two start a", "9.3 two end a")
+    assert cause(*lines, faults=[fenced(1.5, 10)]) is None
+
+
+def test_fenced_process_that_has_not_noticed_it_may_start_what_its_successor_ran() -> None:
+    lines = ("2.0 two up", "2.2 two start a", "2.3 two end a", "2.4 one start a", "2.5 one end a")
+    assert cause(*lines, faults=[fenced(1.5, 3)]) == "running at member fenced"
+    early = ("1.6 two start a", "1.7 two end a", "1.8 one start a", "1.9 one end a", "2.0 two up")
+    assert cause(*early, faults=[fenced(1.5, 3)]) is None, "the successor was no member yet"
+
+
 # -- 4: order ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +407,71 @@ def test_group_is_stalled_although_kafka_does_not_respond() -> None:
     assert promises.stalls(history_of(samples=samples))
 
 
-# -- 6: faults that hit ------------------------------------------------------------------------------------------------
+# -- 6: fenced processes -----------------------------------------------------------------------------------------------
+
+
+def test_fenced_process_that_starts_messages_long_after_its_successor_is_reported() -> None:
+    lines = ("2.0 two up", "2.2 two start a", "2.3 two end a", "2.4 one start b", "9.0 one start c")
+    (violation,) = promises.started_when_fenced(history_of(*lines, faults=[fenced(1.5, 9.5)]))
+    assert violation.text == "fenced processes started 1 messages"
+    assert "subject='c'" in str(violation), "the evidence"
+    assert promises.started_when_fenced(history_of(*lines[:-1], faults=[fenced(1.5, 9.5)])) == []
+    assert promises.started_when_fenced(history_of(*lines, faults=[kill(1.5)])) == []
+
+
+# -- histories of two parts --------------------------------------------------------------------------------------------
+
+#: The offsets of the group move back from 2 to 1 while no process runs.
+MOVE = Fault(MOVED, "", 5, 5.1)
+
+
+def after_move(*lines: str, samples: Sequence[Sample] = ()) -> History:
+    """Return the history after the messages ``a`` and ``b`` ran and the committed offset was moved back to ``b``."""
+    whole = history_of(*ALL_DONE[:4], *lines, samples=[sample(1.6, 2, 4), *samples])
+    last = whole.divide(MOVE, LOG, lambda entry: entry.at < 5)
+    last.log = LOG[1:]
+    return last
+
+
+AGAIN = ("6.0 two start b", "6.1 two end b", "6.2 two start c", "6.3 two end c")
+
+
+def test_messages_from_a_moved_offset_on_must_run_again() -> None:
+    assert promises.violations(after_move(*AGAIN, samples=[sample(5.2, 1, 4), sample(6.4, 3, 8)])) == []
+    (violation,) = promises.violations(after_move(*AGAIN[2:]))
+    assert violation.text == "1 of 2 messages were not finished"
+
+
+def test_message_below_a_moved_offset_may_not_run_again() -> None:
+    (violation,) = promises.violations(after_move("5.9 two start a", *AGAIN, "6.4 two end a"))
+    assert violation.text == "1 messages ran that are not in the log"
+
+
+def test_commit_that_covers_a_message_before_it_runs_again_is_reported() -> None:
+    assert promises.covered_unfinished(after_move(*AGAIN, samples=[sample(6.05, 2, 5), sample(6.4, 3, 8)])) == ["b"]
+
+
+def test_broken_promise_of_the_earlier_part_is_reported() -> None:
+    last = after_move(*AGAIN)
+    assert last.earlier is not None
+    last.earlier.samples.insert(0, sample(1.25, 2, 2))
+    (violation,) = promises.violations(last)
+    assert violation.promise == 2
+
+
+def test_message_that_ran_before_the_new_topic_was_noticed_may_run_again_and_has_no_order() -> None:
+    created = Fault(NEW_TOPIC, "", 0.5, 0.9)
+    lines = ("1.0 one start c", "1.1 one end c", *(line.replace("1.", "2.", 1) for line in ALL_DONE))
+    assert cause(*lines, faults=[created]) == "started before the consumer noticed: topic created again"
+    assert promises.violations(history_of(*lines, faults=[created])) == []
+    assert cause(*lines) is None
+    assert promises.out_of_order(history_of(*lines))
+    late = ("8.0 one start c", "8.1 one end c", *(line.replace("1.", "9.", 1) for line in ALL_DONE))
+    assert cause(*late, faults=[created]) is None
+    assert promises.out_of_order(history_of(*late, faults=[created]))
+
+
+# -- faults that hit ------------------------------------------------------------------------------------------------
 
 
 def test_fault_hits_only_a_process_at_work() -> None:
@@ -386,6 +494,36 @@ def test_outage_hits_only_with_work_before_and_after_it() -> None:
     assert hits.hits(history_of(*ALL_DONE, faults=outage, samples=[sample(1.2, None)])) == {BROKER_KILL: 1}
     assert hits.hits(history_of(*ALL_DONE, faults=outage, samples=[sample(1.2, 1)])) == {}
     assert hits.hits(history_of(*ALL_DONE[:4], faults=outage, samples=[sample(1.2, None)])) == {}
+
+
+def test_fencing_hits_only_a_process_at_work_whose_successor_works() -> None:
+    lines = ("1.0 one start a", "2.0 two up", "3.0 two start a", "3.1 two end a", "4.0 one end a")
+    assert hits.hits(history_of(*lines, faults=[fenced(1.5, 4.5)])) == {FENCED: 1}
+    assert hits.hits(history_of(*lines[:2], lines[4], faults=[fenced(1.5, 4.5)])) == {}
+    assert hits.hits(history_of("1.0 one start a", "1.9 one end a", *lines[1:4], faults=[fenced(1.5, 4.5)])) == {}
+
+
+def test_new_topic_hits_only_when_a_message_of_the_old_topic_was_running() -> None:
+    created = Fault(NEW_TOPIC, "", 1.05, 1.15)
+    for at, count in ((1.05, {NEW_TOPIC: 1}), (1.15, {})):
+        fault = created._replace(at=at)
+        history = history_of(*ALL_DONE).divide(fault, LOG[:1], lambda entry: entry.subject == "a")
+        assert hits.hits(history) == count
+
+
+def test_moved_offsets_hit_only_when_finished_messages_run_again_in_both_directions() -> None:
+    log = [
+        LoggedRecord(f"{partition}{offset}", partition, offset, None) for partition in (0, 1) for offset in (0, 1, 2)
+    ]
+    lines = [
+        f"1.0 one {event} {record.subject}" for record in log if record.subject != "10" for event in ("start", "end")
+    ]
+    committed = Sample(1.5, {0: 3, 1: 0}, {1: frozenset({1, 2})}, 10, 0, 6)
+    history = history_of(*lines, log=log, samples=[committed]).divide(MOVE, log, lambda entry: entry.at < 5)
+    for back, forward, count in ((2, 1, 1), (3, 1, 0), (2, 0, 0), (2, 3, 0)):
+        starts = {0: back, 1: forward}
+        history.log = [record for record in log if record.offset >= starts[record.partition]]
+        assert hits.hits(history)[MOVED] == count
 
 
 def test_joins_exits_long_tasks_and_random_payloads_are_counted_as_hits() -> None:

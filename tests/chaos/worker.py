@@ -34,7 +34,7 @@ oregistry = OperationRegistry()
 
 @oregistry.subscribe
 class Work(Task):
-    """Task that takes ``seconds``, and then fails as ``failure`` requests or succeeds."""
+    """Task that takes ``seconds``, waits for the file ``gate``, and then fails as ``failure`` requests or succeeds."""
 
     RETRY = Retry(max_attempts=3, delay=0.1, backoff=2, max_delay=1, jitter=True)
 
@@ -42,12 +42,15 @@ class Work(Task):
     _lock = threading.Lock()
 
     def run(self) -> Result:
-        subject = self.params["subject"]
+        # Hostile records have messages without params.
+        subject = self.params.get("subject", self.uuid)
         LEDGER.write(ledger.START, subject)
-        deadline = time.monotonic() + self.params["seconds"]
+        deadline = time.monotonic() + self.params.get("seconds", 0)
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(left)
-        self._fail(subject, self.params["failure"])
+        while (gate := self.params.get("gate")) and not os.path.exists(gate):
+            time.sleep(0.02)
+        self._fail(subject, self.params.get("failure"))
         LEDGER.write(ledger.END, subject)
         return Result(uuid=self.uuid, stdout="worked")
 
