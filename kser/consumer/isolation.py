@@ -71,8 +71,7 @@ class Isolation:
         self._ends_at.pop(tracker, None)
         if self._chosen is tracker:
             self._chosen = None
-        if self._work_queue.lanes.exclusive is tracker:
-            self._work_queue.lanes.exclusive = None
+        self._work_queue.lanes.end_exclusive(tracker)
 
     def expired(self, partitions: Mapping[Partition, OffsetTracker]) -> dict[Partition, Sequence[Record]]:
         """End the isolation of the partitions that have been isolated for long enough.
@@ -123,6 +122,8 @@ class Isolation:
         records = self._held[tracker]
         while records and not tracker.unfinished:
             self._work_queue.put(tracker, [records.popleft()], isolated=True, failure=self._failure)
+        if not tracker.unfinished:
+            self._work_queue.lanes.end_exclusive(tracker)
         return len(tracker.unfinished)
 
     def _is_busy(self, tracker: OffsetTracker) -> bool:

@@ -47,6 +47,11 @@ class LaneQueue:
             self.ready.remove(item)
         return item
 
+    def end_exclusive(self, tracker: OffsetTracker) -> None:
+        """Let the other partitions start their items too, if only this partition could."""
+        if self.exclusive is tracker:
+            self.exclusive = None
+
     def add_first(self, item: WorkItem) -> None:
         """Add a new item, whose lane is free, before all items that are ready."""
         self.occupy(item)

@@ -333,6 +333,7 @@ class WorkQueue:
                 # later attempt finishes it.
                 return True
             self.finished_count += 1
+            self.lanes.end_exclusive(tracker)
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
                 self._in_flight_limit.release(item.size)
                 if self._low_water_mark >= 0 and self.in_flight <= self._low_water_mark:
@@ -348,6 +349,8 @@ class WorkQueue:
         with self.lock:
             attempt.acked = True
             item = self._running.get(attempt)
+            if item is not None:
+                self.lanes.end_exclusive(item.tracker)
             if item is not None and item.tracker.mark_finished(item.record.offset) and not item.tracker.revoked:
                 self._in_flight_limit.release(item.size)
             self.waiters.notify_satisfied()
@@ -404,8 +407,10 @@ class WorkQueue:
             return was_running
 
     def _remove_running(self, attempt: Attempt) -> bool:
-        if self._running.pop(attempt, None) is None:
+        item = self._running.pop(attempt, None)
+        if item is None:
             return False
+        self.lanes.end_exclusive(item.tracker)
         self.waiters.notify_satisfied()
         return True
 
@@ -416,9 +421,6 @@ class WorkQueue:
         continues = item.attempt.acked or (
             is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
         )
-        if self.lanes.exclusive is item.tracker:
-            # The record did not end the process, so the other records need not wait until its next attempt has ended.
-            self.lanes.exclusive = None
         if continues and not self._closed:
             self.lanes.delay(next_item)
             self._work_available.notify()

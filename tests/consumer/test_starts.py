@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kser.consumer.client import Commit
 from kser.consumer.isolation import ISOLATION_TIME
 from kser.consumer.starts import STARTS_PREFIX, StartCount
 from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import WorkQueue
 from kser.dummy.broker import InMemoryBroker
 from kser.retry import Retry
 from tests.consumer.harness import (
@@ -232,9 +234,54 @@ def test_message_runs_alone_in_the_second_half_of_its_starts(
     assert uuid_of(suspect) == "1"
     assert consumer._kser_work_queue.get(0) is None
     consumer.run_started(suspect)
-    send_messages("4", partition=0)
     consumer.poll()
-    assert sorted(started_offsets(consumer)) == [1, 1]
+    assert started_offsets(consumer) == [1]
+
+
+ATTEMPT_ENDS: dict[str, Callable[[WorkQueue, WorkItem], object]] = {
+    "finished": lambda queue, item: queue.task_done(item),
+    "acked": lambda queue, item: queue.ack(item.attempt),
+    "retried": lambda queue, item: queue.requeue(item, 3600),
+    "dead letter not written": lambda queue, item: queue.retry_dead_letter(item, 3600),
+    "timed out": lambda queue, item: queue.time_out(item, TimeoutError(), item.attempt.outcome),
+    "abandoned": lambda queue, item: queue.abandon(item.attempt),
+}
+
+
+@pytest.mark.parametrize("ending", ATTEMPT_ENDS)
+def test_other_partitions_start_when_the_attempt_that_runs_alone_has_ended(ending: str, bus: InMemoryBroker) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", partition=0)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
+    consumer.poll()
+    suspect = consumer.start_record()
+    send_messages(*"23456", partition=1)
+    consumer.poll()
+    assert consumer._kser_work_queue.get(0) is None, "a message started beside the message that must run alone"
+    ATTEMPT_ENDS[ending](consumer._kser_work_queue, suspect)
+    started = []
+    while (item := consumer._kser_work_queue.get(0)) is not None:
+        started.append(item.partition.partition)
+    assert started.count(1) == 5
+
+
+def test_other_partitions_start_when_the_partition_that_must_run_alone_is_revoked(bus: InMemoryBroker) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", partition=0)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
+    consumer.poll()
+    send_messages("2", "3", partition=1)
+    consumer.poll()
+    consumer._kser_partitions.on_revoke([DICE])
+    assert started_offsets(consumer) == [0, 1]
 
 
 def test_record_waits_until_its_start_is_committed() -> None:
