@@ -130,7 +130,7 @@ class OffsetTracker:
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
         self.dead_letter_pending: set[int] = set()
-        #: The count of starts at the committed offset.
+        #: The counts of starts.
         self.starts = StartCount(start)
         self._finished = Ranges((*decode(start), *finished))
         self._carried_over = carried_over or {}
@@ -155,6 +155,10 @@ class OffsetTracker:
             item = self._carried_over.pop(offset, item)
         self.unfinished[offset] = item
         return item
+
+    def is_finished(self, offset: int) -> bool:
+        """Return whether an offset is finished, or has no record that can still start."""
+        return offset < self.next_offset or offset in self._finished or offset in self._finished_early
 
     def first_unfinished(self, first: int, last: int) -> int:
         """Return the first unfinished offset from ``first`` to ``last``, or ``last`` if all of them are finished."""
@@ -183,6 +187,7 @@ class OffsetTracker:
 
         :return: whether the record was received during this assignment and was still unfinished.
         """
+        self.starts.finish(offset)
         if self.dead_letter_pending:
             self.dead_letter_pending.discard(offset)
         if self._last_offsets:

@@ -130,6 +130,11 @@ GROUP_LEASE_CHECK_INTERVAL = 0.1
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
 
 
+def lane_of(record: Record, ordering: str) -> bytes | str | None:
+    """Return the lane of a record in its partition, None if it has none."""
+    return record.key if ordering == KEY else ordering if ordering == PARTITION else None
+
+
 class WorkQueue:
     """A queue of records in lanes, from which the workers take the next record to run.
 
@@ -154,7 +159,8 @@ class WorkQueue:
         max_silence: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ordering = ordering
+        #: The lane of a record, see the parameter.
+        self.ordering = ordering
         self._in_flight_limit = InFlightLimit(max_in_flight, max_bytes)
         self._retry = retry
         #: True if a record counts as finished for its group as soon as its attempt has started.
@@ -215,16 +221,16 @@ class WorkQueue:
         """Queue the new records of a partition. The caller must hold the lock.
 
         :param tracker: the offset tracker of the partition.
-        :param isolated: whether the records come before all waiting records, in the only lane of their partition.
+        :param isolated: whether the records come before all waiting records of other lanes.
         :param failure: the permanent failure of the records, which then do not run.
         """
-        ordering, retry, lanes = PARTITION if isolated else self._ordering, self._retry, self.lanes
+        ordering, retry, lanes = self.ordering, self._retry, self.lanes
         count = size = 0
         for record in records:
             if type(record) is UnreadableRecord:
                 first = tracker.first_unfinished(record.offset, record.last_offset)
                 record = replace(record, offset=first)
-            lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
+            lane = lane_of(record, ordering)
             item = WorkItem(record, tracker, lane, retry)
             item.attempt.failure = failure
             entered = tracker.track(record.offset, item)
