@@ -241,7 +241,7 @@ class PartitionTable(RebalanceListener):
         """
         finished = decode(start)
         items = {at: item for at, item in revoked.started().items() if at >= start.offset and at not in finished}
-        self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items)
+        self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items, revoked.last_offsets)
         self._trackers[key].starts.carry_over(revoked.starts)
         self._work_queue.resume_partition(key, self._trackers[key], items)
 
