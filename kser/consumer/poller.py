@@ -357,7 +357,7 @@ class Poller:
         running = ", ".join(
             f"offset {item.record.offset} of {item.partition}"
             for item in self._work_queue.running()
-            if not item.attempt.acked
+            if not item.attempt.acked and not item.tracker.is_committed(item.record.offset)
         )
         if running:
             self._log.warning(f"messages still run, and will run again, because they cannot be committed: {running}")
