@@ -407,6 +407,53 @@ def test_message_whose_second_attempt_kills_its_process_is_given_up(delay: float
     assert "1" in ScriptedTask.ran
 
 
+def waiting_consumer(clock: Clock, config: dict[str, Any], **options: Any) -> FaultyConsumer:
+    """Return a consumer whose only message waits 60 seconds for a retry."""
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(60))
+    send_messages("1", key=b"a")
+    consumer = FaultyConsumer(config, clock=clock, **options)
+    consumer.poll()
+    assert starts_in_metadata() == "1"
+    consumer.run_record()
+    consumer.commit()
+    assert starts_in_metadata() == ""
+    return consumer
+
+
+def test_record_that_arrives_while_the_others_wait_starts_after_its_start_is_committed() -> None:
+    consumer = waiting_consumer(Clock(), NO_INTERVAL_COMMIT)
+    send_messages("2")
+    consumer.poll()
+    assert starts_in_metadata() == "0,1-1"
+    consumer.run_record()
+    consumer.commit()
+    assert starts_in_metadata() == ""
+
+
+def test_start_of_a_retry_is_committed_before_the_retry_is_due() -> None:
+    clock = Clock()
+    consumer = waiting_consumer(clock, NO_INTERVAL_COMMIT)
+    clock.advance(57)
+    consumer.poll()
+    assert starts_in_metadata() == ""
+    clock.advance(2)
+    consumer.poll()
+    assert starts_in_metadata() == "1"
+    assert not consumer.run_record(), "the retry is not due yet"
+
+
+@pytest.mark.parametrize("ordering", ["key", "partition"])
+def test_start_of_an_isolated_record_does_not_count_while_it_waits_for_its_lane(ordering: str) -> None:
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(3600))
+    send_messages("1", "2", key=b"a")
+    consumer = isolated_consumer(ordering=ordering)
+    for _ in range(4):
+        consumer.poll()
+        consumer.run_record()
+    assert ScriptedTask.ran == ["1"]
+    assert starts_in_metadata() == "2"
+
+
 def _raise(error: Exception) -> None:
     raise error
 
