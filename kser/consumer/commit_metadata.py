@@ -123,7 +123,10 @@ class CommitMetadata:
         """Return the metadata of a commit in the form that is written to Kafka."""
         if self._limit < BROKER_LIMIT and self._clock() >= self._retry_at:
             self._limit = BROKER_LIMIT
-        commit = self.partition_counts.annotate(key, commit)
+        # The words that the client writes itself are already there if the commit was read from Kafka.
+        own = (ID_PREFIX, COUNT_PREFIX)
+        others = " ".join(word for word in commit.metadata.split(" ") if not word.startswith(own))
+        commit = self.partition_counts.annotate(key, Commit(commit.offset, others))
         # The offset belongs to the topic in which the partition has started. If that topic was created again, and the
         # partition has not restarted yet, the id of the new topic would make the offset valid there.
         topic_id = self._started_ids.get(key, self._ids.get(key.topic))

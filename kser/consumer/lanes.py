@@ -47,10 +47,22 @@ class LaneQueue:
             self.ready.remove(item)
         return item
 
+    def end_exclusive(self, tracker: OffsetTracker) -> None:
+        """Let the other partitions start their items too, if only this partition could."""
+        if self.exclusive is tracker:
+            self.exclusive = None
+
     def add_first(self, item: WorkItem) -> None:
-        """Add a new item, whose lane is free, before all items that are ready."""
-        self.occupy(item)
-        self.ready.appendleft(item)
+        """Add a new item before all items that are ready, or behind the other items of its lane."""
+        if self.is_occupied(item.tracker, item.lane):
+            self.add(item)
+        else:
+            self.occupy(item)
+            self.ready.appendleft(item)
+
+    def is_occupied(self, tracker: OffsetTracker, lane: bytes | str | None) -> bool:
+        """Return whether a new item of this lane would wait."""
+        return lane is not None and (tracker, lane) in self._lanes
 
     def occupy(self, item: WorkItem) -> None:
         """Occupy the lane of a started item, so that the other items of the lane wait."""

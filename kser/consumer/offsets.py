@@ -115,10 +115,15 @@ class OffsetTracker:
     :param finished: additional finished ranges, from an earlier assignment of the partition.
     :param carried_over: items of records that were started during an earlier assignment and are unfinished. These items
         do not start a second time.
+    :param last_offsets: the last offset of each of these records that stands for several offsets, by its first offset.
     """
 
     def __init__(
-        self, start: Commit, finished: Iterable[tuple[int, int]] = (), carried_over: dict[int, Any] | None = None
+        self,
+        start: Commit,
+        finished: Iterable[tuple[int, int]] = (),
+        carried_over: dict[int, Any] | None = None,
+        last_offsets: Mapping[int, int] | None = None,
     ) -> None:
         #: The items of the unfinished records by offset, in order.
         self.unfinished: dict[int, Any] = {}
@@ -130,14 +135,15 @@ class OffsetTracker:
         self.revoked = False
         #: Offsets of permanently failed records whose dead letter is not written yet.
         self.dead_letter_pending: set[int] = set()
-        #: The count of starts at the committed offset.
+        #: The counts of starts.
         self.starts = StartCount(start)
         self._finished = Ranges((*decode(start), *finished))
         self._carried_over = carried_over or {}
         self._finished_early: set[int] = set()
-        self._first_unseen = max((self._finished.end, *(offset + 1 for offset in self._carried_over)))
         #: The last offset of each unfinished record that stands for several offsets, by its first offset.
-        self._last_offsets: dict[int, int] = {}
+        self.last_offsets = {at: last for at, last in (last_offsets or {}).items() if at in self._carried_over}
+        seen = (*self._carried_over, *self.last_offsets.values())
+        self._first_unseen = max((self._finished.end, *(offset + 1 for offset in seen)))
 
     def track(self, offset: int, item: Any) -> Any:
         """Track a received record. Records of a partition must arrive in order.
@@ -156,6 +162,10 @@ class OffsetTracker:
         self.unfinished[offset] = item
         return item
 
+    def is_finished(self, offset: int) -> bool:
+        """Return whether an offset is finished, or has no record that can still start."""
+        return offset < self.next_offset or offset in self._finished or offset in self._finished_early
+
     def first_unfinished(self, first: int, last: int) -> int:
         """Return the first unfinished offset from ``first`` to ``last``, or ``last`` if all of them are finished."""
         for offset in range(max(first, self.next_offset), last):
@@ -166,8 +176,10 @@ class OffsetTracker:
     def extend(self, offset: int, last: int) -> None:
         """Let a tracked record stand for all offsets up to ``last``. They finish together with the record."""
         if offset in self.unfinished and last > offset:
-            self._last_offsets[offset] = last
+            self.last_offsets[offset] = last
             self.next_offset = max(last + 1, self.next_offset)
+        if self._finished_early:
+            self._finished_early = {at for at in self._finished_early if at > last}
 
     def advance(self, position: int) -> None:
         """Count the offsets below a fetch position as finished, unless a record below it is unfinished.
@@ -183,10 +195,10 @@ class OffsetTracker:
 
         :return: whether the record was received during this assignment and was still unfinished.
         """
+        self.starts.finish(offset)
         if self.dead_letter_pending:
             self.dead_letter_pending.discard(offset)
-        if self._last_offsets:
-            self._last_offsets.pop(offset, None)
+        last = self.last_offsets.pop(offset, offset) if self.last_offsets else offset
         if offset in self.unfinished:
             del self.unfinished[offset]
             return True
@@ -194,7 +206,7 @@ class OffsetTracker:
             # The partition was revoked and assigned to this consumer again. An attempt from the earlier assignment has
             # finished the record, and the client has not fetched the record again yet. Remember the offset, so that
             # :meth:`track` drops the record when it arrives.
-            self._finished_early.add(offset)
+            self._finished_early.update(range(offset, last + 1))
         return False
 
     def replace(self, offset: int, item: Any) -> bool:
@@ -262,9 +274,9 @@ class OffsetTracker:
 
     def _extended(self, offsets: Collection[int]) -> Collection[int]:
         """Return unfinished offsets, with all offsets of the records that stand for several offsets."""
-        if not self._last_offsets:
+        if not self.last_offsets:
             return offsets
-        return [at for first in offsets for at in range(first, self._last_offsets.get(first, first) + 1)]
+        return [at for first in offsets for at in range(first, self.last_offsets.get(first, first) + 1)]
 
     def is_committed(self, offset: int) -> bool:
         """Return whether a record is finished according to the last confirmed commit."""

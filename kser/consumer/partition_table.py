@@ -108,6 +108,8 @@ class PartitionTable(RebalanceListener):
         if not self.commit_enabled:
             return {}
         with self._work_queue.lock:
+            if self._isolation is not None:
+                self._isolation.update(self._trackers.values())
             return pending_commits(self._trackers, self._counts_as_finished)
 
     def committed_offsets(self) -> dict[Partition, Commit]:
@@ -134,7 +136,8 @@ class PartitionTable(RebalanceListener):
             trackers = [tracker for key in partitions if (tracker := self._trackers.get(key)) is not None]
             new = [each for each in trackers if not each.starts.counted and each not in self._isolation]
             for tracker in new:
-                tracker.starts.count(tracker.commit().offset)
+                # While all unfinished records wait for a retry, the new records are the records that may run.
+                tracker.starts.count(tracker.next_offset if tracker.unfinished else tracker.commit().offset)
             return bool(new)
 
     def end_starts(self) -> None:
@@ -142,6 +145,12 @@ class PartitionTable(RebalanceListener):
         with self._work_queue.lock:
             for tracker in self._trackers.values():
                 tracker.starts.reset()
+
+    @property
+    def has_due_start(self) -> bool:
+        """True if a retry is due soon, so that its start must be committed now."""
+        with self._work_queue.lock:
+            return self._isolation is not None and self._isolation.update(self._trackers.values())
 
     @property
     def is_holding(self) -> bool:
@@ -232,7 +241,7 @@ class PartitionTable(RebalanceListener):
         """
         finished = decode(start)
         items = {at: item for at, item in revoked.started().items() if at >= start.offset and at not in finished}
-        self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items)
+        self._trackers[key] = OffsetTracker(start, revoked.finished_ranges(), items, revoked.last_offsets)
         self._trackers[key].starts.carry_over(revoked.starts)
         self._work_queue.resume_partition(key, self._trackers[key], items)
 

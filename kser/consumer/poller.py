@@ -256,7 +256,7 @@ class Poller:
 
     def commit_when_due(self) -> int:
         """Commit finished records if the commit interval has passed; return the number of partitions committed."""
-        if self._work_queue.clock() - self._last_commit < self._interval:
+        if self._work_queue.clock() - self._last_commit < self._interval and not self._partitions.has_due_start:
             return 0
         if self._client is not None:
             # All fetched records are queued now, so the fetch positions are not above a record that is not queued.
@@ -357,7 +357,7 @@ class Poller:
         running = ", ".join(
             f"offset {item.record.offset} of {item.partition}"
             for item in self._work_queue.running()
-            if not item.attempt.acked
+            if not item.attempt.acked and not item.tracker.is_committed(item.record.offset)
         )
         if running:
             self._log.warning(f"messages still run, and will run again, because they cannot be committed: {running}")

@@ -15,6 +15,10 @@ from kser.retry import Retry
 was_started = attrgetter("was_started")
 
 
+#: Seconds before a retry from which on the record counts as started again, so that a commit contains the start in time.
+RETRY_LEAD = 2.0
+
+
 class WorkItem:
     """A record in the work queue, and one attempt at it.
 
@@ -52,6 +56,10 @@ class WorkItem:
         :param commit_before: whether a record counts as finished as soon as its attempt has started.
         """
         return self.attempt.acked or (commit_before and self.was_started)
+
+    def waits(self, now: float) -> bool:
+        """Return whether the attempt at the record has ended, and the next attempt is not due soon."""
+        return self.attempt.failure is not None or self.due_at > now + RETRY_LEAD
 
     def next_attempt(self, due_at: float) -> WorkItem:
         """Create the item that replaces this item: for a retry, a timeout, or another write of the dead letter.

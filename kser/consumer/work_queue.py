@@ -130,6 +130,11 @@ GROUP_LEASE_CHECK_INTERVAL = 0.1
 KEY, PARTITION, NONE = ORDERINGS = ("key", "partition", "none")
 
 
+def lane_of(record: Record, ordering: str) -> bytes | str | None:
+    """Return the lane of a record in its partition, None if it has none."""
+    return record.key if ordering == KEY else ordering if ordering == PARTITION else None
+
+
 class WorkQueue:
     """A queue of records in lanes, from which the workers take the next record to run.
 
@@ -154,7 +159,8 @@ class WorkQueue:
         max_silence: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ordering = ordering
+        #: The lane of a record, see the parameter.
+        self.ordering = ordering
         self._in_flight_limit = InFlightLimit(max_in_flight, max_bytes)
         self._retry = retry
         #: True if a record counts as finished for its group as soon as its attempt has started.
@@ -215,16 +221,16 @@ class WorkQueue:
         """Queue the new records of a partition. The caller must hold the lock.
 
         :param tracker: the offset tracker of the partition.
-        :param isolated: whether the records come before all waiting records, in the only lane of their partition.
+        :param isolated: whether the records come before all waiting records of other lanes.
         :param failure: the permanent failure of the records, which then do not run.
         """
-        ordering, retry, lanes = PARTITION if isolated else self._ordering, self._retry, self.lanes
+        ordering, retry, lanes = self.ordering, self._retry, self.lanes
         count = size = 0
         for record in records:
             if type(record) is UnreadableRecord:
                 first = tracker.first_unfinished(record.offset, record.last_offset)
                 record = replace(record, offset=first)
-            lane = record.key if ordering == KEY else ordering if ordering == PARTITION else None
+            lane = lane_of(record, ordering)
             item = WorkItem(record, tracker, lane, retry)
             item.attempt.failure = failure
             entered = tracker.track(record.offset, item)
@@ -333,6 +339,7 @@ class WorkQueue:
                 # later attempt finishes it.
                 return True
             self.finished_count += 1
+            self.lanes.end_exclusive(tracker)
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
                 self._in_flight_limit.release(item.size)
                 if self._low_water_mark >= 0 and self.in_flight <= self._low_water_mark:
@@ -348,6 +355,8 @@ class WorkQueue:
         with self.lock:
             attempt.acked = True
             item = self._running.get(attempt)
+            if item is not None:
+                self.lanes.end_exclusive(item.tracker)
             if item is not None and item.tracker.mark_finished(item.record.offset) and not item.tracker.revoked:
                 self._in_flight_limit.release(item.size)
             self.waiters.notify_satisfied()
@@ -404,8 +413,10 @@ class WorkQueue:
             return was_running
 
     def _remove_running(self, attempt: Attempt) -> bool:
-        if self._running.pop(attempt, None) is None:
+        item = self._running.pop(attempt, None)
+        if item is None:
             return False
+        self.lanes.end_exclusive(item.tracker)
         self.waiters.notify_satisfied()
         return True
 
@@ -416,9 +427,6 @@ class WorkQueue:
         continues = item.attempt.acked or (
             is_tracked and (not item.tracker.revoked or next_item.survives_revocation(self.commit_before))
         )
-        if self.lanes.exclusive is item.tracker:
-            # The record did not end the process, so the other records need not wait until its next attempt has ended.
-            self.lanes.exclusive = None
         if continues and not self._closed:
             self.lanes.delay(next_item)
             self._work_available.notify()

@@ -190,6 +190,21 @@ def test_fenced_consumer_logs_which_messages_will_run_again(caplog: pytest.LogCa
     assert (ScriptedTask.ran, committed()) == (["1", "2"], 0)
 
 
+def test_fenced_consumer_does_not_name_running_messages_that_are_committed(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Event()
+    ScriptedTask.script["1"] = lambda: gate.wait(WAIT_SECONDS)
+    send_messages("1")
+    consumer = FaultyConsumer(MANUAL_COMMIT, workers=1, commit="before")
+    with ConsumerThread(consumer) as thread:
+        wait_until(lambda: ScriptedTask.ran == ["1"])
+        assert committed() == 1
+        consumer.current_client.faults = {"poll": FENCED, "commit": FENCED}
+        wait_until(lambda: lines(caplog, logging.ERROR))
+        gate.set()
+        assert thread.join() is FENCED
+    assert not any("run again" in line for line in lines(caplog, logging.WARNING))
+
+
 @pytest.mark.parametrize(("error", "status"), [(FENCED, 76), (GroupSettingError("the session is too short"), 78)])
 def test_final_error_in_the_main_thread_is_an_exit_status(error: ClientError, status: int) -> None:
     consumer = FaultyConsumer()

@@ -128,3 +128,27 @@ def test_commit_of_a_partition_that_has_not_restarted_belongs_to_the_old_topic()
     metadata.mark_started(DICE)
     written = metadata.write(DICE, Commit(5))
     assert new_metadata(topic_id=b"second").read(DICE, 5, written)[1] is Validity.VALID
+
+
+def test_repeated_commit_of_metadata_that_was_read_contains_each_word_once() -> None:
+    """A proof of the membership commits what was read, and the next consumer reads the result."""
+    written = ""
+    lengths = set()
+    for _ in range(5):
+        metadata = new_metadata(reset="latest")
+        metadata.mark_started(DICE)
+        metadata.partition_counts.observe("dice", 4)
+        commit = metadata.read(DICE, 5, written)[0] if written else Commit(5, "starts:2 kser:1,2")
+        written = metadata.write(DICE, commit)
+        lengths.add(len(written))
+        assert [written.count(word) for word in ("id:", "of:", "starts:2", "kser:1,2")] == [1, 1, 1, 1]
+    assert len(lengths) == 1
+
+
+def test_repeated_commit_contains_the_current_words_of_the_client() -> None:
+    metadata = new_metadata(topic_id=b"second", reset="latest")
+    metadata.partition_counts.observe("dice", 8)
+    written = metadata.write(DICE, Commit(5, "id:12345678 of:4 kser:1,2"))
+    commit = metadata.read(DICE, 5, written)[0]
+    assert (commit.word("of:"), commit.word("kser:")) == ("8", "1,2")
+    assert commit.word("id:") != "12345678"

@@ -258,6 +258,15 @@ def test_carried_over_record_finished_before_its_redelivery_stays_finished() -> 
     assert tracker.commit() == Commit(7)
 
 
+def test_fetch_position_does_not_pass_a_carried_over_record() -> None:
+    tracker = OffsetTracker(Commit(5), carried_over={6: "started"})
+    tracker.advance(9)
+    assert tracker.commit() == Commit(5)
+    tracker.mark_finished(6)
+    tracker.advance(9)
+    assert tracker.commit() == Commit(9)
+
+
 def test_replacement_is_accepted_only_for_unfinished_records() -> None:
     tracker = OffsetTracker(Commit(5), carried_over={6: "started"})
     tracker.track(5, "first")

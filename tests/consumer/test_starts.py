@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from kser.consumer.client import Commit
 from kser.consumer.isolation import ISOLATION_TIME
 from kser.consumer.starts import STARTS_PREFIX, StartCount
 from kser.consumer.work_item import WorkItem
+from kser.consumer.work_queue import WorkQueue
 from kser.dummy.broker import InMemoryBroker
-from kser.retry import Retry
+from kser.retry import Retry, RetryLater
 from tests.consumer.harness import (
     DICE,
     MANUAL_COMMIT,
@@ -180,20 +182,53 @@ def isolated_consumer(**options: Any) -> FaultyConsumer:
     return FaultyConsumer(MANUAL_COMMIT, **options)
 
 
-def test_message_of_an_isolated_partition_waits_for_the_retry_before_it() -> None:
-    send_messages("1", "2")
+@pytest.mark.parametrize(
+    ("ordering", "now", "later"),
+    [("none", ["1", "2"], ["1"]), ("key", ["1"], ["1", "2"]), ("partition", ["1"], ["1", "2"])],
+)
+def test_retry_in_an_isolated_partition_delays_only_the_records_of_its_lane(
+    ordering: str, now: list[str], later: list[str]
+) -> None:
+    send_messages("1", "2", key=b"a")
     ScriptedTask.script["1"] = [ConnectionError("no"), None]
     clock = Clock()
-    consumer = isolated_consumer(clock=clock, ordering="none", retry=Retry(max_attempts=2, delay=10, jitter=False))
+    consumer = isolated_consumer(clock=clock, ordering=ordering, retry=Retry(max_attempts=2, delay=10, jitter=False))
     for _ in range(3):
         consumer.poll()
         consumer.run_record()
-    assert ScriptedTask.ran == ["1"]
+    assert ScriptedTask.ran == now
     clock.advance(11)
     for _ in range(3):
         consumer.poll()
         consumer.run_record()
-    assert ScriptedTask.ran == ["1", "1", "2"]
+    assert ScriptedTask.ran == now + later
+
+
+@pytest.mark.parametrize("ordering", ["key", "partition", "none"])
+@pytest.mark.parametrize("ending", ["retried", "acked"])
+def test_isolated_partition_with_a_retry_or_an_acked_message_does_not_block_the_others(
+    ordering: str, ending: str, bus: InMemoryBroker
+) -> None:
+    bus.create_topic("dice", 2)
+    for _ in range(2):
+        send_messages("1", "2", key=b"a", partition=0)
+        send_messages("3", "4", key=b"b", partition=1)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT, ordering=ordering)
+    consumer.poll()
+    first = consumer.start_record()
+    ATTEMPT_ENDS[ending](consumer._kser_work_queue, first)
+    others = []
+    for _ in range(8):
+        consumer.poll()
+        if (item := consumer._kser_work_queue.get(0)) is not None:
+            assert consumer._kser_work_queue.get(0) is None
+            others.append(item.partition.partition)
+            consumer.run_started(item)
+    assert others.count(1 - first.partition.partition) == 4
 
 
 def test_partition_is_isolated_for_a_limited_time() -> None:
@@ -232,9 +267,54 @@ def test_message_runs_alone_in_the_second_half_of_its_starts(
     assert uuid_of(suspect) == "1"
     assert consumer._kser_work_queue.get(0) is None
     consumer.run_started(suspect)
-    send_messages("4", partition=0)
     consumer.poll()
-    assert sorted(started_offsets(consumer)) == [1, 1]
+    assert started_offsets(consumer) == [1]
+
+
+ATTEMPT_ENDS: dict[str, Callable[[WorkQueue, WorkItem], object]] = {
+    "finished": lambda queue, item: queue.task_done(item),
+    "acked": lambda queue, item: queue.ack(item.attempt),
+    "retried": lambda queue, item: queue.requeue(item, 3600),
+    "dead letter not written": lambda queue, item: queue.retry_dead_letter(item, 3600),
+    "timed out": lambda queue, item: queue.time_out(item, TimeoutError(), item.attempt.outcome),
+    "abandoned": lambda queue, item: queue.abandon(item.attempt),
+}
+
+
+@pytest.mark.parametrize("ending", ATTEMPT_ENDS)
+def test_other_partitions_start_when_the_attempt_that_runs_alone_has_ended(ending: str, bus: InMemoryBroker) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", partition=0)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
+    consumer.poll()
+    suspect = consumer.start_record()
+    send_messages(*"23456", partition=1)
+    consumer.poll()
+    assert consumer._kser_work_queue.get(0) is None, "a message started beside the message that must run alone"
+    ATTEMPT_ENDS[ending](consumer._kser_work_queue, suspect)
+    started = []
+    while (item := consumer._kser_work_queue.get(0)) is not None:
+        started.append(item.partition.partition)
+    assert started.count(1) == 5
+
+
+def test_other_partitions_start_when_the_partition_that_must_run_alone_is_revoked(bus: InMemoryBroker) -> None:
+    bus.create_topic("dice", 2)
+    send_messages("1", partition=0)
+    for _ in range(2):
+        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
+        consumer.poll()
+        die(consumer)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
+    consumer.poll()
+    send_messages("2", "3", partition=1)
+    consumer.poll()
+    consumer._kser_partitions.on_revoke([DICE])
+    assert started_offsets(consumer) == [0, 1]
 
 
 def test_record_waits_until_its_start_is_committed() -> None:
@@ -248,6 +328,134 @@ def test_record_waits_until_its_start_is_committed() -> None:
     consumer.poll()
     assert consumer.run_record()
     assert [Commit(0, text).word(STARTS_PREFIX) for text in consumer.current_client.committed_metadata][:1] == ["3"]
+
+
+# -- retries -----------------------------------------------------------------------------------------------------------
+
+
+class Lives:
+    """Consumers that start one after the other on one clock, and die at each attempt at a killer.
+
+    :param deadly: returns whether an attempt ends its process.
+    """
+
+    def __init__(self, deadly: Callable[[WorkItem], bool], **options: Any) -> None:
+        self._deadly = deadly
+        self._options = options
+        self.clock = Clock()
+        #: The UUIDs of the messages that were given up.
+        self.given_up: set[str] = set()
+
+    def live(self, seconds: float) -> None:
+        """Run a consumer until it dies, at the latest after a time, when its process is killed."""
+        consumer = FaultyConsumer(MANUAL_COMMIT, clock=self.clock, **self._options)
+        end = self.clock() + seconds
+        while True:
+            consumer.poll()
+            item = consumer._kser_work_queue.get(0)
+            if item is None:
+                if self.clock() >= end:
+                    break
+                self.clock.advance(0.5)
+            elif item.attempt.failure is not None:
+                self.given_up.add(uuid_of(item))
+                consumer.run_started(item)
+            elif self._deadly(item):
+                break
+            else:
+                consumer.run_started(item)
+        die(consumer)
+
+
+@pytest.mark.parametrize("ordering", ["key", "partition", "none"])
+def test_message_that_waits_for_a_retry_is_not_given_up_when_its_processes_are_killed(ordering: str) -> None:
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(3600))
+    send_messages("1", "2")
+    lives = Lives(lambda item: False, max_starts=5, ordering=ordering)
+    for _ in range(20):
+        lives.live(10)
+    assert lives.given_up == set()
+    assert starts_in_metadata() == ""
+    assert ScriptedTask.ran.count("1") == 20
+
+
+@pytest.mark.parametrize("ordering", ["none", "key"])
+@pytest.mark.parametrize("together", [True, False])
+def test_message_that_kills_its_process_behind_a_waiting_message_is_the_one_given_up(
+    ordering: str, together: bool
+) -> None:
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(3600))
+    lives = Lives(lambda item: uuid_of(item) == KILLER, max_starts=6, ordering=ordering)
+    send_messages("1")
+    if not together:
+        lives.live(10)
+    send_messages("2", KILLER, "3")
+    for _ in range(12):
+        lives.live(10)
+    assert lives.given_up == {KILLER}
+    assert {"2", "3"} <= set(ScriptedTask.ran)
+
+
+@pytest.mark.parametrize("delay", [1, 10, 60])
+def test_message_whose_second_attempt_kills_its_process_is_given_up(delay: float) -> None:
+    ScriptedTask.script["killer"] = lambda: _raise(RetryLater(delay))
+    send_messages(KILLER, "1")
+    lives = Lives(lambda item: uuid_of(item) == KILLER and item.attempt.number > 1, max_starts=5)
+    for _ in range(8):
+        lives.live(100)
+    assert lives.given_up == {KILLER}
+    assert "1" in ScriptedTask.ran
+
+
+def waiting_consumer(clock: Clock, config: dict[str, Any], **options: Any) -> FaultyConsumer:
+    """Return a consumer whose only message waits 60 seconds for a retry."""
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(60))
+    send_messages("1", key=b"a")
+    consumer = FaultyConsumer(config, clock=clock, **options)
+    consumer.poll()
+    assert starts_in_metadata() == "1"
+    consumer.run_record()
+    consumer.commit()
+    assert starts_in_metadata() == ""
+    return consumer
+
+
+def test_record_that_arrives_while_the_others_wait_starts_after_its_start_is_committed() -> None:
+    consumer = waiting_consumer(Clock(), NO_INTERVAL_COMMIT)
+    send_messages("2")
+    consumer.poll()
+    assert starts_in_metadata() == "0,1-1"
+    consumer.run_record()
+    consumer.commit()
+    assert starts_in_metadata() == ""
+
+
+def test_start_of_a_retry_is_committed_before_the_retry_is_due() -> None:
+    clock = Clock()
+    consumer = waiting_consumer(clock, NO_INTERVAL_COMMIT)
+    clock.advance(57)
+    consumer.poll()
+    assert starts_in_metadata() == ""
+    clock.advance(2)
+    consumer.poll()
+    assert starts_in_metadata() == "1"
+    assert not consumer.run_record(), "the retry is not due yet"
+
+
+@pytest.mark.parametrize("ordering", ["key", "partition"])
+def test_start_of_an_isolated_record_does_not_count_while_it_waits_for_its_lane(ordering: str) -> None:
+    ScriptedTask.script["1"] = lambda: _raise(RetryLater(3600))
+    send_messages("1", "2", key=b"a")
+    consumer = isolated_consumer(ordering=ordering)
+    for _ in range(4):
+        consumer.poll()
+        consumer.run_record()
+    assert ScriptedTask.ran == ["1"]
+    assert starts_in_metadata() == "2"
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 # -- what counts -------------------------------------------------------------------------------------------------------
@@ -346,7 +554,9 @@ def test_count_that_cannot_be_removed_is_not_reported_as_a_finished_message(capl
     assert not any("finished messages could not be committed" in line for line in lines(caplog, logging.WARNING))
 
 
-@pytest.mark.parametrize("metadata", ["", "kser:1,2", "starts:", "starts:x kser:1,2", "starts:-1"])
+@pytest.mark.parametrize(
+    "metadata", ["", "kser:1,2", "starts:", "starts:x kser:1,2", "starts:-1", "starts:²", "starts:1,2-x"]
+)
 def test_metadata_without_a_valid_count_counts_no_start(metadata: str) -> None:
     assert StartCount(Commit(7, metadata)).at(7) == 0
 
@@ -356,3 +566,11 @@ def test_count_belongs_to_the_committed_offset() -> None:
     assert (count.at(7), count.at(8)) == (3, 0)
     assert count.annotate(Commit(7, "kser:1,4")) == Commit(7, "starts:3 kser:1,4")
     assert count.annotate(Commit(8, "kser:1,4")) == Commit(8, "kser:1,4")
+
+
+def test_counts_of_records_above_the_committed_offset_are_read_back() -> None:
+    count = StartCount(Commit(7, "starts:2,3-4"))
+    assert [count.at(offset) for offset in (7, 8, 10)] == [2, 0, 4]
+    assert count.annotate(Commit(7)) == Commit(7, "starts:2,3-4")
+    assert count.annotate(Commit(9, "kser:1,4")) == Commit(9, "starts:0,1-4 kser:1,4")
+    assert count.annotate(Commit(11)) == Commit(11)

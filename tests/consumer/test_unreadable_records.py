@@ -13,7 +13,8 @@ from kser.consumer.offsets import OffsetTracker, decode
 from kser.consumer.unreadable import UnreadableRecord, decoding_notes
 from kser.controller import Controller
 from kser.dummy.broker import DummyRecord, InMemoryBroker
-from tests.consumer.harness import MANUAL_COMMIT, ScriptedTask, committed, new_consumer, send_messages
+from tests.consumer.harness import DICE, MANUAL_COMMIT, ScriptedTask, committed, new_consumer, send_messages
+from tests.consumer.queue_under_test import QueueUnderTest
 from tests.support import lines
 
 REASON = "CorruptRecordError: the checksum is wrong"
@@ -144,3 +145,50 @@ def test_finished_unreadable_data_is_not_started_again() -> None:
     tracker = OffsetTracker(Commit(0), finished=[(0, 4)])
     assert tracker.first_unfinished(0, 3) == 3
     assert tracker.track(3, "unreadable") is None
+
+
+def returned_tracker(revoked: OffsetTracker) -> OffsetTracker:
+    """Return the tracker of a partition that was revoked and has returned."""
+    revoked.revoke(lambda item: True)
+    return OffsetTracker(revoked.commit(), revoked.finished_ranges(), revoked.started(), revoked.last_offsets)
+
+
+def test_unreadable_data_finished_before_its_redelivery_finishes_as_a_whole() -> None:
+    tracker = returned_tracker(returned_tracker(tracker_with_range()))
+    tracker.mark_finished(1)
+    assert [offset for offset in range(6) if offset in decode(tracker.commit())] == [1, 2, 3]
+    assert tracker.track(0, "a") == "a"
+    assert tracker.first_unfinished(1, 3) == 3
+    assert tracker.track(3, "again") is None
+    tracker.extend(3, 3)
+    tracker.track(4, "b")
+    for offset in (0, 4):
+        tracker.mark_finished(offset)
+    assert tracker.commit() == Commit(5)
+
+
+def test_unreadable_data_finished_after_its_redelivery_finishes_as_a_whole() -> None:
+    tracker = returned_tracker(tracker_with_range())
+    tracker.track(0, "a")
+    assert tracker.first_unfinished(1, 3) == 1
+    assert tracker.track(1, "again") == "unreadable"
+    tracker.extend(1, 3)
+    tracker.track(4, "b")
+    for offset in (0, 4, 1):
+        tracker.mark_finished(offset)
+    assert tracker.commit() == Commit(5)
+
+
+@pytest.mark.parametrize("redelivered_first", [True, False])
+def test_unreadable_data_whose_partition_is_revoked_and_returns_is_handled_once(redelivered_first: bool) -> None:
+    queue = QueueUnderTest()
+    unreadable: Any = UnreadableRecord("dice", 0, 0, 9, REASON)
+    queue.fetch(unreadable)
+    item = queue.start_next()
+    queue.revoke_and_reassign()
+    if redelivered_first:
+        queue.fetch(unreadable)
+    queue.task_done(item)
+    queue.fetch(unreadable)
+    assert queue.start_all() == []
+    assert queue.partitions.commits() == {DICE: Commit(10)}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kafka
@@ -17,10 +18,12 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import RebalanceInProgressError
 from kafka.future import Future
 
+from kser.consumer.client import Partition
 from kser.embedded import EmbeddedBroker
 from kser.errors import SettingError
 from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka import rebalances
+from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.consumer import Consumer
 from kser.python_kafka.producer import Producer
 from kser.python_kafka.rebalances import PendingJoin
@@ -310,6 +313,19 @@ def test_group_without_offset_reset_logs_the_missing_committed_offset(
         (line,) = lines(caplog, logging.ERROR)
         assert line.startswith("Consumer: the group has no committed offset in dice[")
         assert line.endswith("or set the policy to 'earliest' or 'latest'; trying again")
+
+
+@pytest.mark.parametrize("attribute", ["_unstarted", "_restarting"])
+def test_position_of_a_partition_that_must_still_find_its_start_is_not_reported(attribute: str) -> None:
+    """The position may be of the topic that was deleted, so a commit of it would skip records of the new topic."""
+    states = {TopicPartition("dice", n): SimpleNamespace(position=SimpleNamespace(offset=7 + n)) for n in range(3)}
+    states[TopicPartition("dice", 3)] = SimpleNamespace(position=None)
+    client = KafkaPythonClient.__new__(KafkaPythonClient)
+    scripted: Any = SimpleNamespace(_subscription=SimpleNamespace(assignment=states), assignment=lambda: set(states))
+    client._client, client._unstarted, client._restarting = scripted, set(), set()
+    assert client.positions() == {Partition("dice", n): 7 + n for n in range(3)}
+    getattr(client, attribute).add(TopicPartition("dice", 1))
+    assert client.positions() == {Partition("dice", 0): 7, Partition("dice", 2): 9}
 
 
 # -- joins that outlast polls ------------------------------------------------------------------------------------------
