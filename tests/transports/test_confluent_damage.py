@@ -10,11 +10,12 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from kser.confluent import damage
-from kser.confluent.client import ConfluentClient, ConfluentRecord
+from kser.confluent.client import ConfluentClient
 from kser.confluent.damage import MAX_REFETCHES, DamagedPartitions, DamageSearch
+from kser.confluent.records import ConfluentRecord
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
-from tests.support import lines, wait_until
+from tests.support import lines
 
 DICE = Partition("dice", 0)
 BAD = KafkaError(KafkaError._BAD_MSG, "checksum")
@@ -194,7 +195,6 @@ def test_client_checks_checksums_unless_the_user_decides_otherwise(options: dict
         assert client._damaged._options["check.crcs"] is checks
     finally:
         client.close(5)
-        wait_until(lambda: True)
 
 
 class MessageWithBadHeaders:
