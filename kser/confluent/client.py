@@ -185,7 +185,7 @@ class ConfluentClient(ConsumerClient):
         return lags
 
     def is_member(self) -> bool:
-        return self._errors.fatal is None and bool(self.client.memberid()) and self._errors.broker_responds()
+        return self._errors.is_member()
 
     def close(self, timeout: float) -> None:
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so

@@ -86,12 +86,6 @@ class Library:
         self.committed.update({Partition(tp.topic, tp.partition): tp.offset for tp in offsets})
         return offsets
 
-    def memberid(self) -> str:
-        return "made before the join"
-
-    def list_topics(self, timeout: float) -> Any:
-        return SimpleNamespace(cluster_id="c")
-
     def close(self) -> None: ...
 
 
