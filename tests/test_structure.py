@@ -75,7 +75,7 @@ ORDER = (
     {"kser.sequencing.registry"},
     {"kser.python_kafka", "kser.python_kafka.logs", "kser.dummy", "kser.dummy.broker"},
     {"kser.python_kafka.options"},
-    {"kser.confluent", "kser.confluent.logs", "kser.confluent.delivery_reports"},
+    {"kser.confluent", "kser.confluent.logs", "kser.confluent.delivery_reports", "kser.confluent.records"},
     {"kser.confluent.options", "kser.confluent.patterns"},
     {
         "kser.confluent.committer",

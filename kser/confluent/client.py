@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, wraps
-from operator import methodcaller
 from typing import Any
 
 import confluent_kafka
@@ -20,6 +19,7 @@ from kser.confluent.damage import DAMAGE, DamagedPartitions
 from kser.confluent.group_errors import LibraryError, library_errors
 from kser.confluent.options import connect, is_next_protocol, with_metadata_age
 from kser.confluent.patterns import PatternFollower
+from kser.confluent.records import ConfluentRecord
 from kser.confluent.topic_ids import TopicIds
 from kser.consumer.client import (
     Commit,
@@ -44,13 +44,7 @@ logger = escape_lines(logging.getLogger(__name__))
 #: Timeout in seconds of a query for committed offsets, or for the first and last offset of a partition.
 QUERY_TIMEOUT = 5.0
 
-#: Timeout in seconds of the metadata request that probes the brokers after an outage.
-PROBE_TIMEOUT = 0.5
-
-#: Seconds between two probes.
-PROBE_INTERVAL = 2.0
-
-#: Seconds between two tries to find the start positions of new partitions.
+#: Seconds between two tries to find the start positions of new partitions, or to move partitions to another position.
 START_RETRY_INTERVAL = 1.0
 
 #: Errors of a partition that does not exist.
@@ -101,10 +95,11 @@ class ConfluentClient(ConsumerClient):
         #: Assigned partitions of topics that were created again, which must start at their beginning.
         self._restarting: set[Partition] = set()
         self._paused: set[Partition] = set()
-        self._out_of_range: set[Partition] = set()
-        self._damage: dict[Partition, KafkaError] = {}
+        #: Assigned partitions that librdkafka does not fetch from their position. They are held until it does.
+        self._misplaced: set[Partition] = set()
+        self._move_error: ClientError | None = None
         self._pending_error: ClientError | None = None
-        self._start_at = 0.0
+        self._start_at = self._move_at = 0.0
         #: The error that a rebalance callback has raised. The callback itself must raise nothing, because librdkafka's
         #: Python client would raise the error in a form that no ``except`` clause catches, or crash.
         self._callback_error: Exception | None = None
@@ -151,9 +146,10 @@ class ConfluentClient(ConsumerClient):
                     self._patterns.follow()
                 problem = self._start_pending()
                 self._learn_topic_ids(self._topic_ids.poll({key.topic for key in self._positions}))
-                self._restart()
+                problem = self._move_pending() or problem
+                self._pause(limit, {*paused, *self._damaged.partitions, *self._misplaced})
+                # From here on, no call may raise an error after it has taken records, because the positions are moved.
                 unreadable = self._take_unreadable(paused) if limit else {}
-                self._pause(limit, {*paused, *self._damaged.partitions})
                 batches = unreadable or self._group_by_partition(self._consume(timeout, limit))
                 if not batches:
                     self._raise_callback_error()
@@ -178,16 +174,18 @@ class ConfluentClient(ConsumerClient):
         return {key: position for key, position in self._positions.items() if key not in self._restarting}
 
     def lag(self) -> Mapping[Partition, int]:
-        lags: dict[Partition, int] = {}
+        # librdkafka has no end offset of a partition from which it has fetched nothing yet. A misplaced partition is
+        # blocked, so it counts as lagging even if its end offset is unknown.
+        lags = dict.fromkeys(self._misplaced & self._positions.keys(), 1)
         for key, position in self._positions.items():
             with suppress(KafkaException):
                 _, end = self.client.get_watermark_offsets(TopicPartition(*key), cached=True)
                 if end >= 0:
-                    lags[key] = end - position
+                    lags[key] = max(end - position, lags.get(key, end - position))
         return lags
 
     def is_member(self) -> bool:
-        return self._errors.fatal is None and bool(self.client.memberid()) and self._errors.broker_responds()
+        return self._errors.is_member()
 
     def close(self, timeout: float) -> None:
         # During close, librdkafka calls the revocation callback. A new client may already have the partitions then, so
@@ -225,47 +223,44 @@ class ConfluentClient(ConsumerClient):
         # If ``consume`` ran a rebalance callback, the first message may belong to a revoked partition, so drop it.
         return [first, *more] if epoch == self._assignment_epoch else more
 
-    def _group_by_partition(self, messages: Iterable[Any]) -> dict[Partition, Sequence[Record]]:
-        fetched: dict[tuple[str, int], list[Record]] = {}
-        self._out_of_range.clear()
+    def _group_by_partition(self, messages: Iterable[Any]) -> Mapping[Partition, Sequence[Record]]:
+        """Return the records of the messages, and collect their errors, which the next poll handles.
+
+        This method calls nothing that may fail, because a failed poll would lose the records.
+        """
+        batches: dict[Partition, list[Record]] = {}
+        held = {*self._damaged.partitions, *self._misplaced}
+        damage: dict[Partition, KafkaError] = {}
         for message in messages:
             topic, partition = message.topic(), message.partition()
-            if message.error() is not None:
-                self._note_error(message)
-                continue
-            record = ConfluentRecord(message, topic, partition)
-            batch = fetched.get((topic, partition))
-            if batch is None:
-                fetched[topic, partition] = [record]
-            else:
-                batch.append(record)
-        batches: dict[Partition, Sequence[Record]] = {}
-        for topic_partition, records in fetched.items():
-            key = self._keys.get(topic_partition)
             # A partition that was revoked after its messages were fetched is no longer in ``_keys``, so drop its
             # messages.
+            key = self._keys.get((topic, partition))
+            if message.error() is not None:
+                self._note_error(message, key, held, damage)
             # After damaged data, librdkafka may continue with the next batch. The client fetches this batch again.
-            if key is not None and key not in self._damaged.partitions:
-                self._positions[key] = records[-1].offset + 1
-                batches[key] = records
-        for key, error in self._damage.items():
+            elif key is not None and key not in held:
+                batches.setdefault(key, []).append(ConfluentRecord(message, topic, partition))
+        for key, records in batches.items():
+            self._positions[key] = max(records[-1].offset + 1, self._positions[key])
+        for key, error in damage.items():
             self._damaged.search(key, self._positions[key], error)
-        self._damage.clear()
-        for key in (self._out_of_range & self._positions.keys()) - self._damaged.partitions:
-            self._recover(key)
         return batches
 
-    def _note_error(self, message: Any) -> None:
+    def _note_error(
+        self, message: Any, key: Partition | None, held: set[Partition], damage: dict[Partition, KafkaError]
+    ) -> None:
         error = message.error()
-        key = self._keys.get((message.topic(), message.partition()))
         if error.code() == KafkaError._PARTITION_EOF:
-            if key is not None:
+            if key is not None and key not in held:
                 # The end of the partition can be above the last record, because transaction markers have offsets too.
                 self._positions[key] = max(message.offset(), self._positions.get(key, 0))
         elif error.code() == KafkaError._AUTO_OFFSET_RESET and key is not None:
-            self._out_of_range.add(key)
+            self._misplaced.add(key)
         elif error.code() in DAMAGE and key is not None:
-            self._damage.setdefault(key, error)
+            if key not in held:
+                damage[key] = error
+                held.add(key)
         else:
             # The next poll raises this error, because this poll must return the records that were fetched together with
             # the error.
@@ -354,21 +349,46 @@ class ConfluentClient(ConsumerClient):
             if self._metadata.learn_topic_id(topic, topic_id):
                 self._restarting |= {key for key in self._positions if key.topic == topic}
 
-    def _restart(self) -> None:
-        """Restart the partitions of topics that were created again, at the beginning of the new topics."""
+    def _move_pending(self) -> ClientError | None:
+        """Move, if a try is due, the partitions that must fetch from another position.
+
+        :return: the error if some partitions could not be moved. The other partitions are moved anyway.
+        """
+        problem: ClientError | None = None
         self._restarting &= self._positions.keys()
-        for key in list(self._restarting):
-            try:
-                low, _ = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
-            except KafkaException as error:
-                if error.args[0].code() not in _UNKNOWN:
-                    raise
-                # A new topic with fewer partitions lacks some of them; the next rebalance revokes these.
-                continue
-            self._metadata.mark_started(key)
-            self._restarting.discard(key)
-            self._damaged.forget([key])
-            self._move_to(key, low)
+        if time.monotonic() < self._move_at:
+            return self._move_error if self._misplaced or self._restarting else None
+        for pending, move in ((self._misplaced, self._recover), (self._restarting, self._restart)):
+            for key in pending - self._damaged.partitions if pending is self._misplaced else set(pending):
+                self.progress()
+                try:
+                    if move(key):
+                        pending.discard(key)
+                except KafkaException as error:
+                    problem = self._errors.as_client_error(f"find a position in {key}", error.args[0])
+                except ClientError as error:
+                    problem = error
+        self._move_error = problem
+        if problem is not None:
+            self._move_at = time.monotonic() + START_RETRY_INTERVAL
+        return problem
+
+    def _restart(self, key: Partition) -> bool:
+        """Restart a partition of a topic that was created again, at the beginning of the new topic.
+
+        :return: False if the new topic has no such partition. The next rebalance revokes it.
+        """
+        try:
+            low, _ = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
+        except KafkaException as error:
+            if error.args[0].code() not in _UNKNOWN:
+                raise
+            return False
+        self._metadata.mark_started(key)
+        self._damaged.forget([key])
+        self._move_to(key, low)
+        self._misplaced.discard(key)
+        return True
 
     def _find_start(self, tp: TopicPartition, starts: StartPositions) -> None:
         if tp.error is not None:
@@ -397,6 +417,7 @@ class ConfluentClient(ConsumerClient):
         self._keys.update({(key.topic, key.partition): key for key in starts})
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._restarting -= starts.keys()
+        self._misplaced -= starts.keys()
         found.report(self._listener, can_commit=self.can_commit)
         self._assign({key: start.offset for key, start in starts.items()})
 
@@ -482,45 +503,56 @@ class ConfluentClient(ConsumerClient):
             self._positions.pop(key, None)
             self._paused.discard(key)
             self._unstarted.discard(key)
+            self._misplaced.discard(key)
         self._damaged.forget(keys)
         return keys
 
-    def _recover(self, key: Partition) -> None:
-        """Handle a fetch position that is out of range.
+    def _recover(self, key: Partition) -> bool:
+        """Let a partition fetch from its position again.
 
-        Log which offsets were lost, and continue at the position that the reset policy demands.
+        If the position is out of range, log which offsets were lost, and continue at the position that the reset policy
+        demands.
+
+        :return: False if the partition must restart instead, because its topic was created again.
         """
         if self._metadata.knows_topic_id(key.topic):
             self._learn_topic_ids(self._topic_ids.fetch([key.topic]))
         if key in self._restarting:
-            # The next poll restarts the partition.
-            return
+            return False
         low, high = self.client.get_watermark_offsets(TopicPartition(*key), timeout=QUERY_TIMEOUT)
         position = self._positions[key]
         if low <= position <= high:
             # After damaged data, librdkafka may fetch from an offset that it has read from the damaged bytes.
             self._fetch_from(key, position)
-            return
+            return True
         start = high if self._reset == "latest" else low
-        logger.error(out_of_range_text(key, position, low, high, start))
-        self._move_to(key, start)
+        self._move_to(key, start, out_of_range_text(key, position, low, high, start))
+        return True
 
-    def _move_to(self, key: Partition, start: int) -> None:
+    def _move_to(self, key: Partition, start: int, lost: str = "") -> None:
+        """Commit a start position, log the lost offsets if there are any, and fetch from the start position.
+
+        If the commit fails, nothing else has changed, so that the caller can repeat the call.
+        """
         assert self._listener is not None
-        self._listener.on_reset({key: Commit(start)})
-        self._fetch_from(key, start)
         if self.can_commit:
             self.commit({key: Commit(start)}, QUERY_TIMEOUT)
+        if lost:
+            logger.error(lost)
+        self._listener.on_reset({key: Commit(start)})
+        self._fetch_from(key, start)
 
     def _fetch_from(self, key: Partition, offset: int) -> None:
         self._positions[key] = offset
         # ``seek`` fails for a partition that is not being fetched, so assign the partition again instead.
         if self._cooperative:
-            self.client.incremental_unassign([TopicPartition(*key)])
+            # The partition is not assigned if an earlier call has failed between these two.
+            with suppress(KafkaException):
+                self.client.incremental_unassign([TopicPartition(*key)])
         self._assign({key: offset})
 
     def _take_unreadable(self, paused: Collection[Partition]) -> dict[Partition, Sequence[Record]]:
-        """Return the unreadable records that were found, and continue to fetch behind them.
+        """Return the unreadable records that were found. The next poll continues to fetch behind them.
 
         :raises kser.errors.ClientError: this client cannot decode data that other clients can decode.
         """
@@ -535,47 +567,9 @@ class ConfluentClient(ConsumerClient):
                     f" {self._errors.connection.servers}, and undamaged over others: the client is replaced",
                     fatal=True,
                 )
-            self._fetch_from(search.partition, search.offset if record is None else record.last_offset + 1)
+            self._positions[search.partition] = search.offset if record is None else record.last_offset + 1
+            self._misplaced.add(search.partition)
         return batches
-
-
-#: Calls ``message.headers()``. For a name that is not UTF-8, this method both returns a damaged list and sets an
-#: exception. A direct call would not always raise the exception, because CPython omits the check in optimized code.
-_read_headers = methodcaller("headers")
-
-
-class ConfluentRecord:
-    """A record that wraps a message of librdkafka."""
-
-    __slots__ = ("_headers", "headers_error", "key", "message", "offset", "partition", "topic", "value")
-
-    def __init__(self, message: Any, topic: str, partition: int) -> None:
-        self.message = message
-        self.topic = topic
-        self.partition = partition
-        self.offset: int = message.offset()
-        self.key: bytes | None = message.key()
-        self.value: bytes | None = message.value()
-        self._headers: Sequence[tuple[str, bytes | None]] | None = None
-        #: The error if the headers cannot be decoded, because a name is not UTF-8; otherwise None.
-        self.headers_error: str | None = None
-
-    @property
-    def timestamp(self) -> int:
-        """The timestamp of the record, in milliseconds since 1970."""
-        return int(self.message.timestamp()[1])
-
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes | None]]:
-        """The names and values of the headers; empty if they cannot be decoded."""
-        # Call ``headers`` once. After a failed call, the next call would return a damaged list and end the process.
-        if self._headers is None:
-            try:
-                self._headers = _read_headers(self.message) or ()
-            except Exception as error:
-                self._headers = ()
-                self.headers_error = str(error.__cause__ or error)
-        return self._headers
 
 
 def client_offset(key: Partition, offset: int, metadata: str) -> TopicPartition:

@@ -10,7 +10,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 
-from kser.confluent.group_errors import is_fatal, recovery_from
+from kser.confluent.group_errors import has_joined, is_fatal, recovery_from
 from kser.confluent.logs import ClientLog
 from kser.confluent.options import connection_of
 from kser.connection import FailureLog, explain, partial_failure_text
@@ -119,6 +119,10 @@ class ClientErrors:
             self._probe_at = time.monotonic() + PROBE_INTERVAL
             return False
         return True
+
+    def is_member(self) -> bool:
+        """Return whether the client is a member of its group, and a broker responds."""
+        return self.fatal is None and has_joined(self.client) and self.broker_responds()
 
     def as_client_error(self, action: str, error: KafkaError) -> ClientError:
         """Return an error of librdkafka in the form that makes the consumer recover from it.

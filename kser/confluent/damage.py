@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Set
+from contextlib import suppress
 from typing import Any
 
 import confluent_kafka
@@ -57,7 +58,10 @@ class DamageSearch(threading.Thread):
         self._options = {key: value for key, value in options.items() if key not in _NOT_FOR_PROBES}
         self.partition = partition
         self.offset = offset
+        self.error = error
         self.cancelled = threading.Event()
+        #: True once the search has a result. A thread without a result could not start, or was cancelled or killed.
+        self.has_result = False
         #: The record for the unreadable offsets; None if another client could read the data.
         self.unreadable: UnreadableRecord | None = None
         self._reason = str(error)
@@ -69,9 +73,11 @@ class DamageSearch(threading.Thread):
             for _ in range(FETCH_TRIES):
                 next_batch = self._probe(self.offset)
                 if next_batch is None:
+                    self.has_result = True
                     return
             last = self._next_readable(self.offset) - 1
             self.unreadable = UnreadableRecord(*self.partition, self.offset, last, self._reason)
+            self.has_result = True
         except SearchCancelled:
             pass
 
@@ -97,25 +103,35 @@ class DamageSearch(threading.Thread):
         :raises SearchCancelled: the search was cancelled.
         """
         while not self.cancelled.is_set():
-            client = self._connect()
+            # Any error, also an unexpected one such as too many open files, says nothing about the data.
             try:
-                client.assign([TopicPartition(*self.partition, offset)])
-                if (event := self._first_event(client)) is not None:
-                    error = event.error()
-                    if error is None or error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
-                        return None
-                    if error.code() in DAMAGE:
-                        self._reason = f"{error.name()}: {error.str()}"
-                        return int(event.offset())
-                    raise KafkaException(error)
+                client = self._connect()
+                try:
+                    event = self._first_event(client, offset)
+                finally:
+                    with suppress(Exception):
+                        client.close()
+                if event is not None:
+                    return self._damaged_base(event)
                 problem = f"the broker returns nothing within {PROBE_TIMEOUT:g} s"
-            except KafkaException as error:
-                problem = str(error)
-            finally:
-                client.close()
+            except Exception as error:
+                problem = str(error) or repr(error)
             self._report(problem)
             self.cancelled.wait(PROBE_INTERVAL)
         raise SearchCancelled
+
+    def _damaged_base(self, event: Any) -> int | None:
+        """Return the first offset of a batch that cannot be decoded; None if the event is not about such a batch.
+
+        :raises confluent_kafka.KafkaException: the event is an error that says nothing about the data.
+        """
+        error = event.error()
+        if error is None or error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
+            return None
+        if error.code() in DAMAGE:
+            self._reason = f"{error.name()}: {error.str()}"
+            return int(event.offset())
+        raise KafkaException(error)
 
     def _report(self, problem: str) -> None:
         now = time.monotonic()
@@ -126,7 +142,8 @@ class DamageSearch(threading.Thread):
                 f" cannot be fetched again: {problem}; the other partitions are consumed meanwhile"
             )
 
-    def _first_event(self, client: Any) -> Any:
+    def _first_event(self, client: Any, offset: int) -> Any:
+        client.assign([TopicPartition(*self.partition, offset)])
         deadline = time.monotonic() + PROBE_TIMEOUT
         while time.monotonic() < deadline and not self.cancelled.is_set():
             if (event := client.poll(PROBE_INTERVAL)) is not None:
@@ -155,18 +172,32 @@ class DamagedPartitions:
         return self._searches.keys()
 
     def search(self, partition: Partition, offset: int, error: KafkaError) -> None:
-        """Start a search at an offset that was not read, unless a search for this partition runs."""
+        """Start a search at an offset that was not read, unless a search for this partition runs.
+
+        If the search cannot start, :meth:`take_finished` starts it later.
+        """
         if partition not in self._searches:
-            self._searches[partition] = DamageSearch(self._options, partition, offset, error)
-            self._searches[partition].start()
+            self._start(partition, offset, error)
 
     def take_finished(self, paused: Collection[Partition]) -> list[DamageSearch]:
-        """Remove the searches that have ended, except those in paused partitions, and return them."""
+        """Remove the searches that have ended, except those in paused partitions, and return them.
+
+        Start the searches again that have no result although they do not run.
+        """
         ended = [search for search in self._searches.values() if not search.is_alive()]
-        finished = [search for search in ended if search.partition not in paused]
+        for search in ended:
+            if not search.has_result:
+                self._start(search.partition, search.offset, search.error)
+        finished = [search for search in ended if search.has_result and search.partition not in paused]
         for search in finished:
             del self._searches[search.partition]
         return finished
+
+    def _start(self, partition: Partition, offset: int, error: KafkaError) -> None:
+        search = self._searches[partition] = DamageSearch(self._options, partition, offset, error)
+        # The process may have too many threads.
+        with suppress(RuntimeError):
+            search.start()
 
     def must_reconnect(self, search: DamageSearch) -> bool:
         """Return whether searches have found readable data at this offset so often that the connection is suspect."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from confluent_kafka import KafkaError, KafkaException
 
@@ -86,6 +87,25 @@ def cause(error: KafkaError) -> int:
         return code
     text = error.str()
     return next((code for code in RECOVERIES if KafkaError(code).str() in text), code)
+
+
+#: The beginning of the group metadata of a client of librdkafka, before the generation.
+_METADATA_START = b"CGMDv2:"
+
+
+def has_joined(client: Any) -> bool:
+    """Return whether a client of librdkafka has joined its group. A member without partitions has joined too.
+
+    The id of the member proves nothing: with the protocol "consumer", librdkafka chooses the id before it joins, and
+    with the protocol "classic", the broker sends an id before it accepts the member.
+    """
+    metadata = client.consumer_group_metadata() or b""
+    if not client.memberid() or not metadata.startswith(_METADATA_START):
+        # Without a generation, the id is all that is known.
+        return bool(client.memberid()) and bool(metadata)
+    begin = len(_METADATA_START)
+    # The generation, or the epoch of the member, is -1 or 0 until the broker has accepted the member.
+    return int.from_bytes(metadata[begin : begin + 4], sys.byteorder, signed=True) > 0
 
 
 class LibraryError(Exception):

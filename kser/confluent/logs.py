@@ -1,7 +1,8 @@
 """Logger for librdkafka's own log lines.
 
-librdkafka logs each failed connection, dozens of times a second while a broker is down. kser logs one line for each
-cause itself, so it passes these lines on at the level DEBUG, and each of them only once within ``INTERVAL`` seconds.
+librdkafka logs each failed connection, dozens of times a second while a broker is down, and each fatal error of a
+client, once for each new client. kser logs one line for each cause itself, so it passes these lines on at the level
+DEBUG, and each of them only once within ``INTERVAL`` seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _NUMBERS = re.compile(r"\d+(?:ms|s)? in state|, \d+ identical error\(s\) suppres
 
 
 class ConnectionLines(logging.Filter):
-    """A filter for lines about failed connections. Lines that differ only in their numbers count as equal."""
+    """A filter for lines about failed connections and fatal errors.
+
+    Lines that differ only in their numbers count as equal.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +36,7 @@ class ConnectionLines(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log the record."""
         text = _NUMBERS.sub("", record.getMessage())
-        if not text.startswith(("FAIL", "ERROR", "REQTMOUT")):
+        if not text.startswith(("FAIL", "FATAL", "ERROR", "REQTMOUT")):
             return True
         record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
         if not logging.getLogger(record.name).isEnabledFor(logging.DEBUG):

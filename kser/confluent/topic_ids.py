@@ -21,6 +21,9 @@ from kser.confluent.options import CONSUMER_ONLY, PRODUCER_ONLY
 #: Timeout in seconds of a request for the ids of topics.
 REQUEST_TIMEOUT = 2.0
 
+#: Seconds in which no call waits for ids, after a request without a response.
+SILENCE = 60.0
+
 #: Options that the admin client does not get: the callbacks and the logger of the user belong to the consumer.
 _CONSUMER_CALLBACKS = frozenset(("error_cb", "stats_cb", "throttle_cb", "statistics.interval.ms", "logger", "debug"))
 
@@ -41,17 +44,19 @@ class TopicIds:
         self._admin: AdminClient | None = None
         self._requested: dict[str, Future[Any]] = {}
         self._request_at = 0.0
-        #: False after a request without a response: brokers before Kafka 2.8 have no topic ids.
-        self._responds = True
+        #: The time until which no call waits for ids. Brokers before Kafka 2.8 have no topic ids, and each call would
+        #: wait in the client thread; a busy broker responds later.
+        self._silent_until = 0.0
 
     def fetch(self, topics: Collection[str]) -> dict[str, bytes]:
         """Request the ids of topics and return them; unknown ids are missing in the result.
 
-        Block at most :data:`REQUEST_TIMEOUT` seconds, and not at all if an earlier request had no response.
+        Block at most :data:`REQUEST_TIMEOUT` seconds, and not at all if a request had no response within the last
+        :data:`SILENCE` seconds.
         """
         self._request(topics)
-        if self._responds:
-            self._responds = not wait(self._requested.values(), REQUEST_TIMEOUT).not_done
+        if time.monotonic() >= self._silent_until and wait(self._requested.values(), REQUEST_TIMEOUT).not_done:
+            self._silent_until = time.monotonic() + SILENCE
         return self._results()
 
     def poll(self, topics: Collection[str]) -> dict[str, bytes]:

@@ -125,14 +125,18 @@ def test_session_timeout_that_the_broker_rejects_is_a_setting_error(
         step_until([consumer], lambda: False, "the group rejects the session timeout")
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("transport", "protocol"), [*((each, "classic") for each in TRANSPORTS), ("confluent", "consumer")]
+)
 def test_spare_consumer_is_a_member_without_partitions(
-    kafka: Kafka, topic: Callable[..., str], transport: str, caplog: pytest.LogCaptureFixture
+    kafka: Kafka, topic: Callable[..., str], transport: str, protocol: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = topic()
     options = config(kafka, name)
     if transport == "confluent":
         options = {key.replace("_", "."): value for key, value in options.items()}
+    if protocol == "consumer":
+        options = {"bootstrap.servers": kafka.bootstrap_servers, "group.id": name, "group.protocol": protocol}
     with closing(CONSUMERS[transport](options, [name])) as holder:
         step_until([holder], lambda: holder.assignment, "the first member has the partition")
         with closing(CONSUMERS[transport](options, [name], stall_timeout=1)) as spare:

@@ -10,8 +10,9 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from kser.confluent import damage
-from kser.confluent.client import ConfluentClient, ConfluentRecord
+from kser.confluent.client import ConfluentClient
 from kser.confluent.damage import MAX_REFETCHES, DamagedPartitions, DamageSearch
+from kser.confluent.records import ConfluentRecord
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
 from tests.support import lines, wait_until
@@ -32,6 +33,16 @@ class Event:
 
     def error(self) -> KafkaError | None:
         return self._error
+
+
+class Unconnectable:
+    """The place of a client that cannot be created.
+
+    :param error: the error.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class DamagedLog:
@@ -55,6 +66,8 @@ class DamagedLog:
         self.clients += 1
         number = self.clients
         script = self.scripted.pop(0) if self.scripted else None
+        if isinstance(script, Unconnectable):
+            raise script.error
         assigned: list[int] = []
 
         def poll(timeout: float) -> Any:
@@ -122,6 +135,9 @@ def test_data_that_one_of_three_new_clients_can_read_is_not_skipped(
         KafkaException(KafkaError(KafkaError._TRANSPORT)),
         Event(0, KafkaError._ALL_BROKERS_DOWN),
         Event(0, KafkaError.TOPIC_AUTHORIZATION_FAILED),
+        OSError(24, "Too many open files"),
+        Unconnectable(KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE, "Too many open files"))),
+        Unconnectable(MemoryError()),
     ],
 )
 def test_trouble_of_the_broker_skips_nothing(
@@ -139,6 +155,45 @@ def test_data_that_retention_has_deleted_meanwhile_is_not_skipped(monkeypatch: p
     log = DamagedLog([0, 3], [3], 6)
     log.scripted = [Event(3, KafkaError._AUTO_OFFSET_RESET)]
     assert search(log, 3, monkeypatch).unreadable is None
+
+
+@pytest.mark.parametrize("has_failed_to_start", [True, False])
+def test_search_without_a_result_is_started_again_and_accuses_no_connection(
+    has_failed_to_start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        if has_failed_to_start:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(damage.confluent_kafka, "Consumer", DamagedLog([0, 3], [0], 6).connect)
+    partitions = DamagedPartitions({})
+    with monkeypatch.context() as broken:
+        # A thread that does nothing stands for one that an error has killed.
+        broken.setattr(DamageSearch, "start" if has_failed_to_start else "run", fail)
+        partitions.search(DICE, 0, BAD)
+        assert partitions.take_finished(()) == []
+    assert partitions.partitions == {DICE}
+    finished: list[DamageSearch] = []
+    wait_until(lambda: finished.extend(partitions.take_finished(())) or finished)
+    assert finished[0].unreadable is not None
+    assert (finished[0].unreadable.offset, finished[0].unreadable.last_offset) == (0, 2)
+
+
+def test_probe_that_cannot_be_closed_has_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = DamagedLog([0, 3], [3], 6)
+
+    def fail() -> None:
+        raise RuntimeError("scripted")
+
+    def connect(options: Any, **keywords: Any) -> Any:
+        client = log.connect(options)
+        client.close = fail
+        return client
+
+    monkeypatch.setattr(damage.confluent_kafka, "Consumer", connect)
+    search = DamageSearch({}, DICE, 3, BAD)
+    search.run()
+    assert search.unreadable == UnreadableRecord("dice", 0, 3, 5, search._reason)
 
 
 def test_search_in_a_revoked_partition_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +249,6 @@ def test_client_checks_checksums_unless_the_user_decides_otherwise(options: dict
         assert client._damaged._options["check.crcs"] is checks
     finally:
         client.close(5)
-        wait_until(lambda: True)
 
 
 class MessageWithBadHeaders:

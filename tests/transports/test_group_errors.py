@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from kafka import errors
 
 from kser.confluent import group_errors as confluent_errors
+from kser.confluent.logs import ClientLog
 from kser.consumer.recoveries import Recovery, as_recovery
 from kser.errors import ClientError, ClientFenced, GroupSettingError, SettingError
 from kser.python_kafka import group_errors as python_kafka_errors
@@ -134,3 +138,47 @@ def test_errors_of_the_library_are_raised_in_one_form(error: Any) -> None:
 def test_other_errors_pass_the_context_unchanged() -> None:
     with pytest.raises(ValueError, match="surprise"), confluent_errors.library_errors():
         raise ValueError("surprise")
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+@pytest.mark.parametrize("is_subscribed", [True, False])
+def test_new_client_has_not_joined_its_group(protocol: str, is_subscribed: bool, unused_address: str) -> None:
+    client = Consumer(
+        {"bootstrap.servers": unused_address, "group.id": "g", "group.protocol": protocol, "log_level": 0}
+    )
+    try:
+        if is_subscribed:
+            client.subscribe(["dice"])
+        client.poll(0.1)
+        assert not confluent_errors.has_joined(client)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("member", "generation", "has_joined"),
+    [("m", 1, True), ("m", 70_000, True), ("m", 0, False), ("m", -1, False), ("", 1, False), (None, 1, False)],
+)
+def test_member_has_a_generation(member: str | None, generation: int, has_joined: bool) -> None:
+    metadata = b"CGMDv2:" + generation.to_bytes(4, sys.byteorder, signed=True) + b"group\0m\0\1"
+    client = SimpleNamespace(memberid=lambda: member, consumer_group_metadata=lambda: metadata)
+    assert confluent_errors.has_joined(client) is has_joined
+
+
+@pytest.mark.parametrize(("metadata", "has_joined"), [(b"CGMDv9:", True), (b"", False), (None, False)])
+def test_member_id_counts_if_the_generation_is_unknown(metadata: bytes | None, has_joined: bool) -> None:
+    client = SimpleNamespace(memberid=lambda: "m", consumer_group_metadata=lambda: metadata)
+    assert confluent_errors.has_joined(client) is has_joined
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_logged"), [("FATAL", False), ("FAIL", False), ("ERROR", False), ("CONFWARN", True)]
+)
+def test_library_logs_only_the_errors_that_kser_does_not_log_itself(
+    kind: str, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "confluent_kafka"):
+        ClientLog().log(
+            logging.CRITICAL, "%s [%s] %s", kind, "rdkafka#consumer-1", "[thrd:main]: the instance id is used"
+        )
+    assert bool(caplog.records) is is_logged
