@@ -23,6 +23,9 @@ from kser.schemas import Message
 #: connection when it receives a larger request.
 CONSUMER_SIZE_LIMIT = 64 << 20
 
+#: Seconds between two replacements of a client in a fatal state. A new client may become fatal at once.
+REPLACE_INTERVAL = 1.0
+
 Key = str | bytes | None
 
 #: Function that returns the key of each message in a bulk send.
@@ -221,6 +224,25 @@ class KafkaProducerBase(BaseProducer):
     _kser_size_option: ClassVar[str] = ""
     #: Limits of messages; None stands for the limits of the context, see :func:`kser.limits.current_limits`.
     _kser_limits: Limits | None = None
+    #: The time of the last replacement of a client in a fatal state, by the monotonic clock.
+    _kser_replaced_at: float = -REPLACE_INTERVAL
+
+    def _kser_replace_fatal_client(self) -> None:
+        """Drop a client in a fatal state, which can send nothing any more, so that the next use connects a new client.
+
+        The cause, such as a missing permission, may have disappeared. Call this method before each send. It replaces at
+        most one client in ``REPLACE_INTERVAL`` seconds.
+        """
+        if self._kser_is_fatal() and time.monotonic() - self._kser_replaced_at >= REPLACE_INTERVAL:
+            self._kser_replaced_at = time.monotonic()
+            self._kser_drop_client()
+
+    def _kser_is_fatal(self) -> bool:
+        """Return whether the client is in a fatal state, in which it can send nothing any more."""
+        return False
+
+    def _kser_drop_client(self) -> None:
+        """Forget the client and close it, unless another thread does so."""
 
     def _kser_deadline(self, timeout: float) -> float:
         """Return the time at which a bulk must have ended, by the monotonic clock."""

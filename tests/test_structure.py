@@ -76,7 +76,7 @@ ORDER = (
     {"kser.python_kafka", "kser.python_kafka.logs", "kser.dummy", "kser.dummy.broker"},
     {"kser.python_kafka.options"},
     {"kser.confluent", "kser.confluent.logs", "kser.confluent.delivery_reports"},
-    {"kser.confluent.options", "kser.confluent.patterns"},
+    {"kser.confluent.options", "kser.confluent.patterns", "kser.confluent.producer_client"},
     {
         "kser.confluent.committer",
         "kser.confluent.damage",

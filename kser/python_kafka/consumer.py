@@ -25,13 +25,11 @@ from kser.python_kafka.options import (
     options_for,
     producer_options,
     with_group_defaults,
+    with_short_bootstrap,
 )
 from kser.python_kafka.producer import Producer
 
 logger = escape_lines(logging.getLogger(__name__))
-
-#: Milliseconds that a client which replaces another one waits for a broker.
-RECONNECT_TIMEOUT_MS = 5000
 
 
 class Consumer(BaseConsumer):
@@ -117,11 +115,7 @@ class Consumer(BaseConsumer):
         The poller tries again later.
         """
         options = self._kser_client_options
-        default = KafkaConsumer.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
-        if default is None or getattr(self, "client", None) is None:
-            return options
-        timeout = min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)
-        return {**options, "bootstrap_timeout_ms": timeout}
+        return options if getattr(self, "client", None) is None else with_short_bootstrap(options, KafkaConsumer)
 
     def _kser_handle(self, value: Any) -> None:
         if self._kser_deserialize is not None:

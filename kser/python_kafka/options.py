@@ -26,6 +26,8 @@ CLOSE_TIMEOUT = 1.0
 #: kser's default of a consumer's ``metadata_max_age_ms``, the time in milliseconds after which it notices new topics
 #: and new permissions. kafka-python's default is five minutes.
 METADATA_MAX_AGE_MS = 10_000
+#: Milliseconds that a client which replaces another one waits for a broker.
+RECONNECT_TIMEOUT_MS = 5000
 #: Seconds after which a client that is still connecting logs the reason.
 REPORT_AFTER = 1.0
 
@@ -77,6 +79,14 @@ def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("request_timeout_ms", math.inf) > session:
         options.setdefault("session_timeout_ms", session)
     return options
+
+
+def with_short_bootstrap(options: Mapping[str, Any], client: type[Client] = KafkaProducer) -> dict[str, Any]:
+    """Return the options of a client that replaces another one, and so waits only briefly for a broker."""
+    default = client.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
+    if default is None:
+        return dict(options)
+    return {**options, "bootstrap_timeout_ms": min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)}
 
 
 def _without_group_protocol(options: Mapping[str, Any]) -> dict[str, Any]:
