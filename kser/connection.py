@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kser.config import CONFIG
+from kser.masking import Secrets
 
 #: Seconds after which a failure that persists is logged again.
 REPEAT_INTERVAL = 600.0
@@ -37,6 +38,7 @@ class Connection(NamedTuple):
     :param protocol: the security protocol, such as ``SASL_SSL``.
     :param mechanism: the SASL mechanism; empty if the protocol has no login.
     :param user: the user name; empty if the mechanism has none.
+    :param secrets: the secret values of the client's options, which no text may contain.
     """
 
     servers: str
@@ -44,6 +46,7 @@ class Connection(NamedTuple):
     protocol: str = "PLAINTEXT"
     mechanism: str = ""
     user: str = ""
+    secrets: Secrets = Secrets()
 
     @property
     def login(self) -> str:
@@ -172,8 +175,8 @@ def explain(reason: object, connection: Connection) -> ConnectionFailure:
 
     An error that no meaning matches keeps its text, and its kind is the text without numbers.
     """
-    text = stable_text(str(reason))
-    lower = text.lower()
+    lower = stable_text(str(reason)).lower()
+    text = connection.secrets.hide(stable_text(str(reason)))
     found = next((meaning for meaning in _MEANINGS if any(word in lower for word in meaning.words)), None)
     if found is None:
         return ConnectionFailure(_NUMBERS.sub("#", text), text)
@@ -192,8 +195,9 @@ def unavailable_text(reason: object, connection: Connection) -> str:
     failure = explain(reason, connection)
     if failure.kind not in ("refused", "silent"):
         return f"cannot connect to Kafka at {connection.servers}: {failure.text}"
+    text = connection.secrets.hide(stable_text(str(reason)))
     return (
-        f"no Kafka broker responds at {connection.servers} ({stable_text(str(reason))}): start one there, or correct"
+        f"no Kafka broker responds at {connection.servers} ({text}): start one there, or correct"
         f" {connection.option!r} in {CONFIG} or in the 'config' argument"
     )
 

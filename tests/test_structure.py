@@ -12,7 +12,7 @@ from _modules import FUNCTION, MODULES, imports, tree
 ORDER = (
     {"kser"},
     {"kser.errors", "kser.backoff", "kser.escaping"},
-    {"kser.config", "kser.forks"},
+    {"kser.config", "kser.forks", "kser.masking"},
     {"kser.limits", "kser.connection"},
     {"kser.retry"},
     {"kser.signals"},

@@ -275,8 +275,11 @@ class Producer(KafkaProducerBase):
         if self._kser_failures.is_due(failure.kind):
             logger.error(f"{type(self).__name__}: {failure.text}")
         # The text of these two kinds does not contain the error of the client.
-        cause = self._kser_last_error.text_since(began) if failure.kind in ("refused", "silent") else ""
+        cause = self._kser_last_text(began) if failure.kind in ("refused", "silent") else ""
         return f"{failure.text}{cause}"
+
+    def _kser_last_text(self, began: float) -> str:
+        return self._kser_connection.secrets.hide(self._kser_last_error.text_since(began))
 
     def _kser_is_rejection(self, error: Exception) -> bool:
         cause = error.__cause__
@@ -287,7 +290,7 @@ class Producer(KafkaProducerBase):
     def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(
             f"{self._kser_servers} did not confirm the message, which may still arrive: check that the brokers"
-            f" run there, or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_error.text_since(began)}"
+            f" run there, or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_text(began)}"
         )
 
     def _kser_rejected_error(self, client: ProducerClient, error: KafkaError, topic: str, size: int) -> Exception:

@@ -98,7 +98,7 @@ class Consumer(BaseConsumer):
     def _kser_options_for_producer(
         config: Mapping[str, Any] | None, settings: Settings, options: ConsumerOptions
     ) -> dict[str, Any]:
-        shared = options_for(KafkaProducer, config, settings)
+        shared = options_for(KafkaProducer, config, settings, checked=False)
         if config is not None:
             shared = {key: value for key, value in shared.items() if key in KafkaProducer.DEFAULT_CONFIG}
         return {"max_request_size": CONSUMER_SIZE_LIMIT, **shared, **producer_options(options.producer_config)}
