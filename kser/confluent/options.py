@@ -205,7 +205,7 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     in_flight = option("max.in.flight", "max.in.flight.requests.per.connection")
     # librdkafka rejects ``enable.idempotence`` together with these options.
     opposed = (
-        str(acks or "all") not in ("all", "-1")
+        str("all" if acks is None else acks) not in ("all", "-1")
         or (retries is not None and int(retries) < 1)
         or (in_flight is not None and int(in_flight) > 5)
         or option("queuing.strategy") == "lifo"
