@@ -63,6 +63,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_threads("kser.python_kafka", ("gevent",))
         settings = Settings.of(app)
+        self._kser_app = app
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options = self._kser_options_for_producer(config, settings, consumer_options)
@@ -92,7 +93,8 @@ class Consumer(BaseConsumer):
         )
 
     def make_producer(self) -> BaseProducer:
-        return Producer(self._kser_producer_options)
+        # The producer needs the app for the limits of messages.
+        return Producer(self._kser_producer_options, app=self._kser_app)
 
     @staticmethod
     def _kser_options_for_producer(
