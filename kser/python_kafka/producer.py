@@ -39,6 +39,8 @@ logger = escape_lines(logging.getLogger(__name__))
 
 #: kser's default of ``max_block_ms``, the time in milliseconds for which ``send`` may wait for the metadata of a topic.
 MAX_BLOCK_MS = 5000
+#: More bytes than the protocol adds to a record and a batch, apart from many headers.
+MAX_OVERHEAD = 1000
 #: Seconds that ``close`` waits for the delivery of messages that were sent before.
 CLOSE_TIMEOUT = 0.5
 #: Limits of a chunk: the number of messages, and the seconds of encoding. A chunk is a part of the messages of a bulk.
@@ -183,8 +185,11 @@ class Producer(KafkaProducerBase):
             else:
                 delivery = self._kser_send_before(topic, value, options, deadline)
             # The client checks the size including the protocol's overhead. kafka-python 3 raises
-            # MessageSizeTooLargeError, and kafka-python 2 returns a future that has this error.
+            # MessageSizeTooLargeError, and kafka-python 2 returns a future that has this error. If the record is
+            # clearly smaller than the client's limit, the error is a refusal of the broker, which has come already.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
+                if size < self._kser_size_limit - MAX_OVERHEAD:
+                    raise rejected_as_too_large(size, topic, self._kser_servers)
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
             raise self._kser_too_large_error(size) from error

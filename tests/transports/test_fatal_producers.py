@@ -14,7 +14,7 @@ import kser.confluent.producer as confluent_producer
 import kser.producer as base_module
 import kser.python_kafka.producer as python_kafka_producer
 from kser.confluent.producer_client import ProducerClient
-from kser.errors import DeliveryError
+from kser.errors import DeliveryError, MessageTooLarge
 from kser.schemas import Message
 
 REASON = "Cluster authorization failed"
@@ -190,6 +190,25 @@ def test_fatal_error_ends_neither_the_thread_that_polls_nor_the_wait_of_other_se
     assert reports == [KafkaError._PURGE_QUEUE]
     assert producer_client.fatal.reason == REASON
     producer_client.poller.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "setting"),
+    [(8_388_608, "max.message.bytes"), (20_000, "max.message.bytes"), (10_050, "max_request_size")],
+)
+def test_refusal_of_a_broker_that_comes_at_once_names_the_limit_of_the_broker(
+    limit: int, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = KafkaPythonClient(denied=False)
+    delivery: Any = SimpleNamespace(exception=python_kafka_producer.MessageSizeTooLargeError())
+    monkeypatch.setattr(client, "send", lambda *_, **__: delivery)
+    monkeypatch.setattr(python_kafka_producer, "connect", lambda *_: client)
+    monkeypatch.setattr(python_kafka_producer, "NullableValues", lambda serializer: serializer)
+    producer = python_kafka_producer.Producer({"max_request_size": limit})
+    with pytest.raises(MessageTooLarge) as caught:
+        producer.produce("dice", b"x" * 10_000, timeout=5)
+    assert setting in caught.value.message.split(" accepts")[-1].split(" allows")[0]
+    producer.close()
 
 
 def test_error_of_a_poll_that_is_not_fatal_is_raised() -> None:
