@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.config import CONFIG
-from kser.connection import Connection, ConnectionFailure, explain
+from kser.connection import UNREACHABLE, Connection, ConnectionFailure, explain
 from kser.controller import BaseProducer, Headers
 from kser.errors import DeliveryError, MessageTooLarge, RecordRejected, UsageError
 from kser.limits import Limits, current_limits, header_bytes
@@ -393,7 +393,7 @@ class KafkaProducerBase(BaseProducer):
         """
         connection = self._kser_connection
         failure = explain(reason or "no response", connection)
-        if failure.kind not in ("refused", "silent"):
+        if failure.kind not in UNREACHABLE:
             return failure._replace(text=f"Cannot connect to Kafka at {connection.servers}: {failure.text}")
         advice = f"start one there, or correct {connection.option!r} in {CONFIG}"
         return failure._replace(text=f"No broker responds at {connection.servers}: {advice}")

@@ -26,7 +26,7 @@ from kser.confluent.delivery_reports import (
 from kser.confluent.logs import ClientLog
 from kser.confluent.options import connect, connection_of, options_for, required_acks, with_defaults
 from kser.confluent.producer_client import PURGED, ProducerClient
-from kser.connection import FailureLog
+from kser.connection import UNREACHABLE, FailureLog
 from kser.escaping import escape_lines
 from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
@@ -274,8 +274,8 @@ class Producer(KafkaProducerBase):
         failure = self._kser_unreachable(self._kser_log.failure.reason())
         if self._kser_failures.is_due(failure.kind):
             logger.error(f"{type(self).__name__}: {failure.text}")
-        # The text of these two kinds does not contain the error of the client.
-        cause = self._kser_last_text(began) if failure.kind in ("refused", "silent") else ""
+        # The text of these kinds does not contain the error of the client.
+        cause = self._kser_last_text(began) if failure.kind in UNREACHABLE else ""
         return f"{failure.text}{cause}"
 
     def _kser_last_text(self, began: float) -> str:
