@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kser.config import CONFIG
+from kser.masking import Secrets
 
 #: Seconds after which a failure that persists is logged again.
 REPEAT_INTERVAL = 600.0
@@ -37,6 +38,7 @@ class Connection(NamedTuple):
     :param protocol: the security protocol, such as ``SASL_SSL``.
     :param mechanism: the SASL mechanism; empty if the protocol has no login.
     :param user: the user name; empty if the mechanism has none.
+    :param secrets: the secret values of the client's options, which no text may contain.
     """
 
     servers: str
@@ -44,6 +46,7 @@ class Connection(NamedTuple):
     protocol: str = "PLAINTEXT"
     mechanism: str = ""
     user: str = ""
+    secrets: Secrets = Secrets()
 
     @property
     def login(self) -> str:
@@ -64,7 +67,7 @@ class ConnectionFailure(NamedTuple):
 
 
 class _Meaning(NamedTuple):
-    """One kind of failure: the words that identify it in an error of a client library, and its text."""
+    """One kind of failure: the words that identify it in an error of a client library, as patterns, and its text."""
 
     kind: str
     words: tuple[str, ...]
@@ -76,7 +79,8 @@ class _Meaning(NamedTuple):
 _MEANINGS = (
     _Meaning(
         "mechanism",
-        ("unsupported sasl mechanism", "unsupportedsaslmechanism", "does not support", "unsupported_sasl_mechanism"),
+        ("unsupported sasl mechanism", "unsupportedsaslmechanism", r"does not support .*mechanism",
+         "unsupported_sasl_mechanism"),
         "the brokers do not accept the mechanism {mechanism} ({reason}): set a mechanism that they accept",
     ),
     _Meaning(
@@ -100,7 +104,8 @@ _MEANINGS = (
     ),
     _Meaning(
         "host name",
-        ("failed to resolve", "dns", "name or service not known", "nodename nor servname", "name resolution",
+        ("failed to resolve", "dns lookup", "dns resolution", "via dns", "gaierror",
+         "name or service not known", "nodename nor servname", "name resolution",
          "host resolution"),
         "the host name cannot be resolved: correct {option!r}, or the name server of this machine",
     ),
@@ -149,12 +154,42 @@ _MEANINGS = (
         "not authorized ({reason}): grant {reader} the operation",
     ),
     _Meaning(
+        "session timeout",
+        ("invalid session timeout", "invalidsessiontimeout", "invalid_session_timeout"),
+        "the brokers do not accept the session timeout ({reason}): set one between 'group.min.session.timeout.ms' and"
+        " 'group.max.session.timeout.ms' of the brokers",
+    ),
+    _Meaning(
+        "transaction timeout",
+        ("transaction timeout", "invalidtransactiontimeout"),
+        "the brokers do not accept the transaction timeout ({reason}): set one below 'transaction.max.timeout.ms' of"
+        " the brokers",
+    ),
+    # A broker itself reports that it could not finish a request, for example because a replica is slow.
+    _Meaning(
+        "slow broker",
+        ("broker: request timed out", "requesttimedout", r"\[error 7\]"),
+        "a broker did not finish the request in time ({reason}): check the load of the brokers and their replicas",
+    ),
+    _Meaning(
         "silent",
-        ("timed out", "timeout", "no response", "unable to bootstrap", "nobrokersavailable", "brokers are down",
-         "transport failure", "not ready"),
+        ("no response", "unable to bootstrap", "nobrokersavailable", "brokers are down", "transport failure",
+         "not ready", "setup timed out"),
         "no Kafka broker responds ({reason}): start one there, or correct {option!r}",
     ),
+    _Meaning(
+        "slow",
+        ("timed out", "timeout"),
+        "the brokers did not answer the request in time ({reason}): check that they run and their load, or correct"
+        " {option!r}",
+    ),
 )  # fmt: skip
+
+#: The kinds of failures of a client that cannot reach any broker, if the client could not connect at all.
+UNREACHABLE = ("refused", "silent", "slow")
+
+#: The addresses in an error. A host name may contain words that identify a failure, such as "dns" or "timeout".
+_ADDRESS = re.compile(r"\bhost=[^\s>,]+|[^\s'\"(\[,]*[a-z][^\s'\"(\[,]*:\d+(?![\w:])")
 
 _CLOSED_IN_LOGIN = (
     "the brokers close the connection during the login of {login}: check the user, the password, the mechanism and the"
@@ -172,9 +207,9 @@ def explain(reason: object, connection: Connection) -> ConnectionFailure:
 
     An error that no meaning matches keeps its text, and its kind is the text without numbers.
     """
-    text = stable_text(str(reason))
-    lower = text.lower()
-    found = next((meaning for meaning in _MEANINGS if any(word in lower for word in meaning.words)), None)
+    lower = _ADDRESS.sub("", stable_text(str(reason)).lower())
+    text = connection.secrets.hide(stable_text(str(reason)))
+    found = next((meaning for meaning in _MEANINGS if re.search("|".join(meaning.words), lower)), None)
     if found is None:
         return ConnectionFailure(_NUMBERS.sub("#", text), text)
     template = _CLOSED_IN_LOGIN if found.kind == "closed" and connection.protocol.startswith("SASL") else found.text
@@ -190,10 +225,11 @@ def explain(reason: object, connection: Connection) -> ConnectionFailure:
 def unavailable_text(reason: object, connection: Connection) -> str:
     """Return the text of an error about a client that cannot connect to any broker."""
     failure = explain(reason, connection)
-    if failure.kind not in ("refused", "silent"):
+    if failure.kind not in UNREACHABLE:
         return f"cannot connect to Kafka at {connection.servers}: {failure.text}"
+    text = connection.secrets.hide(stable_text(str(reason)))
     return (
-        f"no Kafka broker responds at {connection.servers} ({stable_text(str(reason))}): start one there, or correct"
+        f"no Kafka broker responds at {connection.servers} ({text}): start one there, or correct"
         f" {connection.option!r} in {CONFIG} or in the 'config' argument"
     )
 

@@ -51,6 +51,17 @@ class ProcessClient:
                 values[self._name] = self._make(instance)
             return values[self._name]
 
+    def drop(self, instance: Any, value: Any) -> bool:
+        """Forget the value of an object, so that the next use creates a new value.
+
+        :return: False if the attribute does not have this value any more, because another thread has dropped it.
+        """
+        with self._lock:
+            is_current = vars(instance).get(self._name) is value
+            if is_current:
+                del vars(instance)[self._name]
+            return is_current
+
     def _kser_renew_after_fork(self) -> None:
         # Another thread of the parent process may have held the lock during the fork, and does not exist here.
         self._lock = threading.RLock()

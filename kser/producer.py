@@ -11,7 +11,7 @@ from cdumay_result import Result
 
 from kser import signals
 from kser.config import CONFIG
-from kser.connection import Connection, ConnectionFailure, explain
+from kser.connection import UNREACHABLE, Connection, ConnectionFailure, explain
 from kser.controller import BaseProducer, Headers
 from kser.errors import DeliveryError, MessageTooLarge, RecordRejected, UsageError
 from kser.limits import Limits, current_limits, header_bytes
@@ -22,6 +22,9 @@ from kser.schemas import Message
 #: limit of the topic decides whether a dead letter fits. It is below 100 MB, because by default a broker closes the
 #: connection when it receives a larger request.
 CONSUMER_SIZE_LIMIT = 64 << 20
+
+#: Seconds between two replacements of a client in a fatal state. A new client may become fatal at once.
+REPLACE_INTERVAL = 1.0
 
 Key = str | bytes | None
 
@@ -221,6 +224,25 @@ class KafkaProducerBase(BaseProducer):
     _kser_size_option: ClassVar[str] = ""
     #: Limits of messages; None stands for the limits of the context, see :func:`kser.limits.current_limits`.
     _kser_limits: Limits | None = None
+    #: The time of the last replacement of a client in a fatal state, by the monotonic clock.
+    _kser_replaced_at: float = -REPLACE_INTERVAL
+
+    def _kser_replace_fatal_client(self) -> None:
+        """Drop a client in a fatal state, which can send nothing any more, so that the next use connects a new client.
+
+        The cause, such as a missing permission, may have disappeared. Call this method before each send. It replaces at
+        most one client in ``REPLACE_INTERVAL`` seconds.
+        """
+        if self._kser_is_fatal() and time.monotonic() - self._kser_replaced_at >= REPLACE_INTERVAL:
+            self._kser_replaced_at = time.monotonic()
+            self._kser_drop_client()
+
+    def _kser_is_fatal(self) -> bool:
+        """Return whether the client is in a fatal state, in which it can send nothing any more."""
+        return False
+
+    def _kser_drop_client(self) -> None:
+        """Forget the client and close it, unless another thread does so."""
 
     def _kser_deadline(self, timeout: float) -> float:
         """Return the time at which a bulk must have ended, by the monotonic clock."""
@@ -371,7 +393,7 @@ class KafkaProducerBase(BaseProducer):
         """
         connection = self._kser_connection
         failure = explain(reason or "no response", connection)
-        if failure.kind not in ("refused", "silent"):
+        if failure.kind not in UNREACHABLE:
             return failure._replace(text=f"Cannot connect to Kafka at {connection.servers}: {failure.text}")
         advice = f"start one there, or correct {connection.option!r} in {CONFIG}"
         return failure._replace(text=f"No broker responds at {connection.servers}: {advice}")

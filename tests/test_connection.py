@@ -24,15 +24,44 @@ ERRORS = [
     ("InvalidReceiveError: Invalid frame length: 352518912", "tls", "expects TLS"),
     ("Invalid frame length: 99", "no kafka", "correct the port"),
     ("1/1 brokers are down", "silent", "start one there"),
+    ("Local: Broker transport failure", "silent", "start one there"),
+    ("Connection setup timed out in state CONNECT", "silent", "start one there"),
+    ("KafkaTimeoutError: Unable to bootstrap from [('b', 1)]", "silent", "start one there"),
+    ("Local: Timed out", "slow", "did not answer the request in time"),
+    ("KafkaTimeoutError: timeout after 500 ms", "slow", "did not answer the request in time"),
+    ("Broker: Request timed out", "slow broker", "check the load"),
+    ("[Error 7] RequestTimedOutError", "slow broker", "check the load"),
+    ("Broker: Invalid session timeout", "session timeout", "'group.max.session.timeout.ms'"),
+    ("[Error 26] InvalidSessionTimeoutError", "session timeout", "'group.max.session.timeout.ms'"),
+    ("[Error 50] InvalidTransactionTimeoutError", "transaction timeout", "transaction.max.timeout.ms"),
+    ("KafkaConnectionError: 111 ECONNREFUSED dns-kafka.local:9092", "refused", "start one there"),
+    ("<BrokerConnection host=dns1.example>: Connection refused", "refused", "start one there"),
+    ("authorization-timeout.example:9092: Connection refused", "refused", "start one there"),
+    ("node_id=1 host=kafka-dns:9092 Connection refused", "refused", "start one there"),
+    ("DNS lookup failed for kafka:9092", "host name", "'bootstrap.servers'"),
+    ("Kafka broker does not support PLAIN sasl mechanism. Enabled mechanisms: X", "mechanism", "PLAIN"),
+    ("SSL handshake failed: error:0A000086:SSL routines::certificate verify failed", "certificate", "CA file"),
     ("[Error 30] GroupAuthorizationFailedError: g", "group denied", "grant user 'alice' Read on the group"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("reason", "kind", "part"), ERRORS, ids=[kind for _, kind, _ in ERRORS])
+@pytest.mark.parametrize(("reason", "kind", "part"), ERRORS)
 def test_error_of_a_client_library_has_a_kind_and_advice(reason: str, kind: str, part: str) -> None:
     failure = explain(reason, LOGIN)
     assert failure.kind == kind
     assert part in failure.text
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Broker: Message format on broker does not support request",
+        "Broker: Client metadata is stale, client should rebootstrap to obtain new metadata",
+        "Strange error at timeout.example:9092",
+    ],
+)
+def test_error_without_a_known_meaning_keeps_its_text(reason: str) -> None:
+    assert explain(reason, LOGIN).text == reason
 
 
 def test_details_of_an_attempt_change_neither_kind_nor_text() -> None:

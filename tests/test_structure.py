@@ -12,7 +12,7 @@ from _modules import FUNCTION, MODULES, imports, tree
 ORDER = (
     {"kser"},
     {"kser.errors", "kser.backoff", "kser.escaping"},
-    {"kser.config", "kser.forks"},
+    {"kser.config", "kser.forks", "kser.masking"},
     {"kser.limits", "kser.connection"},
     {"kser.retry"},
     {"kser.signals"},
@@ -76,7 +76,7 @@ ORDER = (
     {"kser.python_kafka", "kser.python_kafka.logs", "kser.dummy", "kser.dummy.broker"},
     {"kser.python_kafka.options"},
     {"kser.confluent", "kser.confluent.logs", "kser.confluent.delivery_reports", "kser.confluent.records"},
-    {"kser.confluent.options", "kser.confluent.patterns"},
+    {"kser.confluent.options", "kser.confluent.patterns", "kser.confluent.producer_client"},
     {
         "kser.confluent.committer",
         "kser.confluent.damage",

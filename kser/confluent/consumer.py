@@ -61,6 +61,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_threads("kser.confluent", ("gevent", "eventlet"))
         settings = Settings.of(app)
+        self._kser_app = app
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
         shared = options_for("producer", config, settings)
@@ -84,7 +85,8 @@ class Consumer(BaseConsumer):
         )
 
     def make_producer(self) -> BaseProducer:
-        return Producer(self._kser_producer_options)
+        # The producer needs the app for the limits of messages.
+        return Producer(self._kser_producer_options, app=self._kser_app)
 
     def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"

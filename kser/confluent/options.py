@@ -14,6 +14,7 @@ from kser.config import CONFIG, PRODUCER_CONFIG, Settings, nearest_name
 from kser.connection import Connection
 from kser.consumer.options import default_session
 from kser.errors import SettingError
+from kser.masking import MASK, Secrets, address_text, is_mechanism
 
 Client = TypeVar("Client")
 Kind = Literal["consumer", "producer"]
@@ -204,7 +205,7 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     in_flight = option("max.in.flight", "max.in.flight.requests.per.connection")
     # librdkafka rejects ``enable.idempotence`` together with these options.
     opposed = (
-        str(acks or "all") not in ("all", "-1")
+        str("all" if acks is None else acks) not in ("all", "-1")
         or (retries is not None and int(retries) < 1)
         or (in_flight is not None and int(in_flight) > 5)
         or option("queuing.strategy") == "lifo"
@@ -242,14 +243,21 @@ def connect(
     try:
         return client(dict(options), **keywords)
     except KafkaException as error:
+        secrets = Secrets(options)
         reason = str(error.args[0].str() if hasattr(error.args[0], "str") else error).rstrip()
         unknown = _UNKNOWN.search(reason)
         if unknown is None:
-            raise SettingError(f"the Kafka client cannot be created: {reason}; correct {source}") from error
+            text = f"the Kafka client cannot be created: {secrets.hide(reason)}; correct {source}"
+            raise SettingError(text) from secrets.cause(error)
         key = unknown[1]
         raise SettingError(
             f"librdkafka knows no option {key!r}, which is set in {source}: did you mean {_nearest(key)!r}?"
         ) from error
+    except (TypeError, ValueError) as error:
+        # confluent-kafka rejects a value of a wrong type.
+        secrets = Secrets(options)
+        text = f"the Kafka client cannot be created: {secrets.hide(str(error))}; correct {source}"
+        raise SettingError(text) from secrets.cause(error)
 
 
 def _nearest(key: str) -> str:
@@ -263,10 +271,12 @@ def connection_of(options: Mapping[str, Any]) -> Connection:
     mechanism = user = ""
     if protocol.startswith("SASL"):
         mechanism = str(options.get("sasl.mechanism") or options.get("sasl.mechanisms") or "GSSAPI")
+        mechanism = mechanism if is_mechanism(mechanism) else MASK
         user = str(options.get("sasl.username") or "")
-    return Connection(servers(options), "bootstrap.servers", protocol, mechanism, user)
+    return Connection(servers(options), "bootstrap.servers", protocol, mechanism, user, Secrets(options))
 
 
 def servers(options: Mapping[str, Any]) -> str:
     """Return the bootstrap servers as text, for error texts."""
-    return str(options.get("bootstrap.servers") or options.get("metadata.broker.list") or "no 'bootstrap.servers'")
+    value = options.get("bootstrap.servers") or options.get("metadata.broker.list") or "no 'bootstrap.servers'"
+    return address_text(value if isinstance(value, str | list) else str(value))

@@ -17,7 +17,6 @@ from kser import signals
 from kser.config import CONFIG, Settings
 from kser.confluent.delivery_reports import (
     MAX_POLL,
-    DeliveryReportPoller,
     DeliveryWaiter,
     LastError,
     Waiter,
@@ -26,7 +25,8 @@ from kser.confluent.delivery_reports import (
 )
 from kser.confluent.logs import ClientLog
 from kser.confluent.options import connect, connection_of, options_for, required_acks, with_defaults
-from kser.connection import FailureLog
+from kser.confluent.producer_client import PURGED, ProducerClient
+from kser.connection import UNREACHABLE, FailureLog
 from kser.escaping import escape_lines
 from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
@@ -102,25 +102,41 @@ class Producer(KafkaProducerBase):
         self._kser_options = {**options, "error_cb": self._kser_last_error}
         self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
         # Create the client now, so that an error is raised here.
-        _ = self._kser_report_poller
+        _ = self._kser_client
         renew_after_fork(self)
 
-    def _kser_connect(self) -> confluent_kafka.Producer:
+    def _kser_connect(self) -> ProducerClient:
         self._kser_check_open()
         keywords: dict[str, Any] = {} if "logger" in self._kser_options else {"logger": self._kser_log}
-        return connect(confluent_kafka.Producer, self._kser_options, **keywords)
+        return ProducerClient(connect(confluent_kafka.Producer, self._kser_options, **keywords))
 
-    def _kser_start_report_poller(self) -> DeliveryReportPoller:
-        return DeliveryReportPoller(self.client.poll)
+    _kser_client: Any = ProcessClient(_kser_connect)
 
-    #: The client; a forked process creates its own at its first send.
-    client: Any = ProcessClient(_kser_connect)
-    _kser_report_poller: Any = ProcessClient(_kser_start_report_poller)
+    @property
+    def client(self) -> Any:
+        """The client of librdkafka. A forked process creates its own at its first send.
+
+        The producer replaces a client in a fatal state.
+        """
+        return self._kser_client.client
 
     def _kser_renew_after_fork(self) -> None:
-        if (client := vars(self).pop("client", None)) is not None:
-            keep_for_ever(client)
-        vars(self).pop("_kser_report_poller", None)
+        if (inherited := vars(self).pop("_kser_client", None)) is not None:
+            keep_for_ever(inherited.client)
+
+    def _kser_usable_client(self) -> ProducerClient:
+        self._kser_replace_fatal_client()
+        usable: ProducerClient = self._kser_client
+        return usable
+
+    def _kser_is_fatal(self) -> bool:
+        current = vars(self).get("_kser_client")
+        return current is not None and bool(current.fatal.reason)
+
+    def _kser_drop_client(self) -> None:
+        current = vars(self).get("_kser_client")
+        if not self._kser_closed and current is not None and vars(Producer)["_kser_client"].drop(self, current):
+            current.abandon(CLOSE_TIMEOUT)
 
     def _kser_new_bulk(self, topic: str, timeout: float, key: KeyFunction | None) -> Bulk:
         return _Bulk(self, topic, timeout, key)
@@ -129,22 +145,28 @@ class Producer(KafkaProducerBase):
         if self._kser_closed:
             return
         self._kser_closed = True
-        if "client" not in vars(self):
+        if (current := vars(self).get("_kser_client")) is None:
             return
-        self._kser_report_poller.close()
-        left = self.client.flush(CLOSE_TIMEOUT)
+        current.poller.close()
+        client = current.client
+        try:
+            left = client.flush(CLOSE_TIMEOUT)
+        except KafkaException as error:
+            # The client reports its fatal error. It delivers nothing any more.
+            current.fatal.note(error.args[0])
+            left = len(client)
         if left:
             logger.warning(
                 f"{type(self).__name__}: closed before all messages were delivered to {self._kser_servers}:"
                 f" {left} not confirmed"
             )
             # Purge the queue, because librdkafka would retry these messages as long as the client object exists.
-            self.client.purge()
-            self.client.poll(0)
+            client.purge()
+            current.fatal.poll(0)
         # Older versions of confluent-kafka have no ``close``. They close their connections when the client is
         # garbage-collected.
-        if hasattr(self.client, "close"):
-            self.client.close()
+        if hasattr(client, "close"):
+            client.close()
 
     def _kser_check_open(self) -> None:
         if self._kser_closed:
@@ -155,36 +177,39 @@ class Producer(KafkaProducerBase):
     ) -> None:
         delivery = DeliveryWaiter(has_offset=self._kser_has_offsets)
         began = time.monotonic()
-        with self._kser_report_poller:
-            self._kser_enqueue(topic, value, record_options(key, headers), delivery, deadline)
-            self._kser_report_poller.wait(delivery, deadline)
+        client = self._kser_usable_client()
+        with client.poller:
+            self._kser_enqueue(client, topic, value, record_options(key, headers), delivery, deadline)
+            client.poller.wait(delivery, deadline)
         if not delivery.done():
             raise self._kser_unconfirmed_error(began)
         if delivery.error is not None:
             size = size_of(value, key, headers)
-            raise self._kser_undelivered_error(delivery.error, topic, size, began) from KafkaException(delivery.error)
+            error = self._kser_undelivered_error(client, delivery.error, topic, size, began)
+            raise error from KafkaException(delivery.error)
 
     def _kser_deliver_nowait(
         self, topic: str, value: bytes | None, deadline: float, on_delivered: Callable[[Exception | None], None]
     ) -> None:
         began = time.monotonic()
+        client = self._kser_usable_client()
+        size = len(value or b"")
 
         def report(error: Any, record: Any) -> None:
             error = report_error(error, record, has_offset=self._kser_has_offsets)
-            on_delivered(
-                None if error is None else self._kser_undelivered_error(error, topic, len(value or b""), began)
-            )
+            on_delivered(None if error is None else self._kser_undelivered_error(client, error, topic, size, began))
 
-        self._kser_enqueue(topic, value, {}, report, deadline)
+        self._kser_enqueue(client, topic, value, {}, report, deadline)
         # Read the delivery reports of earlier messages here, because the housekeeping thread reads them only once a
         # second.
-        self._kser_report_poller.poll()
+        client.poller.poll()
 
     def _kser_success_result(self, topic: str, kmsg: Message, timeout: float) -> Result:
         return Result(uuid=kmsg.uuid, stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent")
 
     def _kser_enqueue(
         self,
+        client: ProducerClient,
         topic: str,
         value: bytes | None,
         options: Mapping[str, Any],
@@ -195,13 +220,13 @@ class Producer(KafkaProducerBase):
         self._kser_check_open()
         size = self._kser_size_checked(value, options)
         if topic not in self._kser_topics:
-            self._kser_look_up_topic(topic, deadline)
+            self._kser_look_up_topic(client, topic, deadline)
         while True:
             try:
-                self.client.produce(topic, value, on_delivery=on_delivery, **options)
+                client.client.produce(topic, value, on_delivery=on_delivery, **options)
                 return
             except KafkaException as error:
-                raise self._kser_rejected_error(error.args[0], topic, size) from error
+                raise self._kser_rejected_error(client, error.args[0], topic, size) from error
             except BufferError as error:
                 left = time_left(deadline)
                 if not left:
@@ -209,10 +234,10 @@ class Producer(KafkaProducerBase):
                         f"The client's queue is full of messages that {self._kser_servers} did not confirm yet:"
                         f" send slower, or raise 'queue.buffering.max.messages' in {CONFIG}"
                     ) from error
-            if not self._kser_report_poller.poll(min(left, MAX_POLL)):
+            if not client.poller.poll(min(left, MAX_POLL)):
                 time.sleep(min(left, MAX_POLL / 10))
 
-    def _kser_look_up_topic(self, topic: str, deadline: float) -> None:
+    def _kser_look_up_topic(self, client: ProducerClient, topic: str, deadline: float) -> None:
         """Check that the topic exists.
 
         Without this check, librdkafka would keep a message for a missing topic for half a minute before it reports the
@@ -226,7 +251,7 @@ class Producer(KafkaProducerBase):
             try:
                 # Start with a short timeout, because signal handlers do not run while the request waits for a response.
                 timeout = max(min(left, request_timeout), 0.001)
-                topic_error = self.client.list_topics(topic, timeout=timeout).topics[topic].error
+                topic_error = client.client.list_topics(topic, timeout=timeout).topics[topic].error
             except KafkaException as error:
                 self._kser_last_error.remember(error.args[0])
                 request_timeout *= 2
@@ -242,16 +267,19 @@ class Producer(KafkaProducerBase):
             time.sleep(min(TOPIC_POLL_INTERVAL, time_left(lookup_deadline)))
         if topic_error is not None:
             raise KafkaException(self._kser_missing_topic_text(topic))
-        self._kser_report_poller.poll()
+        client.poller.poll()
         raise KafkaException(self._kser_unreachable_text(began))
 
     def _kser_unreachable_text(self, began: float) -> str:
         failure = self._kser_unreachable(self._kser_log.failure.reason())
         if self._kser_failures.is_due(failure.kind):
             logger.error(f"{type(self).__name__}: {failure.text}")
-        # The text of these two kinds does not contain the error of the client.
-        cause = self._kser_last_error.text_since(began) if failure.kind in ("refused", "silent") else ""
+        # The text of these kinds does not contain the error of the client.
+        cause = self._kser_last_text(began) if failure.kind in UNREACHABLE else ""
         return f"{failure.text}{cause}"
+
+    def _kser_last_text(self, began: float) -> str:
+        return self._kser_connection.secrets.hide(self._kser_last_error.text_since(began))
 
     def _kser_is_rejection(self, error: Exception) -> bool:
         cause = error.__cause__
@@ -262,17 +290,29 @@ class Producer(KafkaProducerBase):
     def _kser_unconfirmed_error(self, began: float) -> KafkaException:
         return KafkaException(
             f"{self._kser_servers} did not confirm the message, which may still arrive: check that the brokers"
-            f" run there, or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_error.text_since(began)}"
+            f" run there, or correct 'bootstrap.servers' in {CONFIG}{self._kser_last_text(began)}"
         )
 
-    def _kser_rejected_error(self, error: KafkaError, topic: str, size: int) -> Exception:
+    def _kser_rejected_error(self, client: ProducerClient, error: KafkaError, topic: str, size: int) -> Exception:
         """Return the error of a record that the client rejected."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return self._kser_too_large_error(size)
-        advice = "; this producer cannot send any more: create a new one" if error.code() == KafkaError._FATAL else ""
-        return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}{advice}")
+        if error.code() == KafkaError._FATAL:
+            client.fatal.note(error)
+            # The client reports the cause to the next poll.
+            client.poller.poll()
+            return self._kser_fatal_error(client, topic)
+        return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}")
 
-    def _kser_undelivered_error(self, error: KafkaError, topic: str, size: int, began: float) -> Exception:
+    def _kser_fatal_error(self, client: ProducerClient, topic: str) -> KafkaException:
+        return KafkaException(
+            f"{client.fatal.reason}: topic {topic!r} at {self._kser_servers}; kser replaces the client before a later"
+            " send"
+        )
+
+    def _kser_undelivered_error(
+        self, client: ProducerClient, error: KafkaError, topic: str, size: int, began: float
+    ) -> Exception:
         """Return the error of a failed delivery report."""
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return rejected_as_too_large(size, topic, self._kser_servers)
@@ -285,6 +325,8 @@ class Producer(KafkaProducerBase):
             return KafkaException(self._kser_denied_text(topic))
         if error.code() == KafkaError._MSG_TIMED_OUT:
             return self._kser_unconfirmed_error(began)
+        if client.fatal.note(error) or (client.fatal.reason and error.code() in PURGED):
+            return self._kser_fatal_error(client, topic)
         return KafkaException(f"{error.str()}: topic {topic!r} at {self._kser_servers}")
 
 
@@ -298,6 +340,7 @@ class _Bulk(Bulk, Waiter):
 
     def __init__(self, producer: Producer, topic: str, timeout: float, key: KeyFunction | None) -> None:
         super().__init__(producer, topic, timeout, key)
+        self._client = producer._kser_usable_client()
         self._began = time.monotonic()
         self._first_error: Exception | None = None
         self._in_flight: dict[int, tuple[Message, int]] = {}
@@ -306,7 +349,7 @@ class _Bulk(Bulk, Waiter):
         self._reported: collections.deque[tuple[Message, int, Any]] = collections.deque()
 
     def run(self, kmsgs: Iterable[Message]) -> Result:
-        with self._producer._kser_report_poller:
+        with self._client.poller:
             return super().run(kmsgs)
 
     def send(self, kmsgs: Iterable[Message]) -> None:
@@ -323,7 +366,7 @@ class _Bulk(Bulk, Waiter):
 
     def finish(self) -> Result:
         self._enough = 0
-        self._producer._kser_report_poller.wait(self, self._deadline)
+        self._client.poller.wait(self, self._deadline)
         late = []
         while self._in_flight:
             # A late delivery report in another thread may remove a message meanwhile. A loop over the dict would then
@@ -347,7 +390,8 @@ class _Bulk(Bulk, Waiter):
         number = self._number
         self._in_flight[number] = (kmsg, len(data))
         try:
-            producer._kser_enqueue(self._topic, data, options, functools.partial(self._report, number), self._deadline)
+            report = functools.partial(self._report, number)
+            producer._kser_enqueue(self._client, self._topic, data, options, report, self._deadline)
         except Exception as exc:
             del self._in_flight[number]
             if isinstance(exc, KafkaException):
@@ -366,10 +410,10 @@ class _Bulk(Bulk, Waiter):
 
     def _drain_reports(self) -> None:
         """Read delivery reports, and wait while too many messages are not confirmed."""
-        self._producer._kser_report_poller.poll()
+        self._client.poller.poll()
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._enough = MAX_IN_FLIGHT // 2
-            self._producer._kser_report_poller.wait(self, self._deadline)
+            self._client.poller.wait(self, self._deadline)
         self._process_reports()
 
     def _process_reports(self) -> None:
@@ -378,4 +422,5 @@ class _Bulk(Bulk, Waiter):
             if error is None:
                 self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
             else:
-                self._results.fail(kmsg, self._producer._kser_undelivered_error(error, self._topic, size, self._began))
+                failure = self._producer._kser_undelivered_error(self._client, error, self._topic, size, self._began)
+                self._results.fail(kmsg, failure)

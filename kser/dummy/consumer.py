@@ -45,6 +45,7 @@ class Consumer(BaseConsumer):
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         settings = Settings.of(app)
+        self._kser_app = app
         self.config = dict((settings.client if config is None else config) or {})
         self.client = InMemoryBroker.at(str(self.config.get("bootstrap_servers", "")))
         at_once = not self.config.get("enable_auto_commit", True)
@@ -78,7 +79,7 @@ class Consumer(BaseConsumer):
             logger.debug(f"Cleaning existing pause file {path}")
 
     def make_producer(self) -> BaseProducer:
-        return Producer({**self.config, **(self.options.producer_config or {})})
+        return Producer({**self.config, **(self.options.producer_config or {})}, app=self._kser_app)
 
     def _kser_connect(self) -> ConsumerClient:
         default = "latest" if self.options.commit == BEFORE else "earliest"

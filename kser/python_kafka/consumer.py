@@ -25,13 +25,11 @@ from kser.python_kafka.options import (
     options_for,
     producer_options,
     with_group_defaults,
+    with_short_bootstrap,
 )
 from kser.python_kafka.producer import Producer
 
 logger = escape_lines(logging.getLogger(__name__))
-
-#: Milliseconds that a client which replaces another one waits for a broker.
-RECONNECT_TIMEOUT_MS = 5000
 
 
 class Consumer(BaseConsumer):
@@ -65,6 +63,7 @@ class Consumer(BaseConsumer):
     ) -> None:
         check_threads("kser.python_kafka", ("gevent",))
         settings = Settings.of(app)
+        self._kser_app = app
         topics = settings.consumed_topics(topics)
         consumer_options = ConsumerOptions.from_settings(settings, options)
         self._kser_producer_options = self._kser_options_for_producer(config, settings, consumer_options)
@@ -94,13 +93,14 @@ class Consumer(BaseConsumer):
         )
 
     def make_producer(self) -> BaseProducer:
-        return Producer(self._kser_producer_options)
+        # The producer needs the app for the limits of messages.
+        return Producer(self._kser_producer_options, app=self._kser_app)
 
     @staticmethod
     def _kser_options_for_producer(
         config: Mapping[str, Any] | None, settings: Settings, options: ConsumerOptions
     ) -> dict[str, Any]:
-        shared = options_for(KafkaProducer, config, settings)
+        shared = options_for(KafkaProducer, config, settings, checked=False)
         if config is not None:
             shared = {key: value for key, value in shared.items() if key in KafkaProducer.DEFAULT_CONFIG}
         return {"max_request_size": CONSUMER_SIZE_LIMIT, **shared, **producer_options(options.producer_config)}
@@ -117,11 +117,7 @@ class Consumer(BaseConsumer):
         The poller tries again later.
         """
         options = self._kser_client_options
-        default = KafkaConsumer.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
-        if default is None or getattr(self, "client", None) is None:
-            return options
-        timeout = min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)
-        return {**options, "bootstrap_timeout_ms": timeout}
+        return options if getattr(self, "client", None) is None else with_short_bootstrap(options, KafkaConsumer)
 
     def _kser_handle(self, value: Any) -> None:
         if self._kser_deserialize is not None:

@@ -122,7 +122,10 @@ def as_client_error(client: KafkaConsumer, action: str, error: KafkaError) -> Cl
     if isinstance(error, errors.TopicAuthorizationFailedError) and error.args:
         topics = error.args[0]
         return denied_topics([topics] if isinstance(topics, str) else topics, connection)
+    # The text of a timeout does not name the cause, which the client only logs.
+    is_timeout = isinstance(error, errors.KafkaTimeoutError)
     has_text = any(error.args) or isinstance(error, errors.BrokerResponseError)
-    reason = error if has_text else lines_of(client).failure.reason() or "no response in time"
+    logged = "" if has_text and not is_timeout else lines_of(client).failure.reason()
+    reason = logged or (error if has_text else "the request timed out")
     problem = client_error(action, connection, reason)
     return as_recovery(problem, recovery_from(error), client.config["group_instance_id"])

@@ -15,7 +15,8 @@ from kafka import KafkaProducer
 def keep_usable(client: KafkaProducer) -> None:
     """Keep an idempotent producer usable after an error of a single record or topic.
 
-    Errors of the producer itself, such as a lost authorization for the cluster, stay fatal. Producers that are not
+    Errors of the producer itself, such as a missing authorization for the cluster, stay fatal, and the producer of kser
+    then replaces the client. Producers that are not
     idempotent need no change. Neither do transactional producers, which only abort their transaction.
     """
     manager = getattr(client, "_transaction_manager", None)

@@ -17,6 +17,7 @@ from kser.connection import Connection, unavailable_text
 from kser.consumer.options import default_session
 from kser.errors import BrokerUnavailable, SettingError
 from kser.escaping import escape_lines
+from kser.masking import MASK, Secrets, address_text, is_mechanism
 from kser.python_kafka.logs import ClientLines
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -26,6 +27,8 @@ CLOSE_TIMEOUT = 1.0
 #: kser's default of a consumer's ``metadata_max_age_ms``, the time in milliseconds after which it notices new topics
 #: and new permissions. kafka-python's default is five minutes.
 METADATA_MAX_AGE_MS = 10_000
+#: Milliseconds that a client which replaces another one waits for a broker.
+RECONNECT_TIMEOUT_MS = 5000
 #: Seconds after which a client that is still connecting logs the reason.
 REPORT_AFTER = 1.0
 
@@ -36,15 +39,22 @@ Client = TypeVar("Client", KafkaConsumer, KafkaProducer)
 _UNREACHABLE = (errors.KafkaTimeoutError, getattr(errors, "NoBrokersAvailable", errors.KafkaTimeoutError), ssl.SSLError)
 
 
-def options_for(client: type[Client], config: Mapping[str, Any] | None, settings: Settings) -> dict[str, Any]:
+def options_for(
+    client: type[Client], config: Mapping[str, Any] | None, settings: Settings, *, checked: bool = True
+) -> dict[str, Any]:
     """Return the options of ``client``: a copy of ``config``, or the client's options in the settings.
 
+    :param checked: whether ``config`` must contain only options that the client knows. The client itself would raise an
+        error with the values, which may be passwords.
     :raises kser.errors.SettingError: ``KSER_CONFIG`` has an option that neither KafkaConsumer nor KafkaProducer knows,
         or ``KSER_PRODUCER_CONFIG`` has an option that KafkaProducer does not know, or the options choose a group
         protocol that kafka-python does not have.
     """
     if config is not None:
-        return _without_group_protocol(config)
+        options = _without_group_protocol(config)
+        if checked:
+            _check_names(client, options)
+        return options
     options = known_options(
         _without_group_protocol(settings.client or {}),
         client.DEFAULT_CONFIG,
@@ -52,6 +62,14 @@ def options_for(client: type[Client], config: Mapping[str, Any] | None, settings
         KafkaProducer.DEFAULT_CONFIG,
     )
     return options | producer_options(settings.producer) if client is KafkaProducer else options
+
+
+def _check_names(client: Any, options: Mapping[str, Any]) -> None:
+    known = sorted({*client.DEFAULT_CONFIG, *getattr(client, "DEPRECATED_CONFIGS", ())})
+    for key in options:
+        if key not in known:
+            nearest = nearest_name(str(key), known)
+            raise SettingError(f"{client.__name__} knows no option {key!r}; the nearest is {nearest!r}: correct it")
 
 
 def producer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -77,6 +95,14 @@ def with_group_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("request_timeout_ms", math.inf) > session:
         options.setdefault("session_timeout_ms", session)
     return options
+
+
+def with_short_bootstrap(options: Mapping[str, Any], client: type[Client] = KafkaProducer) -> dict[str, Any]:
+    """Return the options of a client that replaces another one, and so waits only briefly for a broker."""
+    default = client.DEFAULT_CONFIG.get("bootstrap_timeout_ms")
+    if default is None:
+        return dict(options)
+    return {**options, "bootstrap_timeout_ms": min(options.get("bootstrap_timeout_ms", default), RECONNECT_TIMEOUT_MS)}
 
 
 def _without_group_protocol(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +145,18 @@ def connect(client: type[Client], options: Mapping[str, Any]) -> Client:
         for opened in network:
             opened.close()
         reason = lines.failure.reason() or error
-        raise BrokerUnavailable(unavailable_text(reason, connection_of(options))) from error
+        connection = connection_of(options)
+        raise BrokerUnavailable(unavailable_text(reason, connection)) from connection.secrets.cause(error)
+    except (AssertionError, TypeError, ValueError, errors.KafkaConfigurationError) as error:
+        for opened in network:
+            opened.close()
+        secrets = Secrets(options)
+        if secrets.cause(error) is not None:
+            raise
+        reason = secrets.hide(str(error))
+        raise SettingError(
+            f"the Kafka client cannot be created: {reason}; correct {CONFIG} or the 'config' argument"
+        ) from None
     finally:
         report.cancel()
     lines.set_client(connected)
@@ -136,7 +173,9 @@ def connection_of(options: Mapping[str, Any]) -> Connection:
     protocol = str(options.get("security_protocol") or "PLAINTEXT")
     mechanism = options.get("sasl_mechanism") if protocol.startswith("SASL") else None
     user = options.get("sasl_plain_username") if mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512") else None
-    return Connection(servers(options), "bootstrap_servers", protocol, mechanism or "", user or "")
+    if mechanism and not is_mechanism(mechanism):
+        mechanism = MASK
+    return Connection(servers(options), "bootstrap_servers", protocol, mechanism or "", user or "", Secrets(options))
 
 
 def _close_in_own_thread(network: Any) -> None:
@@ -164,5 +203,4 @@ def _close_in_own_thread(network: Any) -> None:
 
 def servers(options: Mapping[str, Any]) -> str:
     """Return the bootstrap servers as text, for error texts."""
-    value = options.get("bootstrap_servers", "localhost:9092, the default")
-    return value if isinstance(value, str) else ", ".join(map(str, value))
+    return address_text(options.get("bootstrap_servers", "localhost:9092, the default"))

@@ -32,13 +32,15 @@ from kser.producer import (
 from kser.python_kafka.idempotence import keep_usable
 from kser.python_kafka.logs import lines_of
 from kser.python_kafka.null_values import NullableValues, nullable
-from kser.python_kafka.options import connect, connection_of, options_for
+from kser.python_kafka.options import connect, connection_of, options_for, with_short_bootstrap
 from kser.schemas import Message
 
 logger = escape_lines(logging.getLogger(__name__))
 
 #: kser's default of ``max_block_ms``, the time in milliseconds for which ``send`` may wait for the metadata of a topic.
 MAX_BLOCK_MS = 5000
+#: More bytes than the protocol adds to a record and a batch, apart from many headers.
+MAX_OVERHEAD = 1000
 #: Seconds that ``close`` waits for the delivery of messages that were sent before.
 CLOSE_TIMEOUT = 0.5
 #: Limits of a chunk: the number of messages, and the seconds of encoding. A chunk is a part of the messages of a bulk.
@@ -107,6 +109,16 @@ class Producer(KafkaProducerBase):
     #: The client; a forked process creates its own at its first send.
     client: Any = ProcessClient(_kser_connect)
 
+    def _kser_is_fatal(self) -> bool:
+        manager = getattr(vars(self).get("client"), "_transaction_manager", None)
+        return manager is not None and bool(manager.has_fatal_error())
+
+    def _kser_drop_client(self) -> None:
+        client = vars(self).get("client")
+        if not self._kser_closed and client is not None and vars(Producer)["client"].drop(self, client):
+            self._kser_options = with_short_bootstrap(self._kser_options)
+            threading.Thread(target=_close_fatal, args=(client,), name="kser-fatal-client", daemon=True).start()
+
     def _kser_renew_after_fork(self) -> None:
         self._kser_max_block_lock = threading.Lock()
         if (client := vars(self).get("client")) is not None:
@@ -121,19 +133,19 @@ class Producer(KafkaProducerBase):
 
     def close(self) -> None:
         self._kser_closed = True
-        if "client" not in vars(self):
+        if (client := vars(self).get("client")) is None:
             return
         try:
-            self.client.close(timeout=CLOSE_TIMEOUT)
+            client.close(timeout=CLOSE_TIMEOUT)
         except KafkaError as error:
             logger.warning(
                 f"{type(self).__name__}: closed before all messages were delivered to {self._kser_servers}: {error}"
             )
             # ``close`` timed out before it stopped the client's thread. Stop the thread by force, because otherwise the
             # thread would retry without end.
-            self.client._sender.force_close()
+            client._sender.force_close()
             with suppress(KafkaError):
-                self.client.close(timeout=CLOSE_TIMEOUT)
+                client.close(timeout=CLOSE_TIMEOUT)
 
     def _kser_deliver(
         self, topic: str, value: bytes | None, key: bytes | None, headers: HeaderList, deadline: float
@@ -162,6 +174,7 @@ class Producer(KafkaProducerBase):
 
         The client may wait for metadata first.
         """
+        self._kser_replace_fatal_client()
         size = self._kser_size_checked(value, options)
         if value is None or "headers" in options:
             value, options = nullable(value, options)
@@ -172,8 +185,11 @@ class Producer(KafkaProducerBase):
             else:
                 delivery = self._kser_send_before(topic, value, options, deadline)
             # The client checks the size including the protocol's overhead. kafka-python 3 raises
-            # MessageSizeTooLargeError, and kafka-python 2 returns a future that has this error.
+            # MessageSizeTooLargeError, and kafka-python 2 returns a future that has this error. If the record is
+            # clearly smaller than the client's limit, the error is a refusal of the broker, which has come already.
             if isinstance(getattr(delivery, "exception", None), MessageSizeTooLargeError):
+                if size < self._kser_size_limit - MAX_OVERHEAD:
+                    raise rejected_as_too_large(size, topic, self._kser_servers)
                 raise delivery.exception
         except MessageSizeTooLargeError as error:
             raise self._kser_too_large_error(size) from error
@@ -303,6 +319,11 @@ class _Bulk(Bulk):
             else:
                 if announced:
                     self._producer._kser_emit_sent(self._topic, kmsg, self._timeout)
+
+
+def _close_fatal(client: KafkaProducer) -> None:
+    with suppress(KafkaError):
+        client.close(timeout=CLOSE_TIMEOUT)
 
 
 def _text(error: KafkaTimeoutError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kser.errors import MissingDependency, SettingError
+from kser.masking import mask_address
 from kser.store.base import Store
 from kser.store.memory import MemoryStore
 
@@ -20,8 +21,10 @@ def open_store(uri: str, **options: Any) -> Store:
     :raises kser.errors.MissingDependency: SQLAlchemy or the driver is not installed.
     """
     if not isinstance(uri, str) or "://" not in uri:
+        # The text may contain a password, which stands before the last "@".
+        shown = mask_address(uri) if isinstance(uri, str) else type(uri).__name__
         raise SettingError(
-            f"a database URI must look like 'sqlite:///shop.db' or 'postgresql+psycopg://…'; it is {uri!r}"
+            f"a database URI must look like 'sqlite:///shop.db' or 'postgresql+psycopg://…'; it is {shown!r}"
         )
     if uri.partition("://")[0] == "memory":
         return MemoryStore()

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import ResourceType
+from confluent_kafka.admin import AclOperation, ResourceType
 from kafka import KafkaConsumer
 
 from kser.confluent.consumer import Consumer as ConfluentConsumer
@@ -24,7 +24,7 @@ from kser.python_kafka.producer import Producer
 from kser.schemas import Message
 from tests.conftest import needs
 from tests.kafka.broker import ServiceMissing
-from tests.kafka.helpers import message, send_records, step_until
+from tests.kafka.helpers import message, send_records, step_until, wait_until
 from tests.kafka.secured import PASSWORD, USER, SecuredKafka
 from tests.support import lines
 
@@ -170,6 +170,19 @@ def test_send_with_a_wrong_password_names_the_user(kind: type[Any], secured: Sec
         text = error.message
     assert "user 'alice' with mechanism PLAIN: check the user, the password" in text
     assert WRONG_PASSWORD not in text
+
+
+@pytest.mark.parametrize("kind", [Producer, ConfluentProducer], ids=["python_kafka", "confluent"])
+def test_producer_that_may_write_nowhere_sends_after_a_grant(kind: type[Any], secured: SecuredKafka) -> None:
+    """The brokers refuse the user a producer id, which puts the client into a fatal state."""
+    topic = f"dead-{uuid.uuid4()}"
+    secured.create_topic(topic)
+    secured.grant(ResourceType.TOPIC, topic, AclOperation.DESCRIBE)
+    with closing(kind(options_of(kind, login(secured)))) as producer:
+        wait_until(lambda: producer.send(topic, message(), timeout=5).retcode, "a send is refused", 30)
+        secured.grant(ResourceType.TOPIC, topic)
+        wait_until(lambda: producer.send(topic, message(), timeout=5).retcode == 0, "a send succeeds", 60)
+    secured.deny(ResourceType.TOPIC, topic)
 
 
 @both_consumers

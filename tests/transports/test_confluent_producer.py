@@ -107,6 +107,11 @@ def test_defaults_are_safe_and_fast() -> None:
     ("options", "name", "value"),
     [
         ({"acks": 1}, "request.required.acks", "1"),
+        ({"acks": 0}, "request.required.acks", "0"),
+        ({"acks": "0"}, "request.required.acks", "0"),
+        ({"request_required_acks": 0}, "request.required.acks", "0"),
+        ({"default_topic_config": {"acks": 0}}, "request.required.acks", "0"),
+        ({"acks": -1}, "enable.idempotence", "true"),
         ({"request_required_acks": 1}, "request.required.acks", "1"),
         ({"default_topic_config": {"acks": 1}}, "request.required.acks", "1"),
         ({"linger_ms": 7}, "queue.buffering.max.ms", "7"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from flask import Flask
 
+from kser.confluent.consumer import Consumer as ConfluentConsumer
 from kser.consumer.client import Partition
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
@@ -90,6 +92,18 @@ def test_producer_of_a_consumer_uses_the_same_broker() -> None:
     producer = consumer.make_producer()
     assert isinstance(producer, Producer)
     assert producer.client is InMemoryBroker.at("a")
+
+
+def test_limits_of_an_app_apply_to_the_producer_of_its_consumer() -> None:
+    app = Flask("shop")
+    app.config.update(KSER_MAX_UUID_LENGTH=10, KSER_CONFIG={"group.id": "g", "bootstrap.servers": "127.0.0.1:1"})
+    consumers: list[Any] = [Consumer({}, ["shop"], app=app), ConfluentConsumer(topics=["shop"], app=app)]
+    for consumer in consumers:
+        producer: Any = consumer.make_producer()
+        result = producer.send("shop", message("shop.Pay", uuid="u" * 11))
+        producer.close()
+        consumer.close()
+        assert result.retcode == 413
 
 
 def test_step_returns_when_a_message_arrives() -> None:

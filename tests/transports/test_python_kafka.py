@@ -235,6 +235,7 @@ def test_producer_of_a_consumer_accepts_the_size_of_every_record_that_was_read(
     config = {**broker.config, "group_id": "g"}
     app = Flask("shop")
     app.config.update(KSER_CONFIG={**config, "max_request_size": 7}, KSER_PRODUCER_CONFIG={"acks": 1})
+    app.config["KSER_MAX_UUID_LENGTH"] = 11
     consumers = [
         Consumer(config, ["dice"]),
         Consumer(config, ["dice"], producer_config={"max_request_size": 5, "acks": 0}),
@@ -242,6 +243,7 @@ def test_producer_of_a_consumer_accepts_the_size_of_every_record_that_was_read(
     ]
     producers: list[Any] = [Producer(app=app), *(consumer.make_producer() for consumer in consumers)]
     found = [(each.client.config["max_request_size"], each.client.config["acks"]) for each in producers]
+    assert [each._kser_limits and each._kser_limits.max_uuid_length for each in producers] == [11, None, None, 11]
     for each in (*producers, *consumers):
         each.close()
     assert found == [(7, 1), (CONSUMER_SIZE_LIMIT, -1), (5, 0), (7, 1)]
