@@ -6,21 +6,22 @@ So this module replaces the part of kafka-python that decodes the batches of a p
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from kafka import KafkaConsumer, TopicPartition, codec, errors
 from kafka.consumer.fetcher import Fetcher
 from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.legacy_records import LegacyRecordBatch
 
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
 from kser.escaping import escape_lines
+from kser.python_kafka.decompression import MIN_LIMIT, BatchTooLarge, BoundedBatch, BoundedLegacyBatch
 from kser.python_kafka.rebalances import ASYNC
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -65,10 +66,9 @@ class _LenientBuffer(bytearray):
         return bytes(self).decode(encoding, errors)
 
 
-class _Batch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch that accepts header names that are not UTF-8, and that decompresses zstd data of any size."""
+class _Batch(BoundedBatch):
+    """A batch that accepts header names that are not UTF-8."""
 
-    # Without slots of its own, this class has the layout of its base class, so that an object can change its class.
     __slots__ = ()
 
     def _read_msg(self: Any) -> Any:
@@ -79,25 +79,36 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
             self._buffer = _LenientBuffer(self._buffer)
             return DefaultRecordBatch._read_msg(self)
 
-    def _maybe_uncompress(self: Any) -> None:
-        if self.compression_type == self.CODEC_ZSTD and codec.has_zstd() and not self._decompressed:
-            # kafka-python 2 decompresses at most 1 MB, if the producer did not write the size.
-            compressed = io.BytesIO(bytes(memoryview(self._buffer)[self._pos :]))
-            with codec.zstd.ZstdDecompressor().stream_reader(compressed, read_across_frames=True) as reader:
-                self._buffer = bytearray(reader.read())
-            self._pos = 0
-            self._decompressed = True
-        DefaultRecordBatch._maybe_uncompress(self)
+
+def _classes(limit: int) -> dict[type, type]:
+    """Return the class that replaces each class of batches of kafka-python.
+
+    :param limit: the limit of a batch, in bytes after decompression.
+    """
+    body = {"__slots__": (), "LIMIT": limit}
+    return {
+        DefaultRecordBatch: type("LimitedBatch", (_Batch,), body),
+        LegacyRecordBatch: type("LimitedLegacyBatch", (BoundedLegacyBatch,), body),
+    }
 
 
 class _Batches:
     """The batches of a response, with the raw data of the current batch and of the batch behind it.
 
+    The response ends early when its batches have the size of the limit after decompression: the client fetches the
+    rest again, after it has handed out these records.
+
     :param records: the ``MemoryRecords`` of kafka-python.
+    :param classes: the class that replaces each class of batches of kafka-python.
+    :param limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, records: Any) -> None:
+    def __init__(self, records: Any, classes: Mapping[type, type], limit: int) -> None:
         self._records = records
+        self._classes = classes
+        self._limit = limit
+        self._size = 0
+        self._batch: Any = None
         self.current: Any = None
 
     @property
@@ -110,10 +121,14 @@ class _Batches:
 
     def next_batch(self) -> Any:
         """Return the next batch; None at the end."""
+        if self._batch is not None:
+            self._size += len(self._batch._buffer)
+            if self._size >= self._limit:
+                return None
         self.current = self._records._next_slice
-        batch = self._records.next_batch()
-        if type(batch) is DefaultRecordBatch:
-            batch.__class__ = _Batch
+        self._batch = batch = self._records.next_batch()
+        if batch is not None:
+            batch.__class__ = self._classes.get(type(batch), type(batch))
         return batch
 
 
@@ -135,7 +150,7 @@ class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
         super().__init__(fetch_offset, tp, records, **options)
 
     def _unpack_records(self, tp: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
-        batches = _Batches(records)
+        batches = _Batches(records, self._unreadable.classes, self._unreadable.limit)
         while True:
             try:
                 yield from super()._unpack_records(tp, batches, *deserializers)
@@ -176,10 +191,15 @@ class UnreadableBatches:
     broker reports an error for it. The client fetches from the other partitions meanwhile.
 
     :param client: the Kafka client, which must not have fetched yet.
+    :param limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, client: KafkaConsumer) -> None:
+    def __init__(self, client: KafkaConsumer, limit: int = MIN_LIMIT) -> None:
         self._client = client
+        #: The limit of a batch, in bytes after decompression.
+        self.limit = limit
+        #: The class that replaces each class of batches of kafka-python.
+        self.classes = _classes(limit)
         self._failures: dict[TopicPartition, _Failures] = {}
         self._held_until: dict[TopicPartition, float] = {}
         self._reported: dict[TopicPartition, tuple[str, float]] = {}
@@ -227,7 +247,8 @@ class UnreadableBatches:
         failures = self._failures.get(tp)
         again = failures is not None and failures.offset == position and failures.batch in (None, header)
         count = failures.tries + 1 if failures is not None and again else 1
-        if count <= FETCH_TRIES:
+        # A batch that is too large is not damaged, because its checksum is correct.
+        if count <= FETCH_TRIES and not isinstance(error, BatchTooLarge):
             self._failures[tp] = _Failures(position, count, None)
             self._suspects.add(tp)
             self._held_until[tp] = time.monotonic() + RETRY_INTERVAL

@@ -27,6 +27,7 @@ from kser.errors import ClientError
 from kser.escaping import escape_lines
 from kser.forks import keep_in_children
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.decompression import MIN_LIMIT
 from kser.python_kafka.health import HealthCheck, as_client_error
 from kser.python_kafka.heartbeats import HeartbeatAnswers
 from kser.python_kafka.logs import lines_of
@@ -60,9 +61,12 @@ class KafkaPythonClient(ConsumerClient):
         class chooses the start positions.
     :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
     :param commits: False if the client must not commit offsets.
+    :param batch_limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, client: KafkaConsumer, reset: str, *, commits: bool = True) -> None:
+    def __init__(
+        self, client: KafkaConsumer, reset: str, *, commits: bool = True, batch_limit: int = MIN_LIMIT
+    ) -> None:
         self._client = client
         self._reset = reset
         self._lines = lines_of(client)
@@ -74,7 +78,7 @@ class KafkaPythonClient(ConsumerClient):
         self._pending_error: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
-        self._unreadable = UnreadableBatches(client)
+        self._unreadable = UnreadableBatches(client, batch_limit)
         self._metadata = CommitMetadata(reset)
         self._offsets = OffsetQueries(client, reset, self._metadata)
         self._topic_ids = TopicIds(client, min(TOPIC_CHECK_INTERVAL, client.config["metadata_max_age_ms"] / 1000))

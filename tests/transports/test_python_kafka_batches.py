@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import logging
+import random
 import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +21,10 @@ from kafka.record.memory_records import MemoryRecordsBuilder
 
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
+from kser.limits import Limits
 from kser.python_kafka import batches
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.decompression import MIN_LIMIT, PIECE, batch_limit, decompress
 from tests.conftest import needs
 from tests.support import Clock, lines
 
@@ -96,7 +101,7 @@ DAMAGES: dict[str, Callable[[bytearray], bytearray]] = {
 class Partitioned:
     """A partition with three batches, read by a fetcher of kafka-python without a network."""
 
-    def __init__(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, data: bytes, monkeypatch: pytest.MonkeyPatch, limit: int = MIN_LIMIT) -> None:
         self.clock = Clock()
         monkeypatch.setattr(batches.time, "monotonic", self.clock)
         self.data = data
@@ -109,7 +114,7 @@ class Partitioned:
             assignment=lambda: {TP},
             highwater=lambda tp: END,
         )
-        self.unreadable = UnreadableBatches(self.client)
+        self.unreadable = UnreadableBatches(self.client, limit)
         self.error: Exception = RuntimeError("no error is set")
 
     def _fail(self, completed: Any) -> None:
@@ -247,6 +252,96 @@ def test_zstd_data_of_any_size_is_decompressed(monkeypatch: pytest.MonkeyPatch) 
     body = writer.compress(bytes(batch[61:])) + writer.flush()
     partition = Partitioned(bytes(with_body(body, attributes=4)(batch)), monkeypatch)
     assert [record.value for record in partition.fetch(0)[0]] == [value] * RECORDS
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+#: The codecs of kafka-python: the name of the codec in :mod:`kafka.codec`, and its number.
+COMPRESSIONS = {"gzip": 1, "snappy": 2, "snappy without blocks": 2, "lz4": 3, "zstd": 4}
+
+
+def compressed(name: str, body: bytes) -> bytes:
+    """Compress records, as a producer does."""
+    number = COMPRESSIONS[name]
+    if number in batches.CODECS and not batches.CODECS[number][2]():
+        needs("kser[codecs]")
+    if name == "snappy without blocks":
+        return bytes(codec.snappy_encode(body, xerial_compatible=False))
+    return bytes(getattr(codec, f"{name}_encode")(body))
+
+
+def old_batch(number: int, body: bytes) -> bytes:
+    """Return a batch in the format 1, at offset 0, with compressed records."""
+    content = struct.pack(">bbqii", 1, number, 0, -1, len(body)) + body
+    return struct.pack(">qiI", 2, len(content) + 4, zlib.crc32(content)) + content
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_batch_above_the_limit_is_unreadable_at_once_and_its_neighbours_are_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = batch_at(3, b"v" * (1 << 22))
+    large = with_body(compressed(name, bytes(large[61:])), attributes=COMPRESSIONS[name])(large)
+    partition = Partitioned(b"".join((batch_at(0), large, batch_at(6))), monkeypatch, limit=1 << 20)
+    tracemalloc.start()
+    try:
+        records, offset = partition.fetch(3)
+        # Without the limit, the three values and their batch need 36 MB. The compressed data may exist several times.
+        assert tracemalloc.get_traced_memory()[1] < 8 * (1 << 20) + 8 * len(large)
+    finally:
+        tracemalloc.stop()
+    (record,) = records
+    assert (record.offset, record.last_offset, offset) == (3, 5, 6)
+    assert "BatchTooLarge: the batch has more than 1,048,576 bytes after decompression" in record.reason
+    assert not partition.closed
+    assert len(partition.read()) == 7
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_batch_of_several_pieces_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = random.Random(1).randbytes(2 * PIECE)
+    batch = batch_at(0, value)
+    batch = with_body(compressed(name, bytes(batch[61:])), attributes=COMPRESSIONS[name])(batch)
+    assert [record.value for record in Partitioned(bytes(batch), monkeypatch).fetch(0)[0]] == [value] * RECORDS
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSIONS if name != "zstd"])
+def test_batch_of_an_old_format_is_limited_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = MemoryRecordsBuilder(magic=1, compression_type=0, batch_size=1 << 24)
+    for _ in range(RECORDS):
+        builder.append(timestamp=0, key=None, value=b"v" * 100_000)
+    builder.close()
+    data = old_batch(COMPRESSIONS[name], compressed(name, bytes(builder.buffer())))
+    assert [record.offset for record in Partitioned(data, monkeypatch).fetch(0)[0]] == [0, 1, 2]
+    (record,), _ = Partitioned(data, monkeypatch, limit=200_000).fetch(0)
+    assert "BatchTooLarge" in record.reason
+
+
+def test_cut_off_lz4_data_and_a_wrong_length_of_a_snappy_block_are_errors() -> None:
+    data = compressed("lz4", bytes(1000))
+    with pytest.raises(EOFError):
+        decompress(3, memoryview(data)[:-6], 1 << 20)
+    data = compressed("snappy", bytes(1000))
+    for length in (-4, 0, 1 << 30):
+        with pytest.raises(ValueError, match="block of snappy data"):
+            decompress(2, memoryview(data[:16] + struct.pack(">i", length) + data[20:]), 1 << 20)
+
+
+def test_response_ends_early_when_its_batches_have_the_size_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for offset in (0, 3, 6):
+        batch = batch_at(offset, b"v" * 100_000)
+        parts.append(with_body(gzip.compress(bytes(batch[61:])), attributes=1)(batch))
+    partition = Partitioned(b"".join(parts), monkeypatch, limit=500_000)
+    records, offset = partition.fetch(0)
+    assert ([record.offset for record in records], offset) == ([0, 1, 2, 3, 4, 5], 6)
+    assert [record.offset for record in partition.read()] == list(range(END))
+
+
+def test_limit_of_a_batch_follows_the_limit_of_a_value() -> None:
+    assert batch_limit(Limits()) == 64 << 20
+    assert batch_limit(Limits(max_value_bytes=1)) == 64 << 20
+    assert batch_limit(Limits(max_value_bytes=100 << 20)) == 200 << 20
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------
