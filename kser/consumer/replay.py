@@ -14,6 +14,7 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import Partition, Record
 from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_letter_headers, parse_dead_letter
 from kser.consumer.services import SharedProducer
+from kser.consumer.unreadable import UnreadableRecord, decoding_error
 from kser.controller import BaseProducer
 from kser.errors import BrokerUnavailable, MessageTooLarge, RecordRejected, UsageError
 from kser.escaping import escape_lines
@@ -53,6 +54,8 @@ def iter_dead_letters(
         for record in _records(reader, topic, timeout):
             if (letter := parse_dead_letter(record)) is not None:
                 yield letter
+            elif error := decoding_error(record):
+                logger.warning(f"{_place(record)} is no readable dead letter: {error}")
 
 
 def replay(
@@ -126,6 +129,13 @@ def _allowed_topics(topic: str, topics: Collection[str] | None, to: str | None) 
     return [topic.removesuffix(SUFFIX)]
 
 
+def _place(record: Record) -> str:
+    """Return the offset of a record, or the offsets of an unreadable record, as the subject of a sentence."""
+    if isinstance(record, UnreadableRecord):
+        return f"the data at {record}"
+    return f"offset {record.offset} of {Partition(record.topic, record.partition)}"
+
+
 def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
     """Return the reason why a dead letter must not be sent; empty if it may be sent."""
     if allowed is not None and letter.topic not in allowed:
@@ -175,7 +185,9 @@ class _Sender:
         """
         letter = parse_dead_letter(record)
         if letter is None:
-            if has_dead_letter_headers(record):
+            if error := decoding_error(record):
+                self._refuse(record, f"the client cannot decode it: {error}")
+            elif has_dead_letter_headers(record):
                 self._refuse(record, f"its headers {PREFIX}… are incomplete or invalid")
             return False
         if self._where is not None and not self._where(letter):
@@ -195,8 +207,7 @@ class _Sender:
         """Count a refused record, and log it unless many records were logged already."""
         self._refused += 1
         if self._refused <= MAX_REFUSAL_LINES:
-            partition = Partition(record.topic, record.partition)
-            logger.warning(f"replay: offset {record.offset} of {partition} is not sent: {reason}")
+            logger.warning(f"replay: {_place(record)} is not sent: {reason}")
 
     def count(self, sent: int) -> ReplayCount:
         """Return the number of sent messages, with the number of refused records."""

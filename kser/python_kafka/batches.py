@@ -248,7 +248,8 @@ class UnreadableBatches:
         again = failures is not None and failures.offset == position and failures.batch in (None, header)
         count = failures.tries + 1 if failures is not None and again else 1
         # A batch that is too large is not damaged, because its checksum is correct.
-        if count <= FETCH_TRIES and not isinstance(error, BatchTooLarge):
+        tries = 0 if isinstance(error, BatchTooLarge) else FETCH_TRIES
+        if count <= tries:
             self._failures[tp] = _Failures(position, count, None)
             self._suspects.add(tp)
             self._held_until[tp] = time.monotonic() + RETRY_INTERVAL
@@ -257,7 +258,7 @@ class UnreadableBatches:
         last = _last_offset(batches, position, self._client.highwater(tp))
         # If the batch has further offsets, the next fetch returns the same batch, which was fetched often enough.
         self._failures[tp] = _Failures(last + 1, FETCH_TRIES, header)
-        return UnreadableRecord(tp.topic, tp.partition, position, last, f"{type(error).__name__}: {error}")
+        return UnreadableRecord(tp.topic, tp.partition, position, last, f"{type(error).__name__}: {error}", tries)
 
     def _parse(self, parse: Any, completed: Any) -> Any:
         """Call kafka-python's ``_parse_fetched_data``. An error that concerns one partition makes this one wait."""

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from kser.consumer import replay as replay_module
 from kser.consumer.dead_letters import DeadLetter
 from kser.consumer.replay import MAX_REFUSAL_LINES, ReplayCount, iter_dead_letters, replay
+from kser.consumer.unreadable import UnreadableRecord
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import BrokerUnavailable, UsageError
@@ -251,6 +253,52 @@ def test_replay_refuses_a_message_that_its_topic_rejects_for_good(
     sent = replay_dead_letters(topic="dice.dlq", topics=None, config={"max_request_size": 4000})
     assert (sent, sent.refused, bus.values("dice")[-1]) == (1, 1, b"small")
     assert "replay: offset 0 of dice.dlq[0] is not sent: the record has 5,0" in lines(caplog, logging.WARNING)[-1]
+
+
+def damage(bus: InMemoryBroker, topic: str, count: int) -> None:
+    """Append data that a client cannot decode, in the place of ``count`` records."""
+    log = bus.topics[topic][0]
+    record = UnreadableRecord(topic, 0, len(log), len(log) + count - 1, "CorruptRecordError: x")
+    # The in-memory broker finds a record by its offset, so each offset of the range needs an entry.
+    log.extend([record] * count)
+
+
+@pytest.mark.parametrize(("count", "offsets"), [(1, "offset 1 of dice.dlq[0]"), (3, "offsets 1 to 3 of dice.dlq[0]")])
+def test_replay_refuses_damaged_dead_letters(
+    count: int, offsets: str, bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.send("dice.dlq", b"first", headers=forged(bus))
+    damage(bus, "dice.dlq", count)
+    bus.send("dice.dlq", b"last", headers=forged(bus))
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused, bus.values("dice")[-2:]) == (2, 1, [b"first", b"last"])
+    assert lines(caplog, logging.WARNING)[-1] == (
+        f"replay: the data at {offsets} is not sent: the client cannot decode it: CorruptRecordError: x"
+    )
+    assert len(list(iter_dead_letters(Consumer, {}, "dice.dlq", timeout=TIMEOUT))) == 2
+    assert (
+        lines(caplog, logging.WARNING)[-1] == f"the data at {offsets} is no readable dead letter: CorruptRecordError: x"
+    )
+
+
+def test_replay_refuses_a_dead_letter_whose_headers_cannot_be_decoded(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.create_topic("dice.dlq")
+    record: Any = SimpleNamespace(
+        topic="dice.dlq",
+        partition=0,
+        offset=0,
+        key=None,
+        value=b"x",
+        headers=(),
+        timestamp=0,
+        headers_error="not UTF-8",
+    )
+    bus.topics["dice.dlq"][0].append(record)
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused) == (0, 1)
+    assert lines(caplog, logging.WARNING)[-1].endswith("is not sent: the client cannot decode it: not UTF-8")
 
 
 def test_replay_counts_many_refused_records_in_one_line(bus: InMemoryBroker, caplog: pytest.LogCaptureFixture) -> None:

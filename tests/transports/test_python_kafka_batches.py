@@ -291,7 +291,7 @@ def test_batch_above_the_limit_is_unreadable_at_once_and_its_neighbours_are_read
     finally:
         tracemalloc.stop()
     (record,) = records
-    assert (record.offset, record.last_offset, offset) == (3, 5, 6)
+    assert (record.offset, record.last_offset, offset, record.tries) == (3, 5, 6, 0)
     assert "BatchTooLarge: the batch has more than 1,048,576 bytes after decompression" in record.reason
     assert not partition.closed
     assert len(partition.read()) == 7
