@@ -216,6 +216,12 @@ class UnreadableBatches:
         self._held_until = {tp: at for tp, at in self._held_until.items() if at > now and tp in assigned}
         return {*paused, *(Partition(*tp) for tp in self._held_until)}
 
+    def forget(self, tp: TopicPartition) -> None:
+        """Forget what is known about the data of a partition, because the partition gets another fetch position."""
+        for known in (self._held_until, self._failures, self._reported):
+            known.pop(tp, None)
+        self._suspects.discard(tp)
+
     def reconnect(self) -> None:
         """Close the connections over which data came that could not be decoded. The client connects again itself."""
         suspects, self._suspects = self._suspects, set()

@@ -285,9 +285,13 @@ class KafkaPythonClient(ConsumerClient):
             except KafkaError:
                 starts.drop(key)
                 raise
-        self._client.seek(tp, start.offset)
+        self._seek(tp, start.offset)
         self._unstarted.discard(tp)
         self._restarting.discard(tp)
+
+    def _seek(self, tp: TopicPartition, offset: int) -> None:
+        self._unreadable.forget(tp)
+        self._client.seek(tp, offset)
 
     def _check_topic_ids(self) -> None:
         """Notice topics that were created again, and restart their partitions."""
@@ -303,7 +307,7 @@ class KafkaPythonClient(ConsumerClient):
         starts = {Partition(*tp): Commit(begin) for tp, begin in self._offsets.beginnings(partitions).items()}
         for tp in partitions:
             self._metadata.mark_started(Partition(*tp))
-            self._client.seek(tp, starts[Partition(*tp)].offset)
+            self._seek(tp, starts[Partition(*tp)].offset)
             self._restarting.discard(tp)
         self._listener.on_reset(starts)
         if self.can_commit:
@@ -328,7 +332,7 @@ class KafkaPythonClient(ConsumerClient):
             position = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
             start = ends[tp] if self._reset == "latest" else begins[tp]
             logger.error(out_of_range_text(Partition(*tp), position, begins[tp], ends[tp], start))
-            self._client.seek(tp, start)
+            self._seek(tp, start)
             starts[Partition(*tp)] = Commit(start)
         if starts and self.can_commit:
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)

@@ -19,11 +19,15 @@ from kafka.consumer.fetcher import Fetcher
 from kafka.record import MemoryRecords
 from kafka.record.memory_records import MemoryRecordsBuilder
 
-from kser.consumer.client import Partition
+from kser.consumer.client import Commit, Partition
+from kser.consumer.commit_metadata import CommitMetadata
+from kser.consumer.start_positions import StartPositions
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
 from kser.limits import Limits
 from kser.python_kafka import batches
+from kser.python_kafka import client as client_module
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.client import KafkaPythonClient
 from kser.python_kafka.decompression import MIN_LIMIT, PIECE, batch_limit, decompress
 from tests.conftest import needs
 from tests.support import Clock, lines
@@ -410,6 +414,52 @@ def test_revoked_partition_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     partition.fetch(0)
     partition.client.assignment = lambda: set()
     assert not partition.unreadable.hold(())
+
+
+@pytest.mark.parametrize("way", ["restart", "start", "recover"])
+def test_partition_with_a_new_fetch_position_does_not_wait(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The topic was created again without the data for which the partition waits."""
+    for module in ("lz4", "lz4f", "lz4framed"):
+        monkeypatch.setattr(codec, module, None)
+    waiting = bytes(changed(21, ">h", 3)(batch_at(3)))
+    partition = Partitioned(waiting, monkeypatch)
+    partition.fetch(3)
+    assert partition.unreadable.hold(()) == {Partition("dice", 0)}
+    positions: dict[TopicPartition, int] = {}
+    partition.client.seek = positions.__setitem__
+    partition.client.position = lambda tp, timeout_ms: 9
+    client = object.__new__(KafkaPythonClient)
+    offsets: Any = SimpleNamespace(
+        beginnings=lambda tps: dict.fromkeys(tps, 3), ends=lambda tps: dict.fromkeys(tps, 6), committed=lambda tp: None
+    )
+    offsets.first_position = lambda tp: Commit(3)
+    vars(client).update(
+        _client=partition.client,
+        _unreadable=partition.unreadable,
+        _offsets=offsets,
+        _metadata=CommitMetadata("earliest"),
+        _reset="earliest",
+        _restarting=set(),
+        _unstarted={TP} if way == "start" else set(),
+        _listener=SimpleNamespace(on_reset=lambda starts: None),
+        can_commit=False,
+    )
+    monkeypatch.setattr(client_module, "partitions_of", lambda *_: {0})
+    monkeypatch.setattr(client, "_was_created_again", lambda partitions: False)
+    if way == "restart":
+        client._restart([TP])
+    elif way == "start":
+        client._start_partition(TP, StartPositions(client._metadata))
+    else:
+        client._recover_from(errors.OffsetOutOfRangeError({TP: 9}))
+    assert positions == {TP: 3}
+    assert not partition.unreadable.hold(())
+    # The new data is a new problem, with a line of its own.
+    caplog.clear()
+    partition.fetch(3)
+    assert len(lines(caplog, logging.ERROR)) == 1
 
 
 def test_fetcher_has_the_parts_that_are_replaced() -> None:
