@@ -285,7 +285,11 @@ def _records(
     try:
         yield from reader._kser_read(timeout, POLL_TIMEOUT, READ_BATCH, is_kept)
     except TimeoutError:
+        reasons = "; ".join(f"{key} waits: {reason}" for key, reason in reader._kser_poller.waiting.items())
         raise BrokerUnavailable(
-            f"the dead letters of {topic!r} could not be read: no response within {timeout:g} s;"
-            " check that the broker is reachable and that the topic exists"
+            f"the dead letters of {topic!r} could not be read: "
+            + (
+                reasons
+                or f"no response within {timeout:g} s; check that the broker is reachable and that the topic exists"
+            )
         ) from None

@@ -216,6 +216,10 @@ class UnreadableBatches:
         self._held_until = {tp: at for tp, at in self._held_until.items() if at > now and tp in assigned}
         return {*paused, *(Partition(*tp) for tp in self._held_until)}
 
+    def waiting(self) -> dict[Partition, str]:
+        """Return the partitions that wait, and the logged reasons. A fetch of damaged data again is no wait."""
+        return {Partition(*tp): reason for tp, (reason, _) in self._reported.items() if tp in self._held_until}
+
     def forget(self, tp: TopicPartition) -> None:
         """Forget what is known about the data of a partition, because the partition gets another fetch position."""
         for known in (self._held_until, self._failures, self._reported):

@@ -98,11 +98,11 @@ class KafkaPythonClient(ConsumerClient):
         subscription = Subscription.of(topics)
         self._health = HealthCheck(self._client, subscription, has_group=self.can_commit)
         self._client_listener = LISTENER(self._client, listener, self._unstarted, self._metadata)
-        if subscription.regex is None:
+        if (regex := subscription.regex) is None:
             self._client.subscribe(sorted(subscription.names), listener=self._client_listener)
         else:
             # One pattern for all entries, because kafka-python accepts either names or one pattern.
-            self._client.subscribe(pattern=subscription.regex, listener=self._client_listener)
+            self._client.subscribe(pattern=regex, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
@@ -205,6 +205,9 @@ class KafkaPythonClient(ConsumerClient):
             return lags
         except KafkaError as error:
             raise as_client_error(self._client, "read the lag", error) from error
+
+    def waiting(self) -> Mapping[Partition, str]:
+        return self._unreadable.waiting()
 
     def is_member(self) -> bool:
         return self._heartbeats.is_member

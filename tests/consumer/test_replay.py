@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kser.consumer import replay as replay_module
+from kser.consumer.client import Partition
 from kser.consumer.dead_letters import DeadLetter
 from kser.consumer.replay import MAX_KEPT, MAX_REFUSAL_LINES, ReplayCount, iter_dead_letters, replay
 from kser.consumer.unreadable import UnreadableRecord
@@ -99,6 +100,20 @@ def test_missing_response_raises_broker_unavailable() -> None:
         BrokerUnavailable, match=r"dead letters of 'broken' could not be read: no response within 0\.2 s"
     ):
         list(iter_dead_letters(SilentConsumer, {}, TOPIC, timeout=0.2))
+
+
+def test_error_of_dead_letters_that_cannot_be_decoded_now_names_the_reason() -> None:
+    class WaitingConsumer(Consumer):
+        def _kser_connect(self) -> Any:
+            client = super()._kser_connect()
+            client.poll = lambda *_: {}  # type: ignore[method-assign]
+            client.waiting = lambda: {Partition(TOPIC, 0): "install kser[codecs]"}  # type: ignore[method-assign]
+            return client
+
+    with pytest.raises(
+        BrokerUnavailable, match=r"'broken' could not be read: broken\[0\] waits: install kser\[codecs\]"
+    ):
+        replay(WaitingConsumer, {}, TOPIC, topics=["dice"], timeout=0.2)
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------------

@@ -236,8 +236,10 @@ def test_partition_waits_for_a_codec_that_is_not_installed(
     for _ in range(3):
         assert partition.unreadable.hold(()) == {Partition("dice", 0)}
         assert len(lines(caplog, logging.ERROR)) == 1
+        assert name in partition.unreadable.waiting()[Partition("dice", 0)]
         partition.clock.advance(batches.REPORT_INTERVAL)
         assert not partition.unreadable.hold(())
+        assert not partition.unreadable.waiting()
         (line,) = lines(caplog, logging.ERROR)
         assert f"dice[0] waits: the data at offset 3 is compressed with {name}" in line
         assert f"'{package}' is not installed: install kser[codecs]" in line
