@@ -81,6 +81,7 @@ ORDER = (
         "kser.confluent.committer",
         "kser.confluent.damage",
         "kser.confluent.group_errors",
+        "kser.python_kafka.decompression",
         "kser.python_kafka.group_errors",
         "kser.python_kafka.heartbeats",
         "kser.python_kafka.rebalances",

@@ -282,14 +282,17 @@ class BaseConsumer:
         self._kser_poller.commit_when_due()
         return handled
 
-    def _kser_read(self, timeout: float, poll_timeout: float, batch: int) -> Iterator[Record]:
+    def _kser_read(
+        self, timeout: float, poll_timeout: float, batch: int, is_kept: Callable[[Record], bool] = lambda record: False
+    ) -> Iterator[Record]:
         """Iterate over the records of the topics, up to the current end of each topic, without running their messages.
 
-        A record counts as finished when the caller requests the next record.
+        A record counts as finished when the caller requests the next record, unless ``is_kept`` returns True for it.
 
         :param timeout: seconds to wait for a record or for the end offsets of the topics.
         :param poll_timeout: the longest time of one poll, in seconds.
         :param batch: the number of records between two commits.
+        :param is_kept: returns whether a record stays unfinished; the next consumer of the group reads it again.
         :raises TimeoutError: the broker did not respond in time.
         """
         work_queue, poller = self._kser_work_queue, self._kser_poller
@@ -300,10 +303,12 @@ class BaseConsumer:
                 raise poller.final_error
             while (item := work_queue.get(0)) is not None:
                 yield item.record
+                deadline = time.monotonic() + timeout
+                if is_kept(item.record):
+                    continue
                 work_queue.task_done(item)
                 if work_queue.finished_count % batch == 0:
                     poller.commit()
-                deadline = time.monotonic() + timeout
             lag = poller.lag()
             waits = queued or self._kser_partitions.is_holding
             if not waits and self.assignment and self.assignment <= lag.keys() and max(lag.values()) <= 0:

@@ -170,6 +170,10 @@ class ConsumerClient(ABC):
         The client computes the number from cached end offsets.
         """
 
+    def waiting(self) -> Mapping[Partition, str]:
+        """Return the partitions from which the client does not fetch because of their data, and the logged reasons."""
+        return {}
+
     def is_member(self) -> bool:
         """Return whether the client is a member of its group, as far as the client can tell; True without a group.
 

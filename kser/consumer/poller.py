@@ -81,6 +81,8 @@ class Poller:
         self.shutting_down = False
         #: The error that ends the consumer; None while it works. The poller then fetches and commits nothing more.
         self.final_error: KserError | None = None
+        #: The partitions from which the client does not fetch because of their data, and the logged reasons.
+        self.waiting: Mapping[Partition, str] = {}
         self._stop = threading.Event()
         self._deadline = 0.0
         self._error_count = 0
@@ -144,6 +146,7 @@ class Poller:
                 bool(queued) or self.paused or self.shutting_down,
                 self.lag,
                 lambda: self._membership.is_outside(self._client),
+                lambda: self.waiting,
             ),
             timeout,
         )
@@ -190,6 +193,7 @@ class Poller:
         self._work_queue.group_lease.renew()
         limit = self._limit(timeout)
         batches = self._client.poll(self._poll_timeout(timeout, limit), limit, self._partitions.blocked_partitions())
+        self.waiting = self._client.waiting()
         self._error_count = 0
         # A poll without an error proves nothing, because the client may be waiting for its group without end.
         if self._failures["poll"].is_failing and self._membership.is_given(self._client, bool(batches)):

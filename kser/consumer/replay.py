@@ -14,6 +14,7 @@ from kser.consumer.base import BaseConsumer
 from kser.consumer.client import Partition, Record
 from kser.consumer.dead_letters import PREFIX, SUFFIX, DeadLetter, has_dead_letter_headers, parse_dead_letter
 from kser.consumer.services import SharedProducer
+from kser.consumer.unreadable import UnreadableRecord, decoding_error
 from kser.controller import BaseProducer
 from kser.errors import BrokerUnavailable, MessageTooLarge, RecordRejected, UsageError
 from kser.escaping import escape_lines
@@ -29,6 +30,10 @@ POLL_TIMEOUT = 0.5
 
 #: Maximum number of refused records that a replay logs separately. After that, the replay only logs their number.
 MAX_REFUSAL_LINES = 20
+
+
+#: Maximum number of dead letters that a replay without ``topics`` leaves unread because they name other topics.
+MAX_KEPT = 20
 
 
 class ReplayCount(int):
@@ -53,6 +58,8 @@ def iter_dead_letters(
         for record in _records(reader, topic, timeout):
             if (letter := parse_dead_letter(record)) is not None:
                 yield letter
+            elif error := decoding_error(record):
+                logger.warning(f"{_place(record)} is no readable dead letter: {error}")
 
 
 def replay(
@@ -75,6 +82,7 @@ def replay(
     A replay sends only to the topic ``<name>`` if the dead-letter topic is ``<name>.dlq``, or to ``topics``, because
     the headers of a dead letter can be forged. A replay refuses every other dead letter, dead letters without their
     value or with broken headers, and messages that the topic rejects for good: it logs a WARNING, and continues.
+    Refused dead letters count as read. Without ``topics``, those of other topics stay unread for a call with topics.
 
     :param consumer: the consumer class of the transport.
     :param config: options of the consumer's client; ``group`` replaces the group in ``config``.
@@ -88,9 +96,10 @@ def replay(
     :return: the number of messages sent; its attribute ``refused`` is the number of refused records.
     :raises kser.errors.BrokerUnavailable: the broker did not respond in time.
     :raises kser.errors.DeliveryError: a message could not be sent now; the next call starts with this message.
-    :raises kser.errors.UsageError: the original topics are unknown, or a name of a topic is illegal.
+    :raises kser.errors.UsageError: the original topics are unknown, a name is illegal, or ``topics`` is missing and
+        more than 20 dead letters name other topics.
     """
-    sender = _Sender(topic, _allowed_topics(topic, topics, to), where, to, timeout)
+    sender = _Sender(topic, _allowed_topics(topic, topics, to), where, to, timeout, keeps_others=topics is None)
     sent = 0
     with ExitStack() as last_to_first:
         reader = _reader(consumer, config, topic, group or f"kser-replay-{topic}")
@@ -98,7 +107,7 @@ def replay(
         last_to_first.callback(shared.close)
         last_to_first.callback(reader.close)
         last_to_first.callback(sender.log_number)
-        for record in _records(reader, topic, timeout):
+        for record in _records(reader, topic, timeout, sender.is_kept):
             if sent == limit:
                 break
             sent += sender.send(record, shared.producer)
@@ -126,13 +135,15 @@ def _allowed_topics(topic: str, topics: Collection[str] | None, to: str | None) 
     return [topic.removesuffix(SUFFIX)]
 
 
-def _refusal(letter: DeadLetter, allowed: Collection[str] | None) -> str:
-    """Return the reason why a dead letter must not be sent; empty if it may be sent."""
-    if allowed is not None and letter.topic not in allowed:
-        return (
-            f"it names {letter.topic[:250]!r} as its original topic, and this replay may send only to"
-            f" {', '.join(map(repr, allowed))}"
-        )
+def _place(record: Record) -> str:
+    """Return the offset of a record, or the offsets of an unreadable record, as the subject of a sentence."""
+    if isinstance(record, UnreadableRecord):
+        return f"the data at {record}"
+    return f"offset {record.offset} of {Partition(record.topic, record.partition)}"
+
+
+def _refusal(letter: DeadLetter) -> str:
+    """Return the reason why a dead letter contains no message to send; empty if it contains one."""
     if letter.reason == UNREADABLE:
         return "its original data was unreadable, so it contains no message"
     if "value" in letter.omitted:
@@ -148,6 +159,7 @@ class _Sender:
     :param where: returns whether to send a dead letter; None sends all dead letters.
     :param to: a topic to send all messages to, or None.
     :param timeout: seconds to wait for each delivery.
+    :param keeps_others: whether the dead letters of other topics stay unread.
     """
 
     def __init__(
@@ -157,13 +169,21 @@ class _Sender:
         where: Callable[[DeadLetter], bool] | None,
         to: str | None,
         timeout: float,
+        *,
+        keeps_others: bool,
     ) -> None:
         self._topic = topic
         self._allowed = allowed
         self._where = where
         self._to = to
         self._timeout = timeout
+        self._keeps_others = keeps_others
+        self._kept: list[Record] = []
         self._refused = 0
+
+    def is_kept(self, record: Record) -> bool:
+        """Return whether the record that was refused last stays unread."""
+        return bool(self._kept) and self._kept[-1] is record
 
     def send(self, record: Record, producer: Callable[[], BaseProducer]) -> bool:
         """Send the message of a dead letter, or refuse the record.
@@ -172,15 +192,21 @@ class _Sender:
         :param producer: returns the producer.
         :return: True if the message was sent.
         :raises kser.errors.DeliveryError: the message could not be sent now.
+        :raises kser.errors.UsageError: too many dead letters name other topics.
         """
         letter = parse_dead_letter(record)
         if letter is None:
-            if has_dead_letter_headers(record):
+            if error := decoding_error(record):
+                self._refuse(record, f"the client cannot decode it: {error}")
+            elif has_dead_letter_headers(record):
                 self._refuse(record, f"its headers {PREFIX}… are incomplete or invalid")
             return False
         if self._where is not None and not self._where(letter):
             return False
-        if reason := _refusal(letter, self._allowed):
+        if self._allowed is not None and letter.topic not in self._allowed:
+            self._refuse_topic(record, letter.topic, self._allowed)
+            return False
+        if reason := _refusal(letter):
             self._refuse(record, reason)
             return False
         target = self._to or letter.topic
@@ -191,12 +217,32 @@ class _Sender:
             return False
         return True
 
+    def _refuse_topic(self, record: Record, named: str, allowed: Collection[str]) -> None:
+        """Refuse a dead letter of another topic, and leave it unread if the caller did not name the topics.
+
+        :param named: the original topic.
+        :raises kser.errors.UsageError: too many dead letters were left unread.
+        """
+        reason = (
+            f"it names {named[:250]!r} as its original topic, and this replay may send only to"
+            f" {', '.join(map(repr, allowed))}"
+        )
+        if not self._keeps_others:
+            self._refuse(record, reason)
+            return
+        self._kept.append(record)
+        if len(self._kept) > MAX_KEPT:
+            raise UsageError(
+                f"replay: more than {MAX_KEPT} dead letters of {self._topic!r} name other topics, such as"
+                f" {named[:250]!r}: pass topics=[...] with all topics to send to; these dead letters stay unread"
+            )
+        self._refuse(record, f"{reason}; it stays unread: pass topics=[...] with all topics to send to")
+
     def _refuse(self, record: Record, reason: str) -> None:
         """Count a refused record, and log it unless many records were logged already."""
         self._refused += 1
         if self._refused <= MAX_REFUSAL_LINES:
-            partition = Partition(record.topic, record.partition)
-            logger.warning(f"replay: offset {record.offset} of {partition} is not sent: {reason}")
+            logger.warning(f"replay: {_place(record)} is not sent: {reason}")
 
     def count(self, sent: int) -> ReplayCount:
         """Return the number of sent messages, with the number of refused records."""
@@ -229,12 +275,21 @@ def _reader(
     return instance
 
 
-def _records(reader: BaseConsumer, topic: str, timeout: float) -> Iterator[Record]:
-    """Iterate over the records of the topic, up to the current end of the topic."""
+def _records(
+    reader: BaseConsumer, topic: str, timeout: float, is_kept: Callable[[Record], bool] = lambda record: False
+) -> Iterator[Record]:
+    """Iterate over the records of the topic, up to the current end of the topic.
+
+    :param is_kept: returns whether a record stays unread.
+    """
     try:
-        yield from reader._kser_read(timeout, POLL_TIMEOUT, READ_BATCH)
+        yield from reader._kser_read(timeout, POLL_TIMEOUT, READ_BATCH, is_kept)
     except TimeoutError:
+        reasons = "; ".join(f"{key} waits: {reason}" for key, reason in reader._kser_poller.waiting.items())
         raise BrokerUnavailable(
-            f"the dead letters of {topic!r} could not be read: no response within {timeout:g} s;"
-            " check that the broker is reachable and that the topic exists"
+            f"the dead letters of {topic!r} could not be read: "
+            + (
+                reasons
+                or f"no response within {timeout:g} s; check that the broker is reachable and that the topic exists"
+            )
         ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from kser.consumer.client import Partition
 from kser.consumer.logs import ConsumerLogger
@@ -30,7 +30,11 @@ class StallDetector:
         self._stalled = False
 
     def check(
-        self, no_stall: bool, client_lag: Callable[[], Mapping[Partition, int]], is_outside: Callable[[], bool]
+        self,
+        no_stall: bool,
+        client_lag: Callable[[], Mapping[Partition, int]],
+        is_outside: Callable[[], bool],
+        waiting: Callable[[], Collection[Partition]] = tuple,
     ) -> int:
         """Log a stall when it begins.
 
@@ -39,6 +43,8 @@ class StallDetector:
         :param client_lag: returns how many records of each partition are not fetched yet.
         :param is_outside: returns whether the consumer has no partitions and is not a member of its group. A member
             without partitions is a spare, which is no stall.
+        :param waiting: returns the partitions that wait because of their data. The client has logged why, so this
+            detector names them only beside other partitions.
         :return: the number of partitions with lag if a stall begins now, otherwise 0.
         """
         finished, now = self._work_queue.finished_count, self._work_queue.clock()
@@ -51,20 +57,21 @@ class StallDetector:
         backlog = self._partitions.backlog
         lag = {key: count + backlog.pop(key, 0) for key, count in client_lag().items()}
         lag = {key: count for key, count in {**backlog, **lag}.items() if count > 0}
-        if lag:
+        held = sorted(lag.keys() & set(waiting()))
+        if lag.keys() - held:
             self._stalled = True
             partitions = ", ".join(f"{key} by {count}" for key, count in sorted(lag.items()))
             self._log.error(
                 f"no message was finished for {self._timeout:g} s, but partitions lag:"
-                f" {partitions}; {self._describe_running(now)}"
+                f" {partitions}; {self._describe_running(now)}{_describe_held(held)}"
             )
-        elif is_outside():
+        elif not lag and is_outside():
             self._stalled = True
             self._log.error(
                 f"the consumer has had no partitions for {self._timeout:g} s, because it is not a member of its group:"
                 " see the errors before this line, and check the group with kafka-consumer-groups.sh"
             )
-        return len(lag)
+        return len(lag) if self._stalled else 0
 
     def _describe_running(self, now: float) -> str:
         items = self._work_queue.running()
@@ -76,3 +83,7 @@ class StallDetector:
             f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
             f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
         )
+
+
+def _describe_held(held: Collection[Partition]) -> str:
+    return f"; {', '.join(map(str, held))} waits because of its data: see the errors before this line" if held else ""

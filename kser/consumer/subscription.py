@@ -16,6 +16,9 @@ PATTERN_INTERVAL = 15.0
 #: A regular expression for the internal topics of Kafka, which no pattern matches.
 _INTERNAL = r"__"
 
+#: A reference of a regular expression to a group by its number: \\1, or (?(1)...).
+_NUMBERED_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*(?:\\[1-9]|\(\?\([0-9])")
+
 
 class Subscription:
     """The topics that a consumer reads.
@@ -38,15 +41,30 @@ class Subscription:
                 raise UsageError(f"topics must contain names of topics as str; it contains {topic!r}")
         self.names = [topic for topic in self._topics if not is_pattern(topic)]
         self.patterns = [topic for topic in self._topics if is_pattern(topic)]
-        #: The regular expression that matches all topics of the subscription; None if it has no pattern.
-        self.regex: re.Pattern[str] | None = None
-        if self.patterns:
-            for pattern in self.patterns:
-                _compile(pattern, pattern)
-            excluded = rf"(?!(?:{dead_letters})\Z)" if dead_letters else ""
-            named = "".join(rf"|{re.escape(name)}\Z" for name in self.names)
-            patterns = "|".join(f"(?:{pattern})" for pattern in self.patterns)
-            self.regex = _compile(rf"(?!{_INTERNAL}){excluded}(?:{patterns}){named}", ", ".join(self.patterns))
+        self._compiled = [_compile(pattern, pattern) for pattern in self.patterns]
+        self._excluded = rf"(?!{_INTERNAL})" + (rf"(?!(?:{dead_letters})\Z)" if dead_letters else "")
+        self._allowed = re.compile(self._excluded)
+
+    @property
+    def regex(self) -> re.Pattern[str] | None:
+        """One regular expression that matches all topics of the subscription; None if it has no pattern.
+
+        :raises kser.errors.SettingError: the patterns cannot be joined, because they have groups of the same name, or
+            because a pattern refers to a group by its number, which the groups of the patterns before it change.
+        """
+        if not self.patterns:
+            return None
+        groups = 0
+        for pattern, compiled in zip(self.patterns, self._compiled, strict=True):
+            if groups and _NUMBERED_REFERENCE.search(pattern):
+                raise SettingError(
+                    f"the pattern {pattern!r} refers to a group by its number, and another pattern before it has"
+                    " groups: name the group, as in (?P<name>...) and (?P=name), or put this pattern first"
+                )
+            groups += compiled.groups
+        named = "".join(rf"|{re.escape(name)}\Z" for name in self.names)
+        patterns = "|".join(f"(?:{pattern})" for pattern in self.patterns)
+        return _compile(rf"{self._excluded}(?:{patterns}){named}", ", ".join(self.patterns))
 
     @classmethod
     def of(cls, topics: Iterable[str]) -> Self:
@@ -58,8 +76,10 @@ class Subscription:
 
     def matching(self, topics: Iterable[str]) -> list[str]:
         """Return the names of the subscription, and those of ``topics`` that match its patterns, sorted."""
-        matched = () if self.regex is None else filter(self.regex.match, topics)
-        return sorted({*self.names, *matched})
+        return sorted({*self.names, *filter(self._is_matched, topics)})
+
+    def _is_matched(self, topic: str) -> bool:
+        return bool(self._allowed.match(topic)) and any(pattern.match(topic) for pattern in self._compiled)
 
     def unmatched_text(self, servers: str) -> str:
         """Return the text of a log line about patterns that match no topic.

@@ -22,6 +22,7 @@ class UnreadableRecord:
     :param offset: the first offset of the range.
     :param last_offset: the last offset of the range.
     :param reason: the error of the client library.
+    :param tries: how many times the client fetched the data again.
     """
 
     topic: str
@@ -29,6 +30,7 @@ class UnreadableRecord:
     offset: int
     last_offset: int
     reason: str
+    tries: int = FETCH_TRIES
 
     key: ClassVar[None] = None
     value: ClassVar[None] = None
@@ -52,3 +54,10 @@ def decoding_notes(record: Any) -> dict[str, object]:
         return {"last-offset": record.last_offset}
     error = getattr(record, "headers_error", None)
     return {} if error is None else {"headers-error": error}
+
+
+def decoding_error(record: Any) -> str:
+    """Return why the client could not decode a record or its headers; empty if it decoded them."""
+    if isinstance(record, UnreadableRecord):
+        return record.reason
+    return str(getattr(record, "headers_error", None) or "")

@@ -12,7 +12,7 @@ from kser.attempt import FAILED, UNREADABLE, Attempt, AttemptAbandoned, Consumer
 from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
-from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
+from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
@@ -162,9 +162,10 @@ class WorkerPool:
     def _fail_unreadable(self, record: UnreadableRecord, attempt: Attempt) -> None:
         attempt.failure = Failure(UNREADABLE, "", record.reason)
         attempt.resolve()
+        tries = f" after {record.tries} more fetches, each over a new connection" if record.tries else ""
         self._log.error(
-            f"{record} cannot be read, and the consumer skips this data after {FETCH_TRIES} more fetches, each over a"
-            f" new connection: {record.reason}; check the disks of the brokers, and the producers of the topic"
+            f"{record} cannot be read, and the consumer skips this data{tries}: {record.reason}; check"
+            " the disks of the brokers, and the producers of the topic"
         )
 
     def _run(self, item: WorkItem, attempt: Attempt) -> None:

@@ -6,21 +6,22 @@ So this module replaces the part of kafka-python that decodes the batches of a p
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from kafka import KafkaConsumer, TopicPartition, codec, errors
 from kafka.consumer.fetcher import Fetcher
 from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.legacy_records import LegacyRecordBatch
 
 from kser.consumer.client import Partition
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
 from kser.escaping import escape_lines
+from kser.python_kafka.decompression import MIN_LIMIT, BatchTooLarge, BoundedBatch, BoundedLegacyBatch
 from kser.python_kafka.rebalances import ASYNC
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -65,10 +66,9 @@ class _LenientBuffer(bytearray):
         return bytes(self).decode(encoding, errors)
 
 
-class _Batch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch that accepts header names that are not UTF-8, and that decompresses zstd data of any size."""
+class _Batch(BoundedBatch):
+    """A batch that accepts header names that are not UTF-8."""
 
-    # Without slots of its own, this class has the layout of its base class, so that an object can change its class.
     __slots__ = ()
 
     def _read_msg(self: Any) -> Any:
@@ -79,25 +79,36 @@ class _Batch(DefaultRecordBatch):  # type: ignore[misc]
             self._buffer = _LenientBuffer(self._buffer)
             return DefaultRecordBatch._read_msg(self)
 
-    def _maybe_uncompress(self: Any) -> None:
-        if self.compression_type == self.CODEC_ZSTD and codec.has_zstd() and not self._decompressed:
-            # kafka-python 2 decompresses at most 1 MB, if the producer did not write the size.
-            compressed = io.BytesIO(bytes(memoryview(self._buffer)[self._pos :]))
-            with codec.zstd.ZstdDecompressor().stream_reader(compressed, read_across_frames=True) as reader:
-                self._buffer = bytearray(reader.read())
-            self._pos = 0
-            self._decompressed = True
-        DefaultRecordBatch._maybe_uncompress(self)
+
+def _classes(limit: int) -> dict[type, type]:
+    """Return the class that replaces each class of batches of kafka-python.
+
+    :param limit: the limit of a batch, in bytes after decompression.
+    """
+    body = {"__slots__": (), "LIMIT": limit}
+    return {
+        DefaultRecordBatch: type("LimitedBatch", (_Batch,), body),
+        LegacyRecordBatch: type("LimitedLegacyBatch", (BoundedLegacyBatch,), body),
+    }
 
 
 class _Batches:
     """The batches of a response, with the raw data of the current batch and of the batch behind it.
 
+    The response ends early when its batches have the size of the limit after decompression: the client fetches the
+    rest again, after it has handed out these records.
+
     :param records: the ``MemoryRecords`` of kafka-python.
+    :param classes: the class that replaces each class of batches of kafka-python.
+    :param limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, records: Any) -> None:
+    def __init__(self, records: Any, classes: Mapping[type, type], limit: int) -> None:
         self._records = records
+        self._classes = classes
+        self._limit = limit
+        self._size = 0
+        self._batch: Any = None
         self.current: Any = None
 
     @property
@@ -110,10 +121,14 @@ class _Batches:
 
     def next_batch(self) -> Any:
         """Return the next batch; None at the end."""
+        if self._batch is not None:
+            self._size += len(self._batch._buffer)
+            if self._size >= self._limit:
+                return None
         self.current = self._records._next_slice
-        batch = self._records.next_batch()
-        if type(batch) is DefaultRecordBatch:
-            batch.__class__ = _Batch
+        self._batch = batch = self._records.next_batch()
+        if batch is not None:
+            batch.__class__ = self._classes.get(type(batch), type(batch))
         return batch
 
 
@@ -135,7 +150,7 @@ class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
         super().__init__(fetch_offset, tp, records, **options)
 
     def _unpack_records(self, tp: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
-        batches = _Batches(records)
+        batches = _Batches(records, self._unreadable.classes, self._unreadable.limit)
         while True:
             try:
                 yield from super()._unpack_records(tp, batches, *deserializers)
@@ -176,10 +191,15 @@ class UnreadableBatches:
     broker reports an error for it. The client fetches from the other partitions meanwhile.
 
     :param client: the Kafka client, which must not have fetched yet.
+    :param limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, client: KafkaConsumer) -> None:
+    def __init__(self, client: KafkaConsumer, limit: int = MIN_LIMIT) -> None:
         self._client = client
+        #: The limit of a batch, in bytes after decompression.
+        self.limit = limit
+        #: The class that replaces each class of batches of kafka-python.
+        self.classes = _classes(limit)
         self._failures: dict[TopicPartition, _Failures] = {}
         self._held_until: dict[TopicPartition, float] = {}
         self._reported: dict[TopicPartition, tuple[str, float]] = {}
@@ -195,6 +215,16 @@ class UnreadableBatches:
         now, assigned = time.monotonic(), self._client.assignment()
         self._held_until = {tp: at for tp, at in self._held_until.items() if at > now and tp in assigned}
         return {*paused, *(Partition(*tp) for tp in self._held_until)}
+
+    def waiting(self) -> dict[Partition, str]:
+        """Return the partitions that wait, and the logged reasons. A fetch of damaged data again is no wait."""
+        return {Partition(*tp): reason for tp, (reason, _) in self._reported.items() if tp in self._held_until}
+
+    def forget(self, tp: TopicPartition) -> None:
+        """Forget what is known about the data of a partition, because the partition gets another fetch position."""
+        for known in (self._held_until, self._failures, self._reported):
+            known.pop(tp, None)
+        self._suspects.discard(tp)
 
     def reconnect(self) -> None:
         """Close the connections over which data came that could not be decoded. The client connects again itself."""
@@ -227,7 +257,9 @@ class UnreadableBatches:
         failures = self._failures.get(tp)
         again = failures is not None and failures.offset == position and failures.batch in (None, header)
         count = failures.tries + 1 if failures is not None and again else 1
-        if count <= FETCH_TRIES:
+        # A batch that is too large is not damaged, because its checksum is correct.
+        tries = 0 if isinstance(error, BatchTooLarge) else FETCH_TRIES
+        if count <= tries:
             self._failures[tp] = _Failures(position, count, None)
             self._suspects.add(tp)
             self._held_until[tp] = time.monotonic() + RETRY_INTERVAL
@@ -236,7 +268,7 @@ class UnreadableBatches:
         last = _last_offset(batches, position, self._client.highwater(tp))
         # If the batch has further offsets, the next fetch returns the same batch, which was fetched often enough.
         self._failures[tp] = _Failures(last + 1, FETCH_TRIES, header)
-        return UnreadableRecord(tp.topic, tp.partition, position, last, f"{type(error).__name__}: {error}")
+        return UnreadableRecord(tp.topic, tp.partition, position, last, f"{type(error).__name__}: {error}", tries)
 
     def _parse(self, parse: Any, completed: Any) -> Any:
         """Call kafka-python's ``_parse_fetched_data``. An error that concerns one partition makes this one wait."""

@@ -27,6 +27,7 @@ from kser.errors import ClientError
 from kser.escaping import escape_lines
 from kser.forks import keep_in_children
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.decompression import MIN_LIMIT
 from kser.python_kafka.health import HealthCheck, as_client_error
 from kser.python_kafka.heartbeats import HeartbeatAnswers
 from kser.python_kafka.logs import lines_of
@@ -60,9 +61,12 @@ class KafkaPythonClient(ConsumerClient):
         class chooses the start positions.
     :param reset: where a partition without a committed offset starts: ``"earliest"``, ``"latest"`` or ``"none"``.
     :param commits: False if the client must not commit offsets.
+    :param batch_limit: the limit of a batch, in bytes after decompression.
     """
 
-    def __init__(self, client: KafkaConsumer, reset: str, *, commits: bool = True) -> None:
+    def __init__(
+        self, client: KafkaConsumer, reset: str, *, commits: bool = True, batch_limit: int = MIN_LIMIT
+    ) -> None:
         self._client = client
         self._reset = reset
         self._lines = lines_of(client)
@@ -74,7 +78,7 @@ class KafkaPythonClient(ConsumerClient):
         self._pending_error: ClientError | None = None
         #: Assigned partitions that have no start position yet. The client's own thread may add partitions.
         self._unstarted: set[TopicPartition] = set()
-        self._unreadable = UnreadableBatches(client)
+        self._unreadable = UnreadableBatches(client, batch_limit)
         self._metadata = CommitMetadata(reset)
         self._offsets = OffsetQueries(client, reset, self._metadata)
         self._topic_ids = TopicIds(client, min(TOPIC_CHECK_INTERVAL, client.config["metadata_max_age_ms"] / 1000))
@@ -94,11 +98,11 @@ class KafkaPythonClient(ConsumerClient):
         subscription = Subscription.of(topics)
         self._health = HealthCheck(self._client, subscription, has_group=self.can_commit)
         self._client_listener = LISTENER(self._client, listener, self._unstarted, self._metadata)
-        if subscription.regex is None:
+        if (regex := subscription.regex) is None:
             self._client.subscribe(sorted(subscription.names), listener=self._client_listener)
         else:
             # One pattern for all entries, because kafka-python accepts either names or one pattern.
-            self._client.subscribe(pattern=subscription.regex, listener=self._client_listener)
+            self._client.subscribe(pattern=regex, listener=self._client_listener)
 
     def poll(self, timeout: float, limit: int, paused: Collection[Partition]) -> Mapping[Partition, Sequence[Record]]:
         try:
@@ -202,6 +206,9 @@ class KafkaPythonClient(ConsumerClient):
         except KafkaError as error:
             raise as_client_error(self._client, "read the lag", error) from error
 
+    def waiting(self) -> Mapping[Partition, str]:
+        return self._unreadable.waiting()
+
     def is_member(self) -> bool:
         return self._heartbeats.is_member
 
@@ -281,9 +288,13 @@ class KafkaPythonClient(ConsumerClient):
             except KafkaError:
                 starts.drop(key)
                 raise
-        self._client.seek(tp, start.offset)
+        self._seek(tp, start.offset)
         self._unstarted.discard(tp)
         self._restarting.discard(tp)
+
+    def _seek(self, tp: TopicPartition, offset: int) -> None:
+        self._unreadable.forget(tp)
+        self._client.seek(tp, offset)
 
     def _check_topic_ids(self) -> None:
         """Notice topics that were created again, and restart their partitions."""
@@ -299,7 +310,7 @@ class KafkaPythonClient(ConsumerClient):
         starts = {Partition(*tp): Commit(begin) for tp, begin in self._offsets.beginnings(partitions).items()}
         for tp in partitions:
             self._metadata.mark_started(Partition(*tp))
-            self._client.seek(tp, starts[Partition(*tp)].offset)
+            self._seek(tp, starts[Partition(*tp)].offset)
             self._restarting.discard(tp)
         self._listener.on_reset(starts)
         if self.can_commit:
@@ -324,7 +335,7 @@ class KafkaPythonClient(ConsumerClient):
             position = self._client.position(tp, timeout_ms=QUERY_TIMEOUT_MS)
             start = ends[tp] if self._reset == "latest" else begins[tp]
             logger.error(out_of_range_text(Partition(*tp), position, begins[tp], ends[tp], start))
-            self._client.seek(tp, start)
+            self._seek(tp, start)
             starts[Partition(*tp)] = Commit(start)
         if starts and self.can_commit:
             self.commit(starts, QUERY_TIMEOUT_MS / 1000)

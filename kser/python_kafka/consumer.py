@@ -19,6 +19,7 @@ from kser.controller import BaseProducer
 from kser.escaping import escape_lines
 from kser.producer import CONSUMER_SIZE_LIMIT
 from kser.python_kafka.client import KafkaPythonClient
+from kser.python_kafka.decompression import batch_limit
 from kser.python_kafka.options import (
     METADATA_MAX_AGE_MS,
     connect,
@@ -108,7 +109,8 @@ class Consumer(BaseConsumer):
     def _kser_connect(self) -> ConsumerClient:
         #: The current KafkaConsumer.
         self.client = connect(KafkaConsumer, self._kser_connect_options())
-        return KafkaPythonClient(self.client, self._kser_reset, commits=self.options.commit != NEVER)
+        limit, commits = batch_limit(self.options.limits), self.options.commit != NEVER
+        return KafkaPythonClient(self.client, self._kser_reset, commits=commits, batch_limit=limit)
 
     def _kser_connect_options(self) -> dict[str, Any]:
         """Return the options of the next client.

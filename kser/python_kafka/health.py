@@ -95,7 +95,7 @@ class HealthCheck:
 
     def _report_unmatched_patterns(self) -> None:
         """Log once that the patterns match no topic."""
-        if self._subscription.regex is None:
+        if not self._subscription.patterns:
             return
         was_unmatched, self._is_unmatched = self._is_unmatched, not self._client.subscription()
         if self._is_unmatched and not was_unmatched:

@@ -45,7 +45,12 @@ class OffsetQueries:
         return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
 
     def _was_added(self, tp: TopicPartition) -> bool:
-        for number in partitions_of(self._client, tp.topic) or {tp.partition}:
-            if (commit := self.committed(TopicPartition(tp.topic, number))) is not None:
-                self._metadata.restore(Partition(tp.topic, number), commit.offset, commit.metadata)
+        numbers = partitions_of(self._client, tp.topic) or {tp.partition}
+        # One request for all partitions, because ``KafkaConsumer.committed`` reads one partition in each request, and a
+        # topic with hundreds of partitions would take minutes.
+        commits = self._client._coordinator.fetch_committed_offsets(
+            [TopicPartition(tp.topic, number) for number in sorted(numbers)], timeout_ms=QUERY_TIMEOUT_MS
+        )
+        for key, commit in commits.items():
+            self._metadata.restore(Partition(*key), commit.offset, commit.metadata or "")
         return self._metadata.partition_counts.is_new_partition(Partition(*tp))

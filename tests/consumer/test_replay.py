@@ -6,13 +6,16 @@ import logging
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kser.consumer import replay as replay_module
+from kser.consumer.client import Partition
 from kser.consumer.dead_letters import DeadLetter
-from kser.consumer.replay import MAX_REFUSAL_LINES, ReplayCount, iter_dead_letters, replay
+from kser.consumer.replay import MAX_KEPT, MAX_REFUSAL_LINES, ReplayCount, iter_dead_letters, replay
+from kser.consumer.unreadable import UnreadableRecord
 from kser.dummy.broker import DummyRecord, InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.errors import BrokerUnavailable, UsageError
@@ -97,6 +100,20 @@ def test_missing_response_raises_broker_unavailable() -> None:
         BrokerUnavailable, match=r"dead letters of 'broken' could not be read: no response within 0\.2 s"
     ):
         list(iter_dead_letters(SilentConsumer, {}, TOPIC, timeout=0.2))
+
+
+def test_error_of_dead_letters_that_cannot_be_decoded_now_names_the_reason() -> None:
+    class WaitingConsumer(Consumer):
+        def _kser_connect(self) -> Any:
+            client = super()._kser_connect()
+            client.poll = lambda *_: {}  # type: ignore[method-assign]
+            client.waiting = lambda: {Partition(TOPIC, 0): "install kser[codecs]"}  # type: ignore[method-assign]
+            return client
+
+    with pytest.raises(
+        BrokerUnavailable, match=r"'broken' could not be read: broken\[0\] waits: install kser\[codecs\]"
+    ):
+        replay(WaitingConsumer, {}, TOPIC, topics=["dice"], timeout=0.2)
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------------
@@ -211,7 +228,10 @@ def test_replay_sends_only_to_the_topic_of_its_dead_letter_topic(
     assert {topic: bus.values(topic) for topic in bus.topics if topic != "dice"} == before
     (line,) = lines(caplog, logging.WARNING)[-1:]
     assert line.startswith("replay: offset 0 of dice.dlq[0] is not sent: it names ")
-    assert line.endswith("as its original topic, and this replay may send only to 'dice'")
+    assert line.endswith(
+        "as its original topic, and this replay may send only to 'dice'; it stays unread: pass topics=[...] with all"
+        " topics to send to"
+    )
     assert len(line) < 1200
     assert replay_dead_letters(topic="dice.dlq", topics=None) == 0
 
@@ -253,10 +273,56 @@ def test_replay_refuses_a_message_that_its_topic_rejects_for_good(
     assert "replay: offset 0 of dice.dlq[0] is not sent: the record has 5,0" in lines(caplog, logging.WARNING)[-1]
 
 
+def damage(bus: InMemoryBroker, topic: str, count: int) -> None:
+    """Append data that a client cannot decode, in the place of ``count`` records."""
+    log = bus.topics[topic][0]
+    record = UnreadableRecord(topic, 0, len(log), len(log) + count - 1, "CorruptRecordError: x")
+    # The in-memory broker finds a record by its offset, so each offset of the range needs an entry.
+    log.extend([record] * count)
+
+
+@pytest.mark.parametrize(("count", "offsets"), [(1, "offset 1 of dice.dlq[0]"), (3, "offsets 1 to 3 of dice.dlq[0]")])
+def test_replay_refuses_damaged_dead_letters(
+    count: int, offsets: str, bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.send("dice.dlq", b"first", headers=forged(bus))
+    damage(bus, "dice.dlq", count)
+    bus.send("dice.dlq", b"last", headers=forged(bus))
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused, bus.values("dice")[-2:]) == (2, 1, [b"first", b"last"])
+    assert lines(caplog, logging.WARNING)[-1] == (
+        f"replay: the data at {offsets} is not sent: the client cannot decode it: CorruptRecordError: x"
+    )
+    assert len(list(iter_dead_letters(Consumer, {}, "dice.dlq", timeout=TIMEOUT))) == 2
+    assert (
+        lines(caplog, logging.WARNING)[-1] == f"the data at {offsets} is no readable dead letter: CorruptRecordError: x"
+    )
+
+
+def test_replay_refuses_a_dead_letter_whose_headers_cannot_be_decoded(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus.create_topic("dice.dlq")
+    record: Any = SimpleNamespace(
+        topic="dice.dlq",
+        partition=0,
+        offset=0,
+        key=None,
+        value=b"x",
+        headers=(),
+        timestamp=0,
+        headers_error="not UTF-8",
+    )
+    bus.topics["dice.dlq"][0].append(record)
+    sent = replay_dead_letters(topic="dice.dlq", topics=None)
+    assert (sent, sent.refused) == (0, 1)
+    assert lines(caplog, logging.WARNING)[-1].endswith("is not sent: the client cannot decode it: not UTF-8")
+
+
 def test_replay_counts_many_refused_records_in_one_line(bus: InMemoryBroker, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(50):
         bus.send("dice.dlq", b"forged", headers=forged(bus, topic=b"payroll"))
-    assert replay_dead_letters(topic="dice.dlq", topics=None).refused == 50
+    assert replay_dead_letters(topic="dice.dlq", topics=["dice"]).refused == 50
     logged = [line for line in lines(caplog, logging.WARNING) if line.startswith("replay: ")]
     assert len(logged) == MAX_REFUSAL_LINES + 1
     assert logged[-1] == "replay: 50 records of 'dice.dlq' were not sent"
@@ -266,6 +332,34 @@ def test_replay_from_a_shared_dead_letter_topic_sends_only_to_named_topics(bus: 
     bus.send(TOPIC, b"forged", headers=forged(bus, topic=b"payroll"))
     sent = replay_dead_letters(topics=["dice", "cards"])
     assert (sent, sent.refused, "payroll" in bus.topics) == (3, 1, False)
+
+
+@pytest.mark.parametrize("named", ["all", "orders"])
+def test_replay_without_topics_leaves_the_dead_letters_of_other_topics_unread(named: str, bus: InMemoryBroker) -> None:
+    """Consumers of several topics share a dead-letter topic, whose name does not show it."""
+    originals = ["orders", "cards", named, "cards", "orders"]
+    for number, original in enumerate(originals):
+        bus.send(f"{named}.dlq", b"%d" % number, headers=forged(bus, topic=original.encode()))
+    others = sum(original != named for original in originals)
+    for sent in (len(originals) - others, 0, 0, 0, 0, 0):
+        count = replay_dead_letters(topic=f"{named}.dlq", topics=None)
+        assert (count, count.refused) == (sent, others)
+    count = replay_dead_letters(topic=f"{named}.dlq", topics=["orders", "cards"])
+    assert (count, count.refused) == (others, 0)
+    assert sorted(value for topic in {*originals} for value in bus.values(topic)) == [b"0", b"1", b"2", b"3", b"4"]
+    assert replay_dead_letters(topic=f"{named}.dlq", topics=None).refused == 0
+
+
+def test_replay_of_a_shared_dead_letter_topic_without_topics_stops_and_uses_nothing_up(bus: InMemoryBroker) -> None:
+    for _ in range(2 * MAX_KEPT):
+        bus.send("all.dlq", b"x", headers=forged(bus, topic=b"orders"))
+    for _ in range(2):
+        with pytest.raises(
+            UsageError, match=r"more than 20 dead letters of 'all\.dlq' name other topics, such as 'orders'"
+        ):
+            replay_dead_letters(topic="all.dlq", topics=None)
+    assert "orders" not in bus.topics
+    assert replay_dead_letters(topic="all.dlq", topics=["orders"]) == 2 * MAX_KEPT
 
 
 @pytest.mark.parametrize(

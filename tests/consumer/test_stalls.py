@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from kser.consumer.client import Partition
 from kser.errors import ClientError
 from tests.consumer.harness import FaultyConsumer, new_consumer, send_messages
 from tests.support import Clock, lines
@@ -101,3 +102,35 @@ def test_member_that_still_has_partitions_is_not_outside_its_group(caplog: pytes
     consumer.poll()
     consumer.current_client.is_member = lambda: False  # type: ignore[method-assign]
     assert errors_after(consumer, clock, caplog, 61, 61) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "rest"),
+    [
+        ({0: 3, 1: 2}, None),
+        ({0: 3}, "; dice[0] waits because of its data: see the errors before this line"),
+        ({}, ""),
+    ],
+)
+def test_partition_that_waits_because_of_its_data_is_no_stall(
+    held: dict[int, int], rest: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has logged why it waits, and the stall line would name other causes."""
+    clock = Clock()
+    consumer = FaultyConsumer(stall_timeout=60, clock=clock)
+    consumer.poll()
+    client = consumer.current_client
+    monkeypatch.setattr(client, "lag", lambda: {Partition("dice", 0): 3, Partition("dice", 1): 2})
+    monkeypatch.setattr(client, "waiting", lambda: {Partition("dice", number): "no codec" for number in held})
+    logged = errors_after(consumer, clock, caplog, 61, 61)
+    if rest is None:
+        assert logged == []
+        # The stall begins when the partitions wait no longer.
+        monkeypatch.setattr(client, "waiting", dict)
+        logged = errors_after(consumer, clock, caplog, 61, 1)
+        rest = ""
+    (line,) = logged
+    assert line == (
+        "FaultyConsumer: no message was finished for 60 s, but partitions lag: dice[0] by 3, dice[1] by 2; no message"
+        f" is being handled: check that the group is stable and that dead letters can be written{rest}"
+    )

@@ -34,6 +34,10 @@ def send_to(topic: str, uuid: str) -> None:
         (["^"], ["bank", "bankrupt", "shop.cards", "shop.orders", "shopping"]),
         (["^nothing", "missing"], ["missing"]),
         (["bank"], ["bank"]),
+        ([r"^(shop)\.(.)", r"^(b)ankr.pt$"], ["bankrupt", "shop.cards", "shop.orders"]),
+        ([r"^(x)y", r"^s(h)o(p)\2ing$"], ["shopping"]),
+        ([r"^(?P<a>x)y", r"^sho(?P<a>p)(?P=a)"], ["shopping"]),
+        ([r"^(x)", r"^(s)?hop(?(1)x|y)", r"^(s)?hop(?(1)\.c|y)"], ["shop.cards"]),
     ],
 )
 def test_pattern_matches_the_beginning_of_a_name(entries: list[str], matching: list[str]) -> None:
@@ -47,6 +51,34 @@ def test_pattern_matches_the_beginning_of_a_name(entries: list[str], matching: l
 def test_invalid_pattern_is_rejected_by_the_constructor(pattern: str) -> None:
     with pytest.raises(SettingError, match=re.escape(f"the topic {pattern!r} begins with '^', so it is a pattern")):
         Consumer({}, ["dice", pattern])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "rejected"),
+    [
+        ([r"^(a)b", r"^(.)\1"], True),
+        ([r"^(a)b", r"^(.)?(?(1)x|y)"], True),
+        ([r"^(a)b", r"^c\\\\(.)\1"], True),
+        ([r"^(?P<a>a)", r"^(?P<a>b)"], True),
+        ([r"^(.)\1", "^ab"], False),
+        (["^ab", r"^(.)\1"], False),
+        (["^(a)b", r"^(?P<b>.)(?P=b)"], False),
+        (["^(a)b", r"^\\1"], False),
+    ],
+)
+def test_patterns_that_cannot_be_joined_are_rejected_only_where_they_are_joined(
+    patterns: list[str], rejected: bool
+) -> None:
+    subscription = Subscription(patterns)
+    if rejected:
+        with pytest.raises(SettingError, match="pattern"):
+            _ = subscription.regex
+        return
+    assert subscription.regex is not None
+    topics = ["ab", "aa", "zz", "abz", "yx"]
+    assert list(filter(subscription.regex.match, topics)) == [
+        topic for topic in topics if any(re.match(pattern, topic) for pattern in patterns)
+    ]
 
 
 def test_topic_that_is_no_text_is_rejected_by_the_constructor() -> None:

@@ -65,6 +65,18 @@ def test_unreadable_data_of_one_record_is_named_by_its_offset(
     assert "offset 1 of dice[0] cannot be read" in "\n".join(lines(caplog, logging.ERROR))
 
 
+def test_log_line_names_fetches_only_of_data_that_was_fetched_again(
+    bus: InMemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [UnreadableRecord("dice", 0, 0, 0, REASON), UnreadableRecord("dice", 0, 1, 1, REASON, tries=0)]
+    bus.create_topic("dice")
+    bus.topics["dice"][0].extend(data)
+    new_consumer(MANUAL_COMMIT).run_until_idle()
+    first, second = lines(caplog, logging.ERROR)
+    assert f"skips this data after 3 more fetches, each over a new connection: {REASON}; check" in first
+    assert f"skips this data: {REASON}; check" in second
+
+
 @pytest.mark.parametrize("ordering", ["key", "partition", "none"])
 @pytest.mark.parametrize("commit", ["after", "before", "never"])
 def test_unreadable_data_stops_no_consumer(between_messages: UnreadableRecord, ordering: str, commit: str) -> None:

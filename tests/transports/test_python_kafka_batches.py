@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import logging
+import random
 import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +19,16 @@ from kafka.consumer.fetcher import Fetcher
 from kafka.record import MemoryRecords
 from kafka.record.memory_records import MemoryRecordsBuilder
 
-from kser.consumer.client import Partition
+from kser.consumer.client import Commit, Partition
+from kser.consumer.commit_metadata import CommitMetadata
+from kser.consumer.start_positions import StartPositions
 from kser.consumer.unreadable import FETCH_TRIES, UnreadableRecord
+from kser.limits import Limits
 from kser.python_kafka import batches
+from kser.python_kafka import client as client_module
 from kser.python_kafka.batches import UnreadableBatches
+from kser.python_kafka.client import KafkaPythonClient
+from kser.python_kafka.decompression import MIN_LIMIT, PIECE, batch_limit, decompress
 from tests.conftest import needs
 from tests.support import Clock, lines
 
@@ -96,7 +105,7 @@ DAMAGES: dict[str, Callable[[bytearray], bytearray]] = {
 class Partitioned:
     """A partition with three batches, read by a fetcher of kafka-python without a network."""
 
-    def __init__(self, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, data: bytes, monkeypatch: pytest.MonkeyPatch, limit: int = MIN_LIMIT) -> None:
         self.clock = Clock()
         monkeypatch.setattr(batches.time, "monotonic", self.clock)
         self.data = data
@@ -109,7 +118,7 @@ class Partitioned:
             assignment=lambda: {TP},
             highwater=lambda tp: END,
         )
-        self.unreadable = UnreadableBatches(self.client)
+        self.unreadable = UnreadableBatches(self.client, limit)
         self.error: Exception = RuntimeError("no error is set")
 
     def _fail(self, completed: Any) -> None:
@@ -227,8 +236,10 @@ def test_partition_waits_for_a_codec_that_is_not_installed(
     for _ in range(3):
         assert partition.unreadable.hold(()) == {Partition("dice", 0)}
         assert len(lines(caplog, logging.ERROR)) == 1
+        assert name in partition.unreadable.waiting()[Partition("dice", 0)]
         partition.clock.advance(batches.REPORT_INTERVAL)
         assert not partition.unreadable.hold(())
+        assert not partition.unreadable.waiting()
         (line,) = lines(caplog, logging.ERROR)
         assert f"dice[0] waits: the data at offset 3 is compressed with {name}" in line
         assert f"'{package}' is not installed: install kser[codecs]" in line
@@ -247,6 +258,96 @@ def test_zstd_data_of_any_size_is_decompressed(monkeypatch: pytest.MonkeyPatch) 
     body = writer.compress(bytes(batch[61:])) + writer.flush()
     partition = Partitioned(bytes(with_body(body, attributes=4)(batch)), monkeypatch)
     assert [record.value for record in partition.fetch(0)[0]] == [value] * RECORDS
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+#: The codecs of kafka-python: the name of the codec in :mod:`kafka.codec`, and its number.
+COMPRESSIONS = {"gzip": 1, "snappy": 2, "snappy without blocks": 2, "lz4": 3, "zstd": 4}
+
+
+def compressed(name: str, body: bytes) -> bytes:
+    """Compress records, as a producer does."""
+    number = COMPRESSIONS[name]
+    if number in batches.CODECS and not batches.CODECS[number][2]():
+        needs("kser[codecs]")
+    if name == "snappy without blocks":
+        return bytes(codec.snappy_encode(body, xerial_compatible=False))
+    return bytes(getattr(codec, f"{name}_encode")(body))
+
+
+def old_batch(number: int, body: bytes) -> bytes:
+    """Return a batch in the format 1, at offset 0, with compressed records."""
+    content = struct.pack(">bbqii", 1, number, 0, -1, len(body)) + body
+    return struct.pack(">qiI", 2, len(content) + 4, zlib.crc32(content)) + content
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_batch_above_the_limit_is_unreadable_at_once_and_its_neighbours_are_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = batch_at(3, b"v" * (1 << 22))
+    large = with_body(compressed(name, bytes(large[61:])), attributes=COMPRESSIONS[name])(large)
+    partition = Partitioned(b"".join((batch_at(0), large, batch_at(6))), monkeypatch, limit=1 << 20)
+    tracemalloc.start()
+    try:
+        records, offset = partition.fetch(3)
+        # Without the limit, the three values and their batch need 36 MB. The compressed data may exist several times.
+        assert tracemalloc.get_traced_memory()[1] < 8 * (1 << 20) + 8 * len(large)
+    finally:
+        tracemalloc.stop()
+    (record,) = records
+    assert (record.offset, record.last_offset, offset, record.tries) == (3, 5, 6, 0)
+    assert "BatchTooLarge: the batch has more than 1,048,576 bytes after decompression" in record.reason
+    assert not partition.closed
+    assert len(partition.read()) == 7
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_batch_of_several_pieces_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = random.Random(1).randbytes(2 * PIECE)
+    batch = batch_at(0, value)
+    batch = with_body(compressed(name, bytes(batch[61:])), attributes=COMPRESSIONS[name])(batch)
+    assert [record.value for record in Partitioned(bytes(batch), monkeypatch).fetch(0)[0]] == [value] * RECORDS
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSIONS if name != "zstd"])
+def test_batch_of_an_old_format_is_limited_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = MemoryRecordsBuilder(magic=1, compression_type=0, batch_size=1 << 24)
+    for _ in range(RECORDS):
+        builder.append(timestamp=0, key=None, value=b"v" * 100_000)
+    builder.close()
+    data = old_batch(COMPRESSIONS[name], compressed(name, bytes(builder.buffer())))
+    assert [record.offset for record in Partitioned(data, monkeypatch).fetch(0)[0]] == [0, 1, 2]
+    (record,), _ = Partitioned(data, monkeypatch, limit=200_000).fetch(0)
+    assert "BatchTooLarge" in record.reason
+
+
+def test_cut_off_lz4_data_and_a_wrong_length_of_a_snappy_block_are_errors() -> None:
+    data = compressed("lz4", bytes(1000))
+    with pytest.raises(EOFError):
+        decompress(3, memoryview(data)[:-6], 1 << 20)
+    data = compressed("snappy", bytes(1000))
+    for length in (-4, 0, 1 << 30):
+        with pytest.raises(ValueError, match="block of snappy data"):
+            decompress(2, memoryview(data[:16] + struct.pack(">i", length) + data[20:]), 1 << 20)
+
+
+def test_response_ends_early_when_its_batches_have_the_size_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for offset in (0, 3, 6):
+        batch = batch_at(offset, b"v" * 100_000)
+        parts.append(with_body(gzip.compress(bytes(batch[61:])), attributes=1)(batch))
+    partition = Partitioned(b"".join(parts), monkeypatch, limit=500_000)
+    records, offset = partition.fetch(0)
+    assert ([record.offset for record in records], offset) == ([0, 1, 2, 3, 4, 5], 6)
+    assert [record.offset for record in partition.read()] == list(range(END))
+
+
+def test_limit_of_a_batch_follows_the_limit_of_a_value() -> None:
+    assert batch_limit(Limits()) == 64 << 20
+    assert batch_limit(Limits(max_value_bytes=1)) == 64 << 20
+    assert batch_limit(Limits(max_value_bytes=100 << 20)) == 200 << 20
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------
@@ -315,6 +416,52 @@ def test_revoked_partition_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     partition.fetch(0)
     partition.client.assignment = lambda: set()
     assert not partition.unreadable.hold(())
+
+
+@pytest.mark.parametrize("way", ["restart", "start", "recover"])
+def test_partition_with_a_new_fetch_position_does_not_wait(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The topic was created again without the data for which the partition waits."""
+    for module in ("lz4", "lz4f", "lz4framed"):
+        monkeypatch.setattr(codec, module, None)
+    waiting = bytes(changed(21, ">h", 3)(batch_at(3)))
+    partition = Partitioned(waiting, monkeypatch)
+    partition.fetch(3)
+    assert partition.unreadable.hold(()) == {Partition("dice", 0)}
+    positions: dict[TopicPartition, int] = {}
+    partition.client.seek = positions.__setitem__
+    partition.client.position = lambda tp, timeout_ms: 9
+    client = object.__new__(KafkaPythonClient)
+    offsets: Any = SimpleNamespace(
+        beginnings=lambda tps: dict.fromkeys(tps, 3), ends=lambda tps: dict.fromkeys(tps, 6), committed=lambda tp: None
+    )
+    offsets.first_position = lambda tp: Commit(3)
+    vars(client).update(
+        _client=partition.client,
+        _unreadable=partition.unreadable,
+        _offsets=offsets,
+        _metadata=CommitMetadata("earliest"),
+        _reset="earliest",
+        _restarting=set(),
+        _unstarted={TP} if way == "start" else set(),
+        _listener=SimpleNamespace(on_reset=lambda starts: None),
+        can_commit=False,
+    )
+    monkeypatch.setattr(client_module, "partitions_of", lambda *_: {0})
+    monkeypatch.setattr(client, "_was_created_again", lambda partitions: False)
+    if way == "restart":
+        client._restart([TP])
+    elif way == "start":
+        client._start_partition(TP, StartPositions(client._metadata))
+    else:
+        client._recover_from(errors.OffsetOutOfRangeError({TP: 9}))
+    assert positions == {TP: 3}
+    assert not partition.unreadable.hold(())
+    # The new data is a new problem, with a line of its own.
+    caplog.clear()
+    partition.fetch(3)
+    assert len(lines(caplog, logging.ERROR)) == 1
 
 
 def test_fetcher_has_the_parts_that_are_replaced() -> None:
