@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections import deque
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,7 @@ from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
 from kser.entry import RegistryProtocol
-from kser.errors import SettingError
+from kser.errors import ProducerMissing, SettingError
 from kser.producer import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
@@ -59,27 +60,36 @@ class ActiveClaim(Protocol):
 
 
 class DurabilitySettings:
-    """Settings of leases, heartbeat and reaper.
+    """Settings of leases, heartbeat, takeovers and reaper.
 
-    =================== ======= ====================================================================================
-    setting             default meaning
-    =================== ======= ====================================================================================
-    ``KSER_LEASE``      30      seconds after which a claim expires if no heartbeat renews it
-    ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
-    ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
-    ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
-    ``KSER_MAX_CLAIMS`` 20      maximum number of claims of an operation at one step; the next claim fails the step
-    =================== ======= ====================================================================================
+    ====================== ======= =================================================================================
+    setting                default meaning
+    ====================== ======= =================================================================================
+    ``KSER_LEASE``         15      seconds after which a claim expires if no heartbeat renews it
+    ``KSER_HEARTBEAT``     3       seconds between two heartbeats, less than half of the lease
+    ``KSER_LOOK``          0.25    seconds between two looks for due steps to take over, while a worker is free
+    ``KSER_RESERVATION``   5       seconds for which a step is reserved for a consumer that takes it over
+    ``KSER_REAPER``        1       seconds between two searches for due steps to send, and between two looks for due
+                                   steps while all workers are busy
+    ``KSER_RESEND``        60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
+    ``KSER_MAX_CLAIMS``    20      maximum number of claims of an operation at one step; the next claim fails the step
+    ``KSER_MAX_SENDS``     20      number of messages of a step that no consumer knows, after which the step fails
+    ``KSER_UNKNOWN_AFTER`` 3600    minimum number of seconds before a step that no consumer knows fails
+    ====================== ======= =================================================================================
 
     :raises kser.errors.SettingError: a setting has an invalid value.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.lease = settings.number("KSER_LEASE", 30)
-        self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 3)
+        self.lease = settings.number("KSER_LEASE", 15)
+        self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 5)
+        self.look = settings.number("KSER_LOOK", 0.25)
+        self.reservation = settings.number("KSER_RESERVATION", 5)
         self.reaper = settings.number("KSER_REAPER", 1)
         self.resend = settings.number("KSER_RESEND", 60)
         self.max_claims = int(settings.number("KSER_MAX_CLAIMS", 20, whole=True))
+        self.max_sends = int(settings.number("KSER_MAX_SENDS", 20, whole=True))
+        self.unknown_after = settings.number("KSER_UNKNOWN_AFTER", 3600)
         if self.heartbeat * 2 >= self.lease:
             raise SettingError(
                 f"KSER_HEARTBEAT must be less than half of KSER_LEASE ({self.lease:g} s); it is {self.heartbeat:g} s"
@@ -108,10 +118,28 @@ class DurableContext:
         #: root.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
-    def new_claim_request(self) -> ClaimRequest:
-        """Return a new claim request with a random token."""
+    def new_claim_request(self, topic: str | None = None, epoch: int | None = None) -> ClaimRequest:
+        """Return a new claim request with a random token.
+
+        :param topic: the topic of the record or takeover that requests the step; None to claim a step of any topic.
+        :param epoch: the epoch that a takeover has reserved; None to claim at any epoch.
+        """
         settings = self.settings
-        return ClaimRequest(owner=self.owner, token=uuid4().hex, lease=settings.lease, max_claims=settings.max_claims)
+        return ClaimRequest(
+            owner=self.owner,
+            token=uuid4().hex,
+            lease=settings.lease,
+            max_claims=settings.max_claims,
+            epoch=epoch,
+            topic=topic,
+        )
+
+    def known_classes(self) -> Collection[str]:
+        """Return the paths of the classes whose steps this process can run with the store of this context."""
+        classes = list(self.registry.controller.ENTRYPOINTS.items())
+        return frozenset(
+            path for path, cls in classes if isinstance(path, str) and cls._kser_registry in (None, self.registry)
+        )
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again and return it, or return None if the claim was lost."""
@@ -212,6 +240,21 @@ class DurableContext:
         """
         producer: BaseProducer = self.registry.producer
         return producer
+
+
+def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes:
+    """Return the value of the message that starts a step, as the producer of this process would send it.
+
+    :raises Exception: a hook of the producer raised this exception.
+    """
+    kmsg = step_message(target, root_uuid)
+    try:
+        producer = context.producer
+    except ProducerMissing:
+        producer = None
+    if isinstance(producer, KafkaProducerBase):
+        return producer._kser_encode(kmsg)
+    return kmsg.dumps().encode("utf-8")
 
 
 def step_message(target: StepMessage, root_uuid: str) -> Message:

@@ -29,7 +29,7 @@ from kser.store.model import (
 )
 
 #: Duration of a lease in seconds.
-LEASE = 30.0
+LEASE = 15.0
 #: Seconds after which an unclaimed step is sent again: ``resend_after``.
 RESEND = 60.0
 #: Duration of a reservation in seconds.
