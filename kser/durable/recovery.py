@@ -78,6 +78,7 @@ class RecoveryService:
             self._send_when_due()
         if host is None:
             return self._settings.reaper
+        self._guard(self._takeovers.settle)
         look, now = self._settings.look, self.clock()
         last = self._last_looks.get(host, -float("inf"))
         if now - last >= (look if host.free_workers() else self._settings.reaper):
@@ -90,8 +91,12 @@ class RecoveryService:
 
         :param host: the consumer that runs the steps.
         """
+        self._guard(lambda: self._takeovers.look(host))
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """Make a call for takeovers. After an outage, expired leases are not trusted for the duration of one lease."""
         try:
-            self._takeovers.look(host)
+            call()
         except StoreUnavailable as error:
             self._contact.interrupt()
             self._context.store.report_outage(error)

@@ -264,6 +264,11 @@ class Process:
         assert service is not None
         return service
 
+    @property
+    def host(self) -> Any:
+        """What the consumer of this process offers to its background service."""
+        return self.consumer._kser_services._host
+
     def disable_background_service(self) -> None:
         """Stop heartbeat, takeovers and reaper, as on a machine that gives their threads no time."""
         service = self.background_service
