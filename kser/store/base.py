@@ -12,7 +12,7 @@ example because another worker has claimed it, the checkpoint changes nothing an
 :class:`kser.errors.FencedError`.
 
 **Due steps.** The current step of a root is *due* when no living consumer works on it any more: the lease of the owner
-has expired, a retry is due, the operation was resumed or released, or nobody has claimed the step for too long
+has expired, a retry is due, the operation was resumed or released, or no consumer has claimed the step for long
 (:class:`kser.store.model.DueReason`). ``take_at`` is the time at which the step becomes due. From then on, a consumer
 that can run the step may *reserve* the step and run it without a message. A reservation moves ``take_at`` to its own
 end, so that no other consumer reserves the step meanwhile, and changes nothing else: the owner may still renew its

@@ -199,28 +199,28 @@ def finish_checkpoint(root: OperationRow, checkpoint: Checkpoint, now: float) ->
         return end_claim(root)
     if checkpoint.keep:
         return root
-    take_after, send_after = release_waits(checkpoint)
+    take_after, send_delay = release_waits(checkpoint)
+    take_at = now + take_after
     return root._replace(
         owner=None,
         lease_until=None,
         epoch=root.epoch + 1,
         due_at=now + checkpoint.delay,
-        take_at=now + take_after,
-        send_at=now + send_after,
+        take_at=take_at,
+        send_at=take_at + send_delay,
         due_reason=checkpoint.due_reason,
     )
 
 
 def release_waits(checkpoint: Checkpoint) -> tuple[float, float]:
-    """Return the seconds after a release until the next step may be taken over, and until its message is sent."""
+    """Return the seconds from a release until the next step is due, and from then until its message is sent."""
     if checkpoint.due_reason == DueReason.UNSENT:
-        wait = checkpoint.delay + RESEND_UNSENT_AFTER
-        return wait, wait
-    return checkpoint.delay, checkpoint.delay + SEND_DELAY
+        return checkpoint.delay + RESEND_UNSENT_AFTER, 0.0
+    return checkpoint.delay, SEND_DELAY
 
 
 def end_claim(row: OperationRow) -> OperationRow:
-    """Return the row of a root whose status is final: nobody holds a claim, and no step is due."""
+    """Return the row of a root whose status is final: the root has no owner and no due step."""
     return row._replace(owner=None, lease_until=None, take_at=None, send_at=None, due_reason=None, epoch=row.epoch + 1)
 
 

@@ -15,6 +15,8 @@ from sqlalchemy import (
     ColumnElement,
     Dialect,
     Integer,
+    Select,
+    Subquery,
     Table,
     Text,
     bindparam,
@@ -112,6 +114,20 @@ class RowSource:
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that deletes, for each row of values, the matching table rows."""
         return delete(table).where(*where, *self._where)
+
+    def subquery_of(self, query: Select[Any], name: str) -> Subquery:
+        """Return ``query``, which names values of this source, as a subquery of a query for :meth:`select_each`."""
+        return (query.correlate(self._rows) if self.json_batches else query).subquery(name)
+
+    def select_each(self, query: Select[Any]) -> Any:
+        """Return a statement that runs ``query``, which names values of this source, for each row of values.
+
+        In contrast to :meth:`select`, the order and the limit of the query apply to each row of values alone.
+        """
+        if not self.json_batches:
+            return query
+        part = query.lateral("part")
+        return select(*part.c).select_from(self._rows.join(part, literal_column("true"))).where(*self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that reads, for each row of values, the matching table rows."""

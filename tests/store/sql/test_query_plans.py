@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ from tests.store.harness import (
     ending_checkpoint,
     new_operation,
     new_task,
+    reserve,
     resume_stored,
+    row_of,
     save_and_claim,
     step_checkpoint,
     update_of,
@@ -118,15 +121,82 @@ def test_large_columns_are_read_only_for_returned_rows(
     assert not large_columns & {column.name for index in operation.indexes for column in index.columns}
 
 
-def test_take_due_uses_an_index_range(any_store: SQLStore, clock_offset: ClockOffset) -> None:
-    any_store.save(new_operation(1))
+#: The look of a consumer, and the part of its plan that shows the range of the index: the topic, the urgency, and the
+#: time up to now. In PostgreSQL, the conditions on the index follow on the next line.
+LOOKS: dict[str, Callable[[SQLStore], Any]] = {
+    "reserve_due_steps": lambda store: reserve(store),
+    "reserve_due_steps, only urgent": lambda store: reserve(store, only_urgent=True, expired=False),
+    "take_due_steps": lambda store: store.take_due_steps(10, "reaper", expired=True),
+}
+INDEX_RANGE = re.compile(
+    r"USING INDEX kser_operation_due \(target_topic=\? AND urgent=\? AND take_at<\?\)"
+    r"|Index Scan using kser_operation_due on kser_operation.*\n"
+    r" *Index Cond: \(\(target_topic = anon_1.topic\) AND \(urgent = anon_1.urgent\) AND \(take_at <= .*"
+)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_look_for_due_steps_reads_one_range_of_the_index(
+    any_store: SQLStore, look: str, clock_offset: ClockOffset
+) -> None:
+    """durability rule 20f: a look reads the due steps of its topics in order, and no rows of other topics."""
+    for _ in range(5):
+        any_store.save(new_operation(1))
     clock_offset.seconds = 10
-    plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
+    plans = _plans(any_store, lambda: LOOKS[look](any_store))
     _assert_no_whole_table_scan(plans)
-    select_plan = plans[0]
-    assert "kser_operation_next_check" in select_plan
-    assert "TEMP B-TREE" not in select_plan
-    assert "Sort" not in select_plan
+    (range_plan,) = (plan for plan in plans if INDEX_RANGE.search(plan))
+    assert "TEMP B-TREE" not in range_plan
+    assert "Sort" not in range_plan
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_look_that_finds_nothing_writes_nothing(any_store: SQLStore, look: str) -> None:
+    """durability rule 20f: only a look that finds a due step starts a transaction that writes."""
+    any_store.save(new_operation(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(any_store._database, "write", lambda **_: pytest.fail("the look writes"))
+        assert LOOKS[look](any_store) == []
+
+
+def test_topics_are_read_with_one_index_entry_each(any_store: SQLStore) -> None:
+    for topic in ("orders", "gpu"):
+        for _ in range(20):
+            any_store.save(new_operation(1, topic=topic))
+    plans = _plans(any_store, lambda: any_store.get_topics())
+    _assert_no_whole_table_scan(plans)
+    assert re.search("Index Only Scan using kser_operation_due|COVERING INDEX kser_operation_due", plans[0])
+
+
+def test_looks_stay_fast_behind_a_large_backlog(any_store: SQLStore, clock_offset: ClockOffset) -> None:
+    """A look reads few of the steps that it cannot take, whatever their number."""
+    first = new_operation(1)
+    any_store.save(first)
+    row = row_of(any_store, first.uuid)
+    columns = [column for column in operation.columns if column.computed is None]
+    names = ", ".join(column.name for column in columns)
+    values = {"id": "id + number", "root_id": "id + number", "uuid": "uuid || number", "topic": "topic"}
+    values |= {"epoch": "1", "send_at": "send_at + 3000", "due_reason": "'unclaimed'"}
+    chosen = ", ".join(values.get(column.name, column.name) for column in columns)
+    numbers = (
+        "WITH RECURSIVE numbers(number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM numbers WHERE number < 20000)"
+    )
+    with any_store._database.write() as transaction:
+        transaction._cursor.execute(
+            f"INSERT INTO kser_operation ({names}) {numbers} SELECT {chosen} FROM kser_operation, numbers"
+        )
+    any_store.cancel(first.uuid, None)
+    clock_offset.seconds = 10
+    for call in (
+        lambda: reserve(any_store, only_urgent=True),
+        lambda: reserve(any_store, known=["other.Class"]),
+        lambda: any_store.take_due_steps(10, "reaper", expired=True),
+    ):
+        started_at = time.monotonic()
+        assert call() == []
+        assert time.monotonic() - started_at < 1
+    assert len(reserve(any_store)) == 10
+    assert row.take_at is not None
 
 
 def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, clock_offset: ClockOffset) -> None:
@@ -144,7 +214,11 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, c
         )
         row = resume_stored(any_store, claim.root.uuid)
         assert row is not None
-        any_store.mark_sent([(row.id, row.epoch)], 60)
+        any_store.refuse_class(row.uuid, row.target.uuid)
+        steps = reserve(any_store)
+        any_store.return_reservations(steps)
+        any_store.postpone_takeover(steps, 60)
+        any_store.mark_sent([(row.id, row.epoch)], 60, 30)
         any_store.postpone_send([(row.id, row.epoch)], 60)
         claim = claim_root(any_store, row)
         any_store.snapshot(inner.uuid)
