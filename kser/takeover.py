@@ -45,7 +45,7 @@ class Takeover:
 
 
 class TakeoverHost(Protocol):
-    """What a consumer offers to its background services, so that they can take over due steps."""
+    """Interface that a consumer offers to its background services, so that they can take over due steps."""
 
     def free_workers(self) -> int:
         """Return the number of takeovers that could begin now; 0 if the consumer is paused or is shutting down."""
@@ -67,6 +67,7 @@ class TakeoverHost(Protocol):
         """Queue a takeover.
 
         :param expires_in: seconds until the reservation expires. A takeover that has not begun by then is dropped.
-        :return: False if the consumer does not accept the takeover. The caller must give the reservation back.
+        :return: False if the consumer does not accept the takeover. Then the caller must return the reservation to the
+            store.
         """
         ...

@@ -114,14 +114,7 @@ class BaseConsumer:
         self._kser_supervisor: threading.Thread | None = None
         self._kser_main_thread: threading.Thread | None = None
         self._kser_shared_producer = SharedProducer(self.make_producer)
-        takeovers = ConsumerTakeovers(
-            self._kser_work_queue,
-            options.workers,
-            options.retry,
-            self._kser_topics,
-            self._kser_may_take_over,
-        )
-        self._kser_services = BackgroundServices(self._kser_shared_producer.background_services, takeovers)
+        self._kser_services = self._kser_make_services()
         self._kser_last_check = self._kser_last_reminder = self._kser_clock() - PAUSE_REMINDER_INTERVAL
         self._kser_build(interval)
         try:
@@ -165,6 +158,16 @@ class BaseConsumer:
                 "without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
             )
+
+    def _kser_make_services(self) -> BackgroundServices:
+        takeovers = ConsumerTakeovers(
+            self._kser_work_queue,
+            self.options.workers,
+            self.options.retry,
+            self._kser_topics,
+            self._kser_may_take_over,
+        )
+        return BackgroundServices(self._kser_shared_producer.background_services, takeovers)
 
     # -- override points -----------------------------------------------------------------------------------------------
 

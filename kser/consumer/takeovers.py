@@ -140,7 +140,7 @@ class TakeoverQueue:
         return ready.popleft()
 
     def close(self) -> None:
-        """Drop the waiting takeovers, so that their reservations are given back, and accept no more.
+        """Drop the waiting takeovers, so that their reservations are returned, and accept no more.
 
         The caller must hold the lock.
         """

@@ -6,8 +6,10 @@ import logging
 import os
 import socket
 import threading
+import time
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from kser.controller import BaseProducer
 
 logger = logging.getLogger(__name__)
+
+#: Seconds for which a process remembers that a step became due.
+DUE_TIMES_KEPT = 10.0
 
 #: Maximum duration of a send in seconds. If the broker does not confirm a step's message within this time, the reaper
 #: sends the message later.
@@ -112,7 +117,11 @@ class DurableContext:
         #: random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.loader = EntrypointLoader(registry)
+        #: The clock of this process, in seconds; tests may replace it.
+        self.clock: Callable[[], float] = time.monotonic
         self._lock = threading.Lock()
+        # The times at which steps become due that this process has released with a delay, in ascending order.
+        self._due_times: list[float] = []
         self._active_claims: dict[int, ActiveClaim] = {}
         #: Steps that were sent but are not marked as sent in the store yet, each as a pair ``(root_id, epoch)`` of its
         #: root.
@@ -146,6 +155,22 @@ class DurableContext:
         request = replace(self.new_claim_request(), token=claim.root.token or "")
         renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
         return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
+
+    def note_due(self, delay: float) -> None:
+        """Remember that a step that this process has released becomes due, so that a consumer looks at that time.
+
+        :param delay: seconds until the step is due.
+        """
+        with self._lock:
+            insort(self._due_times, self.clock() + delay)
+
+    def next_due(self, after: float) -> float:
+        """Return the first time after ``after`` at which a remembered step becomes due; infinity if there is none."""
+        with self._lock:
+            # Other consumers of the process may look later, so keep the times of the last seconds.
+            del self._due_times[: bisect_left(self._due_times, after - DUE_TIMES_KEPT)]
+            position = bisect_right(self._due_times, after)
+            return self._due_times[position] if position < len(self._due_times) else float("inf")
 
     def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim, so that the heartbeat renews its lease."""

@@ -296,6 +296,7 @@ class Execution:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
             self._reply = Deferred(self._reply or root.accumulated)
+            self._context.note_due(delay)
         elif self._released:
             self._dispatch_next(checkpoint)
 

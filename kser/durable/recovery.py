@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +30,9 @@ BATCH = 500
 #: RESEND_UNSENT_AFTER seconds the reaper sends again a step that is not marked as sent.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
+#: Minimum number of seconds between two looks for due steps.
+SHORTEST_LOOK = 0.02
+
 #: Maximum number of seconds that the shutdown of a consumer waits for the end of the current tick.
 CLOSE_TIMEOUT = 5.0
 
@@ -44,8 +46,6 @@ class RecoveryService:
     def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._settings = context.settings
-        #: The clock of the intervals, in seconds; tests may replace it.
-        self.clock: Callable[[], float] = time.monotonic
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
         #: The time of the last look of each consumer.
@@ -59,6 +59,15 @@ class RecoveryService:
         self._sender = PeriodicThread("kser-reaper", self._send_when_due, RECORD_SENDS_INTERVAL / 2)
         #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock of the intervals, in seconds; tests may replace it."""
+        return self._context.clock
+
+    @clock.setter
+    def clock(self, clock: Callable[[], float]) -> None:
+        self._context.clock = clock
 
     def start(self, host: TakeoverHost) -> None:
         """Start the thread of the heartbeat and the thread that sends due steps, unless they run.
@@ -81,10 +90,19 @@ class RecoveryService:
         self._guard(self._takeovers.settle)
         look, now = self._settings.look, self.clock()
         last = self._last_looks.get(host, -float("inf"))
-        if now - last >= (look if host.free_workers() else self._settings.reaper):
+        interval = look if host.free_workers() else self._settings.reaper
+        if now >= min(last + interval, self._next_due(last)):
             self._last_looks[host] = last = now
             self.look(host)
-        return max(last + look - self.clock(), 0) if last + look > now else look
+        # Even if all workers are busy, one may be free soon.
+        return max(min(now + look, self._next_due(last)) - self.clock(), 0)
+
+    def _next_due(self, last: float) -> float:
+        """Return the time of the next look for a step that this process knows to become due.
+
+        :param last: the time of the last look.
+        """
+        return max(self._context.next_due(last), last + SHORTEST_LOOK)
 
     def look(self, host: TakeoverHost) -> None:
         """Look for due steps once, and take over those that the consumer can run.
@@ -229,7 +247,7 @@ class RecoveryService:
         return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
     def close(self, host: TakeoverHost | None = None) -> None:
-        """Release the claims of abandoned attempts, give reservations back, and mark steps as sent.
+        """Release the claims of abandoned attempts, return reservations, and mark steps as sent.
 
         :param host: the consumer that is shutting down.
         """

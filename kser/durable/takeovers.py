@@ -102,7 +102,7 @@ class TakeoverSearch:
         return len(due) - len(refused)
 
     def settle(self) -> None:
-        """Give back the reservations of takeovers that were dropped, and postpone those that ended before a claim.
+        """Return the reservations of takeovers that were dropped, and postpone those that ended before a claim.
 
         :raises kser.errors.StoreUnavailable: the database is unavailable. The reservations expire by themselves.
         """
