@@ -90,6 +90,8 @@ class BackgroundServices:
         while not self._stopped.is_set():
             wait = TICK_INTERVAL
             for service in self._in_turn():
+                if self._stopped.is_set():
+                    return
                 service.start(self._host)
                 wait = min(wait, service.tick(self._host))
             self._stopped.wait(wait)

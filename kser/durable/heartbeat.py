@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from kser.durable.context import DurableContext
 from kser.durable.periodic import PeriodicThread
@@ -24,7 +25,8 @@ class Heartbeat:
         self._lost_claims: set[tuple[int, int]] = set()
         #: The thread of the heartbeat, which has a database connection of its own.
         self.thread = PeriodicThread("kser-heartbeat", self._beat, context.settings.heartbeat, self._close_renewer)
-        self._renewer: LeaseRenewer | None = None
+        # Each thread has its own renewer, because a stopped thread may end after the start of the next one.
+        self._own = threading.local()
 
     def renew_leases(self) -> None:
         """Renew the leases of the claims that workers hold now.
@@ -35,7 +37,8 @@ class Heartbeat:
         keys = {claim.key for claim in context.active_claims()}
         if not keys:
             return
-        renew = context.store.direct.renew if self._renewer is None else self._renewer.renew
+        renewer: LeaseRenewer | None = getattr(self._own, "renewer", None)
+        renew = context.store.direct.renew if renewer is None else renewer.renew
         renewed = context.store.once(renew, keys, context.owner, context.settings.lease)
         lost = {key for key in keys if key[0] not in renewed}
         for root_id, epoch in lost - self._lost_claims:
@@ -48,8 +51,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         try:
-            if self._renewer is None:
-                self._renewer = self._context.store.lease_renewer(self._context.settings.heartbeat)
+            if not hasattr(self._own, "renewer"):
+                self._own.renewer = self._context.store.lease_renewer(self._context.settings.heartbeat)
             self.renew_leases()
         except StoreUnavailable as error:
             self._context.store.report_outage(error)
@@ -59,6 +62,5 @@ class Heartbeat:
             logger.exception("unexpected error in the heartbeat; trying again at the next heartbeat")
 
     def _close_renewer(self) -> None:
-        renewer, self._renewer = self._renewer, None
-        if renewer is not None:
-            renewer.close()
+        if hasattr(self._own, "renewer"):
+            self._own.renewer.close()

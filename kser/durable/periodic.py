@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
-#: Maximum number of seconds that :meth:`PeriodicThread.stop` waits for the end of the current call.
-STOP_TIMEOUT = 5.0
+#: Maximum number of seconds that :meth:`PeriodicThread.stop` waits for the end of the current call. The shutdown of a
+#: consumer must not wait long for a send or for the database, and a daemon thread does not keep the process alive.
+STOP_TIMEOUT = 1.0
 
 
 class PeriodicThread:
