@@ -117,7 +117,6 @@ class SQLStore(Store):
         return renewed
 
     def lease_renewer(self, timeout: float) -> LeaseRenewer:
-        self._ensure_schema()
         return SQLLeaseRenewer(self._database.own_connection(), self._leases, timeout)
 
     def get_topics(self) -> Sequence[str]:
