@@ -64,14 +64,12 @@ class CheckpointRows:
 
         :param cancelled: True if a client has requested to cancel the root. The root then becomes CANCELLED.
         """
-        target = checkpoint.target
         update = checkpoint.updates[-1]
         if cancelled:
             update = update._replace(status=states.CANCELLED, result=update.accumulated)
         final = states.is_final(update.status)
         kept = checkpoint.keep and not final
-        take_after, send_delay = (None, None) if final else release_waits(checkpoint)
-        row = {
+        row: dict[str, Any] = {
             "id": update.operation_id,
             "epoch": checkpoint.epoch,
             "stored_step": update.stored_step,
@@ -81,20 +79,22 @@ class CheckpointRows:
             "phase": update.phase,
             "accumulated": update.accumulated,
             "result": update.result,
-            "target_uuid": target and target.uuid,
-            "target_entrypoint": target and target.entrypoint,
-            "target_topic": target and target.topic,
+            "current_entrypoint": checkpoint.current_entrypoint,
             "status": update.status,
             "released": int(not kept),
             "ended": int(final),
-            "take_after": take_after,
-            "send_delay": send_delay,
-            "due_reason": None if final else checkpoint.due_reason,
-            "delay": None if kept or final else checkpoint.delay,
-            "current_entrypoint": checkpoint.current_entrypoint,
         }
-        rows = self.released if not kept else self.kept if target is None else self.redirected
-        rows.append(row)
+        if kept and checkpoint.target is None:
+            # Most checkpoints end here. A value that is missing in a row is NULL in the statement of PostgreSQL, and is
+            # not named in the statement of SQLite.
+            self.kept.append(row)
+            return
+        row |= zip(_TARGET, checkpoint.target or _NO_TARGET, strict=True)
+        if kept:
+            self.redirected.append(row)
+        else:
+            row |= _release_values(None if final else checkpoint)
+            self.released.append(row)
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the row values for all roots, ordered by the id of the root."""
@@ -324,6 +324,19 @@ class CheckpointWriter:
         return states.CANCELLED
 
 
+def _release_values(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return the values of a root that releases its claim; without ``checkpoint``, of a root that has ended."""
+    if checkpoint is None:
+        return {"take_after": None, "send_delay": None, "due_reason": None, "delay": None}
+    take_after, send_delay = release_waits(checkpoint)
+    return {
+        "take_after": take_after,
+        "send_delay": send_delay,
+        "due_reason": checkpoint.due_reason,
+        "delay": checkpoint.delay,
+    }
+
+
 def _child_row(update: OperationUpdate) -> dict[str, Any]:
     return {
         "id": update.operation_id,
@@ -362,6 +375,7 @@ def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]
 
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
+_NO_TARGET: Final = (None, None, None)
 
 #: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "stored_step": Integer(), "stored_phase": Text(), "cancelled": Boolean()}

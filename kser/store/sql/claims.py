@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Double, Text, and_, case, insert, literal, or_, select
+from sqlalchemy import BigInteger, Double, Text, and_, case, insert, literal, literal_column, or_, select
 
 from kser import status as states
 from kser.store.model import Claim, ClaimRefused, ClaimRequest, Mode, OperationRow, Phase, RefusalReason, TaskRow
@@ -149,7 +149,7 @@ def _claim_statement(database: Database) -> Any:
     now = database.now
     texts = {name: Text() for name in ("uuid", "step", "topic", "owner", "token")}
     row = database.source({**texts, "epoch": BigInteger(), "lease": Double()})
-    claim_count = operation.c.claim_count + 1
+    claim_count = operation.c.claim_count + literal_column("1")
     return row.update(
         operation,
         {
@@ -158,9 +158,9 @@ def _claim_statement(database: Database) -> Any:
             "token": row["token"],
             "claim_count": claim_count,
             **lease_values(now, row["owner"], row["lease"], claim_count),
-            "send_count": 0,
+            "send_count": literal_column("0"),
             "sent_at": None,
-            "refusal_count": 0,
+            "refusal_count": literal_column("0"),
             "refused_since": None,
             "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
         },

@@ -21,6 +21,10 @@ from kser.store.transitions import apply_refusal
 #: consumers send their messages within seconds, and a later search reads other steps.
 SCAN_LIMIT: Final = 1000
 
+#: A search for takeovers reads this many times the steps that the caller wants. If several consumers search at the same
+#: moment, each of them then finds steps that the others have not reserved.
+OVERREAD: Final = 8
+
 #: The values of the column ``urgent``.
 _URGENT: Final = 1
 _NOT_URGENT: Final = 0
@@ -114,7 +118,11 @@ class DueSteps:
         expired: bool,
         only_urgent: bool,
     ) -> Sequence[FoundStep]:
-        """Return due steps to reserve, the longest due first; see :meth:`kser.store.base.StepSchedule`."""
+        """Return at most ``OVERREAD * limit`` due steps to reserve, the longest due first.
+
+        The parameters are those of :meth:`kser.store.base.StepSchedule.reserve_due_steps`.
+        """
+        limit *= OVERREAD
         names = list(known) if self._database.json_batches else json.dumps(list(known))
         values = {"limit": limit, "expired": int(expired), "known": names}
         rows = transaction.fetch(self._takeovers, _ranges(topics, only_urgent=only_urgent), **values)
@@ -154,12 +162,16 @@ class DueSteps:
         self._postpone_takeover = database.statement(row.update_skip_locked(operation, failed, *unchanged))
 
     def reserve(
-        self, transaction: Transaction, found: Sequence[FoundStep], consumer: str, reservation: float
+        self, transaction: Transaction, found: Sequence[FoundStep], limit: int, consumer: str, reservation: float
     ) -> Sequence[DueStep]:
-        """Reserve the steps that have not changed since they were read, and return these."""
-        rows = transaction.fetch(self._reserve, _reserved_rows(found), reservation=reservation)
-        ends = dict(tuple(row) for row in rows)
-        steps = [_due_step(step, ends[step.id]) for step in found if step.id in ends]
+        """Reserve at most ``limit`` of the steps that have not changed since they were read, and return these."""
+        steps: list[DueStep] = []
+        while found and len(steps) < limit:
+            missing = limit - len(steps)
+            first, found = found[:missing], found[missing:]
+            rows = transaction.fetch(self._reserve, _reserved_rows(first), reservation=reservation)
+            ends = dict(tuple(row) for row in rows)
+            steps += (_due_step(step, ends[step.id]) for step in first if step.id in ends)
         events = [event_row(step.id, "taken-over", step.epoch, consumer, text=step.reason) for step in steps]
         transaction.execute_many(self._inserts.events, events)
         return steps

@@ -136,13 +136,12 @@ class InsertRows:
         :param first_id: the first of the consecutive ids that are reserved for the root and its nested operations;
             :func:`count` returns the number of these ids.
         """
-        root: dict[str, Any] = {**CHILD_DEFAULTS, "current_entrypoint": first_entrypoint(new)}
         if request is None:
-            root |= {"take_after": RESEND_UNSENT_AFTER, "send_delay": 0.0, "due_reason": DueReason.UNSENT}
+            root = {**_UNSENT_DEFAULTS}
         else:
-            root |= {"status": states.RUNNING, "epoch": 1, "claim_count": 1, "started": 1}
-            root |= {"owner": request.owner, "token": request.token, "lease": request.lease}
-            root |= {"take_after": request.lease, "send_delay": SEND_DELAY, "due_reason": DueReason.EXPIRED}
+            root = {**_CLAIMED_DEFAULTS, "owner": request.owner, "token": request.token}
+            root["lease"] = root["take_after"] = request.lease
+        root["current_entrypoint"] = first_entrypoint(new)
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
@@ -212,6 +211,23 @@ CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "send_delay": None,
     "due_reason": None,
     "current_entrypoint": None,
+}
+
+#: The same values in the row of a root without a claim, and in the row of a root that is claimed when it is stored.
+_UNSENT_DEFAULTS: Final[Mapping[str, Any]] = {
+    **CHILD_DEFAULTS,
+    "take_after": RESEND_UNSENT_AFTER,
+    "send_delay": 0.0,
+    "due_reason": DueReason.UNSENT,
+}
+_CLAIMED_DEFAULTS: Final[Mapping[str, Any]] = {
+    **CHILD_DEFAULTS,
+    "status": states.RUNNING,
+    "epoch": 1,
+    "claim_count": 1,
+    "started": 1,
+    "send_delay": SEND_DELAY,
+    "due_reason": DueReason.EXPIRED,
 }
 
 

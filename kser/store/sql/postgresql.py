@@ -229,11 +229,12 @@ class PostgresqlConnection(OwnConnection):
     def write(self, timeout: float) -> Iterator[Transaction]:
         with self._database.translated():
             try:
+                end_at = time.monotonic() + timeout
                 if self._connection is None:
                     self._connection = self._database.connect(timeout)
-                with _deadline(self._connection, timeout):
-                    milliseconds = max(int(timeout * 1000), 1)
-                    self._connection.execute(f"SET lock_timeout = {milliseconds}")
+                left = max(end_at - time.monotonic(), 0.001)
+                with _deadline(self._connection, left):
+                    self._connection.execute(f"SET lock_timeout = {math.ceil(left * 1000)}")
                     yield self._database.transaction_on(self._connection)
             except BaseException as error:
                 if getattr(error, "sqlstate", None) != LOCK_TIMEOUT:

@@ -15,6 +15,14 @@ MAX_DOUBLINGS: Final = 20
 
 _ONE: Final[ColumnElement[Any]] = literal_column("1")
 
+# Numbers are part of the text of a statement, because each bind parameter costs time in each execution.
+_ZERO: Final[ColumnElement[Any]] = literal_column("0")
+_IMMEDIATE: Final[ColumnElement[Any]] = literal_column(str(IMMEDIATE_TAKEOVERS))
+_LONGEST: Final[ColumnElement[Any]] = literal_column(str(int(MAX_TAKEOVER_DELAY)))
+_DOUBLINGS: Final[ColumnElement[Any]] = literal_column(str(int(MAX_TAKEOVER_DELAY).bit_length()))
+_SEND_DELAY: Final[ColumnElement[Any]] = literal_column(str(SEND_DELAY))
+_EXPIRED: Final[ColumnElement[Any]] = literal_column(f"'{DueReason.EXPIRED}'")
+
 
 def lease_values(now: Any, owner: Any, lease: Any, claim_count: Any) -> dict[str, Any]:
     """Return the values of the columns that the start or the renewal of a lease changes.
@@ -26,18 +34,17 @@ def lease_values(now: Any, owner: Any, lease: Any, claim_count: Any) -> dict[str
         "owner": owner,
         "lease_until": now + lease,
         "take_at": take_at,
-        "send_at": take_at + SEND_DELAY,
-        "due_reason": DueReason.EXPIRED,
+        "send_at": take_at + _SEND_DELAY,
+        "due_reason": _EXPIRED,
     }
 
 
 def takeover_delay(claim_count: Any) -> ColumnElement[Any]:
     """Return the number of seconds between the expiry of a lease and the next takeover of the step."""
-    further = claim_count - IMMEDIATE_TAKEOVERS
     return case(
-        (further <= 0, 0),
-        (further >= int(MAX_TAKEOVER_DELAY).bit_length(), int(MAX_TAKEOVER_DELAY)),
-        else_=_ONE.op("<<")(further),
+        (claim_count <= _IMMEDIATE, _ZERO),
+        (claim_count - _IMMEDIATE >= _DOUBLINGS, _LONGEST),
+        else_=_ONE.op("<<")(claim_count - _IMMEDIATE),
     )
 
 

@@ -51,8 +51,10 @@ class Statement:
     def __init__(self, clause: ClauseElement, dialect: Dialect) -> None:
         compiled: Any = clause.compile(dialect=dialect)
         self.sql = str(compiled)
+        #: The values of the bind parameters that are the same in each execution. Do not read them from
+        #: ``compiled.binds``, which contains some of them twice, under different names.
         self.constants: dict[str, Any] = {
-            name: bind.value for name, bind in compiled.binds.items() if not bind.required
+            name: bind.value for bind, name in compiled.bind_names.items() if not bind.required
         }
 
 

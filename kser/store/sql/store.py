@@ -117,7 +117,6 @@ class SQLStore(Store):
         return renewed
 
     def lease_renewer(self, timeout: float) -> LeaseRenewer:
-        self._ensure_schema()
         return SQLLeaseRenewer(self._database.own_connection(), self._leases, timeout)
 
     def get_topics(self) -> Sequence[str]:
@@ -136,7 +135,7 @@ class SQLStore(Store):
     ) -> Sequence[DueStep]:
         find = self._due_steps.find_takeovers
         found = self._read(find, limit, topics, known, expired=expired, only_urgent=only_urgent)
-        return self._write(self._due_steps.reserve, found, consumer, reservation) if found else []
+        return self._write(self._due_steps.reserve, found, limit, consumer, reservation) if found else []
 
     def return_reservations(self, steps: Iterable[DueStep]) -> None:
         self._write(self._due_steps.return_reservations, list(steps))

@@ -30,7 +30,7 @@ def upgrade() -> None:
         sa.Column("oldest", sa.Integer, nullable=False),
     )
     op.bulk_insert(schema, [{"version": 1, "oldest": 1}])
-    if op.get_bind().dialect.name == "postgresql":
+    if _is_postgresql():
         # Leave free space in each page, so that the new version of an updated row fits into the page of the old
         # version. Such a HOT update (heap-only tuple) writes no index entries.
         op.execute("ALTER TABLE kser_operation SET (fillfactor = 60)")
@@ -78,7 +78,8 @@ def _operation() -> None:
         sa.Column("metadata", sa.Text, nullable=False),
         sa.Column("accumulated", sa.Text, nullable=False),
         sa.Column("result", sa.Text),
-        sa.Column("urgent", sa.Integer, sa.Computed(IS_URGENT, persisted=True)),
+        # PostgreSQL before version 18 can only store the value. SQLite computes it faster than it stores it.
+        sa.Column("urgent", sa.Integer, sa.Computed(IS_URGENT, persisted=_is_postgresql())),
         sa.UniqueConstraint("uuid", name="kser_operation_uuid"),
     )
     _index("kser_operation_due", ["target_topic", "urgent", "take_at", "send_at"], SCHEDULED)
@@ -86,6 +87,10 @@ def _operation() -> None:
     _index("kser_operation_entrypoint", ["entrypoint", "status", "id"], ROOT)
     _index("kser_operation_parent", ["parent_id", "id"], INNER)
     _index("kser_operation_root", ["root_id"], INNER)
+
+
+def _is_postgresql() -> bool:
+    return op.get_bind().dialect.name == "postgresql"
 
 
 def _index(name: str, columns: list[str], part: str) -> None:
