@@ -95,11 +95,12 @@ class TakeoverSearch:
         )
         expires_at = started_at + settings.reservation
         refused = self._untrusted(due) if self._clock() - started_at > settings.lease / 3 else []
-        taken = [step for step in due if step not in refused]
-        refused += [step for step in taken if not self._put(host, step, expires_at)]
-        if refused:
-            context.store.direct.return_reservations(refused)
-        return len(due) - len(refused)
+        # Keep the reservation of a step that runs here: the next heartbeat ends it.
+        taken = [step for step in due if step not in refused and not self._is_running_here(step)]
+        rejected = [step for step in taken if not self._put(host, step, expires_at)]
+        if refused or rejected:
+            context.store.direct.return_reservations([*refused, *rejected])
+        return len(taken) - len(rejected)
 
     def settle(self) -> None:
         """Return the reservations of takeovers that were dropped, and postpone those that ended before a claim.
@@ -132,6 +133,14 @@ class TakeoverSearch:
         """
         self._contact.interrupt()
         return [step for step in due if step.reason == DueReason.EXPIRED]
+
+    def _is_running_here(self, step: DueStep) -> bool:
+        """Return whether a worker of this process still runs a step whose lease has expired.
+
+        The next heartbeat renews the lease, unless another process has claimed the operation.
+        """
+        claim = self._context.claim_for(step.id)
+        return claim is not None and claim.key == (step.id, step.epoch) and not claim.is_abandoned
 
     def _put(self, host: TakeoverHost, step: DueStep, expires_at: float) -> bool:
         """Queue a takeover; return False if the consumer does not accept it."""

@@ -255,6 +255,25 @@ def test_busy_consumer_takes_over_only_one_urgent_step(harness: DurableHarness, 
     assert [look(harness.first), look(harness.first)] == [taken, taken]
 
 
+def test_process_does_not_take_over_what_its_own_worker_runs(harness: DurableHarness) -> None:
+    """durability rule 9: the next heartbeat renews the lease."""
+    seen: list[int] = []
+    harness.advance_with_reaper(2 * LEASE)
+
+    def let_the_lease_expire() -> None:
+        for _ in range(4):
+            # The contact with the store continues, but the heartbeat does not.
+            look(harness.first)
+            harness.advance(LEASE_EXPIRED / 4)
+        seen.append(look(harness.first))
+        harness.first.background_service.renew_leases()
+
+    ScriptedTask.script["1.b"] = let_the_lease_expire
+    send_raw_message(Sale)
+    harness.first.handle()
+    assert (seen, harness.status(), ScriptedTask.ran, reasons(harness)) == ([0], SUCCESS, ORDER, [DueReason.EXPIRED])
+
+
 # -- reservation and claim ---------------------------------------------------------------------------------------------
 
 
