@@ -263,11 +263,13 @@ class Simulation:
                 self.wake_events.append(events[0])
                 before = self.snapshot()
                 process.wake_up()
-                self._check_fencing(process, before)
+                self._check_fencing(process, before, events[0])
 
-    def _check_fencing(self, process: Process, before: OperationSnapshot | None) -> None:
+    def _check_fencing(self, process: Process, before: OperationSnapshot | None, wake_event: str) -> None:
         """Check that a process that woke up changed neither an ended operation nor one that another process owns."""
-        is_owned = before is not None and before.operation.owner not in (None, process.store.owner)
+        # A step that is sent or reserved is due: its owner, if the row still names one, has lost its lease.
+        is_due = wake_event in ("reaped", "reserved")
+        is_owned = not is_due and before is not None and before.operation.owner not in (None, process.store.owner)
         has_ended = before is not None and before.operation.ended_at is not None
         if (is_owned or has_ended) and before != self.snapshot():
             self.violations.append(f"{process.name} woke up and changed {before} to {self.snapshot()}")
