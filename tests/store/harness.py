@@ -32,8 +32,8 @@ from kser.store.model import (
 LEASE = 15.0
 #: Seconds after which an unclaimed step is sent again: ``resend_after``.
 RESEND = 60.0
-#: Duration of a reservation in seconds.
-RESERVATION = 5.0
+#: Duration of a reservation in seconds. It is long, so that no reservation ends while a test stands still.
+RESERVATION = 30.0
 #: Seconds by which two times may differ that a test reads one after the other.
 TIME_TOLERANCE = 5.0
 

@@ -7,7 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, bindparam, case, cast, func, literal, or_, select
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Text,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+)
 
 from kser import status as states
 from kser.errors import FencedError
@@ -375,6 +391,10 @@ def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]
 
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
+
+# Numbers are part of the text of a statement, because each bind parameter costs time in each execution.
+_ZERO: Final[ColumnElement[Any]] = literal_column("0")
+_ONE: Final[ColumnElement[Any]] = literal_column("1")
 _NO_TARGET: Final = (None, None, None)
 
 #: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
@@ -405,7 +425,7 @@ def update_roots(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that updates roots and, depending on the row values, keeps or releases each claim."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
-    released, take_at = row["released"] == 1, now + row["take_after"]
+    released, take_at = row["released"] == _ONE, now + row["take_after"]
     return _update_values(
         row,
         {
@@ -418,7 +438,7 @@ def update_roots(database: Database, rows: str = ROWS) -> Any:
             "send_at": case((released, take_at + row["send_delay"]), else_=own.send_at),
             "due_reason": case((released, row["due_reason"]), else_=own.due_reason),
             "due_at": func.coalesce(now + row["delay"], own.due_at),
-            "ended_at": case((row["ended"] == 1, now), else_=None),
+            "ended_at": case((row["ended"] == _ONE, now), else_=None),
         },
     )
 
@@ -436,7 +456,7 @@ def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
     own = operation.c
     names = ("step", "phase", "accumulated", "result", "current_entrypoint")
     changed: dict[str, Any] = {name: row[name] for name in names}
-    changed |= {"claim_count": 0, "send_count": 0, "sent_at": None, **more}
+    changed |= {"claim_count": _ZERO, "send_count": _ZERO, "sent_at": null(), **more}
     return row.update(
         operation,
         changed,

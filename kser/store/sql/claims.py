@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import BigInteger, Double, Text, and_, case, insert, literal, literal_column, or_, select
 
@@ -13,7 +13,15 @@ from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.schedule import is_claimable, lease_values
 from kser.store.sql.statements import types_of
-from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
+from kser.store.sql.tables import (
+    OPERATION_COLUMNS,
+    TASK_COLUMNS,
+    event,
+    operation,
+    operation_row,
+    short_columns,
+    task,
+)
 from kser.store.transitions import claim_refusal
 
 #: Tasks, keyed by operation id and position.
@@ -144,11 +152,18 @@ class Claims:
         return [_claim(path, tasks, request) for path, (_, request) in zip(paths, roots, strict=True)]
 
 
+#: The values of a claim, with their types.
+_CLAIM_VALUES: Final[Mapping[str, Any]] = {
+    **{name: Text() for name in ("uuid", "step", "topic", "owner", "token")},
+    "epoch": BigInteger(),
+    "lease": Double(),
+}
+
+
 def _claim_statement(database: Database) -> Any:
     """Return the statement that claims roots."""
     now = database.now
-    texts = {name: Text() for name in ("uuid", "step", "topic", "owner", "token")}
-    row = database.source({**texts, "epoch": BigInteger(), "lease": Double()})
+    row = database.source(_CLAIM_VALUES)
     claim_count = operation.c.claim_count + literal_column("1")
     return row.update(
         operation,
@@ -182,7 +197,7 @@ def _single_statement(database: Database) -> Any:
 
     For each root, the statement reads the current task; for a distributed root, also the task after the current task.
     """
-    claimed = _claim_statement(database).returning(*OPERATION_COLUMNS).cte("claimed")
+    claimed = _claim_statement(database).returning(*short_columns(*_CLAIM_VALUES)).cte("claimed")
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(claimed.c.id, database.now, literal("claimed", Text), claimed.c.epoch, claimed.c.owner)
     events = insert(event).from_select(list(names), values).cte("inserted_events")
@@ -208,7 +223,7 @@ def _single_statement(database: Database) -> Any:
     )
     columns = [rows.c[name] for rows in (current, following) for name in TaskRow._fields]
     joined = claimed.outerjoin(stored, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
-    return select(*claimed.c, *columns).select_from(joined).add_cte(events)
+    return select(literal_column("claimed.*"), *columns).select_from(joined).add_cte(events)
 
 
 def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:

@@ -90,7 +90,7 @@ class Postgresql(Database):
     max_concurrent_writers = 2
     # statement_timestamp() is constant within a statement. So conditions on the current time can use an index, and all
     # columns that a statement sets to the current time get the same value.
-    now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
+    now = literal_column("date_part('epoch', statement_timestamp())", Double) + bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         #: Seconds by which the server's clock is ahead of the local clock; None before the first measurement.

@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Computed,
     Double,
     Index,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 
@@ -196,6 +198,20 @@ OPERATION_COLUMNS: Final = (
     operation.c.target_entrypoint,
     operation.c.target_topic,
 )
+
+
+def short_columns(*ambiguous: str) -> list[ColumnElement[Any]]:
+    """Return :data:`OPERATION_COLUMNS` for a RETURNING clause without the name of the table.
+
+    psycopg parses a statement of more than 4,096 characters in each execution, and the name of the table before each
+    column makes the longest statements longer than that.
+
+    :param ambiguous: names of columns that need the name of the table, because another table has them too.
+    """
+    return [
+        column if column.name in ambiguous else literal_column(column.name, column.type) for column in OPERATION_COLUMNS
+    ]
+
 
 TASK_COLUMNS: Final = tuple(task.c[name] for name in TaskRow._fields)
 _PLAIN: Final = len(OperationRow._fields) - 1

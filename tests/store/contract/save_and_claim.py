@@ -316,15 +316,15 @@ class SaveAndClaimContract:
             claim = claim_root(harness.store, row)
             assert claim.root.claim_count == claim_count
             assert (claim.root.take_at or 0) - (claim.root.lease_until or 0) == pytest.approx(delay, abs=0.001)
-            if delay:
-                harness.advance(LEASE + delay - 1.5)
+            if delay > 2 * TIME_TOLERANCE:
+                harness.advance(LEASE + delay - 2 * TIME_TOLERANCE)
                 refusal = harness.other.claim(row.uuid, row.target.uuid, claim_request())
                 assert isinstance(refusal, ClaimRefused)
                 assert refusal.reason == RefusalReason.WAITING
                 assert reserved_steps(harness.other) == []
-                harness.advance(1.6)
+                harness.advance(2 * TIME_TOLERANCE + 0.1)
             else:
-                harness.advance(LEASE + 0.1)
+                harness.advance(LEASE + delay + 0.1)
             assert reserved_steps(harness.other) == [(row.uuid, DueReason.EXPIRED)]
 
     def test_waiting_takeover_does_not_delay_a_cancellation(self, harness: StoreHarness) -> None:

@@ -127,9 +127,9 @@ class TakeoverContract:
         claim = save_and_claim(harness.store, new_operation(2))
         harness.advance(LEASE + 0.1)
         assert reserved_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
-        harness.advance(RESERVATION - 1)
+        harness.advance(RESERVATION - 10)
         assert reserved_steps(harness.other) == []
-        harness.advance(1.1)
+        harness.advance(10.1)
         assert reserved_steps(harness.other) == [(claim.root.uuid, DueReason.EXPIRED)]
 
     def test_reserved_step_is_not_sent(self, harness: StoreHarness) -> None:
@@ -144,7 +144,8 @@ class TakeoverContract:
     def test_step_that_nobody_takes_over_is_sent_after_a_second(self, harness: StoreHarness, reason: DueReason) -> None:
         """Rule 20."""
         uuid = self._make_due(harness, reason)
-        assert due_steps(harness.store) == []
+        row = row_of(harness.store, uuid)
+        assert (row.send_at or 0) - (row.take_at or 0) == pytest.approx(SEND_DELAY, abs=0.001)
         harness.advance(SEND_DELAY + 0.1)
         assert due_steps(harness.store) == [(uuid, reason)]
         # The step may still be taken over while its message is under way.
