@@ -30,8 +30,11 @@ from tests.durable.harness import (
     send_raw_message,
     sent_messages,
 )
-from tests.store.harness import LEASE, RESEND, RESERVATION
+from tests.store.harness import LEASE, RESEND
 from tests.support import lines, run_concurrently, wait_until
+
+#: The default of ``KSER_RESERVATION``.
+RESERVATION = 5.0
 
 ORDER = ["1.a", "1.b", "1.c"]
 
