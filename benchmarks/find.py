@@ -64,7 +64,10 @@ def operations(count: int, now: float, chance: random.Random) -> Iterator[dict[s
             **{"target_entrypoint": entrypoint, "target_topic": "shop", "params": TEXT, "accumulated": RESULT},
             "metadata": json.dumps({"customer": str(number % CUSTOMERS), "region": str(chance.randrange(REGIONS))}),
             "ended_at": created + 1 if final else None,
-            "next_check_at": None if final else now + 3600,
+            "lease_until": None if final else now + 3600,
+            "take_at": None if final else now + 3600,
+            "send_at": None if final else now + 3601,
+            "due_reason": None if final else "lease-expired",
             "result": RESULT if final else None,
         }
 
@@ -78,7 +81,7 @@ def labels(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
 
 def values(table: Table, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     """Generate rows in the order of the table's columns; missing values are NULL, or 0 in a NOT NULL column."""
-    columns = [(column.name, None if column.nullable else 0) for column in table.columns]
+    columns = [(column.name, None if column.nullable else 0) for column in table.columns if column.computed is None]
     for row in rows:
         yield tuple(row.get(name, default) for name, default in columns)
 
@@ -93,7 +96,8 @@ def fill(uri: str, count: int, seed: int) -> None:
     url = make_url(uri)
     if url.drivername.startswith("sqlite"):
         with closing(sqlite3.connect(url.database or "")) as connection:
-            marks = ", ".join("?" * len(tables.operation.columns))
+            # Both databases expect values for all columns but the computed ones.
+            marks = ", ".join("?" for column in tables.operation.columns if column.computed is None)
             connection.executemany(f"INSERT INTO kser_operation VALUES ({marks})", values(tables.operation, rows()))
             sorted_labels = sorted(labels(rows()))
             connection.executemany("INSERT INTO kser_label VALUES (?, ?, ?)", sorted_labels)

@@ -12,6 +12,7 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from kser.errors import RetryLater
 from kser.retry import DEFAULT_RETRY, Retry
+from kser.takeover import Takeover
 
 #: Reasons of a permanent failure, as a dead letter names them.
 UNDECODABLE: Final = "undecodable"
@@ -87,7 +88,8 @@ class Attempt:
     """One attempt at a message.
 
     :param retry: the retry policy of the consumer, for classes that declare no policy.
-    :param record: the Kafka record that contains the message; None outside of a consumer, and in a ``TaskAttempt``.
+    :param record: the Kafka record that contains the message, or the takeover that stands in its place; None outside of
+        a consumer, and in a ``TaskAttempt``.
     """
 
     #: Callbacks of the consumer that runs the attempt; None before the start of the attempt, and outside of a consumer.
@@ -124,7 +126,8 @@ class Attempt:
     def __init__(self, retry: Retry | None = None, record: Any = None) -> None:
         #: Retry policy for classes that declare no policy.
         self.retry = retry
-        #: The Kafka record that contains the message; None outside of a consumer, and in a TaskAttempt.
+        #: The Kafka record that contains the message, or the takeover that stands in its place; None outside of a
+        #: consumer, and in a TaskAttempt.
         self.record = record
         #: The outcome latch, a list: its first value is the outcome of the attempt, and all later values are ignored.
         self.outcome: list[str] = []
@@ -133,6 +136,11 @@ class Attempt:
     def topic(self) -> str:
         """Topic of the message; empty if the attempt has no record."""
         return "" if self.record is None else str(self.record.topic)
+
+    @property
+    def takeover(self) -> Takeover | None:
+        """The takeover that the attempt runs; None if the attempt runs a record, and outside of a consumer."""
+        return self.record if isinstance(self.record, Takeover) else None
 
     @property
     def abandoned(self) -> bool:
@@ -235,9 +243,10 @@ class Attempt:
     def deterministic_uuid(self) -> str:
         """Return a uuid for a message that has no uuid.
 
-        If the attempt has a record, each redelivery of the record gives the same uuid. Otherwise, the uuid is random.
+        If the attempt has a Kafka record, each redelivery of the record gives the same uuid. Otherwise, the uuid is
+        random.
         """
-        if self.record is None:
+        if self.record is None or self.takeover is not None:
             return str(uuid4())
         cluster = "" if self.callbacks is None else self.callbacks.cluster()
         record = self.record

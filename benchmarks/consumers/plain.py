@@ -1,7 +1,7 @@
 """Measure plain tasks: ``python plain.py ADDRESS TOPIC COUNT [URI]`` prints tasks per second and database calls.
 
 The tasks do nothing and belong to no operation. They run in a confluent consumer. With URI, the registry of the
-consumer has a store. The script does not count the queries of the reaper, which runs one query per second.
+consumer has a store. The script does not count the queries of the background threads, which run about five per second.
 """
 
 from __future__ import annotations

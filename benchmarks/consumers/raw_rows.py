@@ -41,7 +41,7 @@ Work = tuple[str, list[tuple[Any, ...]]]
 
 def insert(table: Table, *omitted: str) -> tuple[str, list[str]]:
     """Return an INSERT statement and the names of its columns."""
-    names = [column.name for column in table.columns if column.name not in omitted]
+    names = [column.name for column in table.columns if column.name not in omitted and column.computed is None]
     return f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({', '.join([mark] * len(names))})", names
 
 
@@ -55,8 +55,9 @@ GO_ON = (
 )
 FINISH = (
     f"UPDATE kser_operation SET step = {mark}, accumulated = {mark}, claim_count = 0, send_count = 0, sent_at = NULL,"
-    f" phase = 'SUCCESS', status = 'SUCCESS', epoch = 2, owner = NULL, next_check_at = NULL, result = {mark},"
-    f" ended_at = {mark} WHERE id = {mark} AND epoch = {mark} AND step = {mark} AND status = 'RUNNING'"
+    f" phase = 'SUCCESS', status = 'SUCCESS', epoch = 2, owner = NULL, lease_until = NULL, take_at = NULL,"
+    f" send_at = NULL, due_reason = NULL, result = {mark}, ended_at = {mark}"
+    f" WHERE id = {mark} AND epoch = {mark} AND step = {mark} AND status = 'RUNNING'"
 )
 END = (
     f"UPDATE kser_task SET status = 'SUCCESS', result = {mark}, attempts = 1"
@@ -94,9 +95,11 @@ def begin(identifiers: Sequence[int]) -> list[Work]:
                     "started_at": now,
                     "cancel_requested": False,
                 },
-                **{"epoch": 1, "owner": owner, "token": uuid.uuid4().hex, "next_check_at": now + 30, "due_at": now},
-                **{"claim_count": 1, "send_count": 0, "target_uuid": name, "target_entrypoint": "__main__.Five"},
-                **{"target_topic": "benchmark-0123abcd", "params": '{"order": 42}', "metadata": "{}"},
+                **{"epoch": 1, "owner": owner, "token": uuid.uuid4().hex, "due_at": now},
+                **{"lease_until": now + 30, "take_at": now + 30, "send_at": now + 31, "due_reason": "lease-expired"},
+                **{"claim_count": 1, "send_count": 0, "refusal_count": 0},
+                **{"target_uuid": name, "target_entrypoint": "__main__.Five", "target_topic": "benchmark-0123abcd"},
+                **{"params": '{"order": 42}', "metadata": "{}"},
                 accumulated=result(name),
             )
         )

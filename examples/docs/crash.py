@@ -46,11 +46,10 @@ if sys.argv[1:] == ["crash"]:
 
 with tempfile.TemporaryDirectory() as folder:
     os.environ["KSER_DATABASE_URI"] = f"sqlite:///{folder}/shop.db"
-    os.environ["KSER_LEASE"] = "1"  # 30 s by default
+    os.environ["KSER_LEASE"] = "1"  # 15 s by default
     print("the first consumer ends with", subprocess.run([sys.executable, __file__, "crash"]).returncode)
     while oregistry.get("order-1").status == "RUNNING":
-        consumer.step(timeout=0.1)
-        oregistry.background_service.tick()  # consumer.run() has a thread that calls this
+        consumer.step(timeout=0.1)  # each step looks for steps to take over; consumer.run() has a thread for this
     for event in oregistry.get("order-1").events:
         print("  ", event.kind, *filter(None, [event.text]))
     oregistry.store.close()

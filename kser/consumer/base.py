@@ -35,6 +35,7 @@ from kser.consumer.partition_table import PartitionTable
 from kser.consumer.poller import CLIENT_TIMEOUT, POLL_TIMEOUT, Poller
 from kser.consumer.services import BackgroundServices, SharedProducer
 from kser.consumer.shutdown_signals import ShutdownSignals
+from kser.consumer.takeover_host import ConsumerTakeovers
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.consumer.worker_pool import WorkerPool
@@ -117,7 +118,7 @@ class BaseConsumer:
         self._kser_supervisor: threading.Thread | None = None
         self._kser_main_thread: threading.Thread | None = None
         self._kser_shared_producer = SharedProducer(self.make_producer)
-        self._kser_services = BackgroundServices(self._kser_shared_producer.background_services)
+        self._kser_services = self._kser_make_services()
         self._kser_last_check = self._kser_last_reminder = self._kser_clock() - PAUSE_REMINDER_INTERVAL
         self._kser_build(interval, min(options.revoke_timeout, poll_limit / 3))
         try:
@@ -163,6 +164,16 @@ class BaseConsumer:
                 "without group_id no offset can be committed: after a restart, the"
                 " consumer does not know which messages it has handled; set group_id"
             )
+
+    def _kser_make_services(self) -> BackgroundServices:
+        takeovers = ConsumerTakeovers(
+            self._kser_work_queue,
+            self.options.workers,
+            self.options.retry,
+            self._kser_topics,
+            self._kser_may_take_over,
+        )
+        return BackgroundServices(self._kser_shared_producer.background_services, takeovers)
 
     # -- override points -----------------------------------------------------------------------------------------------
 
@@ -259,7 +270,8 @@ class BaseConsumer:
         sys.exit(0)
 
     def step(self, timeout: float = POLL_TIMEOUT) -> int:
-        """Run one cycle in this thread, for tests: check the control files, poll, handle messages, commit.
+        """Run one cycle in this thread, for tests: check the control files, poll, look for steps of stored operations
+        that are due, handle messages, commit.
 
         :param timeout: seconds to wait if no message is available.
         :return: the number of handled messages. After about one second, the cycle starts no further message.
@@ -271,6 +283,7 @@ class BaseConsumer:
         self._kser_poller.poll_once(timeout)
         if self._kser_poller.final_error is not None:
             raise self._kser_poller.final_error
+        self._kser_services.look()
         handled = 0
         started_at = self._kser_clock()
         while not self._kser_stopping and self._kser_worker_pool.step():
@@ -387,6 +400,11 @@ class BaseConsumer:
             # confirmed the commit.
             self._kser_work_queue.waiters.wait(lambda: item.tracker.is_committed(item.record.offset), CLIENT_TIMEOUT)
 
+    def _kser_may_take_over(self) -> bool:
+        """Return whether the consumer may take over steps: it is neither paused nor ending, and its client works."""
+        thread = self._kser_client_thread
+        return not (self._kser_stopping or self._kser_poller.paused) and (thread is None or thread.is_alive())
+
     def _kser_handle(self, value: Any) -> None:
         try:
             data: Any = value.decode("utf-8") if isinstance(value, bytes) else value
@@ -420,7 +438,7 @@ class BaseConsumer:
                 limit = f"after shutdown_timeout ({self.options.shutdown_timeout:g} s)"
                 when = limit if self._kser_shutdown_signals.status is None else "at the second signal"
                 self._kser_log.warning(
-                    f"the message at offset {item.record.offset} of {item.partition} still runs {when}: its attempt is"
+                    f"the message at {item.place} still runs {when}: its attempt is"
                     " abandoned, and the message will run again"
                 )
         self._kser_poller.stop(self._kser_deadline)

@@ -11,21 +11,29 @@ from kser.controller import BaseProducer
 from kser.errors import ProducerMissing, StoreUnavailable
 from kser.escaping import escape_lines
 from kser.forks import renew_after_fork
+from kser.takeover import TakeoverHost
 
 logger = escape_lines(logging.getLogger(__name__))
 
-#: Seconds between two ticks of each background service.
+#: Maximum number of seconds between two ticks of each background service.
 TICK_INTERVAL = 0.5
 
 
 class BackgroundService(Protocol):
     """Periodic work that a registry needs while a consumer runs."""
 
-    def tick(self) -> None:
-        """Run the work that is due."""
+    def start(self, host: TakeoverHost) -> None:
+        """Start the threads of the service, if they do not run yet. Further calls for the same consumer do nothing."""
 
-    def close(self) -> None:
-        """Release resources; the consumer is shutting down."""
+    def tick(self, host: TakeoverHost) -> float:
+        """Run the work that is due; return the number of seconds until more work is due."""
+        ...
+
+    def look(self, host: TakeoverHost) -> None:
+        """Look for due steps once and take over those that the consumer can run, whether a look is due or not."""
+
+    def close(self, host: TakeoverHost) -> None:
+        """Release what the service holds for the consumer, which is shutting down."""
 
 
 class BackgroundServices:
@@ -33,11 +41,14 @@ class BackgroundServices:
 
     :param find_services: returns the background services. The thread calls this function repeatedly, because a registry
         may add a service while the consumer runs.
+    :param host: what the consumer offers to the services.
     """
 
-    def __init__(self, find_services: Callable[[], Sequence[BackgroundService]]) -> None:
+    def __init__(self, find_services: Callable[[], Sequence[BackgroundService]], host: TakeoverHost) -> None:
         self._find_services = find_services
+        self._host = host
         self._services: Sequence[BackgroundService] = ()
+        self._turn = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -60,6 +71,12 @@ class BackgroundServices:
             self._thread = threading.Thread(target=self._run, name="kser-services", daemon=True)
             self._thread.start()
 
+    def look(self) -> None:
+        """Let each service look for due steps once, for a consumer that runs step by step and has no thread."""
+        self._refresh()
+        for service in self._in_turn():
+            service.look(self._host)
+
     def close(self, timeout: float) -> None:
         """Stop the thread and close the services.
 
@@ -69,14 +86,24 @@ class BackgroundServices:
         if self._thread is not None:
             self._thread.join(timeout)
         for service in self._services:
-            service.close()
+            service.close(self._host)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            for service in self._services:
-                service.tick()
-            self._stopped.wait(TICK_INTERVAL)
+            wait = TICK_INTERVAL
+            for service in self._in_turn():
+                if self._stopped.is_set():
+                    return
+                service.start(self._host)
+                wait = min(wait, service.tick(self._host))
+            self._stopped.wait(wait)
             self._refresh()
+
+    def _in_turn(self) -> Sequence[BackgroundService]:
+        """Return the services, each time with another one first, because the first one gets the free workers."""
+        services, self._turn = self._services, self._turn + 1
+        first = self._turn % len(services) if services else 0
+        return [*services[first:], *services[:first]]
 
     def _refresh(self) -> None:
         """Reload the services, because classes of another registry may have been registered since the last call."""
@@ -87,7 +114,7 @@ class BackgroundServices:
             pass
         except Exception:
             # The services call user code and database drivers, which may raise any exception. No exception may end this
-            # thread, because this thread renews the leases of all claims.
+            # thread, because this thread continues the operations of dead consumers.
             logger.exception("background services could not be loaded; trying again")
 
 

@@ -80,8 +80,8 @@ class StallDetector:
         oldest = min(items, key=lambda item: item.attempt.started_at)
         age = now - oldest.attempt.started_at
         return (
-            f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: offset {oldest.record.offset} of"
-            f" {oldest.partition}; set TIME_LIMIT on its class, or add workers"
+            f"{len(items)} message(s) are being handled, the longest for {age:.0f} s: {oldest.place};"
+            " set TIME_LIMIT on its class, or add workers"
         )
 
 

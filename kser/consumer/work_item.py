@@ -80,3 +80,8 @@ class WorkItem:
     def partition(self) -> Partition:
         """The partition of the record."""
         return Partition(self.record.topic, self.record.partition)
+
+    @property
+    def place(self) -> str:
+        """The place of the record, for log lines."""
+        return f"offset {self.record.offset} of {self.partition}"

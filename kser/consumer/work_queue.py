@@ -17,6 +17,7 @@ from kser.consumer.client import Partition, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker
 from kser.consumer.unreadable import UnreadableRecord
+from kser.consumer.takeovers import TakeoverItem, TakeoverQueue
 from kser.consumer.work_item import WorkItem, was_started
 from kser.escaping import escape_lines
 from kser.retry import Retry
@@ -177,6 +178,10 @@ class WorkQueue:
         self.waiters = ConditionWaiters(self.lock)
         #: The waiting items. Hold the lock while you read them.
         self.lanes = LaneQueue()
+        #: The waiting takeovers. Hold the lock while you read them.
+        self.takeovers = TakeoverQueue(
+            self._work_available, self._in_flight_limit.acquire, self._in_flight_limit.release
+        )
         self._running: dict[Attempt, WorkItem] = {}
         self._idle_workers = 0
         #: The number of records in flight at which :meth:`wait_for_room` returns; -1 while no thread waits there.
@@ -300,8 +305,9 @@ class WorkQueue:
                 now = self.clock()
                 if (due := lanes.next_due) is not None:
                     lanes.promote_due(now)
-                can_start = lanes.ready and not self._paused and now < self.group_lease.deadline
-                if can_start and (item := lanes.take()) is not None:
+                may_start_records = now < self.group_lease.deadline
+                item = None if self._paused else self.takeovers.next_item(now, lanes.ready, may_start_records)
+                if item is not None:
                     item.was_started = True
                     item.attempt.started_at = now
                     self._running[item.attempt] = item
@@ -421,6 +427,9 @@ class WorkQueue:
         return True
 
     def _schedule_next(self, item: WorkItem, next_item: WorkItem) -> None:
+        if isinstance(next_item, TakeoverItem):
+            self.takeovers.put_timeout(next_item)
+            return
         # The partition may have been revoked and assigned again meanwhile. In that case, its tracker may no longer
         # contain the record.
         is_tracked = item.tracker.replace(item.record.offset, next_item)
@@ -449,9 +458,10 @@ class WorkQueue:
             if self.commit_before:
                 for item in self.lanes.delayed:
                     logger.warning(
-                        f"the message at offset {item.record.offset} of {item.partition} waited for a retry and is"
+                        f"the message at {item.place} waited for a retry and is"
                         " dropped, because with commit='before' it counts as finished"
                     )
             self.lanes.clear()
+            self.takeovers.close()
             self._work_available.notify_all()
             self.waiters.notify_all()

@@ -13,6 +13,7 @@ from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
 from kser.consumer.unreadable import UnreadableRecord
+from kser.consumer.takeovers import TakeoverItem
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
@@ -186,20 +187,14 @@ class WorkerPool:
             # more worker at each redelivery.
             if attempt.failure is None:
                 attempt.reject(FAILED, exc)
-            self._log.exception(
-                f"the message at offset {item.record.offset} of {item.partition} failed, because the registry raised"
-                " an exception"
-            )
+            self._log.exception(f"the message at {item.place} failed, because the registry raised an exception")
         finally:
             current_attempt.set(None)
             attempt.resolve()
 
     def _apply_outcome(self, item: WorkItem, attempt: Attempt) -> None:
         if attempt.abandoned:
-            self._log.warning(
-                f"the attempt at offset {item.record.offset} of {item.partition} was abandoned;"
-                " its late result is dropped"
-            )
+            self._log.warning(f"the attempt at {item.place} was abandoned; its late result is dropped")
         elif attempt.retry_in is not None:
             self._increment("retried")
             self._work_queue.requeue(item, attempt.retry_in)
@@ -223,6 +218,10 @@ class WorkerPool:
     def _dead_letter(self, item: WorkItem, again: bool = False) -> None:
         failure = item.attempt.failure
         assert failure is not None
+        if isinstance(item, TakeoverItem):
+            # There is no record to copy. The store still contains the step, so it is taken over or sent again later.
+            self._work_queue.task_done(item)
+            return
         if self._dead_letters.write(item.record, failure, item.attempt.number, again):
             if not self._work_queue.task_done(item):
                 self._log_revoked(item)
@@ -231,6 +230,6 @@ class WorkerPool:
 
     def _log_revoked(self, item: WorkItem) -> None:
         self._log.info(
-            f"the message at offset {item.record.offset} of {item.partition} was finished after the partition was"
+            f"the message at {item.place} was finished after the partition was"
             " revoked, so it is not committed: it will run again, unless this consumer gets the partition back"
         )

@@ -6,7 +6,10 @@ import logging
 import os
 import socket
 import threading
+import time
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +21,7 @@ from kser import status as states
 from kser.config import Settings
 from kser.durable.serialization import EntrypointLoader
 from kser.entry import RegistryProtocol
-from kser.errors import SettingError
+from kser.errors import ProducerMissing, SettingError
 from kser.escaping import escape_lines
 from kser.limits import Limits
 from kser.producer import KafkaProducerBase
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from kser.controller import BaseProducer
 
 logger = escape_lines(logging.getLogger(__name__))
+
+#: Seconds for which a process remembers that a step became due.
+DUE_TIMES_KEPT = 10.0
 
 #: Maximum duration of a send in seconds. If the broker does not confirm a step's message within this time, the reaper
 #: sends the message later.
@@ -61,27 +67,36 @@ class ActiveClaim(Protocol):
 
 
 class DurabilitySettings:
-    """Settings of leases, heartbeat and reaper.
+    """Settings of leases, heartbeat, takeovers and reaper.
 
-    =================== ======= ====================================================================================
-    setting             default meaning
-    =================== ======= ====================================================================================
-    ``KSER_LEASE``      30      seconds after which a claim expires if no heartbeat renews it
-    ``KSER_HEARTBEAT``  10      seconds between two heartbeats, less than half of the lease
-    ``KSER_REAPER``     1       seconds between two searches of the reaper for due steps
-    ``KSER_RESEND``     60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
-    ``KSER_MAX_CLAIMS`` 20      maximum number of claims of an operation at one step; the next claim fails the step
-    =================== ======= ====================================================================================
+    ====================== ======= =================================================================================
+    setting                default meaning
+    ====================== ======= =================================================================================
+    ``KSER_LEASE``         15      seconds after which a claim expires if no heartbeat renews it
+    ``KSER_HEARTBEAT``     3       seconds between two heartbeats, less than half of the lease
+    ``KSER_LOOK``          0.25    seconds between two looks for due steps to take over, while a worker is free
+    ``KSER_RESERVATION``   5       seconds for which a step is reserved for a consumer that takes it over
+    ``KSER_REAPER``        1       seconds between two searches for due steps to send, and between two looks for due
+                                   steps while all workers are busy
+    ``KSER_RESEND``        60      seconds until an unclaimed step is sent again; doubled each time, up to an hour
+    ``KSER_MAX_CLAIMS``    20      maximum number of claims of an operation at one step; the next claim fails the step
+    ``KSER_MAX_SENDS``     20      number of messages of a step that no consumer knows, after which the step fails
+    ``KSER_UNKNOWN_AFTER`` 3600    minimum number of seconds before a step that no consumer knows fails
+    ====================== ======= =================================================================================
 
     :raises kser.errors.SettingError: a setting has an invalid value.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.lease = settings.number("KSER_LEASE", 30)
-        self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 3)
+        self.lease = settings.number("KSER_LEASE", 15)
+        self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 5)
+        self.look = settings.number("KSER_LOOK", 0.25)
+        self.reservation = settings.number("KSER_RESERVATION", 5)
         self.reaper = settings.number("KSER_REAPER", 1)
         self.resend = settings.number("KSER_RESEND", 60)
         self.max_claims = int(settings.number("KSER_MAX_CLAIMS", 20, whole=True))
+        self.max_sends = int(settings.number("KSER_MAX_SENDS", 20, whole=True))
+        self.unknown_after = settings.number("KSER_UNKNOWN_AFTER", 3600)
         if self.heartbeat * 2 >= self.lease:
             raise SettingError(
                 f"KSER_HEARTBEAT must be less than half of KSER_LEASE ({self.lease:g} s); it is {self.heartbeat:g} s"
@@ -106,22 +121,60 @@ class DurableContext:
         #: random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.loader = EntrypointLoader(registry)
+        #: The clock of this process, in seconds; tests may replace it.
+        self.clock: Callable[[], float] = time.monotonic
         self._lock = threading.Lock()
+        # The times at which steps become due that this process has released with a delay, in ascending order.
+        self._due_times: list[float] = []
         self._active_claims: dict[int, ActiveClaim] = {}
         #: Steps that were sent but are not marked as sent in the store yet, each as a pair ``(root_id, epoch)`` of its
         #: root.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
-    def new_claim_request(self) -> ClaimRequest:
-        """Return a new claim request with a random token."""
+    def new_claim_request(self, topic: str | None = None, epoch: int | None = None) -> ClaimRequest:
+        """Return a new claim request with a random token.
+
+        :param topic: the topic of the record or takeover that requests the step; None to claim a step of any topic.
+        :param epoch: the epoch that a takeover has reserved; None to claim at any epoch.
+        """
         settings = self.settings
-        return ClaimRequest(owner=self.owner, token=uuid4().hex, lease=settings.lease, max_claims=settings.max_claims)
+        return ClaimRequest(
+            owner=self.owner,
+            token=uuid4().hex,
+            lease=settings.lease,
+            max_claims=settings.max_claims,
+            epoch=epoch,
+            topic=topic,
+        )
+
+    def known_classes(self) -> Collection[str]:
+        """Return the paths of the classes whose steps this process can run with the store of this context."""
+        classes = list(self.registry.controller.ENTRYPOINTS.items())
+        return frozenset(
+            path for path, cls in classes if isinstance(path, str) and cls._kser_registry in (None, self.registry)
+        )
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again and return it, or return None if the claim was lost."""
         request = replace(self.new_claim_request(), token=claim.root.token or "")
         renewed = self.store.claim(claim.root.uuid, claim.root.target.uuid, request)
         return renewed if isinstance(renewed, Claim) and renewed.epoch == claim.epoch else None
+
+    def note_due(self, delay: float) -> None:
+        """Remember that a step that this process has released becomes due, so that a consumer looks at that time.
+
+        :param delay: seconds until the step is due.
+        """
+        with self._lock:
+            insort(self._due_times, self.clock() + delay)
+
+    def next_due(self, after: float) -> float:
+        """Return the first time after ``after`` at which a remembered step becomes due; infinity if there is none."""
+        with self._lock:
+            # Other consumers of the process may look later, so keep the times of the last seconds.
+            del self._due_times[: bisect_left(self._due_times, after - DUE_TIMES_KEPT)]
+            position = bisect_right(self._due_times, after)
+            return self._due_times[position] if position < len(self._due_times) else float("inf")
 
     def register_claim(self, claim: ActiveClaim) -> None:
         """Register an active claim, so that the heartbeat renews its lease."""
@@ -216,6 +269,21 @@ class DurableContext:
         """
         producer: BaseProducer = self.registry.producer
         return producer
+
+
+def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes:
+    """Return the value of the message that starts a step, as the producer of this process would send it.
+
+    :raises Exception: a hook of the producer raised this exception.
+    """
+    kmsg = step_message(target, root_uuid)
+    try:
+        producer = context.producer
+    except ProducerMissing:
+        producer = None
+    if isinstance(producer, KafkaProducerBase):
+        return producer._kser_encode(kmsg)
+    return kmsg.dumps().encode("utf-8")
 
 
 def step_message(target: StepMessage, root_uuid: str) -> Message:

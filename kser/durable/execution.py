@@ -36,6 +36,8 @@ from kser.store.model import (
     Checkpoint,
     Claim,
     ClaimRefused,
+    DueReason,
+    DueStep,
     Mode,
     NewEvent,
     OperationRow,
@@ -45,6 +47,21 @@ from kser.store.model import (
 )
 
 logger = escape_lines(logging.getLogger(__name__))
+
+
+def fail_unknown_class(context: DurableContext, step: DueStep) -> None:
+    """Fail a due step, because the consumers of its topic do not know a class that the step needs.
+
+    The operation can be resumed. A hook for its end runs later, in a consumer that knows the class of the operation.
+
+    :param context: the durable context of this process.
+    """
+    request = context.new_claim_request(step.target.topic, step.epoch)
+    claim = context.store.direct.claim(step.uuid, step.target.uuid, request)
+    if isinstance(claim, Claim):
+        names = {step.target.entrypoint, claim.root.current_entrypoint or step.target.entrypoint}
+        error = StoreError(f"no consumer of topic {step.target.topic} knows class {' and '.join(sorted(names))}")
+        Execution(context, claim, failure=error).run()
 
 
 def execute_claim(context: DurableContext, claim: Claim, timeout_error: Exception | None = None) -> Any:
@@ -121,6 +138,8 @@ class Execution:
     :param timeout_error: set if an attempt at the current task has timed out and its thread still runs: the timeout
         error of this attempt. Otherwise None. The execution records this error as the outcome of the attempt, and
         releases the claim.
+    :param failure: the error with which to fail the current step without running it; None to run the step. After the
+        failure, the execution releases the claim.
     """
 
     def __init__(
@@ -129,6 +148,7 @@ class Execution:
         claim: Claim,
         operation: Operation | None = None,
         timeout_error: Exception | None = None,
+        failure: StoreError | None = None,
     ) -> None:
         self._context = context
         #: The claim of this execution.
@@ -136,6 +156,7 @@ class Execution:
         #: Id of the root and epoch of the claim.
         self.key = claim.id, claim.epoch
         self._timeout_error = timeout_error
+        self._failure = failure
         self._attempt = current_attempt.get()
         self._state = ExecutionState(claim, context.owner, operation)
         self._step_runner = StepRunner(context, self._state, timeout_error)
@@ -147,6 +168,10 @@ class Execution:
     def is_abandoned(self) -> bool:
         """True if the consumer has abandoned the attempt that this execution runs in."""
         return self._attempt is not None and self._attempt.abandoned
+
+    @property
+    def _is_shutting_down(self) -> bool:
+        return self._attempt is not None and self._attempt.shutting_down
 
     def run(self) -> Any:
         """Run steps until the claim is released.
@@ -164,8 +189,8 @@ class Execution:
                 self.release()
                 self._unregister()
                 self._reply = Deferred(root.accumulated)
-            elif claim.exhausted:
-                error = _retries_exhausted(claim)
+            elif self._failure is not None or claim.exhausted:
+                error = self._failure or _retries_exhausted(claim)
                 outcome = self._step_runner.fail_step(error)
                 self._after_checkpoint(outcome, *self._checkpoint(outcome, NewEvent("exhausted", text=error.message)))
             while not self._released:
@@ -187,7 +212,7 @@ class Execution:
         self._context.release_claim(self)
 
     def release(self) -> None:
-        """Release the claim, and send the message of the stored step, so that any consumer can run it.
+        """Release the claim, so that any consumer can take over the stored step at once.
 
         The operation stays at the position of its last checkpoint. Another thread may still run a step under the claim.
         The store then rejects the checkpoint of this step.
@@ -201,14 +226,20 @@ class Execution:
         )
         token, events = root.token or "", (NewEvent("released"),)
         status = store.checkpoint(
-            Checkpoint(row.id, epoch, token, self._context.owner, (update,), events=events, keep=False)
+            Checkpoint(
+                row.id,
+                epoch,
+                token,
+                self._context.owner,
+                (update,),
+                events=events,
+                keep=False,
+                due_reason=DueReason.RELEASED,
+                current_entrypoint=row.current_entrypoint,
+            )
         )
         if status == states.CANCELLED:
             self._on_cancelled()
-            return
-        # Wait for the delivery, because the process may exit after this call, and a delivery report that arrives later
-        # would be lost.
-        self._context.send(row.target, row.uuid, (row.id, epoch + 1))
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +270,11 @@ class Execution:
         if events or not keep or target is not None:
             released = [] if keep or target is not None or delay is not None else [NewEvent("released")]
             checkpoint = checkpoint._replace(
-                events=(*events, *checkpoint.events, *released), target=target, keep=keep, delay=delay or 0
+                events=(*events, *checkpoint.events, *released),
+                target=target,
+                keep=keep,
+                delay=delay or 0,
+                due_reason=self._due_reason(target, delay),
             )
         return checkpoint, self._context.store.checkpoint(checkpoint)
 
@@ -262,12 +297,9 @@ class Execution:
             self._emit_operation(states.RUNNING, status)
         elif delay is not None:
             self._reply = Deferred(self._reply or root.accumulated)
-            if not delay:
-                # If the retry has no delay, send its message now. The reaper would wait RESEND_UNSENT_AFTER seconds,
-                # because it cannot distinguish this retry from a step that a consumer is about to send.
-                self._send(root.row.target)
+            self._context.note_due(delay)
         elif self._released:
-            self._dispatch_next(checkpoint.target)
+            self._dispatch_next(checkpoint)
 
     def _next_hop(self, outcome: StepOutcome) -> tuple[bool, StepMessage | None]:
         """Return whether to keep the claim, and the message of the next step.
@@ -279,9 +311,11 @@ class Execution:
             return True, None
         if outcome.retry_in is not None:
             return False, None
-        continues = self._timeout_error is None and not (self._attempt is not None and self._attempt.shutting_down)
+        continues = self._timeout_error is None and self._failure is None and not self._is_shutting_down
         if not self._state.distributed:
-            return continues, None
+            # Leave the next task to the other consumers if this process does not know its class.
+            path = self._state.unloadable_path
+            return continues and (path is None or self._context.loader.lookup(path) is not None), None
         if frame.phase == Phase.RUN_TASK:
             return False, self._target_of_task(frame, change.checkpoint.built)
         row = frame.row
@@ -300,17 +334,23 @@ class Execution:
         assert row is not None, "the step is below the number of tasks"
         return StepMessage(row.uuid, row.entrypoint, row.topic)
 
-    def _dispatch_next(self, target: StepMessage | None) -> None:
+    def _dispatch_next(self, checkpoint: Checkpoint) -> None:
+        """Send the message of the next step if the checkpoint hands it over; a released step is taken over."""
         root = self._state.root
         if not self._state.distributed or self._reply is None or self._timeout_error is not None:
             self._reply = Deferred(root.accumulated)
-        self._send(target or root.row.target)
+        if checkpoint.due_reason == DueReason.UNSENT:
+            target = checkpoint.target or root.row.target
+            self._context.send_nowait(target, root.row.uuid, (self.claim.id, self.claim.epoch + 1))
 
-    def _send(self, target: StepMessage) -> None:
-        """Send the message of a step. During a shutdown of the consumer, wait for the delivery of the message."""
-        shutting_down = self._attempt is not None and self._attempt.shutting_down
-        send = self._context.send if shutting_down else self._context.send_nowait
-        send(target, self._state.root.row.uuid, (self.claim.id, self.claim.epoch + 1))
+    def _due_reason(self, target: StepMessage | None, delay: float | None) -> str:
+        """Return the reason why the next step is due after a checkpoint that releases the claim.
+
+        A hand-over goes by message. A retry, and a step that this consumer leaves to others, wait for a takeover.
+        """
+        if delay is not None:
+            return DueReason.RETRY
+        return DueReason.RELEASED if target is None or self._is_shutting_down else DueReason.UNSENT
 
     def _reload_and_fail(self, error: Exception) -> StepOutcome:
         """Discard the outcome of the step, reload the claim and fail the step with ``error``.

@@ -35,6 +35,7 @@ from kser.store.model import (
 
 if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
+    from kser.sequencing.task import Task
 
 
 class OperationFrame:
@@ -268,9 +269,37 @@ class ExecutionState:
             self._outcomes,
             self._built,
             self._events,
+            current_entrypoint=None if self.distributed else self._current_entrypoint(),
         )
         change = StepChange(checkpoint, self._ended, states.is_final(self.root.status))
         for frame in self._updates.values():
             frame.stored_step, frame.stored_phase = frame.step, frame.phase
         self._start_step()
         return change
+
+    @property
+    def unloadable_path(self) -> str | None:
+        """Path of the class of the current task, if the task could not be loaded as an object of this class."""
+        task = self._loaded_task()
+        return None if task is None else task._kser_stored_path
+
+    def _loaded_task(self) -> Task | None:
+        frame = self.frames[-1]
+        if frame.phase != Phase.RUN_TASK or frame.operation is None or not frame.is_loaded:
+            return None
+        return frame.operation.tasks[frame.step]
+
+    def _current_entrypoint(self) -> str | None:
+        """Return the path of the class that the current step of a local operation needs, besides the root's class.
+
+        It is the class of the current task, or of the nested operation to build or end; None if the step needs only the
+        class of the root.
+        """
+        frame, task = self.frames[-1], self.claim.task
+        if frame.phase == Phase.RUN_TASK:
+            if (loaded := self._loaded_task()) is not None:
+                path: str = loaded._kser_stored_path or type(loaded).path
+                return path
+            # Without the operation object, no step was run, so the current task is the one that was claimed.
+            return None if task is None else task.entrypoint
+        return None if frame is self.root else frame.row.entrypoint

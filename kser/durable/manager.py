@@ -15,7 +15,7 @@ from kser import signals
 from kser import status as states
 from kser.durable.context import DurableContext
 from kser.durable.serialization import check_same_operation, new_operation, result_from_json, searchable_pair
-from kser.errors import ProducerMissing, StateConflict, StoreUnavailable, UsageError, WaitTimeout
+from kser.errors import StateConflict, StoreUnavailable, UsageError, WaitTimeout
 from kser.escaping import escape_lines
 from kser.limits import applied
 from kser.sequencing.operation import Operation
@@ -103,7 +103,8 @@ class OperationManager:
     def _record_sent(self, root_id: int, epoch: int) -> None:
         # Ignore an outage, because a send that is not recorded only causes a second message.
         with suppress(StoreUnavailable):
-            self._store.direct.mark_sent([(root_id, epoch)], self._context.settings.resend)
+            settings = self._context.settings
+            self._store.direct.mark_sent([(root_id, epoch)], settings.resend, settings.lease)
 
     # -- requests of clients -------------------------------------------------------------------------------------------
 
@@ -143,6 +144,8 @@ class OperationManager:
     def resume(self, uuid: str) -> None:
         """Resume a FAILED or CANCELLED operation at its first task whose status is not SUCCESS.
 
+        The first task is due at once: a consumer takes it over, so this process needs no producer.
+
         :raises kser.errors.StateConflict: the operation is neither FAILED nor CANCELLED, or the operation has changed
             during the call.
         :raises kser.errors.UsageError: no root operation with this uuid is stored.
@@ -150,19 +153,6 @@ class OperationManager:
         before = self._require(uuid)
         row = _require_row(uuid, self._store.resume(uuid, before.epoch, uuid4().hex))
         self._emit_changed(row.uuid, row.entrypoint, before.status, row.status)
-        try:
-            _ = self._context.producer
-        except ProducerMissing as missing:
-            # A client needs no producer, because the reaper of a consumer sends the step with the producer of that
-            # consumer.
-            logger.info(
-                f"operation {uuid} is resumed, and the reaper of a consumer will send it, because this process cannot:"
-                f" {missing.message}"
-            )
-        else:
-            result = self._context.send(row.target, row.uuid)
-            if states.final_status(result) == states.SUCCESS:
-                self._record_sent(row.id, row.epoch)
 
     def cancel(self, uuid: str, reason: str | None) -> str:
         """Cancel an operation: immediately if no consumer holds a claim on it, otherwise after its running task.

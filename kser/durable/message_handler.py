@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from cdumay_error.types import ValidationError
+from cdumay_result import Result
 
+from kser import status as states
 from kser.attempt import FAILED, UNDECODABLE, Attempt, Deferred, current_attempt
 from kser.durable.context import DurableContext
 from kser.durable.execution import DurableStart, Execution, execute_claim
 from kser.durable.serialization import check_same_operation, is_json_object, result_from_json
 from kser.entry import Entrypoint
-from kser.errors import StateConflict, StoreError
+from kser.errors import StateConflict, StoreError, StoreUnavailable
 from kser.escaping import escape_lines
 from kser.schemas import OPERATION_KEY, ORIGINAL_PARAMS_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.model import ClaimRefused, Mode, OperationRow
+from kser.store.model import Claim, ClaimRefused, Mode, OperationRow, RefusalReason
 
 logger = escape_lines(logging.getLogger(__name__))
+
+#: Minimum number of seconds between two log lines about one unknown class.
+UNKNOWN_CLASS_LOG_INTERVAL = 60.0
 
 
 class MessageHandler:
@@ -32,6 +38,8 @@ class MessageHandler:
     def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._store = context.store
+        #: The time of the last log line about each unknown class.
+        self._logged_classes: dict[str, float] = {}
 
     def handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle the message of a step, or the message of an operation.
@@ -42,6 +50,9 @@ class MessageHandler:
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
+            unknown = self._unknown_class(root_uuid, kmsg)
+            if unknown is not None:
+                return self._refuse_class(*unknown)
             return self._claim_and_run(root_uuid, kmsg.uuid)
         self._check_original_params(kmsg.metadata)
         if not kmsg.uuid:
@@ -99,12 +110,75 @@ class MessageHandler:
         if attempt is not None and attempt.timeout_error is not None:
             self._record_timeout(root_uuid, attempt.timeout_error)
             attempt.timeout_error = None
-        claim = self._store.claim(root_uuid, step, self._context.new_claim_request())
+        claim = self._claim(attempt, root_uuid, step)
+        if isinstance(claim, Deferred):
+            return claim
         if claim is None:
             return self._unknown_operation(root_uuid, step)
         if attempt is not None:
             attempt.ack()
         return self._claim_refused(claim) if isinstance(claim, ClaimRefused) else execute_claim(self._context, claim)
+
+    def _claim(self, attempt: Attempt | None, root_uuid: str, step: str) -> Claim | ClaimRefused | Deferred | None:
+        """Claim a stored operation for the record or the takeover of the current attempt.
+
+        :return: the claim, the refusal, or None if the store does not know the operation; a Deferred if the claim of a
+            takeover met an outage, so that the takeover ends.
+        """
+        takeover = None if attempt is None else attempt.takeover
+        if attempt is None or takeover is None:
+            topic = None if attempt is None else attempt.topic
+            return self._store.claim(root_uuid, step, self._context.new_claim_request(topic or None))
+        request = self._context.new_claim_request(takeover.topic, takeover.epoch)
+        try:
+            claim = self._store.once(self._store.direct.claim, root_uuid, step, request)
+        except StoreUnavailable as error:
+            # A reservation from before an outage must not lead to a claim after it, because the owner of an expired
+            # lease could not renew it during the outage. But the claim may have taken effect although its reply was
+            # lost: its token shows this.
+            self._store.report_outage(error)
+            takeover.is_answered = True
+            row = self._store.get_operation(root_uuid)
+            if row is None or row.token != request.token:
+                return Deferred(Result(uuid=step))
+            return self._store.claim(root_uuid, step, request)
+        takeover.is_answered = claim is not None
+        return claim
+
+    # -- unknown classes -----------------------------------------------------------------------------------------------
+
+    def _unknown_class(self, root_uuid: str, kmsg: Message) -> tuple[OperationRow, str] | None:
+        """Return the stored operation of a step and the class that the step needs and this process does not know.
+
+        Return None if all classes are known, or if there is nothing to run for the message.
+        """
+        lookup = self._context.loader.lookup
+        if kmsg.uuid != root_uuid and lookup(kmsg.entrypoint) is not None:
+            # The message names a task of a distributed operation. The step needs no other class, so read no row.
+            return None
+        row = self._store.get_operation(root_uuid)
+        if row is None or states.is_final(row.status) or row.target.uuid != kmsg.uuid:
+            # The claim is refused, or reports that the operation is not stored.
+            return None
+        unknown = (name for name in (row.target.entrypoint, row.current_entrypoint) if name and lookup(name) is None)
+        name = next(unknown, None)
+        return None if name is None else (row, name)
+
+    def _refuse_class(self, row: OperationRow, name: str) -> Deferred:
+        """Leave a step to the other consumers, because this process does not know a class that the step needs."""
+        attempt = current_attempt.get()
+        topic = row.target.topic
+        now = time.monotonic()
+        if now - self._logged_classes.get(name, -float("inf")) >= UNKNOWN_CLASS_LOG_INTERVAL:
+            self._logged_classes[name] = now
+            logger.error(
+                f"{row.entrypoint}[{row.uuid}]: this consumer of {topic} does not know class {name}, and leaves the"
+                " step to other consumers: import its module in this consumer, or use another topic for the class"
+            )
+        self._store.refuse_class(row.uuid, row.target.uuid)
+        if attempt is not None:
+            attempt.ack()
+        return Deferred(result_from_json(row.result or row.accumulated, row.uuid))
 
     def _record_timeout(self, root_uuid: str, timeout_error: Exception) -> None:
         """Record the timeout of an attempt in which another thread is still stuck."""
@@ -134,5 +208,6 @@ class MessageHandler:
     @staticmethod
     def _claim_refused(refusal: ClaimRefused) -> Deferred:
         root = refusal.root
-        logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {refusal.reason}, {root.status}")
+        reason = "of another topic" if refusal.reason == RefusalReason.TOPIC else refusal.reason
+        logger.info(f"{root.entrypoint}[{root.uuid}]: nothing to do for this message: {reason}, {root.status}")
         return Deferred(result_from_json(root.result or root.accumulated, root.uuid))

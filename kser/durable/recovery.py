@@ -1,22 +1,26 @@
-"""Background service of each consumer whose registry has a store; it does the work of the heartbeat and of the reaper.
+"""Background service of each consumer whose registry has a store: heartbeat, takeovers and sends of due steps.
 
-Every consumer runs a reaper, so that the other consumers continue the operations of a consumer that has died.
+Every consumer runs this service, so that the other consumers continue the operations of a consumer that has died.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kser import backoff
 from kser.durable.context import SEND_TIMEOUT, ActiveClaim, DurableContext, step_message
+from kser.durable.execution import fail_unknown_class
+from kser.durable.heartbeat import Heartbeat
+from kser.durable.periodic import PeriodicThread
+from kser.durable.takeovers import StoreContact, TakeoverSearch
 from kser.errors import KserError, StoreUnavailable
 from kser.escaping import escape_lines
 from kser.store.model import RESEND_UNSENT_AFTER, DueReason, DueStep
+from kser.takeover import TakeoverHost
 
 logger = escape_lines(logging.getLogger(__name__))
 
@@ -27,12 +31,15 @@ BATCH = 500
 #: RESEND_UNSENT_AFTER seconds the reaper sends again a step that is not marked as sent.
 RECORD_SENDS_INTERVAL = RESEND_UNSENT_AFTER / 3
 
+#: Minimum number of seconds between two looks for due steps.
+SHORTEST_LOOK = 0.02
+
 #: Maximum number of seconds that the shutdown of a consumer waits for the end of the current tick.
 CLOSE_TIMEOUT = 5.0
 
 
 class RecoveryService:
-    """Background service that renews the leases of this process and sends due steps.
+    """Background service that renews the leases of this process, takes over due steps and sends the other due steps.
 
     :param context: the durable context of this process.
     """
@@ -40,66 +47,117 @@ class RecoveryService:
     def __init__(self, context: DurableContext) -> None:
         self._context = context
         self._settings = context.settings
-        #: The clock of the intervals, in seconds; tests may replace it.
-        self.clock: Callable[[], float] = time.monotonic
         self._tick_lock = threading.Lock()
         self._last: dict[str, float] = {}
-        #: ``_contact_since`` is the start of the current uninterrupted contact with the store. ``_last_contact`` is the
-        #: time of the last contact.
-        self._contact_since = self._last_contact = -float("inf")
-        #: Claims that this process has lost, and under which its workers still run steps.
-        self._lost_claims: set[tuple[int, int]] = set()
+        #: The time of the last look of each consumer.
+        self._last_looks: dict[TakeoverHost, float] = {}
+        # A longer time between two contacts with the store counts as an interruption of the contact. The limit is at
+        # least two reaper intervals, because with a short lease the normal time between two ticks would otherwise count
+        # as an interruption.
+        self._contact = StoreContact(self._settings.lease, max(self._settings.lease / 2, self._settings.reaper * 2 + 1))
+        self._heartbeat = Heartbeat(context)
+        self._takeovers = TakeoverSearch(context, self._contact, lambda: self.clock())
+        self._sender = PeriodicThread("kser-reaper", self._send_when_due, RECORD_SENDS_INTERVAL / 2)
         #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
 
-    def tick(self) -> None:
-        """Renew leases, mark steps as sent and send due steps, each if its interval has passed since the last time.
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock of the intervals, in seconds; tests may replace it."""
+        return self._context.clock
 
-        Call this method about once per second from a dedicated thread.
+    @clock.setter
+    def clock(self, clock: Callable[[], float]) -> None:
+        self._context.clock = clock
+
+    def start(self, host: TakeoverHost) -> None:
+        """Start the thread of the heartbeat and the thread that sends due steps, unless they run.
+
+        :param host: the consumer that needs the threads.
+        """
+        self._heartbeat.thread.start(host)
+        self._sender.start(host)
+
+    def tick(self, host: TakeoverHost | None = None) -> float:
+        """Take over due steps if a look is due. Without the threads of :meth:`start`, also do their work if it is due.
+
+        :param host: the consumer that runs the steps; None to take over nothing.
+        :return: the number of seconds until the next look.
+        """
+        if not self._sender.is_running:
+            self._send_when_due()
+        if host is None:
+            return self._settings.reaper
+        self._guard(self._takeovers.settle)
+        look, now = self._settings.look, self.clock()
+        last = self._last_looks.get(host, -float("inf"))
+        interval = look if host.free_workers() else self._settings.reaper
+        if now >= min(last + interval, self._next_due(last)):
+            self._last_looks[host] = last = now
+            self.look(host)
+        # Even if all workers are busy, one may be free soon.
+        return max(min(now + look, self._next_due(last)) - self.clock(), 0)
+
+    def _next_due(self, last: float) -> float:
+        """Return the time of the next look for a step that this process knows to become due.
+
+        :param last: the time of the last look.
+        """
+        return max(self._context.next_due(last), last + SHORTEST_LOOK)
+
+    def look(self, host: TakeoverHost) -> None:
+        """Look for due steps once, and take over those that the consumer can run.
+
+        :param host: the consumer that runs the steps.
+        """
+        self._guard(lambda: self._takeovers.look(host))
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """Make a call for takeovers. After an outage, expired leases are not trusted for the duration of one lease."""
+        try:
+            call()
+        except StoreUnavailable as error:
+            self._contact.interrupt()
+            self._context.store.report_outage(error)
+        except Exception:
+            # No exception may end the thread of the services. The next look may succeed.
+            logger.exception("unexpected error in the search for due steps; trying again at the next search")
+
+    def _send_when_due(self) -> None:
+        """Mark steps as sent and send due steps, each if its interval has passed since the last time.
+
+        Without a thread of its own, also renew the leases.
         """
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
             return
         try:
-            for routine, interval in (
-                (self.renew_leases, self._settings.heartbeat),
-                (self.record_sends, RECORD_SENDS_INTERVAL),
-                (self.reap, self._settings.reaper),
-            ):
+            routines = [(self.record_sends, RECORD_SENDS_INTERVAL), (self.reap, self._settings.reaper)]
+            if not self._heartbeat.thread.is_running:
+                routines.insert(0, (self.renew_leases, self._settings.heartbeat))
+            for routine, interval in routines:
                 now = self.clock()
                 if now - self._last.get(routine.__name__, -float("inf")) >= interval:
                     routine()
                     self._last[routine.__name__] = now
         except StoreUnavailable as error:
-            self._last_contact = -float("inf")
+            self._contact.interrupt()
             self._context.store.report_outage(error)
         except Exception:
-            # No exception may end this thread, because then the leases of all claims would expire. The next tick may
-            # succeed.
+            # No exception may end this thread, because then no due step would be sent. The next tick may succeed.
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
             self._tick_lock.release()
 
     def renew_leases(self) -> None:
         """Renew the leases of the claims that workers hold now."""
-        keys = {claim.key for claim in self._context.active_claims()}
-        if not keys:
-            return
-        renewed = self._context.store.direct.renew(keys, self._context.owner, self._settings.lease)
-        lost = {key for key in keys if key[0] not in renewed}
-        for root_id, epoch in lost - self._lost_claims:
-            claim = self._context.claim_for(root_id)
-            if claim is not None and claim.key == (root_id, epoch):
-                logger.warning(
-                    f"{claim.label}: the claim was lost; the result of the running task will not be recorded"
-                )
-        self._lost_claims = lost
+        self._heartbeat.renew_leases()
 
     def record_sends(self) -> None:
         """Mark steps as sent in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
-            self._context.store.direct.mark_sent(steps, self._settings.resend)
+            self._context.store.direct.mark_sent(steps, self._settings.resend, self._settings.lease)
         # Other threads only append to the queue, so its first entries are the steps that were just marked as sent.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
@@ -114,7 +172,9 @@ class RecoveryService:
                 self._context.store.direct.take_due_steps,
                 BATCH,
                 self._context.owner,
-                expired=self._leases_are_trustworthy(),
+                expired=self._contact.extend(started_at),
+                max_sends=self._settings.max_sends,
+                unknown_after=self._settings.unknown_after,
             )
             # If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does
             # not prove that its owner is gone. Do not send steps with an expired lease now.
@@ -131,32 +191,21 @@ class RecoveryService:
         Call this method while an expired lease does not prove that its owner is gone. The reaper checks the omitted
         steps again after the duration of one lease.
         """
-        self._last_contact = -float("inf")
+        self._contact.interrupt()
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
         if expired:
             self._context.store.direct.postpone_send(expired, self._settings.lease)
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
-    def _leases_are_trustworthy(self) -> bool:
-        """Return whether an expired lease proves that its owner is gone.
-
-        After an outage, an expired lease proves nothing, because no owner could renew its lease during the outage.
-        """
-        now = self.clock()
-        # A longer time between two contacts with the store counts as an interruption of the contact. The limit is at
-        # least two reaper intervals, because with a short lease the normal time between two ticks would otherwise count
-        # as an interruption.
-        if now - self._last_contact > max(self._settings.lease / 2, self._settings.reaper * 2 + 1):
-            self._contact_since = now
-        self._last_contact = now
-        return now - self._contact_since >= self._settings.lease
-
     def _send(self, due: Sequence[DueStep]) -> None:
         by_topic = defaultdict(list)
         for step in due:
+            if step.reason == DueReason.UNKNOWN_CLASS:
+                fail_unknown_class(self._context, step)
+                continue
             logger.info(f"{step.target.entrypoint}[{step.target.uuid}] of operation {step.uuid} is sent: {step.reason}")
             by_topic[step.target.topic].append(step)
-        # Limit the duration, because the heartbeat runs in the same thread and waits until the sends are done.
+        # Limit the duration, because a test or a program that calls tick() renews the leases in the same thread.
         deadline = self.clock() + self._settings.heartbeat / 2
         # Send to failing topics last, so that their timeouts do not use up the time for the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
@@ -171,10 +220,7 @@ class RecoveryService:
             failures = max(self._failed_sends[topic], 1)
             wait = backoff.delay(failures, first=RESEND_UNSENT_AFTER, ceiling=self._settings.resend)
             self._context.store.direct.postpone_send([key for key in keys if key[0] in failed], wait)
-        if self._last_contact > self._contact_since:
-            # Set the last contact to now, because a long send would otherwise count as an interruption of the contact
-            # with the store.
-            self._last_contact = self.clock()
+        self._contact.keep(self.clock())
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
         """Send the messages of steps to a topic, and return the steps whose messages were not delivered.
@@ -201,8 +247,14 @@ class RecoveryService:
     def _time_left(self, deadline: float) -> float:
         return min(SEND_TIMEOUT, max(deadline - self.clock(), 0))
 
-    def close(self) -> None:
-        """Release the claims of abandoned attempts, and mark steps as sent, at the shutdown of a consumer."""
+    def close(self, host: TakeoverHost | None = None) -> None:
+        """Release the claims of abandoned attempts, return reservations, and mark steps as sent.
+
+        :param host: the consumer that is shutting down.
+        """
+        self._last_looks.pop(host, None)  # type: ignore[arg-type]
+        self._sender.stop(host)
+        self._heartbeat.thread.stop(host)
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):
             # A tick still runs after CLOSE_TIMEOUT seconds. Do not release the remaining claims; they end when their
             # leases expire.
@@ -211,6 +263,7 @@ class RecoveryService:
             for claim in self._context.active_claims():
                 if claim.is_abandoned:
                     self._release(claim)
+            self._takeovers.settle()
             self.record_sends()
         except StoreUnavailable as error:
             self._context.store.report_outage(error)

@@ -336,6 +336,7 @@ class EntrypointLoader:
             load_error = unknown_entrypoint_error(row.entrypoint)
         instance = kind.from_Message(_message(row, result))
         instance._kser_load_error = load_error
+        instance._kser_stored_path = row.entrypoint
         return instance
 
 

@@ -84,6 +84,8 @@ class Task(Entrypoint):
     #: The error that prevents this object from running; None if there is no such error. An object that was built from a
     #: row has this error if its class is not registered in this process, or if its construction failed.
     _kser_load_error: Exception | None = None
+    #: Path of the class in the store, if this object is a plain task because its class could not be built.
+    _kser_stored_path: str | None = None
 
     def __init__(
         self,

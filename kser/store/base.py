@@ -11,17 +11,23 @@ contains the epoch of the claim that the worker held when it ran the step. If th
 example because another worker has claimed it, the checkpoint changes nothing and raises
 :class:`kser.errors.FencedError`.
 
-**Next check.** ``next_check_at`` is the time at which the reaper checks a root. While a consumer holds a claim on the
-root, ``next_check_at`` is the end of the lease. While no consumer holds a claim, ``next_check_at`` is the time at which
-the reaper sends the message of the current step, for the first time or again. After the operation has ended,
-``next_check_at`` is None.
+**Due steps.** The current step of a root is *due* when no living consumer works on it any more: the lease of the owner
+has expired, a retry is due, the operation was resumed or released, or no consumer has claimed the step for long
+(:class:`kser.store.model.DueReason`). ``take_at`` is the time at which the step becomes due. From then on, a consumer
+that can run the step may *reserve* the step and run it without a message. A reservation moves ``take_at`` to its own
+end, so that no other consumer reserves the step meanwhile, and changes nothing else: the owner may still renew its
+lease, and any consumer may still claim the step. ``send_at`` is the time from which a consumer that cannot run the step
+sends its message. A reserved step is not sent.
 
 **Repeated calls.** If a call raises :class:`kser.errors.StoreUnavailable`, the caller cannot know whether the call took
 effect. So the caller may repeat the call with the same arguments. If the first call took effect, the second call of
 ``claim``, ``checkpoint``, ``cancel`` or ``resume``, and of ``save`` with a claim request, returns the value that the
 first call would have returned. In two cases, the second call does not recognise the first call: a second ``save``
 without a claim request returns a ClaimRefused (``stale``), and a second ``resume`` raises
-:class:`kser.errors.StateConflict` if a consumer has claimed the root meanwhile.
+:class:`kser.errors.StateConflict` if a consumer has claimed the root meanwhile. A second ``reserve_due_steps`` or
+``take_due_steps`` returns other steps than the first one; the steps that the first call reserved become due again when
+their reservations end. A second ``mark_sent`` counts the send twice, and a second ``refuse_class`` may count the
+refusal twice. Both only change delays.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
 from kser.store.model import (
+    MAX_SENDS,
+    UNKNOWN_AFTER,
     Checkpoint,
     Claim,
     ClaimRefused,
@@ -44,7 +52,158 @@ from kser.store.model import (
 )
 
 
-class Store(ABC):
+class LeaseRenewer(ABC):
+    """A renewer of leases that waits for no other call of the store. One thread at a time may use it."""
+
+    @abstractmethod
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
+        """Renew leases like :meth:`StepSchedule.renew`.
+
+        The call ends within the timeout of the renewer. If another transaction locks the row of a root for longer, the
+        lease is not renewed, but the claim still belongs to ``owner``, so the returned set contains this root too.
+
+        :raises kser.errors.StoreUnavailable: the database cannot be used now, or did not answer in time. The next call
+            uses a new connection.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the connection of the renewer."""
+
+
+class StepSchedule(ABC):
+    """The part of a store that schedules the current steps of roots: leases, reservations and sends.
+
+    In a call, a step is given by the id and the epoch of its root, ``(root_id, epoch)``, or by the DueStep that an
+    earlier call returned. If the root has another epoch now, the call ignores the step.
+    """
+
+    @abstractmethod
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
+        """Set the end of the leases of claims to ``lease`` seconds from now.
+
+        The call renews a claim if the root is RUNNING and has the epoch of the claim, even if the lease has expired or
+        another consumer has reserved the step.
+
+        :param claims: the claims, each as a pair ``(root_id, epoch)``.
+
+        :return: the ``root_id`` of each renewed claim. If the ``root_id`` of a claim is missing from the
+            returned set, ``owner`` has lost the claim.
+        """
+
+    @abstractmethod
+    def lease_renewer(self, timeout: float) -> LeaseRenewer:
+        """Return a new renewer of leases with a database connection of its own.
+
+        :param timeout: maximum duration of a call of the renewer, in seconds.
+        """
+
+    @abstractmethod
+    def get_topics(self) -> Sequence[str]:
+        """Return the topics of the current steps of all roots that have not ended, in alphabetical order."""
+
+    @abstractmethod
+    def reserve_due_steps(
+        self,
+        limit: int,
+        topics: Collection[str],
+        known: Collection[str],
+        consumer: str,
+        *,
+        reservation: float,
+        expired: bool,
+        only_urgent: bool = False,
+    ) -> Sequence[DueStep]:
+        """Reserve due steps for a takeover, the longest due first, and return these steps.
+
+        The call first reads without a lock, and writes only if it finds a step. Of several concurrent calls, one
+        reserves the step. For each reserved step, the call adds an event ``taken-over`` to the root. The call may leave
+        out steps behind a thousand steps of one topic that are due for longer and that ``known`` excludes.
+
+        :param limit: maximum number of steps.
+        :param topics: topics of the steps to reserve: the topics that the caller consumes.
+        :param known: paths of the classes that the caller knows. The class of the step's message must be among them,
+            and the root's ``current_entrypoint``, if there is one.
+        :param reservation: duration of the reservation in seconds. The step is due again afterwards.
+        :param expired: True to reserve also the steps of roots whose lease has expired.
+        :param only_urgent: True to reserve only steps with a reason in :data:`kser.store.model.URGENT`.
+        """
+
+    @abstractmethod
+    def return_reservations(self, steps: Iterable[DueStep]) -> None:
+        """End reservations of :meth:`reserve_due_steps` before their time: the steps are due at once.
+
+        A step whose ``take_at`` has changed since it was reserved stays unchanged: its owner has renewed the lease, or
+        another consumer has claimed or reserved it.
+        """
+
+    @abstractmethod
+    def postpone_takeover(self, steps: Iterable[DueStep], wait: float) -> None:
+        """End reservations whose takeovers ended before they claimed their steps: the steps are due later.
+
+        A step whose ``take_at`` has changed since it was reserved stays unchanged.
+
+        :param wait: seconds after which a step is due again. This delay doubles with each earlier send or takeover
+            without a claim, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
+        """
+
+    @abstractmethod
+    def take_due_steps(
+        self,
+        limit: int,
+        consumer: str,
+        *,
+        expired: bool,
+        max_sends: int = MAX_SENDS,
+        unknown_after: float = UNKNOWN_AFTER,
+    ) -> Sequence[DueStep]:
+        """Return due steps of all topics whose ``send_at`` has passed, so that the caller sends their messages.
+
+        No other call returns these steps for :data:`kser.store.model.SEND_GRACE` seconds. Within this time, the caller
+        sends the message of each step and records the send with :meth:`mark_sent`. The owner of an expired lease stays
+        in the row: its checkpoints are accepted until the next claim. For each returned step, the call adds an event
+        ``sent-again`` to the root, even if the message of the step was never sent before.
+
+        Steps with the reason UNKNOWN_CLASS get no event. The caller does not send them, but claims them and records
+        them as failed.
+
+        :param expired: True to return also the steps of roots whose lease has expired.
+        :param max_sends: number of refusals for an unknown class after which a step has the reason UNKNOWN_CLASS, if
+            the first refusal was at least ``unknown_after`` seconds ago.
+        """
+
+    @abstractmethod
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float, lease: float) -> None:
+        """Record that messages for the current steps of roots were sent. Roots with a valid lease stay unchanged.
+
+        :param resend_after: seconds after which the step's message is sent again if no consumer has claimed the root.
+            This delay doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
+        :param lease: seconds after which a consumer may take over the step of a root that was claimed before; at most
+            ``resend_after``. This delay doubles too. A root that was never claimed may be taken over after
+            ``resend_after``, because until then, its record may wait behind other records with the same key.
+        """
+
+    @abstractmethod
+    def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
+        """Postpone the send of steps whose messages could not be sent by ``wait`` seconds from now.
+
+        Consumers may still take over the steps meanwhile. Roots with a valid lease stay unchanged.
+        """
+
+    @abstractmethod
+    def refuse_class(self, uuid: str, step: str) -> OperationRow | None:
+        """Record that a consumer refused a message because it does not know the class of the step.
+
+        The call changes nothing if ``step`` is no longer the current step, if the root has ended or has a valid lease,
+        or if there are more recorded refusals than sends.
+
+        :param uuid: uuid of the root.
+        :param step: uuid in the message of the step.
+        :return: the row of the root after the call, or None if no root with this uuid is stored.
+        """
+
+
+class Store(StepSchedule):
     """A store of operations. All methods are thread-safe.
 
     Every method raises :class:`kser.errors.StoreUnavailable` if the database cannot be reached or cannot be used now,
@@ -67,8 +226,8 @@ class Store(ABC):
         """Store an operation with all its tasks; if ``request`` is given, claim the operation in the same transaction.
 
         After the call, the first step is ready to run, but no message has been sent for the step. If the caller does
-        not send this message, the reaper sends it. If the call stores the operation, it also grants the requested
-        claim.
+        not record a send, the step is due after :data:`kser.store.model.RESEND_UNSENT_AFTER` seconds. If the call
+        stores the operation, it also grants the requested claim.
 
         :return: the claim, or the ``id`` of the operation if ``request`` is None. If an operation with this uuid is
             already stored, the call changes nothing. If an earlier call with the same ``request`` stored the operation,
@@ -81,11 +240,13 @@ class Store(ABC):
         """Claim a root for its current step.
 
         The claim is one compare-and-set. The store grants the claim if ``step`` is current, the status is PENDING or
-        RUNNING, ``due_at`` has passed, and either the root has no owner or the owner's lease has expired. A granted
-        claim increments ``epoch`` and ``claim_count``, sets the status to RUNNING, and stores the owner, the token and
-        the end of the lease. The first claim on a root also stores ``started_at``. A claim changes no other column. If
-        ``claim_count`` has already reached ``max_claims``, the store still grants the claim, and marks the claim as
-        ``exhausted``, so that the consumer records the step as failed and does not run it.
+        RUNNING, ``due_at`` has passed, the root has the epoch and the topic of the request, and either the root has no
+        owner, or the owner's lease has expired and the delay of :data:`kser.store.model.IMMEDIATE_TAKEOVERS` has
+        passed. A reservation of another consumer does not prevent the claim. A granted claim increments ``epoch`` and
+        ``claim_count``, sets the status to RUNNING, stores the owner, the token and the lease, and clears the numbers
+        of sends and refusals. The first claim on a root also stores ``started_at``. If ``claim_count`` has already
+        reached ``max_claims``, the store still grants the claim, and marks the claim as ``exhausted``, so that the
+        consumer records the step as failed and does not run it.
 
         :param uuid: uuid of the root.
         :param step: uuid in the message of the step that the caller wants to run. The store grants the claim only if
@@ -124,61 +285,17 @@ class Store(ABC):
         ``events``, if there is one.
 
         A checkpoint with ``keep=False``, or a checkpoint that ends the root, releases the claim and increments
-        ``epoch``. If the root has not ended, its next step is ready ``delay`` seconds after the release, and the reaper
-        checks the root at that time. If ``delay`` is 0, the step is ready immediately, and the reaper checks the root
-        after :data:`kser.store.model.RESEND_UNSENT_AFTER` seconds.
+        ``epoch``. If the root has not ended, a consumer may claim its next step ``delay`` seconds after the release;
+        when this step is due depends on the ``due_reason`` of the checkpoint.
 
-        Every checkpoint sets ``claim_count`` and ``send_count`` to 0, and sets ``ended_at`` of each operation that
-        ends. One transaction may record checkpoints of several threads. If the store rejects one of these checkpoints,
-        it still records the others.
+        Every checkpoint sets ``claim_count`` and ``send_count`` to 0, stores the checkpoint's ``current_entrypoint``,
+        and sets ``ended_at`` of each operation that ends. One transaction may record checkpoints of several threads. If
+        the store rejects one of these checkpoints, it still records the others.
 
         :return: the status of the root after the checkpoint.
         :raises kser.errors.FencedError: another worker has claimed the root, or the root has ended. The store recorded
             nothing.
         :raises kser.errors.StoreError: the database rejects the data. The store recorded nothing.
-        """
-
-    @abstractmethod
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Set the end of the leases of claims to ``lease`` seconds from now.
-
-        The call renews a claim if the root is RUNNING and has the epoch of the claim, even if the lease has expired.
-
-        :param claims: the claims, each as a pair ``(root_id, epoch)``.
-
-        :return: the ``root_id`` of each renewed claim. If the ``root_id`` of a claim is missing from the
-            returned set, ``owner`` has lost the claim.
-        """
-
-    @abstractmethod
-    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        """Record that messages for the current steps of roots were sent. Claimed roots stay unchanged.
-
-        :param steps: the steps, each given by the id and the epoch of its root, ``(root_id, epoch)``. A root that has
-            another epoch now stays unchanged.
-
-        :param resend_after: seconds after which the reaper sends a message again if no consumer has claimed the root.
-            This delay doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
-        """
-
-    @abstractmethod
-    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        """Reserve due steps, so that no other caller sends their messages, and return these steps.
-
-        The caller has :data:`kser.store.model.SEND_GRACE` seconds to send the message of a step and to record the send
-        with :meth:`mark_sent`. If a lease has expired, the call removes the owner from the row of the root. The
-        checkpoints of this owner are still accepted until the next claim. For each reserved step, the call adds an
-        event ``sent-again`` to the root, even if the message of the step was never sent before.
-
-        :param expired: True to reserve also the steps of roots whose lease has expired.
-        """
-
-    @abstractmethod
-    def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        """Postpone steps whose messages could not be sent: the steps become due again after ``wait`` seconds.
-
-        :param steps: the steps, each given by the id and the epoch of its root, ``(root_id, epoch)``. A root that has
-            another epoch now stays unchanged.
         """
 
     @abstractmethod
@@ -206,8 +323,8 @@ class Store(ABC):
 
         The call increments ``epoch``, stores ``token``, clears ``result``, ``ended_at``, ``cancel_requested`` and
         ``cancel_reason``, and sets ``claim_count`` and ``send_count`` to 0. After the call, the current step is ready
-        to run, but no message has been sent for the step. In a distributed root, this message names the selected task,
-        or the operation to build or end. In a local root, the message names the root.
+        to run and due at once. In a distributed root, its message names the selected task, or the operation to build
+        or end. In a local root, the message names the root.
 
         :param epoch: the epoch in the row that the caller has read.
         :param token: the random token of this resume. If the caller repeats the call with the same token, the second

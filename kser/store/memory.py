@@ -9,13 +9,18 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from kser import status as states
 from kser.errors import FencedError, StoreError, UsageError
-from kser.store.base import Store
+from kser.store.base import LeaseRenewer, Store
 from kser.store.model import (
+    MAX_SENDS,
+    SEND_GRACE,
+    UNKNOWN_AFTER,
+    URGENT,
     AttemptRow,
     Checkpoint,
     Claim,
     ClaimRefused,
     ClaimRequest,
+    DueReason,
     DueStep,
     EventRow,
     Mode,
@@ -35,18 +40,22 @@ from kser.store.model import (
 from kser.store.transitions import (
     apply_cancel,
     apply_claim,
+    apply_failed_takeover,
+    apply_lease,
     apply_outcome,
+    apply_refusal,
     apply_resume,
     apply_sent,
     apply_update,
     attempt_row,
     cancelled_events,
     claim_refusal,
-    due_reason,
+    end_claim,
+    fails_for_its_class,
     finish_checkpoint,
     has_live_owner,
     is_resumed,
-    mark_taken,
+    may_be_sent,
     new_row,
     new_task_row,
 )
@@ -117,7 +126,7 @@ class MemoryStore(Store):
                 return None
             if row.token == request.token:
                 return self._claim_of(row, request)
-            reason = claim_refusal(row, step, self._clock())
+            reason = claim_refusal(row, step, request, self._clock())
             return self._claim(row, request) if reason is None else ClaimRefused(reason, row)
 
     def _claim(self, row: OperationRow, request: ClaimRequest) -> Claim:
@@ -254,49 +263,118 @@ class MemoryStore(Store):
             if row.id == root_id or not states.is_final(row.status):
                 self._store(apply_cancel(row, self._clock()))
 
-    # -- leases and the reaper -----------------------------------------------------------------------------------------
+    # -- leases and due steps ------------------------------------------------------------------------------------------
 
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         with self._lock:
             running = [row for row in self._roots_at(claims) if row.status == states.RUNNING]
             for row in running:
-                self._store(row._replace(owner=owner, next_check_at=self._clock() + lease))
+                self._store(apply_lease(row, owner, lease, self._clock()))
             return {row.id for row in running}
 
-    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        with self._lock:
-            for row in self._unclaimed(steps):
-                self._store(apply_sent(row, resend_after, self._clock()))
+    def lease_renewer(self, timeout: float) -> LeaseRenewer:
+        return _MemoryRenewer(self)
 
-    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
+    def get_topics(self) -> Sequence[str]:
         with self._lock:
-            now = self._clock()
+            return sorted({row.target.topic for row in self._operations.values() if row.take_at is not None})
+
+    def reserve_due_steps(
+        self,
+        limit: int,
+        topics: Collection[str],
+        known: Collection[str],
+        consumer: str,
+        *,
+        reservation: float,
+        expired: bool,
+        only_urgent: bool = False,
+    ) -> Sequence[DueStep]:
+        with self._lock:
             rows = [
                 row
-                for row in self._operations.values()
-                if row.next_check_at is not None and row.next_check_at <= now and (expired or row.owner is None)
+                for row in self._due(expired)
+                if row.target.topic in topics
+                and row.target.entrypoint in known
+                and (row.current_entrypoint is None or row.current_entrypoint in known)
+                and (not only_urgent or row.due_reason in URGENT)
             ]
-            return [
-                self._take_due(row, consumer) for row in sorted(rows, key=lambda row: row.next_check_at or 0)[:limit]
-            ]
+            reserved = []
+            for row in rows[:limit]:
+                row = self._store(row._replace(take_at=self._clock() + reservation))
+                self._add_event(row, consumer, NewEvent("taken-over", text=row.due_reason))
+                reserved.append(_due_step(row))
+            return reserved
 
-    def _take_due(self, row: OperationRow, consumer: str) -> DueStep:
-        reason = due_reason(row.owner, row.send_count, is_retry=row.next_check_at == row.due_at)
-        self._store(mark_taken(row, self._clock()))
-        self._add_event(row, consumer, NewEvent("sent-again", text=reason))
-        return DueStep(id=row.id, uuid=row.uuid, epoch=row.epoch, target=row.target, reason=reason)
+    def return_reservations(self, steps: Iterable[DueStep]) -> None:
+        with self._lock:
+            for row in self._reserved(steps):
+                self._store(row._replace(take_at=self._clock()))
+
+    def postpone_takeover(self, steps: Iterable[DueStep], wait: float) -> None:
+        with self._lock:
+            for row in self._reserved(steps):
+                self._store(apply_failed_takeover(row, wait, self._clock()))
+
+    def take_due_steps(
+        self,
+        limit: int,
+        consumer: str,
+        *,
+        expired: bool,
+        max_sends: int = MAX_SENDS,
+        unknown_after: float = UNKNOWN_AFTER,
+    ) -> Sequence[DueStep]:
+        with self._lock:
+            now = self._clock()
+            due = []
+            for row in [row for row in self._due(expired) if (row.send_at or 0) <= now][:limit]:
+                row = self._store(row._replace(send_at=now + SEND_GRACE))
+                if fails_for_its_class(row, max_sends, unknown_after, now):
+                    due.append(_due_step(row, DueReason.UNKNOWN_CLASS))
+                else:
+                    self._add_event(row, consumer, NewEvent("sent-again", text=row.due_reason))
+                    due.append(_due_step(row))
+            return due
+
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float, lease: float) -> None:
+        with self._lock:
+            for row in self._unclaimed(steps):
+                self._store(apply_sent(row, resend_after, lease, self._clock()))
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         with self._lock:
             for row in self._unclaimed(steps):
-                self._store(row._replace(next_check_at=self._clock() + wait))
+                self._store(row._replace(send_at=self._clock() + wait))
+
+    def refuse_class(self, uuid: str, step: str) -> OperationRow | None:
+        with self._lock:
+            row = self.get_operation(uuid)
+            if row is None or row.parent_id is not None:
+                return None
+            return self._store(apply_refusal(row, step, self._clock()))
+
+    def _due(self, expired: bool) -> list[OperationRow]:
+        """Return the roots whose current step is due and not reserved, the longest due first."""
+        now = self._clock()
+        due = [
+            row
+            for row in self._operations.values()
+            if row.take_at is not None and row.take_at <= now and (expired or row.owner is None)
+        ]
+        return sorted(due, key=lambda row: row.take_at or 0)
 
     def _roots_at(self, pairs: Iterable[tuple[int, int]]) -> list[OperationRow]:
         rows = [(self._operations.get(root_id), epoch) for root_id, epoch in pairs]
         return [row for row, epoch in rows if row is not None and row.epoch == epoch]
 
     def _unclaimed(self, pairs: Iterable[tuple[int, int]]) -> list[OperationRow]:
-        return [row for row in self._roots_at(pairs) if row.owner is None and row.next_check_at is not None]
+        return [row for row in self._roots_at(pairs) if may_be_sent(row, self._clock())]
+
+    def _reserved(self, steps: Iterable[DueStep]) -> list[OperationRow]:
+        """Return the roots whose reservations have not ended and were not replaced."""
+        ends = {(step.id, step.epoch): step.take_at for step in steps}
+        return [row for row in self._roots_at(ends) if row.take_at == ends[row.id, row.epoch]]
 
     # -- cancel, resume, purge -----------------------------------------------------------------------------------------
 
@@ -313,9 +391,7 @@ class MemoryStore(Store):
             self._cancel_all(row.id)
             self._add_event(row, None, NewEvent("ended", text=states.CANCELLED))
             row = self._operations[row.id]
-            return self._store(
-                row._replace(cancel_reason=reason, owner=None, token=None, next_check_at=None, epoch=row.epoch + 1)
-            )
+            return self._store(end_claim(row)._replace(cancel_reason=reason, token=None))
 
     def resume(self, uuid: str, epoch: int, token: str) -> OperationRow | None:
         with self._lock:
@@ -326,9 +402,21 @@ class MemoryStore(Store):
                 return root
             target = self._resume_task(root)
             root = apply_resume(self._operations[root.id], token, self._clock())
-            root = root._replace(target=target if root.mode == Mode.DISTRIBUTED else root.target)
+            if root.mode == Mode.DISTRIBUTED:
+                root = root._replace(target=target)
+            else:
+                root = root._replace(current_entrypoint=self._current_entrypoint(root))
             self._add_event(root, None, NewEvent("resumed"))
             return self._store(root)
+
+    def _current_entrypoint(self, root: OperationRow) -> str | None:
+        row, task = root, self._current(root)
+        while task is not None and task.child_id is not None:
+            row = self._operations[task.child_id]
+            task = self._current(row)
+        if task is not None:
+            return task.entrypoint
+        return None if row is root else row.entrypoint
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
         """Move the position of an operation to its first task whose status is not SUCCESS.
@@ -386,6 +474,30 @@ class MemoryStore(Store):
     def _add_event(self, root: OperationRow, consumer: str | None, event: NewEvent) -> None:
         row = EventRow(root.id, self._clock(), event.kind, root.epoch, consumer, event.uuid, event.text)
         self._events.setdefault(root.id, []).append(row)
+
+
+class _MemoryRenewer(LeaseRenewer):
+    """A renewer of leases in the memory of this process, where no call waits."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
+        return self._store.renew(claims, owner, lease)
+
+    def close(self) -> None:
+        """Do nothing, because the renewer holds no connection."""
+
+
+def _due_step(row: OperationRow, reason: str | None = None) -> DueStep:
+    return DueStep(
+        id=row.id,
+        uuid=row.uuid,
+        epoch=row.epoch,
+        target=row.target,
+        reason=reason or row.due_reason or "",
+        take_at=row.take_at or 0,
+    )
 
 
 def _all_tasks(tasks: Iterable[NewTask]) -> list[NewTask]:

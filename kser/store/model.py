@@ -2,7 +2,7 @@
 
 ============== =====================================================================================================
 operation      one row per operation. The row of a *root* (a root operation) also holds the claim on the root and on
-               all operations nested in the root: owner, token, epoch and ``next_check_at``
+               all operations nested in the root: owner, token, epoch and ``lease_until``
 task           one row per task of an operation. Positions count from 0. A task that is itself an operation also has
                a row in the table of operations
 attempt        one row per attempt at a task, with the outcome of the attempt; append-only
@@ -55,28 +55,46 @@ class RefusalReason(StrEnum):
     ENDED = "ended"
     #: Another owner has a valid lease.
     HELD = "held"
-    #: The current step waits for a retry, and its ``due_at`` is in the future.
+    #: The current step waits: for a retry, whose ``due_at`` is in the future, or for a takeover, because several
+    #: consumers have died during the step (see :data:`IMMEDIATE_TAKEOVERS`).
     WAITING = "waiting"
-    #: The step in the request is not the current step. For a save: the operation is already stored.
+    #: The step or the epoch in the request is not the current one. For a save: the operation is already stored.
     STALE = "stale"
+    #: The current step belongs to another topic than the one in the request.
+    TOPIC = "topic"
 
 
-#: Seconds after which the reaper sends the message of a step that is ready to run and is not marked as sent.
+#: Seconds after which a step that is ready to run and is not marked as sent becomes due.
 RESEND_UNSENT_AFTER: Final = 3.0
+
+#: Seconds for which a due step waits for a consumer that reserves it. After this time, a consumer that cannot run the
+#: step sends its message.
+SEND_DELAY: Final = 1.0
 
 #: Maximum number of seconds between the reservation of a step by a reaper and the send of its message. After this time,
 #: another reaper may reserve the step.
 SEND_GRACE: Final = 10.0
 
-#: Maximum number of seconds before the reaper sends the message of an unclaimed step again.
+#: Maximum number of seconds before an unclaimed step becomes due again.
 MAX_RESEND_DELAY: Final = 3600.0
+
+#: Number of takeovers of one step after an expired lease that happen as soon as the lease has expired. Each further
+#: takeover waits twice as long as the one before, first 2 s and at most :data:`MAX_TAKEOVER_DELAY` seconds, so that a
+#: step that kills its process does not kill all consumers within minutes.
+IMMEDIATE_TAKEOVERS: Final = 2
+MAX_TAKEOVER_DELAY: Final = 300.0
+
+#: A step fails after ``MAX_SENDS`` messages that were refused for an unknown class, if the first of these refusals was
+#: at least ``UNKNOWN_AFTER`` seconds ago.
+MAX_SENDS: Final = 20
+UNKNOWN_AFTER: Final = 3600.0
 
 #: Maximum length of the error text in an attempt row, in characters.
 MAX_ERROR_LENGTH: Final = 2000
 
 
 class DueReason(StrEnum):
-    """The reason why the reaper must send the message of a step."""
+    """The reason why a step is due: why a consumer takes it over, or sends its message."""
 
     #: The lease of the root's owner has expired.
     EXPIRED = "lease-expired"
@@ -84,8 +102,19 @@ class DueReason(StrEnum):
     UNSENT = "unsent"
     #: The step waited for a retry, and the delay before this retry has passed.
     RETRY = "retry-due"
-    #: The message of the step was sent, and no consumer has claimed the step.
+    #: A client resumed the operation.
+    RESUMED = "resumed"
+    #: A consumer released its claim before it had run the step.
+    RELEASED = "released"
+    #: The message of the step was sent, or a takeover of the step ended before its claim, and no consumer has claimed
+    #: the step since.
     UNCLAIMED = "unclaimed"
+    #: Every consumer that received the step refused it, because the step's class is unknown there. The step must fail.
+    UNKNOWN_CLASS = "unknown-class"
+
+
+#: The reasons for which a consumer that has no free worker may take over one step.
+URGENT: Final = (DueReason.EXPIRED, DueReason.RETRY)
 
 
 class StepMessage(NamedTuple):
@@ -143,17 +172,33 @@ class OperationRow(NamedTuple):
     owner: str | None
     #: Token of the last claim or resume.
     token: str | None
-    #: Time of the reaper's next check; None after the operation has ended.
-    next_check_at: float | None
+    #: End of the owner's lease; None while no process holds a claim. A reservation does not change this time.
+    lease_until: float | None
+    #: Time from which a consumer may reserve the current step to take it over; None after the operation has ended.
+    take_at: float | None
+    #: Time from which a consumer that cannot run the current step sends the step's message, if the step is due and not
+    #: reserved; None after the operation has ended.
+    send_at: float | None
+    #: Why the current step is due at ``take_at``: a DueReason other than UNKNOWN_CLASS, EXPIRED while a process holds a
+    #: claim; None after the operation has ended.
+    due_reason: str | None
     #: Earliest time at which a consumer may claim the root. While an operation waits for a retry, this time is in the
     #: future.
     due_at: float
     #: Number of claims since the last checkpoint or resume.
     claim_count: int
-    #: ``send_count`` is the number of times that the message of the current step was sent, and ``sent_at`` is the time
-    #: of the last send.
+    #: ``send_count`` is the number of times that the message of the current step was sent, or that a takeover of the
+    #: step ended before its claim, since the last claim. ``sent_at`` is the time of the last send.
     send_count: int
     sent_at: float | None
+    #: ``refusal_count`` is the number of these messages that a consumer refused because the step's class is unknown
+    #: there, and ``refused_since`` is the time of the first such refusal.
+    refusal_count: int
+    refused_since: float | None
+    #: In a local operation, path of the class that the current step needs besides the class of the operation: the class
+    #: of the current task, or of the nested operation to build or end. None in a distributed operation, or if only the
+    #: class of the operation is needed.
+    current_entrypoint: str | None
     #: The message that starts the current step.
     target: StepMessage
 
@@ -224,6 +269,8 @@ EVENTS: Final[Mapping[str, str]] = {
     "task-retried": "an attempt at a task failed, and a retry follows",
     "moved": "the next task was chosen",
     "released": "a consumer released the claim before the operation had ended",
+    "taken-over": "a consumer reserved the current step, to run it without a message; the text of the event states the"
+    " reason",
     "sent-again": "the reaper sent the message of the current step; the text of the event states the reason",
     "exhausted": "too many consumers died during a step",
     "cancel-requested": "a client requested to cancel the operation after its running task",
@@ -285,6 +332,10 @@ class ClaimRequest:
     lease: float
     #: Maximum number of claims of one step without a checkpoint. A further claim has ``exhausted`` set.
     max_claims: int
+    #: The epoch of the root that the caller has reserved; None to claim at any epoch.
+    epoch: int | None = None
+    #: The topic through which the caller received or reserved the step; None to claim a step of any topic.
+    topic: str | None = None
 
 
 class Claim(NamedTuple):
@@ -309,7 +360,7 @@ class Claim(NamedTuple):
 
 
 class ClaimRefused(NamedTuple):
-    """The refusal of a claim, with the reason: ``ended``, ``held``, ``waiting`` or ``stale``."""
+    """The refusal of a claim, with the reason, which is a RefusalReason."""
 
     reason: str
     root: OperationRow
@@ -394,6 +445,12 @@ class Checkpoint(NamedTuple):
     keep: bool = True
     #: Seconds before a consumer may claim the next step; only used if the checkpoint releases the claim.
     delay: float = 0
+    #: Why the next step is due if the checkpoint releases the claim. With RETRY or RELEASED, the step is due after
+    #: ``delay`` seconds. With UNSENT, the caller sends the step's message, so the step is due ``RESEND_UNSENT_AFTER``
+    #: seconds later.
+    due_reason: str = DueReason.UNSENT
+    #: The new value of the root's ``current_entrypoint``.
+    current_entrypoint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -407,8 +464,10 @@ class DueStep:
     uuid: str
     epoch: int
     target: StepMessage
-    #: ``lease-expired``, ``unsent``, ``retry-due`` or ``unclaimed``.
+    #: A DueReason.
     reason: str
+    #: The value of ``take_at`` in the row of the root; for a reserved step, the end of the reservation.
+    take_at: float
 
 
 class Page(NamedTuple):

@@ -12,8 +12,10 @@ from kser.attempt import current_attempt
 from kser.backoff import random_delay
 from kser.errors import StateConflict, StoreUnavailable
 from kser.escaping import escape_lines
-from kser.store.base import Store
+from kser.store.base import LeaseRenewer, Store
 from kser.store.model import (
+    MAX_SENDS,
+    UNKNOWN_AFTER,
     Checkpoint,
     Claim,
     ClaimRefused,
@@ -87,14 +89,66 @@ class RetryingStore(Store):
     def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
         return self._retry(self.direct.renew, list(claims), owner, lease)
 
-    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        self._retry(self.direct.mark_sent, list(steps), resend_after)
+    def lease_renewer(self, timeout: float) -> LeaseRenewer:
+        return self.direct.lease_renewer(timeout)
 
-    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        return self._retry(self.direct.take_due_steps, limit, consumer, expired=expired)
+    def get_topics(self) -> Sequence[str]:
+        return self._retry(self.direct.get_topics)
+
+    def reserve_due_steps(
+        self,
+        limit: int,
+        topics: Collection[str],
+        known: Collection[str],
+        consumer: str,
+        *,
+        reservation: float,
+        expired: bool,
+        only_urgent: bool = False,
+    ) -> Sequence[DueStep]:
+        return self._retry(
+            self.direct.reserve_due_steps,
+            limit,
+            topics,
+            known,
+            consumer,
+            reservation=reservation,
+            expired=expired,
+            only_urgent=only_urgent,
+        )
+
+    def return_reservations(self, steps: Iterable[DueStep]) -> None:
+        self._retry(self.direct.return_reservations, list(steps))
+
+    def postpone_takeover(self, steps: Iterable[DueStep], wait: float) -> None:
+        self._retry(self.direct.postpone_takeover, list(steps), wait)
+
+    def take_due_steps(
+        self,
+        limit: int,
+        consumer: str,
+        *,
+        expired: bool,
+        max_sends: int = MAX_SENDS,
+        unknown_after: float = UNKNOWN_AFTER,
+    ) -> Sequence[DueStep]:
+        return self._retry(
+            self.direct.take_due_steps,
+            limit,
+            consumer,
+            expired=expired,
+            max_sends=max_sends,
+            unknown_after=unknown_after,
+        )
+
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float, lease: float) -> None:
+        self._retry(self.direct.mark_sent, list(steps), resend_after, lease)
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
         self._retry(self.direct.postpone_send, list(steps), wait)
+
+    def refuse_class(self, uuid: str, step: str) -> OperationRow | None:
+        return self._retry(self.direct.refuse_class, uuid, step)
 
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
         return self._retry(self.direct.cancel, uuid, reason)

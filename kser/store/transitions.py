@@ -8,19 +8,23 @@ from kser import backoff
 from kser import status as states
 from kser.errors import StateConflict
 from kser.store.model import (
+    IMMEDIATE_TAKEOVERS,
     MAX_ERROR_LENGTH,
     MAX_RESEND_DELAY,
+    MAX_TAKEOVER_DELAY,
     RESEND_UNSENT_AFTER,
-    SEND_GRACE,
+    SEND_DELAY,
     AttemptRow,
     Checkpoint,
     ClaimRequest,
     DueReason,
+    Mode,
     NewEvent,
     NewOperation,
     NewTask,
     OperationRow,
     OperationUpdate,
+    Phase,
     RefusalReason,
     TaskOutcome,
     TaskRow,
@@ -33,6 +37,8 @@ def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: 
     :param identifier: the id of the operation.
     :param root_id: the id of the root; None if the operation is a root.
     """
+    is_root = parent_id is None
+    due_at = now + RESEND_UNSENT_AFTER if is_root else None
     return OperationRow(
         id=identifier,
         uuid=new.uuid,
@@ -58,13 +64,32 @@ def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: 
         epoch=0,
         owner=None,
         token=None,
-        next_check_at=now + RESEND_UNSENT_AFTER if parent_id is None else None,
+        lease_until=None,
+        take_at=due_at,
+        send_at=due_at,
+        due_reason=DueReason.UNSENT if is_root else None,
         due_at=now,
         claim_count=0,
         send_count=0,
         sent_at=None,
+        refusal_count=0,
+        refused_since=None,
+        current_entrypoint=first_entrypoint(new) if is_root else None,
         target=new.target,
     )
+
+
+def first_entrypoint(new: NewOperation) -> str | None:
+    """Return the ``current_entrypoint`` of a new root."""
+    if new.mode != Mode.LOCAL:
+        return None
+    current = new
+    while current.phase == Phase.RUN_TASK and current.tasks:
+        task = current.tasks[current.step]
+        if task.child is None:
+            return task.entrypoint
+        current = task.child
+    return None if current is new else current.entrypoint
 
 
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
@@ -85,33 +110,64 @@ def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int |
     )
 
 
-def claim_refusal(row: OperationRow, step: str, now: float) -> str | None:
+def claim_refusal(row: OperationRow, step: str, request: ClaimRequest, now: float) -> str | None:
     """Return the reason why a claim on a root is refused, or None if the claim is granted."""
     if states.is_final(row.status):
         return RefusalReason.ENDED
     if row.target.uuid != step:
         return RefusalReason.STALE
+    if request.topic not in (None, row.target.topic):
+        return RefusalReason.TOPIC
     if has_live_owner(row, now):
         return RefusalReason.HELD
+    if request.epoch not in (None, row.epoch):
+        return RefusalReason.STALE
+    if row.owner is not None and (row.lease_until or 0) + takeover_delay(row.claim_count) > now:
+        return RefusalReason.WAITING
     return RefusalReason.WAITING if row.due_at > now else None
 
 
 def has_live_owner(row: OperationRow, now: float) -> bool:
     """Return whether a root has an owner whose lease is valid."""
-    return row.owner is not None and (row.next_check_at or 0) > now
+    return row.owner is not None and (row.lease_until or 0) > now
+
+
+def takeover_delay(claim_count: int) -> float:
+    """Return the number of seconds between the expiry of a lease and the next takeover of the step.
+
+    :param claim_count: the number of claims of the step, including the claim whose lease expires.
+    """
+    further = claim_count - IMMEDIATE_TAKEOVERS
+    return 0.0 if further <= 0 else backoff.delay(further, first=2.0, ceiling=MAX_TAKEOVER_DELAY)
+
+
+def apply_lease(row: OperationRow, owner: str, lease: float, now: float) -> OperationRow:
+    """Return the row of a claimed root after the start or the renewal of its lease."""
+    lease_until = now + lease
+    take_at = lease_until + takeover_delay(row.claim_count)
+    return row._replace(
+        owner=owner,
+        lease_until=lease_until,
+        take_at=take_at,
+        send_at=take_at + SEND_DELAY,
+        due_reason=DueReason.EXPIRED,
+    )
 
 
 def apply_claim(row: OperationRow, request: ClaimRequest, now: float) -> OperationRow:
     """Return the row of a root after a claim."""
-    return row._replace(
+    claimed = row._replace(
         status=states.RUNNING,
         epoch=row.epoch + 1,
-        owner=request.owner,
         token=request.token,
         claim_count=row.claim_count + 1,
-        next_check_at=now + request.lease,
+        send_count=0,
+        sent_at=None,
+        refusal_count=0,
+        refused_since=None,
         started_at=row.started_at or now,
     )
+    return apply_lease(claimed, request.owner, request.lease, now)
 
 
 def apply_update(row: OperationRow, update: OperationUpdate, now: float) -> OperationRow:
@@ -130,19 +186,42 @@ def apply_update(row: OperationRow, update: OperationUpdate, now: float) -> Oper
 def finish_checkpoint(root: OperationRow, checkpoint: Checkpoint, now: float) -> OperationRow:
     """Return the row of a root at the end of a checkpoint.
 
-    If the checkpoint releases the claim, the row contains the time of the next check.
+    If the checkpoint releases the claim, the row contains the times at which the next step is due.
     """
-    root = root._replace(claim_count=0, send_count=0, sent_at=None, target=checkpoint.target or root.target)
+    root = root._replace(
+        claim_count=0,
+        send_count=0,
+        sent_at=None,
+        target=checkpoint.target or root.target,
+        current_entrypoint=checkpoint.current_entrypoint,
+    )
     if states.is_final(root.status):
-        return root._replace(owner=None, next_check_at=None, epoch=root.epoch + 1)
+        return end_claim(root)
     if checkpoint.keep:
         return root
+    take_after, send_delay = release_waits(checkpoint)
+    take_at = now + take_after
     return root._replace(
         owner=None,
+        lease_until=None,
         epoch=root.epoch + 1,
         due_at=now + checkpoint.delay,
-        next_check_at=now + (checkpoint.delay or RESEND_UNSENT_AFTER),
+        take_at=take_at,
+        send_at=take_at + send_delay,
+        due_reason=checkpoint.due_reason,
     )
+
+
+def release_waits(checkpoint: Checkpoint) -> tuple[float, float]:
+    """Return the seconds from a release until the next step is due, and from then until its message is sent."""
+    if checkpoint.due_reason == DueReason.UNSENT:
+        return checkpoint.delay + RESEND_UNSENT_AFTER, 0.0
+    return checkpoint.delay, SEND_DELAY
+
+
+def end_claim(row: OperationRow) -> OperationRow:
+    """Return the row of a root whose status is final: the root has no owner and no due step."""
+    return row._replace(owner=None, lease_until=None, take_at=None, send_at=None, due_reason=None, epoch=row.epoch + 1)
 
 
 def apply_cancel(row: OperationRow, now: float) -> OperationRow:
@@ -180,27 +259,55 @@ def attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint, now: float) -> Att
     )
 
 
-def due_reason(owner: str | None, send_count: int, *, is_retry: bool) -> str:
-    """Return the reason why the current step of a root is a due step.
-
-    :param is_retry: True if ``next_check_at`` equals ``due_at``, which shows that the step was waiting for a retry.
-    """
-    if owner is not None:
-        return DueReason.EXPIRED
-    if send_count:
-        return DueReason.UNCLAIMED
-    return DueReason.RETRY if is_retry else DueReason.UNSENT
+def may_be_sent(row: OperationRow, now: float) -> bool:
+    """Return whether the current step of a root can be due: the root has not ended, and has no valid lease."""
+    return row.take_at is not None and not has_live_owner(row, now)
 
 
-def mark_taken(row: OperationRow, now: float) -> OperationRow:
-    """Return the row of a root after a reaper reserved its step, to send the message of the step."""
-    return row._replace(owner=None, next_check_at=now + SEND_GRACE)
+def fails_for_its_class(row: OperationRow, max_sends: int, unknown_after: float, now: float) -> bool:
+    """Return whether consumers have refused the current step of a root so often and for so long that it must fail."""
+    return row.refusal_count >= max_sends and row.refused_since is not None and row.refused_since + unknown_after <= now
 
 
-def apply_sent(row: OperationRow, resend_after: float, now: float) -> OperationRow:
+def apply_sent(row: OperationRow, resend_after: float, lease: float, now: float) -> OperationRow:
     """Return the row of a root after the message of its step was sent."""
-    wait = backoff.delay(row.send_count + 1, first=resend_after, ceiling=MAX_RESEND_DELAY)
-    return row._replace(send_count=row.send_count + 1, sent_at=now, next_check_at=max(now, row.due_at) + wait)
+    first = min(lease, resend_after) if row.epoch else resend_after
+    start = max(now, row.due_at)
+    return row._replace(
+        send_count=row.send_count + 1,
+        sent_at=now,
+        take_at=start + resend_delay(row.send_count, first),
+        send_at=start + resend_delay(row.send_count, resend_after),
+        due_reason=DueReason.UNCLAIMED,
+    )
+
+
+def apply_failed_takeover(row: OperationRow, wait: float, now: float) -> OperationRow:
+    """Return the row of a root after a takeover of its step ended before its claim."""
+    take_at = now + resend_delay(row.send_count, wait)
+    return row._replace(
+        send_count=row.send_count + 1,
+        take_at=take_at,
+        send_at=take_at + SEND_DELAY,
+        due_reason=DueReason.UNCLAIMED,
+    )
+
+
+def resend_delay(send_count: int, first: float) -> float:
+    """Return the seconds until a step is due again, after ``send_count`` earlier sends and takeovers without a claim.
+
+    :param first: the delay without earlier sends; each earlier send doubles the delay.
+    """
+    return backoff.delay(send_count + 1, first=first, ceiling=MAX_RESEND_DELAY)
+
+
+def apply_refusal(row: OperationRow, step: str, now: float) -> OperationRow:
+    """Return the row of a root after a consumer refused a message of ``step`` because the step's class is unknown."""
+    # A record may be delivered twice, so count at most one refusal more than messages that are marked as sent.
+    if row.target.uuid != step or not may_be_sent(row, now) or row.refusal_count > row.send_count:
+        return row
+    since = now if row.refused_since is None else row.refused_since
+    return row._replace(refusal_count=row.refusal_count + 1, refused_since=since)
 
 
 def is_resumed(root: OperationRow, epoch: int, token: str) -> bool:
@@ -226,11 +333,16 @@ def apply_resume(root: OperationRow, token: str, now: float) -> OperationRow:
         epoch=root.epoch + 1,
         token=token,
         owner=None,
+        lease_until=None,
         cancel_requested=False,
         cancel_reason=None,
         claim_count=0,
         send_count=0,
         sent_at=None,
+        refusal_count=0,
+        refused_since=None,
         due_at=now,
-        next_check_at=now + RESEND_UNSENT_AFTER,
+        take_at=now,
+        send_at=now + SEND_DELAY,
+        due_reason=DueReason.RESUMED,
     )

@@ -10,7 +10,7 @@ from kser.consumer.client import Commit, Partition, Record
 from kser.dummy.broker import DummyClient, InMemoryBroker
 from kser.dummy.producer import Producer
 from kser.errors import ClientError, DeliveryError, StoreUnavailable
-from kser.store.model import Checkpoint, ClaimRequest
+from kser.store.model import Checkpoint, Claim, ClaimRequest
 
 if TYPE_CHECKING:
     from tests.crash.process import Process
@@ -35,9 +35,9 @@ BEFORE_THE_CALL: Final = (REFUSED, RECORD_LOST, KILLED_BEFORE, STALLED_BEFORE)
 #: Faults that the process survives without a pause.
 CALL_FAULTS: Final = (REFUSED, REPLY_LOST, RECORD_LOST)
 
-#: Events at which a stalled process wakes up: a reaper has taken its step, or another process has claimed the
-#: operation, has written a checkpoint, or has ended the operation.
-WAKE_EVENTS: Final = ("reaped", "claimed", "recorded", "ended")
+#: Events at which a stalled process wakes up: a reaper has taken its step, a consumer has reserved its step, or another
+#: process has claimed the operation, has written a checkpoint, or has ended the operation.
+WAKE_EVENTS: Final = ("reaped", "reserved", "claimed", "recorded", "ended")
 
 POLL: Final = "poll"
 READ: Final = "read"
@@ -54,6 +54,11 @@ END_CHECKPOINT: Final = "terminal write"
 RELEASE: Final = "claim released"
 REAPER_TAKE: Final = "reaper take"
 REAPER_SEND: Final = "reaper send"
+RESERVE: Final = "reservation"
+QUEUE: Final = "takeover queued"
+TAKEOVER_CLAIM: Final = "takeover claim"
+TAKEOVER_CHECKPOINT: Final = "first checkpoint of a takeover"
+RETURN: Final = "reservation returned"
 OFFSET_COMMIT: Final = "offset commit"
 
 _WRITE_FAULTS: Final = (REFUSED, REPLY_LOST, *KILLED, *STALLED)
@@ -76,6 +81,11 @@ CRASH_POINTS: Final[Mapping[str, Sequence[str]]] = {
     RELEASE: _WRITE_FAULTS,
     REAPER_TAKE: _WRITE_FAULTS,
     REAPER_SEND: (RECORD_LOST, *_WRITE_FAULTS),
+    RESERVE: _WRITE_FAULTS,
+    QUEUE: (*KILLED, *STALLED),
+    TAKEOVER_CLAIM: _WRITE_FAULTS,
+    TAKEOVER_CHECKPOINT: _WRITE_FAULTS,
+    RETURN: _WRITE_FAULTS,
     OFFSET_COMMIT: _WRITE_FAULTS,
 }
 
@@ -119,11 +129,13 @@ class FaultyStore:
 
     _CRASH_POINTS: Final = {
         "save": SAVE,
-        "claim": CLAIM,
         "mark_sent": MARK_SENT,
         "renew": HEARTBEAT,
         "take_due_steps": REAPER_TAKE,
         "postpone_send": REAPER_SEND,
+        "reserve_due_steps": RESERVE,
+        "return_reservations": RETURN,
+        "postpone_takeover": RETURN,
         "get_operation": READ,
         "get_task": READ,
         "get_tasks": READ,
@@ -136,13 +148,26 @@ class FaultyStore:
         self.name = store.name
         #: The owner that the process names in its claim requests, None before the first one.
         self.owner: str | None = None
+        # The epoch of a takeover's claim before its first checkpoint.
+        self._taken_over_epoch = -1
 
     def check(self) -> None:
         """Accept the schema."""
 
     def checkpoint(self, checkpoint: Checkpoint) -> Any:
         """Write a checkpoint."""
-        return self._call(crash_point_of(checkpoint), lambda: self._store.checkpoint(checkpoint))
+        point = TAKEOVER_CHECKPOINT if checkpoint.epoch == self._taken_over_epoch else crash_point_of(checkpoint)
+        self._taken_over_epoch = -1
+        return self._call(point, lambda: self._store.checkpoint(checkpoint))
+
+    def claim(self, uuid: str, step: str, request: ClaimRequest) -> Any:
+        """Claim the operation for a record or for a takeover."""
+        self.owner = request.owner
+        point = CLAIM if request.epoch is None else TAKEOVER_CLAIM
+        claim = self._call(point, lambda: self._store.claim(uuid, step, request))
+        if request.epoch is not None and isinstance(claim, Claim):
+            self._taken_over_epoch = claim.epoch
+        return claim
 
     def __getattr__(self, name: str) -> Any:
         crash_point, method = self._CRASH_POINTS[name], getattr(self._store, name)

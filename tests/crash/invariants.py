@@ -42,7 +42,7 @@ def _check_end(simulation: Simulation, stored: OperationSnapshot) -> Iterator[st
     row, scenario = stored.operation, simulation.scenario
     if row.status != scenario.final_status:
         yield f"the operation ended {row.status}: {row.result}"
-    if row.owner is not None or row.next_check_at is not None:
+    if row.owner is not None or row.take_at is not None:
         yield f"the operation has ended, and is still claimed or due: {row}"
     successful = TASK_NAMES[:-1] if scenario.fails else TASK_NAMES
     retval = json.loads(row.result or "{}").get("retval", {})

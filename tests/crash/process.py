@@ -11,7 +11,7 @@ from kser.controller import Controller
 from kser.dummy.consumer import Consumer
 from kser.sequencing.registry import OperationRegistry
 from tests.consumer.harness import MANUAL_COMMIT
-from tests.crash.faults import FaultyClient, FaultyProducer, FaultyStore, ProcessKilled
+from tests.crash.faults import QUEUE, FaultyClient, FaultyProducer, FaultyStore, ProcessKilled
 from tests.crash.shop import TOPIC, classes_of
 from tests.store.harness import LEASE
 from tests.support import WAIT_SECONDS
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.crash.simulation import Simulation
 
 #: Seconds between two heartbeats, the default of ``KSER_HEARTBEAT``.
-HEARTBEAT_INTERVAL: Final = LEASE / 3
+HEARTBEAT_INTERVAL: Final = LEASE / 5
 
 
 class SimulatedConsumer(Consumer):
@@ -30,6 +30,12 @@ class SimulatedConsumer(Consumer):
         self._process = process
         self.is_stopping = False
         super().__init__(MANUAL_COMMIT, [TOPIC])
+        self.host = self._kser_services._host
+        put = self.host.put
+        self.host.put = lambda *args: process.queue_takeover(lambda: put(*args))  # type: ignore[method-assign]
+
+    def _kser_may_take_over(self) -> bool:
+        return self._process.simulation.scenario.takes_over and super()._kser_may_take_over()
 
     def _kser_connect(self) -> ConsumerClient:
         self.faulty_client = FaultyClient(self._process, self.client)
@@ -92,8 +98,9 @@ class Process:
         assert consumer is not None
         handled = consumer.step(timeout=0)
         if consumer.is_stopping:
-            # The graceful shutdown records the sent steps, and the process is gone.
-            self.tick_background_service()
+            # The graceful shutdown gives reservations back and records the sent steps, and the process is gone.
+            consumer._kser_worker_pool.shutdown()
+            self.background_service.close(consumer.host)
             raise ProcessKilled
         return self.tick_background_service() or handled > 0
 
@@ -106,6 +113,15 @@ class Process:
         finally:
             self.is_reaping = was_reaping
         return self.simulation.sent_records > sent_before
+
+    def queue_takeover(self, put: Callable[[], bool]) -> bool:
+        """Queue a takeover. In one scenario, the first consumer that queues a takeover ends before it begins."""
+        is_queued: bool = self.crash_point(QUEUE, put)
+        simulation = self.simulation
+        if simulation.scenario.stopped_in == QUEUE and not simulation.has_stopped_consumer and self.consumer:
+            simulation.has_stopped_consumer = True
+            self.consumer.stop()
+        return is_queued
 
     def heartbeat(self) -> None:
         """Let the time of a heartbeat pass while a task runs, and renew the lease."""

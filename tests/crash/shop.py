@@ -11,7 +11,7 @@ from kser import status as states
 from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
-from tests.crash.faults import END_HOOK, RUN
+from tests.crash.faults import END_HOOK, QUEUE, RUN
 
 if TYPE_CHECKING:
     from tests.crash.process import Process
@@ -32,8 +32,10 @@ class Scenario(NamedTuple):
     has_hooks: bool
     #: True if its last task fails permanently.
     fails: bool = False
-    #: The task during which the consumer is stopped.
+    #: The task during which the consumer is stopped; or :data:`QUEUE` to stop the first consumer with a takeover.
     stopped_in: str = ""
+    #: False if no consumer takes over steps, for example because their workers are always busy.
+    takes_over: bool = True
 
     @property
     def is_distributed(self) -> bool:
@@ -55,20 +57,23 @@ class Scenario(NamedTuple):
             self.sent_by,
             "hooks" if self.has_hooks else "",
             "fails" if self.fails else "",
-            "stops" if self.stopped_in else "",
+            f"stops in {self.stopped_in}" if self.stopped_in else "",
+            "" if self.takes_over else "no takeovers",
         )
         return ", ".join(part for part in parts if part)
 
 
 #: Every scenario.
 SCENARIOS: Final = tuple(
-    Scenario(sent_by, has_hooks, fails, stopped_in)
+    Scenario(sent_by, has_hooks, fails, stopped_in, takes_over)
     for sent_by in ("send", "message", "launch", "distributed message")
-    for has_hooks, fails, stopped_in in (
-        (False, False, ""),
-        (True, False, ""),
-        (True, True, ""),
-        (False, False, "first"),
+    for has_hooks, fails, stopped_in, takes_over in (
+        (False, False, "", True),
+        (True, False, "", True),
+        (True, True, "", True),
+        (False, False, "first", True),
+        (False, False, QUEUE, True),
+        (True, False, "", False),
     )
 )
 

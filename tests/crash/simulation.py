@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from uuid import uuid4
 
 from kser.attempt import current_attempt
 from kser.dummy.broker import InMemoryBroker
-from kser.errors import StoreUnavailable
+from kser.errors import StateConflict, StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.model import ClaimRefused, OperationRow, OperationSnapshot
+from kser.store.model import ClaimRefused, DueReason, OperationRow, OperationSnapshot
 from tests.crash.faults import (
     BEFORE_THE_CALL,
     CHECKPOINT,
@@ -23,9 +24,12 @@ from tests.crash.faults import (
     REAPER_TAKE,
     RECORD_LOST,
     RELEASE,
+    RESERVE,
     RETRY_CHECKPOINT,
     SAVE,
     STALLED,
+    TAKEOVER_CHECKPOINT,
+    TAKEOVER_CLAIM,
     WAKE_EVENTS,
     Call,
     Fault,
@@ -93,6 +97,10 @@ class Simulation:
         self.failed_sends = 0
         #: The recovery from each injected fault, for the table.
         self.recoveries: list[Recovery] = []
+        #: True after the consumer was stopped that had queued the first takeover.
+        self.has_stopped_consumer = False
+        #: The reason of the step that was reserved last.
+        self._takeover_reason = ""
         self.sent_records = self._idle_steps = self._value_count = 0
         self._stalled: list[tuple[Process, str]] = []
         #: The reason of the step that the reaper took last, and of each record that it sent, by the offset.
@@ -179,7 +187,9 @@ class Simulation:
     def _send_from(self, process: Process) -> None:
         order: Any = process.classes[-1]
         operation = order(uuid=self.uuid, params={"order": 42}).build()
-        operation.send() if self.scenario.sent_by == "send" else operation.launch()
+        # A sender that wakes up after the end is told that the operation has ended.
+        with suppress(StateConflict):
+            operation.send() if self.scenario.sent_by == "send" else operation.launch()
 
     def _has_ended(self) -> bool:
         row = self.store.get_operation(self.uuid)
@@ -228,11 +238,11 @@ class Simulation:
 
     def _take_effect(self, process: Process, crash_point: str, result: Any) -> Any:
         """Record that a call took effect, and wake the stalled processes whose wake event it is."""
-        if crash_point in (CLAIM, SAVE) and not isinstance(result, ClaimRefused):
+        if crash_point in (CLAIM, TAKEOVER_CLAIM, SAVE) and not isinstance(result, ClaimRefused):
             self._continue_operation(process)
             if result is not None:
                 self._wake_stalled("claimed", but=process)
-        elif crash_point in (CHECKPOINT, RETRY_CHECKPOINT, RELEASE):
+        elif crash_point in (CHECKPOINT, TAKEOVER_CHECKPOINT, RETRY_CHECKPOINT, RELEASE):
             self._continue_operation(process)
             self._wake_stalled("recorded", but=process)
         elif crash_point == END_CHECKPOINT:
@@ -241,6 +251,9 @@ class Simulation:
         elif crash_point == REAPER_TAKE and result:
             self._due_reason = result[0].reason
             self._wake_stalled("reaped", but=process)
+        elif crash_point == RESERVE and result:
+            self._takeover_reason = result[0].reason
+            self._wake_stalled("reserved", but=process)
         return result
 
     def _wake_stalled(self, *events: str, but: Process | None = None) -> None:
@@ -250,11 +263,13 @@ class Simulation:
                 self.wake_events.append(events[0])
                 before = self.snapshot()
                 process.wake_up()
-                self._check_fencing(process, before)
+                self._check_fencing(process, before, events[0])
 
-    def _check_fencing(self, process: Process, before: OperationSnapshot | None) -> None:
+    def _check_fencing(self, process: Process, before: OperationSnapshot | None, wake_event: str) -> None:
         """Check that a process that woke up changed neither an ended operation nor one that another process owns."""
-        is_owned = before is not None and before.operation.owner not in (None, process.store.owner)
+        # A step that is sent or reserved is due: its owner, if the row still names one, has lost its lease.
+        is_due = wake_event in ("reaped", "reserved")
+        is_owned = not is_due and before is not None and before.operation.owner not in (None, process.store.owner)
         has_ended = before is not None and before.operation.ended_at is not None
         if (is_owned or has_ended) and before != self.snapshot():
             self.violations.append(f"{process.name} woke up and changed {before} to {self.snapshot()}")
@@ -311,6 +326,8 @@ class Simulation:
             offset = _current_offset()
             if offset > recovery.last_offset and offset in self._due_reasons:
                 recovery.continued_by = f"the reaper sends the step: {self._due_reasons[offset]}"
+            elif recovery.process != process.name and _is_takeover():
+                recovery.continued_by = f"a consumer takes the step over: {self._takeover_reason}"
             elif recovery.process == process.name or offset > recovery.last_offset:
                 recovery.continued_by = "the operation continues normally"
             elif process.consumer is None:
@@ -328,7 +345,13 @@ def _state_of(row: OperationRow | None) -> str:
     if row.owner is not None:
         return "claimed"
     # A step that waits for a retry is due when the reaper looks at it next.
-    return "ready, later" if row.next_check_at == row.due_at else "ready"
+    return "ready, later" if row.due_reason == DueReason.RETRY else "ready"
+
+
+def _is_takeover() -> bool:
+    """Return whether this thread runs a takeover."""
+    attempt = current_attempt.get()
+    return attempt is not None and attempt.takeover is not None
 
 
 def _current_offset() -> int:

@@ -26,7 +26,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import is_final
 from kser.store.base import Store
-from kser.store.model import Claim, OperationSnapshot
+from kser.store.model import MAX_TAKEOVER_DELAY, Claim, OperationSnapshot
 from tests.consumer.harness import MANUAL_COMMIT, ConsumerThread, FaultyConsumer, ScriptedTask
 from tests.store.harness import LEASE, StoreHarness, claim_request
 from tests.support import WAIT_SECONDS, Clock, message, wait_until
@@ -35,6 +35,8 @@ from tests.support import WAIT_SECONDS, Clock, message, wait_until
 TICK_INTERVAL = 5.0
 #: Seconds after which a lease without a renewal has expired.
 LEASE_EXPIRED = LEASE + 1
+#: Seconds after which a step may be taken over, however many consumers died during the step.
+TAKEOVER_DUE = LEASE_EXPIRED + MAX_TAKEOVER_DELAY
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 
@@ -262,9 +264,17 @@ class Process:
         assert service is not None
         return service
 
+    @property
+    def host(self) -> Any:
+        """What the consumer of this process offers to its background service."""
+        return self.consumer._kser_services._host
+
     def disable_background_service(self) -> None:
-        """Stop heartbeat and reaper, as on a machine that gives their thread no time."""
-        self.background_service.tick = lambda: None  # type: ignore[method-assign]
+        """Stop heartbeat, takeovers and reaper, as on a machine that gives their threads no time."""
+        service = self.background_service
+        service.start = lambda host: None  # type: ignore[method-assign]
+        service.tick = lambda host=None: LEASE  # type: ignore[method-assign]
+        service.look = lambda host: None  # type: ignore[method-assign]
 
 
 class DurableHarness:

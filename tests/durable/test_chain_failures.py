@@ -22,6 +22,7 @@ from tests.durable.harness import (
     BOTH_MODES,
     LEASE_EXPIRED,
     MODES,
+    TAKEOVER_DUE,
     DistributedSale,
     DurableHarness,
     Sale,
@@ -250,7 +251,7 @@ def test_operation_fails_when_its_task_fails_or_its_consumers_die(
         for _ in range(20):
             harness.claim_and_die()
             assert [operation.uuid for operation in harness.registry.find(status=[PENDING, RUNNING])] == ["1"]
-            harness.advance(LEASE_EXPIRED)
+            harness.advance(TAKEOVER_DUE)
         harness.advance_with_reaper(70)
         harness.first.handle()
     assert (harness.status(), harness.task_statuses()) == (FAILED, [FAILED, PENDING, PENDING])

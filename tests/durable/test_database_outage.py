@@ -179,8 +179,16 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "get_children": ((7,), {}),
     "checkpoint": (("checkpoint",), {}),
     "renew": (([(7, 1)], "owner", 30.0), {}),
-    "mark_sent": (([(7, 1)], 60.0), {}),
-    "take_due_steps": ((500, "owner"), {"expired": True}),
+    "get_topics": ((), {}),
+    "reserve_due_steps": (
+        (4, ["orders"], ["shop.Charge"], "owner"),
+        {"reservation": 5.0, "expired": True, "only_urgent": False},
+    ),
+    "return_reservations": ((["step"],), {}),
+    "postpone_takeover": ((["step"], 60.0), {}),
+    "mark_sent": (([(7, 1)], 60.0, 15.0), {}),
+    "take_due_steps": ((500, "owner"), {"expired": True, "max_sends": 20, "unknown_after": 3600.0}),
+    "refuse_class": (("uuid", "step"), {}),
     "postpone_send": (([(7, 1)], 3.0), {}),
     "cancel": (("uuid", "reason"), {}),
     "resume": (("uuid", 3, "token"), {}),
@@ -189,10 +197,12 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "purge": ((60.0, ["SUCCESS"], 500), {}),
 }
 #: The calls without a result.
-WITHOUT_RESULT = {"check", "mark_sent", "postpone_send"}
+WITHOUT_RESULT = {"check", "mark_sent", "postpone_send", "postpone_takeover", "return_reservations"}
+#: The calls that are made once: the heartbeat must not wait for the end of an outage.
+ONCE = {"lease_renewer"}
 
 
-@pytest.mark.parametrize("name", sorted(Store.__abstractmethods__ - {"close"}))
+@pytest.mark.parametrize("name", sorted(Store.__abstractmethods__ - {"close"} - ONCE))
 def test_retrying_store_repeats_each_call_of_the_contract(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """durability rule 33"""
     direct: Any = OneOutageStore()

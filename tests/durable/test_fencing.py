@@ -143,4 +143,4 @@ def test_consumer_stopped_beyond_its_lease_is_fenced(consumers: Consumers) -> No
 
 def without_lease(snapshot: OperationSnapshot) -> OperationSnapshot:
     """Return a snapshot without the end of the lease, which each heartbeat changes."""
-    return snapshot._replace(operation=snapshot.operation._replace(next_check_at=None))
+    return snapshot._replace(operation=snapshot.operation._replace(lease_until=None, take_at=None, send_at=None))

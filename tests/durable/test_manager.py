@@ -296,7 +296,8 @@ def test_plain_task_makes_no_store_call(harness: DurableHarness) -> None:
     store.calls.clear()
     send_messages("1", "2")
     process.handle()
-    assert (ScriptedTask.ran, store.calls) == (["1", "2"], [])
+    # Each step of the consumer looks for due steps once.
+    assert (ScriptedTask.ran, set(store.calls)) == (["1", "2"], {"reserve_due_steps"})
 
 
 def test_local_step_makes_one_store_call(harness: DurableHarness) -> None:
@@ -305,7 +306,8 @@ def test_local_step_makes_one_store_call(harness: DurableHarness) -> None:
     store.calls.clear()
     send_raw_message(Sale)
     process.handle()
-    assert store.calls == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
+    calls = [call for call in store.calls if call != "reserve_due_steps"]
+    assert calls == ["get_operation", "save", "checkpoint", "checkpoint", "checkpoint"]
 
 
 def test_metadata_of_operation_and_tasks_is_stored(harness: DurableHarness) -> None:

@@ -131,7 +131,7 @@ def test_only_the_root_operation_is_claimed(harness: DurableHarness, cls: type[O
     assert (root.parent_id, inner.parent_id, deep.parent_id) == (None, root.id, inner.id)
     assert {row.root_id for row in rows} == {root.id}
     assert root.owner is not None
-    assert (inner.owner, inner.next_check_at) == (deep.owner, deep.next_check_at) == (None, None)
+    assert (inner.owner, inner.take_at) == (deep.owner, deep.take_at) == (None, None)
 
 
 class CheckpointStore(WrappedStore):

@@ -186,7 +186,7 @@ def test_retry_backoff_releases_the_claim_and_acks_the_message(
     row = harness.snapshot().operation
     assert (row.status, row.owner, row.step) == (RUNNING, None, 1)
     assert row.due_at == pytest.approx(harness.store_harness.now + 10, abs=3)
-    assert row.next_check_at == row.due_at
+    assert row.take_at == row.due_at
     assert "other" in ScriptedTask.ran
     assert committed() == len(InMemoryBroker.at("").values("dice"))
     assert harness.first.work_queue.running() == []

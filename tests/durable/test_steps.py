@@ -195,7 +195,7 @@ def test_mark_sent_records_time_and_count_later(harness: DurableHarness) -> None
     harness.first.background_service.record_sends()
     row = harness.snapshot().operation
     assert (row.send_count, row.sent_at) == (1, pytest.approx(harness.store_harness.now, abs=5))
-    assert row.next_check_at == pytest.approx(harness.store_harness.now + 60, abs=5)
+    assert row.send_at == pytest.approx(harness.store_harness.now + 60, abs=5)
 
 
 class DelayedReportProducer(Producer):
@@ -287,32 +287,6 @@ def test_result_that_is_not_json_fails_its_task(harness: DurableHarness, cls: ty
 
 
 # -- steps that cannot run ---------------------------------------------------------------------------------------------
-
-
-def test_step_of_an_unknown_class_is_recorded_as_failed(harness: DurableHarness) -> None:
-    """durability rule 17: the step does not wait without end, and the operation can be resumed."""
-    send_raw_message(DistributedSale)
-    harness.first.step()
-    harness.first.unsubscribe(ScriptedTask)
-    harness.first.handle()
-    assert (harness.status(), harness.task_statuses()) == (FAILED, [FAILED, PENDING, PENDING])
-    assert "not registred: import its module in this consumer" in str(harness.snapshot().attempts[0].error)
-
-
-def test_step_of_an_unknown_class_in_a_local_operation_is_recorded_as_failed(harness: DurableHarness) -> None:
-    """durability rule 17"""
-    harness.first.class_of(Sale)("1").build().send()
-    harness.first.unsubscribe(ScriptedTask)
-    harness.first.handle()
-    assert (harness.status(), harness.task_statuses()) == (FAILED, [FAILED, PENDING, PENDING])
-
-
-def test_stored_operation_of_an_unknown_class_is_recorded_as_failed(harness: DurableHarness) -> None:
-    """durability rule 17"""
-    harness.first.class_of(Sale)("1").send()
-    harness.start_process(group="second").handle()
-    assert harness.status() == FAILED
-    assert f"Entrypoint '{Sale.path}' not registred" in harness.operation().result.stderr
 
 
 class FailingConstructionTask(Task):

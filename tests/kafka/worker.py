@@ -18,6 +18,7 @@ from typing import Any
 
 from cdumay_result import Result
 
+from kser.retry import Retry
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
@@ -70,6 +71,28 @@ class Job(Operation):
 
     def build_tasks(self, **kwargs: Any) -> list[Task]:
         return [Work(params=kwargs), Work(params=kwargs)]
+
+
+@oregistry.subscribe
+class SpreadJob(Job):
+    """An operation with two tasks, each of which any consumer may run."""
+
+    DISTRIBUTED = True
+
+
+@oregistry.subscribe
+class RetriedWork(Work):
+    """A task that is retried one second after each failed attempt."""
+
+    RETRY = Retry(max_attempts=4, delay=1, backoff=1, jitter=False)
+
+
+@oregistry.subscribe
+class RetriedJob(Operation):
+    """An operation with one task that is retried."""
+
+    def build_tasks(self, **kwargs: Any) -> list[Task]:
+        return [RetriedWork(params=kwargs)]
 
 
 class Worker(Consumer):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from kser.store.model import (
     Checkpoint,
     Claim,
     ClaimRequest,
+    DueStep,
     Mode,
     NewEvent,
     NewOperation,
@@ -28,9 +29,11 @@ from kser.store.model import (
 )
 
 #: Duration of a lease in seconds.
-LEASE = 30.0
+LEASE = 15.0
 #: Seconds after which an unclaimed step is sent again: ``resend_after``.
 RESEND = 60.0
+#: Duration of a reservation in seconds. It is long, so that no reservation ends while a test stands still.
+RESERVATION = 30.0
 #: Seconds by which two times may differ that a test reads one after the other.
 TIME_TOLERANCE = 5.0
 
@@ -256,3 +259,19 @@ def event_kinds(store: Store, uuid: str) -> list[str]:
 def due_steps(store: Store, limit: int = 10, *, expired: bool = True) -> list[tuple[str, str]]:
     """Take due steps as a reaper does, and return their uuids and reasons."""
     return [(step.uuid, step.reason) for step in store.take_due_steps(limit, "reaper", expired=expired)]
+
+
+#: The classes of the operations and tasks that :func:`new_operation` and :func:`new_task` return.
+CLASSES = ("shop.PlaceOrder", "shop.Charge")
+
+
+def reserve(store: Store, limit: int = 10, **values: Any) -> Sequence[DueStep]:
+    """Reserve due steps for a takeover, as a consumer does that consumes all topics and knows all classes."""
+    options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES, "consumer": "consumer-b"}
+    options |= {"reservation": RESERVATION, "expired": True, **values}
+    return store.reserve_due_steps(limit, **options)
+
+
+def reserved_steps(store: Store, limit: int = 10, **values: Any) -> list[tuple[str, str]]:
+    """Reserve due steps for a takeover, and return their uuids and reasons."""
+    return [(step.uuid, step.reason) for step in reserve(store, limit, **values)]

@@ -7,13 +7,28 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, Boolean, Double, Integer, Text, bindparam, case, cast, func, literal, or_, select
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Text,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+)
 
 from kser import status as states
 from kser.errors import FencedError
 from kser.store.model import (
     MAX_ERROR_LENGTH,
-    RESEND_UNSENT_AFTER,
     Checkpoint,
     NewEvent,
     OperationRow,
@@ -25,7 +40,7 @@ from kser.store.sql.ids import IdGenerator
 from kser.store.sql.inserts import InsertRows, Inserts, count_in, event_row, insert_events, without_nul
 from kser.store.sql.statements import ROWS, RowSource, types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, attempt, operation, operation_row, task
-from kser.store.transitions import cancelled_events
+from kser.store.transitions import cancelled_events, release_waits
 
 
 class Position(NamedTuple):
@@ -49,7 +64,9 @@ class CheckpointRows:
     """The row values of a batch of checkpoints, grouped by the statement that writes them."""
 
     def __init__(self) -> None:
+        #: Roots whose claims are kept; ``redirected`` are those of them whose next step has another message.
         self.kept: list[dict[str, Any]] = []
+        self.redirected: list[dict[str, Any]] = []
         self.released: list[dict[str, Any]] = []
         self.children: list[dict[str, Any]] = []
         self.outcomes: list[dict[str, Any]] = []
@@ -63,13 +80,12 @@ class CheckpointRows:
 
         :param cancelled: True if a client has requested to cancel the root. The root then becomes CANCELLED.
         """
-        target = checkpoint.target
         update = checkpoint.updates[-1]
         if cancelled:
             update = update._replace(status=states.CANCELLED, result=update.accumulated)
         final = states.is_final(update.status)
         kept = checkpoint.keep and not final
-        row = {
+        row: dict[str, Any] = {
             "id": update.operation_id,
             "epoch": checkpoint.epoch,
             "stored_step": update.stored_step,
@@ -79,20 +95,26 @@ class CheckpointRows:
             "phase": update.phase,
             "accumulated": update.accumulated,
             "result": update.result,
-            "target_uuid": target and target.uuid,
-            "target_entrypoint": target and target.entrypoint,
-            "target_topic": target and target.topic,
+            "current_entrypoint": checkpoint.current_entrypoint,
             "status": update.status,
             "released": int(not kept),
             "ended": int(final),
-            "wait": None if final else checkpoint.delay or RESEND_UNSENT_AFTER,
-            "delay": None if kept or final else checkpoint.delay,
         }
-        (self.kept if kept else self.released).append(row)
+        if kept and checkpoint.target is None:
+            # Most checkpoints end here. A value that is missing in a row is NULL in the statement of PostgreSQL, and is
+            # not named in the statement of SQLite.
+            self.kept.append(row)
+            return
+        row |= zip(_TARGET, checkpoint.target or _NO_TARGET, strict=True)
+        if kept:
+            self.redirected.append(row)
+        else:
+            row |= _release_values(None if final else checkpoint)
+            self.released.append(row)
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the row values for all roots, ordered by the id of the root."""
-        return sorted((*self.kept, *self.released), key=lambda row: row["id"])
+        return sorted((*self.kept, *self.redirected, *self.released), key=lambda row: row["id"])
 
     def add_rest(self, checkpoint: Checkpoint, first_id: int, events: Sequence[NewEvent]) -> None:
         """Add all row values of a checkpoint except those for its root.
@@ -141,6 +163,7 @@ class CheckpointWriter:
         # SQLite rewrites the index entries of every column that an UPDATE names, even if the value is unchanged. So the
         # statement for checkpoints that keep their claims names no indexed column.
         self._keep_claim = database.statement(keep_claim(database))
+        self._redirect_claim = database.statement(keep_claim(database, target=True))
         self._update_roots = database.statement(update_roots(database))
         self._update_children = database.statement(update_children(database))
         self._set_task_count = database.statement(set_task_count(database))
@@ -223,7 +246,11 @@ class CheckpointWriter:
         rows.add_rest(checkpoint, self._ids.next_ids(transaction.time, count) if count else 0, events)
 
     def _write(self, transaction: Transaction, rows: CheckpointRows) -> None:
-        statements = [(self._keep_claim, rows.kept), (self._update_roots, rows.released)]
+        statements = [
+            (self._keep_claim, rows.kept),
+            (self._redirect_claim, rows.redirected),
+            (self._update_roots, rows.released),
+        ]
         if self._single_statement is not None:
             # Update all roots in one statement, ordered by id; otherwise this transaction and a transaction that renews
             # leases could deadlock.
@@ -313,6 +340,19 @@ class CheckpointWriter:
         return states.CANCELLED
 
 
+def _release_values(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return the values of a root that releases its claim; without ``checkpoint``, of a root that has ended."""
+    if checkpoint is None:
+        return {"take_after": None, "send_delay": None, "due_reason": None, "delay": None}
+    take_after, send_delay = release_waits(checkpoint)
+    return {
+        "take_after": take_after,
+        "send_delay": send_delay,
+        "due_reason": checkpoint.due_reason,
+        "delay": checkpoint.delay,
+    }
+
+
 def _child_row(update: OperationUpdate) -> dict[str, Any]:
     return {
         "id": update.operation_id,
@@ -352,6 +392,11 @@ def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
+# Numbers are part of the text of a statement, because each bind parameter costs time in each execution.
+_ZERO: Final[ColumnElement[Any]] = literal_column("0")
+_ONE: Final[ColumnElement[Any]] = literal_column("1")
+_NO_TARGET: Final = (None, None, None)
+
 #: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
 _FENCE: Final = {"epoch": BigInteger(), "stored_step": Integer(), "stored_phase": Text(), "cancelled": Boolean()}
 
@@ -360,45 +405,58 @@ _RELEASE: Final = {
     "status": Text(),
     "released": Integer(),
     "ended": Integer(),
-    "wait": Double(),
+    "take_after": Double(),
+    "send_delay": Double(),
+    "due_reason": Text(),
     "delay": Double(),
 }
 
 
-def keep_claim(database: Database) -> Any:
-    """Return a statement that updates roots and keeps their claims."""
+def keep_claim(database: Database, *, target: bool = False) -> Any:
+    """Return a statement that updates roots and keeps their claims.
+
+    :param target: True to update also the messages of the current steps, whose topics are in an index.
+    """
     row = _root_rows(database, ROWS, {})
-    return _update_values(row, {})
+    return _update_values(row, _target_values(row) if target else {})
 
 
 def update_roots(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that updates roots and, depending on the row values, keeps or releases each claim."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
-    released = row["released"] == 1
+    released, take_at = row["released"] == _ONE, now + row["take_after"]
     return _update_values(
         row,
         {
+            **_target_values(row),
             "status": row["status"],
             "epoch": own.epoch + row["released"],
             "owner": case((released, None), else_=own.owner),
-            "next_check_at": case((released, now + row["wait"]), else_=own.next_check_at),
+            "lease_until": case((released, None), else_=own.lease_until),
+            "take_at": case((released, take_at), else_=own.take_at),
+            "send_at": case((released, take_at + row["send_delay"]), else_=own.send_at),
+            "due_reason": case((released, row["due_reason"]), else_=own.due_reason),
             "due_at": func.coalesce(now + row["delay"], own.due_at),
-            "ended_at": case((row["ended"] == 1, now), else_=None),
+            "ended_at": case((row["ended"] == _ONE, now), else_=None),
         },
     )
 
 
 def _root_rows(database: Database, rows: str, more: dict[str, Any]) -> RowSource:
-    types = types_of(operation, "id", "step", "phase", "accumulated", "result", *_TARGET)
+    types = types_of(operation, "id", "step", "phase", "accumulated", "result", "current_entrypoint", *_TARGET)
     return database.source({**types, **_FENCE, **more}, rows)
+
+
+def _target_values(row: RowSource) -> dict[str, Any]:
+    return {name: func.coalesce(row[name], operation.c[name]) for name in _TARGET}
 
 
 def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
     own = operation.c
-    changed: dict[str, Any] = {name: row[name] for name in ("step", "phase", "accumulated", "result")}
-    changed |= {name: func.coalesce(row[name], own[name]) for name in _TARGET}
-    changed |= {"claim_count": 0, "send_count": 0, "sent_at": None, **more}
+    names = ("step", "phase", "accumulated", "result", "current_entrypoint")
+    changed: dict[str, Any] = {name: row[name] for name in names}
+    changed |= {"claim_count": _ZERO, "send_count": _ZERO, "sent_at": null(), **more}
     return row.update(
         operation,
         changed,

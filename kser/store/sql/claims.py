@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Double, Text, and_, case, insert, literal, or_, select
+from sqlalchemy import BigInteger, Double, Text, and_, case, insert, literal, literal_column, or_, select
 
 from kser import status as states
 from kser.store.model import Claim, ClaimRefused, ClaimRequest, Mode, OperationRow, Phase, RefusalReason, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
+from kser.store.sql.schedule import is_claimable, lease_values
 from kser.store.sql.statements import types_of
-from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, event, operation, operation_row, task
+from kser.store.sql.tables import (
+    OPERATION_COLUMNS,
+    TASK_COLUMNS,
+    event,
+    operation,
+    operation_row,
+    short_columns,
+    task,
+)
 from kser.store.transitions import claim_refusal
 
 #: Tasks, keyed by operation id and position.
@@ -83,7 +92,7 @@ class Claims:
                 # The claim statement did not grant this claim. If no rule refuses the claim any more, the root has
                 # changed since that statement: another owner has released it. So return HELD; a later claim can
                 # succeed.
-                reason = claim_refusal(row, command.step, raw[-1]) or RefusalReason.HELD
+                reason = claim_refusal(row, command.step, command.request, raw[-1]) or RefusalReason.HELD
                 results[index] = ClaimRefused(reason, row)
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
         results.update(zip((index for index, _, _ in own), claims, strict=True))
@@ -143,26 +152,40 @@ class Claims:
         return [_claim(path, tasks, request) for path, (_, request) in zip(paths, roots, strict=True)]
 
 
+#: The values of a claim, with their types.
+_CLAIM_VALUES: Final[Mapping[str, Any]] = {
+    **{name: Text() for name in ("uuid", "step", "topic", "owner", "token")},
+    "epoch": BigInteger(),
+    "lease": Double(),
+}
+
+
 def _claim_statement(database: Database) -> Any:
     """Return the statement that claims roots."""
     now = database.now
-    row = database.source({name: Text() for name in ("uuid", "step", "owner", "token")} | {"lease": Double()})
+    row = database.source(_CLAIM_VALUES)
+    claim_count = operation.c.claim_count + literal_column("1")
     return row.update(
         operation,
         {
             "status": states.RUNNING,
             "epoch": operation.c.epoch + 1,
-            "owner": row["owner"],
             "token": row["token"],
-            "claim_count": operation.c.claim_count + 1,
-            "next_check_at": now + row["lease"],
+            "claim_count": claim_count,
+            **lease_values(now, row["owner"], row["lease"], claim_count),
+            "send_count": literal_column("0"),
+            "sent_at": None,
+            "refusal_count": literal_column("0"),
+            "refused_since": None,
             "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
         },
         operation.c.uuid == row["uuid"],
         operation.c.parent_id.is_(None),
         or_(operation.c.status == states.PENDING, operation.c.status == states.RUNNING),
         operation.c.target_uuid == row["step"],
-        or_(operation.c.owner.is_(None), operation.c.next_check_at <= now),
+        or_(row["topic"].is_(None), operation.c.target_topic == row["topic"]),
+        or_(row["epoch"].is_(None), operation.c.epoch == row["epoch"]),
+        is_claimable(now),
         operation.c.due_at <= now,
         # If the root has the token of the request, an earlier call with the same request has already claimed the root.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
@@ -174,7 +197,7 @@ def _single_statement(database: Database) -> Any:
 
     For each root, the statement reads the current task; for a distributed root, also the task after the current task.
     """
-    claimed = _claim_statement(database).returning(*OPERATION_COLUMNS).cte("claimed")
+    claimed = _claim_statement(database).returning(*short_columns(*_CLAIM_VALUES)).cte("claimed")
     names = ("root_id", "at", "kind", "epoch", "consumer")
     values = select(claimed.c.id, database.now, literal("claimed", Text), claimed.c.epoch, claimed.c.owner)
     events = insert(event).from_select(list(names), values).cte("inserted_events")
@@ -200,7 +223,7 @@ def _single_statement(database: Database) -> Any:
     )
     columns = [rows.c[name] for rows in (current, following) for name in TaskRow._fields]
     joined = claimed.outerjoin(stored, unchanged).outerjoin(current, has_task).outerjoin(following, follows)
-    return select(*claimed.c, *columns).select_from(joined).add_cte(events)
+    return select(literal_column("claimed.*"), *columns).select_from(joined).add_cte(events)
 
 
 def positions(path: Sequence[OperationRow]) -> list[dict[str, int]]:
@@ -236,6 +259,8 @@ def _claim_row(command: ClaimCommand) -> dict[str, Any]:
     return {
         "uuid": command.uuid,
         "step": command.step,
+        "topic": request.topic,
+        "epoch": request.epoch,
         "owner": request.owner,
         "token": request.token,
         "lease": request.lease,

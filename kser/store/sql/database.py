@@ -25,6 +25,10 @@ class SerializationConflict(StoreUnavailable):
     """A conflict with another transaction aborted this transaction; nothing was written"""
 
 
+class RowLocked(StoreUnavailable):
+    """Another transaction has locked a row for longer than this transaction may wait; nothing was written"""
+
+
 class Transaction:
     """An open transaction that executes statements.
 
@@ -76,6 +80,24 @@ class Transaction:
         return fetched
 
 
+class OwnConnection(ABC):
+    """A connection that no other call of the store uses. One thread at a time may use it."""
+
+    @abstractmethod
+    def write(self, timeout: float) -> AbstractContextManager[Transaction]:
+        """Provide a transaction that ends within ``timeout`` seconds. Each of its statements is committed by itself.
+
+        :raises RowLocked: another transaction has locked a row.
+        :raises kser.errors.StoreUnavailable: the database cannot be used now, or did not answer in time. The next call
+            uses a new connection.
+        :raises kser.errors.StoreError: the database rejects a statement.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+
+
 def no_offset() -> float:
     """Return 0.0 as the number of seconds to add to the clock of the database. Only tests add another number."""
     return 0.0
@@ -123,7 +145,7 @@ class Database(ABC):
         :raises kser.errors.StoreUnavailable: the database cannot be used now.
         :raises kser.errors.StoreError: the database rejects a statement.
         """
-        with self._translated(), self._writing(single) as transaction:
+        with self.translated(), self._writing(single) as transaction:
             yield transaction
 
     @contextmanager
@@ -132,20 +154,24 @@ class Database(ABC):
 
         :param snapshot: True if all statements must see the same state of the database.
         """
-        with self._translated(), self._reading(snapshot) as transaction:
+        with self.translated(), self._reading(snapshot) as transaction:
             yield transaction
 
     @contextmanager
     def inspect_connection(self) -> Iterator[Connection]:
         """Provide an SQLAlchemy connection for inspecting tables."""
-        with self._translated(), self.engine.connect() as connection:
+        with self.translated(), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def migration_transaction(self) -> Iterator[Connection]:
         """Provide an SQLAlchemy connection in a transaction that excludes all other migrations."""
-        with self._translated(), self._migrating() as connection:
+        with self.translated(), self._migrating() as connection:
             yield connection
+
+    @abstractmethod
+    def own_connection(self) -> OwnConnection:
+        """Return a new connection for one thread, which connects when it is first used."""
 
     def exists(self) -> bool:
         """Return whether the database exists.
@@ -175,7 +201,8 @@ class Database(ABC):
         """Return the class of the exception to raise for a driver error, and a text with advice for the operator."""
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """Translate errors of the driver into those of kser."""
         try:
             yield
         except BAD_VALUES as error:

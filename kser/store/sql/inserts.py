@@ -10,7 +10,9 @@ from sqlalchemy import Double, Integer, case, literal
 from kser import status as states
 from kser.store.model import (
     RESEND_UNSENT_AFTER,
+    SEND_DELAY,
     ClaimRequest,
+    DueReason,
     NewOperation,
     NewTask,
 )
@@ -18,13 +20,21 @@ from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
+from kser.store.transitions import first_entrypoint
 
-#: Types of the values that the insert statement of an operation needs besides the columns of the table: ``wait``, the
-#: seconds until the next check, and ``started``, which is 1 if the operation is claimed.
-_EXTRA_TYPES: Final = {"wait": Double(), "started": Integer()}
+#: Types of the values that the insert statement of an operation needs besides the columns of the table: the length of
+#: the lease, the seconds until ``take_at``, the seconds from then until ``send_at``, and ``started``, which is 1 if the
+#: operation is claimed.
+_EXTRA_TYPES: Final = {"lease": Double(), "take_after": Double(), "send_delay": Double(), "started": Integer()}
 
 #: Columns that have the same value in the row of every new operation.
-_CONSTANTS: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0}
+_CONSTANTS: Final[Mapping[str, Any]] = {"cancel_requested": False, "send_count": 0, "refusal_count": 0}
+
+#: Columns whose values the insert statement computes, or that are NULL in the row of every new operation.
+_COMPUTED: Final = (
+    *("started_at", "ended_at", "lease_until", "take_at", "send_at", "due_at", "sent_at", "refused_since"),
+    *("result", "cancel_reason", "urgent"),
+)
 
 
 class Inserts:
@@ -50,23 +60,16 @@ def insert_operations(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that inserts operations."""
     now = database.now
     types = types_of(operation)
-    for name in (
-        *_CONSTANTS,
-        "started_at",
-        "ended_at",
-        "next_check_at",
-        "due_at",
-        "sent_at",
-        "result",
-        "cancel_reason",
-    ):
+    for name in (*_CONSTANTS, *_COMPUTED):
         del types[name]
     row = database.source({**types, **_EXTRA_TYPES}, rows)
     values = {name: row[name] for name in types}
     values |= {name: literal(value) for name, value in _CONSTANTS.items()}
     values |= {
         "started_at": case((row["started"] == 1, now), else_=None),
-        "next_check_at": now + row["wait"],
+        "lease_until": now + row["lease"],
+        "take_at": now + row["take_after"],
+        "send_at": now + row["take_after"] + row["send_delay"],
         "due_at": now,
     }
     return row.insert(operation, values)
@@ -133,17 +136,12 @@ class InsertRows:
         :param first_id: the first of the consecutive ids that are reserved for the root and its nested operations;
             :func:`count` returns the number of these ids.
         """
-        claimed = {} if request is None else {"owner": request.owner, "token": request.token}
-        root = {
-            "status": states.PENDING if request is None else states.RUNNING,
-            "epoch": int(request is not None),
-            "claim_count": int(request is not None),
-            "wait": RESEND_UNSENT_AFTER if request is None else request.lease,
-            "started": int(request is not None),
-            "owner": None,
-            "token": None,
-            **claimed,
-        }
+        if request is None:
+            root = {**_UNSENT_DEFAULTS}
+        else:
+            root = {**_CLAIMED_DEFAULTS, "owner": request.owner, "token": request.token}
+            root["lease"] = root["take_after"] = request.lease
+        root["current_entrypoint"] = first_entrypoint(new)
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
@@ -205,10 +203,31 @@ CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "status": states.PENDING,
     "epoch": 0,
     "claim_count": 0,
-    "wait": None,
     "started": 0,
     "owner": None,
     "token": None,
+    "lease": None,
+    "take_after": None,
+    "send_delay": None,
+    "due_reason": None,
+    "current_entrypoint": None,
+}
+
+#: The same values in the row of a root without a claim, and in the row of a root that is claimed when it is stored.
+_UNSENT_DEFAULTS: Final[Mapping[str, Any]] = {
+    **CHILD_DEFAULTS,
+    "take_after": RESEND_UNSENT_AFTER,
+    "send_delay": 0.0,
+    "due_reason": DueReason.UNSENT,
+}
+_CLAIMED_DEFAULTS: Final[Mapping[str, Any]] = {
+    **CHILD_DEFAULTS,
+    "status": states.RUNNING,
+    "epoch": 1,
+    "claim_count": 1,
+    "started": 1,
+    "send_delay": SEND_DELAY,
+    "due_reason": DueReason.EXPIRED,
 }
 
 

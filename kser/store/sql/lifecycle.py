@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Text, bindparam, func, or_, select, update
 
 from kser import status as states
-from kser.store.model import RESEND_UNSENT_AFTER, Mode, OperationRow, Phase, StepMessage, TaskRow
+from kser.store.model import SEND_DELAY, DueReason, Mode, OperationRow, Phase, StepMessage, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import id_at
 from kser.store.sql.inserts import Inserts, event_row, without_nul
@@ -27,7 +27,7 @@ class Lifecycle:
     def __init__(self, database: Database, inserts: Inserts) -> None:
         self._inserts = inserts
         own = operation.c
-        locked = select(*OPERATION_COLUMNS, own.next_check_at > database.now)
+        locked = select(*OPERATION_COLUMNS, own.lease_until > database.now)
         self._lock = database.statement(
             locked.where(own.uuid == bindparam("uuid", type_=Text), own.parent_id.is_(None)).with_for_update()
         )
@@ -47,7 +47,10 @@ class Lifecycle:
             "epoch": own.epoch + 1,
             "owner": None,
             "token": None,
-            "next_check_at": None,
+            "lease_until": None,
+            "take_at": None,
+            "send_at": None,
+            "due_reason": None,
             "cancel_reason": reason,
         }
         self._cancel = database.statement(this.values({**ended, **released}))
@@ -65,7 +68,9 @@ class Lifecycle:
         token = bindparam("token", type_=Text)
         free: dict[str, Any] = {"epoch": own.epoch + 1, "owner": None, "token": token, "cancel_requested": False}
         free |= {"cancel_reason": None, "claim_count": 0, "send_count": 0, "sent_at": None}
-        free |= {"due_at": now, "next_check_at": now + RESEND_UNSENT_AFTER}
+        free |= {"refusal_count": 0, "refused_since": None, "lease_until": None}
+        free |= {"due_at": now, "take_at": now, "send_at": now + SEND_DELAY, "due_reason": DueReason.RESUMED}
+        free |= {"current_entrypoint": bindparam("entrypoint", type_=Text)}
         free |= {name: func.coalesce(bindparam(name, type_=Text), own[name]) for name in TARGET}
         self._release = database.statement(this.values(free))
         again = {"status": states.RUNNING, "result": None, "ended_at": None}
@@ -75,6 +80,7 @@ class Lifecycle:
         first = select(*TASK_COLUMNS).where(task.c.operation_id == bindparam("key"), task.c.status != states.SUCCESS)
         self._first = database.statement(first.order_by(task.c.position).limit(1))
         place = (task.c.operation_id == bindparam("key"), task.c.position == bindparam("at"))
+        self._task = database.statement(select(*TASK_COLUMNS).where(*place))
         pending = {"status": states.PENDING, "result": None, "attempts_before_resume": task.c.attempts}
         self._pending = database.statement(update(task).where(*place).values(pending))
 
@@ -138,11 +144,23 @@ class Lifecycle:
         if is_resumed(root, epoch, token):
             return root
         target = self._resume_task(transaction, root)
-        values = target if root.mode == Mode.DISTRIBUTED else (None, None, None)
-        own = {"key": root.id, "token": token}
+        is_distributed = root.mode == Mode.DISTRIBUTED
+        values = target if is_distributed else (None, None, None)
+        entrypoint = None if is_distributed else self._current_entrypoint(transaction, root.id)
+        own = {"key": root.id, "token": token, "entrypoint": entrypoint}
         transaction.execute(self._release, {**own, **dict(zip(TARGET, values, strict=True))})
         transaction.execute_many(self._inserts.events, [event_row(root.id, "resumed", root.epoch + 1, None)])
         return self._row(transaction, root.id)
+
+    def _current_entrypoint(self, transaction: Transaction, root_id: int) -> str | None:
+        row, entrypoint = self._row(transaction, root_id), None
+        while row.phase == Phase.RUN_TASK:
+            current = TaskRow(*transaction.execute(self._task, {"key": row.id, "at": row.step}).fetchone())
+            if current.child_id is None:
+                return current.entrypoint
+            row = self._row(transaction, current.child_id)
+            entrypoint = row.entrypoint
+        return entrypoint
 
     def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
         """Move the position of an operation to its first task whose status is not SUCCESS.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +15,7 @@ from sqlalchemy import URL, Connection, Double, Engine, NullPool, bindparam, cre
 from sqlalchemy.pool import QueuePool
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.sql.database import Database, SerializationConflict, Transaction
+from kser.store.sql.database import Database, OwnConnection, RowLocked, SerializationConflict, Transaction
 from kser.store.sql.statements import CLOCK
 
 #: Connection options of libpq. With these timeouts and keepalives, the driver detects a lost server within seconds.
@@ -48,6 +52,9 @@ DATA_ERRORS: Final = ("21", "22", "23", "44", "54")
 #: SQLSTATEs of conflicts with another transaction: a serialization failure and a deadlock.
 CONFLICTS: Final = ("40001", "40P01")
 
+#: SQLSTATE of a statement that has waited for a lock for longer than ``lock_timeout``.
+LOCK_TIMEOUT: Final = "55P03"
+
 #: SQLSTATE prefixes of errors which show that the connection is lost.
 CONNECTION_LOST: Final = ("08", "25P03", "57P")
 
@@ -62,6 +69,9 @@ ERROR_TEXTS: Final = {
     "55": "another session holds a lock for longer than 10 s",
     "57": "the server is stopping or starting, or the statement took longer than 30 s",
 }
+
+#: Seconds after the end of a timeout at which an own connection is broken, if the server has not answered by then.
+DEADLINE_GRACE: Final = 0.25
 
 LOCK_KEY: Final = 0x6B736572  # "kser"
 
@@ -80,7 +90,7 @@ class Postgresql(Database):
     max_concurrent_writers = 2
     # statement_timestamp() is constant within a statement. So conditions on the current time can use an index, and all
     # columns that a statement sets to the current time get the same value.
-    now = literal_column("extract(epoch FROM statement_timestamp())::float8", Double) + bindparam(CLOCK, type_=Double)
+    now = literal_column("date_part('epoch', statement_timestamp())", Double) + bindparam(CLOCK, type_=Double)
 
     def __init__(self, url: URL, clock_offset: Callable[[], float]) -> None:
         #: Seconds by which the server's clock is ahead of the local clock; None before the first measurement.
@@ -166,6 +176,23 @@ class Postgresql(Database):
             if snapshot:
                 cursor.execute("COMMIT")
 
+    def own_connection(self) -> OwnConnection:
+        return PostgresqlConnection(self)
+
+    def connect(self, timeout: float) -> Any:
+        """Return a new connection of the driver that is in no pool."""
+        # The driver raises a connect timeout below 2 s to 2 s.
+        options = {**self._arguments(), "connect_timeout": math.ceil(timeout)}
+        arguments, keywords = self.engine.dialect.create_connect_args(self.url)
+        connection: Any = self.engine.dialect.loaded_dbapi.connect(*arguments, **{**keywords, **options})
+        _prepare(connection, None)
+        return connection
+
+    def transaction_on(self, connection: Any) -> Transaction:
+        """Return a transaction whose statements are each committed by itself."""
+        offset = self._clock_offset()
+        return Transaction(connection.cursor(), offset, time.time() + offset, self.json_batches)
+
     @contextmanager
     def _migrating(self) -> Iterator[Connection]:
         engine = create_engine(self.url, connect_args=self._arguments(), poolclass=NullPool)
@@ -180,8 +207,66 @@ class Postgresql(Database):
             return (StoreError, "") if bad else (StoreUnavailable, ERROR_TEXTS["08"])
         if state in CONFLICTS:
             return SerializationConflict, ""
+        if state == LOCK_TIMEOUT:
+            return RowLocked, ERROR_TEXTS["55"]
         kind = StoreError if state[:2] in DATA_ERRORS else StoreUnavailable
         return kind, ERROR_TEXTS.get(state) or ERROR_TEXTS.get(state[:2], "")
+
+
+class PostgresqlConnection(OwnConnection):
+    """A connection that is in no pool, with a deadline for each transaction.
+
+    The deadline must hold even if the server stands still, so a timer breaks the connection at the deadline.
+
+    :param database: the database to connect to.
+    """
+
+    def __init__(self, database: Postgresql) -> None:
+        self._database = database
+        self._connection: Any = None
+
+    @contextmanager
+    def write(self, timeout: float) -> Iterator[Transaction]:
+        with self._database.translated():
+            try:
+                end_at = time.monotonic() + timeout
+                if self._connection is None:
+                    self._connection = self._database.connect(timeout)
+                left = max(end_at - time.monotonic(), 0.001)
+                with _deadline(self._connection, left):
+                    self._connection.execute(f"SET lock_timeout = {math.ceil(left * 1000)}")
+                    yield self._database.transaction_on(self._connection)
+            except BaseException as error:
+                if getattr(error, "sqlstate", None) != LOCK_TIMEOUT:
+                    self.close()
+                raise
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()
+
+
+@contextmanager
+def _deadline(connection: Any, timeout: float) -> Iterator[None]:
+    """Shut the socket of a connection down after ``timeout`` seconds, so that the statement that waits for it fails.
+
+    A lock timeout ends a statement within ``timeout`` seconds, so the timer waits a little longer.
+    """
+    with socket.socket(fileno=os.dup(connection.fileno())) as copy:
+        timer = threading.Timer(timeout + DEADLINE_GRACE, _shut_down, [copy])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _prepare(connection: Any, _record: Any) -> None:

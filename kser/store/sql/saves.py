@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import literal_column, select
 
 from kser.errors import StoreError
 from kser.store.model import Claim, ClaimRefused, ClaimRequest, NewOperation, OperationRow, RefusalReason, TaskRow
@@ -24,7 +24,7 @@ from kser.store.sql.inserts import (
     insert_tasks,
     uuids_in,
 )
-from kser.store.sql.tables import OPERATION_COLUMNS, operation_row
+from kser.store.sql.tables import operation_row, short_columns
 
 
 class SaveRequest:
@@ -129,8 +129,8 @@ class OperationInserts:
 
 def _single_statement(database: Database) -> Any:
     """Return one statement that inserts operations without nested operations, and that returns the operation rows."""
-    operations = insert_operations(database, "operations").returning(*OPERATION_COLUMNS).cte("inserted_operations")
+    operations = insert_operations(database, "operations").returning(*short_columns()).cte("inserted_operations")
     tasks = insert_tasks(database, "tasks").cte("inserted_tasks")
     labels = insert_labels(database, "labels").cte("inserted_labels")
     events = insert_events(database, "events").cte("inserted_events")
-    return select(*operations.c).add_cte(tasks, labels, events)
+    return select(literal_column("*")).select_from(operations).add_cte(tasks, labels, events)

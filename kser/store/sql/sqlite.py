@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from sqlalchemy import URL, Connection, Double, Engine, bindparam, create_engine
 from sqlalchemy.pool import QueuePool
 
 from kser.errors import KserError, SettingError, StoreError, StoreUnavailable
-from kser.store.sql.database import Database, Transaction
+from kser.store.sql.database import Database, OwnConnection, Transaction
 from kser.store.sql.statements import CLOCK
 
 #: Maximum number of seconds that a statement waits for a lock of another process.
@@ -105,20 +105,58 @@ class Sqlite(Database):
 
     @contextmanager
     def _writing(self, single: bool) -> Iterator[Transaction]:
-        with self._lock:
-            if self._writer is None:
-                self._writer = self.engine.raw_connection()
-            cursor = self._writer.cursor()
-            try:
-                cursor.execute("BEGIN IMMEDIATE")
-                yield self._transaction(cursor)
-                cursor.execute("COMMIT")
-            except BaseException:
-                self._roll_back()
-                raise
-            finally:
-                if self._closed:
-                    self._drop_writer()
+        with self._lock, self._locked_writer() as transaction:
+            yield transaction
+
+    @contextmanager
+    def write_within(self, timeout: float) -> Iterator[Transaction]:
+        """Provide a transaction that starts within ``timeout`` seconds."""
+        start_at = time.monotonic() + timeout
+        if not self._lock.acquire(timeout=timeout):
+            raise StoreUnavailable(
+                f"the database {self.name} cannot be used now: another thread has written to it for longer than"
+                f" {timeout:g} s"
+            )
+        try:
+            with self.translated(), self._locked_writer(max(start_at - time.monotonic(), 0)) as transaction:
+                yield transaction
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _locked_writer(self, busy_seconds: float | None = None) -> Iterator[Transaction]:
+        """Provide a transaction on the connection that writes. The caller holds the lock of this connection.
+
+        :param busy_seconds: maximum number of seconds to wait for another process that writes; None for the default.
+        """
+        if self._writer is None:
+            self._writer = self.engine.raw_connection()
+        cursor = self._writer.cursor()
+        try:
+            self._begin(cursor, busy_seconds)
+            yield self._transaction(cursor)
+            cursor.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+        finally:
+            if self._closed:
+                self._drop_writer()
+
+    @staticmethod
+    def _begin(cursor: Any, busy_seconds: float | None) -> None:
+        if busy_seconds is None:
+            cursor.execute("BEGIN IMMEDIATE")
+            return
+        (before,) = cursor.execute("PRAGMA busy_timeout").fetchone()
+        cursor.execute(f"PRAGMA busy_timeout={int(busy_seconds * 1000)}")
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout={before}")
+
+    def own_connection(self) -> OwnConnection:
+        return SqliteConnection(self)
 
     def _transaction(self, cursor: Any) -> Transaction:
         # Read the clock inside the transaction, after the write lock was obtained. A time from before the wait for the
@@ -169,6 +207,25 @@ class Sqlite(Database):
         if code in ERROR_TEXTS:
             return StoreUnavailable, ERROR_TEXTS[code]
         return StoreError, ""
+
+
+class SqliteConnection(OwnConnection):
+    """A connection of its own in name only: it shares the connection that writes with the other threads.
+
+    A second connection of this process would have to poll for the write lock of the file, and so would wait longer than
+    a thread that waits for its turn in this process.
+
+    :param database: the file.
+    """
+
+    def __init__(self, database: Sqlite) -> None:
+        self._database = database
+
+    def write(self, timeout: float) -> AbstractContextManager[Transaction]:
+        return self._database.write_within(timeout)
+
+    def close(self) -> None:
+        """Do nothing, because the database closes the shared connection."""
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

@@ -7,6 +7,7 @@ because psycopg needs five times as long to send the same values as parameters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from sqlalchemy import (
     ColumnElement,
     Dialect,
     Integer,
+    Select,
+    Subquery,
     Table,
     Text,
     bindparam,
@@ -34,6 +37,10 @@ CLOCK: Final = "clock"
 #: Bind parameter for all rows of values of a statement, as one JSON text.
 ROWS: Final = "rows"
 
+#: A column with its own name as its alias. psycopg parses a statement of more than 4,096 characters in each execution,
+#: so the aliases that change nothing are removed.
+_SAME_NAME: Final = re.compile(r"\b(\w+\.(\w+)) AS \2\b")
+
 Types = Mapping[str, Any]
 
 
@@ -48,9 +55,11 @@ class Statement:
 
     def __init__(self, clause: ClauseElement, dialect: Dialect) -> None:
         compiled: Any = clause.compile(dialect=dialect)
-        self.sql = str(compiled)
+        self.sql = _SAME_NAME.sub(r"\1", str(compiled))
+        #: The values of the bind parameters that are the same in each execution. Do not read them from
+        #: ``compiled.binds``, which contains some of them twice, under different names.
         self.constants: dict[str, Any] = {
-            name: bind.value for name, bind in compiled.binds.items() if not bind.required
+            name: bind.value for bind, name in compiled.bind_names.items() if not bind.required
         }
 
 
@@ -67,7 +76,9 @@ class RowSource:
         if json_batches:
             text = cast(bindparam(name, type_=Text), JSON)
             columns = [column(name, kind) for name, kind in types.items()]
-            self._rows = func.json_to_recordset(text).table_valued(*columns).render_derived(with_types=True)
+            rows = func.json_to_recordset(text).table_valued(*columns)
+            # A short alias keeps long statements below the limit of psycopg.
+            self._rows = rows.render_derived(name=f"{name[:2]}_", with_types=True)
         self._types = types
         self._where = self._row_estimate_hint() if json_batches else ()
 
@@ -112,6 +123,20 @@ class RowSource:
     def delete(self, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that deletes, for each row of values, the matching table rows."""
         return delete(table).where(*where, *self._where)
+
+    def subquery_of(self, query: Select[Any], name: str) -> Subquery:
+        """Return ``query``, which names values of this source, as a subquery of a query for :meth:`select_each`."""
+        return (query.correlate(self._rows) if self.json_batches else query).subquery(name)
+
+    def select_each(self, query: Select[Any]) -> Any:
+        """Return a statement that runs ``query``, which names values of this source, for each row of values.
+
+        In contrast to :meth:`select`, the order and the limit of the query apply to each row of values alone.
+        """
+        if not self.json_batches:
+            return query
+        part = query.lateral("part")
+        return select(*part.c).select_from(self._rows.join(part, literal_column("true"))).where(*self._where)
 
     def select(self, columns: Any, table: Table, *where: ColumnElement[bool]) -> Any:
         """Return a statement that reads, for each row of values, the matching table rows."""

@@ -10,8 +10,10 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from kser.errors import MissingDependency, SettingError
-from kser.store.base import Store
+from kser.store.base import LeaseRenewer, Store
 from kser.store.model import (
+    MAX_SENDS,
+    UNKNOWN_AFTER,
     Checkpoint,
     Claim,
     ClaimRefused,
@@ -27,7 +29,8 @@ from kser.store.model import (
 from kser.store.sql import schema
 from kser.store.sql.claims import ClaimCommand
 from kser.store.sql.database import Database, Transaction, no_offset
-from kser.store.sql.leases import Leases
+from kser.store.sql.due_steps import DueSteps
+from kser.store.sql.leases import Leases, SQLLeaseRenewer
 from kser.store.sql.lifecycle import Lifecycle
 from kser.store.sql.postgresql import Postgresql
 from kser.store.sql.queries import OperationSearch, Queries
@@ -62,7 +65,8 @@ class SQLStore(Store):
         self._writer = BatchWriter(self._database)
         self._queries = Queries(self._database)
         self._search = OperationSearch(self._database)
-        self._leases = Leases(self._database, self._writer.inserts)
+        self._leases = Leases(self._database)
+        self._due_steps = DueSteps(self._database, self._writer.inserts)
         self._lifecycle = Lifecycle(self._database, self._writer.inserts)
         self._checked = False
         self._lock = threading.Lock()
@@ -112,14 +116,54 @@ class SQLStore(Store):
             renewed |= self._write(self._leases.renew, pair, owner, lease)
         return renewed
 
-    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float) -> None:
-        self._write(self._leases.mark_sent, list(steps), resend_after)
+    def lease_renewer(self, timeout: float) -> LeaseRenewer:
+        return SQLLeaseRenewer(self._database.own_connection(), self._leases, timeout)
 
-    def take_due_steps(self, limit: int, consumer: str, *, expired: bool) -> Sequence[DueStep]:
-        return self._write(self._leases.take_due_steps, limit, consumer, expired=expired)
+    def get_topics(self) -> Sequence[str]:
+        return self._read(self._due_steps.get_topics)
+
+    def reserve_due_steps(
+        self,
+        limit: int,
+        topics: Collection[str],
+        known: Collection[str],
+        consumer: str,
+        *,
+        reservation: float,
+        expired: bool,
+        only_urgent: bool = False,
+    ) -> Sequence[DueStep]:
+        find = self._due_steps.find_takeovers
+        found = self._read(find, limit, topics, known, expired=expired, only_urgent=only_urgent)
+        return self._write(self._due_steps.reserve, found, limit, consumer, reservation) if found else []
+
+    def return_reservations(self, steps: Iterable[DueStep]) -> None:
+        self._write(self._due_steps.return_reservations, list(steps))
+
+    def postpone_takeover(self, steps: Iterable[DueStep], wait: float) -> None:
+        self._write(self._due_steps.postpone_takeover, list(steps), wait)
+
+    def take_due_steps(
+        self,
+        limit: int,
+        consumer: str,
+        *,
+        expired: bool,
+        max_sends: int = MAX_SENDS,
+        unknown_after: float = UNKNOWN_AFTER,
+    ) -> Sequence[DueStep]:
+        find = self._due_steps.find_sends
+        found = self._read(find, limit, expired=expired, max_sends=max_sends, unknown_after=unknown_after)
+        return self._write(self._due_steps.take, found, consumer) if found else []
+
+    def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float, lease: float) -> None:
+        self._write(self._due_steps.mark_sent, list(steps), resend_after, lease)
 
     def postpone_send(self, steps: Iterable[tuple[int, int]], wait: float) -> None:
-        self._write(self._leases.postpone_send, list(steps), wait)
+        self._write(self._due_steps.postpone_send, list(steps), wait)
+
+    def refuse_class(self, uuid: str, step: str) -> OperationRow | None:
+        return self._write(self._due_steps.refuse_class, uuid, step)
 
     def cancel(self, uuid: str, reason: str | None) -> OperationRow | None:
         return self._write(self._lifecycle.cancel, uuid, reason)

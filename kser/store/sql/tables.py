@@ -13,6 +13,8 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
+    Computed,
     Double,
     Index,
     Integer,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 
@@ -34,6 +37,10 @@ metadata: Final = MetaData()
 
 #: SQLite uses a primary key as its rowid only if the type of the key is INTEGER.
 _KEY = BigInteger().with_variant(Integer(), "sqlite")
+
+#: Value of the column ``urgent``: 1 for the reasons in :data:`kser.store.model.URGENT`. The index on due steps needs
+#: this column, because a consumer without a free worker looks only for urgent steps, and must not read all others.
+IS_URGENT: Final = "CASE WHEN due_reason IN ('lease-expired', 'retry-due') THEN 1 ELSE 0 END"
 
 operation: Final = Table(
     "kser_operation",
@@ -58,11 +65,17 @@ operation: Final = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("owner", Text),
     Column("token", Text),
-    Column("next_check_at", Double),
+    Column("lease_until", Double),
+    Column("take_at", Double),
+    Column("send_at", Double),
+    Column("due_reason", Text),
     Column("due_at", Double, nullable=False),
     Column("claim_count", Integer, nullable=False),
     Column("send_count", Integer, nullable=False),
     Column("sent_at", Double),
+    Column("refusal_count", Integer, nullable=False),
+    Column("refused_since", Double),
+    Column("current_entrypoint", Text),
     Column("target_uuid", Text, nullable=False),
     Column("target_entrypoint", Text, nullable=False),
     Column("target_topic", Text, nullable=False),
@@ -70,13 +83,25 @@ operation: Final = Table(
     Column("metadata", Text, nullable=False),
     Column("accumulated", Text, nullable=False),
     Column("result", Text),
+    Column("urgent", Integer, Computed(IS_URGENT, persisted=True)),
     UniqueConstraint("uuid", name="kser_operation_uuid"),
 )
 
 _ROOT = text("parent_id IS NULL")
 _INNER = text("parent_id IS NOT NULL")
-_SCHEDULED = text("next_check_at IS NOT NULL")
-Index("kser_operation_next_check", operation.c.next_check_at, sqlite_where=_SCHEDULED, postgresql_where=_SCHEDULED)
+_SCHEDULED = text("take_at IS NOT NULL")
+# The database reads the due steps of one topic from this index, without the rows of other topics. It tests ``send_at``
+# in the index too, because a backlog may contain many steps that may be taken over, and whose messages must not be sent
+# again yet.
+Index(
+    "kser_operation_due",
+    operation.c.target_topic,
+    operation.c.urgent,
+    operation.c.take_at,
+    operation.c.send_at,
+    sqlite_where=_SCHEDULED,
+    postgresql_where=_SCHEDULED,
+)
 
 Index("kser_operation_status", operation.c.status, operation.c.id, sqlite_where=_ROOT, postgresql_where=_ROOT)
 
@@ -173,6 +198,20 @@ OPERATION_COLUMNS: Final = (
     operation.c.target_entrypoint,
     operation.c.target_topic,
 )
+
+
+def short_columns(*ambiguous: str) -> list[ColumnElement[Any]]:
+    """Return :data:`OPERATION_COLUMNS` for a RETURNING clause without the name of the table.
+
+    psycopg parses a statement of more than 4,096 characters in each execution, and the name of the table before each
+    column makes the longest statements longer than that.
+
+    :param ambiguous: names of columns that need the name of the table, because another table has them too.
+    """
+    return [
+        column if column.name in ambiguous else literal_column(column.name, column.type) for column in OPERATION_COLUMNS
+    ]
+
 
 TASK_COLUMNS: Final = tuple(task.c[name] for name in TaskRow._fields)
 _PLAIN: Final = len(OperationRow._fields) - 1

@@ -7,7 +7,10 @@ from tests.store.contract.find import FindContract
 from tests.store.contract.lifecycle import LifecycleContract
 from tests.store.contract.reaper import ReaperContract
 from tests.store.contract.save_and_claim import SaveAndClaimContract
+from tests.store.contract.takeover import TakeoverContract
 
 
-class StoreContract(SaveAndClaimContract, CheckpointContract, ReaperContract, LifecycleContract, FindContract):
+class StoreContract(
+    SaveAndClaimContract, CheckpointContract, ReaperContract, TakeoverContract, LifecycleContract, FindContract
+):
     """The whole store contract."""

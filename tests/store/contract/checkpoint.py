@@ -9,6 +9,7 @@ from kser.errors import FencedError
 from kser.store.model import (
     MAX_ERROR_LENGTH,
     RESEND_UNSENT_AFTER,
+    SEND_DELAY,
     AttemptRow,
     BuiltTasks,
     Claim,
@@ -34,6 +35,7 @@ from tests.store.harness import (
     new_operation,
     new_task,
     outcome_of,
+    reserved_steps,
     resume_stored,
     row_of,
     save_and_claim,
@@ -52,7 +54,9 @@ class CheckpointContract:
         assert harness.store.checkpoint(step_checkpoint(claim, 0)) == states.RUNNING
         stored = harness.other.snapshot(claim.root.uuid)
         assert stored is not None
-        assert stored.operation == claim.root._replace(step=1, accumulated='{"up to": 1}', claim_count=0)
+        assert stored.operation == claim.root._replace(
+            step=1, accumulated='{"up to": 1}', claim_count=0, current_entrypoint=None
+        )
         task = stored.tasks[0]
         assert (task.status, task.result, task.attempts) == (states.SUCCESS, '{"of": 0}', 1)
         (attempt,) = stored.attempts
@@ -87,7 +91,8 @@ class CheckpointContract:
         assert harness.store.checkpoint(ending_checkpoint(claim, 0)) == states.SUCCESS
         row = row_of(harness.store, claim.root.uuid)
         assert (row.status, row.result, row.phase) == (states.SUCCESS, '{"all": "over"}', Phase.END_SUCCESS)
-        assert (row.epoch, row.owner, row.next_check_at) == (2, None, None)
+        assert (row.epoch, row.owner, row.lease_until) == (2, None, None)
+        assert (row.take_at, row.send_at, row.due_reason) == (None, None, None)
         assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert event_kinds(harness.store, row.uuid) == ["accepted", "claimed", "ended"]
 
@@ -106,9 +111,40 @@ class CheckpointContract:
         row = row_of(harness.store, claim.root.uuid)
         assert (row.epoch, row.owner, row.target, row.claim_count) == (2, None, target, 0)
         assert (row.send_count, row.sent_at) == (0, None)
-        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=TIME_TOLERANCE)
+        assert (row.lease_until, row.due_reason) == (None, DueReason.UNSENT)
+        assert row.take_at == row.send_at == pytest.approx(row.due_at + RESEND_UNSENT_AFTER, abs=0.001)
         assert row.due_at <= harness.now
         assert claim_root(harness.other, row).epoch == 3
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_checkpoint_stores_the_class_of_the_next_task(self, harness: StoreHarness, keep: bool) -> None:
+        """Rule 6: a local operation is taken over only where the class of its current task is known."""
+        claim = save_and_claim(harness.store, new_operation(3))
+        harness.store.checkpoint(step_checkpoint(claim, 0, current_entrypoint="shop.Ship", keep=keep))
+        assert row_of(harness.other, claim.root.uuid).current_entrypoint == "shop.Ship"
+
+    def test_kept_claim_may_get_another_target(self, harness: StoreHarness) -> None:
+        claim = save_and_claim(harness.store, new_operation(3, mode=Mode.DISTRIBUTED))
+        target = StepMessage(claim.root.uuid, "shop.PlaceOrder", "gpu")
+        harness.store.checkpoint(step_checkpoint(claim, 0, target=target))
+        row = row_of(harness.store, claim.root.uuid)
+        assert (row.target, row.owner, row.take_at) == (target, claim.root.owner, claim.root.take_at)
+
+    def test_released_step_is_due_at_once(self, harness: StoreHarness) -> None:
+        """Rule 30: the next consumer takes the step over, and its message is sent if nobody has within a second."""
+        claim = save_and_claim(harness.store, new_operation(3))
+        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False, due_reason=DueReason.RELEASED))
+        row = row_of(harness.store, claim.root.uuid)
+        assert row.take_at == row.due_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        assert row.send_at == pytest.approx(row.take_at + SEND_DELAY, abs=0.001)
+        assert reserved_steps(harness.other) == [(row.uuid, DueReason.RELEASED)]
+
+    def test_retry_without_a_delay_is_due_at_once(self, harness: StoreHarness) -> None:
+        claim = save_and_claim(harness.store, new_operation(3))
+        harness.store.checkpoint(
+            step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], keep=False, due_reason=DueReason.RETRY)
+        )
+        assert reserved_steps(harness.other) == [(claim.root.uuid, DueReason.RETRY)]
 
     def test_checkpoint_without_a_target_keeps_the_target(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(3))
@@ -119,10 +155,19 @@ class CheckpointContract:
         """Rule 27: a retry releases the claim with ``due_at``, and counts as an attempt."""
         claim = save_and_claim(harness.store, new_operation(2))
         failed = outcome_of(claim.root, 0, status=states.PENDING, result=None, error="ConnectionError: later")
-        retry = step_checkpoint(claim, 0, updates=[update_of(claim.root, 0)], outcomes=[failed], keep=False, delay=50)
+        retry = step_checkpoint(
+            claim,
+            0,
+            updates=[update_of(claim.root, 0)],
+            outcomes=[failed],
+            keep=False,
+            delay=50,
+            due_reason=DueReason.RETRY,
+        )
         harness.store.checkpoint(retry)
         row = row_of(harness.store, claim.root.uuid)
-        assert row.due_at == row.next_check_at == pytest.approx(harness.now + 50, abs=TIME_TOLERANCE)
+        assert row.due_at == row.take_at == pytest.approx(harness.now + 50, abs=TIME_TOLERANCE)
+        assert row.send_at == pytest.approx(row.due_at + SEND_DELAY, abs=0.001)
         refusal = harness.store.claim(row.uuid, row.target.uuid, claim_request())
         assert refusal == ClaimRefused(RefusalReason.WAITING, row)
         stored = harness.store.snapshot(row.uuid)
@@ -131,7 +176,7 @@ class CheckpointContract:
         (attempt,) = stored.attempts
         assert (attempt.status, attempt.error) == (states.FAILED, "ConnectionError: later")
         assert due_steps(harness.store) == []
-        harness.advance(51)
+        harness.advance(52)
         assert due_steps(harness.store) == [(row.uuid, DueReason.RETRY)]
         assert claim_root(harness.store, row).epoch == 3
 
@@ -227,7 +272,7 @@ class CheckpointContract:
         claim = save_and_claim(harness.store, new_operation(3))
         harness.advance(LEASE + 1)
         assert harness.store.checkpoint(step_checkpoint(claim, 0)) == states.RUNNING
-        assert due_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
+        assert reserved_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
         assert harness.store.checkpoint(step_checkpoint(claim, 1)) == states.RUNNING
 
     def test_checkpoint_after_release_is_fenced(self, harness: StoreHarness) -> None:

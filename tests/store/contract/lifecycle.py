@@ -10,8 +10,9 @@ from kser import status as states
 from kser.errors import FencedError, StateConflict
 from kser.store.base import Store
 from kser.store.model import (
-    RESEND_UNSENT_AFTER,
+    SEND_DELAY,
     ClaimRefused,
+    DueReason,
     Mode,
     OperationQuery,
     OperationRow,
@@ -30,6 +31,7 @@ from tests.store.harness import (
     new_operation,
     new_task,
     outcome_of,
+    reserve,
     resume_stored,
     row_of,
     save_and_claim,
@@ -59,7 +61,7 @@ class LifecycleContract:
         assert row == row_of(harness.store, root.uuid)
         assert (row.status, row.cancel_reason) == (states.CANCELLED, "changed my mind")
         assert (row.owner, row.token) == (None, None)
-        assert (row.epoch, row.next_check_at) == (before.epoch + 1, None)
+        assert (row.epoch, row.lease_until, row.take_at, row.send_at) == (before.epoch + 1, None, None, None)
         assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert row_of(harness.store, finished.uuid).status == states.SUCCESS
         children = [row for row in harness.store.get_children(root.id) if row.uuid != finished.uuid]
@@ -75,6 +77,21 @@ class LifecycleContract:
         assert (row.status, row.cancel_reason, row.started_at) == (states.CANCELLED, None, None)
         refusal = harness.store.claim(row.uuid, row.target.uuid, claim_request())
         assert refusal == ClaimRefused(RefusalReason.ENDED, row)
+
+    def test_cancel_of_a_reserved_step_takes_effect_at_once(self, harness: StoreHarness) -> None:
+        """Rule 24: the reservation is no claim, and its claim is refused."""
+        operation = new_operation(2)
+        harness.store.save(operation)
+        harness.advance(10)
+        (step,) = reserve(harness.other)
+        row = harness.store.cancel(operation.uuid, None)
+        assert row is not None
+        assert row.status == states.CANCELLED
+        refusal = harness.other.claim(row.uuid, step.target.uuid, claim_request(epoch=step.epoch))
+        assert refusal == ClaimRefused(RefusalReason.ENDED, row)
+        harness.other.return_reservations([step])
+        harness.other.postpone_takeover([step], 5)
+        assert row_of(harness.store, row.uuid) == row
 
     def test_cancel_after_lease_expiry_takes_effect_at_once(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(2))
@@ -92,7 +109,11 @@ class LifecycleContract:
         row = harness.other.cancel(claim.root.uuid, "why \0")
         assert row is not None
         assert (row.status, row.cancel_requested, row.epoch) == (states.RUNNING, True, 1)
-        assert (row.owner, row.next_check_at) == (claim.root.owner, claim.root.next_check_at)
+        assert (row.owner, row.lease_until, row.take_at) == (
+            claim.root.owner,
+            claim.root.lease_until,
+            claim.root.take_at,
+        )
         assert (row.cancel_reason or "").startswith("why")
         assert event_kinds(harness.store, row.uuid)[-1] == "cancel-requested"
         assert harness.store.checkpoint(step_checkpoint(claim, 0)) == states.CANCELLED
@@ -100,7 +121,7 @@ class LifecycleContract:
         assert stored is not None
         row = stored.operation
         assert (row.status, row.step, row.accumulated, row.epoch) == (states.CANCELLED, 1, '{"up to": 1}', 2)
-        assert (row.owner, row.next_check_at) == (None, None)
+        assert (row.owner, row.lease_until, row.take_at, row.send_at) == (None, None, None, None)
         assert row.ended_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert (stored.tasks[0].status, stored.tasks[0].result) == (states.SUCCESS, '{"of": 0}')
         assert row_of(harness.store, inner.uuid).status == states.CANCELLED
@@ -141,7 +162,7 @@ class LifecycleContract:
         assert harness.store.checkpoint(retry) == states.CANCELLED
         assert harness.store.checkpoint(retry) == states.CANCELLED
         row = row_of(harness.store, claim.root.uuid)
-        assert (row.status, row.next_check_at) == (states.CANCELLED, None)
+        assert (row.status, row.take_at) == (states.CANCELLED, None)
 
     def test_cancel_during_a_nested_step_cancels_all_outer_operations(self, harness: StoreHarness) -> None:
         """Rule 31: cancel names the root operation."""
@@ -204,8 +225,9 @@ class LifecycleContract:
         assert (row.owner, row.token, row.result, row.ended_at) == (None, "token", None, None)
         assert (row.cancel_requested, row.cancel_reason) == (False, None)
         assert (row.claim_count, row.send_count, row.sent_at) == (0, 0, None)
-        assert row.next_check_at == pytest.approx(harness.now + RESEND_UNSENT_AFTER, abs=TIME_TOLERANCE)
-        assert row.due_at <= harness.now
+        assert row.take_at == row.due_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        assert row.send_at == row.take_at + SEND_DELAY
+        assert (row.lease_until, row.due_reason, row.current_entrypoint) == (None, DueReason.RESUMED, "shop.Charge")
         assert row.target == failed.target
         assert row.started_at == failed.started_at
         task = harness.store.get_tasks(row.id)[1]
@@ -344,6 +366,35 @@ class LifecycleContract:
             with pytest.raises(StateConflict, match="has changed since it was read, and is FAILED"):
                 harness.store.resume(failed.uuid, epoch, unique_name())
         assert harness.store.snapshot(failed.uuid) == before
+
+    def test_resumed_operation_is_due_at_once(self, harness: StoreHarness) -> None:
+        """Rule 25: whoever resumes need not send the step."""
+        failed = self._save_failed(harness.store)
+        harness.advance(1000)
+        row = resume_stored(harness.store, failed.uuid)
+        (step,) = reserve(harness.other)
+        assert (step.uuid, step.epoch, step.reason) == (row.uuid, row.epoch, DueReason.RESUMED)
+
+    def test_resume_forgets_refusals(self, harness: StoreHarness) -> None:
+        operation = new_operation(2)
+        harness.store.save(operation)
+        harness.store.refuse_class(operation.uuid, operation.uuid)
+        harness.store.cancel(operation.uuid, None)
+        row = resume_stored(harness.store, operation.uuid)
+        assert (row.refusal_count, row.refused_since) == (0, None)
+
+    @pytest.mark.parametrize("built", [True, False])
+    def test_resume_names_the_class_of_the_task_that_runs_next(self, harness: StoreHarness, built: bool) -> None:
+        """Rule 6: also the class of a task in a nested operation that has not started."""
+        inner = new_operation([new_task(entrypoint="shop.Deep")] if built else None, entrypoint="shop.Inner")
+        operation = new_operation([new_task(inner)])
+        harness.store.save(operation)
+        harness.store.cancel(operation.uuid, None)
+        row = resume_stored(harness.store, operation.uuid)
+        assert row.current_entrypoint == ("shop.Deep" if built else "shop.Inner")
+        # The check after the claim shows that the claim reaches the same task.
+        claim = claim_root(harness.store, row)
+        assert (claim.task.entrypoint if claim.task else claim.path[-1].entrypoint) == row.current_entrypoint
 
     # -- purge ---------------------------------------------------------------------------------------------------------
 

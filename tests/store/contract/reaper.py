@@ -7,6 +7,7 @@ import pytest
 from kser.store.model import (
     MAX_RESEND_DELAY,
     RESEND_UNSENT_AFTER,
+    SEND_DELAY,
     SEND_GRACE,
     ClaimRefused,
     DueReason,
@@ -22,7 +23,10 @@ from tests.store.harness import (
     claim_root,
     due_steps,
     ending_checkpoint,
+    event_kinds,
     new_operation,
+    new_task,
+    reserved_steps,
     row_of,
     save_and_claim,
     step_checkpoint,
@@ -40,7 +44,7 @@ class ReaperContract:
         renewed = harness.store.renew([(claim.id, claim.epoch) for claim in claims[:2]], "consumer-a", LEASE)
         assert renewed == {claims[0].id, claims[1].id}
         harness.advance(10)
-        assert due_steps(harness.store) == [(claims[2].root.uuid, DueReason.EXPIRED)]
+        assert reserved_steps(harness.store) == [(claims[2].root.uuid, DueReason.EXPIRED)]
         assert harness.store.renew([], "consumer-a", LEASE) == set()
 
     def test_heartbeat_renews_an_expired_lease_until_another_claim(self, harness: StoreHarness) -> None:
@@ -48,11 +52,13 @@ class ReaperContract:
         claim = save_and_claim(harness.store, new_operation(1))
         harness.advance(LEASE + 10)
         assert due_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
-        assert row_of(harness.store, claim.root.uuid).owner is None
+        harness.store.mark_sent([(claim.id, claim.epoch)], RESEND, LEASE)
+        assert row_of(harness.store, claim.root.uuid).owner == "consumer-a"
         assert harness.store.renew([(claim.id, claim.epoch)], "consumer-a", LEASE) == {claim.id}
         row = row_of(harness.store, claim.root.uuid)
-        assert row.owner == "consumer-a"
-        assert row.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert (row.owner, row.due_reason) == ("consumer-a", DueReason.EXPIRED)
+        assert row.lease_until == row.take_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert row.send_at == row.take_at + SEND_DELAY
         assert isinstance(harness.other.claim(row.uuid, row.target.uuid, claim_request()), ClaimRefused)
         harness.advance(LEASE + 10)
         next_claim = claim_root(harness.other, row)
@@ -75,10 +81,19 @@ class ReaperContract:
         harness.advance(RESEND_UNSENT_AFTER + 1)
         row = row_of(harness.store, operation.uuid)
         steps = harness.store.take_due_steps(5, "reaper", expired=True)
-        assert steps == [DueStep(id=row.id, uuid=row.uuid, epoch=0, target=operation.target, reason=DueReason.UNSENT)]
-        row = row_of(harness.store, operation.uuid)
-        assert (row.send_count, row.sent_at) == (0, None)
-        assert row.next_check_at == pytest.approx(harness.now + SEND_GRACE, abs=TIME_TOLERANCE)
+        assert steps == [
+            DueStep(
+                id=row.id,
+                uuid=row.uuid,
+                epoch=0,
+                target=operation.target,
+                reason=DueReason.UNSENT,
+                take_at=row.take_at or 0,
+            )
+        ]
+        taken = row_of(harness.store, operation.uuid)
+        assert taken == row._replace(send_at=taken.send_at)
+        assert taken.send_at == pytest.approx(harness.now + SEND_GRACE, abs=TIME_TOLERANCE)
         stored = harness.store.snapshot(operation.uuid)
         assert stored is not None
         event = stored.events[-1]
@@ -97,7 +112,7 @@ class ReaperContract:
         operation = new_operation(2)
         harness.store.save(operation)
         row = row_of(harness.store, operation.uuid)
-        harness.store.mark_sent([(row.id, row.epoch)], RESEND)
+        harness.store.mark_sent([(row.id, row.epoch)], RESEND, LEASE)
         row = row_of(harness.store, operation.uuid)
         assert row.send_count == 1
         assert row.sent_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
@@ -108,10 +123,12 @@ class ReaperContract:
             harness.advance(20)
             taken_at = harness.now
             assert due_steps(harness.store) == [(row.uuid, DueReason.UNCLAIMED)]
-            harness.store.mark_sent([(row.id, row.epoch)], RESEND)
-            next_check_at = row_of(harness.store, row.uuid).next_check_at
-            assert next_check_at is not None
-            delays.append(next_check_at - taken_at)
+            harness.store.mark_sent([(row.id, row.epoch)], RESEND, LEASE)
+            sent = row_of(harness.store, row.uuid)
+            # Until it was claimed for the first time, its record may wait in its lane, so nobody takes the step over.
+            assert sent.take_at == sent.send_at
+            assert sent.send_at is not None
+            delays.append(sent.send_at - taken_at)
         assert delays == pytest.approx([60, 120, 240, 480, 960, 1920, *[MAX_RESEND_DELAY] * 3], abs=TIME_TOLERANCE)
 
     def test_claim_counts_as_successful_send(self, harness: StoreHarness) -> None:
@@ -120,18 +137,18 @@ class ReaperContract:
         harness.store.save(operation)
         row = row_of(harness.store, operation.uuid)
         claim = claim_root(harness.store, row)
-        harness.store.mark_sent([(row.id, 0), (row.id, 1)], RESEND)
+        harness.store.mark_sent([(row.id, 0), (row.id, 1)], RESEND, LEASE)
         assert row_of(harness.store, row.uuid) == claim.root
         harness.store.checkpoint(ending_checkpoint(claim, 0))
         ended = row_of(harness.store, row.uuid)
-        harness.store.mark_sent([(row.id, ended.epoch)], RESEND)
+        harness.store.mark_sent([(row.id, ended.epoch)], RESEND, LEASE)
         assert row_of(harness.store, row.uuid) == ended
-        harness.store.mark_sent([], RESEND)
+        harness.store.mark_sent([], RESEND, LEASE)
 
     def test_delayed_retry_is_not_due_before_due_at(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(2))
-        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False, delay=500))
-        harness.store.mark_sent([(claim.id, 2)], RESEND)
+        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False, delay=500, due_reason=DueReason.RETRY))
+        harness.store.mark_sent([(claim.id, 2)], RESEND, LEASE)
         harness.advance(RESEND + 10)
         assert due_steps(harness.store) == []
         harness.advance(500)
@@ -180,9 +197,10 @@ class ReaperContract:
         harness.advance(LEASE + 1)
         assert due_steps(harness.store, expired=False) == [(operation.uuid, DueReason.UNSENT)]
         assert due_steps(harness.store, expired=False) == []
+        harness.advance(SEND_DELAY)
         assert due_steps(harness.store, 1) == [(claim.root.uuid, DueReason.EXPIRED)]
         row = row_of(harness.store, claim.root.uuid)
-        assert (row.owner, row.epoch, row.token, row.send_count) == (None, 1, claim.root.token, 0)
+        assert row == claim.root._replace(send_at=row.send_at)
         assert claim_root(harness.other, row).epoch == 2
 
     def test_step_that_could_not_be_sent_is_due_again(self, harness: StoreHarness) -> None:
@@ -206,5 +224,109 @@ class ReaperContract:
         claim = save_and_claim(harness.store, new_operation(1))
         harness.store.checkpoint(ending_checkpoint(claim, 0))
         harness.store.postpone_send([(claim.id, 2)], 0)
+        harness.store.mark_sent([(claim.id, 2)], RESEND, LEASE)
         harness.advance(100_000)
         assert due_steps(harness.store) == []
+        assert reserved_steps(harness.store) == []
+        assert harness.store.get_topics() == []
+
+    def test_send_of_a_handed_over_step_allows_a_takeover_after_one_lease(self, harness: StoreHarness) -> None:
+        """Rules 17 and 20: the wait doubles with each send that no claim follows."""
+        claim = save_and_claim(harness.store, new_operation(2))
+        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False))
+        for doublings in range(4):
+            harness.store.mark_sent([(claim.id, 2)], RESEND, LEASE)
+            row = row_of(harness.store, claim.root.uuid)
+            assert (row.send_count, row.due_reason) == (doublings + 1, DueReason.UNCLAIMED)
+            assert row.take_at == pytest.approx(harness.now + LEASE * 2**doublings, abs=TIME_TOLERANCE)
+            assert row.send_at == pytest.approx(harness.now + RESEND * 2**doublings, abs=TIME_TOLERANCE)
+        harness.store.mark_sent([(claim.id, 2)], 1, LEASE)
+        row = row_of(harness.store, claim.root.uuid)
+        assert row.take_at == row.send_at
+        assert claim_root(harness.other, row).root.send_count == 0
+
+    def test_send_after_an_expired_lease_counts_and_a_send_during_a_lease_does_not(self, harness: StoreHarness) -> None:
+        claim = save_and_claim(harness.store, new_operation(2))
+        harness.store.mark_sent([(claim.id, 1)], RESEND, LEASE)
+        assert row_of(harness.store, claim.root.uuid) == claim.root
+        harness.advance(LEASE + 1)
+        harness.store.mark_sent([(claim.id, 1)], RESEND, LEASE)
+        row = row_of(harness.store, claim.root.uuid)
+        assert (row.owner, row.lease_until, row.send_count) == ("consumer-a", claim.root.lease_until, 1)
+        assert row.take_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert reserved_steps(harness.store) == []
+
+    def test_postponed_send_does_not_postpone_a_takeover(self, harness: StoreHarness) -> None:
+        operation = new_operation(1)
+        harness.store.save(operation)
+        harness.advance(RESEND_UNSENT_AFTER + 1)
+        harness.store.postpone_send([(row_of(harness.store, operation.uuid).id, 0)], 60)
+        assert due_steps(harness.store) == []
+        assert reserved_steps(harness.store) == [(operation.uuid, DueReason.UNSENT)]
+
+    # -- unknown classes -----------------------------------------------------------------------------------------------
+
+    def test_step_that_every_consumer_refuses_fails_after_enough_sends_and_time(self, harness: StoreHarness) -> None:
+        """Rule 17: the step is neither sent nor taken over, but claimed and failed."""
+        operation = new_operation(1)
+        harness.store.save(operation)
+        row = row_of(harness.store, operation.uuid)
+        limits = {"max_sends": 3, "unknown_after": 500}
+        for _ in range(3):
+            harness.store.mark_sent([(row.id, 0)], RESEND, LEASE)
+            assert harness.store.refuse_class(row.uuid, row.target.uuid) is not None
+            harness.advance(240)
+            row = row_of(harness.store, operation.uuid)
+            last = harness.store.take_due_steps(5, "reaper", expired=True, **limits)
+        assert (row.refusal_count, row.send_count) == (3, 3)
+        assert [step.reason for step in last] == [DueReason.UNKNOWN_CLASS]
+        assert event_kinds(harness.store, row.uuid) == ["accepted", "sent-again", "sent-again"]
+        harness.advance(1)
+        assert harness.store.take_due_steps(5, "reaper", expired=True, **limits) == []
+        claim = claim_root(harness.store, row, claim_request(epoch=last[0].epoch))
+        assert (claim.root.refusal_count, claim.root.refused_since) == (0, None)
+
+    def test_step_is_sent_again_while_its_refusals_are_too_few_or_too_new(self, harness: StoreHarness) -> None:
+        operation = new_operation(1)
+        harness.store.save(operation)
+        row = row_of(harness.store, operation.uuid)
+        harness.store.mark_sent([(row.id, 0)], RESEND, LEASE)
+        harness.store.refuse_class(row.uuid, row.target.uuid)
+        harness.advance(RESEND + 1)
+        for limits in ({"max_sends": 2, "unknown_after": 0}, {"max_sends": 1, "unknown_after": 3600}):
+            (step,) = harness.store.take_due_steps(5, "reaper", expired=True, **limits)
+            assert step.reason == DueReason.UNCLAIMED
+            harness.advance(SEND_GRACE + 1)
+
+    def test_refusal_is_counted_once_for_each_send(self, harness: StoreHarness) -> None:
+        """A record may be delivered twice, and a refusal may be recorded before the send that caused it."""
+        operation = new_operation(1)
+        harness.store.save(operation)
+        counts = []
+        for _ in range(3):
+            row = harness.store.refuse_class(operation.uuid, operation.uuid)
+            assert row is not None
+            counts.append(row.refusal_count)
+        assert counts == [1, 1, 1]
+        assert row == row_of(harness.other, operation.uuid)
+        assert row.refused_since == pytest.approx(harness.now, abs=TIME_TOLERANCE)
+        since = row.refused_since
+        harness.advance(50)
+        harness.store.mark_sent([(row.id, 0)], RESEND, LEASE)
+        row = harness.store.refuse_class(operation.uuid, operation.uuid)
+        assert row is not None
+        assert (row.refusal_count, row.refused_since) == (2, since)
+
+    def test_refusal_of_another_step_or_of_a_claimed_operation_changes_nothing(self, harness: StoreHarness) -> None:
+        inner = new_operation(1)
+        claim = save_and_claim(harness.store, new_operation([new_task(inner)]))
+        uuid = claim.root.uuid
+        assert harness.store.refuse_class(uuid, uuid) == claim.root
+        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False))
+        row = row_of(harness.store, uuid)
+        assert harness.store.refuse_class(uuid, "other-step") == row
+        assert harness.store.refuse_class("unknown-root", uuid) is None
+        assert harness.store.refuse_class(inner.uuid, inner.uuid) is None
+        harness.store.cancel(uuid, None)
+        row = row_of(harness.store, uuid)
+        assert harness.store.refuse_class(uuid, uuid) == row

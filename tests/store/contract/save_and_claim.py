@@ -7,8 +7,11 @@ import pytest
 from kser import status as states
 from kser.errors import StoreError
 from kser.store.model import (
+    MAX_TAKEOVER_DELAY,
     RESEND_UNSENT_AFTER,
+    SEND_DELAY,
     ClaimRefused,
+    DueReason,
     Mode,
     OperationRow,
     Phase,
@@ -25,6 +28,7 @@ from tests.store.harness import (
     event_kinds,
     new_operation,
     new_task,
+    reserved_steps,
     row_of,
     save_and_claim,
     step_checkpoint,
@@ -67,15 +71,21 @@ class SaveAndClaimContract:
             epoch=0,
             owner=None,
             token=None,
-            next_check_at=row.next_check_at,
+            lease_until=None,
+            take_at=row.take_at,
+            send_at=row.send_at,
+            due_reason=DueReason.UNSENT,
             due_at=row.due_at,
             claim_count=0,
             send_count=0,
             sent_at=None,
+            refusal_count=0,
+            refused_since=None,
+            current_entrypoint="shop.Charge",
             target=operation.target,
         )
         assert row.created_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
-        assert row.next_check_at == pytest.approx(row.created_at + RESEND_UNSENT_AFTER, abs=0.5)
+        assert row.take_at == row.send_at == pytest.approx(row.created_at + RESEND_UNSENT_AFTER, abs=0.5)
         assert row.due_at <= harness.now
         assert operation.tasks is not None
         assert harness.store.get_tasks(row.id) == [
@@ -111,6 +121,29 @@ class SaveAndClaimContract:
         assert claim.task is not None
         assert claim.task.result == '{"retval": 1}'
 
+    def test_saved_local_operation_names_the_class_of_its_current_task(self, harness: StoreHarness) -> None:
+        """Rule 6: the class of the innermost task, or of the operation to build or end."""
+        unbuilt, empty = (new_operation(tasks, entrypoint="shop.Inner") for tasks in (None, 0))
+        nested = new_operation([new_task(new_operation([new_task(entrypoint="shop.Deep")]))])
+        cases = [
+            (new_operation(2), "shop.Charge"),
+            (new_operation([new_task(), new_task(entrypoint="shop.Ship")], step=1), "shop.Ship"),
+            (new_operation([new_task(nested)]), "shop.Deep"),
+            (new_operation([new_task(unbuilt)]), "shop.Inner"),
+            (new_operation([new_task(empty)]), "shop.Inner"),
+            (new_operation(None), None),
+            (new_operation(0), None),
+            (new_operation(2, mode=Mode.DISTRIBUTED), None),
+        ]
+        for operation, expected in cases:
+            harness.store.save(operation)
+            row = row_of(harness.other, operation.uuid)
+            assert row.current_entrypoint == expected
+            claim = claim_root(harness.store, row)
+            assert claim.root.current_entrypoint == expected
+        claimed = save_and_claim(harness.store, new_operation(2))
+        assert claimed.root.current_entrypoint == "shop.Charge"
+
     def test_save_with_a_claim_request_claims_the_operation(self, harness: StoreHarness) -> None:
         """Rule 2: one transaction saves and claims."""
         operation, request = new_operation(2), claim_request()
@@ -118,7 +151,9 @@ class SaveAndClaimContract:
         root = claim.root
         assert (claim.epoch, root.epoch, root.status, root.claim_count) == (1, 1, states.RUNNING, 1)
         assert (root.owner, root.token) == (request.owner, request.token)
-        assert root.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert root.lease_until == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert (root.take_at, root.due_reason) == (root.lease_until, DueReason.EXPIRED)
+        assert root.send_at == root.take_at + SEND_DELAY
         assert root.started_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert root == row_of(harness.other, operation.uuid)
         assert claim.path == (root,)
@@ -188,10 +223,15 @@ class SaveAndClaimContract:
             owner="consumer-b",
             token=request.token,
             claim_count=1,
-            next_check_at=claim.root.next_check_at,
+            lease_until=claim.root.lease_until,
+            take_at=claim.root.take_at,
+            send_at=claim.root.send_at,
+            due_reason=DueReason.EXPIRED,
             started_at=claim.root.started_at,
         )
-        assert claim.root.next_check_at == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert claim.root.lease_until == pytest.approx(harness.now + LEASE, abs=TIME_TOLERANCE)
+        assert claim.root.take_at == claim.root.lease_until
+        assert claim.root.send_at == claim.root.lease_until + SEND_DELAY
         assert claim.root.started_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert claim.task == harness.store.get_task(claim.id, 0)
         assert (claim.exhausted, claim.next_task) == (False, None)
@@ -259,13 +299,71 @@ class SaveAndClaimContract:
         claims = []
         for _ in range(4):
             claims.append(claim_root(harness.store, row, claim_request(max_claims=3)))
-            harness.advance(LEASE + 1)
+            harness.advance(LEASE + 5)
         assert [claim.exhausted for claim in claims] == [False, False, False, True]
         # A repeated claim with the token of the fourth one returns the same claim.
         token = claims[-1].root.token or ""
         assert claim_root(harness.store, row, claim_request(max_claims=3, token=token)).exhausted
         harness.store.checkpoint(step_checkpoint(claims[-1], 0))
         assert row_of(harness.store, row.uuid).claim_count == 0
+
+    def test_further_takeovers_of_a_step_wait_longer_and_longer(self, harness: StoreHarness) -> None:
+        """Rule 22: the first two takeovers after an expired lease are immediate, and the n-th waits 2^(n-2) seconds."""
+        operation = new_operation(2)
+        harness.store.save(operation)
+        row = row_of(harness.store, operation.uuid)
+        for claim_count, delay in enumerate([0, 0, 2, 4, 8, 16, 32, 64, 128, 256, MAX_TAKEOVER_DELAY, 300], start=1):
+            claim = claim_root(harness.store, row)
+            assert claim.root.claim_count == claim_count
+            assert (claim.root.take_at or 0) - (claim.root.lease_until or 0) == pytest.approx(delay, abs=0.001)
+            if delay > 2 * TIME_TOLERANCE:
+                harness.advance(LEASE + delay - 2 * TIME_TOLERANCE)
+                refusal = harness.other.claim(row.uuid, row.target.uuid, claim_request())
+                assert isinstance(refusal, ClaimRefused)
+                assert refusal.reason == RefusalReason.WAITING
+                assert reserved_steps(harness.other) == []
+                harness.advance(2 * TIME_TOLERANCE + 0.1)
+            else:
+                harness.advance(LEASE + delay + 0.1)
+            assert reserved_steps(harness.other) == [(row.uuid, DueReason.EXPIRED)]
+
+    def test_waiting_takeover_does_not_delay_a_cancellation(self, harness: StoreHarness) -> None:
+        """Rule 24: an operation without a valid lease ends at once."""
+        claim = save_and_claim(harness.store, new_operation(2))
+        for _ in range(5):
+            harness.advance(LEASE + MAX_TAKEOVER_DELAY)
+            claim = claim_root(harness.store, claim.root)
+        harness.advance(LEASE + 1)
+        row = harness.store.cancel(claim.root.uuid, None)
+        assert row is not None
+        assert row.status == states.CANCELLED
+
+    def test_claim_names_the_epoch_that_was_reserved(self, harness: StoreHarness) -> None:
+        """Rule 20c: the epoch is part of the compare-and-set."""
+        claim = save_and_claim(harness.store, new_operation(3))
+        harness.store.checkpoint(step_checkpoint(claim, 0, keep=False, due_reason=DueReason.RELEASED))
+        row = row_of(harness.store, claim.root.uuid)
+        for epoch in (row.epoch - 1, row.epoch + 1):
+            refusal = harness.other.claim(row.uuid, row.target.uuid, claim_request(epoch=epoch))
+            assert refusal == ClaimRefused(RefusalReason.STALE, row)
+        assert claim_root(harness.other, row, claim_request(epoch=row.epoch)).epoch == row.epoch + 1
+
+    def test_claim_at_an_old_epoch_is_refused_as_held_while_an_owner_works(self, harness: StoreHarness) -> None:
+        claim = save_and_claim(harness.store, new_operation(3))
+        refusal = harness.other.claim(claim.root.uuid, claim.root.target.uuid, claim_request(epoch=0))
+        assert refusal == ClaimRefused(RefusalReason.HELD, claim.root)
+
+    def test_step_is_claimed_only_through_its_own_topic(self, harness: StoreHarness) -> None:
+        """Rule 6: who may write to another topic cannot run the step."""
+        operation = new_operation(2)
+        harness.store.save(operation)
+        row = row_of(harness.store, operation.uuid)
+        for topic in ("other", "ORDERS", ""):
+            refusal = harness.store.claim(row.uuid, row.target.uuid, claim_request(topic=topic))
+            assert refusal == ClaimRefused(RefusalReason.TOPIC, row)
+        request = claim_request(topic="orders")
+        claim = claim_root(harness.store, row, request)
+        assert claim_root(harness.other, row, request) == claim
 
     def test_claim_of_a_distributed_operation_includes_the_next_task(self, harness: StoreHarness) -> None:
         operation = new_operation(3, mode=Mode.DISTRIBUTED)

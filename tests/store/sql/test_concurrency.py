@@ -103,7 +103,7 @@ def test_claim_that_waited_for_another_claim_is_refused(postgresql_store: SQLSto
     with foreign_connection(database) as foreign:
         foreign.execute(
             "UPDATE kser_operation SET status = 'RUNNING', owner = 'other', token = 'other', epoch = 1,"
-            " next_check_at = next_check_at + 100 WHERE uuid = %s",
+            " lease_until = take_at + 100 WHERE uuid = %s",
             [root.uuid],
         )
         thread = threading.Thread(

@@ -19,6 +19,7 @@ from tests.store.harness import (
     ending_checkpoint,
     new_operation,
     new_task,
+    reserve,
     resume_stored,
     save_and_claim,
     step_checkpoint,
@@ -118,15 +119,98 @@ def test_large_columns_are_read_only_for_returned_rows(
     assert not large_columns & {column.name for index in operation.indexes for column in index.columns}
 
 
-def test_take_due_uses_an_index_range(any_store: SQLStore, clock_offset: ClockOffset) -> None:
-    any_store.save(new_operation(1))
+#: The look of a consumer, and the part of its plan that shows the range of the index: the topic, the urgency, and the
+#: time up to now. In PostgreSQL, the conditions on the index follow on the next line.
+LOOKS: dict[str, Callable[[SQLStore], Any]] = {
+    "reserve_due_steps": lambda store: reserve(store),
+    "reserve_due_steps, only urgent": lambda store: reserve(store, only_urgent=True, expired=False),
+    "take_due_steps": lambda store: store.take_due_steps(10, "reaper", expired=True),
+}
+INDEX_RANGE = re.compile(
+    r"USING INDEX kser_operation_due \(target_topic=\? AND urgent=\? AND take_at<\?\)"
+    r"|Index Scan using kser_operation_due on kser_operation.*\n"
+    r" *Index Cond: \(\(target_topic = ro_.topic\) AND \(urgent = ro_.urgent\) AND \(take_at <= .*"
+)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_look_for_due_steps_reads_one_range_of_the_index(
+    any_store: SQLStore, look: str, clock_offset: ClockOffset
+) -> None:
+    """durability rule 20f: a look reads the due steps of its topics in order, and no rows of other topics."""
+    for _ in range(5):
+        any_store.save(new_operation(1))
     clock_offset.seconds = 10
-    plans = _plans(any_store, lambda: any_store.take_due_steps(10, "reaper", expired=True))
+    plans = _plans(any_store, lambda: LOOKS[look](any_store))
     _assert_no_whole_table_scan(plans)
-    select_plan = plans[0]
-    assert "kser_operation_next_check" in select_plan
-    assert "TEMP B-TREE" not in select_plan
-    assert "Sort" not in select_plan
+    (range_plan,) = (plan for plan in plans if INDEX_RANGE.search(plan))
+    assert "TEMP B-TREE" not in range_plan
+    assert "Sort" not in range_plan
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_look_that_finds_nothing_writes_nothing(any_store: SQLStore, look: str) -> None:
+    """durability rule 20f: only a look that finds a due step starts a transaction that writes."""
+    any_store.save(new_operation(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(any_store._database, "write", lambda **_: pytest.fail("the look writes"))
+        assert LOOKS[look](any_store) == []
+
+
+def test_topics_are_read_with_one_index_entry_each(any_store: SQLStore) -> None:
+    for topic in ("orders", "gpu"):
+        for _ in range(20):
+            any_store.save(new_operation(1, topic=topic))
+    plans = _plans(any_store, lambda: any_store.get_topics())
+    _assert_no_whole_table_scan(plans)
+    assert re.search("Index Only Scan using kser_operation_due|COVERING INDEX kser_operation_due", plans[0])
+
+
+def test_look_reads_few_of_the_steps_that_it_cannot_reserve(store: SQLStore, clock_offset: ClockOffset) -> None:
+    """A backlog of steps that are not urgent, or whose classes are unknown, does not slow a look down."""
+    first = new_operation(1)
+    store.save(first)
+    columns = [column for column in operation.columns if column.computed is None]
+    names = ", ".join(column.name for column in columns)
+    values = {"id": "id + number", "root_id": "id + number", "uuid": "uuid || number"}
+    copied = ", ".join(values.get(column.name, column.name) for column in columns)
+    more = "SELECT number + 1 FROM numbers WHERE number < 20000"
+    with store._database.write() as transaction:
+        transaction._cursor.execute(
+            f"INSERT INTO kser_operation ({names}) WITH RECURSIVE numbers(number) AS (SELECT 1 UNION ALL {more})"
+            f" SELECT {copied} FROM kser_operation, numbers"
+        )
+    clock_offset.seconds = 10
+    few, some = (
+        _instructions(lambda: reserve(store, only_urgent=True)),
+        _instructions(lambda: reserve(store, known=["other.Class"])),
+    )
+    assert few < 1_000
+    assert some < 100_000
+    assert len(reserve(store)) == 10
+
+
+def _instructions(call: Callable[[], Any]) -> int:
+    """Return the number of instructions that SQLite executes for the searches in a call, in steps of 100."""
+    count = 0
+    fetch = Transaction.fetch
+
+    def on_instructions() -> int:
+        nonlocal count
+        count += 100
+        return 0
+
+    def count_and_fetch(self: Transaction, statement: Any, rows: Any, **values: Any) -> Any:
+        self._cursor.connection.set_progress_handler(on_instructions, 100)
+        try:
+            return fetch(self, statement, rows, **values)
+        finally:
+            self._cursor.connection.set_progress_handler(None, 100)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transaction, "fetch", count_and_fetch)
+        assert call() == []
+    return count
 
 
 def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, clock_offset: ClockOffset) -> None:
@@ -144,7 +228,11 @@ def test_worker_and_user_queries_never_scan_a_whole_table(any_store: SQLStore, c
         )
         row = resume_stored(any_store, claim.root.uuid)
         assert row is not None
-        any_store.mark_sent([(row.id, row.epoch)], 60)
+        any_store.refuse_class(row.uuid, row.target.uuid)
+        steps = reserve(any_store)
+        any_store.return_reservations(steps)
+        any_store.postpone_takeover(steps, 60)
+        any_store.mark_sent([(row.id, row.epoch)], 60, 30)
         any_store.postpone_send([(row.id, row.epoch)], 60)
         claim = claim_root(any_store, row)
         any_store.snapshot(inner.uuid)
@@ -175,6 +263,14 @@ def test_checkpoint_of_a_step_is_a_heap_only_update_in_postgresql(
 
     # The server publishes its statistics with a delay.
     wait_until(lambda: heap_only_updates() >= 10)
+
+
+@pytest.mark.postgresql
+def test_frequent_statements_are_parsed_once_by_psycopg(postgresql_store: SQLStore) -> None:
+    """psycopg parses a longer statement again in each execution, which costs a quarter of the time of a checkpoint."""
+    writer = postgresql_store._writer
+    for part in (writer.saves, writer.claims, writer.checkpoints):
+        assert len(part._single_statement.sql) < 4096  # type: ignore[union-attr]
 
 
 def test_checkpoint_of_a_step_changes_no_indexed_column(store: SQLStore) -> None:

@@ -1,0 +1,165 @@
+"""Takeovers: a consumer with a free worker reserves due steps in the store, and runs them without a message."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from kser.durable.context import DurableContext, step_value
+from kser.store.model import DueReason, DueStep
+from kser.takeover import Takeover, TakeoverHost
+
+logger = logging.getLogger(__name__)
+
+
+class StoreContact:
+    """The uninterrupted contact of this process with the store.
+
+    An expired lease proves that its owner is gone only if the owner could have renewed the lease. So this process
+    trusts expired leases only after it has itself reached the store without interruption for one whole lease.
+
+    :param lease: length of a lease in seconds.
+    :param longest_gap: number of seconds between two contacts that counts as an interruption.
+    """
+
+    def __init__(self, lease: float, longest_gap: float) -> None:
+        self._lease = lease
+        self._longest_gap = longest_gap
+        self._lock = threading.Lock()
+        self._since = self._last = -float("inf")
+
+    def extend(self, now: float) -> bool:
+        """Extend the contact by a call that begins now; return whether an expired lease proves that its owner is gone.
+
+        :param now: the time, by the clock of the service.
+        """
+        with self._lock:
+            if now - self._last > self._longest_gap:
+                self._since = now
+            self._last = now
+            return now - self._since >= self._lease
+
+    def keep(self, now: float) -> None:
+        """Extend the contact to the end of a long call that was no interruption, such as the send of many messages."""
+        with self._lock:
+            if self._last > self._since:
+                self._last = now
+
+    def interrupt(self) -> None:
+        """Interrupt the contact, because a call failed or took so long that owners could not renew their leases."""
+        with self._lock:
+            self._last = -float("inf")
+
+
+class TakeoverSearch:
+    """Search for due steps that the consumers of this process can run.
+
+    :param context: the durable context of this process.
+    :param contact: the contact with the store.
+    :param clock: returns the time of the service, in seconds.
+    """
+
+    def __init__(self, context: DurableContext, contact: StoreContact, clock: Callable[[], float]) -> None:
+        self._context = context
+        self._contact = contact
+        self._clock = clock
+        #: The takeovers that have run or were dropped, and whose reservations are not settled yet.
+        self._ended: deque[tuple[DueStep, Takeover]] = deque()
+
+    def look(self, host: TakeoverHost) -> int:
+        """Reserve the due steps for which the consumer has free workers, and queue them; return their number.
+
+        A consumer without a free worker reserves one step whose lease has expired, or whose retry is due.
+
+        :raises kser.errors.StoreUnavailable: the database is unavailable. No step was queued.
+        """
+        self.settle()
+        free = host.free_workers()
+        if not free and not host.may_hold_urgent():
+            return 0
+        context, settings = self._context, self._context.settings
+        started_at = self._clock()
+        due = context.store.once(
+            context.store.direct.reserve_due_steps,
+            free or 1,
+            host.topics(lambda: context.store.direct.get_topics()),
+            context.known_classes(),
+            context.owner,
+            reservation=settings.reservation,
+            expired=self._contact.extend(started_at),
+            only_urgent=not free,
+        )
+        expires_at = started_at + settings.reservation
+        refused = self._untrusted(due) if self._clock() - started_at > settings.lease / 3 else []
+        # Keep the reservation of a step that runs here: the next heartbeat ends it.
+        taken = [step for step in due if step not in refused and not self._is_running_here(step)]
+        rejected = [step for step in taken if not self._put(host, step, expires_at)]
+        if refused or rejected:
+            context.store.direct.return_reservations([*refused, *rejected])
+        return len(taken) - len(rejected)
+
+    def settle(self) -> None:
+        """Return the reservations of takeovers that were dropped, and postpone those that ended before a claim.
+
+        :raises kser.errors.StoreUnavailable: the database is unavailable. The reservations expire by themselves.
+        """
+        dropped, unclaimed = [], []
+        for step, takeover in self._pop_ended():
+            if not takeover.is_started:
+                dropped.append(step)
+            elif not takeover.is_answered:
+                unclaimed.append(step)
+        store = self._context.store.direct
+        if dropped:
+            store.return_reservations(dropped)
+        if unclaimed:
+            store.postpone_takeover(unclaimed, self._context.settings.resend)
+
+    def _pop_ended(self) -> Iterator[tuple[DueStep, Takeover]]:
+        # Consumers of one process share the queue, so another thread may remove the last entry.
+        with suppress(IndexError):
+            while True:
+                yield self._ended.popleft()
+
+    def _untrusted(self, due: Sequence[DueStep]) -> list[DueStep]:
+        """Return the steps that must not be taken over after a slow query: those whose lease has expired.
+
+        If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does not
+        prove that its owner is gone.
+        """
+        self._contact.interrupt()
+        return [step for step in due if step.reason == DueReason.EXPIRED]
+
+    def _is_running_here(self, step: DueStep) -> bool:
+        """Return whether a worker of this process still runs a step whose lease has expired.
+
+        The next heartbeat renews the lease, unless another process has claimed the operation.
+        """
+        claim = self._context.claim_for(step.id)
+        return claim is not None and claim.key == (step.id, step.epoch) and not claim.is_abandoned
+
+    def _put(self, host: TakeoverHost, step: DueStep, expires_at: float) -> bool:
+        """Queue a takeover; return False if the consumer does not accept it."""
+        target = step.target
+        try:
+            value = step_value(self._context, target, step.uuid)
+        except Exception as error:
+            # The hook onmessage of the producer is user code, which may raise any exception.
+            logger.warning(f"{target.entrypoint}[{target.uuid}] of operation {step.uuid} cannot be taken over: {error}")
+            takeover = Takeover(target.topic, b"", step.epoch, "", lambda _: None)
+            takeover.is_started = True
+            self._ended.append((step, takeover))
+            return True
+        label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
+        takeover = Takeover(target.topic, value, step.epoch, label, partial(self._on_end, step))
+        if not host.put(takeover, expires_at - self._clock()):
+            return False
+        logger.info(f"{target.entrypoint}[{target.uuid}] of operation {step.uuid} is taken over: {step.reason}")
+        return True
+
+    def _on_end(self, step: DueStep, takeover: Takeover) -> None:
+        self._ended.append((step, takeover))
