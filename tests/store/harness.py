@@ -32,8 +32,10 @@ from kser.store.model import (
 LEASE = 15.0
 #: Seconds after which an unclaimed step is sent again: ``resend_after``.
 RESEND = 60.0
-#: Duration of a reservation in seconds. It is long, so that no reservation ends while a test stands still.
-RESERVATION = 30.0
+#: Duration of a reservation in seconds, by default.
+RESERVATION = 5.0
+#: Duration of the reservations of :func:`reserve`. It is long, so that no reservation ends while a test stands still.
+LONG_RESERVATION = 30.0
 #: Seconds by which two times may differ that a test reads one after the other.
 TIME_TOLERANCE = 5.0
 
@@ -268,7 +270,7 @@ CLASSES = ("shop.PlaceOrder", "shop.Charge")
 def reserve(store: Store, limit: int = 10, **values: Any) -> Sequence[DueStep]:
     """Reserve due steps for a takeover, as a consumer does that consumes all topics and knows all classes."""
     options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES, "consumer": "consumer-b"}
-    options |= {"reservation": RESERVATION, "expired": True, **values}
+    options |= {"reservation": LONG_RESERVATION, "expired": True, **values}
     return store.reserve_due_steps(limit, **options)
 
 

@@ -21,8 +21,8 @@ from kser.store.model import (
 )
 from tests.store.harness import (
     LEASE,
+    LONG_RESERVATION,
     RESEND,
-    RESERVATION,
     TIME_TOLERANCE,
     StoreHarness,
     claim_request,
@@ -53,7 +53,7 @@ class TakeoverContract:
         (step,) = reserve(harness.other)
         row = row_of(harness.store, claim.root.uuid)
         assert row == claim.root._replace(take_at=step.take_at)
-        assert step.take_at == pytest.approx(harness.now + RESERVATION, abs=TIME_TOLERANCE)
+        assert step.take_at == pytest.approx(harness.now + LONG_RESERVATION, abs=TIME_TOLERANCE)
         assert (step.id, step.uuid, step.epoch) == (row.id, row.uuid, 1)
         assert (step.target, step.reason) == (row.target, DueReason.EXPIRED)
         stored = harness.store.snapshot(row.uuid)
@@ -127,7 +127,7 @@ class TakeoverContract:
         claim = save_and_claim(harness.store, new_operation(2))
         harness.advance(LEASE + 0.1)
         assert reserved_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
-        harness.advance(RESERVATION - 10)
+        harness.advance(LONG_RESERVATION - 10)
         assert reserved_steps(harness.other) == []
         harness.advance(10.1)
         assert reserved_steps(harness.other) == [(claim.root.uuid, DueReason.EXPIRED)]
@@ -137,7 +137,7 @@ class TakeoverContract:
         harness.advance(LEASE + SEND_DELAY + 0.1)
         assert len(reserve(harness.store)) == 1
         assert due_steps(harness.store) == []
-        harness.advance(RESERVATION + 0.1)
+        harness.advance(LONG_RESERVATION + 0.1)
         assert due_steps(harness.store) == [(claim.root.uuid, DueReason.EXPIRED)]
 
     @pytest.mark.parametrize("reason", [DueReason.EXPIRED, DueReason.RETRY, DueReason.RESUMED, DueReason.RELEASED])
