@@ -402,8 +402,9 @@ class BaseConsumer:
 
     def _kser_may_take_over(self) -> bool:
         """Return whether the consumer may take over steps: it is neither paused nor ending, and its client works."""
-        thread = self._kser_client_thread
-        return not (self._kser_stopping or self._kser_poller.paused) and (thread is None or thread.is_alive())
+        thread, poller = self._kser_client_thread, self._kser_poller
+        is_working = poller.final_error is None and (thread is None or thread.is_alive())
+        return is_working and not (self._kser_stopping or poller.paused)
 
     def _kser_handle(self, value: Any) -> None:
         try:

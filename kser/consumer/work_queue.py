@@ -16,8 +16,8 @@ from kser.attempt import TIMED_OUT, Attempt, Failure
 from kser.consumer.client import Partition, Record
 from kser.consumer.lanes import LaneQueue
 from kser.consumer.offsets import OffsetTracker
-from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.takeovers import TakeoverItem, TakeoverQueue
+from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.work_item import WorkItem, was_started
 from kser.escaping import escape_lines
 from kser.retry import Retry
@@ -306,7 +306,7 @@ class WorkQueue:
                 if (due := lanes.next_due) is not None:
                     lanes.promote_due(now)
                 may_start_records = now < self.group_lease.deadline
-                item = None if self._paused else self.takeovers.next_item(now, lanes.ready, may_start_records)
+                item = None if self._paused else self.takeovers.next_item(now, lanes, may_start_records)
                 if item is not None:
                     item.was_started = True
                     item.attempt.started_at = now

@@ -12,8 +12,8 @@ from kser.attempt import FAILED, UNREADABLE, Attempt, AttemptAbandoned, Consumer
 from kser.backoff import delay
 from kser.consumer.dead_letters import DeadLetterWriter
 from kser.consumer.logs import ConsumerLogger
-from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.takeovers import TakeoverItem
+from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.errors import TaskTimeout
