@@ -35,9 +35,10 @@ def test_unsupported_database_uri_is_rejected_without_its_password(uri: str) -> 
     assert PASSWORD not in f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__context__!r}"
 
 
-def test_text_without_a_scheme_is_rejected_and_quoted() -> None:
-    with pytest.raises(SettingError, match=r"a database URI must look like .*; it is 'user@host'"):
-        open_store("user@host")
+@pytest.mark.parametrize("login", ["user", "user:secret", "secret"])
+def test_text_without_a_scheme_is_rejected_and_quoted_without_its_login(login: str) -> None:
+    with pytest.raises(SettingError, match=r"a database URI must look like .*; it is '\*\*\*@host'"):
+        open_store(f"{login}@host")
 
 
 def test_database_uri_selects_its_store(path: Path) -> None:
