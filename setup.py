@@ -14,7 +14,7 @@ VERSION = re.search(
 assert VERSION is not None, "kser/__init__.py declares no __version__"
 
 FLASK = ["flask>=2.3"]
-EMBEDDED = ["confluent-kafka>=2.5"]
+EMBEDDED = ["confluent-kafka>=2.16"]
 # kafka-python decodes snappy, lz4 and zstd with these packages. librdkafka contains these codecs.
 CODECS = ["lz4>=3.1", "python-snappy>=0.6.1", "zstandard>=0.21"]
 SQL = ["sqlalchemy>=2.0", "alembic>=1.13"]

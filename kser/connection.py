@@ -24,6 +24,8 @@ REASON_AGE = 30.0
 PERSISTENCE = 10.0
 
 _NUMBERS = re.compile(r"\d+")
+#: A text of kafka-python for a request that had too little time left.
+_OUT_OF_TIME = re.compile(r"Request timed out after \d+ ms")
 #: Details of one attempt at the end of a text of librdkafka, and the place at its begin.
 _ATTEMPT = re.compile(
     r" \(after \d+ms in state \w+.*?\)|^(?:[a-z_]+://)?[^\s/]+:\d+/\w+: |, \d+ identical error\(s\).*"
@@ -250,8 +252,11 @@ class LastFailure:
         """Record a failed connection."""
         now = self._clock()
         if now - self._last_at >= REASON_AGE:
-            self._first_at, self._count = now, 0
-        self._reason, self._last_at = reason, now
+            self._first_at, self._count, self._reason = now, 0, ""
+        # A try that ran out of time names no cause, so keep the reason of an earlier try.
+        if not (self._reason and _OUT_OF_TIME.search(reason)):
+            self._reason = reason
+        self._last_at = now
         self._count += 1
 
     def reason(self) -> str:

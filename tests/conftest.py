@@ -41,7 +41,7 @@ SLOW_FOLDERS = {Path(__file__).parent / "crash", Path(__file__).parent / "differ
 #: Seconds after which a test fails, and seconds after which a slow test fails.
 TIME_LIMIT_SECONDS, SLOW_TIME_LIMIT_SECONDS = 300, 900
 #: Seconds within which threads and processes must end after a test.
-GRACE_SECONDS = 3
+GRACE_SECONDS = 20
 
 # Look up the path now, because tests change the PATH.
 PS = shutil.which("ps") or "ps"

@@ -103,3 +103,12 @@ def test_reason_of_a_failed_connection_expires_and_persists_only_if_repeated() -
     assert failure.persistent_reason() == "refused"
     clock.advance(31)
     assert failure.reason() == ""
+
+
+def test_try_that_ran_out_of_time_does_not_hide_the_reason_of_an_earlier_try() -> None:
+    failure = LastFailure(Clock())
+    failure.note("[Error 7] RequestTimedOutError: Request timed out after 70 ms")
+    assert "70 ms" in failure.reason()
+    failure.note("SaslAuthenticationFailed")
+    failure.note("[Error 7] RequestTimedOutError: Request timed out after 3 ms")
+    assert failure.reason() == "SaslAuthenticationFailed"

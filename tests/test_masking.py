@@ -132,7 +132,8 @@ def test_password_in_an_address_is_in_no_error_of_either_client(caplog: pytest.L
     with closing(ConfluentProducer({"bootstrap.servers": address})) as producer:
         result = producer.send("dice", Message(uuid="u", entrypoint="e"), timeout=0.5)
     assert result.retcode == 500
-    with pytest.raises(BrokerUnavailable) as caught:
+    # kafka-python 2 rejects the address, and kafka-python 3 tries to connect.
+    with pytest.raises((BrokerUnavailable, SettingError)) as caught:
         PythonKafkaProducer({"bootstrap_servers": address, **SHORT})
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("kser")]
     assert lines

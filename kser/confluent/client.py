@@ -28,7 +28,6 @@ from kser.consumer.client import (
     RebalanceListener,
     Record,
     client_error,
-    no_committed_offset,
     out_of_range_text,
     revoked_before_commit_text,
 )
@@ -318,7 +317,7 @@ class ConfluentClient(ConsumerClient):
             # partitions by itself.
             self._assign({})
             return self._errors.as_client_error("read the committed offsets of the group", error.args[0])
-        starts = StartPositions(self._metadata)
+        starts = StartPositions(self._metadata, self._reset, self._commit_now if self.can_commit else None)
         try:
             self._learn_cluster_and_topics({tp.topic for tp in committed})
         except KafkaException as error:
@@ -396,18 +395,8 @@ class ConfluentClient(ConsumerClient):
         key = Partition(tp.topic, tp.partition)
         if self._reset == "latest":
             self._partitions_of(key.topic)
-        start = starts.add_committed(key, tp.offset, written_metadata(tp)) if tp.offset >= 0 else None
-        if start is None and self._reset == "none":
-            raise no_committed_offset([key])
-        if start is None:
-            start = self._first_position(key)
-            starts.add_uncommitted(key, start)
-        if key in starts.fresh and self.can_commit:
-            try:
-                self._commit_now({key: start})
-            except KafkaException:
-                starts.drop(key)
-                raise
+        committed = Commit(tp.offset, written_metadata(tp)) if tp.offset >= 0 else None
+        starts.find(key, committed, partial(self._first_position, key))
 
     def _assign_started(self, found: StartPositions) -> None:
         assert self._listener is not None
@@ -418,7 +407,7 @@ class ConfluentClient(ConsumerClient):
         self._positions.update({key: start.offset for key, start in starts.items()})
         self._restarting -= starts.keys()
         self._misplaced -= starts.keys()
-        found.report(self._listener, can_commit=self.can_commit)
+        found.report(self._listener)
         self._assign({key: start.offset for key, start in starts.items()})
 
     def _assign(self, starts: Mapping[Partition, int]) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 from zlib import crc32
 
-from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record, no_committed_offset
+from kser.consumer.client import Commit, ConsumerClient, Partition, RebalanceListener, Record
 from kser.consumer.commit_metadata import CommitMetadata
 from kser.consumer.start_positions import StartPositions
 from kser.consumer.subscription import Subscription
@@ -267,23 +268,12 @@ class DummyClient(ConsumerClient):
 
     def _start_partitions(self, partitions: list[Partition]) -> None:
         assert self._listener is not None
-        starts = StartPositions(self._metadata)
+        starts = StartPositions(self._metadata, self._reset, self._record_commits if self.can_commit else None)
         for key in partitions:
             self._learn_topic(key.topic)
-            self._start_partition(key, starts)
+            starts.find(key, self._broker.committed.get((self._name, key)), partial(self._first_position, key))
         self._positions = {key: commit.offset for key, commit in starts.all.items()}
-        starts.report(self._listener, can_commit=self.can_commit)
-
-    def _start_partition(self, key: Partition, starts: StartPositions) -> None:
-        committed = self._broker.committed.get((self._name, key))
-        start = None if committed is None else starts.add_committed(key, *committed)
-        if start is None and self._reset == "none":
-            raise no_committed_offset([key])
-        if start is None:
-            start = self._first_position(key)
-            starts.add_uncommitted(key, start)
-        if key in starts.fresh and self.can_commit:
-            self._record_commits({key: start})
+        starts.report(self._listener)
 
     def _learn_topic(self, topic: str) -> bool:
         """Record the state of a topic; return whether the topic was created again."""

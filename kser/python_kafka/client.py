@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition, errors
@@ -17,7 +18,6 @@ from kser.consumer.client import (
     Partition,
     RebalanceListener,
     Record,
-    no_committed_offset,
     out_of_range_text,
 )
 from kser.consumer.commit_metadata import TOPIC_CHECK_INTERVAL, CommitMetadata
@@ -249,7 +249,8 @@ class KafkaPythonClient(ConsumerClient):
             return
         assert self._listener is not None
         self._start_at = time.monotonic() + START_RETRY_INTERVAL
-        starts = StartPositions(self._metadata)
+        commit = partial(self._commit, timeout_ms=QUERY_TIMEOUT_MS)
+        starts = StartPositions(self._metadata, self._reset, commit if self.can_commit else None)
         self._metadata.cluster = self.cluster
         new = self._unstarted & self._client.assignment()
         self._learn_topic_ids(self._topic_ids.at_start({tp.topic for tp in new}))
@@ -270,24 +271,12 @@ class KafkaPythonClient(ConsumerClient):
             self._client.seek(tp, 0)
         if not (self._unstarted & self._client.assignment()):
             self._start_at = 0.0
-        starts.report(self._listener, can_commit=self.can_commit)
+        starts.report(self._listener)
 
     def _start_partition(self, tp: TopicPartition, starts: StartPositions) -> None:
         key = Partition(*tp)
         self._metadata.partition_counts.observe(tp.topic, len(partitions_of(self._client, tp.topic) or {tp.partition}))
-        committed = self._offsets.committed(tp)
-        start = None if committed is None else starts.add_committed(key, committed.offset, committed.metadata)
-        if start is None and self._reset == "none":
-            raise no_committed_offset([key])
-        if start is None:
-            start = self._offsets.first_position(tp)
-            starts.add_uncommitted(key, start)
-        if key in starts.fresh and self.can_commit:
-            try:
-                self._commit({key: start}, QUERY_TIMEOUT_MS)
-            except KafkaError:
-                starts.drop(key)
-                raise
+        start = starts.find(key, self._offsets.committed(tp), partial(self._offsets.first_position, tp))
         self._seek(tp, start.offset)
         self._unstarted.discard(tp)
         self._restarting.discard(tp)

@@ -45,6 +45,14 @@ def die(consumer: FaultyConsumer) -> None:
     consumer.current_client.expel()
 
 
+def kill_consumers(count: int, **options: Any) -> None:
+    """Start consumers one after the other; each dies after it has received its records."""
+    for _ in range(count):
+        consumer = FaultyConsumer(MANUAL_COMMIT, **options)
+        consumer.poll()
+        die(consumer)
+
+
 class Starts:
     """Consumers that start one after the other; each dies when it runs the killer.
 
@@ -156,10 +164,7 @@ def test_isolated_messages_of_all_partitions_run_one_at_a_time(bus: InMemoryBrok
     bus.create_topic("dice", 2)
     send_messages("1", "2", partition=0)
     send_messages("3", "4", partition=1)
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2)
     consumer = FaultyConsumer(MANUAL_COMMIT)
     ran = []
     for _ in range(4):
@@ -175,10 +180,7 @@ def test_isolated_messages_of_all_partitions_run_one_at_a_time(bus: InMemoryBrok
 
 def isolated_consumer(**options: Any) -> FaultyConsumer:
     """Return a consumer that has isolated dice[0], after two consumers have died at its first message."""
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2)
     return FaultyConsumer(MANUAL_COMMIT, **options)
 
 
@@ -213,10 +215,7 @@ def test_isolated_partition_with_a_retry_or_an_acked_message_does_not_block_the_
     for _ in range(2):
         send_messages("1", "2", key=b"a", partition=0)
         send_messages("3", "4", key=b"b", partition=1)
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2)
     consumer = FaultyConsumer(MANUAL_COMMIT, ordering=ordering)
     consumer.poll()
     first = consumer.start_record()
@@ -248,10 +247,7 @@ def test_message_runs_alone_in_the_second_half_of_its_starts(
 ) -> None:
     bus.create_topic("dice", 2)
     send_messages("1", partition=0)
-    for _ in range(5):
-        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=10)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(5, max_starts=10)
     send_messages("2", "3", partition=1)
     consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=10, ordering="none")
     with monkeypatch.context() as patch:
@@ -285,10 +281,7 @@ ATTEMPT_ENDS: dict[str, Callable[[WorkQueue, WorkItem], object]] = {
 def test_other_partitions_start_when_the_attempt_that_runs_alone_has_ended(ending: str, bus: InMemoryBroker) -> None:
     bus.create_topic("dice", 2)
     send_messages("1", partition=0)
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2, max_starts=4)
     consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
     consumer.poll()
     suspect = consumer.start_record()
@@ -305,10 +298,7 @@ def test_other_partitions_start_when_the_attempt_that_runs_alone_has_ended(endin
 def test_other_partitions_start_when_the_partition_that_must_run_alone_is_revoked(bus: InMemoryBroker) -> None:
     bus.create_topic("dice", 2)
     send_messages("1", partition=0)
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2, max_starts=4)
     consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4, ordering="none")
     consumer.poll()
     send_messages("2", "3", partition=1)
@@ -502,10 +492,7 @@ def test_revocation_ends_the_count() -> None:
 
 def test_progress_ends_the_count() -> None:
     send_messages("1", "2")
-    for _ in range(2):
-        consumer = FaultyConsumer(MANUAL_COMMIT)
-        consumer.poll()
-        die(consumer)
+    kill_consumers(2)
     assert starts_in_metadata() == "2"
     consumer = FaultyConsumer(MANUAL_COMMIT)
     consumer.poll()

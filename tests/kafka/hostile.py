@@ -1,4 +1,4 @@
-"""A producer of hostile records, a proxy that damages answers of a broker, and damage to the files of a broker.
+"""A producer of hostile records, a proxy that damages responses of a broker, and damage to the files of a broker.
 
 The tests send hostile records between good messages, and then account for each of them. ``hostile_records`` is the
 list; each entry states whether a consumer can run the record.
@@ -6,7 +6,6 @@ list; each entry states whether a consumer can run the record.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -24,6 +23,7 @@ import confluent_kafka
 import crc32c
 
 from tests.kafka.broker import Kafka, KafkaBroker
+from tests.kafka.proxy import KafkaProxy
 
 #: The codecs of Kafka, by the names that librdkafka has for them.
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
@@ -213,71 +213,30 @@ def send_compressed(kafka: Kafka, topic: str, codec: str, values: Iterable[bytes
 # -- damage on the wire ------------------------------------------------------------------------------------------------
 
 
-class DamagingProxy:
-    """A proxy in front of a broker, which flips a byte of answers that contain a text.
-
-    Clients stay behind the proxy, because it replaces the port of the broker in all answers.
-
-    :param kafka: a broker on 127.0.0.1, without encryption.
-    """
+class DamagingProxy(KafkaProxy):
+    """A proxy in front of a broker, which flips a byte of responses that contain a text."""
 
     def __init__(self, kafka: Kafka) -> None:
-        host, port = kafka.bootstrap_servers.split(":")
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self._address = (host, int(port))
-        self._own_port = self._server.getsockname()[1]
-        self.kafka = Kafka(f"127.0.0.1:{self._own_port}")
         self._lock = threading.Lock()
         self._text = b""
         self._left = 0
-        #: The number of damaged answers.
+        #: The number of damaged responses.
         self.damaged = 0
-        self._sockets = [self._server]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(kafka)
 
     def damage(self, text: bytes, times: int) -> None:
-        """Flip a byte of the text in the next ``times`` answers that contain it."""
+        """Flip a byte of the text in the next ``times`` responses that contain it."""
         with self._lock:
             self._text, self._left = text, times
 
-    def close(self) -> None:
-        """Close all connections."""
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._server.accept()
-                broker = socket.create_connection(self._address)
-                self._sockets += [client, broker]
-                for target, source, change in ((broker, client, bytes), (client, broker, self._change)):
-                    threading.Thread(target=_forward, args=(source, target, change), daemon=True).start()
-
-    def _change(self, answer: bytes) -> bytes:
-        host = b"127.0.0.1"
-        answer = answer.replace(host + struct.pack(">i", self._address[1]), host + struct.pack(">i", self._own_port))
+    def change(self, response: bytes) -> bytes:
         with self._lock:
-            if self._left and self._text in answer:
+            if self._left and self._text in response:
                 self._left -= 1
                 self.damaged += 1
-                at = answer.index(self._text)
-                answer = answer[:at] + bytes([answer[at] ^ 0xFF]) + answer[at + 1 :]
-        return answer
-
-
-def _forward(source: socket.socket, target: socket.socket, change: Callable[[bytes], bytes]) -> None:
-    """Forward requests or answers, each as a whole, until a connection ends."""
-    with contextlib.suppress(OSError, struct.error), source.makefile("rb") as file:
-        while True:
-            (size,) = struct.unpack(">i", file.read(4))
-            data = change(file.read(size))
-            target.sendall(struct.pack(">i", len(data)) + data)
-    for each in (source, target):
-        with contextlib.suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)
+                at = response.index(self._text)
+                response = response[:at] + bytes([response[at] ^ 0xFF]) + response[at + 1 :]
+        return response
 
 
 # -- damage on disk ----------------------------------------------------------------------------------------------------

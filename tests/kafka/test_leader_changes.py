@@ -7,10 +7,9 @@ the first request until the second one arrives, or until a second has passed.
 from __future__ import annotations
 
 import contextlib
-import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from kser.python_kafka.producer import Producer as KafkaProducer
 from kser.schemas import Message
 from tests.kafka.broker import Kafka
 from tests.kafka.helpers import wait_until
+from tests.kafka.proxy import KafkaProxy, ProxiedConnection
 from tests.transports.producer_contract import read
 
 PRODUCE = 0
@@ -32,78 +32,38 @@ SECOND_REQUEST_SECONDS = 1.0
 MESSAGES = 40
 
 
-class RejectingProxy:
+class RejectingProxy(KafkaProxy):
     """A proxy of a broker that responds NOT_LEADER_OR_FOLLOWER to the first Produce request of a topic.
 
-    :param port: the port of the broker.
+    :param kafka: the broker.
     :param topic: the topic; it has one partition.
     """
 
-    def __init__(self, port: int, topic: str) -> None:
-        self._port, self._topic = port, topic.encode()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._own_port = self._listener.getsockname()[1]
-        self.address = f"127.0.0.1:{self._own_port}"
-        self._sockets: list[socket.socket] = [self._listener]
+    def __init__(self, kafka: Kafka, topic: str) -> None:
+        self._topic = topic.encode()
         self._second_arrived = threading.Event()
         #: The number of Produce requests of the topic.
         self.requests = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(kafka)
 
-    def close(self) -> None:
-        """Close all connections."""
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+    def passes(self, connection: ProxiedConnection, request: bytes) -> bool:
+        key, version, correlation = struct.unpack_from(">hhi", request)
+        if key != PRODUCE or self._topic not in request:
+            return True
+        self.requests += 1
+        if self.requests > 1:
+            self._second_arrived.set()
+            return True
+        assert version <= LAST_WITH_NAMES, f"Produce version {version} has no topic names"
+        response = _rejection(version, correlation, self._topic)
+        threading.Thread(target=self._reject, args=(connection, response), daemon=True).start()
+        return False
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                broker = socket.create_connection(("127.0.0.1", self._port))
-                self._sockets += [client, broker]
-                sending = threading.Lock()
-                for target in (self._forward_requests, self._forward_responses):
-                    threading.Thread(target=target, args=(client, broker, sending), daemon=True).start()
-
-    def _forward_requests(self, client: socket.socket, broker: socket.socket, sending: threading.Lock) -> None:
-        with contextlib.suppress(OSError):
-            for frame in _frames(client):
-                key, version, correlation = struct.unpack_from(">hhi", frame)
-                if key == PRODUCE and self._topic in frame:
-                    self.requests += 1
-                    if self.requests == 1:
-                        assert version <= LAST_WITH_NAMES, f"Produce version {version} has no topic names"
-                        response = _rejection(version, correlation, self._topic)
-                        threading.Thread(target=self._reject, args=(client, response, sending), daemon=True).start()
-                        continue
-                    self._second_arrived.set()
-                broker.sendall(struct.pack(">i", len(frame)) + frame)
-
-    def _reject(self, client: socket.socket, response: bytes, sending: threading.Lock) -> None:
+    def _reject(self, connection: ProxiedConnection, response: bytes) -> None:
         # Responses must have the order of the requests, so hold back the response to the second request.
-        with sending, contextlib.suppress(OSError):
+        with connection.sending, contextlib.suppress(OSError):
             self._second_arrived.wait(SECOND_REQUEST_SECONDS)
-            client.sendall(struct.pack(">i", len(response)) + response)
-
-    def _forward_responses(self, client: socket.socket, broker: socket.socket, sending: threading.Lock) -> None:
-        address = b"127.0.0.1"
-        with contextlib.suppress(OSError):
-            for frame in _frames(broker):
-                # The metadata name the address of the broker, but the client must connect to the proxy.
-                changed = frame.replace(
-                    address + struct.pack(">i", self._port), address + struct.pack(">i", self._own_port)
-                )
-                with sending:
-                    client.sendall(struct.pack(">i", len(changed)) + changed)
-
-
-def _frames(connection: socket.socket) -> Iterator[bytes]:
-    """Yield the requests or responses that arrive at a connection."""
-    with connection.makefile("rb") as stream:
-        while header := stream.read(4):
-            yield stream.read(*struct.unpack(">i", header))
+            connection.respond(response)
 
 
 def _rejection(version: int, correlation: int, topic: bytes) -> bytes:
@@ -132,8 +92,8 @@ def _confluent_with_two_requests(address: str) -> Any:
 
 def _send(kafka: Kafka, topic: str, new_producer: Callable[[str], Any]) -> list[Any]:
     """Send messages through the proxy, the first one in a request of its own, and return their Results."""
-    proxy = RejectingProxy(int(kafka.bootstrap_servers.rpartition(":")[2]), topic)
-    with contextlib.closing(proxy), contextlib.closing(new_producer(proxy.address)) as producer:
+    proxy = RejectingProxy(kafka, topic)
+    with contextlib.closing(proxy), contextlib.closing(new_producer(proxy.kafka.bootstrap_servers)) as producer:
         results: list[Any] = []
         for number in range(MESSAGES):
             message = Message(uuid=str(number), entrypoint="x", params={})

@@ -384,6 +384,7 @@ class ClientContract(CoreClientContract):
     def test_topic_created_again_is_consumed_from_its_beginning(
         self, harness: BrokerHarness, join: Join, before: int, after: int, reset: str
     ) -> None:
+        """A client asks for the ids of its topics at least every 30 s."""
         topic = harness.new_topic(before)
         member = join(topic, reset=reset)
         until(lambda: len(member.starts) == before, "the partitions are assigned", member)
@@ -395,7 +396,7 @@ class ClientContract(CoreClientContract):
         new = {f"new {number}" for number in range(8)}
         harness.send(topic, *sorted(new), partition=0)
         harness.send(topic, "last", partition=after - 1)
-        until(lambda: {*new, "last"} <= set(member.values()), "all records of the new topic arrive", member)
+        until(lambda: {*new, "last"} <= set(member.values()), "all records of the new topic arrive", member, seconds=90)
         until(lambda: member.starts.get(Partition(topic, 0)) == Commit(0), "partition 0 starts again", member)
 
     def test_position_of_the_old_topic_does_not_hide_records_of_the_new_topic(

@@ -453,7 +453,7 @@ def test_partition_with_a_new_fetch_position_does_not_wait(
     if way == "restart":
         client._restart([TP])
     elif way == "start":
-        client._start_partition(TP, StartPositions(client._metadata))
+        client._start_partition(TP, StartPositions(client._metadata, "earliest", None))
     else:
         client._recover_from(errors.OffsetOutOfRangeError({TP: 9}))
     assert positions == {TP: 3}
