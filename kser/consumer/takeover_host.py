@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
+from kser.consumer.subscription import Subscription
 from kser.consumer.takeovers import TakeoverItem, TakeoverTracker
 from kser.consumer.work_queue import WorkQueue
 from kser.retry import Retry
 from kser.takeover import Takeover, TakeoverHost
-
-#: Prefix that makes a topic of a subscription a regular expression.
-PATTERN_PREFIX = "^"
 
 
 class ConsumerTakeovers(TakeoverHost):
@@ -20,7 +17,7 @@ class ConsumerTakeovers(TakeoverHost):
     :param work_queue: the work queue of the consumer.
     :param workers: the number of workers.
     :param retry: the retry policy of the consumer, for classes that declare no policy.
-    :param topics: the topics that the consumer subscribes to: names, and regular expressions that begin with ``^``.
+    :param subscription: the topics that the consumer reads.
     :param is_available: returns False if the consumer may take over nothing, for example because it is paused.
     """
 
@@ -29,15 +26,13 @@ class ConsumerTakeovers(TakeoverHost):
         work_queue: WorkQueue,
         workers: int,
         retry: Retry | None,
-        topics: Iterable[str],
+        subscription: Subscription,
         is_available: Callable[[], bool],
     ) -> None:
         self._work_queue = work_queue
         self._workers = workers
         self._retry = retry
-        topics = list(topics)
-        self._names = frozenset(topic for topic in topics if not topic.startswith(PATTERN_PREFIX))
-        self._patterns = [re.compile(topic) for topic in topics if topic.startswith(PATTERN_PREFIX)]
+        self._subscription = subscription
         self._is_available = is_available
 
     def free_workers(self) -> int:
@@ -47,9 +42,7 @@ class ConsumerTakeovers(TakeoverHost):
         return self._is_available() and not self._work_queue.takeovers
 
     def topics(self, stored: Callable[[], Collection[str]]) -> Collection[str]:
-        if not self._patterns:
-            return self._names
-        return self._names | {topic for topic in stored() if any(pattern.match(topic) for pattern in self._patterns)}
+        return self._subscription.matching(stored() if self._subscription.patterns else ())
 
     def put(self, takeover: Takeover, expires_in: float) -> bool:
         work_queue = self._work_queue

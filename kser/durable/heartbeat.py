@@ -8,9 +8,10 @@ import threading
 from kser.durable.context import DurableContext
 from kser.durable.periodic import PeriodicThread
 from kser.errors import StoreUnavailable
+from kser.escaping import escape_lines
 from kser.store.base import LeaseRenewer
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class Heartbeat:

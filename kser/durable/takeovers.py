@@ -10,10 +10,11 @@ from contextlib import suppress
 from functools import partial
 
 from kser.durable.context import DurableContext, step_value
+from kser.escaping import escape_lines
 from kser.store.model import DueReason, DueStep
 from kser.takeover import Takeover, TakeoverHost
 
-logger = logging.getLogger(__name__)
+logger = escape_lines(logging.getLogger(__name__))
 
 
 class StoreContact:

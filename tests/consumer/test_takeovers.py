@@ -9,6 +9,7 @@ import pytest
 
 from kser.attempt import FAILED, Attempt, current_attempt
 from kser.consumer.client import Commit
+from kser.consumer.subscription import Subscription
 from kser.consumer.takeover_host import ConsumerTakeovers
 from kser.consumer.takeovers import TakeoverItem
 from kser.consumer.work_item import WorkItem
@@ -31,7 +32,7 @@ class TakeoversUnderTest(ConsumerTakeovers):
     def __init__(self, queue: QueueUnderTest, workers: int = 1) -> None:
         self.is_available = True
         self.ended: list[Takeover] = []
-        super().__init__(queue, workers, None, ["dice"], lambda: self.is_available)
+        super().__init__(queue, workers, None, Subscription(["dice"]), lambda: self.is_available)
 
     def new(self, name: str = "t") -> Takeover:
         """Return a takeover of the topic ``dice``, which records its end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from cdumay_result import Result
 
+from kser.consumer.subscription import Subscription
 from kser.dummy.producer import Producer
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
@@ -159,7 +159,7 @@ def test_operation_that_nobody_claimed_is_taken_over_after_a_minute(harness: Dur
 
 
 def other_topic(process: Process) -> None:
-    process.host._names = frozenset({"other"})
+    process.host._subscription = Subscription(["other"])
 
 
 def unknown_operation(process: Process) -> None:
@@ -209,12 +209,23 @@ def test_consumer_without_partitions_takes_over(harness: DurableHarness) -> None
     assert look(harness.first) == 1
 
 
-def test_consumer_of_a_pattern_takes_over_the_topics_that_match(harness: DurableHarness) -> None:
+@pytest.mark.parametrize(
+    ("subscription", "taken"),
+    [
+        (Subscription(["^di.*"]), 1),
+        (Subscription(["other", "^x", "^.*ice"]), 1),
+        (Subscription(["^ice"]), 0),
+        (Subscription(["^di.*"], r"dice"), 0),
+    ],
+    ids=["match", "several", "no match", "dead letters"],
+)
+def test_consumer_of_a_pattern_takes_over_the_topics_that_match(
+    harness: DurableHarness, subscription: Subscription, taken: int
+) -> None:
     """durability rule 20"""
     leave_expired_claim(harness, Sale)
-    host = harness.first.host
-    host._names, host._patterns = frozenset(), [re.compile("^di.*")]
-    assert look(harness.first) == 1
+    harness.first.host._subscription = subscription
+    assert look(harness.first) == taken
 
 
 def test_consumers_take_over_each_step_once(harness: DurableHarness) -> None:
@@ -562,7 +573,8 @@ def test_time_limit_holds_for_a_takeover(
     harness.first.handle()
     harness.first.consumer.close()
     with ConsumerThread(process.consumer):
-        wait_until(lambda: process.consumer.counts["done"])
+        # The records of the operation and of its first task come before the retry is due, so neither can claim it.
+        wait_until(lambda: process.consumer.counts["done"] == (1 if cls is Sale else 2))
         harness.advance(11)
         wait_until(lambda: ScriptedTask.ran.count("1.a") == 2)
         assert reasons(harness)[-1] == DueReason.RETRY

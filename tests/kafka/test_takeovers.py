@@ -31,7 +31,7 @@ pytest.importorskip("sqlalchemy")
 #: Seconds after the end of a lease by which operations continue.
 AFTER_LEASE = 2.0
 #: Seconds that the machine of the tests may add, because other programs use its processors.
-LOAD = 1.0
+LOAD = 4.0
 
 #: The delay of the retries.
 RETRY_DELAY = 1.0
