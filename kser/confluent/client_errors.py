@@ -150,6 +150,9 @@ class ClientErrors:
             self._probe_at = time.monotonic() + PROBE_INTERVAL
             for topic in list(self._unavailable):
                 self._probe_topic(topic)
+            # The caller logs these errors, so do not log them again once the client has partitions.
+            for problem in self._unavailable.values():
+                self._failures.is_due(problem.kind)
         return joined_errors(list(self._unavailable.values()))
 
     def _probe_topic(self, topic: str) -> bool:

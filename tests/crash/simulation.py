@@ -267,12 +267,17 @@ class Simulation:
 
     def _check_fencing(self, process: Process, before: OperationSnapshot | None, wake_event: str) -> None:
         """Check that a process that woke up changed neither an ended operation nor one that another process owns."""
+        after = self.snapshot()
+        if before is None or after is None or before == after:
+            return
         # A step that is sent or reserved is due: its owner, if the row still names one, has lost its lease.
         is_due = wake_event in ("reaped", "reserved")
-        is_owned = not is_due and before is not None and before.operation.owner not in (None, process.store.owner)
-        has_ended = before is not None and before.operation.ended_at is not None
-        if (is_owned or has_ended) and before != self.snapshot():
-            self.violations.append(f"{process.name} woke up and changed {before} to {self.snapshot()}")
+        # If the lease of the owner has expired, the process may claim the operation, which increments the epoch.
+        lease_until = before.operation.lease_until or 0
+        is_claimed = lease_until <= self.now and after.operation.epoch > before.operation.epoch
+        is_owned = not (is_due or is_claimed) and before.operation.owner not in (None, process.store.owner)
+        if is_owned or before.operation.ended_at is not None:
+            self.violations.append(f"{process.name} woke up and changed {before} to {after}")
 
     # -- records -------------------------------------------------------------------------------------------------------
 
