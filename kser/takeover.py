@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
+from math import inf
 from typing import Final, Protocol
 
 
@@ -16,6 +18,9 @@ class Takeover:
     :param value: value of the step's message, as the producer would have sent it.
     :param epoch: epoch of the root at the time of the reservation. The claim requires this epoch.
     :param label: label of the step, for log lines.
+    :param reason: why the step is due: a value of :class:`kser.store.model.DueReason`.
+    :param claim_after: the time, by the clock of the durable context, before which the step is not claimed.
+    :param expires_at: the time, by the same clock, at which the reservation expires.
     :param on_end: called once with the takeover, when it has run or was dropped. The caller may hold the lock of the
         work queue, so the function must neither block nor raise.
     """
@@ -27,16 +32,30 @@ class Takeover:
     key: Final = None
     headers: Final = ()
 
-    #: True once a worker has begun the takeover.
+    #: True once a worker has begun the takeover; False again if the worker leaves the step to other consumers.
     is_started = False
     #: True once the store has granted or refused the claim.
     is_answered = False
 
-    def __init__(self, topic: str, value: bytes, epoch: int, label: str, on_end: Callable[[Takeover], object]) -> None:
+    def __init__(
+        self,
+        topic: str,
+        value: bytes,
+        epoch: int,
+        label: str,
+        on_end: Callable[[Takeover], object],
+        *,
+        reason: str = "",
+        claim_after: float = -inf,
+        expires_at: float = inf,
+    ) -> None:
         self.topic = topic
         self.value = value
         self.epoch = epoch
         self.label = label
+        self.reason = reason
+        self.claim_after = claim_after
+        self.expires_at = expires_at
         self._on_end = on_end
 
     def end(self) -> None:
@@ -46,6 +65,9 @@ class Takeover:
 
 class TakeoverHost(Protocol):
     """Interface that a consumer offers to its background services, so that they can take over due steps."""
+
+    #: Set when a look for due steps would find more, before the next look is due.
+    wake_up: threading.Event
 
     def free_workers(self) -> int:
         """Return the number of takeovers that could begin now; 0 if the consumer is paused or is shutting down."""

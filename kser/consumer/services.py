@@ -83,6 +83,7 @@ class BackgroundServices:
         :param timeout: seconds to wait for the running tick.
         """
         self._stopped.set()
+        self._host.wake_up.set()
         if self._thread is not None:
             self._thread.join(timeout)
         for service in self._services:
@@ -96,7 +97,8 @@ class BackgroundServices:
                     return
                 service.start(self._host)
                 wait = min(wait, service.tick(self._host))
-            self._stopped.wait(wait)
+            self._host.wake_up.wait(wait)
+            self._host.wake_up.clear()
             self._refresh()
 
     def _in_turn(self) -> Sequence[BackgroundService]:

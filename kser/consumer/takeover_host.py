@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 
 from kser.consumer.subscription import Subscription
@@ -34,6 +35,7 @@ class ConsumerTakeovers(TakeoverHost):
         self._retry = retry
         self._subscription = subscription
         self._is_available = is_available
+        self.wake_up = threading.Event()
 
     def free_workers(self) -> int:
         return max(self._unused_workers(), 0) if self._is_available() else 0

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 logger = escape_lines(logging.getLogger(__name__))
 
+#: Seconds between the reservation of a step whose lease has expired and its claim. The owner may have been unable to
+#: renew the lease, because its row or the whole database was locked; now that the reservation has succeeded, the owner
+#: can renew the lease too, and its heartbeat tries this more often than once in the grace period.
+GRACE = 0.8
+
 #: Seconds for which a process remembers that a step became due.
 DUE_TIMES_KEPT = 10.0
 
@@ -92,6 +97,7 @@ class DurabilitySettings:
         self.heartbeat = settings.number("KSER_HEARTBEAT", self.lease / 5)
         self.look = settings.number("KSER_LOOK", 0.25)
         self.reservation = settings.number("KSER_RESERVATION", 5)
+        self.grace = min(GRACE, self.lease / 5)
         self.reaper = settings.number("KSER_REAPER", 1)
         self.resend = settings.number("KSER_RESEND", 60)
         self.max_claims = int(settings.number("KSER_MAX_CLAIMS", 20, whole=True))
@@ -121,8 +127,9 @@ class DurableContext:
         #: random part.
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:16]}"
         self.loader = EntrypointLoader(registry)
-        #: The clock of this process, in seconds; tests may replace it.
+        #: The clock of this process, in seconds, and the function that waits; tests may replace both.
         self.clock: Callable[[], float] = time.monotonic
+        self.sleep: Callable[[float], object] = time.sleep
         self._lock = threading.Lock()
         # The times at which steps become due that this process has released with a delay, in ascending order.
         self._due_times: list[float] = []
@@ -131,11 +138,11 @@ class DurableContext:
         #: root.
         self.unrecorded_sends: deque[tuple[int, int]] = deque()
 
-    def new_claim_request(self, topic: str | None = None, epoch: int | None = None) -> ClaimRequest:
+    def new_claim_request(self, topic: str | None = None, **values: Any) -> ClaimRequest:
         """Return a new claim request with a random token.
 
         :param topic: the topic of the record or takeover that requests the step; None to claim a step of any topic.
-        :param epoch: the epoch that a takeover has reserved; None to claim at any epoch.
+        :param values: other fields of the request.
         """
         settings = self.settings
         return ClaimRequest(
@@ -143,8 +150,8 @@ class DurableContext:
             token=uuid4().hex,
             lease=settings.lease,
             max_claims=settings.max_claims,
-            epoch=epoch,
             topic=topic,
+            **values,
         )
 
     def known_classes(self) -> Collection[str]:

@@ -11,6 +11,7 @@ runs the task.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ from kser.results import copy_result
 from kser.sequencing.operation import Operation
 from kser.sequencing.runner import Runner, is_distributed, prepare_operation
 from kser.store.model import (
+    IMMEDIATE_TAKEOVERS,
     BuiltTasks,
     Checkpoint,
     Claim,
@@ -56,10 +58,10 @@ def fail_unknown_class(context: DurableContext, step: DueStep) -> None:
 
     :param context: the durable context of this process.
     """
-    request = context.new_claim_request(step.target.topic, step.epoch)
+    request = context.new_claim_request(step.target.topic, epoch=step.epoch)
     claim = context.store.direct.claim(step.uuid, step.target.uuid, request)
     if isinstance(claim, Claim):
-        names = {step.target.entrypoint, claim.root.current_entrypoint or step.target.entrypoint}
+        names = {step.target.entrypoint, *json.loads(claim.root.current_entrypoints or "[]")}
         error = StoreError(f"no consumer of topic {step.target.topic} knows class {' and '.join(sorted(names))}")
         Execution(context, claim, failure=error).run()
 
@@ -157,6 +159,8 @@ class Execution:
         self.key = claim.id, claim.epoch
         self._timeout_error = timeout_error
         self._failure = failure
+        #: True if the row delays a takeover, because several consumers have died during the step.
+        self._delays_takeover = claim.root.claim_count > IMMEDIATE_TAKEOVERS
         self._attempt = current_attempt.get()
         self._state = ExecutionState(claim, context.owner, operation)
         self._step_runner = StepRunner(context, self._state, timeout_error)
@@ -235,7 +239,7 @@ class Execution:
                 events=events,
                 keep=False,
                 due_reason=DueReason.RELEASED,
-                current_entrypoint=row.current_entrypoint,
+                current_entrypoints=row.current_entrypoints,
             )
         )
         if status == states.CANCELLED:
@@ -276,7 +280,12 @@ class Execution:
                 delay=delay or 0,
                 due_reason=self._due_reason(target, delay),
             )
-        return checkpoint, self._context.store.checkpoint(checkpoint)
+        status = self._context.store.checkpoint(checkpoint)
+        if self._delays_takeover and checkpoint.keep and not states.is_final(status):
+            # The delay before a takeover belongs to the step that has ended, and a renewal removes it from the row.
+            self._delays_takeover = False
+            self._context.store.renew([self.key], self._context.owner, self._context.settings.lease)
+        return checkpoint, status
 
     def _after_checkpoint(self, outcome: StepOutcome, checkpoint: Checkpoint, status: str) -> None:
         """Emit signals and log lines after a checkpoint, and send the next step if this execution does not run it."""

@@ -6,7 +6,7 @@ frame contains the position, the status and the results of its operation, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from cdumay_result import Result
@@ -32,6 +32,7 @@ from kser.store.model import (
     Phase,
     TaskOutcome,
 )
+from kser.store.transitions import entrypoints_json
 
 if TYPE_CHECKING:
     from kser.sequencing.operation import Operation
@@ -269,7 +270,7 @@ class ExecutionState:
             self._outcomes,
             self._built,
             self._events,
-            current_entrypoint=None if self.distributed else self._current_entrypoint(),
+            current_entrypoints=None if self.distributed else entrypoints_json(self._current_entrypoints()),
         )
         change = StepChange(checkpoint, self._ended, states.is_final(self.root.status))
         for frame in self._updates.values():
@@ -289,17 +290,23 @@ class ExecutionState:
             return None
         return frame.operation.tasks[frame.step]
 
-    def _current_entrypoint(self) -> str | None:
-        """Return the path of the class that the current step of a local operation needs, besides the root's class.
+    def _current_entrypoints(self) -> list[str]:
+        """Return the paths of the classes that the current step of a local operation needs, besides the root's class.
 
-        It is the class of the current task, or of the nested operation to build or end; None if the step needs only the
-        class of the root.
+        They are the classes of the nested operations that contain the step, and of the current task.
         """
-        frame, task = self.frames[-1], self.claim.task
-        if frame.phase == Phase.RUN_TASK:
+        paths, task = [frame.row.entrypoint for frame in self.frames[1:]], self.claim.task
+        if self.frames[-1].phase == Phase.RUN_TASK:
             if (loaded := self._loaded_task()) is not None:
-                path: str = loaded._kser_stored_path or type(loaded).path
-                return path
-            # Without the operation object, no step was run, so the current task is the one that was claimed.
-            return None if task is None else task.entrypoint
-        return None if frame is self.root else frame.row.entrypoint
+                paths += _needed_paths(loaded)
+            elif task is not None:
+                # Without the operation object, no step was run, so the current task is the one that was claimed.
+                paths.append(task.entrypoint)
+        return paths
+
+
+def _needed_paths(task: Task) -> Iterator[str]:
+    """Return the paths of the classes that the first step of a task needs: a nested operation also needs its task."""
+    yield task._kser_stored_path or type(task).path
+    if first := getattr(task, "tasks", None):
+        yield from _needed_paths(first[0])

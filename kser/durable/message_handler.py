@@ -50,9 +50,11 @@ class MessageHandler:
         """
         root_uuid = kmsg.metadata.get(OPERATION_KEY)
         if root_uuid is not None:
-            unknown = self._unknown_class(root_uuid, kmsg)
-            if unknown is not None:
-                return self._refuse_class(*unknown)
+            if kmsg.uuid == root_uuid or self._context.loader.lookup(kmsg.entrypoint) is None:
+                # The message of a task needs only the class that it names, so read no row for a known one.
+                row = self._store.get_operation(root_uuid)
+                if row is not None and (name := self._unknown_class(row, kmsg.uuid)) is not None:
+                    return self._refuse_class(row, name)
             return self._claim_and_run(root_uuid, kmsg.uuid)
         self._check_original_params(kmsg.metadata)
         if not kmsg.uuid:
@@ -102,7 +104,10 @@ class MessageHandler:
             if (attempt := current_attempt.get()) is not None:
                 attempt.reject(FAILED, conflict)
             raise
-        return self._claim_and_run(row.uuid, row.target.uuid if row.mode == Mode.LOCAL else row.uuid)
+        step = row.target.uuid if row.mode == Mode.LOCAL else row.uuid
+        if (name := self._unknown_class(row, step)) is not None:
+            return self._refuse_class(row, name)
+        return self._claim_and_run(row.uuid, step)
 
     def _claim_and_run(self, root_uuid: str, step: str) -> Any:
         """Claim a stored operation, and execute the operation if ``step`` is the uuid of its current step."""
@@ -127,9 +132,13 @@ class MessageHandler:
         """
         takeover = None if attempt is None else attempt.takeover
         if attempt is None or takeover is None:
-            topic = None if attempt is None else attempt.topic
-            return self._store.claim(root_uuid, step, self._context.new_claim_request(topic or None))
-        request = self._context.new_claim_request(takeover.topic, takeover.epoch)
+            return self._claim_for_record(root_uuid, step, None if attempt is None else attempt.topic or None)
+        context = self._context
+        context.sleep(max(takeover.claim_after - context.clock(), 0))
+        if attempt.abandoned or attempt.shutting_down or context.clock() >= takeover.expires_at:
+            takeover.is_started = False
+            return Deferred(Result(uuid=step))
+        request = context.new_claim_request(takeover.topic, epoch=takeover.epoch, taken_over=takeover.reason)
         try:
             claim = self._store.once(self._store.direct.claim, root_uuid, step, request)
         except StoreUnavailable as error:
@@ -145,24 +154,33 @@ class MessageHandler:
         takeover.is_answered = claim is not None
         return claim
 
+    def _claim_for_record(self, root_uuid: str, step: str, topic: str | None) -> Claim | ClaimRefused | None:
+        """Claim a stored operation for a record.
+
+        If the lease of the owner has expired, the owner gets the same chance to renew it as before a takeover.
+        """
+        context = self._context
+        claim = self._store.claim(root_uuid, step, context.new_claim_request(topic, expired=False))
+        if not isinstance(claim, ClaimRefused) or claim.reason != RefusalReason.EXPIRED:
+            return claim
+        reserved = self._store.reserve_step(claim.root, context.settings.reservation)
+        if reserved is None:
+            return claim
+        context.sleep(context.settings.grace)
+        return self._store.claim(root_uuid, step, context.new_claim_request(topic, epoch=reserved.epoch))
+
     # -- unknown classes -----------------------------------------------------------------------------------------------
 
-    def _unknown_class(self, root_uuid: str, kmsg: Message) -> tuple[OperationRow, str] | None:
-        """Return the stored operation of a step and the class that the step needs and this process does not know.
+    def _unknown_class(self, row: OperationRow, step: str) -> str | None:
+        """Return the path of a class that the current step of a root needs and this process does not know.
 
-        Return None if all classes are known, or if there is nothing to run for the message.
+        :param step: uuid of the requested step.
+        :return: None if all classes are known, or if a claim for the step is refused anyway.
         """
-        lookup = self._context.loader.lookup
-        if kmsg.uuid != root_uuid and lookup(kmsg.entrypoint) is not None:
-            # The message names a task of a distributed operation. The step needs no other class, so read no row.
+        if states.is_final(row.status) or row.target.uuid != step:
             return None
-        row = self._store.get_operation(root_uuid)
-        if row is None or states.is_final(row.status) or row.target.uuid != kmsg.uuid:
-            # The claim is refused, or reports that the operation is not stored.
-            return None
-        unknown = (name for name in (row.target.entrypoint, row.current_entrypoint) if name and lookup(name) is None)
-        name = next(unknown, None)
-        return None if name is None else (row, name)
+        names = (row.target.entrypoint, *json.loads(row.current_entrypoints or "[]"))
+        return next((name for name in names if self._context.loader.lookup(name) is None), None)
 
     def _refuse_class(self, row: OperationRow, name: str) -> Deferred:
         """Leave a step to the other consumers, because this process does not know a class that the step needs."""

@@ -15,17 +15,14 @@ class PeriodicThread:
     """A daemon thread that repeats a call. Consumers of one process share the thread.
 
     :param name: name of the thread.
-    :param call: the call, which must not raise an exception.
-    :param interval: number of seconds between the starts of two calls.
+    :param call: the call, which must not raise an exception. It returns the number of seconds from its start until the
+        next call.
     :param at_end: a call that the thread makes at its end, or None.
     """
 
-    def __init__(
-        self, name: str, call: Callable[[], object], interval: float, at_end: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, name: str, call: Callable[[], float], at_end: Callable[[], object] | None = None) -> None:
         self._name = name
         self._call = call
-        self._interval = interval
         self._at_end = at_end
         self._lock = threading.Lock()
         self._users: set[object] = set()
@@ -66,7 +63,7 @@ class PeriodicThread:
     def _run(self, stopped: threading.Event) -> None:
         while not stopped.is_set():
             started_at = time.monotonic()
-            self._call()
-            stopped.wait(max(started_at + self._interval - time.monotonic(), 0))
+            interval = self._call()
+            stopped.wait(max(started_at + interval - time.monotonic(), 0))
         if self._at_end is not None:
             self._at_end()

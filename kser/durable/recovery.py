@@ -57,7 +57,7 @@ class RecoveryService:
         self._contact = StoreContact(self._settings.lease, max(self._settings.lease / 2, self._settings.reaper * 2 + 1))
         self._heartbeat = Heartbeat(context)
         self._takeovers = TakeoverSearch(context, self._contact, lambda: self.clock())
-        self._sender = PeriodicThread("kser-reaper", self._send_when_due, RECORD_SENDS_INTERVAL / 2)
+        self._sender = PeriodicThread("kser-reaper", self._send_when_due)
         #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
 
@@ -92,7 +92,8 @@ class RecoveryService:
         look, now = self._settings.look, self.clock()
         last = self._last_looks.get(host, -float("inf"))
         interval = look if host.free_workers() else self._settings.reaper
-        if now >= min(last + interval, self._next_due(last)):
+        has_more = self._takeovers.may_find_more(host) and host.free_workers()
+        if has_more or now >= min(last + interval, self._next_due(last)):
             self._last_looks[host] = last = now
             self.look(host)
         # Even if all workers are busy, one may be free soon.
@@ -123,21 +124,24 @@ class RecoveryService:
             # No exception may end the thread of the services. The next look may succeed.
             logger.exception("unexpected error in the search for due steps; trying again at the next search")
 
-    def _send_when_due(self) -> None:
+    def _send_when_due(self) -> float:
         """Mark steps as sent and send due steps, each if its interval has passed since the last time.
 
         Without a thread of its own, also renew the leases.
+
+        :return: the number of seconds until the next call.
         """
+        interval = RECORD_SENDS_INTERVAL / 2
         if not self._tick_lock.acquire(blocking=False):
             # Another consumer of this process is running a tick.
-            return
+            return interval
         try:
             routines = [(self.record_sends, RECORD_SENDS_INTERVAL), (self.reap, self._settings.reaper)]
             if not self._heartbeat.thread.is_running:
                 routines.insert(0, (self.renew_leases, self._settings.heartbeat))
-            for routine, interval in routines:
+            for routine, seconds in routines:
                 now = self.clock()
-                if now - self._last.get(routine.__name__, -float("inf")) >= interval:
+                if now - self._last.get(routine.__name__, -float("inf")) >= seconds:
                     routine()
                     self._last[routine.__name__] = now
         except StoreUnavailable as error:
@@ -148,6 +152,7 @@ class RecoveryService:
             logger.exception("unexpected error in the heartbeat or the reaper; trying again at the next tick")
         finally:
             self._tick_lock.release()
+        return interval
 
     def renew_leases(self) -> None:
         """Renew the leases of the claims that workers hold now."""
@@ -157,7 +162,8 @@ class RecoveryService:
         """Mark steps as sent in the store."""
         steps = list(self._context.unrecorded_sends)
         if steps:
-            self._context.store.direct.mark_sent(steps, self._settings.resend, self._settings.lease)
+            store = self._context.store
+            store.once(store.direct.mark_sent, steps, self._settings.resend, self._settings.lease)
         # Other threads only append to the queue, so its first entries are the steps that were just marked as sent.
         for _ in steps:
             self._context.unrecorded_sends.popleft()
@@ -194,7 +200,8 @@ class RecoveryService:
         self._contact.interrupt()
         expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
         if expired:
-            self._context.store.direct.postpone_send(expired, self._settings.lease)
+            store = self._context.store
+            store.once(store.direct.postpone_send, expired, self._settings.lease)
         return [step for step in due if step.reason != DueReason.EXPIRED]
 
     def _send(self, due: Sequence[DueStep]) -> None:
@@ -219,7 +226,8 @@ class RecoveryService:
             self._failed_sends[topic] += not late
             failures = max(self._failed_sends[topic], 1)
             wait = backoff.delay(failures, first=RESEND_UNSENT_AFTER, ceiling=self._settings.resend)
-            self._context.store.direct.postpone_send([key for key in keys if key[0] in failed], wait)
+            store = self._context.store
+            store.once(store.direct.postpone_send, [key for key in keys if key[0] in failed], wait)
         self._contact.keep(self.clock())
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:
@@ -252,7 +260,9 @@ class RecoveryService:
 
         :param host: the consumer that is shutting down.
         """
-        self._last_looks.pop(host, None)  # type: ignore[arg-type]
+        if host is not None:
+            self._last_looks.pop(host, None)
+            self._takeovers.forget(host)
         self._sender.stop(host)
         self._heartbeat.thread.stop(host)
         if not self._tick_lock.acquire(timeout=CLOSE_TIMEOUT):

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Final
 
 from kser.durable.context import DurableContext, step_value
 from kser.escaping import escape_lines
@@ -15,6 +16,11 @@ from kser.store.model import DueReason, DueStep
 from kser.takeover import Takeover, TakeoverHost
 
 logger = escape_lines(logging.getLogger(__name__))
+
+#: A consumer without a free worker holds a step that has been due for ``HOLD_AFTER`` seconds, which is time for two
+#: looks of a consumer with a free worker, for ``HOLD`` seconds.
+HOLD_AFTER: Final = 0.5
+HOLD: Final = 1.0
 
 
 class StoreContact:
@@ -70,11 +76,22 @@ class TakeoverSearch:
         self._clock = clock
         #: The takeovers that have run or were dropped, and whose reservations are not settled yet.
         self._ended: deque[tuple[DueStep, Takeover]] = deque()
+        #: The consumers whose last look found as many steps as they had free workers.
+        self._with_more: set[TakeoverHost] = set()
+
+    def may_find_more(self, host: TakeoverHost) -> bool:
+        """Return whether the last look of a consumer found as many steps as it had free workers."""
+        return host in self._with_more
+
+    def forget(self, host: TakeoverHost) -> None:
+        """Forget a consumer that is shutting down."""
+        self._with_more.discard(host)
 
     def look(self, host: TakeoverHost) -> int:
         """Reserve the due steps for which the consumer has free workers, and queue them; return their number.
 
-        A consumer without a free worker reserves one step whose lease has expired, or whose retry is due.
+        A consumer without a free worker holds one step whose lease has expired, or whose retry is due. It holds only
+        a step that no consumer with a free worker has reserved in time, and only for a short time.
 
         :raises kser.errors.StoreUnavailable: the database is unavailable. No step was queued.
         """
@@ -83,24 +100,26 @@ class TakeoverSearch:
         if not free and not host.may_hold_urgent():
             return 0
         context, settings = self._context, self._context.settings
+        reservation = settings.reservation if free else min(settings.grace + HOLD, settings.reservation)
         started_at = self._clock()
         due = context.store.once(
             context.store.direct.reserve_due_steps,
             free or 1,
             host.topics(lambda: context.store.direct.get_topics()),
             context.known_classes(),
-            context.owner,
-            reservation=settings.reservation,
+            reservation=reservation,
             expired=self._contact.extend(started_at),
             only_urgent=not free,
+            overdue=0 if free else HOLD_AFTER,
         )
-        expires_at = started_at + settings.reservation
+        (self._with_more.add if 0 < free <= len(due) else self._with_more.discard)(host)
+        expires_at = started_at + reservation
         refused = self._untrusted(due) if self._clock() - started_at > settings.lease / 3 else []
         # Keep the reservation of a step that runs here: the next heartbeat ends it.
         taken = [step for step in due if step not in refused and not self._is_running_here(step)]
         rejected = [step for step in taken if not self._put(host, step, expires_at)]
         if refused or rejected:
-            context.store.direct.return_reservations([*refused, *rejected])
+            context.store.once(context.store.direct.return_reservations, [*refused, *rejected])
         return len(taken) - len(rejected)
 
     def settle(self) -> None:
@@ -114,11 +133,11 @@ class TakeoverSearch:
                 dropped.append(step)
             elif not takeover.is_answered:
                 unclaimed.append(step)
-        store = self._context.store.direct
+        store = self._context.store
         if dropped:
-            store.return_reservations(dropped)
+            store.once(store.direct.return_reservations, dropped)
         if unclaimed:
-            store.postpone_takeover(unclaimed, self._context.settings.resend)
+            store.once(store.direct.postpone_takeover, unclaimed, self._context.settings.resend)
 
     def _pop_ended(self) -> Iterator[tuple[DueStep, Takeover]]:
         # Consumers of one process share the queue, so another thread may remove the last entry.
@@ -156,11 +175,23 @@ class TakeoverSearch:
             self._ended.append((step, takeover))
             return True
         label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
-        takeover = Takeover(target.topic, value, step.epoch, label, partial(self._on_end, step))
-        if not host.put(takeover, expires_at - self._clock()):
+        now = self._clock()
+        takeover = Takeover(
+            target.topic,
+            value,
+            step.epoch,
+            label,
+            partial(self._on_end, host, step),
+            reason=step.reason,
+            claim_after=now + self._context.settings.grace if step.reason == DueReason.EXPIRED else now,
+            expires_at=expires_at,
+        )
+        if not host.put(takeover, expires_at - now):
             return False
         logger.info(f"{target.entrypoint}[{target.uuid}] of operation {step.uuid} is taken over: {step.reason}")
         return True
 
-    def _on_end(self, step: DueStep, takeover: Takeover) -> None:
+    def _on_end(self, host: TakeoverHost, step: DueStep, takeover: Takeover) -> None:
         self._ended.append((step, takeover))
+        if host in self._with_more:
+            host.wake_up.set()

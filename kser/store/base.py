@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from kser.store.model import (
     MAX_SENDS,
@@ -52,15 +53,23 @@ from kser.store.model import (
 )
 
 
+class Renewal(NamedTuple):
+    """The outcome of a renewal of leases."""
+
+    #: The ids of the roots whose claims still belong to the owner.
+    held: set[int]
+    #: The ids of those of them whose leases were not renewed, because other transactions have locked their rows.
+    locked: set[int]
+
+
 class LeaseRenewer(ABC):
     """A renewer of leases that waits for no other call of the store. One thread at a time may use it."""
 
     @abstractmethod
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        """Renew leases like :meth:`StepSchedule.renew`.
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Renewal:
+        """Renew leases like :meth:`StepSchedule.renew`, except in rows that other transactions have locked.
 
-        The call ends within the timeout of the renewer. If another transaction locks the row of a root for longer, the
-        lease is not renewed, but the claim still belongs to ``owner``, so the returned set contains this root too.
+        The call ends within the timeout of the renewer.
 
         :raises kser.errors.StoreUnavailable: the database cannot be used now, or did not answer in time. The next call
             uses a new connection.
@@ -108,25 +117,35 @@ class StepSchedule(ABC):
         limit: int,
         topics: Collection[str],
         known: Collection[str],
-        consumer: str,
         *,
         reservation: float,
         expired: bool,
         only_urgent: bool = False,
+        overdue: float = 0,
     ) -> Sequence[DueStep]:
         """Reserve due steps for a takeover, the longest due first, and return these steps.
 
         The call first reads without a lock, and writes only if it finds a step. Of several concurrent calls, one
-        reserves the step. For each reserved step, the call adds an event ``taken-over`` to the root. The call may leave
-        out steps behind a thousand steps of one topic that are due for longer and that ``known`` excludes.
+        reserves the step. The call may leave out steps behind a thousand steps of one topic that are due for longer
+        and that ``known`` excludes.
 
         :param limit: maximum number of steps.
         :param topics: topics of the steps to reserve: the topics that the caller consumes.
         :param known: paths of the classes that the caller knows. The class of the step's message must be among them,
-            and the root's ``current_entrypoint``, if there is one.
+            and all classes in the root's ``current_entrypoints``.
         :param reservation: duration of the reservation in seconds. The step is due again afterwards.
         :param expired: True to reserve also the steps of roots whose lease has expired.
         :param only_urgent: True to reserve only steps with a reason in :data:`kser.store.model.URGENT`.
+        :param overdue: seconds for which the steps must have been due.
+        """
+
+    @abstractmethod
+    def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
+        """Reserve the current step of one root, whose lease has expired, and return the step.
+
+        :param row: the row of the root as the caller has read it.
+        :param reservation: duration of the reservation in seconds.
+        :return: None if the root has changed since the caller read its row, or if another transaction has locked it.
         """
 
     @abstractmethod
@@ -175,6 +194,8 @@ class StepSchedule(ABC):
     @abstractmethod
     def mark_sent(self, steps: Iterable[tuple[int, int]], resend_after: float, lease: float) -> None:
         """Record that messages for the current steps of roots were sent. Roots with a valid lease stay unchanged.
+
+        A step that is already due stays due: its message may wait in the partition of a dead consumer.
 
         :param resend_after: seconds after which the step's message is sent again if no consumer has claimed the root.
             This delay doubles with each send, up to :data:`kser.store.model.MAX_RESEND_DELAY`.
@@ -241,8 +262,9 @@ class Store(StepSchedule):
 
         The claim is one compare-and-set. The store grants the claim if ``step`` is current, the status is PENDING or
         RUNNING, ``due_at`` has passed, the root has the epoch and the topic of the request, and either the root has no
-        owner, or the owner's lease has expired and the delay of :data:`kser.store.model.IMMEDIATE_TAKEOVERS` has
-        passed. A reservation of another consumer does not prevent the claim. A granted claim increments ``epoch`` and
+        owner, or the owner's lease has expired, the delay of :data:`kser.store.model.IMMEDIATE_TAKEOVERS` has passed,
+        and the request has ``expired``. A reservation of another consumer does not prevent the claim. A granted claim
+        increments ``epoch`` and
         ``claim_count``, sets the status to RUNNING, stores the owner, the token and the lease, and clears the numbers
         of sends and refusals. The first claim on a root also stores ``started_at``. If ``claim_count`` has already
         reached ``max_claims``, the store still grants the claim, and marks the claim as ``exhausted``, so that the
@@ -288,7 +310,7 @@ class Store(StepSchedule):
         ``epoch``. If the root has not ended, a consumer may claim its next step ``delay`` seconds after the release;
         when this step is due depends on the ``due_reason`` of the checkpoint.
 
-        Every checkpoint sets ``claim_count`` and ``send_count`` to 0, stores the checkpoint's ``current_entrypoint``,
+        Every checkpoint sets ``claim_count`` and ``send_count`` to 0, stores the checkpoint's ``current_entrypoints``,
         and sets ``ended_at`` of each operation that ends. One transaction may record checkpoints of several threads. If
         the store rejects one of these checkpoints, it still records the others.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from kser import status as states
 from kser.errors import FencedError, StoreError, UsageError
-from kser.store.base import LeaseRenewer, Store
+from kser.store.base import LeaseRenewer, Renewal, Store
 from kser.store.model import (
     MAX_SENDS,
     SEND_GRACE,
@@ -51,6 +52,7 @@ from kser.store.transitions import (
     cancelled_events,
     claim_refusal,
     end_claim,
+    entrypoints_json,
     fails_for_its_class,
     finish_checkpoint,
     has_live_owner,
@@ -130,6 +132,8 @@ class MemoryStore(Store):
             return self._claim(row, request) if reason is None else ClaimRefused(reason, row)
 
     def _claim(self, row: OperationRow, request: ClaimRequest) -> Claim:
+        if request.taken_over is not None:
+            self._add_event(row, request.owner, NewEvent("taken-over", text=request.taken_over))
         row = self._store(apply_claim(row, request, self._clock()))
         self._add_event(row, request.owner, NewEvent("claimed"))
         return self._claim_of(row, request)
@@ -284,11 +288,11 @@ class MemoryStore(Store):
         limit: int,
         topics: Collection[str],
         known: Collection[str],
-        consumer: str,
         *,
         reservation: float,
         expired: bool,
         only_urgent: bool = False,
+        overdue: float = 0,
     ) -> Sequence[DueStep]:
         with self._lock:
             rows = [
@@ -296,15 +300,18 @@ class MemoryStore(Store):
                 for row in self._due(expired)
                 if row.target.topic in topics
                 and row.target.entrypoint in known
-                and (row.current_entrypoint is None or row.current_entrypoint in known)
+                and all(path in known for path in json.loads(row.current_entrypoints or "[]"))
                 and (not only_urgent or row.due_reason in URGENT)
+                and (row.take_at or 0) + overdue <= self._clock()
             ]
-            reserved = []
-            for row in rows[:limit]:
-                row = self._store(row._replace(take_at=self._clock() + reservation))
-                self._add_event(row, consumer, NewEvent("taken-over", text=row.due_reason))
-                reserved.append(_due_step(row))
-            return reserved
+            return [self._reserve(row, reservation) for row in rows[:limit]]
+
+    def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
+        with self._lock:
+            return self._reserve(row, reservation) if self._operations.get(row.id) == row else None
+
+    def _reserve(self, row: OperationRow, reservation: float) -> DueStep:
+        return _due_step(self._store(row._replace(take_at=self._clock() + reservation)))
 
     def return_reservations(self, steps: Iterable[DueStep]) -> None:
         with self._lock:
@@ -405,18 +412,16 @@ class MemoryStore(Store):
             if root.mode == Mode.DISTRIBUTED:
                 root = root._replace(target=target)
             else:
-                root = root._replace(current_entrypoint=self._current_entrypoint(root))
+                root = root._replace(current_entrypoints=entrypoints_json(self._current_entrypoints(root)))
             self._add_event(root, None, NewEvent("resumed"))
             return self._store(root)
 
-    def _current_entrypoint(self, root: OperationRow) -> str | None:
-        row, task = root, self._current(root)
-        while task is not None and task.child_id is not None:
-            row = self._operations[task.child_id]
-            task = self._current(row)
-        if task is not None:
-            return task.entrypoint
-        return None if row is root else row.entrypoint
+    def _current_entrypoints(self, root: OperationRow) -> list[str]:
+        paths, task = [], self._current(root)
+        while task is not None:
+            paths.append(task.entrypoint)
+            task = None if task.child_id is None else self._current(self._operations[task.child_id])
+        return paths
 
     def _resume_task(self, row: OperationRow) -> StepMessage:
         """Move the position of an operation to its first task whose status is not SUCCESS.
@@ -482,8 +487,8 @@ class _MemoryRenewer(LeaseRenewer):
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
 
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
-        return self._store.renew(claims, owner, lease)
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Renewal:
+        return Renewal(self._store.renew(claims, owner, lease), set())
 
     def close(self) -> None:
         """Do nothing, because the renewer holds no connection."""

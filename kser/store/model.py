@@ -58,6 +58,8 @@ class RefusalReason(StrEnum):
     #: The current step waits: for a retry, whose ``due_at`` is in the future, or for a takeover, because several
     #: consumers have died during the step (see :data:`IMMEDIATE_TAKEOVERS`).
     WAITING = "waiting"
+    #: The lease of the owner has expired, and the request does not end the claim of such an owner.
+    EXPIRED = "expired"
     #: The step or the epoch in the request is not the current one. For a save: the operation is already stored.
     STALE = "stale"
     #: The current step belongs to another topic than the one in the request.
@@ -195,10 +197,10 @@ class OperationRow(NamedTuple):
     #: there, and ``refused_since`` is the time of the first such refusal.
     refusal_count: int
     refused_since: float | None
-    #: In a local operation, path of the class that the current step needs besides the class of the operation: the class
-    #: of the current task, or of the nested operation to build or end. None in a distributed operation, or if only the
-    #: class of the operation is needed.
-    current_entrypoint: str | None
+    #: In a local operation, the paths of the classes that the current step needs besides the class of the operation, as
+    #: a JSON list: the classes of the nested operations that contain the step, and of the current task. None in a
+    #: distributed operation, or if only the class of the operation is needed.
+    current_entrypoints: str | None
     #: The message that starts the current step.
     target: StepMessage
 
@@ -269,8 +271,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "task-retried": "an attempt at a task failed, and a retry follows",
     "moved": "the next task was chosen",
     "released": "a consumer released the claim before the operation had ended",
-    "taken-over": "a consumer reserved the current step, to run it without a message; the text of the event states the"
-    " reason",
+    "taken-over": "a consumer claims the current step without a message; the text of the event states the reason",
     "sent-again": "the reaper sent the message of the current step; the text of the event states the reason",
     "exhausted": "too many consumers died during a step",
     "cancel-requested": "a client requested to cancel the operation after its running task",
@@ -336,6 +337,10 @@ class ClaimRequest:
     epoch: int | None = None
     #: The topic through which the caller received or reserved the step; None to claim a step of any topic.
     topic: str | None = None
+    #: False to refuse the claim if it would end the claim of an owner whose lease has expired.
+    expired: bool = True
+    #: The DueReason of the step, if the claim is that of a takeover; None for any other claim.
+    taken_over: str | None = None
 
 
 class Claim(NamedTuple):
@@ -449,8 +454,8 @@ class Checkpoint(NamedTuple):
     #: ``delay`` seconds. With UNSENT, the caller sends the step's message, so the step is due ``RESEND_UNSENT_AFTER``
     #: seconds later.
     due_reason: str = DueReason.UNSENT
-    #: The new value of the root's ``current_entrypoint``.
-    current_entrypoint: str | None = None
+    #: The new value of the root's ``current_entrypoints``.
+    current_entrypoints: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,15 @@ _BACKOFF = partial(random_delay, first=0.1, ceiling=2, lowest=0.05)
 #: Seconds between two checks during a back-off. Each check tests whether the consumer is shutting down.
 _CHECK_INTERVAL = 0.1
 
+#: The calls that write nothing, or only if they find something to write. A database may be locked or read-only, so they
+#: do not prove that it accepts writes again.
+READS = frozenset(
+    {
+        *("check", "find", "get_children", "get_operation", "get_task", "get_tasks", "get_topics", "snapshot"),
+        *("reserve_due_steps", "take_due_steps"),
+    }
+)
+
 #: Maximum number of tries of a call outside of a consumer. If the last try fails, the caller gets the error.
 ATTEMPTS = 3
 
@@ -61,6 +70,9 @@ class RetryingStore(Store):
         self.name = store.name
         self._lock = threading.Lock()
         self._outage = ""
+        # True if the call that failed last in this thread, or the call that reported the outage, was a write.
+        self._failed = threading.local()
+        self._outage_of_writes = False
 
     def check(self) -> None:
         self._retry(self.direct.check)
@@ -100,22 +112,25 @@ class RetryingStore(Store):
         limit: int,
         topics: Collection[str],
         known: Collection[str],
-        consumer: str,
         *,
         reservation: float,
         expired: bool,
         only_urgent: bool = False,
+        overdue: float = 0,
     ) -> Sequence[DueStep]:
         return self._retry(
             self.direct.reserve_due_steps,
             limit,
             topics,
             known,
-            consumer,
             reservation=reservation,
             expired=expired,
             only_urgent=only_urgent,
+            overdue=overdue,
         )
+
+    def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
+        return self._retry(self.direct.reserve_step, row, reservation)
 
     def return_reservations(self, steps: Iterable[DueStep]) -> None:
         self._retry(self.direct.return_reservations, list(steps))
@@ -197,9 +212,13 @@ class RetryingStore(Store):
         """
         # Read ``_outage`` before the call, because a call that started before an outage does not prove that the
         # database works again.
-        was_away = bool(self._outage)
-        result = call(*args, **kwargs)
-        if was_away:
+        was_away, is_write = bool(self._outage), getattr(call, "__name__", "") not in READS
+        try:
+            result = call(*args, **kwargs)
+        except StoreUnavailable:
+            self._failed.is_write = is_write
+            raise
+        if was_away and (is_write or not self._outage_of_writes):
             self.report_outage(None)
         return result
 
@@ -225,6 +244,7 @@ class RetryingStore(Store):
             return
         with self._lock:
             before, self._outage = self._outage, text
+            self._outage_of_writes = bool(text) and getattr(self._failed, "is_write", False)
         if text and not before:
             logger.error(f"Store: {text}; work in flight waits, and the call is retried")
         elif text and text != before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from kser import backoff
@@ -74,22 +75,27 @@ def new_row(new: NewOperation, identifier: int, parent_id: int | None, root_id: 
         sent_at=None,
         refusal_count=0,
         refused_since=None,
-        current_entrypoint=first_entrypoint(new) if is_root else None,
+        current_entrypoints=first_entrypoints(new) if is_root else None,
         target=new.target,
     )
 
 
-def first_entrypoint(new: NewOperation) -> str | None:
-    """Return the ``current_entrypoint`` of a new root."""
+def first_entrypoints(new: NewOperation) -> str | None:
+    """Return the ``current_entrypoints`` of a new root."""
     if new.mode != Mode.LOCAL:
         return None
-    current = new
-    while current.phase == Phase.RUN_TASK and current.tasks:
+    paths = []
+    current: NewOperation | None = new
+    while current is not None and current.phase == Phase.RUN_TASK and current.tasks:
         task = current.tasks[current.step]
-        if task.child is None:
-            return task.entrypoint
+        paths.append(task.entrypoint)
         current = task.child
-    return None if current is new else current.entrypoint
+    return entrypoints_json(paths)
+
+
+def entrypoints_json(paths: Sequence[str]) -> str | None:
+    """Return the value of the column ``current_entrypoints`` for the paths of classes."""
+    return json.dumps(paths) if paths else None
 
 
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
@@ -124,6 +130,9 @@ def claim_refusal(row: OperationRow, step: str, request: ClaimRequest, now: floa
         return RefusalReason.STALE
     if row.owner is not None and (row.lease_until or 0) + takeover_delay(row.claim_count) > now:
         return RefusalReason.WAITING
+    if row.owner is not None and not request.expired:
+        # A step that another consumer has reserved waits for the claim of this consumer.
+        return RefusalReason.EXPIRED if (row.take_at or 0) <= now else RefusalReason.WAITING
     return RefusalReason.WAITING if row.due_at > now else None
 
 
@@ -193,7 +202,7 @@ def finish_checkpoint(root: OperationRow, checkpoint: Checkpoint, now: float) ->
         send_count=0,
         sent_at=None,
         target=checkpoint.target or root.target,
-        current_entrypoint=checkpoint.current_entrypoint,
+        current_entrypoints=checkpoint.current_entrypoints,
     )
     if states.is_final(root.status):
         return end_claim(root)
@@ -271,15 +280,15 @@ def fails_for_its_class(row: OperationRow, max_sends: int, unknown_after: float,
 
 def apply_sent(row: OperationRow, resend_after: float, lease: float, now: float) -> OperationRow:
     """Return the row of a root after the message of its step was sent."""
-    first = min(lease, resend_after) if row.epoch else resend_after
     start = max(now, row.due_at)
-    return row._replace(
-        send_count=row.send_count + 1,
-        sent_at=now,
-        take_at=start + resend_delay(row.send_count, first),
-        send_at=start + resend_delay(row.send_count, resend_after),
-        due_reason=DueReason.UNCLAIMED,
+    sent = row._replace(
+        send_count=row.send_count + 1, sent_at=now, send_at=start + resend_delay(row.send_count, resend_after)
     )
+    if (row.take_at or 0) <= now:
+        # The step is already due: its message may wait in the partition of a dead consumer, so it stays due.
+        return sent
+    first = min(lease, resend_after) if row.epoch else resend_after
+    return sent._replace(take_at=start + resend_delay(row.send_count, first), due_reason=DueReason.UNCLAIMED)
 
 
 def apply_failed_takeover(row: OperationRow, wait: float, now: float) -> OperationRow:

@@ -36,6 +36,9 @@ class RecordingService:
 class BusyHost(TakeoverHost):
     """A consumer that takes over nothing."""
 
+    def __init__(self) -> None:
+        self.wake_up = threading.Event()
+
     def free_workers(self) -> int:
         return 0
 

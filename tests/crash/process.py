@@ -73,6 +73,7 @@ class Process:
         self.background_service = self.registry.background_service
         assert self.background_service is not None
         self.background_service.clock = lambda: simulation.now
+        self.background_service._context.sleep = lambda seconds: None
         if consumes:
             self.consumer = SimulatedConsumer(self)
             self.consumer.REGISTRY = controller

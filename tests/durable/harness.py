@@ -185,6 +185,7 @@ class Process:
             self.subscribe_copy(cls)
         if store is not None and opens_store:
             self.background_service.clock = self.clock
+            self.background_service._context.sleep = lambda seconds: None
 
     # -- classes -------------------------------------------------------------------------------------------------------
 

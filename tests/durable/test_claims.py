@@ -473,6 +473,7 @@ def test_durability_settings_have_defaults_and_are_configurable(
         "heartbeat": 3,
         "look": 0.25,
         "reservation": 5,
+        "grace": 0.8,
         "reaper": 1,
         "resend": 60,
         "max_claims": 20,
@@ -483,7 +484,7 @@ def test_durability_settings_have_defaults_and_are_configurable(
     for name, value in values.items():
         monkeypatch.setenv(f"KSER_{name.upper()}", str(value))
     configured = DurabilitySettings(harness.registry.settings)
-    assert vars(configured) == {**values, "heartbeat": 12, "unknown_after": 3600}
+    assert vars(configured) == {**values, "heartbeat": 12, "grace": 0.8, "unknown_after": 3600}
 
 
 @pytest.mark.parametrize(

@@ -181,9 +181,10 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "renew": (([(7, 1)], "owner", 30.0), {}),
     "get_topics": ((), {}),
     "reserve_due_steps": (
-        (4, ["orders"], ["shop.Charge"], "owner"),
-        {"reservation": 5.0, "expired": True, "only_urgent": False},
+        (4, ["orders"], ["shop.Charge"]),
+        {"reservation": 5.0, "expired": True, "only_urgent": False, "overdue": 0.5},
     ),
+    "reserve_step": (("row", 5.0), {}),
     "return_reservations": ((["step"],), {}),
     "postpone_takeover": ((["step"], 60.0), {}),
     "mark_sent": (([(7, 1)], 60.0, 15.0), {}),

@@ -269,7 +269,7 @@ CLASSES = ("shop.PlaceOrder", "shop.Charge")
 
 def reserve(store: Store, limit: int = 10, **values: Any) -> Sequence[DueStep]:
     """Reserve due steps for a takeover, as a consumer does that consumes all topics and knows all classes."""
-    options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES, "consumer": "consumer-b"}
+    options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES}
     options |= {"reservation": LONG_RESERVATION, "expired": True, **values}
     return store.reserve_due_steps(limit, **options)
 

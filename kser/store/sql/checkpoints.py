@@ -95,7 +95,7 @@ class CheckpointRows:
             "phase": update.phase,
             "accumulated": update.accumulated,
             "result": update.result,
-            "current_entrypoint": checkpoint.current_entrypoint,
+            "current_entrypoints": checkpoint.current_entrypoints,
             "status": update.status,
             "released": int(not kept),
             "ended": int(final),
@@ -444,7 +444,7 @@ def update_roots(database: Database, rows: str = ROWS) -> Any:
 
 
 def _root_rows(database: Database, rows: str, more: dict[str, Any]) -> RowSource:
-    types = types_of(operation, "id", "step", "phase", "accumulated", "result", "current_entrypoint", *_TARGET)
+    types = types_of(operation, "id", "step", "phase", "accumulated", "result", "current_entrypoints", *_TARGET)
     return database.source({**types, **_FENCE, **more}, rows)
 
 
@@ -454,7 +454,7 @@ def _target_values(row: RowSource) -> dict[str, Any]:
 
 def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
     own = operation.c
-    names = ("step", "phase", "accumulated", "result", "current_entrypoint")
+    names = ("step", "phase", "accumulated", "result", "current_entrypoints")
     changed: dict[str, Any] = {name: row[name] for name in names}
     changed |= {"claim_count": _ZERO, "send_count": _ZERO, "sent_at": null(), **more}
     return row.update(

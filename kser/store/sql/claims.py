@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Double, Text, and_, case, insert, literal, literal_column, or_, select
+from sqlalchemy import BigInteger, Double, Integer, Text, and_, case, insert, literal, literal_column, or_, select
 
 from kser import status as states
 from kser.store.model import Claim, ClaimRefused, ClaimRequest, Mode, OperationRow, Phase, RefusalReason, TaskRow
@@ -53,7 +53,8 @@ class Claims:
         self._database = database
         self._inserts = inserts
         claim = _claim_statement(database)
-        self._claim = database.statement(claim.returning(operation.c.id, operation.c.epoch, operation.c.owner))
+        own = operation.c
+        self._claim = database.statement(claim.returning(own.id, own.epoch, own.owner, own.token))
         if database.json_batches:
             self._single_statement = database.statement(_single_statement(database))
         self._by_uuid = self._prepare_read({"uuid": Text()}, operation.c.uuid)
@@ -71,7 +72,7 @@ class Claims:
     def claim(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | ClaimRefused | None]:
         """Claim roots, each independently of the others, and return the result for each command."""
         granted = transaction.fetch(self._claim, _claim_rows(commands))
-        events = [event_row(root_id, "claimed", epoch, owner) for root_id, epoch, owner in granted]
+        events = list(_events(granted, commands))
         transaction.execute_many(self._inserts.events, events)
         rows = {
             row[1]: row for row in transaction.fetch(self._by_uuid, [{"uuid": command.uuid} for command in commands])
@@ -97,6 +98,11 @@ class Claims:
         claims = self.claims(transaction, [(row, request) for _, row, request in own], {})
         results.update(zip((index for index, _, _ in own), claims, strict=True))
         return [results[index] for index in range(len(commands))]
+
+    @staticmethod
+    def fits_one_statement(commands: Sequence[ClaimCommand]) -> bool:
+        """Return whether :meth:`claim_in_one_statement` writes all events of the claims: not those of takeovers."""
+        return all(command.request.taken_over is None for command in commands)
 
     def claim_in_one_statement(self, transaction: Transaction, commands: Sequence[ClaimCommand]) -> list[Claim | None]:
         """Claim roots like :meth:`claim`, but in one statement that also reads the current tasks of the roots.
@@ -156,6 +162,7 @@ class Claims:
 _CLAIM_VALUES: Final[Mapping[str, Any]] = {
     **{name: Text() for name in ("uuid", "step", "topic", "owner", "token")},
     "epoch": BigInteger(),
+    "expired": Integer(),
     "lease": Double(),
 }
 
@@ -185,7 +192,7 @@ def _claim_statement(database: Database) -> Any:
         operation.c.target_uuid == row["step"],
         or_(row["topic"].is_(None), operation.c.target_topic == row["topic"]),
         or_(row["epoch"].is_(None), operation.c.epoch == row["epoch"]),
-        is_claimable(now),
+        is_claimable(now, row["expired"]),
         operation.c.due_at <= now,
         # If the root has the token of the request, an earlier call with the same request has already claimed the root.
         or_(operation.c.token.is_(None), operation.c.token != row["token"]),
@@ -248,6 +255,15 @@ def _claim(
     )
 
 
+def _events(granted: Sequence[Any], commands: Sequence[ClaimCommand]) -> Iterator[dict[str, Any]]:
+    """Return the rows of the events of granted claims."""
+    reasons = {command.request.token: command.request.taken_over for command in commands}
+    for root_id, epoch, owner, token in granted:
+        if reasons[token] is not None:
+            yield event_row(root_id, "taken-over", epoch - 1, owner, text=reasons[token])
+        yield event_row(root_id, "claimed", epoch, owner)
+
+
 def _claim_rows(commands: Sequence[ClaimCommand]) -> list[dict[str, Any]]:
     # Sort the rows, because all transactions must lock rows in the same order; otherwise two transactions could
     # deadlock.
@@ -261,6 +277,7 @@ def _claim_row(command: ClaimCommand) -> dict[str, Any]:
         "step": command.step,
         "topic": request.topic,
         "epoch": request.epoch,
+        "expired": int(request.expired),
         "owner": request.owner,
         "token": request.token,
         "lease": request.lease,

@@ -25,10 +25,6 @@ class SerializationConflict(StoreUnavailable):
     """A conflict with another transaction aborted this transaction; nothing was written"""
 
 
-class RowLocked(StoreUnavailable):
-    """Another transaction has locked a row for longer than this transaction may wait; nothing was written"""
-
-
 class Transaction:
     """An open transaction that executes statements.
 
@@ -87,7 +83,6 @@ class OwnConnection(ABC):
     def write(self, timeout: float) -> AbstractContextManager[Transaction]:
         """Provide a transaction that ends within ``timeout`` seconds. Each of its statements is committed by itself.
 
-        :raises RowLocked: another transaction has locked a row.
         :raises kser.errors.StoreUnavailable: the database cannot be used now, or did not answer in time. The next call
             uses a new connection.
         :raises kser.errors.StoreError: the database rejects a statement.

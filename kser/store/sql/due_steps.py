@@ -6,7 +6,24 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ARRAY, Double, Integer, Text, and_, any_, bindparam, case, func, literal_column, or_, select
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    Double,
+    Integer,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+)
 
 from kser.store.model import SEND_DELAY, SEND_GRACE, DueReason, DueStep, OperationRow, StepMessage
 from kser.store.sql.database import Database, Transaction
@@ -84,14 +101,15 @@ class DueSteps:
         )
         sends = due.add_columns(case((fails, 1), else_=0).label("fails")).where(own.send_at <= now, expired)
         self._sends = database.statement(row.select_each(sends.order_by(own.take_at).limit(limit)))
-        more = due.add_columns(own.owner, own.current_entrypoint).order_by(own.take_at).limit(SCAN_LIMIT)
+        more = due.add_columns(own.owner, own.current_entrypoints).order_by(own.take_at).limit(SCAN_LIMIT)
         some = row.subquery_of(more, "some").c
         takeovers = (
             select(*(some[name] for name in _COLUMNS))
             .where(
                 or_(some.owner.is_(None), bindparam("expired", type_=Integer) == 1),
+                some.take_at + bindparam("overdue", type_=Double) <= now,
                 self._is_known(some.target_entrypoint),
-                or_(some.current_entrypoint.is_(None), self._is_known(some.current_entrypoint)),
+                ~self._has_unknown(some.current_entrypoints),
             )
             # Without ORDER BY, because the databases read the subquery in its order, and stop at the limit.
             .limit(limit)
@@ -103,6 +121,14 @@ class DueSteps:
         if self._database.json_batches:
             return entrypoint == any_(bindparam("known", type_=ARRAY(Text)))
         return entrypoint.in_(select(func.json_each(bindparam("known", type_=Text)).table_valued("value").c.value))
+
+    def _has_unknown(self, entrypoints: Any) -> Any:
+        """Return the condition that a JSON list contains a class that the bind parameter ``known`` does not."""
+        if self._database.json_batches:
+            listed = func.json_array_elements_text(cast(entrypoints, JSON)).table_valued("value")
+        else:
+            listed = func.json_each(entrypoints).table_valued("value")
+        return exists(select(literal_column("1")).select_from(listed).where(~self._is_known(listed.c.value)))
 
     def get_topics(self, transaction: Transaction) -> Sequence[str]:
         """See :meth:`kser.store.base.StepSchedule.get_topics`."""
@@ -117,6 +143,7 @@ class DueSteps:
         *,
         expired: bool,
         only_urgent: bool,
+        overdue: float,
     ) -> Sequence[FoundStep]:
         """Return at most ``OVERREAD * limit`` due steps to reserve, the longest due first.
 
@@ -124,7 +151,7 @@ class DueSteps:
         """
         limit *= OVERREAD
         names = list(known) if self._database.json_batches else json.dumps(list(known))
-        values = {"limit": limit, "expired": int(expired), "known": names}
+        values = {"limit": limit, "expired": int(expired), "known": names, "overdue": overdue}
         rows = transaction.fetch(self._takeovers, _ranges(topics, only_urgent=only_urgent), **values)
         return sorted((_found(row) for row in rows), key=_take_at)[:limit]
 
@@ -162,7 +189,7 @@ class DueSteps:
         self._postpone_takeover = database.statement(row.update_skip_locked(operation, failed, *unchanged))
 
     def reserve(
-        self, transaction: Transaction, found: Sequence[FoundStep], limit: int, consumer: str, reservation: float
+        self, transaction: Transaction, found: Sequence[FoundStep], limit: int, reservation: float
     ) -> Sequence[DueStep]:
         """Reserve at most ``limit`` of the steps that have not changed since they were read, and return these."""
         steps: list[DueStep] = []
@@ -172,9 +199,13 @@ class DueSteps:
             rows = transaction.fetch(self._reserve, _reserved_rows(first), reservation=reservation)
             ends = dict(tuple(row) for row in rows)
             steps += (_due_step(step, ends[step.id]) for step in first if step.id in ends)
-        events = [event_row(step.id, "taken-over", step.epoch, consumer, text=step.reason) for step in steps]
-        transaction.execute_many(self._inserts.events, events)
         return steps
+
+    def reserve_step(self, transaction: Transaction, row: OperationRow, reservation: float) -> DueStep | None:
+        """See :meth:`kser.store.base.StepSchedule.reserve_step`."""
+        assert row.take_at is not None and row.send_at is not None and row.due_reason is not None
+        step = FoundStep(row.id, row.uuid, row.epoch, row.target, row.due_reason, row.take_at, row.send_at)
+        return next(iter(self.reserve(transaction, [step], 1, reservation)), None)
 
     def return_reservations(self, transaction: Transaction, steps: Sequence[DueStep]) -> None:
         """See :meth:`kser.store.base.StepSchedule.return_reservations`."""
@@ -199,12 +230,14 @@ class DueSteps:
         # The delays start at due_at or now, whichever is later.
         start = case((own.due_at > now, own.due_at), else_=now)
         first = case((own.epoch == 0, seconds), else_=bindparam("first", type_=Double))
+        # A step that is already due stays due: its message may wait in the partition of a dead consumer.
+        is_due = own.take_at <= now
         sent = {
             "send_count": own.send_count + 1,
             "sent_at": now,
-            "take_at": start + resend_delay(first),
+            "take_at": case((is_due, own.take_at), else_=start + resend_delay(first)),
             "send_at": start + resend_delay(seconds),
-            "due_reason": DueReason.UNCLAIMED,
+            "due_reason": case((is_due, own.due_reason), else_=literal(DueReason.UNCLAIMED, Text)),
         }
         # Skip locked rows: the transaction that holds the lock is claiming the root, and the store does not record
         # sends for claimed roots.

@@ -20,7 +20,7 @@ from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import time_of
 from kser.store.sql.statements import ROWS, types_of
 from kser.store.sql.tables import event, label, label_row, operation, task
-from kser.store.transitions import first_entrypoint
+from kser.store.transitions import first_entrypoints
 
 #: Types of the values that the insert statement of an operation needs besides the columns of the table: the length of
 #: the lease, the seconds until ``take_at``, the seconds from then until ``send_at``, and ``started``, which is 1 if the
@@ -141,7 +141,7 @@ class InsertRows:
         else:
             root = {**_CLAIMED_DEFAULTS, "owner": request.owner, "token": request.token}
             root["lease"] = root["take_after"] = request.lease
-        root["current_entrypoint"] = first_entrypoint(new)
+        root["current_entrypoints"] = first_entrypoints(new)
         self._add(new, iter(range(first_id, first_id + count(new))), None, first_id, root)
 
     def add_tasks(self, tasks: Sequence[NewTask], operation_id: int, root_id: int, ids: Iterator[int]) -> None:
@@ -210,7 +210,7 @@ CHILD_DEFAULTS: Final[Mapping[str, Any]] = {
     "take_after": None,
     "send_delay": None,
     "due_reason": None,
-    "current_entrypoint": None,
+    "current_entrypoints": None,
 }
 
 #: The same values in the row of a root without a claim, and in the row of a root that is claimed when it is stored.

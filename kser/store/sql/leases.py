@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Double, Text, bindparam
 
 from kser import status as states
-from kser.store.base import LeaseRenewer
-from kser.store.sql.database import Database, OwnConnection, RowLocked, Transaction
+from kser.store.base import LeaseRenewer, Renewal
+from kser.store.sql.database import Database, OwnConnection, Transaction
 from kser.store.sql.schedule import lease_values
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import operation
 
 Pairs = Iterable[tuple[int, int]]
-
-#: The part of the timeout of a renewer in which the renewer may wait for locked rows.
-WAITING_PART: Final = 0.8
 
 
 class Leases:
@@ -73,26 +68,14 @@ class SQLLeaseRenewer(LeaseRenewer):
         self._leases = leases
         self._timeout = timeout
 
-    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> set[int]:
+    def renew(self, claims: Iterable[tuple[int, int]], owner: str, lease: float) -> Renewal:
         pairs = list(claims)
         if not pairs:
-            return set()
-        stop_at = time.monotonic() + self._timeout * WAITING_PART
+            return Renewal(set(), set())
         with self._connection.write(self._timeout) as transaction:
             renewed = self._leases.renew_unlocked(transaction, pairs, owner, lease)
-            missing = [pair for pair in pairs if pair[0] not in renewed]
-            held = self._leases.held(transaction, missing)
-        # Another transaction has locked the rows of the claims that are held and not renewed. Wait for these rows, one
-        # after the other, so that no other consumer claims a root as soon as its row is unlocked.
-        locked = [pair for pair in missing if pair[0] in held]
-        for count, pair in enumerate(locked):
-            left = stop_at - time.monotonic()
-            if left <= 0:
-                break
-            with suppress(RowLocked), self._connection.write(left / (len(locked) - count)) as transaction:
-                if not self._leases.renew(transaction, pair, owner, lease):
-                    held.discard(pair[0])
-        return renewed | held
+            locked = self._leases.held(transaction, [pair for pair in pairs if pair[0] not in renewed])
+        return Renewal(renewed | locked, locked)
 
     def close(self) -> None:
         self._connection.close()

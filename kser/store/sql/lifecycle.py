@@ -14,7 +14,7 @@ from kser.store.sql.ids import id_at
 from kser.store.sql.inserts import Inserts, event_row, without_nul
 from kser.store.sql.statements import types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, TASK_COLUMNS, attempt, event, label, operation, operation_row, task
-from kser.store.transitions import is_resumed
+from kser.store.transitions import entrypoints_json, is_resumed
 
 
 class Lifecycle:
@@ -70,7 +70,7 @@ class Lifecycle:
         free |= {"cancel_reason": None, "claim_count": 0, "send_count": 0, "sent_at": None}
         free |= {"refusal_count": 0, "refused_since": None, "lease_until": None}
         free |= {"due_at": now, "take_at": now, "send_at": now + SEND_DELAY, "due_reason": DueReason.RESUMED}
-        free |= {"current_entrypoint": bindparam("entrypoint", type_=Text)}
+        free |= {"current_entrypoints": bindparam("entrypoints", type_=Text)}
         free |= {name: func.coalesce(bindparam(name, type_=Text), own[name]) for name in TARGET}
         self._release = database.statement(this.values(free))
         again = {"status": states.RUNNING, "result": None, "ended_at": None}
@@ -146,21 +146,20 @@ class Lifecycle:
         target = self._resume_task(transaction, root)
         is_distributed = root.mode == Mode.DISTRIBUTED
         values = target if is_distributed else (None, None, None)
-        entrypoint = None if is_distributed else self._current_entrypoint(transaction, root.id)
-        own = {"key": root.id, "token": token, "entrypoint": entrypoint}
+        paths = [] if is_distributed else self._current_entrypoints(transaction, root.id)
+        own = {"key": root.id, "token": token, "entrypoints": entrypoints_json(paths)}
         transaction.execute(self._release, {**own, **dict(zip(TARGET, values, strict=True))})
         transaction.execute_many(self._inserts.events, [event_row(root.id, "resumed", root.epoch + 1, None)])
         return self._row(transaction, root.id)
 
-    def _current_entrypoint(self, transaction: Transaction, root_id: int) -> str | None:
-        row, entrypoint = self._row(transaction, root_id), None
-        while row.phase == Phase.RUN_TASK:
+    def _current_entrypoints(self, transaction: Transaction, root_id: int) -> list[str]:
+        paths: list[str] = []
+        child: int | None = root_id
+        while child is not None and (row := self._row(transaction, child)).phase == Phase.RUN_TASK:
             current = TaskRow(*transaction.execute(self._task, {"key": row.id, "at": row.step}).fetchone())
-            if current.child_id is None:
-                return current.entrypoint
-            row = self._row(transaction, current.child_id)
-            entrypoint = row.entrypoint
-        return entrypoint
+            paths.append(current.entrypoint)
+            child = current.child_id
+        return paths
 
     def _resume_task(self, transaction: Transaction, row: OperationRow) -> StepMessage:
         """Move the position of an operation to its first task whose status is not SUCCESS.

@@ -15,7 +15,7 @@ from sqlalchemy import URL, Connection, Double, Engine, NullPool, bindparam, cre
 from sqlalchemy.pool import QueuePool
 
 from kser.errors import KserError, StoreError, StoreUnavailable
-from kser.store.sql.database import Database, OwnConnection, RowLocked, SerializationConflict, Transaction
+from kser.store.sql.database import Database, OwnConnection, SerializationConflict, Transaction
 from kser.store.sql.statements import CLOCK
 
 #: Connection options of libpq. With these timeouts and keepalives, the driver detects a lost server within seconds.
@@ -207,8 +207,6 @@ class Postgresql(Database):
             return (StoreError, "") if bad else (StoreUnavailable, ERROR_TEXTS["08"])
         if state in CONFLICTS:
             return SerializationConflict, ""
-        if state == LOCK_TIMEOUT:
-            return RowLocked, ERROR_TEXTS["55"]
         kind = StoreError if state[:2] in DATA_ERRORS else StoreUnavailable
         return kind, ERROR_TEXTS.get(state) or ERROR_TEXTS.get(state[:2], "")
 

@@ -48,10 +48,14 @@ def takeover_delay(claim_count: Any) -> ColumnElement[Any]:
     )
 
 
-def is_claimable(now: Any) -> ColumnElement[bool]:
-    """Return the condition that a root has no owner, or an owner whose step may be taken over."""
+def is_claimable(now: Any, expired: Any) -> ColumnElement[bool]:
+    """Return the condition that a root has no owner, or an owner whose step may be taken over.
+
+    :param expired: 1 if a claim may end the claim of an owner whose lease has expired, otherwise 0.
+    """
     own = operation.c
-    return or_(own.owner.is_(None), own.lease_until + takeover_delay(own.claim_count) <= now)
+    may_end = and_(expired == _ONE, own.lease_until + takeover_delay(own.claim_count) <= now)
+    return or_(own.owner.is_(None), may_end)
 
 
 def may_be_sent(now: Any) -> ColumnElement[bool]:

@@ -127,15 +127,18 @@ class SQLStore(Store):
         limit: int,
         topics: Collection[str],
         known: Collection[str],
-        consumer: str,
         *,
         reservation: float,
         expired: bool,
         only_urgent: bool = False,
+        overdue: float = 0,
     ) -> Sequence[DueStep]:
         find = self._due_steps.find_takeovers
-        found = self._read(find, limit, topics, known, expired=expired, only_urgent=only_urgent)
-        return self._write(self._due_steps.reserve, found, limit, consumer, reservation) if found else []
+        found = self._read(find, limit, topics, known, expired=expired, only_urgent=only_urgent, overdue=overdue)
+        return self._write(self._due_steps.reserve, found, limit, reservation) if found else []
+
+    def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
+        return self._write(self._due_steps.reserve_step, row, reservation)
 
     def return_reservations(self, steps: Iterable[DueStep]) -> None:
         self._write(self._due_steps.return_reservations, list(steps))

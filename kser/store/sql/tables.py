@@ -75,7 +75,7 @@ operation: Final = Table(
     Column("sent_at", Double),
     Column("refusal_count", Integer, nullable=False),
     Column("refused_since", Double),
-    Column("current_entrypoint", Text),
+    Column("current_entrypoints", Text),
     Column("target_uuid", Text, nullable=False),
     Column("target_entrypoint", Text, nullable=False),
     Column("target_topic", Text, nullable=False),

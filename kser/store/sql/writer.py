@@ -130,6 +130,7 @@ class BatchWriter:
         """Return whether one statement can write the batch. In PostgreSQL, all entries of a batch are of one kind."""
         return (
             self._database.json_batches
+            and self.claims.fits_one_statement(list(batch.claims.values()))
             and self.checkpoints.fits_one_statement(list(batch.checkpoints.values()))
             and self.saves.fits_one_statement(list(batch.saves.values()))
         )

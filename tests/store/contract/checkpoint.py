@@ -55,7 +55,7 @@ class CheckpointContract:
         stored = harness.other.snapshot(claim.root.uuid)
         assert stored is not None
         assert stored.operation == claim.root._replace(
-            step=1, accumulated='{"up to": 1}', claim_count=0, current_entrypoint=None
+            step=1, accumulated='{"up to": 1}', claim_count=0, current_entrypoints=None
         )
         task = stored.tasks[0]
         assert (task.status, task.result, task.attempts) == (states.SUCCESS, '{"of": 0}', 1)
@@ -120,8 +120,8 @@ class CheckpointContract:
     def test_checkpoint_stores_the_class_of_the_next_task(self, harness: StoreHarness, keep: bool) -> None:
         """Rule 6: a local operation is taken over only where the class of its current task is known."""
         claim = save_and_claim(harness.store, new_operation(3))
-        harness.store.checkpoint(step_checkpoint(claim, 0, current_entrypoint="shop.Ship", keep=keep))
-        assert row_of(harness.other, claim.root.uuid).current_entrypoint == "shop.Ship"
+        harness.store.checkpoint(step_checkpoint(claim, 0, current_entrypoints='["shop.Ship"]', keep=keep))
+        assert row_of(harness.other, claim.root.uuid).current_entrypoints == '["shop.Ship"]'
 
     def test_kept_claim_may_get_another_target(self, harness: StoreHarness) -> None:
         claim = save_and_claim(harness.store, new_operation(3, mode=Mode.DISTRIBUTED))

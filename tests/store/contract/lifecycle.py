@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -227,7 +228,11 @@ class LifecycleContract:
         assert (row.claim_count, row.send_count, row.sent_at) == (0, 0, None)
         assert row.take_at == row.due_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
         assert row.send_at == row.take_at + SEND_DELAY
-        assert (row.lease_until, row.due_reason, row.current_entrypoint) == (None, DueReason.RESUMED, "shop.Charge")
+        assert (row.lease_until, row.due_reason, row.current_entrypoints) == (
+            None,
+            DueReason.RESUMED,
+            '["shop.Charge"]',
+        )
         assert row.target == failed.target
         assert row.started_at == failed.started_at
         task = harness.store.get_tasks(row.id)[1]
@@ -391,10 +396,11 @@ class LifecycleContract:
         harness.store.save(operation)
         harness.store.cancel(operation.uuid, None)
         row = resume_stored(harness.store, operation.uuid)
-        assert row.current_entrypoint == ("shop.Deep" if built else "shop.Inner")
+        assert json.loads(row.current_entrypoints or "") == (["shop.Inner", "shop.Deep"] if built else ["shop.Inner"])
         # The check after the claim shows that the claim reaches the same task.
         claim = claim_root(harness.store, row)
-        assert (claim.task.entrypoint if claim.task else claim.path[-1].entrypoint) == row.current_entrypoint
+        path = [claim.task.entrypoint] if claim.task else []
+        assert [*(row.entrypoint for row in claim.path[1:]), *path] == json.loads(row.current_entrypoints or "")
 
     # -- purge ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kser import status as states
@@ -81,7 +83,7 @@ class SaveAndClaimContract:
             sent_at=None,
             refusal_count=0,
             refused_since=None,
-            current_entrypoint="shop.Charge",
+            current_entrypoints='["shop.Charge"]',
             target=operation.target,
         )
         assert row.created_at == pytest.approx(harness.now, abs=TIME_TOLERANCE)
@@ -121,16 +123,16 @@ class SaveAndClaimContract:
         assert claim.task is not None
         assert claim.task.result == '{"retval": 1}'
 
-    def test_saved_local_operation_names_the_class_of_its_current_task(self, harness: StoreHarness) -> None:
-        """Rule 6: the class of the innermost task, or of the operation to build or end."""
+    def test_saved_local_operation_names_the_classes_of_its_current_step(self, harness: StoreHarness) -> None:
+        """Rule 6: the classes of the nested operations, and of the innermost task."""
         unbuilt, empty = (new_operation(tasks, entrypoint="shop.Inner") for tasks in (None, 0))
         nested = new_operation([new_task(new_operation([new_task(entrypoint="shop.Deep")]))])
         cases = [
-            (new_operation(2), "shop.Charge"),
-            (new_operation([new_task(), new_task(entrypoint="shop.Ship")], step=1), "shop.Ship"),
-            (new_operation([new_task(nested)]), "shop.Deep"),
-            (new_operation([new_task(unbuilt)]), "shop.Inner"),
-            (new_operation([new_task(empty)]), "shop.Inner"),
+            (new_operation(2), ["shop.Charge"]),
+            (new_operation([new_task(), new_task(entrypoint="shop.Ship")], step=1), ["shop.Ship"]),
+            (new_operation([new_task(nested)]), ["shop.PlaceOrder", "shop.PlaceOrder", "shop.Deep"]),
+            (new_operation([new_task(unbuilt)]), ["shop.Inner"]),
+            (new_operation([new_task(empty)]), ["shop.Inner"]),
             (new_operation(None), None),
             (new_operation(0), None),
             (new_operation(2, mode=Mode.DISTRIBUTED), None),
@@ -138,11 +140,11 @@ class SaveAndClaimContract:
         for operation, expected in cases:
             harness.store.save(operation)
             row = row_of(harness.other, operation.uuid)
-            assert row.current_entrypoint == expected
+            assert row.current_entrypoints == (expected and json.dumps(expected))
             claim = claim_root(harness.store, row)
-            assert claim.root.current_entrypoint == expected
+            assert claim.root.current_entrypoints == row.current_entrypoints
         claimed = save_and_claim(harness.store, new_operation(2))
-        assert claimed.root.current_entrypoint == "shop.Charge"
+        assert claimed.root.current_entrypoints == '["shop.Charge"]'
 
     def test_save_with_a_claim_request_claims_the_operation(self, harness: StoreHarness) -> None:
         """Rule 2: one transaction saves and claims."""

@@ -11,13 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kser.errors import StoreUnavailable
 from kser.store.base import LeaseRenewer
-from kser.store.model import Claim
+from kser.store.model import Claim, ClaimRefused, RefusalReason
 from kser.store.sql import SQLStore
 from tests.postgres import Database
 from tests.store.harness import (
@@ -25,13 +24,14 @@ from tests.store.harness import (
     claim_request,
     claim_root,
     new_operation,
+    reserve,
     reserved_steps,
     row_of,
     save_and_claim,
     step_checkpoint,
 )
 from tests.store.sql.conftest import ClockOffset
-from tests.store.sql.helpers import foreign_connection, wait_for_blocked_statement
+from tests.store.sql.helpers import foreign_connection
 from tests.support import WAIT_SECONDS, wait_until
 
 TIMEOUT = 1.0
@@ -67,7 +67,7 @@ def test_renewer_waits_for_no_pooled_connection(any_store: SQLStore, renewer: Le
         while renewals < 5 and time.monotonic() < stop_at:
             # On a machine under load, a call may meet its deadline. The next heartbeat follows at once.
             with contextlib.suppress(StoreUnavailable):
-                assert renewer.renew(map(_key, claims), "consumer-a", LEASE) == {claim.id for claim in claims}
+                assert renewer.renew(map(_key, claims), "consumer-a", LEASE).held == {claim.id for claim in claims}
                 renewals += 1
     finally:
         stop.set()
@@ -82,37 +82,31 @@ def test_renewer_uses_its_own_connection_while_the_pool_is_empty(postgresql_stor
     with contextlib.ExitStack() as stack, contextlib.closing(postgresql_store.lease_renewer(TIMEOUT)) as renewer:
         for _ in range(8):
             stack.enter_context(postgresql_store._database.read())
-        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
 
 
 @pytest.mark.postgresql
 def test_claim_whose_row_is_locked_is_not_lost(
     postgresql_store: SQLStore, database: Database, clock_offset: ClockOffset
 ) -> None:
-    """durability rule 9: the other claims are renewed at once, and the locked one as soon as its lock is released."""
+    """durability rule 9: the other claims are renewed at once, and the locked one after its lock is released."""
     claims = [save_and_claim(postgresql_store, new_operation(2)) for _ in range(3)]
-    everyone = {claim.id for claim in claims}
-    results: list[Any] = []
-    with contextlib.closing(postgresql_store.lease_renewer(WAIT_SECONDS)) as renewer:
+    everyone, locked = {claim.id for claim in claims}, claims[1]
+    with contextlib.closing(postgresql_store.lease_renewer(TIMEOUT)) as renewer:
         with foreign_connection(database) as foreign:
-            foreign.execute("SELECT 1 FROM kser_operation WHERE id = %s FOR UPDATE", [claims[1].id])
-            with contextlib.closing(postgresql_store.lease_renewer(0.2)) as impatient:
-                assert impatient.renew(map(_key, claims), "consumer-b", LEASE) == everyone
+            foreign.execute("SELECT 1 FROM kser_operation WHERE id = %s FOR UPDATE", [locked.id])
+            assert renewer.renew(map(_key, claims), "consumer-b", LEASE) == (everyone, {locked.id})
             assert row_of(postgresql_store, claims[0].root.uuid).owner == "consumer-b"
-            assert row_of(postgresql_store, claims[1].root.uuid).owner == "consumer-a"
+            assert row_of(postgresql_store, locked.root.uuid).owner == "consumer-a"
             # The lease of the locked row expires. While the row is locked, no consumer can take the step over.
             clock_offset.seconds = LEASE + 5
-            assert claims[1].root.uuid not in dict(reserved_steps(postgresql_store))
-            thread = threading.Thread(
-                target=lambda: results.append(renewer.renew([_key(claims[1])], "consumer-b", LEASE))
-            )
-            thread.start()
-            wait_for_blocked_statement(database)
-        thread.join()
-    assert results == [{claims[1].id}]
-    row = row_of(postgresql_store, claims[1].root.uuid)
-    assert (row.owner, row.epoch) == ("consumer-b", 1)
-    assert claims[1].root.uuid not in dict(reserved_steps(postgresql_store))
+            assert locked.root.uuid not in dict(reserved_steps(postgresql_store))
+        # Another consumer is faster than the heartbeat, and gives the owner a grace period before its claim.
+        (step,) = (step for step in reserve(postgresql_store) if step.id == locked.id)
+        assert renewer.renew([_key(locked)], "consumer-b", LEASE) == ({locked.id}, set())
+    refusal = postgresql_store.claim(step.uuid, step.uuid, claim_request("consumer-c", epoch=step.epoch))
+    assert isinstance(refusal, ClaimRefused)
+    assert refusal.reason == RefusalReason.HELD
 
 
 @pytest.mark.postgresql
@@ -127,7 +121,7 @@ def test_locked_row_of_a_lost_claim_counts_as_lost(
         foreign_connection(database) as foreign,
     ):
         foreign.execute("SELECT 1 FROM kser_operation WHERE id = %s FOR UPDATE", [claim.id])
-        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == set()
+        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == (set(), set())
 
 
 @pytest.mark.postgresql
@@ -135,7 +129,7 @@ def test_renewer_ends_in_time_when_the_server_stands_still(postgresql_store: SQL
     """durability rule 9: the deadline is on the client's side, and the next call uses a new connection."""
     claim = save_and_claim(postgresql_store, new_operation(2))
     with contextlib.closing(postgresql_store.lease_renewer(TIMEOUT)) as renewer:
-        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
         with foreign_connection(database) as foreign:
             query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'kser' AND query LIKE '%kser_operation%'"
             servers = [pid for (pid,) in foreign.execute(query).fetchall()]
@@ -147,7 +141,7 @@ def test_renewer_ends_in_time_when_the_server_stands_still(postgresql_store: SQL
                 renewer.renew([_key(claim)], "consumer-a", LEASE)
             assert time.monotonic() - started_at < WAIT_SECONDS / 2
             # The next call connects again, to a server process that runs.
-            assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+            assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
         finally:
             for pid in servers:
                 os.kill(pid, signal.SIGCONT)
@@ -176,7 +170,7 @@ def test_renewer_reconnects_after_the_server_closed_its_connection(
         database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'kser'")
         with pytest.raises(StoreUnavailable):
             renewer.renew([_key(claim)], "consumer-a", LEASE)
-        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
 
 
 def test_renewer_of_sqlite_waits_no_longer_than_its_timeout_for_another_process(store: SQLStore, path: Path) -> None:
@@ -190,7 +184,7 @@ def test_renewer_of_sqlite_waits_no_longer_than_its_timeout_for_another_process(
             # Other statements wait for 30 s.
             assert time.monotonic() - started_at < WAIT_SECONDS / 2
             foreign.execute("ROLLBACK")
-        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+        assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
     ((timeout,),) = store._database._writer.cursor().execute("PRAGMA busy_timeout").fetchall()
     assert timeout == 30_000
     assert store.checkpoint(step_checkpoint(claim, 0)) == "RUNNING"
@@ -214,7 +208,7 @@ def test_renewer_of_sqlite_waits_no_longer_than_its_timeout_for_another_thread(s
                 renewer.renew([_key(claim)], "consumer-a", LEASE)
             leave.set()
             thread.join()
-            assert renewer.renew([_key(claim)], "consumer-a", LEASE) == {claim.id}
+            assert renewer.renew([_key(claim)], "consumer-a", LEASE) == ({claim.id}, set())
     finally:
         leave.set()
         thread.join()

@@ -70,7 +70,7 @@ def _operation() -> None:
         sa.Column("sent_at", sa.Double),
         sa.Column("refusal_count", sa.Integer, nullable=False),
         sa.Column("refused_since", sa.Double),
-        sa.Column("current_entrypoint", sa.Text),
+        sa.Column("current_entrypoints", sa.Text),
         sa.Column("target_uuid", sa.Text, nullable=False),
         sa.Column("target_entrypoint", sa.Text, nullable=False),
         sa.Column("target_topic", sa.Text, nullable=False),
