@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -125,6 +127,28 @@ class BaseController:
             return failed
 
 
+_connects_later: ContextVar[bool] = ContextVar("kser_connects_later", default=False)
+
+
+@contextmanager
+def connecting_later() -> Iterator[None]:
+    """Return a context manager inside which a new producer does not connect, but at its first send.
+
+    The producer can encode messages before it has a connection.
+    """
+    token = _connects_later.set(True)
+    try:
+        yield
+    finally:
+        _connects_later.reset(token)
+
+
+def connect_if_due(producer: BaseProducer) -> None:
+    """Connect a new producer, unless it was made inside :func:`connecting_later`."""
+    if not _connects_later.get():
+        producer._kser_ensure_connected()
+
+
 class BaseProducer(BaseController):
     """Interface of all producers."""
 
@@ -178,6 +202,9 @@ class BaseProducer(BaseController):
 
     def close(self) -> None:
         """Close the connection, after a short wait for the delivery of messages that are not confirmed yet."""
+
+    def _kser_ensure_connected(self) -> None:
+        """Create the Kafka client if there is none, so that its errors are raised here."""
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log the outcome of a send, call ``onsuccess`` or ``onerror``, and emit ``message_sent`` after a success.

@@ -70,6 +70,10 @@ class RegistryProtocol(Protocol):
         """The producer of tasks and operations."""
         ...
 
+    def _kser_prepared_producer(self) -> Any:
+        """Return the producer, which may have no connection yet; None as long as it is made."""
+        ...
+
     @property
     def settings(self) -> Settings:
         """The settings of the app and the environment."""

@@ -271,18 +271,23 @@ class DurableContext:
         return producer
 
 
-def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes:
+def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes | None:
     """Return the value of the message that starts a step, as the producer of this process would send it.
 
+    The function waits for no broker.
+
+    :return: None as long as the producer is made.
     :raises Exception: a hook of the producer raised this exception.
     """
     kmsg = step_message(target, root_uuid)
     try:
-        producer = context.producer
+        producer = context.registry._kser_prepared_producer()
     except ProducerMissing:
-        producer = None
+        return kmsg.dumps().encode("utf-8")
+    if producer is None:
+        return None
     if isinstance(producer, KafkaProducerBase):
-        return producer._kser_encode(kmsg)
+        return producer._kser_record_value(target.topic, kmsg)
     return kmsg.dumps().encode("utf-8")
 
 

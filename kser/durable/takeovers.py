@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from kser.durable.context import DurableContext, step_value
+from kser.errors import ProducerMissing
 from kser.escaping import escape_lines
 from kser.store.model import DueReason, DueStep
 from kser.takeover import Takeover, TakeoverHost
@@ -70,6 +71,8 @@ class TakeoverSearch:
         self._clock = clock
         #: The takeovers that have run or were dropped, and whose reservations are not settled yet.
         self._ended: deque[tuple[DueStep, Takeover]] = deque()
+        # True if the last takeover had no value, because the producer was being made.
+        self._lacks_producer = False
 
     def look(self, host: TakeoverHost) -> int:
         """Reserve the due steps for which the consumer has free workers, and queue them; return their number.
@@ -80,7 +83,7 @@ class TakeoverSearch:
         """
         self.settle()
         free = host.free_workers()
-        if not free and not host.may_hold_urgent():
+        if (not free and not host.may_hold_urgent()) or not self._has_producer():
             return 0
         context, settings = self._context, self._context.settings
         started_at = self._clock()
@@ -102,6 +105,15 @@ class TakeoverSearch:
         if refused or rejected:
             context.store.direct.return_reservations([*refused, *rejected])
         return len(taken) - len(rejected)
+
+    def _has_producer(self) -> bool:
+        """Return False as long as a producer is made that a takeover needs: other consumers may reserve the steps."""
+        if self._lacks_producer:
+            try:
+                self._lacks_producer = self._context.registry._kser_prepared_producer() is None
+            except ProducerMissing:
+                self._lacks_producer = False
+        return not self._lacks_producer
 
     def settle(self) -> None:
         """Return the reservations of takeovers that were dropped, and postpone those that ended before a claim.
@@ -155,6 +167,9 @@ class TakeoverSearch:
             takeover.is_started = True
             self._ended.append((step, takeover))
             return True
+        if value is None:
+            self._lacks_producer = True
+            return False
         label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
         takeover = Takeover(target.topic, value, step.epoch, label, partial(self._on_end, step))
         if not host.put(takeover, expires_at - self._clock()):

@@ -41,6 +41,15 @@ class ProducerLender(Protocol):
         """Return the producer, or None after the consumer has closed it."""
         ...
 
+    def prepare(self) -> BaseProducer | None:
+        """Return the producer, which may have no connection yet; None if the consumer has closed it or makes it now."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """True after the consumer has closed the producer."""
+        ...
+
 
 class OperationPage(list[Operation]):
     """Page of operations that :meth:`OperationRegistry.find` returns.
@@ -140,6 +149,21 @@ class OperationRegistry:
             "the registry has no producer: create the registry with OperationRegistry(producer=Producer()), where"
             " Producer() reads KSER_CONFIG, or send from a task that runs in a consumer"
         )
+
+    def _kser_prepared_producer(self) -> BaseProducer | None:
+        """Return the producer, which may have no connection yet; None as long as a consumer makes it.
+
+        The method waits for no broker.
+
+        :raises kser.errors.ProducerMissing: the registry was created without a producer, and no consumer runs in this
+            process.
+        """
+        if self._kser_producer is not None:
+            return self._kser_producer
+        lenders = [lender for lender in self._kser_lenders if not lender.is_closed]
+        if not lenders:
+            return self.producer
+        return next((producer for lender in lenders if (producer := lender.prepare()) is not None), None)
 
     def _kser_add_lender(self, lender: ProducerLender) -> None:
         """Add a consumer that lends its producer to this registry. A second call with the same lender has no effect.

@@ -479,6 +479,48 @@ def test_takeover_runs_with_the_value_that_the_producer_would_have_sent(
     assert harness.status() == SUCCESS
 
 
+def consumer_without_producer(harness: DurableHarness) -> Process:
+    """Return a process whose consumer has made no producer yet, while a retry is due."""
+    process = harness.start_process(Sale, producer=None, group="second")
+    process.step()
+    ScriptedTask.script["1.a"] = [Retry.later(10)]
+    send_raw_message(Sale)
+    harness.first.handle()
+    harness.advance(11)
+    return process
+
+
+def test_takeover_waits_for_a_producer_that_is_being_made_and_blocks_nothing(
+    harness: DurableHarness, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rule 20: an override of ``make_producer`` may wait for a broker."""
+    process = consumer_without_producer(harness)
+    make = process.consumer._kser_shared_producer._make
+    monkeypatch.setattr(process.consumer._kser_shared_producer, "_make", lambda: (gate.wait(60), make())[1])
+    for _ in range(3):
+        assert look(process) == 0
+    row = harness.snapshot().operation
+    assert row.take_at is not None
+    assert row.take_at <= harness.store_harness.now
+    gate.set()
+    wait_until(lambda: look(process) == 1)
+
+
+def test_takeover_tries_again_soon_to_make_a_producer(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 20"""
+    process = consumer_without_producer(harness)
+    with monkeypatch.context() as patch:
+        patch.setattr(process.consumer._kser_shared_producer, "_make", lambda: 1 / 0)
+        wait_until(lambda: look(process) == 0 and "the producer cannot be made: division by zero" in caplog.text)
+        patch.setattr(process.consumer._kser_shared_producer, "_prepare_at", 0)
+        assert look(process) == 0
+    assert caplog.text.count("the producer cannot be made") == 1
+    wait_until(lambda: look(process) == 1)
+    assert harness.snapshot().operation.send_count == 0
+
+
 # -- outages -----------------------------------------------------------------------------------------------------------
 
 
