@@ -106,7 +106,9 @@ class DurableStart:
         # operation of a failed message is not stored.
         raise_if_decided(operation)
         attempt = current_attempt.get()
-        topic = operation.TOPIC or (attempt.topic if attempt else "") or context.registry.topic_for(operation)
+        # Steps may run only in consumers of their topic. The consumers of the record's topic know this operation, and
+        # perhaps no consumer reads the topic of its class.
+        topic = (attempt.topic if attempt else "") or context.registry.topic_for(operation)
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
         new = new_operation(operation, mode, topic, context.registry.settings.first_topic(topic), self.params)
         saved = context.store.save(new, context.new_claim_request() if mode == Mode.LOCAL else None)
