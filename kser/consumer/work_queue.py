@@ -49,6 +49,14 @@ class InFlightLimit:
         if count:
             self._average = max(size // count, 1)
 
+    def acquire_takeover(self, size: int) -> None:
+        """Count a takeover as one record in flight.
+
+        The size of a takeover says nothing about the records that the client fetches, so their average stays.
+        """
+        self.count += 1
+        self.bytes += size
+
     def release(self, size: int) -> None:
         """Remove one record from the counters."""
         self.count -= 1
@@ -180,7 +188,7 @@ class WorkQueue:
         self.lanes = LaneQueue()
         #: The waiting takeovers. Hold the lock while you read them.
         self.takeovers = TakeoverQueue(
-            self._work_available, self._in_flight_limit.acquire, self._in_flight_limit.release
+            self._work_available, self._in_flight_limit.acquire_takeover, self._in_flight_limit.release
         )
         self._running: dict[Attempt, WorkItem] = {}
         self._idle_workers = 0

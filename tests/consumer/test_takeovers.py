@@ -117,6 +117,19 @@ def test_takeover_counts_one_in_the_in_flight_limit_until_its_end() -> None:
     assert (queue.capacity(), len(takeovers.ended)) == (2, 1)
 
 
+@pytest.mark.parametrize("size", [1, 60])
+def test_takeover_does_not_change_how_many_records_fit_into_max_bytes(size: int) -> None:
+    """durability rule 20: the average size of the records limits what is fetched."""
+    queue = QueueUnderTest(max_bytes=100)
+    takeovers = TakeoversUnderTest(queue, workers=4)
+    queue.fetch(record(0, value=b"x" * 40))
+    assert queue.capacity() == 2
+    takeovers.offer("t" * size)
+    assert queue.capacity() == (2 if size == 1 else 0)
+    queue.task_done(queue.start_next())
+    assert queue.capacity() == 2
+
+
 def test_consumer_without_partitions_consumes_its_topics() -> None:
     """durability rule 20: the topics, with or without partitions."""
     queue = QueueUnderTest()
