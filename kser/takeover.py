@@ -48,7 +48,10 @@ class TakeoverHost(Protocol):
     """Interface that a consumer offers to its background services, so that they can take over due steps."""
 
     def free_workers(self) -> int:
-        """Return the number of takeovers that could begin now; 0 if the consumer is paused or is shutting down."""
+        """Return the number of takeovers that could begin now.
+
+        The number is 0 if the consumer is paused or is shutting down, or as long as a record must run alone.
+        """
         ...
 
     def may_hold_urgent(self) -> bool:

@@ -97,6 +97,20 @@ def test_paused_consumer_takes_over_nothing() -> None:
     assert (takeovers.free_workers(), takeovers.may_hold_urgent(), takeovers.offer("t")) == (0, False, [False])
 
 
+def test_consumer_takes_over_nothing_while_a_record_must_run_alone() -> None:
+    """durability rule 20: its takeovers could not start."""
+    queue = QueueUnderTest()
+    takeovers = TakeoversUnderTest(queue, workers=4)
+    takeovers.offer("t")
+    tracker = queue.partitions._trackers[DICE]
+    queue.lanes.exclusive = tracker
+    assert (takeovers.free_workers(), takeovers.may_hold_urgent(), takeovers.offer("u")) == (0, False, [False])
+    assert queue.start_all() == []
+    queue.lanes.end_exclusive(tracker)
+    assert (takeovers.free_workers(), takeovers.offer("u")) == (3, [True])
+    assert names(queue.start_all()) == ["t", "u"]
+
+
 def test_closed_queue_accepts_no_takeover() -> None:
     """durability rule 30: at shutdown no reservation is made."""
     queue = QueueUnderTest()
