@@ -195,8 +195,10 @@ class WorkQueue:
         #: The number of records in flight at which :meth:`wait_for_room` returns; -1 while no thread waits there.
         self._low_water_mark = -1
         self._closed = self._paused = False
-        #: The number of records finished, and of attempts started, since the start of the consumer.
+        #: The number of records and takeovers finished, and of attempts started, since the start of the consumer.
         self.finished_count = self.started_count = 0
+        #: The number of records finished, without takeovers.
+        self.finished_records = 0
 
     # -- for the client thread -----------------------------------------------------------------------------------------
 
@@ -353,6 +355,7 @@ class WorkQueue:
                 # later attempt finishes it.
                 return True
             self.finished_count += 1
+            self.finished_records += not isinstance(item, TakeoverItem)
             self.lanes.end_exclusive(tracker)
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
                 self._in_flight_limit.release(item.size)
