@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -341,7 +341,7 @@ class Controller(BaseController):
         metadata = getattr(kmsg, "metadata", None)
         if metadata and OPERATION_KEY in metadata and isinstance(metadata, Mapping):
             _check_operation_key(metadata[OPERATION_KEY])
-            return cls._kser_registry_with_store(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
+            return cls._kser_registry_of_step(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
         if entrypoint is None:
             cls._kser_report_unknown(kmsg.entrypoint)
             unknown = ValidationError(
@@ -354,19 +354,23 @@ class Controller(BaseController):
             attempt.entrypoint_class = entrypoint
         registry = entrypoint._kser_registry
         if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
-            return registry._kser_handle_message(kmsg, entrypoint)
+            return _registry_that_stores(kmsg.uuid, _with_store([entrypoint]))._kser_handle_message(kmsg, entrypoint)
         return execute_message(entrypoint, kmsg)
 
     @classmethod
-    def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
-        """Return a registry with a store, which the message of a step of a stored operation needs.
+    def _kser_registry_of_step(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
+        """Return the registry whose store contains the operation of a step.
 
         :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
-        classes = [entrypoint, *cls.ENTRYPOINTS.values()] if entrypoint else list(cls.ENTRYPOINTS.values())
-        for subscribed in classes:
-            if subscribed._kser_registry is not None and subscribed._kser_registry._kser_has_store:
-                return subscribed._kser_registry
+        attempt = current_attempt.get()
+        takeover = None if attempt is None else attempt.takeover
+        if takeover is not None and takeover.registry is not None:
+            found: RegistryProtocol = takeover.registry
+            return found
+        registries = _with_store([*([entrypoint] if entrypoint else ()), *cls.ENTRYPOINTS.values()])
+        if registries:
+            return _registry_that_stores(kmsg.metadata[OPERATION_KEY], registries)
         missing = StoreMissing(
             f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no"
             " shared database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
@@ -404,6 +408,21 @@ class Controller(BaseController):
                 return cls.onerror(kmsg, result)
         except Exception as hook_exc:
             return cls._kser_hook_failed(kmsg, result, hook_exc)
+
+
+def _with_store(classes: Iterable[type[Entrypoint]]) -> list[RegistryProtocol]:
+    """Return the registries of classes that have a store, without duplicates, in the order of the classes."""
+    registries = (
+        registry for subscribed in classes for registry in (subscribed._kser_registry, *subscribed._kser_registries)
+    )
+    return [found for found in dict.fromkeys(registries) if found is not None and found._kser_has_store]
+
+
+def _registry_that_stores(uuid: str, registries: Sequence[RegistryProtocol]) -> RegistryProtocol:
+    """Return the registry whose store contains an operation; if there is none, the first registry."""
+    if len(registries) == 1 or not uuid:
+        return registries[0]
+    return next((registry for registry in registries if registry._kser_stores(uuid)), registries[0])
 
 
 def _reject_attempt(reason: str, exc: Exception) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 
 class Takeover:
@@ -16,6 +16,7 @@ class Takeover:
     :param value: value of the step's message, as the producer would have sent it.
     :param epoch: epoch of the root at the time of the reservation. The claim requires this epoch.
     :param label: label of the step, for log lines.
+    :param registry: the registry whose database contains the operation; None for the registry of the step's class.
     :param on_end: called once with the takeover, when it has run or was dropped. The caller may hold the lock of the
         work queue, so the function must neither block nor raise.
     """
@@ -32,11 +33,20 @@ class Takeover:
     #: True once the store has granted or refused the claim.
     is_answered = False
 
-    def __init__(self, topic: str, value: bytes, epoch: int, label: str, on_end: Callable[[Takeover], object]) -> None:
+    def __init__(
+        self,
+        topic: str,
+        value: bytes,
+        epoch: int,
+        label: str,
+        on_end: Callable[[Takeover], object],
+        registry: Any = None,
+    ) -> None:
         self.topic = topic
         self.value = value
         self.epoch = epoch
         self.label = label
+        self.registry = registry
         self._on_end = on_end
 
     def end(self) -> None:

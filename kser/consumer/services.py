@@ -256,3 +256,4 @@ def _registries(controller: Any) -> Iterator[Any]:
         registry = getattr(entrypoint, "_kser_registry", None)
         if registry is not None:
             yield registry
+        yield from getattr(entrypoint, "_kser_registries", ())

@@ -148,11 +148,8 @@ class DurableContext:
         )
 
     def known_classes(self) -> Collection[str]:
-        """Return the paths of the classes whose steps this process can run with the store of this context."""
-        classes = list(self.registry.controller.ENTRYPOINTS.items())
-        return frozenset(
-            path for path, cls in classes if isinstance(path, str) and cls._kser_registry in (None, self.registry)
-        )
+        """Return the paths of the classes that this process knows, whichever registry they are subscribed to."""
+        return frozenset(path for path in list(self.registry.controller.ENTRYPOINTS) if isinstance(path, str))
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again and return it, or return None if the claim was lost."""

@@ -171,7 +171,8 @@ class TakeoverSearch:
             self._lacks_producer = True
             return False
         label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
-        takeover = Takeover(target.topic, value, step.epoch, label, partial(self._on_end, step))
+        on_end = partial(self._on_end, step)
+        takeover = Takeover(target.topic, value, step.epoch, label, on_end, self._context.registry)
         if not host.put(takeover, expires_at - self._clock()):
             return False
         logger.info(f"{target.entrypoint}[{target.uuid}] of operation {step.uuid} is taken over: {step.reason}")

@@ -127,6 +127,7 @@ class OperationRegistry:
             )
         if "_kser_registry" not in vars(callback):
             callback._kser_registry = self
+        callback._kser_registries = tuple(dict.fromkeys((*vars(callback).get("_kser_registries", ()), self)))
         return callback
 
     @property
@@ -262,6 +263,13 @@ class OperationRegistry:
                 )
             self._kser_store = open_store(uri)
         return self._kser_store
+
+    def _kser_stores(self, uuid: str) -> bool:
+        """Return whether the database contains the operation with this uuid.
+
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        return self._kser_open().store.get_operation(uuid) is not None
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle a message that requests an operation or a step.

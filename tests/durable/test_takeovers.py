@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cdumay_result import Result
@@ -15,7 +15,10 @@ from kser.dummy.producer import Producer
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import Message
+from kser.sequencing.operation import Operation
+from kser.sequencing.registry import OperationRegistry
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
+from kser.store.memory import MemoryStore
 from kser.store.model import Claim, DueReason
 from tests.consumer.harness import ConsumerThread, ScriptedTask, send_messages
 from tests.durable.harness import (
@@ -197,6 +200,71 @@ def test_distributed_step_needs_only_the_class_of_its_task(harness: DurableHarne
     leave_expired_claim(harness, DistributedSale)
     harness.first.unsubscribe(DistributedSale)
     assert look(harness.first) == 1
+
+
+class Nothing(Operation):
+    """An operation that no test runs: its registry has a database."""
+
+
+class SharedClasses(NamedTuple):
+    """A process in which two registries with different databases subscribe the same classes."""
+
+    process: Process
+    #: The other registry. No operation of the test is in its database.
+    other: OperationRegistry
+
+
+@pytest.fixture(params=["first", "second", "alone"])
+def shared_classes(harness: DurableHarness, request: pytest.FixtureRequest) -> SharedClasses:
+    """Subscribe the classes to the other registry first, second or alone."""
+    process = harness.start_process(Nothing, group="second")
+    controller = process.registry.controller
+    other = OperationRegistry(None, lambda: controller, producer=Producer({}), store=MemoryStore())
+    process.unsubscribe(ScriptedTask)
+    for cls in (ScriptedTask, Sale, DistributedSale):
+        copy = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        registries = [other, process.registry]
+        for registry in registries[:1] if request.param == "alone" else registries:
+            registry.subscribe(copy)
+        if request.param == "second":
+            copy._kser_registry = process.registry
+    process.step()
+    return SharedClasses(process, other)
+
+
+@BOTH_MODES
+def test_class_of_two_registries_is_taken_over_with_the_database_of_the_operation(
+    harness: DurableHarness, cls: type[Sale], shared_classes: SharedClasses
+) -> None:
+    """durability rule 20b"""
+    ScriptedTask.script["1.b"] = [Retry.later(10), None]
+    send_raw_message(cls)
+    while "1.b" not in ScriptedTask.ran:
+        harness.first.step()
+    lose_records()
+    harness.advance(11)
+    shared_classes.process.handle()
+    assert (harness.status(), ScriptedTask.ran, reasons(harness)) == (
+        SUCCESS,
+        ["1.a", "1.b", "1.b", "1.c"],
+        [DueReason.RETRY],
+    )
+    assert not shared_classes.other.find()
+
+
+@BOTH_MODES
+def test_record_of_a_class_of_two_registries_runs_with_the_database_of_its_operation(
+    harness: DurableHarness, cls: type[Sale], shared_classes: SharedClasses
+) -> None:
+    """durability rule 6"""
+    harness.first.class_of(cls)("1").build().send()
+    shared_classes.process.handle()
+    assert (harness.status(), ScriptedTask.ran, reasons(harness)) == (SUCCESS, ORDER, [])
+    if shared_classes.process.registry in shared_classes.process.class_of(cls)._kser_registries:
+        send_raw_message(cls)
+        shared_classes.process.handle()
+        assert ScriptedTask.ran == ORDER
+    assert not shared_classes.other.find()
 
 
 def test_consumer_without_partitions_takes_over(harness: DurableHarness) -> None:
