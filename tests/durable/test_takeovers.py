@@ -12,14 +12,16 @@ from cdumay_result import Result
 
 from kser.consumer.subscription import Subscription
 from kser.dummy.producer import Producer
+from kser.durable.execution import fail_unknown_class
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.memory import MemoryStore
-from kser.store.model import Claim, DueReason
+from kser.store.model import Claim, DueReason, DueStep
 from tests.consumer.harness import ConsumerThread, ScriptedTask, send_messages
 from tests.durable.harness import (
     BOTH_MODES,
@@ -772,6 +774,42 @@ def test_step_that_no_consumer_knows_fails_after_its_sends_and_can_be_resumed(
     harness.operation().resume()
     harness.first.handle()
     assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ORDER)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "named"),
+    [
+        ((Sale,), (Sale,)),
+        ((ScriptedTask,), (ScriptedTask,)),
+        ((Sale, ScriptedTask), (ScriptedTask, Sale)),
+        ((), (ScriptedTask, Sale)),
+    ],
+)
+def test_error_names_the_classes_that_the_consumer_does_not_know(
+    harness: DurableHarness, unknown: tuple[type[Task], ...], named: tuple[type[Task], ...]
+) -> None:
+    """durability rule 17"""
+    ScriptedTask.script["1.a"] = [Retry.later(10)]
+    send_raw_message(Sale)
+    harness.first.handle()
+    harness.advance(11)
+    row = harness.snapshot().operation
+    process = harness.start_process(Sale, group="other")
+    for cls in unknown:
+        process.unsubscribe(cls)
+    context = process.registry._kser_open()
+    step = DueStep(
+        id=row.id,
+        uuid=row.uuid,
+        epoch=row.epoch,
+        target=row.target,
+        reason=DueReason.UNKNOWN_CLASS,
+        take_at=row.take_at or 0,
+    )
+    fail_unknown_class(context, step)
+    names = " and ".join(cls.path for cls in named)
+    assert f"no consumer of topic dice knows class {names}" in harness.operation().result.stderr
+    assert harness.status() == FAILED
 
 
 # -- the heartbeat -----------------------------------------------------------------------------------------------------
