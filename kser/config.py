@@ -31,6 +31,9 @@ PRODUCER_CONFIG = "KSER_PRODUCER_CONFIG"
 TOPICS = "KSER_TOPICS"
 DATABASE_URI = "KSER_DATABASE_URI"
 
+#: Maximum value of a setting in seconds, about 3 years. Threads and databases cannot wait for much longer times.
+MAX_SECONDS = 100_000_000
+
 _TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -61,11 +64,15 @@ class Settings:
     def number(self, name: str, default: float, *, whole: bool = False) -> float:
         """Return a setting that must be a number above 0, or ``default`` if the setting is not set.
 
-        :param whole: whether the number must be whole.
-        :raises SettingError: the value is not a number above 0, or not a whole number although ``whole`` is True.
+        :param whole: whether the number must be whole. Otherwise, it is a number of seconds, at most ``MAX_SECONDS``.
+        :raises SettingError: the value is not a number above 0, or not a whole number although ``whole`` is True, or
+            too many seconds.
         """
         value = self.get(name)
-        return check_number(name, default if value is None else value, whole=whole)
+        number = check_number(name, default if value is None else value, whole=whole)
+        if not whole and number > MAX_SECONDS:
+            raise SettingError(f"{name} must be a number of seconds, {MAX_SECONDS:,} or less; it is {value!r}")
+        return number
 
     @property
     def client(self) -> dict[str, Any] | None:

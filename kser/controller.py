@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -125,6 +127,28 @@ class BaseController:
             return failed
 
 
+_connects_later: ContextVar[bool] = ContextVar("kser_connects_later", default=False)
+
+
+@contextmanager
+def connecting_later() -> Iterator[None]:
+    """Return a context manager inside which a new producer does not connect, but at its first send.
+
+    The producer can encode messages before it has a connection.
+    """
+    token = _connects_later.set(True)
+    try:
+        yield
+    finally:
+        _connects_later.reset(token)
+
+
+def connect_if_due(producer: BaseProducer) -> None:
+    """Connect a new producer, unless it was made inside :func:`connecting_later`."""
+    if not _connects_later.get():
+        producer._kser_ensure_connected()
+
+
 class BaseProducer(BaseController):
     """Interface of all producers."""
 
@@ -178,6 +202,9 @@ class BaseProducer(BaseController):
 
     def close(self) -> None:
         """Close the connection, after a short wait for the delivery of messages that are not confirmed yet."""
+
+    def _kser_ensure_connected(self) -> None:
+        """Create the Kafka client if there is none, so that its errors are raised here."""
 
     def _kser_after_send(self, topic: str, kmsg: Message, result: Result) -> Any:
         """Log the outcome of a send, call ``onsuccess`` or ``onerror``, and emit ``message_sent`` after a success.
@@ -314,7 +341,7 @@ class Controller(BaseController):
         metadata = getattr(kmsg, "metadata", None)
         if metadata and OPERATION_KEY in metadata and isinstance(metadata, Mapping):
             _check_operation_key(metadata[OPERATION_KEY])
-            return cls._kser_registry_with_store(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
+            return cls._kser_registry_of_step(kmsg, entrypoint)._kser_handle_message(kmsg, entrypoint)
         if entrypoint is None:
             cls._kser_report_unknown(kmsg.entrypoint)
             unknown = ValidationError(
@@ -327,19 +354,23 @@ class Controller(BaseController):
             attempt.entrypoint_class = entrypoint
         registry = entrypoint._kser_registry
         if entrypoint._kser_is_durable and registry is not None and registry._kser_has_store:
-            return registry._kser_handle_message(kmsg, entrypoint)
+            return _registry_that_stores(kmsg.uuid, _with_store([entrypoint]))._kser_handle_message(kmsg, entrypoint)
         return execute_message(entrypoint, kmsg)
 
     @classmethod
-    def _kser_registry_with_store(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
-        """Return a registry with a store, which the message of a step of a stored operation needs.
+    def _kser_registry_of_step(cls, kmsg: Message, entrypoint: type[Entrypoint] | None) -> RegistryProtocol:
+        """Return the registry whose store contains the operation of a step.
 
         :raises kser.errors.StoreMissing: no registry of this process has a store.
         """
-        classes = [entrypoint, *cls.ENTRYPOINTS.values()] if entrypoint else list(cls.ENTRYPOINTS.values())
-        for subscribed in classes:
-            if subscribed._kser_registry is not None and subscribed._kser_registry._kser_has_store:
-                return subscribed._kser_registry
+        attempt = current_attempt.get()
+        takeover = None if attempt is None else attempt.takeover
+        if takeover is not None and takeover.registry is not None:
+            found: RegistryProtocol = takeover.registry
+            return found
+        registries = _with_store([*([entrypoint] if entrypoint else ()), *cls.ENTRYPOINTS.values()])
+        if registries:
+            return _registry_that_stores(kmsg.metadata[OPERATION_KEY], registries)
         missing = StoreMissing(
             f"the message is a step of the stored operation {kmsg.metadata[OPERATION_KEY]}, and this consumer has no"
             " shared database: set KSER_DATABASE_URI to the database of the other consumers of its topic"
@@ -377,6 +408,21 @@ class Controller(BaseController):
                 return cls.onerror(kmsg, result)
         except Exception as hook_exc:
             return cls._kser_hook_failed(kmsg, result, hook_exc)
+
+
+def _with_store(classes: Iterable[type[Entrypoint]]) -> list[RegistryProtocol]:
+    """Return the registries of classes that have a store, without duplicates, in the order of the classes."""
+    registries = (
+        registry for subscribed in classes for registry in (subscribed._kser_registry, *subscribed._kser_registries)
+    )
+    return [found for found in dict.fromkeys(registries) if found is not None and found._kser_has_store]
+
+
+def _registry_that_stores(uuid: str, registries: Sequence[RegistryProtocol]) -> RegistryProtocol:
+    """Return the registry whose store contains an operation; if there is none, the first registry."""
+    if len(registries) == 1 or not uuid:
+        return registries[0]
+    return next((registry for registry in registries if registry._kser_stores(uuid)), registries[0])
 
 
 def _reject_attempt(reason: str, exc: Exception) -> None:

@@ -70,6 +70,10 @@ class RegistryProtocol(Protocol):
         """The producer of tasks and operations."""
         ...
 
+    def _kser_prepared_producer(self) -> Any:
+        """Return the producer, which may have no connection yet; None as long as it is made."""
+        ...
+
     @property
     def settings(self) -> Settings:
         """The settings of the app and the environment."""
@@ -91,6 +95,10 @@ class RegistryProtocol(Protocol):
     @property
     def _kser_operations(self) -> OperationsProtocol:
         """The object that saves, loads, resumes and cancels stored operations."""
+        ...
+
+    def _kser_stores(self, uuid: str) -> bool:
+        """Return whether the database of the registry contains the operation with this uuid."""
         ...
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
@@ -140,6 +148,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     path: ClassVar[Any] = _InstancePath()
 
     _kser_registry: ClassVar[RegistryProtocol | None] = None
+    #: All registries that the class is subscribed to. The first one is ``_kser_registry``.
+    _kser_registries: ClassVar[tuple[RegistryProtocol, ...]] = ()
     #: True if a message of this class requests a new stored operation, provided that the registry has a store.
     _kser_is_durable: ClassVar[bool] = False
     _kser_init_failure: Any = NO_INIT_FAILURE

@@ -405,6 +405,13 @@ class KafkaProducerBase(BaseProducer):
         result = self._kser_success_result(topic, kmsg, timeout)
         signals.emit(signals.message_sent, type(self), topic=topic, kmsg=kmsg, result=result)
 
+    def _kser_record_value(self, topic: str, kmsg: Message) -> bytes:
+        """Return the value that the record for a message would have, without a connection.
+
+        :raises Exception: user code that changes or encodes messages raised this exception.
+        """
+        return self._kser_encode(kmsg)
+
     def _kser_encode(self, kmsg: Message) -> bytes:
         """Return the value of the record for a message.
 

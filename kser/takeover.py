@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from math import inf
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 
 class Takeover:
@@ -21,6 +21,7 @@ class Takeover:
     :param reason: why the step is due: a value of :class:`kser.store.model.DueReason`.
     :param claim_after: the time, by the clock of the durable context, before which the step is not claimed.
     :param expires_at: the time, by the same clock, at which the reservation expires.
+    :param registry: the registry whose database contains the operation; None for the registry of the step's class.
     :param on_end: called once with the takeover, when it has run or was dropped. The caller may hold the lock of the
         work queue, so the function must neither block nor raise.
     """
@@ -44,6 +45,7 @@ class Takeover:
         epoch: int,
         label: str,
         on_end: Callable[[Takeover], object],
+        registry: Any = None,
         *,
         reason: str = "",
         claim_after: float = -inf,
@@ -56,6 +58,7 @@ class Takeover:
         self.reason = reason
         self.claim_after = claim_after
         self.expires_at = expires_at
+        self.registry = registry
         self._on_end = on_end
 
     def end(self) -> None:
@@ -70,7 +73,10 @@ class TakeoverHost(Protocol):
     wake_up: threading.Event
 
     def free_workers(self) -> int:
-        """Return the number of takeovers that could begin now; 0 if the consumer is paused or is shutting down."""
+        """Return the number of takeovers that could begin now.
+
+        The number is 0 if the consumer is paused or is shutting down, or as long as a record must run alone.
+        """
         ...
 
     def may_hold_urgent(self) -> bool:

@@ -27,6 +27,7 @@ from kser.confluent.logs import ClientLog
 from kser.confluent.options import connect, connection_of, options_for, required_acks, with_defaults
 from kser.confluent.producer_client import PURGED, ProducerClient
 from kser.connection import UNREACHABLE, FailureLog
+from kser.controller import connect_if_due
 from kser.escaping import escape_lines
 from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
@@ -101,8 +102,7 @@ class Producer(KafkaProducerBase):
         self._kser_has_offsets = required_acks(options) != "0"
         self._kser_options = {**options, "error_cb": self._kser_last_error}
         self._kser_size_limit = int(options.get(self._kser_size_option, MESSAGE_MAX_BYTES))
-        # Create the client now, so that an error is raised here.
-        _ = self._kser_client
+        connect_if_due(self)
         renew_after_fork(self)
 
     def _kser_connect(self) -> ProducerClient:
@@ -123,6 +123,9 @@ class Producer(KafkaProducerBase):
     def _kser_renew_after_fork(self) -> None:
         if (inherited := vars(self).pop("_kser_client", None)) is not None:
             keep_for_ever(inherited.client)
+
+    def _kser_ensure_connected(self) -> None:
+        _ = self._kser_client
 
     def _kser_usable_client(self) -> ProducerClient:
         self._kser_replace_fatal_client()

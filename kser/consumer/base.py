@@ -202,7 +202,8 @@ class BaseConsumer:
     def make_producer(self) -> BaseProducer:
         """Create a producer for the cluster of this consumer.
 
-        The consumer calls this method once, when a dead letter or a task first needs the producer.
+        The consumer calls this method once, when a dead letter, a task or a takeover first needs the producer. For a
+        takeover, the producers of kser do not connect.
         """
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ records kills its process, and it is not known which one. From the third start o
 partition: at most one record of all isolated partitions runs at a time, and its start is committed before. The next
 record starts when the attempt has ended: the record is finished, acked, or waits for a retry. So the record with the
 most starts is the record at which the consumers die. In the second half of the permitted starts, this record runs alone
-in its consumer. After ``max_starts`` starts, it is given up unrun.
+in its consumer: beside no record and no takeover. After ``max_starts`` starts, it is given up unrun.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from kser.attempt import Failure
 from kser.consumer.client import Partition, Record
 from kser.consumer.offsets import OffsetTracker
 from kser.consumer.starts import ISOLATE_FROM
+from kser.consumer.takeovers import TakeoverItem
 from kser.consumer.unreadable import UnreadableRecord
 from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue, lane_of
@@ -112,7 +113,7 @@ class Isolation:
         if starts < self._max_starts:
             if starts >= max(self._max_starts // 2, 1):
                 self._work_queue.lanes.exclusive = tracker
-                if any(not item.attempt.acked for item in self._work_queue.running()):
+                if any(_may_end_process(item) for item in self._work_queue.running()):
                     return
             tracker.starts.count(self._next_offset(tracker))
         self._chosen = tracker
@@ -168,6 +169,11 @@ class Isolation:
 
     def _starts(self, tracker: OffsetTracker) -> int:
         return tracker.starts.at(self._next_offset(tracker))
+
+
+def _may_end_process(item: WorkItem) -> bool:
+    """Return whether a running item prevents the start of a record that must run alone."""
+    return isinstance(item, TakeoverItem) or not item.attempt.acked
 
 
 def _last_offset(record: Record) -> int:

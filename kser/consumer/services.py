@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from kser.controller import BaseProducer
+from kser.controller import BaseProducer, connecting_later
 from kser.errors import ProducerMissing, StoreUnavailable
 from kser.escaping import escape_lines
 from kser.forks import renew_after_fork
@@ -17,6 +19,11 @@ logger = escape_lines(logging.getLogger(__name__))
 
 #: Maximum number of seconds between two ticks of each background service.
 TICK_INTERVAL = 0.5
+
+#: Maximum number of seconds that :meth:`SharedProducer.prepare` waits.
+PREPARE_TIMEOUT = 0.25
+#: Seconds between two tries to make the producer of a takeover.
+PREPARE_INTERVAL = 1.0
 
 
 class BackgroundService(Protocol):
@@ -130,6 +137,10 @@ class SharedProducer:
         self._make = make
         self._lock = threading.Lock()
         self._producer: BaseProducer | None = None
+        self._is_connected = False
+        self._preparation: threading.Thread | None = None
+        self._prepare_at = -math.inf
+        self._has_failed = False
         self._closed = self._detached = False
         self._attached_to: Any = None
         self._borrowers: list[Any] = []
@@ -151,9 +162,47 @@ class SharedProducer:
     def lend(self) -> BaseProducer | None:
         """Return the producer, which the first call creates; None after :meth:`close`."""
         with self._lock:
-            if self._producer is None and not self._closed:
+            if self._closed:
+                return None
+            if self._producer is None:
                 self._producer = self._make()
-            return None if self._closed else self._producer
+            elif not self._is_connected and isinstance(self._producer, BaseProducer):
+                self._producer._kser_ensure_connected()
+            self._is_connected = True
+            return self._producer
+
+    def prepare(self) -> BaseProducer | None:
+        """Return the producer, which may have no connection yet; None after :meth:`close`, or as long as it is made.
+
+        The method waits only briefly, because an override of ``make_producer`` may wait for a broker. Another thread
+        then makes the producer.
+        """
+        if self._producer is None and not self._closed and not self._is_preparing():
+            self._prepare_at = time.monotonic() + PREPARE_INTERVAL
+            self._preparation = threading.Thread(target=self._prepare, name="kser-make-producer", daemon=True)
+            self._preparation.start()
+            self._preparation.join(PREPARE_TIMEOUT)
+        return None if self._closed else self._producer
+
+    @property
+    def is_closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._closed
+
+    def _is_preparing(self) -> bool:
+        is_running = self._preparation is not None and self._preparation.is_alive()
+        return is_running or time.monotonic() < self._prepare_at
+
+    def _prepare(self) -> None:
+        try:
+            with self._lock, connecting_later():
+                if self._producer is None and not self._closed:
+                    self._producer = self._make()
+        except Exception as error:
+            # An override of make_producer is user code, which may raise any exception.
+            if not self._has_failed:
+                logger.warning(f"no step can be taken over, because the producer cannot be made: {error}; trying again")
+            self._has_failed = True
 
     def attach(self, controller: Any) -> None:
         """Lend the producer to the registry of each class of a controller, so that tasks can send messages.
@@ -209,3 +258,4 @@ def _registries(controller: Any) -> Iterator[Any]:
         registry = getattr(entrypoint, "_kser_registry", None)
         if registry is not None:
             yield registry
+        yield from getattr(entrypoint, "_kser_registries", ())

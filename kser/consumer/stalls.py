@@ -47,7 +47,7 @@ class StallDetector:
             detector names them only beside other partitions.
         :return: the number of partitions with lag if a stall begins now, otherwise 0.
         """
-        finished, now = self._work_queue.finished_count, self._work_queue.clock()
+        finished, now = self._work_queue.finished_records, self._work_queue.clock()
         if no_stall or finished != self._seen_finished:
             self._seen_finished, self._last_progress, self._stalled = finished, now, False
             return 0

@@ -38,10 +38,10 @@ class ConsumerTakeovers(TakeoverHost):
         self.wake_up = threading.Event()
 
     def free_workers(self) -> int:
-        return max(self._unused_workers(), 0) if self._is_available() else 0
+        return max(self._unused_workers(), 0) if self._accepts() else 0
 
     def may_hold_urgent(self) -> bool:
-        return self._is_available() and not self._work_queue.takeovers
+        return self._accepts() and not self._work_queue.takeovers
 
     def topics(self, stored: Callable[[], Collection[str]]) -> Collection[str]:
         return self._subscription.matching(stored() if self._subscription.patterns else ())
@@ -52,9 +52,13 @@ class ConsumerTakeovers(TakeoverHost):
         item = TakeoverItem(takeover, TakeoverTracker(takeover), self._retry, deadline)
         with work_queue.lock:
             # One takeover more than there are free workers: the urgent takeover of a busy consumer.
-            if not self._is_available() or (work_queue.takeovers and self._unused_workers() <= 0):
+            if not self._accepts() or (work_queue.takeovers and self._unused_workers() <= 0):
                 return False
             return work_queue.takeovers.put(item)
+
+    def _accepts(self) -> bool:
+        """Return whether a takeover could start: the consumer is available, and no record must run alone."""
+        return self._is_available() and self._work_queue.lanes.exclusive is None
 
     def _unused_workers(self) -> int:
         """Return the number of workers minus the number of items that run or could start now."""

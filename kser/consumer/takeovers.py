@@ -74,14 +74,14 @@ class TakeoverQueue:
     """The takeovers that wait for a worker. The queue shares the lock of the work queue.
 
     :param work_available: the condition of the work queue for which idle workers wait.
-    :param acquire: counts records as in flight: their number and their size in bytes.
+    :param acquire: counts a takeover of a size as in flight.
     :param release: removes one record of a size from the counters.
     """
 
     def __init__(
         self,
         work_available: threading.Condition,
-        acquire: Callable[[int, int], None],
+        acquire: Callable[[int], None],
         release: Callable[[int], None],
     ) -> None:
         self._work_available = work_available
@@ -105,7 +105,7 @@ class TakeoverQueue:
         """
         if self._closed:
             return False
-        self._acquire(1, item.size)
+        self._acquire(item.size)
         self._waiting.append(item)
         self._work_available.notify()
         return True

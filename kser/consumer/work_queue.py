@@ -49,6 +49,14 @@ class InFlightLimit:
         if count:
             self._average = max(size // count, 1)
 
+    def acquire_takeover(self, size: int) -> None:
+        """Count a takeover as one record in flight.
+
+        The size of a takeover says nothing about the records that the client fetches, so their average stays.
+        """
+        self.count += 1
+        self.bytes += size
+
     def release(self, size: int) -> None:
         """Remove one record from the counters."""
         self.count -= 1
@@ -180,15 +188,17 @@ class WorkQueue:
         self.lanes = LaneQueue()
         #: The waiting takeovers. Hold the lock while you read them.
         self.takeovers = TakeoverQueue(
-            self._work_available, self._in_flight_limit.acquire, self._in_flight_limit.release
+            self._work_available, self._in_flight_limit.acquire_takeover, self._in_flight_limit.release
         )
         self._running: dict[Attempt, WorkItem] = {}
         self._idle_workers = 0
         #: The number of records in flight at which :meth:`wait_for_room` returns; -1 while no thread waits there.
         self._low_water_mark = -1
         self._closed = self._paused = False
-        #: The number of records finished, and of attempts started, since the start of the consumer.
+        #: The number of records and takeovers finished, and of attempts started, since the start of the consumer.
         self.finished_count = self.started_count = 0
+        #: The number of records finished, without takeovers.
+        self.finished_records = 0
 
     # -- for the client thread -----------------------------------------------------------------------------------------
 
@@ -345,6 +355,7 @@ class WorkQueue:
                 # later attempt finishes it.
                 return True
             self.finished_count += 1
+            self.finished_records += not isinstance(item, TakeoverItem)
             self.lanes.end_exclusive(tracker)
             if tracker.mark_finished(item.record.offset) and not tracker.revoked:
                 self._in_flight_limit.release(item.size)

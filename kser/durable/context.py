@@ -155,11 +155,8 @@ class DurableContext:
         )
 
     def known_classes(self) -> Collection[str]:
-        """Return the paths of the classes whose steps this process can run with the store of this context."""
-        classes = list(self.registry.controller.ENTRYPOINTS.items())
-        return frozenset(
-            path for path, cls in classes if isinstance(path, str) and cls._kser_registry in (None, self.registry)
-        )
+        """Return the paths of the classes that this process knows, whichever registry they are subscribed to."""
+        return frozenset(path for path in list(self.registry.controller.ENTRYPOINTS) if isinstance(path, str))
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again and return it, or return None if the claim was lost."""
@@ -278,18 +275,23 @@ class DurableContext:
         return producer
 
 
-def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes:
+def step_value(context: DurableContext, target: StepMessage, root_uuid: str) -> bytes | None:
     """Return the value of the message that starts a step, as the producer of this process would send it.
 
+    The function waits for no broker.
+
+    :return: None as long as the producer is made.
     :raises Exception: a hook of the producer raised this exception.
     """
     kmsg = step_message(target, root_uuid)
     try:
-        producer = context.producer
+        producer = context.registry._kser_prepared_producer()
     except ProducerMissing:
-        producer = None
+        return kmsg.dumps().encode("utf-8")
+    if producer is None:
+        return None
     if isinstance(producer, KafkaProducerBase):
-        return producer._kser_encode(kmsg)
+        return producer._kser_record_value(target.topic, kmsg)
     return kmsg.dumps().encode("utf-8")
 
 

@@ -62,6 +62,8 @@ def fail_unknown_class(context: DurableContext, step: DueStep) -> None:
     claim = context.store.direct.claim(step.uuid, step.target.uuid, request)
     if isinstance(claim, Claim):
         names = {step.target.entrypoint, *json.loads(claim.root.current_entrypoints or "[]")}
+        # A process that consumes another topic may know all of them.
+        names = {name for name in names if context.loader.lookup(name) is None} or names
         error = StoreError(f"no consumer of topic {step.target.topic} knows class {' and '.join(sorted(names))}")
         Execution(context, claim, failure=error).run()
 
@@ -108,7 +110,9 @@ class DurableStart:
         # operation of a failed message is not stored.
         raise_if_decided(operation)
         attempt = current_attempt.get()
-        topic = operation.TOPIC or (attempt.topic if attempt else "") or context.registry.topic_for(operation)
+        # Steps may run only in consumers of their topic. The consumers of the record's topic know this operation, and
+        # perhaps no consumer reads the topic of its class.
+        topic = (attempt.topic if attempt else "") or context.registry.topic_for(operation)
         mode = Mode.DISTRIBUTED if is_distributed(operation) else Mode.LOCAL
         new = new_operation(operation, mode, topic, context.registry.settings.first_topic(topic), self.params)
         saved = context.store.save(new, context.new_claim_request() if mode == Mode.LOCAL else None)

@@ -132,9 +132,7 @@ class OperationManager:
         return root is not None and root.owner is not None
 
     def _load(self, row: OperationRow) -> Operation:
-        operation = self._context.loader.operation(row)
-        operation._kser_loaded_from = self._context.registry
-        return operation
+        return self._context.loader.operation(row)
 
     def find(self, query: OperationQuery, limit: int, after: str | None) -> tuple[list[Operation], str | None]:
         """Return a page of operations without their tasks, newest first, and the cursor of the next page."""

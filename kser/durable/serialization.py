@@ -304,6 +304,8 @@ class EntrypointLoader:
         error.
         """
         operation = self._construct(Operation, row, row.result if states.is_final(row.status) else row.accumulated)
+        # The class may belong to another registry, which has another database.
+        operation._kser_loaded_from = self._registry
         operation.status = row.status
         operation._kser_built = None if row.task_count is None else []
         return operation

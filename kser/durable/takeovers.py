@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final
 
 from kser.durable.context import DurableContext, step_value
+from kser.errors import ProducerMissing
 from kser.escaping import escape_lines
 from kser.store.model import DueReason, DueStep
 from kser.takeover import Takeover, TakeoverHost
@@ -86,6 +87,8 @@ class TakeoverSearch:
     def forget(self, host: TakeoverHost) -> None:
         """Forget a consumer that is shutting down."""
         self._with_more.discard(host)
+        # True if the last takeover had no value, because the producer was being made.
+        self._lacks_producer = False
 
     def look(self, host: TakeoverHost) -> int:
         """Reserve the due steps for which the consumer has free workers, and queue them; return their number.
@@ -97,7 +100,7 @@ class TakeoverSearch:
         """
         self.settle()
         free = host.free_workers()
-        if not free and not host.may_hold_urgent():
+        if (not free and not host.may_hold_urgent()) or not self._has_producer():
             return 0
         context, settings = self._context, self._context.settings
         reservation = settings.reservation if free else min(settings.grace + HOLD, settings.reservation)
@@ -121,6 +124,15 @@ class TakeoverSearch:
         if refused or rejected:
             context.store.once(context.store.direct.return_reservations, [*refused, *rejected])
         return len(taken) - len(rejected)
+
+    def _has_producer(self) -> bool:
+        """Return False as long as a producer is made that a takeover needs: other consumers may reserve the steps."""
+        if self._lacks_producer:
+            try:
+                self._lacks_producer = self._context.registry._kser_prepared_producer() is None
+            except ProducerMissing:
+                self._lacks_producer = False
+        return not self._lacks_producer
 
     def settle(self) -> None:
         """Return the reservations of takeovers that were dropped, and postpone those that ended before a claim.
@@ -174,6 +186,9 @@ class TakeoverSearch:
             takeover.is_started = True
             self._ended.append((step, takeover))
             return True
+        if value is None:
+            self._lacks_producer = True
+            return False
         label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
         now = self._clock()
         takeover = Takeover(
@@ -182,6 +197,7 @@ class TakeoverSearch:
             step.epoch,
             label,
             partial(self._on_end, host, step),
+            self._context.registry,
             reason=step.reason,
             claim_after=now + self._context.settings.grace if step.reason == DueReason.EXPIRED else now,
             expires_at=expires_at,

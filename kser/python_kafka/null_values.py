@@ -47,6 +47,22 @@ class NullableValues(Serializer):  # type: ignore[misc]
             self._inner.close()
 
 
+def serialized(serializer: Any, topic: str, value: bytes) -> bytes:
+    """Return a value as kafka-python would send it in a record without headers.
+
+    :param serializer: the user's value serializer.
+    """
+    if not isinstance(serializer, Serializer):
+        data: bytes = serializer(value)
+        return data
+    try:
+        data = serializer.serialize(topic, [], value)
+    except TypeError:
+        # The serializer has the parameters of kafka-python 2, which kafka-python 3 accepts too.
+        data = serializer.serialize(topic, value)
+    return data
+
+
 class _NullableHeader(tuple[str, bytes | None]):
     """A header that may have no value.
 

@@ -16,6 +16,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from kser import signals
 from kser.config import Settings
 from kser.connection import FailureLog
+from kser.controller import connect_if_due
 from kser.escaping import escape_lines
 from kser.forks import ProcessClient, keep_for_ever, renew_after_fork
 from kser.limits import limits_of
@@ -31,7 +32,7 @@ from kser.producer import (
 )
 from kser.python_kafka.idempotence import keep_usable
 from kser.python_kafka.logs import lines_of
-from kser.python_kafka.null_values import NullableValues, nullable
+from kser.python_kafka.null_values import NullableValues, nullable, serialized
 from kser.python_kafka.options import connect, connection_of, options_for, with_short_bootstrap
 from kser.schemas import Message
 
@@ -94,8 +95,7 @@ class Producer(KafkaProducerBase):
         )
         self._kser_options = options
         self._kser_closed = False
-        # Connect now, so that an error is raised here.
-        _ = self.client
+        connect_if_due(self)
         renew_after_fork(self)
 
     def _kser_connect(self) -> KafkaProducer:
@@ -108,6 +108,13 @@ class Producer(KafkaProducerBase):
 
     #: The client; a forked process creates its own at its first send.
     client: Any = ProcessClient(_kser_connect)
+
+    def _kser_ensure_connected(self) -> None:
+        _ = self.client
+
+    def _kser_record_value(self, topic: str, kmsg: Message) -> bytes:
+        value, serializer = super()._kser_record_value(topic, kmsg), self._kser_options.get("value_serializer")
+        return value if serializer is None else serialized(serializer, topic, value)
 
     def _kser_is_fatal(self) -> bool:
         manager = getattr(vars(self).get("client"), "_transaction_manager", None)

@@ -41,6 +41,15 @@ class ProducerLender(Protocol):
         """Return the producer, or None after the consumer has closed it."""
         ...
 
+    def prepare(self) -> BaseProducer | None:
+        """Return the producer, which may have no connection yet; None if the consumer has closed it or makes it now."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """True after the consumer has closed the producer."""
+        ...
+
 
 class OperationPage(list[Operation]):
     """Page of operations that :meth:`OperationRegistry.find` returns.
@@ -118,6 +127,7 @@ class OperationRegistry:
             )
         if "_kser_registry" not in vars(callback):
             callback._kser_registry = self
+        callback._kser_registries = tuple(dict.fromkeys((*vars(callback).get("_kser_registries", ()), self)))
         return callback
 
     @property
@@ -140,6 +150,21 @@ class OperationRegistry:
             "the registry has no producer: create the registry with OperationRegistry(producer=Producer()), where"
             " Producer() reads KSER_CONFIG, or send from a task that runs in a consumer"
         )
+
+    def _kser_prepared_producer(self) -> BaseProducer | None:
+        """Return the producer, which may have no connection yet; None as long as a consumer makes it.
+
+        The method waits for no broker.
+
+        :raises kser.errors.ProducerMissing: the registry was created without a producer, and no consumer runs in this
+            process.
+        """
+        if self._kser_producer is not None:
+            return self._kser_producer
+        lenders = [lender for lender in self._kser_lenders if not lender.is_closed]
+        if not lenders:
+            return self.producer
+        return next((producer for lender in lenders if (producer := lender.prepare()) is not None), None)
 
     def _kser_add_lender(self, lender: ProducerLender) -> None:
         """Add a consumer that lends its producer to this registry. A second call with the same lender has no effect.
@@ -238,6 +263,13 @@ class OperationRegistry:
                 )
             self._kser_store = open_store(uri)
         return self._kser_store
+
+    def _kser_stores(self, uuid: str) -> bool:
+        """Return whether the database contains the operation with this uuid.
+
+        :raises kser.errors.StoreMissing: there is no shared database.
+        """
+        return self._kser_open().store.get_operation(uuid) is not None
 
     def _kser_handle_message(self, kmsg: Message, entrypoint: type[Entrypoint] | None) -> Any:
         """Handle a message that requests an operation or a step.

@@ -326,7 +326,7 @@ class Store(StepSchedule):
 
         If the root has no valid lease, the root and all nested operations that have not ended become CANCELLED
         immediately; the call also increments ``epoch`` and clears the token. If the root has a valid lease, the call
-        sets ``cancel_requested``, and the next checkpoint cancels the root.
+        sets ``cancel_requested``, and the next checkpoint cancels the root. A further call until then changes nothing.
 
         :return: the row of the root after the call, or None if no root with this uuid is stored.
         """

@@ -393,6 +393,8 @@ class MemoryStore(Store):
             if states.is_final(row.status):
                 return row
             if has_live_owner(row, self._clock()):
+                if row.cancel_requested:
+                    return row
                 self._add_event(row, None, NewEvent("cancel-requested", text=reason))
                 return self._store(row._replace(cancel_requested=True, cancel_reason=reason))
             self._cancel_all(row.id)

@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 from cdumay_result import Result
+from kafka.serializer import Serializer
 
+from kser.confluent.producer import Producer as ConfluentProducer
+from kser.consumer.services import SharedProducer
 from kser.controller import Controller
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.consumer import Consumer
 from kser.dummy.producer import Producer
 from kser.entry import Entrypoint
 from kser.errors import BrokerUnavailable, ProducerMissing
+from kser.python_kafka.producer import Producer as PythonKafkaProducer
+from kser.schemas import Message
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from tests.consumer.harness import new_consumer
-from tests.support import message, run_concurrently
+from tests.support import message, run_concurrently, wait_until
 
 
 class RecordingEntrypoint(Entrypoint):
@@ -218,3 +223,69 @@ def test_threads_send_without_a_failure_while_consumers_end() -> None:
 
     *sent, _ = run_concurrently(send_until_ended, send_until_ended, end_two)
     assert [set(codes) - {0} for codes in sent] == [set(), set()]
+
+
+# -- without a broker --------------------------------------------------------------------------------------------------
+
+
+class SigningPython(PythonKafkaProducer):
+    """A producer whose hook signs each message."""
+
+    @classmethod
+    def onmessage(cls, kmsg: Message) -> Message:
+        kmsg.metadata["signature"] = "7"
+        return kmsg
+
+
+class SigningConfluent(ConfluentProducer):
+    """A producer whose hook signs each message."""
+
+    @classmethod
+    def onmessage(cls, kmsg: Message) -> Message:
+        kmsg.metadata["signature"] = "7"
+        return kmsg
+
+
+def reversed_value(value: bytes) -> bytes:
+    return value[::-1]
+
+
+class OldSerializer(Serializer):  # type: ignore[misc]
+    """A serializer with the parameters of kafka-python 2."""
+
+    def serialize(self, topic: str, value: bytes) -> bytes:
+        return value[::-1]
+
+
+@pytest.mark.parametrize(
+    ("producer_class", "options"),
+    [
+        (SigningPython, {}),
+        (SigningPython, {"value_serializer": reversed_value}),
+        (SigningPython, {"value_serializer": OldSerializer()}),
+        (SigningConfluent, {}),
+    ],
+)
+def test_messages_are_encoded_without_a_broker_as_the_producer_would_send_them(
+    producer_class: Any, options: dict[str, Any]
+) -> None:
+    name = "bootstrap_servers" if producer_class is SigningPython else "bootstrap.servers"
+    shared = SharedProducer(lambda: producer_class({name: "127.0.0.1:1", **options}))
+    wait_until(lambda: shared.prepare() is not None)
+    producer: Any = shared.prepare()
+    value = producer._kser_record_value("dice", message(RecordingEntrypoint, uuid="1"))
+    assert not {"client", "_kser_client"} & vars(producer).keys()
+    decoded = Message.loads((value[::-1] if options else value).decode())
+    assert (decoded.uuid, decoded.metadata) == ("1", {"signature": "7"})
+    shared.close()
+
+
+def test_producer_that_was_made_without_a_broker_connects_when_it_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected: list[Producer] = []
+    monkeypatch.setattr(Producer, "_kser_ensure_connected", lambda self: connected.append(self))
+    (consumer,) = consumers_of(OperationRegistry(), 1)
+    shared = consumer._kser_shared_producer
+    wait_until(lambda: shared.prepare() is not None)
+    assert connected == []
+    assert shared.lend() is shared.lend() is shared.prepare()
+    assert connected == [shared.prepare()]

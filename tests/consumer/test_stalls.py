@@ -8,6 +8,7 @@ import pytest
 
 from kser.consumer.client import Partition
 from kser.errors import ClientError
+from kser.takeover import Takeover
 from tests.consumer.harness import FaultyConsumer, new_consumer, send_messages
 from tests.support import Clock, lines
 
@@ -46,6 +47,23 @@ def test_stall_after_progress_is_logged_again(caplog: pytest.LogCaptureFixture) 
     assert len(errors_after(consumer, clock, caplog, 1, 59)) == 1
     assert len(errors_after(consumer, clock, caplog, 2)) == 2
     assert "no message is being handled" in lines(caplog, logging.ERROR)[-1]
+
+
+@pytest.mark.parametrize("record_ends", [False, True])
+def test_takeovers_do_not_hide_a_stall(record_ends: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A takeover belongs to no partition."""
+    send_messages(*"123")
+    clock = Clock()
+    consumer = FaultyConsumer(workers=4, ordering="partition", stall_timeout=60, clock=clock)
+    consumer.poll()
+    record = consumer.start_record()
+    for second in range(59):
+        assert consumer._kser_services._host.put(Takeover("dice", b"", 1, "step", lambda takeover: None), 5)
+        consumer._kser_work_queue.task_done(consumer.start_record())
+        assert errors_after(consumer, clock, caplog, 1) == [], second
+    if record_ends:
+        consumer.run_started(record)
+    assert len(errors_after(consumer, clock, caplog, 2)) == (0 if record_ends else 1)
 
 
 def test_idle_consumer_does_not_stall(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from kser.consumer.work_item import WorkItem
 from kser.consumer.work_queue import WorkQueue
 from kser.dummy.broker import InMemoryBroker
 from kser.retry import Retry, RetryLater
+from kser.takeover import Takeover
 from tests.consumer.harness import (
     DICE,
     MANUAL_COMMIT,
@@ -265,6 +266,25 @@ def test_message_runs_alone_in_the_second_half_of_its_starts(
     consumer.run_started(suspect)
     consumer.poll()
     assert started_offsets(consumer) == [1]
+
+
+@pytest.mark.parametrize("ending", ["finished", "timed out", "abandoned"])
+def test_message_that_must_run_alone_waits_for_running_takeovers(ending: str) -> None:
+    """A takeover that ends the process must not count as a start of the message."""
+    send_messages("1")
+    kill_consumers(2, max_starts=4)
+    consumer = FaultyConsumer(MANUAL_COMMIT, max_starts=4)
+    queue = consumer._kser_work_queue
+    host = consumer._kser_services._host
+    assert host.put(Takeover("dice", b"", 1, "step", lambda takeover: None), 5)
+    running = queue.get(0)
+    assert running is not None
+    consumer.poll()
+    consumer.poll()
+    assert queue.get(0) is None, "a message started beside a takeover"
+    ATTEMPT_ENDS[ending](queue, running)
+    consumer.poll()
+    assert uuid_of(consumer.start_record()) == "1"
 
 
 ATTEMPT_ENDS: dict[str, Callable[[WorkQueue, WorkItem], object]] = {

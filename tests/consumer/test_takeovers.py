@@ -97,6 +97,20 @@ def test_paused_consumer_takes_over_nothing() -> None:
     assert (takeovers.free_workers(), takeovers.may_hold_urgent(), takeovers.offer("t")) == (0, False, [False])
 
 
+def test_consumer_takes_over_nothing_while_a_record_must_run_alone() -> None:
+    """durability rule 20: its takeovers could not start."""
+    queue = QueueUnderTest()
+    takeovers = TakeoversUnderTest(queue, workers=4)
+    takeovers.offer("t")
+    tracker = queue.partitions._trackers[DICE]
+    queue.lanes.exclusive = tracker
+    assert (takeovers.free_workers(), takeovers.may_hold_urgent(), takeovers.offer("u")) == (0, False, [False])
+    assert queue.start_all() == []
+    queue.lanes.end_exclusive(tracker)
+    assert (takeovers.free_workers(), takeovers.offer("u")) == (3, [True])
+    assert names(queue.start_all()) == ["t", "u"]
+
+
 def test_closed_queue_accepts_no_takeover() -> None:
     """durability rule 30: at shutdown no reservation is made."""
     queue = QueueUnderTest()
@@ -115,6 +129,19 @@ def test_takeover_counts_one_in_the_in_flight_limit_until_its_end() -> None:
     assert queue.capacity() == 1
     queue.task_done(item)
     assert (queue.capacity(), len(takeovers.ended)) == (2, 1)
+
+
+@pytest.mark.parametrize("size", [1, 60])
+def test_takeover_does_not_change_how_many_records_fit_into_max_bytes(size: int) -> None:
+    """durability rule 20: the average size of the records limits what is fetched."""
+    queue = QueueUnderTest(max_bytes=100)
+    takeovers = TakeoversUnderTest(queue, workers=4)
+    queue.fetch(record(0, value=b"x" * 40))
+    assert queue.capacity() == 2
+    takeovers.offer("t" * size)
+    assert queue.capacity() == (2 if size == 1 else 0)
+    queue.task_done(queue.start_next())
+    assert queue.capacity() == 2
 
 
 def test_consumer_without_partitions_consumes_its_topics() -> None:

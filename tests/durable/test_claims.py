@@ -28,6 +28,7 @@ from tests.durable.harness import (
     TICK_INTERVAL,
     DistributedSale,
     DurableHarness,
+    Process,
     Sale,
     WrappedStore,
     in_other_thread,
@@ -507,3 +508,34 @@ def test_invalid_durability_settings_are_rejected_at_the_start(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingError, match=text):
         _ = OperationRegistry(store=MemoryStore()).background_service
+
+
+SECONDS = ("LEASE", "HEARTBEAT", "LOOK", "RESERVATION", "REAPER", "RESEND", "UNKNOWN_AFTER")
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("name", [*SECONDS, "MAX_CLAIMS", "MAX_SENDS"])
+def test_impossible_number_in_a_setting_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """durability rule 12"""
+    monkeypatch.setenv(f"KSER_{name}", value)
+    with pytest.raises(SettingError, match=rf"KSER_{name} must be a (whole )?number above 0; it is '{value}'"):
+        _ = OperationRegistry(store=MemoryStore()).background_service
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_time_for_which_no_thread_can_wait_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """durability rule 12"""
+    monkeypatch.setenv(f"KSER_{name}", "1e10")
+    with pytest.raises(SettingError, match=rf"KSER_{name} must be a number of seconds, 100,000,000 or less; it is"):
+        _ = OperationRegistry(store=MemoryStore()).background_service
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf"])
+def test_consumer_ends_if_a_durability_setting_is_invalid(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """durability rule 12"""
+    monkeypatch.setenv("KSER_LOOK", value)
+    process = Process(MemoryStore(), Sale, opens_store=False)
+    with ConsumerThread(process.consumer) as thread:
+        error = thread.join()
+    assert isinstance(error, SettingError)
+    assert error.message == f"KSER_LOOK must be a number above 0; it is {value!r}"

@@ -16,6 +16,7 @@ from kser import signals
 from kser.consumer.client import Partition
 from kser.dummy.broker import InMemoryBroker
 from kser.dummy.producer import Producer
+from kser.retry import Retry
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.task import Task
@@ -255,6 +256,61 @@ def test_each_task_runs_on_a_consumer_that_knows_its_class(harness: DurableHarne
     harness.first.handle()
     assert (ScriptedTask.ran, harness.status()) == (["1.a", "1.b", "1.c"], SUCCESS)
     assert len({attempt.consumer for attempt in harness.snapshot().attempts}) == 2
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("configured", ["", "dice"])
+def test_operation_that_arrives_as_a_message_continues_on_the_topic_of_its_record(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, distributed: bool, nested: bool, configured: str
+) -> None:
+    """durability rules 2 and 6: perhaps no consumer reads the topic of its class."""
+    if configured:
+        monkeypatch.setenv("KSER_TOPICS", configured)
+
+    class Inner(Operation):
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [ScriptedTask("1.a"), ScriptedTask("1.b")]
+
+    class Express(Inner):
+        TOPIC = "orders"
+        DISTRIBUTED = distributed
+
+        def build_tasks(self, **kwargs: Any) -> list[Task]:
+            return [inner(uuid="2")] if nested else super().build_tasks(**kwargs)
+
+        def onsuccess(self, result: Result) -> Result:
+            ended.append(self.uuid)
+            return result
+
+    ended: list[str] = []
+    inner = harness.first.subscribe_copy(Inner)
+    harness.first.subscribe_copy(Express)
+    ScriptedTask.script["1.b"] = [Retry.later(10), None]
+    ScriptedTask.script["1.a"] = [Retry.later(10), None]
+    send_raw_message(Express)
+    harness.first.handle()
+    assert harness.snapshot().operation.topic == "dice"
+    for _ in range(2):
+        harness.advance(11)
+        send_raw_message(Express)
+        harness.first.handle()
+    assert (harness.status(), ScriptedTask.ran, ended) == (SUCCESS, ["1.a", "1.a", "1.b", "1.b"], ["1"])
+    assert sent_messages("orders") == []
+
+
+@pytest.mark.parametrize("topic", [None, "dice"])
+def test_sent_operation_keeps_the_topic_that_its_sender_chose(harness: DurableHarness, topic: str | None) -> None:
+    """durability rule 1"""
+
+    class Express(Sale):
+        TOPIC = "orders"
+
+    harness.first.subscribe_copy(Express)
+    harness.first.class_of(Express)("1").send(topic=topic)
+    assert harness.snapshot().operation.topic == (topic or "orders")
+    harness.first.handle()
+    assert (harness.status() == SUCCESS) == (topic == "dice")
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

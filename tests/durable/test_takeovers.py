@@ -6,18 +6,23 @@ import json
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cdumay_result import Result
 
 from kser.consumer.subscription import Subscription
 from kser.dummy.producer import Producer
+from kser.durable.execution import fail_unknown_class
 from kser.errors import StoreUnavailable
 from kser.retry import Retry
 from kser.schemas import Message
+from kser.sequencing.operation import Operation
+from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
-from kser.store.model import Claim, DueReason
+from kser.store.memory import MemoryStore
+from kser.store.model import Claim, DueReason, DueStep
 from tests.consumer.harness import ConsumerThread, ScriptedTask, send_messages
 from tests.durable.harness import (
     BOTH_MODES,
@@ -200,6 +205,71 @@ def test_distributed_step_needs_only_the_class_of_its_task(harness: DurableHarne
     leave_expired_claim(harness, DistributedSale)
     harness.first.unsubscribe(DistributedSale)
     assert look(harness.first) == 1
+
+
+class Nothing(Operation):
+    """An operation that no test runs: its registry has a database."""
+
+
+class SharedClasses(NamedTuple):
+    """A process in which two registries with different databases subscribe the same classes."""
+
+    process: Process
+    #: The other registry. No operation of the test is in its database.
+    other: OperationRegistry
+
+
+@pytest.fixture(params=["first", "second", "alone"])
+def shared_classes(harness: DurableHarness, request: pytest.FixtureRequest) -> SharedClasses:
+    """Subscribe the classes to the other registry first, second or alone."""
+    process = harness.start_process(Nothing, group="second")
+    controller = process.registry.controller
+    other = OperationRegistry(None, lambda: controller, producer=Producer({}), store=MemoryStore())
+    process.unsubscribe(ScriptedTask)
+    for cls in (ScriptedTask, Sale, DistributedSale):
+        copy = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        registries = [other, process.registry]
+        for registry in registries[:1] if request.param == "alone" else registries:
+            registry.subscribe(copy)
+        if request.param == "second":
+            copy._kser_registry = process.registry
+    process.step()
+    return SharedClasses(process, other)
+
+
+@BOTH_MODES
+def test_class_of_two_registries_is_taken_over_with_the_database_of_the_operation(
+    harness: DurableHarness, cls: type[Sale], shared_classes: SharedClasses
+) -> None:
+    """durability rule 20b"""
+    ScriptedTask.script["1.b"] = [Retry.later(10), None]
+    send_raw_message(cls)
+    while "1.b" not in ScriptedTask.ran:
+        harness.first.step()
+    lose_records()
+    harness.advance(11)
+    shared_classes.process.handle()
+    assert (harness.status(), ScriptedTask.ran, reasons(harness)) == (
+        SUCCESS,
+        ["1.a", "1.b", "1.b", "1.c"],
+        [DueReason.RETRY],
+    )
+    assert not shared_classes.other.find()
+
+
+@BOTH_MODES
+def test_record_of_a_class_of_two_registries_runs_with_the_database_of_its_operation(
+    harness: DurableHarness, cls: type[Sale], shared_classes: SharedClasses
+) -> None:
+    """durability rule 6"""
+    harness.first.class_of(cls)("1").build().send()
+    shared_classes.process.handle()
+    assert (harness.status(), ScriptedTask.ran, reasons(harness)) == (SUCCESS, ORDER, [])
+    if shared_classes.process.registry in shared_classes.process.class_of(cls)._kser_registries:
+        send_raw_message(cls)
+        shared_classes.process.handle()
+        assert ScriptedTask.ran == ORDER
+    assert not shared_classes.other.find()
 
 
 def test_consumer_without_partitions_takes_over(harness: DurableHarness) -> None:
@@ -482,6 +552,48 @@ def test_takeover_runs_with_the_value_that_the_producer_would_have_sent(
     assert harness.status() == SUCCESS
 
 
+def consumer_without_producer(harness: DurableHarness) -> Process:
+    """Return a process whose consumer has made no producer yet, while a retry is due."""
+    process = harness.start_process(Sale, producer=None, group="second")
+    process.step()
+    ScriptedTask.script["1.a"] = [Retry.later(10)]
+    send_raw_message(Sale)
+    harness.first.handle()
+    harness.advance(11)
+    return process
+
+
+def test_takeover_waits_for_a_producer_that_is_being_made_and_blocks_nothing(
+    harness: DurableHarness, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """durability rule 20: an override of ``make_producer`` may wait for a broker."""
+    process = consumer_without_producer(harness)
+    make = process.consumer._kser_shared_producer._make
+    monkeypatch.setattr(process.consumer._kser_shared_producer, "_make", lambda: (gate.wait(60), make())[1])
+    for _ in range(3):
+        assert look(process) == 0
+    row = harness.snapshot().operation
+    assert row.take_at is not None
+    assert row.take_at <= harness.store_harness.now
+    gate.set()
+    wait_until(lambda: look(process) == 1)
+
+
+def test_takeover_tries_again_soon_to_make_a_producer(
+    harness: DurableHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """durability rule 20"""
+    process = consumer_without_producer(harness)
+    with monkeypatch.context() as patch:
+        patch.setattr(process.consumer._kser_shared_producer, "_make", lambda: 1 / 0)
+        wait_until(lambda: look(process) == 0 and "the producer cannot be made: division by zero" in caplog.text)
+        patch.setattr(process.consumer._kser_shared_producer, "_prepare_at", 0)
+        assert look(process) == 0
+    assert caplog.text.count("the producer cannot be made") == 1
+    wait_until(lambda: look(process) == 1)
+    assert harness.snapshot().operation.send_count == 0
+
+
 # -- outages -----------------------------------------------------------------------------------------------------------
 
 
@@ -666,6 +778,42 @@ def test_step_that_no_consumer_knows_fails_after_its_sends_and_can_be_resumed(
     harness.operation().resume()
     harness.first.handle()
     assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ORDER)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "named"),
+    [
+        ((Sale,), (Sale,)),
+        ((ScriptedTask,), (ScriptedTask,)),
+        ((Sale, ScriptedTask), (ScriptedTask, Sale)),
+        ((), (ScriptedTask, Sale)),
+    ],
+)
+def test_error_names_the_classes_that_the_consumer_does_not_know(
+    harness: DurableHarness, unknown: tuple[type[Task], ...], named: tuple[type[Task], ...]
+) -> None:
+    """durability rule 17"""
+    ScriptedTask.script["1.a"] = [Retry.later(10)]
+    send_raw_message(Sale)
+    harness.first.handle()
+    harness.advance(11)
+    row = harness.snapshot().operation
+    process = harness.start_process(Sale, group="other")
+    for cls in unknown:
+        process.unsubscribe(cls)
+    context = process.registry._kser_open()
+    step = DueStep(
+        id=row.id,
+        uuid=row.uuid,
+        epoch=row.epoch,
+        target=row.target,
+        reason=DueReason.UNKNOWN_CLASS,
+        take_at=row.take_at or 0,
+    )
+    fail_unknown_class(context, step)
+    names = " and ".join(cls.path for cls in named)
+    assert f"no consumer of topic dice knows class {names}" in harness.operation().result.stderr
+    assert harness.status() == FAILED
 
 
 # -- the heartbeat -----------------------------------------------------------------------------------------------------

@@ -131,6 +131,24 @@ class LifecycleContract:
             ("ended", states.CANCELLED),
         ]
 
+    @pytest.mark.parametrize("reason", ["late", "too slow", None])
+    def test_second_cancel_of_a_running_operation_changes_nothing(
+        self, harness: StoreHarness, reason: str | None
+    ) -> None:
+        row = save_and_claim(harness.store, new_operation(2)).root
+        first = harness.store.cancel(row.uuid, "too slow")
+        assert harness.other.cancel(row.uuid, reason) == first == row_of(harness.store, row.uuid)
+        assert event_kinds(harness.store, row.uuid).count("cancel-requested") == 1
+
+    def test_second_cancel_takes_effect_at_once_if_the_lease_has_expired_meanwhile(self, harness: StoreHarness) -> None:
+        row = save_and_claim(harness.store, new_operation(2)).root
+        harness.store.cancel(row.uuid, "too slow")
+        harness.advance(LEASE + 1)
+        cancelled = harness.store.cancel(row.uuid, "late")
+        assert cancelled is not None
+        assert (cancelled.status, cancelled.cancel_reason) == (states.CANCELLED, "late")
+        assert event_kinds(harness.store, row.uuid)[-2:] == ["cancel-requested", "ended"]
+
     def test_repeated_checkpoint_of_a_cancelled_operation_returns_cancelled(self, harness: StoreHarness) -> None:
         """Rules 10 and 24."""
         claim = save_and_claim(harness.store, new_operation(3))
