@@ -40,9 +40,18 @@ def create_tables(path: Path, version: int, oldest: int) -> None:
     database.close()
 
 
-def test_consumer_rejects_an_incompatible_schema_version_at_its_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        (99, "has tables of version 99, which need a newer kser than this one, of version 2"),
+        (1, "has tables of version 1, and this kser needs 2; run: python -m kser.store upgrade"),
+    ],
+)
+def test_consumer_rejects_an_incompatible_schema_version_at_its_start(
+    tmp_path: Path, version: int, problem: str
+) -> None:
     """durability rule 34"""
-    create_tables(tmp_path / "kser.db", 99, 99)
+    create_tables(tmp_path / "kser.db", version, version)
     store = open_store(f"sqlite:///{tmp_path}/kser.db")
     process = Process(store, Sale, opens_store=False)
     send_raw_message(Sale)
@@ -50,7 +59,7 @@ def test_consumer_rejects_an_incompatible_schema_version_at_its_start(tmp_path: 
         process.consumer.run()
     store.close()
     assert (caught.value.code, type(caught.value.__cause__)) == (78, SchemaMismatch)
-    assert "99" in str(caught.value.__cause__)
+    assert problem in str(caught.value.__cause__)
     assert ScriptedTask.ran == []
     assert committed() in (None, 0)
 

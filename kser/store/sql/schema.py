@@ -13,7 +13,7 @@ from kser.store.sql.database import Database
 from kser.store.sql.tables import schema
 
 #: The version of the tables that this code creates and needs.
-VERSION: Final = 1
+VERSION: Final = 2
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
@@ -51,7 +51,7 @@ def check(database: Database, *, create: bool) -> None:
         with database.migration_transaction() as connection:
             # Another process may have created the tables meanwhile.
             if _version(connection) is None:
-                _migrate(connection)
+                migrate(connection)
             version = _version(connection)
     problem = mismatch(version)
     if problem:
@@ -68,7 +68,7 @@ def upgrade(database: Database) -> tuple[Version | None, Version]:
     with database.migration_transaction() as connection:
         before = _version(connection)
         if before is None or before.version < VERSION:
-            _migrate(connection)
+            migrate(connection)
         after = _version(connection)
         assert after is not None, "the migrations create the table"
         return before, after
@@ -98,7 +98,11 @@ def _version(connection: Connection) -> Version | None:
     return None if row is None else Version(*row)
 
 
-def _migrate(connection: Connection) -> None:
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Migrate the tables in the transaction of a connection that excludes all other migrations.
+
+    :param revision: the revision of the migration to end with.
+    """
     plugins = logging.getLogger("alembic.runtime.plugins")
     if plugins.level == logging.NOTSET:
         # alembic logs each of its plugins at INFO during its import. Disable these log lines.
@@ -112,4 +116,4 @@ def _migrate(connection: Connection) -> None:
     # alembic interpolates percent signs in options, so escape them.
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)

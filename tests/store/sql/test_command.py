@@ -19,11 +19,11 @@ def test_upgrade_command_creates_tables_and_reports_it(path: Path, capsys: pytes
     assert capsys.readouterr() == (f"{uri} has no tables of kser; run: python -m kser.store upgrade\n", "")
     assert not path.exists()
     assert main(["upgrade", "--uri", uri]) == 0
-    assert capsys.readouterr() == (f"{uri} has tables of version 1 now; there were none before\n", "")
+    assert capsys.readouterr() == (f"{uri} has tables of version 2 now; there were none before\n", "")
     assert main(["upgrade", "--uri", uri]) == 0
-    assert capsys.readouterr() == (f"{uri} has tables of version 1 already: nothing to do\n", "")
+    assert capsys.readouterr() == (f"{uri} has tables of version 2 already: nothing to do\n", "")
     assert main(["status", "--uri", uri]) == 0
-    assert capsys.readouterr() == (f"{uri} has tables of version 1; this kser needs 1\n", "")
+    assert capsys.readouterr() == (f"{uri} has tables of version 2; this kser needs 2\n", "")
 
 
 def test_command_reads_the_database_uri_from_the_environment(

@@ -12,7 +12,7 @@ from alembic.migration import MigrationContext
 
 from kser.errors import SchemaMismatch
 from kser.store.model import OperationQuery
-from kser.store.sql import SQLStore
+from kser.store.sql import SQLStore, schema
 from kser.store.sql.tables import metadata
 from tests.postgres import Database
 from tests.store.harness import new_operation, unique_name
@@ -49,10 +49,12 @@ def test_postgresql_tables_are_created_only_by_the_upgrade_command(database: Dat
 @pytest.mark.parametrize(
     ("version", "oldest", "problem"),
     [
-        (1, 1, ""),
-        (2, 1, ""),
-        (2, 2, "tables of version 2, which need a newer kser than this one, of version 1"),
-        (0, 0, "tables of version 0, and this kser needs 1; run: python -m kser.store upgrade"),
+        (2, 2, ""),
+        (3, 2, ""),
+        (3, 1, ""),
+        (3, 3, "tables of version 3, which need a newer kser than this one, of version 2"),
+        (1, 1, "tables of version 1, and this kser needs 2; run: python -m kser.store upgrade"),
+        (0, 0, "tables of version 0, and this kser needs 2; run: python -m kser.store upgrade"),
     ],
 )
 def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
@@ -68,7 +70,7 @@ def test_incompatible_schema_version_is_rejected_and_a_compatible_one_accepted(
         with pytest.raises(SchemaMismatch, match=problem):
             any_store.check()
     finally:
-        set_schema_version(any_store, 1, 1)
+        set_schema_version(any_store, schema.VERSION, schema.VERSION)
 
 
 def test_migrations_create_the_tables_that_the_code_declares(any_store: SQLStore) -> None:

@@ -11,10 +11,7 @@ down_revision = None
 KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 #: Conditions of the partial indexes.
-ROOT, INNER, SCHEDULED = "parent_id IS NULL", "parent_id IS NOT NULL", "take_at IS NOT NULL"
-
-#: Value of the column ``urgent``.
-IS_URGENT = "CASE WHEN due_reason IN ('lease-expired', 'retry-due') THEN 1 ELSE 0 END"
+ROOT, INNER, SCHEDULED = "parent_id IS NULL", "parent_id IS NOT NULL", "next_check_at IS NOT NULL"
 
 
 def upgrade() -> None:
@@ -30,7 +27,7 @@ def upgrade() -> None:
         sa.Column("oldest", sa.Integer, nullable=False),
     )
     op.bulk_insert(schema, [{"version": 1, "oldest": 1}])
-    if _is_postgresql():
+    if op.get_bind().dialect.name == "postgresql":
         # Leave free space in each page, so that the new version of an updated row fits into the page of the old
         # version. Such a HOT update (heap-only tuple) writes no index entries.
         op.execute("ALTER TABLE kser_operation SET (fillfactor = 60)")
@@ -60,17 +57,11 @@ def _operation() -> None:
         sa.Column("epoch", sa.BigInteger, nullable=False),
         sa.Column("owner", sa.Text),
         sa.Column("token", sa.Text),
-        sa.Column("lease_until", sa.Double),
-        sa.Column("take_at", sa.Double),
-        sa.Column("send_at", sa.Double),
-        sa.Column("due_reason", sa.Text),
+        sa.Column("next_check_at", sa.Double),
         sa.Column("due_at", sa.Double, nullable=False),
         sa.Column("claim_count", sa.Integer, nullable=False),
         sa.Column("send_count", sa.Integer, nullable=False),
         sa.Column("sent_at", sa.Double),
-        sa.Column("refusal_count", sa.Integer, nullable=False),
-        sa.Column("refused_since", sa.Double),
-        sa.Column("current_entrypoints", sa.Text),
         sa.Column("target_uuid", sa.Text, nullable=False),
         sa.Column("target_entrypoint", sa.Text, nullable=False),
         sa.Column("target_topic", sa.Text, nullable=False),
@@ -78,19 +69,13 @@ def _operation() -> None:
         sa.Column("metadata", sa.Text, nullable=False),
         sa.Column("accumulated", sa.Text, nullable=False),
         sa.Column("result", sa.Text),
-        # PostgreSQL before version 18 can only store the value. SQLite computes it faster than it stores it.
-        sa.Column("urgent", sa.Integer, sa.Computed(IS_URGENT, persisted=_is_postgresql())),
         sa.UniqueConstraint("uuid", name="kser_operation_uuid"),
     )
-    _index("kser_operation_due", ["target_topic", "urgent", "take_at", "send_at"], SCHEDULED)
+    _index("kser_operation_next_check", ["next_check_at"], SCHEDULED)
     _index("kser_operation_status", ["status", "id"], ROOT)
     _index("kser_operation_entrypoint", ["entrypoint", "status", "id"], ROOT)
     _index("kser_operation_parent", ["parent_id", "id"], INNER)
     _index("kser_operation_root", ["root_id"], INNER)
-
-
-def _is_postgresql() -> bool:
-    return op.get_bind().dialect.name == "postgresql"
 
 
 def _index(name: str, columns: list[str], part: str) -> None:
