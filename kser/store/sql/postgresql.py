@@ -104,7 +104,7 @@ class Postgresql(Database):
     def _time(self, connection: Any) -> float:
         # Use the wall clock here, because the monotonic clock stops while the machine is suspended.
         if self._server_offset is None or abs(time.time() - self._measured_at) > MEASURE_SECONDS:
-            (there,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+            (there,) = _cursor(connection).execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
             # Read the local clock after the response. The server has read its clock earlier, so the measured offset is
             # too small rather than too large, and the estimate of the server's time is never later than the real time
             # of the server.
@@ -156,7 +156,7 @@ class Postgresql(Database):
     def _writing(self, single: bool) -> Iterator[Transaction]:
         with self._connection() as connection:
             now = self._time(connection)
-            cursor = connection.cursor()
+            cursor = _cursor(connection)
             # In autocommit mode, a single statement is a transaction by itself, so the round trips for BEGIN and COMMIT
             # are saved.
             if not single:
@@ -168,7 +168,7 @@ class Postgresql(Database):
     @contextmanager
     def _reading(self, snapshot: bool) -> Iterator[Transaction]:
         with self._connection() as connection:
-            cursor = connection.cursor()
+            cursor = _cursor(connection)
             if snapshot:
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             offset = self._clock_offset()
@@ -191,7 +191,7 @@ class Postgresql(Database):
     def transaction_on(self, connection: Any) -> Transaction:
         """Return a transaction whose statements are each committed by itself."""
         offset = self._clock_offset()
-        return Transaction(connection.cursor(), offset, time.time() + offset, self.json_batches)
+        return Transaction(_cursor(connection), offset, time.time() + offset, self.json_batches)
 
     @contextmanager
     def _migrating(self) -> Iterator[Connection]:
@@ -244,6 +244,15 @@ class PostgresqlConnection(OwnConnection):
         if connection is not None:
             with suppress(Exception):
                 connection.close()
+
+
+def _cursor(connection: Any) -> Any:
+    """Return a cursor that receives numbers in the binary format.
+
+    In the text format, the server rounds numbers as its setting ``extra_float_digits`` demands. A condition that a time
+    is unchanged since it was read would then be false.
+    """
+    return connection.cursor(binary=True)
 
 
 @contextmanager
