@@ -79,6 +79,8 @@ class TakeoverSearch:
         self._ended: deque[tuple[DueStep, Takeover]] = deque()
         #: The consumers whose last look found as many steps as they had free workers.
         self._with_more: set[TakeoverHost] = set()
+        # True if the last takeover had no value, because the producer was being made.
+        self._lacks_producer = False
 
     def may_find_more(self, host: TakeoverHost) -> bool:
         """Return whether the last look of a consumer found as many steps as it had free workers."""
@@ -87,8 +89,6 @@ class TakeoverSearch:
     def forget(self, host: TakeoverHost) -> None:
         """Forget a consumer that is shutting down."""
         self._with_more.discard(host)
-        # True if the last takeover had no value, because the producer was being made.
-        self._lacks_producer = False
 
     def look(self, host: TakeoverHost) -> int:
         """Reserve the due steps for which the consumer has free workers, and queue them; return their number.
