@@ -22,7 +22,7 @@ nitpicky = True
 # Names of other projects. To link these names, each build would need the network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(cdumay_error|cdumay_result|kafka|confluent_kafka|blinker|marshmallow|flask)\..*"),
-    (r"py:.*", r"(collections|contextlib|datetime|json|logging|types|typing)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|json|logging|threading|types|typing)\..*"),
 ]
 nitpick_ignore = [
     # A type variable.

@@ -56,7 +56,7 @@ class RefusalReason(StrEnum):
     #: Another owner has a valid lease.
     HELD = "held"
     #: The current step waits: for a retry, whose ``due_at`` is in the future, or for a takeover, because several
-    #: consumers have died during the step (see :data:`IMMEDIATE_TAKEOVERS`).
+    #: consumers have died during the step (see :data:`kser.store.model.IMMEDIATE_TAKEOVERS`).
     WAITING = "waiting"
     #: The lease of the owner has expired, and the request does not end the claim of such an owner.
     EXPIRED = "expired"
@@ -81,8 +81,8 @@ SEND_GRACE: Final = 10.0
 MAX_RESEND_DELAY: Final = 3600.0
 
 #: Number of takeovers of one step after an expired lease that happen as soon as the lease has expired. Each further
-#: takeover waits twice as long as the one before, first 2 s and at most :data:`MAX_TAKEOVER_DELAY` seconds, so that a
-#: step that kills its process does not kill all consumers within minutes.
+#: takeover waits twice as long as the one before, first 2 s and at most :data:`kser.store.model.MAX_TAKEOVER_DELAY`
+#: seconds, so that a step that kills its process does not kill all consumers within minutes.
 IMMEDIATE_TAKEOVERS: Final = 2
 MAX_TAKEOVER_DELAY: Final = 300.0
 
