@@ -134,6 +134,7 @@ class FaultyStore:
         "take_due_steps": REAPER_TAKE,
         "postpone_send": REAPER_SEND,
         "reserve_due_steps": RESERVE,
+        "reserve_step": RESERVE,
         "return_reservations": RETURN,
         "postpone_takeover": RETURN,
         "get_operation": READ,
@@ -163,9 +164,9 @@ class FaultyStore:
     def claim(self, uuid: str, step: str, request: ClaimRequest) -> Any:
         """Claim the operation for a record or for a takeover."""
         self.owner = request.owner
-        point = CLAIM if request.epoch is None else TAKEOVER_CLAIM
+        point = CLAIM if request.taken_over is None else TAKEOVER_CLAIM
         claim = self._call(point, lambda: self._store.claim(uuid, step, request))
-        if request.epoch is not None and isinstance(claim, Claim):
+        if request.taken_over is not None and isinstance(claim, Claim):
             self._taken_over_epoch = claim.epoch
         return claim
 

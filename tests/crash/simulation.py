@@ -13,7 +13,7 @@ from kser.dummy.broker import InMemoryBroker
 from kser.errors import StateConflict, StoreUnavailable
 from kser.schemas import OPERATION_KEY, Message
 from kser.sequencing.operation import Operation
-from kser.store.model import ClaimRefused, DueReason, OperationRow, OperationSnapshot
+from kser.store.model import ClaimRefused, DueReason, DueStep, OperationRow, OperationSnapshot
 from tests.crash.faults import (
     BEFORE_THE_CALL,
     CHECKPOINT,
@@ -252,7 +252,8 @@ class Simulation:
             self._due_reason = result[0].reason
             self._wake_stalled("reaped", but=process)
         elif crash_point == RESERVE and result:
-            self._takeover_reason = result[0].reason
+            # A takeover reserves several steps, and a record reserves its own step.
+            self._takeover_reason = (result if isinstance(result, DueStep) else result[0]).reason
             self._wake_stalled("reserved", but=process)
         return result
 
