@@ -132,7 +132,7 @@ class MessageHandler:
         """
         takeover = None if attempt is None else attempt.takeover
         if attempt is None or takeover is None:
-            return self._claim_for_record(root_uuid, step, None if attempt is None else attempt.topic or None)
+            return self._claim_for_record(root_uuid, step, attempt)
         context = self._context
         context.sleep(max(takeover.claim_after - context.clock(), 0))
         if attempt.abandoned or attempt.shutting_down or context.clock() >= takeover.expires_at:
@@ -154,12 +154,12 @@ class MessageHandler:
         takeover.is_answered = claim is not None
         return claim
 
-    def _claim_for_record(self, root_uuid: str, step: str, topic: str | None) -> Claim | ClaimRefused | None:
+    def _claim_for_record(self, root_uuid: str, step: str, attempt: Attempt | None) -> Claim | ClaimRefused | None:
         """Claim a stored operation for a record.
 
         If the lease of the owner has expired, the owner gets the same chance to renew it as before a takeover.
         """
-        context = self._context
+        context, topic = self._context, None if attempt is None else attempt.topic or None
         claim = self._store.claim(root_uuid, step, context.new_claim_request(topic, expired=False))
         if not isinstance(claim, ClaimRefused) or claim.reason != RefusalReason.EXPIRED:
             return claim
@@ -167,6 +167,9 @@ class MessageHandler:
         if reserved is None:
             return claim
         context.sleep(context.settings.grace)
+        if attempt is not None and attempt.shutting_down:
+            self._store.return_reservations([reserved])
+            return claim
         return self._store.claim(root_uuid, step, context.new_claim_request(topic, epoch=reserved.epoch))
 
     # -- unknown classes -----------------------------------------------------------------------------------------------

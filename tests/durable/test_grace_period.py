@@ -118,11 +118,17 @@ def test_takeover_whose_reservation_expires_in_its_grace_period_is_dropped(harne
     assert harness.status() == SUCCESS
 
 
-def test_takeover_in_its_grace_period_is_given_back_at_shutdown(harness: DurableHarness) -> None:
+@pytest.mark.parametrize("by_record", [False, True], ids=["takeover", "record"])
+def test_step_in_its_grace_period_is_given_back_at_shutdown(
+    harness: DurableHarness, by_record: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """durability rule 30"""
     process = harness.start_process(Sale, group="second", workers=2)
-    process.background_service._context.settings.look = 0.01
-    leave_expired_claim(harness, Sale, process)
+    claim = leave_expired_claim(harness, Sale, process)
+    if by_record:
+        monkeypatch.setattr(process.host, "free_workers", lambda: 0)
+        monkeypatch.setattr(process.host, "may_hold_urgent", lambda: False)
+        harness.first.registry.producer.send("dice", claim_message(claim))
     during_grace_period(process, process.stop_gracefully)
     with ConsumerThread(process.consumer) as thread:
         thread.join()
