@@ -12,6 +12,7 @@ from sqlalchemy import (
     Double,
     Integer,
     Text,
+    all_,
     and_,
     any_,
     bindparam,
@@ -124,11 +125,15 @@ class DueSteps:
 
     def _has_unknown(self, entrypoints: Any) -> Any:
         """Return the condition that a JSON list contains a class that the bind parameter ``known`` does not."""
+        # Do not negate the condition that a class is known: SQLAlchemy 2.0.0 turns NOT = ANY into != ANY.
         if self._database.json_batches:
             listed = func.json_array_elements_text(cast(entrypoints, JSON)).table_valued("value")
+            is_unknown = listed.c.value != all_(bindparam("known", type_=ARRAY(Text)))
         else:
             listed = func.json_each(entrypoints).table_valued("value")
-        return exists(select(literal_column("1")).select_from(listed).where(~self._is_known(listed.c.value)))
+            known = select(func.json_each(bindparam("known", type_=Text)).table_valued("value").c.value)
+            is_unknown = listed.c.value.not_in(known)
+        return exists(select(literal_column("1")).select_from(listed).where(is_unknown))
 
     def get_topics(self, transaction: Transaction) -> Sequence[str]:
         """See :meth:`kser.store.base.StepSchedule.get_topics`."""
