@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import (
     BigInteger,
     Boolean,
-    ColumnElement,
     Double,
     Integer,
     Text,
@@ -19,7 +18,6 @@ from sqlalchemy import (
     cast,
     func,
     literal,
-    literal_column,
     null,
     or_,
     select,
@@ -38,7 +36,7 @@ from kser.store.model import (
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import IdGenerator
 from kser.store.sql.inserts import InsertRows, Inserts, count_in, event_row, insert_events, without_nul
-from kser.store.sql.statements import ROWS, RowSource, types_of
+from kser.store.sql.statements import ONE, ROWS, ZERO, RowSource, types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, attempt, operation, operation_row, task
 from kser.store.transitions import cancelled_events, release_waits
 
@@ -392,9 +390,6 @@ def _attempt_row(outcome: TaskOutcome, checkpoint: Checkpoint) -> dict[str, Any]
 
 _TARGET: Final = ("target_uuid", "target_entrypoint", "target_topic")
 
-# Numbers are part of the text of a statement, because each bind parameter costs time in each execution.
-_ZERO: Final[ColumnElement[Any]] = literal_column("0")
-_ONE: Final[ColumnElement[Any]] = literal_column("1")
 _NO_TARGET: Final = (None, None, None)
 
 #: Values that must match the stored root, so that an update by an owner that has lost its claim changes no row.
@@ -425,7 +420,7 @@ def update_roots(database: Database, rows: str = ROWS) -> Any:
     """Return a statement that updates roots and, depending on the row values, keeps or releases each claim."""
     row = _root_rows(database, rows, _RELEASE)
     own, now = operation.c, database.now
-    released, take_at = row["released"] == _ONE, now + row["take_after"]
+    released, take_at = row["released"] == ONE, now + row["take_after"]
     return _update_values(
         row,
         {
@@ -438,7 +433,7 @@ def update_roots(database: Database, rows: str = ROWS) -> Any:
             "send_at": case((released, take_at + row["send_delay"]), else_=own.send_at),
             "due_reason": case((released, row["due_reason"]), else_=own.due_reason),
             "due_at": func.coalesce(now + row["delay"], own.due_at),
-            "ended_at": case((row["ended"] == _ONE, now), else_=None),
+            "ended_at": case((row["ended"] == ONE, now), else_=None),
         },
     )
 
@@ -456,7 +451,7 @@ def _update_values(row: RowSource, more: dict[str, Any]) -> Any:
     own = operation.c
     names = ("step", "phase", "accumulated", "result", "current_entrypoints")
     changed: dict[str, Any] = {name: row[name] for name in names}
-    changed |= {"claim_count": _ZERO, "send_count": _ZERO, "sent_at": null(), **more}
+    changed |= {"claim_count": ZERO, "send_count": ZERO, "sent_at": null(), **more}
     return row.update(
         operation,
         changed,

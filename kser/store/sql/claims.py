@@ -12,7 +12,7 @@ from kser.store.model import Claim, ClaimRefused, ClaimRequest, Mode, OperationR
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.schedule import is_claimable, lease_values
-from kser.store.sql.statements import types_of
+from kser.store.sql.statements import ONE, ZERO, types_of
 from kser.store.sql.tables import (
     OPERATION_COLUMNS,
     TASK_COLUMNS,
@@ -171,7 +171,7 @@ def _claim_statement(database: Database) -> Any:
     """Return the statement that claims roots."""
     now = database.now
     row = database.source(_CLAIM_VALUES)
-    claim_count = operation.c.claim_count + literal_column("1")
+    claim_count = operation.c.claim_count + ONE
     return row.update(
         operation,
         {
@@ -180,9 +180,9 @@ def _claim_statement(database: Database) -> Any:
             "token": row["token"],
             "claim_count": claim_count,
             **lease_values(now, row["owner"], row["lease"], claim_count),
-            "send_count": literal_column("0"),
+            "send_count": ZERO,
             "sent_at": None,
-            "refusal_count": literal_column("0"),
+            "refusal_count": ZERO,
             "refused_since": None,
             "started_at": case((operation.c.started_at.is_(None), now), else_=operation.c.started_at),
         },

@@ -14,7 +14,6 @@ from sqlalchemy import (
     exists,
     false,
     func,
-    literal_column,
     or_,
     select,
     union_all,
@@ -25,7 +24,7 @@ from kser.errors import UsageError
 from kser.store.model import AttemptRow, EventRow, OperationQuery, OperationRow, OperationSnapshot, Page, TaskRow
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.ids import id_at
-from kser.store.sql.statements import types_of
+from kser.store.sql.statements import ONE, ZERO, types_of
 from kser.store.sql.tables import (
     OPERATION_COLUMNS,
     TASK_COLUMNS,
@@ -195,7 +194,7 @@ class LabelFilter:
 def _exists(table: Any, *where: ColumnElement[bool]) -> ColumnElement[bool]:
     # OFFSET 0 prevents PostgreSQL from merging this subquery into the outer query. Otherwise, PostgreSQL could start
     # the search with the filter in this subquery instead of the driving filter.
-    return exists(select(literal_column("1")).select_from(table).where(*where).offset(literal_column("0")))
+    return exists(select(ONE).select_from(table).where(*where).offset(ZERO))
 
 
 def _cursor(after: str | None) -> int | None:

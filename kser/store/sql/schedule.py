@@ -7,16 +7,14 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, literal_column, or_
 
 from kser.store.model import IMMEDIATE_TAKEOVERS, MAX_RESEND_DELAY, MAX_TAKEOVER_DELAY, SEND_DELAY, DueReason
+from kser.store.sql.statements import ONE, ZERO
 from kser.store.sql.tables import operation
 
 #: From this number of sends on, the resend delay is always ``MAX_RESEND_DELAY``. The delay doubles with each send, so
 #: after 20 sends even a first delay of 10 ms exceeds this maximum.
 MAX_DOUBLINGS: Final = 20
 
-_ONE: Final[ColumnElement[Any]] = literal_column("1")
-
-# Numbers are part of the text of a statement, because each bind parameter costs time in each execution.
-_ZERO: Final[ColumnElement[Any]] = literal_column("0")
+# As ZERO and ONE, these values are part of the text of a statement.
 _IMMEDIATE: Final[ColumnElement[Any]] = literal_column(str(IMMEDIATE_TAKEOVERS))
 _LONGEST: Final[ColumnElement[Any]] = literal_column(str(int(MAX_TAKEOVER_DELAY)))
 _DOUBLINGS: Final[ColumnElement[Any]] = literal_column(str(int(MAX_TAKEOVER_DELAY).bit_length()))
@@ -42,9 +40,9 @@ def lease_values(now: Any, owner: Any, lease: Any, claim_count: Any) -> dict[str
 def takeover_delay(claim_count: Any) -> ColumnElement[Any]:
     """Return the number of seconds between the expiry of a lease and the next takeover of the step."""
     return case(
-        (claim_count <= _IMMEDIATE, _ZERO),
+        (claim_count <= _IMMEDIATE, ZERO),
         (claim_count - _IMMEDIATE >= _DOUBLINGS, _LONGEST),
-        else_=_ONE.op("<<")(claim_count - _IMMEDIATE),
+        else_=ONE.op("<<")(claim_count - _IMMEDIATE),
     )
 
 
@@ -54,7 +52,7 @@ def is_claimable(now: Any, expired: Any) -> ColumnElement[bool]:
     :param expired: 1 if a claim may end the claim of an owner whose lease has expired, otherwise 0.
     """
     own = operation.c
-    may_end = and_(expired == _ONE, own.lease_until + takeover_delay(own.claim_count) <= now)
+    may_end = and_(expired == ONE, own.lease_until + takeover_delay(own.claim_count) <= now)
     return or_(own.owner.is_(None), may_end)
 
 
@@ -67,7 +65,7 @@ def may_be_sent(now: Any) -> ColumnElement[bool]:
 def resend_delay(first: Any) -> ColumnElement[Any]:
     """Return the number of seconds until a step is due again; each earlier send doubles the delay ``first``."""
     sends = operation.c.send_count
-    doubled = first * _ONE.op("<<")(sends)
+    doubled = first * ONE.op("<<")(sends)
     return case(
         (sends >= MAX_DOUBLINGS, MAX_RESEND_DELAY), (doubled > MAX_RESEND_DELAY, MAX_RESEND_DELAY), else_=doubled
     )

@@ -37,6 +37,10 @@ CLOCK: Final = "clock"
 #: Bind parameter for all rows of values of a statement, as one JSON text.
 ROWS: Final = "rows"
 
+#: Numbers as part of the text of a statement, because each bind parameter costs time in each execution.
+ZERO: Final[ColumnElement[Any]] = literal_column("0")
+ONE: Final[ColumnElement[Any]] = literal_column("1")
+
 #: A column with its own name as its alias. psycopg parses a statement of more than 4,096 characters in each execution,
 #: so the aliases that change nothing are removed.
 _SAME_NAME: Final = re.compile(r"\b(\w+\.(\w+)) AS \2\b")
@@ -97,7 +101,7 @@ class RowSource:
         first = next(iter(self._types))
         kind = self._types[first]
         number = self[first] if isinstance(kind, Integer) else func.length(self[first])
-        return (number % literal_column("1") == literal_column("0"),)
+        return (number % ONE == ZERO,)
 
     def insert(self, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
         """Return a statement that inserts each row of values."""
