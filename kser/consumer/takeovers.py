@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 from kser.consumer.client import Commit
@@ -94,9 +94,6 @@ class TakeoverQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    def __iter__(self) -> Iterator[TakeoverItem]:
-        return iter(self._waiting)
 
     def put(self, item: TakeoverItem) -> bool:
         """Append a new takeover, which counts as one record in flight; return False if the queue is closed.

@@ -28,8 +28,9 @@ from kser.producer import KafkaProducerBase
 from kser.results import failed_result
 from kser.schemas import OPERATION_KEY, Message
 from kser.store.base import Store
-from kser.store.model import Claim, ClaimRequest, StepMessage
+from kser.store.model import Claim, ClaimRequest, OperationRow, StepMessage
 from kser.store.retrying import RetryingStore
+from kser.store.transitions import needed_entrypoints
 
 if TYPE_CHECKING:
     from kser.controller import BaseProducer
@@ -157,6 +158,10 @@ class DurableContext:
     def known_classes(self) -> Collection[str]:
         """Return the paths of the classes that this process knows, whichever registry they are subscribed to."""
         return frozenset(path for path in list(self.registry.controller.ENTRYPOINTS) if isinstance(path, str))
+
+    def unknown_classes(self, row: OperationRow) -> list[str]:
+        """Return the paths of the classes that the current step of a root needs and this process does not know."""
+        return [path for path in needed_entrypoints(row) if self.loader.lookup(path) is None]
 
     def reclaim(self, claim: Claim) -> Claim | None:
         """Read a claim of this process from the store again and return it, or return None if the claim was lost."""

@@ -11,7 +11,6 @@ runs the task.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +46,7 @@ from kser.store.model import (
     Phase,
     StepMessage,
 )
+from kser.store.transitions import needed_entrypoints
 
 logger = escape_lines(logging.getLogger(__name__))
 
@@ -61,9 +61,8 @@ def fail_unknown_class(context: DurableContext, step: DueStep) -> None:
     request = context.new_claim_request(step.target.topic, epoch=step.epoch)
     claim = context.store.direct.claim(step.uuid, step.target.uuid, request)
     if isinstance(claim, Claim):
-        names = {step.target.entrypoint, *json.loads(claim.root.current_entrypoints or "[]")}
         # A process that consumes another topic may know all of them.
-        names = {name for name in names if context.loader.lookup(name) is None} or names
+        names = set(context.unknown_classes(claim.root) or needed_entrypoints(claim.root))
         error = StoreError(f"no consumer of topic {step.target.topic} knows class {' and '.join(sorted(names))}")
         Execution(context, claim, failure=error).run()
 

@@ -182,8 +182,7 @@ class MessageHandler:
         """
         if states.is_final(row.status) or row.target.uuid != step:
             return None
-        names = (row.target.entrypoint, *json.loads(row.current_entrypoints or "[]"))
-        return next((name for name in names if self._context.loader.lookup(name) is None), None)
+        return next(iter(self._context.unknown_classes(row)), None)
 
     def _refuse_class(self, row: OperationRow, name: str) -> Deferred:
         """Leave a step to the other consumers, because this process does not know a class that the step needs."""

@@ -56,7 +56,7 @@ class RecoveryService:
         # as an interruption.
         self._contact = StoreContact(self._settings.lease, max(self._settings.lease / 2, self._settings.reaper * 2 + 1))
         self._heartbeat = Heartbeat(context)
-        self._takeovers = TakeoverSearch(context, self._contact, lambda: self.clock())
+        self._takeovers = TakeoverSearch(context, self._contact)
         self._sender = PeriodicThread("kser-reaper", self._send_when_due)
         #: Number of consecutive failed sends for each topic.
         self._failed_sends: Counter[str] = Counter()
@@ -91,8 +91,9 @@ class RecoveryService:
         self._guard(self._takeovers.settle)
         look, now = self._settings.look, self.clock()
         last = self._last_looks.get(host, -float("inf"))
-        interval = look if host.free_workers() else self._settings.reaper
-        has_more = self._takeovers.may_find_more(host) and host.free_workers()
+        is_free = host.free_workers() > 0
+        interval = look if is_free else self._settings.reaper
+        has_more = is_free and self._takeovers.may_find_more(host)
         if has_more or now >= min(last + interval, self._next_due(last)):
             self._last_looks[host] = last = now
             self.look(host)
@@ -182,27 +183,17 @@ class RecoveryService:
                 max_sends=self._settings.max_sends,
                 unknown_after=self._settings.unknown_after,
             )
-            # If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does
-            # not prove that its owner is gone. Do not send steps with an expired lease now.
-            was_slow = self.clock() - started_at > self._settings.lease / 3
-            sent = self._defer_expired(due) if was_slow else due
-            total += len(sent)
-            self._send(sent)
+            trusted, untrusted = self._contact.divide(due, started_at, self.clock())
+            self._postpone(untrusted, self._settings.lease)
+            total += len(trusted)
+            self._send(trusted)
             if len(due) < BATCH or self.clock() >= deadline:
                 return total
 
-    def _defer_expired(self, due: Sequence[DueStep]) -> Sequence[DueStep]:
-        """Return the due steps, except those that are due only because a lease has expired.
-
-        Call this method while an expired lease does not prove that its owner is gone. The reaper checks the omitted
-        steps again after the duration of one lease.
-        """
-        self._contact.interrupt()
-        expired = [(step.id, step.epoch) for step in due if step.reason == DueReason.EXPIRED]
-        if expired:
+    def _postpone(self, steps: Sequence[DueStep], wait: float) -> None:
+        if steps:
             store = self._context.store
-            store.once(store.direct.postpone_send, expired, self._settings.lease)
-        return [step for step in due if step.reason != DueReason.EXPIRED]
+            store.once(store.direct.postpone_send, [(step.id, step.epoch) for step in steps], wait)
 
     def _send(self, due: Sequence[DueStep]) -> None:
         by_topic = defaultdict(list)
@@ -217,17 +208,16 @@ class RecoveryService:
         # Send to failing topics last, so that their timeouts do not use up the time for the other topics.
         for topic, steps in sorted(by_topic.items(), key=lambda item: self._failed_sends[item[0]]):
             late = self._time_left(deadline) <= 0
-            failed = {step.id for step in (steps if late else self._send_to(topic, steps, deadline))}
-            keys = [(step.id, step.epoch) for step in steps]
-            self._context.unrecorded_sends.extend(key for key in keys if key[0] not in failed)
+            failed = steps if late else self._send_to(topic, steps, deadline)
+            failed_ids = {step.id for step in failed}
+            self._context.unrecorded_sends.extend((step.id, step.epoch) for step in steps if step.id not in failed_ids)
             if not failed:
                 del self._failed_sends[topic]
                 continue
             self._failed_sends[topic] += not late
             failures = max(self._failed_sends[topic], 1)
             wait = backoff.delay(failures, first=RESEND_UNSENT_AFTER, ceiling=self._settings.resend)
-            store = self._context.store
-            store.once(store.direct.postpone_send, [key for key in keys if key[0] in failed], wait)
+            self._postpone(failed, wait)
         self._contact.keep(self.clock())
 
     def _send_to(self, topic: str, steps: Sequence[DueStep], deadline: float) -> Sequence[DueStep]:

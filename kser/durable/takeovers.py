@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 from kser.durable.context import DurableContext, step_value
 from kser.errors import ProducerMissing
 from kser.escaping import escape_lines
-from kser.store.model import DueReason, DueStep
+from kser.store.model import DueReason, DueStep, TakeoverQuery
 from kser.takeover import Takeover, TakeoverHost
 
 logger = escape_lines(logging.getLogger(__name__))
@@ -57,6 +57,23 @@ class StoreContact:
             if self._last > self._since:
                 self._last = now
 
+    def divide(
+        self, due: Sequence[DueStep], started_at: float, now: float
+    ) -> tuple[Sequence[DueStep], Sequence[DueStep]]:
+        """Return the due steps that a query found as those to continue, and those whose owner may live.
+
+        If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does not
+        prove that its owner is gone, and the contact is interrupted.
+
+        :param started_at: the time at which the query started.
+        :param now: the time at which the query ended.
+        """
+        if now - started_at <= self._lease / 3:
+            return due, []
+        self.interrupt()
+        expired = [step for step in due if step.reason == DueReason.EXPIRED]
+        return [step for step in due if step.reason != DueReason.EXPIRED], expired
+
     def interrupt(self) -> None:
         """Interrupt the contact, because a call failed or took so long that owners could not renew their leases."""
         with self._lock:
@@ -68,15 +85,14 @@ class TakeoverSearch:
 
     :param context: the durable context of this process.
     :param contact: the contact with the store.
-    :param clock: returns the time of the service, in seconds.
     """
 
-    def __init__(self, context: DurableContext, contact: StoreContact, clock: Callable[[], float]) -> None:
+    def __init__(self, context: DurableContext, contact: StoreContact) -> None:
         self._context = context
         self._contact = contact
-        self._clock = clock
-        #: The takeovers that have run or were dropped, and whose reservations are not settled yet.
-        self._ended: deque[tuple[DueStep, Takeover]] = deque()
+        #: The steps whose takeovers were dropped, and those whose takeovers ended before a claim, until :meth:`settle`.
+        self._dropped: deque[DueStep] = deque()
+        self._unclaimed: deque[DueStep] = deque()
         #: The consumers whose last look found as many steps as they had free workers.
         self._with_more: set[TakeoverHost] = set()
         # True if the last takeover had no value, because the producer was being made.
@@ -104,26 +120,25 @@ class TakeoverSearch:
             return 0
         context, settings = self._context, self._context.settings
         reservation = settings.reservation if free else min(settings.grace + HOLD, settings.reservation)
-        started_at = self._clock()
-        due = context.store.once(
-            context.store.direct.reserve_due_steps,
-            free or 1,
-            host.topics(lambda: context.store.direct.get_topics()),
-            context.known_classes(),
-            reservation=reservation,
+        started_at = context.clock()
+        query = TakeoverQuery(
+            limit=free or 1,
+            topics=host.topics(lambda: context.store.direct.get_topics()),
+            known=context.known_classes(),
             expired=self._contact.extend(started_at),
             only_urgent=not free,
             overdue=0 if free else HOLD_AFTER,
         )
+        due = context.store.once(context.store.direct.reserve_due_steps, query, reservation)
         (self._with_more.add if 0 < free <= len(due) else self._with_more.discard)(host)
         expires_at = started_at + reservation
-        refused = self._untrusted(due) if self._clock() - started_at > settings.lease / 3 else []
+        trusted, untrusted = self._contact.divide(due, started_at, context.clock())
         # Keep the reservation of a step that runs here: the next heartbeat ends it.
-        taken = [step for step in due if step not in refused and not self._is_running_here(step)]
-        rejected = [step for step in taken if not self._put(host, step, expires_at)]
-        if refused or rejected:
-            context.store.once(context.store.direct.return_reservations, [*refused, *rejected])
-        return len(taken) - len(rejected)
+        wanted = [step for step in trusted if not self._is_running_here(step)]
+        rejected = [step for step in wanted if not self._put(host, step, expires_at)]
+        if untrusted or rejected:
+            context.store.once(context.store.direct.return_reservations, [*untrusted, *rejected])
+        return len(wanted) - len(rejected)
 
     def _has_producer(self) -> bool:
         """Return False as long as a producer is made that a takeover needs: other consumers may reserve the steps."""
@@ -139,32 +154,12 @@ class TakeoverSearch:
 
         :raises kser.errors.StoreUnavailable: the database is unavailable. The reservations expire by themselves.
         """
-        dropped, unclaimed = [], []
-        for step, takeover in self._pop_ended():
-            if not takeover.is_started:
-                dropped.append(step)
-            elif not takeover.is_answered:
-                unclaimed.append(step)
         store = self._context.store
+        dropped, unclaimed = list(_pop_all(self._dropped)), list(_pop_all(self._unclaimed))
         if dropped:
             store.once(store.direct.return_reservations, dropped)
         if unclaimed:
             store.once(store.direct.postpone_takeover, unclaimed, self._context.settings.resend)
-
-    def _pop_ended(self) -> Iterator[tuple[DueStep, Takeover]]:
-        # Consumers of one process share the queue, so another thread may remove the last entry.
-        with suppress(IndexError):
-            while True:
-                yield self._ended.popleft()
-
-    def _untrusted(self, due: Sequence[DueStep]) -> list[DueStep]:
-        """Return the steps that must not be taken over after a slow query: those whose lease has expired.
-
-        If the query was slow, the heartbeats of other consumers were probably late too, so an expired lease does not
-        prove that its owner is gone.
-        """
-        self._contact.interrupt()
-        return [step for step in due if step.reason == DueReason.EXPIRED]
 
     def _is_running_here(self, step: DueStep) -> bool:
         """Return whether a worker of this process still runs a step whose lease has expired.
@@ -182,15 +177,13 @@ class TakeoverSearch:
         except Exception as error:
             # The hook onmessage of the producer is user code, which may raise any exception.
             logger.warning(f"{target.entrypoint}[{target.uuid}] of operation {step.uuid} cannot be taken over: {error}")
-            takeover = Takeover(target.topic, b"", step.epoch, "", lambda _: None)
-            takeover.is_started = True
-            self._ended.append((step, takeover))
+            self._unclaimed.append(step)
             return True
         if value is None:
             self._lacks_producer = True
             return False
         label = f"step {target.entrypoint}[{target.uuid}] of operation {step.uuid}"
-        now = self._clock()
+        now = self._context.clock()
         takeover = Takeover(
             target.topic,
             value,
@@ -208,6 +201,16 @@ class TakeoverSearch:
         return True
 
     def _on_end(self, host: TakeoverHost, step: DueStep, takeover: Takeover) -> None:
-        self._ended.append((step, takeover))
+        if not takeover.is_started:
+            self._dropped.append(step)
+        elif not takeover.is_answered:
+            self._unclaimed.append(step)
         if host in self._with_more:
             host.wake_up.set()
+
+
+def _pop_all(steps: deque[DueStep]) -> Iterator[DueStep]:
+    # Consumers of one process share the queue, so another thread may remove the last entry.
+    with suppress(IndexError):
+        while True:
+            yield steps.popleft()

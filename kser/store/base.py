@@ -49,6 +49,7 @@ from kser.store.model import (
     OperationRow,
     OperationSnapshot,
     Page,
+    TakeoverQuery,
     TaskRow,
 )
 
@@ -112,31 +113,14 @@ class StepSchedule(ABC):
         """Return the topics of the current steps of all roots that have not ended, in alphabetical order."""
 
     @abstractmethod
-    def reserve_due_steps(
-        self,
-        limit: int,
-        topics: Collection[str],
-        known: Collection[str],
-        *,
-        reservation: float,
-        expired: bool,
-        only_urgent: bool = False,
-        overdue: float = 0,
-    ) -> Sequence[DueStep]:
+    def reserve_due_steps(self, query: TakeoverQuery, reservation: float) -> Sequence[DueStep]:
         """Reserve due steps for a takeover, the longest due first, and return these steps.
 
         The call first reads without a lock, and writes only if it finds a step. Of several concurrent calls, one
         reserves the step. The call may leave out steps behind a thousand steps of one topic that are due for longer
-        and that ``known`` excludes.
+        and whose classes the caller does not know.
 
-        :param limit: maximum number of steps.
-        :param topics: topics of the steps to reserve: the topics that the caller consumes.
-        :param known: paths of the classes that the caller knows. The class of the step's message must be among them,
-            and all classes in the root's ``current_entrypoints``.
         :param reservation: duration of the reservation in seconds. The step is due again afterwards.
-        :param expired: True to reserve also the steps of roots whose lease has expired.
-        :param only_urgent: True to reserve only steps with a reason in :data:`kser.store.model.URGENT`.
-        :param overdue: seconds for which the steps must have been due.
         """
 
     @abstractmethod
@@ -263,12 +247,12 @@ class Store(StepSchedule):
         The claim is one compare-and-set. The store grants the claim if ``step`` is current, the status is PENDING or
         RUNNING, ``due_at`` has passed, the root has the epoch and the topic of the request, and either the root has no
         owner, or the owner's lease has expired, the delay of :data:`kser.store.model.IMMEDIATE_TAKEOVERS` has passed,
-        and the request has ``expired``. A reservation of another consumer does not prevent the claim. A granted claim
-        increments ``epoch`` and
-        ``claim_count``, sets the status to RUNNING, stores the owner, the token and the lease, and clears the numbers
-        of sends and refusals. The first claim on a root also stores ``started_at``. If ``claim_count`` has already
-        reached ``max_claims``, the store still grants the claim, and marks the claim as ``exhausted``, so that the
-        consumer records the step as failed and does not run it.
+        and the request has ``expired``. A reservation of another consumer does not prevent the claim.
+
+        A granted claim increments ``epoch`` and ``claim_count``, sets the status to RUNNING, stores the owner, the
+        token and the lease, and clears the numbers of sends and refusals. The first claim on a root also stores
+        ``started_at``. If ``claim_count`` has already reached ``max_claims``, the store still grants the claim, and
+        marks the claim as ``exhausted``, so that the consumer records the step as failed and does not run it.
 
         :param uuid: uuid of the root.
         :param step: uuid in the message of the step that the caller wants to run. The store grants the claim only if

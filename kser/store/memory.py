@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -35,6 +34,7 @@ from kser.store.model import (
     Phase,
     RefusalReason,
     StepMessage,
+    TakeoverQuery,
     TaskOutcome,
     TaskRow,
 )
@@ -58,6 +58,7 @@ from kser.store.transitions import (
     has_live_owner,
     is_resumed,
     may_be_sent,
+    needed_entrypoints,
     new_row,
     new_task_row,
 )
@@ -283,28 +284,17 @@ class MemoryStore(Store):
         with self._lock:
             return sorted({row.target.topic for row in self._operations.values() if row.take_at is not None})
 
-    def reserve_due_steps(
-        self,
-        limit: int,
-        topics: Collection[str],
-        known: Collection[str],
-        *,
-        reservation: float,
-        expired: bool,
-        only_urgent: bool = False,
-        overdue: float = 0,
-    ) -> Sequence[DueStep]:
+    def reserve_due_steps(self, query: TakeoverQuery, reservation: float) -> Sequence[DueStep]:
         with self._lock:
             rows = [
                 row
-                for row in self._due(expired)
-                if row.target.topic in topics
-                and row.target.entrypoint in known
-                and all(path in known for path in json.loads(row.current_entrypoints or "[]"))
-                and (not only_urgent or row.due_reason in URGENT)
-                and (row.take_at or 0) + overdue <= self._clock()
+                for row in self._due(query.expired)
+                if row.target.topic in query.topics
+                and all(path in query.known for path in needed_entrypoints(row))
+                and (not query.only_urgent or row.due_reason in URGENT)
+                and (row.take_at or 0) + query.overdue <= self._clock()
             ]
-            return [self._reserve(row, reservation) for row in rows[:limit]]
+            return [self._reserve(row, reservation) for row in rows[: query.limit]]
 
     def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
         with self._lock:

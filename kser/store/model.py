@@ -475,6 +475,25 @@ class DueStep:
     take_at: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakeoverQuery:
+    """A query for due steps that a consumer can take over."""
+
+    #: Maximum number of steps.
+    limit: int
+    #: Topics of the steps: the topics that the consumer reads.
+    topics: Collection[str]
+    #: Paths of the classes that the consumer knows. The class of the step's message must be among them, and all classes
+    #: in the root's ``current_entrypoints``.
+    known: Collection[str]
+    #: True to find also the steps of roots whose lease has expired.
+    expired: bool
+    #: True to find only steps with a reason in :data:`kser.store.model.URGENT`.
+    only_urgent: bool = False
+    #: Seconds for which the steps must have been due.
+    overdue: float = 0
+
+
 class Page(NamedTuple):
     """One page of the operations that match a query, newest operations first."""
 

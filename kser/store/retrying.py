@@ -26,6 +26,7 @@ from kser.store.model import (
     OperationRow,
     OperationSnapshot,
     Page,
+    TakeoverQuery,
     TaskRow,
 )
 
@@ -107,27 +108,8 @@ class RetryingStore(Store):
     def get_topics(self) -> Sequence[str]:
         return self._retry(self.direct.get_topics)
 
-    def reserve_due_steps(
-        self,
-        limit: int,
-        topics: Collection[str],
-        known: Collection[str],
-        *,
-        reservation: float,
-        expired: bool,
-        only_urgent: bool = False,
-        overdue: float = 0,
-    ) -> Sequence[DueStep]:
-        return self._retry(
-            self.direct.reserve_due_steps,
-            limit,
-            topics,
-            known,
-            reservation=reservation,
-            expired=expired,
-            only_urgent=only_urgent,
-            overdue=overdue,
-        )
+    def reserve_due_steps(self, query: TakeoverQuery, reservation: float) -> Sequence[DueStep]:
+        return self._retry(self.direct.reserve_due_steps, query, reservation)
 
     def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
         return self._retry(self.direct.reserve_step, row, reservation)

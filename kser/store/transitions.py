@@ -98,6 +98,11 @@ def entrypoints_json(paths: Sequence[str]) -> str | None:
     return json.dumps(paths) if paths else None
 
 
+def needed_entrypoints(row: OperationRow) -> list[str]:
+    """Return the paths of all classes that the current step of a root needs."""
+    return [row.target.entrypoint, *json.loads(row.current_entrypoints or "[]")]
+
+
 def new_task_row(new: NewTask, operation_id: int, position: int, child_id: int | None) -> TaskRow:
     """Return the row of a new task."""
     return TaskRow(

@@ -220,6 +220,11 @@ class Process:
         """Poll once, without handling a message: take part in a rebalance while a task runs."""
         return self.consumer._kser_poller.poll_once(0)
 
+    def look(self) -> int:
+        """Let the consumer look once, without running what it takes; return the number of its takeovers."""
+        self.background_service.look(self.host)
+        return len(self.work_queue.takeovers)
+
     def run(self, kmsg: Message) -> Result:
         """Run a message that does not come from Kafka."""
         result: Result = self.registry.controller.run(kmsg.dumps())
@@ -316,6 +321,19 @@ class DurableHarness:
             self.advance(TICK_INTERVAL)
             passed += TICK_INTERVAL
         (process or self.first).background_service.tick()
+
+    def leave_expired_claim(self, cls: type[Sale], process: Process | None = None, uuid: str = "1") -> Claim:
+        """Leave an operation whose consumer died one lease ago, and whose record is lost.
+
+        :param process: the process that trusts leases then; by default, the first one.
+        """
+        self.first.class_of(cls)(uuid).build().send()
+        self.advance_with_reaper(2 * LEASE, process)
+        lose_records()
+        claim = self.claim_and_die(uuid)
+        self.advance_with_reaper(LEASE - 5, process)
+        self.advance(6)
+        return claim
 
     def operation(self, uuid: str = "1") -> Any:
         """Return an operation as the registry of the first process loads it."""

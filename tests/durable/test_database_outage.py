@@ -180,10 +180,7 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "checkpoint": (("checkpoint",), {}),
     "renew": (([(7, 1)], "owner", 30.0), {}),
     "get_topics": ((), {}),
-    "reserve_due_steps": (
-        (4, ["orders"], ["shop.Charge"]),
-        {"reservation": 5.0, "expired": True, "only_urgent": False, "overdue": 0.5},
-    ),
+    "reserve_due_steps": (("query", 5.0), {}),
     "reserve_step": (("row", 5.0), {}),
     "return_reservations": ((["step"],), {}),
     "postpone_takeover": ((["step"], 60.0), {}),

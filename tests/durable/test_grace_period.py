@@ -31,24 +31,13 @@ from tests.durable.harness import (
     send_raw_message,
 )
 from tests.durable.test_nested_operations import Inner, Innermost, Outer
-from tests.store.harness import LEASE, new_operation
+from tests.store.harness import LEASE, new_operation, reserve
 from tests.support import lines, wait_until
 
 pytestmark = pytest.mark.usefixtures("bus")
 
 ORDER = ["1.a", "1.b", "1.c"]
 GRACE = 0.8
-
-
-def leave_expired_claim(harness: DurableHarness, cls: type[Sale], process: Process) -> Claim:
-    """Leave an operation whose owner did not renew its lease, and whose record is lost. The process trusts leases."""
-    harness.first.class_of(cls)("1").build().send()
-    harness.advance_with_reaper(2 * LEASE, process)
-    lose_records()
-    claim = harness.claim_and_die()
-    harness.advance_with_reaper(LEASE - 5, process)
-    harness.advance(6)
-    return claim
 
 
 def during_grace_period(process: Process, call: Callable[[], object]) -> list[float]:
@@ -64,12 +53,6 @@ def during_grace_period(process: Process, call: Callable[[], object]) -> list[fl
     return periods
 
 
-def look(process: Process) -> int:
-    """Let the consumer of a process look once; return the number of its waiting takeovers."""
-    process.background_service.look(process.host)
-    return len(process.work_queue.takeovers)
-
-
 # -- takeovers and records ---------------------------------------------------------------------------------------------
 
 
@@ -81,7 +64,7 @@ def test_owner_may_renew_its_lease_before_another_consumer_claims_the_step(
 ) -> None:
     """durability rules 9 and 20c"""
     process = harness.start_process(cls, group="second")
-    claim = leave_expired_claim(harness, cls, process)
+    claim = harness.leave_expired_claim(cls, process)
     key = claim.id, claim.epoch
     renew = (lambda: harness.store.renew([key], "the owner", LEASE)) if renews else (lambda: None)
     periods = during_grace_period(process, renew)
@@ -108,7 +91,7 @@ def claim_message(claim: Claim) -> Any:
 def test_takeover_whose_reservation_expires_in_its_grace_period_is_dropped(harness: DurableHarness) -> None:
     """durability rule 20b: it counts as no takeover, so nothing is postponed."""
     process = harness.start_process(Sale, group="second")
-    leave_expired_claim(harness, Sale, process)
+    harness.leave_expired_claim(Sale, process)
     during_grace_period(process, lambda: harness.advance(6))
     process.step()
     assert (ScriptedTask.ran, harness.snapshot().operation.epoch) == ([], 1)
@@ -124,7 +107,7 @@ def test_step_in_its_grace_period_is_given_back_at_shutdown(
 ) -> None:
     """durability rule 30"""
     process = harness.start_process(Sale, group="second", workers=2)
-    claim = leave_expired_claim(harness, Sale, process)
+    claim = harness.leave_expired_claim(Sale, process)
     if by_record:
         monkeypatch.setattr(process.host, "free_workers", lambda: 0)
         monkeypatch.setattr(process.host, "may_hold_urgent", lambda: False)
@@ -178,9 +161,9 @@ def test_busy_consumer_leaves_a_due_retry_to_idle_consumers_at_first(harness: Du
 
     def hold() -> None:
         harness.advance(5.1)
-        seen.append(look(process))
+        seen.append(process.look())
         harness.advance(0.5)
-        seen.append(look(process))
+        seen.append(process.look())
         take_at = harness.snapshot().operation.take_at
         assert take_at == pytest.approx(harness.store_harness.now + GRACE + 1, abs=1)
 
@@ -293,7 +276,7 @@ def test_read_does_not_end_an_outage_of_writes(caplog: pytest.LogCaptureFixture,
             store.save(new_operation(1))
         store.get_operation("1")
         store.find(OperationQuery(), 5)
-        assert store.reserve_due_steps(1, ["orders"], [], reservation=5, expired=True) == []
+        assert reserve(store, known=[]) == []
     direct.is_locked = False
     store.get_operation("1")
     store.save(new_operation(1))

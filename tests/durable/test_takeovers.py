@@ -22,7 +22,7 @@ from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task
 from kser.status import CANCELLED, FAILED, PENDING, RUNNING, SUCCESS
 from kser.store.memory import MemoryStore
-from kser.store.model import Claim, DueReason, DueStep
+from kser.store.model import DueReason, DueStep
 from tests.consumer.harness import ConsumerThread, ScriptedTask, send_messages
 from tests.durable.harness import (
     BOTH_MODES,
@@ -50,23 +50,6 @@ def reasons(harness: DurableHarness, kind: str = "taken-over", uuid: str = "1") 
     return [event.text for event in harness.snapshot(uuid).events if event.kind == kind]
 
 
-def leave_expired_claim(harness: DurableHarness, cls: type[Sale], uuid: str = "1") -> Claim:
-    """Leave an operation whose consumer died one lease ago, and whose record is lost. Leases are trusted."""
-    harness.first.class_of(cls)(uuid).build().send()
-    harness.advance_with_reaper(2 * LEASE)
-    lose_records()
-    claim = harness.claim_and_die(uuid)
-    harness.advance_with_reaper(LEASE - 5)
-    harness.advance(6)
-    return claim
-
-
-def look(process: Process) -> int:
-    """Let the consumer of a process look once, without running what it takes; return the number of its takeovers."""
-    process.background_service.look(process.host)
-    return len(process.work_queue.takeovers)
-
-
 # -- what is taken over ------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +58,7 @@ def test_consumer_takes_over_the_operation_of_a_dead_consumer(
     harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rules 12 and 20: expired leases, without a message."""
-    leave_expired_claim(harness, cls)
+    harness.leave_expired_claim(cls)
     harness.first.step()
     assert (reasons(harness), ScriptedTask.ran[:1]) == ([DueReason.EXPIRED], ["1.a"])
     assert any(f"of operation 1 is taken over: {DueReason.EXPIRED}" in line for line in lines(caplog, logging.INFO))
@@ -144,7 +127,7 @@ def test_step_handed_over_and_unclaimed_is_taken_over_after_one_lease(harness: D
     lose_records()
     other = harness.start_process(DistributedSale, group="other")
     harness.advance(LEASE - 1)
-    assert look(other) == 0
+    assert other.look() == 0
     harness.advance(2)
     other.handle()
     assert (harness.status(), reasons(harness)) == (SUCCESS, [DueReason.UNCLAIMED])
@@ -193,18 +176,18 @@ def test_consumer_that_may_not_run_a_step_does_not_take_it_over(
     harness: DurableHarness, obstacle: Callable[[Process], None]
 ) -> None:
     """durability rules 6 and 20: the step is sent if nobody has taken it within a second."""
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     obstacle(harness.first)
-    assert (look(harness.first), reasons(harness)) == (0, [])
+    assert (harness.first.look(), reasons(harness)) == (0, [])
     assert harness.first.background_service.reap() == 1
     assert (len(sent_messages()), reasons(harness, "sent-again")) == (1, [DueReason.EXPIRED])
 
 
 def test_distributed_step_needs_only_the_class_of_its_task(harness: DurableHarness) -> None:
     """durability rule 6"""
-    leave_expired_claim(harness, DistributedSale)
+    harness.leave_expired_claim(DistributedSale)
     harness.first.unsubscribe(DistributedSale)
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
 
 
 class Nothing(Operation):
@@ -274,12 +257,12 @@ def test_record_of_a_class_of_two_registries_runs_with_the_database_of_its_opera
 
 def test_consumer_without_partitions_takes_over(harness: DurableHarness) -> None:
     """durability rule 20: its place in the group does not matter."""
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     harness.first.poll()
     partitions = harness.first.consumer.assignment
     assert partitions
     harness.first.consumer._kser_partitions.on_revoke(partitions)
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
 
 
 @pytest.mark.parametrize(
@@ -296,9 +279,9 @@ def test_consumer_of_a_pattern_takes_over_the_topics_that_match(
     harness: DurableHarness, subscription: Subscription, taken: int
 ) -> None:
     """durability rule 20"""
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     harness.first.host._subscription = subscription
-    assert look(harness.first) == taken
+    assert harness.first.look() == taken
 
 
 def test_consumers_take_over_each_step_once(harness: DurableHarness) -> None:
@@ -310,8 +293,8 @@ def test_consumers_take_over_each_step_once(harness: DurableHarness) -> None:
     harness.advance(RESEND + 1)
     for _ in range(len(processes)):
         # Of consumers that see the same steps at the same time, one gets them, and the others look again later.
-        run_concurrently(*[lambda process=process: look(process) for process in processes])  # type: ignore[misc]
-    waiting = [item.takeover.label for process in processes for item in process.work_queue.takeovers]
+        run_concurrently(*[lambda process=process: process.look() for process in processes])  # type: ignore[misc]
+    waiting = [item.takeover.label for process in processes for item in process.work_queue.takeovers._waiting]
     assert (len(waiting), len(set(waiting))) == (40, 40)
 
 
@@ -323,23 +306,23 @@ def test_no_more_is_reserved_than_workers_are_free(harness: DurableHarness, work
         harness.first.send(Sale, str(number))
     lose_records()
     harness.advance(RESEND + 1)
-    assert look(process) == workers
-    assert look(process) == workers
+    assert process.look() == workers
+    assert process.look() == workers
 
 
 @pytest.mark.parametrize(("is_urgent", "taken"), [(True, 1), (False, 0)])
 def test_busy_consumer_takes_over_only_one_urgent_step(harness: DurableHarness, is_urgent: bool, taken: int) -> None:
     """durability rule 20: an expired lease or a retry that is due."""
     if is_urgent:
-        leave_expired_claim(harness, Sale, "1")
-        leave_expired_claim(harness, Sale, "2")
+        harness.leave_expired_claim(Sale, uuid="1")
+        harness.leave_expired_claim(Sale, uuid="2")
     else:
         harness.first.send(Sale, "1")
         lose_records()
         harness.advance(RESEND + 1)
     send_messages("plain")
     harness.first.poll()
-    assert [look(harness.first), look(harness.first)] == [taken, taken]
+    assert [harness.first.look(), harness.first.look()] == [taken, taken]
 
 
 def test_process_does_not_take_over_what_its_own_worker_runs(harness: DurableHarness) -> None:
@@ -350,9 +333,9 @@ def test_process_does_not_take_over_what_its_own_worker_runs(harness: DurableHar
     def let_the_lease_expire() -> None:
         for _ in range(4):
             # The contact with the store continues, but the heartbeat does not.
-            look(harness.first)
+            harness.first.look()
             harness.advance(LEASE_EXPIRED / 4)
-        seen.append(look(harness.first))
+        seen.append(harness.first.look())
         harness.first.background_service.renew_leases()
 
     ScriptedTask.script["1.b"] = let_the_lease_expire
@@ -369,8 +352,8 @@ def test_owner_that_renews_its_lease_after_a_reservation_keeps_its_claim(
     harness: DurableHarness, cls: type[Sale], caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rules 9 and 20: a reservation is no claim."""
-    claim = leave_expired_claim(harness, cls)
-    assert look(harness.first) == 1
+    claim = harness.leave_expired_claim(cls)
+    assert harness.first.look() == 1
     assert harness.store.renew([(claim.id, claim.epoch)], "a dead consumer", LEASE) == {claim.id}
     assert harness.first.consumer.run_record()
     row = harness.snapshot().operation
@@ -385,8 +368,8 @@ def test_takeover_of_a_step_that_another_consumer_has_claimed_runs_nothing(
     harness: DurableHarness, cls: type[Sale]
 ) -> None:
     """durability rules 7 and 20: the epoch is part of the compare."""
-    leave_expired_claim(harness, cls)
-    assert look(harness.first) == 1
+    harness.leave_expired_claim(cls)
+    assert harness.first.look() == 1
     other = harness.claim_and_die()
     harness.advance(LEASE_EXPIRED + 5)
     harness.first.consumer._kser_work_queue.takeovers._waiting[0].deadline = float("inf")
@@ -397,9 +380,9 @@ def test_takeover_of_a_step_that_another_consumer_has_claimed_runs_nothing(
 @BOTH_MODES
 def test_of_a_takeover_and_a_record_of_one_step_one_runs(harness: DurableHarness, cls: type[Sale]) -> None:
     """durability rule 20"""
-    claim = leave_expired_claim(harness, cls)
+    claim = harness.leave_expired_claim(cls)
     harness.first.background_service.reap()
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
     harness.first.handle()
     assert (harness.status(), ScriptedTask.ran) == (SUCCESS, ORDER)
     assert harness.snapshot().operation.epoch >= claim.epoch
@@ -407,17 +390,17 @@ def test_of_a_takeover_and_a_record_of_one_step_one_runs(harness: DurableHarness
 
 def test_takeover_that_has_not_begun_when_its_reservation_expires_is_dropped(harness: DurableHarness) -> None:
     """durability rule 20: by the clock of the process, from before the call."""
-    leave_expired_claim(harness, Sale)
-    assert look(harness.first) == 1
+    harness.leave_expired_claim(Sale)
+    assert harness.first.look() == 1
     harness.advance(RESERVATION + 0.1)
     assert not harness.first.consumer.run_record()
     assert ScriptedTask.ran == []
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
 
 
 def test_reservation_counts_from_before_the_call(harness: DurableHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """durability rule 20"""
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     reserve = harness.store.reserve_due_steps
 
     def reserve_slowly(*args: Any, **options: Any) -> Any:
@@ -426,17 +409,17 @@ def test_reservation_counts_from_before_the_call(harness: DurableHarness, monkey
         return steps
 
     monkeypatch.setattr(harness.store, "reserve_due_steps", reserve_slowly)
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
     harness.first.clock.advance(1)
     assert not harness.first.consumer.run_record()
 
 
 def test_consumer_that_ends_gives_its_reservations_back(harness: DurableHarness) -> None:
     """durability rule 30: the next consumer takes the step over at once."""
-    leave_expired_claim(harness, Sale)
-    assert look(harness.first) == 1
+    harness.leave_expired_claim(Sale)
+    assert harness.first.look() == 1
     second = harness.start_process(Sale, group="second")
-    assert look(second) == 0
+    assert second.look() == 0
     harness.first.consumer.close()
     harness.first.background_service.close(harness.first.host)
     row = harness.snapshot().operation
@@ -471,7 +454,7 @@ def test_cancel_of_a_reserved_step_ends_the_operation_at_once(harness: DurableHa
     send_raw_message(Sale)
     harness.first.handle()
     harness.advance(11)
-    assert look(harness.first) == 1
+    assert harness.first.look() == 1
     assert harness.operation().cancel() == CANCELLED
     harness.first.handle()
     assert (harness.status(), ScriptedTask.ran) == (CANCELLED, ["1.a", "1.b"])
@@ -518,10 +501,10 @@ def test_takeover_whose_value_cannot_be_made_waits(harness: DurableHarness, capl
         def _onmessage(self, kmsg: Message) -> Message:
             raise ConnectionError("no key server")
 
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     with harness.first.producer_replaced(FailingProducer({})):
-        assert look(harness.first) == 0
-        look(harness.first)
+        assert harness.first.look() == 0
+        harness.first.look()
     assert any("cannot be taken over: no key server" in line for line in lines(caplog))
     assert harness.snapshot().operation.send_count == 1
 
@@ -537,7 +520,7 @@ def test_takeover_runs_with_the_value_that_the_producer_would_have_sent(
             kmsg.metadata["signature"] = "7"
             return kmsg
 
-    leave_expired_claim(harness, Sale)
+    harness.leave_expired_claim(Sale)
     controller = type(harness.first.registry.controller)
     onmessage = controller._onmessage
 
@@ -571,12 +554,12 @@ def test_takeover_waits_for_a_producer_that_is_being_made_and_blocks_nothing(
     make = process.consumer._kser_shared_producer._make
     monkeypatch.setattr(process.consumer._kser_shared_producer, "_make", lambda: (gate.wait(60), make())[1])
     for _ in range(3):
-        assert look(process) == 0
+        assert process.look() == 0
     row = harness.snapshot().operation
     assert row.take_at is not None
     assert row.take_at <= harness.store_harness.now
     gate.set()
-    wait_until(lambda: look(process) == 1)
+    wait_until(lambda: process.look() == 1)
 
 
 def test_takeover_tries_again_soon_to_make_a_producer(
@@ -586,11 +569,11 @@ def test_takeover_tries_again_soon_to_make_a_producer(
     process = consumer_without_producer(harness)
     with monkeypatch.context() as patch:
         patch.setattr(process.consumer._kser_shared_producer, "_make", lambda: 1 / 0)
-        wait_until(lambda: look(process) == 0 and "the producer cannot be made: division by zero" in caplog.text)
+        wait_until(lambda: process.look() == 0 and "the producer cannot be made: division by zero" in caplog.text)
         patch.setattr(process.consumer._kser_shared_producer, "_prepare_at", 0)
-        assert look(process) == 0
+        assert process.look() == 0
     assert caplog.text.count("the producer cannot be made") == 1
-    wait_until(lambda: look(process) == 1)
+    wait_until(lambda: process.look() == 1)
     assert harness.snapshot().operation.send_count == 0
 
 
@@ -608,8 +591,8 @@ def test_reservation_from_before_an_outage_is_dropped(harness: DurableHarness, u
     """durability rules 21 and 33: the owner could not renew its lease during the outage."""
     process = harness.start_process(Sale, store=unavailable, group="second")
     harness.advance_with_reaper(LEASE, process)
-    claim = leave_expired_claim_with(harness, process)
-    assert look(process) == 1
+    claim = harness.leave_expired_claim(Sale, process)
+    assert process.look() == 1
     claim_call = unavailable._store.claim
     calls: list[Any] = []
 
@@ -633,8 +616,8 @@ def test_claim_of_a_takeover_whose_reply_is_lost_is_read_back(
     """durability rule 10"""
     process = harness.start_process(Sale, store=unavailable, group="second")
     harness.advance_with_reaper(LEASE, process)
-    leave_expired_claim_with(harness, process)
-    assert look(process) == 1
+    harness.leave_expired_claim(Sale, process)
+    assert process.look() == 1
     claim_call = unavailable._store.claim
 
     def lose_reply(*args: Any) -> Any:
@@ -647,30 +630,20 @@ def test_claim_of_a_takeover_whose_reply_is_lost_is_read_back(
     assert (harness.status(), ScriptedTask.ran, harness.event_kinds().count("claimed")) == (SUCCESS, ORDER, 2)
 
 
-def leave_expired_claim_with(harness: DurableHarness, process: Process) -> Claim:
-    """Leave an operation with an expired lease, as :func:`leave_expired_claim` does, for another process."""
-    process.send(Sale)
-    lose_records()
-    claim = harness.claim_and_die()
-    harness.advance_with_reaper(LEASE - 5, process)
-    harness.advance(6)
-    return claim
-
-
 def test_nothing_is_reserved_during_an_outage(
     harness: DurableHarness, unavailable: UnavailableStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """durability rule 33"""
     process = harness.start_process(Sale, store=unavailable, group="second")
     harness.advance_with_reaper(LEASE, process)
-    leave_expired_claim_with(harness, process)
+    harness.leave_expired_claim(Sale, process)
     unavailable.error = "the database does not respond"
-    assert (look(process), look(process)) == (0, 0)
+    assert (process.look(), process.look()) == (0, 0)
     assert sum("work in flight waits" in line for line in lines(caplog)) == 1
     unavailable.error = ""
-    assert look(process) == 0, "leases are trusted only after one lease of contact"
+    assert process.look() == 0, "leases are trusted only after one lease of contact"
     harness.advance_with_reaper(LEASE, process)
-    assert look(process) == 1
+    assert process.look() == 1
 
 
 # -- time limits -------------------------------------------------------------------------------------------------------

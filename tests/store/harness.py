@@ -25,6 +25,7 @@ from kser.store.model import (
     OperationUpdate,
     Phase,
     StepMessage,
+    TakeoverQuery,
     TaskOutcome,
 )
 
@@ -269,9 +270,9 @@ CLASSES = ("shop.PlaceOrder", "shop.Charge")
 
 def reserve(store: Store, limit: int = 10, **values: Any) -> Sequence[DueStep]:
     """Reserve due steps for a takeover, as a consumer does that consumes all topics and knows all classes."""
-    options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES}
-    options |= {"reservation": LONG_RESERVATION, "expired": True, **values}
-    return store.reserve_due_steps(limit, **options)
+    options: dict[str, Any] = {"topics": ["orders", "gpu"], "known": CLASSES, "expired": True, **values}
+    reservation = options.pop("reservation", LONG_RESERVATION)
+    return store.reserve_due_steps(TakeoverQuery(limit=limit, **options), reservation)
 
 
 def reserved_steps(store: Store, limit: int = 10, **values: Any) -> list[tuple[str, str]]:

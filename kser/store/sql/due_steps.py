@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -26,12 +26,12 @@ from sqlalchemy import (
     select,
 )
 
-from kser.store.model import SEND_DELAY, SEND_GRACE, DueReason, DueStep, OperationRow, StepMessage
+from kser.store.model import SEND_DELAY, SEND_GRACE, DueReason, DueStep, OperationRow, StepMessage, TakeoverQuery
 from kser.store.sql.database import Database, Transaction
 from kser.store.sql.inserts import Inserts, event_row
 from kser.store.sql.leases import Pairs, pair_rows
 from kser.store.sql.schedule import may_be_sent, resend_delay
-from kser.store.sql.statements import types_of
+from kser.store.sql.statements import ONE, types_of
 from kser.store.sql.tables import OPERATION_COLUMNS, operation, operation_row
 from kser.store.transitions import apply_refusal
 
@@ -133,31 +133,18 @@ class DueSteps:
             listed = func.json_each(entrypoints).table_valued("value")
             known = select(func.json_each(bindparam("known", type_=Text)).table_valued("value").c.value)
             is_unknown = listed.c.value.not_in(known)
-        return exists(select(literal_column("1")).select_from(listed).where(is_unknown))
+        return exists(select(ONE).select_from(listed).where(is_unknown))
 
     def get_topics(self, transaction: Transaction) -> Sequence[str]:
         """See :meth:`kser.store.base.StepSchedule.get_topics`."""
         return sorted(topic for (topic,) in transaction.execute(self._topics).fetchall())
 
-    def find_takeovers(
-        self,
-        transaction: Transaction,
-        limit: int,
-        topics: Collection[str],
-        known: Collection[str],
-        *,
-        expired: bool,
-        only_urgent: bool,
-        overdue: float,
-    ) -> Sequence[FoundStep]:
-        """Return at most ``OVERREAD * limit`` due steps to reserve, the longest due first.
-
-        The parameters are those of :meth:`kser.store.base.StepSchedule.reserve_due_steps`.
-        """
-        limit *= OVERREAD
-        names = list(known) if self._database.json_batches else json.dumps(list(known))
-        values = {"limit": limit, "expired": int(expired), "known": names, "overdue": overdue}
-        rows = transaction.fetch(self._takeovers, _ranges(topics, only_urgent=only_urgent), **values)
+    def find_takeovers(self, transaction: Transaction, query: TakeoverQuery) -> Sequence[FoundStep]:
+        """Return at most ``OVERREAD`` times as many due steps as a query wants, the longest due first."""
+        limit = query.limit * OVERREAD
+        names = list(query.known) if self._database.json_batches else json.dumps(list(query.known))
+        values = {"limit": limit, "expired": int(query.expired), "known": names, "overdue": query.overdue}
+        rows = transaction.fetch(self._takeovers, _ranges(query.topics, only_urgent=query.only_urgent), **values)
         return sorted((_found(row) for row in rows), key=_take_at)[:limit]
 
     def find_sends(

@@ -24,6 +24,7 @@ from kser.store.model import (
     OperationRow,
     OperationSnapshot,
     Page,
+    TakeoverQuery,
     TaskRow,
 )
 from kser.store.sql import schema
@@ -122,20 +123,9 @@ class SQLStore(Store):
     def get_topics(self) -> Sequence[str]:
         return self._read(self._due_steps.get_topics)
 
-    def reserve_due_steps(
-        self,
-        limit: int,
-        topics: Collection[str],
-        known: Collection[str],
-        *,
-        reservation: float,
-        expired: bool,
-        only_urgent: bool = False,
-        overdue: float = 0,
-    ) -> Sequence[DueStep]:
-        find = self._due_steps.find_takeovers
-        found = self._read(find, limit, topics, known, expired=expired, only_urgent=only_urgent, overdue=overdue)
-        return self._write(self._due_steps.reserve, found, limit, reservation) if found else []
+    def reserve_due_steps(self, query: TakeoverQuery, reservation: float) -> Sequence[DueStep]:
+        found = self._read(self._due_steps.find_takeovers, query)
+        return self._write(self._due_steps.reserve, found, query.limit, reservation) if found else []
 
     def reserve_step(self, row: OperationRow, reservation: float) -> DueStep | None:
         return self._write(self._due_steps.reserve_step, row, reservation)
