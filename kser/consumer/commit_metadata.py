@@ -170,7 +170,9 @@ class CommitMetadata:
         return True
 
     def _checksum(self, key: Partition, offset: int, text: str) -> str:
-        return f"{crc32(f'{self.cluster} {key.topic} {key.partition} {offset} {text}'.encode()):08x}"
+        # Damaged metadata may contain surrogates, and must not raise an error.
+        covered = f"{self.cluster} {key.topic} {key.partition} {offset} {text}".encode(errors="surrogatepass")
+        return f"{crc32(covered):08x}"
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kser.consumer.client import Commit, Partition
@@ -63,6 +63,7 @@ def test_text_behind_the_metadata_is_ignored() -> None:
 
 @cases
 @given(position=st.integers(0, len(WRITTEN) - 1), letter=st.characters())
+@example(position=3, letter="\ud800")
 def test_damaged_metadata_never_applies(position: int, letter: str) -> None:
     damaged = WRITTEN[:position] + letter + WRITTEN[position + 1 :]
     if damaged != WRITTEN:
