@@ -488,7 +488,7 @@ class TakeoverQuery:
     known: Collection[str]
     #: True to find also the steps of roots whose lease has expired.
     expired: bool
-    #: True to find only steps with a reason in :data:`kser.store.model.URGENT`.
+    #: True to find only steps whose reason is urgent: an expired lease or a retry that is due.
     only_urgent: bool = False
     #: Seconds for which the steps must have been due.
     overdue: float = 0

@@ -91,12 +91,16 @@ class TimedConsumer:
         self.replaced_workers += 1
 
     def start_attempt(self) -> threading.Thread:
-        """Fetch all records, start the first attempt in a thread, and wait until its timer runs."""
+        """Fetch all records, start the first attempt in a thread, and wait until its task runs.
+
+        An operation has a time limit before its first task begins, so the time limit alone does not show that.
+        """
         self.consumer.poll()
         thread = threading.Thread(target=self.consumer.run_record)
         thread.start()
         running = self.consumer._kser_work_queue.running
-        wait_until(lambda: [item for item in running() if item.attempt.time_limit is not None])
+        wait_until(lambda: ("run", 1) in GatedTask.events)
+        assert [item for item in running() if item.attempt.time_limit is not None]
         return thread
 
     def advance(self, seconds: float) -> None:
