@@ -134,17 +134,17 @@ class KafkaPythonClient(ConsumerClient):
         return batches
 
     def _resume_join(self) -> None:
-        """Make kafka-python 3 complete a join that did not finish within one poll.
+        """Make kafka-python complete a join that did not finish within one poll.
 
         If a join starts because the number of partitions of a topic changed, and if this join finishes between two
-        polls, the client discards the result of the join and joins again. The second join revokes all partitions of the
-        whole group again. This method prevents the second join.
+        polls, kafka-python 2 never completes it, so that the member gets no partitions. kafka-python 3 discards the
+        result of the join and joins again, which revokes all partitions of the whole group again.
         """
         coordinator = self._client._coordinator
-        if not ASYNC or not coordinator.rejoining:
+        if not coordinator.rejoining:
             return
         coordinator.rejoin_needed = True
-        task = coordinator._join_task
+        task = coordinator._join_task if ASYNC else None
         if task is not None:
             joining = task if isinstance(task, PendingJoin) else PendingJoin(task, self._polled_at)
             coordinator._join_task = joining if joining.is_usable(self._session / 2) else None

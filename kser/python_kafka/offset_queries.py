@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import LeaderNotAvailableError
 
 from kser.consumer.client import Commit, Partition
 from kser.consumer.commit_metadata import CommitMetadata
@@ -38,11 +42,23 @@ class OffsetQueries:
     def beginnings(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         """Return the first offset of each partition."""
         # In kafka-python 2, ``KafkaConsumer.beginning_offsets`` accepts no timeout and can block for minutes.
-        return dict(self._client._fetcher.beginning_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
+        return self._ask(self._client._fetcher.beginning_offsets, partitions)
 
     def ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         """Return the offset after the last record of each partition."""
-        return dict(self._client._fetcher.end_offsets(partitions, timeout_ms=QUERY_TIMEOUT_MS))
+        return self._ask(self._client._fetcher.end_offsets, partitions)
+
+    def _ask(self, query: Callable[..., Any], partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        try:
+            return dict(query(partitions, timeout_ms=QUERY_TIMEOUT_MS))
+        except AttributeError as error:
+            if error.name != "invalid_metadata":
+                raise
+            # kafka-python 2 raises this error if a broker does not lead some of the partitions, for example directly
+            # after their topic was created.
+            self._client._client.cluster.request_update()
+            names = ", ".join(f"{tp.topic}[{tp.partition}]" for tp in partitions)
+            raise LeaderNotAvailableError(f"a broker does not lead all of these partitions: {names}") from error
 
     def _was_added(self, tp: TopicPartition) -> bool:
         numbers = partitions_of(self._client, tp.topic) or {tp.partition}

@@ -169,6 +169,20 @@ class GroupContract(ClientContract):
         assert member.starts[Partition(topic, 1)] == Commit(0)
         assert harness.committed(group, Partition(topic, 1)) == Commit(0)
 
+    def test_member_with_short_rare_polls_gets_added_partitions(self, harness: Any, join: Join) -> None:
+        """The join that the new partitions cause may end between two polls of the member."""
+        topic = harness.new_topic(1)
+        member = join(topic)
+        until(lambda: member.starts, "the partition is assigned", member)
+        harness.grow(topic, 2)
+
+        def poll_rarely() -> bool:
+            member.poll(0)
+            time.sleep(0.1)
+            return len(member.starts) == 2
+
+        until(poll_rarely, "both partitions are assigned")
+
     @pytest.mark.parametrize("reset", ["earliest", "latest"])
     def test_partitions_added_while_the_group_was_empty_start_at_their_beginning(
         self, harness: Any, join: Join, reset: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kafka import TopicPartition
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import LeaderNotAvailableError
 
 from kser.consumer.client import Commit, Partition
 from kser.consumer.commit_metadata import CommitMetadata
 from kser.python_kafka import offset_queries
 from kser.python_kafka.offset_queries import OffsetQueries
+from kser.python_kafka.rebalances import ASYNC
 
 PARTITIONS = 300
 
@@ -55,3 +58,21 @@ def test_start_of_a_partition_reads_the_commits_of_its_topic_with_one_request(
     queries = OffsetQueries(client, "latest", metadata)
     assert queries.first_position(TopicPartition("dice", PARTITIONS - 1)) == Commit(start)
     assert client.requests == 1
+
+
+@pytest.mark.skipif(ASYNC, reason="kafka-python 3 asks again by itself")
+@pytest.mark.parametrize("query", ["beginnings", "ends"])
+def test_query_of_a_partition_without_a_leader_is_an_error_of_kafka(
+    query: str, unused_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kafka-python 2 has an error in its own code for this answer."""
+    from kafka.future import Future
+
+    tp = TopicPartition("dice", 0)
+    with closing(KafkaConsumer(bootstrap_servers=unused_address, api_version=(2, 4))) as client:
+        answer = Future().success(({}, {tp}))
+        monkeypatch.setattr(client._fetcher, "_send_list_offsets_requests", lambda _timestamps: answer)
+        queries = OffsetQueries(client, "latest", CommitMetadata("latest"))
+        with pytest.raises(LeaderNotAvailableError, match=r"lead all of these partitions: dice\[0\]"):
+            getattr(queries, query)([tp])
+        assert client._client.cluster.need_update
