@@ -17,6 +17,9 @@ if not ASYNC:
 #: Timeout in milliseconds of a request for which the caller waits.
 FETCH_TIMEOUT_MS = 2000
 
+#: Milliseconds after which the caller tries again to send the request, while a connection is being made.
+READY_INTERVAL_MS = 50
+
 
 class TopicIds:
     """The ids of the topics of a consumer.
@@ -48,10 +51,16 @@ class TopicIds:
             response = network.cluster.request_update()
             with suppress(KafkaError):
                 self._client._net.run(self._client._manager.wait_for, response, FETCH_TIMEOUT_MS)
-        else:
-            self._request(topics)
-            if self._seen is not None:
-                network.poll(timeout_ms=FETCH_TIMEOUT_MS, future=self._seen)
+            return self._new_ids()
+        deadline = time.monotonic() + FETCH_TIMEOUT_MS / 1000
+        # The connection to the node may not be ready yet, or may break.
+        while (left := (deadline - time.monotonic()) * 1000) > 0:
+            self._seen = None
+            if not self._request(topics):
+                break
+            network.poll(timeout_ms=left if self._seen is not None else min(left, READY_INTERVAL_MS), future=self._seen)
+            if self._seen is not None and self._seen.succeeded():
+                break
         return self._new_ids()
 
     def at_start(self, topics: set[str]) -> dict[str, bytes]:
@@ -63,19 +72,21 @@ class TopicIds:
         self._request_at = 0.0
         return ids
 
-    def _request(self, topics: set[str]) -> None:
+    def _request(self, topics: set[str]) -> bool:
+        """Request the ids of topics if a node is ready; return False if the brokers know no ids."""
         network = self._client._client
         if ASYNC:
             network.cluster.request_update()
-            return
-        node = network.least_loaded_node()
+            return True
         request = topic_id_request(network.get_api_versions(), topics)
         if request is None:
-            return
+            return False
+        node = network.least_loaded_node()
         if node is not None and network.ready(node):
             self._seen = network.send(node, request)
         else:
             self._request_at = 0.0
+        return True
 
     def _new_ids(self) -> dict[str, bytes]:
         if ASYNC:
