@@ -172,6 +172,8 @@ class Process:
     ) -> None:
         group, app = options.pop("group", "dummy"), options.pop("app", None)
         self.clock = Clock()
+        #: The lock that a thread holds while the clock must not change.
+        self.clock_lock = threading.RLock()
         clock = options.pop("consumer_clock", self.clock)
 
         class ProcessController(Controller):
@@ -186,6 +188,21 @@ class Process:
         if store is not None and opens_store:
             self.background_service.clock = self.clock
             self.background_service._context.sleep = lambda seconds: None
+            self._hold_clock_during_looks()
+
+    def _hold_clock_during_looks(self) -> None:
+        """Let no time pass during a look for due steps.
+
+        Otherwise, a reservation could expire at once, and the next look would not come before the next step of the
+        clock.
+        """
+        service, look = self.background_service, self.background_service.look
+
+        def hold_clock(host: Any) -> None:
+            with self.clock_lock:
+                look(host)
+
+        service.look = hold_clock  # type: ignore[method-assign]
 
     # -- classes -------------------------------------------------------------------------------------------------------
 
@@ -309,9 +326,12 @@ class DurableHarness:
 
     def advance(self, seconds: float) -> None:
         """Let time pass, for the store and for all processes."""
-        self.store_harness.advance(seconds)
-        for process in self.processes:
-            process.clock.advance(seconds)
+        with contextlib.ExitStack() as locks:
+            for process in self.processes:
+                locks.enter_context(process.clock_lock)
+            self.store_harness.advance(seconds)
+            for process in self.processes:
+                process.clock.advance(seconds)
 
     def advance_with_reaper(self, seconds: float, process: Process | None = None) -> None:
         """Let time pass while heartbeat and reaper run; the messages that the reaper sends are not handled."""
