@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from typing import Any, ClassVar
 
 import confluent_kafka
+from confluent_kafka import KafkaException
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
@@ -82,9 +85,29 @@ class KafkaHarness(BrokerHarness):
     def new_topic(self, partitions: int = 1) -> str: ...
 
     def send(self, topic: str, *values: str, partition: int = 0) -> None:
+        deadline = time.monotonic() + BROKER_SECONDS
+        refused = self._refused(topic, values, partition)
+        while refused:
+            # The broker or the producer does not know a partition yet that was just created.
+            assert time.monotonic() < deadline, f"the broker has not accepted {refused}"
+            self._producer.list_topics(topic, BROKER_SECONDS)
+            refused = self._refused(topic, refused, partition)
+
+    def _refused(self, topic: str, values: Sequence[str], partition: int) -> list[str]:
+        """Send values, and return those that the broker has refused."""
+        refused: list[str] = []
+
+        def note(error: Any, message: Any) -> None:
+            if error is not None:
+                refused.append(message.value().decode())
+
         for value in values:
-            self._producer.produce(topic, value, partition=partition)
+            try:
+                self._producer.produce(topic, value, partition=partition, on_delivery=note)
+            except KafkaException:
+                refused.append(value)
         assert not self._producer.flush(BROKER_SECONDS)
+        return refused
 
     def committed(self, group: str, key: Partition) -> Commit | None:
         committed = self._read(group, key)
